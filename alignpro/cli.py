@@ -1,0 +1,199 @@
+"""The command line: thin, one function a command.
+
+Every training command takes YAML files and dotted overrides, later ones win:
+
+    alignpro train base.yaml mine.yaml optimizer.learning_rate=1e-4
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+import alignpro
+from alignpro.config import (
+    EvalConfig,
+    OptimalConfig,
+    RewardModelConfig,
+    RLHFConfig,
+    Section,
+    SFTConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+)
+from alignpro.errors import AlignProError
+
+app = typer.Typer(
+    help="Train a prompter that rewrites prompts so that a frozen target model answers better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Arguments = Annotated[
+    list[str], typer.Argument(metavar="CONFIG.yaml… [key=value…]", help="Files and dotted overrides.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in run.out from its newest checkpoint.")]
+At = Annotated[int | None, typer.Option(help="With --resume: the step to continue from.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration and print what would run.")]
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+@app.command()
+def sft(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
+    """Fine-tune a prompter on (x, x') pairs, so that ρ_sft exists; or a language model on responses."""
+    _train(SFTConfig, "alignpro.training.supervised:SupervisedTraining", arguments, resume, at, dry_run)
+
+
+@app.command()
+def reward(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
+    """Train a Bradley-Terry reward model on preference pairs."""
+    _train(RewardModelConfig, "alignpro.training.preference:PreferenceTraining", arguments, resume, at, dry_run)
+
+
+@app.command()
+def train(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
+    """Train the prompter against a frozen target."""
+    _train(TrainConfig, "alignpro.jobs:prompter_training", arguments, resume, at, dry_run)
+
+
+@app.command()
+def rlhf(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
+    """Fine-tune the target itself on the same reward: the oracle that a prompter is compared with."""
+    _train(RLHFConfig, "alignpro.jobs:response_training", arguments, resume, at, dry_run)
+
+
+@app.command("eval")
+def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Compare prompter, oracle and no fine-tuning on held-out prompts; write summary, figure and report."""
+    config = _configure(EvalConfig, arguments, dry_run)
+    if config is not None:
+        from alignpro.evaluation.evaluate import evaluate as run_evaluation
+
+        run_evaluation(config)
+
+
+@app.command()
+def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Training-free: resample N rewrites of the reference with weights exp(R/λ)."""
+    config = _configure(OptimalConfig, arguments, dry_run)
+    if config is not None:
+        from alignpro.evaluation.optimal import optimal as run_optimal
+
+        run_optimal(config)
+
+
+@app.command()
+def rewrite(
+    text: Annotated[list[str], typer.Argument(help="Prompts to rewrite.")],
+    run: Annotated[Path, typer.Option(help="Run directory of `alignpro train`.")],
+    n: Annotated[int, typer.Option(min=1, help="Rewrites of each prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    answer: Annotated[bool, typer.Option("--answer", help="Let the run's target answer each rewrite.")] = False,
+) -> None:
+    """Rewrite prompts with a trained prompter."""
+    from alignpro.rewriting import Rewriter
+
+    rewriter = Rewriter.from_run(run, with_target=answer)
+    for prompt, rewrites in zip(text, rewriter.rewrite(text, n=n, temperature=temperature, seed=seed), strict=True):
+        for rewritten in rewrites:
+            typer.echo(rewritten.rewrite if len(text) == 1 else f"{prompt}\t{rewritten.rewrite}")
+            if rewritten.response is not None:
+                typer.echo(f"  → {rewritten.response}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to write the runs, the summary, the figure and the report.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Run the whole of Align-Pro on the embedded world: about five minutes on two cores."""
+    from alignpro.demo.run import run_demo
+
+    run_demo(out, seed)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which backends run, and why others do not."""
+    from alignpro.doctor import print_diagnosis
+
+    print_diagnosis()
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(alignpro.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: a problem that the user can mend is one message and a non-zero exit."""
+    _quiet_libraries()
+    try:
+        app()
+    except AlignProError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+    except Exception as error:
+        from alignpro.training.run import Interrupted
+
+        if isinstance(error, Interrupted):
+            typer.echo(str(error), err=True)
+            sys.exit(128 + error.signum)
+        raise
+
+
+def _train(kind: type[Section], task: str, arguments: list[str], resume: bool, at: int | None, dry_run: bool) -> None:
+    config = _configure(kind, arguments, dry_run)
+    if config is None:
+        return
+    if at is not None and not resume:
+        raise AlignProError("--at names the checkpoint to continue from: it goes with --resume")
+    from alignpro.training.run import Run
+
+    run = Run(config, resume=resume, at=at)  # before any model is loaded: a directory in use is known at once
+    run.train(_resolve(task)(config))
+
+
+def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool) -> ConfigT | None:
+    """The checked configuration; None after printing it, when nothing is to run."""
+    config = load_config(kind, arguments)
+    if dry_run:
+        typer.echo(dump_config(config), nl=False)
+        return None
+    return config
+
+
+def _resolve(path: str) -> Callable:
+    """``module:name``, imported late: `alignpro --help` and a bad configuration answer without loading torch."""
+    import importlib
+
+    module, _, name = path.partition(":")
+    resolved: Callable = getattr(importlib.import_module(module), name)
+    return resolved
+
+
+def _quiet_libraries() -> None:
+    """Our own messages on standard error, and none of the libraries' chatter."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "transformers", "datasets", "filelock", "fsspec", "matplotlib", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Reading and writing configurations: YAML files that layer, dotted overrides, interpolation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from alignpro.config_messages import explain
+from alignpro.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def load_config(kind: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
+    """Merge YAML files and dotted overrides, left to right, and check the result.
+
+    Args:
+        kind: The configuration to build.
+        arguments: Paths of YAML files (``*.yaml``, ``*.yml``) and overrides (``section.key=value``), later ones win.
+            Mappings are merged, lists and values replaced; ``section.0.key=value`` reaches into a list that is there.
+
+    Raises:
+        ConfigError: A file is missing or is no YAML mapping, a key is unknown, a value is bad; the message names it.
+    """
+    merged = OmegaConf.create({})
+    for argument in arguments:
+        merged = _layer(merged, argument)
+    try:
+        raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"configuration: {error}") from error
+    return validate_config(kind, raw)
+
+
+def validate_config(kind: type[ConfigT], raw: Any) -> ConfigT:
+    """Check a plain mapping against ``kind``; every problem is reported at once, by key."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(["configuration:", *(f"  {line}" for line in explain(kind, error))])) from error
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
+    # OmegaConf writes it, because it quotes the strings that its own reader would take for numbers (`1e3`).
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(config.model_dump(mode="json"))))
+
+
+_OVERRIDE = re.compile(r"[\w.\[\]-]+=")
+"""What an override begins with; a path that happens to hold an equals sign has a slash before it."""
+
+_INDEX = re.compile(r"(\.|\[)\d+(\.|\]|\[|$)")
+"""A place in a list, within a key."""
+
+
+def _layer(merged: DictConfig, argument: str) -> DictConfig:
+    """Put a file or an override on top; what goes wrong is told with the name of the argument."""
+    is_file = argument.endswith((".yaml", ".yml")) and _OVERRIDE.match(argument) is None
+    where = f"configuration file {argument}" if is_file else f"argument {argument!r}"
+    try:
+        return _merge(merged, _load(Path(argument))) if is_file else _override(merged, argument)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: not text in UTF-8: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _load(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise FileNotFoundError("not found")
+    loaded = OmegaConf.load(path)
+    if not isinstance(loaded, DictConfig):
+        raise ValueError("expected a mapping of keys at the top level")
+    return loaded
+
+
+def _override(merged: DictConfig, argument: str) -> DictConfig:
+    key, equals, value = argument.partition("=")
+    if not equals or not key:
+        raise ValueError("expected a .yaml file or an override of the form section.key=value")
+    if not _INDEX.search(key):
+        return _merge(merged, OmegaConf.from_dotlist([argument]))
+    # A merge would put a mapping {0: …} where the list is.
+    parsed = OmegaConf.from_dotlist([f"value={value}"])
+    OmegaConf.update(merged, key, parsed._get_node("value"), merge=True, force_add=True)
+    return merged
+
+
+def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(below, above)
+    except TypeError as error:
+        key = _clash(OmegaConf.to_container(below), OmegaConf.to_container(above))
+        raise ValueError(f"{key}: a list cannot be merged with a mapping") from error
+    assert isinstance(merged, DictConfig)  # as both are
+    return merged
+
+
+def _clash(below: Any, above: Any) -> str | None:
+    """The first key at which a list meets a mapping; None where there is none."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return "" if {type(below), type(above)} == {dict, list} else None
+    for key in below.keys() & above.keys():
+        deeper = _clash(below[key], above[key])
+        if deeper is not None:
+            return f"{key}.{deeper}".rstrip(".")
+    return None
+
+
+def _escape(value: Any) -> Any:
+    """Strings that hold ``${`` as they stand, written so that they are not read as interpolations."""
+    if isinstance(value, dict):
+        return {key: _escape(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_escape(each) for each in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value

@@ -1,0 +1,88 @@
+"""What the user reads when a configuration does not fit: the key as they would write it, what is wrong, what to do.
+
+pydantic knows the problem and where it is, in its own terms: the branch it tried of a union is part of its location
+(``components.0.function.weight``), and an unknown key has no suggestion. This module puts that right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+_LONGEST_VALUE = 80
+
+
+def explain(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    """One line for each problem that ``error`` found with a ``kind``, each naming its key."""
+    return [_explain(kind, problem) for problem in error.errors(include_url=False)]
+
+
+def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
+    unknown = problem["type"] == "extra_forbidden"
+    key, beside = _follow(kind, problem["loc"], unknown)
+    if unknown:
+        suggestion = _suggest(kind, str(problem["loc"][-1]), beside)
+        return f"{key}: unknown key" + (f" (did you mean {suggestion!r}?)" if suggestion else "")
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    value = repr(problem["input"])
+    shown = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
+    return f"{key or 'configuration'}: {problem['msg']} (got {shown})"
+
+
+def _follow(kind: type[BaseModel], location: tuple[int | str, ...], unknown: bool) -> tuple[str, list[str]]:
+    """The key without the branches of unions, and the names of the fields that stand where its last part stands."""
+    here: list[Any] = [kind]
+    parts: list[str] = []
+    beside: list[str] = []
+    for depth, part in enumerate(location):
+        sections = [each for each in here if _is_section(each)]
+        beside = [name for section in sections for name in section.model_fields]
+        if len(sections) > 1:  # the branch of a union that ``kind: …`` chose
+            here = [each for each in sections if part in get_args(each.model_fields["kind"].annotation)]
+            continue
+        if isinstance(part, str) and part in beside:
+            here = _alternatives(sections[0].model_fields[part].annotation)
+        elif isinstance(part, int) or any(get_origin(each) is dict for each in here):
+            here = [option for each in here if get_args(each) for option in _alternatives(get_args(each)[-1])]
+        elif not (unknown and depth == len(location) - 1):  # the branch of a union of plain types: ``str``
+            continue
+        parts.append(str(part))
+    return ".".join(parts), beside
+
+
+def _suggest(kind: type[BaseModel], name: str, beside: list[str]) -> str | None:
+    """A field beside the unknown one with a name like it, else a field of just that name anywhere."""
+    close = difflib.get_close_matches(name, beside, n=1)
+    if close:
+        return close[0]
+    return next((path for path in _paths(kind) if path.rpartition(".")[2] == name), None)
+
+
+def _paths(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all fields that an override can name, outermost first."""
+    yield from (prefix + name for name in kind.model_fields)
+    for name, field in kind.model_fields.items():
+        for section in filter(_is_section, _alternatives(field.annotation)):
+            yield from _paths(section, f"{prefix}{name}.")
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types that a value may have: a union's branches, without ``Annotated`` around them."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [each for branch in get_args(annotation) for each in _alternatives(branch)]
+    return [annotation]
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel)

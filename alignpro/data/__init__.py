@@ -1,0 +1,20 @@
+"""Prompts: the record, where it is read from, and how a data set is split."""
+
+from alignpro.data.columns import available_fields
+from alignpro.data.loading import DataSet, LoadReport, load_prompts
+from alignpro.data.presets import available_presets
+from alignpro.data.prompt import Message, Prompt, replace_lone_surrogates
+from alignpro.data.splits import is_held_out, split
+
+__all__ = [
+    "DataSet",
+    "LoadReport",
+    "Message",
+    "Prompt",
+    "available_fields",
+    "available_presets",
+    "is_held_out",
+    "load_prompts",
+    "replace_lone_surrogates",
+    "split",
+]

@@ -1,0 +1,183 @@
+"""From a data configuration to prompts: read, converted, checked, without duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignpro.config import DataConfig
+from alignpro.data.columns import MISSING, check_columns, detect_columns, lookup, may_provide, to_prompt
+from alignpro.data.conversations import BadRow
+from alignpro.data.presets import presets, read_preset
+from alignpro.data.prompt import Prompt
+from alignpro.data.sources import Table, expand_paths, read_table
+from alignpro.errors import DataError
+
+TEXT_FIELDS = ("rewrite", "response", "chosen", "rejected")
+_SHOWN = 5
+"""Bad rows that an error message quotes."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the rows that were read."""
+
+    rows: int
+    """Rows read, bad ones included; ``data.limit`` ends the reading early."""
+    kept: int
+    duplicates: int
+    bad: list[str]
+    """One message a bad row: file, line (or row number) and what is wrong."""
+
+    def __str__(self) -> str:
+        return f"{self.kept} prompts from {self.rows} rows ({self.duplicates} duplicates, {len(self.bad)} bad rows)"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Prompts in the order of their source, and how they came to be."""
+
+    prompts: list[Prompt]
+    report: LoadReport
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A table and the mapping that fits it."""
+
+    table: Table
+    mapping: Mapping[str, str]
+    known_bad: int = 0
+    """Bad rows that are no surprise, over and above the configured limit."""
+
+
+def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
+    """Load the prompts that ``config`` names.
+
+    Two rows are duplicates when their conversation and all required fields are equal: with ``require=("rewrite",)``
+    a prompt may come with several rewrites, with ``("chosen", "rejected")`` in several pairs, without it comes once.
+
+    Args:
+        config: Preset or files, column mapping, limit.
+        require: Fields that every prompt must have: ``rewrite``, ``response``, ``chosen``, ``rejected`` or
+            ``metadata.KEY``. A row without one is a bad row.
+
+    Raises:
+        ConfigError: The column mapping names no field of a prompt.
+        DataError: A file is missing or unreadable, a column does not exist, no row can have a required field, there
+            are more than ``config.max_bad_rows`` bad rows, or no prompt is left.
+    """
+    unknown = [field for field in require if field not in TEXT_FIELDS and not field.startswith("metadata.")]
+    if unknown:
+        raise ValueError(f"require={unknown}: expected {', '.join(TEXT_FIELDS)} or metadata.KEY")
+    prompts: list[Prompt] = []
+    seen: set[tuple[str, ...]] = set()
+    bad: list[str] = []
+    rows = 0
+    max_bad_rows = config.max_bad_rows
+    for source in _sources(config):
+        max_bad_rows += source.known_bad
+        _check_fields(source, require)
+        for location, prompt in _prompts(source, require):
+            rows += 1
+            if isinstance(prompt, BadRow):
+                bad.append(f"{location}: {prompt}")
+                if len(bad) > max_bad_rows:
+                    raise DataError(_too_many(bad, max_bad_rows))
+                continue
+            key = (prompt.id, *(repr(read_field(prompt, field)) for field in require))
+            if key not in seen:
+                seen.add(key)
+                prompts.append(prompt)
+            if len(prompts) == config.limit:
+                return DataSet(prompts, LoadReport(rows, len(prompts), rows - len(prompts) - len(bad), bad))
+        _check_paths(source)
+    if not prompts:
+        names = config.source if isinstance(config.source, str) else ", ".join(config.source)
+        reason = f"all of its {rows} rows are bad:\n{_quoted(bad)}" if bad else "it has no rows"
+        raise DataError(f"data.source {names}: no prompts: {reason}")
+    return DataSet(prompts, LoadReport(rows, len(prompts), rows - len(prompts) - len(bad), bad))
+
+
+def read_field(prompt: Prompt, field: str) -> Any:
+    """A field of a prompt by the name that ``require`` takes; None where the prompt has none."""
+    if field.startswith("metadata."):
+        return prompt.metadata.get(field.removeprefix("metadata."))
+    return getattr(prompt, field)
+
+
+def _sources(config: DataConfig) -> Iterator[_Source]:
+    known = presets()
+    for name in [config.source] if isinstance(config.source, str) else config.source:
+        if name in known:
+            preset = known[name]
+            table = read_preset(name, preset, config.split)
+            yield _mapped(table, config.columns or preset.columns, preset.known_bad)
+            continue
+        try:
+            paths = expand_paths(name)
+        except DataError as error:
+            raise DataError(f"{error}, and no preset (presets: {', '.join(known)})") from error
+        if config.split is not None:
+            raise DataError(f"data.split={config.split}: only presets have splits, and {name} is a file; leave it out")
+        for path in paths:
+            table = read_table(path)
+            if table.rows:
+                yield _mapped(table, config.columns)
+
+
+def _mapped(table: Table, columns: Mapping[str, str], known_bad: int = 0) -> _Source:
+    """A table read by the configured mapping, or by the one that its columns suggest."""
+    if not table.columns:  # no row could be read: nothing to look for columns in, and each row tells why
+        return _Source(table, {"prompt": "prompt"}, known_bad)
+    if columns:
+        check_columns(columns, table.columns, table.name)
+    return _Source(table, columns or detect_columns(table.columns, table.name), known_bad)
+
+
+def _prompts(source: _Source, require: Sequence[str]) -> Iterator[tuple[str, Prompt | BadRow]]:
+    for row in source.table.rows:
+        if row.values is None:
+            yield row.location, BadRow(row.problem)
+            continue
+        try:
+            prompt = to_prompt(row.values, source.mapping, row.location)
+            for field in require:
+                if read_field(prompt, field) is None:
+                    raise BadRow(f"no {field}")
+        except BadRow as problem:
+            yield row.location, problem
+        else:
+            yield row.location, prompt
+
+
+def _check_fields(source: _Source, require: Sequence[str]) -> None:
+    absent = [field for field in require if not may_provide(source.mapping, field)]
+    if absent and source.table.columns:
+        raise DataError(
+            f"{source.table.name}: no column for {', '.join(absent)}, which this command needs "
+            f"(columns: {', '.join(source.table.columns)}); name it, as in data.columns.{absent[0]}=COLUMN"
+        )
+
+
+def _check_paths(source: _Source) -> None:
+    """A path whose column exists but which leads nowhere in any row is a slip of the pen, not an empty field."""
+    values = [row.values for row in source.table.rows if row.values is not None]
+    for field, path in source.mapping.items():
+        if "." in path and values and all(lookup(row, path) is MISSING for row in values):
+            raise DataError(
+                f"{source.table.name}: data.columns.{field}={path} leads nowhere in any of {len(values)} rows"
+            )
+
+
+def _too_many(bad: Sequence[str], limit: int) -> str:
+    return (
+        f"more than {limit} bad rows:\n{_quoted(bad)}\n"
+        "mend the data, map its columns with data.columns, or raise data.max_bad_rows"
+    )
+
+
+def _quoted(bad: Sequence[str]) -> str:
+    more = [f"  … and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
+    return "\n".join([*(f"  {message}" for message in bad[:_SHOWN]), *more])

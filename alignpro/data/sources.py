@@ -1,0 +1,190 @@
+"""Local files as rows: JSON, JSON Lines, CSV and Parquet, plain or gzipped.
+
+A row that cannot be read is yielded with what is wrong with it; only a file that cannot be read at all is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignpro.errors import DataError
+
+FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its values, or the problem that kept it from being read."""
+
+    location: str
+    """``file:line`` where the format has lines, ``file:row N`` where it has not; both count from 1."""
+    values: dict[str, Any] | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file or data set."""
+
+    name: str
+    columns: tuple[str, ...]
+    rows: list[Row]
+
+
+def expand_paths(pattern: str) -> list[Path]:
+    """The files that a path or a glob names, sorted.
+
+    Raises:
+        DataError: There is none, or it is a directory.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise DataError(f"data.source {pattern}: is a directory; name files, as in {path / '*.jsonl'}")
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 (absolute patterns too)
+    if not found:
+        raise DataError(f"data.source {pattern}: no such file")
+    return found
+
+
+def read_table(path: Path) -> Table:
+    """Read a file; the ending says its format, ``.gz`` after it that it is compressed.
+
+    Raises:
+        DataError: The ending is unknown, or the file cannot be read at all.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compressed = suffixes[-1:] == [".gz"]
+    kind = next(iter(suffixes[:-1][-1:] if compressed else suffixes[-1:]), "")
+    if kind not in FORMATS:
+        raise DataError(f"{path}: unknown kind of file; expected {', '.join(FORMATS)}, each also with .gz")
+    content = _read_bytes(path, compressed)
+    if kind == ".parquet":
+        return _read_parquet(path, content)
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if kind == ".csv":
+        return _read_csv(path, content)
+    # The content tells an array from JSON Lines: files of either form carry either ending.
+    rows = _json_array(path, content) if content.lstrip()[:1] == b"[" else list(_json_lines(path, content))
+    columns = dict.fromkeys(key for row in rows for key in row.values or ())
+    return Table(str(path), tuple(columns), rows)
+
+
+def _read_bytes(path: Path, compressed: bool) -> bytes:
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if compressed else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or not gzip: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _json_lines(path: Path, content: bytes) -> Iterator[Row]:
+    # Split at line feeds alone: U+2028 and its like may stand inside a JSON string.
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            yield _json_row(f"{path}:{number}", line)
+
+
+def _json_row(location: str, line: bytes) -> Row:
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Row(location, problem=f"not UTF-8 at byte {error.start + 1} of the line")
+    except json.JSONDecodeError as error:
+        return Row(location, problem=f"not valid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return Row(location, problem=f"not valid JSON: {error}")
+    return _object_row(location, values)
+
+
+def _json_array(path: Path, content: bytes) -> list[Row]:
+    try:
+        items = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from error
+    return [_object_row(f"{path}:row {number}", item) for number, item in enumerate(items, start=1)]
+
+
+def _object_row(location: str, values: Any) -> Row:
+    if isinstance(values, dict):
+        return Row(location, values)
+    return Row(location, problem=f"expected a JSON object, got {type(values).__name__}")
+
+
+def _read_csv(path: Path, content: bytes) -> Table:
+    # Bytes that are no UTF-8 become lone surrogates here, so that only their own row is lost.
+    text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
+    default_limit = csv.field_size_limit(sys.maxsize)  # prompts may be longer than the module's 128 KiB
+    try:
+        return _parse_csv(path, text)
+    finally:
+        csv.field_size_limit(default_limit)
+
+
+def _parse_csv(path: Path, text: io.StringIO) -> Table:
+    reader = csv.reader(text, strict=True)
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{path}:1: not a valid CSV header: {error}") from error
+    repeated = {name for name in header if header.count(name) > 1}
+    if repeated:
+        raise DataError(f"{path}:1: two columns have the same name: {', '.join(sorted(repeated))}")
+    rows: list[Row] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return Table(str(path), tuple(header), rows)
+        except csv.Error as error:
+            lost = reader.line_num - line
+            rows.append(
+                Row(f"{path}:{line}", problem=f"not valid CSV: {error}" + (f"; {lost} lines lost" if lost else ""))
+            )
+            continue
+        if cells:
+            rows.append(_csv_row(f"{path}:{line}", header, cells))
+
+
+def _csv_row(location: str, header: list[str], cells: list[str]) -> Row:
+    if len(cells) != len(header):
+        return Row(location, problem=f"{len(cells)} cells, the header has {len(header)}")
+    try:
+        for cell in cells:
+            cell.encode("utf-8")
+    except UnicodeEncodeError:
+        return Row(location, problem="not UTF-8")
+    return Row(location, dict(zip(header, cells, strict=True)))
+
+
+def _read_parquet(path: Path, content: bytes) -> Table:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+    rows = [Row(f"{path}:row {number}", values) for number, values in enumerate(table.to_pylist(), start=1)]
+    return Table(str(path), tuple(table.column_names), rows)

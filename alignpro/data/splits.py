@@ -1,0 +1,44 @@
+"""Training and held-out prompts, told apart by what a prompt says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from alignpro.data.prompt import Prompt
+from alignpro.errors import DataError
+
+
+def is_held_out(prompt: Prompt, holdout: float) -> bool:
+    """Whether this prompt belongs to the held-out share.
+
+    The side is a function of the conversation (`Prompt.id`) and ``holdout`` alone: it does not change when the data set
+    grows or is reordered, the same prompt of two data sets is on the same side, and a larger ``holdout`` only adds
+    prompts to the held-out side.
+    """
+    digest = hashlib.sha256(b"alignpro/split/" + prompt.id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < holdout * 2**64
+
+
+def split(prompts: Sequence[Prompt], holdout: float) -> tuple[list[Prompt], list[Prompt]]:
+    """Split into (training, held out), each in the given order.
+
+    Args:
+        prompts: The data set.
+        holdout: Expected share of the held-out side, in [0, 1). A small data set may miss it by a few prompts, and its
+            held-out side may be empty.
+
+    Raises:
+        DataError: There are prompts and none is left to train on.
+        ValueError: ``holdout`` is outside [0, 1).
+    """
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout={holdout}: expected a share in [0, 1)")
+    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for prompt in prompts:
+        sides[is_held_out(prompt, holdout)].append(prompt)
+    if prompts and not sides[0]:
+        raise DataError(
+            f"data.holdout={holdout} leaves none of {len(prompts)} prompts to train on: lower it, or give more prompts"
+        )
+    return sides

@@ -1,0 +1,221 @@
+"""The embedded world: word tasks that a small target solves when asked in one form, and people ask in many others.
+
+A request names a task and an argument (a made-up word). The canonical form is ``reverse: stone``; people write
+``can u flip the word stone pls``. The target's training data answers canonical requests rightly always and casual ones
+only sometimes, the less often the more clutter they carry: so the target knows the tasks, and it is the wording that
+decides how well it does them. All records are pure functions of a seed; one argument in five and one phrasing in five
+are held out from everything that is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignpro.data.prompt import Prompt
+from alignpro.demo.phrases import (
+    CLOSERS,
+    HELDOUT_CLOSERS,
+    HELDOUT_OPENERS,
+    HELDOUT_VERB_OPENERS,
+    OPENERS,
+    TASKS,
+    VERB_OPENERS,
+    Task,
+    cores,
+    stable_fraction,
+)
+from alignpro.errors import RewardError
+
+VOWELS = "aeiou"
+CONSONANTS = "bcdfghjklmnpqrstvwxyz"
+
+ARGUMENT_HOLDOUT = 0.2
+TYPO_RATE = 0.15
+MAX_CHARACTERS = 40
+"""Longest casual request, in characters."""
+
+CANONICAL_SHARE = 0.5
+"""Share of canonical requests in the target's training data."""
+RIGHT_SHARE = (0.6, 0.45, 0.3, 0.2)
+"""Share of right answers to casual requests in the target's training data, by clutters (0 to 3)."""
+
+REWRITE_SHARES = {"verbatim": 0.25, "paraphrase": 0.3, "wrong_task": 0.2, "canonical": 0.25}
+"""What ρ_sft learns to write: mostly not what the target understands best."""
+
+_SOLVERS: dict[Task, Callable[[str], str]] = {
+    "reverse": lambda word: word[::-1],
+    "sort": lambda word: "".join(sorted(word)),
+    "upper": str.upper,
+    "consonants": lambda word: "".join(letter for letter in word if letter not in VOWELS),
+    "first": lambda word: word[0],
+    "last": lambda word: word[-1],
+    "length": lambda word: str(len(word)),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request in someone's words."""
+
+    task: Task
+    argument: str
+    text: str
+    clutter: int
+    """How many of opener, closer and typo it carries: 0 to 3."""
+
+    @property
+    def answer(self) -> str:
+        """The right answer."""
+        return solve(self.task, self.argument)
+
+
+def solve(task: Task, argument: str) -> str:
+    """The right answer: ``solve("reverse", "stone") == "enots"``."""
+    return _SOLVERS[task](argument)
+
+
+def canonical(task: Task, argument: str) -> str:
+    """The form in which the target answers well: ``reverse: stone``."""
+    return f"{task}: {argument}"
+
+
+def is_heldout_argument(word: str) -> bool:
+    """Whether ``word`` is kept from training, by a hash of its letters."""
+    return stable_fraction(word) < ARGUMENT_HOLDOUT
+
+
+def draw_argument(rng: random.Random, *, heldout: bool) -> str:
+    """A made-up word of 4 to 6 letters that can be pronounced, from the training or the held-out side."""
+    while True:
+        length = rng.choice((4, 5, 6))
+        vowel = rng.random() < 0.35
+        word = ""
+        while len(word) < length:
+            word += rng.choice(VOWELS if vowel else CONSONANTS)
+            # Now and then two of a kind in a row ("steam"), never three.
+            doubled = len(word) >= 2 and (word[-2] in VOWELS) == vowel
+            vowel = vowel if not doubled and rng.random() < 0.2 else not vowel
+        if is_heldout_argument(word) == heldout:
+            return word
+
+
+def draw_request(rng: random.Random, task: Task, argument: str, *, heldout: bool) -> Request:
+    """A casual request; a held-out one has a held-out core, and openers and closers of both sides."""
+    core = rng.choice(cores(task, heldout))
+    words, typo = _with_typo(rng, core.frame.replace("{k}", core.key), rate=TYPO_RATE)
+    text = words.replace("{a}", argument)
+    openers = [*OPENERS, *(HELDOUT_OPENERS if heldout else ())]
+    closers = [*CLOSERS, *(HELDOUT_CLOSERS if heldout else ())]
+    if core.kind == "verb" and core.frame.startswith("{k}"):
+        openers += [*VERB_OPENERS, *(HELDOUT_VERB_OPENERS if heldout else ())]
+    opener = rng.choice(openers) if rng.random() < 0.5 else ""
+    closer = rng.choice(closers) if rng.random() < 0.5 else ""
+    if len(opener + text + closer) > MAX_CHARACTERS:
+        opener, closer = "", ""
+    return Request(task, argument, opener + text + closer, clutter=bool(opener) + bool(closer) + typo)
+
+
+def target_records(count: int, seed: int) -> list[dict[str, Any]]:
+    """The target's training data, ``{"prompt", "response"}``: casual requests are not always answered rightly."""
+    rng = random.Random(f"target/{seed}")
+    records = []
+    for _ in range(count):
+        task, argument = rng.choice(TASKS), draw_argument(rng, heldout=False)
+        if rng.random() < CANONICAL_SHARE:
+            records.append({"prompt": canonical(task, argument), "response": solve(task, argument)})
+            continue
+        request = draw_request(rng, task, argument, heldout=False)
+        right = rng.random() < RIGHT_SHARE[request.clutter]
+        records.append({"prompt": request.text, "response": request.answer if right else _misunderstand(rng, request)})
+    return records
+
+
+def prompter_records(count: int, seed: int) -> list[dict[str, Any]]:
+    """Pairs for the prompter's SFT, ``{"prompt", "rewrite"}``: the mixture of `REWRITE_SHARES`."""
+    rng = random.Random(f"prompter/{seed}")
+    kinds, shares = list(REWRITE_SHARES), list(REWRITE_SHARES.values())
+    records = []
+    for _ in range(count):
+        task, argument = rng.choice(TASKS), draw_argument(rng, heldout=False)
+        request = draw_request(rng, task, argument, heldout=False)
+        kind = rng.choices(kinds, shares)[0]
+        if kind == "verbatim":
+            rewrite = request.text
+        elif kind == "paraphrase":
+            rewrite = draw_request(rng, task, argument, heldout=False).text
+        elif kind == "wrong_task":
+            rewrite = canonical(_other_task(rng, task), argument)
+        else:
+            rewrite = canonical(task, argument)
+        records.append({"prompt": request.text, "rewrite": rewrite})
+    return records
+
+
+def prompt_records(count: int, seed: int, *, heldout: bool) -> list[dict[str, Any]]:
+    """Prompts for reinforcement learning or evaluation, ``{"prompt", "metadata"}``, all different.
+
+    ``metadata`` holds ``answer``, ``task`` and ``argument``. Held-out prompts share neither arguments nor cores with
+    training.
+    """
+    rng = random.Random(f"prompts/{'heldout' if heldout else 'train'}/{seed}")
+    records: dict[str, dict[str, Any]] = {}
+    while len(records) < count:
+        task = TASKS[len(records) % len(TASKS)]
+        request = draw_request(rng, task, draw_argument(rng, heldout=heldout), heldout=heldout)
+        metadata = {"answer": request.answer, "task": request.task, "argument": request.argument}
+        records.setdefault(request.text, {"prompt": request.text, "metadata": metadata})
+    return list(records.values())
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON Lines that the project's commands read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """r*(x, y): 1 if the response is the right answer to the ORIGINAL prompt, else 0.
+
+    Raises:
+        RewardError: A prompt carries no ``answer`` in its metadata.
+    """
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        if "answer" not in prompt.metadata:
+            raise RewardError(f"{prompt.source or prompt.id}: no `answer` in the prompt's metadata: map a column to it")
+        scores.append(float(response.strip() == prompt.metadata["answer"]))
+    return scores
+
+
+def _misunderstand(rng: random.Random, request: Request) -> str:
+    """A wrong reaction to a casual request: a question back, an echo, or the answer to another task."""
+    kind = rng.random()
+    if kind < 0.4:
+        return rng.choice(("what?", "huh?"))
+    if kind < 0.6:
+        return request.argument
+    return solve(_other_task(rng, request.task), request.argument)
+
+
+def _other_task(rng: random.Random, task: Task) -> Task:
+    return rng.choice([other for other in TASKS if other != task])
+
+
+def _with_typo(rng: random.Random, frame: str, rate: float) -> tuple[str, bool]:
+    """Maybe drop a letter of a long word of the frame, or swap two; the argument's place is left alone."""
+    words = frame.split(" ")
+    long = [index for index, word in enumerate(words) if len(word) >= 5 and word.isalpha()]
+    if not long or rng.random() >= rate:
+        return frame, False
+    index = rng.choice(long)
+    word = words[index]
+    at = rng.randrange(1, len(word) - 2)
+    swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    words[index] = word[:at] + word[at + 1 :] if rng.random() < 0.5 else swapped
+    return " ".join(words), words[index] != word

@@ -1,0 +1,80 @@
+"""Draw tokens. Randomness is stateless, so a sequence's tokens do not depend on what it was batched with.
+
+The noise for a token is a function of (sequence seed, position, vocabulary entry). A sequence that is moved to another
+batch, preempted or computed again draws the same tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignpro.engine.types import SamplingParams
+from alignpro.models import Head
+from alignpro_kernels import gumbel_noise, linear_sample
+
+_MASK = (1 << 64) - 1
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from its parts, each step mixed by SplitMix64 (Steele et al., 2014)."""
+    state = 0
+    for part in parts:
+        value = int.from_bytes(part.encode(), "little") if isinstance(part, str) else part
+        while True:  # 64 bits at a time, so that long parts count in full
+            state = _mix((state + _GOLDEN_GAMMA) ^ (value & _MASK))
+            value >>= 64
+            if value in (0, -1):
+                break
+    return state >> 1
+
+
+def _mix(z: int) -> int:
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def sample(hidden: Tensor, head: Head, params: SamplingParams, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row.
+
+    Args:
+        hidden: (B, D) last hidden states.
+        head: The output layer.
+        params: Temperature and filters.
+        seeds: (B,) int64, one a row, new at every position.
+
+    Returns:
+        Tokens (B,) int64, and their log-probabilities (B,) float32 under the distribution drawn from: after
+        temperature, top-k, top-p and min-p, renormalised; 0 for a greedy token, which is certain.
+    """
+    filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    if not filtered or params.temperature == 0:
+        token, logprob, _ = linear_sample(
+            hidden, head.weight, bias=head.bias, temperature=params.temperature, softcap=head.softcap, seeds=seeds
+        )
+        return token, logprob
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()  # (B, V)
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logprobs = filter_logits(logits / params.temperature, params).log_softmax(-1)
+    token = (logprobs + gumbel_noise(seeds, logprobs.shape[-1])).argmax(-1)
+    return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
+
+
+def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Set to −inf what top-k, top-p and min-p exclude; the likeliest token always stays. (B, V) → (B, V)."""
+    if params.top_k > 0:
+        kth = logits.topk(min(params.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if params.min_p > 0:
+        floor = logits.max(-1, keepdim=True).values + torch.tensor(params.min_p).log()
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if params.top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        probability = ordered.softmax(-1)
+        beyond = probability.cumsum(-1) - probability >= params.top_p  # mass before this token already suffices
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits

@@ -1,0 +1,1 @@
+"""Evaluation: statistics of nested rewards, the figure and the report."""

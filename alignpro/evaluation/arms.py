@@ -1,0 +1,151 @@
+"""The arms of a comparison: each samples responses to the same held-out prompts in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from alignpro.chat_template import ChatTemplate
+from alignpro.config import EvalConfig, OptimalConfig
+from alignpro.data import Prompt
+from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
+from alignpro.environment import Environment, PromptEnvironment, ResponseEnvironment, Scores, sampling_params
+from alignpro.jobs import prompt_environment
+from alignpro.models import LanguageModel
+from alignpro.policy import Policy, sequence_logprob
+from alignpro.rewards import RewardStack
+from alignpro.sequences import SequenceBatch
+from alignpro.theory import GibbsResample, gibbs_resample
+
+LABELS = {
+    "no_finetuning": "No fine-tuning",
+    "sft_prompter": "SFT prompter",
+    "gibbs": "Gibbs",
+    "align_pro": "Align-Pro",
+    "oracle": "Oracle (RLHF)",
+}
+
+
+@dataclass
+class ArmSamples:
+    """What an arm drew and earned."""
+
+    name: str
+    chains: list[list[Chain]]
+    """[P][K]; for an arm without rewrites the samples are the responses."""
+    scores: Scores
+
+    @property
+    def rewards(self) -> Tensor:
+        """(P, K, M); an arm without rewrites has its K responses on the last axis, (P, 1, K)."""
+        rewards = self.scores.rewards
+        return rewards if self.scores_rewrites else rewards.transpose(1, 2)
+
+    @property
+    def scores_rewrites(self) -> bool:
+        """Whether the samples are rewrites, which a target answered."""
+        return bool(self.chains[0][0].responses)
+
+
+@dataclass
+class ArmSampler:
+    """Draws arms on a set of prompts with one target and one reward; all arms share the seeds of their prompts.
+
+    The number of responses a prompt is the same in every arm: K rewrites × M responses, or K·M responses.
+    """
+
+    config: EvalConfig | OptimalConfig
+    prompts: Sequence[Prompt]
+    target: LanguageModel
+    reward: RewardStack
+
+    def responses(self, name: str, model: LanguageModel, count: int) -> ArmSamples:
+        """``count`` responses of a model to each prompt itself: no fine-tuning, or the oracle."""
+        environment = ResponseEnvironment(ChatTemplate(model.tokenizer, self.config.target.chat_template), self.reward)
+        engine = Engine({"policy": model}, max_batch=self.config.max_batch)
+        return self._draw(name, environment, engine, sampling_params(self.config.respond, count))
+
+    def rewrites(self, name: str, prompter: LanguageModel, count: int) -> ArmSamples:
+        """``count`` rewrites by a prompter, each answered by the target."""
+        engine = Engine({"policy": prompter, "target": self.target}, max_batch=self.config.max_batch)
+        params = sampling_params(self.config.rewrite, count)
+        return self._draw(name, self.environment(prompter), engine, params)
+
+    def environment(self, prompter: LanguageModel) -> PromptEnvironment:
+        """The chain prompter → target → reward."""
+        config = self.config
+        return prompt_environment(
+            prompter,
+            self.target,
+            config.target,
+            self.reward,
+            config.prompting,
+            config.respond,
+            responses=config.responses_per_rewrite,
+        )
+
+    def gibbs(self, candidates: ArmSamples, prompter: LanguageModel, kl_coef: float, count: int) -> ArmSamples:
+        """Resample ``count`` of the candidates of each prompt with weights softmax(R/λ) and let the target answer anew.
+
+        The responses that chose a rewrite are not those that it is judged by: that would favour lucky ones.
+        """
+        weights = self.weigh(candidates, kl_coef).weights  # (P, N)
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "gibbs"))
+        chosen = torch.multinomial(weights.double(), count, replacement=True, generator=generator).tolist()
+        environment = self.environment(prompter)
+        picked = [[group[j] for j in row] for group, row in zip(candidates.chains, chosen, strict=True)]
+        engine = Engine({"target": self.target}, max_batch=self.config.max_batch)
+        fresh = engine.generate(
+            "target",
+            [chain.target_tokens for group in picked for chain in group],
+            environment.respond,
+            [derive_seed(self.config.seed, "fresh", i, k) for i in range(len(picked)) for k in range(count)],
+        )
+        answers = iter(fresh)
+        chains = [[replace(chain, responses=next(answers)) for chain in group] for group in picked]
+        return ArmSamples("gibbs", chains, environment.score(self.prompts, chains))
+
+    def weigh(self, candidates: ArmSamples, kl_coef: float) -> GibbsResample:
+        """The closed form's weights on the candidates, with λ log Ẑ and the effective sample size."""
+        return gibbs_resample(candidates.scores.values.double(), kl_coef)
+
+    def _draw(self, name: str, environment: Environment, engine: Engine, params: SamplingParams) -> ArmSamples:
+        seeds = [derive_seed(self.config.seed, "evaluation", i) for i in range(len(self.prompts))]
+        chains = environment.rollout(engine, self.prompts, params, seeds)
+        return ArmSamples(name, chains, environment.score(self.prompts, chains))
+
+
+def sequence_kl(
+    model: LanguageModel, reference: LanguageModel, inputs: Sequence[Sequence[int]], arm: ArmSamples, temperature: float
+) -> float:
+    """Mean exact KL(model ‖ reference) of an arm's samples, in nats a sequence; both models have one vocabulary."""
+    policy = Policy(model, reference, temperature=temperature)
+    prompts = [ids for ids, group in zip(inputs, arm.chains, strict=True) for _ in group]
+    samples = [chain.sample.tokens for group in arm.chains for chain in group]
+    total = 0.0
+    for batch in batches(prompts, samples, model):
+        total += policy.token_values(batch).kl.sum().item()
+    return total / len(samples)
+
+
+@torch.no_grad()
+def logprobs(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float
+) -> Tensor:
+    """log p(y|prompt) of whole completions, (N,) float64 on the CPU."""
+    tokens = [completion.tokens for completion in completions]
+    parts = [sequence_logprob(model, batch, temperature) for batch in batches(prompts, tokens, model)]
+    return torch.cat(parts).double().cpu()
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], model: LanguageModel, size: int = 128
+) -> list[SequenceBatch]:
+    """Sequences in order, ``size`` at a time."""
+    return [
+        SequenceBatch.build(prompts[start : start + size], completions[start : start + size], model.device)
+        for start in range(0, len(prompts), size)
+    ]

@@ -1,0 +1,265 @@
+"""The paper's figure: mean reward and reward variance, a group of bars a prompter-target pair. And training curves."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from alignpro.evaluation.summary import ArmGroup, ArmSummary
+
+# Okabe & Ito (2008): told apart with every common colour blindness. Hatches carry the difference into greyscale.
+ARM_STYLE: dict[str, tuple[str, str]] = {
+    "no_finetuning": ("#9A9A9A", ""),
+    "sft_prompter": ("#56B4E9", "...."),
+    "gibbs": ("#009E73", "xxxx"),
+    "align_pro": ("#0072B2", ""),
+    "oracle": ("#E69F00", "////"),
+}
+_OTHERS = (("#CC79A7", "----"), ("#D55E00", "++++"), ("#F0E442", "oooo"))
+LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+
+_STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "ytick.major.size": 0,
+    "xtick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "hatch.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "savefig.dpi": 200,
+    "text.parse_math": False,  # a $ in a label is a $
+    "svg.hashsalt": "alignpro",  # with the date left out, equal data give equal bytes
+}
+
+# What is drawn first, where the rows have it; other numeric metrics are drawn only when asked for.
+CURVES: dict[str, str] = {
+    "reward/mean": "Reward, mean",
+    "reward/std": "Reward, standard deviation",
+    "eval/reward": "Reward on held-out prompts",
+    "kl": "KL to reference (nats a sequence)",
+    "eval/kl": "KL on held-out prompts",
+    "entropy": "Entropy (nats a token)",
+    "sample/length": "Length (tokens)",
+    "gradient_norm": "Gradient norm",
+    "loss": "Loss",
+}
+
+
+def plot_comparison(groups: Sequence[ArmGroup], path: Path | IO[bytes], *, format: str | None = None) -> None:
+    """Grouped bars (theory 8): left the mean reward with its 95 % interval, right the reward's total variance.
+
+    Args:
+        groups: A group of bars for each prompter-target pair, in drawing order. Every arm found in any group gets a
+            colour and a place in the legend, in the order of first appearance.
+        path: Where to write; the suffix names the format (.png, .svg, .pdf).
+        format: The format, where ``path`` is a stream.
+
+    Raises:
+        ValueError: There is no group, or a group without arms.
+    """
+    if not groups or any(not group.arms for group in groups):
+        raise ValueError("plot_comparison needs at least one group, and at least one arm in each")
+    labels = {arm.name: arm.label for group in groups for arm in group.arms}
+    styles = _arm_styles(list(labels))
+    slots = sum(len(group.arms) + 1 for group in groups)
+    with style.context(_STYLE):
+        figure = Figure(figsize=(min(max(6.4, 2.4 + 0.62 * slots), 14), 3.3), layout="constrained")
+        FigureCanvasAgg(figure)
+        mean_axes, variance_axes = figure.subplots(1, 2)
+        _bars(mean_axes, groups, styles, lambda arm: arm.mean, lambda arm: arm.ci95)
+        mean_axes.set_title("Mean reward")
+        _bars(variance_axes, groups, styles, lambda arm: arm.variance.total, None)
+        variance_axes.set_title("Reward variance")
+        handles = [
+            Patch(facecolor=styles[name][0], hatch=styles[name][1], edgecolor="white", label=label)
+            for name, label in labels.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.4)
+        _save(figure, path, format)
+
+
+def plot_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: Path | IO[bytes],
+    *,
+    keys: Mapping[str, str] | None = None,
+    format: str | None = None,
+) -> bool:
+    """Training curves, one panel a metric, one line a run: thin as measured, thick a moving mean over about a tenth of
+    the run.
+
+    Args:
+        runs: Label of a run -> rows of its metrics.jsonl, each with ``step``; a row may lack a metric.
+        path: Where to write; the suffix names the format.
+        keys: Metric -> title of its panel; those of `CURVES` that some row has when absent.
+        format: The format, where ``path`` is a stream.
+
+    Returns:
+        Whether there was anything to draw; nothing is written where not.
+    """
+    wanted = CURVES if keys is None else keys
+    panels = [key for key in wanted if any(len(_series(rows, key)[0]) for rows in runs.values())]
+    if not panels:
+        return False
+    columns = 4 if len(panels) in (4, 7, 8) else min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    with style.context(_STYLE):
+        figure = Figure(figsize=(max(3.1 * columns, 4.6), 2.2 * lines + 0.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for axes, key in zip(grid.flat, panels, strict=False):
+            for color, (label, rows) in zip(_cycle(LINES, len(runs)), runs.items(), strict=True):
+                steps, values = _series(rows, key)
+                if len(steps) == 0:
+                    continue
+                smooth = _smooth(values, max(1, len(values) // 20))
+                axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+                axes.plot(steps, smooth, color=color, label=label, marker="o" if len(steps) == 1 else None)
+            axes.set_title(wanted[key], fontsize=9)
+            axes.margins(x=0.01)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:
+            axes.set_xlabel("step")
+        if len(runs) > 1:
+            handles = [
+                Line2D([], [], color=color, label=label)
+                for color, label in zip(_cycle(LINES, len(runs)), runs, strict=True)
+            ]
+            figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        _save(figure, path, format)
+    return True
+
+
+def plot_distributions(arms: Sequence[ArmSummary], path: Path | IO[bytes], *, format: str | None = None) -> None:
+    """Empirical distribution of the prompts' mean rewards, a line an arm: the share of prompts at or below a reward."""
+    styles = _arm_styles([arm.name for arm in arms])
+    with style.context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.3), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for arm, dash in zip(arms, _cycle(("-", "--", "-.", ":"), len(arms)), strict=True):
+            axes.ecdf(arm.rewards, color=styles[arm.name][0], linestyle=dash, label=arm.label)
+        axes.set_xlabel("mean reward of a prompt")
+        axes.set_ylabel("share of prompts")
+        axes.set_ylim(0, 1.02)
+        figure.legend(loc="outside lower center", ncols=min(5, len(arms)))
+        _save(figure, path, format)
+
+
+def arm_color(name: str) -> str:
+    """The colour of an arm's bars, where it is one of `ARM_STYLE`."""
+    return ARM_STYLE[name][0] if name in ARM_STYLE else "#777777"
+
+
+def svg(draw: Any, *arguments: Any) -> bytes:
+    """What a plotting function draws, as SVG; empty where it drew nothing."""
+    stream = io.BytesIO()
+    draw(*arguments, stream, format="svg")
+    return stream.getvalue()
+
+
+def _bars(
+    axes: Axes, groups: Sequence[ArmGroup], styles: Mapping[str, tuple[str, str]], height: Any, interval: Any
+) -> None:
+    largest = max(abs(height(arm)) for group in groups for arm in group.arms)
+    decimals = 2 if largest >= 0.3 else min(6, 1 - math.floor(math.log10(largest))) if largest > 0 else 2
+    left, centres, tops = 0.0, [], []
+    for group in groups:
+        positions = left + np.arange(len(group.arms))
+        centres.append(float(positions.mean()))
+        left = float(positions[-1]) + 1.9
+        for x, arm in zip(positions, group.arms, strict=True):
+            color, hatch = styles[arm.name]
+            value = height(arm)
+            axes.bar(x, value, width=0.86, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+            low, high = interval(arm) if interval else (math.nan, math.nan)
+            if math.isfinite(low) and math.isfinite(high):
+                axes.vlines(x, low, high, color="#222222", linewidth=1.1)
+                axes.hlines([low, high], x - 0.11, x + 0.11, color="#222222", linewidth=1.1)
+            bounds = [bound for bound in (0.0, value, low, high) if math.isfinite(bound)]
+            below = value < 0
+            edge = min(bounds) if below else max(bounds)
+            tops.append(edge)
+            axes.annotate(
+                f"{value:.{decimals}f}",
+                (x, edge),
+                xytext=(0, -2.5 if below else 2.5),
+                textcoords="offset points",
+                ha="center",
+                va="top" if below else "bottom",
+                fontsize=7,
+                color="#333333",
+            )
+    widths = [max(10, 6 * len(group.arms)) for group in groups]
+    axes.set_xticks(centres, [textwrap.fill(g.label, w) for g, w in zip(groups, widths, strict=True)])
+    axes.axhline(0, color="#555555", linewidth=0.8)
+    low, high = min(0.0, *tops), max(0.0, *tops)
+    room = 0.10 * ((high - low) or 1.0)  # for the numbers at the bars' ends
+    axes.set_ylim(low - room if low < 0 else 0, high + room if high > 0 else room)
+
+
+def _arm_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    others = iter(_cycle(_OTHERS, len(names)))
+    return {name: ARM_STYLE.get(name) or next(others) for name in names}
+
+
+def _cycle(items: Sequence[Any], count: int) -> list[Any]:
+    return [items[i % len(items)] for i in range(count)]
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values (n,) of a metric, those that are no finite number left out."""
+    pairs = [
+        (row["step"], row[key])
+        for row in rows
+        if "step" in row and isinstance(row.get(key), int | float) and math.isfinite(row[key])
+    ]
+    if not pairs:
+        return np.empty(0), np.empty(0)
+    steps, values = np.asarray(pairs, np.float64).T
+    return steps, values
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving mean (n,) over 2·window + 1 points, fewer at the ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    start, stop = np.maximum(index - window, 0), np.minimum(index + window + 1, len(values))
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def _save(figure: Figure, path: Path | IO[bytes], format: str | None) -> None:
+    kind = format or Path(str(path)).suffix.removeprefix(".")
+    figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)

@@ -1,0 +1,72 @@
+"""`alignpro optimal`: the closed form without training. Draw N rewrites of ρ_sft, resample them by exp(R/λ)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from alignpro.config import OptimalConfig, dump_config
+from alignpro.data import load_prompts
+from alignpro.doctor import versions
+from alignpro.evaluation.arms import ArmSampler
+from alignpro.evaluation.evaluate import prepare_directory
+from alignpro.models import load_language_model
+from alignpro.prompting import PrompterTemplate, drop_long_prompts
+from alignpro.rewards import build_reward
+
+logger = logging.getLogger(__name__)
+
+
+def optimal(config: OptimalConfig) -> dict[str, Any]:
+    """Write ``rewrites.jsonl`` (each prompt's best rewrite, a rewrite resampled from ρ*, all weights) and ``summary.json``.
+
+    The target's log-probabilities are not used. Rewards of the resampled rewrites are of fresh responses.
+
+    Raises:
+        TrainingError: The output directory holds a result already.
+    """
+    out = prepare_directory(config.out, "summary.json")
+    prompter, target = load_language_model(config.prompter), load_language_model(config.target)
+    template = PrompterTemplate(prompter.tokenizer, config.prompting)
+    room = min(config.prompting.max_prompt_tokens, prompter.context_length - config.rewrite.max_tokens)
+    prompts = drop_long_prompts(load_prompts(config.data).prompts, template.encode, room)[: config.prompts]
+    sampler = ArmSampler(config, prompts, target, build_reward(config.reward))
+    candidates = sampler.rewrites("candidates", prompter, config.candidates)
+    weighed = sampler.weigh(candidates, config.kl_coef)
+    resampled = sampler.gibbs(candidates, prompter, config.kl_coef, 1)
+    with (out / "rewrites.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
+        for i, prompt in enumerate(prompts):
+            best = int(candidates.scores.values[i].argmax())
+            row = {
+                "prompt": prompt.text,
+                "rewrite": resampled.scores.samples[i][0],
+                "response": resampled.scores.responses[i][0][0],
+                "reward": resampled.scores.values[i, 0].item(),
+                "best": candidates.scores.samples[i][best],
+                "candidates": candidates.scores.samples[i],
+                "values": candidates.scores.values[i].tolist(),
+                "weights": weighed.weights[i].tolist(),
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    summary = {
+        "reference_reward": candidates.scores.values.mean().item(),
+        "resampled_reward": resampled.scores.values.mean().item(),
+        "log_partition": weighed.value.mean().item(),
+        "effective_sample_size": weighed.effective_sample_size.mean().item(),
+        "kl": weighed.kl.mean().item(),
+        "kl_coef": config.kl_coef,
+        "candidates": config.candidates,
+        "prompts": len(prompts),
+        "note": "log_partition is λ log Ẑ from N samples: biased low for the optimum λ log Z (Jensen)",
+        "seed": config.seed,
+        "versions": versions(),
+    }
+    (out / "config.yaml").write_text(dump_config(config))
+    (out / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    logger.info(
+        "reward of ρ_sft %.4f → resampled %.4f; λ log Ẑ %.4f; effective sample size %.2f of %d",
+        *(summary[key] for key in ("reference_reward", "resampled_reward", "log_partition", "effective_sample_size")),
+        config.candidates,
+    )
+    return summary

@@ -1,0 +1,147 @@
+"""The evaluation as one self-contained HTML file: no network, no other file, every text escaped."""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from alignpro.evaluation import figure
+from alignpro.evaluation.statistics import Estimate, finite_or_none
+from alignpro.evaluation.summary import ArmGroup, ArmSummary, Report, SampleRow
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A segment of the small bar that shows a variance's parts, and its width in percent of the largest total."""
+
+    name: str
+    value: float
+    width: float
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Render `report` and put it at ``path`` in one rename, so a reader never sees half a file.
+
+    Args:
+        path: The HTML file to write; its directory exists.
+        report: Everything that is shown. Texts may hold anything, HTML included: they are escaped.
+
+    Raises:
+        ValueError: The report has no arm.
+        OSError: The file cannot be written.
+    """
+    html = render_report(report)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(html.encode("utf-8", "replace"))  # a lone surrogate, which a model can write, has no UTF-8
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def render_report(report: Report) -> str:
+    """The report as HTML text.
+
+    Raises:
+        ValueError: The report has no arm.
+    """
+    if not report.arms:
+        raise ValueError("a report needs at least one arm")
+    environment = Environment(
+        loader=PackageLoader("alignpro.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=_number, interval=_interval, signed=_signed, percent=_percent, gap_interval=_gap_interval
+    )
+    colors = {arm.name: figure.arm_color(arm.name) for arm in report.arms}
+    return environment.get_template("report.jinja").render(
+        report=report,
+        colors=colors,
+        parts={arm.name: _variance_bar(arm, report.arms) for arm in report.arms},
+        kl=[(arm.label, arm.kl) for arm in report.arms if arm.kl is not None],
+        comparison=_embed(figure.svg(figure.plot_comparison, [ArmGroup(report.pair, report.arms)])),
+        distributions=_embed(figure.svg(figure.plot_distributions, report.arms)),
+        curves=_embed(figure.svg(figure.plot_curves, report.curves)),
+        table=_table(report.arms, report.rows, colors),
+    )
+
+
+def _embed(image: bytes) -> str:
+    """SVG as a data URI; empty for no image."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(image).decode('ascii')}" if image else ""
+
+
+def _variance_bar(arm: ArmSummary, arms: Sequence[ArmSummary]) -> list[_Part]:
+    """Segments in proportion to the parts; a negative estimate has no width, but is shown in the numbers."""
+    largest = max(
+        max(0.0, v.prompts) + max(0.0, v.rewrites) + max(0.0, v.responses) for v in (a.variance for a in arms)
+    )
+    parts = {"prompts": arm.variance.prompts, "rewrites": arm.variance.rewrites, "responses": arm.variance.responses}
+    return [_Part(name, value, 100 * max(0.0, value) / (largest or 1.0)) for name, value in parts.items()]
+
+
+def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[str, str]) -> dict[str, Any]:
+    """The rows as the page's script reads them: each distinct text once, rows point to it."""
+    known = {arm.name: arm.label for arm in arms}
+    names = list(dict.fromkeys([*known, *(row["arm"] for row in rows)]))
+    texts: dict[str, int] = {}
+
+    def index(text: str | None) -> int:
+        return -1 if text is None else texts.setdefault(text, len(texts))
+
+    packed = [
+        [
+            names.index(row["arm"]),
+            index(row["prompt"]),
+            index(row["rewrite"]),
+            index(row["response"]),
+            finite_or_none(row["reward"]),
+        ]
+        for row in rows
+    ]
+    labels = [[known.get(name, name), colors.get(name, "#777777")] for name in names]
+    return {"arms": labels, "texts": list(texts), "rows": packed}
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.3g}"
+    return text.replace("-", "−") if float(text) else text.removeprefix("-")
+
+
+def _signed(value: float | None, digits: int = 3) -> str:
+    text = _number(value, digits)
+    return text if text.startswith(("−", "–")) else f"+{text}"
+
+
+def _interval(bounds: tuple[float, float] | Estimate, digits: int = 3) -> str:
+    low, high = (bounds.low, bounds.high) if isinstance(bounds, Estimate) else bounds
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "interval not determined"
+    return f"[{_number(low, digits)}, {_number(high, digits)}]"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %".replace("-", "−") if math.isfinite(value) else "not defined"
+
+
+def _gap_interval(gap: Estimate) -> str:
+    if math.isnan(gap.value):
+        return "oracle and no fine-tuning have the same mean"
+    if math.isinf(gap.low):
+        return "interval not determined: the gap itself may be zero"
+    if math.isnan(gap.low):
+        return "interval not determined by one prompt"
+    return f"95 % [{_percent(gap.low)}, {_percent(gap.high)}]"

@@ -1,0 +1,109 @@
+"""From a configuration to the objects of a job: what each command of `alignpro` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from alignpro.chat_template import ChatTemplate
+from alignpro.config import ModelConfig, PromptingConfig, RLHFConfig, SamplingConfig, TrainConfig
+from alignpro.data import DataSet, Prompt, load_prompts, split
+from alignpro.engine import Engine
+from alignpro.environment import PromptEnvironment, ResponseEnvironment, sampling_params
+from alignpro.errors import ConfigError
+from alignpro.models import LanguageModel, load_language_model
+from alignpro.policy import Policy
+from alignpro.prompting import PrompterTemplate, TargetTemplate, drop_long_prompts
+from alignpro.rewards import RewardStack, build_reward
+from alignpro.training.reinforcement import PolicyTraining
+
+
+def prompter_training(config: TrainConfig) -> PolicyTraining:
+    """`alignpro train`: the prompter learns to write what makes the frozen target answer better."""
+    policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
+    target = load_language_model(config.target)
+    environment = prompt_environment(
+        policy.model,
+        target,
+        config.target,
+        build_reward(config.reward),
+        config.prompting,
+        config.rollout.respond,
+        responses=config.rollout.responses_per_rewrite,
+    )
+    room = policy.model.context_length - config.rollout.rewrite.max_tokens
+    training, heldout = training_prompts(
+        load_prompts(config.data), config.data.holdout, environment, min(config.prompting.max_prompt_tokens, room)
+    )
+    return PolicyTraining(
+        policy,
+        environment,
+        Engine({"policy": policy.model, "target": target}, max_batch=config.rollout.max_batch),
+        training,
+        heldout,
+        sampling=sampling_params(config.rollout.rewrite, config.rollout.rewrites_per_prompt),
+        prompts_per_step=config.rollout.prompts_per_step,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        run=config.run,
+    )
+
+
+def response_training(config: RLHFConfig) -> PolicyTraining:
+    """`alignpro rlhf`: the target itself learns from the same reward."""
+    policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
+    template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
+    environment = ResponseEnvironment(template, build_reward(config.reward))
+    room = policy.model.context_length - config.rollout.respond.max_tokens
+    training, heldout = training_prompts(
+        load_prompts(config.data), config.data.holdout, environment, min(config.max_prompt_tokens, room)
+    )
+    return PolicyTraining(
+        policy,
+        environment,
+        Engine({"policy": policy.model}, max_batch=config.rollout.max_batch),
+        training,
+        heldout,
+        sampling=sampling_params(config.rollout.respond, config.rollout.responses_per_prompt),
+        prompts_per_step=config.rollout.prompts_per_step,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        run=config.run,
+    )
+
+
+def prompt_environment(
+    prompter: LanguageModel,
+    target: LanguageModel,
+    target_config: ModelConfig,
+    reward: RewardStack,
+    prompting: PromptingConfig,
+    respond: SamplingConfig,
+    *,
+    responses: int,
+) -> PromptEnvironment:
+    """The chain x → x' → y: a prompter's template, a target's, and the reward.
+
+    Raises:
+        ConfigError: The target's context has no room for a prompt beside the response.
+    """
+    room = target.context_length - respond.max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"respond.max_tokens={respond.max_tokens} leaves no room for a prompt in the target's context of "
+            f"{target.context_length} tokens ({target.name})"
+        )
+    return PromptEnvironment(
+        PrompterTemplate(prompter.tokenizer, prompting),
+        TargetTemplate(target.tokenizer, target_config.chat_template, max_tokens=room, on_empty=prompting.on_empty),
+        reward,
+        sampling_params(respond, responses),
+        prompting,
+    )
+
+
+def training_prompts(
+    data: DataSet, holdout: float, environment: PromptEnvironment | ResponseEnvironment, limit: int
+) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Training and held-out prompts whose input fits in ``limit`` tokens; the others are dropped and counted."""
+    prompts = drop_long_prompts(data.prompts, environment.encode, limit)
+    return split(prompts, holdout)

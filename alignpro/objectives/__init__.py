@@ -1,0 +1,42 @@
+"""From scores to three numbers a token: KL, advantages, policy losses, Gibbs. Pure functions of tensors."""
+
+from alignpro.objectives.advantages import (
+    RunningBaseline,
+    gae,
+    group_normalized,
+    is_unbiased,
+    leave_one_out,
+    returns_to_go,
+)
+from alignpro.objectives.gibbs import gibbs_loss
+from alignpro.objectives.kl import AdaptiveKL, KLEstimator, KLLossTerms, kl_loss_terms, last_action, token_rewards
+from alignpro.objectives.losses import (
+    PolicyGradientBatch,
+    TokenLoss,
+    loss_scale,
+    policy_gradient_coefficients,
+    ppo_clip_coefficients,
+    value_loss,
+)
+
+__all__ = [
+    "AdaptiveKL",
+    "KLEstimator",
+    "KLLossTerms",
+    "PolicyGradientBatch",
+    "RunningBaseline",
+    "TokenLoss",
+    "gae",
+    "gibbs_loss",
+    "group_normalized",
+    "is_unbiased",
+    "kl_loss_terms",
+    "last_action",
+    "leave_one_out",
+    "loss_scale",
+    "policy_gradient_coefficients",
+    "ppo_clip_coefficients",
+    "returns_to_go",
+    "token_rewards",
+    "value_loss",
+]

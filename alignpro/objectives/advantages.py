@@ -1,0 +1,166 @@
+"""From rewards after each action to what each action is worth more than expected.
+
+Layout: B = P·K rows, prompt-major (row = p·K + k), actions at positions 0..length−1 of T. G_t, the return of action t,
+is the sum of `token_rewards` from t on. An advantage G_t − b is unbiased when b does not depend on the action a_t, nor
+on the row's later ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignpro.errors import ConfigError
+from alignpro.objectives.kl import KLEstimator, check_rows
+
+
+def returns_to_go(token_rewards: Tensor, mask: Tensor) -> Tensor:
+    """G_t = Σ_{u≥t} reward_u, (B, T), zero outside the mask (undiscounted: the objective has no discount)."""
+    check_rows(mask)
+    rewards = torch.where(mask, token_rewards, 0.0)
+    return torch.where(mask, rewards.flip(-1).cumsum(-1).flip(-1), 0.0)
+
+
+def leave_one_out(returns: Tensor, mask: Tensor, scores: Tensor, group: int) -> Tensor:
+    """RLOO (Kool et al., 2019; Ahmadian et al., 2024, arXiv 2402.14740), a position at a time. Unbiased.
+
+    The baseline at position t is the mean of the other K−1 rows' returns at t. A row that has ended is held at its
+    score: that is its return with no KL to come, and it keeps the baseline of late positions from rewarding length.
+
+    Args:
+        returns: (B, T) from `returns_to_go`.
+        mask: (B, T) bool.
+        scores: (B,) R of each row.
+        group: K ≥ 2.
+
+    Returns:
+        (B, T), zero outside the mask.
+
+    Raises:
+        ConfigError: K < 2.
+        ValueError: Shapes do not match, or B is no multiple of K.
+    """
+    held = _held(returns, mask, scores, group, "leave_one_out")
+    baseline = (held.sum(1, keepdim=True) - held) / (group - 1)  # (P, K, T)
+    return torch.where(mask, returns - baseline.view_as(returns), 0.0)
+
+
+def group_normalized(returns: Tensor, mask: Tensor, scores: Tensor, group: int, eps: float = 1e-4) -> Tensor:
+    """GRPO (Shao et al., 2024, arXiv 2402.03300): (G_t − mean) / (std + eps) over the K rows of the prompt at position
+    t.
+
+    Biased: the mean holds the row's own return, which shrinks the gradient by (K−1)/K, and dividing by the spread
+        weighs prompts
+    by how much their rewrites agree. A group of equal returns gives zero. A row that has ended is held at its score.
+
+    Args:
+        returns: (B, T) from `returns_to_go`.
+        mask: (B, T) bool.
+        scores: (B,) R of each row.
+        group: K ≥ 2.
+        eps: Added to the standard deviation (with K−1 in its denominator).
+
+    Returns:
+        (B, T), zero outside the mask.
+
+    Raises:
+        ConfigError: K < 2.
+        ValueError: Shapes do not match, or B is no multiple of K.
+    """
+    held = _held(returns, mask, scores, group, "group_normalized")
+    advantages = (held - held.mean(1, keepdim=True)) / (held.std(1, keepdim=True) + eps)
+    return torch.where(mask, advantages.view_as(returns), 0.0)
+
+
+class RunningBaseline:
+    """REINFORCE with a moving average of earlier steps' returns as baseline (Williams, 1992). Unbiased.
+
+    The baseline of a step comes from the steps before it: take `advantages` first, then `update`. It is 0 at the first
+        step.
+
+    Args:
+        decay: Weight of the past; the average is corrected for its start (as Adam's moments are).
+    """
+
+    def __init__(self, decay: float = 0.95) -> None:
+        self.decay = decay
+        self._sum = 0.0
+        self._weight = 0.0
+
+    @property
+    def value(self) -> float:
+        """b, in units of reward."""
+        return self._sum / self._weight if self._weight > 0 else 0.0
+
+    def advantages(self, returns: Tensor, mask: Tensor) -> Tensor:
+        """G_t − b, (B, T), zero outside the mask."""
+        check_rows(mask)
+        return torch.where(mask, returns - self.value, 0.0)
+
+    def update(self, mean_return: float) -> None:
+        """Take in a step's mean return of whole sequences, G_0."""
+        self._sum = self.decay * self._sum + (1 - self.decay) * mean_return
+        self._weight = self.decay * self._weight + (1 - self.decay)
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"sum": self._sum, "weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Back to a saved state."""
+        self._sum, self._weight = float(state["sum"]), float(state["weight"])
+
+
+def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al., 2016, arXiv 1506.02438, eq. 16), without discount.
+
+    δ_t = r_t + V_{t+1} − V_t and A_t = δ_t + lam · A_{t+1}; after the last action V is 0, whether the sequence ended by
+    its end
+    token or was cut at its limit: the score pays for it as it stands. Unbiased at lam = 1, whatever the values; below
+        it
+    as far as the values are right.
+
+    Args:
+        token_rewards: (B, T) from `alignpro.objectives.kl.token_rewards`.
+        values: (B, T) the critic's V at the state before each action; taken as constants.
+        mask: (B, T) bool.
+        lam: In [0, 1].
+
+    Returns:
+        Advantages (B, T), and the critic's regression targets A + V (B, T); both zero outside the mask.
+    """
+    check_rows(mask)
+    rewards = torch.where(mask, token_rewards, 0.0)
+    values = torch.where(mask, values.detach(), 0.0).to(rewards.dtype)
+    advantages = torch.zeros_like(rewards)
+    later_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
+    later_value = torch.zeros_like(later_advantage)
+    for t in reversed(range(rewards.shape[1])):
+        later_advantage = rewards[:, t] + later_value - values[:, t] + lam * later_advantage
+        later_value = values[:, t]
+        advantages[:, t] = later_advantage
+    return advantages, advantages + values
+
+
+def is_unbiased(estimator: KLEstimator, advantage: str, gae_lambda: float = 1.0) -> bool:
+    """Whether the policy gradient's expectation is ∇J exactly.
+
+    On policy, with normalize_by="sequence" and no entropy bonus; a mean over tokens weighs a sequence by the step's
+    other lengths.
+    """
+    baseline = advantage in ("leave_one_out", "running_baseline") or (advantage == "gae" and gae_lambda == 1.0)
+    return baseline and estimator in ("exact", "k1")
+
+
+def _held(returns: Tensor, mask: Tensor, scores: Tensor, group: int, what: str) -> Tensor:
+    """(P, K, T): returns, and past a row's end its score."""
+    check_rows(mask, scores=scores)
+    if group < 2:
+        raise ConfigError(
+            f"objective.advantage={what} with {group} sample of a prompt: the baseline is made of the same "
+            "prompt's other samples; take at least 2, or objective.advantage=running_baseline"
+        )
+    rows, length = returns.shape
+    if rows % group:
+        raise ValueError(f"{what}: {rows} rows are not a whole number of groups of {group}")
+    return torch.where(mask, returns, scores.unsqueeze(-1).to(returns.dtype)).view(rows // group, group, length)

@@ -1,0 +1,56 @@
+"""The Gibbs objective: regression on the closed form ρ* ∝ ρ_sft exp(R/λ).
+
+At ρ*, log ρ − log ρ_sft − R/λ is the same constant −log Z for every rewrite of a prompt. So the loss is the variance
+within a group of
+
+    Δ_i = λ (log ρ(x'_i|x) − log ρ_sft(x'_i|x)) − R(x, x'_i)        L = ½ · 1/(K−1) · Σ_i (Δ_i − mean Δ)²
+
+Its minimum is ρ* for any sampling distribution with full support, so old rewrites may be used again. On policy its
+gradient is −λ times the leave-one-out ascent direction with the sampled KL of the whole sequence in the reward: E ∇L =
+−λ ∇J.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from alignpro.errors import ConfigError
+
+
+def gibbs_loss(
+    sequence_logprob: Tensor, reference_logprob: Tensor, scores: Tensor, group: int, kl_coef: float
+) -> Tensor:
+    """The loss, a mean over prompts; differentiable in ``sequence_logprob`` alone.
+
+    Args:
+        sequence_logprob: (B,) Σ_t log ρ(a_t|s_t), nats, B = P·K rows prompt-major.
+        reference_logprob: (B,) the same under ρ_sft.
+        scores: (B,) R.
+        group: K ≥ 2.
+        kl_coef: λ > 0.
+
+    Returns:
+        () in the dtype of ``sequence_logprob``.
+
+    Raises:
+        ConfigError: K < 2 or λ ≤ 0.
+        ValueError: Shapes do not match, or B is no multiple of K.
+    """
+    if group < 2:
+        raise ConfigError(
+            f"objective.loss=gibbs with {group} sample of a prompt: it compares within a group, take at least 2"
+        )
+    if not kl_coef > 0:
+        raise ConfigError(f"objective.loss=gibbs with kl.coef={kl_coef}: it regresses on R/λ, which needs a positive λ")
+    if not sequence_logprob.shape == reference_logprob.shape == scores.shape or sequence_logprob.ndim != 1:
+        raise ValueError(
+            f"gibbs_loss: sequence_logprob {tuple(sequence_logprob.shape)}, reference_logprob "
+            f"{tuple(reference_logprob.shape)}, scores {tuple(scores.shape)}: expected (B,) for each"
+        )
+    if sequence_logprob.numel() % group:
+        raise ValueError(f"gibbs_loss: {sequence_logprob.numel()} rows are not a whole number of groups of {group}")
+    dtype = sequence_logprob.dtype
+    delta = kl_coef * (sequence_logprob - reference_logprob.detach().to(dtype)) - scores.detach().to(dtype)
+    delta = delta.view(-1, group)  # (P, K)
+    centred = delta - delta.mean(1, keepdim=True)
+    return 0.5 * centred.square().sum(1).div(group - 1).mean()

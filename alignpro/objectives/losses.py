@@ -1,0 +1,143 @@
+"""Policy losses as three numbers a token, for `alignpro_kernels.policy_loss`.
+
+    L = Σ_t scale · [ surrogate(logp_t; A_t) + (what the KL adds, kl.py) − c · H_t ]
+    α = ∂L/∂logp    η = ∂L/∂H = −scale · c    κ = ∂L/∂KL = scale · λ for the exact KL
+
+N actions, flattened row-major: ``x[mask]`` of a (B, T) tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignpro.objectives.kl import KLEstimator, kl_loss_terms
+
+
+@dataclass(frozen=True)
+class PolicyGradientBatch:
+    """What the loss knows of N actions; every tensor a constant."""
+
+    advantages: Tensor
+    """(N,) float."""
+    scale: float | Tensor
+    """Weight of a token's terms in the loss, from `loss_scale`; or (N,)."""
+    kl_coef: float = 0.0
+    """λ, in reward a nat."""
+    kl_estimator: KLEstimator = "exact"
+    reference_logprob: Tensor | None = None
+    """(N,) log ρ_sft(a_t|s_t), nats; needed by k2 and k3."""
+    old_logprob: Tensor | None = None
+    """(N,) log-probability when the rollout was drawn, nats; needed by PPO."""
+    entropy_coef: float = 0.0
+    """c: adds c·H_t at every visited state. Only the step's own entropy is differentiated (the usual bonus), not how an
+    action leads to states of higher entropy."""
+
+
+def loss_scale(mask: Tensor, normalize_by: Literal["sequence", "token"]) -> float:
+    """The weight of a token's terms, from the mask (B, T) of the WHOLE optimizer step, so that micro-batches add up.
+
+    ``sequence``: 1/B, a sum over tokens and a mean over sequences: the objective's own form.
+    ``token``: 1/N, a mean over tokens.
+    """
+    count = mask.shape[0] if normalize_by == "sequence" else int(mask.sum())
+    return 1.0 / max(count, 1)
+
+
+class TokenLoss:
+    """The coefficients callable of `alignpro_kernels.policy_loss`; gathers metrics as it is called, chunk by chunk.
+
+    Build it with `policy_gradient_coefficients` or `ppo_clip_coefficients`.
+    """
+
+    def __init__(self, batch: PolicyGradientBatch, clip_range: float | None) -> None:
+        self.batch = batch
+        self.clip_range = clip_range
+        self._tokens = 0
+        self._clipped: Tensor | float = 0.0
+        self._drift: Tensor | float = 0.0
+
+    def __call__(
+        self, logprob: Tensor, entropy: Tensor | None, kl: Tensor | None, rows: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Loss terms, α, η, κ of a chunk, each (C,)."""
+        batch, dtype = self.batch, logprob.dtype
+        advantages = batch.advantages[rows].to(dtype)
+        scale = batch.scale[rows].to(dtype) if isinstance(batch.scale, Tensor) else batch.scale
+
+        loss, alpha = self._surrogate(logprob, advantages, rows)
+        logratio = None if batch.reference_logprob is None else logprob - batch.reference_logprob[rows].to(dtype)
+        terms = kl_loss_terms(batch.kl_estimator, batch.kl_coef, kl, logratio)
+        loss = loss if terms.loss is None else loss + terms.loss
+        alpha = alpha if terms.alpha is None else alpha + terms.alpha
+        kappa = None if terms.kappa is None else scale * terms.kappa
+        eta = None
+        if batch.entropy_coef:
+            if entropy is None:
+                raise ValueError("entropy_coef is not 0, but policy_loss was called without entropy=True")
+            loss = loss - batch.entropy_coef * entropy
+            eta = torch.full_like(entropy, -batch.entropy_coef) * scale
+        return scale * loss, scale * alpha, eta, kappa
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the tokens seen; empty for the plain policy gradient.
+
+        ``clip_fraction``: share of tokens whose gradient the clip removed. ``old_policy_kl``: estimate (k3) of the KL
+            from the policy
+        that drew the rollout, nats a token.
+        """
+        if self.clip_range is None or self._tokens == 0:
+            return {}
+        return {
+            "clip_fraction": float(self._clipped) / self._tokens,
+            "old_policy_kl": float(self._drift) / self._tokens,
+        }
+
+    def _surrogate(self, logprob: Tensor, advantages: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (C,) and its derivative in logprob (C,), before scaling."""
+        if self.clip_range is None:
+            return -advantages * logprob, -advantages
+        assert self.batch.old_logprob is not None  # the builder checks it
+        change = logprob - self.batch.old_logprob[rows].to(logprob.dtype)
+        ratio = change.exp()
+        bounded = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        gain = torch.minimum(ratio * advantages, bounded * advantages)
+        too_high, too_low = ratio > 1 + self.clip_range, ratio < 1 - self.clip_range
+        clipped = ((advantages > 0) & too_high) | ((advantages < 0) & too_low)
+        self._tokens += rows.numel()
+        self._clipped = self._clipped + clipped.sum()
+        self._drift = self._drift + (ratio - 1 - change).sum()
+        return -gain, torch.where(clipped, 0.0, -advantages * ratio)
+
+
+def policy_gradient_coefficients(batch: PolicyGradientBatch) -> TokenLoss:
+    """REINFORCE: the surrogate −A·logp, whose gradient −A·∇logp is the score-function estimate. On policy only.
+
+    The loss's value means nothing by itself; with an unbiased advantage (`is_unbiased`) its gradient's expectation is
+    −∇J.
+    """
+    return TokenLoss(batch, clip_range=None)
+
+
+def ppo_clip_coefficients(batch: PolicyGradientBatch, clip_range: float) -> TokenLoss:
+    """PPO's clipped surrogate (Schulman et al., 2017, arXiv 1707.06347, eq. 7): −min(r·A, clip(r, 1−ε, 1+ε)·A), r =
+    ρ/ρ_old.
+
+    At ρ = ρ_old its gradient is the policy gradient's. Off policy it is a local bound on improvement, not an estimate
+    of ∇J.
+
+    Raises:
+        ValueError: The batch has no ``old_logprob``.
+    """
+    if batch.old_logprob is None:
+        raise ValueError("ppo_clip needs old_logprob in its batch: the log-probabilities from the rollout")
+    return TokenLoss(batch, clip_range)
+
+
+def value_loss(values: Tensor, targets: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The critic's regression, scale · Σ ½ (V − target)² over the actions: (), differentiable in ``values`` (B, T)."""
+    error = torch.where(mask, values - targets.detach().to(values.dtype), 0.0)
+    return scale * 0.5 * error.square().sum()

@@ -1,0 +1,179 @@
+"""The policy: a trainable language model, the frozen reference that prices its KL, and the passes over both."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignpro.config import PolicyConfig
+from alignpro.errors import ModelError
+from alignpro.models import Head, LanguageModel, add_adapter, fingerprint, load_language_model, load_trainable
+from alignpro.sequences import SequenceBatch
+from alignpro_kernels import Coefficients, PolicyLossOutput, linear_logprob, policy_loss
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """What one pass over sampled sequences says of each action; (B, T), zero off the mask."""
+
+    logprob: Tensor
+    """log ρ(a_t|s_t)."""
+    reference_logprob: Tensor
+    """log ρ_sft(a_t|s_t)."""
+    kl: Tensor
+    """KL(ρ(·|s_t) ‖ ρ_sft(·|s_t)) over the whole vocabulary, in nats."""
+    entropy: Tensor
+    """Entropy of ρ(·|s_t), in nats."""
+
+
+class Policy:
+    """A trainable model and its reference.
+
+    The reference is the model with its adapter switched off where the adapter is all that differs, else a frozen copy.
+
+    Args:
+        model: What is trained; its ``requires_grad`` flags say which of its weights are.
+        reference: The frozen reference; None switches the adapter off.
+        temperature: That of sampling. ρ and ρ_sft mean the distributions at this temperature.
+    """
+
+    def __init__(self, model: LanguageModel, reference: LanguageModel | None, *, temperature: float = 1.0) -> None:
+        self.model = model
+        self.reference = reference
+        self.temperature = temperature
+        self.model.eval()  # no dropout: importance ratios compare the same function at two sets of weights
+        if reference is not None:
+            reference.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, config: PolicyConfig, *, seed: int, temperature: float = 1.0) -> Policy:
+        """Load the model, put the adapter on it and decide what serves as the reference.
+
+        Raises:
+            ModelError: A model cannot be loaded, the adapter does not fit, or model and reference have different
+                vocabularies.
+        """
+        start = load_trainable(config, seed)
+        torch.manual_seed(seed)  # what an adapter starts from
+        starts_from_soft_prompt = start.virtual_tokens > 0
+        reference: LanguageModel | None = None
+        if config.reference is not None:
+            reference = load_language_model(config.model_copy(update={"path": config.reference}))
+        elif config.adapter.kind == "full" or starts_from_soft_prompt:
+            reference = copy.deepcopy(start)
+        model = add_adapter(start, config.adapter)
+        if reference is not None and reference.head.weight.shape[0] != model.head.weight.shape[0]:
+            raise ModelError(
+                f"reference {reference.name} has {reference.head.weight.shape[0]} vocabulary entries, policy {model.name} "
+                f"has {model.head.weight.shape[0]}: KL needs the same vocabulary"
+            )
+        if config.gradient_checkpointing:
+            model.causal.gradient_checkpointing_enable({"use_reentrant": False})
+            model.causal.enable_input_require_grads()
+        return cls(model, reference, temperature=temperature)
+
+    @property
+    def trainable(self) -> dict[str, Tensor]:
+        """Name → weight, of all that is trained."""
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def reference_id(self) -> str:
+        """A fingerprint of the reference's weights, recorded in checkpoints."""
+        if self.reference is not None:
+            return fingerprint(self.reference)
+        with self.model.adapter_off():
+            return fingerprint(self.model.causal.get_input_embeddings())
+
+    @torch.no_grad()
+    def token_values(self, batch: SequenceBatch) -> TokenValues:
+        """Log-probabilities, exact KL and entropy of every action at the current weights."""
+        states, targets = self._states(batch), batch.targets
+        reference_states, reference_head = self._reference(batch)
+        head = self.model.head
+        stats = linear_logprob(
+            states,
+            head.weight,
+            targets,
+            bias=head.bias,
+            temperature=self.temperature,
+            softcap=head.softcap,
+            entropy=True,
+            **_reference_arguments(head, reference_states, reference_head),
+        )
+        reference_stats = linear_logprob(
+            reference_states,
+            reference_head.weight,
+            targets,
+            bias=reference_head.bias,
+            temperature=self.temperature,
+            softcap=reference_head.softcap,
+        )
+        return TokenValues(
+            logprob=batch.scatter(stats.logprob),
+            reference_logprob=batch.scatter(reference_stats.logprob),
+            kl=batch.scatter(stats.kl),
+            entropy=batch.scatter(stats.entropy),
+        )
+
+    def loss(
+        self, batch: SequenceBatch, coefficients: Coefficients, *, need_kl: bool, need_entropy: bool
+    ) -> PolicyLossOutput:
+        """A loss that is a sum over actions, through the fused head: ``coefficients`` says what each action weighs."""
+        states, targets = self._states(batch), batch.targets
+        head = self.model.head
+        reference = {}
+        if need_kl:
+            reference_states, reference_head = self._reference(batch)
+            reference = _reference_arguments(head, reference_states, reference_head)
+        return policy_loss(
+            states,
+            head.weight,
+            targets,
+            coefficients,
+            bias=head.bias,
+            temperature=self.temperature,
+            softcap=head.softcap,
+            entropy=need_entropy,
+            **reference,
+        )
+
+    def sequence_logprob(self, batch: SequenceBatch) -> Tensor:
+        """log ρ(x'|x) of whole sequences, differentiable: (B,)."""
+        return sequence_logprob(self.model, batch, self.temperature)
+
+    def _states(self, batch: SequenceBatch) -> Tensor:
+        return batch.action_states(self.model.hidden(batch.ids, batch.attention_mask))
+
+    @torch.no_grad()
+    def _reference(self, batch: SequenceBatch) -> tuple[Tensor, Head]:
+        if self.reference is not None:
+            return batch.action_states(self.reference.hidden(batch.ids, batch.attention_mask)), self.reference.head
+        with self.model.adapter_off():
+            return self._states(batch), self.model.head
+
+
+def sequence_logprob(model: LanguageModel, batch: SequenceBatch, temperature: float) -> Tensor:
+    """Log-probability of each whole completion at a temperature, (B,), differentiable."""
+    head = model.head
+    stats = linear_logprob(
+        batch.action_states(model.hidden(batch.ids, batch.attention_mask)),
+        head.weight,
+        batch.targets,
+        bias=head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+    )
+    return batch.scatter(stats.logprob).sum(1)
+
+
+def _reference_arguments(head: Head, states: Tensor, reference: Head) -> dict[str, Tensor | None]:
+    """Keyword arguments for the head's operators; a shared head is named once, so that it is read once.
+
+    A head that is trained is shared with nobody: the reference keeps its own.
+    """
+    if head.same_as(reference) and not head.weight.requires_grad:
+        return {"ref_hidden": states}
+    return {"ref_hidden": states, "ref_weight": reference.weight, "ref_bias": reference.bias}

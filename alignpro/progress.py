@@ -1,0 +1,62 @@
+"""Progress on the terminal: a bar with rates, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+Advance = Callable[[Mapping[str, float]], None]
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress_bar(total: int, completed: int, headline: Sequence[str]) -> Iterator[Advance]:
+    """A bar over steps; each call of what it yields is a step, with metrics of which ``headline`` is shown."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_writer(total, completed, headline)
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total, completed=completed, rate="", shown="")
+
+        def advance(metrics: Mapping[str, float]) -> None:
+            speed = bar.tasks[0].speed
+            rate = f"{speed:.2f} steps/s" if speed else ""
+            bar.update(task, advance=1, rate=rate, shown=_show(metrics, headline))
+
+        yield advance
+
+
+def _line_writer(total: int, completed: int, headline: Sequence[str]) -> Advance:
+    """Log a line now and then, the last step included."""
+    done, started, last_line = completed, time.monotonic(), -_SECONDS_BETWEEN_LINES
+
+    def advance(metrics: Mapping[str, float]) -> None:
+        nonlocal done, last_line
+        done += 1
+        now = time.monotonic()
+        if now - last_line >= _SECONDS_BETWEEN_LINES or done == total:
+            rate = (done - completed) / max(now - started, 1e-9)
+            logger.info("step %d/%d  %.2f steps/s  %s", done, total, rate, _show(metrics, headline))
+            last_line = now
+
+    return advance
+
+
+def _show(metrics: Mapping[str, float], headline: Sequence[str]) -> str:
+    return "  ".join(f"{name} {metrics[name]:.4g}" for name in headline if name in metrics)

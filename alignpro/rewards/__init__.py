@@ -1,0 +1,7 @@
+"""Rewards r*(x, y): functions, reward models and drift guards, composed by weights."""
+
+from alignpro.rewards.component import Measurement, Reward
+from alignpro.rewards.conversation import encode_conversation
+from alignpro.rewards.stack import RewardStack, Scored, build_reward
+
+__all__ = ["Measurement", "Reward", "RewardStack", "Scored", "build_reward", "encode_conversation"]

@@ -1,0 +1,108 @@
+"""A Python function as a reward, by dotted path or by file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from alignpro.config import FunctionRewardConfig
+from alignpro.data.prompt import Prompt
+from alignpro.errors import ConfigError
+from alignpro.rewards.component import Measurement
+
+
+class FunctionReward:
+    """Calls ``fn(prompts: list[Prompt], responses: list[str], **params) -> list[float]`` once a batch.
+
+    Raises:
+        ConfigError: There is no such function, or it does not take these arguments.
+    """
+
+    def __init__(self, config: FunctionRewardConfig) -> None:
+        self._function = load_function(config.function)
+        self._params = config.params
+        self.name = config.name or config.function.rpartition(":")[2]
+        try:
+            signature = inspect.signature(self._function)
+        except ValueError:
+            return  # a builtin may have none: the call itself will tell
+        try:
+            signature.bind([], [], **config.params)
+        except TypeError as error:
+            raise ConfigError(
+                f"reward function {config.function}: it is called as fn(prompts, responses, **params) with params "
+                f"{sorted(config.params)}, which its signature {signature} does not take: {error}"
+            ) from error
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:
+        """(N,) what the function returns; it gets lists of its own, so it may change them."""
+        return Measurement(self._function(list(prompts), list(responses), **self._params))
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` or ``path/to/file.py:function`` names.
+
+    Raises:
+        ConfigError: The path has another form, the module or the function is missing, or the module does not import.
+    """
+    where, colon, attribute = path.rpartition(":")
+    if not colon or not where or not attribute:
+        raise ConfigError(
+            f"reward function {path!r}: expected package.module:function or path/to/file.py:function, with one colon"
+        )
+    module = _from_file(path, Path(where)) if where.endswith(".py") else _from_package(path, where)
+    try:
+        function = operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        names = sorted(name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_")
+        raise ConfigError(
+            f"reward function {path}: {where} has no {attribute!r}; its functions: {', '.join(names) or 'none'}"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"reward function {path}: {attribute!r} is a {type(function).__name__}, not a function")
+    return function
+
+
+def _from_package(path: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"reward function {path}: there is no module {error.name!r} on the import path; "
+                "install its package, or give the file: path/to/file.py:function"
+            ) from error
+        raise _broken(path, error) from error
+    except Exception as error:
+        raise _broken(path, error) from error
+
+
+def _from_file(path: str, file: Path) -> ModuleType:
+    if not file.is_file():
+        raise ConfigError(f"reward function {path}: file {file.absolute()} not found")
+    # Registered, since dataclasses and pickle look their module up by name; by its path, so that two files may share a
+    # stem.
+    name = f"alignpro_reward_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"reward function {path}: {file} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise _broken(path, error) from error
+    return module
+
+
+def _broken(path: str, error: Exception) -> ConfigError:
+    return ConfigError(f"reward function {path}: importing it raised {type(error).__name__}: {error}")

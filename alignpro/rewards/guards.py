@@ -1,0 +1,131 @@
+"""Drift guards: how far a rewrite x' has gone from the prompt x, row by row.
+
+Each is a metric always, and a penalty outside [low, high] where the configuration asks for one.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+from alignpro.config import GuardConfig
+from alignpro.data.prompt import Prompt
+from alignpro.rewards.component import Measurement, guarded_call
+from alignpro.rewards.embedding import EmbeddingSimilarity
+
+Measure = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""(originals (N,), rewrites (N,)) -> (N,)."""
+
+NGRAM = 3
+"""Words in a row that count as copied: two texts on one subject share words and pairs, but seldom triples."""
+
+LANGUAGE_CONFIDENCE = 0.8
+LANGUAGE_MIN_BYTES = 20
+"""Below either, a language is a guess: single words, code and names get one at random."""
+
+# Scripts written without spaces: each character counts as a word (Han, kana, Thai, Lao, Myanmar, Khmer).
+_UNSPACED = re.compile(
+    "([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])"
+)
+
+
+class Guard:
+    """One guard of the configuration."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.name = f"guard/{config.kind}"
+        self._config = config
+        self._measure = _measure(config)
+
+    def __call__(self, prompts: Sequence[Prompt], rewrites: Sequence[str]) -> Measurement:
+        """(N,) the penalties (≥ 0), with the measure itself under the metric of the guard's name.
+
+        Raises:
+            RewardError: The guard raised or gave no number, which names it and the prompt.
+        """
+        measured = guarded_call(
+            self.name, prompts, lambda: Measurement(self._measure([prompt.text for prompt in prompts], rewrites))
+        ).values
+        penalties = [self._config.penalty * self._excess(value) for value in measured]
+        metrics = {self.name: measured}
+        if self._config.penalty > 0:
+            metrics[f"{self.name}/penalty"] = penalties
+        return Measurement(penalties, metrics)
+
+    def _excess(self, value: float) -> float:
+        """Distance from [low, high]."""
+        low, high = self._config.low, self._config.high
+        below = low - value if low is not None else 0.0
+        above = value - high if high is not None else 0.0
+        return max(below, above, 0.0)
+
+
+def length_ratio(originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
+    """Characters of the rewrite by those of the original (one at least), outer white space left out."""
+    return [len(x2.strip()) / max(1, len(x.strip())) for x, x2 in zip(originals, rewrites, strict=True)]
+
+
+def copy_rate(originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
+    """Share of the rewrite's word n-grams that stand in the original, in [0, 1]; 1 is a verbatim excerpt.
+
+    Words are compared without case, accents' encoding and punctuation. n is `NGRAM`, or as many words as the shorter of
+    the two texts has where that is fewer; a rewrite without words copies nothing, 0.
+    """
+    return [_copied(_words(x), _words(x2)) for x, x2 in zip(originals, rewrites, strict=True)]
+
+
+class LanguageChange:
+    """1.0 where both texts have a confident language (py3langid) and these differ, else 0.0.
+
+    Confident: at least `LANGUAGE_MIN_BYTES` bytes of UTF-8 and a probability of at least `LANGUAGE_CONFIDENCE`. So
+    empty and very short texts, code and names never count as a change.
+    """
+
+    def __init__(self) -> None:
+        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+    def __call__(self, originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
+        changed = []
+        for x, x2 in zip(originals, rewrites, strict=True):
+            before, after = self._language(x), self._language(x2)
+            changed.append(float(before is not None and after is not None and before != after))
+        return changed
+
+    def _language(self, text: str) -> str | None:
+        stripped = text.strip()
+        if len(stripped.encode("utf-8", "surrogatepass")) < LANGUAGE_MIN_BYTES:
+            return None
+        language, confidence = self._identifier.classify(stripped)
+        return str(language) if confidence >= LANGUAGE_CONFIDENCE else None
+
+
+def _measure(config: GuardConfig) -> Measure:
+    if config.kind == "embedding_similarity":
+        assert config.model is not None  # the configuration checks it
+        return EmbeddingSimilarity(config.model)
+    if config.kind == "language_change":
+        return LanguageChange()
+    return length_ratio if config.kind == "length_ratio" else copy_rate
+
+
+def _copied(original: list[str], rewrite: list[str]) -> float:
+    n = min(NGRAM, len(original), len(rewrite))
+    if n == 0:
+        return 0.0
+    seen = set(_ngrams(original, n))
+    grams = _ngrams(rewrite, n)
+    return sum(gram in seen for gram in grams) / len(grams)
+
+
+def _ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _words(text: str) -> list[str]:
+    """Letters, marks and digits in a row; a character each in scripts without spaces."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in plain)
+    return _UNSPACED.sub(r" \1 ", kept).split()

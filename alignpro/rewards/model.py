@@ -1,0 +1,157 @@
+"""A sequence classifier with one output as a reward: score of (prompt, response), read in its own template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from alignpro.config import ModelConfig, ModelRewardConfig
+from alignpro.data.prompt import Prompt
+from alignpro.errors import ModelError
+from alignpro.models import DTYPES, resolve_device
+from alignpro.rewards.component import Measurement
+from alignpro.rewards.conversation import encode_conversation
+from alignpro.tokenization import load_tokenizer
+
+
+class SequenceRewardModel(nn.Module):
+    """A sequence classifier of transformers with one output, and its tokenizer: the same for scoring and for training.
+
+    Args:
+        classifier: The model; its configuration's pad token is what the batches are filled with.
+        tokenizer: Has a chat template.
+        max_length: Tokens of a conversation; the model's own limits hold too.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.tokenizer = tokenizer
+        self.max_length = usable_length(classifier.config, tokenizer, max_length)
+
+    def forward(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        """Rewards (B,) float32 of B conversations in one pass, with gradients where parameters have them."""
+        return self.score([self.encode(x, y)[0] for x, y in zip(prompts, responses, strict=True)])
+
+    def encode(self, prompt: Prompt, response: str) -> tuple[list[int], bool]:
+        """Tokens of the conversation, and whether its beginning was cut; see `encode_conversation`."""
+        return encode_conversation(self.tokenizer, prompt, response, self.max_length)
+
+    def score(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Rewards (B,) float32 of B encoded conversations in one pass."""
+        # The classifier itself finds a row's last token, by this id: filling with another would score the padding.
+        pad = self.classifier.config.get_text_config().pad_token_id
+        ids, mask = pad_right(rows, pad, self.classifier.device)
+        rewards: Tensor = self.classifier(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+        return rewards
+
+
+class ModelReward:
+    """The component: ``scale * r + offset`` of a frozen `SequenceRewardModel` over (original prompt, response).
+
+    Raises:
+        ModelError: The model cannot be loaded, has no trained score head of one output, or no chat template.
+    """
+
+    def __init__(self, config: ModelRewardConfig) -> None:
+        self.name = config.name or Path(config.model.path).name
+        self._config = config
+        self._model = load_reward_model(config.model, config.max_length)
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:
+        """(N,) scores; the metric ``truncated`` is 1.0 where the conversation lost its beginning.
+
+        Rows are batched by length, so that little is padded, and given back in their order.
+        """
+        encoded = [self._model.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        rows = [ids for ids, _ in encoded]
+        order = sorted(
+            range(len(rows)), key=lambda i: len(rows[i]), reverse=True
+        )  # the longest first: memory fails early
+        scores = torch.empty(len(rows), dtype=torch.float64)
+        for start in range(0, len(order), self._config.batch_size):
+            chosen = order[start : start + self._config.batch_size]
+            scores[chosen] = self._model.score([rows[i] for i in chosen]).double().cpu()
+        values = (scores * self._config.scale + self._config.offset).tolist()
+        return Measurement(values, {"truncated": [float(truncated) for _, truncated in encoded]})
+
+
+def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None = None) -> SequenceRewardModel:
+    """A reward model and its tokenizer on their device, frozen and in evaluation mode.
+
+    Args:
+        config: Where they are.
+        max_length: Tokens of a conversation.
+        seed: None for a model that scores: it must be complete. For a model that is to be trained, the seed of a score
+            head that the checkpoint, such as a causal language model's, does not have.
+
+    Raises:
+        ModelError: The model or its tokenizer cannot be loaded or lacks a chat template; it has another number of
+            outputs than one; or, to score, its checkpoint holds no score head, which would be random.
+    """
+    tokenizer = load_tokenizer(config)
+    overrides: dict[str, Any] = {} if seed is None else {"num_labels": 1}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed or 0)
+            classifier, loading = AutoModelForSequenceClassification.from_pretrained(
+                config.path,
+                dtype=DTYPES[config.dtype],
+                attn_implementation=config.attention,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **overrides,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise ModelError(f"reward model {config.path}: cannot be loaded as a sequence classifier: {error}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing and seed is None:
+        raise ModelError(
+            f"reward model {config.path}: the checkpoint lacks {', '.join(missing)}, which would be random; "
+            "give a sequence classifier (`alignpro reward` trains one), not a language model"
+        )
+    if classifier.config.num_labels != 1:
+        raise ModelError(
+            f"reward model {config.path}: it has {classifier.config.num_labels} outputs, "
+            "a reward needs exactly 1 (num_labels=1)"
+        )
+    _settle_padding(classifier.config, tokenizer, config)
+    classifier.requires_grad_(False)
+    return SequenceRewardModel(classifier.eval().to(resolve_device(config.device)), tokenizer, max_length)
+
+
+def usable_length(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """Tokens a row may have: what was asked, no more than the model's positions and the tokenizer's own limit."""
+    positions = getattr(model.get_text_config(), "max_position_embeddings", None) or max_length
+    return int(min(max_length, positions, tokenizer.model_max_length))
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (ids (B, L) int64, mask (B, L) int64): padded on the right, so that positions start at 0."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _settle_padding(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Fix the pad token: the configuration's, else the model's own (it was trained to find its last token by it), else
+    the tokenizer's."""
+    text = model.get_text_config()
+    own = text.pad_token_id
+    if config.pad_token is not None or own is None or not 0 <= own < text.vocab_size:
+        text.pad_token_id = tokenizer.pad_token_id

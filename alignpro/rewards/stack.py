@@ -1,0 +1,99 @@
+"""r*(x, y): a weighted sum of components, less the penalties of the drift guards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from alignpro.config import FunctionRewardConfig, RewardComponentConfig, RewardConfig
+from alignpro.data.prompt import Prompt
+from alignpro.errors import ConfigError
+from alignpro.rewards.component import Reward, checked_values, guarded_call
+from alignpro.rewards.function import FunctionReward
+from alignpro.rewards.guards import Guard
+from alignpro.rewards.model import ModelReward
+
+RESERVED = frozenset({"mean", "std", "guard"})
+"""Names that metrics of the reward as a whole have: ``reward/mean``, ``reward/std``, ``reward/guard/…``."""
+
+
+@dataclass
+class Scored:
+    """Rewards of N rows."""
+
+    values: list[float]
+    """(N,) r*: weighted sum of the components, less penalties."""
+    components: dict[str, list[float]]
+    """Name -> (N,): each component's own score before its weight, its metrics as ``<component>/<metric>``, each guard's
+    measure as ``guard/<kind>`` and, where it costs, its penalty as ``guard/<kind>/penalty``."""
+
+
+class RewardStack:
+    """The reward of a run; see `build_reward`."""
+
+    def __init__(self, components: Sequence[tuple[float, Reward]], guards: Sequence[Guard]) -> None:
+        self._components = list(components)
+        self._guards = list(guards)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None) -> Scored:
+        """Score N responses y against the ORIGINAL prompts x.
+
+        Args:
+            prompts: (N,) original prompts, repeated for each response of a group.
+            responses: (N,) what the target wrote.
+            rewrites: (N,) what the target was asked, for the guards; None in RLHF, which has no rewrites: guards are
+            skipped.
+
+        Raises:
+            RewardError: A component or guard raised, or returned the wrong count, NaN, infinity or something that is no
+            number.
+                The message names it and the offending prompt.
+        """
+        if len(prompts) != len(responses) or (rewrites is not None and len(rewrites) != len(prompts)):
+            counts = f"{len(prompts)} prompts, {len(responses)} responses"
+            raise ValueError(
+                f"{counts}" + ("" if rewrites is None else f", {len(rewrites)} rewrites") + ": not one each"
+            )
+        if not prompts:
+            return Scored([], {})
+        totals = [0.0] * len(prompts)
+        scores: dict[str, list[float]] = {}
+        for weight, reward in self._components:
+            measured = guarded_call(f"reward {reward.name!r}", prompts, partial(reward, prompts, responses))
+            scores[reward.name] = measured.values
+            scores.update({f"{reward.name}/{metric}": values for metric, values in measured.metrics.items()})
+            totals = [total + weight * value for total, value in zip(totals, measured.values, strict=True)]
+        for guard in self._guards if rewrites is not None else []:
+            measured = guard(prompts, rewrites or [])
+            scores.update(measured.metrics)
+            totals = [total - penalty for total, penalty in zip(totals, measured.values, strict=True)]
+        return Scored(checked_values("reward: the weighted sum", prompts, totals), scores)
+
+
+def build_reward(config: RewardConfig) -> RewardStack:
+    """Load every component and guard of the configuration.
+
+    Raises:
+        ConfigError: A function cannot be found or called as asked, or two components share a name or have one of
+        `RESERVED`.
+        ModelError: A reward model or encoder cannot be used.
+    """
+    components = [(component.weight, _component(component)) for component in config.components]
+    reserved = RESERVED.intersection(reward.name for _, reward in components)
+    if reserved:
+        raise ConfigError(f"reward.components: the name {min(reserved)!r} is taken by a metric: give it another `name`")
+    _refuse_repeats([reward.name for _, reward in components], "reward.components", "give each a `name` of its own")
+    _refuse_repeats([guard.kind for guard in config.guards], "reward.guards", "a guard may be there once")
+    return RewardStack(components, [Guard(guard) for guard in config.guards])
+
+
+def _component(config: RewardComponentConfig) -> Reward:
+    return FunctionReward(config) if isinstance(config, FunctionRewardConfig) else ModelReward(config)
+
+
+def _refuse_repeats(names: Sequence[str], key: str, remedy: str) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"{key}: {repeated[0]!r} occurs more than once: {remedy}")

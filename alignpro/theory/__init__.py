@@ -1,0 +1,38 @@
+"""The mathematics, exact: closed form, divergences, bound, resampling, enumeration. Pure functions of tensors."""
+
+from alignpro.theory.bound import Bound, divergence_term, exact_bound, sampled_bound
+from alignpro.theory.closed_form import expected_reward, log_partition, objective, optimal_policy
+from alignpro.theory.divergences import kl_divergence, total_variation, tv_from_logprobs
+from alignpro.theory.enumeration import (
+    SequenceSpace,
+    enumerate_sequences,
+    exact_gradient,
+    exact_objective,
+    expected_gradient,
+    groups,
+    state_kl,
+)
+from alignpro.theory.resampling import GibbsResample, gibbs_resample
+
+__all__ = [
+    "Bound",
+    "GibbsResample",
+    "SequenceSpace",
+    "divergence_term",
+    "enumerate_sequences",
+    "exact_bound",
+    "exact_gradient",
+    "exact_objective",
+    "expected_gradient",
+    "expected_reward",
+    "gibbs_resample",
+    "groups",
+    "kl_divergence",
+    "log_partition",
+    "objective",
+    "optimal_policy",
+    "sampled_bound",
+    "state_kl",
+    "total_variation",
+    "tv_from_logprobs",
+]

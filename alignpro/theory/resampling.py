@@ -1,0 +1,62 @@
+"""Training-free use of the closed form: draw N rewrites from ρ_sft, weigh them by softmax(R/λ), keep one.
+
+As N grows, the kept rewrite is distributed as ρ*. It needs rewards only, so it works with a target that gives no
+log-probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alignpro.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class GibbsResample:
+    """N rewrites of ρ_sft for each prompt, weighed."""
+
+    weights: Tensor
+    """(..., N) softmax(R/λ): the probability of keeping each."""
+    value: Tensor
+    """(...,) λ log Ẑ = λ log (1/N) Σ exp(R/λ), in units of reward: estimates the optimum J_λ(ρ*). Ẑ is unbiased for Z,
+    so by Jensen log Ẑ is too low on average, by about Var(Ẑ) / (2 Z²): a cautious figure, which rises to the optimum as
+    N grows."""
+    effective_sample_size: Tensor
+    """(...,) 1 / Σ w², in [1, N]: near 1, one rewrite carries all the weight and N is too small for this λ."""
+    kl: Tensor
+    """(...,) log N − entropy(w), nats, in [0, log N]: estimates KL(ρ* || ρ_sft), and cannot show more than log N."""
+    reward: Tensor
+    """(...,) Σ w R, self-normalised estimate of E_ρ* R. If R is itself a mean of M noisy responses, choosing by it
+    favours lucky
+    ones: to report what the kept rewrite earns, score it again with fresh responses."""
+
+
+def gibbs_resample(rewards: Tensor, kl_coef: float) -> GibbsResample:
+    """Weigh samples of ρ_sft towards ρ*.
+
+    Args:
+        rewards: (..., N) float, R of N rewrites drawn from ρ_sft (duplicates count as often as they were drawn).
+        kl_coef: λ > 0.
+
+    Raises:
+        ConfigError: λ ≤ 0.
+        ValueError: N is 0.
+    """
+    if not kl_coef > 0:
+        raise ConfigError(f"kl_coef is {kl_coef}: weights softmax(R/λ) need a positive λ")
+    count = rewards.shape[-1]
+    if count == 0:
+        raise ValueError("gibbs_resample: no rewrites to choose from")
+    scaled = rewards / kl_coef
+    log_weights = scaled.log_softmax(-1)
+    weights = log_weights.exp()
+    return GibbsResample(
+        weights=weights,
+        value=kl_coef * (scaled.logsumexp(-1) - math.log(count)),
+        effective_sample_size=1.0 / weights.square().sum(-1),
+        kl=(weights * log_weights).sum(-1) + math.log(count),
+        reward=(weights * rewards).sum(-1),
+    )

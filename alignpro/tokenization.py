@@ -1,0 +1,99 @@
+"""Tokenizers: loaded with everything that the project needs of them, or refused with what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from alignpro.config import ModelConfig
+from alignpro.errors import ModelError
+
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{{- {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message['role']] }}: {{ message['content'] -}}
+{{- (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}Assistant:{% endif -%}"""
+"""``chat_template: plain``, for base models: ``User: …`` and ``Assistant: …`` on lines of their own."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer*.py")
+
+
+def load_tokenizer(config: ModelConfig, *, require_chat_template: bool = True) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that ``config`` names, with its chat template and pad token set.
+
+    Args:
+        config: ``tokenizer`` (else ``path``) says where; ``chat_template`` and ``pad_token`` override its own.
+        require_chat_template: False for encoders, which take text and no conversation.
+
+    Raises:
+        ModelError: There is no tokenizer, or it has no chat template or no pad token and the configuration gives none.
+    """
+    name = config.tokenizer or config.path
+    _check_directory(name, "tokenizer" if config.tokenizer else "path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers raises whatever its reader of the file at hand raises
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{name}: cannot load its tokenizer: {reason}; name another in `tokenizer`") from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(config.chat_template)
+        _check_template(tokenizer, config.chat_template)
+    if require_chat_template and not tokenizer.chat_template:
+        raise ModelError(
+            f"{name}: its tokenizer has no chat template; set chat_template=plain (User: … Assistant: …), "
+            "or chat_template to a Jinja file"
+        )
+    _set_pad_token(tokenizer, config.pad_token, name)
+    return tokenizer
+
+
+def read_chat_template(name: str) -> str:
+    """The Jinja source of a chat template: ``plain``, or the content of a file.
+
+    Raises:
+        ModelError: There is no such file, or it is no text.
+    """
+    if name == "plain":
+        return PLAIN_TEMPLATE
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelError(f"chat_template {name}: no such file; expected `plain` or a Jinja file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"chat_template {name}: not UTF-8") from error
+
+
+def _check_directory(name: str, key: str) -> None:
+    """Refuse a directory without tokenizer files: transformers would make an empty tokenizer from its config.json."""
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise ModelError(
+                f"{name}: the directory has no tokenizer (no tokenizer.json, tokenizer_config.json or vocabulary); "
+                "save one there, or name one in `tokenizer`"
+            )
+    elif directory.is_absolute() or name.startswith((".", "~")):
+        raise ModelError(f"{name}: no such directory; `{key}` names a model directory or a model of the hub")
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"chat_template {name}:{error.lineno}: {error.message}") from error
+    except jinja2.TemplateError as error:
+        raise ModelError(f"chat_template {name}: refuses a user's turn: {error}") from error
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None, name: str) -> None:
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ModelError(f"{name}: pad_token={pad_token!r} is no token of its vocabulary; name one that is")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        hint = f" (its end token would do: {tokenizer.eos_token})" if tokenizer.eos_token else ""
+        raise ModelError(f"{name}: its tokenizer has no pad token; set pad_token to a token of its vocabulary{hint}")

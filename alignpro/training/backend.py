@@ -1,0 +1,159 @@
+"""Optimizer backends: what turns gradients into weights. Plain torch here; a sharded one has the same few methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alignpro.config import OptimizerConfig
+from alignpro.errors import CheckpointError, TrainingError
+
+
+class Backend(Protocol):
+    """Takes the gradients of a set of weights to their next values."""
+
+    updates: int
+    """Optimizer steps made so far."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to what the next `step` uses."""
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule, clear the gradients; returns the gradient's norm before clipping."""
+
+    def save(self, directory: Path, name: str) -> None:
+        """Write weights and optimizer state to files that start with ``name``."""
+
+    def load(self, directory: Path, name: str) -> None:
+        """Read what `save` wrote."""
+
+
+class TorchBackend:
+    """AdamW in this process.
+
+    Half-precision weights are updated through a float32 copy: an update of 1e-5 relative would be rounded away in
+    bfloat16, which keeps 8 bits.
+
+    Args:
+        weights: Name → parameter to train.
+        config: Learning rate, schedule and clipping.
+        total_updates: Optimizer steps in the whole run, for the schedule.
+
+    Raises:
+        TrainingError: There is nothing to train.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], config: OptimizerConfig, total_updates: int) -> None:
+        if not weights:
+            raise TrainingError("no weight of the model requires a gradient: check policy.adapter")
+        self.weights = dict(weights)
+        self.updates = 0
+        self._config = config
+        self._master = {
+            name: weight.detach().float().clone() if weight.dtype in (torch.bfloat16, torch.float16) else weight
+            for name, weight in self.weights.items()
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._master.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda update: learning_rate_factor(update, total_updates, config)
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss.
+
+        Raises:
+            TrainingError: The loss is NaN or infinite; no weight has been changed by it.
+        """
+        if not torch.isfinite(loss):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"the loss is {loss.item()} after {self.updates} updates: lower optimizer.learning_rate, check the "
+                "reward's scale, or use a wider dtype"
+            )
+        loss.backward()
+
+    def step(self) -> float:
+        """Clip the gradient's norm, update the weights.
+
+        Raises:
+            TrainingError: The gradient's norm is NaN or infinite; no weight has been changed by it.
+        """
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), self._config.max_grad_norm).item()
+        if not math.isfinite(norm):
+            self._clear()
+            raise TrainingError(
+                f"the gradient's norm is {norm} after {self.updates} updates: lower optimizer.learning_rate, or use a "
+                "wider dtype"
+            )
+        for name, weight in self.weights.items():
+            if self._master[name] is not weight and weight.grad is not None:
+                self._master[name].grad = weight.grad.float()
+        self._optimizer.step()
+        self._schedule.step()
+        self._copy_from_master()
+        self._clear()
+        self.updates += 1
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next update takes."""
+        return float(self._schedule.get_last_lr()[0])
+
+    def save(self, directory: Path, name: str) -> None:
+        """Write ``{name}.safetensors`` (float32 copies where there are any) and ``{name}_optimizer.pt``."""
+        save_file({key: w.detach().contiguous() for key, w in self._master.items()}, directory / f"{name}.safetensors")
+        state = {
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "updates": self.updates,
+        }
+        torch.save(state, directory / f"{name}_optimizer.pt")
+
+    def load(self, directory: Path, name: str) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: The checkpoint is of a model with other weights.
+        """
+        saved = load_file(directory / f"{name}.safetensors")
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in self._master.items()}:
+            raise CheckpointError(
+                f"checkpoint {directory}: its weights are not those of this model: compare config.yaml"
+            )
+        with torch.no_grad():
+            for key, weight in self._master.items():
+                weight.copy_(saved[key])
+        self._copy_from_master()
+        state = torch.load(directory / f"{name}_optimizer.pt", weights_only=True)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.updates = state["updates"]
+
+    @torch.no_grad()
+    def _copy_from_master(self) -> None:
+        for name, weight in self.weights.items():
+            if self._master[name] is not weight:
+                weight.copy_(self._master[name])
+
+    def _clear(self) -> None:
+        for weight in self.weights.values():
+            weight.grad = None
+
+
+def learning_rate_factor(update: int, total: int, config: OptimizerConfig) -> float:
+    """The share of the learning rate at an update: linear warm-up, then constant, linear or half-cosine to zero."""
+    if update < config.warmup_steps:
+        return (update + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (update - config.warmup_steps) / max(1, total - config.warmup_steps))
+    return 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,112 @@
+"""The reward model: Bradley–Terry on pairs of a preferred and a rejected response.
+
+P(chosen ≻ rejected) = σ(r(x, y_chosen) − r(x, y_rejected)); the loss is its negative log-likelihood (Bradley and Terry,
+1952; Ouyang et al., 2022, eq. 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignpro.config import RewardModelConfig
+from alignpro.data import Prompt, load_prompts, split
+from alignpro.rewards.model import SequenceRewardModel, load_reward_model
+from alignpro.training.backend import TorchBackend
+from alignpro.training.metrics import Metrics, PhaseTimer
+from alignpro.training.stream import PromptStream
+
+
+class PreferenceTraining:
+    """Trains a sequence classifier with one output on preference pairs.
+
+    Args:
+        config: Model, data and optimizer.
+
+    Raises:
+        DataError: The data has no preference pair.
+        ModelError: The model cannot be loaded as a sequence classifier.
+    """
+
+    headline = ("loss", "accuracy")
+
+    def __init__(self, config: RewardModelConfig) -> None:
+        self.config = config
+        data = load_prompts(config.data, require=("chosen", "rejected"))
+        training, self.heldout = split(data.prompts, config.data.holdout)
+        self.stream = PromptStream(training, config.batch_size, config.run.seed)
+        self.model: SequenceRewardModel = load_reward_model(config.model, config.max_length, seed=config.run.seed)
+        self.model.requires_grad_(True)
+        if config.model.gradient_checkpointing:
+            self.model.classifier.gradient_checkpointing_enable({"use_reentrant": False})
+        self.backend = TorchBackend(dict(self.model.named_parameters()), config.optimizer, config.run.steps)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps made so far."""
+        return self.backend.updates
+
+    def step(self, step: int) -> Metrics:
+        """One update on one batch of pairs."""
+        timer = PhaseTimer()
+        with timer("update"):
+            self.model.train()
+            prompts = self.stream.batch(step)
+            size = self.config.optimizer.micro_batch_size
+            margins = []
+            for start in range(0, len(prompts), size):
+                margin = self.margins(prompts[start : start + size])
+                self.backend.backward(-torch.nn.functional.logsigmoid(margin).sum() / len(prompts))
+                margins.append(margin.detach())
+            rate = self.backend.learning_rate
+            norm = self.backend.step()
+        return {
+            **_describe(torch.cat(margins)),
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            **timer.seconds,
+        }
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> Metrics:
+        """Loss and accuracy on held-out pairs."""
+        self.model.eval()
+        pairs = self.heldout[: self.config.run.eval_prompts]
+        if not pairs:
+            return {}
+        size = self.config.batch_size
+        margins = torch.cat([self.margins(pairs[start : start + size]) for start in range(0, len(pairs), size)])
+        return {f"eval/{name}": value for name, value in _describe(margins).items()}
+
+    def margins(self, pairs: Sequence[Prompt]) -> Tensor:
+        """r(x, y_chosen) − r(x, y_rejected), (B,)."""
+        rewards = self.model([*pairs, *pairs], [p.chosen or "" for p in pairs] + [p.rejected or "" for p in pairs])
+        chosen, rejected = rewards.chunk(2)
+        return chosen - rejected
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Weights and optimizer; the rest of the state."""
+        self.backend.save(directory, "model")
+        return {"data": self.stream.fingerprint}
+
+    def load(self, directory: Path, state: dict[str, Any]) -> None:
+        """Take up what `save` left."""
+        self.stream.check(state["data"])
+        self.backend.load(directory, "model")
+
+    def export(self, directory: Path) -> None:
+        """Write the classifier and its tokenizer."""
+        self.model.classifier.save_pretrained(directory)
+        self.model.tokenizer.save_pretrained(directory)
+
+
+def _describe(margins: Tensor) -> Metrics:
+    return {
+        "loss": -torch.nn.functional.logsigmoid(margins).mean().item(),
+        "accuracy": (margins > 0).float().mean().item(),
+        "margin": margins.mean().item(),
+    }

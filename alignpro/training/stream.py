@@ -1,0 +1,58 @@
+"""The order in which a run sees its data: a function of (seed, step), so that a resumed run sees the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from alignpro.data import Prompt
+from alignpro.engine import derive_seed
+from alignpro.errors import CheckpointError, DataError
+
+
+class PromptStream:
+    """Endless batches over shuffled epochs.
+
+    Args:
+        prompts: What to draw from; each is seen once an epoch.
+        batch_size: Prompts a step.
+        seed: Of the shuffles.
+
+    Raises:
+        DataError: There is no prompt.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int) -> None:
+        if not prompts:
+            raise DataError("no prompt to train on: every row was filtered out or held out (see data.holdout)")
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.seed = seed
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of a step."""
+        first = step * self.batch_size
+        places = (divmod(i, len(self.prompts)) for i in range(first, first + self.batch_size))
+        return [self.prompts[self._order(epoch)[i]] for epoch, i in places]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the prompts and their order."""
+        return hashlib.sha256("".join(prompt.id for prompt in self.prompts).encode()).hexdigest()[:16]
+
+    def check(self, fingerprint: str) -> None:
+        """Refuse to continue on other data.
+
+        Raises:
+            CheckpointError: The prompts are not those that the run started with.
+        """
+        if fingerprint != self.fingerprint:
+            raise CheckpointError("the training data is not what this run started with: restore it, or start a new run")
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+        return torch.randperm(len(self.prompts), generator=generator).tolist()

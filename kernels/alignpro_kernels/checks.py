@@ -1,0 +1,129 @@
+"""Checks of the operators' arguments: every error names the argument, what it is and what it should be.
+
+Values (targets in range, temperatures positive) are checked on the CPU only: on a GPU the check would wait for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+    """hidden (..., D), weight (V, D), bias (V,): one floating dtype, one device."""
+    _check_product("hidden", hidden, "weight", weight)
+    _check_bias("bias", bias, weight)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}: it must be positive, or None for none")
+
+
+def check_target(target: Tensor, hidden: Tensor, vocabulary: int) -> None:
+    """target (...,) int64 within the vocabulary."""
+    _check_rows("target", target, hidden, (torch.int64,))
+    if target.device.type == "cpu" and target.numel():
+        low, high = (int(value) for value in target.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"target: values from {low} to {high}, outside the vocabulary of {vocabulary}")
+
+
+def check_temperature(temperature: float | Tensor, hidden: Tensor, *, greedy: bool = False) -> None:
+    """A number, or (...,) one a row: positive, or with ``greedy`` not negative."""
+    bound = "not negative" if greedy else "positive"
+    if isinstance(temperature, Tensor):
+        if temperature.ndim:
+            _check_rows("temperature", temperature, hidden, FLOATS)
+        if temperature.device.type != "cpu" or not temperature.numel():
+            return
+        lowest = float(temperature.min())
+    else:
+        lowest = float(temperature)
+    if not (lowest > 0 or (greedy and lowest == 0)):
+        raise ValueError(
+            f"temperature: {lowest} found, it must be {bound}" + ("" if greedy else " (0 is for linear_sample)")
+        )
+
+
+def check_reference(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> None:
+    """ref_hidden (..., D'), ref_weight (V, D') or None for a shared head, ref_bias (V,)."""
+    if ref_hidden is None:
+        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if value is not None:
+                raise ValueError(f"{name} given without ref_hidden: pass the reference's hidden states too")
+        return
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden has shape {tuple(ref_hidden.shape)}: expected the rows of hidden, {tuple(hidden.shape[:-1])}"
+        )
+    head = weight if ref_weight is None else ref_weight
+    _check_product("ref_hidden", ref_hidden, "weight" if ref_weight is None else "ref_weight", head)
+    if head.shape[0] != weight.shape[0]:
+        raise ValueError(f"ref_weight has a vocabulary of {head.shape[0]}, weight one of {weight.shape[0]}")
+    _check_bias("ref_bias", ref_bias, head)
+    if ref_hidden.dtype != hidden.dtype or ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"ref_hidden is {ref_hidden.dtype} on {ref_hidden.device}, "
+            f"hidden {hidden.dtype} on {hidden.device}: they must agree"
+        )
+
+
+def check_seeds(seeds: Tensor, hidden: Tensor) -> None:
+    """seeds (...,) int64, one a row."""
+    _check_rows("seeds", seeds, hidden, (torch.int64,))
+
+
+def check_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> None:
+    """outs: S of (..., D); lses: S of (...,)."""
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(f"outs has {len(outs)} parts, lses {len(lses)}: they must be as many, and at least one")
+    for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != outs[0].shape:
+            raise ValueError(f"outs[{index}] has shape {tuple(out.shape)}, outs[0] {tuple(outs[0].shape)}")
+        if lse.shape != out.shape[:-1]:
+            raise ValueError(f"lses[{index}] has shape {tuple(lse.shape)}, expected {tuple(out.shape[:-1])}")
+
+
+def _check_product(left_name: str, left: Tensor, right_name: str, right: Tensor) -> None:
+    if left.dtype not in FLOATS:
+        raise TypeError(f"{left_name} is {left.dtype}: expected one of {', '.join(map(str, FLOATS))}")
+    if left.ndim < 1 or right.ndim != 2 or left.shape[-1] != right.shape[1]:
+        raise ValueError(
+            f"{left_name} has shape {tuple(left.shape)} and {right_name} {tuple(right.shape)}: "
+            "expected (..., D) and (V, D)"
+        )
+    if right.numel() == 0:
+        raise ValueError(
+            f"{right_name} has shape {tuple(right.shape)}: the vocabulary and the hidden size must not be empty"
+        )
+    if right.dtype != left.dtype:
+        raise TypeError(f"{right_name} is {right.dtype} and {left_name} {left.dtype}: they must agree")
+    if right.device != left.device:
+        raise ValueError(f"{right_name} is on {right.device} and {left_name} on {left.device}: they must agree")
+
+
+def _check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name} has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"{name} is {bias.dtype} and its weight {weight.dtype}: they must agree")
+    if bias.device != weight.device:
+        raise ValueError(f"{name} is on {bias.device} and its weight on {weight.device}: they must agree")
+
+
+def _check_rows(name: str, value: Tensor, hidden: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} is {value.dtype}: expected {' or '.join(map(str, dtypes))}")
+    if value.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: expected the rows of hidden, {tuple(hidden.shape[:-1])}"
+        )
+    if value.device != hidden.device:
+        raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}: they must agree")

@@ -1,0 +1,56 @@
+"""Noise without state: Gumbel variates that depend on (row seed, vocabulary index) and on nothing else.
+
+A categorical sample is argmax_v (log p_v + g_v) with g_v standard Gumbel. Because g_v is a hash and not the next number
+of a generator, a row's sample does not depend on its batch, on the device, or on the order of the work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as int64
+MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def splitmix64(seeds: Tensor, count: int) -> Tensor:
+    """The first ``count`` outputs of SplitMix64 (Steele, Lea and Flood, 2014) for every seed.
+
+    Args:
+        seeds: (...,) int64.
+        count: Outputs a seed.
+
+    Returns:
+        (..., count) int64: the generator's unsigned outputs, bit for bit. Integer products wrap, as the method wants.
+    """
+    steps = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64) * GAMMA
+    z = seeds.unsqueeze(-1) + steps  # (..., count)
+    z = (z ^ _shift_right(z, 30)) * MIX_1
+    z = (z ^ _shift_right(z, 27)) * MIX_2
+    return z ^ _shift_right(z, 31)
+
+
+def gumbel_noise(seeds: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard Gumbel noise for Gumbel-max sampling: add it to (filtered, temperature-scaled) logits and take the
+    argmax.
+
+    u = (k + ½) / 2^52 with k the top 52 bits: exact in float64, so u is never 0 or 1 and the noise is always finite (53
+    bits would round the largest k + ½ up to 2^53). The tails reach −3.6 and +36.7.
+
+    Args:
+        seeds: (...,) int64, one a row.
+        vocabulary: V.
+        dtype: Of the result; the logarithms are taken in float64.
+
+    Returns:
+        (..., V).
+    """
+    top = _shift_right(splitmix64(seeds, vocabulary), 12)
+    uniform = (top.to(torch.float64) + 0.5) * 2.0**-52
+    return uniform.log_().neg_().log_().neg_().to(dtype)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """A logical shift: torch's own keeps the sign of int64."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

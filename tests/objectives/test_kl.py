@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from alignpro.objectives import AdaptiveKL, kl_loss_terms, token_rewards
+
+MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+SCORES = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+KL = torch.tensor([[0.1, 0.2, 0.4], [0.8, 9.0, 9.0], [1.6, 3.2, 9.0]], dtype=torch.float64)
+
+
+def test_exact_kl_is_paid_by_the_action_before_the_state() -> None:
+    rewards = token_rewards(SCORES, MASK, 10.0, "exact", kl=KL)
+    expected = torch.tensor([[-2.0, -4.0, 1.0], [2.0, 0.0, 0.0], [-32.0, 3.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(rewards, expected)
+
+
+def test_k1_is_paid_by_the_action_itself() -> None:
+    rewards = token_rewards(SCORES, MASK, 10.0, "k1", logratio=-KL)
+    expected = torch.tensor([[1.0, 2.0, 5.0], [10.0, 0.0, 0.0], [16.0, 35.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(rewards, expected)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_k2_and_k3_leave_the_reward_alone(estimator: str) -> None:
+    rewards = token_rewards(SCORES, MASK, 10.0, estimator)
+    assert rewards.sum(1).tolist() == [1.0, 2.0, 3.0]
+    assert (rewards != 0).sum() == 3
+
+
+def test_values_beyond_the_end_do_not_matter_even_nan() -> None:
+    kl = KL.masked_fill(~MASK, float("nan"))
+    torch.testing.assert_close(
+        token_rewards(SCORES, MASK, 1.0, "exact", kl=kl), token_rewards(SCORES, MASK, 1.0, "exact", kl=KL)
+    )
+    assert torch.isfinite(token_rewards(SCORES, MASK, 1.0, "k1", logratio=kl)).all()
+
+
+def test_a_row_without_actions_earns_nothing() -> None:
+    mask = torch.tensor([[True, True], [False, False]])
+    rewards = token_rewards(torch.tensor([1.0, 5.0]), mask, 1.0, "exact", kl=torch.ones(2, 2))
+    assert rewards.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+    empty = torch.zeros(2, 0, dtype=torch.bool)
+    assert token_rewards(torch.ones(2), empty, 1.0, "exact", kl=torch.zeros(2, 0)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_alpha_is_the_derivative_of_the_sampled_estimate(estimator: str) -> None:
+    logratio = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
+    terms = kl_loss_terms(estimator, 0.3, logratio=logratio)
+    (derivative,) = torch.autograd.grad(terms.loss.sum(), logratio)
+    torch.testing.assert_close(terms.alpha, derivative)
+    assert terms.kappa is None and (terms.loss >= 0).all() and terms.loss[4] == 0
+
+
+def test_exact_kl_has_kappa_lambda_and_k1_nothing() -> None:
+    terms = kl_loss_terms("exact", 0.3, kl=torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(terms.loss, torch.tensor([0.3, 0.6]))
+    torch.testing.assert_close(terms.kappa, torch.tensor([0.3, 0.3]))
+    assert terms.alpha is None
+    assert kl_loss_terms("k1", 0.3) == (None, None, None)
+    assert kl_loss_terms("exact", 0.0) == (None, None, None)  # no reference is needed when KL costs nothing
+
+
+def test_missing_or_misshapen_inputs_are_named() -> None:
+    with pytest.raises(ValueError, match="'exact' needs kl of shape"):
+        token_rewards(SCORES, MASK, 1.0, "exact")
+    with pytest.raises(ValueError, match="'k1' needs logratio"):
+        token_rewards(SCORES, MASK, 1.0, "k1", logratio=KL[:1])
+    with pytest.raises(ValueError, match="not left-aligned"):
+        token_rewards(SCORES, MASK.flip(1), 1.0, "k2")
+    with pytest.raises(ValueError, match="scores has shape"):
+        token_rewards(SCORES[:2], MASK, 1.0, "k2")
+    with pytest.raises(ValueError, match="'exact' needs the exact KL"):
+        kl_loss_terms("exact", 0.1)
+    with pytest.raises(ValueError, match="'k3' needs logratio"):
+        kl_loss_terms("k3", 0.1)
+
+
+def test_adaptive_coefficient_follows_ziegler() -> None:
+    controller = AdaptiveKL(0.1, target=6.0, horizon=1000)
+    assert controller.update(6.6, 100) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    assert controller.update(600.0, 100) == pytest.approx(0.101 * (1 + 0.2 * 0.1))  # the error is clipped to 0.2
+    before = controller.coef
+    assert controller.update(0.0, 100) == pytest.approx(before * (1 - 0.2 * 0.1))
+    restored = AdaptiveKL(9.9, target=6.0, horizon=1000)
+    restored.load_state_dict(controller.state_dict())
+    assert restored.update(3.0, 10) == controller.update(3.0, 10)
+
+
+def test_a_fixed_coefficient_stays_and_an_adaptive_one_stays_positive() -> None:
+    fixed = AdaptiveKL(0.1)
+    assert fixed.update(100.0, 1_000_000) == 0.1
+    tiny_horizon = AdaptiveKL(0.1, target=1.0, horizon=1)
+    for _ in range(100):
+        tiny_horizon.update(0.0, 1000)
+    assert tiny_horizon.coef > 0

@@ -1,0 +1,203 @@
+"""Summed over every sequence (and every pair of sequences), the gradient that training would take is ∇J to 1e-10.
+
+A tabular policy in float64: a hidden vector for each prefix, and a head. The estimate goes the way of training: token
+statistics, rewards, returns, advantages, coefficients, `policy_loss`. The truth is autograd of J, an exact sum over all
+sequences.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignpro import objectives as obj
+from alignpro.theory import enumerate_sequences, exact_gradient, exact_objective, expected_gradient
+from alignpro.theory.divergences import kl_divergence
+from alignpro_kernels import linear_logprob, policy_loss
+
+LAMBDA = 0.3
+
+
+class Tabular:
+    """Policy, reference and scores over all sequences of a small vocabulary."""
+
+    def __init__(self, vocabulary: int = 3, max_length: int = 3) -> None:
+        g = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        self.space = enumerate_sequences(vocabulary, end_token=0, max_length=max_length)
+        states, width = len(self.space.prefixes), 4
+        self.hidden = randn(states, width).requires_grad_()
+        self.weight = randn(vocabulary, width).requires_grad_()
+        self.bias = randn(vocabulary).requires_grad_()
+        self.ref_hidden, self.ref_weight = randn(states, width), randn(vocabulary, width)
+        self.options = {"temperature": 0.8, "softcap": 4.0}
+        self.scores = randn(len(self.space.tokens))
+        self.values = randn(states)  # a critic that knows nothing
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.hidden, self.weight, self.bias]
+
+    @property
+    def actions(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.space.mask, self.space.tokens, self.space.state
+
+    @cached_property
+    @torch.no_grad()
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """KL, log-ratio and the reference's log-probability of every action of every sequence, (S, T)."""
+        mask, tokens, state = self.actions
+        head = {"bias": self.bias, **self.options}
+        reference = {"ref_hidden": self.ref_hidden[state], "ref_weight": self.ref_weight}
+        stats = linear_logprob(self.hidden[state], self.weight, tokens, **head, **reference)
+        ref_logprob = linear_logprob(self.ref_hidden[state], self.ref_weight, tokens, **self.options).logprob
+        beyond = torch.full_like(ref_logprob, torch.nan)  # nothing may read past a sequence's end
+        return tuple(torch.where(mask, x, beyond) for x in (stats.kl, stats.logprob - ref_logprob, ref_logprob))
+
+    def next_logprob(self) -> Tensor:
+        """(states, V), differentiable."""
+        z = 4.0 * torch.tanh((self.hidden @ self.weight.T + self.bias) / 4.0) / 0.8
+        return z.log_softmax(-1)
+
+    def reference_next_logprob(self) -> Tensor:
+        return (4.0 * torch.tanh(self.ref_hidden @ self.ref_weight.T / 4.0) / 0.8).log_softmax(-1)
+
+    def sequence_logprobs(self) -> tuple[Tensor, Tensor]:
+        logprob = self.space.sequence_logprob(self.next_logprob())
+        return logprob, self.space.sequence_logprob(self.reference_next_logprob())
+
+    def gradient(self) -> list[Tensor]:
+        """∇J."""
+        return exact_gradient(exact_objective(*self.sequence_logprobs(), self.scores, LAMBDA), self.parameters)
+
+
+def estimate(
+    world: Tabular, rows: Tensor, estimator: str, advantage: str, *, future_kl: bool = True, gae_lambda: float = 1.0
+) -> list[Tensor]:
+    """−∇ of the loss of one group of sampled sequences, as training computes it."""
+    mask, tokens, state, kl, logratio, ref_logprob = (x[rows] for x in (*world.actions, *world.statistics))
+    scores = world.scores[rows]
+    actions = {"hidden": world.hidden[state[mask]], "weight": world.weight, "target": tokens[mask]}
+    head = {"bias": world.bias, **world.options}
+    reference = {"ref_hidden": world.ref_hidden[state[mask]], "ref_weight": world.ref_weight}
+    rewards = obj.token_rewards(scores, mask, LAMBDA, estimator, kl=kl if future_kl else 0 * kl, logratio=logratio)
+    returns = obj.returns_to_go(rewards, mask)
+    if advantage == "leave_one_out":
+        advantages = obj.leave_one_out(returns, mask, scores, len(rows))
+    elif advantage == "group_normalized":
+        advantages = obj.group_normalized(returns, mask, scores, len(rows))
+    elif advantage == "gae":
+        advantages, _ = obj.gae(rewards, world.values[state], mask, gae_lambda)
+    else:
+        baseline = obj.RunningBaseline()
+        baseline.update(0.7)
+        advantages = baseline.advantages(returns, mask)
+
+    batch = obj.PolicyGradientBatch(
+        advantages=advantages[mask],
+        scale=obj.loss_scale(mask, "sequence"),
+        kl_coef=LAMBDA,
+        kl_estimator=estimator,
+        reference_logprob=ref_logprob[mask],
+    )
+    out = policy_loss(coefficients=obj.policy_gradient_coefficients(batch), **actions, **head, **reference)
+    return [-g for g in torch.autograd.grad(out.loss, world.parameters)]
+
+
+def expectation(world: Tabular, size: int, gradient: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    return expected_gradient(world.sequence_logprobs()[0], size, gradient)
+
+
+def distance(left: list[Tensor], right: list[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
+
+
+UNBIASED = [(e, a) for e in ("exact", "k1") for a in ("leave_one_out", "running_baseline", "gae")]
+BIASED = [("k2", "running_baseline"), ("k3", "running_baseline"), ("exact", "group_normalized")]
+
+
+@pytest.mark.parametrize(("estimator", "advantage"), UNBIASED)
+def test_expected_gradient_is_the_gradient_of_the_objective(estimator: str, advantage: str) -> None:
+    assert obj.is_unbiased(estimator, advantage)
+    size = 2 if advantage == "leave_one_out" else 1
+    world = Tabular(vocabulary=3 if size == 2 else 4)
+    expected = expectation(world, size, lambda rows: estimate(world, rows, estimator, advantage))
+    assert distance(expected, world.gradient()) < 1e-10
+
+
+def test_leave_one_out_is_unbiased_for_three_samples_too() -> None:
+    world = Tabular(vocabulary=3, max_length=2)  # 7 sequences, 343 triples
+    expected = expectation(world, 3, lambda rows: estimate(world, rows, "exact", "leave_one_out"))
+    assert distance(expected, world.gradient()) < 1e-10
+
+
+@pytest.mark.parametrize(("estimator", "advantage"), BIASED)
+def test_estimators_that_say_they_are_biased_are(estimator: str, advantage: str) -> None:
+    assert not obj.is_unbiased(estimator, advantage)
+    world = Tabular(max_length=2)
+    size = 2 if advantage == "group_normalized" else 1
+    expected = expectation(world, size, lambda rows: estimate(world, rows, estimator, advantage))
+    assert distance(expected, world.gradient()) > 1e-3
+
+
+def test_gae_below_one_trusts_the_values() -> None:
+    assert not obj.is_unbiased("exact", "gae", gae_lambda=0.9)
+    world = Tabular()
+    expected = expectation(world, 1, lambda rows: estimate(world, rows, "exact", "gae", gae_lambda=0.9))
+    assert distance(expected, world.gradient()) > 1e-3
+
+
+@pytest.mark.parametrize(("advantage", "size"), [("leave_one_out", 2), ("running_baseline", 1)])
+def test_without_the_kl_of_later_states_the_gradient_is_wrong(advantage: str, size: int) -> None:
+    world = Tabular()
+    dropped = expectation(world, size, lambda rows: estimate(world, rows, "exact", advantage, future_kl=False))
+    assert distance(dropped, world.gradient()) > 1e-2
+
+
+def surrogate_gradient(world: Tabular, own_step: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """∇E R − λ E Σ_t ∇D_t, where the visits of states are not differentiated: what k2 and k3 estimate."""
+    logprob, _ = world.sequence_logprobs()
+    reward = (logprob.exp() * world.scores).sum()
+    own = own_step(world.next_logprob(), world.reference_next_logprob())  # (states,)
+    along = torch.where(world.space.mask, own[world.space.state], 0.0).sum(-1)  # (S,)
+    return exact_gradient(reward - LAMBDA * (logprob.detach().exp() * along).sum(), world.parameters)
+
+
+def test_k2_and_k3_estimate_what_their_documentation_says() -> None:
+    world = Tabular()
+    k2 = expectation(world, 1, lambda rows: estimate(world, rows, "k2", "running_baseline"))
+    own_kl = surrogate_gradient(world, kl_divergence)
+    assert distance(k2, own_kl) < 1e-10
+    k3 = expectation(world, 1, lambda rows: estimate(world, rows, "k3", "running_baseline"))
+    other_direction = surrogate_gradient(world, lambda p, q: kl_divergence(q, p))
+    assert distance(k3, other_direction) < 1e-10
+    assert distance(own_kl, other_direction) > 1e-3
+
+
+def test_exact_kl_has_less_variance_than_k1() -> None:
+    world = Tabular()
+
+    def second_moment(estimator: str) -> float:
+        squares = expectation(
+            world, 1, lambda rows: [g.square() for g in estimate(world, rows, estimator, "running_baseline")]
+        )
+        return sum(s.sum().item() for s in squares)  # the means are equal, so this orders the variances
+
+    assert second_moment("exact") < second_moment("k1")
+
+
+def test_gibbs_gradient_on_policy_is_minus_lambda_times_the_objectives() -> None:
+    world = Tabular()
+    logprob, reference = world.sequence_logprobs()
+
+    def gradient(rows: Tensor) -> list[Tensor]:
+        loss = obj.gibbs_loss(logprob[rows], reference[rows], world.scores[rows], 2, LAMBDA)
+        return list(torch.autograd.grad(loss, world.parameters, retain_graph=True))
+
+    expected = expectation(world, 2, gradient)
+    assert distance(expected, [-LAMBDA * g for g in world.gradient()]) < 1e-10
