@@ -113,7 +113,7 @@ class ChatTemplate:
         return text
 
     def _encode_text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)  # callers check the length
 
     def _encode_pieces(self, text: str) -> list[int]:
         return [token for piece in text.split(_MARK) if piece for token in self._encode_text(piece)]

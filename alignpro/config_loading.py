@@ -54,7 +54,7 @@ def dump_config(config: BaseModel) -> str:
 
 
 _OVERRIDE = re.compile(r"[\w.\[\]-]+=")
-"""What an override begins with; a path that happens to hold an equals sign has a slash before it."""
+"""What an override begins with; a path has a slash before its equals sign, if any."""
 
 _INDEX = re.compile(r"(\.|\[)\d+(\.|\]|\[|$)")
 """A place in a list, within a key."""
@@ -62,10 +62,11 @@ _INDEX = re.compile(r"(\.|\[)\d+(\.|\]|\[|$)")
 
 def _layer(merged: DictConfig, argument: str) -> DictConfig:
     """Put a file or an override on top; what goes wrong is told with the name of the argument."""
-    is_file = argument.endswith((".yaml", ".yml")) and _OVERRIDE.match(argument) is None
+    path = Path(argument)
+    is_file = path.suffix in (".yaml", ".yml") and (path.is_file() or _OVERRIDE.match(argument) is None)
     where = f"configuration file {argument}" if is_file else f"argument {argument!r}"
     try:
-        return _merge(merged, _load(Path(argument))) if is_file else _override(merged, argument)
+        return _merge(merged, _load(path)) if is_file else _override(merged, argument)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: not text in UTF-8: {error}") from error
     except yaml.YAMLError as error:
@@ -100,7 +101,7 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
         merged = OmegaConf.merge(below, above)
     except TypeError as error:
         key = _clash(OmegaConf.to_container(below), OmegaConf.to_container(above))
-        raise ValueError(f"{key}: a list cannot be merged with a mapping") from error
+        raise ValueError(f"{key}: a list cannot be merged with a mapping" if key else str(error)) from error
     assert isinstance(merged, DictConfig)  # as both are
     return merged
 

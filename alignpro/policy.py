@@ -27,6 +27,8 @@ class TokenValues:
     """KL(ρ(·|s_t) ‖ ρ_sft(·|s_t)) over the whole vocabulary, in nats."""
     entropy: Tensor
     """Entropy of ρ(·|s_t), in nats."""
+    reference_states: Tensor
+    """(N, D): the reference's hidden states, row by row. They do not change while the policy is updated."""
 
 
 class Policy:
@@ -91,7 +93,7 @@ class Policy:
     def token_values(self, batch: SequenceBatch) -> TokenValues:
         """Log-probabilities, exact KL and entropy of every action at the current weights."""
         states, targets = self._states(batch), batch.targets
-        reference_states, reference_head = self._reference(batch)
+        reference_states, reference_head = self._reference_states(batch), self._reference_head()
         head = self.model.head
         stats = linear_logprob(
             states,
@@ -116,27 +118,38 @@ class Policy:
             reference_logprob=batch.scatter(reference_stats.logprob),
             kl=batch.scatter(stats.kl),
             entropy=batch.scatter(stats.entropy),
+            reference_states=reference_states,
         )
 
     def loss(
-        self, batch: SequenceBatch, coefficients: Coefficients, *, need_kl: bool, need_entropy: bool
+        self,
+        batch: SequenceBatch,
+        coefficients: Coefficients,
+        *,
+        reference_states: Tensor | None = None,
+        entropy: bool = False,
     ) -> PolicyLossOutput:
-        """A loss that is a sum over actions, through the fused head: ``coefficients`` says what each action weighs."""
-        states, targets = self._states(batch), batch.targets
+        """A loss that is a sum over actions, through the fused head: ``coefficients`` says what each action weighs.
+
+        Args:
+            batch: The sequences.
+            coefficients: (logprob, entropy, kl, rows) → loss terms and their derivatives; see `Coefficients`.
+            reference_states: (N, D) of `TokenValues`; given, the coefficients get the exact KL.
+            entropy: Whether they get the entropy.
+        """
         head = self.model.head
         reference = {}
-        if need_kl:
-            reference_states, reference_head = self._reference(batch)
-            reference = _reference_arguments(head, reference_states, reference_head)
+        if reference_states is not None:
+            reference = _reference_arguments(head, reference_states, self._reference_head())
         return policy_loss(
-            states,
+            self._states(batch),
             head.weight,
-            targets,
+            batch.targets,
             coefficients,
             bias=head.bias,
             temperature=self.temperature,
             softcap=head.softcap,
-            entropy=need_entropy,
+            entropy=entropy,
             **reference,
         )
 
@@ -144,15 +157,20 @@ class Policy:
         """log ρ(x'|x) of whole sequences, differentiable: (B,)."""
         return sequence_logprob(self.model, batch, self.temperature)
 
+    def _reference_head(self) -> Head:
+        if self.reference is not None:
+            return self.reference.head
+        with self.model.adapter_off():
+            return self.model.head
+
     def _states(self, batch: SequenceBatch) -> Tensor:
         return batch.action_states(self.model.hidden(batch.ids, batch.attention_mask))
 
-    @torch.no_grad()
-    def _reference(self, batch: SequenceBatch) -> tuple[Tensor, Head]:
+    def _reference_states(self, batch: SequenceBatch) -> Tensor:
         if self.reference is not None:
-            return batch.action_states(self.reference.hidden(batch.ids, batch.attention_mask)), self.reference.head
+            return batch.action_states(self.reference.hidden(batch.ids, batch.attention_mask))
         with self.model.adapter_off():
-            return self._states(batch), self.model.head
+            return self._states(batch)
 
 
 def sequence_logprob(model: LanguageModel, batch: SequenceBatch, temperature: float) -> Tensor:

@@ -65,6 +65,12 @@ class SequenceBatch:
         """Per-action values back in place, zero elsewhere: (N,) → (B, T)."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
+    def select(self, rows: Tensor) -> SequenceBatch:
+        """The sequences of the given indices."""
+        return SequenceBatch(
+            self.ids[rows], self.attention_mask[rows], self.mask[rows], self.positions[rows], self.actions[rows]
+        )
+
     def rows(self, start: int, stop: int) -> SequenceBatch:
         """Sequences start..stop, with padding that none of them needs cut off."""
         mask, attention = self.mask[start:stop], self.attention_mask[start:stop]

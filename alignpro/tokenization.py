@@ -38,6 +38,8 @@ def load_tokenizer(config: ModelConfig, *, require_chat_template: bool = True) -
     except Exception as error:  # transformers raises whatever its reader of the file at hand raises
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"{name}: cannot load its tokenizer: {reason}; name another in `tokenizer`") from error
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of nothing
+        raise ModelError(f"{name}: its tokenizer has no vocabulary; name another in `tokenizer`")
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)
         _check_template(tokenizer, config.chat_template)

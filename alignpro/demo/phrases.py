@@ -66,16 +66,19 @@ KEYS: dict[Task, dict[Kind, tuple[str, ...]]] = {
 
 TASKS: tuple[Task, ...] = tuple(KEYS)
 
-OPENERS = tuple(
-    "hey |yo |pls |ok so |um |hi, |quick: |hmm, |so |dude |please |help! |ok |eh |uh, |yes, |hey there, |sup, |ah |well, |"
-    "ok now |now |and |also |next: |sorry, |btw |fyi |look, |listen, |hola |q: |right, |man |oh |just |come on, |aw ".split(
-        "|"
-    )
+# fmt: off
+OPENERS = (
+    "hey ", "yo ", "pls ", "ok so ", "um ", "hi, ", "quick: ", "hmm, ", "so ", "dude ", "please ", "help! ", "ok ",
+    "eh ", "uh, ", "yes, ", "hey there, ", "sup, ", "ah ", "well, ", "ok now ", "now ", "and ", "also ", "next: ",
+    "sorry, ", "btw ", "fyi ", "look, ", "listen, ", "hola ", "q: ", "right, ", "man ", "oh ", "just ",
+    "come on, ", "aw ",
 )
-CLOSERS = tuple(
-    " pls| thx|??| please|!| ok?| asap| lol|?| now| thanks| :)|.| !!| thank you| k| xx| haha| man| ok| right?| if u can| yeah|"
-    " ;)| dude| mate|?!| pretty pls| quick| today| again| tyvm| hm| :d".split("|")
+CLOSERS = (
+    " pls", " thx", "??", " please", "!", " ok?", " asap", " lol", "?", " now", " thanks", " :)", ".", " !!",
+    " thank you", " k", " xx", " haha", " man", " ok", " right?", " if u can", " yeah", " ;)", " dude", " mate",
+    "?!", " pretty pls", " quick", " today", " again", " tyvm", " hm", " :d",
 )
+# fmt: on
 VERB_OPENERS = (
     "can u ",
     "could you ",

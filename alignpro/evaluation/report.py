@@ -40,7 +40,7 @@ def write_report(path: Path, report: Report) -> None:
     html = render_report(report)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_bytes(html.encode("utf-8", "replace"))  # a lone surrogate, which a model can write, has no UTF-8
+        aside.write_bytes(html.encode("utf-8", "replace"))
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[s
     texts: dict[str, int] = {}
 
     def index(text: str | None) -> int:
-        return -1 if text is None else texts.setdefault(text, len(texts))
+        return -1 if text is None else texts.setdefault(_whole(text), len(texts))
 
     packed = [
         [
@@ -112,6 +112,11 @@ def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[s
     ]
     labels = [[known.get(name, name), colors.get(name, "#777777")] for name in names]
     return {"arms": labels, "texts": list(texts), "rows": packed}
+
+
+def _whole(text: str) -> str:
+    """Half a surrogate pair, which a model can write and some browsers do not survive, becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -8,8 +8,8 @@ With l_t = log ρ(a_t|s_t) − log ρ_sft(a_t|s_t):
 
 | estimator | in the reward after action t | in the loss at t | what the gradient estimates |
 |---|---|---|---|
-| `exact` | −λ KL_{t+1} | λ KL_t, over the vocabulary | ∇J, unbiased, sums over the vocabulary taken exactly |
-| `k1` | −λ l_t | nothing | ∇J, unbiased, with more variance |
+| `exact` | −λ KL_{t+1} | λ KL_t, over the vocabulary | ∇J, unbiased; the KL itself adds little noise |
+| `k1` | −λ l_t | nothing | ∇J, unbiased; noise of its own, which near ρ* cancels that of R |
 | `k2` | nothing | λ ½ l_t² | ∇E R − λ E Σ_t ∇KL_t: the second part of the KL's gradient only |
 | `k3` | nothing | λ (e^{−l_t} − 1 + l_t) | ∇E R − λ E Σ_t ∇KL(ρ_sft || ρ)_t: as k2, and the other direction |
 

@@ -9,22 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
-import shutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from alignpro.errors import CheckpointError
+from alignpro.training.durability import clean, discard, replace_directory
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_PARTIAL = ".partial-"
 
 
 class CheckpointStore:
@@ -45,34 +46,24 @@ class CheckpointStore:
         Raises:
             CheckpointError: The disk refused (full, read-only, …). Earlier checkpoints are as they were.
         """
-        final = self.directory / f"step_{step:06d}"
-        partial = self.directory / f"{_PARTIAL}{final.name}"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write(partial)
-            files = sorted(path for path in partial.rglob("*") if path.is_file())
-            manifest = {str(path.relative_to(partial)): _checksum(path) for path in files}
-            (partial / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
-            for path in [*files, partial / MANIFEST, partial]:
-                _sync(path)
-            if final.exists():  # a step that is saved again after a resume from before it
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync(self.directory)
-        except (OSError, RuntimeError, ValueError) as error:  # torch and safetensors wrap what the disk says
-            shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(
-                f"checkpoint {final}: cannot be written: {error}; make room or name another run.out, then continue with "
-                "--resume: earlier checkpoints are intact"
-            ) from error
-        for old in self.available()[: -self.keep]:
-            shutil.rmtree(self.path(old))
+
+        def write_checked(directory: Path) -> None:
+            write(directory)
+            files = sorted(path for path in directory.rglob("*") if path.is_file())
+            manifest = {str(path.relative_to(directory)): _checksum(path) for path in files}
+            (directory / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
+
+        final = self.path(step)
+        with disk_errors(f"checkpoint {final}", "earlier checkpoints are intact: make room, then continue with --resume"):
+            replace_directory(final, write_checked)
+            for old in self.available()[: -self.keep]:
+                discard(self.path(old))
         return final
 
     def available(self) -> list[int]:
         """Steps that have a checkpoint, oldest first; damaged ones included."""
-        return sorted(int(path.name.removeprefix("step_")) for path in self.directory.glob("step_*") if path.is_dir())
+        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.directory.glob("step_*"))
+        return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
@@ -84,8 +75,6 @@ class CheckpointStore:
         Raises:
             CheckpointError: There are checkpoints, and every one of them is damaged.
         """
-        for leftover in self.directory.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         steps = self.available()
         for step in reversed(steps):
             problem = find_damage(self.path(step))
@@ -96,20 +85,63 @@ class CheckpointStore:
             raise CheckpointError(f"{self.directory}: every checkpoint is damaged; start again in another run.out")
         return None
 
+    def require(self, step: int) -> None:
+        """Make sure that a step has a whole checkpoint.
+
+        Raises:
+            CheckpointError: It has none, or a damaged one.
+        """
+        if step not in self.available():
+            have = ", ".join(map(str, self.available())) or "none"
+            raise CheckpointError(f"{self.path(step)}: no such checkpoint; there are: {have}")
+        problem = find_damage(self.path(step))
+        if problem is not None:
+            raise CheckpointError(f"checkpoint {self.path(step)} is damaged: {problem}; leave --at out, or name another")
+
+    def discard_after(self, step: int) -> None:
+        """Remove checkpoints of later steps, which a run that goes on from ``step`` will make again."""
+        for later in [each for each in self.available() if each > step]:
+            logger.warning("checkpoint %s is removed: the run goes on from step %d", self.path(later), step)
+            discard(self.path(later))
+
+    def clean(self) -> None:
+        """Remove what a kill left half written."""
+        clean(self.directory)
+
 
 def find_damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint, or None when every file is there with its checksum."""
     try:
-        files = json.loads((directory / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, checksum in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _checksum(path) != checksum:
-            return f"{name} does not have its checksum"
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        files = manifest["files"] if isinstance(manifest, dict) else None
+        if not isinstance(files, dict) or not files:
+            return f"{MANIFEST} lists no files"
+        for name, checksum in files.items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if _checksum(path) != checksum:
+                return f"{name} does not have its checksum"
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    except KeyError:
+        return f"{MANIFEST} lists no files"
     return None
+
+
+@contextmanager
+def disk_errors(what: str, remedy: str) -> Iterator[None]:
+    """Tell what the disk refuses as a `CheckpointError`: what could not be written, why, and the remedy."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+        raise CheckpointError(f"{what}: cannot be written: {_disk_reason(error)}; {remedy}") from error
+
+
+def save_torch(state: Any, path: Path) -> None:
+    """`torch.save`, through a Python file: so the error of a full disk is told as such."""
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def random_state() -> dict[str, Any]:
@@ -124,13 +156,13 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set every global generator to a state of `random_state`."""
+    """Set every global generator to a state of `random_state`; those of devices only where there are as many."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy(), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
@@ -139,9 +171,11 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _disk_reason(error: BaseException) -> str:
+    """The system's own words, where they are behind the error of a library."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error)

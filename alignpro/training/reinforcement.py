@@ -38,6 +38,8 @@ class Experience:
     """(B,) R."""
     values: TokenValues
     """Of the policy that sampled."""
+    state_index: Tensor
+    """(B, T) int64: the row of ``values.reference_states`` that belongs to an action."""
     returns: Tensor
     """(B, T) G_t: the score less the KL still to come (or so far as the estimator puts it in the reward)."""
     advantages: Tensor
@@ -145,7 +147,15 @@ class PolicyTraining:
             advantages = objectives.group_normalized(returns, batch.mask, R, self.sampling.n)
         else:
             advantages = objectives.leave_one_out(returns, batch.mask, R, self.sampling.n)
-        return Experience(batch, R, values, returns, advantages, value_targets)
+        return Experience(
+            batch=batch,
+            scores=R,
+            values=values,
+            state_index=batch.scatter(torch.arange(int(batch.mask.sum()), device=R.device)),
+            returns=returns,
+            advantages=advantages,
+            value_targets=value_targets,
+        )
 
     def update(self, experience: Experience, step: int) -> Metrics:
         """Epochs over the rollout in minibatches of whole groups, shuffled anew each epoch; one optimizer step each."""
@@ -189,13 +199,12 @@ class PolicyTraining:
                     coefficients = objectives.ppo_clip_coefficients(rows, objective.clip_range)
                 else:
                     coefficients = objectives.policy_gradient_coefficients(rows)
-                output = self.policy.loss(
-                    batch,
-                    coefficients,
-                    need_kl=objective.kl.estimator == "exact" and self.kl.coef > 0,
-                    need_entropy=objective.entropy_coef > 0,
-                )
-                loss = output.loss
+                states = None
+                if objective.kl.estimator == "exact" and self.kl.coef > 0:
+                    states = minibatch.values.reference_states[minibatch.state_index[start:stop, :width][batch.mask]]
+                loss = self.policy.loss(
+                    batch, coefficients, reference_states=states, entropy=objective.entropy_coef > 0
+                ).loss
                 metrics = coefficients.metrics()
             self.backend.backward(loss)
             total += loss.item()
@@ -296,22 +305,34 @@ class PolicyTraining:
 def _concatenate(parts: Sequence[TokenValues], width: int) -> TokenValues:
     """Row blocks of different widths → one, (B, T)."""
 
-    def join(name: str) -> Tensor:
-        blocks = [getattr(part, name) for part in parts]
+    def join(blocks: Sequence[Tensor]) -> Tensor:
         return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in blocks])
 
-    return TokenValues(**{name: join(name) for name in ("logprob", "reference_logprob", "kl", "entropy")})
+    return TokenValues(
+        logprob=join([part.logprob for part in parts]),
+        reference_logprob=join([part.reference_logprob for part in parts]),
+        kl=join([part.kl for part in parts]),
+        entropy=join([part.entropy for part in parts]),
+        reference_states=torch.cat([part.reference_states for part in parts]),
+    )
 
 
 def _select(experience: Experience, groups: Tensor, size: int) -> Experience:
-    """The rows of some groups."""
+    """The rows of some groups; the reference's states stay whole, since ``state_index`` points into them."""
     rows = (groups[:, None] * size + torch.arange(size)).flatten().to(experience.scores.device)
-
-    def pick(value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, Tensor):
-            return value[rows]
-        return replace(value, **{name: pick(getattr(value, name)) for name in value.__dataclass_fields__})
-
-    return pick(experience)
+    batch, values, targets = experience.batch, experience.values, experience.value_targets
+    return Experience(
+        batch=batch.select(rows),
+        scores=experience.scores[rows],
+        values=replace(
+            values,
+            logprob=values.logprob[rows],
+            reference_logprob=values.reference_logprob[rows],
+            kl=values.kl[rows],
+            entropy=values.entropy[rows],
+        ),
+        state_index=experience.state_index[rows],
+        returns=experience.returns[rows],
+        advantages=experience.advantages[rows],
+        value_targets=None if targets is None else targets[rows],
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -27,22 +28,29 @@ class PromptStream:
 
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int) -> None:
         if not prompts:
-            raise DataError("no prompt to train on: every row was filtered out or held out (see data.holdout)")
+            raise DataError(
+                "no prompt to train on: every row was filtered out or held out; look at data.source and data.holdout"
+            )
         self.prompts = prompts
         self.batch_size = batch_size
         self.seed = seed
-        self._order = lru_cache(maxsize=2)(self._shuffle)
+        self._order = lru_cache(maxsize=2)(self._shuffle)  # a batch spans two epochs at most, but for tiny data
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of a step."""
+        """The prompts of a step (counted from 0)."""
         first = step * self.batch_size
         places = (divmod(i, len(self.prompts)) for i in range(first, first + self.batch_size))
         return [self.prompts[self._order(epoch)[i]] for epoch, i in places]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the prompts and their order."""
-        return hashlib.sha256("".join(prompt.id for prompt in self.prompts).encode()).hexdigest()[:16]
+        """16 hexadecimal digits of the prompts, all that they carry, and their order; where they lie does not count."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            texts = [prompt.id, prompt.rewrite, prompt.response, prompt.chosen, prompt.rejected]
+            row = json.dumps([*texts, dict(prompt.metadata)], sort_keys=True, default=repr)
+            digest.update(row.encode())
+        return digest.hexdigest()[:16]
 
     def check(self, fingerprint: str) -> None:
         """Refuse to continue on other data.
@@ -51,7 +59,10 @@ class PromptStream:
             CheckpointError: The prompts are not those that the run started with.
         """
         if fingerprint != self.fingerprint:
-            raise CheckpointError("the training data is not what this run started with: restore it, or start a new run")
+            raise CheckpointError(
+                "the training data is not what this run started with: restore data.source, or start a new run in another "
+                "run.out"
+            )
 
     def _shuffle(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))

@@ -1,0 +1,71 @@
+# Align-Pro. Every target sets up what it needs; `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+
+# What to install for: cuda, rocm or cpu. A driver that answers decides.
+ifndef DEVICE
+DEVICE := $(shell if nvidia-smi >/dev/null 2>&1 || [ -e /dev/nvidia0 ]; then echo cuda; \
+	elif rocm-smi >/dev/null 2>&1; then echo rocm; else echo cpu; fi)
+endif
+
+# Test processes: one a core, each with one thread; more than eight only fill the memory.
+ifndef JOBS
+JOBS := $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); [ "$$n" -le 8 ] && echo "$$n" || echo 8)
+endif
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(DEVICE)
+# Nothing in the tests needs the network, so nothing may wait for it.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format types ci doctor demo-weights miniature clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
+	@echo "  variables: PYTHON=$(PYTHON) DEVICE=$(DEVICE) JOBS=$(JOBS) VENV=$(VENV) OUT=$(OUT)"
+
+setup: $(STAMP) ## the virtual environment, with pinned packages (CPU) or the GPU build
+
+$(STAMP): requirements/install.sh requirements/cpu.txt requirements/gpu.txt requirements/dev.txt pyproject.toml
+	PYTHON='$(PYTHON)' sh requirements/install.sh '$(VENV)' '$(DEVICE)'
+	@touch $@
+
+demo: $(STAMP) ## train in the embedded world, compare, and write OUT/report.html (five minutes on two cores)
+	$(BIN)/alignpro demo --out '$(OUT)'
+
+test: $(STAMP) ## the tests, without those that take minutes
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP) ## all tests
+	$(PYTEST)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+ci: ## what runs on every change: lint, types and tests
+	.ci/run
+
+doctor: $(STAMP) ## what is installed, which backends run, and why others do not
+	$(BIN)/alignpro doctor
+
+demo-weights: $(STAMP) ## train the embedded world's models again
+	$(BIN)/python -m alignpro.demo.build
+
+miniature: $(STAMP) ## the whole pipeline on real prompts, with models small enough for a CPU
+	sh launch/presets/miniature/run.sh
+
+clean: ## remove caches and build products (not VENV, not runs/)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find alignpro kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,303 @@
+"""`alignpro doctor`: what is installed, what runs here, and why the rest does not.
+
+What should be there is read from the package's own metadata, so this never disagrees with pyproject.toml. Nothing here
+raises because a package or a tool is missing or broken: finding that is what it is for.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Status: TypeAlias = Literal["ok", "off", "problem"]
+_MARKS = {"ok": "[green]✓[/green]", "off": "[dim]–[/dim]", "problem": "[red]✗[/red]"}
+
+_EXTRAS = {
+    "deepspeed": "ZeRO, over one or several devices",
+    "flash-attn": "attention kernels for CUDA",
+    "serving": "the proxy that rewrites prompts in front of a target",
+    "wandb": "metrics to Weights & Biases",
+    "benchmarks": "the peers that the benchmarks compare with",
+    "dev": "tests, lint and types",
+}
+"""What each extra of pyproject.toml is for."""
+
+_BROKEN = {
+    "deepspeed": (
+        SpecifierSet(">=0.18.7,<0.19"),
+        "ZeRO-1 and ZeRO-2 fail on the CPU with “Output 0 of Split is a view…”",
+    ),
+}
+"""Versions that install and then fail: the package, which ones, and what happens."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    section: str
+    """The heading it stands under: ``Machine``, ``Packages``, ``Devices``, …"""
+    name: str
+    status: Status
+    """``ok``: works here. ``off``: optional, and not here. ``problem``: needed and missing, or here and broken."""
+    detail: str
+    """Version, size or reason."""
+    remedy: str = ""
+    """What to do about it: a command where there is one."""
+
+
+def diagnose() -> list[Finding]:
+    """Look at the machine, the packages and the project's own backends.
+
+    Returns:
+        The findings, those of a section one after the other.
+    """
+    probes: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("Machine", _machine),
+        ("Packages", _packages),
+        ("Devices", _torch),
+        ("Devices", _devices),
+        ("Devices", _triton),
+        ("Kernels", _kernels),
+        ("Compilers", _compilers),
+        ("Extras", _extras),
+        ("Meta-prompts", _meta_prompts),
+    ]
+    return [finding for section, probe in probes for finding in _told(section, probe)]
+
+
+def print_diagnosis(console: Console | None = None) -> bool:
+    """Print what `diagnose` finds, by section.
+
+    Returns:
+        Whether all that training needs is here.
+    """
+    console = console or Console()
+    findings = diagnose()
+    for section in dict.fromkeys(finding.section for finding in findings):
+        table = Table(
+            box=None, show_header=False, pad_edge=False, title=section, title_justify="left", title_style="bold"
+        )
+        table.add_column(width=1)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for finding in (each for each in findings if each.section == section):
+            remedy = f"\n[cyan]→ {escape(finding.remedy)}[/cyan]" if finding.remedy else ""
+            table.add_row(_MARKS[finding.status], escape(finding.name), escape(finding.detail) + remedy)
+        console.print(table)
+        console.print()
+    problems = [finding for finding in findings if finding.status == "problem"]
+    if problems:
+        console.print(f"[red]To mend: {escape(', '.join(each.name for each in problems))}[/red]")
+    else:
+        console.print("[green]All that training needs is here.[/green]")
+    return not problems
+
+
+def _told(section: str, probe: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """The probe's findings; a package that cannot be imported on the way is one more."""
+    try:
+        yield from probe()
+    except (ImportError, OSError) as error:  # OSError: a shared library that an extension needs is not there
+        yield Finding(section, probe.__name__.strip("_"), "problem", f"cannot be looked at: {error}", "make setup")
+
+
+def _machine() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("Machine", "system", "ok", f"{platform.system()} {platform.machine()}, {cores} cores")
+    yield Finding("Machine", "python", "ok", f"{platform.python_version()} at {sys.executable}")
+
+
+def _packages() -> Iterator[Finding]:
+    try:
+        requirements = _requirements()
+    except metadata.PackageNotFoundError:
+        yield Finding("Packages", "alignpro", "problem", "runs from a folder and is not installed", "pip install -e .")
+        return
+    yield Finding("Packages", "alignpro", "ok", metadata.version("alignpro"))
+    for requirement in requirements.get("", []):
+        status, detail = _installed(requirement)
+        remedy = "" if status == "ok" else f"pip install '{_line(requirement)}'"
+        yield Finding("Packages", requirement.name, "ok" if status == "ok" else "problem", detail, remedy)
+
+
+def _extras() -> Iterator[Finding]:
+    try:
+        extras = _requirements()
+    except metadata.PackageNotFoundError:
+        return  # told under Packages
+    for extra, requirements in extras.items():
+        if not extra:
+            continue
+        states = {requirement.name: _installed(requirement) for requirement in requirements}
+        statuses = {status for status, _ in states.values()}
+        status: Status = "problem" if "problem" in statuses else "off" if "off" in statuses else "ok"
+        if statuses == {"off"}:
+            detail = "not installed"
+        else:
+            detail = ", ".join(detail if name == extra else f"{name} {detail}" for name, (_, detail) in states.items())
+        remedy = "" if status == "ok" else f"pip install 'alignpro[{extra}]'"
+        purpose = _EXTRAS.get(extra)
+        yield Finding("Extras", extra, status, f"{purpose}: {detail}" if purpose else detail, remedy)
+
+
+def _requirements() -> dict[str, list[Requirement]]:
+    """What the package needs (key ``""``) and what each extra adds, on this platform.
+
+    Raises:
+        PackageNotFoundError: The package is not installed.
+    """
+    package = metadata.distribution("alignpro")
+    needed: dict[str, list[Requirement]] = {"": []}
+    needed |= {extra: [] for extra in package.metadata.get_all("Provides-Extra", [])}
+    for requirement in map(Requirement, package.requires or []):
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            needed[""].append(requirement)
+            continue
+        for extra in needed:
+            if extra and marker.evaluate({"extra": extra}):
+                needed[extra].append(requirement)
+    return needed
+
+
+def _installed(requirement: Requirement) -> tuple[Status, str]:
+    """Whether a requirement is met, and the version found or what is wrong with it."""
+    try:
+        version: str | None = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return "off", "not installed"
+    if not version:
+        return "problem", "damaged: its metadata name no version"
+    broken, what_happens = _BROKEN.get(requirement.name, (None, ""))
+    if broken is not None and broken.contains(version, prereleases=True):
+        return "problem", f"{version} is known to be broken: {what_happens}"
+    if not requirement.specifier.contains(version, prereleases=True):
+        return "problem", f"{version} does not meet {requirement.specifier}"
+    return "ok", version
+
+
+def _line(requirement: Requirement) -> str:
+    """Name and range, without the marker that was evaluated already."""
+    return f"{requirement.name}{requirement.specifier}"
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else None
+    build = f"ROCm {torch.version.hip}" if torch.version.hip else build
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding("Devices", "torch build", "ok", f"{torch.__version__}, {build or 'CPU only'}")
+    yield Finding("Devices", "cpu", "ok", f"{torch.get_num_threads()} threads, vector instructions {capability}")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            architecture = (
+                properties.gcnArchName if torch.version.hip else f"capability {properties.major}.{properties.minor}"
+            )
+            memory = f"{properties.total_memory / 2**30:.1f} GiB"
+            yield Finding("Devices", f"cuda:{index}", "ok", f"{properties.name}, {memory}, {architecture}")
+        return
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    driver = _driver()
+    if accelerator is not None:
+        yield Finding("Devices", accelerator.type, "ok", f"{torch.accelerator.device_count()} devices")
+    elif driver is None:
+        yield Finding("Devices", "gpu", "off", "none found: all runs on the CPU")
+    elif torch.version.cuda is None and torch.version.hip is None:
+        detail = f"{driver} is here, and torch is built for the CPU only"
+        yield Finding("Devices", "gpu", "problem", detail, "make setup, which takes the GPU build on such a machine")
+    else:
+        detail = f"{driver} is here, and torch sees no device"
+        yield Finding("Devices", "gpu", "problem", detail, "look at the driver's version and CUDA_VISIBLE_DEVICES")
+
+
+def _driver() -> str | None:
+    """A sign of a GPU's driver, as the Makefile looks for one."""
+    for tool in ("nvidia-smi", "rocm-smi"):
+        if shutil.which(tool) and _output(tool) is not None:
+            return tool
+    return "/dev/nvidia0" if Path("/dev/nvidia0").exists() else None
+
+
+def _triton() -> Iterator[Finding]:
+    import torch
+
+    try:
+        import triton
+    except ModuleNotFoundError:
+        yield Finding("Devices", "triton", "off", "not installed: the Triton kernels cannot run", "make setup")
+        return
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield Finding("Devices", "triton", "ok", f"{triton.__version__}, interpreted: on the CPU, for tests")
+    elif torch.cuda.is_available():
+        yield Finding("Devices", "triton", "ok", f"{triton.__version__}, compiled")
+    else:
+        detail = f"{triton.__version__}, no device to run on"
+        yield Finding("Devices", "triton", "off", detail, "TRITON_INTERPRET=1 interprets the kernels on the CPU")
+
+
+def _kernels() -> Iterator[Finding]:
+    from alignpro_kernels import backends
+
+    for name, reason in backends().items():
+        yield Finding("Kernels", name, "ok" if reason is None else "off", reason or "runs here")
+
+
+def _compilers() -> Iterator[Finding]:
+    cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(cuda_home) / "bin" / "nvcc") if cuda_home else "nvcc"
+    for name, command, remedy in (
+        ("c++", os.environ.get("CXX", "g++"), "install g++, with the system's package manager"),
+        ("nvcc", nvcc, "for CUDA sources: install the CUDA toolkit, or set CUDA_HOME"),
+        ("ninja", "ninja", "pip install ninja"),
+    ):
+        program = command.split()[0] if command.split() else name
+        path = shutil.which(program)
+        output = _output(path, "--version") if path else None
+        if path is None:
+            yield Finding("Compilers", name, "off", f"{program} not found", remedy)
+        elif output is None:
+            yield Finding("Compilers", name, "problem", f"{path} does not run", remedy)
+        else:
+            version = re.search(r"release \S+|\d+(\.\d+)+", output)
+            yield Finding("Compilers", name, "ok", f"{version[0].rstrip(',') if version else 'runs'}, {path}")
+
+
+def _output(program: str, *arguments: str) -> str | None:
+    """What a program prints; None when it fails, hangs or cannot be started."""
+    try:
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=20, check=True, stdin=subprocess.DEVNULL
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _meta_prompts() -> Iterator[Finding]:
+    from alignpro.prompting import available_meta_prompts
+
+    for name, description in available_meta_prompts().items():
+        yield Finding("Meta-prompts", name, "ok", description)

@@ -1,0 +1,83 @@
+#!/bin/sh
+# Sets up a virtual environment with Align-Pro and its tools. `make setup` calls it:
+#
+#     requirements/install.sh VENV DEVICE        DEVICE is cpu, cuda or rocm
+#
+# PYTHON names the interpreter, TORCH_INDEX another package index for torch. To run it again is safe at any time: what is
+# installed stays. Only where a run was killed in the middle of an installation, or was for another device, the
+# environment is made anew; pip keeps what it had downloaded.
+set -eu
+
+venv=$1
+device=$2
+python=${PYTHON:-python3}
+requirements=$(dirname "$0")
+torch_cpu_index=https://download.pytorch.org/whl/cpu
+torch_rocm_index=https://download.pytorch.org/whl/rocm7.2
+
+fail() {
+    printf 'set-up: %s\n' "$*" >&2
+    exit 1
+}
+
+pip_install() {
+    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install "$@"
+}
+
+install_torch_for_cpu() {
+    # The version stands in cpu.txt alone. Its dependencies come from there too, not from PyTorch's index.
+    grep '^torch==' "$requirements/cpu.txt" >"$venv/torch.txt"
+    if [ -z "${TORCH_INDEX:-}" ]; then
+        pip_install --no-deps -r "$venv/torch.txt" 2>"$venv/torch.log" && return
+        echo "set-up: the configured package sources have no CPU build of torch; trying $torch_cpu_index"
+    fi
+    pip_install --no-deps --index-url "${TORCH_INDEX:-$torch_cpu_index}" -r "$venv/torch.txt" && return
+    [ ! -s "$venv/torch.log" ] || cat "$venv/torch.log" >&2
+    return 1
+}
+
+install_torch_for_gpu() {
+    # PyPI's own build is the one for CUDA: gpu.txt brings it. Anything else comes from an index that PyTorch keeps.
+    [ "$device" = rocm ] || [ -n "${TORCH_INDEX:-}" ] || return 0
+    pip_install --index-url "${TORCH_INDEX:-$torch_rocm_index}" "$(grep '^torch>=' "$requirements/gpu.txt")"
+}
+
+install_all() {
+    case $device in
+        cpu) install_torch_for_cpu && pip_install -r "$requirements/cpu.txt" -r "$requirements/dev.txt" ;;
+        *) install_torch_for_gpu && pip_install -r "$requirements/gpu.txt" -r "$requirements/dev.txt" ;;
+    esac && pip_install --no-deps --no-build-isolation -e "$requirements/.."
+}
+
+case $device in
+    cpu | cuda | rocm) ;;
+    *) fail "unknown device '$device': take DEVICE=cpu, cuda or rocm" ;;
+esac
+command -v "$python" >/dev/null ||
+    fail "no Python by the name '$python'; give one of 3.11 or newer: make PYTHON=/path/to/python3.12"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "Python 3.11 or newer is needed, and '$python' is $("$python" -V 2>&1); give another: make PYTHON=python3.12"
+
+if [ -e "$venv/.installing" ]; then
+    echo "set-up: the last one was interrupted; making $venv anew"
+elif [ -e "$venv/.device" ] && [ "$(cat "$venv/.device")" != "$device" ]; then
+    echo "set-up: $venv is for $(cat "$venv/.device"), and this is for $device; making it anew"
+elif "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    keep=yes
+fi
+if [ -z "${keep:-}" ]; then
+    "$python" -m venv --clear "$venv" ||
+        fail "'$python -m venv' failed; on Debian and Ubuntu it is a package of its own: apt install python3-venv"
+fi
+
+# A signal leaves the marker behind, since pip may have been stopped between the files of a package. A pip that gives up
+# by itself has undone what it began.
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+: >"$venv/.installing"
+install_all || {
+    rm -f "$venv/.installing"
+    fail "pip could not install the packages; see its message above. The same command goes on from here"
+}
+printf '%s\n' "$device" >"$venv/.device"
+rm -f "$venv/.installing"

@@ -1,0 +1,195 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from alignpro.config import ModelConfig, RewardConfig
+from alignpro.data.prompt import Message, Prompt
+from alignpro.errors import ConfigError, ModelError, RewardError
+from alignpro.rewards import build_reward
+from alignpro.rewards.embedding import EmbeddingSimilarity
+from alignpro.rewards.guards import LanguageChange, copy_rate, length_ratio
+
+BPO = Path(__file__).parents[2] / "../shared/data/bpo_test.json"
+
+
+@pytest.fixture(scope="module")
+def language_change():
+    return LanguageChange()
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """A reward that is zero but for its guards."""
+    file = tmp_path / "zero.py"
+    file.write_text("def zero(prompts, responses): return [0.0] * len(prompts)\n")
+
+    def make(*guards):
+        return build_reward(RewardConfig(components=[{"kind": "function", "function": f"{file}:zero"}], guards=guards))
+
+    return make
+
+
+def test_length_ratio():
+    originals = ["four", "four", "  four ", "", "four", "é" * 4]
+    rewrites = ["eight888", "", "ab\n", "abc", "   ", "e" * 4]
+    assert length_ratio(originals, rewrites) == [2.0, 0.0, 0.5, 3.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("original", "rewrite", "rate"),
+    [
+        ("sort the letters of banana", "sort the letters of banana", 1.0),
+        ("sort the letters of banana", "Sort the letters, of BANANA!", 1.0),  # case and punctuation do not count
+        ("sort the letters of banana", "letters of banana", 1.0),  # an excerpt
+        ("sort the letters of banana", "banana of letters the sort", 0.0),  # the same words in another order
+        ("sort the letters of banana", "sort the letters of apple", 2 / 3),
+        ("sort the letters of banana", "please reverse stone now", 0.0),
+        ("a b c a b c", "a b c a b c a b c", 1.0),
+        ("banana", "please sort banana", 1 / 3),  # a text of one word: single words
+        ("", "please sort banana", 0.0),
+        ("sort banana", "", 0.0),
+        ("", "", 0.0),
+        ("...", "?!", 0.0),
+        ("请把这些字母排序", "把这些字母", 1.0),  # no spaces: characters are words
+        ("请把这些字母排序", "完全不同的句子", 0.0),
+        ("cafe\u0301 au lait", "caf\u00e9 au lait", 1.0),  # one spelling, two encodings
+        ("हिन्दी में लिखो यह", "हिन्दी में लिखो", 1.0),  # marks belong to their word
+    ],
+)
+def test_copy_rate(original, rewrite, rate):
+    assert copy_rate([original], [rewrite]) == [pytest.approx(rate)]
+
+
+@pytest.mark.parametrize(
+    ("original", "rewrite", "changed"),
+    [
+        (
+            "Write a poem about the sea and the stars above it.",
+            "Schreibe ein Gedicht über das Meer und die Sterne.",
+            1.0,
+        ),
+        (
+            "Schreibe ein Gedicht über das Meer und die Sterne.",
+            "Write a poem about the sea and the stars above it.",
+            1.0,
+        ),
+        ("Write a poem about the sea and the stars above it.", "请写一首关于大海和星星的诗,要有韵律,也要有感情。", 1.0),
+        (
+            "Write a poem about the sea and the stars above it.",
+            "Please compose a short poem about the sea and stars.",
+            0.0,
+        ),
+        ("Write a poem about the sea and the stars above it.", "", 0.0),
+        ("", "Schreibe ein Gedicht über das Meer und die Sterne.", 0.0),
+        ("Write a poem about the sea and the stars above it.", "Meer", 0.0),  # too short to tell
+        ("Write a poem about the sea and the stars above it.", "def f(x): return x + 1  # 12345", 0.0),
+    ],
+)
+def test_language_change(language_change, original, rewrite, changed):
+    assert language_change([original], [rewrite]) == [changed]
+
+
+def test_half_a_surrogate_pair_is_text_too(language_change):
+    garbled = "a text of some length with half a pair \ud800"
+    assert language_change([garbled], [garbled]) == [0.0]
+    assert copy_rate([garbled], [garbled]) == [1.0]
+
+
+def test_guards_are_metrics_without_a_penalty(guarded):
+    prompts = [Prompt((Message("system", "a long system message"), Message("user", "four")))] * 2
+    scored = guarded({"kind": "length_ratio"}, {"kind": "copy_rate"})(prompts, ["y", "y"], ["eight888", "four"])
+    assert scored.values == [0.0, 0.0]
+    assert scored.components == {
+        "zero": [0.0, 0.0],
+        "guard/length_ratio": [2.0, 1.0],  # against the user's turn, not its context
+        "guard/copy_rate": [0.0, 1.0],
+    }
+
+
+def test_penalty_grows_with_the_distance_from_the_range(guarded):
+    prompts = [Prompt.from_text("four")] * 4
+    reward = guarded({"kind": "length_ratio", "penalty": 0.5, "low": 0.5, "high": 2.0}, {"kind": "copy_rate"})
+    scored = reward(prompts, ["y"] * 4, ["", "four", "four" * 2, "four" * 4])
+    assert scored.components["guard/length_ratio/penalty"] == [0.25, 0.0, 0.0, 1.0]
+    assert scored.values == [-0.25, 0.0, 0.0, -1.0]
+
+
+def test_one_sided_range(guarded):
+    prompts = [Prompt.from_text("one two three")] * 2
+    reward = guarded({"kind": "copy_rate", "penalty": 2.0, "low": 1.0})
+    assert reward(prompts, ["y"] * 2, ["one two three", "else"]).values == [0.0, -2.0]
+
+
+def test_guards_are_skipped_without_rewrites(guarded):
+    reward = guarded({"kind": "length_ratio", "penalty": 1.0, "high": 0.0})
+    scored = reward([Prompt.from_text("four")], ["y"], None)
+    assert scored.values == [0.0]
+    assert scored.components == {"zero": [0.0]}
+
+
+def test_one_guard_of_a_kind(guarded):
+    with pytest.raises(ConfigError, match=r"reward.guards: 'copy_rate' occurs more than once"):
+        guarded({"kind": "copy_rate"}, {"kind": "copy_rate"})
+
+
+def encoder(path: Path) -> ModelConfig:
+    return ModelConfig(path=str(path), device="cpu", attention="eager")
+
+
+def test_embedding_similarity(encoder_path):
+    similarity = EmbeddingSimilarity(encoder(encoder_path))
+    originals = ["sort banana", "sort banana", "", "sort banana", "", "x" * 500]
+    rewrites = ["sort banana ", "wholly different text", "", "", "sort banana", "x" * 400]
+    same, other, *defined = similarity(originals, rewrites)
+    assert same == pytest.approx(1.0, abs=1e-6)
+    assert -1.0 <= other < 0.9999
+    assert defined[:3] == [1.0, 0.0, 0.0]
+    assert defined[3] == pytest.approx(1.0, abs=1e-6)  # both are cut to what the encoder takes
+    assert similarity([], []) == []
+
+
+def test_embedding_does_not_depend_on_its_batch(encoder_path):
+    similarity = EmbeddingSimilarity(encoder(encoder_path))
+    texts = [("word " * n).strip() or "w" for n in range(1, 45)]  # more than a batch, of all lengths
+    together = similarity(texts, texts[::-1])
+    alone = [similarity([a], [b])[0] for a, b in zip(texts, texts[::-1], strict=True)]
+    assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
+
+
+def test_embedding_guard_in_the_stack(guarded, encoder_path):
+    guard = {"kind": "embedding_similarity", "model": encoder(encoder_path).model_dump(), "penalty": 1.0, "low": 1.5}
+    scored = guarded(guard)([Prompt.from_text("sort banana")], ["y"], ["sort banana"])
+    assert scored.components["guard/embedding_similarity"] == [pytest.approx(1.0, abs=1e-6)]
+    assert scored.values == [pytest.approx(-0.5, abs=1e-6)]
+
+
+def test_missing_encoder_is_named(guarded, tmp_path):
+    with pytest.raises(ModelError, match=str(tmp_path / "missing")):
+        guarded({"kind": "embedding_similarity", "model": {"path": str(tmp_path / "missing")}})
+
+
+def test_failing_guard_names_itself_and_the_prompt(guarded, encoder_path, tmp_path):
+    model = AutoModel.from_pretrained(encoder_path)
+    torch.nn.init.constant_(model.get_input_embeddings().weight, float("nan"))
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoder_path).save_pretrained(tmp_path)
+    reward = guarded({"kind": "embedding_similarity", "model": encoder(tmp_path).model_dump()})
+    prompt = Prompt.from_text("sort banana", source="data.jsonl:7")
+    with pytest.raises(RewardError, match=r"guard/embedding_similarity returned nan") as caught:
+        reward([prompt], ["y"], ["reverse stone"])
+    assert "data.jsonl:7" in str(caught.value)
+
+
+@pytest.mark.skipif(not BPO.exists(), reason="real prompts are not here")
+def test_guards_on_real_rewrites(language_change):
+    rows = json.loads(BPO.read_text(encoding="utf-8"))
+    originals, rewrites = [row["prompt"] for row in rows], [row["optimized_prompt"] for row in rows]
+    assert all(0.0 <= rate <= 1.0 for rate in copy_rate(originals, rewrites))
+    assert copy_rate(originals, originals) == [1.0] * len(rows)
+    assert all(ratio >= 0 for ratio in length_ratio(originals, rewrites))
+    assert sum(language_change(originals, rewrites)) <= 0.02 * len(
+        rows
+    )  # the pairs are English throughout, but for a few

@@ -1,0 +1,181 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+from alignpro.config import ModelConfig, ModelRewardConfig, RewardConfig
+from alignpro.data.prompt import Message, Prompt
+from alignpro.errors import ModelError, RewardError
+from alignpro.rewards import build_reward, encode_conversation
+from alignpro.rewards.model import ModelReward, load_reward_model
+
+PROMPTS = [
+    Prompt.from_text("sort banana"),
+    Prompt.from_text("reverse the word stone and then say it twice", system="be short"),
+    Prompt((Message("user", "hi"), Message("assistant", "hello"), Message("user", "bye"))),
+    Prompt.from_text(""),
+]
+RESPONSES = ["aaabnn", "enots enots", "", "what?"]
+
+
+def config(path: Path, **fields) -> ModelRewardConfig:
+    model = {"path": str(path), "device": "cpu", **fields.pop("model", {})}
+    return ModelRewardConfig(kind="model", model=model, **fields)
+
+
+def test_conversation_is_the_original_prompt_and_the_response(byte_tokenizer):
+    tokenizer = byte_tokenizer()
+    ids, truncated = encode_conversation(tokenizer, PROMPTS[1], "enots", 512)
+    expected = "<bos>[system]be short<eos>[user]reverse the word stone and then say it twice<eos>[assistant]enots<eos>"
+    assert tokenizer.decode(ids) == expected
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert not truncated
+
+
+def test_long_conversation_loses_its_beginning_but_not_its_bos(byte_tokenizer):
+    tokenizer = byte_tokenizer()
+    whole, _ = encode_conversation(tokenizer, PROMPTS[0], "aaabnn", 512)
+    ids, truncated = encode_conversation(tokenizer, PROMPTS[0], "aaabnn", 10)
+    assert truncated
+    assert ids == [tokenizer.bos_token_id, *whole[-9:]]
+    assert tokenizer.decode(ids[1:]) == "<eos>[assistant]aaabnn<eos>"
+    assert encode_conversation(tokenizer, PROMPTS[0], "aaabnn", len(whole)) == (whole, False)
+    assert encode_conversation(tokenizer, PROMPTS[0], "aaabnn", 1) == (whole[-1:], True)
+    tokenizer.chat_template = tokenizer.chat_template.removeprefix("<bos>")
+    assert encode_conversation(tokenizer, PROMPTS[0], "aaabnn", 10) == (whole[-10:], True)
+
+
+def test_tokenizer_without_template_and_template_that_refuses_are_named(byte_tokenizer):
+    with pytest.raises(ModelError, match=r"no chat template.*chat_template"):
+        encode_conversation(byte_tokenizer(chat_template=None), PROMPTS[0], "y", 512)
+    prompt = Prompt((Message("tool", "x"), Message("user", "use it")), source="chats.json:3")
+    with pytest.raises(ModelError, match="no tools here") as caught:
+        encode_conversation(byte_tokenizer(), prompt, "y", 512)
+    assert "chats.json:3" in str(caught.value)
+
+
+def test_scores_are_the_classifiers_own(reward_model_path, byte_tokenizer):
+    """Against transformers directly, one unpadded conversation at a time."""
+    reward = ModelReward(config(reward_model_path, batch_size=3, scale=2.0, offset=-1.0))
+    measured = reward(PROMPTS, RESPONSES)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_path).eval()
+    for prompt, response, value in zip(PROMPTS, RESPONSES, measured.values, strict=True):
+        ids, _ = encode_conversation(byte_tokenizer(), prompt, response, 512)
+        with torch.no_grad():
+            expected = 2.0 * model(torch.tensor([ids])).logits.item() - 1.0
+        assert value == pytest.approx(expected, abs=1e-5)
+    assert measured.metrics == {"truncated": [0.0] * 4}
+    assert len(set(measured.values)) == 4
+
+
+def test_order_and_batching_do_not_matter(reward_model_path):
+    alone = ModelReward(config(reward_model_path, batch_size=1))(PROMPTS, RESPONSES).values
+    batched = ModelReward(config(reward_model_path, batch_size=2))(PROMPTS[::-1], RESPONSES[::-1]).values
+    assert batched[::-1] == pytest.approx(alone, abs=1e-5)
+
+
+def test_truncation_is_counted_for_each_row(reward_model_path):
+    stack = build_reward(RewardConfig(components=[config(reward_model_path, max_length=25, name="rm")]))
+    components = stack(PROMPTS, RESPONSES, None).components
+    assert components["rm/truncated"] == [0.0, 1.0, 0.0, 0.0]
+    assert set(components) == {"rm", "rm/truncated"}
+
+
+def test_positions_of_the_model_limit_the_length(reward_model_path):
+    measured = ModelReward(config(reward_model_path, max_length=4000))([Prompt.from_text("long " * 200)], ["y"])
+    assert measured.metrics["truncated"] == [1.0]  # 512 positions
+
+
+def test_response_is_scored_against_the_original_prompt(reward_model_path):
+    stack = build_reward(RewardConfig(components=[config(reward_model_path)]))
+    rewrites = [["sort banana"], ["something else"]]
+    first, second = (stack(PROMPTS[:1], RESPONSES[:1], rewrite).values for rewrite in rewrites)
+    assert first == second
+
+
+def test_plain_template_of_the_configuration_is_used(reward_model_path, tmp_path, byte_tokenizer):
+    shutil.copytree(reward_model_path, tmp_path, dirs_exist_ok=True)
+    byte_tokenizer(chat_template=None).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="chat template"):
+        ModelReward(config(tmp_path))
+    measured = ModelReward(config(tmp_path, model={"chat_template": "plain"}))(PROMPTS, RESPONSES)
+    assert len(set(measured.values)) == 4
+
+
+def test_language_model_has_no_score_head_and_is_refused(language_model_path):
+    with pytest.raises(ModelError, match=r"the checkpoint lacks score.weight, which would be random"):
+        ModelReward(config(language_model_path))
+
+
+def test_classifier_of_several_outputs_is_refused(tmp_path, byte_tokenizer, llama_config):
+    LlamaForSequenceClassification(llama_config(num_labels=3, pad_token_id=0)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="3 outputs, a reward needs exactly 1"):
+        ModelReward(config(tmp_path))
+
+
+def test_missing_model_is_named(tmp_path):
+    with pytest.raises(ModelError, match=str(tmp_path / "missing")):
+        ModelReward(config(tmp_path / "missing"))
+
+
+def test_model_without_pad_token_takes_the_tokenizers(tmp_path, byte_tokenizer, llama_config):
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(llama_config(num_labels=1)).save_pretrained(tmp_path)  # knows of no padding
+    byte_tokenizer().save_pretrained(tmp_path)
+    batched = ModelReward(config(tmp_path, batch_size=4))(PROMPTS, RESPONSES).values
+    alone = ModelReward(config(tmp_path, batch_size=1))(PROMPTS, RESPONSES).values
+    assert batched == pytest.approx(alone, abs=1e-5)
+
+
+def test_models_own_pad_token_wins_over_the_tokenizers(reward_model_path, tmp_path, byte_tokenizer):
+    """A tokenizer that pads with <eos> must not shift where the model reads the score."""
+    shutil.copytree(reward_model_path, tmp_path, dirs_exist_ok=True)
+    byte_tokenizer(pad_token="<eos>").save_pretrained(tmp_path)
+    expected = ModelReward(config(reward_model_path))(PROMPTS, RESPONSES).values
+    assert ModelReward(config(tmp_path))(PROMPTS, RESPONSES).values == pytest.approx(expected, abs=1e-6)
+
+
+def test_nan_score_names_the_prompt(reward_model_path, tmp_path, byte_tokenizer):
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_path)
+    broken = byte_tokenizer().convert_tokens_to_ids("q")  # one byte breaks the model
+    model.get_input_embeddings().weight.data[broken] = float("nan")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    stack = build_reward(RewardConfig(components=[config(tmp_path, name="rm")]))
+    prompts = [PROMPTS[0], Prompt.from_text("quick", source="data.csv:9")]
+    with pytest.raises(RewardError, match="reward 'rm' returned nan") as caught:
+        stack(prompts, ["y", "y"], None)
+    assert "data.csv:9" in str(caught.value)
+    assert PROMPTS[0].id not in str(caught.value)
+
+
+def test_training_starts_from_a_language_model_with_a_seeded_head(language_model_path):
+    model_config = ModelConfig(path=str(language_model_path), device="cpu")
+    state = torch.random.get_rng_state()
+    first, again, other = (load_reward_model(model_config, 128, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.classifier.score.weight, again.classifier.score.weight)
+    assert not torch.equal(first.classifier.score.weight, other.classifier.score.weight)
+    first.requires_grad_(True)
+    rewards = first(PROMPTS, RESPONSES)
+    assert rewards.shape == (4,)
+    rewards.sum().backward()
+    assert first.classifier.score.weight.grad.abs().sum() > 0
+
+
+def test_trained_model_scores_as_it_was_trained(language_model_path, tmp_path):
+    """What training exports, the reward reads back: the same encoding, padding and head."""
+    trained = load_reward_model(ModelConfig(path=str(language_model_path), device="cpu"), 128, seed=0)
+    trained.classifier.save_pretrained(tmp_path)
+    trained.tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = trained(PROMPTS, RESPONSES).tolist()
+    assert ModelReward(config(tmp_path))(PROMPTS, RESPONSES).values == pytest.approx(expected, abs=1e-6)
+
+
+def test_default_name_is_the_models(reward_model_path):
+    assert ModelReward(config(reward_model_path)).name == reward_model_path.name

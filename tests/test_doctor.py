@@ -1,0 +1,174 @@
+"""`alignpro doctor` tells what is here, and is not brought down by what is not."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from alignpro import doctor
+from alignpro.doctor import Finding, diagnose, print_diagnosis
+from alignpro.prompting import available_meta_prompts
+from alignpro_kernels import backends
+
+
+def found(findings: list[Finding], section: str, name: str) -> Finding:
+    return next(each for each in findings if each.section == section and each.name == name)
+
+
+def program(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def distribution(site: Path, name: str, version: str) -> None:
+    """A package as `importlib.metadata` sees it."""
+    directory = site / f"{name}-{version}.dist-info"
+    directory.mkdir(parents=True)
+    (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_every_required_package_is_found_in_its_installed_version() -> None:
+    findings = diagnose()
+    for name in ("torch", "transformers", "datasets", "peft"):
+        finding = found(findings, "Packages", name)
+        assert (finding.status, finding.detail) == ("ok", metadata.version(name))
+
+
+def test_sections_stand_together() -> None:
+    headings = [section for section, _ in itertools.groupby(diagnose(), key=lambda each: each.section)]
+    assert len(headings) == len(set(headings))
+
+
+def test_every_backend_and_meta_prompt_is_listed() -> None:
+    findings = diagnose()
+    for name, reason in backends().items():
+        finding = found(findings, "Kernels", name)
+        assert (finding.status == "ok") == (reason is None)
+        assert reason is None or reason == finding.detail
+    listed = {each.name: each.detail for each in findings if each.section == "Meta-prompts"}
+    assert listed == available_meta_prompts()
+
+
+def test_every_extra_has_a_purpose_and_a_line_that_installs_it() -> None:
+    declared = set(metadata.metadata("alignpro").get_all("Provides-Extra") or [])
+    assert declared == set(doctor._EXTRAS)
+    for finding in (each for each in diagnose() if each.section == "Extras"):
+        assert finding.status == "ok" or finding.remedy == f"pip install 'alignpro[{finding.name}]'"
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "said"),
+    [
+        ("0.18.7", "problem", "known to be broken"),
+        ("0.18.9", "problem", "known to be broken"),
+        ("0.17.0", "problem", "does not meet >=0.19.0"),
+        ("0.19.1", "ok", "0.19.1"),
+    ],
+)
+def test_a_deepspeed_that_does_not_work_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, status: str, said: str
+) -> None:
+    distribution(tmp_path, "deepspeed", version)
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = found(diagnose(), "Extras", "deepspeed")
+    assert finding.status == status
+    assert said in finding.detail
+
+
+def test_a_required_package_that_is_too_old_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distribution(tmp_path, "datasets", "1.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = found(diagnose(), "Packages", "datasets")
+    assert finding.status == "problem"
+    assert finding.detail.startswith("1.0 does not meet >=")
+    assert finding.remedy.startswith("pip install 'datasets>=")
+
+
+def test_a_half_installed_package_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "datasets-5.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "damaged" in found(diagnose(), "Packages", "datasets").detail
+
+
+def test_nothing_is_raised_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None\nfrom alignpro.doctor import print_diagnosis; print_diagnosis()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "import of torch halted" in done.stdout
+    assert "Compilers" in done.stdout  # what comes after it is still told
+    assert "To mend: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "section", "name", "status"),
+    [
+        ("triton", "Devices", "triton", "off"),
+        ("alignpro_kernels", "Kernels", "kernels", "problem"),
+        ("alignpro.prompting", "Meta-prompts", "meta_prompts", "problem"),
+    ],
+)
+def test_a_part_that_cannot_be_imported_is_told(
+    monkeypatch: pytest.MonkeyPatch, module: str, section: str, name: str, status: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # the import system's own way to make an import fail
+    findings = diagnose()
+    assert found(findings, section, name).status == status
+    assert found(findings, "Packages", "torch").status == "ok"
+
+
+def test_triton_runs_interpreted_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreted" in found(diagnose(), "Devices", "triton").detail
+
+
+def test_compilers_are_run_and_not_only_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(
+        tmp_path / "bin" / "nvcc", "echo 'nvcc: NVIDIA (R) Cuda compiler driver'; echo 'tools, release 13.1, V13.1.5'"
+    )
+    program(tmp_path / "ninja", "exit 3")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    findings = diagnose()
+    assert found(findings, "Compilers", "nvcc").detail == f"release 13.1, {tmp_path / 'bin' / 'nvcc'}"
+    assert found(findings, "Compilers", "ninja").status == "problem"
+    assert found(findings, "Compilers", "c++").detail == "no-such-compiler not found"
+
+
+def test_a_driver_beside_a_cpu_build_of_torch_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    if torch.version.cuda or torch.version.hip:
+        pytest.skip("torch is a GPU build here")
+    program(tmp_path / "nvidia-smi", "echo GPU 0")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    finding = found(diagnose(), "Devices", "gpu")
+    assert finding.status == "problem"
+    assert "built for the CPU only" in finding.detail
+
+
+def test_what_is_printed_ends_with_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdict() -> tuple[bool, str]:
+        console = Console(file=io.StringIO(), width=100)
+        healthy = print_diagnosis(console)
+        return healthy, console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+
+    if any(each.status == "problem" for each in diagnose()):
+        pytest.skip("something is wrong with this machine already; see `alignpro doctor`")
+    assert verdict() == (True, "All that training needs is here.")
+    distribution(tmp_path, "peft", "0.1")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert verdict() == (False, "To mend: peft")
