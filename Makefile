@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= runs/demo
+TORCH_INDEX ?=
 
 # What to install for: cuda, rocm or cpu. A driver that answers decides.
 ifndef DEVICE
@@ -26,14 +26,15 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
-	@echo "  variables: PYTHON=$(PYTHON) DEVICE=$(DEVICE) JOBS=$(JOBS) VENV=$(VENV) OUT=$(OUT)"
+	@echo "  variables: PYTHON=$(PYTHON) DEVICE=$(DEVICE) JOBS=$(JOBS) VENV=$(VENV) OUT DATA TORCH_INDEX"
 
 setup: $(STAMP) ## the virtual environment, with pinned packages (CPU) or the GPU build
 
 $(STAMP): requirements/install.sh requirements/cpu.txt requirements/gpu.txt requirements/dev.txt pyproject.toml
-	PYTHON='$(PYTHON)' sh requirements/install.sh '$(VENV)' '$(DEVICE)'
+	PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' sh requirements/install.sh '$(VENV)' '$(DEVICE)'
 	@touch $@
 
+demo: OUT ?= runs/demo
 demo: $(STAMP) ## train in the embedded world, compare, and write OUT/report.html (five minutes on two cores)
 	$(BIN)/alignpro demo --out '$(OUT)'
 
@@ -63,8 +64,9 @@ doctor: $(STAMP) ## what is installed, which backends run, and why others do not
 demo-weights: $(STAMP) ## train the embedded world's models again
 	$(BIN)/python -m alignpro.demo.build
 
-miniature: $(STAMP) ## the whole pipeline on real prompts, with models small enough for a CPU
-	sh launch/presets/miniature/run.sh
+miniature: OUT ?= runs/miniature
+miniature: $(STAMP) ## the whole pipeline on the real prompts in DATA, with models small enough for a CPU
+	DATA='$(DATA)' OUT='$(OUT)' PYTHON='$(BIN)/python' bash launch/presets/miniature/run.sh
 
 clean: ## remove caches and build products (not VENV, not runs/)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

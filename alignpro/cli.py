@@ -8,12 +8,13 @@ Every training command takes YAML files and dotted overrides, later ones win:
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
@@ -29,70 +30,81 @@ from alignpro.config import (
     dump_config,
     load_config,
 )
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, Interrupted
+from alignpro.plan import plan
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     help="Train a prompter that rewrites prompts so that a frozen target model answers better.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 Arguments = Annotated[
-    list[str], typer.Argument(metavar="CONFIG.yaml… [key=value…]", help="Files and dotted overrides.")
+    list[str],
+    typer.Argument(
+        metavar="CONFIG.yaml|key=value",
+        help="Files and overrides, later ones win: base.yaml mine.yaml run.out=runs/mine optimizer.learning_rate=1e-4. "
+        "--dry-run prints every key with its value.",
+        show_default=False,
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in run.out from its newest checkpoint.")]
-At = Annotated[int | None, typer.Option(help="With --resume: the step to continue from.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration and print what would run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in run.out from its newest whole checkpoint.")]
+At = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="STEP", help="With --resume: continue from this step; later checkpoints are removed."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the configuration, print it and what would run, and stop.")
+]
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def sft(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Fine-tune a prompter on (x, x') pairs, so that ρ_sft exists; or a language model on responses."""
     _train(SFTConfig, "alignpro.training.supervised:SupervisedTraining", arguments, resume, at, dry_run)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def reward(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Train a Bradley-Terry reward model on preference pairs."""
     _train(RewardModelConfig, "alignpro.training.preference:PreferenceTraining", arguments, resume, at, dry_run)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def train(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Train the prompter against a frozen target."""
     _train(TrainConfig, "alignpro.jobs:prompter_training", arguments, resume, at, dry_run)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def rlhf(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Fine-tune the target itself on the same reward: the oracle that a prompter is compared with."""
     _train(RLHFConfig, "alignpro.jobs:response_training", arguments, resume, at, dry_run)
 
 
-@app.command("eval")
+@app.command("eval", no_args_is_help=True)
 def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
     """Compare prompter, oracle and no fine-tuning on held-out prompts; write summary, figure and report."""
     config = _configure(EvalConfig, arguments, dry_run)
     if config is not None:
-        from alignpro.evaluation.evaluate import evaluate as run_evaluation
-
-        run_evaluation(config)
+        _load("alignpro.evaluation.evaluate:evaluate")(config)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
     """Training-free: resample N rewrites of the reference with weights exp(R/λ)."""
     config = _configure(OptimalConfig, arguments, dry_run)
     if config is not None:
-        from alignpro.evaluation.optimal import optimal as run_optimal
-
-        run_optimal(config)
+        _load("alignpro.evaluation.optimal:optimal")(config)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def rewrite(
     text: Annotated[list[str], typer.Argument(help="Prompts to rewrite.")],
     run: Annotated[Path, typer.Option(help="Run directory of `alignpro train`.")],
@@ -102,9 +114,7 @@ def rewrite(
     answer: Annotated[bool, typer.Option("--answer", help="Let the run's target answer each rewrite.")] = False,
 ) -> None:
     """Rewrite prompts with a trained prompter."""
-    from alignpro.rewriting import Rewriter
-
-    rewriter = Rewriter.from_run(run, with_target=answer)
+    rewriter = _load("alignpro.rewriting:Rewriter.from_run")(run, with_target=answer)
     for prompt, rewrites in zip(text, rewriter.rewrite(text, n=n, temperature=temperature, seed=seed), strict=True):
         for rewritten in rewrites:
             typer.echo(rewritten.rewrite if len(text) == 1 else f"{prompt}\t{rewritten.rewrite}")
@@ -112,21 +122,19 @@ def rewrite(
                 typer.echo(f"  → {rewritten.response}")
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write the runs, the summary, the figure and the report.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Run the whole of Align-Pro on the embedded world: about five minutes on two cores."""
-    from alignpro.demo.run import run_demo
-
-    run_demo(out, seed)
+    _load("alignpro.demo.run:run_demo")(out, seed)
 
 
 @app.command()
 def doctor() -> None:
     """Say what is installed, which backends run, and why others do not."""
-    from alignpro.doctor import print_diagnosis
+    from alignpro.doctor import print_diagnosis  # not by `_load`: it must answer where transformers is broken
 
     print_diagnosis()
 
@@ -138,56 +146,77 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-def main() -> None:
-    """Entry point: a problem that the user can mend is one message and a non-zero exit."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a problem that the user can mend is one message and a non-zero exit.
+
+    Args:
+        arguments: Those of the process when absent.
+
+    Raises:
+        SystemExit: Always; 0 when all went well, 128 + its number after a signal.
+    """
     _quiet_libraries()
     try:
-        app()
+        app(arguments)
     except AlignProError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
-    except Exception as error:
-        from alignpro.training.run import Interrupted
-
-        if isinstance(error, Interrupted):
-            typer.echo(str(error), err=True)
-            sys.exit(128 + error.signum)
-        raise
+    except Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        sys.exit(stop.exit_code)
 
 
 def _train(kind: type[Section], task: str, arguments: list[str], resume: bool, at: int | None, dry_run: bool) -> None:
+    if at is not None and not resume:
+        raise AlignProError("--at names the checkpoint to continue from: it goes with --resume")
     config = _configure(kind, arguments, dry_run)
     if config is None:
         return
-    if at is not None and not resume:
-        raise AlignProError("--at names the checkpoint to continue from: it goes with --resume")
-    from alignpro.training.run import Run
-
-    run = Run(config, resume=resume, at=at)  # before any model is loaded: a directory in use is known at once
-    run.train(_resolve(task)(config))
+    run_kind = _load("alignpro.training.run:Run")
+    with run_kind(
+        config, resume=resume, at=at
+    ) as run:  # before any model is loaded: a directory in use is known at once
+        if run.finished:
+            logger.info("the run in %s has finished: its model is in %s", run.out, run.out / "model")
+            return
+        run.train(_load(task)(config))
 
 
 def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool) -> ConfigT | None:
-    """The checked configuration; None after printing it, when nothing is to run."""
+    """The checked configuration; None after printing it as YAML, with the plan as comments, when nothing is to run."""
     config = load_config(kind, arguments)
     if dry_run:
-        typer.echo(dump_config(config), nl=False)
+        typer.echo(dump_config(config) + "".join(f"# {line}\n" for line in plan(config)), nl=False)
         return None
     return config
 
 
-def _resolve(path: str) -> Callable:
+def _load(path: str) -> Callable[..., Any]:
     """``module:name``, imported late: `alignpro --help` and a bad configuration answer without loading torch."""
     import importlib
 
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards"
     module, _, name = path.partition(":")
-    resolved: Callable = getattr(importlib.import_module(module), name)
-    return resolved
+    loaded: Callable[..., Any] = operator.attrgetter(name)(importlib.import_module(module))
+    return loaded
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is at the time: a progress bar puts itself in its place, to stay below messages."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def _quiet_libraries() -> None:
     """Our own messages on standard error, and none of the libraries' chatter."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StandardError()])
     for name in ("httpx", "transformers", "datasets", "filelock", "fsspec", "matplotlib", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -376,9 +376,10 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
-        if self.reference is None and (self.gibbs_candidates > 0 or self.bound):
-            what = "bound" if self.bound else f"gibbs_candidates={self.gibbs_candidates}"
-            raise ValueError(f"{what} needs `reference`: the prompter before training, ρ_sft")
+        if self.gibbs_candidates > 0 and self.reference is None:
+            raise ValueError(
+                "gibbs_candidates are rewrites of ρ_sft: they need `reference`, the prompter before training"
+            )
         if self.gibbs_candidates > 0 and self.kl_coef == 0:
             raise ValueError("gibbs_candidates weighs rewrites by exp(R/λ): kl_coef must be positive")
         return self

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
+
 
 class AlignProError(Exception):
     """A problem that the user can mend; the command line prints its message without a traceback."""
@@ -29,3 +32,23 @@ class CheckpointError(AlignProError):
 
 class TrainingError(AlignProError):
     """A run that cannot go on: a loss that is not finite, a run directory in use."""
+
+
+class Interrupted(Exception):  # noqa: N818 - no error: the run was told to stop and its state is saved
+    """A signal asked a run to stop; its state is saved.
+
+    Args:
+        signum: The signal.
+        checkpoint: Where the state is.
+    """
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name}; state saved in {checkpoint}; continue with --resume"
+        )
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports of a process that this signal ended."""
+        return 128 + self.signum

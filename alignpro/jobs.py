@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from alignpro.chat_template import ChatTemplate
 from alignpro.config import ModelConfig, PromptingConfig, RLHFConfig, SamplingConfig, TrainConfig
-from alignpro.data import DataSet, Prompt, load_prompts, split
+from alignpro.data import load_prompts, split
 from alignpro.engine import Engine
 from alignpro.environment import PromptEnvironment, ResponseEnvironment, sampling_params
 from alignpro.errors import ConfigError
@@ -31,9 +29,12 @@ def prompter_training(config: TrainConfig) -> PolicyTraining:
         responses=config.rollout.responses_per_rewrite,
     )
     room = policy.model.context_length - config.rollout.rewrite.max_tokens
-    training, heldout = training_prompts(
-        load_prompts(config.data), config.data.holdout, environment, min(config.prompting.max_prompt_tokens, room)
+    prompts = drop_long_prompts(
+        load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, room)
     )
+    answered = environment.target
+    prompts = drop_long_prompts(prompts, answered.encode_context, answered.max_tokens, what="the target's context")
+    training, heldout = split(prompts, config.data.holdout)
     return PolicyTraining(
         policy,
         environment,
@@ -54,9 +55,10 @@ def response_training(config: RLHFConfig) -> PolicyTraining:
     template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
     environment = ResponseEnvironment(template, build_reward(config.reward))
     room = policy.model.context_length - config.rollout.respond.max_tokens
-    training, heldout = training_prompts(
-        load_prompts(config.data), config.data.holdout, environment, min(config.max_prompt_tokens, room)
+    prompts = drop_long_prompts(
+        load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
     )
+    training, heldout = split(prompts, config.data.holdout)
     return PolicyTraining(
         policy,
         environment,
@@ -99,11 +101,3 @@ def prompt_environment(
         sampling_params(respond, responses),
         prompting,
     )
-
-
-def training_prompts(
-    data: DataSet, holdout: float, environment: PromptEnvironment | ResponseEnvironment, limit: int
-) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Training and held-out prompts whose input fits in ``limit`` tokens; the others are dropped and counted."""
-    prompts = drop_long_prompts(data.prompts, environment.encode, limit)
-    return split(prompts, holdout)

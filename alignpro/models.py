@@ -1,25 +1,24 @@
-"""Load language models and see each as a decoder (tokens → hidden states) and a head (hidden states → logits).
-
-The split is what the fused head operators need: they take hidden states and the head's weight, never logits.
-"""
+"""Load language models, put adapters on them, save them."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alignpro.config import AdapterConfig, ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
+from alignpro.language_model import Head as Head
+from alignpro.language_model import LanguageModel as LanguageModel
 from alignpro.tokenization import load_tokenizer
 
 DTYPES = {
@@ -29,152 +28,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-
-@dataclass(frozen=True)
-class Head:
-    """The output layer: logits = softcap(weight · hidden + bias)."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-
-    def same_as(self, other: Head) -> bool:
-        """Whether both read the same storage, so that a fused kernel may load the weight once."""
-        return self.weight.data_ptr() == other.weight.data_ptr() and self.softcap == other.softcap
-
-
-class LanguageModel(nn.Module):
-    """A causal language model of transformers, plain or with a peft adapter, and its tokenizer.
-
-    Args:
-        model: The model; with peft, a LoRA is active inside it and a soft prompt is put in front by `hidden`.
-        tokenizer: Its tokenizer.
-        name: How messages call it: its path.
-
-    Raises:
-        ModelError: The architecture's logits are not head(hidden) (checked on two tokens, so that no architecture with
-            a head of its own kind is trained or sampled wrongly in silence).
-    """
-
-    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.name = name
-        self._check_head()
-
-    @property
-    def causal(self) -> PreTrainedModel:
-        """The transformers model inside a peft wrapper, or the model itself."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.causal.device
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that the model can hold, those of a soft prompt taken off."""
-        config = self.causal.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        return int(limit) - self.virtual_tokens
-
-    @property
-    def virtual_tokens(self) -> int:
-        """Length of the soft prompt; 0 without one."""
-        return self.model.active_peft_config.num_virtual_tokens if self._has_soft_prompt else 0
-
-    @property
-    def head(self) -> Head:
-        """The output layer as it is now; a LoRA on the head is added to the weight."""
-        layer = self.causal.get_output_embeddings()
-        weight = layer.weight
-        if hasattr(layer, "get_delta_weight") and not layer.disable_adapters:  # a LoRA on the head itself
-            for adapter in layer.active_adapters:
-                weight = weight + layer.get_delta_weight(adapter)
-        softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
-        return Head(weight, getattr(layer, "bias", None), softcap)
-
-    def hidden(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """The last hidden states.
-
-        Args:
-            ids: (B, L) int64, padded on either side.
-            attention_mask: (B, C + L) bool or int64, zero at padding, over what the cache holds and the new ids. With a
-                soft prompt, its part is added here and never passed in.
-            cache: Keys and values of C earlier positions, extended in place.
-
-        Returns:
-            (B, L, D) in the model's dtype.
-        """
-        past = cache.get_seq_length() if cache is not None else 0
-        inputs: dict[str, Any] = {"input_ids": ids}
-        attention_mask = attention_mask.to(torch.int64)
-        prefix = self.virtual_tokens
-        if prefix:
-            attention_mask = nn.functional.pad(attention_mask, (prefix, 0), value=1)
-            if past == 0:
-                soft = self.model.get_prompt(batch_size=len(ids))  # (B, prefix, D)
-                embedded = self.causal.get_input_embeddings()(ids)
-                inputs = {"inputs_embeds": torch.cat([soft.to(embedded.dtype), embedded], dim=1)}
-        positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, past:]  # (B, L) or with the soft prompt in front
-        output = self.causal.base_model(
-            **inputs,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return output.last_hidden_state[:, -ids.shape[1] :]
-
-    @contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """The model as it was before its adapter."""
-        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
-            self._soft_prompt_off = True
-            try:
-                yield
-            finally:
-                self._soft_prompt_off = False
-
-    _soft_prompt_off = False
-
-    @property
-    def _has_soft_prompt(self) -> bool:
-        return (
-            isinstance(self.model, PeftModel)
-            and self.model.active_peft_config.is_prompt_learning
-            and not self._soft_prompt_off
-        )
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        ids = torch.tensor([[0, 1]], device=self.device)
-        training = self.model.training
-        self.model.eval()
-        with self.adapter_off():
-            try:
-                expected = self.causal(input_ids=ids).logits
-                hidden, head = self.hidden(ids, torch.ones_like(ids)), self.head
-            except (AttributeError, TypeError) as error:
-                raise ModelError(
-                    f"model {self.name}: {type(self.causal).__name__} is not supported: {error}"
-                ) from error
-            logits = nn.functional.linear(hidden, head.weight, head.bias)
-            if head.softcap is not None:
-                logits = head.softcap * torch.tanh(logits / head.softcap)
-        self.model.train(training)
-        if not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
-            raise ModelError(
-                f"model {self.name}: the logits of {type(self.causal).__name__} are not its output layer applied to its "
-                "last hidden states (a logit scale, or a head of its own kind): this architecture is not supported"
-            )
+BASE = "base"
+"""Where, beside a saved adapter, its base model is, if that is nowhere else: merged with another adapter, or random."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -204,29 +59,39 @@ def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
     Raises:
         ModelError: As `load_language_model`.
     """
+    torch.manual_seed(seed)  # also for what the caller draws next, such as an adapter's first weights
     if not config.from_scratch:
         return load_language_model(config)
     tokenizer = load_tokenizer(config)
-    torch.manual_seed(seed)
     with _naming(config.path):
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         model = AutoModelForCausalLM.from_config(
             architecture, dtype=DTYPES[config.dtype], attn_implementation=config.attention
         )
+    model.name_or_path = BASE
     return LanguageModel(model.to(resolve_device(config.device)), tokenizer, config.path)
 
 
 def _load_causal(config: ModelConfig) -> PreTrainedModel | PeftModel:
+    directory = Path(config.path)
     with _naming(config.path):
-        if (Path(config.path) / "adapter_config.json").is_file():
+        if (directory / "adapter_config.json").is_file():
             base = PeftConfig.from_pretrained(config.path).base_model_name_or_path
+            if not base:
+                raise ValueError("its adapter_config.json has no base_model_name_or_path")
+            if base == BASE and (directory / BASE).is_dir():
+                base = str(directory / BASE)
             return PeftModel.from_pretrained(_load_causal(config.model_copy(update={"path": base})), config.path)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
     return model.to(resolve_device(config.device))
 
 
@@ -235,7 +100,7 @@ def _naming(path: str) -> Iterator[None]:
     """Say which model could not be loaded; transformers' own messages say why."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {path}: cannot be loaded as a causal language model: {error}") from error
 
 
@@ -257,6 +122,7 @@ def add_adapter(language_model: LanguageModel, adapter: AdapterConfig) -> Langua
             model.prompt_encoder.requires_grad_(True)
             return language_model
         model = model.merge_and_unload()
+        model.name_or_path = BASE
     model.requires_grad_(adapter.kind == "full")
     if adapter.kind == "full":
         return LanguageModel(model, language_model.tokenizer, language_model.name)
@@ -272,30 +138,51 @@ def _peft_config(adapter: AdapterConfig, language_model: LanguageModel) -> PeftC
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=adapter.rank,
-            lora_alpha=adapter.alpha,
+            lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # a factor: peft declares an int and divides it
             lora_dropout=adapter.dropout,
             target_modules=adapter.target_modules,
         )
     return PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
         num_virtual_tokens=adapter.virtual_tokens,
-        prompt_tuning_init=PromptTuningInit.TEXT if adapter.init_text else PromptTuningInit.RANDOM,
+        prompt_tuning_init=PromptTuningInit.TEXT if adapter.init_text else PromptTuningInit.SAMPLE_VOCAB,
         prompt_tuning_init_text=adapter.init_text,
         tokenizer_name_or_path=language_model.tokenizer.name_or_path if adapter.init_text else None,
     )
 
 
+def frozen_copy(language_model: LanguageModel) -> LanguageModel:
+    """A copy that training does not move; it shares what is not trained, and keeps ties between weights."""
+    model = language_model.model
+    shared = [language_model.tokenizer, *(w for w in model.parameters() if not w.requires_grad)]
+    return copy.deepcopy(language_model, {id(part): part for part in shared}).requires_grad_(False).eval()
+
+
 def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
-    """Write a directory that ``from_pretrained`` (and `load_language_model`) reads: weights or adapter, and tokenizer."""
-    language_model.model.save_pretrained(directory)
-    language_model.tokenizer.save_pretrained(directory)
+    """Write a directory that ``from_pretrained`` (and `load_language_model`) reads: weights or adapter, and tokenizer.
+
+    An adapter whose base model is nowhere else has it in ``base/``.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    model = language_model.model
+    adapter: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    try:
+        model.save_pretrained(str(directory))
+        if adapter is not None and adapter.base_model_name_or_path == BASE:
+            weights = language_model.causal.state_dict()
+            base = {name.replace(".base_layer", ""): w for name, w in weights.items() if ".lora_" not in name}
+            language_model.causal.save_pretrained(directory / BASE, state_dict=base)
+        language_model.tokenizer.save_pretrained(directory)
+    except SafetensorError as error:  # how a full disk arrives here
+        raise OSError(f"{directory}: {error}") from error
 
 
-def fingerprint(module: nn.Module) -> str:
-    """16 hexadecimal digits that change when a weight does: names, shapes and the sums of each tensor."""
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hexadecimal digits of SHA-256 over names, dtypes, shapes and every byte of named weights."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.state_dict().items()):
-        total = parameter.double().sum().item() if parameter.is_floating_point() else int(parameter.sum())
-        squares = parameter.double().square().sum().item() if parameter.is_floating_point() else 0.0
-        digest.update(f"{name} {tuple(parameter.shape)} {total!r} {squares!r}\n".encode())
+    for name, weight in sorted(weights, key=lambda item: item[0]):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignpro.config import PolicyConfig
 from alignpro.errors import ModelError
-from alignpro.models import Head, LanguageModel, add_adapter, fingerprint, load_language_model, load_trainable
+from alignpro.models import (
+    Head,
+    LanguageModel,
+    add_adapter,
+    fingerprint,
+    frozen_copy,
+    load_language_model,
+    load_trainable,
+)
 from alignpro.sequences import SequenceBatch
 from alignpro_kernels import Coefficients, PolicyLossOutput, linear_logprob, policy_loss
 
@@ -46,6 +54,7 @@ class Policy:
         self.model = model
         self.reference = reference
         self.temperature = temperature
+        self._reference_id: str | None = None
         self.model.eval()  # no dropout: importance ratios compare the same function at two sets of weights
         if reference is not None:
             reference.requires_grad_(False).eval()
@@ -59,22 +68,20 @@ class Policy:
                 vocabularies.
         """
         start = load_trainable(config, seed)
-        torch.manual_seed(seed)  # what an adapter starts from
         starts_from_soft_prompt = start.virtual_tokens > 0
+        model = add_adapter(start, config.adapter)
         reference: LanguageModel | None = None
-        if config.reference is not None:
+        if config.reference not in (None, config.path):
             reference = load_language_model(config.model_copy(update={"path": config.reference}))
         elif config.adapter.kind == "full" or starts_from_soft_prompt:
-            reference = copy.deepcopy(start)
-        model = add_adapter(start, config.adapter)
+            reference = frozen_copy(model)
         if reference is not None and reference.head.weight.shape[0] != model.head.weight.shape[0]:
             raise ModelError(
                 f"reference {reference.name} has {reference.head.weight.shape[0]} vocabulary entries, policy {model.name} "
                 f"has {model.head.weight.shape[0]}: KL needs the same vocabulary"
             )
         if config.gradient_checkpointing:
-            model.causal.gradient_checkpointing_enable({"use_reentrant": False})
-            model.causal.enable_input_require_grads()
+            model.enable_gradient_checkpointing()
         return cls(model, reference, temperature=temperature)
 
     @property
@@ -83,11 +90,13 @@ class Policy:
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def reference_id(self) -> str:
-        """A fingerprint of the reference's weights, recorded in checkpoints."""
-        if self.reference is not None:
-            return fingerprint(self.reference)
-        with self.model.adapter_off():
-            return fingerprint(self.model.causal.get_input_embeddings())
+        """A fingerprint of the reference's weights, recorded in checkpoints; taken once, since they never change."""
+        if self._reference_id is None:
+            frozen = self.model.causal if self.reference is None else self.reference
+            trained = {id(weight) for weight in self.trainable.values()}
+            weights = (item for item in frozen.named_parameters() if id(item[1]) not in trained)
+            self._reference_id = fingerprint(weights)
+        return self._reference_id
 
     @torch.no_grad()
     def token_values(self, batch: SequenceBatch) -> TokenValues:
@@ -113,6 +122,7 @@ class Policy:
             temperature=self.temperature,
             softcap=reference_head.softcap,
         )
+        assert stats.kl is not None and stats.entropy is not None  # asked for
         return TokenValues(
             logprob=batch.scatter(stats.logprob),
             reference_logprob=batch.scatter(reference_stats.logprob),
@@ -138,7 +148,7 @@ class Policy:
             entropy: Whether they get the entropy.
         """
         head = self.model.head
-        reference = {}
+        reference: dict[str, Any] = {}
         if reference_states is not None:
             reference = _reference_arguments(head, reference_states, self._reference_head())
         return policy_loss(
@@ -187,7 +197,7 @@ def sequence_logprob(model: LanguageModel, batch: SequenceBatch, temperature: fl
     return batch.scatter(stats.logprob).sum(1)
 
 
-def _reference_arguments(head: Head, states: Tensor, reference: Head) -> dict[str, Tensor | None]:
+def _reference_arguments(head: Head, states: Tensor, reference: Head) -> dict[str, Any]:
     """Keyword arguments for the head's operators; a shared head is named once, so that it is read once.
 
     A head that is trained is shared with nobody: the reference keeps its own.

@@ -81,3 +81,7 @@ install_all || {
 }
 printf '%s\n' "$device" >"$venv/.device"
 rm -f "$venv/.installing"
+
+# The configured sources may hold a CPU build that satisfies gpu.txt as well.
+[ "$device" = cpu ] || "$venv/bin/python" -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))' ||
+    fail "torch came as a CPU build; name an index with one for $device (make TORCH_INDEX=https://…), or take DEVICE=cpu"

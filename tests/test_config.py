@@ -272,11 +272,12 @@ def test_the_oracle_is_checked_as_the_prompter_is(tmp_path: Path) -> None:
     assert "rollout.respond: the policy is trained" in problem(path, "rollout.respond.top_k=4", kind=RLHFConfig)
 
 
-@pytest.mark.parametrize("override", ["gibbs_candidates=8", "bound=true"])
-def test_gibbs_and_the_bound_need_the_reference(tmp_path: Path, override: str) -> None:
+def test_gibbs_needs_the_reference_and_a_price(tmp_path: Path) -> None:
     path = written(tmp_path / "eval.yaml", EVAL)
-    assert "needs `reference`" in problem(path, override, kind=EvalConfig)
-    assert load_config(EvalConfig, [path, override, "reference.path=models/sft"]).reference is not None
+    assert "they need `reference`" in problem(path, "gibbs_candidates=8", kind=EvalConfig)
+    whole = [path, "gibbs_candidates=8", "reference.path=models/sft"]
+    assert load_config(EvalConfig, whole).gibbs_candidates == 8
+    assert "kl_coef must be positive" in problem(*whole, "kl_coef=0", kind=EvalConfig)
 
 
 def test_a_long_value_is_cut_in_the_message(train_yaml: str) -> None:

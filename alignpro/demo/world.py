@@ -39,6 +39,16 @@ TYPO_RATE = 0.15
 MAX_CHARACTERS = 40
 """Longest casual request, in characters."""
 
+TASK_WEIGHTS: dict[Task, float] = {
+    "reverse": 1.5,
+    "sort": 2.5,
+    "upper": 1.0,
+    "consonants": 1.5,
+    "first": 0.7,
+    "last": 0.7,
+    "length": 0.7,
+}
+"""Relative frequency of the tasks in the target's training data: the harder ones more often."""
 CANONICAL_SHARE = 0.5
 """Share of canonical requests in the target's training data."""
 RIGHT_SHARE = (0.6, 0.45, 0.3, 0.2)
@@ -125,7 +135,8 @@ def target_records(count: int, seed: int) -> list[dict[str, Any]]:
     rng = random.Random(f"target/{seed}")
     records = []
     for _ in range(count):
-        task, argument = rng.choice(TASKS), draw_argument(rng, heldout=False)
+        task = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
+        argument = draw_argument(rng, heldout=False)
         if rng.random() < CANONICAL_SHARE:
             records.append({"prompt": canonical(task, argument), "response": solve(task, argument)})
             continue
@@ -196,9 +207,9 @@ def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
 def _misunderstand(rng: random.Random, request: Request) -> str:
     """A wrong reaction to a casual request: a question back, an echo, or the answer to another task."""
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.75:
         return rng.choice(("what?", "huh?"))
-    if kind < 0.6:
+    if kind < 0.85:
         return request.argument
     return solve(_other_task(rng, request.task), request.argument)
 

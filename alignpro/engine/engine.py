@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
-from alignpro.engine.sampler import derive_seed, sample
+from alignpro.engine.cache import slab_cache
+from alignpro.engine.sampler import derive_seed, position_seeds, sample
 from alignpro.engine.types import Chain, Completion, SamplingParams
 from alignpro.models import LanguageModel
 
@@ -124,49 +124,91 @@ class Engine:
         seeds: Sequence[Sequence[int]],
         params: SamplingParams,
     ) -> list[list[Completion]]:
-        """Prefill each prompt once, repeat its cache for its completions, decode until all have ended."""
-        counts = torch.tensor([len(group) for group in seeds], device=model.device)
-        cache = DynamicCache(config=model.causal.config)
-        ids, mask = _pad_left(prompts, model.device)
-        head = model.head
-        last = model.hidden(ids, mask, cache)[:, -1].repeat_interleave(counts, dim=0)  # (B, D)
-        rows_of = torch.arange(len(prompts), device=model.device).repeat_interleave(counts)
-        cache.batch_select_indices(rows_of)
-        mask = mask[rows_of]
-        flat_seeds = [seed for group in seeds for seed in group]
-        completions = [Completion([], [], "length") for _ in flat_seeds]
-        active = list(range(len(completions)))  # row of the batch → completion
-        stop = torch.tensor(params.stop_token_ids, device=model.device, dtype=torch.int64)
-        self.stats.prefill_tokens += sum(map(len, prompts))
-        self.stats.sequences += len(completions)
-        for position in range(params.max_tokens):
-            row_seeds = torch.tensor([derive_seed(flat_seeds[c], position) for c in active], device=model.device)
-            token, logprob = sample(last, head, params, row_seeds)
+        """Prefill each distinct prompt once, fork its cache for its completions, decode until all have ended."""
+        device = model.device
+        distinct: dict[tuple[int, ...], int] = {}
+        source = [
+            distinct.setdefault(tuple(p), len(distinct)) for p, group in zip(prompts, seeds, strict=True) for _ in group
+        ]
+        total, longest = len(source), params.max_tokens
+        cache, head = slab_cache(model.causal.config), model.head
+        ids, mask = _pad_left(list(distinct), device)
+        prefilled = model.hidden(ids, mask, cache)[:, -1]  # (distinct prompts, D)
+        fork = torch.tensor(source, device=device)
+        cache.batch_select_indices(fork)
+        last = prefilled[fork]  # (B, D)
+        mask = torch.nn.functional.pad(mask[fork], (0, longest), value=1)  # (B, L + T)
+        flat = torch.tensor([seed for group in seeds for seed in group], device=device)
+        row_seeds = position_seeds(flat, torch.arange(longest, device=device))  # (B, T)
+        stop = torch.tensor(params.stop_token_ids, device=device, dtype=torch.int64)
+        drawn = _Drawn.empty(total, longest, device)
+        active = torch.arange(total, device=device)  # row of the batch → completion
+        for position in range(longest):
+            token, logprob = sample(last, head, params, row_seeds[active, position])
             ended = torch.isin(token, stop)
-            for c, t, lp, done in zip(active, token.tolist(), logprob.tolist(), ended.tolist(), strict=True):
-                completions[c].tokens.append(t)
-                completions[c].logprobs.append(lp)
-                if done:
-                    completions[c].finish_reason = "stop"
-            self.stats.decode_tokens += len(active)
+            drawn.add(active, position, token, logprob, ended)
+            if position + 1 == longest:
+                break
             if ended.any():
-                keep = (~ended).nonzero().squeeze(-1)
+                keep = _compacted(ended)
                 if len(keep) == 0:
                     break
-                active = [active[r] for r in keep.tolist()]
+                active, mask, token = active[keep], mask[keep], token[keep]
                 cache.batch_select_indices(keep)
-                mask, token = mask[keep], token[keep]
-            if position + 1 == params.max_tokens:
-                break
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            last = model.hidden(token[:, None], mask, cache)[:, -1]
+            last = model.hidden(token[:, None], mask[:, : ids.shape[1] + position + 1], cache)[:, -1]
+        completions = drawn.completions()
+        self.stats.prefill_tokens += sum(map(len, distinct))
+        self.stats.sequences += total
+        self.stats.decode_tokens += sum(len(c.tokens) for c in completions)
         iterator = iter(completions)
         return [[next(iterator) for _ in group] for group in seeds]
+
+
+@dataclass
+class _Drawn:
+    """What a batch of B completions of at most T tokens has drawn so far, on the device."""
+
+    tokens: Tensor  # (B, T) int64
+    logprobs: Tensor  # (B, T) float64: holds float32 as it is
+    lengths: Tensor  # (B,) int64
+    stopped: Tensor  # (B,) bool
+
+    @classmethod
+    def empty(cls, count: int, longest: int, device: torch.device) -> _Drawn:
+        return cls(
+            torch.zeros(count, longest, dtype=torch.int64, device=device),
+            torch.zeros(count, longest, dtype=torch.float64, device=device),
+            torch.zeros(count, dtype=torch.int64, device=device),
+            torch.zeros(count, dtype=torch.bool, device=device),
+        )
+
+    def add(self, rows: Tensor, position: int, token: Tensor, logprob: Tensor, ended: Tensor) -> None:
+        self.tokens[rows, position] = token
+        self.logprobs[rows, position] = logprob.double()
+        self.lengths[rows] = position + 1
+        self.stopped[rows] = ended
+
+    def completions(self) -> list[Completion]:
+        columns = (self.tokens, self.logprobs, self.lengths, self.stopped)
+        return [
+            Completion(tokens[:length], logprobs[:length], "stop" if stopped else "length")
+            for tokens, logprobs, length, stopped in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+
+
+def _compacted(ended: Tensor) -> Tensor:
+    """Rows that go on, (B',): in place but for those at the end, which fill the gaps, so that few rows move."""
+    count = int((~ended).sum())
+    keep = torch.arange(count, device=ended.device)
+    keep[ended[:count]] = count + (~ended[count:]).nonzero().squeeze(-1)
+    return keep
 
 
 def _refusal(model: LanguageModel, prompt: Sequence[int], params: SamplingParams) -> str | None:
     if not prompt:
         return "the prompt is empty"
+    if unknown := [token for token in (min(prompt), max(prompt)) if not 0 <= token < model.vocabulary]:
+        return f"token {unknown[0]} is not in the vocabulary of {model.vocabulary} of {model.name}"
     if len(prompt) + params.max_tokens > model.context_length:
         return (
             f"{len(prompt)} prompt tokens and {params.max_tokens} new ones do not fit in the context of "

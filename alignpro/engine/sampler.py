@@ -6,15 +6,19 @@ batch, preempted or computed again draws the same tokens.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from alignpro.engine.types import SamplingParams
 from alignpro.models import Head
-from alignpro_kernels import gumbel_noise, linear_sample
+from alignpro_kernels import gumbel_noise, linear_sample, splitmix64
+from alignpro_kernels.reference import head_logits
 
 _MASK = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+_SIGNED_GAMMA = _GOLDEN_GAMMA - (1 << 64)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -22,11 +26,13 @@ def derive_seed(*parts: int | str) -> int:
     state = 0
     for part in parts:
         value = int.from_bytes(part.encode(), "little") if isinstance(part, str) else part
+        step = 2 * _GOLDEN_GAMMA if isinstance(part, str) else _GOLDEN_GAMMA
         while True:  # 64 bits at a time, so that long parts count in full
-            state = _mix((state + _GOLDEN_GAMMA) ^ (value & _MASK))
+            state = _mix((state + step) ^ (value & _MASK))
             value >>= 64
             if value in (0, -1):
                 break
+            step = 3 * _GOLDEN_GAMMA  # the rest of a part is not the next part
     return state >> 1
 
 
@@ -35,6 +41,17 @@ def _mix(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+def position_seeds(seeds: Tensor, positions: Tensor) -> Tensor:
+    """``derive_seed(seed, position)`` of many sequences at once, each seed not negative: (B,), (T,) int64 → (B, T)."""
+    state = _mix_all(seeds ^ _SIGNED_GAMMA) + _SIGNED_GAMMA
+    return (_mix_all(state[:, None] ^ positions) >> 1) & (_MASK >> 1)
+
+
+def _mix_all(z: Tensor) -> Tensor:
+    """`_mix` of int64 as it wraps: the first output of SplitMix64 from the state before z."""
+    return splitmix64(z - _SIGNED_GAMMA, 1).squeeze(-1)
 
 
 def sample(hidden: Tensor, head: Head, params: SamplingParams, seeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,25 +73,34 @@ def sample(hidden: Tensor, head: Head, params: SamplingParams, seeds: Tensor) ->
             hidden, head.weight, bias=head.bias, temperature=params.temperature, softcap=head.softcap, seeds=seeds
         )
         return token, logprob
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()  # (B, V)
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    logprobs = filter_logits(logits / params.temperature, params).log_softmax(-1)
-    token = (logprobs + gumbel_noise(seeds, logprobs.shape[-1])).argmax(-1)
+    logits = head_logits(hidden, head.weight, head.bias, params.temperature, head.softcap)  # (B, V)
+    logprobs = filter_logits(logits, params).log_softmax(-1)
+    token = (logprobs + gumbel_noise(seeds, logprobs.shape[-1], logprobs.dtype)).argmax(-1)
     return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
 
 
 def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Set to −inf what top-k, top-p and min-p exclude; the likeliest token always stays. (B, V) → (B, V)."""
+    """Set to −inf what top-k, top-p and min-p exclude, in this order; the likeliest token always stays.
+
+    Tokens as likely as the k-th all stay; of equals at the edge of top-p, the lowest ids.
+
+    Args:
+        logits: (B, V), after the temperature.
+        params: The filters.
+
+    Returns:
+        (B, V).
+    """
     if params.top_k > 0:
         kth = logits.topk(min(params.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if params.min_p > 0:
-        floor = logits.max(-1, keepdim=True).values + torch.tensor(params.min_p).log()
-        logits = logits.masked_fill(logits < floor, -torch.inf)
     if params.top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probability = ordered.softmax(-1)
         beyond = probability.cumsum(-1) - probability >= params.top_p  # mass before this token already suffices
+        beyond[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    if params.min_p > 0:
+        floor = logits.max(-1, keepdim=True).values + math.log(params.min_p)
+        logits = logits.masked_fill(logits < floor, -torch.inf)
     return logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from alignpro.chat_template import ChatTemplate
 from alignpro.config import EvalConfig, ModelConfig, dump_config
 from alignpro.data import DataSet, Prompt, load_prompts, split
-from alignpro.doctor import versions
 from alignpro.environment import ResponseEnvironment
 from alignpro.errors import ConfigError, DataError, TrainingError
 from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, logprobs, sequence_kl
@@ -24,10 +23,11 @@ from alignpro.evaluation.report import write_report
 from alignpro.evaluation.statistics import Estimate, gap_recovered
 from alignpro.evaluation.summary import ArmGroup, ArmSummary, BoundSummary, Report, SampleRow, summarize_arm
 from alignpro.models import LanguageModel, load_language_model
-from alignpro.prompting import drop_long_prompts
+from alignpro.prompting import PrompterTemplate, drop_long_prompts
 from alignpro.rewards import build_reward
 from alignpro.theory import sampled_bound
 from alignpro.training.metrics import read_rows
+from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +69,17 @@ class Evaluation:
 
 
 def evaluate(
-    config: EvalConfig, *, curves: Mapping[str, Path] | None = None, extra: Mapping[str, Any] | None = None
+    config: EvalConfig,
+    *,
+    curves: Mapping[str, Path] | None = None,
+    extra: Callable[[], Mapping[str, Any]] = dict,
 ) -> Evaluation:
     """Draw every arm, compare them, and write ``summary.json``, ``figure.png``, ``report.html`` and ``samples.jsonl``.
 
     Args:
         config: The arms, the prompts, the target and the reward.
         curves: Label → run directory, whose metrics the report plots.
-        extra: Entries to add to the summary.
+        extra: Called when all is computed; its entries replace or join those of the summary.
 
     Raises:
         TrainingError: The output directory holds an evaluation already.
@@ -92,8 +95,13 @@ def evaluate(
     sampler.prompts = evaluation_prompts(config, load_prompts(config.data), target, prompter or reference)
     arms = _draw_arms(config, sampler, prompter, reference, oracle)
     result = _compare(config, sampler, arms, prompter, reference, oracle, time.perf_counter() - started)
-    summary = {**result.as_dict(), "seed": config.seed, "versions": versions(), **(extra or {})}
-    summary.setdefault("seconds", result.seconds)
+    summary = {
+        **result.as_dict(),
+        "seconds": result.seconds,
+        "seed": config.seed,
+        "versions": versions(),
+        **extra(),
+    }
     _write(out, config, result, summary, curves or {}, arms)
     return result
 
@@ -114,13 +122,13 @@ def evaluation_prompts(
         )
     template = ChatTemplate(target.tokenizer, config.target.chat_template)
     room = target.context_length - config.respond.max_tokens
-    prompts = list(drop_long_prompts(prompts, lambda prompt: template.encode(prompt.messages), room))
+    prompts = drop_long_prompts(
+        prompts, lambda prompt: template.encode(prompt.messages), room, what="the target's input"
+    )
     if prompter is not None:
-        from alignpro.prompting import PrompterTemplate
-
         room = min(config.prompting.max_prompt_tokens, prompter.context_length - config.rewrite.max_tokens)
         encode = PrompterTemplate(prompter.tokenizer, config.prompting).encode
-        prompts = list(drop_long_prompts(prompts, encode, room))
+        prompts = drop_long_prompts(prompts, encode, room)
     return prompts[: config.prompts]
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from alignpro.config import OptimalConfig, dump_config
 from alignpro.data import load_prompts
-from alignpro.doctor import versions
 from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.models import load_language_model
 from alignpro.prompting import PrompterTemplate, drop_long_prompts
 from alignpro.rewards import build_reward
+from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
 

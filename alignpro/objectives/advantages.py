@@ -46,12 +46,11 @@ def leave_one_out(returns: Tensor, mask: Tensor, scores: Tensor, group: int) -> 
 
 
 def group_normalized(returns: Tensor, mask: Tensor, scores: Tensor, group: int, eps: float = 1e-4) -> Tensor:
-    """GRPO (Shao et al., 2024, arXiv 2402.03300): (G_t − mean) / (std + eps) over the K rows of the prompt at position
-    t.
+    """GRPO (Shao et al., 2024, arXiv 2402.03300): (G_t − mean) / (std + eps) over a prompt's K rows, at each position.
 
     Biased: the mean holds the row's own return, which shrinks the gradient by (K−1)/K, and dividing by the spread
-        weighs prompts
-    by how much their rewrites agree. A group of equal returns gives zero. A row that has ended is held at its score.
+    weighs prompts by how much their rewrites agree. A group of equal returns gives zero. A row that has ended is held
+    at its score.
 
     Args:
         returns: (B, T) from `returns_to_go`.
@@ -75,8 +74,8 @@ def group_normalized(returns: Tensor, mask: Tensor, scores: Tensor, group: int, 
 class RunningBaseline:
     """REINFORCE with a moving average of earlier steps' returns as baseline (Williams, 1992). Unbiased.
 
-    The baseline of a step comes from the steps before it: take `advantages` first, then `update`. It is 0 at the first
-        step.
+    The baseline of a step comes from the steps before it: take `advantages` first, then `update`. At the first step it
+    is 0.
 
     Args:
         decay: Weight of the past; the average is corrected for its start (as Adam's moments are).
@@ -114,11 +113,10 @@ class RunningBaseline:
 def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al., 2016, arXiv 1506.02438, eq. 16), without discount.
 
-    δ_t = r_t + V_{t+1} − V_t and A_t = δ_t + lam · A_{t+1}; after the last action V is 0, whether the sequence ended by
-    its end
-    token or was cut at its limit: the score pays for it as it stands. Unbiased at lam = 1, whatever the values; below
-        it
-    as far as the values are right.
+        δ_t = r_t + V_{t+1} − V_t        A_t = δ_t + lam · A_{t+1}
+
+    After the last action V is 0, whether the sequence ended by its end token or was cut at its limit: the score pays
+    for it as it stands. Unbiased at lam = 1, whatever the values; below it, as far as the values are right.
 
     Args:
         token_rewards: (B, T) from `alignpro.objectives.kl.token_rewards`.
@@ -145,8 +143,8 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tupl
 def is_unbiased(estimator: KLEstimator, advantage: str, gae_lambda: float = 1.0) -> bool:
     """Whether the policy gradient's expectation is ∇J exactly.
 
-    On policy, with normalize_by="sequence" and no entropy bonus; a mean over tokens weighs a sequence by the step's
-    other lengths.
+    On policy, with ``normalize_by="sequence"`` and no entropy bonus: a mean over tokens weighs a sequence by the other
+    lengths of its step.
     """
     baseline = advantage in ("leave_one_out", "running_baseline") or (advantage == "gae" and gae_lambda == 1.0)
     return baseline and estimator in ("exact", "k1")

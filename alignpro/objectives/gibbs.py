@@ -6,8 +6,8 @@ within a group of
     Δ_i = λ (log ρ(x'_i|x) − log ρ_sft(x'_i|x)) − R(x, x'_i)        L = ½ · 1/(K−1) · Σ_i (Δ_i − mean Δ)²
 
 Its minimum is ρ* for any sampling distribution with full support, so old rewrites may be used again. On policy its
-gradient is −λ times the leave-one-out ascent direction with the sampled KL of the whole sequence in the reward: E ∇L =
-−λ ∇J.
+gradient is −λ times the leave-one-out ascent direction with the sampled KL of the whole sequence in the reward, so that
+E ∇L = −λ ∇J.
 """
 
 from __future__ import annotations

@@ -6,17 +6,16 @@ J = E R − λ E Σ_t KL_t has the gradient (exact, both parts are needed)
 
 With l_t = log ρ(a_t|s_t) − log ρ_sft(a_t|s_t):
 
-| estimator | in the reward after action t | in the loss at t | what the gradient estimates |
-|---|---|---|---|
-| `exact` | −λ KL_{t+1} | λ KL_t, over the vocabulary | ∇J, unbiased; the KL itself adds little noise |
-| `k1` | −λ l_t | nothing | ∇J, unbiased; noise of its own, which near ρ* cancels that of R |
-| `k2` | nothing | λ ½ l_t² | ∇E R − λ E Σ_t ∇KL_t: the second part of the KL's gradient only |
-| `k3` | nothing | λ (e^{−l_t} − 1 + l_t) | ∇E R − λ E Σ_t ∇KL(ρ_sft || ρ)_t: as k2, and the other direction |
+    estimator  reward after action t  loss at t                what the gradient estimates
+    exact      −λ KL_{t+1}            λ KL_t, over all tokens  ∇J; the KL itself adds little noise
+    k1         −λ l_t                 nothing                  ∇J; its own noise, which near ρ* cancels that of R
+    k2         nothing                λ ½ l_t²                 ∇E R − λ E Σ_t ∇KL(ρ || ρ_sft)_t
+    k3         nothing                λ (e^{−l_t} − 1 + l_t)   ∇E R − λ E Σ_t ∇KL(ρ_sft || ρ)_t
 
-k2 does not see that an action leads to states of high KL. k3 (the form of GRPO) does not either, and what it does
-minimise is the KL of ρ_sft from ρ. The names are Schulman's ("Approximating KL divergence", 2020): the VALUE of k3 is
-an unbiased estimate of KL_t; its gradient is not one of ∇KL_t, because differentiating it ignores that the samples come
-from ρ.
+exact and k1 are unbiased. k2 and k3 (the form of GRPO) estimate one part of the KL's gradient only: they do not see
+that an action leads to states of high KL; and what k3 minimises at a state is the KL in the other direction. The names
+are Schulman's ("Approximating KL divergence", 2020): the VALUE of k3 is an unbiased estimate of KL_t; its gradient is
+not one of ∇KL_t, because differentiating it ignores that the samples come from ρ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Policy losses as three numbers a token, for `alignpro_kernels.policy_loss`.
 
-    L = Σ_t scale · [ surrogate(logp_t; A_t) + (what the KL adds, kl.py) − c · H_t ]
-    α = ∂L/∂logp    η = ∂L/∂H = −scale · c    κ = ∂L/∂KL = scale · λ for the exact KL
+    L = Σ_t scale · [ surrogate(logp_t; A_t) + (what the KL adds, see `kl`) − c · H_t ]
+    α = ∂L/∂logp_t        η = ∂L/∂H_t = −scale · c        κ = ∂L/∂KL_t = scale · λ for the exact KL, else 0
 
 N actions, flattened row-major: ``x[mask]`` of a (B, T) tensor.
 """
@@ -33,8 +33,10 @@ class PolicyGradientBatch:
     old_logprob: Tensor | None = None
     """(N,) log-probability when the rollout was drawn, nats; needed by PPO."""
     entropy_coef: float = 0.0
-    """c: adds c·H_t at every visited state. Only the step's own entropy is differentiated (the usual bonus), not how an
-    action leads to states of higher entropy."""
+    """c: adds c·H_t at every visited state.
+
+    Only the step's own entropy is differentiated (the usual bonus), not how an action leads to states of higher
+    entropy."""
 
 
 def loss_scale(mask: Tensor, normalize_by: Literal["sequence", "token"]) -> float:
@@ -85,9 +87,8 @@ class TokenLoss:
     def metrics(self) -> dict[str, float]:
         """Means over the tokens seen; empty for the plain policy gradient.
 
-        ``clip_fraction``: share of tokens whose gradient the clip removed. ``old_policy_kl``: estimate (k3) of the KL
-            from the policy
-        that drew the rollout, nats a token.
+        ``clip_fraction`` is the share of tokens whose gradient the clip removed. ``old_policy_kl``, in nats a token,
+        estimates KL(ρ_old || ρ) by k3 on the samples of ρ_old.
         """
         if self.clip_range is None or self._tokens == 0:
             return {}
@@ -123,8 +124,9 @@ def policy_gradient_coefficients(batch: PolicyGradientBatch) -> TokenLoss:
 
 
 def ppo_clip_coefficients(batch: PolicyGradientBatch, clip_range: float) -> TokenLoss:
-    """PPO's clipped surrogate (Schulman et al., 2017, arXiv 1707.06347, eq. 7): −min(r·A, clip(r, 1−ε, 1+ε)·A), r =
-    ρ/ρ_old.
+    """PPO's clipped surrogate (Schulman et al., 2017, arXiv 1707.06347, eq. 7).
+
+        −min(r·A, clip(r, 1 − ε, 1 + ε)·A)        r = ρ(a_t|s_t) / ρ_old(a_t|s_t)
 
     At ρ = ρ_old its gradient is the policy gradient's. Off policy it is a local bound on improvement, not an estimate
     of ∇J.

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from alignpro.config import ModelConfig, ModelRewardConfig
+from alignpro.chat_template import ChatTemplate
+from alignpro.config import ModelConfig, ModelRewardConfig, TrainableModelConfig
 from alignpro.data.prompt import Prompt
 from alignpro.errors import ModelError
 from alignpro.models import DTYPES, resolve_device
@@ -37,6 +39,7 @@ class SequenceRewardModel(nn.Module):
         super().__init__()
         self.classifier = classifier
         self.tokenizer = tokenizer
+        self.chat = ChatTemplate(tokenizer)
         self.max_length = usable_length(classifier.config, tokenizer, max_length)
 
     def forward(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
@@ -45,7 +48,7 @@ class SequenceRewardModel(nn.Module):
 
     def encode(self, prompt: Prompt, response: str) -> tuple[list[int], bool]:
         """Tokens of the conversation, and whether its beginning was cut; see `encode_conversation`."""
-        return encode_conversation(self.tokenizer, prompt, response, self.max_length)
+        return encode_conversation(self.chat, prompt, response, self.max_length)
 
     def score(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Rewards (B,) float32 of B encoded conversations in one pass."""
@@ -102,17 +105,22 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
     """
     tokenizer = load_tokenizer(config)
     overrides: dict[str, Any] = {} if seed is None else {"num_labels": 1}
+    loading: dict[str, Any] = {"missing_keys": []}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
-            classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-                config.path,
-                dtype=DTYPES[config.dtype],
-                attn_implementation=config.attention,
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                **overrides,
-            )
+            if isinstance(config, TrainableModelConfig) and config.from_scratch:
+                architecture = AutoConfig.from_pretrained(config.path, num_labels=1)
+                classifier = AutoModelForSequenceClassification.from_config(architecture, dtype=DTYPES[config.dtype])
+            else:
+                classifier, loading = AutoModelForSequenceClassification.from_pretrained(
+                    config.path,
+                    dtype=DTYPES[config.dtype],
+                    attn_implementation=config.attention,
+                    trust_remote_code=config.trust_remote_code,
+                    output_loading_info=True,
+                    **overrides,
+                )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"reward model {config.path}: cannot be loaded as a sequence classifier: {error}") from error
     missing = sorted(loading["missing_keys"])

@@ -23,8 +23,7 @@ def total_variation(p_logprob: Tensor, q_logprob: Tensor) -> Tensor:
 
 
 def tv_from_logprobs(p_logprob: Tensor, q_logprob: Tensor) -> Tensor:
-    """A term in [0, 1] for each sample y ~ p, whose mean is an unbiased estimate of TV(p, q) = E_{y~p} (1 −
-    q(y)/p(y))_+.
+    """(1 − q(y)/p(y))_+ for each sample y ~ p, a term in [0, 1] whose mean is an unbiased estimate of TV(p, q).
 
     Args:
         p_logprob: (...,) log p(y) of samples drawn from p, finite: the distribution really sampled from.

@@ -21,17 +21,19 @@ class GibbsResample:
     weights: Tensor
     """(..., N) softmax(R/λ): the probability of keeping each."""
     value: Tensor
-    """(...,) λ log Ẑ = λ log (1/N) Σ exp(R/λ), in units of reward: estimates the optimum J_λ(ρ*). Ẑ is unbiased for Z,
-    so by Jensen log Ẑ is too low on average, by about Var(Ẑ) / (2 Z²): a cautious figure, which rises to the optimum as
-    N grows."""
+    """(...,) λ log Ẑ = λ log (1/N) Σ exp(R/λ), in units of reward: estimates the optimum J_λ(ρ*).
+
+    Ẑ is unbiased for Z, so by Jensen log Ẑ is too low on average, by about Var(Ẑ) / (2 Z²): a cautious figure, which
+    rises to the optimum as N grows."""
     effective_sample_size: Tensor
     """(...,) 1 / Σ w², in [1, N]: near 1, one rewrite carries all the weight and N is too small for this λ."""
     kl: Tensor
     """(...,) log N − entropy(w), nats, in [0, log N]: estimates KL(ρ* || ρ_sft), and cannot show more than log N."""
     reward: Tensor
-    """(...,) Σ w R, self-normalised estimate of E_ρ* R. If R is itself a mean of M noisy responses, choosing by it
-    favours lucky
-    ones: to report what the kept rewrite earns, score it again with fresh responses."""
+    """(...,) Σ w R, the self-normalised estimate of E_ρ* R.
+
+    Where R is itself a mean of M noisy responses, choosing by it favours lucky ones: to report what the kept rewrite
+    earns, score it again with fresh responses."""
 
 
 def gibbs_resample(rewards: Tensor, kl_coef: float) -> GibbsResample:

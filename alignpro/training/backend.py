@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alignpro.config import OptimizerConfig
 from alignpro.errors import CheckpointError, TrainingError
+from alignpro.training.checkpoint import save_torch
 
 
 class Backend(Protocol):
@@ -37,8 +38,8 @@ class Backend(Protocol):
 class TorchBackend:
     """AdamW in this process.
 
-    Half-precision weights are updated through a float32 copy: an update of 1e-5 relative would be rounded away in
-    bfloat16, which keeps 8 bits.
+    Half-precision weights are updated through a float32 copy, and their gradients are summed in float32: an update of
+    1e-3 relative would be rounded away in bfloat16, which keeps 8 bits.
 
     Args:
         weights: Name → parameter to train.
@@ -55,7 +56,7 @@ class TorchBackend:
         self.weights = dict(weights)
         self.updates = 0
         self._config = config
-        self._master = {
+        self._master: dict[str, Tensor] = {
             name: weight.detach().float().clone() if weight.dtype in (torch.bfloat16, torch.float16) else weight
             for name, weight in self.weights.items()
         }
@@ -73,12 +74,18 @@ class TorchBackend:
             TrainingError: The loss is NaN or infinite; no weight has been changed by it.
         """
         if not torch.isfinite(loss):
-            self._optimizer.zero_grad(set_to_none=True)
+            self._clear()
             raise TrainingError(
                 f"the loss is {loss.item()} after {self.updates} updates: lower optimizer.learning_rate, check the "
-                "reward's scale, or use a wider dtype"
+                "reward's scale, or use a wider dtype; --resume continues from the last checkpoint"
             )
         loss.backward()
+        for name, weight in self.weights.items():
+            master = self._master[name]
+            if master is not weight and weight.grad is not None:
+                gradient = weight.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                weight.grad = None
 
     def step(self) -> float:
         """Clip the gradient's norm, update the weights.
@@ -86,21 +93,18 @@ class TorchBackend:
         Raises:
             TrainingError: The gradient's norm is NaN or infinite; no weight has been changed by it.
         """
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), self._config.max_grad_norm).item()
+        norm = nn.utils.clip_grad_norm_(self._master.values(), self._config.max_grad_norm).item()
         if not math.isfinite(norm):
             self._clear()
             raise TrainingError(
                 f"the gradient's norm is {norm} after {self.updates} updates: lower optimizer.learning_rate, or use a "
-                "wider dtype"
+                "wider dtype; --resume continues from the last checkpoint"
             )
-        for name, weight in self.weights.items():
-            if self._master[name] is not weight and weight.grad is not None:
-                self._master[name].grad = weight.grad.float()
+        self.updates += 1  # before the weights: whoever sees the same count may trust that they have not changed
         self._optimizer.step()
         self._schedule.step()
         self._copy_from_master()
         self._clear()
-        self.updates += 1
         return norm
 
     @property
@@ -116,7 +120,7 @@ class TorchBackend:
             "schedule": self._schedule.state_dict(),
             "updates": self.updates,
         }
-        torch.save(state, directory / f"{name}_optimizer.pt")
+        save_torch(state, directory / f"{name}_optimizer.pt")
 
     def load(self, directory: Path, name: str) -> None:
         """Read what `save` wrote.
@@ -127,13 +131,14 @@ class TorchBackend:
         saved = load_file(directory / f"{name}.safetensors")
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in self._master.items()}:
             raise CheckpointError(
-                f"checkpoint {directory}: its weights are not those of this model: compare config.yaml"
+                f"checkpoint {directory}: its weights are not those of this model: the model's files have changed since "
+                "the run started; restore them, or start a new run in another run.out"
             )
         with torch.no_grad():
             for key, weight in self._master.items():
                 weight.copy_(saved[key])
         self._copy_from_master()
-        state = torch.load(directory / f"{name}_optimizer.pt", weights_only=True)
+        state = torch.load(directory / f"{name}_optimizer.pt", weights_only=True, map_location="cpu")
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.updates = state["updates"]
@@ -145,8 +150,9 @@ class TorchBackend:
                 weight.copy_(self._master[name])
 
     def _clear(self) -> None:
-        for weight in self.weights.values():
+        for name, weight in self.weights.items():
             weight.grad = None
+            self._master[name].grad = None
 
 
 def learning_rate_factor(update: int, total: int, config: OptimizerConfig) -> float:

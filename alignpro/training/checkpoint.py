@@ -54,7 +54,9 @@ class CheckpointStore:
             (directory / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
 
         final = self.path(step)
-        with disk_errors(f"checkpoint {final}", "earlier checkpoints are intact: make room, then continue with --resume"):
+        with disk_errors(
+            f"checkpoint {final}", "earlier checkpoints are intact: make room, then continue with --resume"
+        ):
             replace_directory(final, write_checked)
             for old in self.available()[: -self.keep]:
                 discard(self.path(old))
@@ -96,7 +98,9 @@ class CheckpointStore:
             raise CheckpointError(f"{self.path(step)}: no such checkpoint; there are: {have}")
         problem = find_damage(self.path(step))
         if problem is not None:
-            raise CheckpointError(f"checkpoint {self.path(step)} is damaged: {problem}; leave --at out, or name another")
+            raise CheckpointError(
+                f"checkpoint {self.path(step)} is damaged: {problem}; leave --at out, or name another"
+            )
 
     def discard_after(self, step: int) -> None:
         """Remove checkpoints of later steps, which a run that goes on from ``step`` will make again."""
@@ -135,13 +139,25 @@ def disk_errors(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
-        raise CheckpointError(f"{what}: cannot be written: {_disk_reason(error)}; {remedy}") from error
+        causes = list(_causes(error))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):  # torch wraps that as well
+            raise KeyboardInterrupt from error
+        # The system's own words, where they are behind the error of a library.
+        reason = next((cause for cause in causes if isinstance(cause, OSError)), error)
+        raise CheckpointError(f"{what}: cannot be written: {reason}; {remedy}") from error
 
 
 def save_torch(state: Any, path: Path) -> None:
     """`torch.save`, through a Python file: so the error of a full disk is told as such."""
     with path.open("wb") as file:
         torch.save(state, file)
+
+
+def seed_random_state(seed: int) -> None:
+    """Set every global generator by one seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
@@ -171,11 +187,8 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _disk_reason(error: BaseException) -> str:
-    """The system's own words, where they are behind the error of a library."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return str(error)
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

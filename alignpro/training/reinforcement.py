@@ -124,7 +124,7 @@ class PolicyTraining:
             [chain.sample.tokens for group in chains for chain in group],
             self.policy.model.device,
         )
-        parts = [self.policy.token_values(batch.rows(*rows)) for rows in self._micro_batches(0, len(batch))]
+        parts = [self.policy.token_values(batch.rows(*rows)) for rows in self._micro_batches(len(batch))]
         values = _concatenate(parts, batch.mask.shape[1])
         R = scores.values.flatten().to(batch.ids.device, values.logprob.dtype)  # (B,)
         rewards = objectives.token_rewards(
@@ -139,7 +139,7 @@ class PolicyTraining:
         value_targets = None
         if objective.advantage == "gae":
             assert self.critic is not None
-            estimates = self.critic.values(batch, self._micro_batches(0, len(batch)))
+            estimates = self.critic.values(batch, self._micro_batches(len(batch)))
             advantages, value_targets = objectives.gae(rewards, estimates, batch.mask, objective.gae_lambda)
         elif objective.advantage == "running_baseline":
             advantages = self.baseline.advantages(returns, batch.mask)
@@ -159,22 +159,24 @@ class PolicyTraining:
 
     def update(self, experience: Experience, step: int) -> Metrics:
         """Epochs over the rollout in minibatches of whole groups, shuffled anew each epoch; one optimizer step each."""
-        norms, losses, extra = [], [], {}
+        updates: list[Metrics] = []
         for epoch in range(self.objective.epochs):
             for groups in self._minibatches(len(experience.batch) // self.sampling.n, step, epoch):
                 minibatch = _select(experience, groups, self.sampling.n)
-                loss, extra = self._backward(minibatch)
-                losses.append(loss)
-                norms.append(self.backend.step())
+                metrics = self._backward(minibatch)
+                metrics["gradient_norm"] = self.backend.step()
                 if self.critic is not None:
-                    extra |= self.critic.step()
-        return {"loss": sum(losses) / len(losses), "gradient_norm": sum(norms) / len(norms), **extra}
+                    metrics |= self.critic.step()
+                updates.append(metrics)
+        return _mean(updates)
 
-    def _backward(self, minibatch: Experience) -> tuple[float, Metrics]:
+    def _backward(self, minibatch: Experience) -> Metrics:
         """Gradients of a minibatch, micro-batch by micro-batch."""
-        objective, total, metrics = self.objective, 0.0, {}
+        objective, total = self.objective, 0.0
+        details: list[Metrics] = []
+        tokens: list[int] = []
         scale = objectives.loss_scale(minibatch.batch.mask, objective.normalize_by)
-        for start, stop in self._micro_batches(0, len(minibatch.batch)):
+        for start, stop in self._micro_batches(len(minibatch.batch)):
             batch = minibatch.batch.rows(start, stop)
             width = batch.mask.shape[1]
             if objective.loss == "gibbs":
@@ -205,13 +207,14 @@ class PolicyTraining:
                 loss = self.policy.loss(
                     batch, coefficients, reference_states=states, entropy=objective.entropy_coef > 0
                 ).loss
-                metrics = coefficients.metrics()
+                details.append(coefficients.metrics())
+                tokens.append(len(rows.advantages))
             self.backend.backward(loss)
             total += loss.item()
             if self.critic is not None and minibatch.value_targets is not None:
                 targets = minibatch.value_targets[start:stop, :width]
                 self.critic.backward(batch, targets, scale * objective.value_coef)
-        return total, metrics
+        return {"loss": total, **_mean(details, tokens)}
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
@@ -227,7 +230,7 @@ class PolicyTraining:
             [group[0].sample.tokens for group in chains],
             self.policy.model.device,
         )
-        kl = sum(self.policy.token_values(batch.rows(*r)).kl.sum().item() for r in self._micro_batches(0, len(batch)))
+        kl = sum(self.policy.token_values(batch.rows(*r)).kl.sum().item() for r in self._micro_batches(len(batch)))
         return {"eval/reward": scores.values.mean().item(), "eval/kl": kl / len(prompts)}
 
     def save(self, directory: Path) -> dict[str, Any]:
@@ -264,11 +267,13 @@ class PolicyTraining:
         """Write the model (or its adapter) and the tokenizer."""
         save_pretrained(self.policy.model, directory)
 
-    def _micro_batches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Row ranges of whole groups, of about ``micro_batch_size`` rows."""
-        size = max(1, self.optimizer.micro_batch_size // self.sampling.n) * self.sampling.n
-        for first in range(start, stop, size):
-            yield first, min(first + size, stop)
+    def _micro_batches(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Row ranges (start, stop) of at most ``micro_batch_size`` rows."""
+        size = self.optimizer.micro_batch_size
+        if self.objective.loss == "gibbs":  # compares within a group, which must be whole, however large
+            size = max(1, size // self.sampling.n) * self.sampling.n
+        for start in range(0, rows, size):
+            yield start, min(start + size, rows)
 
     def _minibatches(self, groups: int, step: int, epoch: int) -> list[Tensor]:
         """Indices of groups, split evenly; in order when there is one minibatch, so that nothing is shuffled in vain."""
@@ -300,6 +305,13 @@ class PolicyTraining:
             "value": scores.values[0][0].item(),
         }
         append_row(self.run.out / "samples.jsonl", row)
+
+
+def _mean(rows: Sequence[Metrics], weights: Sequence[int] | None = None) -> Metrics:
+    """Weighted mean of each metric; the rows have the same ones."""
+    weights = [1] * len(rows) if weights is None else weights
+    names = rows[0] if rows else ()
+    return {name: sum(row[name] * w for row, w in zip(rows, weights, strict=True)) / sum(weights) for name in names}
 
 
 def _concatenate(parts: Sequence[TokenValues], width: int) -> TokenValues:

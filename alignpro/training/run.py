@@ -6,37 +6,34 @@ run has ended, ``model/``.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import shutil
-import signal
+import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-import yaml
+from safetensors import SafetensorError
 
-from alignpro.config import RunConfig, Section, dump_config
-from alignpro.errors import CheckpointError, TrainingError
+from alignpro.config import RunConfig, Section
+from alignpro.errors import AlignProError, CheckpointError, Interrupted, TrainingError
 from alignpro.progress import progress_bar
-from alignpro.training.checkpoint import CheckpointStore, random_state, restore_random_state
-from alignpro.training.metrics import Metrics, MetricsLog, keep_rows
+from alignpro.training.checkpoint import (
+    CheckpointStore,
+    disk_errors,
+    random_state,
+    restore_random_state,
+    save_torch,
+    seed_random_state,
+)
+from alignpro.training.durability import replace_directory
+from alignpro.training.metrics import Metrics, MetricsLog, import_wandb, keep_rows
+from alignpro.training.run_directory import RunDirectory
+from alignpro.training.stop_signals import stop_signals
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):  # noqa: N818 - no error: the run was told to stop and its state is saved
-    """A signal asked the run to stop; its state is saved."""
-
-    def __init__(self, signum: int, checkpoint: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name}; state saved in {checkpoint}; continue with --resume"
-        )
-        self.signum = signum
 
 
 class Task(Protocol):
@@ -47,13 +44,13 @@ class Task(Protocol):
 
     @property
     def updates(self) -> int:
-        """Optimizer steps made so far: whether a step that failed has changed anything."""
+        """Optimizer steps begun so far: whether a step that failed can have changed anything."""
 
     def step(self, step: int) -> Metrics:
         """Make training step ``step`` (counted from 0)."""
 
     def evaluate(self, step: int) -> Metrics:
-        """Metrics on held-out data, each named ``eval/…``."""
+        """Metrics on held-out data after step ``step``, each named ``eval/…``; none where no data is held out."""
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write weights and optimizers into a directory; returns the rest of the state, as JSON."""
@@ -66,183 +63,160 @@ class Task(Protocol):
 
 
 class Run:
-    """A run directory that is open for training.
+    """A run directory that is open for training; a context manager, since it keeps other processes out of it.
+
+    What can be known without the models is checked here, before they are loaded; and the global random generators are
+    set by the run's seed.
 
     Args:
         config: The whole configuration of the job, which has a section ``run``.
-        resume: Continue a run that is there.
+        resume: Continue a run that is there; where there is none, start it.
         at: The step to continue from; the newest whole checkpoint when absent.
 
     Raises:
         TrainingError: The directory holds a run and ``resume`` was not asked for, or another process is writing to it,
             or the configuration is not that of the run.
+        CheckpointError: There are checkpoints and every one is damaged, or that of ``at`` is.
     """
 
     def __init__(self, config: Section, *, resume: bool = False, at: int | None = None) -> None:
         self.config: RunConfig = config.run  # type: ignore[attr-defined]
         self.out = self.config.out
         self.checkpoints = CheckpointStore(self.out / "checkpoints", self.config.keep_checkpoints)
-        self._at = at
-        exists = (self.out / "config.yaml").is_file()
-        if exists and not resume:
-            raise TrainingError(f"run directory {self.out}: holds a run already; add --resume, or name another run.out")
-        if self.out.is_dir() and not exists and any(p.name != "run.lock" for p in self.out.iterdir()):
-            raise TrainingError(f"run directory {self.out}: is not empty and holds no run; name another run.out")
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.out / "run.lock")
-            if exists:
-                self._check_same(config)
-            _write_atomically(self.out / "config.yaml", dump_config(config))
-        except OSError as error:
-            raise TrainingError(f"run directory {self.out}: cannot be written: {error}") from error
         self._description = config.model_dump(mode="json")
+        if self.config.wandb_project:
+            import_wandb()
+        self._directory = RunDirectory(config, self.out, resume=resume)
+        self.start = 0
+        """The step to go on from."""
+        try:
+            self.checkpoints.clean()
+            self.finished = at is None and self._directory.exported_step() == self.config.steps
+            """Whether every step has been made and ``model/`` is in place."""
+            if not self.finished:
+                self.start = self._find_start(at)
+                # For what draws from the global generators: an adapter's first weights, dropout, a reward of the user.
+                seed_random_state(self.config.seed)
+        except BaseException:
+            self.close()
+            raise
 
     def train(self, task: Task) -> None:
         """Run the task to its last step, with checkpoints, metrics and a clean stop on SIGTERM and SIGINT.
 
         Raises:
             Interrupted: A signal came; the state is saved.
+            CheckpointError: A checkpoint cannot be read or written.
+            AlignProError: The task failed; what it had reached before the failing step is saved.
         """
-        start = self._restore(task)
-        log = MetricsLog(self.config, start, self._description)
-        keep_rows(self.out / "samples.jsonl", start)
-        try:
-            with stop_signals() as stop, progress_bar(self.config.steps, start, task.headline) as advance:
-                for step in range(start, self.config.steps):
-                    with self._saved_on_failure(step, task):
-                        metrics = task.step(step)
-                    log.write(step + 1, metrics)
-                    advance(metrics)
-                    if _due(step + 1, self.config.eval_every):
-                        with self._saved_on_failure(step + 1, task):
-                            log.write(step + 1, task.evaluate(step))
-                    last = step + 1 == self.config.steps
-                    if _due(step + 1, self.config.checkpoint_every) or last or stop:
-                        self._save(step + 1, task)
-                    if stop and not last:
-                        raise Interrupted(stop[0], self.checkpoints.path(step + 1))
+        if self.finished:
+            return
+        self._restore(task)
+        with (
+            MetricsLog(self.config, self.start, self._description) as log,
+            progress_bar(self.config.steps, self.start, task.headline) as advance,
+            stop_signals() as stop,
+        ):
+            if self._evaluation_due(self.start) and not log.has_evaluation(self.start):
+                self._evaluate(self.start, task, log)
+            for step in range(self.start, self.config.steps):
+                with self._saved_on_failure(step, task, log):
+                    metrics = task.step(step)
+                log.write(step + 1, metrics)
+                advance(metrics)
+                if self._evaluation_due(step + 1):
+                    self._evaluate(step + 1, task, log)
+                last = step + 1 == self.config.steps
+                if (step + 1) % self.config.checkpoint_every == 0 or last or stop:
+                    self._save(step + 1, task, log)
+                if stop and not last:
+                    raise Interrupted(stop[0], self.checkpoints.path(step + 1))
             self._export(task)
-        finally:
-            log.close()
 
-    def _save(self, step: int, task: Task) -> None:
+    def close(self) -> None:
+        """Let other processes use the directory."""
+        self._directory.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _evaluation_due(self, step: int) -> bool:
+        return self.config.eval_every > 0 and step > 0 and step % self.config.eval_every == 0
+
+    def _evaluate(self, step: int, task: Task, log: MetricsLog) -> None:
+        """Log metrics on held-out data; a resume from a checkpoint of this step makes up for a failure here."""
+        with self._saved_on_failure(step, task, log):
+            metrics = task.evaluate(step - 1)
+        if metrics:
+            log.write(step, metrics)
+
+    def _save(self, step: int, task: Task, log: MetricsLog, randomness: dict[str, Any] | None = None) -> None:
         def write(directory: Path) -> None:
             state = {"step": step, "task": task.save(directory)}
             (directory / "state.json").write_text(json.dumps(state, indent=1))
-            torch.save(random_state(), directory / "random.pt")
+            save_torch(random_state() if randomness is None else randomness, directory / "random.pt")
 
+        log.sync()
         self.checkpoints.save(step, write)
 
     @contextmanager
-    def _saved_on_failure(self, step: int, task: Task) -> Iterator[None]:
-        """Keep what was computed before a failure, unless the failing step had changed weights by then."""
-        updates = task.updates
+    def _saved_on_failure(self, step: int, task: Task, log: MetricsLog) -> Iterator[None]:
+        """Keep what was reached before a failure, unless the failing step may have changed weights by then."""
+        updates, randomness = task.updates, random_state()
         try:
             yield
-        except Exception:
+        except Exception as error:
             if task.updates == updates and step not in self.checkpoints.available():
-                with suppress(CheckpointError):  # the failure itself is what the user must see
-                    self._save(step, task)
+                try:
+                    self._save(step, task, log, randomness)
+                except AlignProError as unsaved:  # told beside the failure itself, which the user must see
+                    logger.warning("%s", unsaved)
             if step in self.checkpoints.available():
                 logger.warning("the state after step %d is in %s", step, self.checkpoints.path(step))
+            if isinstance(error, torch.OutOfMemoryError):
+                raise TrainingError(
+                    f"out of memory after step {step}: {error}; lower optimizer.micro_batch_size or rollout.max_batch in a "
+                    "new run, or free the device and --resume"
+                ) from error
             raise
 
-    def _restore(self, task: Task) -> int:
-        step = self._at if self._at is not None else self.checkpoints.latest()
-        if step is None:
-            return 0
-        directory = self.checkpoints.path(step)
-        if not directory.is_dir():
-            have = ", ".join(map(str, self.checkpoints.available())) or "none"
-            raise CheckpointError(f"{directory}: no such checkpoint; there are: {have}")
-        try:
-            state = json.loads((directory / "state.json").read_text())
-            task.load(directory, state["task"])
-            restore_random_state(torch.load(directory / "random.pt", weights_only=True))
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"checkpoint {directory}: cannot be read: {error}") from error
-        logger.info("continuing from %s", directory)
-        return int(state["step"])
+    def _find_start(self, at: int | None) -> int:
+        if at is not None:
+            self.checkpoints.require(at)
+        step = self.checkpoints.latest() if at is None else at
+        if step is None and self._directory.exported_step() is not None:
+            raise CheckpointError(f"{self.checkpoints.directory}: no checkpoint, although the run has made its model/")
+        if step is not None and step > self.config.steps:
+            raise TrainingError(
+                f"run directory {self.out}: is at step {step}, beyond run.steps={self.config.steps}; raise run.steps, or "
+                "go back with --at"
+            )
+        return step or 0
+
+    def _restore(self, task: Task) -> None:
+        """Take up the checkpoint of `start`, and drop what came after it."""
+        if self.start in self.checkpoints.available():
+            directory = self.checkpoints.path(self.start)
+            try:
+                state = json.loads((directory / "state.json").read_text())
+                task.load(directory, state["task"])
+                restore_random_state(torch.load(directory / "random.pt", weights_only=True))
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+                raise CheckpointError(f"checkpoint {directory}: cannot be read: {error}") from error
+            logger.info("continuing from %s", directory)
+        self.checkpoints.discard_after(self.start)
+        self._directory.discard_export_after(self.start)
+        keep_rows(self.out / "samples.jsonl", self.start)
 
     def _export(self, task: Task) -> None:
-        """Write ``model/`` aside and put it in place."""
-        partial = self.out / ".partial-model"
-        final = self.out / "model"
-        _remove(partial)
-        try:
-            task.export(partial)
-            _remove(final)
-            partial.rename(final)
-        except OSError as error:
-            raise CheckpointError(f"{final}: cannot be written: {error}; make room, then --resume") from error
+        """Put the trained model in place."""
 
-    def _check_same(self, config: Section) -> None:
-        """A resumed run goes on with its own configuration; only the section ``run`` may differ (but for its seed)."""
-        before = yaml.safe_load((self.out / "config.yaml").read_text())
-        after = yaml.safe_load(dump_config(config))
-        free = {key for key in before["run"] if key != "seed"}
-        changed = sorted(
-            key
-            for key, (old, new) in _differences(before, after).items()
-            if not (key.startswith("run.") and key.removeprefix("run.") in free) and old != new
-        )
-        if changed:
-            raise TrainingError(
-                f"run directory {self.out}: --resume with another configuration than the run's: {', '.join(changed)}; "
-                f"take the values of {self.out / 'config.yaml'}, or name another run.out"
-            )
+        def write(directory: Path) -> None:
+            task.export(directory)
+            self._directory.mark_export(directory, self.config.steps)
 
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying; a second one acts as usual."""
-    received: list[int] = []
-    previous = {}
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        logger.warning("%s: stopping after this step", signal.Signals(signum).name)
-        signal.signal(signum, previous[signum])
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        previous[signum] = signal.signal(signum, handle)
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _lock(path: Path) -> IO[str]:
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise TrainingError(f"run directory {path.parent}: another process is training in it") from None
-    return file
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    aside.replace(path)
-
-
-def _remove(directory: Path) -> None:
-    if directory.is_dir():
-        shutil.rmtree(directory)
-
-
-def _differences(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key → (before, after), of the leaves of two nested mappings that differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in before.keys() | after.keys():
-            found |= _differences(before.get(key), after.get(key), f"{prefix}{key}.")
-        return found
-    return {prefix.rstrip("."): (before, after)} if before != after else {}
+        with disk_errors(f"{self._directory.model}", "make room, then --resume"):
+            replace_directory(self._directory.model, write)

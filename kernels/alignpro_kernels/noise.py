@@ -32,11 +32,11 @@ def splitmix64(seeds: Tensor, count: int) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard Gumbel noise for Gumbel-max sampling: add it to (filtered, temperature-scaled) logits and take the
-    argmax.
+    """Standard Gumbel noise for Gumbel-max sampling: add it to (filtered, scaled) logits and take the argmax.
 
-    u = (k + ½) / 2^52 with k the top 52 bits: exact in float64, so u is never 0 or 1 and the noise is always finite (53
-    bits would round the largest k + ½ up to 2^53). The tails reach −3.6 and +36.7.
+    The noise is −log(−log u), u = (k + ½) / 2^52 with k the top 52 bits of the hash: exact in float64, so u is never 0
+    or 1 and the noise is always finite (53 bits would round the largest k + ½ up to 2^53). The tails reach −3.6 and
+    +36.7.
 
     Args:
         seeds: (...,) int64, one a row.

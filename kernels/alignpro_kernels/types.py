@@ -11,12 +11,11 @@ Coefficients: TypeAlias = Callable[
     [Tensor, Tensor | None, Tensor | None, Tensor],
     tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
 ]
-"""A loss, a chunk at a time: ``(logprob, entropy, kl, rows) -> (loss_terms, alpha, eta, kappa)``, all (C,) and
-constants.
+"""A loss, a chunk at a time: ``(logprob, entropy, kl, rows) -> (loss_terms, alpha, eta, kappa)``.
 
-``rows`` (int64) are the chunk's positions in the flattened input. ``alpha``, ``eta`` and ``kappa`` are the derivatives
-of the loss in the token's log-probability, entropy and KL; None stands for zero. ``loss_terms`` are summed into the
-loss: normalise inside.
+All are (C,) and constants. ``rows`` (int64) are the chunk's positions in the flattened input. ``alpha``, ``eta`` and
+``kappa`` are the derivatives of the loss in the token's log-probability, entropy and KL; None stands for zero.
+``loss_terms`` are summed into the loss: normalise inside.
 """
 
 

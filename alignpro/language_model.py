@@ -1,0 +1,247 @@
+"""A language model seen as a decoder (tokens → hidden states) and a head (hidden states → logits).
+
+The split is what the fused head operators need: they take hidden states and the head's weight, never logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from alignpro.errors import ModelError
+from alignpro_kernels.reference import head_logits
+
+_SOFT_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer: logits = softcap(weight · hidden + bias)."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+
+    def same_as(self, other: Head) -> bool:
+        """Whether both read the same storage, so that a fused kernel may load the weight once."""
+        return (
+            self.weight.data_ptr() == other.weight.data_ptr()
+            and (self.bias is None) == (other.bias is None)
+            and (self.bias is None or other.bias is None or self.bias.data_ptr() == other.bias.data_ptr())
+            and self.softcap == other.softcap
+        )
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of transformers, plain or with a peft adapter, and its tokenizer.
+
+    Args:
+        model: The model; with peft, a LoRA is active inside it and a soft prompt is put in front by `hidden`.
+        tokenizer: Its tokenizer.
+        name: How messages call it: its path.
+
+    Raises:
+        ModelError: The model's logits are not head(hidden) (checked on two tokens, so that no architecture or adapter
+            with a head of its own kind is trained or sampled wrongly in silence), or its adapter is of an unknown kind.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self._soft_prompt_off = False
+        self._checkpointed: list[GradientCheckpointingLayer] = []
+        self._check_adapter()
+        self._check_attention()
+        self._check_head()
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The transformers model inside a peft wrapper, or the model itself."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.causal.device
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model can hold, those of a soft prompt taken off."""
+        config = self.causal.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        return int(limit) - self.virtual_tokens
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model knows: V."""
+        embedding: nn.Module = self.causal.get_input_embeddings()
+        assert isinstance(embedding.weight, Tensor)
+        return len(embedding.weight)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Length of the soft prompt; 0 without one."""
+        soft_prompt = self._soft_prompt
+        return 0 if soft_prompt is None else int(soft_prompt.num_virtual_tokens)
+
+    @property
+    def head(self) -> Head:
+        """The output layer as it is now; a LoRA on the head is added to the weight."""
+        layer = self.causal.get_output_embeddings()
+        weight = layer.weight
+        if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged:
+            for adapter in layer.active_adapters:
+                delta: Tensor = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]  # of its kinds
+                weight = weight + delta.to(weight.dtype)
+        softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
+        return Head(weight, getattr(layer, "bias", None), softcap)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The last hidden states.
+
+        Args:
+            ids: (B, L) int64, padded on either side.
+            attention_mask: (B, C + L) bool or int64, zero at padding, over what the cache holds and the new ids. With a
+                soft prompt, its part is added here and never passed in.
+            cache: Keys and values of C earlier positions, extended in place.
+
+        Returns:
+            (B, L, D) in the model's dtype.
+        """
+        past = cache.get_seq_length() if cache is not None else 0
+        inputs: dict[str, Any] = {"input_ids": ids}
+        attention_mask = attention_mask.to(torch.int64)
+        prefix = self.virtual_tokens
+        if prefix:
+            attention_mask = nn.functional.pad(attention_mask, (prefix, 0), value=1)
+            if past == 0:
+                soft = cast(PeftModel, self.model).get_prompt(batch_size=len(ids))  # (B, prefix, D)
+                embedded = self.causal.get_input_embeddings()(ids)
+                inputs = {"inputs_embeds": torch.cat([soft.to(embedded.dtype), embedded], dim=1)}
+        seen = attention_mask[:, :past].sum(-1, keepdim=True)  # (B, 1)
+        positions = (seen + attention_mask[:, past:].cumsum(-1) - 1).clamp_min(0)  # of the new tokens
+        with self._checkpointing(cache is None):
+            output = self.causal.base_model(
+                **inputs,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state[:, -ids.shape[1] :]
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The model as it was before its adapter."""
+        if not isinstance(self.model, PeftModel):
+            yield
+            return
+        before = self._soft_prompt_off
+        flags = [(weight, weight.requires_grad) for weight in self.model.parameters()]
+        try:
+            with self.model.disable_adapter():
+                self._soft_prompt_off = True
+                yield
+        finally:
+            self._soft_prompt_off = before
+            for weight, flag in flags:  # peft makes an adapter trainable when it switches it on again
+                weight.requires_grad_(flag)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the inputs of layers for the backward pass, and compute the rest again.
+
+        Raises:
+            ModelError: The architecture cannot, or its layers drop out by themselves, which could not be told from
+                transformers' switch for checkpointing: both are the layer's training mode.
+        """
+        try:
+            self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ModelError(f"model {self.name}: gradient_checkpointing: {error}") from error
+        layers = [module for module in self.causal.modules() if isinstance(module, GradientCheckpointingLayer)]
+        dropout = max((rate for m in layers if isinstance(rate := getattr(m, "dropout", 0.0), float)), default=None)
+        if dropout is None or dropout > 0:
+            raise ModelError(
+                f"model {self.name}: gradient_checkpointing is not supported for {type(self.causal).__name__}"
+                + (f", whose layers have dropout={dropout}: set it to 0 in its config" if dropout else "")
+            )
+        self._checkpointed = layers
+
+    @contextmanager
+    def _checkpointing(self, wanted: bool) -> Iterator[None]:
+        """Layers in training mode, which is what switches checkpointing on; what is inside them stays as it is."""
+        layers = self._checkpointed if wanted and torch.is_grad_enabled() else []
+        before = [layer.training for layer in layers]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer, mode in zip(layers, before, strict=True):
+                layer.training = mode
+
+    @property
+    def _soft_prompt(self) -> Any:
+        """The peft configuration of the soft prompt that is on, or None."""
+        if not isinstance(self.model, PeftModel) or self._soft_prompt_off:
+            return None
+        config: Any = self.model.active_peft_config
+        return config if config.is_prompt_learning else None
+
+    def _check_adapter(self) -> None:
+        if self._soft_prompt is not None and self._soft_prompt.peft_type not in _SOFT_PROMPTS:
+            raise ModelError(
+                f"model {self.name}: a peft adapter of type {self._soft_prompt.peft_type.value} is not supported; "
+                f"soft prompts are of type {' or '.join(kind.value for kind in _SOFT_PROMPTS)}"
+            )
+
+    def _check_attention(self) -> None:
+        config = self.causal.config.get_text_config()
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        if softcap is not None and config._attn_implementation == "sdpa":
+            raise ModelError(
+                f"model {self.name}: its attention scores have a soft cap ({softcap}), which attention=sdpa does not "
+                "compute: set attention=eager (or flash_attention_2, where that is installed)"
+            )
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        ids = torch.tensor([[0, 1]], device=self.device)
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        for adapter in (self.adapter_off, nullcontext) if isinstance(self.model, PeftModel) else (nullcontext,):
+            with adapter():
+                try:
+                    expected = self.model(input_ids=ids).logits[:, -2:].float()
+                    hidden, head = self.hidden(ids, torch.ones_like(ids)), self.head
+                    logits = head_logits(hidden, head.weight, head.bias, 1.0, head.softcap).float()
+                except (AttributeError, TypeError, ValueError) as error:
+                    raise ModelError(
+                        f"model {self.name}: {type(self.causal).__name__} is not supported: {error}"
+                    ) from error
+            tolerance = max(1e-4, 4 * torch.finfo(head.weight.dtype).eps) * expected.abs().max()
+            if (logits - expected).abs().max() > tolerance:
+                raise ModelError(
+                    f"model {self.name}: the logits of {type(self.causal).__name__} are not its output layer applied to "
+                    "its last hidden states (a logit scale, or a head or an adapter of its own kind): not supported"
+                )
+        for module, mode in modes.items():
+            module.training = mode

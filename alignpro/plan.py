@@ -1,0 +1,89 @@
+"""What a configuration would run, in numbers: for ``--dry-run``, without loading anything."""
+
+from __future__ import annotations
+
+from alignpro.config import (
+    EvalConfig,
+    ObjectiveConfig,
+    OptimalConfig,
+    RewardModelConfig,
+    RLHFConfig,
+    RunConfig,
+    Section,
+    SFTConfig,
+    TrainConfig,
+)
+
+
+def plan(config: Section) -> list[str]:
+    """Lines that say how much a job would do: steps, samples a step, totals, what is written when."""
+    match config:
+        case TrainConfig():
+            P, K, M = (
+                config.rollout.prompts_per_step,
+                config.rollout.rewrites_per_prompt,
+                config.rollout.responses_per_rewrite,
+            )
+            chains, steps = P * K, config.run.steps
+            return [
+                f"train {config.policy.path} ({config.policy.adapter.kind}) against the frozen {config.target.path}",
+                f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'rewrite')} × {_count(M, 'response')}: "
+                f"{_count(chains, 'chain')} a step, {_count(chains * steps, 'rewrite')} and "
+                f"{_count(chains * M * steps, 'response')} in all",
+                *_updates(config.objective, steps),
+                *_writes(config.run),
+            ]
+        case RLHFConfig():
+            P, K, steps = config.rollout.prompts_per_step, config.rollout.responses_per_prompt, config.run.steps
+            return [
+                f"RLHF of {config.policy.path} ({config.policy.adapter.kind})",
+                f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'response')}: "
+                f"{_count(P * K, 'response')} a step, {_count(P * K * steps, 'response')} in all",
+                *_updates(config.objective, steps),
+                *_writes(config.run),
+            ]
+        case SFTConfig():
+            return [
+                f"fine-tune {config.policy.path} ({config.policy.adapter.kind}) on (prompt, {config.task}) pairs",
+                *_batches(config.run, config.batch_size),
+            ]
+        case RewardModelConfig():
+            return [f"train a reward model from {config.model.path}", *_batches(config.run, config.batch_size)]
+        case EvalConfig():
+            arms = [name for name in ("reference", "prompter", "oracle") if getattr(config, name) is not None]
+            return [
+                f"compare no fine-tuning{''.join(f', {name}' for name in arms)} "
+                f"on {_count(config.prompts, 'held-out prompt')} at most",
+                f"{_count(config.rewrites_per_prompt, 'rewrite')} a prompt × "
+                f"{_count(config.responses_per_rewrite, 'response')} each",
+                f"write to {config.out}",
+            ]
+        case OptimalConfig():
+            return [
+                f"{_count(config.candidates, 'candidate rewrite')} of each of {_count(config.prompts, 'prompt')} at most × "
+                f"{_count(config.responses_per_rewrite, 'response')} each",
+                f"write to {config.out}",
+            ]
+        case _:
+            raise TypeError(f"{type(config).__name__} is not the configuration of a job")
+
+
+def _updates(objective: ObjectiveConfig, steps: int) -> list[str]:
+    a_step = objective.epochs * objective.minibatches
+    return [f"{_count(a_step * steps, 'optimizer update')} ({a_step} a step), loss {objective.loss}"]
+
+
+def _batches(run: RunConfig, size: int) -> list[str]:
+    return [f"{run.steps:,} steps × {_count(size, 'pair')}: {_count(run.steps * size, 'pair')} in all", *_writes(run)]
+
+
+def _writes(run: RunConfig) -> list[str]:
+    evaluation = f"every {run.eval_every:,} steps" if run.eval_every else "never"
+    return [
+        f"write to {run.out}: a checkpoint every {run.checkpoint_every:,} steps and at the end "
+        f"({run.keep_checkpoints} kept); evaluation {evaluation}"
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

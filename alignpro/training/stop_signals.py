@@ -1,0 +1,33 @@
+"""SIGTERM and SIGINT as a wish to stop, which a run grants when its state can be saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of dying; the second of a kind acts as usual."""
+    received: list[int] = []
+    previous = {}
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        signal.signal(signum, previous[signum])
+        # Not by logging: a handler may run amid another write to the same stream, which is no place to write again.
+        with suppress(OSError):
+            os.write(2, f"{signal.Signals(signum).name}: stopping after this step\n".encode())
+
+    for signum in SIGNALS:
+        previous[signum] = signal.signal(signum, handle)
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

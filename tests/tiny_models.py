@@ -1,0 +1,123 @@
+"""Random models of the architectures that users bring, small enough to build in milliseconds, and their tokenizer."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from alignpro.config import PolicyConfig
+from alignpro.demo.models import prompter_tokenizer, target_tokenizer
+from alignpro.language_model import LanguageModel
+
+CONTEXT = 128
+WINDOW = 8
+"""Sliding window of those that have one: shorter than the tests' sequences."""
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma2", "mistral", "phi3")
+
+
+@cache
+def tokenizer(architecture: str) -> PreTrainedTokenizerBase:
+    """One token a byte for Qwen (whose class `AutoTokenizer` insists on), one a character for the others."""
+    return prompter_tokenizer() if architecture.startswith("qwen") else target_tokenizer()
+
+
+def tiny_config(architecture: str, **settings: Any) -> PreTrainedConfig:
+    """Two layers, 32 wide, two key-value heads for four queries where the architecture can."""
+    chars = tokenizer(architecture)
+    common: dict[str, Any] = {
+        "vocab_size": len(chars),
+        "bos_token_id": chars.bos_token_id,
+        "eos_token_id": chars.eos_token_id,
+        "pad_token_id": chars.pad_token_id,
+        "initializer_range": 0.2,  # far from uniform
+        "tie_word_embeddings": architecture in ("qwen2", "gpt2"),
+    }
+    if architecture == "gpt2":
+        return GPT2Config(**common | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT} | settings)
+    common |= {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+    }
+    if architecture == "gemma2":
+        common |= {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "final_logit_softcapping": 3.0}
+    if architecture == "qwen3":
+        common |= {"head_dim": 8}
+    if architecture == "mistral":
+        common |= {"sliding_window": WINDOW}
+    kinds = {
+        "llama": LlamaConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "gemma2": Gemma2Config,
+        "mistral": MistralConfig,
+        "phi3": Phi3Config,
+    }
+    return kinds[architecture](**common | settings)
+
+
+def tiny_transformer(
+    architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
+) -> PreTrainedModel:
+    """A model with random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        tiny_config(architecture, **settings), dtype=dtype, attn_implementation=attention(architecture)
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):  # made as zeros, which would hide a bias that is left out
+                weight.normal_(0, 0.2)
+    return model.eval()
+
+
+def tiny_language_model(architecture: str, **settings: Any) -> LanguageModel:
+    """The same with its tokenizer, frozen."""
+    model = LanguageModel(tiny_transformer(architecture, **settings), tokenizer(architecture), architecture)
+    return model.requires_grad_(False)
+
+
+def attention(architecture: str) -> str:
+    """SDPA leaves Gemma 2's soft cap on attention scores out."""
+    return "eager" if architecture == "gemma2" else "sdpa"
+
+
+def save_tiny(architecture: str, directory: Path, **settings: Any) -> Path:
+    """Write model and tokenizer as users have them on disk."""
+    tiny_transformer(architecture, **settings).save_pretrained(directory)
+    tokenizer(architecture).save_pretrained(directory)
+    return directory
+
+
+def policy_config(path: Path | str, *, architecture: str = "llama", **settings: Any) -> PolicyConfig:
+    """Configuration of a policy that starts from a directory, on the CPU."""
+    return PolicyConfig.model_validate(
+        {"path": str(path), "device": "cpu", "attention": attention(architecture)} | settings
+    )
+
+
+def ragged(count: int, vocabulary: int, *, shortest: int = 1, longest: int = 20, seed: int = 0) -> list[list[int]]:
+    """``count`` random token lists of unequal lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths]

@@ -1,0 +1,278 @@
+"""Runs small enough for tests: models of a few thousand weights, a step in hundredths of a second.
+
+`Workshop` has models, data, a reward and a configuration file for each command on disk, and runs `alignpro` on them, in
+this process or in one of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from alignpro.cli import main
+from alignpro.demo.models import prompter_tokenizer, target_tokenizer
+from alignpro.demo.world import prompt_records, prompter_records, target_records, write_records
+
+REWARD = '''
+"""Depends on every letter. It draws from the global generator, and fails where the file `broken` says so."""
+import random
+from pathlib import Path
+
+calls = 0
+
+def score(prompts, responses):
+    global calls
+    calls += 1
+    noise = random.random()
+    broken = Path(__file__).with_name("broken")
+    how, _, when = broken.read_text().partition(" ") if broken.exists() else ("", "", "")
+    if how and calls >= int(when):
+        if how == "raise":
+            raise RuntimeError("the judge is out")
+        if how == "nan":
+            return [0.5] * (len(responses) - 1) + [float("nan")]
+        if how == "count":
+            return [0.5] * (len(responses) - 1)
+    return [sum(map(ord, response)) % 17 / 17 + noise for response in responses]
+'''
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "tie_word_embeddings": True,
+}
+
+
+def save_models(directory: Path) -> None:
+    """Random ``target`` (Llama) and ``prompter`` (Qwen2) with the embedded world's tokenizers."""
+    torch.manual_seed(0)
+    target, prompter = target_tokenizer(), prompter_tokenizer()
+    for name, tokenizer, model in (
+        ("target", target, LlamaForCausalLM(LlamaConfig(**_SHAPE, **_ids(target)))),
+        ("prompter", prompter, Qwen2ForCausalLM(Qwen2Config(**_SHAPE, **_ids(prompter)))),
+    ):
+        model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+
+
+class Workshop:
+    """A directory with all that the commands need.
+
+    Args:
+        root: Where; empty.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        save_models(root)
+        self.write_data()
+        (root / "reward.py").write_text(REWARD)
+        for name, config in self._configs().items():
+            (root / f"{name}.yaml").write_text(yaml.safe_dump(config))
+
+    def write_data(self, seed: int = 0) -> None:
+        """Prompts, pairs and preferences."""
+        write_records(self.root / "prompts.jsonl", prompt_records(24, seed, heldout=False))
+        write_records(self.root / "rewrites.jsonl", prompter_records(24, seed))
+        pairs = [{**row, "chosen": row["response"], "rejected": "huh?"} for row in target_records(24, seed)]
+        write_records(self.root / "pairs.jsonl", pairs)
+
+    def run(self, command: str, out: Path | str, *arguments: str) -> int:
+        """Run a command in this process; returns its exit status."""
+        try:
+            main(self.arguments(command, out, *arguments))
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        raise AssertionError("main returns by SystemExit")
+
+    def arguments(self, command: str, out: Path | str, *arguments: str) -> list[str]:
+        """What follows ``alignpro`` on the command line."""
+        return [command, str(self.root / f"{command}.yaml"), f"run.out={out}", *arguments]
+
+    @contextmanager
+    def broken_reward(self, how: str, call: int) -> Iterator[None]:
+        """The reward fails from its ``call``-th call of a process on: it raises, gives a NaN or a wrong count."""
+        marker = self.root / "broken"
+        marker.write_text(f"{how} {call}")
+        try:
+            yield
+        finally:
+            marker.unlink()
+
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        run = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 9, "eval_every": 2, "eval_prompts": 2}
+        run |= {"sample_every": 1, "tensorboard": False}
+        optimizer = {"learning_rate": 0.01, "warmup_steps": 2, "schedule": "cosine", "micro_batch_size": 4}
+        reward = {"components": [{"kind": "function", "function": f"{self.root}/reward.py:score"}]}
+        prompter = {"path": str(self.root / "prompter"), "device": "cpu"}
+        target = {"path": str(self.root / "target"), "device": "cpu"}
+        data = {"source": str(self.root / "prompts.jsonl"), "holdout": 0.2}
+        drawn = {"max_tokens": 4}
+        return {
+            "train": {
+                "run": run,
+                "data": data,
+                "policy": prompter,
+                "target": target,
+                "reward": reward,
+                "rollout": {"prompts_per_step": 2, "rewrites_per_prompt": 2, "rewrite": drawn, "respond": drawn},
+                "optimizer": optimizer,
+            },
+            "rlhf": {
+                "run": run,
+                "data": data,
+                "policy": target,
+                "reward": reward,
+                "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2, "respond": drawn},
+                "optimizer": optimizer,
+            },
+            "sft": {
+                "run": run,
+                "data": data | {"source": str(self.root / "rewrites.jsonl")},
+                "policy": prompter,
+                "optimizer": optimizer,
+                "batch_size": 6,
+            },
+            "reward": {
+                "run": run,
+                "data": data | {"source": str(self.root / "pairs.jsonl")},
+                "model": target,
+                "optimizer": optimizer,
+                "batch_size": 4,
+            },
+        }
+
+
+def read_metrics(out: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl without what a clock says."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("seconds/")} for row in rows]
+
+
+def read_model(out: Path) -> dict[str, bytes]:
+    """The weights' files of the trained model."""
+    return {path.name: path.read_bytes() for path in sorted((out / "model").glob("*.safetensors"))}
+
+
+def steps_of_checkpoints(out: Path) -> list[int]:
+    """Steps that have a checkpoint."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (out / "checkpoints").glob("step_*"))
+
+
+def flip_bit(path: Path, place: float = 0.5) -> None:
+    """Turn over one bit, ``place`` of the way into a file."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+class Process:
+    """`alignpro` in a process of its own, forked from one that has imported everything.
+
+    Args:
+        arguments: What follows ``alignpro`` on the command line.
+        log: Where its standard output and standard error go.
+        kill_at: Dies by SIGKILL at this operation on files below ``run.out`` (opening, renaming, removing, …).
+        largest_file: Bytes; a write beyond fails as on a full disk.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], log: Path, *, kill_at: int | None = None, largest_file: int | None = None
+    ) -> None:
+        self.log = log
+        self._process = _context().Process(target=_child, args=(list(arguments), log, kill_at, largest_file))
+        self._process.start()
+
+    def signal(self, signum: int) -> None:
+        """Send a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signum)
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
+        """Poll until something is so."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self._process.is_alive(), f"it ended first: {self.output()}"
+            assert time.monotonic() < deadline, f"it took too long: {self.output()}"
+            time.sleep(0.005)
+
+    def wait(self, timeout: float = 60.0) -> int:
+        """The exit status; negative for a signal."""
+        self._process.join(timeout)
+        status = self._process.exitcode
+        assert status is not None, f"it hangs: {self.output()}"
+        return status
+
+    def output(self) -> str:
+        """What it has written."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["alignpro.jobs", "alignpro.training.supervised", "alignpro.training.run", "tiny_runs"]
+    )
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _child(arguments: list[str], log: Path, kill_at: int | None, largest_file: int | None) -> None:
+    torch.set_num_threads(1)
+    with log.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    if kill_at is not None:
+        out = next(a.removeprefix("run.out=") for a in arguments if a.startswith("run.out="))
+        sys.addaudithook(_Killer(out, kill_at))
+    main(arguments)
+
+
+class _Killer:
+    """An audit hook that ends the process, as by ``kill -9``, at an operation on files."""
+
+    def __init__(self, directory: str, at: int) -> None:
+        self.directory, self.at, self.seen = directory, at, 0
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree") and str(
+            arguments[0]
+        ).startswith(self.directory):
+            self.seen += 1
+            if self.seen == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _ids(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }

@@ -1,0 +1,175 @@
+"""A world small enough to sum over: every sequence of a tiny GPT-2 can be enumerated, and has a made-up reward.
+
+GPT-2 casts nothing to float32, so that in float64 a gradient is exact to rounding. What is called exact here comes from
+the model's own logits, without padding, masks, caches or fused heads.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from alignpro.config import AdapterConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from alignpro.data import Prompt
+from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.environment import Scores
+from alignpro.models import LanguageModel, add_adapter
+from alignpro.policy import Policy
+from alignpro.theory import SequenceSpace, enumerate_sequences, exact_objective
+from alignpro.training.reinforcement import PolicyTraining
+
+END = 0
+VOCABULARY = {"<end>": END, "a": 1, "b": 2}
+LENGTH = 3
+"""Longest completion, its end token included: 15 sequences."""
+
+
+class World:
+    """A policy, a reference that differs from it, two prompts of different lengths, and R of every sequence to each.
+
+    It is an environment, too: `PolicyTraining` gets its samples scored here.
+
+    Args:
+        dtype: Of the models.
+        drift: How far the policy's weights start from the reference's; 0 starts at the reference.
+        temperature: Of sampling.
+        adapter: What of the policy is trained.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float64,
+        *,
+        seed: int = 3,
+        drift: float = 0.1,
+        temperature: float = 0.8,
+        adapter: AdapterConfig | None = None,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.space: SequenceSpace = enumerate_sequences(len(VOCABULARY), END, LENGTH)
+        self.prompts = [Prompt.from_text("a"), Prompt.from_text("b a a")]
+        self.rewards = torch.rand(len(self.prompts), len(self.space.tokens), dtype=dtype)  # (P, S)
+        start = _language_model(dtype)
+        shake(start, 0.3)
+        adapter = adapter or AdapterConfig()
+        reference = copy.deepcopy(start) if adapter.kind == "full" else None
+        policy = add_adapter(start, adapter).to(dtype)  # peft makes a soft prompt in float32
+        self.policy = Policy(policy, reference, temperature=temperature)
+        shake(self.policy.model, drift)
+        self.chains = [
+            Chain(Completion(tokens, [0.0] * len(tokens), "stop" if tokens[-1] == END else "length"))
+            for tokens in self.space.sequences
+        ]
+        """One of each sequence, as an engine would give it."""
+        self._number = {tuple(chain.sample.tokens): s for s, chain in enumerate(self.chains)}
+
+    def training(self, objective: dict[str, Any], group: int, out: Path = Path(), **settings: Any) -> PolicyTraining:
+        """The trainer of this world's policy, on both prompts at each step.
+
+        Args:
+            objective: Settings of `ObjectiveConfig`.
+            group: K.
+            out: The run's directory.
+            settings: Of `OptimizerConfig`; ``steps`` of `RunConfig`.
+        """
+        return PolicyTraining(
+            self.policy,
+            self,
+            Engine({"policy": self.policy.model}, max_batch=1024),
+            self.prompts,
+            self.prompts,
+            sampling=SamplingParams(
+                n=group, max_tokens=LENGTH, temperature=self.policy.temperature, stop_token_ids=(END,)
+            ),
+            prompts_per_step=len(self.prompts),
+            objective=ObjectiveConfig.model_validate(objective),
+            run=RunConfig(out=out, steps=settings.pop("steps", 1), sample_every=1000, tensorboard=False),
+            optimizer=OptimizerConfig(**settings),
+        )
+
+    # The environment.
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        return [VOCABULARY[word] for word in prompt.text.split()]
+
+    def rollout(
+        self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Chain]]:
+        groups = engine.generate("policy", [self.encode(prompt) for prompt in prompts], params, seeds)
+        return [[Chain(sample) for sample in group] for group in groups]
+
+    def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
+        row = {prompt.id: p for p, prompt in enumerate(self.prompts)}
+        drawn = [[self._number[tuple(chain.sample.tokens)] for chain in group] for group in chains]
+        values = torch.stack([self.rewards[row[x.id], group] for x, group in zip(prompts, drawn, strict=True)])
+        texts = [[" ".join(map(str, chain.sample.tokens)) for chain in group] for group in chains]
+        return Scores(values, values.unsqueeze(-1), texts, [[[text] for text in group] for group in texts], {})
+
+    # The truth.
+
+    def sequence_logprobs(self) -> Tensor:
+        """log ρ(x'|x) of every sequence for each prompt, (P, S), differentiable."""
+        return self._enumerate(self.policy.model.model)
+
+    @torch.no_grad()
+    def reference_logprobs(self) -> Tensor:
+        """log ρ_sft(x'|x), (P, S)."""
+        if self.policy.reference is not None:
+            return self._enumerate(self.policy.reference.model)
+        with self.policy.model.model.disable_adapter():
+            return self._enumerate(self.policy.model.model)
+
+    def objective(self, kl_coef: float) -> Tensor:
+        """J_λ, (), differentiable."""
+        rows = zip(self.sequence_logprobs(), self.reference_logprobs(), self.rewards, strict=True)
+        return torch.stack([exact_objective(*row, kl_coef) for row in rows]).mean()
+
+    def _enumerate(self, model: Callable[..., Any]) -> Tensor:
+        tokens, mask = self.space.tokens, self.space.mask  # (S, T)
+        totals = []
+        for prompt in self.prompts:
+            given = torch.tensor([self.encode(prompt)] * len(tokens))
+            logits = model(input_ids=torch.cat([given, tokens], dim=1)).logits[:, -LENGTH - 1 : -1]
+            logprob = (logits / self.policy.temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            totals.append(torch.where(mask, logprob, 0.0).sum(1))
+        return torch.stack(totals)
+
+
+def shake(model: torch.nn.Module, size: float) -> None:
+    """Add noise to the weights that are trained: fresh GPT-2 is uniform, a fresh adapter does nothing."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += size * torch.randn_like(weight)
+
+
+def couple(p: Tensor, q: Tensor) -> list[tuple[int, int, float]]:
+    """A joint distribution of two with the given marginals, (N,) each, on at most 2N − 1 pairs: (i, j, probability).
+
+    A sum of one term for each has the same expectation under it as under independence, which would take N² pairs.
+    """
+    cuts = sorted({0.0, *p.cumsum(0).tolist()[:-1], *q.cumsum(0).tolist()[:-1], 1.0})
+    middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(cuts)], dtype=p.dtype)
+    left, right = (torch.searchsorted(x.cumsum(0), middles).clamp_max(len(x) - 1).tolist() for x in (p, q))
+    return [(i, j, b - a) for i, j, (a, b) in zip(left, right, itertools.pairwise(cuts), strict=True)]
+
+
+def _language_model(dtype: torch.dtype) -> LanguageModel:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(VOCABULARY, unk_token="<end>")),
+        unk_token="<end>",
+        eos_token="<end>",
+        pad_token="<end>",
+    )
+    config = GPT2Config(
+        vocab_size=len(VOCABULARY), n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=END, eos_token_id=END
+    )
+    return LanguageModel(GPT2LMHeadModel(config).to(dtype), tokenizer, "tiny")

@@ -1,0 +1,292 @@
+"""Checkpoints and the files under them: whole or not there, checked, and what becomes of damage and of a full disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_runs import flip_bit
+
+from alignpro.errors import CheckpointError
+from alignpro.training.checkpoint import (
+    CheckpointStore,
+    disk_errors,
+    find_damage,
+    random_state,
+    restore_random_state,
+    save_torch,
+    seed_random_state,
+)
+from alignpro.training.durability import clean, discard, replace_directory, replace_text
+
+MEGABYTE = torch.zeros(2**18)
+
+
+def write_some(directory: Path) -> None:
+    save_file({"w": torch.arange(1000.0)}, directory / "policy.safetensors")
+    save_torch({"step": torch.ones(100)}, directory / "policy_optimizer.pt")
+    (directory / "state.json").write_text('{"step": 1, "task": {}}')
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep=3)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a file system needs root")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_saved_checkpoint_is_whole_and_the_newest(store: CheckpointStore) -> None:
+    assert store.latest() is None
+    for step in (2, 10, 4):
+        assert store.save(step, write_some) == store.path(step)
+    assert store.available() == [2, 4, 10]
+    assert store.latest() == 10
+    assert find_damage(store.path(10)) is None
+
+
+def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
+    for step in range(1, 8):
+        store.save(step, write_some)
+    assert store.available() == [5, 6, 7]
+    assert sorted(path.name for path in store.directory.iterdir()) == ["step_000005", "step_000006", "step_000007"]
+
+
+def test_steps_beyond_a_million_are_in_order(store: CheckpointStore) -> None:
+    for step in (999_999, 1_000_000, 1_000_001, 2_000_000):
+        store.save(step, write_some)
+    assert store.available() == [1_000_000, 1_000_001, 2_000_000]
+
+
+def test_what_is_no_checkpoint_is_left_alone(store: CheckpointStore) -> None:
+    store.save(1, write_some)
+    (store.directory / "step_of_mine").mkdir()
+    assert store.available() == [1]
+
+
+def test_saving_a_step_again_replaces_it(store: CheckpointStore) -> None:
+    store.save(1, write_some)
+    store.save(1, lambda directory: (directory / "state.json").write_text("new"))
+    assert tree(store.path(1)).keys() == {"state.json", "manifest.json"}
+    assert store.latest() == 1
+
+
+def damage(how: str) -> Callable[[Path], None]:
+    def write_manifest(text: str) -> Callable[[Path], None]:
+        return lambda directory: (directory / "manifest.json").write_text(text)
+
+    return {
+        "a bit of the weights flipped": lambda directory: flip_bit(directory / "policy.safetensors"),
+        "a bit of the optimizer flipped": lambda directory: flip_bit(directory / "policy_optimizer.pt", 0.99),
+        "a bit of the state flipped": lambda directory: flip_bit(directory / "state.json", 0.0),
+        "weights truncated": lambda directory: os.truncate(directory / "policy.safetensors", 100),
+        "a file empty": lambda directory: os.truncate(directory / "policy_optimizer.pt", 0),
+        "a file missing": lambda directory: (directory / "state.json").unlink(),
+        "a directory in a file's place": lambda directory: (
+            (directory / "state.json").unlink(),
+            (directory / "state.json").mkdir(),
+        ),
+        "manifest missing": lambda directory: (directory / "manifest.json").unlink(),
+        "manifest truncated": lambda directory: os.truncate(directory / "manifest.json", 60),
+        "manifest empty": write_manifest(""),
+        "manifest no text": lambda directory: (directory / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+        "manifest of another kind": write_manifest("[1, 2]"),
+        "manifest without files": write_manifest('{"step": 2}'),
+        "manifest with no files": write_manifest('{"step": 2, "files": {}}'),
+        "manifest with files of another kind": write_manifest('{"step": 2, "files": 3}'),
+        "empty directory": lambda directory: (shutil.rmtree(directory), directory.mkdir()),
+    }[how]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a bit of the weights flipped",
+        "a bit of the optimizer flipped",
+        "a bit of the state flipped",
+        "weights truncated",
+        "a file empty",
+        "a file missing",
+        "a directory in a file's place",
+        "manifest missing",
+        "manifest truncated",
+        "manifest empty",
+        "manifest no text",
+        "manifest of another kind",
+        "manifest without files",
+        "manifest with no files",
+        "manifest with files of another kind",
+        "empty directory",
+    ],
+)
+def test_damage_is_found_and_the_one_before_is_used(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    for step in (1, 2):
+        store.save(step, write_some)
+    damage(how)(store.path(2))
+    with caplog.at_level(logging.WARNING):
+        assert store.latest() == 1
+    (warning,) = caplog.messages
+    assert str(store.path(2)) in warning
+    assert "damaged" in warning
+    with pytest.raises(CheckpointError, match="damaged"):
+        store.require(2)
+    store.require(1)
+
+
+def test_every_single_bit_of_every_file_counts(store: CheckpointStore) -> None:
+    """But for those of the manifest that change neither a name nor a checksum."""
+    store.save(1, write_some)
+    directory, draw = store.path(1), random.Random(0)
+    for path in directory.iterdir():
+        original = path.read_bytes()
+        for _ in range(20):
+            flip_bit(path, draw.random())
+            if path.name != "manifest.json" or _files(path) != json.loads(original)["files"]:
+                assert find_damage(directory) is not None
+            path.write_bytes(original)
+    assert find_damage(directory) is None
+
+
+def _files(manifest: Path) -> object:
+    try:
+        return json.loads(manifest.read_bytes())["files"]
+    except (ValueError, KeyError):
+        return None
+
+
+def test_nothing_whole_is_an_error(store: CheckpointStore) -> None:
+    for step in (1, 2):
+        store.save(step, write_some)
+        flip_bit(store.path(step) / "policy.safetensors")
+    with pytest.raises(CheckpointError, match=f"{store.directory}: every checkpoint is damaged; start again"):
+        store.latest()
+
+
+def test_a_missing_step_is_an_error_that_lists_those_that_are_there(store: CheckpointStore) -> None:
+    with pytest.raises(CheckpointError, match=r"step_000007: no such checkpoint; there are: none"):
+        store.require(7)
+    for step in (1, 2):
+        store.save(step, write_some)
+    with pytest.raises(CheckpointError, match=r"step_000007: no such checkpoint; there are: 1, 2"):
+        store.require(7)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(small_disk: Path) -> None:
+    store = CheckpointStore(small_disk / "checkpoints", keep=1)
+    store.save(1, write_some)
+    before = tree(store.directory)
+    writers: dict[str, Callable[[Path], object]] = {
+        "safetensors": lambda directory: save_file({"w": MEGABYTE}, directory / "w.safetensors"),
+        "torch": lambda directory: save_torch({"w": MEGABYTE}, directory / "w.pt"),
+        "text": lambda directory: (directory / "w.txt").write_text("x" * 2**21),
+    }
+    for write in writers.values():
+        with pytest.raises(CheckpointError) as caught:
+            store.save(2, write)
+        assert str(store.path(2)) in str(caught.value)
+        assert "No space left on device" in str(caught.value)
+        assert "--resume" in str(caught.value)
+        assert tree(store.directory) == before
+    assert store.save(2, write_some) == store.path(2), "what the failures had written is gone"
+
+
+def test_a_read_only_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the directory should be")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        CheckpointStore(tmp_path / "checkpoints", keep=1).save(1, write_some)
+
+
+def test_an_interruption_is_no_disk_error() -> None:
+    """torch wraps a KeyboardInterrupt that comes while it writes."""
+    with pytest.raises(KeyboardInterrupt), disk_errors("a checkpoint", "make room"):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos")  # noqa: B012 - as torch does
+
+
+def test_later_checkpoints_are_dropped(store: CheckpointStore) -> None:
+    for step in (1, 2, 3):
+        store.save(step, write_some)
+    store.discard_after(1)
+    assert store.available() == [1]
+
+
+def test_leftovers_of_a_kill_are_removed_and_never_count(store: CheckpointStore) -> None:
+    store.save(1, write_some)
+    for name in (".partial-step_000002", ".discarded-step_000000"):
+        shutil.copytree(store.path(1), store.directory / name)
+    assert store.available() == [1]
+    store.clean()
+    assert [path.name for path in store.directory.iterdir()] == ["step_000001"]
+
+
+def test_random_state_goes_on_where_it_was() -> None:
+    def draw() -> tuple[object, ...]:
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
+
+    draw()
+    state = random_state()
+    expected = [draw() for _ in range(3)]
+    restore_random_state(state)
+    assert [draw() for _ in range(3)] == expected
+    seed_random_state(2**40)
+    seeded = draw()
+    assert seeded != draw()
+    seed_random_state(2**40)
+    assert draw() == seeded
+
+
+def test_random_state_survives_a_file(tmp_path: Path) -> None:
+    save_torch(random_state(), tmp_path / "random.pt")
+    expected = random.random(), torch.rand(1).item()
+    restore_random_state(torch.load(tmp_path / "random.pt", weights_only=True))
+    assert (random.random(), torch.rand(1).item()) == expected
+
+
+def test_a_failed_write_leaves_a_directory_and_a_text_as_they_were(tmp_path: Path, small_disk: Path) -> None:
+    replace_directory(small_disk / "model", write_some)
+    replace_text(small_disk / "config.yaml", "a: 1\n")
+    before = tree(small_disk)
+
+    def write_half(directory: Path) -> None:
+        (directory / "state.json").write_text("half")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        replace_directory(small_disk / "model", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(small_disk / "config.yaml", "x" * 2**21)
+    clean(small_disk)
+    assert tree(small_disk) == before
+
+
+def test_discarding_what_is_not_there_does_nothing(tmp_path: Path) -> None:
+    discard(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,130 @@
+"""The gradient that the trainer takes, averaged over everything it could have sampled, is ∇J.
+
+The trainer's own path, credit and backward, on a float64 model and both prompts at once in several micro-batches,
+against autograd of J summed over all sequences. `tests/objectives` shows the same of the pure functions alone.
+"""
+
+import itertools
+from typing import get_args
+
+import pytest
+import torch
+from tiny_world import World, couple, shake
+from torch import Tensor
+
+from alignpro import objectives
+from alignpro.config import AdapterConfig, ObjectiveConfig
+from alignpro.training.reinforcement import Experience, PolicyTraining, _select
+
+LAMBDA = 0.3
+GROUP = {"leave_one_out": 2, "running_baseline": 1, "gae": 1}
+
+UNBIASED = [
+    (estimator, advantage)
+    for estimator in get_args(objectives.KLEstimator)
+    for advantage in get_args(ObjectiveConfig.model_fields["advantage"].annotation)
+    if objectives.is_unbiased(estimator, advantage)
+]
+
+
+def make_training(world: World, estimator: str, advantage: str, loss: str = "policy_gradient") -> PolicyTraining:
+    """Micro-batches of three rows: they cut through groups, except those of gibbs, which takes them whole."""
+    objective = {"loss": loss, "advantage": advantage, "kl": {"coef": LAMBDA, "estimator": estimator}}
+    training = world.training(objective, GROUP[advantage], micro_batch_size=3)
+    training.baseline.update(0.7)
+    if training.critic is not None:
+        shake(training.critic, 0.5)  # values that know nothing
+    return training
+
+
+def expected_gradient(world: World, training: PolicyTraining) -> list[Tensor]:
+    """E of the loss's gradient, over every group of K samples for each of the two prompts."""
+    size = training.sampling.n
+    groups = list(itertools.product(range(len(world.chains)), repeat=size))
+    experience = credit(world, training, groups)
+    logprob = world.sequence_logprobs().detach()
+    probability = torch.stack([logprob[:, list(group)].sum(1) for group in groups], dim=1).exp()  # (P, groups)
+    expected = [torch.zeros_like(weight) for weight in training.policy.trainable.values()]
+    for first, second, weight in couple(*probability):
+        gradient = take_gradient(training, experience, [first, len(groups) + second])
+        expected = [total + weight * g for total, g in zip(expected, gradient, strict=True)]
+    return expected
+
+
+def credit(world: World, training: PolicyTraining, groups: list[tuple[int, ...]]) -> Experience:
+    """Both prompts with each of the groups of sequences: first all of the one prompt, then of the other."""
+    prompts = [prompt for prompt in world.prompts for _ in groups]
+    chains = [[world.chains[s] for s in group] for _ in world.prompts for group in groups]
+    return training.credit(prompts, chains, world.score(prompts, chains))
+
+
+def take_gradient(training: PolicyTraining, experience: Experience, groups: list[int]) -> list[Tensor]:
+    """The gradient of a minibatch, which is left at zero again."""
+    weights = training.policy.trainable.values()
+    training._backward(_select(experience, torch.tensor(groups), training.sampling.n))
+    gradient = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    for weight in weights:
+        weight.grad = None
+    return gradient
+
+
+def objective_gradient(world: World) -> list[Tensor]:
+    """∇J."""
+    weights = list(world.policy.trainable.values())
+    gradient = torch.autograd.grad(world.objective(LAMBDA), weights, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradient, strict=True)]
+
+
+def distance(left: list[Tensor], right: list[Tensor], factor: float = 1.0) -> float:
+    """max |left − factor · right|."""
+    return max((a - factor * b).abs().max().item() for a, b in zip(left, right, strict=True))
+
+
+def test_the_unbiased_estimators_are_those_named_here() -> None:
+    assert {a for _, a in UNBIASED} == set(GROUP)
+    assert {e for e, _ in UNBIASED} == {"exact", "k1"}
+
+
+@pytest.mark.parametrize(("estimator", "advantage"), UNBIASED)
+def test_expected_gradient_is_the_gradient_of_the_objective(estimator: str, advantage: str) -> None:
+    world = World()
+    expected = expected_gradient(world, make_training(world, estimator, advantage))
+    truth = objective_gradient(world)
+    assert distance(expected, truth, factor=-1.0) < 1e-10
+    assert max(g.abs().max() for g in truth) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft_prompt"])
+def test_the_reference_of_an_adapter_is_the_model_without_it(kind: str) -> None:
+    world = World(adapter=AdapterConfig(kind=kind, rank=2, virtual_tokens=2), drift=0.3)
+    expected = expected_gradient(world, make_training(world, "exact", "running_baseline"))
+    truth = objective_gradient(world)
+    assert distance(expected, truth, factor=-1.0) < 1e-10
+    assert max(g.abs().max() for g in truth) > 0.01
+
+
+@pytest.mark.parametrize("advantage", ["leave_one_out", "running_baseline"])
+def test_without_the_kl_of_later_states_the_gradient_is_wrong(advantage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    whole = objectives.token_rewards
+    monkeypatch.setattr(objectives, "token_rewards", lambda *args, kl, **kwargs: whole(*args, kl=0 * kl, **kwargs))
+    expected = expected_gradient(world, make_training(world, "exact", advantage))
+    assert distance(expected, objective_gradient(world), factor=-1.0) > 1e-3
+
+
+def test_gibbs_descends_along_lambda_times_the_gradient_of_the_objective() -> None:
+    world = World()
+    expected = expected_gradient(world, make_training(world, "exact", "leave_one_out", loss="gibbs"))
+    assert distance(expected, objective_gradient(world), factor=-LAMBDA) < 1e-10
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k1", "k2", "k3"])
+def test_ppo_starts_along_the_policy_gradient(estimator: str) -> None:
+    world = World()
+    groups = [(0, 9), (14, 3), (5, 5)]
+    gradients = []
+    for loss in ("policy_gradient", "ppo_clip"):
+        training = make_training(world, estimator, "leave_one_out", loss)
+        gradients.append(take_gradient(training, credit(world, training, groups), [1, 3, 5]))
+    assert distance(*gradients) < 1e-12
+    assert max(g.abs().max() for g in gradients[0]) > 0.1

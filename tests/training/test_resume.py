@@ -1,0 +1,256 @@
+"""A run that is interrupted and resumed ends as the run that was not: metrics, samples and weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_runs import Process, Workshop, read_metrics, read_model, steps_of_checkpoints
+
+Finished = Callable[..., Path]
+
+PPO = ("objective.loss=ppo_clip", "objective.epochs=2", "objective.minibatches=2")
+JOBS: dict[str, tuple[str, ...]] = {
+    "adaptive KL": ("train", "objective.kl.target=0.001", "objective.kl.horizon=10"),
+    "running baseline": ("train", "objective.advantage=running_baseline", "objective.kl.estimator=k1"),
+    "PPO with a critic": ("train", *PPO, "objective.advantage=gae", "objective.gae_lambda=0.9"),
+    "GRPO": ("train", *PPO, "objective.advantage=group_normalized", "objective.kl.estimator=k3"),
+    "Gibbs": ("train", "objective.loss=gibbs", "objective.epochs=2", "objective.minibatches=2"),
+    "LoRA": ("train", "policy.adapter.kind=lora", "policy.adapter.rank=2"),
+    "soft prompt": ("train", "policy.adapter.kind=soft_prompt", "policy.adapter.virtual_tokens=4"),
+    "bfloat16": ("train", "policy.dtype=bfloat16"),
+    "from scratch": ("train", "policy.from_scratch=true"),
+    "RLHF": ("rlhf", "objective.entropy_coef=0.01"),
+    "RLHF, PPO with a critic": ("rlhf", *PPO, "objective.advantage=gae", "objective.kl.estimator=k2"),
+    "SFT": ("sft",),
+    "SFT of a LoRA with dropout": ("sft", "policy.adapter.kind=lora", "policy.adapter.dropout=0.5"),
+    "SFT of a soft prompt": ("sft", "policy.adapter.kind=soft_prompt", "policy.adapter.virtual_tokens=4"),
+    "SFT on responses": ("sft", "task=response", "data.source=${oc.env:PAIRS}"),
+    "reward model": ("reward",),
+}
+
+
+def assert_same(out: Path, reference: Path) -> None:
+    assert read_metrics(out) == read_metrics(reference)
+    assert read_model(out) == read_model(reference)
+    samples = "samples.jsonl"
+    assert (out / samples).exists() == (reference / samples).exists()
+    if (reference / samples).exists():
+        assert (out / samples).read_bytes() == (reference / samples).read_bytes()
+
+
+def rows(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("job", "step"),
+    [
+        pytest.param(job, step, marks=[] if step == 1 + i % 3 else pytest.mark.slow)
+        for i, job in enumerate(JOBS)
+        for step in (1, 2, 3)
+    ],
+)
+def test_a_run_resumed_from_a_checkpoint_ends_as_the_undisturbed_one(
+    workshop: Workshop, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, step: int
+) -> None:
+    monkeypatch.setenv("PAIRS", str(workshop.root / "pairs.jsonl"))
+    reference, out = finished(*JOBS[job]), tmp_path / "run"
+    assert steps_of_checkpoints(reference) == [1, 2, 3, 4]
+    assert any(row.get("gradient_norm", 0) > 0 for row in read_metrics(reference))
+    shutil.copytree(reference, out)
+    assert workshop.run(JOBS[job][0], out, *JOBS[job][1:], "--resume", "--at", str(step)) == 0
+    assert_same(out, reference)
+
+
+def test_the_runs_compared_here_do_train(finished: Finished) -> None:
+    first, last = read_metrics(finished("train"))[0], read_metrics(finished("train"))[-2]
+    assert first["kl"] == 0
+    assert last["kl"] > 1e-4
+    assert first["kl_coef"] == last["kl_coef"]
+    adaptive = read_metrics(finished(*JOBS["adaptive KL"]))
+    assert adaptive[0]["kl_coef"] != adaptive[-2]["kl_coef"]
+
+
+LONG = ("train", "run.steps=100", "run.checkpoint_every=1000", "run.eval_every=7", "optimizer.schedule=constant")
+
+
+def test_sigint_saves_and_exits_and_resume_goes_on(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = Process(workshop.arguments(LONG[0], out, *LONG[1:]), tmp_path / "log")
+    process.wait_until(lambda: rows(out) >= 2)
+    process.signal(signal.SIGINT)
+    assert process.wait() == 128 + signal.SIGINT
+    assert_stopped_well(out, process.output())
+    assert workshop.run(LONG[0], out, *LONG[1:], "--resume") == 0
+    assert_same(out, finished(*LONG))
+
+
+def test_sigterm_to_the_command_itself_saves_and_exits_and_resume_goes_on(
+    workshop: Workshop, finished: Finished, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "alignpro", *workshop.arguments(LONG[0], out, *LONG[1:])],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while rows(out) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.terminate()
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert_stopped_well(out, output)
+    assert workshop.run(LONG[0], out, *LONG[1:], "--resume") == 0
+    assert_same(out, finished(*LONG))
+
+
+def assert_stopped_well(out: Path, output: str) -> None:
+    (step,) = steps_of_checkpoints(out)
+    assert 2 <= step < 100
+    assert read_metrics(out)[-1]["step"] == step
+    assert f"state saved in {out / 'checkpoints'}/step_{step:06d}; continue with --resume" in output
+    assert "Traceback" not in output
+
+
+def test_a_second_signal_kills_at_once_and_the_run_resumes(workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\ncalls = 0\n\ndef score(prompts, responses):\n    global calls\n    calls += 1\n"
+        "    time.sleep(60 if calls > 2 else 0)\n    return [float(len(set(y))) for y in responses]\n"
+    )
+    out = tmp_path / "run"
+    slow = f"reward.components.0.function={tmp_path}/slow.py:score"
+    process = Process(workshop.arguments("rlhf", out, slow, "run.eval_every=0"), tmp_path / "log")
+    process.wait_until(lambda: steps_of_checkpoints(out) == [1, 2])
+    process.signal(signal.SIGINT)
+    process.wait_until(lambda: "stopping after this step" in process.output())
+    process.signal(signal.SIGINT)
+    assert process.wait(20) == 128 + signal.SIGINT
+    assert steps_of_checkpoints(out) == [1, 2]
+    (tmp_path / "slow.py").write_text("def score(prompts, responses):\n    return [1.0 for y in responses]\n")
+    assert workshop.run("rlhf", out, slow, "run.eval_every=0", "--resume") == 0
+    assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4]
+
+
+def kill_and_resume(workshop: Workshop, tmp_path: Path, job: tuple[str, ...], at: int) -> Path | None:
+    """Kill a run at its ``at``-th operation on files, then resume it; None when it had ended before that."""
+    out = tmp_path / f"killed_{at}"
+    status = Process(workshop.arguments(job[0], out, *job[1:]), tmp_path / "log", kill_at=at).wait()
+    if status == 0:
+        return None
+    assert status == -signal.SIGKILL
+    assert workshop.run(job[0], out, *job[1:], "--resume") == 0
+    assert list(out.rglob(".*")) == []
+    return out
+
+
+KILLED = ("sft", "run.steps=3", "run.eval_every=2", "run.keep_checkpoints=1", "run.tensorboard=true")
+
+
+def test_kill_9_at_some_file_operations_leaves_a_run_that_resumes(
+    workshop: Workshop, finished: Finished, tmp_path: Path
+) -> None:
+    """Every fifteenth operation on files, from the first of the run to the last: most are within a checkpoint's saving."""
+    kills = 0
+    for at in range(random.Random(0).randrange(1, 15), 2000, 15):
+        out = kill_and_resume(workshop, tmp_path, KILLED, at)
+        if out is None:
+            break
+        kills += 1
+        assert_same(out, finished(*KILLED))
+    assert kills > 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [KILLED, ("train", *KILLED[1:])], ids=lambda job: job[0])
+def test_kill_9_at_every_file_operation_leaves_a_run_that_resumes(
+    workshop: Workshop, finished: Finished, tmp_path: Path, job: tuple[str, ...]
+) -> None:
+    kills = 0
+    for at in range(1, 2000):
+        out = kill_and_resume(workshop, tmp_path, job, at)
+        if out is None:
+            break
+        kills += 1
+        assert_same(out, finished(*job))
+        shutil.rmtree(out)
+    assert kills > 100
+
+
+def test_kill_9_again_and_again_at_random_moments(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    job = ("train", *LONG[1:], "run.checkpoint_every=2", "run.keep_checkpoints=2")
+    out, moments = tmp_path / "run", random.Random(1)
+    for _ in range(3):
+        process = Process(workshop.arguments(job[0], out, *job[1:], "--resume"), tmp_path / "log")
+        before = rows(out)
+        process.wait_until(lambda before=before: rows(out) > before + 3)
+        time.sleep(moments.uniform(0, 0.05))
+        process.signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert workshop.run(job[0], out, *job[1:], "--resume") == 0
+    assert_same(out, finished(*LONG))
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 5, "lo', b'{"step": 4, "prompt": "\xe6\x97', b"\x00" * 100, b'{"step": 9}']
+)
+def test_a_last_line_cut_short_is_dropped(workshop: Workshop, finished: Finished, tmp_path: Path, tail: bytes) -> None:
+    reference = finished("train")
+    out = tmp_path / "run"
+    shutil.copytree(reference, out, ignore=shutil.ignore_patterns("model", "step_000003", "step_000004"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (out / name).open("ab") as file:
+            file.write(tail)
+    assert workshop.run("train", out, "--resume") == 0
+    assert_same(out, reference)
+
+
+def test_going_back_removes_what_came_after(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    """Else a later plain --resume would take up a checkpoint whose metrics are gone."""
+    out = tmp_path / "run"
+    shutil.copytree(finished("train"), out)
+    with workshop.broken_reward("raise", 1):
+        assert workshop.run("train", out, "--resume", "--at", "2") == 1
+    assert steps_of_checkpoints(out) == [1, 2]
+    assert workshop.run("train", out, "--resume") == 0
+    assert_same(out, finished("train"))
+
+
+def test_checkpoints_of_the_future_do_not_push_out_new_ones(
+    workshop: Workshop, finished: Finished, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished("train"), out)
+    assert workshop.run("train", out, "--resume", "--at", "1", "run.steps=3", "run.keep_checkpoints=2") == 0
+    assert steps_of_checkpoints(out) == [2, 3]
+
+
+def test_a_run_can_be_made_longer(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    constant = "optimizer.schedule=constant"
+    out = tmp_path / "run"
+    shutil.copytree(finished("train", constant), out)
+    before = read_model(out)
+    assert workshop.run("train", out, constant, "run.steps=6", "--resume") == 0
+    assert read_model(out) != before
+    assert_same(out, finished("train", constant, "run.steps=6"))
+
+
+def test_the_state_holds_what_no_weight_does(finished: Finished) -> None:
+    state = json.loads((finished(*JOBS["adaptive KL"]) / "checkpoints/step_000004/state.json").read_text())
+    assert state["step"] == 4
+    assert state["task"]["kl"] != {}
+    assert {"reference", "data", "baseline"} <= state["task"].keys()
