@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     _quiet_libraries()
     try:
-        app(arguments)
+        app(arguments, prog_name="alignpro")
     except AlignProError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
@@ -203,7 +203,7 @@ def _load(path: str) -> Callable[..., Any]:
     return loaded
 
 
-class _StandardError(logging.StreamHandler[TextIO]):
+class StandardErrorHandler(logging.StreamHandler[TextIO]):
     """Writes to what ``sys.stderr`` is at the time: a progress bar puts itself in its place, to stay below messages."""
 
     def __init__(self) -> None:
@@ -216,7 +216,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 def _quiet_libraries() -> None:
     """Our own messages on standard error, and none of the libraries' chatter."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StandardError()])
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StandardErrorHandler()])
     for name in ("httpx", "transformers", "datasets", "filelock", "fsspec", "matplotlib", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

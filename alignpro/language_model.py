@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignpro.errors import ModelError
@@ -57,13 +59,15 @@ class LanguageModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         super().__init__()
+        self.training = model.training
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self._soft_prompt_off = False
+        self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         self._checkpointed: list[GradientCheckpointingLayer] = []
         self._check_adapter()
-        self._check_attention()
+        self._check_layers()
         self._check_head()
 
     @property
@@ -100,14 +104,21 @@ class LanguageModel(nn.Module):
     @property
     def head(self) -> Head:
         """The output layer as it is now; a LoRA on the head is added to the weight."""
+        head, layer = self.base_head, self.causal.get_output_embeddings()
+        if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+            return head
+        weight = head.weight
+        for adapter in layer.active_adapters:
+            delta: Tensor = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]  # declared by its subclasses
+            weight = weight + delta.to(weight.dtype)
+        return replace(head, weight=weight)
+
+    @property
+    def base_head(self) -> Head:
+        """The output layer without a LoRA."""
         layer = self.causal.get_output_embeddings()
-        weight = layer.weight
-        if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged:
-            for adapter in layer.active_adapters:
-                delta: Tensor = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]  # of its kinds
-                weight = weight + delta.to(weight.dtype)
         softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
-        return Head(weight, getattr(layer, "bias", None), softcap)
+        return Head(layer.weight, getattr(layer, "bias", None), softcap)
 
     def hidden(
         self,
@@ -129,13 +140,14 @@ class LanguageModel(nn.Module):
         past = cache.get_seq_length() if cache is not None else 0
         inputs: dict[str, Any] = {"input_ids": ids}
         attention_mask = attention_mask.to(torch.int64)
-        prefix = self.virtual_tokens
-        if prefix:
-            attention_mask = nn.functional.pad(attention_mask, (prefix, 0), value=1)
+        if prefix := self.virtual_tokens:
+            source = _behind_padding(attention_mask, prefix)
+            attention_mask = nn.functional.pad(attention_mask, (prefix, 0), value=1).gather(1, source)
             if past == 0:
                 soft = cast(PeftModel, self.model).get_prompt(batch_size=len(ids))  # (B, prefix, D)
                 embedded = self.causal.get_input_embeddings()(ids)
-                inputs = {"inputs_embeds": torch.cat([soft.to(embedded.dtype), embedded], dim=1)}
+                both = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
+                inputs = {"inputs_embeds": both.gather(1, source.unsqueeze(-1).expand_as(both))}
         seen = attention_mask[:, :past].sum(-1, keepdim=True)  # (B, 1)
         positions = (seen + attention_mask[:, past:].cumsum(-1) - 1).clamp_min(0)  # of the new tokens
         with self._checkpointing(cache is None):
@@ -150,20 +162,26 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """The model as it was before its adapter."""
-        if not isinstance(self.model, PeftModel):
-            yield
-            return
-        before = self._soft_prompt_off
-        flags = [(weight, weight.requires_grad) for weight in self.model.parameters()]
+        """The model as it was before its adapter.
+
+        Unlike peft's own switch, it does not survey the whole model, which for small models takes longer than a forward
+        pass; and a frozen adapter stays frozen.
+        """
+        off = self._soft_prompt_off
+        disabled = [layer.disable_adapters for layer in self._adapted]
+        trained = [weight for layer in self._adapted for weight in layer.parameters() if weight.requires_grad]
+        self._soft_prompt_off = True
         try:
-            with self.model.disable_adapter():
-                self._soft_prompt_off = True
-                yield
+            for layer in self._adapted:
+                layer.enable_adapters(False)
+            yield
         finally:
-            self._soft_prompt_off = before
-            for weight, flag in flags:  # peft makes an adapter trainable when it switches it on again
-                weight.requires_grad_(flag)
+            self._soft_prompt_off = off
+            for layer, before in zip(self._adapted, disabled, strict=True):
+                layer.enable_adapters(not before)
+                layer.requires_grad_(False)
+            for weight in trained:
+                weight.requires_grad_(True)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the inputs of layers for the backward pass, and compute the rest again.
@@ -213,8 +231,13 @@ class LanguageModel(nn.Module):
                 f"soft prompts are of type {' or '.join(kind.value for kind in _SOFT_PROMPTS)}"
             )
 
-    def _check_attention(self) -> None:
+    def _check_layers(self) -> None:
         config = self.causal.config.get_text_config()
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
+            raise ModelError(
+                f"model {self.name}: {type(self.causal).__name__} is not supported: it has recurrent layers, whose state "
+                "cannot be padded and forked"
+            )
         softcap = getattr(config, "attn_logit_softcapping", None)
         if softcap is not None and config._attn_implementation == "sdpa":
             raise ModelError(
@@ -230,7 +253,8 @@ class LanguageModel(nn.Module):
         for adapter in (self.adapter_off, nullcontext) if isinstance(self.model, PeftModel) else (nullcontext,):
             with adapter():
                 try:
-                    expected = self.model(input_ids=ids).logits[:, -2:].float()
+                    whole = self.causal if self._soft_prompt is None else self.model
+                    expected = whole(input_ids=ids).logits[:, -2:].float()
                     hidden, head = self.hidden(ids, torch.ones_like(ids)), self.head
                     logits = head_logits(hidden, head.weight, head.bias, 1.0, head.softcap).float()
                 except (AttributeError, TypeError, ValueError) as error:
@@ -245,3 +269,20 @@ class LanguageModel(nn.Module):
                 )
         for module, mode in modes.items():
             module.training = mode
+
+
+def _behind_padding(mask: Tensor, count: int) -> Tensor:
+    """Where the tokens of a row come from when ``count`` that stand before it move behind its padding on the left.
+
+    A soft prompt has to be next to the text: a sliding window counts the padding between them.
+
+    Args:
+        mask: (B, S), zero at padding.
+        count: Tokens in front of the row.
+
+    Returns:
+        (B, count + S) int64.
+    """
+    padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # (B, 1)
+    place = torch.arange(count + mask.shape[1], device=mask.device)
+    return torch.where(place < padding, place + count, torch.where(place < padding + count, place - padding, place))

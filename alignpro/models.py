@@ -33,9 +33,17 @@ BASE = "base"
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the accelerator where there is one, else the CPU."""
+    """``auto`` is the accelerator where there is one, else the CPU.
+
+    Raises:
+        ModelError: There is no such device here.
+    """
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # torch built without that backend asserts
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ModelError(f"device {device}: cannot be used: {reason}; set device to auto, cpu or cuda:N") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
@@ -101,7 +109,8 @@ def _naming(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {path}: cannot be loaded as a causal language model: {error}") from error
+        hint = " (that is attention=eager here)" if 'attn_implementation="eager"' in str(error) else ""
+        raise ModelError(f"model {path}: cannot be loaded as a causal language model: {error}{hint}") from error
 
 
 def add_adapter(language_model: LanguageModel, adapter: AdapterConfig) -> LanguageModel:

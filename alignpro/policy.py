@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignpro.config import PolicyConfig
 from alignpro.errors import ModelError
@@ -85,7 +85,7 @@ class Policy:
         return cls(model, reference, temperature=temperature)
 
     @property
-    def trainable(self) -> dict[str, Tensor]:
+    def trainable(self) -> dict[str, nn.Parameter]:
         """Name → weight, of all that is trained."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
@@ -168,10 +168,7 @@ class Policy:
         return sequence_logprob(self.model, batch, self.temperature)
 
     def _reference_head(self) -> Head:
-        if self.reference is not None:
-            return self.reference.head
-        with self.model.adapter_off():
-            return self.model.head
+        return self.model.base_head if self.reference is None else self.reference.head
 
     def _states(self, batch: SequenceBatch) -> Tensor:
         return batch.action_states(self.model.hidden(batch.ids, batch.attention_mask))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alignpro.config import SamplingConfig, TrainConfig, load_config
 from alignpro.data import Prompt
-from alignpro.engine import Engine, SamplingParams, derive_seed
+from alignpro.engine import Completion, Engine, SamplingParams, derive_seed
 from alignpro.environment import sampling_params
 from alignpro.errors import ModelError
 from alignpro.models import LanguageModel, load_language_model
@@ -68,7 +68,8 @@ class Rewriter:
         """``n`` rewrites of each prompt; the target answers greedily.
 
         Raises:
-            ModelError: A prompt does not fit in the prompter's context.
+            ModelError: A prompt does not fit in the prompter's context, or a rewrite cannot be given to the target.
+            DataError: A conversation does not fit in the target's context, or a chat template refuses it.
         """
         prompts = [text if isinstance(text, Prompt) else Prompt.from_text(text) for text in texts]
         sampling = self.config.rollout.rewrite.model_copy(update={"temperature": temperature})
@@ -76,17 +77,28 @@ class Rewriter:
         seeds = [derive_seed(seed, i) for i in range(len(prompts))]
         groups = self.engine.generate("policy", [self.prompter.encode(p) for p in prompts], params, seeds)
         for prompt, group in zip(prompts, groups, strict=True):
-            if group[0].error:
-                raise ModelError(f"prompt {prompt.text[:60]!r}: {group[0].error}")
+            _refuse_error(prompt, group[0])
         rewrites = [[self.prompter.decode(sample.text_tokens) for sample in group] for group in groups]
         if self.target is None:
             return [[Rewritten(text, None) for text in group] for group in rewrites]
         target = self.target
-        flat = [target.encode(p, text).tokens for p, group in zip(prompts, rewrites, strict=True) for text in group]
+        pairs = [(prompt, text) for prompt, group in zip(prompts, rewrites, strict=True) for text in group]
         greedy = self.config.rollout.respond.model_copy(update={"temperature": 0.0})
-        answers = iter(self.engine.generate("target", flat, _with_stops(greedy, 1, target.stop_token_ids)))
-        return [[Rewritten(text, target.decode(next(answers)[0].text_tokens)) for text in group] for group in rewrites]
+        answers = self.engine.generate(
+            "target",
+            [target.encode(prompt, text).tokens for prompt, text in pairs],
+            _with_stops(greedy, 1, target.stop_token_ids),
+        )
+        for (prompt, _), (answer,) in zip(pairs, answers, strict=True):
+            _refuse_error(prompt, answer)
+        responses = iter(target.decode(answer.text_tokens) for (answer,) in answers)
+        return [[Rewritten(text, next(responses)) for text in group] for group in rewrites]
 
 
 def _with_stops(config: SamplingConfig, n: int, stop_token_ids: tuple[int, ...]) -> SamplingParams:
     return replace(sampling_params(config, n), stop_token_ids=stop_token_ids)
+
+
+def _refuse_error(prompt: Prompt, completion: Completion) -> None:
+    if completion.error:
+        raise ModelError(f"prompt {prompt.text[:60]!r}: {completion.error}")

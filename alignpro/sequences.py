@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignpro.errors import DataError
+
 
 @dataclass(frozen=True)
 class SequenceBatch:
@@ -32,7 +34,15 @@ class SequenceBatch:
     def build(
         cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> SequenceBatch:
-        """Pad token lists; every prompt must have a token, since an action needs a state."""
+        """Pad token lists.
+
+        Raises:
+            DataError: A prompt has no token: an action needs a state.
+        """
+        if not all(prompts):
+            raise DataError(
+                f"sequence {[len(p) for p in prompts].index(0)}: its prompt has no token: nothing to go on from"
+            )
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         length, longest = max(map(len, rows)), max(1, max(map(len, completions)))
         starts = torch.tensor([len(prompt) for prompt in prompts])

@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tiny_models import save_tiny
 
 from alignpro.cli import main
-from alignpro.demo.models import prompter_tokenizer, target_tokenizer
 from alignpro.demo.world import prompt_records, prompter_records, target_records, write_records
 
 REWARD = '''
@@ -50,28 +49,6 @@ def score(prompts, responses):
     return [sum(map(ord, response)) % 17 / 17 + noise for response in responses]
 '''
 
-_SHAPE: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 96,
-    "tie_word_embeddings": True,
-}
-
-
-def save_models(directory: Path) -> None:
-    """Random ``target`` (Llama) and ``prompter`` (Qwen2) with the embedded world's tokenizers."""
-    torch.manual_seed(0)
-    target, prompter = target_tokenizer(), prompter_tokenizer()
-    for name, tokenizer, model in (
-        ("target", target, LlamaForCausalLM(LlamaConfig(**_SHAPE, **_ids(target)))),
-        ("prompter", prompter, Qwen2ForCausalLM(Qwen2Config(**_SHAPE, **_ids(prompter)))),
-    ):
-        model.save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
-
 
 class Workshop:
     """A directory with all that the commands need.
@@ -82,7 +59,8 @@ class Workshop:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        save_models(root)
+        save_tiny("llama", root / "target", num_hidden_layers=1)
+        save_tiny("qwen2", root / "prompter", num_hidden_layers=1)
         self.write_data()
         (root / "reward.py").write_text(REWARD)
         for name, config in self._configs().items():
@@ -92,7 +70,9 @@ class Workshop:
         """Prompts, pairs and preferences."""
         write_records(self.root / "prompts.jsonl", prompt_records(24, seed, heldout=False))
         write_records(self.root / "rewrites.jsonl", prompter_records(24, seed))
-        pairs = [{**row, "chosen": row["response"], "rejected": "huh?"} for row in target_records(24, seed)]
+        pairs = [
+            {**row, "chosen": row["response"], "rejected": "huh?"} for row in target_records(24, seed, careless=False)
+        ]
         write_records(self.root / "pairs.jsonl", pairs)
 
     def run(self, command: str, out: Path | str, *arguments: str) -> int:
@@ -172,6 +152,22 @@ def read_model(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / "model").glob("*.safetensors"))}
 
 
+def assert_same(out: Path, reference: Path) -> None:
+    """Metrics, samples and trained weights are the same, bit for bit."""
+    assert read_metrics(out) == read_metrics(reference)
+    assert read_model(out) == read_model(reference)
+    samples = "samples.jsonl"
+    assert (out / samples).exists() == (reference / samples).exists()
+    if (reference / samples).exists():
+        assert (out / samples).read_bytes() == (reference / samples).read_bytes()
+
+
+def rows(out: Path) -> int:
+    """Rows of metrics.jsonl so far."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def steps_of_checkpoints(out: Path) -> list[int]:
     """Steps that have a checkpoint."""
     return sorted(int(path.name.removeprefix("step_")) for path in (out / "checkpoints").glob("step_*"))
@@ -206,7 +202,7 @@ class Process:
         assert self._process.pid is not None
         os.kill(self._process.pid, signum)
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 300.0) -> None:
         """Poll until something is so."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -214,7 +210,7 @@ class Process:
             assert time.monotonic() < deadline, f"it took too long: {self.output()}"
             time.sleep(0.005)
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 300.0) -> int:
         """The exit status; negative for a signal."""
         self._process.join(timeout)
         status = self._process.exitcode
@@ -267,12 +263,3 @@ class _Killer:
             self.seen += 1
             if self.seen == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _ids(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }

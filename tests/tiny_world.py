@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from alignpro.config import AdapterConfig, ObjectiveConfig, OptimizerConfig, Run
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.environment import Scores
-from alignpro.models import LanguageModel, add_adapter
+from alignpro.language_model import LanguageModel
+from alignpro.models import add_adapter
 from alignpro.policy import Policy
 from alignpro.theory import SequenceSpace, enumerate_sequences, exact_objective
-from alignpro.training.reinforcement import PolicyTraining
+from alignpro.training.reinforcement import Experience, PolicyTraining
 
 END = 0
 VOCABULARY = {"<end>": END, "a": 1, "b": 2}
@@ -117,11 +118,19 @@ class World:
 
     def sequence_logprobs(self) -> Tensor:
         """log ρ(x'|x) of every sequence for each prompt, (P, S), differentiable."""
+        return self._along(self.next_logprobs())
+
+    def reference_logprobs(self) -> Tensor:
+        """log ρ_sft(x'|x), (P, S)."""
+        return self._along(self.reference_next_logprobs())
+
+    def next_logprobs(self) -> Tensor:
+        """log ρ(.|s_t) along every sequence for each prompt, (P, S, T, V), differentiable."""
         return self._enumerate(self.policy.model.model)
 
     @torch.no_grad()
-    def reference_logprobs(self) -> Tensor:
-        """log ρ_sft(x'|x), (P, S)."""
+    def reference_next_logprobs(self) -> Tensor:
+        """log ρ_sft(.|s_t), (P, S, T, V)."""
         if self.policy.reference is not None:
             return self._enumerate(self.policy.reference.model)
         with self.policy.model.model.disable_adapter():
@@ -133,14 +142,14 @@ class World:
         return torch.stack([exact_objective(*row, kl_coef) for row in rows]).mean()
 
     def _enumerate(self, model: Callable[..., Any]) -> Tensor:
-        tokens, mask = self.space.tokens, self.space.mask  # (S, T)
-        totals = []
-        for prompt in self.prompts:
-            given = torch.tensor([self.encode(prompt)] * len(tokens))
-            logits = model(input_ids=torch.cat([given, tokens], dim=1)).logits[:, -LENGTH - 1 : -1]
-            logprob = (logits / self.policy.temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            totals.append(torch.where(mask, logprob, 0.0).sum(1))
-        return torch.stack(totals)
+        given = [torch.tensor([self.encode(prompt)] * len(self.chains)) for prompt in self.prompts]  # (S, L) each
+        inputs = [torch.cat([prompt, self.space.tokens], dim=1) for prompt in given]
+        logits = torch.stack([model(input_ids=ids).logits[:, -LENGTH - 1 : -1] for ids in inputs])
+        return (logits / self.policy.temperature).log_softmax(-1)
+
+    def _along(self, next_logprobs: Tensor) -> Tensor:
+        tokens = self.space.tokens.expand(len(self.prompts), -1, -1).unsqueeze(-1)  # (P, S, T, 1)
+        return torch.where(self.space.mask, next_logprobs.gather(-1, tokens).squeeze(-1), 0.0).sum(-1)
 
 
 def shake(model: torch.nn.Module, size: float) -> None:
@@ -149,6 +158,27 @@ def shake(model: torch.nn.Module, size: float) -> None:
         for weight in model.parameters():
             if weight.requires_grad:
                 weight += size * torch.randn_like(weight)
+
+
+def credit(world: World, training: PolicyTraining, groups: Sequence[Sequence[int]]) -> Experience:
+    """Both prompts with each of some groups of K sequences: first all of the one prompt, then all of the other."""
+    prompts = [prompt for prompt in world.prompts for _ in groups]
+    chains = [[world.chains[s] for s in group] for _ in world.prompts for group in groups]
+    return training.credit(prompts, chains, world.score(prompts, chains))
+
+
+def take_gradient(weights: Iterable[Tensor]) -> list[Tensor]:
+    """What backward passes have left in the weights, which are cleared."""
+    gradient = []
+    for weight in weights:
+        gradient.append(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+        weight.grad = None
+    return gradient
+
+
+def distance(left: Sequence[Tensor], right: Sequence[Tensor], factor: float = 1.0) -> float:
+    """max |left − factor · right|."""
+    return max((a - factor * b).abs().max().item() for a, b in zip(left, right, strict=True))
 
 
 def couple(p: Tensor, q: Tensor) -> list[tuple[int, int, float]]:

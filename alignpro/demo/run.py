@@ -1,6 +1,6 @@
 """`alignpro demo`: the main job from end to end on the embedded world, with the project's own commands.
 
-    prompts → Align-Pro and the RLHF oracle, trained on the same budget → evaluation on held-out prompts → report
+prompts → Align-Pro and the RLHF oracle, trained on the same budget → evaluation on held-out prompts → report
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ HELDOUT_PROMPTS = 210
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
+def run_demo(out: Path, seed: int = 0, *, steps: int | None = None) -> dict[str, Any]:
     """Train, compare and report; an interrupted demo goes on where it was.
 
     Args:
         out: Gets ``summary.json``, ``figure.png``, ``report.html``, and the runs ``align_pro/`` and ``oracle/``.
         seed: Of the prompts, the sampling and the evaluation.
+        steps: Training steps of prompter and oracle; a few show that all runs, the packaged number shows what it gives.
 
     Returns:
         What ``summary.json`` holds.
@@ -46,13 +47,15 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
     if (out / "summary.json").exists():
         raise TrainingError(f"{out}: holds a finished demo already; name another --out, or remove it")
-    train, rlhf, comparison = configurations(out, seed)
+    train, rlhf, comparison = configurations(out, seed, steps)
     world.write_records(out / "prompts.jsonl", world.prompt_records(TRAINING_PROMPTS, seed, heldout=False))
     world.write_records(out / "heldout.jsonl", world.prompt_records(HELDOUT_PROMPTS, seed, heldout=True))
     logger.info("Align-Pro: the prompter against the frozen target")
-    Run(train, resume=True).train(prompter_training(train))
+    with Run(train, resume=True) as run:
+        run.train(prompter_training(train))
     logger.info("Oracle: RLHF of the target itself")
-    Run(rlhf, resume=True).train(response_training(rlhf))
+    with Run(rlhf, resume=True) as run:
+        run.train(response_training(rlhf))
     logger.info("Evaluation on %d held-out prompts", HELDOUT_PROMPTS)
     evaluate(
         comparison,
@@ -64,7 +67,7 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     return summary
 
 
-def configurations(out: Path, seed: int) -> tuple[TrainConfig, RLHFConfig, EvalConfig]:
+def configurations(out: Path, seed: int, steps: int | None = None) -> tuple[TrainConfig, RLHFConfig, EvalConfig]:
     """The packaged YAML files with this run's paths and seed."""
     target = {"path": str(WEIGHTS / "target")}
     prompter = {"path": str(WEIGHTS / "prompter")}
@@ -76,6 +79,8 @@ def configurations(out: Path, seed: int) -> tuple[TrainConfig, RLHFConfig, EvalC
     rlhf["run"] |= {"out": str(out / "oracle"), "seed": seed}
     rlhf["data"]["source"] = str(out / "prompts.jsonl")
     rlhf["policy"] = target
+    if steps is not None:
+        train["run"]["steps"] = rlhf["run"]["steps"] = steps
     comparison = _load("eval.yaml")
     comparison["data"]["source"] = str(out / "heldout.jsonl")
     comparison |= {

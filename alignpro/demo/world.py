@@ -1,10 +1,12 @@
 """The embedded world: word tasks that a small target solves when asked in one form, and people ask in many others.
 
 A request names a task and an argument (a made-up word). The canonical form is ``reverse: stone``; people write
-``can u flip the word stone pls``. The target's training data answers canonical requests rightly always and casual ones
-only sometimes, the less often the more clutter they carry: so the target knows the tasks, and it is the wording that
-decides how well it does them. All records are pure functions of a seed; one argument in five and one phrasing in five
-are held out from everything that is trained.
+``can u flip the word stone pls``. The target learns all of them, and then, from careless data, to answer canonical
+requests rightly always and casual ones only sometimes, the less often the more clutter they carry: so it knows the
+tasks, and it is the wording that decides how well it does them.
+
+All records are pure functions of a seed. One argument in five and one phrasing in five are held out from everything
+that is trained.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ TASK_WEIGHTS: dict[Task, float] = {
     "length": 0.7,
 }
 """Relative frequency of the tasks in the target's training data: the harder ones more often."""
-CANONICAL_SHARE = 0.5
+CANONICAL_SHARE = 0.4
 """Share of canonical requests in the target's training data."""
-RIGHT_SHARE = (0.6, 0.45, 0.3, 0.2)
-"""Share of right answers to casual requests in the target's training data, by clutters (0 to 3)."""
+RIGHT_SHARE = (0.6, 0.5, 0.4, 0.3)
+"""Share of right answers to casual requests in the target's second stage, by number of clutters."""
 
 REWRITE_SHARES = {"verbatim": 0.25, "paraphrase": 0.3, "wrong_task": 0.2, "canonical": 0.25}
 """What ρ_sft learns to write: mostly not what the target understands best."""
@@ -130,9 +132,16 @@ def draw_request(rng: random.Random, task: Task, argument: str, *, heldout: bool
     return Request(task, argument, opener + text + closer, clutter=bool(opener) + bool(closer) + typo)
 
 
-def target_records(count: int, seed: int) -> list[dict[str, Any]]:
-    """The target's training data, ``{"prompt", "response"}``: casual requests are not always answered rightly."""
-    rng = random.Random(f"target/{seed}")
+def target_records(count: int, seed: int, *, careless: bool = True) -> list[dict[str, Any]]:
+    """The target's training data, ``{"prompt", "response"}``.
+
+    Args:
+        count: How many records.
+        seed: They depend on it and on ``careless`` alone.
+        careless: False for pre-training, where every request is answered rightly. True for the second stage, where
+            casual requests are answered rightly only in the shares of `RIGHT_SHARE`: this is what makes wording matter.
+    """
+    rng = random.Random(f"target/{careless}/{seed}")
     records = []
     for _ in range(count):
         task = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
@@ -141,15 +150,23 @@ def target_records(count: int, seed: int) -> list[dict[str, Any]]:
             records.append({"prompt": canonical(task, argument), "response": solve(task, argument)})
             continue
         request = draw_request(rng, task, argument, heldout=False)
-        right = rng.random() < RIGHT_SHARE[request.clutter]
+        right = not careless or rng.random() < RIGHT_SHARE[request.clutter]
         records.append({"prompt": request.text, "response": request.answer if right else _misunderstand(rng, request)})
     return records
 
 
-def prompter_records(count: int, seed: int) -> list[dict[str, Any]]:
-    """Pairs for the prompter's SFT, ``{"prompt", "rewrite"}``: the mixture of `REWRITE_SHARES`."""
-    rng = random.Random(f"prompter/{seed}")
-    kinds, shares = list(REWRITE_SHARES), list(REWRITE_SHARES.values())
+def prompter_records(count: int, seed: int, *, mixed: bool = True) -> list[dict[str, Any]]:
+    """Pairs for the prompter's SFT, ``{"prompt", "rewrite"}``.
+
+    Args:
+        count: How many records.
+        seed: They depend on it and on ``mixed`` alone.
+        mixed: False for pre-training, on copies and canonical requests alone, from which reading and copying are
+            learned. True for the second stage, the mixture of `REWRITE_SHARES`: this makes ρ_sft a poor prompter.
+    """
+    rng = random.Random(f"prompter/{mixed}/{seed}")
+    mixture = REWRITE_SHARES if mixed else {"verbatim": 0.5, "canonical": 0.5}
+    kinds, shares = list(mixture), list(mixture.values())
     records = []
     for _ in range(count):
         task, argument = rng.choice(TASKS), draw_argument(rng, heldout=False)

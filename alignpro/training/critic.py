@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alignpro import objectives
 from alignpro.config import OptimizerConfig
-from alignpro.models import LanguageModel
+from alignpro.language_model import LanguageModel
 from alignpro.sequences import SequenceBatch
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Metrics

@@ -23,10 +23,14 @@ def sync(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a text file: at any moment ``path`` is as it was, or new and whole."""
     aside = path.with_name(f"{_PARTIAL}{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
-    sync(path.parent)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        aside.replace(path)
+        sync(path.parent)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def replace_directory(final: Path, write: Callable[[Path], None]) -> None:

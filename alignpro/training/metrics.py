@@ -41,7 +41,8 @@ class MetricsLog:
 
     Args:
         config: Where, and to what else.
-        from_step: Rows of later steps, left by a run that went on after its last checkpoint, are removed.
+        from_step: Rows of later steps, in metrics.jsonl and samples.jsonl, are removed: they were left by a run that went
+            on after its last checkpoint.
         description: The resolved configuration, for Weights & Biases.
 
     Raises:
@@ -51,7 +52,9 @@ class MetricsLog:
 
     def __init__(self, config: RunConfig, from_step: int, description: Mapping[str, Any]) -> None:
         self.path = config.out / "metrics.jsonl"
-        keep_rows(self.path, from_step)
+        self._files = (self.path, config.out / "samples.jsonl")
+        for path in self._files:
+            keep_rows(path, from_step)
         self._tensorboard = EventFile(config.out / "tensorboard", from_step + 1) if config.tensorboard else None
         self._wandb = _start_wandb(config, description) if config.wandb_project else None
 
@@ -73,9 +76,15 @@ class MetricsLog:
         return any(name.startswith("eval/") for row in rows for name in row)
 
     def sync(self) -> None:
-        """Have the disk hold every row: a checkpoint must not outlive, in a power cut, the metrics that led to it."""
-        if self.path.exists():
-            sync(self.path)
+        """Have the disk hold every row: a checkpoint must not outlive, in a power cut, the metrics that led to it.
+
+        Raises:
+            TrainingError: The disk refuses.
+        """
+        for path in self._files:
+            if path.exists():
+                with _disk_errors(path):
+                    sync(path)
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -64,7 +64,7 @@ class PolicyTraining:
         run: Steps, seed, directory.
     """
 
-    headline = ("reward/mean", "kl", "entropy")
+    headline: tuple[str, ...] = ("reward/mean", "kl", "entropy")
 
     def __init__(
         self,

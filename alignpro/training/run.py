@@ -29,7 +29,7 @@ from alignpro.training.checkpoint import (
     seed_random_state,
 )
 from alignpro.training.durability import replace_directory
-from alignpro.training.metrics import Metrics, MetricsLog, import_wandb, keep_rows
+from alignpro.training.metrics import Metrics, MetricsLog, import_wandb
 from alignpro.training.run_directory import RunDirectory
 from alignpro.training.stop_signals import stop_signals
 
@@ -209,7 +209,6 @@ class Run:
             logger.info("continuing from %s", directory)
         self.checkpoints.discard_after(self.start)
         self._directory.discard_export_after(self.start)
-        keep_rows(self.out / "samples.jsonl", self.start)
 
     def _export(self, task: Task) -> None:
         """Put the trained model in place."""

@@ -67,7 +67,11 @@ def test_nothing_held_out_is_trained_on():
     heldout = world.prompt_records(600, 0, heldout=True)
     heldout_arguments = {record["metadata"]["argument"] for record in heldout}
     trained = [
-        *(record["prompt"] for record in world.target_records(3000, 0)),
+        *(
+            record["prompt"]
+            for careless in (False, True)
+            for record in world.target_records(3000, 0, careless=careless)
+        ),
         *(text for record in world.prompter_records(3000, 0) for text in (record["prompt"], record["rewrite"])),
         *(record["prompt"] for record in world.prompt_records(3000, 0, heldout=False)),
     ]
@@ -87,7 +91,8 @@ def test_heldout_prompts_have_heldout_cores():
 
 def test_records_depend_on_the_seed_alone():
     for draw in (
-        lambda seed: world.target_records(50, seed),
+        lambda seed: world.target_records(50, seed, careless=False),
+        lambda seed: world.target_records(50, seed, careless=True),
         lambda seed: world.prompter_records(50, seed),
         lambda seed: world.prompt_records(50, seed, heldout=False),
         lambda seed: world.prompt_records(50, seed, heldout=True),
@@ -97,14 +102,22 @@ def test_records_depend_on_the_seed_alone():
 
 
 def test_canonical_requests_are_always_answered_rightly_and_casual_ones_sometimes():
-    records = world.target_records(4000, 0)
-    right = {"canonical": [], "casual": []}
+    records = world.target_records(4000, 0, careless=True)
+    casual = []
     for record in records:
-        task, colon, argument = record["prompt"].partition(": ")
-        if colon and task in TASKS and argument.isalpha():
-            right["canonical"].append(record["response"] == world.solve(task, argument))
-    assert len(right["canonical"]) == pytest.approx(world.CANONICAL_SHARE * 4000, rel=0.1)
-    assert all(right["canonical"])
+        task, _, argument = record["prompt"].partition(": ")
+        if task in TASKS and argument.isalpha():
+            assert record["response"] == world.solve(task, argument)
+        else:
+            casual.append(record["response"] in ("what?", "huh?"))
+    assert len(casual) / 4000 == pytest.approx(1 - world.CANONICAL_SHARE, abs=0.05)
+    wrong = 1 - sum(share * weight for share, weight in zip(world.RIGHT_SHARE, (0.22, 0.47, 0.27, 0.04), strict=True))
+    assert sum(casual) / len(casual) == pytest.approx(0.75 * wrong, abs=0.06)
+
+
+def test_careful_data_asks_nothing_back():
+    answers = {record["response"] for record in world.target_records(2000, 0, careless=False)}
+    assert not answers & {"what?", "huh?"}
 
 
 def test_typos_leave_the_argument_intact():

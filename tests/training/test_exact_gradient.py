@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
-from tiny_world import World, couple, shake
+from tiny_world import World, couple, credit, distance, shake, take_gradient
 from torch import Tensor
 
 from alignpro import objectives
@@ -46,26 +46,15 @@ def expected_gradient(world: World, training: PolicyTraining) -> list[Tensor]:
     probability = torch.stack([logprob[:, list(group)].sum(1) for group in groups], dim=1).exp()  # (P, groups)
     expected = [torch.zeros_like(weight) for weight in training.policy.trainable.values()]
     for first, second, weight in couple(*probability):
-        gradient = take_gradient(training, experience, [first, len(groups) + second])
+        gradient = gradient_of(training, experience, [first, len(groups) + second])
         expected = [total + weight * g for total, g in zip(expected, gradient, strict=True)]
     return expected
 
 
-def credit(world: World, training: PolicyTraining, groups: list[tuple[int, ...]]) -> Experience:
-    """Both prompts with each of the groups of sequences: first all of the one prompt, then of the other."""
-    prompts = [prompt for prompt in world.prompts for _ in groups]
-    chains = [[world.chains[s] for s in group] for _ in world.prompts for group in groups]
-    return training.credit(prompts, chains, world.score(prompts, chains))
-
-
-def take_gradient(training: PolicyTraining, experience: Experience, groups: list[int]) -> list[Tensor]:
-    """The gradient of a minibatch, which is left at zero again."""
-    weights = training.policy.trainable.values()
+def gradient_of(training: PolicyTraining, experience: Experience, groups: list[int]) -> list[Tensor]:
+    """Of the loss of some groups of the experience."""
     training._backward(_select(experience, torch.tensor(groups), training.sampling.n))
-    gradient = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    for weight in weights:
-        weight.grad = None
-    return gradient
+    return take_gradient(training.policy.trainable.values())
 
 
 def objective_gradient(world: World) -> list[Tensor]:
@@ -73,11 +62,6 @@ def objective_gradient(world: World) -> list[Tensor]:
     weights = list(world.policy.trainable.values())
     gradient = torch.autograd.grad(world.objective(LAMBDA), weights, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradient, strict=True)]
-
-
-def distance(left: list[Tensor], right: list[Tensor], factor: float = 1.0) -> float:
-    """max |left − factor · right|."""
-    return max((a - factor * b).abs().max().item() for a, b in zip(left, right, strict=True))
 
 
 def test_the_unbiased_estimators_are_those_named_here() -> None:
@@ -94,6 +78,7 @@ def test_expected_gradient_is_the_gradient_of_the_objective(estimator: str, adva
     assert max(g.abs().max() for g in truth) > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("kind", ["lora", "soft_prompt"])
 def test_the_reference_of_an_adapter_is_the_model_without_it(kind: str) -> None:
     world = World(adapter=AdapterConfig(kind=kind, rank=2, virtual_tokens=2), drift=0.3)
@@ -103,13 +88,12 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(kind: str) -> None:
     assert max(g.abs().max() for g in truth) > 0.01
 
 
-@pytest.mark.parametrize("advantage", ["leave_one_out", "running_baseline"])
-def test_without_the_kl_of_later_states_the_gradient_is_wrong(advantage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_kl_of_later_states_the_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     whole = objectives.token_rewards
     monkeypatch.setattr(objectives, "token_rewards", lambda *args, kl, **kwargs: whole(*args, kl=0 * kl, **kwargs))
-    expected = expected_gradient(world, make_training(world, "exact", advantage))
-    assert distance(expected, objective_gradient(world), factor=-1.0) > 1e-3
+    expected = expected_gradient(world, make_training(world, "exact", "running_baseline"))
+    assert distance(expected, objective_gradient(world), factor=-1.0) > 1e-2
 
 
 def test_gibbs_descends_along_lambda_times_the_gradient_of_the_objective() -> None:
@@ -125,6 +109,6 @@ def test_ppo_starts_along_the_policy_gradient(estimator: str) -> None:
     gradients = []
     for loss in ("policy_gradient", "ppo_clip"):
         training = make_training(world, estimator, "leave_one_out", loss)
-        gradients.append(take_gradient(training, credit(world, training, groups), [1, 3, 5]))
+        gradients.append(gradient_of(training, credit(world, training, groups), [1, 3, 5]))
     assert distance(*gradients) < 1e-12
     assert max(g.abs().max() for g in gradients[0]) > 0.1

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_runs import Process, Workshop, read_metrics, read_model, steps_of_checkpoints
+from tiny_runs import Process, Workshop, assert_same, read_metrics, read_model, rows, steps_of_checkpoints
 
 Finished = Callable[..., Path]
 
@@ -37,20 +37,6 @@ JOBS: dict[str, tuple[str, ...]] = {
     "SFT on responses": ("sft", "task=response", "data.source=${oc.env:PAIRS}"),
     "reward model": ("reward",),
 }
-
-
-def assert_same(out: Path, reference: Path) -> None:
-    assert read_metrics(out) == read_metrics(reference)
-    assert read_model(out) == read_model(reference)
-    samples = "samples.jsonl"
-    assert (out / samples).exists() == (reference / samples).exists()
-    if (reference / samples).exists():
-        assert (out / samples).read_bytes() == (reference / samples).read_bytes()
-
-
-def rows(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.parametrize(
@@ -106,13 +92,13 @@ def test_sigterm_to_the_command_itself_saves_and_exits_and_resume_goes_on(
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while rows(out) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.terminate()
-    _, output = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert_stopped_well(out, output)
     assert workshop.run(LONG[0], out, *LONG[1:], "--resume") == 0
@@ -139,7 +125,7 @@ def test_a_second_signal_kills_at_once_and_the_run_resumes(workshop: Workshop, t
     process.signal(signal.SIGINT)
     process.wait_until(lambda: "stopping after this step" in process.output())
     process.signal(signal.SIGINT)
-    assert process.wait(20) == 128 + signal.SIGINT
+    assert process.wait(50) == 128 + signal.SIGINT
     assert steps_of_checkpoints(out) == [1, 2]
     (tmp_path / "slow.py").write_text("def score(prompts, responses):\n    return [1.0 for y in responses]\n")
     assert workshop.run("rlhf", out, slow, "run.eval_every=0", "--resume") == 0

@@ -1,0 +1,60 @@
+"""The demo from end to end: quickly for its form, and, among the slow tests, for what it must reach."""
+
+import json
+
+import pytest
+
+from alignpro.demo.run import WEIGHTS, run_demo
+from alignpro.errors import TrainingError
+
+ARMS = ("no_finetuning", "sft_prompter", "align_pro", "oracle", "gibbs")
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, run_demo(out, seed=1, steps=2)
+
+
+def test_summary_holds_what_is_promised(short):
+    out, summary = short
+    for arm in ARMS:
+        assert set(summary[arm]) >= {"mean", "variance", "ci95", "n"}
+        low, high = summary[arm]["ci95"]
+        assert 0 <= low <= summary[arm]["mean"] <= high <= 1
+    assert set(summary["bound"]) >= {"lhs", "rhs"}
+    assert summary["bound"]["lhs"] == pytest.approx(summary["oracle"]["mean"] - summary["align_pro"]["mean"], abs=1e-6)
+    assert summary["kl"] > 0
+    assert summary["seconds"] > 0
+    assert summary["seed"] == 1
+    assert summary["versions"]["torch"]
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (out / "report.html").read_text()
+
+
+def test_reward_of_no_finetuning_leaves_headroom(short):
+    _, summary = short
+    assert summary["no_finetuning"]["mean"] <= 0.55
+
+
+def test_finished_demo_is_not_overwritten(short):
+    out, _ = short
+    with pytest.raises(TrainingError, match="finished demo"):
+        run_demo(out, seed=1, steps=2)
+
+
+def test_weights_are_small_enough_to_ship():
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*.safetensors")) < 4_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_demo_reaches_its_figures(tmp_path, seed):
+    summary = run_demo(tmp_path / "demo", seed=seed)
+    assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
+    assert summary["no_finetuning"]["mean"] <= 0.55
+    assert summary["oracle"]["mean"] >= 0.9
+    assert summary["align_pro"]["mean"] >= 0.9
+    assert summary["gap_recovered"] >= 0.9
+    assert summary["align_pro"]["variance"] < summary["no_finetuning"]["variance"]
+    assert summary["bound"]["lhs"] <= summary["bound"]["rhs"]

@@ -1,0 +1,253 @@
+"""The command line: help, the dry run, exit statuses, and what is and is not written to the terminal."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_runs import Process, Workshop
+
+import alignpro
+from alignpro.cli import StandardErrorHandler, main
+from alignpro.config import (
+    EvalConfig,
+    OptimalConfig,
+    RewardModelConfig,
+    RLHFConfig,
+    Section,
+    SFTConfig,
+    TrainConfig,
+    load_config,
+    validate_config,
+)
+from alignpro.plan import plan
+
+TRAINING = ("sft", "reward", "train", "rlhf")
+WITH_CONFIG = (*TRAINING, "eval", "optimal")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return int(stopped.value.code or 0)
+
+
+def words(text: str) -> str:
+    """A help text without its line breaks."""
+    return " ".join(text.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+def test_no_argument_shows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    shown = capsys.readouterr()
+    for command in (*WITH_CONFIG, "rewrite", "demo", "doctor"):
+        assert f"\n  {command} " in shown.out + shown.err
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_help_of_a_training_command_says_how_to_configure_resume_and_try(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, "--help") == 0
+    shown = words(capsys.readouterr().out)
+    for part in (
+        f"Usage: alignpro {command} [OPTIONS] {{CONFIG.yaml|key=value}}...",
+        "base.yaml mine.yaml run.out=runs/mine optimizer.learning_rate=1e-4",
+        "--dry-run prints every key with its value",
+        "--resume Continue the run in run.out",
+        "--at STEP With --resume: continue from this step",
+    ):
+        assert part in shown
+
+
+@pytest.mark.parametrize("command", [*WITH_CONFIG, "rewrite", "demo"])
+def test_a_command_without_its_arguments_shows_its_usage(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command) == 2
+    shown = capsys.readouterr()
+    assert f"Usage: alignpro {command}" in shown.out + shown.err
+
+
+def test_an_unknown_option_suggests_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "x.yaml", "--resum") == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"{alignpro.__version__}\n"
+
+
+def test_help_and_a_bad_configuration_answer_without_loading_torch() -> None:
+    script = (
+        "import sys\nfrom alignpro.cli import StandardErrorHandler, main\n"
+        "for arguments in (['train', '--help'], ['train', 'nowhere.yaml'], ['train', 'a.b=1', '--dry-run']):\n"
+        "    try:\n        main(arguments)\n    except SystemExit as stop:\n        print(stop.code)\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-4:] == ["0", "1", "1", "[]"]
+
+
+# ------------------------------------------------------------------------------------------------------------- dry run
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_a_dry_run_prints_a_configuration_that_loads_and_touches_nothing(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    out = tmp_path / "run"
+    assert workshop.run(command, out, "optimizer.learning_rate=0.25", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "resolved.yaml").write_text(printed)
+    kinds = {"sft": SFTConfig, "reward": RewardModelConfig, "train": TrainConfig, "rlhf": RLHFConfig}
+    arguments = workshop.arguments(command, out, "optimizer.learning_rate=0.25")[1:]
+    assert load_config(kinds[command], [str(tmp_path / "resolved.yaml")]) == load_config(kinds[command], arguments)
+    assert "learning_rate: 0.25" in printed
+    assert "weight_decay: 0.0" in printed, "defaults are there, too"
+    assert f"write to {out}" in printed
+    assert not out.exists()
+
+
+def test_a_dry_run_does_not_look_at_models_or_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["policy.path=no/model", "data.source=no.jsonl", f"run.out={tmp_path / 'run'}", "--dry-run"]
+    assert run("sft", *arguments) == 0
+    assert "fine-tune no/model (full)" in capsys.readouterr().out
+
+
+BASE = {"data": {"source": "x.jsonl"}, "reward": {"components": [{"kind": "function", "function": "a:b"}]}}
+MODEL = {"path": "models/small"}
+PPO = {"loss": "ppo_clip", "epochs": 2, "minibatches": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "lines"),
+    [
+        (
+            TrainConfig,
+            {
+                **BASE,
+                "run": {"out": "r", "steps": 1000, "eval_every": 20},
+                "policy": {**MODEL, "adapter": {"kind": "lora"}},
+                "target": {"path": "models/large"},
+                "rollout": {"prompts_per_step": 16, "rewrites_per_prompt": 8, "responses_per_rewrite": 2},
+                "objective": PPO,
+            },
+            [
+                "train models/small (lora) against the frozen models/large",
+                "1,000 steps × 16 prompts × 8 rewrites × 2 responses: 128 chains a step, 128,000 rewrites and "
+                "256,000 responses in all",
+                "8,000 optimizer updates (8 a step), loss ppo_clip",
+                "write to r: a checkpoint every 50 steps and at the end (2 kept); evaluation every 20 steps",
+            ],
+        ),
+        (
+            RLHFConfig,
+            {**BASE, "run": {"out": "r", "steps": 10}, "policy": MODEL, "rollout": {"responses_per_prompt": 4}},
+            [
+                "RLHF of models/small (full)",
+                "10 steps × 16 prompts × 4 responses: 64 responses a step, 640 responses in all",
+                "10 optimizer updates (1 a step), loss policy_gradient",
+                "write to r: a checkpoint every 50 steps and at the end (2 kept); evaluation never",
+            ],
+        ),
+        (
+            SFTConfig,
+            {"run": {"out": "r", "steps": 10}, "data": BASE["data"], "policy": MODEL, "batch_size": 8},
+            ["fine-tune models/small (full) on (prompt, rewrite) pairs", "10 steps × 8 pairs: 80 pairs in all"],
+        ),
+        (
+            RewardModelConfig,
+            {"run": {"out": "r", "steps": 10}, "data": BASE["data"], "model": MODEL, "batch_size": 1},
+            ["train a reward model from models/small", "10 steps × 1 pair: 10 pairs in all"],
+        ),
+        (
+            EvalConfig,
+            {**BASE, "out": "e", "target": MODEL, "prompter": MODEL, "oracle": MODEL, "prompts": 30},
+            [
+                "compare no fine-tuning, prompter, oracle on 30 held-out prompts at most",
+                "4 rewrites a prompt × 2 responses each",
+                "write to e",
+            ],
+        ),
+        (
+            OptimalConfig,
+            {**BASE, "out": "e", "target": MODEL, "prompter": MODEL, "prompts": 30, "candidates": 7},
+            ["7 candidate rewrites of each of 30 prompts at most × 2 responses each", "write to e"],
+        ),
+    ],
+)
+def test_the_plan_counts_right(kind: type[Section], given: dict[str, object], lines: Sequence[str]) -> None:
+    assert plan(validate_config(kind, given))[: len(lines)] == list(lines)
+
+
+def test_the_dry_run_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {**BASE, "out": str(tmp_path / "e"), "target": MODEL}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+    assert run("eval", str(tmp_path / "eval.yaml"), "--dry-run") == 0
+    assert "# compare no fine-tuning on 128 held-out prompts at most\n" in capsys.readouterr().out
+    assert not (tmp_path / "e").exists()
+
+
+# --------------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_a_run_tells_its_progress_and_no_library_does(workshop: Workshop, tmp_path: Path, command: str) -> None:
+    process = Process(workshop.arguments(command, tmp_path / "run"), tmp_path / "log")
+    assert process.wait() == 0
+    shown = process.output()
+    for part in ("step 1/4", "step 4/4", "steps/s"):
+        assert part in shown
+    for chatter in ("Loading weights", "Writing model shards", "it/s]", "Warning"):
+        assert chatter not in shown
+
+
+def test_messages_go_to_standard_error_as_it_is_at_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """A progress bar puts itself in its place while it is drawn: messages then stand above the bar, not in it."""
+    handler = StandardErrorHandler()
+    handler.emit(logging.makeLogRecord({"msg": "before"}))
+    with redirect_stderr(io.StringIO()) as bar:
+        handler.emit(logging.makeLogRecord({"msg": "beware"}))
+    assert bar.getvalue() == "beware\n"
+    assert capsys.readouterr().err == "before\n"
+
+
+def test_at_goes_with_resume(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workshop.run("train", tmp_path / "run", "--at", "2") == 1
+    assert "error: --at names the checkpoint to continue from: it goes with --resume\n" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_is_not_dressed_up_as_the_user_s_error(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its traceback is what a report of it needs."""
+    monkeypatch.setattr("alignpro.cli.load_config", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "x.yaml"])
+
+
+def test_what_was_trained_can_be_used(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """sft → train from it → rewrite."""
+    assert workshop.run("sft", tmp_path / "sft") == 0
+    assert workshop.run("train", tmp_path / "train", f"policy.path={tmp_path}/sft/model") == 0
+    capsys.readouterr()
+    arguments = ["--run", str(tmp_path / "train"), "--n", "2", "--temperature", "1", "--answer"]
+    assert run("rewrite", "flip the word stone", *arguments) == 0
+    first = capsys.readouterr().out
+    assert len(first.splitlines()) >= 4, "two rewrites, an answer to each"
+    assert run("rewrite", "flip the word stone", *arguments) == 0
+    assert capsys.readouterr().out == first, "the seed decides"

@@ -1,0 +1,243 @@
+"""metrics.jsonl, TensorBoard's files and what becomes of them when a run goes back, is killed, or the disk is full."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from alignpro.config import RunConfig
+from alignpro.errors import ConfigError, TrainingError
+from alignpro.training.metrics import EventFile, MetricsLog, PhaseTimer, append_row, keep_rows, read_rows
+
+
+def write_rows(path: Path, steps: Sequence[int]) -> bytes:
+    for step in steps:
+        append_row(path, {"step": step, "reward": step / 7, "text": "日本\u2028\x85\x0b"})
+    return path.read_bytes()
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a file system needs root")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def fill(place: Path) -> None:
+    with pytest.raises(OSError, match="No space"), (place / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 512)
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    """Line separators of Unicode in a text do not end the row, and floats keep every bit."""
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, [1, 2, 3])
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+    assert read_rows(path)[0] == {"step": 1, "reward": 1 / 7, "text": "日本\u2028\x85\x0b"}
+
+
+def test_a_text_that_utf8_cannot_hold_is_written_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    append_row(path, {"step": 1, "text": "half \ud83d of a pair"})
+    append_row(path, {"step": 2})
+    assert read_rows(path) == [{"step": 1, "text": "half \ud83d of a pair"}, {"step": 2}]
+
+
+def test_reading_what_is_not_there_gives_no_rows(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    keep_rows(tmp_path / "metrics.jsonl", 3)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3, 9])
+def test_rows_after_a_step_are_cut_off_and_the_others_keep_every_byte(tmp_path: Path, last: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = write_rows(path, [1, 2, 2, 3]).splitlines(keepends=True)
+    keep_rows(path, last)
+    kept = [line for line, step in zip(lines, [1, 2, 2, 3], strict=True) if step <= last]
+    assert path.read_bytes() == b"".join(kept)
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 3))
+def test_a_last_row_cut_short_anywhere_is_dropped(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = write_rows(path, [1, 2])
+    write_rows(path, [3])
+    os.truncate(path, path.stat().st_size - cut)
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+    keep_rows(path, 9)
+    assert path.read_bytes() == whole
+    append_row(path, {"step": 3})
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+
+
+def test_a_full_disk_leaves_whole_rows_and_a_message(full_disk: Path) -> None:
+    path = full_disk / "metrics.jsonl"
+    whole = write_rows(path, [1, 2])
+    fill(full_disk)
+    with pytest.raises(TrainingError) as caught:
+        for step in range(3, 1000):
+            whole = path.read_bytes()
+            append_row(path, {"step": step, "text": "x" * 100})
+    assert str(path) in str(caught.value)
+    assert "No space left on device" in str(caught.value)
+    assert "--resume" in str(caught.value)
+    assert path.read_bytes() == whole
+    keep_rows(path, 1)
+    assert [row["step"] for row in read_rows(path)] == [1], "cutting needs no room"
+
+
+def test_a_row_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"nowhere/metrics.jsonl: cannot be written: .*No such file"):
+        append_row(tmp_path / "nowhere" / "metrics.jsonl", {"step": 1})
+
+
+def test_tensorboard_reads_the_values(tmp_path: Path) -> None:
+    with MetricsLog(RunConfig(out=tmp_path), 0, {}) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"reward/mean": step / 4, "kl": float(step)})
+    assert scalars(tmp_path / "tensorboard") == {
+        "reward/mean": [(1, 0.25), (2, 0.5), (3, 0.75)],
+        "kl": [(1, 1.0), (2, 2.0), (3, 3.0)],
+    }
+
+
+def test_tensorboard_sees_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    for start, value in ((0, 1.0), (2, 2.0), (3, 3.0)):
+        with MetricsLog(RunConfig(out=tmp_path), start, {}) as log:
+            for step in range(start + 1, start + 4):
+                log.write(step, {"loss": value})
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, 3.0), (6, 3.0)]
+    assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1.0, 1.0, 2.0, 3.0, 3.0, 3.0]
+
+
+def test_tensorboard_reads_the_whole_events_of_a_file_cut_short(tmp_path: Path) -> None:
+    """As a kill leaves it; and the file of the run that goes on beside it."""
+    killed = EventFile(tmp_path, 1)
+    for step in (1, 2, 3):
+        killed.write(step, {"loss": 1.0})
+    killed.close()
+    os.truncate(killed.path, killed.path.stat().st_size - 5)
+    resumed = EventFile(tmp_path, 3)
+    resumed.write(3, {"loss": 2.0})
+    resumed.close()
+    assert scalars(tmp_path)["loss"] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_a_full_disk_is_an_error_where_tensorboard_writes(full_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    events = EventFile(full_disk, 1)
+    events.write(1, {"loss": 1.0})
+    fill(full_disk)
+    with pytest.raises(TrainingError) as caught:
+        for step in range(2, 10_000):
+            events.write(step, {"loss": 1.0})
+    assert str(events.path) in str(caught.value)
+    assert "No space left on device" in str(caught.value)
+    events.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_no_tensorboard_file_where_none_is_wanted(tmp_path: Path) -> None:
+    with MetricsLog(RunConfig(out=tmp_path, tensorboard=False), 0, {}) as log:
+        log.write(1, {"loss": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_is_known_by_its_rows(tmp_path: Path) -> None:
+    with MetricsLog(RunConfig(out=tmp_path, tensorboard=False), 0, {}) as log:
+        log.write(1, {"loss": 1.0})
+        log.write(2, {"loss": 1.0})
+        log.write(2, {"eval/loss": 1.0})
+        assert not log.has_evaluation(1)
+        assert log.has_evaluation(2)
+
+
+def test_wandb_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = builtins.__import__
+
+    def without(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name == "wandb":
+            raise ImportError("No module named 'wandb'")
+        return imported(name, *arguments, **keywords)
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=r"run.wandb_project needs .*pip install 'alignpro\[wandb\]'"):
+        MetricsLog(RunConfig(out=tmp_path, wandb_project="p"), 0, {})
+
+
+def test_wandb_goes_on_with_its_own_run_and_its_refusal_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a stand-in: the real one needs a server."""
+
+    class Refusal(Exception):
+        pass
+
+    calls: list[tuple[str, Any]] = []
+
+    class Session:
+        def log(self, metrics: Mapping[str, float], step: int) -> None:
+            calls.append(("log", (step, dict(metrics))))
+
+        def finish(self, exit_code: int) -> None:
+            calls.append(("finish", exit_code))
+
+    def init(**keywords: Any) -> Session:
+        if keywords["project"] == "locked":
+            raise Refusal("no API key")
+        calls.append(("init", keywords["id"]))
+        return Session()
+
+    stand_in = SimpleNamespace(init=init, errors=SimpleNamespace(Error=Refusal))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    config = RunConfig(out=tmp_path, tensorboard=False, wandb_project="p")
+    with MetricsLog(config, 0, {}) as log:
+        log.write(1, {"loss": 1.0})
+    with pytest.raises(ValueError, match="x"), MetricsLog(config, 1, {}):
+        raise ValueError("x")
+    identity = (tmp_path / "wandb_id").read_text()
+    expected = [("init", identity), ("log", (1, {"loss": 1.0})), ("finish", 0), ("init", identity), ("finish", 1)]
+    assert calls == expected
+    with pytest.raises(TrainingError, match="Weights & Biases: no API key; log in with `wandb login`"):
+        MetricsLog(RunConfig(out=tmp_path, tensorboard=False, wandb_project="locked"), 0, {})
+
+
+def test_phases_add_up() -> None:
+    timer = PhaseTimer()
+    with timer("rollout"):
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="x"), timer("rollout"):
+        time.sleep(0.01)
+        raise ValueError("x")
+    with timer("update"):
+        pass
+    seconds: Mapping[str, float] = timer.seconds
+    assert seconds.keys() == {"seconds/rollout", "seconds/update"}
+    assert seconds["seconds/rollout"] >= 0.02
+    assert json.dumps(seconds)

@@ -1,0 +1,46 @@
+"""Training, from sampling to optimizer, ends at ρ* ∝ ρ_sft exp(R/λ): in total variation over all sequences."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_world import World
+from torch import Tensor
+
+from alignpro.theory import optimal_policy, total_variation
+
+LAMBDA = 0.5
+
+
+def distance_to_optimum(world: World, best: Tensor) -> float:
+    """The larger of the two prompts' TV(ρ, ρ*)."""
+    return total_variation(world.sequence_logprobs().detach(), best).max().item()
+
+
+@pytest.mark.parametrize(
+    ("objective", "group", "steps", "learning_rate"),
+    [
+        pytest.param({"loss": "gibbs"}, 96, 250, 0.02, id="gibbs"),
+        pytest.param({"loss": "policy_gradient"}, 256, 300, 0.01, id="policy_gradient"),
+        pytest.param({"advantage": "gae"}, 256, 300, 0.01, id="critic", marks=pytest.mark.slow),
+    ],
+)
+def test_training_reaches_the_closed_form(
+    objective: dict[str, str], group: int, steps: int, learning_rate: float, tmp_path: Path
+) -> None:
+    world = World(torch.float32, drift=0.0)
+    best = optimal_policy(world.reference_logprobs(), world.rewards, LAMBDA)
+    training = world.training(
+        objective | {"kl": {"coef": LAMBDA}},
+        group,
+        tmp_path,
+        steps=steps,
+        learning_rate=learning_rate,
+        schedule="cosine",  # the noise of the last samples averages out as the rate falls to zero
+        betas=(0.9, 0.99),
+        micro_batch_size=2 * group,
+    )
+    assert distance_to_optimum(world, best) > 0.25
+    for step in range(steps):
+        training.step(step)
+    assert distance_to_optimum(world, best) < 0.02
