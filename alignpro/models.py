@@ -175,14 +175,17 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
     Raises:
         OSError: The disk refuses.
     """
-    model = language_model.model
-    adapter: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    model, causal = language_model.model, language_model.causal
     try:
-        model.save_pretrained(str(directory))
-        if adapter is not None and adapter.base_model_name_or_path == BASE:
-            weights = language_model.causal.state_dict()
-            base = {name.replace(".base_layer", ""): w for name, w in weights.items() if ".lora_" not in name}
-            language_model.causal.save_pretrained(directory / BASE, state_dict=base)
+        if isinstance(model, PeftModel):
+            # Embeddings are never trained beside an adapter; by default peft would ask the hub whether they were.
+            model.save_pretrained(str(directory), save_embedding_layers=False)
+            adapter: Any = model.active_peft_config
+            if adapter.base_model_name_or_path == BASE:
+                weights = {n.replace(".base_layer", ""): w for n, w in causal.state_dict().items() if ".lora_" not in n}
+                causal.save_pretrained(directory / BASE, state_dict=weights)
+        else:
+            model.save_pretrained(directory)
         language_model.tokenizer.save_pretrained(directory)
     except SafetensorError as error:  # how a full disk arrives here
         raise OSError(f"{directory}: {error}") from error

@@ -22,32 +22,35 @@ from alignpro.training.run import Run
 from alignpro.training.supervised import SupervisedTraining
 
 RECORD_COUNT = 150_000
+STAGES = {"target": 3, "prompter": 2}
 Records = list[dict[str, Any]]
 
 
 def records(name: str, stage: int) -> Records:
-    """The SFT records of a stage: faithful first, then what makes the wording matter."""
-    if name == "target":
-        return world.target_records(RECORD_COUNT, 0, careless=stage == 2)
-    return world.prompter_records(RECORD_COUNT, 0, mixed=stage == 2)
+    """The SFT records of a stage: faithful first, and at last what makes the wording matter."""
+    if name == "prompter":
+        return world.prompter_records(RECORD_COUNT, 0, mixed=stage == 2)
+    if stage == 2:
+        return world.target_records(RECORD_COUNT, 1, careless=False, canonical_share=0.2)
+    return world.target_records(RECORD_COUNT, 0, careless=stage == 3)
 
 
 def main() -> None:
     """Train, and put what was trained into the package."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["target", "prompter"], help="both, when not named")
+    parser.add_argument("--model", choices=list(STAGES), help="both, when not named")
     parser.add_argument("--out", type=Path, default=Path("runs/demo-weights"), help="where the runs go")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in [arguments.model] if arguments.model else ["target", "prompter"]:
+    for name in [arguments.model] if arguments.model else list(STAGES):
         build(name, arguments.out)
 
 
 def build(name: str, out: Path) -> None:
-    """Two stages of SFT from random weights; an interrupted build goes on."""
+    """Stages of SFT from random weights; an interrupted build goes on."""
     save_untrained(out / "untrained")
     start = out / "untrained" / name
-    for stage in (1, 2):
+    for stage in range(1, STAGES[name] + 1):
         run_out, source = out / f"{name}_{stage}", out / f"{name}_{stage}.jsonl"
         config: dict[str, Any] = yaml.safe_load((HERE / f"sft_{name}_{stage}.yaml").read_text())
         config["run"] |= {"out": str(run_out)}

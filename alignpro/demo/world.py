@@ -132,12 +132,15 @@ def draw_request(rng: random.Random, task: Task, argument: str, *, heldout: bool
     return Request(task, argument, opener + text + closer, clutter=bool(opener) + bool(closer) + typo)
 
 
-def target_records(count: int, seed: int, *, careless: bool = True) -> list[dict[str, Any]]:
+def target_records(
+    count: int, seed: int, *, careless: bool = True, canonical_share: float = CANONICAL_SHARE
+) -> list[dict[str, Any]]:
     """The target's training data, ``{"prompt", "response"}``.
 
     Args:
         count: How many records.
-        seed: They depend on it and on ``careless`` alone.
+        seed: They depend on it and on the settings below alone.
+        canonical_share: Share of canonical requests.
         careless: False for pre-training, where every request is answered rightly. True for the second stage, where
             casual requests are answered rightly only in the shares of `RIGHT_SHARE`: this is what makes wording matter.
     """
@@ -146,7 +149,7 @@ def target_records(count: int, seed: int, *, careless: bool = True) -> list[dict
     for _ in range(count):
         task = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
         argument = draw_argument(rng, heldout=False)
-        if rng.random() < CANONICAL_SHARE:
+        if rng.random() < canonical_share:
             records.append({"prompt": canonical(task, argument), "response": solve(task, argument)})
             continue
         request = draw_request(rng, task, argument, heldout=False)

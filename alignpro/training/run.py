@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 class Task(Protocol):
     """What a run repeats: a step of training, with its state."""
 
-    headline: tuple[str, ...]
-    """Metrics that the progress bar shows."""
+    @property
+    def headline(self) -> Sequence[str]:
+        """Metrics that the progress bar shows."""
 
     @property
     def updates(self) -> int:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -15,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list instead of dying; the second of a kind acts as usual."""
     received: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def handle(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
@@ -29,5 +30,5 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for each, handler in previous.items():
+            signal.signal(each, handler)

@@ -52,7 +52,7 @@ class SupervisedTraining:
         self.chat = ChatTemplate(tokenizer, config.policy.chat_template)
         trainable = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
         self.backend = TorchBackend(trainable, config.optimizer, config.run.steps)
-        self.truncated = 0
+        self._truncated = 0  # pairs of the batch at hand
 
     @property
     def updates(self) -> int:
@@ -64,6 +64,7 @@ class SupervisedTraining:
         timer = PhaseTimer()
         with timer("update"):
             self.model.train()
+            self._truncated = 0
             pairs = [self._encode(prompt) for prompt in self.stream.batch(step)]
             tokens = sum(len(completion) for _, completion in pairs)
             loss = 0.0
@@ -78,7 +79,7 @@ class SupervisedTraining:
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens": float(tokens),
-            "truncated": float(self.truncated),
+            "truncated": float(self._truncated),
             **timer.seconds,
         }
 
@@ -98,13 +99,12 @@ class SupervisedTraining:
     def save(self, directory: Path) -> dict[str, Any]:
         """Weights and optimizer; the rest of the state."""
         self.backend.save(directory, "model")
-        return {"data": self.stream.fingerprint, "truncated": self.truncated}
+        return {"data": self.stream.fingerprint}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
         """Take up what `save` left."""
         self.stream.check(state["data"])
         self.backend.load(directory, "model")
-        self.truncated = state["truncated"]
 
     def export(self, directory: Path) -> None:
         """Write the model and its tokenizer."""
@@ -120,7 +120,7 @@ class SupervisedTraining:
             ids, completion = self.chat.encode(prompt.messages), self.chat.completion(prompt.response)
         limit = min(self.config.max_tokens, self.model.context_length)
         if len(ids) + len(completion) > limit:
-            self.truncated += 1
+            self._truncated += 1
             ids = ids[: limit - 1]
             completion = completion[: limit - len(ids)]
         return ids, completion

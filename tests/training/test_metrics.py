@@ -196,7 +196,7 @@ def test_wandb_goes_on_with_its_own_run_and_its_refusal_is_told(
 ) -> None:
     """Against a stand-in: the real one needs a server."""
 
-    class Refusal(Exception):
+    class RefusedError(Exception):
         pass
 
     calls: list[tuple[str, Any]] = []
@@ -210,11 +210,11 @@ def test_wandb_goes_on_with_its_own_run_and_its_refusal_is_told(
 
     def init(**keywords: Any) -> Session:
         if keywords["project"] == "locked":
-            raise Refusal("no API key")
+            raise RefusedError("no API key")
         calls.append(("init", keywords["id"]))
         return Session()
 
-    stand_in = SimpleNamespace(init=init, errors=SimpleNamespace(Error=Refusal))
+    stand_in = SimpleNamespace(init=init, errors=SimpleNamespace(Error=RefusedError))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     config = RunConfig(out=tmp_path, tensorboard=False, wandb_project="p")
     with MetricsLog(config, 0, {}) as log:

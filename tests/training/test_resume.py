@@ -240,3 +240,11 @@ def test_the_state_holds_what_no_weight_does(finished: Finished) -> None:
     assert state["step"] == 4
     assert state["task"]["kl"] != {}
     assert {"reference", "data", "baseline"} <= state["task"].keys()
+
+
+def test_pairs_cut_short_are_counted_step_by_step(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    """So that the count of a resumed run is that of the undisturbed one, also where a step has failed."""
+    assert workshop.run("sft", tmp_path / "run", "max_tokens=30", "run.steps=2") == 0
+    counts = [row["truncated"] for row in read_metrics(tmp_path / "run") if "truncated" in row]
+    assert all(0 < count <= 6 for count in counts)
+    assert {row["truncated"] for row in read_metrics(finished("sft")) if "truncated" in row} == {0.0}
