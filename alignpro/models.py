@@ -74,7 +74,10 @@ def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
     with _naming(config.path):
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         model = AutoModelForCausalLM.from_config(
-            architecture, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+            architecture,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
         )
     model.name_or_path = BASE
     return LanguageModel(model.to(resolve_device(config.device)), tokenizer, config.path)

@@ -62,7 +62,7 @@ def build(name: str, out: Path) -> None:
             run.train(SupervisedTraining(sft))
         start = run_out / "model"
     shutil.rmtree(WEIGHTS / name, ignore_errors=True)
-    shutil.copytree(start, WEIGHTS / name)
+    shutil.copytree(start, WEIGHTS / name, ignore=shutil.ignore_patterns("alignpro.json"))
 
 
 if __name__ == "__main__":

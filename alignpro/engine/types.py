@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from alignpro.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a sequence is drawn. ``temperature=0`` is greedy."""
+    """How a sequence is drawn. ``temperature=0`` is greedy.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
 
     max_tokens: int = 128
     temperature: float = 1.0
@@ -20,6 +26,19 @@ class SamplingParams:
     """Completions a prompt."""
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "a number from 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "min_p": (0 <= self.min_p < 1, "from 0 to below 1"),
+            "n": (self.n >= 1, "at least 1"),
+        }
+        for name, (holds, expected) in ranges.items():
+            if not holds:
+                raise ConfigError(f"sampling: {name}={getattr(self, name)}: expected {expected}")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from alignpro.engine import SamplingParams, derive_seed
 from alignpro.engine.sampler import filter_logits, position_seeds, sample
+from alignpro.errors import ConfigError
 from alignpro.language_model import Head
 
 
@@ -105,6 +106,25 @@ class TestFilters:
     def test_min_p_is_relative_to_the_likeliest(self) -> None:
         logits = torch.tensor([0.5, 0.3, 0.2]).log()
         assert _probabilities(logits, min_p=0.5) == pytest.approx([0.625, 0.375, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", 1.0),
+        ("n", 0),
+    ],
+)
+def test_a_parameter_out_of_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"sampling: {name}="):
+        SamplingParams(**{name: value})
 
 
 class TestSample:
