@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny_models import ARCHITECTURES, save_tiny, tiny_language_model
 
 from alignpro.language_model import LanguageModel
+
+settings.register_profile("shared machine", deadline=None)  # how long an example takes says nothing here
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,6 +38,9 @@ CONSONANTS = "bcdfghjklmnpqrstvwxyz"
 
 ARGUMENT_HOLDOUT = 0.2
 TYPO_RATE = 0.15
+"""Share of mistyped requests in what the models are trained on before reinforcement learning."""
+PROMPT_TYPO_RATE = 0.05
+"""Share of mistyped requests among the prompts of reinforcement learning and evaluation."""
 MAX_CHARACTERS = 40
 """Longest casual request, in characters."""
 
@@ -116,10 +119,12 @@ def draw_argument(rng: random.Random, *, heldout: bool) -> str:
             return word
 
 
-def draw_request(rng: random.Random, task: Task, argument: str, *, heldout: bool) -> Request:
+def draw_request(
+    rng: random.Random, task: Task, argument: str, *, heldout: bool, typo_rate: float = TYPO_RATE
+) -> Request:
     """A casual request; a held-out one has a held-out core, and openers and closers of both sides."""
     core = rng.choice(cores(task, heldout))
-    words, typo = _with_typo(rng, core.frame.replace("{k}", core.key), rate=TYPO_RATE)
+    words, typo = _with_typo(rng, core.frame.replace("{k}", core.key), rate=typo_rate)
     text = words.replace("{a}", argument)
     openers = [*OPENERS, *(HELDOUT_OPENERS if heldout else ())]
     closers = [*CLOSERS, *(HELDOUT_CLOSERS if heldout else ())]
@@ -197,7 +202,8 @@ def prompt_records(count: int, seed: int, *, heldout: bool) -> list[dict[str, An
     records: dict[str, dict[str, Any]] = {}
     while len(records) < count:
         task = TASKS[len(records) % len(TASKS)]
-        request = draw_request(rng, task, draw_argument(rng, heldout=heldout), heldout=heldout)
+        argument = draw_argument(rng, heldout=heldout)
+        request = draw_request(rng, task, argument, heldout=heldout, typo_rate=PROMPT_TYPO_RATE)
         metadata = {"answer": request.answer, "task": request.task, "argument": request.argument}
         records.setdefault(request.text, {"prompt": request.text, "metadata": metadata})
     return list(records.values())

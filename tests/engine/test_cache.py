@@ -28,7 +28,7 @@ def _assert_equal(slab: SlabLayer, plain: DynamicLayer) -> None:
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, ROOM) | st.lists(st.integers(0, 100), min_size=1, max_size=12)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_layer_holds_what_a_concatenating_one_holds(rows: int, steps: list[int | list[int]]) -> None:
     slab, plain = SlabLayer(), DynamicLayer()
     for layer in (slab, plain):
