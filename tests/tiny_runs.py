@@ -252,6 +252,7 @@ def _child(arguments: list[str], log: Path, kill_at: int | None, largest_file: i
 
 class _Killer:
     """An audit hook that ends the process, as by ``kill -9``, at an operation on files."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 
     def __init__(self, directory: str, at: int) -> None:
         self.directory, self.at, self.seen = directory, at, 0

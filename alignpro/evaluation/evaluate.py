@@ -335,6 +335,11 @@ def _write(
 
 
 def _pair(config: EvalConfig) -> str:
-    target = Path(config.target.path).name
+    """What the figure calls the pair: the models' directories, or of a run's ``model/`` the run."""
+
+    def name(model: ModelConfig) -> str:
+        path = Path(model.path)
+        return path.parent.name if path.name == "model" else path.name
+
     named = config.prompter or config.reference
-    return f"{Path(named.path).name} → {target}" if named else target
+    return f"{name(named)} → {name(config.target)}" if named else name(config.target)
