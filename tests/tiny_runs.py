@@ -238,6 +238,7 @@ def _context() -> Any:
 
 
 def _child(arguments: list[str], log: Path, kill_at: int | None, largest_file: int | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
     torch.set_num_threads(1)
     with log.open("ab") as file:
         for descriptor in (1, 2):
@@ -252,7 +253,6 @@ def _child(arguments: list[str], log: Path, kill_at: int | None, largest_file: i
 
 class _Killer:
     """An audit hook that ends the process, as by ``kill -9``, at an operation on files."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 
     def __init__(self, directory: str, at: int) -> None:
         self.directory, self.at, self.seen = directory, at, 0
