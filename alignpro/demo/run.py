@@ -57,11 +57,7 @@ def run_demo(out: Path, seed: int = 0, *, steps: int | None = None) -> dict[str,
     with Run(rlhf, resume=True) as run:
         run.train(response_training(rlhf))
     logger.info("Evaluation on %d held-out prompts", HELDOUT_PROMPTS)
-    evaluate(
-        comparison,
-        curves={"Align-Pro": out / "align_pro", "Oracle (RLHF)": out / "oracle"},
-        extra=lambda: {"seconds": time.perf_counter() - started},
-    )
+    evaluate(comparison, extra=lambda: {"seconds": time.perf_counter() - started})
     logger.info("%s  %s  %s", out / "summary.json", out / "figure.png", out / "report.html")
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     return summary

@@ -26,6 +26,8 @@ from alignpro.models import LanguageModel, load_language_model
 from alignpro.prompting import PrompterTemplate, drop_long_prompts
 from alignpro.rewards import build_reward
 from alignpro.theory import sampled_bound
+from alignpro.training.checkpoint import disk_errors
+from alignpro.training.durability import replace_text
 from alignpro.training.metrics import read_rows
 from alignpro.versions import versions
 
@@ -71,14 +73,12 @@ class Evaluation:
 def evaluate(
     config: EvalConfig,
     *,
-    curves: Mapping[str, Path] | None = None,
     extra: Callable[[], Mapping[str, Any]] = dict,
 ) -> Evaluation:
     """Draw every arm, compare them, and write ``summary.json``, ``figure.png``, ``report.html`` and ``samples.jsonl``.
 
     Args:
         config: The arms, the prompts, the target and the reward.
-        curves: Label → run directory, whose metrics the report plots.
         extra: Called when all is computed; its entries replace or join those of the summary.
 
     Raises:
@@ -102,7 +102,8 @@ def evaluate(
         "versions": versions(),
         **extra(),
     }
-    _write(out, config, result, summary, curves or {}, arms)
+    with disk_errors(str(out), "make room, then evaluate again"):
+        _write(out, config, result, summary)
     return result
 
 
@@ -302,8 +303,6 @@ def _write(
     config: EvalConfig,
     result: Evaluation,
     summary: Mapping[str, Any],
-    curves: Mapping[str, Path],
-    arms: dict[str, ArmSamples],
 ) -> None:
     pair = _pair(config)
     with (out / "samples.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
@@ -316,7 +315,7 @@ def _write(
         gap=result.gap,
         bound=result.bound,
         kl_coef=config.kl_coef,
-        curves={label: read_rows(run / "metrics.jsonl") for label, run in curves.items()},
+        curves=_curves(config),
         rows=result.rows[:_SHOWN_ROWS],
         configuration=dump_config(config),
         versions=summary["versions"],
@@ -325,13 +324,18 @@ def _write(
     write_report(out / "report.html", report)
     (out / "config.yaml").write_text(dump_config(config))
     # Last, and whole: it marks the evaluation as done.
-    aside = out / ".summary.json.partial"
-    aside.write_text(json.dumps(summary, indent=1, ensure_ascii=False))
-    aside.replace(out / "summary.json")
+    replace_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     for arm in result.arms:
         logger.info("%-16s mean %.4f  [%.4f, %.4f]  variance %.4f", arm.label, arm.mean, *arm.ci95, arm.variance.total)
     if result.gap:
         logger.info("gap recovered    %.3f  [%.3f, %.3f]", result.gap.value, result.gap.low, result.gap.high)
+
+
+def _curves(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:
+    """Label → metrics of the run that a model comes from, where it is the ``model/`` of a run directory."""
+    models = {"align_pro": config.prompter, "oracle": config.oracle}
+    rows = {LABELS[arm]: read_rows(Path(m.path).parent / "metrics.jsonl") for arm, m in models.items() if m is not None}
+    return {label: metrics for label, metrics in rows.items() if metrics}
 
 
 def _pair(config: EvalConfig) -> str:
