@@ -22,11 +22,11 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format types ci doctor demo-weights miniature clean
+.PHONY: help setup demo test test-all lint format types ci doctor demo-weights miniature bench-kernels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
-	@echo "  variables: PYTHON=$(PYTHON) DEVICE=$(DEVICE) JOBS=$(JOBS) VENV=$(VENV) OUT DATA TORCH_INDEX"
+	@echo "  variables: PYTHON=$(PYTHON) DEVICE=$(DEVICE) JOBS=$(JOBS) VENV=$(VENV) OUT DATA ARGS TORCH_INDEX"
 
 setup: $(STAMP) ## the virtual environment, with pinned packages (CPU) or the GPU build
 
@@ -67,6 +67,9 @@ demo-weights: $(STAMP) ## train the embedded world's models again
 miniature: OUT ?= runs/miniature
 miniature: $(STAMP) ## the whole pipeline on the real prompts in DATA, with models small enough for a CPU
 	DATA='$(DATA)' OUT='$(OUT)' PYTHON='$(BIN)/python' bash launch/presets/miniature/run.sh
+
+bench-kernels: $(STAMP) ## the head's operators against bare matrix products and other implementations; ARGS: see --help
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 clean: ## remove caches and build products (not VENV, not runs/)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

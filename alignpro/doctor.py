@@ -45,6 +45,14 @@ _BROKEN = {
 }
 """Versions that install and then fail: the package, which ones, and what happens."""
 
+_BACKENDS = {
+    "triton": "runs on the GPU",
+    "cpp": "runs on the CPU",
+    "torch": "runs where no faster one does",
+    "reference": "runs when asked for by name: the specification",
+}
+"""What each backend of the kernels does where it can."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -259,25 +267,40 @@ def _triton() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from alignpro_kernels import backends
+    from alignpro_kernels import backends, cpp_head
 
     for name, reason in backends().items():
-        yield Finding("Kernels", name, "ok" if reason is None else "off", reason or "runs here")
+        if reason is not None:
+            again = "python -m alignpro_kernels.build tries again and shows all that was said; until then torch runs"
+            yield Finding("Kernels", name, "off", _in_short(reason), again if name == "cpp" else "")
+        else:
+            instructions = f", with {cpp_head.instructions()} instructions" if name == "cpp" else ""
+            yield Finding("Kernels", name, "ok", _BACKENDS[name] + instructions)
+
+
+def _in_short(reason: str) -> str:
+    """A reason in one line: of a failed command's output the first error, else the last line."""
+    command, *output = [line.strip() for line in reason.splitlines() if line.strip()]
+    said = [line for line in output if line != "failed with"]
+    if not output:
+        return command
+    error = next((line for line in said if re.search(r"\berror\b", line, re.IGNORECASE)), None)
+    return f"{Path(command.split()[0]).name} failed: {error or (said or ['it said nothing'])[-1]}"
 
 
 def _compilers() -> Iterator[Finding]:
-    cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = str(Path(cuda_home) / "bin" / "nvcc") if cuda_home else "nvcc"
-    for name, command, remedy in (
-        ("c++", os.environ.get("CXX", "g++"), "install g++, with the system's package manager"),
-        ("nvcc", nvcc, "for CUDA sources: install the CUDA toolkit, or set CUDA_HOME"),
-        ("ninja", "ninja", "pip install ninja"),
+    # Those that the build of the kernels looks for, in its order.
+    compilers = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
+    cuda_home = os.environ.get("CUDA_HOME")
+    cuda = [str(Path(cuda_home) / "bin" / "nvcc"), "nvcc"] if cuda_home else ["nvcc"]
+    for name, programs, remedy in (
+        ("c++", compilers, "the kernels for the CPU need one: install g++, with the system's package manager"),
+        ("nvcc", cuda, "optional, for CUDA sources: install the CUDA toolkit, or set CUDA_HOME"),
     ):
-        program = command.split()[0] if command.split() else name
-        path = shutil.which(program)
+        path = next(filter(None, map(shutil.which, programs)), None)
         output = _output(path, "--version") if path else None
         if path is None:
-            yield Finding("Compilers", name, "off", f"{program} not found", remedy)
+            yield Finding("Compilers", name, "off", f"{', '.join(programs)} not found", remedy)
         elif output is None:
             yield Finding("Compilers", name, "problem", f"{path} does not run", remedy)
         else:

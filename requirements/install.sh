@@ -5,7 +5,8 @@
 #
 # PYTHON names the interpreter, TORCH_INDEX another package index for torch. To run it again is safe at any time: what is
 # installed stays. Only where a run was killed in the middle of an installation, or was for another device, the
-# environment is made anew; pip keeps what it had downloaded.
+# environment is made anew; pip keeps what it had downloaded. Last it builds the kernels in csrc/, which
+# need a C++ compiler; without them everything runs, but slower.
 set -eu
 
 venv=$1
@@ -85,3 +86,10 @@ rm -f "$venv/.installing"
 # The configured sources may hold a CPU build that satisfies gpu.txt as well.
 [ "$device" = cpu ] || "$venv/bin/python" -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))' ||
     fail "torch came as a CPU build; name an index with one for $device (make TORCH_INDEX=https://…), or take DEVICE=cpu"
+
+# The libraries go to the user's cache, which outlives the environment. On a GPU machine too: some work stays on the CPU.
+echo "set-up: building the kernels in csrc/, once"
+"$venv/bin/python" -m alignpro_kernels.build || {
+    echo "set-up: the kernels in csrc/ could not all be built, see the message above; everything else is installed."
+    echo "set-up: in their place runs plain PyTorch, slower. To try again: $venv/bin/python -m alignpro_kernels.build"
+} >&2

@@ -16,7 +16,7 @@ from rich.console import Console
 from alignpro import doctor
 from alignpro.doctor import Finding, diagnose, print_diagnosis
 from alignpro.prompting import available_meta_prompts
-from alignpro_kernels import backends
+from alignpro_kernels import backends, cpp_head
 
 
 def found(findings: list[Finding], section: str, name: str) -> Finding:
@@ -54,9 +54,48 @@ def test_every_backend_and_meta_prompt_is_listed() -> None:
     for name, reason in backends().items():
         finding = found(findings, "Kernels", name)
         assert (finding.status == "ok") == (reason is None)
-        assert reason is None or reason == finding.detail
+        assert reason is None or "\n" in reason or reason == finding.detail
     listed = {each.name: each.detail for each in findings if each.section == "Meta-prompts"}
     assert listed == available_meta_prompts()
+
+
+def test_the_instruction_set_of_the_cpus_kernels_is_named() -> None:
+    if (reason := backends()["cpp"]) is not None:
+        pytest.skip(reason)
+    finding = found(diagnose(), "Kernels", "cpp")
+    assert finding.detail == f"runs on the CPU, with {cpp_head.instructions()} instructions"
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("no compiler found: install one", "no compiler found: install one"),
+        ("/bin/g++ a.cpp\nfailed with\nIn a.h:1:\na.h:7:1: fatal error: b.h\nstopped.", "a.h:7:1: fatal error: b.h"),
+        ("/bin/g++ error.cpp\nfailed with\nKilled\n\n", "Killed"),
+        ("/bin/g++ a.cpp\nfailed with\n", "it said nothing"),
+    ],
+)
+def test_a_reason_of_many_lines_is_told_in_one(reason: str, told: str) -> None:
+    assert doctor._in_short(reason) == ("g++ failed: " if "\n" in reason else "") + told
+
+
+def test_a_build_that_fails_is_told_and_training_goes_on(tmp_path: Path) -> None:
+    program(tmp_path / "g++", "[ $1 = --version ] && exit; echo 'a.h:1:' >&2; echo 'a.h:7: error: no such' >&2; exit 1")
+    code = """if True:
+        from alignpro.doctor import diagnose
+        finding, = (each for each in diagnose() if (each.section, each.name) == ("Kernels", "cpp"))
+        print(finding.status, finding.detail, finding.remedy, sep="\\n")
+        import torch
+        from alignpro_kernels import linear_logprob
+        print(linear_logprob(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3])).logprob.exp().item())
+    """
+    environment = os.environ | {"CXX": str(tmp_path / "g++"), "ALIGNPRO_KERNELS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    status, detail, remedy, probability = done.stdout.splitlines()
+    assert (status, float(probability)) == ("off", 0.25)
+    assert detail == "g++ failed: a.h:7: error: no such"
+    assert remedy.startswith("python -m alignpro_kernels.build")
 
 
 def test_every_extra_has_a_purpose_and_a_line_that_installs_it() -> None:
@@ -138,14 +177,14 @@ def test_compilers_are_run_and_not_only_looked_for(tmp_path: Path, monkeypatch: 
     program(
         tmp_path / "bin" / "nvcc", "echo 'nvcc: NVIDIA (R) Cuda compiler driver'; echo 'tools, release 13.1, V13.1.5'"
     )
-    program(tmp_path / "ninja", "exit 3")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    monkeypatch.setenv("CXX", "no-such-compiler")
     findings = diagnose()
     assert found(findings, "Compilers", "nvcc").detail == f"release 13.1, {tmp_path / 'bin' / 'nvcc'}"
-    assert found(findings, "Compilers", "ninja").status == "problem"
-    assert found(findings, "Compilers", "c++").detail == "no-such-compiler not found"
+    assert found(findings, "Compilers", "c++").detail == "no-such-compiler, c++, g++, clang++ not found"
+    program(tmp_path / "clang++", "exit 3")
+    assert found(diagnose(), "Compilers", "c++").detail == f"{tmp_path / 'clang++'} does not run"
 
 
 def test_a_driver_beside_a_cpu_build_of_torch_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,21 +1,26 @@
-"""Operators of a language model's head: log-probability, entropy, exact KL, policy loss, sampling."""
+"""Operators of a language model's head: log-probability, entropy, exact KL, policy loss, sampling; and of a KV pool."""
 
 from alignpro_kernels.backends import BackendError, backends
 from alignpro_kernels.noise import gumbel_noise, splitmix64
 from alignpro_kernels.operators import linear_logprob, linear_sample, merge_states, policy_loss
-from alignpro_kernels.types import Coefficients, PolicyLossOutput, SampleOutput, TokenStats
+from alignpro_kernels.pages import copy_pages, read_kv, write_kv
+from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleOutput, TokenStats
 
 __all__ = [
     "BackendError",
     "Coefficients",
+    "LoRA",
     "PolicyLossOutput",
     "SampleOutput",
     "TokenStats",
     "backends",
+    "copy_pages",
     "gumbel_noise",
     "linear_logprob",
     "linear_sample",
     "merge_states",
     "policy_loss",
+    "read_kv",
     "splitmix64",
+    "write_kv",
 ]

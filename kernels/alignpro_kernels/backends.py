@@ -1,11 +1,27 @@
-"""Which backend runs an operator."""
+"""Which backend runs an operator.
+
+``triton``     GPUs (CUDA and ROCm): Triton kernels around the vendor's matrix products.
+``cpp``        CPUs: csrc/, built on first use.
+``torch``      Anywhere, in chunks.
+``reference``  Anywhere, the specification: holds all logits. Only when asked for by name.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignpro_kernels import triton_support
 
 logger = logging.getLogger("alignpro_kernels")
+
+BACKENDS = ("triton", "cpp", "torch", "reference")
 
 
 class BackendError(RuntimeError):
@@ -13,28 +29,70 @@ class BackendError(RuntimeError):
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name, with None where it runs here, else the reason why it does not."""
-    return {"reference": None}
+    """Every backend by name, with None where it runs here, else the reason why it does not.
+
+    The first call may build the C++ library, which takes a minute; a build is kept.
+    """
+    return {name: _unavailable(name) for name in BACKENDS}
 
 
-def choose_backend(operator: str, backend: str) -> str:
-    """The backend that will run: the one asked for, or for ``auto`` the best of those that can; logged once each.
+def choose_backend(operator: str, backend: str, like: Tensor) -> str:
+    """The backend that will run: the one asked for, or for ``auto`` the best for the input; logged once each.
 
     Raises:
-        BackendError: The backend is unknown, or cannot run here.
+        BackendError: The backend is unknown, cannot run here, or not on such an input.
     """
-    known = backends()
-    chosen = next(name for name, reason in known.items() if reason is None) if backend == "auto" else backend
-    if chosen not in known:
-        raise BackendError(
-            f"{operator}: backend {backend!r} is not in this build: take 'auto' or one of {', '.join(known)}"
-        )
-    if (reason := known[chosen]) is not None:
-        raise BackendError(f"{operator}: backend {backend!r} cannot run here: {reason}")
+    if backend == "auto":
+        best = "triton" if like.is_cuda else "cpp"
+        reason = _unsuited(best, like) or _unavailable(best)
+        if reason is not None:
+            _explain(operator, best, reason)
+        chosen = best if reason is None else "torch"
+    elif backend not in BACKENDS:
+        raise BackendError(f"{operator}: there is no backend {backend!r}: take 'auto' or one of {', '.join(BACKENDS)}")
+    else:
+        chosen = backend
+        if (reason := _unavailable(chosen) or _unsuited(chosen, like)) is not None:
+            raise BackendError(f"{operator}: backend {backend!r} cannot run here: {reason}")
     _announce(operator, chosen)
     return chosen
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module of a fast backend; see `alignpro_kernels.head` for its functions."""
+    return importlib.import_module(f"alignpro_kernels.{name}_head")
+
+
+def triton_merges(like: Tensor) -> bool:
+    """Whether attention states on the device of a tensor are merged by Triton; elsewhere plain PyTorch does it."""
+    return like.is_cuda and _unavailable("triton") is None
+
+
+def _unavailable(name: str) -> str | None:
+    if name in ("torch", "reference"):
+        return None
+    reason: Any = backend_module(name).unavailable()
+    return None if reason is None else str(reason)
+
+
+def _unsuited(name: str, like: Tensor) -> str | None:
+    """Why a backend does not take such an input."""
+    if name in ("torch", "reference"):
+        return None
+    if like.dtype == torch.float64:
+        return "it computes in float32: float64 inputs go to 'torch' or 'reference'"
+    if name == "cpp" and like.device.type != "cpu":
+        return f"it runs on the CPU, and the input is on {like.device}"
+    if name == "triton" and not triton_support.takes(like.device):
+        return f"it runs on a GPU, and the input is on {like.device}"
+    return None
 
 
 @functools.cache
 def _announce(operator: str, backend: str) -> None:
     logger.info("%s runs on backend %s", operator, backend)
+
+
+@functools.cache
+def _explain(operator: str, backend: str, reason: str) -> None:
+    logger.info("%s does not run on backend %s: %s", operator, backend, reason)

@@ -1,7 +1,8 @@
 """Checks of the operators' arguments: every error names the argument, what it is and what it should be.
 
-Values (targets in range, temperatures positive) are checked on the CPU only: on a GPU the check would wait for the
-device.
+Values (targets in range, temperatures positive) are checked by an exception on the CPU. On a GPU that would wait for the
+device, so there they are checked by an assertion on the device, as PyTorch's own index checks are: it reaches the host
+at the next synchronisation.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from alignpro_kernels.types import LoRA
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,13 +25,45 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: flo
         raise ValueError(f"softcap is {softcap}: it must be positive, or None for none")
 
 
-def check_target(target: Tensor, hidden: Tensor, vocabulary: int) -> None:
-    """target (...,) int64 within the vocabulary."""
+def check_lora(lora: LoRA | None, weight: Tensor) -> None:
+    """a (r, D) and b (V, r), of the weight's dtype and device."""
+    if lora is None:
+        return
+    vocabulary, width = weight.shape
+    if lora.a.ndim != 2 or lora.b.ndim != 2 or lora.a.shape[1] != width or lora.b.shape != (vocabulary, len(lora.a)):
+        raise ValueError(
+            f"lora: a has shape {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}: expected (r, {width}) and "
+            f"({vocabulary}, r)"
+        )
+    for name, value in (("a", lora.a), ("b", lora.b)):
+        if value.dtype != weight.dtype or value.device != weight.device:
+            raise ValueError(
+                f"lora: {name} is {value.dtype} on {value.device}, weight {weight.dtype} on {weight.device}: "
+                "they must agree"
+            )
+
+
+def check_mask(mask: Tensor | None, hidden: Tensor) -> None:
+    """mask (...,) bool, or None."""
+    if mask is not None:
+        _check_rows("mask", mask, hidden, (torch.bool,))
+
+
+def check_target(target: Tensor, hidden: Tensor, vocabulary: int, mask: Tensor | None) -> None:
+    """target (...,) int64 within the vocabulary, where the mask is set."""
     _check_rows("target", target, hidden, (torch.int64,))
-    if target.device.type == "cpu" and target.numel():
-        low, high = (int(value) for value in target.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"target: values from {low} to {high}, outside the vocabulary of {vocabulary}")
+    inside = (target >= 0) & (target < vocabulary)
+    if mask is not None:
+        inside = inside | ~mask
+    if target.device.type == "cpu":
+        if not bool(inside.all()):
+            row = int((~inside).flatten().nonzero()[0])
+            raise ValueError(
+                f"target: row {row} has {int(target.flatten()[row])}, outside the vocabulary of {vocabulary}"
+                + ("" if mask is not None else "; rows that do not count are left out by a mask")
+            )
+    else:
+        torch._assert_async(inside.all(), f"target: a value lies outside the vocabulary of {vocabulary}")
 
 
 def check_temperature(temperature: float | Tensor, hidden: Tensor, *, greedy: bool = False) -> None:
@@ -37,7 +72,11 @@ def check_temperature(temperature: float | Tensor, hidden: Tensor, *, greedy: bo
     if isinstance(temperature, Tensor):
         if temperature.ndim:
             _check_rows("temperature", temperature, hidden, FLOATS)
-        if temperature.device.type != "cpu" or not temperature.numel():
+        if not temperature.numel():
+            return
+        if temperature.device.type != "cpu":
+            allowed = temperature >= 0 if greedy else temperature > 0
+            torch._assert_async(allowed.all(), f"temperature: a value found that is not {bound}")
             return
         lowest = float(temperature.min())
     else:

@@ -14,24 +14,25 @@ MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
-def splitmix64(seeds: Tensor, count: int) -> Tensor:
-    """The first ``count`` outputs of SplitMix64 (Steele, Lea and Flood, 2014) for every seed.
+def splitmix64(seeds: Tensor, count: int, start: int = 0) -> Tensor:
+    """Outputs ``start`` to ``start + count`` of SplitMix64 (Steele, Lea and Flood, 2014) for every seed.
 
     Args:
         seeds: (...,) int64.
         count: Outputs a seed.
+        start: How many outputs to leave out first.
 
     Returns:
         (..., count) int64: the generator's unsigned outputs, bit for bit. Integer products wrap, as the method wants.
     """
-    steps = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64) * GAMMA
+    steps = torch.arange(start + 1, start + count + 1, device=seeds.device, dtype=torch.int64) * GAMMA
     z = seeds.unsqueeze(-1) + steps  # (..., count)
     z = (z ^ _shift_right(z, 30)) * MIX_1
     z = (z ^ _shift_right(z, 27)) * MIX_2
     return z ^ _shift_right(z, 31)
 
 
-def gumbel_noise(seeds: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def gumbel_noise(seeds: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32, *, start: int = 0) -> Tensor:
     """Standard Gumbel noise for Gumbel-max sampling: add it to (filtered, scaled) logits and take the argmax.
 
     The noise is −log(−log u), u = (k + ½) / 2^52 with k the top 52 bits of the hash: exact in float64, so u is never 0
@@ -40,13 +41,14 @@ def gumbel_noise(seeds: Tensor, vocabulary: int, dtype: torch.dtype = torch.floa
 
     Args:
         seeds: (...,) int64, one a row.
-        vocabulary: V.
+        vocabulary: V, or the length of a part of it.
         dtype: Of the result; the logarithms are taken in float64.
+        start: Where the part begins.
 
     Returns:
         (..., V).
     """
-    top = _shift_right(splitmix64(seeds, vocabulary), 12)
+    top = _shift_right(splitmix64(seeds, vocabulary, start), 12)
     uniform = (top.to(torch.float64) + 0.5) * 2.0**-52
     return uniform.log_().neg_().log_().neg_().to(dtype)
 

@@ -2,27 +2,32 @@
 
 N tokens, D hidden, V vocabulary; any leading dimensions (...) stand for the tokens. Statistics are float32 (float64 for
 float64 inputs). Products are taken as given, not under autocast: rounding the logits to 16 bits would put errors of
-0.06 into log-probabilities.
+0.06 into log-probabilities. Under `torch.compile` an operator is a graph break: it runs as it stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignpro_kernels import checks, reference
-from alignpro_kernels.backends import choose_backend
-from alignpro_kernels.types import Coefficients, PolicyLossOutput, SampleOutput, TokenStats
+from alignpro_kernels import checks, fused, reference
+from alignpro_kernels.backends import backend_module, choose_backend, triton_merges
+from alignpro_kernels.head import Head, Rows
+from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleOutput, TokenStats
 
 
+@torch.compiler.disable
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     *,
+    mask: Tensor | None = None,
     bias: Tensor | None = None,
+    lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ref_hidden: Tensor | None = None,
@@ -37,7 +42,11 @@ def linear_logprob(
         hidden: (..., D) float64, float32, bfloat16 or float16.
         weight: (V, D), the head; same dtype and device.
         target: (...,) int64.
+        mask: (...,) bool, True for the rows that count. The others reach no product: their statistics are 0, their
+            gradient is 0, and their targets may be anything. On a GPU, to count them waits for the device once.
         bias: (V,) of the head.
+        lora: A LoRA on the head; the policy's logits are those of W + scale · B A, which is never formed. A reference
+            that shares ``weight`` is without it.
         temperature: τ > 0, or one a row, (...,). A constant. It applies to the policy and to the reference.
         softcap: Logits become softcap · tanh(logits / softcap) before the temperature (Gemma 2); for both likewise.
         ref_hidden: (..., D') hidden states of the reference; asks for the KL. A constant: no gradient flows through the
@@ -56,32 +65,38 @@ def linear_logprob(
         BackendError: The backend cannot run.
     """
     checks.check_head(hidden, weight, bias, softcap)
-    checks.check_target(target, hidden, weight.shape[0])
+    checks.check_lora(lora, weight)
+    checks.check_mask(mask, hidden)
+    checks.check_target(target, hidden, weight.shape[0], mask)
     checks.check_temperature(temperature, hidden)
     checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    choose_backend("linear_logprob", backend)
+    chosen = choose_backend("linear_logprob", backend, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return reference.linear_logprob(
-            hidden,
-            weight,
-            target,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            ref_hidden=ref_hidden,
-            ref_weight=ref_weight,
-            ref_bias=ref_bias,
-            entropy=entropy,
-        )
+        inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
+        layer: dict[str, Any] = {
+            "bias": bias,
+            "lora": lora,
+            "softcap": softcap,
+            "ref_weight": ref_weight,
+            "ref_bias": ref_bias,
+        }
+        if chosen == "reference":
+            stats = reference.linear_logprob(weight=weight, **inputs, **layer, entropy=entropy)
+        else:
+            stats = fused.linear_logprob(backend_module(chosen), _call(weight, inputs, **layer), entropy=entropy)
+        return TokenStats(*(_rows_back(x, positions, target.shape) for x in stats))  # type: ignore[arg-type]
 
 
+@torch.compiler.disable
 def policy_loss(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     coefficients: Coefficients,
     *,
+    mask: Tensor | None = None,
     bias: Tensor | None = None,
+    lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ref_hidden: Tensor | None = None,
@@ -98,8 +113,11 @@ def policy_loss(
         weight: See `linear_logprob`.
         target: See `linear_logprob`.
         coefficients: ``(logprob, entropy, kl, rows) -> (loss_terms, alpha, eta, kappa)``, see `Coefficients`; it is
-            called without gradients, a chunk of rows at a time, each row once, and not at all when there are none.
+            called without gradients, a chunk of rows at a time, each row once, and not at all when there are none. Its
+            ``rows`` are places in the flattened input, also with a mask.
+        mask: See `linear_logprob`.
         bias: See `linear_logprob`.
+        lora: See `linear_logprob`.
         temperature: See `linear_logprob`.
         softcap: See `linear_logprob`.
         ref_hidden: See `linear_logprob`.
@@ -117,32 +135,40 @@ def policy_loss(
         BackendError: The backend cannot run.
     """
     checks.check_head(hidden, weight, bias, softcap)
-    checks.check_target(target, hidden, weight.shape[0])
+    checks.check_lora(lora, weight)
+    checks.check_mask(mask, hidden)
+    checks.check_target(target, hidden, weight.shape[0], mask)
     checks.check_temperature(temperature, hidden)
     checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    choose_backend("policy_loss", backend)
+    chosen = choose_backend("policy_loss", backend, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return reference.policy_loss(
-            hidden,
-            weight,
-            target,
-            coefficients,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            ref_hidden=ref_hidden,
-            ref_weight=ref_weight,
-            ref_bias=ref_bias,
-            entropy=entropy,
-        )
+        inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
+        layer: dict[str, Any] = {
+            "bias": bias,
+            "lora": lora,
+            "softcap": softcap,
+            "ref_weight": ref_weight,
+            "ref_bias": ref_bias,
+        }
+        if chosen == "reference":
+            out = reference.policy_loss(
+                weight=weight, coefficients=coefficients, **inputs, **layer, entropy=entropy, positions=positions
+            )
+        else:
+            call = _call(weight, inputs, **layer)
+            out = fused.policy_loss(backend_module(chosen), call, coefficients, entropy=entropy, positions=positions)
+        stats = (_rows_back(x, positions, target.shape) for x in out[1:])
+        return PolicyLossOutput(out.loss, *stats)  # type: ignore[arg-type]
 
 
+@torch.compiler.disable
 def linear_sample(
     hidden: Tensor,
     weight: Tensor,
     *,
     seeds: Tensor,
     bias: Tensor | None = None,
+    lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     backend: str = "auto",
@@ -154,6 +180,7 @@ def linear_sample(
         weight: (V, D).
         seeds: (...,) int64. A row's token depends on its seed and its logits alone, not on the batch.
         bias: (V,).
+        lora: See `linear_logprob`.
         temperature: τ ≥ 0, or one a row, (...,); a row with 0 is greedy (the lowest index among equals).
         softcap: See `linear_logprob`.
         backend: See `linear_logprob`.
@@ -167,11 +194,18 @@ def linear_sample(
         BackendError: The backend cannot run.
     """
     checks.check_head(hidden, weight, bias, softcap)
+    checks.check_lora(lora, weight)
     checks.check_seeds(seeds, hidden)
     checks.check_temperature(temperature, hidden, greedy=True)
-    choose_backend("linear_sample", backend)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return reference.linear_sample(hidden, weight, seeds=seeds, bias=bias, temperature=temperature, softcap=softcap)
+    chosen = choose_backend("linear_sample", backend, hidden)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        inputs, _ = _flat(hidden, None, temperature=temperature)
+        layer: dict[str, Any] = {"bias": bias, "lora": lora, "softcap": softcap}
+        if chosen == "reference":
+            out = reference.linear_sample(weight=weight, seeds=seeds.flatten(), **inputs, **layer)
+        else:
+            out = fused.linear_sample(backend_module(chosen), _call(weight, inputs, **layer), seeds.flatten())
+        return SampleOutput(*(x.view(seeds.shape) for x in out))
 
 
 def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> Tensor:
@@ -189,4 +223,61 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
         ValueError: The parts do not match.
     """
     checks.check_states(outs, lses)
-    return reference.merge_states(outs, lses)
+    if not triton_merges(outs[0]):
+        return reference.merge_states(outs, lses)
+    stacked = (x if isinstance(x, Tensor) else torch.stack(tuple(x)) for x in (outs, lses))
+    merged: Tensor = backend_module("triton").merge_states(*stacked)
+    return merged
+
+
+def _flat(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str, Any], Tensor | None]:
+    """The arguments that go by rows as (N, ...), masked rows left out; and the places of those that stay, None for all.
+
+    Only the selection is differentiated through, so that masked rows get a zero gradient.
+    """
+    flat = {"hidden": hidden.reshape(-1, hidden.shape[-1])}
+    for name, value in per_row.items():
+        if isinstance(value, Tensor):
+            value = value.reshape(-1, value.shape[-1]) if name == "ref_hidden" else value.reshape(-1)
+            if name == "temperature" and not per_row["temperature"].ndim:
+                value = value.expand(len(flat["hidden"]))
+        flat[name] = value
+    if mask is None:
+        return flat, None
+    positions = mask.flatten().nonzero().squeeze(1)
+    if len(positions) == mask.numel():
+        return flat, None
+    return {
+        name: value.index_select(0, positions) if isinstance(value, Tensor) else value for name, value in flat.items()
+    }, positions
+
+
+def _rows_back(x: Tensor | None, positions: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """(N,) → (...), zero at masked rows."""
+    if x is None:
+        return None
+    if positions is not None:
+        x = x.new_zeros(shape.numel()).index_copy(0, positions, x)
+    return x.view(shape)
+
+
+def _call(
+    weight: Tensor,
+    inputs: dict[str, Any],
+    *,
+    bias: Tensor | None,
+    lora: LoRA | None,
+    softcap: float | None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+) -> fused.Call:
+    ref_hidden = inputs.get("ref_hidden")
+    if ref_hidden is not None and ref_weight is None:
+        ref_weight, ref_bias = weight, (bias if ref_bias is None else ref_bias)
+    low_rank_rows = None
+    if lora is not None:  # autograd takes the gradient of A, and its part of the hidden states', through these rows
+        low_rank_rows = lora.scale * (inputs["hidden"] @ lora.a.T)  # (N, r)
+    return fused.Call(
+        Head(weight, bias, softcap, None if lora is None else lora.b, ref_weight, ref_bias),
+        Rows(inputs["hidden"], inputs.get("target"), inputs["temperature"], low_rank_rows, ref_hidden),
+    )

@@ -19,6 +19,16 @@ All are (C,) and constants. ``rows`` (int64) are the chunk's positions in the fl
 """
 
 
+class LoRA(NamedTuple):
+    """A LoRA on the head: its weight is W + scale · B A, which is never formed."""
+
+    a: Tensor
+    """(r, D)"""
+    b: Tensor
+    """(V, r)"""
+    scale: float
+
+
 class TokenStats(NamedTuple):
     """Statistics of every token, (...,) float32 (float64 for float64 inputs), in nats, differentiable."""
 

@@ -10,6 +10,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from alignpro_kernels import (
     BackendError,
+    LoRA,
     backends,
     gumbel_noise,
     linear_logprob,
@@ -303,9 +304,13 @@ def test_the_callable_is_held_to_its_contract() -> None:
         ({"weight": torch.zeros(0, D)}, "weight.*must not be empty"),
         ({"target": torch.zeros(N)}, "target is torch.float32"),
         ({"target": torch.zeros(N + 1, dtype=torch.int64)}, r"target has shape \(7,\)"),
-        ({"target": torch.full((N,), V)}, "target: values from 7 to 7, outside the vocabulary of 7"),
-        ({"target": torch.full((N,), -100)}, "target: values from -100"),
+        ({"target": torch.full((N,), V)}, "target: row 0 has 7, outside the vocabulary of 7"),
+        ({"target": torch.full((N,), -100)}, "target: row 0 has -100.*left out by a mask"),
         ({"bias": torch.zeros(V + 1)}, "bias has shape"),
+        ({"mask": torch.ones(N)}, "mask is torch.float32"),
+        ({"mask": torch.ones(N + 1, dtype=torch.bool)}, r"mask has shape \(7,\)"),
+        ({"lora": LoRA(torch.zeros(2, D + 1), torch.zeros(V, 2), 1.0)}, r"lora: a has shape \(2, 6\)"),
+        ({"lora": LoRA(torch.zeros(2, D), torch.zeros(V, 2).bfloat16(), 1.0)}, "lora: b is torch.bfloat16"),
         ({"temperature": 0.0}, "temperature: 0.0 found, it must be positive"),
         ({"temperature": float("nan")}, "temperature: nan"),
         ({"temperature": torch.tensor([1.0, 1, 1, -1, 1, 1])}, "temperature: -1.0"),
@@ -329,7 +334,7 @@ def test_errors_name_the_argument(change: dict, message: str) -> None:
 def test_backends_are_named_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     hidden, weight, target = torch.zeros(1, D), torch.zeros(V, D), torch.zeros(1, dtype=torch.int64)
     assert backends()["reference"] is None
-    with pytest.raises(BackendError, match="'warp' is not in this build"):
+    with pytest.raises(BackendError, match="there is no backend 'warp'"):
         linear_logprob(hidden, weight, target, backend="warp")
     from alignpro_kernels.backends import _announce
 

@@ -1,0 +1,1 @@
+"""Measurements; their results, with the commands that made them, are in ``results/``."""

@@ -1,0 +1,1 @@
+"""The head's operators against the bare matrix products and against other implementations."""

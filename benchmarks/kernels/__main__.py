@@ -1,0 +1,197 @@
+"""python -m benchmarks.kernels: the head's operators against the bare matrix products and other implementations.
+
+Prints a table a shape and writes ``kernels.json`` and ``kernels.png``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.kernels import environment, figure, ours, peers, plain
+from benchmarks.kernels.cases import CASES, Case
+from benchmarks.kernels.compare import Limits, compare
+from benchmarks.kernels.entrant import Entrant, Setting
+from benchmarks.kernels.problem import make_heads
+from benchmarks.kernels.shapes import QUICK, SHAPES, Shape, default_rows, parse_shape
+from benchmarks.kernels.table import WIDTH, print_table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RESULTS = Path(__file__).parents[1] / "results"
+QUICK_ROWS, QUICK_OUT = 32, Path("runs/kernels-quick")
+CPU_LIMITS, GPU_LIMITS = Limits(rounds=3, seconds=60), Limits(rounds=20, seconds=8)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help=__doc__)
+def run(
+    device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, else float32.")] = "auto",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{', '.join(s.name for s in SHAPES)}, all, DxV or DxV:SOFTCAP; may be repeated. "
+            "All on a GPU, else the first.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens N; may be repeated. By device and shape.", show_default=False),
+    ] = None,
+    entrants: Annotated[
+        list[str] | None,
+        typer.Option(help="Names or patterns, such as 'ours-*'; may be repeated. All.", show_default=False),
+    ] = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="Names or patterns, such as 'policy*'; may be repeated. All.", show_default=False),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Entrants to leave out, names or patterns; may be repeated.", show_default=False),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds a case at most: 3 on a CPU, 20 on a GPU.", show_default=False)
+    ] = None,
+    case_seconds: Annotated[
+        float | None,
+        typer.Option(help="End a case's rounds after this, but not before the third: 60 and 8.", show_default=False),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch, on the CPU.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results: benchmarks/results/DEVICE.", show_default=False)
+    ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Keep the results already there for other shapes, N, dtypes and cases.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny shape and few rounds, to see that all works; no valid figures.")
+    ] = False,
+) -> None:
+    """See the module."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    what = _dtype(dtype, where)
+    shapes = _shapes(shape, where, quick)
+    chosen_cases = _matching(CASES, cases, "case")
+    chosen = _matching([*ours.entrants(), *plain.entrants(), *peers.entrants()], entrants, "entrant")
+    left_out = _matching(chosen, without, "entrant") if without else []
+    chosen = [entrant for entrant in chosen if entrant not in left_out]
+    default = CPU_LIMITS if where.type == "cpu" else GPU_LIMITS
+    limits = Limits(rounds or (2 if quick else default.rounds), case_seconds or default.seconds)
+    folder = out or (QUICK_OUT if quick else RESULTS / environment.slug(where))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "kernels.json"
+
+    document = json.loads(file.read_text()) if append and file.exists() else {"runs": [], "results": []}
+    document["runs"].append(
+        environment.describe(where, what, environment.command_line()) | {"seed": seed, "limits": vars(limits)}
+    )
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    console.print(f"{environment.device_name(where)}, {what}, {torch.get_num_threads()} CPU threads", highlight=False)
+    with _imports_frozen():
+        for one in shapes:
+            setting = Setting(where, what, one)
+            sizes = rows or ([QUICK_ROWS] if quick else default_rows(one, where.type))
+            _warn_of_cache(console, setting)
+            new = _measure(console, setting, chosen_cases, chosen, sizes, seed, limits, document, file)
+            print_table(console, new, str(what).removeprefix("torch."))
+    figure.draw(document, folder / "kernels.png")
+    console.print(f"{file}\n{folder / 'kernels.png'}", highlight=False)
+
+
+def _measure(
+    console: Console,
+    setting: Setting,
+    cases: Sequence[Case],
+    entrants: Sequence[Entrant],
+    sizes: Sequence[int],
+    seed: int,
+    limits: Limits,
+    document: dict[str, Any],
+    file: Path,
+) -> list[dict[str, Any]]:
+    """One shape. The file is written after every case: a run that is stopped leaves what it has."""
+    reference = any(case.kl == "separate" for case in cases)
+    heads = make_heads(setting.shape, setting.device, setting.dtype, seed, reference=reference)
+    new: list[dict[str, Any]] = []
+    for case in cases:
+        for size in [sizes[0]] if case.batch else sizes:
+            with console.status(f"{setting.shape.name}: {case.title}, N {case.batch or size}"):
+                result = compare(case, entrants, setting, heads, size, seed + 1, limits)
+            result["run"] = len(document["runs"]) - 1
+            new.append(result)
+            document["results"] = [r for r in document["results"] if _key(r) != _key(result)] + [result]
+            file.write_text(json.dumps(document, indent=1) + "\n")
+    return new
+
+
+@contextlib.contextmanager
+def _imports_frozen() -> Iterator[None]:
+    """What the imports made is not garbage: the collection before each measurement need not look through it all."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _key(result: dict[str, Any]) -> tuple[Any, ...]:
+    return (result["shape"]["name"], result["rows"], result["dtype"], result["case"]["name"])
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise typer.BadParameter(f"dtype {name!r}: take one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _shapes(names: list[str] | None, device: torch.device, quick: bool) -> list[Shape]:
+    if not names:
+        return [QUICK] if quick else list(SHAPES[:1] if device.type == "cpu" else SHAPES)
+    try:
+        return [shape for name in names for shape in parse_shape(name)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _matching(everything: Sequence[Any], patterns: list[str] | None, kind: str) -> list[Any]:
+    """Those whose name matches a pattern, in their own order; a pattern that matches nothing is an error."""
+    names = [one.name for one in everything]
+    for pattern in patterns or []:
+        if not fnmatch.filter(names, pattern):
+            raise typer.BadParameter(f"{kind} {pattern!r}: take names or patterns of {', '.join(names)}")
+    return [
+        one for one in everything if not patterns or any(fnmatch.fnmatchcase(one.name, pattern) for pattern in patterns)
+    ]
+
+
+def _warn_of_cache(console: Console, setting: Setting) -> None:
+    """The head is the largest input; one that stays in the cache between calls is not what training sees."""
+    if setting.device.type != "cuda":
+        return
+    size = setting.shape.hidden * setting.shape.vocabulary * setting.dtype.itemsize
+    cache = torch.cuda.get_device_properties(setting.device).L2_cache_size
+    if size < 2 * cache:
+        console.print(f"{setting.shape.name}: the head ({size >> 20} MiB) is not far beyond the cache", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,64 @@
+"""What a result was measured on: device, versions, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("alignpro", "torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
+
+
+def describe(device: torch.device, dtype: torch.dtype, arguments: list[str]) -> dict[str, Any]:
+    """For the results' file."""
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.kernels", *arguments]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": {"type": device.type, "name": device_name(device)},
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cuda": torch.version.cuda,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = re.findall(r"^model name\s*:\s*(.+)$", information.read_text(), flags=re.MULTILINE)
+        if names:
+            return f"{names[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    return platform.processor() or platform.machine()
+
+
+def slug(device: torch.device) -> str:
+    """The name of the results' folder: ``cpu``, ``nvidia-h200``."""
+    return "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def command_line() -> list[str]:
+    """The arguments given."""
+    return sys.argv[1:]
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed."""
+    if package == "torch":
+        return torch.__version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,172 @@
+"""The results as a picture: time over the floor and memory, a row of panels a case."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+# Ours in one hue, dark to light; the others in the rest of Okabe and Ito's palette (2008), told apart also by hatches.
+COLOURS: dict[str, tuple[str, str]] = {
+    "ours-cpp": ("#0072B2", ""),
+    "ours-triton": ("#0072B2", ""),
+    "ours-torch": ("#56B4E9", ""),
+    "ours-reference": ("#BFE3F7", ""),
+    "naive": ("#8A8A8A", ""),
+    "naive-token": ("#8A8A8A", "...."),
+    "compile": ("#C4C4C4", ""),
+    "torch-lce": ("#E69F00", ""),
+    "liger-grpo": ("#009E73", ""),
+    "liger-ce": ("#009E73", "////"),
+    "liger-ce-fp32": ("#009E73", "xxxx"),
+    "trl": ("#CC79A7", ""),
+    "cce": ("#D55E00", ""),
+    "cce-compile": ("#D55E00", "////"),
+}
+OTHER = ("#F0E442", "")
+RATIO_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200, 500, 1000)
+
+_STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.7,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "savefig.dpi": 160,
+    "text.parse_math": False,
+}
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Write the PNG: the last run's dtype; of a shape measured at several N, the largest."""
+    run = document["runs"][-1]
+    results = [result for result in document["results"] if result["dtype"] == run["dtype"]]
+    panels = _panels(results)
+    names = _entrants(results)
+    with style.context(["default", _STYLE]):
+        groups = max(len(panel) for panel in panels.values())
+        figure = Figure(figsize=(max(10.0, 3.0 + 2.6 * groups), 1.4 + 2.2 * len(panels)))
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(len(panels), 2, squeeze=False)
+        for row, (title, panel) in enumerate(panels.items()):
+            _bars(grid[row][0], panel, names, "ratio_to_floor")
+            _bars(grid[row][1], panel, names, "peak_extra_mib")
+            grid[row][0].set_title(title)
+            grid[row][0].set_ylabel("time / floor")
+            grid[row][1].set_ylabel("extra memory, MiB")
+        titles = {e["entrant"]: e["title"] for r in results for e in r["entrants"]}
+        handles = [Patch(facecolor=_look(n)[0], hatch=_look(n)[1], edgecolor="white", label=titles[n]) for n in names]
+        width, height = figure.get_size_inches()
+        columns = max(1, int(width / 2.4))
+        figure.legend(handles=handles, loc="lower left", ncols=columns)
+        figure.suptitle(
+            f"{run['device']['name']}, {run['dtype']}, torch {run['versions']['torch']}: time over that of the bare matrix "
+            "products (floor),\nand peak memory beyond inputs and gradients",
+            x=0.06 / width,
+            y=1 - 0.06 / height,
+            ha="left",
+            va="top",
+            fontsize=10,
+        )
+        legend = 0.2 * math.ceil(len(handles) / columns) + 0.15
+        figure.tight_layout(rect=(0, legend / height, 1, 1 - 0.1 / height))
+        figure.savefig(path)
+
+
+def _panels(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Title → (label, result) of each group of bars; all batches of a sampler go into one panel."""
+    most: dict[tuple[str, str], int] = {}
+    for result in results:
+        key = (result["case"]["name"], result["shape"]["name"])
+        most[key] = max(result["rows"], most.get(key, 0))
+    panels: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for result in results:
+        case, shape = result["case"], result["shape"]["name"]
+        if result["rows"] != most[case["name"], shape]:
+            continue
+        sampled = case["operator"] == "linear_sample"
+        label = f"{shape}\n{'batch' if sampled else 'N'} {result['rows']}"
+        panels.setdefault("sample" if sampled else case["title"], []).append((label, result))
+    return panels
+
+
+def _entrants(results: list[dict[str, Any]]) -> list[str]:
+    """Those with anything to show, in the order of the results."""
+    names = [e["entrant"] for r in results for e in r["entrants"] if e["total_seconds"] is not None]
+    order = list(COLOURS)
+    return sorted(dict.fromkeys(names), key=lambda n: order.index(n) if n in order else len(order))
+
+
+def _bars(axes: Axes, results: list[tuple[str, dict[str, Any]]], names: list[str], quantity: str) -> None:
+    ratio = quantity == "ratio_to_floor"
+    drawn: list[float] = []
+    crowded = sum(e[quantity] is not None for _, result in results for e in result["entrants"]) > 14
+    for group, (_, result) in enumerate(results):
+        entrants = {e["entrant"]: e for e in result["entrants"] if e[quantity] is not None}
+        present = [name for name in names if name in entrants]
+        width = 0.86 / max(len(present), 1)
+        for place, name in enumerate(present):
+            value = entrants[name][quantity]
+            height = value if ratio else max(value, 1.0)  # less than 1 MiB is none, within what is measured
+            drawn.append(height)
+            x = group + (place - (len(present) - 1) / 2) * width
+            colour, hatch = _look(name)
+            axes.bar(x, height, 0.94 * width, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+            text = _label(value, ratio) + (" wrong" if entrants[name]["status"] == "wrong" else "")
+            axes.annotate(
+                text,
+                (x, height),
+                (0, 1.5),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=6,
+                rotation=90 if crowded else 0,
+            )
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(results)), [label for label, _ in results])
+    axes.set_xlim(-0.5, len(results) - 0.5)
+    if not drawn:
+        return
+    top = max(drawn)
+    if ratio:
+        axes.set_ylim(min(0.7, 0.9 * min(drawn)), 1.7 * max(top, 2))
+        axes.axhline(1, color="#333333", linewidth=1)
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(FixedLocator([t for t in RATIO_TICKS if low <= t <= high]))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0.8, 6 * max(top, 10))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _look(name: str) -> tuple[str, str]:
+    return COLOURS.get(name, OTHER)
+
+
+def _label(value: float, ratio: bool) -> str:
+    if ratio:
+        return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    if value < 1:
+        return "<1"
+    return f"{value:.0f}" if value < 10240 else f"{value / 1024:.0f}k"

@@ -1,0 +1,67 @@
+"""This project's operators, one entrant a backend."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from alignpro_kernels import backends, linear_logprob, linear_sample, policy_loss
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting, Skip
+from benchmarks.kernels.problem import Problem
+
+
+def entrants() -> list[Entrant]:
+    """Every backend of this build, also those that cannot run here."""
+    return [
+        Entrant(f"ours-{name}", f"Align-Pro {name}", functools.partial(prepare, name, reason))
+        for name, reason in backends().items()
+    ]
+
+
+def prepare(backend: str, reason: str | None, case: Case, setting: Setting) -> Run | Skip:
+    """The operator of a case on one backend, or ``reason`` why there is none."""
+    if reason is not None:
+        return Skip(reason)
+    if case.operator == "linear_sample":
+        return Run(functools.partial(_sample, backend), "token, log-probability, entropy", seeded=True)
+    if case.operator == "linear_logprob":
+        return Run(functools.partial(_logprob, backend), "log-probability")
+    return Run(functools.partial(_policy, backend), "loss" + (", exact KL in the same pass" if case.kl else ""))
+
+
+def _policy(backend: str, problem: Problem) -> Outcome:
+    def coefficients(
+        logprob: Tensor, entropy: Tensor | None, kl: Tensor | None, rows: Tensor
+    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        alpha = problem.alpha[rows]
+        loss = alpha * logprob
+        if kl is None or problem.kappa is None:
+            return loss, alpha, None, None
+        kappa = problem.kappa[rows]
+        return loss + kappa * kl, alpha, None, kappa
+
+    return Outcome(
+        policy_loss(
+            problem.hidden,
+            problem.weight,
+            problem.target,
+            coefficients,
+            softcap=problem.softcap,
+            ref_hidden=problem.ref_hidden,
+            ref_weight=problem.ref_weight,
+            backend=backend,
+        ).loss
+    )
+
+
+def _logprob(backend: str, problem: Problem) -> Outcome:
+    stats = linear_logprob(problem.hidden, problem.weight, problem.target, softcap=problem.softcap, backend=backend)
+    return Outcome(stats.logprob)
+
+
+def _sample(backend: str, problem: Problem) -> Outcome:
+    return Outcome(
+        *linear_sample(problem.hidden, problem.weight, seeds=problem.seeds, softcap=problem.softcap, backend=backend)
+    )

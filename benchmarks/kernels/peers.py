@@ -1,0 +1,203 @@
+"""Others' implementations, each where it is installed and runs; where not, the reason is part of the results.
+
+Seen in torch 2.13, Liger 0.8.5, TRL 1.16.0 and cut-cross-entropy 25.1.1. Each is called with its own defaults unless
+said; cut-cross-entropy's include skipping small gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting, Skip
+from benchmarks.kernels.problem import Problem
+
+TRL_VOCABULARY_CHUNK = 32768  # what its trainers pass
+# Rows a chunk of torch's. Its own choice, N·D/V and less, is for N of many times that: here it would be a row or two.
+TORCH_ROWS = {"cpu": 256, "cuda": 1024}
+
+
+def entrants() -> list[Entrant]:
+    """Every peer, also those that are not installed."""
+    return [
+        Entrant("torch-lce", "torch linear_cross_entropy", _torch_lce),
+        Entrant("liger-grpo", "Liger fused linear GRPO", _liger_grpo),
+        Entrant("liger-ce", "Liger fused linear CE", functools.partial(_liger_ce, None)),
+        Entrant("liger-ce-fp32", "Liger fused linear CE, fp32 sums", functools.partial(_liger_ce, torch.float32)),
+        Entrant("trl", "TRL chunked", _trl),
+        Entrant("cce", "cut-cross-entropy", functools.partial(_cce, "cce")),
+        Entrant("cce-compile", "cut-cross-entropy, torch_compile", functools.partial(_cce, "torch_compile")),
+    ]
+
+
+def _torch_lce(case: Case, setting: Setting) -> Run | Skip:
+    function = getattr(F, "linear_cross_entropy", None)
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or options is None:
+        return Skip(f"torch {torch.__version__} has no chunked linear_cross_entropy (2.13 does)")
+    if setting.shape.softcap is not None:
+        return Skip("has no soft-cap")
+    rows = TORCH_ROWS[setting.device.type]
+    chosen = options(batch_chunk_size=rows)
+
+    def losses(problem: Problem, reduction: str) -> Tensor:
+        loss: Tensor = function(problem.hidden, problem.weight, problem.target, reduction=reduction, options=chosen)
+        return loss
+
+    run = _from_cross_entropy(case, losses)
+    return run._replace(quantity=f"{run.quantity}; chunks of {rows}") if isinstance(run, Run) else run
+
+
+def _cce(implementation: str, case: Case, setting: Setting) -> Run | Skip:
+    module = _load("cut_cross_entropy")
+    if isinstance(module, Skip):
+        return module
+    if implementation == "cce" and setting.device.type == "cpu":
+        return Skip("its kernels are Triton's and need a GPU")
+
+    def losses(problem: Problem, reduction: str) -> Tensor:
+        loss: Tensor = module.linear_cross_entropy(
+            problem.hidden,
+            problem.weight,
+            problem.target,
+            softcap=problem.softcap,
+            reduction=reduction,
+            impl=implementation,
+        )
+        return loss
+
+    return _from_cross_entropy(case, losses)
+
+
+def _from_cross_entropy(case: Case, losses: Any) -> Run | Skip:
+    """A cross-entropy that gives every token's loss serves a policy gradient too: the coefficients come in autograd."""
+    if case.operator == "linear_sample":
+        return Skip("does not sample")
+    if case.kl:
+        return Skip("has no KL")
+    if case.operator == "linear_logprob":
+        return Run(lambda problem: Outcome(-losses(problem, "none")), "log-probability; reduction='none'")
+    if case.cross_entropy:
+        return Run(lambda problem: Outcome(losses(problem, "mean")), "CE only; reduction='mean'")
+    return Run(lambda problem: Outcome(-(problem.alpha * losses(problem, "none")).sum()), "loss; reduction='none'")
+
+
+def _liger_ce(sums: torch.dtype | None, case: Case, setting: Setting) -> Run | Skip:
+    if not case.cross_entropy:
+        return Skip("CE only: takes no coefficients a token")
+    if setting.device.type == "cpu":
+        return Skip("its kernels are Triton's and need a GPU")
+    if sums is not None and setting.dtype == sums:
+        return Skip("the same as liger-ce in float32")
+    module = _load("liger_kernel.transformers.fused_linear_cross_entropy")
+    if isinstance(module, Skip):
+        return module
+    # Without accum_dtype the head's gradient is summed over the chunks in the head's dtype.
+    loss = module.LigerFusedLinearCrossEntropyLoss(
+        softcap=setting.shape.softcap, **({} if sums is None else {"accum_dtype": sums})
+    )
+    return Run(
+        lambda problem: Outcome(loss(problem.weight, problem.hidden, problem.target)),
+        "CE only" + ("" if sums is None else "; accum_dtype=float32"),
+    )
+
+
+def _liger_grpo(case: Case, setting: Setting) -> Run | Skip:
+    if case.operator != "policy_loss":
+        return Skip("gives the loss only, no log-probabilities")
+    if case.kl:
+        return Skip("has no exact KL: its KL is the k3 estimate from the sampled token")
+    if setting.shape.softcap is not None:
+        return Skip("has no soft-cap")
+    module = _load("liger_kernel.chunked_loss")
+    if isinstance(module, Skip):
+        return module
+
+    def forward(problem: Problem) -> Outcome:
+        rows = problem.rows
+        # CISPO with a ratio of one is −Σ A log p / N itself. Every row is a sequence of one token, so that each may
+        # have its own advantage; all in one chunk, whose inner tiles are 2048 rows by 4096 tokens of the vocabulary.
+        loss = module.LigerFusedLinearGRPOLoss(
+            beta=0.0,
+            use_ref_model=False,
+            loss_type="cispo",
+            epsilon_high=5.0,
+            chunk_size=rows,
+            compiled=problem.hidden.is_cuda,
+        )
+        value, _ = loss(
+            problem.hidden.unsqueeze(1),
+            problem.weight,
+            problem.target.unsqueeze(1),
+            torch.ones_like(problem.target).unsqueeze(1),
+            -rows * problem.alpha,
+        )
+        return Outcome(value)
+
+    return Run(forward, "loss; CISPO, one chunk")
+
+
+def _trl(case: Case, setting: Setting) -> Run | Skip:
+    if case.operator == "linear_sample":
+        return Skip("does not sample")
+    module = _load("trl.kernels.chunked_logprob")
+    divergence = _load("trl.kernels.chunked_divergence")
+    if isinstance(module, Skip):
+        return module
+    if isinstance(divergence, Skip) and case.kl:
+        return divergence
+
+    def logprob(problem: Problem) -> Tensor:
+        outputs = module.ChunkedLogProbFunction.apply(
+            problem.hidden, problem.weight, None, problem.target, 1.0, TRL_VOCABULARY_CHUNK, problem.softcap, 1.0, ()
+        )
+        values: Tensor = outputs[0]
+        return values
+
+    def kl(problem: Problem) -> Tensor:
+        ref_weight = problem.weight.detach() if problem.ref_weight is None else problem.ref_weight
+        reverse, temperature, scale = 1.0, 1.0, 1.0
+        values, _ = divergence.ChunkedDivergenceFunction.apply(
+            problem.hidden,
+            problem.weight,
+            None,
+            problem.ref_hidden,
+            ref_weight,
+            None,
+            reverse,
+            temperature,
+            scale,
+            problem.softcap,
+            scale,
+            problem.softcap,
+        )
+        result: Tensor = values
+        return result
+
+    def policy(problem: Problem) -> Outcome:
+        loss = (problem.alpha * logprob(problem)).sum()
+        return Outcome(loss if problem.kappa is None else loss + (problem.kappa * kl(problem)).sum())
+
+    if case.operator == "linear_logprob":
+        return Run(lambda problem: Outcome(logprob(problem)), "log-probability")
+    return Run(policy, "loss" + (", exact KL by a second function" if case.kl else ""))
+
+
+@functools.cache
+def _load(name: str) -> Any:
+    """A peer's module, or why there is none."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        if error.name == package:
+            return Skip("not installed")
+        return Skip(f"import of {name} failed: {error}")
+    except Exception as error:  # a peer's import may fail in any way; the reason goes into the results
+        return Skip(f"import of {name} failed: {type(error).__name__}: {error}")

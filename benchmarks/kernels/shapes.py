@@ -1,0 +1,61 @@
+"""The heads measured: those of released models, or any D×V."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A language model's head."""
+
+    name: str
+    hidden: int
+    """D"""
+    vocabulary: int
+    """V"""
+    softcap: float | None = None
+
+
+SHAPES = (
+    Shape("qwen2.5-0.5b", 896, 151936),
+    Shape("qwen2.5-1.5b", 1536, 151936),
+    Shape("phi-3.5-mini", 3072, 32064),
+    Shape("llama-3.1-8b", 4096, 128256),
+    Shape("gemma-2-2b", 2304, 256000, softcap=30.0),
+)
+QUICK = Shape("64x1000", 64, 1000)
+
+# A CPU gets rows for about this many multiply-adds a product: two cores do one in under a second.
+CPU_PRODUCT = 3.5e10
+GPU_ROWS = (1024, 4096, 16384)
+
+
+def parse_shape(text: str) -> tuple[Shape, ...]:
+    """A name, ``all``, or ``DxV`` with an optional soft-cap: ``2304x256000:30``.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if text == "all":
+        return SHAPES
+    if named := [shape for shape in SHAPES if shape.name == text.lower()]:
+        return tuple(named)
+    if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?::(\d+(?:\.\d+)?))?", text):
+        hidden, vocabulary, softcap = match.groups()
+        return (Shape(text, int(hidden), int(vocabulary), float(softcap) if softcap else None),)
+    raise ValueError(
+        f"shape {text!r}: take DxV, such as 896x151936, 'all' or one of {', '.join(s.name for s in SHAPES)}"
+    )
+
+
+def default_rows(shape: Shape, device: str) -> tuple[int, ...]:
+    """How many tokens to measure: several sizes on a GPU; on a CPU one power of two, at least 32 and at most 1024."""
+    if device != "cpu":
+        return GPU_ROWS
+    most = CPU_PRODUCT / (shape.hidden * shape.vocabulary)
+    rows = 32
+    while rows * 2 <= min(most, 1024):
+        rows *= 2
+    return (rows,)

@@ -1,0 +1,443 @@
+// The head on a CPU: the vocabulary is cut into tiles, dealt to the threads; a tile's logits are made by the BLAS that
+// PyTorch carries, and reduced or turned into their gradient while they are in that core's cache.
+//
+// Every sum has a fixed order: over tiles for the statistics, over threads for the hidden states' gradient; a row of the
+// weight's gradient belongs to one tile and so to one thread. So results repeat bit for bit with as many threads.
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "tiles.h"
+
+namespace alignpro {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kTile = 320;       // columns: a tile of logits of 320 x kRowBlock floats is about half of a 1 MiB L2
+constexpr int64_t kRowBlock = 384;   // rows
+constexpr int64_t kLanes = 16;
+
+const TileKernels& tile_kernels() {
+#if defined(__x86_64__)
+  static const TileKernels& chosen = [&]() -> const TileKernels& {
+    // PyTorch's own choice, which ATEN_CPU_CAPABILITY overrides.
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512" && __builtin_cpu_supports("avx512dq")) return tile_kernels_avx512;
+    if (capability == "AVX512" || capability == "AVX2") return tile_kernels_avx2;
+    return tile_kernels_generic;
+  }();
+  return chosen;
+#else
+  return tile_kernels_generic;
+#endif
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Tiling {
+  int64_t vocabulary, width, count;
+  // As many tiles for each thread, of nearly kTile columns.
+  explicit Tiling(int64_t vocabulary) : vocabulary(vocabulary) {
+    const int64_t threads = at::get_num_threads();
+    const int64_t wanted = ceil_div(ceil_div(vocabulary, kTile), threads) * threads;
+    width = std::max(kLanes, ceil_div(ceil_div(vocabulary, wanted), kLanes) * kLanes);
+    count = ceil_div(vocabulary, width);
+  }
+  // That of logits kept before: the number of threads may have changed since.
+  Tiling(int64_t vocabulary, const Tensor& logits)
+      : vocabulary(vocabulary), width(logits.size(3)), count(logits.size(1)) {}
+  int64_t start(int64_t tile) const { return tile * width; }
+  int64_t columns(int64_t tile) const { return std::min(width, vocabulary - start(tile)); }
+};
+
+struct HeadInputs {
+  Tensor hidden;                                  // (C, D) float32
+  Tensor weight;                                  // (V, D)
+  Tensor bias;                                    // padded, float32, or undefined
+  Tensor low_rank_rows, low_rank_weight;          // (C, r) float32, (V, r), or undefined
+  Tensor ref_hidden, ref_weight, ref_bias;        // likewise
+  Tensor inverse_tau;                             // (C) float32, or undefined for 1
+  float softcap;
+  bool shared() const { return ref_weight.defined() && ref_weight.data_ptr() == weight.data_ptr(); }
+};
+
+Tensor widened(const Tensor& x) { return x.scalar_type() == at::kFloat ? x : x.to(at::kFloat); }
+
+Tensor padded_bias(const OptionalTensor& bias, const Tiling& tiling) {
+  if (!bias) return {};
+  Tensor padded = at::zeros({tiling.count * tiling.width}, at::kFloat);
+  padded.narrow(0, 0, tiling.vocabulary).copy_(*bias);
+  return padded;
+}
+
+HeadInputs head_inputs(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& temperature, double softcap, const OptionalTensor& low_rank_rows,
+                       const OptionalTensor& low_rank_weight, const OptionalTensor& ref_hidden,
+                       const OptionalTensor& ref_weight, const OptionalTensor& ref_bias, const Tiling& tiling) {
+  HeadInputs in;
+  in.hidden = widened(hidden);
+  in.weight = weight;
+  in.bias = padded_bias(bias, tiling);
+  if (low_rank_weight) {
+    in.low_rank_rows = widened(*low_rank_rows);
+    in.low_rank_weight = *low_rank_weight;
+  }
+  if (ref_weight) {
+    in.ref_hidden = widened(*ref_hidden);
+    in.ref_weight = *ref_weight;
+    in.ref_bias = padded_bias(ref_bias, tiling);
+  }
+  if (temperature) in.inverse_tau = temperature->reciprocal();
+  in.softcap = static_cast<float>(softcap);
+  return in;
+}
+
+// Rows [start, start + columns) of a weight in float32; 16-bit weights pass through a buffer of the thread's.
+class WeightTile {
+ public:
+  explicit WeightTile(const Tensor& weight, int64_t width) : weight_(weight) {
+    if (weight.defined() && weight.scalar_type() != at::kFloat) buffer_ = at::empty({width, weight.size(1)}, at::kFloat);
+  }
+  Tensor at_columns(int64_t start, int64_t columns) const {
+    const Tensor rows = weight_.narrow(0, start, columns);
+    if (!buffer_.defined()) return rows;
+    Tensor wide = buffer_.narrow(0, 0, columns);
+    wide.copy_(rows);
+    return wide;
+  }
+
+ private:
+  Tensor weight_, buffer_;
+};
+
+// u = h W^T for some rows into (rows, width), of which the first `columns` are written.
+void product(const Tensor& hidden, const Tensor& weight_tile, float* out, int64_t width) {
+  Tensor u = at::from_blob(out, {hidden.size(0), weight_tile.size(0)}, {width, 1}, at::kFloat);
+  at::mm_out(u, hidden, weight_tile.t());
+}
+
+const float* pointer(const Tensor& x, int64_t offset = 0) { return x.defined() ? x.const_data_ptr<float>() + offset : nullptr; }
+
+Partials partials_at(const Tensor& sums, int64_t tile, int64_t row) {
+  const auto at_row = [&](int64_t which) { return sums.mutable_data_ptr<float>() + (which * sums.size(1) + tile) * sums.size(2) + row; };
+  Partials p{at_row(0), at_row(1), at_row(2), nullptr, nullptr, nullptr};
+  if (sums.size(0) == 6) {
+    p.m_r = at_row(3);
+    p.s_r = at_row(4);
+    p.b = at_row(5);
+  }
+  return p;
+}
+
+// Sums over tiles, in float64 and in order.
+struct RowSums {
+  double m = -std::numeric_limits<double>::infinity(), s = 0, a = 0, m_r = m, s_r = 0, b = 0;
+  double log_s() const { return std::log(s); }
+  double log_s_r() const { return std::log(s_r); }
+  double entropy() const { return log_s() - a / s; }
+  double kl() const { return b / s - log_s() + log_s_r(); }
+};
+
+RowSums merge(const Tensor& sums, int64_t row) {
+  const int64_t tiles = sums.size(1), rows = sums.size(2);
+  const float* data = sums.const_data_ptr<float>();
+  const auto value = [&](int64_t which, int64_t tile) { return static_cast<double>(data[(which * tiles + tile) * rows + row]); };
+  const bool reference = sums.size(0) == 6;
+  RowSums r;
+  for (int64_t t = 0; t < tiles; ++t) {
+    r.m = std::max(r.m, value(0, t));
+    if (reference) r.m_r = std::max(r.m_r, value(3, t));
+  }
+  for (int64_t t = 0; t < tiles; ++t) {
+    // A tile of -inf alone counts nothing; its own sums were taken relative to 0. NaN is in s.
+    const double shift = value(0, t) - r.m, s = value(1, t);
+    const bool empty = value(0, t) == -std::numeric_limits<double>::infinity() && !std::isnan(s);
+    const double scale = empty ? 0 : std::exp(shift), d = empty ? 0 : shift;
+    r.s += scale * s;
+    r.a += scale * (value(2, t) + d * s);
+    if (!reference) continue;
+    const double shift_r = value(3, t) - r.m_r, s_r = value(4, t);
+    const bool empty_r = value(3, t) == -std::numeric_limits<double>::infinity() && !std::isnan(s_r);
+    const double d_r = empty_r ? 0 : shift_r;
+    r.s_r += empty_r ? 0 : std::exp(shift_r) * s_r;
+    r.b += scale * (value(5, t) + (d - d_r) * s);
+  }
+  return r;
+}
+
+// -> logprob (C), entropy (C), kl (C), norms (4, C): m, log s, m_r, log s_r.
+// logits: (1 or 2, tiles, C, width), kept for `head_gradient`; without it they are not kept.
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
+    const OptionalTensor& temperature, double softcap, const OptionalTensor& low_rank_rows,
+    const OptionalTensor& low_rank_weight, const OptionalTensor& ref_hidden, const OptionalTensor& ref_weight,
+    const OptionalTensor& ref_bias, const OptionalTensor& logits) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const Tiling tiling = logits ? Tiling(weight.size(0), *logits) : Tiling(weight.size(0));
+  const HeadInputs in = head_inputs(hidden, weight, bias, temperature, softcap, low_rank_rows, low_rank_weight, ref_hidden,
+                                    ref_weight, ref_bias, tiling);
+  const int64_t rows = hidden.size(0);
+  const bool reference = in.ref_weight.defined();
+  const Tensor sums = at::empty({reference ? 6 : 3, tiling.count, rows}, at::kFloat);
+  Tensor logprob = at::empty({rows}, at::kFloat), entropy = at::empty({rows}, at::kFloat);
+  Tensor kl = at::empty({reference ? rows : 0}, at::kFloat), norms = at::zeros({4, rows}, at::kFloat);
+  Tensor target_logit = at::full({rows}, std::numeric_limits<float>::quiet_NaN(), at::kFloat);
+  const int64_t* targets = target.const_data_ptr<int64_t>();
+  float* chosen = target_logit.mutable_data_ptr<float>();
+
+  at::parallel_for(0, tiling.count, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowAutograd no_autograd_here;
+    const WeightTile weights(in.weight, tiling.width), others(in.shared() ? Tensor() : in.ref_weight, tiling.width);
+    const WeightTile low_rank(in.low_rank_weight, tiling.width);
+    const int64_t block = std::min(rows, kRowBlock);
+    Tensor scratch;
+    if (!logits) scratch = at::empty({reference ? 2 : 1, block, tiling.width}, at::kFloat);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t start = tiling.start(tile), columns = tiling.columns(tile);
+      const Tensor w = weights.at_columns(start, columns);
+      const Tensor w_r = !reference ? Tensor() : in.shared() ? w : others.at_columns(start, columns);
+      const Tensor b = in.low_rank_weight.defined() ? low_rank.at_columns(start, columns) : Tensor();
+      for (int64_t row = 0; row < rows; row += block) {
+        const int64_t count = std::min(block, rows - row);
+        float* z = logits ? logits->mutable_data_ptr<float>() + (tile * rows + row) * tiling.width
+                          : scratch.mutable_data_ptr<float>();
+        float* z_r = !reference ? nullptr
+                     : logits   ? z + tiling.count * rows * tiling.width
+                                : z + block * tiling.width;
+        product(in.hidden.narrow(0, row, count), w, z, tiling.width);
+        if (b.defined()) {
+          Tensor u = at::from_blob(z, {count, columns}, {tiling.width, 1}, at::kFloat);
+          u.addmm_(in.low_rank_rows.narrow(0, row, count), b.t());
+        }
+        if (reference) product(in.ref_hidden.narrow(0, row, count), w_r, z_r, tiling.width);
+        const Shape shape{count, columns, tiling.width, in.softcap, pointer(in.inverse_tau, row)};
+        tile_kernels().statistics(z, z_r, shape, pointer(in.bias, start), pointer(in.ref_bias, start),
+                                  partials_at(sums, tile, row));
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t column = targets[row + i] - start;
+          if (column >= 0 && column < columns) chosen[row + i] = z[i * tiling.width + column];
+        }
+      }
+    }
+  });
+
+  float* out[4] = {logprob.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(), kl.mutable_data_ptr<float>(),
+                   norms.mutable_data_ptr<float>()};
+  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const RowSums r = merge(sums, i);
+      out[0][i] = static_cast<float>((static_cast<double>(chosen[i]) - r.m) - r.log_s());
+      out[1][i] = static_cast<float>(r.entropy());
+      out[3][i] = static_cast<float>(r.m);
+      out[3][rows + i] = static_cast<float>(r.log_s());
+      if (!reference) continue;
+      out[2][i] = static_cast<float>(r.kl());
+      out[3][2 * rows + i] = static_cast<float>(r.m_r);
+      out[3][3 * rows + i] = static_cast<float>(r.log_s_r());
+    }
+  });
+  return {logprob, entropy, kl, norms};
+}
+
+// The sum over threads of (threads, A, D), into all rows of `into`: those not active get zero.
+void reduce_rows(const Tensor& parts, const OptionalTensor& active, Tensor into) {
+  Tensor sum = parts[0];
+  for (int64_t t = 1; t < parts.size(0); ++t) sum.add_(parts[t]);
+  if (!active) {
+    into.copy_(sum);
+    return;
+  }
+  into.zero_();
+  into.index_copy_(0, *active, sum.to(into.scalar_type()));
+}
+
+void accumulate(Tensor into, const Tensor& a, const Tensor& b, bool add) {
+  if (add) {
+    into.addmm_(a, b);
+  } else {
+    at::mm_out(into, a, b);
+  }
+}
+
+// Gradients of a chunk from its kept logits; see alignpro_kernels/head.py. Sums are overwritten unless `add`.
+void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTensor& entropy, const OptionalTensor& kl,
+                   const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& temperature,
+                   double softcap, const OptionalTensor& low_rank_rows, const OptionalTensor& low_rank_weight,
+                   const OptionalTensor& active, const OptionalTensor& alpha, const OptionalTensor& eta,
+                   const OptionalTensor& kappa, const OptionalTensor& d_hidden, const OptionalTensor& d_low_rank_rows,
+                   const OptionalTensor& d_weight, const OptionalTensor& d_bias, const OptionalTensor& d_low_rank,
+                   bool add) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const Tiling tiling(weight.size(0), logits);
+  const int64_t chunk = hidden.size(0), rows = active ? active->numel() : chunk;
+  const bool reference = logits.size(0) == 2 && kappa;
+  const auto chosen = [&](const Tensor& x) { return widened(active ? x.index_select(0, *active) : x); };
+  const Tensor inverse_tau = temperature ? temperature->reciprocal() : Tensor();
+  const Tensor h = d_weight ? chosen(hidden) : Tensor();
+  const Tensor t = d_low_rank ? chosen(*low_rank_rows) : Tensor();
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tiling.count);
+  const auto thread_sums = [&](const OptionalTensor& like) {
+    return like ? at::zeros({threads, rows, like->size(1)}, at::kFloat) : Tensor();
+  };
+  Tensor hidden_sums = thread_sums(d_hidden), low_rank_sums = thread_sums(d_low_rank_rows);
+  const Tensor bias_sums = d_bias ? at::zeros({tiling.width * tiling.count}, at::kFloat) : Tensor();
+
+  const auto value = [](const OptionalTensor& x) { return x ? x->const_data_ptr<float>() : nullptr; };
+  const float* norm = norms.const_data_ptr<float>();
+  const Upstream upstream{norm, norm + chunk, norm + 2 * chunk, norm + 3 * chunk, value(entropy),
+                          value(kl), value(alpha), value(eta), value(kappa)};
+
+  at::parallel_for(0, tiling.count, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowAutograd no_autograd_here;
+    const int64_t thread = begin / ceil_div(tiling.count, threads);
+    const WeightTile weights(d_hidden ? weight : Tensor(), tiling.width);
+    const WeightTile low_rank(d_low_rank_rows ? *low_rank_weight : Tensor(), tiling.width);
+    const int64_t block = std::min(rows, kRowBlock);
+    const Tensor scratch = at::empty({block, tiling.width}, at::kFloat);
+    std::vector<int64_t> local(chunk);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t start = tiling.start(tile), columns = tiling.columns(tile);
+      const Tensor w = d_hidden ? weights.at_columns(start, columns) : Tensor();
+      const Tensor b = d_low_rank_rows ? low_rank.at_columns(start, columns) : Tensor();
+      const float* z = logits.const_data_ptr<float>() + tile * chunk * tiling.width;
+      const float* z_r = reference ? z + tiling.count * chunk * tiling.width : nullptr;
+      for (int64_t i = 0; i < chunk; ++i) local[i] = target.const_data_ptr<int64_t>()[i] - start;
+      for (int64_t row = 0; row < rows; row += block) {
+        const int64_t count = std::min(block, rows - row);
+        // Without a list, the block's rows are found by moving every pointer that goes by the chunk's rows.
+        const int64_t skip = active ? 0 : row;
+        const auto moved = [&](const float* p) { return p == nullptr ? nullptr : p + skip; };
+        const Upstream here{moved(upstream.m), moved(upstream.log_s), moved(upstream.m_r), moved(upstream.log_s_r),
+                            moved(upstream.entropy), moved(upstream.kl), moved(upstream.alpha), moved(upstream.eta),
+                            moved(upstream.kappa)};
+        const Shape shape{count, columns, tiling.width, static_cast<float>(softcap), moved(pointer(inverse_tau))};
+        tile_kernels().gradient(z + skip * tiling.width, z_r == nullptr ? nullptr : z_r + skip * tiling.width, shape,
+                                active ? active->const_data_ptr<int64_t>() + row : nullptr, local.data() + skip, here,
+                                scratch.mutable_data_ptr<float>(),
+                                bias_sums.defined() ? bias_sums.mutable_data_ptr<float>() + start : nullptr);
+        const Tensor du = scratch.narrow(0, 0, count).narrow(1, 0, columns);
+        if (d_hidden) hidden_sums[thread].narrow(0, row, count).addmm_(du, w);
+        if (d_low_rank_rows) low_rank_sums[thread].narrow(0, row, count).addmm_(du, b);
+        if (d_weight) accumulate(d_weight->narrow(0, start, columns), du.t(), h.narrow(0, row, count), add || row > 0);
+        if (d_low_rank) accumulate(d_low_rank->narrow(0, start, columns), du.t(), t.narrow(0, row, count), add || row > 0);
+      }
+    }
+  });
+
+  if (d_hidden) reduce_rows(hidden_sums, active, *d_hidden);
+  if (d_low_rank_rows) reduce_rows(low_rank_sums, active, *d_low_rank_rows);
+  if (d_bias) {
+    const Tensor sum = bias_sums.narrow(0, 0, tiling.vocabulary);
+    Tensor into = *d_bias;
+    if (add) {
+      into.add_(sum);
+    } else {
+      into.copy_(sum);
+    }
+  }
+}
+
+// -> token (B), logprob (B), entropy (B). No logits are kept.
+std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                                               const Tensor& temperature, double softcap, const Tensor& seeds,
+                                               const OptionalTensor& low_rank_rows,
+                                               const OptionalTensor& low_rank_weight) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const Tiling tiling(weight.size(0));
+  const Tensor greedy = temperature.eq(0), tau = temperature.masked_fill(greedy, 1.0);
+  const HeadInputs in = head_inputs(hidden, weight, bias, tau, softcap, low_rank_rows, low_rank_weight, {}, {}, {}, tiling);
+  const int64_t rows = hidden.size(0), threads = std::min<int64_t>(at::get_num_threads(), tiling.count);
+  const Tensor sums = at::empty({3, tiling.count, rows}, at::kFloat);
+  const Tensor noisy = at::full({threads, rows}, -std::numeric_limits<float>::infinity(), at::kFloat);
+  const Tensor logit = at::full({threads, rows}, std::numeric_limits<float>::quiet_NaN(), at::kFloat);
+  const Tensor index = at::zeros({threads, rows}, at::kLong);
+
+  at::parallel_for(0, tiling.count, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowAutograd no_autograd_here;
+    const int64_t thread = begin / ceil_div(tiling.count, threads);
+    const WeightTile weights(in.weight, tiling.width), low_rank(in.low_rank_weight, tiling.width);
+    const int64_t block = std::min(rows, kRowBlock);
+    const Tensor scratch = at::empty({block, tiling.width}, at::kFloat);
+    float* z = scratch.mutable_data_ptr<float>();
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t start = tiling.start(tile), columns = tiling.columns(tile);
+      const Tensor w = weights.at_columns(start, columns);
+      for (int64_t row = 0; row < rows; row += block) {
+        const int64_t count = std::min(block, rows - row);
+        product(in.hidden.narrow(0, row, count), w, z, tiling.width);
+        if (in.low_rank_weight.defined()) {
+          Tensor u = at::from_blob(z, {count, columns}, {tiling.width, 1}, at::kFloat);
+          u.addmm_(in.low_rank_rows.narrow(0, row, count), low_rank.at_columns(start, columns).t());
+        }
+        const Shape shape{count, columns, tiling.width, in.softcap, pointer(in.inverse_tau, row)};
+        const int64_t at_row = thread * rows + row;
+        const Best best{noisy.mutable_data_ptr<float>() + at_row, logit.mutable_data_ptr<float>() + at_row,
+                        index.mutable_data_ptr<int64_t>() + at_row};
+        tile_kernels().sample(z, shape, pointer(in.bias, start), seeds.const_data_ptr<int64_t>() + row,
+                              greedy.const_data_ptr<bool>() + row, start, partials_at(sums, tile, row), best);
+      }
+    }
+  });
+
+  Tensor token = at::empty({rows}, at::kLong), logprob = at::zeros({rows}, at::kFloat), entropy = at::zeros({rows}, at::kFloat);
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t winner = 0;
+    for (int64_t t = 1; t < threads; ++t) {
+      if (noisy.const_data_ptr<float>()[t * rows + i] > noisy.const_data_ptr<float>()[winner * rows + i]) winner = t;
+    }
+    token.mutable_data_ptr<int64_t>()[i] = index.const_data_ptr<int64_t>()[winner * rows + i];
+    if (greedy.const_data_ptr<bool>()[i]) continue;
+    const RowSums r = merge(sums, i);
+    const double z = logit.const_data_ptr<float>()[winner * rows + i];
+    logprob.mutable_data_ptr<float>()[i] = static_cast<float>((z - r.m) - r.log_s());
+    entropy.mutable_data_ptr<float>()[i] = static_cast<float>(r.entropy());
+  }
+  return {token, logprob, entropy};
+}
+
+// (tiles, width) of the kept logits of a vocabulary, with the threads there are now.
+std::tuple<int64_t, int64_t> head_tiling(int64_t vocabulary) {
+  const Tiling tiling(vocabulary);
+  return {tiling.count, tiling.width};
+}
+
+std::string head_instructions() { return tile_kernels().name; }
+
+}  // namespace
+
+TORCH_LIBRARY(alignpro, m) {
+  m.def(
+      "head_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? temperature, float softcap, "
+      "Tensor? low_rank_rows, Tensor? low_rank_weight, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, "
+      "Tensor(a!)? logits) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "head_gradient(Tensor logits, Tensor norms, Tensor? entropy, Tensor? kl, Tensor hidden, Tensor weight, Tensor target, "
+      "Tensor? temperature, float softcap, Tensor? low_rank_rows, Tensor? low_rank_weight, Tensor? active, Tensor? alpha, "
+      "Tensor? eta, Tensor? kappa, Tensor(a!)? d_hidden, Tensor(b!)? d_low_rank_rows, Tensor(c!)? d_weight, "
+      "Tensor(d!)? d_bias, Tensor(e!)? d_low_rank, bool add) -> ()");
+  m.def(
+      "head_sample(Tensor hidden, Tensor weight, Tensor? bias, Tensor temperature, float softcap, Tensor seeds, "
+      "Tensor? low_rank_rows, Tensor? low_rank_weight) -> (Tensor, Tensor, Tensor)");
+  m.def("head_tiling(int vocabulary) -> (int, int)", &head_tiling);
+  m.def("head_instructions() -> str", &head_instructions);
+}
+
+TORCH_LIBRARY_IMPL(alignpro, CPU, m) {
+  m.impl("head_statistics", &head_statistics);
+  m.impl("head_gradient", &head_gradient);
+  m.impl("head_sample", &head_sample);
+}
+
+}  // namespace alignpro

@@ -1,0 +1,74 @@
+// Eight lanes of AVX2 and FMA.
+#pragma once
+
+#include <immintrin.h>
+
+#include "gumbel.h"
+
+namespace alignpro {
+namespace {
+
+struct Isa {
+  static constexpr int width = 8;
+  using F = __m256;
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F set(float v) { return _mm256_set1_ps(v); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }  // where either is NaN, the second
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F scale(F a, F n) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
+  }
+  static F zero_where_less(F a, F x, F bound) { return _mm256_andnot_ps(_mm256_cmp_ps(x, bound, _CMP_LT_OQ), a); }
+  static unsigned greater(F a, F b) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+  }
+  static float sum(F a) {
+    __m128 r = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    r = _mm_add_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
+  }
+  static float largest(F a) {
+    __m128 r = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    r = _mm_max_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
+  }
+  static F noise_complement(uint64_t seed, int64_t first) {
+    const __m256i low = complement(seed, first), high = complement(seed, first + 4);
+    // The low halves of eight 64-bit lanes, in order.
+    const __m256i both = _mm256_castps_si256(
+        _mm256_shuffle_ps(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high), _MM_SHUFFLE(2, 0, 2, 0)));
+    return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(both, _MM_SHUFFLE(3, 1, 2, 0)));
+  }
+  static F bits(F a) { return _mm256_cvtepi32_ps(_mm256_castps_si256(a)); }
+
+ private:
+  static __m256i multiply(__m256i a, uint64_t constant) {
+    const __m256i b = _mm256_set1_epi64x(static_cast<int64_t>(constant));
+    const __m256i low = _mm256_mul_epu32(a, b);
+    const __m256i cross = _mm256_add_epi64(_mm256_mul_epu32(_mm256_srli_epi64(a, 32), b),
+                                           _mm256_mul_epu32(a, _mm256_srli_epi64(b, 32)));
+    return _mm256_add_epi64(low, _mm256_slli_epi64(cross, 32));
+  }
+  static __m256i complement(uint64_t seed, int64_t first) {
+    const uint64_t start = seed + (static_cast<uint64_t>(first) + 1) * kGamma;
+    __m256i z = _mm256_add_epi64(
+        _mm256_set1_epi64x(static_cast<int64_t>(start)),
+        _mm256_set_epi64x(static_cast<int64_t>(3 * kGamma), static_cast<int64_t>(2 * kGamma),
+                          static_cast<int64_t>(kGamma), 0));
+    z = multiply(_mm256_xor_si256(z, _mm256_srli_epi64(z, 30)), kMix1);
+    z = multiply(_mm256_xor_si256(z, _mm256_srli_epi64(z, 27)), kMix2);
+    z = _mm256_xor_si256(z, _mm256_srli_epi64(z, 31));
+    return _mm256_srli_epi64(_mm256_xor_si256(z, _mm256_set1_epi64x(-1)), 33);
+  }
+};
+
+}  // namespace
+}  // namespace alignpro

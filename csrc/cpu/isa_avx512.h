@@ -1,0 +1,54 @@
+// Sixteen lanes of AVX-512 (F, DQ).
+#pragma once
+
+#include <immintrin.h>
+
+#include "gumbel.h"
+
+namespace alignpro {
+namespace {
+
+struct Isa {
+  static constexpr int width = 16;
+  using F = __m512;
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F set(float v) { return _mm512_set1_ps(v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }  // where either is NaN, the second
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F scale(F a, F n) { return _mm512_scalef_ps(a, n); }
+  static F zero_where_less(F a, F x, F bound) {
+    return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), _mm512_setzero_ps());
+  }
+  static unsigned greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static float largest(F a) { return _mm512_reduce_max_ps(a); }
+  static F noise_complement(uint64_t seed, int64_t first) {
+    const __m256i low = complement(seed, first), high = complement(seed, first + 8);
+    return _mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+  static F bits(F a) { return _mm512_cvtepi32_ps(_mm512_castps_si512(a)); }
+
+ private:
+  static __m256i complement(uint64_t seed, int64_t first) {
+    const uint64_t start = seed + (static_cast<uint64_t>(first) + 1) * kGamma;
+    const __m512i lanes = _mm512_set_epi64(
+        static_cast<int64_t>(7 * kGamma), static_cast<int64_t>(6 * kGamma), static_cast<int64_t>(5 * kGamma),
+        static_cast<int64_t>(4 * kGamma), static_cast<int64_t>(3 * kGamma), static_cast<int64_t>(2 * kGamma),
+        static_cast<int64_t>(kGamma), 0);
+    __m512i z = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(start)), lanes);
+    z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 30)), _mm512_set1_epi64(static_cast<int64_t>(kMix1)));
+    z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 27)), _mm512_set1_epi64(static_cast<int64_t>(kMix2)));
+    z = _mm512_xor_si512(z, _mm512_srli_epi64(z, 31));
+    return _mm512_cvtepi64_epi32(_mm512_srli_epi64(_mm512_xor_si512(z, _mm512_set1_epi64(-1)), 33));
+  }
+};
+
+}  // namespace
+}  // namespace alignpro

@@ -1,0 +1,190 @@
+// The tile kernels, written once on the lanes of `Isa`. Included by one file for each instruction set.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "tiles.h"
+
+namespace alignpro {
+namespace {
+
+using F = Isa::F;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Finite, so that 0 * (z - m) is 0 and not NaN where z is -inf: a column beyond the vocabulary, or a token ruled out.
+constexpr float kLowest = -1e30f;
+
+// e^x for x <= 88, within 2 ulp; 0 below -87.3, where results would be subnormal. Cody-Waite reduction, polynomial of
+// Cephes' expf.
+inline F exponential(F x) {
+  const F n = Isa::round(Isa::mul(Isa::max(Isa::set(-126.0f * 0.6931472f), x), Isa::set(1.44269504088896341f)));
+  F r = Isa::fma(n, Isa::set(-0.693359375f), x);
+  r = Isa::fma(n, Isa::set(2.12194440e-4f), r);
+  F p = Isa::set(1.9875691500e-4f);
+  p = Isa::fma(p, r, Isa::set(1.3981999507e-3f));
+  p = Isa::fma(p, r, Isa::set(8.3334519073e-3f));
+  p = Isa::fma(p, r, Isa::set(4.1665795894e-2f));
+  p = Isa::fma(p, r, Isa::set(1.6666665459e-1f));
+  p = Isa::fma(p, r, Isa::set(5.0000001201e-1f));
+  p = Isa::fma(p, Isa::mul(r, r), Isa::add(r, Isa::set(1.0f)));
+  return Isa::zero_where_less(Isa::scale(p, n), x, Isa::set(-126.0f * 0.6931472f));
+}
+
+// softcap tanh(u / softcap), to 1e-7 of the soft-cap: that of a logit is what counts, not the relative error near 0.
+inline F cap(F u, float softcap) {
+  const F x = Isa::min(Isa::set(40.0f), Isa::max(Isa::set(-40.0f), Isa::mul(u, Isa::set(2.0f / softcap))));
+  const F t = Isa::sub(Isa::set(1.0f), Isa::div(Isa::set(2.0f), Isa::add(exponential(x), Isa::set(1.0f))));
+  return Isa::mul(t, Isa::set(softcap));
+}
+
+// u -> z in place for one row; returns the largest. NaN may be lost here: the sums carry it.
+inline float transform(float* z, const Shape& shape, float inverse_tau, const float* bias) {
+  for (int64_t j = shape.columns; j < shape.stride; ++j) z[j] = -kInfinity;
+  F top = Isa::set(-kInfinity);
+  if (bias == nullptr && shape.softcap == 0 && inverse_tau == 1) {
+    for (int64_t j = 0; j < shape.stride; j += Isa::width) top = Isa::max(top, Isa::load(z + j));
+    return Isa::largest(top);
+  }
+  const F scale = Isa::set(inverse_tau);
+  for (int64_t j = 0; j < shape.stride; j += Isa::width) {
+    F u = Isa::load(z + j);
+    if (bias != nullptr) u = Isa::add(u, Isa::load(bias + j));
+    if (shape.softcap != 0) u = cap(u, shape.softcap);
+    Isa::store(z + j, Isa::mul(u, scale));
+  }
+  for (int64_t j = shape.columns; j < shape.stride; ++j) z[j] = -kInfinity;  // a soft-cap makes them finite
+  for (int64_t j = 0; j < shape.stride; j += Isa::width) top = Isa::max(top, Isa::load(z + j));
+  return Isa::largest(top);
+}
+
+inline F relative(const float* z, F m) { return Isa::max(Isa::set(kLowest), Isa::sub(Isa::load(z), m)); }
+
+inline float finite(float m) { return m == -kInfinity ? 0.0f : m; }
+
+void statistics(float* logits, float* reference, const Shape& shape, const float* bias, const float* reference_bias,
+                const Partials& out) {
+  for (int64_t i = 0; i < shape.rows; ++i) {
+    float* z = logits + i * shape.stride;
+    const float inverse_tau = shape.inverse_tau == nullptr ? 1.0f : shape.inverse_tau[i];
+    out.m[i] = transform(z, shape, inverse_tau, bias);
+    const F m = Isa::set(finite(out.m[i]));
+    F s = Isa::set(0), a = s, b = s, s_r = s;
+    if (reference == nullptr) {
+      for (int64_t j = 0; j < shape.stride; j += Isa::width) {
+        const F t = relative(z + j, m), e = exponential(t);
+        s = Isa::add(s, e);
+        a = Isa::fma(e, t, a);
+      }
+    } else {
+      float* w = reference + i * shape.stride;
+      out.m_r[i] = transform(w, shape, inverse_tau, reference_bias);
+      const F m_r = Isa::set(finite(out.m_r[i]));
+      for (int64_t j = 0; j < shape.stride; j += Isa::width) {
+        const F t = relative(z + j, m), e = exponential(t), t_r = relative(w + j, m_r);
+        s = Isa::add(s, e);
+        a = Isa::fma(e, t, a);
+        s_r = Isa::add(s_r, exponential(t_r));
+        b = Isa::fma(e, Isa::sub(t, t_r), b);
+      }
+      out.s_r[i] = Isa::sum(s_r);
+      out.b[i] = Isa::sum(b);
+    }
+    out.s[i] = Isa::sum(s);
+    out.a[i] = Isa::sum(a);
+  }
+}
+
+void gradient(const float* logits, const float* reference, const Shape& shape, const int64_t* active,
+              const int64_t* target, const Upstream& up, float* du, float* bias_gradient) {
+  for (int64_t i = 0; i < shape.rows; ++i) {
+    const int64_t row = active == nullptr ? i : active[i];
+    const float* z = logits + row * shape.stride;
+    const float* w = reference == nullptr ? nullptr : reference + row * shape.stride;
+    float* d = du + i * shape.stride;
+    const float inverse_tau = shape.inverse_tau == nullptr ? 1.0f : shape.inverse_tau[row];
+    const float alpha = up.alpha == nullptr ? 0.0f : up.alpha[row];
+    const float eta = up.eta == nullptr ? 0.0f : up.eta[row];
+    const float kappa = up.kappa == nullptr || w == nullptr ? 0.0f : up.kappa[row];
+    const F m = Isa::set(finite(up.m[row])), log_s = Isa::set(up.log_s[row]);
+    const F slope = Isa::set(inverse_tau);
+    // 1 - tanh^2 = 1 - (z tau / softcap)^2
+    const F per_cap = Isa::set(shape.softcap == 0 ? 0.0f : 1.0f / (inverse_tau * shape.softcap));
+    const F one = Isa::set(1.0f);
+    // dz = -p (alpha + eta (log p + H) - kappa (log p - log q - KL)), and alpha at the target
+    const F entropy = Isa::set(eta == 0 ? 0.0f : up.entropy[row]);
+    const bool with_reference = kappa != 0;
+    const F m_r = Isa::set(with_reference ? finite(up.m_r[row]) : 0.0f);
+    const F log_s_r = Isa::set(with_reference ? up.log_s_r[row] : 0.0f);
+    const F kl = Isa::set(with_reference ? up.kl[row] : 0.0f);
+    const F v_alpha = Isa::set(alpha), v_eta = Isa::set(eta), v_kappa = Isa::set(-kappa);
+    for (int64_t j = 0; j < shape.stride; j += Isa::width) {
+      const F zj = Isa::load(z + j);
+      const F logp = Isa::max(Isa::set(kLowest), Isa::sub(Isa::sub(zj, m), log_s));
+      F factor = v_alpha;
+      if (eta != 0) factor = Isa::fma(v_eta, Isa::add(logp, entropy), factor);
+      if (with_reference) {
+        const F logq = Isa::max(Isa::set(kLowest), Isa::sub(Isa::sub(Isa::load(w + j), m_r), log_s_r));
+        factor = Isa::fma(v_kappa, Isa::sub(Isa::sub(logp, logq), kl), factor);
+      }
+      Isa::store(d + j, Isa::mul(factor, exponential(logp)));
+    }
+    // d holds -dz but for the target.
+    const int64_t y = target[row];
+    if (y >= 0 && y < shape.columns) d[y] -= alpha;
+    for (int64_t j = 0; j < shape.stride; j += Isa::width) {
+      F g = Isa::mul(Isa::load(d + j), Isa::sub(Isa::set(0.0f), slope));
+      if (shape.softcap != 0) {
+        const F t = Isa::mul(Isa::max(Isa::set(kLowest), Isa::load(z + j)), per_cap);
+        g = Isa::mul(g, Isa::sub(one, Isa::mul(t, t)));
+      }
+      Isa::store(d + j, g);
+    }
+    if (bias_gradient != nullptr) {
+      for (int64_t j = 0; j < shape.columns; ++j) bias_gradient[j] += d[j];
+    }
+  }
+}
+
+// No noise of a lane is larger. With v = 1 - u, g = -log(-log u) <= -log v, since -log(1 - v) >= v; and -log2 v is at most
+// what the bits of v, read as a number, say: the mantissa is a chord under the logarithm. Only lanes whose bound beats the
+// best so far need the logarithms.
+inline F noise_bound(uint64_t seed, int64_t first) {
+  const F v = Isa::mul(Isa::noise_complement(seed, first), Isa::set(0x1p-31f * (1 - 0x1p-22f)));  // not above the true v
+  return Isa::fma(Isa::bits(v), Isa::set(-0.69314718f * 0x1p-23f), Isa::set(127 * 0.69314718f + 1e-4f));
+}
+
+void sample(float* logits, const Shape& shape, const float* bias, const int64_t* seeds, const bool* greedy, int64_t first,
+            const Partials& out, const Best& best) {
+  for (int64_t i = 0; i < shape.rows; ++i) {
+    float* z = logits + i * shape.stride;
+    out.m[i] = transform(z, shape, shape.inverse_tau == nullptr ? 1.0f : shape.inverse_tau[i], bias);
+    const F m = Isa::set(finite(out.m[i]));
+    F s = Isa::set(0), a = s;
+    F record = Isa::set(best.noisy[i]);
+    const uint64_t seed = static_cast<uint64_t>(seeds[i]);
+    for (int64_t j = 0; j < shape.stride; j += Isa::width) {
+      const F zj = Isa::load(z + j);
+      const F t = Isa::max(Isa::set(kLowest), Isa::sub(zj, m)), e = exponential(t);
+      s = Isa::add(s, e);
+      a = Isa::fma(e, t, a);
+      unsigned candidates =
+          greedy[i] ? Isa::greater(zj, record) : Isa::greater(Isa::add(zj, noise_bound(seed, first + j)), record);
+      if (candidates == 0) continue;
+      for (; candidates != 0; candidates &= candidates - 1) {
+        const int64_t column = j + __builtin_ctz(candidates);
+        const float noisy = z[column] + (greedy[i] ? 0.0f : gumbel(seed, first + column));
+        if (noisy > best.noisy[i]) {
+          best.noisy[i] = noisy;
+          best.logit[i] = z[column];
+          best.index[i] = first + column;
+        }
+      }
+      record = Isa::set(best.noisy[i]);
+    }
+    out.s[i] = Isa::sum(s);
+    out.a[i] = Isa::sum(a);
+  }
+}
+
+}  // namespace
+}  // namespace alignpro

@@ -1,0 +1,165 @@
+"""Compiles csrc/ into libraries of operators, once for each version of their sources, of torch and of the compilers.
+
+    python -m alignpro_kernels.build            build now, for an image or before a job that many processes begin at once
+
+Without that they are built on first use. They are kept under ``$ALIGNPRO_KERNELS_CACHE``, or ``alignpro_kernels`` in
+``$XDG_CACHE_HOME`` (``~/.cache``). csrc/cpu needs a C++20 compiler (``$CXX``, c++, g++ or clang++), csrc/cuda also nvcc
+(of ``$CUDA_HOME`` or on the path), and both torch's own headers, none of Python's, so the same file serves every Python.
+The CUDA library holds code for every generation of GPUs that its nvcc knows, so that an image may be built without a GPU.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+logger = logging.getLogger("alignpro_kernels")
+
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-maybe-uninitialized")
+_OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
+_CUDA_FLAGS = ("-std=c++20", "-O3", "-arch=all-major", "--threads=0", "-Xcompiler=-fPIC,-Wall")
+
+
+class BuildError(RuntimeError):
+    """A library cannot be built; the message says why and what to do."""
+
+
+def library() -> Path:
+    """The built library of the CPU's operators, building it if need be.
+
+    Raises:
+        BuildError: There is no compiler, no place to write to, or the compiler failed.
+    """
+    compiler = _compiler()
+    return _library("cpu", (compiler,), (compiler, *_FLAGS, *_OPENMP), (compiler, *_OPENMP))
+
+
+def cuda_library() -> Path:
+    """The built library of the operators in CUDA C++, building it if need be; no GPU is needed for that.
+
+    CUDA's runtime is linked in, so that its version need not be that of torch: the driver must be new enough for nvcc.
+
+    Raises:
+        BuildError: There is no nvcc or no C++ compiler, no place to write to, or a compiler failed.
+    """
+    if (nvcc := _nvcc()) is None:
+        raise BuildError(
+            "no nvcc found: install the CUDA toolkit and name its directory by CUDA_HOME, or put it on the PATH"
+        )
+    host = _compiler()
+    command = (nvcc, f"-ccbin={host}")
+    return _library("cuda", (nvcc, host), (*command, *_CUDA_FLAGS), command)
+
+
+def _library(name: str, programs: tuple[str, ...], compiling: tuple[str, ...], linking: tuple[str, ...]) -> Path:
+    """csrc/``name`` built by two commands, which call ``programs``."""
+    sources = sorted((_source_directory() / name).iterdir())
+    path = _cache_directory() / f"{name}-{_key(programs, compiling, sources)}.so"
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_suffix(".lock")):
+            if not path.exists():  # another process may have built it while this one waited
+                _build([source for source in sources if source.suffix in (".cpp", ".cu")], path, compiling, linking)
+    except OSError as error:
+        raise BuildError(
+            f"{path.parent} cannot be written ({error}); name another by ALIGNPRO_KERNELS_CACHE"
+        ) from error
+    return path
+
+
+def _build(sources: list[Path], path: Path, compiling: tuple[str, ...], linking: tuple[str, ...]) -> None:
+    logger.info("building %s with %s; this is done once", path, compiling[0])
+    start = time.perf_counter()
+    includes = [flag for directory in cpp_extension.include_paths() for flag in ("-isystem", directory)]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        commands = [
+            [*compiling, abi, *includes, "-c", str(source), "-o", str(target)]
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        libraries = [f"-L{directory}" for directory in cpp_extension.library_paths()]
+        built = Path(scratch) / path.name
+        _run([*linking, "-shared", *map(str, objects), *libraries, "-ltorch_cpu", "-lc10", "-o", str(built)])
+        built.replace(path)
+    logger.info("built in %.0f s", time.perf_counter() - start)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\nfailed with\n{done.stderr[-4000:]}")
+
+
+def _compiler() -> str:
+    if named := os.environ.get("CXX"):
+        if found := shutil.which(named):
+            return found
+        raise BuildError(f"CXX names {named!r}, which is not a program that can be found: name one, without arguments")
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return found
+    raise BuildError("no C++ compiler found: install one (Debian, Ubuntu: apt install g++), or name it by CXX")
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return (shutil.which(str(Path(home) / "bin" / "nvcc")) if home else None) or shutil.which("nvcc")
+
+
+def _key(programs: tuple[str, ...], compiling: tuple[str, ...], sources: list[Path]) -> str:
+    versions = [subprocess.run([x, "--version"], capture_output=True, text=True).stdout for x in programs]
+    digest = hashlib.sha256(repr((torch.__version__, versions, compiling)).encode())
+    for source in sources:
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _source_directory() -> Path:
+    """csrc/ of the source tree, or its copy in an installed package."""
+    here = Path(__file__).resolve().parent
+    for candidate in (here / "csrc", here.parent.parent / "csrc"):
+        if candidate.is_dir():
+            return candidate
+    raise BuildError(f"the C++ sources are neither in {here / 'csrc'} nor in {here.parent.parent / 'csrc'}")
+
+
+def _cache_directory() -> Path:
+    if named := os.environ.get("ALIGNPRO_KERNELS_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignpro_kernels"
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        print(library())
+        if torch.version.cuda is not None and _nvcc() is not None:
+            print(cuda_library())
+    except BuildError as error:
+        raise SystemExit(f"alignpro_kernels.build: {error}") from None

@@ -1,0 +1,153 @@
+"""Backend ``cpp``: the head on a CPU, by the operators of csrc/cpu.
+
+The vocabulary is cut into tiles that are dealt to the threads. A tile's logits come from PyTorch's BLAS and are reduced
+while they are in the cache. Rows in flight are what costs memory, since their logits are kept from the statistics to the
+gradient; each chunk reads W twice and dW twice, so too few rows make those the bottleneck.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignpro_kernels.build import BuildError, library
+from alignpro_kernels.head import Head, HeadGradients, Rows
+from alignpro_kernels.types import SampleOutput, TokenStats
+
+_BUDGET = 224 << 20  # bytes of logits in flight, and of the threads' sums
+_FEWEST_ROWS = 64  # below, W and dW pass through memory more often than a larger budget would cost
+
+
+@dataclass
+class Kept:
+    """Logits of a chunk in tiles, and what normalises them."""
+
+    logits: Tensor
+    """(1 or 2, tiles, C, width)"""
+    norms: Tensor
+    """(4, C): the maximum and log Σ e^{z−m}, of policy and reference."""
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the backend cannot run here, None if it can; builds the library when it is not there yet."""
+    try:
+        torch.ops.load_library(str(library()))
+    except (BuildError, OSError) as error:
+        return str(error)
+    _register_fakes()
+    return None
+
+
+def instructions() -> str:
+    """The instruction set in use: avx512, avx2 or generic."""
+    return str(torch.ops.alignpro.head_instructions())
+
+
+def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
+    """The most rows of one chunk."""
+    floats = head.logits_per_row + torch.get_num_threads() * head.weight.shape[1]
+    return max(_FEWEST_ROWS, _BUDGET // (4 * floats))
+
+
+def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[TokenStats, Kept | None]:
+    """See `alignpro_kernels.head`."""
+    logits = None
+    if keep:
+        tiles, width = torch.ops.alignpro.head_tiling(len(head.weight))
+        logits = torch.empty(1 if head.ref_weight is None else 2, tiles, len(rows.hidden), width)
+    logprob, h, kl, norms = torch.ops.alignpro.head_statistics(
+        rows.hidden,
+        head.weight,
+        head.bias,
+        rows.target,
+        _temperature(rows),
+        head.softcap or 0.0,
+        rows.low_rank,
+        head.low_rank,
+        rows.ref_hidden,
+        head.ref_weight,
+        head.ref_bias,
+        logits,
+    )
+    stats = TokenStats(logprob, h if entropy else None, kl if head.ref_weight is not None else None)
+    return stats, None if logits is None else Kept(logits, norms)
+
+
+def backward(
+    head: Head,
+    rows: Rows,
+    kept: Kept,
+    stats: TokenStats,
+    active: Tensor | None,
+    alpha: Tensor | None,
+    eta: Tensor | None,
+    kappa: Tensor | None,
+    gradients: HeadGradients,
+) -> None:
+    """See `alignpro_kernels.head`."""
+    torch.ops.alignpro.head_gradient(
+        kept.logits,
+        kept.norms,
+        stats.entropy,
+        stats.kl,
+        rows.hidden,
+        head.weight,
+        rows.target,
+        _temperature(rows),
+        head.softcap or 0.0,
+        rows.low_rank,
+        head.low_rank,
+        active,
+        alpha,
+        eta,
+        kappa,
+        gradients.hidden,
+        gradients.low_rank_rows,
+        gradients.weight,
+        gradients.bias,
+        gradients.low_rank,
+        gradients.accumulate,
+    )
+
+
+def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
+    """See `alignpro_kernels.head`."""
+    tau = _temperature(rows)
+    if tau is None:
+        tau = torch.ones(len(rows.hidden))
+    return SampleOutput(
+        *torch.ops.alignpro.head_sample(
+            rows.hidden, head.weight, head.bias, tau, head.softcap or 0.0, seeds, rows.low_rank, head.low_rank
+        )
+    )
+
+
+def _temperature(rows: Rows) -> Tensor | None:
+    """(C,), or None where it is 1 for all."""
+    if isinstance(rows.temperature, Tensor):
+        return rows.temperature
+    return None if rows.temperature == 1.0 else torch.full((len(rows.hidden),), float(rows.temperature))
+
+
+def _register_fakes() -> None:
+    """Shapes of the results, for tracing."""
+
+    @torch.library.register_fake("alignpro::head_statistics")
+    def _(hidden, *rest):  # type: ignore[no-untyped-def]
+        count, reference = hidden.shape[0], rest[8] is not None
+        row = hidden.new_empty(count, dtype=torch.float32)
+        kl = hidden.new_empty(count if reference else 0, dtype=torch.float32)
+        return row, torch.empty_like(row), kl, hidden.new_empty(4, count, dtype=torch.float32)
+
+    @torch.library.register_fake("alignpro::head_gradient")
+    def _(*arguments):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake("alignpro::head_sample")
+    def _(hidden, *rest):  # type: ignore[no-untyped-def]
+        row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        return hidden.new_empty(hidden.shape[0], dtype=torch.int64), row, torch.empty_like(row)

@@ -1,0 +1,298 @@
+"""The chunk loop that every fast backend shares: rows in flight, coefficients, accumulators, autograd.
+
+The logits of all rows never exist at once. A chunk's logits are made, reduced to statistics, turned in place into their
+gradient and multiplied out, before the next chunk is begun. Accumulators over chunks are float32 (float64 for float64
+inputs): sums in bfloat16 lose what a chunk adds once the sum has grown.
+
+`policy_loss` forms gradients in the forward pass, so that logits are computed once: 6 NDV operations with a trained
+head, 4 with a frozen one, 2 more with a KL. `linear_logprob` keeps its inputs only; its backward recomputes the logits
+of those rows whose gradient is not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from alignpro_kernels.coefficients import evaluate
+from alignpro_kernels.head import Head, HeadGradients, Rows, statistics_dtype
+from alignpro_kernels.types import Coefficients, PolicyLossOutput, SampleOutput, TokenStats
+
+_ROW_MULTIPLE = 64  # chunks are cut to whole tiles where there are several
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of an operator, with N rows left after masking."""
+
+    head: Head
+    rows: Rows
+
+    def variables(self) -> tuple[Tensor | None, ...]:
+        """What may take a gradient, in the order of `_gradients`."""
+        return self.rows.hidden, self.head.weight, self.head.bias, self.rows.low_rank, self.head.low_rank
+
+    def detach(self) -> Call:
+        """The same without autograd's history; the reference still shares the weight if it did."""
+
+        def constant(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().contiguous()
+
+        head, rows = self.head, self.rows
+        weight, hidden = constant(head.weight), constant(rows.hidden)
+        assert weight is not None and hidden is not None
+        dtype = statistics_dtype(hidden.dtype)
+        tau = rows.temperature
+        return Call(
+            Head(
+                weight,
+                constant(head.bias),
+                head.softcap,
+                constant(head.low_rank),
+                weight if head.shared else constant(head.ref_weight),
+                constant(head.ref_bias),
+            ),
+            Rows(
+                hidden,
+                constant(rows.target),
+                tau.detach().to(dtype).contiguous() if isinstance(tau, Tensor) else tau,
+                constant(rows.low_rank),
+                constant(rows.ref_hidden),
+            ),
+        )
+
+
+def policy_loss(
+    backend: ModuleType, call: Call, coefficients: Coefficients, *, entropy: bool, positions: Tensor | None
+) -> PolicyLossOutput:
+    """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are the rows' places in the input, None for 0…N−1."""
+    variables = call.variables()
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in variables]
+    with torch.no_grad():
+        call = call.detach()
+        count, device = len(call.rows.hidden), call.rows.hidden.device
+        if positions is None:
+            positions = torch.arange(count, device=device)
+        total = torch.zeros((), dtype=statistics_dtype(call.rows.hidden.dtype), device=device)
+        sums = _Sums(call, wanted) if any(wanted) else None
+        parts: list[TokenStats] = []
+        for chunk in _chunks(count, backend.rows_in_flight(call.head, call.rows.hidden.dtype)):
+            rows = call.rows.select(chunk)
+            stats, kept = backend.forward(call.head, rows, entropy=entropy, keep=sums is not None)
+            loss, derivatives = evaluate(coefficients, stats, positions[chunk])
+            total += loss
+            parts.append(stats)
+            if sums is not None:
+                active = _active_rows(derivatives)
+                sums.add(backend, chunk, rows, kept, stats, active, derivatives)
+            del kept  # before the next chunk's logits are made
+    stats = _join(parts, call.rows.hidden, entropy=entropy, kl=call.head.ref_weight is not None)
+    if sums is None:
+        return PolicyLossOutput(total, *stats)
+    return PolicyLossOutput(_HandOn.apply(total, sums.finish(), *variables), *stats)
+
+
+def linear_logprob(backend: ModuleType, call: Call, *, entropy: bool) -> TokenStats:
+    """See `alignpro_kernels.linear_logprob`."""
+    logprob, h, kl = _Statistics.apply(backend, call, entropy, *call.variables())
+    return TokenStats(logprob, h if entropy else None, kl if call.head.ref_weight is not None else None)
+
+
+def linear_sample(backend: ModuleType, call: Call, seeds: Tensor) -> SampleOutput:
+    """See `alignpro_kernels.linear_sample`: no logits are kept, so there are no chunks."""
+    with torch.no_grad():
+        call = call.detach()
+        if not len(seeds):
+            none = seeds.new_empty(0, dtype=statistics_dtype(call.rows.hidden.dtype))
+            return SampleOutput(seeds, none, none)
+        sampled: SampleOutput = backend.sample(call.head, call.rows, seeds.contiguous())
+        return sampled
+
+
+class _Sums:
+    """Gradients of a call, chunk by chunk."""
+
+    def __init__(self, call: Call, wanted: list[bool]) -> None:
+        def like(index: int, dtype: torch.dtype | None = None) -> Tensor | None:
+            x = call.variables()[index]
+            return torch.empty_like(x, dtype=dtype) if wanted[index] and x is not None else None
+
+        wide = statistics_dtype(call.rows.hidden.dtype)
+        self._call = call
+        self._hidden, self._low_rank_rows = like(0), like(3)
+        self._weight, self._bias, self._low_rank = like(1, wide), like(2, wide), like(4, wide)
+        self._begun = False
+
+    def add(
+        self,
+        backend: ModuleType,
+        chunk: slice,
+        rows: Rows,
+        kept: Any,
+        stats: TokenStats,
+        active: Tensor | None,
+        derivatives: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ) -> None:
+        """Add a chunk's gradient; ``active`` may be empty."""
+        into = HeadGradients(
+            hidden=None if self._hidden is None else self._hidden[chunk],
+            low_rank_rows=None if self._low_rank_rows is None else self._low_rank_rows[chunk],
+            weight=self._weight,
+            bias=self._bias,
+            low_rank=self._low_rank,
+            accumulate=self._begun,
+        )
+        if active is not None and not len(active):
+            for x in (into.hidden, into.low_rank_rows):
+                if x is not None:
+                    x.zero_()
+            return
+        backend.backward(self._call.head, rows, kept, stats, active, *derivatives, into)
+        self._begun = True
+
+    def finish(self) -> list[Tensor | None]:
+        """The gradients in their variables' dtypes, in the order of `Call.variables`."""
+        weight, bias, low_rank = self._weight, self._bias, self._low_rank
+        if not self._begun:
+            for x in (weight, bias, low_rank):
+                if x is not None:
+                    x.zero_()
+        dtype = self._call.head.weight.dtype
+        self._weight = self._bias = self._low_rank = None  # a wide accumulator is freed once it is rounded
+        rounded = [None if x is None else x.to(dtype) for x in (weight, bias, low_rank)]
+        return [self._hidden, rounded[0], rounded[1], self._low_rank_rows, rounded[2]]
+
+
+class _HandOn(torch.autograd.Function):
+    """A loss whose gradients are known already: backward scales them and hands them on."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *variables: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        # Without retain_graph the saved gradients are not needed again: scaled in place, they become the leaves' own.
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        # On a GPU to look at the scale would wait for the device; a product costs one pass over the gradient.
+        if scale.device.type == "cpu" and scale.item() == 1.0:
+            return None, None, *ctx.saved_tensors
+        return (
+            None,
+            None,
+            *(None if g is None else (scale * g).to(g.dtype) if retained else g.mul_(scale) for g in ctx.saved_tensors),
+        )
+
+
+class _Statistics(torch.autograd.Function):
+    """Statistics of all rows; backward computes logits again, of the rows that have a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: ModuleType, call: Call, entropy: bool, *variables: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        call = call.detach()
+        parts = []
+        hidden = call.rows.hidden
+        for chunk in _chunks(len(hidden), backend.rows_in_flight(call.head, hidden.dtype)):
+            stats, _ = backend.forward(call.head, call.rows.select(chunk), entropy=entropy, keep=False)
+            parts.append(stats)
+        stats = _join(parts, hidden, entropy=entropy, kl=call.head.ref_weight is not None)
+        ctx.backend, ctx.entropy = backend, entropy
+        _save(ctx, call)
+        ctx.set_materialize_grads(False)
+        return stats.logprob, stats.entropy, stats.kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *derivatives: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, backend = _restore(ctx), ctx.backend
+        active = _active_rows(derivatives)
+        count = len(call.rows.hidden)
+        selected = call.rows if active is None else call.rows.select(active)
+        upstream = [None if x is None else (x if active is None else x[active]).contiguous() for x in derivatives]
+        sums = _Sums(replace(call, rows=selected), list(ctx.needs_input_grad[3:]))
+        for chunk in _chunks(len(selected.hidden), backend.rows_in_flight(call.head, selected.hidden.dtype)):
+            rows = selected.select(chunk)
+            stats, kept = backend.forward(call.head, rows, entropy=upstream[1] is not None, keep=True)
+            alpha, eta, kappa = (None if x is None else x[chunk] for x in upstream)
+            sums.add(backend, chunk, rows, kept, stats, None, (alpha, eta, kappa))
+            del kept
+        gradients = sums.finish()
+        if active is not None:
+            gradients = [
+                _spread(x, active, count) if index in (0, 3) and x is not None else x
+                for index, x in enumerate(gradients)
+            ]
+        return None, None, None, *gradients
+
+
+def _save(ctx: Any, call: Call) -> None:
+    head, rows = call.head, call.rows
+    tau = rows.temperature
+    ctx.shared, ctx.softcap = head.shared, head.softcap
+    ctx.number = None if isinstance(tau, Tensor) else tau
+    ctx.save_for_backward(
+        head.weight,
+        head.bias,
+        head.low_rank,
+        None if head.shared else head.ref_weight,
+        head.ref_bias,
+        rows.hidden,
+        rows.target,
+        tau if isinstance(tau, Tensor) else None,
+        rows.low_rank,
+        rows.ref_hidden,
+    )
+
+
+def _restore(ctx: Any) -> Call:
+    weight, bias, low_rank, ref_weight, ref_bias, hidden, target, tau, low_rank_rows, ref_hidden = ctx.saved_tensors
+    return Call(
+        Head(weight, bias, ctx.softcap, low_rank, weight if ctx.shared else ref_weight, ref_bias),
+        Rows(hidden, target, ctx.number if tau is None else tau, low_rank_rows, ref_hidden),
+    )
+
+
+def _chunks(count: int, most: int) -> Iterator[slice]:
+    """Slices of nearly equal length, at most ``most`` rows each: a short last chunk would use W for little."""
+    if count == 0:
+        return
+    pieces = -(-count // max(1, most))
+    size = -(-count // pieces)
+    if pieces > 1 and most >= _ROW_MULTIPLE:
+        size = min(-(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE, most)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _active_rows(derivatives: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Rows with a coefficient that is not zero, ascending; None for all. On a GPU this waits for the device once."""
+    given = [x for x in derivatives if x is not None]
+    if not given:
+        return torch.empty(0, dtype=torch.int64)
+    # NaN is not zero: it stays active, and is seen in the gradient.
+    active = torch.stack([x != 0 for x in given]).any(0).nonzero().squeeze(1)
+    return None if len(active) == len(given[0]) else active
+
+
+def _spread(x: Tensor, index: Tensor, count: int) -> Tensor:
+    return x.new_zeros(count, *x.shape[1:]).index_copy_(0, index, x)
+
+
+def _join(parts: list[TokenStats], hidden: Tensor, *, entropy: bool, kl: bool) -> TokenStats:
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        none = hidden.new_empty(0, dtype=statistics_dtype(hidden.dtype))
+        return TokenStats(none, none.clone() if entropy else None, none.clone() if kl else None)
+    columns = zip(*parts, strict=True)
+    return TokenStats(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]

@@ -1,0 +1,381 @@
+"""Backend ``triton``: the head's operators on CUDA and ROCm devices; see `alignpro_kernels.head` for what it offers.
+
+A chunk's logits are made once, by `logits_kernel`, which takes the statistics from its float32 accumulators and keeps
+the logits in the inputs' dtype, each tile relative to its mean. `gradient_kernel` turns what is kept into the gradient
+in place, moving active rows together, and the products with W and with the hidden states are the library's. CPU tensors
+are taken when TRITON_INTERPRET=1 is set. Where the package triton is missing, this module still tells so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignpro_kernels import reference
+from alignpro_kernels.head import Head, HeadGradients, Rows
+from alignpro_kernels.triton_support import interpreting, takes, unavailable
+from alignpro_kernels.types import SampleOutput, TokenStats
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+
+    from alignpro_kernels.triton_configs import FUSED, NARROWEST
+    from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
+    from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
+    from alignpro_kernels.triton_merge import merge_kernel
+    from alignpro_kernels.triton_sample import choice_kernel, noise_kernel, sample_kernel
+
+__all__ = ["backward", "forward", "gumbel_noise", "merge_states", "rows_in_flight", "sample", "takes", "unavailable"]
+
+_BUDGET = 5 << 28  # bytes a chunk keeps: 1.25 GiB
+_MOST_ROWS = 8192  # the products are at full speed long before
+_SAMPLE_ROWS = 4096
+_ALIGNMENT = 64  # entries: every row of the kept logits begins on a cache line
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `backward` needs of a chunk's `forward`."""
+
+    logits: Tensor
+    """(C, V rounded up) in the inputs' dtype: z − m − a/s, relative to the row's mean within its tile."""
+    ref_logits: Tensor | None
+    """Likewise, of the reference."""
+    partials: Tensor
+    """(planes, tiles, C) float32, see `logits_kernel`: m, s and a among them."""
+    width: Tensor
+    """(1,) int32: how wide the tiles are."""
+    norms: Tensor
+    """(2 or 4, C) float32: M and log s; with a reference M_r and log s_r."""
+
+
+def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
+    """The most rows of one chunk: whole tiles of 128 within the budget, 128 at least."""
+    vocabulary = len(head.weight)
+    planes = 3 if head.ref_weight is None else 7
+    row = head.logits_per_row * dtype.itemsize + planes * 4 * triton.cdiv(vocabulary, NARROWEST)
+    return max(128, min(_MOST_ROWS, _BUDGET // row) // 128 * 128)
+
+
+def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[TokenStats, Kept | None]:
+    """See `alignpro_kernels.head`."""
+    assert rows.target is not None
+    _check_device(rows.hidden)
+    count, vocabulary, device = len(rows.hidden), len(head.weight), rows.hidden.device
+    paired = head.ref_weight is not None and rows.ref_hidden is not None  # policy and reference
+    stride = triton.cdiv(vocabulary, _ALIGNMENT) * _ALIGNMENT
+    logits = rows.hidden.new_empty(count, stride) if keep else None
+    ref_logits = rows.hidden.new_empty(count, stride) if keep and paired else None
+    tiles = triton.cdiv(vocabulary, NARROWEST)
+    partials = torch.empty(7 if paired else 3, tiles, count, dtype=torch.float32, device=device)
+    width = torch.empty(1, dtype=torch.int32, device=device)
+    norms = torch.empty(4 if paired else 2, count, dtype=torch.float32, device=device)
+    target_logit, logprob = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
+    stats = TokenStats(
+        logprob, torch.empty_like(logprob) if entropy else None, torch.empty_like(logprob) if paired else None
+    )
+    temperatures, temperature = _temperature(rows.temperature)
+    with _on(device):
+        logits_kernel[_grid(device, count, vocabulary)](
+            rows.hidden,
+            head.weight.contiguous(),
+            head.bias,
+            rows.low_rank,
+            head.low_rank,
+            rows.ref_hidden if paired else None,
+            None if head.ref_weight is None else head.ref_weight.contiguous(),
+            head.ref_bias,
+            temperatures,
+            rows.target,
+            target_logit,
+            partials,
+            width,
+            logits,
+            ref_logits,
+            count,
+            vocabulary,
+            stride,
+            partials.stride(0),
+            temperature,
+            head.softcap,
+            triton.next_power_of_2(count),
+            D=rows.hidden.shape[1],
+            REF_D=0 if rows.ref_hidden is None else rows.ref_hidden.shape[1],
+            SHARED=head.shared,
+            R=0 if rows.low_rank is None else rows.low_rank.shape[1],
+            PRECISION=_precision(rows.hidden.dtype),
+            **FUSED,
+        )
+        statistics_kernel[(triton.cdiv(count, 16),)](
+            partials,
+            width,
+            target_logit,
+            norms,
+            *stats,
+            count,
+            vocabulary,
+            partials.stride(0),
+            BR=16,
+            BT=64,
+            **FUSED,
+        )
+    if logits is None:
+        return stats, None
+    return stats, Kept(logits, ref_logits, partials, width, norms)
+
+
+def backward(
+    head: Head,
+    rows: Rows,
+    kept: Kept,
+    stats: TokenStats,
+    active: Tensor | None,
+    alpha: Tensor | None,
+    eta: Tensor | None,
+    kappa: Tensor | None,
+    gradients: HeadGradients,
+) -> None:
+    """See `alignpro_kernels.head`."""
+    device, dtype = rows.hidden.device, rows.hidden.dtype
+    magnify = _magnification(alpha, eta, kappa) if dtype == torch.float16 else None
+    du = _logits_gradient(head, rows, kept, stats, active, alpha, eta, kappa, gradients, magnify)  # (A, V)
+    with _on(device):
+        for matrix, row_gradient in ((head.weight, gradients.hidden), (head.low_rank, gradients.low_rank_rows)):
+            if row_gradient is None or matrix is None:
+                continue
+            product = _product(du, matrix)
+            if magnify is not None:
+                product = product / magnify
+            if active is None:
+                row_gradient.copy_(product)
+            else:
+                row_gradient.zero_().index_copy_(0, active, product.to(dtype))
+        for x, total in ((rows.hidden, gradients.weight), (rows.low_rank, gradients.low_rank)):
+            if total is None or x is None:
+                continue
+            _accumulate(total, du, x if active is None else x[active], magnify, gradients.accumulate)
+
+
+def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
+    """See `alignpro_kernels.head`."""
+    _check_device(rows.hidden)
+    count, device = len(rows.hidden), rows.hidden.device
+    token = torch.empty(count, dtype=torch.int64, device=device)
+    logprob, entropy = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
+    with _on(device):
+        for start in range(0, count, _SAMPLE_ROWS):
+            chunk = slice(start, start + _SAMPLE_ROWS)
+            _sample_chunk(head, rows.select(chunk), seeds[chunk], token[chunk], logprob[chunk], entropy[chunk])
+    return SampleOutput(token, logprob, entropy)
+
+
+def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> Tensor:
+    """See `alignpro_kernels.merge_states`; what takes a gradient, or is float64, is the reference's."""
+    parts = (*outs, *lses)
+    if (torch.is_grad_enabled() and any(x.requires_grad for x in parts)) or outs[0].dtype == torch.float64:
+        return reference.merge_states(outs, lses)
+    _check_device(outs[0])
+    stacked_outs = (outs if isinstance(outs, Tensor) else torch.stack(list(outs))).contiguous()  # (S, ..., D)
+    stacked_lses = (lses if isinstance(lses, Tensor) else torch.stack(list(lses))).contiguous()  # (S, ...)
+    width = stacked_outs.shape[-1]
+    merged = stacked_outs.new_empty(stacked_outs.shape[1:])
+    if merged.numel():
+        count = merged.numel() // width
+        columns = min(256, triton.next_power_of_2(width))
+        grid = (triton.cdiv(count, 8), triton.cdiv(width, columns))
+        with _on(merged.device):
+            merge_kernel[grid](stacked_outs, stacked_lses, merged, count, D=width, S=len(outs), BR=8, BD=columns)
+    return merged
+
+
+def gumbel_noise(seeds: Tensor, vocabulary: int) -> Tensor:
+    """The noise (C, V) float32 that `sample` adds: that of `noise.gumbel_noise`, to about 1e-6."""
+    _check_device(seeds)
+    out = torch.empty(len(seeds), vocabulary, dtype=torch.float32, device=seeds.device)
+    with _on(seeds.device):
+        noise_kernel[(len(seeds),)](seeds, out, vocabulary, BV=1024)
+    return out
+
+
+def _logits_gradient(
+    head: Head,
+    rows: Rows,
+    kept: Kept,
+    stats: TokenStats,
+    active: Tensor | None,
+    alpha: Tensor | None,
+    eta: Tensor | None,
+    kappa: Tensor | None,
+    gradients: HeadGradients,
+    magnify: Tensor | None,
+) -> Tensor:
+    """du (A, V) of the active rows, in place of the kept logits; adds to the bias' gradient."""
+    chunk, vocabulary = len(rows.hidden), len(head.weight)
+    count = chunk if active is None else len(active)
+    alone = active is not None or gradients.bias is not None
+    temperatures, temperature = _temperature(rows.temperature)
+    with _on(rows.hidden.device):
+        gradient_kernel[(triton.cdiv(vocabulary, NARROWEST), 1 if alone else triton.cdiv(count, 128))](
+            kept.logits,
+            kept.ref_logits,
+            active,
+            kept.partials,
+            kept.width,
+            kept.norms,
+            stats.entropy,
+            stats.kl,
+            alpha,
+            eta,
+            kappa,
+            rows.target,
+            temperatures,
+            gradients.bias,
+            magnify,
+            count,
+            chunk,
+            vocabulary,
+            kept.logits.stride(0),
+            kept.partials.stride(0),
+            temperature,
+            head.softcap,
+            ADD=gradients.accumulate,
+            BR=8 if interpreting() else 64,
+            BV=NARROWEST,
+            **FUSED,
+        )
+    return kept.logits[:count, :vocabulary]
+
+
+def _sample_chunk(head: Head, rows: Rows, seeds: Tensor, token: Tensor, logprob: Tensor, entropy: Tensor) -> None:
+    count, vocabulary, device = len(rows.hidden), len(head.weight), rows.hidden.device
+    tiles = triton.cdiv(vocabulary, NARROWEST)
+    partials = torch.empty(5, tiles, count, dtype=torch.float32, device=device)
+    best = torch.empty(tiles, count, dtype=torch.int32, device=device)
+    width = torch.empty(1, dtype=torch.int32, device=device)
+    temperatures, temperature = _temperature(rows.temperature)
+    sample_kernel[_grid(device, count, vocabulary)](
+        rows.hidden,
+        head.weight.contiguous(),
+        head.bias,
+        rows.low_rank,
+        head.low_rank,
+        temperatures,
+        seeds,
+        partials,
+        best,
+        width,
+        count,
+        vocabulary,
+        partials.stride(0),
+        temperature,
+        head.softcap,
+        triton.next_power_of_2(count),
+        D=rows.hidden.shape[1],
+        R=0 if rows.low_rank is None else rows.low_rank.shape[1],
+        PRECISION=_precision(rows.hidden.dtype),
+        **FUSED,
+    )
+    choice_kernel[(triton.cdiv(count, 8),)](
+        partials,
+        best,
+        width,
+        temperatures,
+        token,
+        logprob,
+        entropy,
+        count,
+        vocabulary,
+        partials.stride(0),
+        temperature,
+        BR=8,
+        BT=64,
+        **FUSED,
+    )
+
+
+def _product(du: Tensor, matrix: Tensor) -> Tensor:
+    """du (A, V) times (V, D), summed in float32 to the end: split sums of 16 bits would lose what V adds up to."""
+    if du.dtype != torch.float32 and _mixed_products(du):
+        return torch.mm(du, matrix, out_dtype=torch.float32)
+    return torch.mm(du, matrix)
+
+
+def _accumulate(total: Tensor, du: Tensor, x: Tensor, magnify: Tensor | None, add: bool) -> None:
+    """total (V, D) float32 (+)= duᵀ x."""
+    x = x.contiguous()
+    if magnify is None and du.dtype == torch.float32 and not interpreting():
+        torch.addmm(total, du.T, x, beta=1.0 if add else 0.0, out=total)
+    elif magnify is None and _mixed_products(du):
+        if add:
+            torch.addmm(total, du.T, x, out_dtype=torch.float32, out=total)
+        else:
+            torch.mm(du.T, x, out_dtype=torch.float32, out=total)
+    else:
+        vocabulary, width = total.shape
+        bm, bn, bk, warps = (32, 32, 16, 1) if interpreting() else (128, 128, 32, 8)
+        accumulate_kernel[(triton.cdiv(vocabulary, bm) * triton.cdiv(width, bn),)](
+            total,
+            du,
+            x,
+            None if magnify is None else 1.0 / magnify,
+            len(du),
+            vocabulary,
+            du.stride(0),
+            D=width,
+            ADD=add,
+            PRECISION=_precision(du.dtype),
+            BM=bm,
+            BN=bn,
+            BK=bk,
+            num_warps=warps,
+            **FUSED,
+        )
+
+
+def _magnification(*coefficients: Tensor | None) -> Tensor:
+    """A power of two that takes float16's gradients to about 1, on the device: p·α underflows, with α near 1/N."""
+    largest = torch.stack([x.abs().amax() for x in coefficients if x is not None]).amax()
+    return torch.exp2(-torch.nan_to_num(largest.log2().floor(), nan=0.0, posinf=0.0).clamp(-24.0, 14.0))
+
+
+def _mixed_products(like: Tensor) -> bool:
+    """Whether the library multiplies 16-bit matrices into float32."""
+    return like.is_cuda and torch.version.hip is None
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 inputs are multiplied: as torch's own products are. 16-bit ones are multiplied exactly anyway."""
+    rounded = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if rounded and torch.version.hip is None else "ieee"
+
+
+def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    if isinstance(temperature, Tensor):
+        return temperature, 1.0
+    return None, float(temperature)
+
+
+def _grid(device: torch.device, count: int, vocabulary: int) -> object:
+    """Programs of a product: one a tile, or ``WAVES`` persistent ones a processor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        tiles = triton.cdiv(count, meta["BM"]) * triton.cdiv(vocabulary, meta["BN"])
+        return (min(tiles, meta["WAVES"] * processors) if meta["WAVES"] else tiles,)
+
+    return grid
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels go to the current device: make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _check_device(x: Tensor) -> None:
+    if not takes(x.device):
+        raise RuntimeError(f"backend 'triton' runs on CUDA and ROCm devices, and the input is on {x.device}")

@@ -1,0 +1,233 @@
+"""What the compiled kernels take of a device: registers, shared memory, spills. Needs no device.
+
+``python -m alignpro_kernels.triton_resources`` compiles every kernel in every recorded configuration for every target
+and prints a table; with ``--write FILE`` it writes it as JSON, which the tests hold later builds against. A spill in
+the loop over D would cost more than any tuning gains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from alignpro_kernels.triton_configs import FUSED, HALF, HALF_WITH_REFERENCE, NARROWEST, SAMPLE, SINGLE, most_stages
+from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
+from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
+from alignpro_kernels.triton_merge import merge_kernel
+from alignpro_kernels.triton_sample import choice_kernel, sample_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_DEPTH = 896  # D: a multiple of every BK, as real heads are
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its arguments' types and its constants."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    """Triton's type of every argument that is not None or a constant."""
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one program."""
+
+    registers: int
+    """A thread; of a CDNA accelerator the vector registers, accumulation registers among them."""
+    shared: int
+    """Bytes."""
+    spills: int
+    """Bytes of local memory a thread: spilled registers and stack."""
+
+
+def variants() -> Iterator[Variant]:
+    """All kernels, in all configurations."""
+    for config in HALF:
+        yield _logits("logits bf16", config, "bf16")
+        yield _logits("logits bf16 bias softcap", config, "bf16", bias=True, softcap=True)
+    for config in HALF_WITH_REFERENCE:
+        yield _logits("logits bf16 shared reference", config, "bf16", reference="shared")
+        yield _logits("logits bf16 separate reference", config, "bf16", reference="separate")
+        yield _logits("logits bf16 shared reference LoRA", config, "bf16", reference="shared", rank=16)
+    for config in SINGLE:
+        yield _logits("logits fp32", config, "fp32")
+        yield _logits("logits fp32 shared reference", config, "fp32", reference="shared")
+    for config in SAMPLE:
+        yield _sample(config)
+    for dtype in ("bf16", "fp32"):
+        yield _gradient(f"gradient {dtype} alpha", dtype)
+        yield _gradient(f"gradient {dtype} alpha eta kappa active softcap bias", dtype, everything=True)
+        tile = {"BM": 128, "BN": 128, "BK": 32}
+        arguments = _arguments(accumulate_kernel, total="*fp32", du=f"*{dtype}", x=f"*{dtype}")
+        constants = {"D": _DEPTH, "ADD": True, "PRECISION": "ieee", **tile}
+        yield Variant(f"accumulate {dtype}", accumulate_kernel, arguments, constants, 8, 3)
+    everything = dict.fromkeys(("norms", "logprob", "entropy", "kl", "target_logit", "partials"), "*fp32")
+    arguments = _arguments(statistics_kernel, width="*i32", **everything)
+    yield Variant("statistics", statistics_kernel, arguments, {"BR": 16, "BT": 64}, 4, 3)
+    arguments = _arguments(
+        choice_kernel, partials="*fp32", best="*i32", width="*i32", token="*i64", logprob="*fp32", entropy="*fp32"
+    )
+    arguments["temperature"] = "fp32"
+    yield Variant("choice", choice_kernel, arguments, {"BR": 8, "BT": 64}, 4, 3)
+    arguments = _arguments(merge_kernel, outs="*bf16", lses="*fp32", merged="*bf16")
+    yield Variant("merge", merge_kernel, arguments, {"D": 128, "S": 2, "BR": 8, "BD": 128}, 4, 3)
+
+
+def measure(variant: Variant, target: str) -> Resources:
+    """Compile for a target of `TARGETS`."""
+    kernel = _plain(variant.kernel)
+    names = kernel.arg_names
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    constants |= {(names.index(name),): None for name in names if name not in variant.types | variant.constants}
+    signature = {name: variant.types.get(name, "constexpr") for name in names}
+    aligned = {"vocabulary", "kept_stride", "du_stride", "plane_stride"}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or (signature[name] == "i32" and name in aligned)
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    stages = min(variant.stages, most_stages(TARGETS[target].backend == "hip"))
+    options = {"num_warps": variant.warps, "num_stages": stages, **FUSED}
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    return _of_cdna(compiled) if TARGETS[target].backend == "hip" else _of_cuda(compiled)
+
+
+def _of_cuda(compiled: Any) -> Resources:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    text = report.stdout + report.stderr
+    figure = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return Resources(figure["REG"], compiled.metadata.shared, figure["STACK"] + figure["LOCAL"])
+
+
+def _of_cdna(compiled: Any) -> Resources:
+    text = compiled.asm["amdgcn"]
+
+    def figure(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found, f"the assembler's text has no .{name}"
+        return int(found[1])
+
+    return Resources(figure("vgpr_count"), compiled.metadata.shared, figure("private_segment_fixed_size"))
+
+
+def _plain(kernel: Any) -> Any:
+    """The kernel below its tuner."""
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    return kernel
+
+
+def _arguments(kernel: Any, **pointers: str) -> dict[str, str]:
+    """Types of the pointers given, and of the integers."""
+    integers = ("rows", "count", "vocabulary", "kept_stride", "du_stride", "plane_stride", "rows_key")
+    return pointers | {name: "i32" for name in integers if name in _plain(kernel).arg_names}
+
+
+def _logits(
+    name: str,
+    config: triton.Config,
+    dtype: str,
+    *,
+    bias: bool = False,
+    softcap: bool = False,
+    reference: str | None = None,
+    rank: int = 0,
+) -> Variant:
+    inputs = ["hidden", "weight", "kept"]
+    inputs += ["bias"] if bias else []
+    inputs += ["low_rank", "low_rank_rows"] if rank else []
+    inputs += ["ref_hidden", "ref_weight", "ref_kept"] if reference else []
+    pointers = dict.fromkeys(inputs, f"*{dtype}") | {"target": "*i64", "width": "*i32"}
+    pointers |= {"target_logit": "*fp32", "partials": "*fp32"}
+    arguments = _arguments(logits_kernel, **pointers) | {"temperature": "fp32"}
+    if softcap:
+        arguments["softcap"] = "fp32"
+    constants = {
+        "D": _DEPTH,
+        "REF_D": _DEPTH if reference else 0,
+        "SHARED": reference == "shared",
+        "R": rank,
+        "PRECISION": "ieee",
+    }
+    return _tiled(name, logits_kernel, arguments, constants, config)
+
+
+def _sample(config: triton.Config) -> Variant:
+    pointers = {"hidden": "*bf16", "weight": "*bf16", "seeds": "*i64", "width": "*i32", "best": "*i32"}
+    arguments = _arguments(sample_kernel, partials="*fp32", temperatures="*fp32", **pointers) | {"temperature": "fp32"}
+    return _tiled("sample bf16", sample_kernel, arguments, {"D": _DEPTH, "R": 0, "PRECISION": "ieee"}, config)
+
+
+def _tiled(
+    name: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], config: triton.Config
+) -> Variant:
+    tile = config.kwargs
+    warps, stages = config.num_warps, config.num_stages
+    shape = f"{tile['BM']}x{tile['BN']}x{tile['BK']} w{warps} s{stages}" + (" persistent" if tile["WAVES"] else "")
+    return Variant(f"{name} {shape}", kernel, arguments, constants | tile, warps, stages)
+
+
+def _gradient(name: str, dtype: str, *, everything: bool = False) -> Variant:
+    figures = ["partials", "norms", "alpha"]
+    pointers = {"kept": f"*{dtype}", "target": "*i64", "width": "*i32"}
+    if everything:
+        figures += ["entropy", "kl", "eta", "kappa", "temperatures", "bias_gradient"]
+        pointers |= {"ref_kept": f"*{dtype}", "active": "*i64"}
+    arguments = _arguments(gradient_kernel, **pointers, **dict.fromkeys(figures, "*fp32")) | {"temperature": "fp32"}
+    if everything:
+        arguments["softcap"] = "fp32"
+    constants = {"ADD": True, "BR": 64, "BV": NARROWEST}
+    return Variant(name, gradient_kernel, arguments, constants, 4, 3)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--write", type=Path, help="a JSON file")
+    chosen = parser.parse_args(arguments)
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    print(f"{'kernel':72} {'target':8} {'registers':>9} {'shared':>8} {'spills':>7}")
+    for variant in variants():
+        if chosen.only not in variant.name:
+            continue
+        for target in chosen.target or TARGETS:
+            found = measure(variant, target)
+            table.setdefault(variant.name, {})[target] = asdict(found)
+            print(f"{variant.name:72} {target:8} {found.registers:9} {found.shared:8} {found.spills:7}", flush=True)
+    if chosen.write:
+        budget = {"torch": torch.__version__, "triton": triton.__version__, "kernels": table}
+        chosen.write.write_text(json.dumps(budget, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,31 @@
+"""Whether Triton can run here, and on what."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+
+def unavailable() -> str | None:
+    """Why Triton cannot run here, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it comes with PyTorch on Linux)"
+    if torch.cuda.is_available():  # ROCm answers here too
+        if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < (8, 0):
+            return f"the GPU has compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 (Ampere)"
+        return None
+    if interpreting():
+        return None
+    return "there is no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on a CPU, for tests only)"
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels with NumPy, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def takes(device: torch.device) -> bool:
+    """Whether the kernels run on a device's tensors."""
+    return device.type == "cuda" or (device.type == "cpu" and interpreting())

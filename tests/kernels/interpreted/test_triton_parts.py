@@ -1,0 +1,88 @@
+"""The Triton backend's other parts, on NumPy: merged attention states, the float32 sum of products, long offsets."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import HALF_AND_SINGLE
+
+from alignpro_kernels import reference, triton_head
+from alignpro_kernels.head import Head
+from alignpro_kernels.triton_gradient import accumulate_kernel
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 40), (2, 11, 3, 64), (5, 7, 300), (3, 1, 1)])
+def test_merged_states(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    outs = torch.randn(shape, generator=g).to(dtype)
+    lses = torch.randn(shape[:-1], generator=g) * 4
+    merged = triton_head.merge_states(outs, lses)
+    exact = reference.merge_states(outs.double(), lses.double())
+    usual = reference.merge_states(outs, lses)
+    assert merged.dtype == dtype
+    assert (merged - exact).abs().max() <= 1.5 * (usual - exact).abs().max() + 1e-6
+
+
+def test_empty_sets_are_ignored() -> None:
+    g = torch.Generator().manual_seed(0)
+    outs = list(torch.randn(3, 4, 8, generator=g))
+    lses = list(torch.randn(3, 4, generator=g))
+    lses[1][0] = lses[1][1] = lses[0][1] = lses[2][1] = -torch.inf
+    outs[1][0] = torch.nan
+    for part in outs:
+        part[1] = torch.nan
+    merged = triton_head.merge_states(outs, lses)
+    torch.testing.assert_close(merged, reference.merge_states(outs, lses), rtol=0, atol=1e-6)
+    assert (merged[1] == 0).all()
+
+
+def test_states_that_take_a_gradient() -> None:
+    outs, lses = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3)
+    triton_head.merge_states(outs, lses).sum().backward()
+    assert outs.grad is not None
+
+
+def test_no_states() -> None:
+    assert triton_head.merge_states(torch.empty(2, 0, 8), torch.empty(2, 0)).shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("add", [False, True])
+def test_sum_of_products(dtype: torch.dtype, add: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    du = torch.randn(21, 128, generator=g).to(dtype)[:, :70]  # rows longer than the vocabulary
+    x = torch.randn(21, 37, generator=g).to(dtype)
+    total = torch.ones(70, 37) if add else torch.full((70, 37), torch.nan)
+    shape = {"BM": 32, "BN": 16, "BK": 16}
+    accumulate_kernel[(3 * 3,)](
+        total, du, x, torch.tensor(0.5), 21, 70, du.stride(0), D=37, ADD=add, PRECISION="ieee", **shape
+    )
+    expected = 0.5 * du.double().T @ x.double() + add
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=3e-6)
+
+
+@triton.jit
+def _offsets_kernel(out, row_tile, column_tile, stride, BM: tl.constexpr, BN: tl.constexpr):
+    corner = (row_tile * BM).to(tl.int64) * stride + column_tile * BN
+    offset = tl.arange(0, BM)[:, None] * stride + tl.arange(0, BN)[None, :]
+    tl.store(out + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], corner + offset)
+
+
+def test_offsets_pass_two_gigabytes() -> None:
+    """As the kernels form them: rows times vocabulary beyond 2³¹."""
+    out = torch.empty(4, 8, dtype=torch.int64)
+    _offsets_kernel[(1,)](out, 4000, 30000, 262144, BM=4, BN=8)
+    rows, columns = torch.arange(16000, 16004), torch.arange(240000, 240008)
+    assert torch.equal(out, rows[:, None] * 262144 + columns)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("vocabulary", [32064, 151936, 262144])
+@pytest.mark.parametrize("reference_head", [False, True])
+def test_rows_in_flight_keep_to_the_budget(dtype: torch.dtype, vocabulary: int, reference_head: bool) -> None:
+    weight = torch.empty(vocabulary, 8, device="meta")
+    head = Head(weight, ref_weight=weight if reference_head else None)
+    rows = triton_head.rows_in_flight(head, dtype)
+    assert rows % 128 == 0 and 512 <= rows <= 8192
+    assert rows * head.logits_per_row * dtype.itemsize <= 1.25 * 2**30

@@ -1,0 +1,38 @@
+"""Prints the MiB that a policy loss of some rows takes at its peak, beside its gradients. Run in a process of its own."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from alignpro_kernels import policy_loss
+
+
+def resident(field: str) -> float:
+    """MiB of this process, now (VmRSS) or at most since the mark was last reset (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def one(logprob, entropy, kl, rows):
+    """The negative log-likelihood."""
+    return -logprob, -torch.ones_like(logprob), None, None
+
+
+def main(rows: int, width: int = 64, vocabulary: int = 40_000) -> None:
+    """One loss with a trained head."""
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    hidden = torch.randn(rows, width, requires_grad=True)
+    target = torch.randint(vocabulary, (rows,))
+    policy_loss(hidden[:8], weight, target[:8], one, backend="cpp").loss.backward()  # what is loaded once
+    hidden.grad = weight.grad = None
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    policy_loss(hidden, weight, target, one, backend="cpp").loss.backward()
+    gradients = 4 * (weight.numel() + hidden.numel()) / 2**20
+    print(round(resident("VmHWM") - before - gradients))
+
+
+main(int(sys.argv[1]))

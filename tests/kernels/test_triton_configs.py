@@ -1,0 +1,30 @@
+"""What tuning of the Triton kernels chooses from."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from alignpro_kernels import triton_configs
+
+
+@pytest.mark.skipif(triton_configs.interpreting(), reason="the interpreter has one configuration")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 60, 64, 100, 500, 8192])
+@pytest.mark.parametrize("ref_width", [0, 896])
+def test_every_call_has_a_choice_that_suits_it(dtype: torch.dtype, rows: int, ref_width: int) -> None:
+    call = {"hidden": torch.empty(1, dtype=dtype), "rows": rows}
+    found = triton_configs.fitting(triton_configs.LOGITS, call, REF_D=ref_width)
+    assert found
+    assert all(c.kwargs["BM"] <= max(64, 2 * rows) for c in found)
+    assert all(c.kwargs["BN"] % triton_configs.NARROWEST == 0 for c in found)
+    sampling = triton_configs.sample_fitting(triton_configs.SAMPLES, call)
+    assert sampling
+    assert all(c.kwargs["BM"] <= max(16, 2 * rows) for c in sampling)
+    assert all(c.kwargs["BN"] % triton_configs.NARROWEST == 0 for c in sampling)
+
+
+def test_tiles_narrower_than_the_partial_sums_are_not_offered() -> None:
+    tables = (triton_configs.HALF, triton_configs.HALF_WITH_REFERENCE, triton_configs.SINGLE, triton_configs.SAMPLE)
+    for table in tables:
+        assert all(c.kwargs["BN"] % 64 == 0 for c in table)

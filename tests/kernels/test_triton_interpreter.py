@@ -1,0 +1,38 @@
+"""Every Triton kernel, run on the CPU by Triton's interpreter: tests/kernels/interpreted, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DIRECTORY = Path(__file__).parent / "interpreted"
+FILES = sorted(path.name for path in DIRECTORY.glob("test_*.py"))
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_interpreted(name: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--confcutdir={DIRECTORY}", "--tb=short"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(DIRECTORY / name)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, f"{name} failed:\n{run.stdout[-8000:]}\n{run.stderr[-2000:]}"
+
+
+def test_no_file_is_forgotten() -> None:
+    assert FILES, f"no test was found in {DIRECTORY}"
+
+
+def test_without_the_package_it_says_so() -> None:
+    code = "import sys; sys.modules['triton'] = None; from alignpro_kernels import triton_head as t; print(t.unavailable())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "triton is not installed" in run.stdout, run.stderr
