@@ -20,7 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from alignpro import attention
 from alignpro.errors import ModelError
+from alignpro.sequences import SequenceBatch
+from alignpro_kernels import LoRA
 from alignpro_kernels.reference import head_logits
 
 _SOFT_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
@@ -28,14 +31,27 @@ _SOFT_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 
 @dataclass(frozen=True)
 class Head:
-    """The output layer: logits = softcap(weight · hidden + bias)."""
+    """The output layer: logits = softcap((weight + lora.scale · lora.b · lora.a) · hidden + bias)."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     softcap: float | None
+    lora: LoRA | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the operators of `alignpro_kernels` take beside the weight."""
+        return {"bias": self.bias, "softcap": self.softcap, "lora": self.lora}
+
+    @property
+    def merged(self) -> Tensor:
+        """The weight with the LoRA in it, (V, D)."""
+        if self.lora is None:
+            return self.weight
+        return self.weight + self.lora.scale * (self.lora.b @ self.lora.a)
 
     def same_as(self, other: Head) -> bool:
-        """Whether both read the same storage, so that a fused kernel may load the weight once."""
+        """Whether both read the same storage but for a LoRA, so that a fused kernel may load the weight once."""
         return (
             self.weight.data_ptr() == other.weight.data_ptr()
             and (self.bias is None) == (other.bias is None)
@@ -68,6 +84,10 @@ class LanguageModel(nn.Module):
         self._checkpointed: list[GradientCheckpointingLayer] = []
         self._check_adapter()
         self._check_layers()
+        try:
+            attention.attach(self.causal)
+        except ValueError as error:
+            raise ModelError(f"model {name}: {type(self.causal).__name__} is not supported: {error}") from error
         self._check_head()
 
     @property
@@ -103,15 +123,19 @@ class LanguageModel(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The output layer as it is now; a LoRA on the head is added to the weight."""
+        """The output layer as it is now, with a LoRA on it beside the weight."""
         head, layer = self.base_head, self.causal.get_output_embeddings()
         if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
             return head
-        weight = head.weight
-        for adapter in layer.active_adapters:
-            delta: Tensor = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]  # declared by its subclasses
-            weight = weight + delta.to(weight.dtype)
-        return replace(head, weight=weight)
+        down: Any = layer.lora_A
+        up: Any = layer.lora_B
+        active = [(down[name].weight, up[name].weight, layer.scaling[name]) for name in layer.active_adapters]
+        if not active:
+            return head
+        # Adapters may be float32 beside a 16-bit weight; several are one of their summed rank.
+        a = torch.cat([scale * a for a, _, scale in active]).to(head.weight.dtype)
+        b = torch.cat([b for _, b, _ in active], dim=1).to(head.weight.dtype)
+        return replace(head, lora=LoRA(a, b, 1.0))
 
     @property
     def base_head(self) -> Head:
@@ -119,6 +143,30 @@ class LanguageModel(nn.Module):
         layer = self.causal.get_output_embeddings()
         softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
         return Head(layer.weight, getattr(layer, "bias", None), softcap)
+
+    def action_states(self, batch: SequenceBatch) -> Tensor:
+        """The last hidden states in which the actions of some sequences were chosen; prompts they share run once.
+
+        Returns:
+            (N, D) in the model's dtype, row by row.
+        """
+        packed = batch.pack(self.virtual_tokens)
+        inputs: dict[str, Any] = {"input_ids": packed.ids[None]}
+        if self.virtual_tokens:
+            soft = cast(PeftModel, self.model).get_prompt(batch_size=len(packed.layout.prompt))  # (P, prefix, D)
+            embedded = self.causal.get_input_embeddings()(packed.ids.clamp_min(0))  # (T, D)
+            inputs = {"inputs_embeds": embedded.masked_scatter(packed.ids[:, None] < 0, soft.to(embedded.dtype))[None]}
+        with self._checkpointing(True):
+            output = self.causal.base_model(
+                **inputs,
+                # Four dimensions: taken as made already, so that no mask of T × T is; the layout stands for it.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+                position_ids=packed.layout.positions[None],
+                use_cache=False,
+                layout=packed.layout,
+            )
+        states: Tensor = output.last_hidden_state[0]
+        return states.index_select(0, packed.states)
 
     def hidden(
         self,
@@ -256,7 +304,8 @@ class LanguageModel(nn.Module):
                     whole = self.causal if self._soft_prompt is None else self.model
                     expected = whole(input_ids=ids).logits[:, -2:].float()
                     hidden, head = self.hidden(ids, torch.ones_like(ids)), self.head
-                    logits = head_logits(hidden, head.weight, head.bias, 1.0, head.softcap).float()
+                    logits = head_logits(hidden, head.weight, head.bias, 1.0, head.softcap, head.lora).float()
+                    unshared, shared = self._packing_probe()
                 except (AttributeError, TypeError, ValueError) as error:
                     raise ModelError(
                         f"model {self.name}: {type(self.causal).__name__} is not supported: {error}"
@@ -267,8 +316,21 @@ class LanguageModel(nn.Module):
                     f"model {self.name}: the logits of {type(self.causal).__name__} are not its output layer applied to "
                     "its last hidden states (a logit scale, or a head or an adapter of its own kind): not supported"
                 )
+            tolerance = max(1e-4, 8 * torch.finfo(shared.dtype).eps) * unshared.abs().max()
+            if (shared - unshared).abs().max() > tolerance:
+                raise ModelError(
+                    f"model {self.name}: the attention of {type(self.causal).__name__} does something of its own with "
+                    "positions or masks, so that sequences cannot share their prompt: not supported"
+                )
         for module, mode in modes.items():
             module.training = mode
+
+    def _packing_probe(self) -> tuple[Tensor, Tensor]:
+        """States of two sequences that share a prompt, computed apart and packed: (6, D) each."""
+        prompt, completions = [0, 1], [[0, 1, 0], [1, 1, 1]]
+        batch = SequenceBatch.build([prompt, prompt], completions, self.device)
+        ids = torch.tensor([[*prompt, *completion] for completion in completions], device=self.device)
+        return self.hidden(ids, torch.ones_like(ids))[:, 1:-1].flatten(0, 1), self.action_states(batch)
 
 
 def _behind_padding(mask: Tensor, count: int) -> Tensor:

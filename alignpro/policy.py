@@ -108,9 +108,8 @@ class Policy:
             states,
             head.weight,
             targets,
-            bias=head.bias,
             temperature=self.temperature,
-            softcap=head.softcap,
+            **head.options,
             entropy=True,
             **_reference_arguments(head, reference_states, reference_head),
         )
@@ -118,9 +117,8 @@ class Policy:
             reference_states,
             reference_head.weight,
             targets,
-            bias=reference_head.bias,
             temperature=self.temperature,
-            softcap=reference_head.softcap,
+            **reference_head.options,
         )
         assert stats.kl is not None and stats.entropy is not None  # asked for
         return TokenValues(
@@ -156,9 +154,8 @@ class Policy:
             head.weight,
             batch.targets,
             coefficients,
-            bias=head.bias,
             temperature=self.temperature,
-            softcap=head.softcap,
+            **head.options,
             entropy=entropy,
             **reference,
         )
@@ -171,11 +168,11 @@ class Policy:
         return self.model.base_head if self.reference is None else self.reference.head
 
     def _states(self, batch: SequenceBatch) -> Tensor:
-        return batch.action_states(self.model.hidden(batch.ids, batch.attention_mask))
+        return self.model.action_states(batch)
 
     def _reference_states(self, batch: SequenceBatch) -> Tensor:
         if self.reference is not None:
-            return batch.action_states(self.reference.hidden(batch.ids, batch.attention_mask))
+            return self.reference.action_states(batch)
         with self.model.adapter_off():
             return self._states(batch)
 
@@ -184,12 +181,11 @@ def sequence_logprob(model: LanguageModel, batch: SequenceBatch, temperature: fl
     """Log-probability of each whole completion at a temperature, (B,), differentiable."""
     head = model.head
     stats = linear_logprob(
-        batch.action_states(model.hidden(batch.ids, batch.attention_mask)),
+        model.action_states(batch),
         head.weight,
         batch.targets,
-        bias=head.bias,
         temperature=temperature,
-        softcap=head.softcap,
+        **head.options,
     )
     return batch.scatter(stats.logprob).sum(1)
 
@@ -199,6 +195,6 @@ def _reference_arguments(head: Head, states: Tensor, reference: Head) -> dict[st
 
     A head that is trained is shared with nobody: the reference keeps its own.
     """
-    if head.same_as(reference) and not head.weight.requires_grad:
+    if head.same_as(reference) and reference.lora is None and not head.weight.requires_grad:
         return {"ref_hidden": states}
-    return {"ref_hidden": states, "ref_weight": reference.weight, "ref_bias": reference.bias}
+    return {"ref_hidden": states, "ref_weight": reference.merged, "ref_bias": reference.bias}

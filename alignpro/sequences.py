@@ -1,4 +1,4 @@
-"""Prompts and completions as padded tensors, and the map between (B, T) actions and the N rows that a head sees."""
+"""Prompts and completions, the map between (B, T) actions and the N rows that a head sees, and the packed form."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignpro.attention import Layout
 from alignpro.errors import DataError
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """B sequences of prompt and completion, padded on the right to length L; the longest completion has T tokens.
+    """B sequences of prompt and completion; the longest completion has T tokens.
 
-    A completion's tokens are the actions. ``positions`` says where the state is in which an action was chosen: at the
-    token before it.
+    A completion's tokens are the actions. Each was chosen in the state at the token before it.
     """
 
-    ids: Tensor
-    """(B, L) int64."""
-    attention_mask: Tensor
-    """(B, L) bool."""
+    prompts: Sequence[Sequence[int]]
+    """B lists of token ids; neighbours that are equal are computed once."""
+    completions: Sequence[Sequence[int]]
+    """B lists of token ids."""
     mask: Tensor
     """(B, T) bool: True at the actions, which are left-aligned."""
-    positions: Tensor
-    """(B, T) int64: the index into L of the state of each action; 0 where there is none."""
     actions: Tensor
     """(B, T) int64: the action taken; 0 where there is none."""
 
@@ -34,42 +32,33 @@ class SequenceBatch:
     def build(
         cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> SequenceBatch:
-        """Pad token lists.
+        """Take token lists.
 
         Raises:
             DataError: A prompt has no token: an action needs a state.
         """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: they must be as many")
         if not all(prompts):
             raise DataError(
                 f"sequence {[len(p) for p in prompts].index(0)}: its prompt has no token: nothing to go on from"
             )
-        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-        length, longest = max(map(len, rows)), max(1, max(map(len, completions)))
-        starts = torch.tensor([len(prompt) for prompt in prompts])
+        longest = max(1, max(map(len, completions)))
         counts = torch.tensor([len(completion) for completion in completions])
-        offsets = torch.arange(longest)
-        mask = offsets < counts[:, None]
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         return cls(
-            ids=ids.to(device),
-            attention_mask=(torch.arange(length) < (starts + counts)[:, None]).to(device),
-            mask=mask.to(device),
-            positions=((starts[:, None] - 1 + offsets) * mask).to(device),
+            prompts=prompts,
+            completions=completions,
+            mask=(torch.arange(longest) < counts[:, None]).to(device),
             actions=torch.tensor([list(c) + [0] * (longest - len(c)) for c in completions]).to(device),
         )
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.prompts)
 
     @property
     def targets(self) -> Tensor:
         """(N,) int64: the actions alone, row by row."""
         return self.actions[self.mask]
-
-    def action_states(self, hidden: Tensor) -> Tensor:
-        """The hidden states in which the actions were chosen: (B, L, D) → (N, D)."""
-        rows = torch.arange(len(self.ids), device=hidden.device)[:, None].expand_as(self.positions)
-        return hidden[rows[self.mask], self.positions[self.mask]]
 
     def scatter(self, values: Tensor) -> Tensor:
         """Per-action values back in place, zero elsewhere: (N,) → (B, T)."""
@@ -77,18 +66,54 @@ class SequenceBatch:
 
     def select(self, rows: Tensor) -> SequenceBatch:
         """The sequences of the given indices."""
+        index = rows.tolist()
         return SequenceBatch(
-            self.ids[rows], self.attention_mask[rows], self.mask[rows], self.positions[rows], self.actions[rows]
+            [self.prompts[i] for i in index], [self.completions[i] for i in index], self.mask[rows], self.actions[rows]
         )
 
     def rows(self, start: int, stop: int) -> SequenceBatch:
-        """Sequences start..stop, with padding that none of them needs cut off."""
-        mask, attention = self.mask[start:stop], self.attention_mask[start:stop]
-        longest, length = max(1, int(mask.sum(1).max())), int(attention.sum(1).max())
+        """Sequences start..stop, with columns that none of them needs cut off."""
+        completions = self.completions[start:stop]
+        longest = max(1, max(map(len, completions)))
         return SequenceBatch(
-            ids=self.ids[start:stop, :length],
-            attention_mask=attention[:, :length],
-            mask=mask[:, :longest],
-            positions=self.positions[start:stop, :longest],
-            actions=self.actions[start:stop, :longest],
+            self.prompts[start:stop], completions, self.mask[start:stop, :longest], self.actions[start:stop, :longest]
         )
+
+    def pack(self, virtual_tokens: int = 0) -> PackedSequences:
+        """All tokens whose states are wanted, on one line: prompts that are shared once, and no last action.
+
+        Args:
+            virtual_tokens: Length of a soft prompt, which takes the place of as many ids before each prompt.
+        """
+        ids: list[int] = []
+        lengths: list[int] = []
+        continuations: list[tuple[int, int]] = []
+        states: list[int] = []
+        last = 0  # the state at the end of the prompt at hand
+        for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
+            if row == 0 or list(prompt) != list(self.prompts[row - 1]):
+                ids += [-1] * virtual_tokens
+                ids += prompt
+                lengths.append(virtual_tokens + len(prompt))
+                last = len(ids) - 1
+            inner = completion[:-1]  # nothing is chosen after the last action
+            states += [last, *range(len(ids), len(ids) + len(inner))][: len(completion)]
+            ids += inner
+            continuations.append((len(lengths) - 1, len(inner)))
+        device = self.mask.device
+        return PackedSequences(
+            torch.tensor(ids, device=device),
+            torch.tensor(states, dtype=torch.int64, device=device),
+            Layout.build(lengths, continuations, device),
+        )
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """B sequences on one line of T tokens, with N states in which actions were chosen."""
+
+    ids: Tensor
+    """(T,) int64; −1 at the places of a soft prompt."""
+    states: Tensor
+    """(N,) int64: the token at which each action was chosen, row by row."""
+    layout: Layout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -118,20 +117,6 @@ class TestTokenValues:
         policy = tiny_policy("gpt2", adapter, temperature=temperature, dtype=torch.float64)
         assert_exact(policy, batch, 1e-10)
         assert policy.token_values(batch).kl.sum() > 0.1
-
-    @pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
-    @pytest.mark.parametrize("adapter", ["full", "soft prompt"])
-    def test_with_padding_on_the_left(self, architecture: str, adapter: str, batch: SequenceBatch) -> None:
-        shift = 5 + batch.ids.shape[1] - batch.attention_mask.sum(1, keepdim=True)  # (B, 1)
-        length = batch.ids.shape[1] + 5
-        source = torch.arange(length) - shift
-        left = dataclasses.replace(
-            batch,
-            ids=batch.ids.gather(1, source.clamp_min(0)),
-            attention_mask=source >= 0,
-            positions=(batch.positions + shift) * batch.mask,
-        )
-        assert_exact(tiny_policy(architecture, adapter), left, 2e-5)
 
     def test_with_a_bias_and_a_head_of_its_own(self, batch: SequenceBatch) -> None:
         torch.manual_seed(0)

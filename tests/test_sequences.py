@@ -1,4 +1,4 @@
-"""Padded sequences: where the actions are, and the states in which they were chosen."""
+"""Sequences: where the actions are, and the packed form with the states in which they were chosen."""
 
 from __future__ import annotations
 
@@ -18,12 +18,6 @@ def batch() -> SequenceBatch:
     return SequenceBatch.build(PROMPTS, COMPLETIONS)
 
 
-def test_are_padded_on_the_right(batch: SequenceBatch) -> None:
-    assert batch.ids.tolist() == [[1, 2, 3, 10, 11], [4, 12, 13, 14, 0], [5, 6, 0, 0, 0]]
-    assert batch.attention_mask.tolist() == [[True] * 5, [True] * 4 + [False], [True] * 2 + [False] * 3]
-    assert len(batch) == 3
-
-
 def test_actions_are_left_aligned(batch: SequenceBatch) -> None:
     assert batch.mask.tolist() == [[True, True, False], [True, True, True], [False] * 3]
     assert batch.actions.tolist() == [[10, 11, 0], [12, 13, 14], [0, 0, 0]]
@@ -31,9 +25,27 @@ def test_actions_are_left_aligned(batch: SequenceBatch) -> None:
 
 
 def test_the_state_of_an_action_is_at_the_token_before_it(batch: SequenceBatch) -> None:
-    assert batch.positions.tolist() == [[2, 3, 0], [0, 1, 2], [0, 0, 0]]
-    hidden = batch.ids.unsqueeze(-1) * 1.0  # a state that is its token
-    assert batch.action_states(hidden).squeeze(-1).tolist() == [3, 10, 4, 12, 13]
+    packed = batch.pack()
+    assert packed.ids.tolist() == [1, 2, 3, 10, 4, 12, 13, 5, 6]  # no state is wanted at the last action
+    assert packed.ids[packed.states].tolist() == [3, 10, 4, 12, 13]
+    assert packed.layout.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
+
+
+def test_neighbours_share_their_prompt() -> None:
+    packed = SequenceBatch.build([[1, 2], [1, 2], [1, 2], [3], [1, 2]], [[7, 8], [9], [], [7], [5, 6]]).pack()
+    assert packed.ids.tolist() == [1, 2, 7, 3, 1, 2, 5]
+    assert packed.ids[packed.states].tolist() == [2, 7, 2, 3, 2, 5]
+    layout = packed.layout
+    assert layout.parent.tolist() == [0, 0, 0, 1, 2]
+    assert layout.prompt_lengths.tolist() == [2, 1, 2] and layout.continuation_lengths.tolist() == [1, 0, 0, 0, 1]
+    assert torch.equal(layout.order[layout.place], torch.arange(7))
+
+
+def test_a_soft_prompt_has_its_places_before_each_prompt() -> None:
+    packed = SequenceBatch.build([[1, 2], [1, 2], [3]], [[7, 8], [9], [7]]).pack(virtual_tokens=2)
+    assert packed.ids.tolist() == [-1, -1, 1, 2, 7, -1, -1, 3]
+    assert packed.layout.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert packed.ids[packed.states].tolist() == [2, 7, 2, 3]
 
 
 def test_scatter_puts_values_back(batch: SequenceBatch) -> None:
@@ -48,10 +60,10 @@ def test_scatter_puts_values_back(batch: SequenceBatch) -> None:
 def test_every_action_follows_its_state() -> None:
     prompts, completions = ragged(20, 50, seed=1), ragged(20, 50, seed=2)
     batch = SequenceBatch.build(prompts, completions)
-    rows = torch.arange(20)[:, None].expand_as(batch.positions)[batch.mask]
-    assert torch.equal(batch.ids[rows, batch.positions[batch.mask] + 1], batch.targets)
+    packed = batch.pack()
+    expected = [token for p, c in zip(prompts, completions, strict=True) for token in [*p, *c][len(p) - 1 : -1] if c]
+    assert packed.ids[packed.states].tolist() == expected
     assert batch.mask.sum(1).tolist() == [len(completion) for completion in completions]
-    assert batch.attention_mask.sum(1).tolist() == [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 1), (3, 9), (19, 20)])
@@ -59,14 +71,16 @@ def test_rows_are_those_of_a_batch_of_their_own(start: int, stop: int) -> None:
     prompts, completions = ragged(20, 50, seed=1), ragged(20, 50, seed=2)
     part = SequenceBatch.build(prompts, completions).rows(start, stop)
     alone = SequenceBatch.build(prompts[start:stop], completions[start:stop])
-    for name in ("ids", "attention_mask", "mask", "positions", "actions"):
-        assert torch.equal(getattr(part, name), getattr(alone, name)), name
+    assert torch.equal(part.mask, alone.mask) and torch.equal(part.actions, alone.actions)
+    assert torch.equal(part.pack().ids, alone.pack().ids)
+    picked = SequenceBatch.build(prompts, completions).select(torch.arange(start, stop))
+    assert torch.equal(picked.pack().states, alone.pack().states)
 
 
 def test_rows_without_actions_keep_one_column(batch: SequenceBatch) -> None:
     part = batch.rows(2, 3)
     assert part.mask.tolist() == [[False]]
-    assert part.ids.tolist() == [[5, 6]]
+    assert part.pack().ids.tolist() == [5, 6]
     assert part.targets.tolist() == []
 
 
@@ -76,5 +90,5 @@ def test_a_prompt_without_tokens_is_named() -> None:
 
 
 def test_as_many_completions_as_prompts() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 prompts and 1 completions"):
         SequenceBatch.build([[1], [2]], [[3]])

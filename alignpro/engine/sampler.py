@@ -70,10 +70,10 @@ def sample(hidden: Tensor, head: Head, params: SamplingParams, seeds: Tensor) ->
     filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
     if not filtered or params.temperature == 0:
         token, logprob, _ = linear_sample(
-            hidden, head.weight, bias=head.bias, temperature=params.temperature, softcap=head.softcap, seeds=seeds
+            hidden, head.weight, temperature=params.temperature, seeds=seeds, **head.options
         )
         return token, logprob
-    logits = head_logits(hidden, head.weight, head.bias, params.temperature, head.softcap)  # (B, V)
+    logits = head_logits(hidden, head.weight, head.bias, params.temperature, head.softcap, head.lora)  # (B, V)
     logprobs = filter_logits(logits, params).log_softmax(-1)
     token = (logprobs + gumbel_noise(seeds, logprobs.shape[-1], logprobs.dtype)).argmax(-1)
     return token, logprobs.gather(-1, token[:, None]).squeeze(-1)

@@ -39,7 +39,7 @@ class Critic(nn.Module):
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """V, (B, T), zero off the mask; float32, or float64 for a float64 policy."""
-        states = batch.action_states(self.decoder.hidden(batch.ids, batch.attention_mask))
+        states = self.decoder.action_states(batch)
         values = self.output(states).squeeze(-1)
         return batch.scatter(values if values.dtype == torch.float64 else values.float())
 

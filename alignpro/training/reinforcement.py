@@ -126,7 +126,7 @@ class PolicyTraining:
         )
         parts = [self.policy.token_values(batch.rows(*rows)) for rows in self._micro_batches(len(batch))]
         values = _concatenate(parts, batch.mask.shape[1])
-        R = scores.values.flatten().to(batch.ids.device, values.logprob.dtype)  # (B,)
+        R = scores.values.flatten().to(values.logprob)  # (B,)
         rewards = objectives.token_rewards(
             R,
             batch.mask,

@@ -128,7 +128,7 @@ class SupervisedTraining:
     def _loss(self, pairs: Sequence[tuple[list[int], list[int]]], tokens: int) -> Tensor:
         prompts, completions = zip(*pairs, strict=True)
         batch = SequenceBatch.build(prompts, completions, self.model.device)
-        states = batch.action_states(self.model.hidden(batch.ids, batch.attention_mask))
+        states = self.model.action_states(batch)
         head = self.model.head
 
         def cross_entropy(
@@ -136,4 +136,4 @@ class SupervisedTraining:
         ) -> tuple[Tensor, Tensor, None, None]:
             return -logprob / tokens, torch.full_like(logprob, -1.0 / tokens), None, None
 
-        return policy_loss(states, head.weight, batch.targets, cross_entropy, bias=head.bias, softcap=head.softcap).loss
+        return policy_loss(states, head.weight, batch.targets, cross_entropy, **head.options).loss

@@ -61,7 +61,7 @@ def test_a_minibatch_holds_the_rows_of_its_groups() -> None:
     rows = torch.tensor([10, 11, 4, 5])
     sequences = [world.space.sequences[s] for s in (14, 3, 5, 5)]
     assert [row[keep].tolist() for row, keep in zip(part.batch.actions, part.batch.mask, strict=True)] == sequences
-    assert part.batch.ids[:, 0].tolist() == [2, 2, 1, 1]  # the first word of either prompt
+    assert [prompt[0] for prompt in part.batch.prompts] == [2, 2, 1, 1]  # the first word of either prompt
     values = training.policy.token_values(part.batch)  # what there is to know of these rows, from the rows alone
     torch.testing.assert_close(part.values.logprob, values.logprob)
     torch.testing.assert_close(part.values.reference_logprob, values.reference_logprob)

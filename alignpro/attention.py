@@ -1,0 +1,263 @@
+"""Attention over packed sequences that share their prompts, inside unmodified transformers models.
+
+Sequences lie on one line, a prompt once and behind it all that goes on from it:
+
+    x₁ x₁ x₁ | a a a | b b | x₂ x₂ | c c c        a, b go on from x₁; c from x₂
+
+A token sees its prompt up to the end (or up to itself, inside the prompt) and its own continuation up to itself. Linear
+layers then work on X + K·R tokens for K continuations of a prompt, and not on K·(X + R).
+
+`attach` puts a function into a model's attention through transformers' `AttentionInterface`. Without a `Layout` in the
+call's keyword arguments it does what the model did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_PREFIX = "alignpro_"
+
+
+@dataclass
+class Layout:
+    """Where P prompts and S continuations lie in T packed tokens, padded to X and R for the products of attention."""
+
+    positions: Tensor
+    """(T,) int64: of each token in its sequence."""
+    prompt: Tensor
+    """(P, X) int64: tokens of each prompt; 0 behind its end."""
+    prompt_lengths: Tensor
+    """(P,) int64."""
+    parent: Tensor
+    """(S,) int64: the prompt of each continuation."""
+    continuation: Tensor
+    """(S, R) int64: its tokens; 0 behind its end."""
+    continuation_lengths: Tensor
+    """(S,) int64."""
+    place: Tensor
+    """(T,) int64: where a token is among the P·X of ``prompt`` followed by the S·R of ``continuation``."""
+    order: Tensor
+    """(P·X + S·R,) int64: ``prompt`` and ``continuation`` behind one another."""
+    masks: dict[tuple[str, int | None, int], Tensor] = field(default_factory=dict)
+    """Made once a forward pass, by part, window and groups of heads."""
+
+    @classmethod
+    def build(cls, prompts: Sequence[int], continuations: Sequence[tuple[int, int]], device: torch.device) -> Layout:
+        """The layout of prompts of given lengths, each followed by its continuations, (index of the prompt, length).
+
+        Continuations stand in the order of their prompts.
+        """
+        X, R = max(prompts), max((length for _, length in continuations), default=0)
+        prompt = torch.zeros(len(prompts), X, dtype=torch.int64)
+        continuation = torch.zeros(len(continuations), R, dtype=torch.int64)
+        positions, place = [], []
+        at = row = 0
+        for p, length in enumerate(prompts):
+            span = torch.arange(length)
+            prompt[p, :length] = at + span
+            positions.append(span)
+            place.append(p * X + span)
+            at += length
+            while row < len(continuations) and continuations[row][0] == p:
+                span = torch.arange(continuations[row][1])
+                continuation[row, : len(span)] = at + span
+                positions.append(length + span)
+                place.append(len(prompts) * X + row * R + span)
+                at += len(span)
+                row += 1
+        return cls(
+            positions=torch.cat(positions).to(device),
+            prompt=prompt.to(device),
+            prompt_lengths=torch.tensor(prompts, device=device),
+            parent=torch.tensor([p for p, _ in continuations], dtype=torch.int64, device=device),
+            continuation=continuation.to(device),
+            continuation_lengths=torch.tensor([n for _, n in continuations], dtype=torch.int64, device=device),
+            place=torch.cat(place).to(device),
+            order=torch.cat([prompt.flatten(), continuation.flatten()]).to(device),
+        )
+
+    def prompt_mask(self, window: int | None) -> Tensor | None:
+        """(X, X) bool, True where a prompt's token sees another; None for plain causality.
+
+        Padding is behind the tokens, so that none of them sees it.
+        """
+        X = self.prompt.shape[1]
+        if window is None or window >= X:
+            return None
+        if (key := ("prompt", window, 1)) not in self.masks:
+            span = torch.arange(X, device=self.prompt.device)
+            distance = span[:, None] - span
+            self.masks[key] = (distance >= 0) & (distance < window)
+        return self.masks[key]
+
+    def continuation_mask(self, window: int | None, groups: int) -> Tensor:
+        """(S, 1, groups·R, X + R) bool: what continuations see of their prompts and of themselves."""
+        if (key := ("continuation", window, groups)) not in self.masks:
+            device = self.prompt.device
+            X, R = self.prompt.shape[1], self.continuation.shape[1]
+            before, own = torch.arange(X, device=device), torch.arange(R, device=device)
+            length = self.prompt_lengths[self.parent]  # (S,)
+            in_prompt = (before < length[:, None])[:, None, :].expand(-1, R, -1)  # (S, R, X)
+            causal = (own <= own[:, None]).expand(len(length), -1, -1)  # (S, R, R)
+            if window is not None:
+                gap = length[:, None, None] + own[:, None] - before
+                in_prompt = in_prompt & (gap < window)
+                causal = causal & (own[:, None] - own < window)
+            mask = torch.cat([in_prompt, causal], dim=2)
+            self.masks[key] = mask.repeat(1, groups, 1).unsqueeze(1)
+        return self.masks[key]
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Let a model's attention take a `Layout`; without one it goes on as before.
+
+    Raises:
+        ValueError: The model's attention does not go through transformers' interface.
+    """
+    base = model.config._attn_implementation
+    if base.startswith(_PREFIX):
+        return
+    name = _PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _with_layout(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise ValueError("its attention does not go through transformers' AttentionInterface")
+
+
+def _with_layout(base: str) -> Callable[..., tuple[Tensor, None]]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        layout: Layout | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        if layout is not None:
+            return packed_attention(query, key, value, layout, scaling=scaling, dropout=dropout, **options), None
+        if base == "eager":  # transformers has it in each model's own file, out of reach of its interface
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+            mask = attention_mask[..., : key.shape[2]] if attention_mask is not None else None
+            out = _attend(query, key, value, mask, scaling, options.get("softcap"), dropout)
+            return out.transpose(1, 2).contiguous(), None
+        function = ALL_ATTENTION_FUNCTIONS[base]
+        result: tuple[Tensor, None] = function(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+        return result
+
+    return attention
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention of packed tokens.
+
+    Args:
+        query: (1, H, T, D).
+        key: (1, H', T, D), H a multiple of H'.
+        value: As ``key``.
+        layout: Where the sequences lie.
+        scaling: Of the scores; 1/√D when absent.
+        dropout: Of the probabilities.
+        softcap: Scores become softcap · tanh(score / softcap).
+        sliding_window: How many tokens, itself included, a token sees.
+        s_aux: Attention sinks, which are not supported.
+
+    Returns:
+        (1, T, H, D), differentiable.
+
+    Raises:
+        ValueError: The model has attention sinks.
+    """
+    if s_aux is not None:
+        raise ValueError("attention sinks are not supported")
+    groups = query.shape[1] // key.shape[1]
+    P, X = layout.prompt.shape
+    S, R = layout.continuation.shape
+    parts = []
+    for x in (query, key, value):
+        rows = _Gather.apply(x[0].transpose(0, 1), layout.order, layout.place)
+        first, second = rows.split([P * X, S * R])
+        parts.append((first.unflatten(0, (P, X)).transpose(1, 2), second.unflatten(0, (S, R)).transpose(1, 2)))
+    (q, q_c), (k, k_c), (v, v_c) = parts
+
+    k_all, v_all = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    out = _attend(q, k_all, v_all, layout.prompt_mask(sliding_window), scaling, softcap, dropout, causal=True)
+    rows = [out.transpose(1, 2).flatten(0, 1)]
+    if S * R:
+        # Heads that share keys are laid behind one another as queries, so that keys are not repeated.
+        folded = q_c.unflatten(1, (k.shape[1], groups)).flatten(2, 3)  # (S, H', groups·R, D)
+        keys, values = (torch.cat([x.index_select(0, layout.parent), own], dim=2) for x, own in ((k, k_c), (v, v_c)))
+        out = _attend(folded, keys, values, layout.continuation_mask(sliding_window, groups), scaling, softcap, dropout)
+        rows.append(out.unflatten(2, (groups, R)).flatten(1, 2).transpose(1, 2).flatten(0, 1))
+    return torch.cat(rows).index_select(0, layout.place).unsqueeze(0)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """softmax(scores) · value, (B, H, Q, D); a mask is bool or added to the scores, and replaces causality."""
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=causal and mask is None, scale=scaling
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    if mask is None and causal:
+        span = torch.arange(query.shape[2], device=query.device)
+        mask = span <= span[:, None]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    probability = scores.float().softmax(-1).to(query.dtype)
+    return nn.functional.dropout(probability, dropout) @ value
+
+
+class _Gather(torch.autograd.Function):
+    """Rows by index, where each row is taken once, but for padding whose gradient is zero: so backward gathers too.
+
+    PyTorch's own backward adds row after row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
