@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format types ci doctor demo-weights miniature bench-kernels clean
+.PHONY: help setup demo test test-all test-gpu lint format types ci doctor demo-weights miniature bench-kernels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ test: $(STAMP) ## the tests, without those that take minutes
 
 test-all: $(STAMP) ## all tests
 	$(PYTEST)
+
+test-gpu: $(STAMP) ## the tests that need a GPU, one after another
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

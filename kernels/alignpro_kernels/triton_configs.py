@@ -69,9 +69,9 @@ SAMPLES = INTERPRETED if interpreting() else SAMPLE
 
 
 def fitting(configs: list[triton.Config], named_args: dict[str, Any], **options: Any) -> list[triton.Config]:
-    """Of `LOGITS` those for the call's dtype and reference, with no tile much taller than the rows."""
+    """Of `LOGITS` those for the call's dtype, reference and soft-cap, with no tile much taller than the rows."""
     call = {**named_args, **options}
-    table = candidates(call["hidden"].dtype, reference=call["REF_D"] > 0)
+    table = candidates(call["hidden"].dtype, reference=call["REF_D"] > 0, capped=call["softcap"] is not None)
     return _by_rows([c for c in configs if c in table], call["rows"])
 
 
@@ -81,11 +81,14 @@ def sample_fitting(configs: list[triton.Config], named_args: dict[str, Any], **o
     return _by_rows([c for c in configs if 8 * c.kwargs["BM"] >= min(call["rows"], 1024)], call["rows"])
 
 
-def candidates(dtype: torch.dtype, *, reference: bool) -> list[triton.Config]:
+def candidates(dtype: torch.dtype, *, reference: bool, capped: bool) -> list[triton.Config]:
     """The configurations of `logits_kernel` for inputs of a dtype."""
-    if dtype == torch.float32:
-        return SINGLE
-    return HALF_WITH_REFERENCE if reference else HALF
+    table = SINGLE if dtype == torch.float32 else HALF_WITH_REFERENCE if reference else HALF
+    if not capped:
+        return table
+    # tanh needs registers: at most 64 sums a thread, which would spill beside more.
+    sums = 2 if reference else 1
+    return [c for c in table if sums * c.kwargs["BM"] * c.kwargs["BN"] <= 64 * 32 * c.num_warps]
 
 
 def _by_rows(configs: list[triton.Config], rows: int) -> list[triton.Config]:

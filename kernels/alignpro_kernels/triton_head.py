@@ -102,7 +102,7 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[Token
             stride,
             partials.stride(0),
             temperature,
-            head.softcap,
+            _number(head.softcap),
             triton.next_power_of_2(count),
             D=rows.hidden.shape[1],
             REF_D=0 if rows.ref_hidden is None else rows.ref_hidden.shape[1],
@@ -242,7 +242,7 @@ def _logits_gradient(
             kept.logits.stride(0),
             kept.partials.stride(0),
             temperature,
-            head.softcap,
+            _number(head.softcap),
             ADD=gradients.accumulate,
             BR=8 if interpreting() else 64,
             BV=NARROWEST,
@@ -273,7 +273,7 @@ def _sample_chunk(head: Head, rows: Rows, seeds: Tensor, token: Tensor, logprob:
         vocabulary,
         partials.stride(0),
         temperature,
-        head.softcap,
+        _number(head.softcap),
         triton.next_power_of_2(count),
         D=rows.hidden.shape[1],
         R=0 if rows.low_rank is None else rows.low_rank.shape[1],
@@ -358,6 +358,11 @@ def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     if isinstance(temperature, Tensor):
         return temperature, 1.0
     return None, float(temperature)
+
+
+def _number(x: float | None) -> float | None:
+    """A soft-cap given as an integer would be compiled as one."""
+    return None if x is None else float(x)
 
 
 def _grid(device: torch.device, count: int, vocabulary: int) -> object:

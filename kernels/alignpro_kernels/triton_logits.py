@@ -40,7 +40,7 @@ from alignpro_kernels.triton_product import (
 
 @triton.autotune(
     LOGITS,
-    key=["rows_key", "vocabulary", "D", "REF_D", "SHARED", "R"],
+    key=["rows_key", "vocabulary", "softcap", "D", "REF_D", "SHARED", "R"],
     prune_configs_by={"early_config_prune": fitting},
     cache_results=True,
 )

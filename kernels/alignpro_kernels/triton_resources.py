@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alignpro_kernels.triton_configs import FUSED, HALF, HALF_WITH_REFERENCE, NARROWEST, SAMPLE, SINGLE, most_stages
+from alignpro_kernels.triton_configs import FUSED, NARROWEST, SAMPLE, candidates, most_stages
 from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
 from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
 from alignpro_kernels.triton_merge import merge_kernel
@@ -65,14 +65,15 @@ class Resources:
 
 def variants() -> Iterator[Variant]:
     """All kernels, in all configurations."""
-    for config in HALF:
-        yield _logits("logits bf16", config, "bf16")
-        yield _logits("logits bf16 bias softcap", config, "bf16", bias=True, softcap=True)
-    for config in HALF_WITH_REFERENCE:
-        yield _logits("logits bf16 shared reference", config, "bf16", reference="shared")
-        yield _logits("logits bf16 separate reference", config, "bf16", reference="separate")
+    for reference in (None, "shared", "separate"):
+        of = f" {reference} reference" if reference else ""
+        for config in candidates(torch.bfloat16, reference=reference is not None, capped=False):
+            yield _logits(f"logits bf16{of}", config, "bf16", reference=reference)
+        for config in candidates(torch.bfloat16, reference=reference is not None, capped=True):
+            yield _logits(f"logits bf16{of} bias softcap", config, "bf16", bias=True, softcap=True, reference=reference)
+    for config in candidates(torch.bfloat16, reference=True, capped=False):
         yield _logits("logits bf16 shared reference LoRA", config, "bf16", reference="shared", rank=16)
-    for config in SINGLE:
+    for config in candidates(torch.float32, reference=True, capped=False):
         yield _logits("logits fp32", config, "fp32")
         yield _logits("logits fp32 shared reference", config, "fp32", reference="shared")
     for config in SAMPLE:
@@ -165,6 +166,7 @@ def _logits(
     inputs += ["bias"] if bias else []
     inputs += ["low_rank", "low_rank_rows"] if rank else []
     inputs += ["ref_hidden", "ref_weight", "ref_kept"] if reference else []
+    inputs += ["ref_bias"] if reference and bias else []
     pointers = dict.fromkeys(inputs, f"*{dtype}") | {"target": "*i64", "width": "*i32"}
     pointers |= {"target_logit": "*fp32", "partials": "*fp32"}
     arguments = _arguments(logits_kernel, **pointers) | {"temperature": "fp32"}

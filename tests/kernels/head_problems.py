@@ -30,18 +30,18 @@ class Problem:
     scale: float = 0.5
     seed: int = 0
 
-    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
+    def tensors(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
         """The arguments, the same numbers in every dtype (rounded to bfloat16 first, so that none is rounded again)."""
         g = torch.Generator().manual_seed(self.seed)
 
         def randn(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).bfloat16().to(dtype)
+            return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).bfloat16().to(device, dtype)
 
         n, d, v = self.rows, self.width, self.vocabulary
         arguments: dict[str, Any] = {
             "hidden": randn(n, d).requires_grad_(),
             "weight": randn(v, d, scale=self.scale).requires_grad_(self.trained),
-            "target": torch.randint(v, (n,), generator=g),
+            "target": torch.randint(v, (n,), generator=g).to(device),
             "softcap": self.softcap,
             "entropy": True,
         }
@@ -57,10 +57,10 @@ class Problem:
             arguments["ref_weight"], arguments["ref_bias"] = randn(v, 9), randn(v)
         if self.temperatures:
             arguments["temperature"] = torch.linspace(0.5, 2.0, n, dtype=torch.float64).to(
-                torch.float64 if dtype == torch.float64 else torch.float32
+                device, torch.float64 if dtype == torch.float64 else torch.float32
             )
         if self.masked:
-            arguments["mask"] = torch.rand(n, generator=g) > 0.4
+            arguments["mask"] = (torch.rand(n, generator=g) > 0.4).to(device)
         return arguments
 
     def upstream(self) -> Tensor:
@@ -96,10 +96,10 @@ class Result:
         }
 
 
-def run(problem: Problem, operator: str, backend: str, dtype: torch.dtype) -> Result:
+def run(problem: Problem, operator: str, backend: str, dtype: torch.dtype, device: str = "cpu") -> Result:
     """Statistics, loss and all gradients of one call of `policy_loss` or `linear_logprob`."""
-    arguments = problem.tensors(dtype)
-    upstream = problem.upstream()
+    arguments = problem.tensors(dtype, device)
+    upstream = problem.upstream().to(device)
     if operator == "policy_loss":
 
         def coefficients(logprob, entropy, kl, rows):
@@ -116,9 +116,9 @@ def run(problem: Problem, operator: str, backend: str, dtype: torch.dtype) -> Re
     return _result(loss, stats, arguments)
 
 
-def plain_pytorch(problem: Problem, dtype: torch.dtype) -> Result:
+def plain_pytorch(problem: Problem, dtype: torch.dtype, device: str = "cpu") -> Result:
     """What a user would write: products in the inputs' dtype, softmax in float32, autograd. Without LoRA and mask."""
-    a = problem.tensors(dtype)
+    a = problem.tensors(dtype, device)
     tau = a.get("temperature", 1.0)
     tau = tau[:, None] if isinstance(tau, Tensor) else tau
 
@@ -134,7 +134,9 @@ def plain_pytorch(problem: Problem, dtype: torch.dtype) -> Result:
         with torch.no_grad():
             q = logp(a["ref_hidden"], a.get("ref_weight", a["weight"]), a.get("ref_bias", a.get("bias")))
         stats[2] = (p.exp() * (p - q)).sum(1)
-    loss = sum((c * s).sum() for c, s in zip(problem.upstream().float(), stats, strict=True) if s is not None)
+    loss = sum(
+        (c * s).sum() for c, s in zip(problem.upstream().float().to(device), stats, strict=True) if s is not None
+    )
     return _result(loss, stats, a)
 
 
@@ -147,5 +149,5 @@ def _result(loss: Tensor, stats: Any, arguments: dict[str, Any]) -> Result:
     gradients = torch.autograd.grad(loss, list(variables.values()))
     values = {"loss": loss.detach()}
     values |= {name: x.detach() for name, x in zip(("logprob", "entropy", "kl"), stats, strict=True) if x is not None}
-    values |= {f"d {name}": g for name, g in zip(variables, gradients, strict=True)}
+    values |= {f"d {name}": g.cpu() for name, g in zip(variables, gradients, strict=True)}
     return Result(values)

@@ -12,8 +12,11 @@ from alignpro_kernels import triton_configs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 60, 64, 100, 500, 8192])
 @pytest.mark.parametrize("ref_width", [0, 896])
-def test_every_call_has_a_choice_that_suits_it(dtype: torch.dtype, rows: int, ref_width: int) -> None:
-    call = {"hidden": torch.empty(1, dtype=dtype), "rows": rows}
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_every_call_has_a_choice_that_suits_it(
+    dtype: torch.dtype, rows: int, ref_width: int, softcap: float | None
+) -> None:
+    call = {"hidden": torch.empty(1, dtype=dtype), "rows": rows, "softcap": softcap}
     found = triton_configs.fitting(triton_configs.LOGITS, call, REF_D=ref_width)
     assert found
     assert all(c.kwargs["BM"] <= max(64, 2 * rows) for c in found)

@@ -1,0 +1,129 @@
+"""The fast backends on a GPU, held against the float64 reference on the CPU. `make test-gpu` runs them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from head_problems import Problem, plain_pytorch, run
+
+from alignpro_kernels import linear_logprob, linear_sample, merge_states, policy_loss
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+BACKENDS = ["triton", "torch"]
+OPERATORS = ["policy_loss", "linear_logprob"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+PROBLEMS = {
+    "trained": Problem(),
+    "frozen": Problem(trained=False),
+    "shared reference": Problem(reference="shared", trained=False),
+    "separate reference": Problem(reference="separate"),
+    "soft-cap, bias, temperatures": Problem(bias=True, softcap=3.0, temperatures=True),
+    "low rank": Problem(rank=5, trained=False),
+    "masked and without coefficients": Problem(masked=True, zero_every=3),
+}
+SIZE = {"rows": 300, "width": 200, "vocabulary": 5001, "scale": 0.3}  # several tiles, none of them whole
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_errors_are_no_larger_than_plain_pytorchs(backend: str, operator: str, dtype: torch.dtype, name: str) -> None:
+    problem = replace(PROBLEMS[name], **SIZE)
+    exact = run(problem, operator, "reference", torch.float64)
+    ours = run(problem, operator, backend, dtype, "cuda").errors(exact)
+    # The plain formula has no mask and no LoRA: its errors on the problem without them are the yardstick.
+    like = replace(problem, masked=False, rank=0)
+    plain = plain_pytorch(like, dtype, "cuda").errors(run(like, operator, "reference", torch.float64))
+    for quantity, error in ours.items():
+        allowed = plain.get(quantity, max(plain.values()))
+        assert error <= 1.5 * allowed + 1e-6, (quantity, error, allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
+    problem = Problem(reference="separate", bias=True, zero_every=4, **SIZE)
+    for operator in OPERATORS:
+        first, second = (run(problem, operator, "triton", dtype, "cuda") for _ in range(2))
+        for name, value in first.values.items():
+            assert torch.equal(value, second.values[name]), name
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("rows", [1, 17, 300])
+def test_samples_are_the_references(temperature: float, rows: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(rows, 128, generator=g), torch.randn(5001, 128, generator=g) / 4
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=g)
+    theirs = linear_sample(hidden.double(), weight.double(), seeds=seeds, temperature=temperature, backend="reference")
+    ours = linear_sample(hidden.cuda(), weight.cuda(), seeds=seeds.cuda(), temperature=temperature, backend="triton")
+    assert (ours.token.cpu() == theirs.token).float().mean() > 0.99  # a tie within rounding may go either way
+    same = ours.token.cpu() == theirs.token
+    torch.testing.assert_close(ours.logprob.cpu().double()[same], theirs.logprob[same], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.entropy.cpu().double(), theirs.entropy, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_times_vocabulary_beyond_31_bits() -> None:
+    rows, width, vocabulary = 16_384, 64, 151_936  # 2.5e9 logits
+    g = torch.Generator(device="cuda").manual_seed(0)
+    hidden = torch.randn(rows, width, generator=g, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocabulary, width, generator=g, device="cuda", dtype=torch.bfloat16) / 4
+    target = torch.randint(vocabulary, (rows,), generator=g, device="cuda")
+    target[-1] = vocabulary - 1
+    stats = linear_logprob(hidden, weight, target, entropy=True, backend="triton")
+    ends = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1], device="cuda")
+    exact = linear_logprob(hidden[ends].double(), weight.double(), target[ends], entropy=True, backend="reference")
+    torch.testing.assert_close(stats.logprob[ends].double(), exact.logprob, rtol=0, atol=1e-3)
+    torch.testing.assert_close(stats.entropy[ends].double(), exact.entropy, rtol=0, atol=1e-3)
+
+
+def test_memory_beside_the_gradients() -> None:
+    rows, width, vocabulary = 16_384, 896, 151_936
+    hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16) / 30).requires_grad_()
+    ref = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    frozen = weight.detach().clone()
+    target = torch.randint(vocabulary, (rows,), device="cuda")
+
+    def loss():
+        def coefficients(logprob, entropy, kl, positions):
+            one = torch.ones_like(logprob)
+            return kl - logprob, -one, None, one
+
+        return policy_loss(
+            hidden, weight, target, coefficients, ref_hidden=ref, ref_weight=frozen, backend="triton"
+        ).loss
+
+    loss().backward()  # compiles and tunes
+    hidden.grad = weight.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients = 2 * (hidden.numel() + weight.numel()) + 4 * weight.numel()  # and the accumulator they are rounded from
+    assert peak - gradients <= 1.5 * 2**30
+
+
+def test_the_hot_path_never_waits_for_the_device() -> None:
+    hidden, weight = torch.randn(64, 128, device="cuda"), torch.randn(3000, 128, device="cuda")
+    target, seeds = torch.randint(3000, (64,), device="cuda"), torch.arange(64, device="cuda")
+    linear_logprob(hidden, weight, target, entropy=True)  # compiles and tunes
+    linear_sample(hidden, weight, seeds=seeds)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_logprob(hidden, weight, target, entropy=True)
+        linear_sample(hidden, weight, seeds=seeds)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_states_are_merged(dtype: torch.dtype) -> None:
+    outs, lses = torch.randn(3, 40, 5, 96), torch.randn(3, 40, 5) * 10
+    lses[1, 3] = -torch.inf
+    expected = merge_states(outs.to(dtype), lses)
+    torch.testing.assert_close(merge_states(outs.to("cuda", dtype), lses.cuda()).cpu(), expected)
