@@ -268,9 +268,10 @@ class PolicyTraining:
         save_pretrained(self.policy.model, directory)
 
     def _micro_batches(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Row ranges (start, stop) of at most ``micro_batch_size`` rows."""
+        """Row ranges (start, stop) of at most ``micro_batch_size`` rows; of whole groups where they fit."""
         size = self.optimizer.micro_batch_size
-        if self.objective.loss == "gibbs":  # compares within a group, which must be whole, however large
+        # A group's prompt is computed once in a micro-batch; and Gibbs compares within a group, however large it is.
+        if size >= self.sampling.n or self.objective.loss == "gibbs":
             size = max(1, size // self.sampling.n) * self.sampling.n
         for start in range(0, rows, size):
             yield start, min(start + size, rows)
