@@ -17,6 +17,8 @@
 #include <tuple>
 #include <vector>
 
+#include "instructions.h"
+#include "memory.h"
 #include "tiles.h"
 
 namespace alignpro {
@@ -31,17 +33,13 @@ constexpr int64_t kLanes = 16;
 
 const TileKernels& tile_kernels() {
 #if defined(__x86_64__)
-  static const TileKernels& chosen = [&]() -> const TileKernels& {
-    // PyTorch's own choice, which ATEN_CPU_CAPABILITY overrides.
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512" && __builtin_cpu_supports("avx512dq")) return tile_kernels_avx512;
-    if (capability == "AVX512" || capability == "AVX2") return tile_kernels_avx2;
-    return tile_kernels_generic;
-  }();
-  return chosen;
-#else
-  return tile_kernels_generic;
+  switch (instructions()) {
+    case Instructions::kAvx512: return tile_kernels_avx512;
+    case Instructions::kAvx2: return tile_kernels_avx2;
+    case Instructions::kGeneric: break;
+  }
 #endif
+  return tile_kernels_generic;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -194,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
   Tensor logprob = at::empty({rows}, at::kFloat), entropy = at::empty({rows}, at::kFloat);
   Tensor kl = at::empty({reference ? rows : 0}, at::kFloat), norms = at::zeros({4, rows}, at::kFloat);
   Tensor target_logit = at::full({rows}, std::numeric_limits<float>::quiet_NaN(), at::kFloat);
+  if (logits) prefer_large_pages(logits->mutable_data_ptr(), static_cast<int64_t>(logits->nbytes()));
   const int64_t* targets = target.const_data_ptr<int64_t>();
   float* chosen = target_logit.mutable_data_ptr<float>();
 
@@ -294,6 +293,7 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
   Tensor hidden_sums = thread_sums(d_hidden), low_rank_sums = thread_sums(d_low_rank_rows);
   const Tensor bias_sums = d_bias ? at::zeros({tiling.width * tiling.count}, at::kFloat) : Tensor();
 
+  if (d_weight && !add) prefer_large_pages(d_weight->mutable_data_ptr(), static_cast<int64_t>(d_weight->nbytes()));
   const auto value = [](const OptionalTensor& x) { return x ? x->const_data_ptr<float>() : nullptr; };
   const float* norm = norms.const_data_ptr<float>();
   const Upstream upstream{norm, norm + chunk, norm + 2 * chunk, norm + 3 * chunk, value(entropy),

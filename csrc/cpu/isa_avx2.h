@@ -1,4 +1,4 @@
-// Eight lanes of AVX2 and FMA.
+// Eight lanes of AVX2, FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -10,6 +10,7 @@ namespace {
 
 struct Isa {
   static constexpr int width = 8;
+  static constexpr int accumulators = 8;  // as many as leave registers for the operands
   using F = __m256;
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
@@ -40,6 +41,21 @@ struct Isa {
     r = _mm_max_ps(r, _mm_movehl_ps(r, r));
     return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
   }
+  // Lane i is the sum over the lanes of a[i], in the same order for all i.
+  static F sums(const F* a) {
+    F quads[2];  // quads[k], 128-bit part p: over the part p of a[4 k], a[4 k + 1], a[4 k + 2], a[4 k + 3]
+    for (int k = 0; k < 2; ++k) {
+      const F even = halves(a[4 * k], a[4 * k + 1]), odd = halves(a[4 * k + 2], a[4 * k + 3]);
+      const __m256d x = _mm256_castps_pd(even), y = _mm256_castps_pd(odd);
+      quads[k] = add(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+    }
+    return add(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+  }
+  static F load_bfloat16(const uint16_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F noise_complement(uint64_t seed, int64_t first) {
     const __m256i low = complement(seed, first), high = complement(seed, first + 4);
     // The low halves of eight 64-bit lanes, in order.
@@ -50,6 +66,7 @@ struct Isa {
   static F bits(F a) { return _mm256_cvtepi32_ps(_mm256_castps_si256(a)); }
 
  private:
+  static F halves(F a, F b) { return add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
   static __m256i multiply(__m256i a, uint64_t constant) {
     const __m256i b = _mm256_set1_epi64x(static_cast<int64_t>(constant));
     const __m256i low = _mm256_mul_epu32(a, b);

@@ -10,6 +10,7 @@ namespace {
 
 struct Isa {
   static constexpr int width = 16;
+  static constexpr int accumulators = 16;  // as many as leave registers for the operands
   using F = __m512;
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
@@ -29,6 +30,23 @@ struct Isa {
   static unsigned greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
+  // Lane i is the sum over the lanes of a[i], in the same order for all i.
+  static F sums(const F* a) {
+    F quads[4];  // quads[k], 128-bit part p: over the part p of a[4 k], a[4 k + 1], a[4 k + 2], a[4 k + 3]
+    for (int k = 0; k < 4; ++k) {
+      const F even = halves(a[4 * k], a[4 * k + 1]), odd = halves(a[4 * k + 2], a[4 * k + 3]);
+      const __m512d x = _mm512_castps_pd(even), y = _mm512_castps_pd(odd);
+      quads[k] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    return parts(parts(quads[0], quads[1]), parts(quads[2], quads[3]));
+  }
+  static F load_bfloat16(const uint16_t* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+  static F load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static F noise_complement(uint64_t seed, int64_t first) {
     const __m256i low = complement(seed, first), high = complement(seed, first + 8);
     return _mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
@@ -36,6 +54,10 @@ struct Isa {
   static F bits(F a) { return _mm512_cvtepi32_ps(_mm512_castps_si512(a)); }
 
  private:
+  static F halves(F a, F b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+  static F parts(F a, F b) {
+    return add(_mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(2, 0, 2, 0)), _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
+  }
   static __m256i complement(uint64_t seed, int64_t first) {
     const uint64_t start = seed + (static_cast<uint64_t>(first) + 1) * kGamma;
     const __m512i lanes = _mm512_set_epi64(

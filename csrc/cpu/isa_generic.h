@@ -1,6 +1,9 @@
 // Eight lanes in plain C++: the compiler vectorises what it can.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include <cmath>
 #include <cstring>
 
@@ -11,6 +14,7 @@ namespace {
 
 struct Isa {
   static constexpr int width = 8;
+  static constexpr int accumulators = 8;
   struct F {
     float x[width];
   };
@@ -52,6 +56,14 @@ struct Isa {
     float r = a.x[0];
     for (int i = 1; i < width; ++i) r = a.x[i] > r ? a.x[i] : r;
     return r;
+  }
+  // Lane i is the sum over the lanes of a[i], in the same order for all i.
+  static F sums(const F* a) { return each([&](int i) { return sum(a[i]); }); }
+  static F load_bfloat16(const uint16_t* p) {
+    return each([&](int i) { return static_cast<float>(c10::BFloat16(p[i], c10::BFloat16::from_bits())); });
+  }
+  static F load_half(const uint16_t* p) {
+    return each([&](int i) { return static_cast<float>(c10::Half(p[i], c10::Half::from_bits())); });
   }
   // The top 31 bits of the complement of each lane's hash, as floats.
   static F noise_complement(uint64_t seed, int64_t first) {

@@ -1,41 +1,16 @@
 // The tile kernels, written once on the lanes of `Isa`. Included by one file for each instruction set.
 #pragma once
 
-#include <cmath>
-#include <limits>
+#include <cstdint>
 
+#include "exponential.h"
 #include "tiles.h"
 
 namespace alignpro {
 namespace {
 
-using F = Isa::F;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Finite, so that 0 * (z - m) is 0 and not NaN where z is -inf: a column beyond the vocabulary, or a token ruled out.
 constexpr float kLowest = -1e30f;
-
-// e^x for x <= 88, within 2 ulp; 0 below -87.3, where results would be subnormal. Cody-Waite reduction, polynomial of
-// Cephes' expf.
-inline F exponential(F x) {
-  const F n = Isa::round(Isa::mul(Isa::max(Isa::set(-126.0f * 0.6931472f), x), Isa::set(1.44269504088896341f)));
-  F r = Isa::fma(n, Isa::set(-0.693359375f), x);
-  r = Isa::fma(n, Isa::set(2.12194440e-4f), r);
-  F p = Isa::set(1.9875691500e-4f);
-  p = Isa::fma(p, r, Isa::set(1.3981999507e-3f));
-  p = Isa::fma(p, r, Isa::set(8.3334519073e-3f));
-  p = Isa::fma(p, r, Isa::set(4.1665795894e-2f));
-  p = Isa::fma(p, r, Isa::set(1.6666665459e-1f));
-  p = Isa::fma(p, r, Isa::set(5.0000001201e-1f));
-  p = Isa::fma(p, Isa::mul(r, r), Isa::add(r, Isa::set(1.0f)));
-  return Isa::zero_where_less(Isa::scale(p, n), x, Isa::set(-126.0f * 0.6931472f));
-}
-
-// softcap tanh(u / softcap), to 1e-7 of the soft-cap: that of a logit is what counts, not the relative error near 0.
-inline F cap(F u, float softcap) {
-  const F x = Isa::min(Isa::set(40.0f), Isa::max(Isa::set(-40.0f), Isa::mul(u, Isa::set(2.0f / softcap))));
-  const F t = Isa::sub(Isa::set(1.0f), Isa::div(Isa::set(2.0f), Isa::add(exponential(x), Isa::set(1.0f))));
-  return Isa::mul(t, Isa::set(softcap));
-}
 
 // u -> z in place for one row; returns the largest. NaN may be lost here: the sums carry it.
 inline float transform(float* z, const Shape& shape, float inverse_tau, const float* bias) {
@@ -58,8 +33,6 @@ inline float transform(float* z, const Shape& shape, float inverse_tau, const fl
 }
 
 inline F relative(const float* z, F m) { return Isa::max(Isa::set(kLowest), Isa::sub(Isa::load(z), m)); }
-
-inline float finite(float m) { return m == -kInfinity ? 0.0f : m; }
 
 void statistics(float* logits, float* reference, const Shape& shape, const float* bias, const float* reference_bias,
                 const Partials& out) {

@@ -1,5 +1,6 @@
 """Operators of a language model's head: log-probability, entropy, exact KL, policy loss, sampling; and of a KV pool."""
 
+from alignpro_kernels.attention import paged_attention
 from alignpro_kernels.backends import BackendError, backends
 from alignpro_kernels.noise import gumbel_noise, splitmix64
 from alignpro_kernels.operators import linear_logprob, linear_sample, merge_states, policy_loss
@@ -19,6 +20,7 @@ __all__ = [
     "linear_logprob",
     "linear_sample",
     "merge_states",
+    "paged_attention",
     "policy_loss",
     "read_kv",
     "splitmix64",

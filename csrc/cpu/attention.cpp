@@ -1,0 +1,273 @@
+// Attention of packed sequences' queries to keys and values in pages. See attention_plan.h for how the threads share it.
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "attention.h"
+#include "attention_plan.h"
+#include "instructions.h"
+
+namespace alignpro {
+namespace {
+
+const AttentionKernels& attention_kernels() {
+#if defined(__x86_64__)
+  switch (instructions()) {
+    case Instructions::kAvx512: return attention_kernels_avx512;
+    case Instructions::kAvx2: return attention_kernels_avx2;
+    case Instructions::kGeneric: break;
+  }
+#endif
+  return attention_kernels_generic;
+}
+
+Element element_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Element::kFloat;
+    case at::kBFloat16: return Element::kBFloat16;
+    default: return Element::kHalf;
+  }
+}
+
+// Out-of-range values would read foreign memory, so they are checked here, where that costs next to nothing.
+void check_values(const Problem& p, int64_t sequences) {
+  const int64_t tokens = p.query.size(0), slots = p.page_table.size(1) * p.pages.size(2);
+  TORCH_CHECK_VALUE(p.cu_queries[0] == 0 && p.cu_queries[sequences] == tokens, "cu_queries goes from ", p.cu_queries[0],
+                    " to ", p.cu_queries[sequences], ": expected from 0 to the number of queries, ", tokens);
+  for (int64_t s = 0; s < sequences; ++s) {
+    TORCH_CHECK_VALUE(p.cu_queries[s] <= p.cu_queries[s + 1], "cu_queries: sequence ", s, " goes from ", p.cu_queries[s],
+                      " to ", p.cu_queries[s + 1], ": it must not decrease");
+    TORCH_CHECK_VALUE(p.key_lengths[s] >= 0 && p.key_lengths[s] <= slots, "key_lengths: sequence ", s, " has ",
+                      p.key_lengths[s], " keys, expected 0 to ", slots, ", what its pages hold");
+    const int32_t* table = p.page_table.const_data_ptr<int32_t>() + s * p.page_table.stride(0);
+    for (int64_t i = 0; i * p.pages.size(2) < p.key_lengths[s]; ++i) {
+      TORCH_CHECK_VALUE(table[i] >= 0 && table[i] < p.pages.size(0), "page_table: entry ", i, " of sequence ", s, " is ",
+                        table[i], ", expected 0 to ", p.pages.size(0) - 1);
+    }
+  }
+}
+
+int64_t floats_of_sums(int64_t rows, int64_t stride) { return rounded_up(rows * (stride + 2), kLanes); }
+
+Sums sums_at(float* memory, int64_t rows, int64_t stride) {
+  return {memory, memory + rows * stride, memory + rows * (stride + 1)};
+}
+
+void clear(const Sums& sums, int64_t rows, int64_t stride) {
+  std::fill(sums.o, sums.o + rows * stride, 0.0f);
+  std::fill(sums.m, sums.m + rows, -std::numeric_limits<float>::infinity());
+  std::fill(sums.l, sums.l + rows, 0.0f);
+}
+
+void write_rows(const Problem& p, const Item& item, const Sums& sums) {
+  const int64_t dim = p.head_dim(), stride = p.stride();
+  float* outs = p.out.mutable_data_ptr<float>();
+  float* lses = p.lse.mutable_data_ptr<float>();
+  int64_t row = 0;
+  for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {
+    for (int64_t t = item.query_begin; t < item.query_end; ++t) {
+      for (int64_t g = 0; g < p.group(); ++g, ++row) {
+        const int64_t to = t * p.heads() + kv_head * p.group() + g;
+        const float l = sums.l[row], by = l == 0 ? 0 : 1 / l;
+        for (int64_t d = 0; d < dim; ++d) outs[to * dim + d] = by * sums.o[row * stride + d];
+        lses[to] = sums.m[row] + std::log(l);
+      }
+    }
+  }
+}
+
+// A thread's memory, and what it does with an item. An item's rows go by head of the keys, query, head of the queries.
+class Worker {
+ public:
+  explicit Worker(const Problem& p)
+      : p_(p), stride_(p.stride()), rows_(p.rows_per_item()), keys_(paged_keys(p)),
+        head_bytes_(p.pages.stride(3) * p.pages.element_size()),
+        memory_(at::empty({rows_ * stride_ + 2 * floats_of_sums(rows_, stride_) +
+                           attention_kernels().scratch(rows_, stride_)}, at::kFloat)),
+        first_(static_cast<size_t>(rows_)), last_(static_cast<size_t>(rows_)) {
+    query_ = memory_.mutable_data_ptr<float>();
+    sums_ = query_ + rows_ * stride_;
+    scratch_ = sums_ + 2 * floats_of_sums(rows_, stride_);
+  }
+
+  // `next` is what it does afterwards, or null.
+  void take(const Item& item, const Item* next, float* parts_memory) {
+    gather(item);
+    if (item.part >= 0) {
+      float* at = parts_memory + item.part * floats_of_sums(rows_, stride_);
+      attend(item, next, sums_at(at, rows_, stride_), item.first_part());
+      return;
+    }
+    const Sums sums = sums_at(sums_, rows_, stride_);
+    const Sums part = sums_at(sums_ + floats_of_sums(rows_, stride_), rows_, stride_);
+    int64_t begin = item.first_part();
+    attend(item, next, sums, begin);
+    for (begin += kPart; begin < item.key_end; begin += kPart) {
+      attend(item, next, part, begin);
+      attention_kernels().merge(sums, part, item.heads() * rows_of_head(item), stride_);
+    }
+    write_rows(p_, item, sums);
+  }
+
+ private:
+  int64_t rows_of_head(const Item& item) const { return item.queries() * p_.group(); }
+
+  // The queries as (rows, stride) floats, and the keys that each row of a head sees.
+  void gather(const Item& item) {
+    const int64_t size = p_.query.element_size();
+    const char* from = static_cast<const char*>(p_.query.const_data_ptr());
+    float* to = query_;
+    for (int64_t head = item.head_begin * p_.group(); head < item.head_end * p_.group(); head += p_.group()) {
+      for (int64_t t = item.query_begin; t < item.query_end; ++t) {
+        for (int64_t g = 0; g < p_.group(); ++g, to += stride_) {
+          const int64_t at = t * p_.query.stride(0) + (head + g) * p_.query.stride(1);
+          attention_kernels().widen(from + at * size, element_of(p_.query), to, p_.head_dim(), stride_);
+        }
+      }
+    }
+    for (int64_t row = 0; row < rows_of_head(item); ++row) {
+      first_[row] = p_.first[item.query_begin + row / p_.group()];
+      last_[row] = p_.last[item.query_begin + row / p_.group()];
+    }
+  }
+
+  // Attention to the part that begins at `begin`, into sums made anew.
+  void attend(const Item& item, const Item* next, const Sums& sums, int64_t begin) {
+    const int64_t rows = rows_of_head(item), end = std::min<int64_t>(begin + kPart, item.key_end);
+    clear(sums, item.heads() * rows, stride_);
+    for (int64_t key = std::max<int64_t>(begin, item.key_begin / kKeyBlock * kKeyBlock); key < end; key += kKeyBlock) {
+      for (int64_t head = 0; head < item.heads(); ++head) {
+        if (key + kKeyBlock < item.key_end) {
+          prefetch(item, key + kKeyBlock, head, item.heads());
+        } else if (next != nullptr) {
+          prefetch(*next, next->key_begin / kKeyBlock * kKeyBlock, head, item.heads());
+        }
+        const int64_t row = head * rows;
+        attention_kernels().attend(
+            keys_of(item, item.head_begin + head),
+            {rows, stride_, query_ + row * stride_, first_.data(), last_.data(), p_.scale, p_.softcap},
+            {sums.o + row * stride_, sums.m + row, sums.l + row}, key, std::min(key + kKeyBlock, end), scratch_);
+      }
+    }
+  }
+
+  // Brings one of `shares` of the block at `begin` nearer while another is computed with: the keys and values of all heads,
+  // in the order in which they lie in memory. The hardware does not foresee where the next page is.
+  void prefetch(const Item& item, int64_t begin, int64_t share, int64_t shares) const {
+    const int64_t end = std::min<int64_t>(begin + kKeyBlock * (share + 1) / shares, item.key_end);
+    begin += kKeyBlock * share / shares;
+    if (begin >= end) return;
+    const PagedKeys keys = keys_of(item, item.head_begin);
+    const int64_t bytes = p_.head_dim() * p_.pages.element_size();
+    int64_t page = begin / keys.page_size, slot = begin % keys.page_size;
+    for (; begin < end; ++begin) {
+      const char* key = keys.pages + keys.table[page] * keys.page_stride + slot * keys.slot_stride;
+      for (int64_t head = 0; head < item.heads(); ++head, key += head_bytes_) {
+        for (int64_t i = 0; i < bytes; i += 64) {
+          __builtin_prefetch(key + i, 0, 2);  // no nearer than the second level: a block of all heads exceeds the first
+          __builtin_prefetch(key + keys.value_offset + i, 0, 2);
+        }
+      }
+      if (++slot == keys.page_size) {
+        slot = 0;
+        ++page;
+      }
+    }
+  }
+
+  PagedKeys keys_of(const Item& item, int64_t head) const {
+    PagedKeys keys = keys_;
+    keys.pages += head * head_bytes_;
+    keys.table += item.sequence * p_.page_table.stride(0);
+    return keys;
+  }
+
+  // Those of the first head and sequence.
+  static PagedKeys paged_keys(const Problem& p) {
+    const auto bytes = [&](int64_t dimension) { return p.pages.stride(dimension) * p.pages.element_size(); };
+    return {static_cast<const char*>(p.pages.const_data_ptr()), p.page_table.const_data_ptr<int32_t>(), p.pages.size(2),
+            bytes(0), bytes(2), bytes(1), p.head_dim(), element_of(p.pages)};
+  }
+
+  const Problem& p_;
+  int64_t stride_, rows_;
+  PagedKeys keys_;
+  int64_t head_bytes_;
+  Tensor memory_;
+  std::vector<int64_t> first_, last_;  // (rows of a head)
+  float *query_, *sums_, *scratch_;    // (rows, stride), two of sums, and the kernels'
+};
+
+void run(const Problem& p, int64_t sequences) {
+  const Plan plan = plan_of(p, sequences);
+  const std::vector<size_t> runs = runs_of(plan.items, plan.threads == 1 ? 1 : plan.threads * kRunsPerThread);
+  const int64_t rows = p.rows_per_item(), stride = p.stride(), floats = floats_of_sums(rows, stride);
+  const Tensor parts_memory = at::empty({plan.parts * floats}, at::kFloat);
+  float* sums = parts_memory.mutable_data_ptr<float>();
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, plan.threads, 1, [&](int64_t, int64_t) {
+    const at::AutoDispatchBelowAutograd no_autograd;
+    Worker worker(p);
+    for (size_t run = next++; run + 1 < runs.size(); run = next++) {
+      for (size_t i = runs[run]; i < runs[run + 1]; ++i) {
+        worker.take(plan.items[i], i + 1 < runs[run + 1] ? &plan.items[i + 1] : nullptr, sums);
+      }
+    }
+  });
+  for (const Split& split : plan.splits) {
+    const Sums whole = sums_at(sums + split.part * floats, rows, stride);
+    for (int64_t i = 1; i < split.item.parts(); ++i) {
+      attention_kernels().merge(whole, sums_at(sums + (split.part + i) * floats, rows, stride),
+                                split.item.queries() * p.group(), stride);
+    }
+    write_rows(p, split.item, whole);
+  }
+}
+
+// -> out (T, H, D) in the query's dtype, lse (T, H) float32. softcap 0 and window 0 stand for none.
+std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& pages, const Tensor& cu_queries,
+                                           const Tensor& page_table, const Tensor& key_lengths,
+                                           const Tensor& query_positions, const std::optional<Tensor>& key_starts,
+                                           double scale, double softcap, int64_t window) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const int64_t sequences = key_lengths.size(0);
+  const Tensor cu = cu_queries.contiguous(), lengths = key_lengths.contiguous(), positions = query_positions.contiguous();
+  const Tensor starts = key_starts ? key_starts->contiguous() : Tensor();
+  Problem p{query.stride(2) == 1 ? query : query.contiguous(),
+            pages,
+            page_table.stride(1) == 1 ? page_table : page_table.contiguous(),
+            cu.const_data_ptr<int32_t>(),
+            lengths.const_data_ptr<int32_t>(),
+            {},
+            {},
+            static_cast<float>(scale),
+            static_cast<float>(softcap),
+            at::empty(query.sizes(), at::kFloat),
+            at::empty({query.size(0), query.size(1)}, at::kFloat)};
+  check_values(p, sequences);
+  find_seen(p, sequences, positions.const_data_ptr<int32_t>(), key_starts ? starts.const_data_ptr<int32_t>() : nullptr, window);
+  if (query.size(0) > 0) run(p, sequences);
+  return {p.out.to(query.scalar_type()), p.lse};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(alignpro, m) {
+  m.def(
+      "paged_attention(Tensor query, Tensor pages, Tensor cu_queries, Tensor page_table, Tensor key_lengths, "
+      "Tensor query_positions, Tensor? key_starts, float scale, float softcap, int window) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(alignpro, CPU, m) { m.impl("paged_attention", &paged_attention); }
+
+}  // namespace alignpro

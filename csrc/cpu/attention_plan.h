@@ -1,0 +1,147 @@
+// How attention is cut into pieces of work. Included by attention.cpp alone.
+//
+// An item is some queries of one sequence under some heads of the keys, against all keys or one part of them. A part is
+// kPart keys counted from the sequence's first: every part begins anew and parts are merged in order, so results are the
+// same bits whether one thread takes all parts of an item, or several threads one each.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "attention.h"
+
+namespace alignpro {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kPart = 512;           // keys, a multiple of kKeyBlock
+constexpr int64_t kRows = 32;            // of an item, about: their queries and sums stay in the first-level cache
+constexpr int64_t kRunsPerThread = 8;    // items are dealt in runs, so that a thread that is held up holds up little
+constexpr int64_t kLeastWork = 1 << 17;  // multiplications that are worth a thread
+
+int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+struct Problem {
+  Tensor query, pages, page_table;         // (T, H, D), (n_pages, 2, page_size, kv_heads, D), (S, max_pages)
+  const int32_t* cu_queries;               // (S + 1)
+  const int32_t* key_lengths;              // (S)
+  std::vector<int64_t> first, last;        // (T): keys [first, last) of its sequence are what a query sees
+  float scale, softcap;
+  Tensor out, lse;                         // (T, H, D) float32, (T, H)
+  int64_t heads() const { return query.size(1); }
+  int64_t kv_heads() const { return pages.size(3); }
+  int64_t group() const { return heads() / kv_heads(); }
+  int64_t head_dim() const { return query.size(2); }
+  int64_t stride() const { return rounded_up(head_dim(), kLanes); }
+  int64_t queries_per_item() const { return std::max<int64_t>(1, kRows / group()); }
+  int64_t rows_per_item() const { return queries_per_item() * group(); }
+};
+
+struct Item {
+  int32_t sequence;
+  int32_t head_begin, head_end;    // of the keys
+  int32_t query_begin, query_end;
+  int32_t key_begin, key_end;      // of the queries together
+  int64_t part = -1;               // where its sums go to be merged; -1 if it is the whole
+  int64_t heads() const { return head_end - head_begin; }
+  int64_t queries() const { return query_end - query_begin; }
+  int64_t work() const { return heads() * queries() * (1 + key_end - key_begin); }
+  int64_t first_part() const { return key_begin / kPart * kPart; }
+  int64_t parts() const { return (key_end - first_part() + kPart - 1) / kPart; }
+};
+
+// An item in parts, which are numbered from `part`.
+struct Split {
+  Item item;
+  int64_t part;
+};
+
+struct Plan {
+  std::vector<Item> items;
+  std::vector<Split> splits;
+  int64_t parts = 0;
+  int64_t threads;
+};
+
+void find_seen(Problem& p, int64_t sequences, const int32_t* positions, const int32_t* key_starts, int64_t window) {
+  p.first.resize(static_cast<size_t>(p.query.size(0)));
+  p.last.resize(p.first.size());
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t start = key_starts == nullptr ? 0 : key_starts[s], length = p.key_lengths[s];
+    for (int64_t t = p.cu_queries[s]; t < p.cu_queries[s + 1]; ++t) {
+      const int64_t after = positions[t] - start + 1;  // the first key that lies in the query's future
+      p.last[t] = std::clamp<int64_t>(after, 0, length);
+      p.first[t] = window == 0 ? 0 : std::clamp<int64_t>(after - window, 0, p.last[t]);
+    }
+  }
+}
+
+Item block_of(const Problem& p, int64_t sequence, int64_t begin, int64_t end) {
+  int64_t first = p.key_lengths[sequence], last = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    if (p.first[t] == p.last[t]) continue;
+    first = std::min(first, p.first[t]);
+    last = std::max(last, p.last[t]);
+  }
+  const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
+  return {narrow(sequence), 0, narrow(p.kv_heads()), narrow(begin), narrow(end), narrow(std::min(first, last)),
+          narrow(last)};
+}
+
+// The heads of few queries go together, since they lie side by side in memory. What is too long for a thread is taken head
+// by head, and if it still is, part by part; there is little of that, so that the sums of parts need little memory.
+Plan plan_of(const Problem& p, int64_t sequences) {
+  std::vector<Item> blocks;
+  int64_t total = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    for (int64_t begin = p.cu_queries[s]; begin < p.cu_queries[s + 1]; begin += p.queries_per_item()) {
+      blocks.push_back(block_of(p, s, begin, std::min<int64_t>(begin + p.queries_per_item(), p.cu_queries[s + 1])));
+      total += blocks.back().work();
+    }
+  }
+  Plan plan;
+  plan.threads = std::clamp<int64_t>(total * p.group() * p.stride() / kLeastWork, 1, at::get_num_threads());
+  const auto too_long = [&](const Item& item) { return plan.threads > 1 && item.work() * plan.threads * 4 > total; };
+  for (Item item : blocks) {
+    int64_t heads = std::clamp<int64_t>(kRows / (item.queries() * p.group()), 1, p.kv_heads());
+    item.head_end = static_cast<int32_t>(heads);
+    if (too_long(item)) heads = 1;
+    for (int64_t head = 0; head < p.kv_heads(); head += heads) {
+      item.head_begin = static_cast<int32_t>(head);
+      item.head_end = static_cast<int32_t>(std::min(head + heads, p.kv_heads()));
+      if (!too_long(item) || item.parts() == 1) {
+        plan.items.push_back(item);
+        continue;
+      }
+      plan.splits.push_back({item, plan.parts});
+      for (int64_t begin = item.first_part(); begin < item.key_end; begin += kPart) {
+        Item part = item;
+        part.key_begin = static_cast<int32_t>(std::max<int64_t>(begin, item.key_begin));
+        part.key_end = static_cast<int32_t>(std::min<int64_t>(begin + kPart, item.key_end));
+        part.part = plan.parts++;
+        plan.items.push_back(part);
+      }
+    }
+  }
+  return plan;
+}
+
+// Where runs of items of nearly the same work begin, and the end of the last.
+std::vector<size_t> runs_of(const std::vector<Item>& items, int64_t count) {
+  int64_t total = 0, done = 0;
+  for (const Item& item : items) total += item.work();
+  std::vector<size_t> starts;
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (done * count >= total * static_cast<int64_t>(starts.size())) starts.push_back(i);
+    done += items[i].work();
+  }
+  starts.push_back(items.size());
+  return starts;
+}
+
+}  // namespace
+}  // namespace alignpro

@@ -1,0 +1,161 @@
+"""Attention to keys and values in the pages of a pool.
+
+T query rows, H query heads, D their dimension, S sequences. `alignpro_kernels.pages` says how a pool is laid out.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from alignpro_kernels import attention_reference
+from alignpro_kernels.backends import BackendError
+from alignpro_kernels.checks import FLOATS
+
+logger = logging.getLogger("alignpro_kernels")
+
+BACKENDS = ("cpp", "reference")
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def paged_attention(
+    query: Tensor,
+    pages: Tensor,
+    cu_queries: Tensor,
+    page_table: Tensor,
+    key_lengths: Tensor,
+    query_positions: Tensor,
+    key_starts: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of packed sequences to their keys and values in pages, with the log-sum-exp of the scores.
+
+    One call serves prefill (all tokens of a prompt are queries), chunked prefill (some), decode (one a sequence) and a
+    level of a cascade: the queries of all that share a node of a prefix tree make one "sequence", whose keys are the
+    node's; `merge_states` then joins that with the attention to their own keys. Scores, statistics and sums are float32
+    (float64 for float64 inputs), by the online softmax of Milakov and Gimelshein (2018) as in FlashAttention (Dao et al.,
+    2022). A query's result is a function of its own query and keys: backend ``cpp`` gives the same bits in every batch, chunk
+    and number of threads. No gradient flows through it.
+
+    Args:
+        query: (T, H, D) float64, float32, bfloat16 or float16; rows and heads may be strided.
+        pages: (n_pages, 2, page_size, kv_heads, D), one layer's view of the arena, keys before values; the dtype of
+            ``query``. Entries of D elements must be contiguous, the other strides may be any. H must be a multiple of
+            kv_heads: query head h reads head h // (H / kv_heads). Slots that no query sees may hold anything, NaN too.
+        cu_queries: (S + 1,) int32: sequence s has the query rows cu_queries[s] to cu_queries[s + 1]. The device of
+            ``query``, or the CPU.
+        page_table: (S, max_pages) int32: key j of sequence s is in page page_table[s, j // page_size] at j % page_size.
+            Entries beyond a sequence's keys may be anything.
+        key_lengths: (S,) int32, how many keys a sequence has, 0 allowed.
+        query_positions: (T,) int32. A query sees the keys whose position is at most its own.
+        key_starts: (S,) int32: key j of sequence s has position key_starts[s] + j; None for 0.
+        scale: Scores are scale · q · k.
+        softcap: Scores become softcap · tanh(scores / softcap) (Gemma 2).
+        window: A query sees the last ``window`` positions only, its own included.
+        backend: ``auto``, ``cpp`` (CPUs, built on first use) or ``reference`` (anywhere, loops over sequences and waits
+            for the device).
+
+    Returns:
+        out (T, H, D) in the dtype of ``query``; lse (T, H), the natural logarithm of the sum of e^score. A query that
+        sees no key gets 0 and −inf.
+
+    Raises:
+        ValueError, TypeError: An argument has the wrong shape, layout, device, value or dtype; the message names it.
+        BackendError: The backend cannot run.
+    """
+    _check_states(query, pages)
+    _check_index("key_lengths", key_lengths, ("S",), query)
+    sequences = len(key_lengths)
+    _check_index("cu_queries", cu_queries, (sequences + 1,), query, host=True)
+    _check_index("page_table", page_table, (sequences, "max_pages"), query)
+    _check_index("query_positions", query_positions, (len(query),), query)
+    if key_starts is not None:
+        _check_index("key_starts", key_starts, (sequences,), query)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}: it must be positive, or None for none")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: it must be positive, or None for none")
+    out, lse = _chosen(backend, query).paged_attention(
+        query,
+        pages,
+        cu_queries,
+        page_table,
+        key_lengths,
+        query_positions,
+        key_starts,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+    )
+    return out, lse
+
+
+def _chosen(backend: str, query: Tensor) -> ModuleType:
+    """The module of the backend that was asked for, or that is the best for the query; logged once each."""
+    if backend not in ("auto", *BACKENDS):
+        raise BackendError(
+            f"paged_attention: there is no backend {backend!r}: take 'auto' or one of {', '.join(BACKENDS)}"
+        )
+    if backend == "reference":
+        _announce("reference", None)
+        return attention_reference
+    from alignpro_kernels import cpp_attention  # here, since torch's builder, which it needs, is slow to import
+
+    reason = _unsuited(query) or cpp_attention.unavailable()
+    if reason is not None and backend == "cpp":
+        raise BackendError(f"paged_attention: backend 'cpp' cannot run here: {reason}")
+    _announce("cpp" if reason is None else "reference", reason)
+    return cpp_attention if reason is None else attention_reference
+
+
+def _unsuited(query: Tensor) -> str | None:
+    """Why backend ``cpp`` does not take such a query."""
+    if query.dtype == torch.float64:
+        return "it computes in float32, and the input is float64"
+    return None if query.device.type == "cpu" else f"it runs on the CPU, and the input is on {query.device}"
+
+
+@functools.cache
+def _announce(backend: str, reason: str | None) -> None:
+    because = "" if reason is None else f", since cpp does not: {reason}"
+    logger.info("paged_attention runs on backend %s%s", backend, because)
+
+
+def _check_states(query: Tensor, pages: Tensor) -> None:
+    if query.dtype not in FLOATS:
+        raise TypeError(f"query is {query.dtype}: expected one of {', '.join(map(str, FLOATS))}")
+    if pages.dtype != query.dtype:
+        raise TypeError(f"pages is {pages.dtype} and query {query.dtype}: they must agree")
+    if pages.device != query.device:
+        raise ValueError(f"pages is on {pages.device} and query on {query.device}: they must agree")
+    if pages.ndim != 5 or pages.shape[1] != 2 or not pages.numel():
+        raise ValueError(
+            f"pages has shape {tuple(pages.shape)}: expected (n_pages, 2, page_size, kv_heads, D), not empty"
+        )
+    if pages.stride(-1) != 1 and pages.shape[-1] > 1:
+        raise ValueError(f"pages has strides {pages.stride()}: the elements of a key must be contiguous")
+    kv_heads, dim = pages.shape[3:]
+    if query.ndim != 3 or query.shape[2] != dim or not query.shape[1] or query.shape[1] % kv_heads:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}: expected (T, H, {dim}) with H a multiple of the {kv_heads} heads of "
+            "pages"
+        )
+
+
+def _check_index(name: str, index: Tensor, shape: tuple[int | str, ...], query: Tensor, *, host: bool = False) -> None:
+    """index of a shape in which names stand for any size; with ``host`` it may be on the CPU."""
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name} is {index.dtype}: expected {torch.int32}")
+    if index.ndim != len(shape) or any(a != b for a, b in zip(index.shape, shape, strict=True) if isinstance(b, int)):
+        raise ValueError(f"{name} has shape {tuple(index.shape)}: expected ({', '.join(map(str, shape))})")
+    if index.device != query.device and not (host and index.device.type == "cpu"):
+        raise ValueError(f"{name} is on {index.device} and query on {query.device}: they must agree")

@@ -1,0 +1,88 @@
+"""The specification of `paged_attention`, in plain PyTorch: what every backend must compute.
+
+    z_j = scale · q · k_j, with a soft-cap softcap · tanh(z_j / softcap), over the keys j that the query sees
+    out = Σ_j softmax(z)_j v_j      lse = log Σ_j exp z_j
+
+A sequence's keys are gathered and its scores held whole, in float32 (float64 for float64 inputs). The public operator has
+checked the arguments' shapes; what they hold is checked here, where they are on the host in any case.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignpro_kernels.head import wide
+
+
+def paged_attention(
+    query: Tensor,
+    pages: Tensor,
+    cu_queries: Tensor,
+    page_table: Tensor,
+    key_lengths: Tensor,
+    query_positions: Tensor,
+    key_starts: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `alignpro_kernels.paged_attention`."""
+    bounds, lengths = cu_queries.tolist(), key_lengths.tolist()
+    _check_values(query, pages, bounds, page_table, lengths)
+    starts = [0] * len(lengths) if key_starts is None else key_starts.tolist()
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)  # (T, H, D)
+    lse = wide(query).new_full(query.shape[:2], -torch.inf)  # (T, H)
+    for s, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        rows = slice(bounds[s], bounds[s + 1])
+        if rows.start == rows.stop or length == 0:
+            continue
+        keys, values = _gather(pages, page_table[s], length)  # (kv_heads, length, D)
+        positions = torch.arange(start, start + length, device=query.device)
+        distance = query_positions[rows, None].long() - positions  # (rows, length)
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        out[rows], lse[rows] = _attention(query[rows], keys, values, seen, scale, softcap)
+    return out, lse
+
+
+def _gather(pages: Tensor, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The keys and values of one sequence, each (kv_heads, length, D)."""
+    slot = torch.arange(length, device=pages.device)
+    page, offset = table.long()[slot // pages.shape[2]], slot % pages.shape[2]
+    both = wide(pages[page, :, offset])  # (length, 2, kv_heads, D)
+    keys, values = both.permute(1, 2, 0, 3)
+    return keys, values
+
+
+def _attention(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """query (n, H, D), keys and values (kv_heads, length, D), seen (n, length) -> (n, H, D), (n, H)."""
+    n, heads, dim = query.shape
+    grouped = wide(query).view(n, len(keys), -1, dim)  # (n, kv_heads, group, D)
+    z = scale * torch.einsum("nkgd,kld->kgnl", grouped, keys)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z.masked_fill(~seen, -torch.inf)
+    lse = z.logsumexp(-1)  # (kv_heads, group, n)
+    p = (z - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+    values = values.masked_fill(~seen.any(0).unsqueeze(-1), 0.0)  # they may be NaN, which 0 does not silence
+    out = torch.einsum("kgnl,kld->nkgd", p, values).reshape(n, heads, dim)
+    return out.to(query.dtype), lse.permute(2, 0, 1).reshape(n, heads)
+
+
+def _check_values(query: Tensor, pages: Tensor, bounds: list[int], page_table: Tensor, lengths: list[int]) -> None:
+    if bounds[0] != 0 or bounds[-1] != len(query):
+        raise ValueError(
+            f"cu_queries goes from {bounds[0]} to {bounds[-1]}: expected from 0 to the number of queries, {len(query)}"
+        )
+    slots = page_table.shape[1] * pages.shape[2]
+    for s, length in enumerate(lengths):
+        if bounds[s] > bounds[s + 1]:
+            raise ValueError(f"cu_queries: sequence {s} goes from {bounds[s]} to {bounds[s + 1]}: it must not decrease")
+        if not 0 <= length <= slots:
+            raise ValueError(f"key_lengths: sequence {s} has {length} keys, expected 0 to {slots}, what its pages hold")
+        for i, page in enumerate(page_table[s, : -(-length // pages.shape[2])].tolist()):
+            if not 0 <= page < len(pages):
+                raise ValueError(f"page_table: entry {i} of sequence {s} is {page}, expected 0 to {len(pages) - 1}")

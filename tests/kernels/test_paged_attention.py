@@ -1,0 +1,464 @@
+"""Paged attention: against a float64 reference, by ratio to PyTorch's own error; and what must not change a bit of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from alignpro_kernels import BackendError, attention, backends, cpp_attention, merge_states, paged_attention
+
+BACKENDS = ("cpp", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("whole", "head-major", "arena")
+
+needs_cpp = pytest.mark.skipif(backends()["cpp"] is not None, reason="no C++ compiler")
+
+
+@dataclass
+class Problem:
+    """Sequences, their keys and values both in pages, where all else is NaN, and as plain tensors."""
+
+    query: Tensor  # (T, H, D)
+    counts: list[int]  # queries of each sequence
+    positions: Tensor  # (T,)
+    keys: list[Tensor]  # S of (length, kv_heads, D)
+    values: list[Tensor]
+    starts: list[int]
+    page_size: int
+    layout: str
+    scale: float
+    softcap: float | None
+    window: int | None
+    pages: Tensor
+    page_table: Tensor
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        bounds = torch.tensor([0, *self.counts]).cumsum(0).int()
+        lengths = torch.tensor([len(x) for x in self.keys], dtype=torch.int32)
+        starts = torch.tensor(self.starts, dtype=torch.int32)
+        return self.query, self.pages, bounds, self.page_table, lengths, self.positions, starts
+
+    def run(self, backend: str = "cpp") -> tuple[Tensor, Tensor]:
+        return paged_attention(
+            *self.arguments(), scale=self.scale, softcap=self.softcap, window=self.window, backend=backend
+        )
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        query, pages, *rest = self.arguments()
+        return paged_attention(
+            query.double(),
+            pages.double(),
+            *rest,
+            scale=self.scale,
+            softcap=self.softcap,
+            window=self.window,
+            backend="reference",
+        )
+
+    def sequences(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of each: queries (H, n, D), keys and values (H, length, D), and which keys a query sees (n, length)."""
+        group = self.query.shape[1] // self.keys[0].shape[1]
+        done = 0
+        for count, keys, values, start in zip(self.counts, self.keys, self.values, self.starts, strict=True):
+            query, positions = self.query[done : done + count], self.positions[done : done + count]
+            done += count
+            distance = positions[:, None] - (start + torch.arange(len(keys)))
+            seen = (distance >= 0) & (distance < (self.window or 1 << 30))
+            states = (x.transpose(0, 1).repeat_interleave(group, 0) for x in (keys, values))
+            yield query.transpose(0, 1), *states, seen
+
+
+def plain(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a user would write with PyTorch in a dtype, sequence by sequence; the lse in float32 or float64."""
+    outs, lses = [], []
+    for query, keys, values, seen in problem.sequences():
+        q, k, v = query.to(dtype), keys.to(dtype), values.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        z = problem.scale * (q.to(wide) @ k.to(wide).mT)
+        if problem.softcap is not None:
+            z = problem.softcap * torch.tanh(z / problem.softcap)
+        z = z.masked_fill(~seen, -torch.inf)
+        if problem.softcap is None:
+            out = functional.scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=problem.scale)[0]
+        else:
+            out = z.softmax(-1).to(dtype) @ v
+        outs.append(out.nan_to_num(0.0).masked_fill(~seen.any(-1, keepdim=True), 0.0).transpose(0, 1))
+        lses.append(z.logsumexp(-1).transpose(0, 1))
+    return torch.cat(outs), torch.cat(lses)
+
+
+def in_pages(keys: list[Tensor], values: list[Tensor], page_size: int, layout: str) -> tuple[Tensor, Tensor]:
+    """pages and page_table: pages in random order, entries beyond a sequence's keys out of range."""
+    kv_heads, dim = keys[0].shape[1:]
+    dtype = keys[0].dtype
+    needed = [-(-len(x) // page_size) for x in keys]
+    n_pages = sum(needed) + 2
+    if layout == "whole":
+        pages = torch.full((n_pages, 2, page_size, kv_heads, dim), torch.nan, dtype=dtype)
+    elif layout == "head-major":
+        pages = torch.full((n_pages, kv_heads, 2, page_size, dim), torch.nan, dtype=dtype).permute(0, 2, 3, 1, 4)
+    else:  # a layer that begins at 12 bytes of pages that hold more, of which bits 1 alone are NaN in every dtype
+        count = 2 * page_size * kv_heads * dim
+        arena = torch.full((n_pages, (count + 8) * dtype.itemsize + 12), 255, dtype=torch.uint8)
+        arena = arena[:, : arena.shape[1] // dtype.itemsize * dtype.itemsize].contiguous()
+        layer = arena[:, 12 : 12 + count * dtype.itemsize]
+        pages = layer.view(dtype).unflatten(1, (2, page_size, kv_heads, dim))
+    order = torch.randperm(n_pages)
+    table = torch.full((len(keys), max(needed) + 1), -1, dtype=torch.int32)
+    for s, (k, v) in enumerate(zip(keys, values, strict=True)):
+        table[s, : needed[s]] = order[sum(needed[:s]) : sum(needed[: s + 1])].int()
+        for j in range(len(k)):
+            pages[int(table[s, j // page_size]), 0, j % page_size] = k[j]
+            pages[int(table[s, j // page_size]), 1, j % page_size] = v[j]
+    return pages, table
+
+
+def new_problem(
+    counts: list[int],
+    lengths: list[int],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+    page_size: int = 16,
+    layout: str = "whole",
+    softcap: float | None = None,
+    window: int | None = None,
+    loudness: float = 1.0,
+) -> Problem:
+    keys = [torch.randn(n, kv_heads, dim).to(dtype) for n in lengths]
+    values = [torch.randn(n, kv_heads, dim).to(dtype) for n in lengths]
+    starts = torch.randint(0, 9, (len(lengths),)).tolist()
+    positions = [  # from before the first key to after the last
+        torch.randint(start - 2, start + length + 3, (count,))
+        for count, length, start in zip(counts, lengths, starts, strict=True)
+    ]
+    both = (loudness * torch.randn(sum(counts), heads, dim + 3)).to(dtype)  # strided rows
+    pages, table = in_pages(keys, values, page_size, layout)
+    return Problem(
+        both[..., :dim],
+        counts,
+        torch.cat(positions).int(),
+        keys,
+        values,
+        starts,
+        page_size,
+        layout,
+        dim**-0.5,
+        softcap,
+        window,
+        pages,
+        table,
+    )
+
+
+def part(problem: Problem, sequence: int, rows: slice) -> Problem:
+    """One sequence of a problem with some of its queries, in pages of its own."""
+    first = sum(problem.counts[:sequence])
+    chosen = slice(first + rows.start, first + rows.stop)
+    keys, values = problem.keys[sequence : sequence + 1], problem.values[sequence : sequence + 1]
+    pages, table = in_pages(keys, values, problem.page_size, problem.layout)
+    return replace(
+        problem,
+        query=problem.query[chosen],
+        counts=[rows.stop - rows.start],
+        positions=problem.positions[chosen],
+        keys=keys,
+        values=values,
+        starts=problem.starts[sequence : sequence + 1],
+        pages=pages,
+        page_table=table,
+    )
+
+
+def assert_as_exact_as_plain(problem: Problem, out: Tensor, lse: Tensor) -> None:
+    exact_out, exact_lse = problem.exact()
+    plain_out, plain_lse = plain(problem, problem.query.dtype)
+    assert out.dtype == problem.query.dtype and lse.dtype == torch.float32
+    assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
+    assert bool((out[lse == -torch.inf] == 0).all())
+    for got, baseline, exact in ((out, plain_out, exact_out), (lse, plain_lse, exact_lse)):
+        finite = torch.isfinite(exact)
+        error, allowed = ((x.double() - exact)[finite].abs().amax() if finite.any() else 0.0 for x in (got, baseline))
+        assert error <= 1.5 * allowed + 1e-6
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "reference"])
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 150)), min_size=1, max_size=4),
+    group=st.sampled_from([1, 2, 3, 5, 8]),
+    kv_heads=st.integers(1, 3),
+    dim=st.sampled_from([1, 5, 8, 16, 32, 40, 96]),
+    dtype=st.sampled_from(DTYPES),
+    page_size=st.sampled_from([1, 4, 16, 64]),
+    layout=st.sampled_from(LAYOUTS),
+    softcap=st.sampled_from([None, 3.0]),
+    window=st.sampled_from([None, 1, 7, 64, 1000]),
+    seed=st.integers(0, 2**31),
+)
+def test_as_exact_as_plain_attention(backend: str, sizes: list[tuple[int, int]], seed: int, **shape: Any) -> None:
+    """In any shape and layout; what lies in unused slots is NaN, unused entries of the table are out of range."""
+    torch.manual_seed(seed)
+    counts, lengths = (list(x) for x in zip(*sizes, strict=True))
+    problem = new_problem(counts, lengths, heads=shape.pop("group") * shape["kv_heads"], **shape)
+    assert_as_exact_as_plain(problem, *problem.run(backend))
+
+
+@needs_cpp
+@pytest.mark.parametrize("loudness", [1.0, 10.0])
+@pytest.mark.parametrize("window", [None, 600])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sequences_in_several_parts(dtype: torch.dtype, window: int | None, loudness: float) -> None:
+    """Also where few keys have all the weight."""
+    torch.manual_seed(0)
+    problem = new_problem([3, 1, 20], [1300, 513, 1024], dtype=dtype, window=window, loudness=loudness)
+    assert_as_exact_as_plain(problem, *problem.run())
+
+
+def test_the_reference_is_plain_attention() -> None:
+    torch.manual_seed(0)
+    problem = new_problem([3, 9, 0, 4], [40, 17, 5, 0], window=11)
+    for exact, got in zip(problem.exact(), plain(problem, torch.float64), strict=True):
+        torch.testing.assert_close(exact, got.double(), rtol=1e-12, atol=1e-12)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_does_not_feel_the_batch(dtype: torch.dtype) -> None:
+    """Alone, in chunks, in other pages of another size, in another layout: the same bits."""
+    torch.manual_seed(0)
+    problem = new_problem([5, 40, 1, 13], [700, 90, 64, 1100], heads=6, dtype=dtype, window=800)
+    out, lse = problem.run()
+    for sequence, count in enumerate(problem.counts):
+        first = sum(problem.counts[:sequence])
+        rows = [slice(i, i + 1) for i in (0, count // 2, count - 1)]
+        for chunk in [*rows, slice(0, count // 3 + 1), slice(count // 3, count)]:
+            alone = replace(problem, page_size=(3, 16, 64)[sequence % 3], layout=LAYOUTS[sequence % 3])
+            got_out, got_lse = part(alone, sequence, chunk).run()
+            there = slice(first + chunk.start, first + chunk.stop)
+            assert torch.equal(got_out, out[there])
+            assert torch.equal(got_lse, lse[there])
+
+
+@needs_cpp
+def test_the_number_of_threads_does_not_matter() -> None:
+    """One long sequence, whose keys are dealt to the threads, among many short ones; and one query alone."""
+    torch.manual_seed(0)
+    problem = new_problem([2] + [1] * 12, [2100] + [50] * 12, kv_heads=1)
+    single = part(problem, 0, slice(0, 1))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            results.append((*problem.run(), *single.run()))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert torch.equal(results[0][2], results[0][0][:1])
+
+
+@needs_cpp
+def test_a_key_that_a_query_does_not_see_does_not_matter_to_it() -> None:
+    torch.manual_seed(0)
+    problem = new_problem([30], [90], window=40)
+    out, lse = problem.run()
+    for at in (0, 31, 70, 89):
+        keys, values = problem.keys[0].clone(), problem.values[0].clone()
+        keys[at], values[at] = torch.nan, torch.inf
+        pages, table = in_pages([keys], [values], problem.page_size, problem.layout)
+        got_out, got_lse = replace(problem, pages=pages, page_table=table).run()
+        distance = problem.positions - problem.starts[0] - at
+        blind = (distance < 0) | (distance >= 40)
+        assert torch.equal(got_out[blind], out[blind])
+        assert torch.equal(got_lse[blind], lse[blind])
+        assert bool(got_out[~blind].isnan().all())
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cascade_is_the_whole_attention(dtype: torch.dtype) -> None:
+    """Siblings attend to their shared node as one sequence, to their suffixes apart, and the two are merged."""
+    torch.manual_seed(0)
+    siblings, shared = 6, 75
+    suffixes = [1, 9, 30, 64, 65, 0]
+    node = new_problem([siblings], [shared], dtype=dtype)
+    ends = [shared + n for n in suffixes]
+    node = replace(node, starts=[0], positions=torch.tensor(ends, dtype=torch.int32))
+    own = new_problem([1] * siblings, suffixes, dtype=dtype)
+    own = replace(own, query=node.query, starts=[shared] * siblings, positions=node.positions)
+    keys = [torch.cat([node.keys[0], k]) for k in own.keys]
+    values = [torch.cat([node.values[0], v]) for v in own.values]
+    pages, table = in_pages(keys, values, 16, "whole")
+    whole = replace(own, keys=keys, values=values, starts=[0] * siblings, pages=pages, page_table=table)
+
+    (shared_out, shared_lse), (own_out, own_lse) = node.run(), own.run()
+    merged = merge_states([shared_out, own_out], [shared_lse, own_lse])
+    if dtype == torch.float32:
+        assert_as_exact_as_plain(whole, merged, torch.logaddexp(shared_lse, own_lse))
+    else:  # the two parts are rounded before they are merged
+        tolerance = torch.finfo(dtype).eps
+        torch.testing.assert_close(merged.double(), whole.exact()[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "reference"])
+def test_nothing_to_do(backend: str) -> None:
+    pages = torch.full((1, 2, 4, 2, 8), torch.nan)
+    none = torch.zeros(0, dtype=torch.int32)
+    zero, table = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3, dtype=torch.int32)
+    out, lse = paged_attention(torch.zeros(0, 4, 8), pages, zero, table, none, none, scale=1.0, backend=backend)
+    assert out.shape == (0, 4, 8) and lse.shape == (0, 4)
+    bounds, table = torch.tensor([0, 2, 2], dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)
+    lengths = positions = torch.zeros(2, dtype=torch.int32)
+    out, lse = paged_attention(
+        torch.ones(2, 4, 8), pages, bounds, table, lengths, positions, scale=1.0, backend=backend
+    )
+    assert torch.equal(out, torch.zeros(2, 4, 8))
+    assert torch.equal(lse, torch.full((2, 4), -torch.inf))
+
+
+@needs_cpp
+def test_a_query_that_is_nan_stays_alone() -> None:
+    torch.manual_seed(0)
+    problem = new_problem([9], [100])
+    problem = replace(problem, positions=torch.full((9,), 200, dtype=torch.int32))
+    out, _ = problem.run()
+    query = problem.query.clone()
+    query[4, 1, 3] = torch.nan
+    got, lse = replace(problem, query=query).run()
+    rows = torch.ones(9, 4, dtype=torch.bool)
+    rows[4, 1] = False
+    assert torch.equal(got[rows], out[rows])
+    assert bool(got[4, 1].isnan().all()) and bool(lse[4, 1].isnan())
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "reference"])
+def test_values_out_of_range_are_errors(backend: str) -> None:
+    problem = new_problem([1, 2], [20, 5])
+
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            names = ("query", "pages", "cu_queries", "page_table", "key_lengths", "query_positions", "key_starts")
+            arguments = dict(zip(names, problem.arguments(), strict=True)) | changes
+            paged_attention(**arguments, scale=1.0, backend=backend)  # type: ignore[arg-type]
+
+    def ints(*x: int) -> Tensor:
+        return torch.tensor(x, dtype=torch.int32)
+
+    refused("cu_queries goes from 0 to 2: expected from 0 to the number of queries, 3", cu_queries=ints(0, 1, 2))
+    refused("cu_queries: sequence 1 goes from 4 to 3: it must not decrease", cu_queries=ints(0, 4, 3))
+    refused("key_lengths: sequence 0 has 49 keys, expected 0 to 48", key_lengths=ints(49, 1))
+    refused("key_lengths: sequence 1 has -1 keys", key_lengths=ints(20, -1))
+    refused("page_table: entry 1 of sequence 1 is -1, expected 0 to 4", key_lengths=ints(20, 17))
+    table = problem.page_table.clone()
+    table[0, 1] = 5
+    refused("page_table: entry 1 of sequence 0 is 5", page_table=table)
+
+
+def test_errors_name_the_argument() -> None:
+    problem = new_problem([1, 2], [20, 5])
+    names = ("query", "pages", "cu_queries", "page_table", "key_lengths", "query_positions", "key_starts")
+    good: dict[str, Any] = dict(zip(names, problem.arguments(), strict=True)) | {"scale": 1.0}
+
+    def refused(error: type[Exception], message: str, **changes: Any) -> None:
+        with pytest.raises(error, match=message):
+            paged_attention(**(good | changes))
+
+    refused(TypeError, r"query is torch\.int32", query=good["query"].int())
+    refused(TypeError, r"pages is torch\.bfloat16 and query torch\.float32", pages=good["pages"].bfloat16())
+    refused(ValueError, "pages is on meta and query on cpu", pages=good["pages"].to("meta"))
+    refused(ValueError, r"pages has shape \(5, 2, 16, 64\)", pages=good["pages"].flatten(3))
+    refused(ValueError, r"pages has shape \(0, 2, 16, 2, 32\)", pages=good["pages"][:0])
+    refused(ValueError, "pages has strides .* must be contiguous", pages=good["pages"].mT.contiguous().mT)
+    refused(ValueError, r"query has shape \(3, 4, 31\): expected \(T, H, 32\)", query=good["query"][..., 1:])
+    refused(ValueError, r"H a multiple of the 2 heads", query=good["query"][:, :3])
+    refused(ValueError, r"query has shape \(3, 128\)", query=good["query"].flatten(1))
+    refused(TypeError, r"cu_queries is torch\.int64", cu_queries=good["cu_queries"].long())
+    refused(ValueError, r"cu_queries has shape \(2,\): expected \(3\)", cu_queries=good["cu_queries"][1:])
+    refused(ValueError, r"page_table has shape \(1, 3\): expected \(2, max_pages\)", page_table=good["page_table"][1:])
+    refused(ValueError, r"key_lengths has shape \(2, 1\)", key_lengths=good["key_lengths"][:, None])
+    refused(ValueError, "key_lengths is on meta", key_lengths=good["key_lengths"].to("meta"))
+    refused(
+        ValueError, r"query_positions has shape \(2,\): expected \(3\)", query_positions=good["query_positions"][1:]
+    )
+    refused(TypeError, r"key_starts is torch\.float32", key_starts=good["key_starts"].float())
+    refused(ValueError, "softcap is 0: it must be positive", softcap=0)
+    refused(ValueError, "window is 0: it must be positive", window=0)
+    refused(BackendError, "there is no backend 'fast': take 'auto' or one of cpp, reference", backend="fast")
+    refused(
+        BackendError,
+        "backend 'cpp' cannot run here: it computes in float32, and the input is float64",
+        query=good["query"].double(),
+        pages=good["pages"].double(),
+        backend="cpp",
+    )
+
+
+@needs_cpp
+def test_which_backend_runs_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    attention._announce.cache_clear()
+    problem = new_problem([1], [5])
+    with caplog.at_level("INFO", "alignpro_kernels"):
+        for _ in range(2):
+            problem.run("auto")
+            problem.exact()
+    assert caplog.messages == ["paged_attention runs on backend cpp", "paged_attention runs on backend reference"]
+
+
+@needs_cpp
+def test_shapes_can_be_traced_and_no_gradient_flows() -> None:
+    problem = new_problem([1, 2], [20, 5], dtype=torch.bfloat16)
+    assert cpp_attention.unavailable() is None
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in problem.arguments()]
+        out, lse = torch.ops.alignpro.paged_attention(*fakes, 1.0, 0.0, 0)
+    assert out.shape == problem.query.shape and out.dtype == torch.bfloat16
+    assert lse.shape == out.shape[:2] and lse.dtype == torch.float32
+    query, *rest = problem.arguments()
+    assert not paged_attention(query.requires_grad_(), *rest, scale=1.0)[0].requires_grad
+
+
+@needs_cpp
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "default"])
+def test_every_instruction_set(instructions: str) -> None:
+    """What there is on this machine; each in a process of its own, since the choice is made once."""
+    names = (
+        "test_as_exact_as_plain_attention[cpp]",
+        "test_long_sequences_in_several_parts",
+        "test_a_query_does_not_feel_the_batch",
+        "test_the_number_of_threads_does_not_matter",
+        "test_a_key_that_a_query_does_not_see_does_not_matter_to_it",
+        "test_a_query_that_is_nan_stays_alone",
+    )
+    code = """
+        import sys
+        import pytest
+        from alignpro_kernels import backends, cpp_head
+        assert backends()["cpp"] is None
+        if cpp_head.instructions() != sys.argv[1]:
+            sys.exit(77)
+        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
+    """
+    chosen = "generic" if instructions == "default" else instructions
+    command = [sys.executable, "-c", textwrap.dedent(code), chosen, *(f"{__file__}::{name}" for name in names)]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": instructions, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(f"this machine has no {instructions}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
