@@ -7,15 +7,16 @@ Sequences lie on one line, a prompt once and behind it all that goes on from it:
 A token sees its prompt up to the end (or up to itself, inside the prompt) and its own continuation up to itself. Linear
 layers then work on X + K·R tokens for K continuations of a prompt, and not on K·(X + R).
 
-`attach` puts a function into a model's attention through transformers' `AttentionInterface`. Without a `Layout` in the
-call's keyword arguments it does what the model did before.
+`attach` puts a function into a model's attention through transformers' `AttentionInterface`. With a `Layout` in the call's
+keyword arguments it attends to packed sequences, with a `Plan` it leaves attention to that, as generation does, whose keys
+and values lie in a pool; with neither it does what the model did before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -116,8 +117,25 @@ class Layout:
         return self.masks[key]
 
 
+class Plan(Protocol):
+    """Attention that keeps keys and values by itself."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Attention of T new tokens in a layer: query (1, H, T, D), key and value (1, H', T, D) → (1, T, H, D)."""
+
+
 def attach(model: PreTrainedModel) -> None:
-    """Let a model's attention take a `Layout`; without one it goes on as before.
+    """Let a model's attention take a `Layout` or a `Plan`; without either it goes on as before.
 
     Raises:
         ValueError: The model's attention does not go through transformers' interface.
@@ -127,14 +145,14 @@ def attach(model: PreTrainedModel) -> None:
         return
     name = _PREFIX + base
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _with_layout(base))
+        AttentionInterface.register(name, _attention(base))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise ValueError("its attention does not go through transformers' AttentionInterface")
 
 
-def _with_layout(base: str) -> Callable[..., tuple[Tensor, None]]:
+def _attention(base: str) -> Callable[..., tuple[Tensor, None]]:
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -144,8 +162,11 @@ def _with_layout(base: str) -> Callable[..., tuple[Tensor, None]]:
         dropout: float = 0.0,
         scaling: float | None = None,
         layout: Layout | None = None,
+        plan: Plan | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
+        if plan is not None:
+            return _planned(plan, module, query, key, value, scaling, **options), None
         if layout is not None:
             return packed_attention(query, key, value, layout, scaling=scaling, dropout=dropout, **options), None
         if base == "eager":  # transformers has it in each model's own file, out of reach of its interface
@@ -161,6 +182,25 @@ def _with_layout(base: str) -> Callable[..., tuple[Tensor, None]]:
         return result
 
     return attention
+
+
+def _planned(
+    plan: Plan,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    if s_aux is not None:
+        raise ValueError("attention sinks are not supported")
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return plan.attend(layer, query, key, value, scaling=scaling, softcap=softcap, sliding_window=sliding_window)
 
 
 def packed_attention(

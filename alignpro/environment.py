@@ -97,7 +97,7 @@ class PromptEnvironment:
         encoded = [self.encode(prompt) for prompt in prompts]
         params = replace(params, stop_token_ids=self.prompter.stop_token_ids)
         chains = engine.run_chains(encoded, rewrite=params, to_target=to_target, respond=self.respond, seeds=seeds)
-        for chain in (chain for group in chains for chain in group if chain.sample.error is None):
+        for chain in (chain for group in chains for chain in group if id(chain.sample) in inputs):
             given = inputs[id(chain.sample)]
             chain.notes = {"rewrite/empty": float(given.empty), "rewrite/over_long": float(given.dropped > 0)}
         return chains

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignpro import attention
@@ -151,60 +151,69 @@ class LanguageModel(nn.Module):
             (N, D) in the model's dtype, row by row.
         """
         packed = batch.pack(self.virtual_tokens)
-        inputs: dict[str, Any] = {"input_ids": packed.ids[None]}
-        if self.virtual_tokens:
-            soft = cast(PeftModel, self.model).get_prompt(batch_size=len(packed.layout.prompt))  # (P, prefix, D)
-            embedded = self.causal.get_input_embeddings()(packed.ids.clamp_min(0))  # (T, D)
-            inputs = {"inputs_embeds": embedded.masked_scatter(packed.ids[:, None] < 0, soft.to(embedded.dtype))[None]}
         with self._checkpointing(True):
-            output = self.causal.base_model(
-                **inputs,
-                # Four dimensions: taken as made already, so that no mask of T × T is; the layout stands for it.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
-                position_ids=packed.layout.positions[None],
-                use_cache=False,
-                layout=packed.layout,
-            )
-        states: Tensor = output.last_hidden_state[0]
+            states = self._states(packed.ids, packed.layout.positions, layout=packed.layout)
         return states.index_select(0, packed.states)
 
-    def hidden(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor,
-        cache: Cache | None = None,
-    ) -> Tensor:
+    def paged_states(self, ids: Tensor, positions: Tensor, plan: attention.Plan) -> Tensor:
+        """The last hidden states of T tokens that lie on one line, attended to as a plan says.
+
+        Args:
+            ids: (T,) int64; −1 at the places of a soft prompt, which comes first in its sequence.
+            positions: (T,) int64: of each token in its sequence.
+            plan: Which tokens see which, and where keys and values are.
+
+        Returns:
+            (T, D) in the model's dtype.
+        """
+        return self._states(ids, positions, plan=plan)
+
+    def _states(self, ids: Tensor, positions: Tensor, **attended: Any) -> Tensor:
+        """(T, D): of tokens on one line, (T,), whose attention is left to what is handed through."""
+        inputs: dict[str, Any] = {"input_ids": ids[None]}
+        if self.virtual_tokens:
+            soft = cast(PeftModel, self.model).get_prompt(batch_size=1)[0]  # (prefix, D)
+            embedded = self.causal.get_input_embeddings()(ids.clamp_min(0))  # (T, D)
+            virtual = ids < 0
+            placed = soft.to(embedded.dtype).index_select(0, positions[virtual])
+            inputs = {"inputs_embeds": embedded.masked_scatter(virtual[:, None], placed)[None]}
+        output = self.causal.base_model(
+            **inputs,
+            # Four dimensions: taken as made already, so that no mask of T × T is.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+            position_ids=positions[None],
+            use_cache=False,
+            **attended,
+        )
+        states: Tensor = output.last_hidden_state[0]
+        return states
+
+    def hidden(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The last hidden states.
 
         Args:
             ids: (B, L) int64, padded on either side.
-            attention_mask: (B, C + L) bool or int64, zero at padding, over what the cache holds and the new ids. With a
-                soft prompt, its part is added here and never passed in.
-            cache: Keys and values of C earlier positions, extended in place.
+            attention_mask: (B, L) bool or int64, zero at padding. With a soft prompt, its part is added here and never
+                passed in.
 
         Returns:
             (B, L, D) in the model's dtype.
         """
-        past = cache.get_seq_length() if cache is not None else 0
         inputs: dict[str, Any] = {"input_ids": ids}
         attention_mask = attention_mask.to(torch.int64)
         if prefix := self.virtual_tokens:
             source = _behind_padding(attention_mask, prefix)
             attention_mask = nn.functional.pad(attention_mask, (prefix, 0), value=1).gather(1, source)
-            if past == 0:
-                soft = cast(PeftModel, self.model).get_prompt(batch_size=len(ids))  # (B, prefix, D)
-                embedded = self.causal.get_input_embeddings()(ids)
-                both = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
-                inputs = {"inputs_embeds": both.gather(1, source.unsqueeze(-1).expand_as(both))}
-        seen = attention_mask[:, :past].sum(-1, keepdim=True)  # (B, 1)
-        positions = (seen + attention_mask[:, past:].cumsum(-1) - 1).clamp_min(0)  # of the new tokens
-        with self._checkpointing(cache is None):
+            soft = cast(PeftModel, self.model).get_prompt(batch_size=len(ids))  # (B, prefix, D)
+            embedded = self.causal.get_input_embeddings()(ids)
+            both = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
+            inputs = {"inputs_embeds": both.gather(1, source.unsqueeze(-1).expand_as(both))}
+        with self._checkpointing(True):
             output = self.causal.base_model(
                 **inputs,
                 attention_mask=attention_mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
+                position_ids=(attention_mask.cumsum(-1) - 1).clamp_min(0),
+                use_cache=False,
             )
         return output.last_hidden_state[:, -ids.shape[1] :]
 
@@ -284,7 +293,7 @@ class LanguageModel(nn.Module):
         if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
             raise ModelError(
                 f"model {self.name}: {type(self.causal).__name__} is not supported: it has recurrent layers, whose state "
-                "cannot be padded and forked"
+                "cannot be padded and shared"
             )
         softcap = getattr(config, "attn_logit_softcapping", None)
         if softcap is not None and config._attn_implementation == "sdpa":

@@ -1,7 +1,7 @@
 """Generation: sampling parameters, completions, chains and the engine that makes them."""
 
-from alignpro.engine.engine import Engine, EngineStats
+from alignpro.engine.engine import Engine
 from alignpro.engine.sampler import derive_seed
-from alignpro.engine.types import Chain, Completion, SamplingParams
+from alignpro.engine.types import Chain, Completion, EngineStats, SamplingParams
 
 __all__ = ["Chain", "Completion", "Engine", "EngineStats", "SamplingParams", "derive_seed"]

@@ -1,48 +1,80 @@
-"""The generation engine: batched sampling from one model, and chains of two (prompter → target).
+"""The generation engine: sampling from one model, and chains of two (prompter → target), on one pool of memory.
 
-A prompt is prefilled once for its n completions; the cache is then repeated. Sequences that have ended leave the batch.
+A prompt is computed once for all that goes on from it, whether it arrives with it, later, or in another call; sequences
+come and go between any two tokens. See `scheduler`, `prefix_tree`, `attention` and `pool` for the parts.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
-from torch import Tensor
 
-from alignpro.engine.cache import slab_cache
-from alignpro.engine.sampler import derive_seed, position_seeds, sample
-from alignpro.engine.types import Chain, Completion, SamplingParams
+from alignpro.engine.attention import probe_geometry
+from alignpro.engine.pool import KVPool
+from alignpro.engine.prefix_tree import PrefixTree
+from alignpro.engine.runner import run_tick
+from alignpro.engine.sampler import derive_seed
+from alignpro.engine.scheduler import Scheduler
+from alignpro.engine.sequence import ChainRun, SampledSequence, ToTarget, completed, siblings
+from alignpro.engine.types import Chain, Completion, EngineStats, SamplingParams
 from alignpro.models import LanguageModel
 
-ToTarget = Callable[[int, Completion], list[int]]
-"""(index of the prompt, the policy's sample) → the target's prompt tokens."""
+CPU_POOL = 1 << 30
+"""Bytes of a pool on the CPU, at most, where none are given."""
+GPU_SHARE = 0.4
+"""The share of a device's free memory that a pool takes, at most, where no bytes are given."""
+
+_Follow = Callable[[SampledSequence], list[SampledSequence]]
 
 
-@dataclass
-class EngineStats:
-    """Counts since the engine was made."""
+@dataclass(frozen=True)
+class _Memory:
+    """Pages on one device, and the prompts in them."""
 
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    sequences: int = 0
-    seconds: float = 0.0
+    pool: KVPool
+    tree: PrefixTree
 
 
 class Engine:
     """Samples from a set of named models.
 
+    Models on one device share one pool; it lives as long as the engine, and so do the prompts in it, until the pages
+    are needed or `weights_updated` says that they are out of date.
+
     Args:
         models: Name → model; the trainer's own modules, never copies.
-        max_batch: Sequences decoded at once.
+        max_batch: Sequences of a model that run at once.
+        pool_bytes: Memory for keys and values on each device; when absent, what ``max_batch`` sequences as long as the
+            context need, but no more than 1 GiB on a CPU and 40 % of what is free on an accelerator.
+        page_tokens: Tokens of the largest model in a page.
+        token_budget: Tokens that are computed at once; what is left of long prompts waits for the next pass.
+        audit: Check the pool's books after every pass, for tests.
     """
 
-    def __init__(self, models: Mapping[str, LanguageModel], *, max_batch: int = 256) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, LanguageModel],
+        *,
+        max_batch: int = 256,
+        pool_bytes: int | None = None,
+        page_tokens: int = 16,
+        token_budget: int = 4096,
+        audit: bool = False,
+    ) -> None:
         self.models = dict(models)
         self.max_batch = max_batch
+        self.pool_bytes = pool_bytes
+        self.page_tokens = page_tokens
+        self.token_budget = token_budget
+        self.audit = audit
         self.stats = EngineStats()
+        self._memories: dict[torch.device, _Memory] = {}
+        self._released: dict[torch.device, int] = {}
 
     def generate(
         self,
@@ -64,25 +96,10 @@ class Engine:
             One list of n completions a prompt. A prompt that cannot be run has completions whose ``finish_reason`` is
             ``error``; the others are not affected.
         """
-        started = time.perf_counter()
-        model = self.models[name]
-        seeds = [derive_seed(params.seed, i) for i in range(len(prompts))] if seeds is None else seeds
-        results: list[list[Completion]] = [[] for _ in prompts]
-        runnable = []
-        for i, prompt in enumerate(prompts):
-            problem = _refusal(model, prompt, params)
-            if problem:
-                results[i] = [Completion([], [], "error", problem) for _ in range(params.n)]
-            else:
-                runnable.append(i)
-        runnable.sort(key=lambda i: len(prompts[i]))  # neighbours of like length: little padding
-        for batch in _batches(runnable, params.n, self.max_batch):
-            batch_seeds = [[derive_seed(seeds[i], k) for k in ks] for i, ks in batch]
-            decoded = self._decode(model, [prompts[i] for i, _ in batch], batch_seeds, params)
-            for (i, _), completions in zip(batch, decoded, strict=True):
-                results[i].extend(completions)
-        self.stats.seconds += time.perf_counter() - started
-        return results
+        seeds = _seeds(params, len(prompts)) if seeds is None else seeds
+        groups = [siblings(name, prompt, params, seeds[i], (i,)) for i, prompt in enumerate(prompts)]
+        self._run([name], itertools.chain.from_iterable(groups), lambda _: [])
+        return [[completed(sequence) for sequence in group] for group in groups]
 
     def run_chains(
         self,
@@ -97,111 +114,135 @@ class Engine:
     ) -> list[list[Chain]]:
         """x → ``rewrite.n`` rewrites by `policy` → ``respond.n`` responses of `target` to each.
 
-        Response m to rewrite k of a prompt draws from (the prompt's seed, "respond", k, m).
+        A rewrite that ends is answered at once. Response m to rewrite k of a prompt draws from (the prompt's seed,
+        "respond", k, m). Where ``to_target`` raises an `AlignProError`, that chain's responses are errors which say so.
         """
-        seeds = [derive_seed(rewrite.seed, i) for i in range(len(prompts))] if seeds is None else seeds
-        groups = self.generate(policy, prompts, rewrite, seeds)
-        chains = [
-            [Chain(s, [] if s.finish_reason == "error" else to_target(i, s)) for s in group]
-            for i, group in enumerate(groups)
-        ]
-        pending = [(i, k) for i, group in enumerate(chains) for k, c in enumerate(group) if c.sample.error is None]
-        responses = self.generate(
-            target,
-            [chains[i][k].target_tokens for i, k in pending],
-            respond,
-            [derive_seed(seeds[i], "respond", k) for i, k in pending],
-        )
-        for (i, k), group in zip(pending, responses, strict=True):
-            chains[i][k].responses = group
-        return chains
+        seeds = _seeds(rewrite, len(prompts)) if seeds is None else seeds
+        run = ChainRun(policy, target, rewrite, respond, to_target, seeds)
+        self._run([policy, target], run.first(prompts), run.after)
+        return run.result()
 
-    @torch.no_grad()
-    def _decode(
-        self,
-        model: LanguageModel,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
-        params: SamplingParams,
-    ) -> list[list[Completion]]:
-        """Prefill each distinct prompt once, fork its cache for its completions, decode until all have ended."""
-        device = model.device
-        distinct: dict[tuple[int, ...], int] = {}
-        source = [
-            distinct.setdefault(tuple(p), len(distinct)) for p, group in zip(prompts, seeds, strict=True) for _ in group
-        ]
-        total, longest = len(source), params.max_tokens
-        cache, head = slab_cache(model.causal.config), model.head
-        ids, mask = _pad_left(list(distinct), device)
-        prefilled = model.hidden(ids, mask, cache)[:, -1]  # (distinct prompts, D)
-        fork = torch.tensor(source, device=device)
-        cache.batch_select_indices(fork)
-        last = prefilled[fork]  # (B, D)
-        mask = torch.nn.functional.pad(mask[fork], (0, longest), value=1)  # (B, L + T)
-        flat = torch.tensor([seed for group in seeds for seed in group], device=device)
-        row_seeds = position_seeds(flat, torch.arange(longest, device=device))  # (B, T)
-        stop = torch.tensor(params.stop_token_ids, device=device, dtype=torch.int64)
-        drawn = _Drawn.empty(total, longest, device)
-        active = torch.arange(total, device=device)  # row of the batch → completion
-        for position in range(longest):
-            token, logprob = sample(last, head, params, row_seeds[active, position])
-            ended = torch.isin(token, stop)
-            drawn.add(active, position, token, logprob, ended)
-            if position + 1 == longest:
-                break
-            if ended.any():
-                keep = _compacted(ended)
-                if len(keep) == 0:
+    def weights_updated(self, name: str) -> None:
+        """Forget what was computed with a model's weights, which have changed.
+
+        Raises:
+            RuntimeError: It is generating.
+        """
+        for memory in self._memories.values():
+            memory.tree.drop(name)
+
+    def release(self) -> None:
+        """Give the memory of the pools back, and with it all that is cached; the next run takes it again.
+
+        Raises:
+            RuntimeError: A run is under way.
+        """
+        for device, memory in self._memories.items():
+            memory.tree.evict_all()
+            self._released[device] = memory.pool.drop()
+
+    def resume(self) -> None:
+        """Take the memory that `release` gave back now, and not in the course of the next run."""
+        for device, pages in self._released.items():
+            self._memories[device].pool.take(pages)
+        self._released.clear()
+
+    def _run(self, stages: Sequence[str], sequences: Iterable[SampledSequence], follow: _Follow) -> None:
+        """Run sequences and what they lead to until all have ended; stages on other devices one after the other."""
+        started = perf_counter()
+        waiting = list(sequences)
+        while waiting:
+            device = self.models[waiting[0].model].device
+            here = [name for name in stages if self.models[name].device == device]
+            batch = [sequence for sequence in waiting if sequence.model in here]
+            waiting = [sequence for sequence in waiting if sequence.model not in here]
+            waiting += self._run_here(self._memory(device), here, batch, follow)
+        self.stats.run_seconds += perf_counter() - started
+
+    def _run_here(
+        self, memory: _Memory, stages: Sequence[str], sequences: Sequence[SampledSequence], follow: _Follow
+    ) -> list[SampledSequence]:
+        """Run the sequences of models on one device; returns those that they lead to elsewhere."""
+        scheduler = Scheduler(
+            memory.pool, memory.tree, stages, max_batch=self.max_batch, token_budget=self.token_budget
+        )
+        elsewhere: list[SampledSequence] = []
+        ran: list[SampledSequence] = []
+        new = deque(sequences)
+        try:
+            while True:
+                while new:  # what has just come about
+                    sequence = new.popleft()
+                    if sequence.model not in stages:
+                        elsewhere.append(sequence)
+                        continue
+                    self._refuse_or_prepare(memory.pool, sequence)
+                    if sequence.completion is None:
+                        ran.append(sequence)
+                        scheduler.add(sequence)
+                    else:
+                        new.extend(follow(sequence))
+                tick = scheduler.next_tick()
+                if tick is None:
                     break
-                active, mask, token = active[keep], mask[keep], token[keep]
-                cache.batch_select_indices(keep)
-            last = model.hidden(token[:, None], mask[:, : ids.shape[1] + position + 1], cache)[:, -1]
-        completions = drawn.completions()
-        self.stats.prefill_tokens += sum(map(len, distinct))
-        self.stats.sequences += total
-        self.stats.decode_tokens += sum(len(c.tokens) for c in completions)
-        iterator = iter(completions)
-        return [[next(iterator) for _ in group] for group in seeds]
+                run_tick(self.models[tick.model], memory.pool, tick, self.stats)
+                self.stats.note_pages(memory.pool.used)
+                for sequence in tick.drawing:
+                    if sequence.completion is not None:
+                        scheduler.finish(sequence)
+                        new.extend(follow(sequence))
+                if self.audit:
+                    scheduler.audit()
+        finally:
+            scheduler.abort()
+        self.stats.preemptions += scheduler.preemptions
+        self.stats.cache_hit_tokens += scheduler.hits
+        self.stats.note_floor([(sequence.model, sequence.prompt, len(sequence.drawn)) for sequence in ran])
+        return elsewhere
+
+    def _refuse_or_prepare(self, pool: KVPool, sequence: SampledSequence) -> None:
+        """Fail a sequence that cannot run; put the places of a soft prompt before the prompt of one that can."""
+        if sequence.completion is not None:
+            return
+        model = self.models[sequence.model]
+        problem = _refusal(model, sequence.prompt, sequence.params)
+        if problem is None:
+            sequence.prompt = (-1,) * model.virtual_tokens + sequence.prompt
+            pages = pool.pages_for(sequence.model, len(sequence.prompt))
+            pages += pool.pages_for(sequence.model, sequence.params.max_tokens - 1)
+            if pages > pool.total:
+                problem = (
+                    f"{len(sequence.prompt)} prompt tokens and {sequence.params.max_tokens} new ones take {pages} pages, "
+                    f"and the engine's pool has {pool.total}: give it more memory (pool_bytes)"
+                )
+        if problem is not None:
+            sequence.fail(problem)
+
+    def _memory(self, device: torch.device) -> _Memory:
+        """The pool of a device and what is in it, made on first use."""
+        if device not in self._memories:
+            models = {name: model for name, model in self.models.items() if model.device == device}
+            pool = KVPool(
+                {name: probe_geometry(model) for name, model in models.items()}, device, page_tokens=self.page_tokens
+            )
+            longest = max(pool.pages_for(n, m.context_length + m.virtual_tokens) for n, m in models.items())
+            available = _default_bytes(device) if self.pool_bytes is None else self.pool_bytes
+            pool.total = available // pool.page_bytes
+            if self.pool_bytes is None:
+                pool.total = min(pool.total, self.max_batch * (longest + 1))
+            self._memories[device] = _Memory(pool, PrefixTree(pool))
+        return self._memories[device]
 
 
-@dataclass
-class _Drawn:
-    """What a batch of B completions of at most T tokens has drawn so far, on the device."""
-
-    tokens: Tensor  # (B, T) int64
-    logprobs: Tensor  # (B, T) float64: holds float32 as it is
-    lengths: Tensor  # (B,) int64
-    stopped: Tensor  # (B,) bool
-
-    @classmethod
-    def empty(cls, count: int, longest: int, device: torch.device) -> _Drawn:
-        return cls(
-            torch.zeros(count, longest, dtype=torch.int64, device=device),
-            torch.zeros(count, longest, dtype=torch.float64, device=device),
-            torch.zeros(count, dtype=torch.int64, device=device),
-            torch.zeros(count, dtype=torch.bool, device=device),
-        )
-
-    def add(self, rows: Tensor, position: int, token: Tensor, logprob: Tensor, ended: Tensor) -> None:
-        self.tokens[rows, position] = token
-        self.logprobs[rows, position] = logprob.double()
-        self.lengths[rows] = position + 1
-        self.stopped[rows] = ended
-
-    def completions(self) -> list[Completion]:
-        columns = (self.tokens, self.logprobs, self.lengths, self.stopped)
-        return [
-            Completion(tokens[:length], logprobs[:length], "stop" if stopped else "length")
-            for tokens, logprobs, length, stopped in zip(*(c.tolist() for c in columns), strict=True)
-        ]
+def _default_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return CPU_POOL
+    free, _ = torch.accelerator.get_memory_info(device)
+    return int(GPU_SHARE * free)
 
 
-def _compacted(ended: Tensor) -> Tensor:
-    """Rows that go on, (B',): in place but for those at the end, which fill the gaps, so that few rows move."""
-    count = int((~ended).sum())
-    keep = torch.arange(count, device=ended.device)
-    keep[ended[:count]] = count + (~ended[count:]).nonzero().squeeze(-1)
-    return keep
+def _seeds(params: SamplingParams, count: int) -> list[int]:
+    return [derive_seed(params.seed, i) for i in range(count)]
 
 
 def _refusal(model: LanguageModel, prompt: Sequence[int], params: SamplingParams) -> str | None:
@@ -215,27 +256,3 @@ def _refusal(model: LanguageModel, prompt: Sequence[int], params: SamplingParams
             f"{model.context_length} tokens of {model.name}"
         )
     return None
-
-
-def _batches(indices: Sequence[int], n: int, size: int) -> list[list[tuple[int, list[int]]]]:
-    """Cut n completions of each prompt into batches of at most `size` sequences: (prompt, its completions' numbers)."""
-    batches: list[list[tuple[int, list[int]]]] = []
-    room = 0
-    for i in indices:
-        k = 0
-        while k < n:
-            if room == 0:
-                batches.append([])
-                room = size
-            take = min(n - k, room)
-            batches[-1].append((i, list(range(k, k + take))))
-            k, room = k + take, room - take
-    return batches
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, (B, L) each; the padding id is masked, so any id will do."""
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask

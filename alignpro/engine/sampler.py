@@ -44,9 +44,9 @@ def _mix(z: int) -> int:
 
 
 def position_seeds(seeds: Tensor, positions: Tensor) -> Tensor:
-    """``derive_seed(seed, position)`` of many sequences at once, each seed not negative: (B,), (T,) int64 → (B, T)."""
+    """``derive_seed(seed, position)`` of many at once, each seed not negative: int64 of shapes that broadcast."""
     state = _mix_all(seeds ^ _SIGNED_GAMMA) + _SIGNED_GAMMA
-    return (_mix_all(state[:, None] ^ positions) >> 1) & (_MASK >> 1)
+    return (_mix_all(state ^ positions) >> 1) & (_MASK >> 1)
 
 
 def _mix_all(z: Tensor) -> Tensor:

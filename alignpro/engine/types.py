@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from typing import Literal
 
 from alignpro.errors import ConfigError
@@ -25,6 +28,8 @@ class SamplingParams:
     n: int = 1
     """Completions a prompt."""
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    """Texts that end a sequence."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -35,6 +40,7 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p < 1, "from 0 to below 1"),
             "n": (self.n >= 1, "at least 1"),
+            "stop": (all(self.stop), "texts that are not empty"),
         }
         for name, (holds, expected) in ranges.items():
             if not holds:
@@ -51,10 +57,14 @@ class Completion:
     """Log-probability of each token under the distribution it was drawn from, in nats."""
     finish_reason: Literal["stop", "length", "error"]
     error: str | None = None
+    kept: int | None = None
+    """Tokens before the text that ended it; None where no such text did."""
 
     @property
     def text_tokens(self) -> list[int]:
-        """The ids without the stop token: what the sequence says."""
+        """The ids without the stop token or the tokens of a stop text: what the sequence says."""
+        if self.kept is not None:
+            return self.tokens[: self.kept]
         return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
 
 
@@ -68,3 +78,44 @@ class Chain:
     responses: list[Completion] = field(default_factory=list)
     notes: dict[str, float] = field(default_factory=dict)
     """What the environment noticed on the way (an empty rewrite: 1.0), to be averaged into metrics."""
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine was made."""
+
+    computed: Counter[str] = field(default_factory=Counter)
+    """Tokens that went through a model: ``prefill``, ``decode`` and, after a preemption, ``recompute``."""
+    floor_tokens: int = 0
+    """What would have been computed had every prefix that prompts of a run have in common been computed once."""
+    cache_hit_tokens: int = 0
+    """Prompt tokens that were there when a sequence of theirs began to run."""
+    sequences: int = 0
+    sampled_tokens: int = 0
+    preemptions: int = 0
+    ticks: int = 0
+    """Forward passes."""
+    most_pages: Counter[str] = field(default_factory=Counter)
+    """Model → pages that it held at most."""
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Of the ticks: ``plan``, ``forward`` and ``sample``."""
+    run_seconds: float = 0.0
+    """Of `generate` and `run_chains` in all."""
+
+    def note_pages(self, used: Mapping[str, int]) -> None:
+        """Take notice of the pages that models hold."""
+        for model, pages in used.items():
+            self.most_pages[model] = max(self.most_pages[model], pages)
+
+    def note_floor(self, ran: Sequence[tuple[str, tuple[int, ...], int]]) -> None:
+        """Count the sequences of a run, (model, prompt, tokens drawn); the last token drawn is never computed."""
+        self.sequences += len(ran)
+        self.sampled_tokens += sum(drawn for *_, drawn in ran)
+        prompts = sorted({(model, prompt) for model, prompt, _ in ran})
+        shared = (
+            sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+            for (first, one), (second, other) in pairwise(prompts)
+            if first == second
+        )
+        self.floor_tokens += sum(len(prompt) for _, prompt in prompts) - sum(shared)
+        self.floor_tokens += sum(drawn - 1 for *_, drawn in ran)

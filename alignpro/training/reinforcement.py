@@ -102,6 +102,8 @@ class PolicyTraining:
         seeds = [derive_seed(self.run.seed, step, i) for i in range(len(prompts))]
         with timer("rollout"):
             chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
+            if self.policy.model.device.type != "cpu":
+                self.engine.release()  # the update needs the accelerator's memory
         with timer("reward"):
             scores = self.environment.score(prompts, chains)
         with timer("credit"):
@@ -165,6 +167,7 @@ class PolicyTraining:
                 minibatch = _select(experience, groups, self.sampling.n)
                 metrics = self._backward(minibatch)
                 metrics["gradient_norm"] = self.backend.step()
+                self.engine.weights_updated("policy")
                 if self.critic is not None:
                     metrics |= self.critic.step()
                 updates.append(metrics)
@@ -258,6 +261,7 @@ class PolicyTraining:
                 "another model: restore it, or start a new run"
             )
         self.backend.load(directory, "policy")
+        self.engine.weights_updated("policy")
         if self.critic is not None:
             self.critic.backend.load(directory, "critic")
         self.kl.load_state_dict(state["kl"])

@@ -69,7 +69,7 @@ def test_greedy_tokens_are_those_of_generate(any_model: LanguageModel) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_a_forward_pass(any_model: LanguageModel, temperature: float) -> None:
     groups = _draw(any_model, PROMPTS, max_tokens=24, n=3, temperature=temperature, stop_token_ids=_stops(any_model))
-    assert _largest_difference(any_model, groups, temperature) < 1e-5
+    assert _largest_difference(any_model, groups, temperature) < 1e-5 / temperature
 
 
 def test_logprobs_of_a_model_in_bfloat16_are_near_those_of_a_forward_pass() -> None:
@@ -121,8 +121,8 @@ def test_equal_prompts_draw_their_own_samples_from_one_prefill(llama: LanguageMo
     engine = Engine({"m": llama})
     first, second = engine.generate("m", [PROMPTS[3], PROMPTS[3]], SamplingParams(max_tokens=12, n=2))
     assert len({tuple(completion.tokens) for completion in first + second}) == 4
-    assert engine.stats.prefill_tokens == len(PROMPTS[3])
-    assert engine.stats.decode_tokens == 48
+    assert engine.stats.computed == {"prefill": len(PROMPTS[3]), "decode": 44}
+    assert engine.stats.sampled_tokens == 48
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

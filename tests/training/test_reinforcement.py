@@ -115,7 +115,9 @@ def test_micro_batches_change_nothing(objective: dict[str, Any]) -> None:
         parts, parts_critic, metrics = gradients(World().training(objective, 2, micro_batch_size=size), moved=0.05)
         assert distance(parts, whole) < 1e-13
         assert not whole_critic or distance(parts_critic, whole_critic) < 1e-13
-        assert metrics == pytest.approx(expected)
+        # An advantage that is zero but for rounding has either sign, and with it its token is clipped or not.
+        assert metrics.pop("clip_fraction", 0.0) == pytest.approx(expected.get("clip_fraction", 0.0), abs=0.03)
+        assert metrics == pytest.approx({name: x for name, x in expected.items() if name != "clip_fraction"})
     assert 0.1 < expected.get("clip_fraction", 0.5) < 0.9
 
 

@@ -1,0 +1,194 @@
+"""Attention of one tick over the pool: shared nodes once for all queries below them, merged with what is each one's own.
+
+The tokens of a tick lie on one line in the order of a walk down the prefix tree, so that the queries below a node, its
+own among them, are neighbours. For each depth of the tree there is one call, in which every node is a "sequence" whose
+queries are those neighbours; a query sees the keys up to its own position. So a prompt's keys are read once for all its
+siblings, and the parts are put together by their log-sum-exp (Hydragen, Juravsky et al., 2024; cascade inference, Ye et
+al., 2024): o = Σ softmax(lse) · o_level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignpro.engine.pool import Geometry, KVPool
+from alignpro.engine.scheduler import Item
+from alignpro.errors import ModelError
+from alignpro.language_model import LanguageModel
+from alignpro_kernels import merge_states, paged_attention, write_kv
+
+
+@dataclass(frozen=True)
+class Level:
+    """S segments at one depth, and R of the T tokens that see them."""
+
+    rows: Tensor | None
+    """(R,) int64: which tokens; None for all of them."""
+    positions: Tensor
+    """(R,) int32."""
+    cu_queries: Tensor
+    """(S + 1,) int32: segment s is seen by rows cu_queries[s].. cu_queries[s + 1]."""
+    page_table: Tensor
+    """(S, max_pages) int32."""
+    key_lengths: Tensor
+    """(S,) int32."""
+    key_starts: Tensor
+    """(S,) int32: position of the first key."""
+
+
+class AttentionPlan:
+    """What every layer's attention needs to know of a tick; made once, before the forward pass.
+
+    Args:
+        pool: Holds keys and values.
+        model: Whose.
+        items: What is computed, in any order.
+    """
+
+    def __init__(self, pool: KVPool, model: str, items: Sequence[Item], device: torch.device) -> None:
+        self.items = sorted(items, key=lambda item: [segment.serial for segment in item.path])
+        counts = [item.count for item in self.items]
+        ends = np.cumsum(counts)
+        self.last_row = {id(item.segment): int(end) - 1 for item, end in zip(self.items, ends, strict=True)}
+        """Segment's id → the row of its last computed token."""
+        ids = [token for item in self.items for token in item.segment.tokens[item.first : item.end]]
+        starts = [item.segment.start + item.first for item in self.items]
+        positions = np.repeat(np.array(starts) - (ends - counts), counts) + np.arange(len(ids))
+        slots: list[int] = []
+        for item in self.items:
+            slots += pool.slots(model, item.segment.pages, item.first, item.count) if item.write else [-1] * item.count
+        self.ids = torch.tensor(ids, device=device)  # (T,) int64
+        self.positions = torch.from_numpy(positions).to(device)  # (T,) int64
+        self.slots = torch.tensor(slots, device=device)  # (T,) int64
+        self._layers = pool.layers(model)
+        depths = range(max(len(item.path) for item in self.items))
+        self.levels = [_level(self.items, depth, positions, device) for depth in depths]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Put away the tick's keys and values of a layer, and attend to all that each token sees.
+
+        Args:
+            layer: Number of the layer.
+            query: (1, H, T, D).
+            key: (1, H', T, D), H a multiple of H'.
+            value: As ``key``.
+            scaling: Of the scores; 1/√D when absent.
+            softcap: Scores become softcap · tanh(score / softcap).
+            sliding_window: How many tokens, itself included, a token sees.
+
+        Returns:
+            (1, T, H, D).
+        """
+        queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        pages = self._layers[layer]
+        write_kv(keys.contiguous(), values.contiguous(), pages, self.slots)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        whole: tuple[Tensor, Tensor] | None = None
+        for level in self.levels:
+            rows = level.rows
+            part = paged_attention(
+                queries if rows is None else queries.index_select(0, rows),
+                pages,
+                level.cu_queries,
+                level.page_table,
+                level.key_lengths,
+                level.positions,
+                level.key_starts,
+                scale=scale,
+                softcap=softcap,
+                window=sliding_window,
+            )
+            whole = part if whole is None else _merge(whole, part, rows)
+        assert whole is not None
+        return whole[0].unsqueeze(0)
+
+
+def _merge(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention so far, (T, H, D) and its log-sum-exp (T, H), and that of some rows to more keys."""
+    if rows is None:
+        return merge_states((whole[0], part[0]), (whole[1], part[1])), torch.logaddexp(whole[1], part[1])
+    before = (whole[0].index_select(0, rows), whole[1].index_select(0, rows))
+    both = _merge(before, part, None)
+    return whole[0].index_copy(0, rows, both[0]), whole[1].index_copy(0, rows, both[1])
+
+
+def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> Level:
+    """The segments at a depth of the items' paths. At depth 0 every token has one."""
+    ends = {item.segment: item.end for item in items}
+    tables: list[list[int]] = []
+    lengths: list[int] = []
+    starts: list[int] = []
+    bounds = [0]
+    rows: list[int] = []
+    at = 0
+    for serial, group in groupby(items, key=lambda item: item.path[depth].serial if len(item.path) > depth else None):
+        members = list(group)
+        count = sum(item.count for item in members)
+        if serial is not None:
+            segment = members[0].path[depth]
+            tables.append(segment.pages)
+            lengths.append(ends.get(segment, segment.computed))
+            starts.append(segment.start)
+            rows.extend(range(at, at + count))
+            bounds.append(len(rows))
+        at += count
+    table = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for line, pages in zip(table, tables, strict=True):
+        line[: len(pages)] = pages
+
+    def int32(values: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
+
+    return Level(
+        rows=None if len(rows) == at else torch.tensor(rows, device=device),
+        positions=int32(positions[rows]),
+        cu_queries=int32(bounds),
+        page_table=int32(table),
+        key_lengths=int32(lengths),
+        key_starts=int32(starts),
+    )
+
+
+class _Probe:
+    """Stands in for a plan: notes what keys and values look like, of one token, whose attention is its value."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[torch.Size, torch.Size, torch.dtype]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        self.layers[layer] = (key.shape, value.shape, key.dtype)
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+
+
+@torch.no_grad()
+def probe_geometry(model: LanguageModel) -> Geometry:
+    """What a model keeps of a token, found by running it on one.
+
+    Raises:
+        ModelError: Its keys and values differ in shape, or its layers are not numbered from 0.
+    """
+    probe, token = _Probe(), torch.zeros(1, dtype=torch.int64, device=model.device)
+    model.paged_states(token, token, probe)
+    shapes = [probe.layers[layer] for layer in sorted(probe.layers)]
+    if sorted(probe.layers) != list(range(len(shapes))) or len({dtype for _, _, dtype in shapes}) != 1:
+        raise ModelError(f"model {model.name}: its layers {sorted(probe.layers)} cannot share one pool of pages")
+    if any(key != value for key, value, _ in shapes):
+        raise ModelError(f"model {model.name}: its keys and values differ in shape, which the engine does not support")
+    return Geometry(tuple((key[1], key[3]) for key, _, _ in shapes), shapes[0][2])

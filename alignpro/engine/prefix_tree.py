@@ -1,0 +1,222 @@
+"""Prompts that begin alike share the keys and values of what they have in common.
+
+| owns | does not own |
+|---|---|
+| nodes and their pages, locks, eviction of what was used longest ago | which sequences run |
+
+A node is a run of tokens with its own pages from its first token on, so that a child never shares a page with its
+parent: nothing is copied when sequences part ways. Nodes part where prompts do; a node that has to be split in the middle
+of a page has the keys and values behind the split moved, which costs a copy and saves computing them again.
+
+A prompt is put in before it is computed, so that prompts which arrive together share what they have in common too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from alignpro.engine.pool import KVPool, Segment
+
+SHORTEST = 16
+"""Fewer common tokens are not worth a node: each level of nodes is one more pass of attention."""
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Node(Segment):
+    """A run of tokens after its parent's."""
+
+    tokens: Tokens
+    model: str = ""
+    parent: Node | None = None
+    children: dict[Tokens, Node] = field(default_factory=dict)
+    """By their first tokens: SHORTEST of them, or all of a node that has fewer."""
+    locks: int = 0
+    """Running sequences that go through it."""
+    state: Tensor | None = None
+    """(D,) the last hidden state at the end, if known."""
+
+    def path(self) -> list[Node]:
+        """From the first tokens of the prompt to this node; the empty root is left out."""
+        nodes: list[Node] = []
+        node = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+class PrefixTree:
+    """Nodes of all models, by name; a model's are dropped when its weights change.
+
+    Args:
+        pool: Where pages come from. ``pool.free + cached + locked`` and what running sequences hold are all its pages.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
+        self.cached = 0
+        """Pages of nodes that no sequence has locked: all can be evicted."""
+        self.locked = 0
+        """Pages of nodes that some sequence has locked."""
+        self.serials = itertools.count()
+        """For every segment that has pages of the pool, so that no two have the same."""
+        self._roots: dict[str, Node] = {}
+        self._idle: OrderedDict[Node, None] = OrderedDict()  # unlocked leaves, the one used longest ago first
+
+    def acquire(self, model: str, tokens: Tokens) -> Node | None:
+        """The node at which a prompt ends, put in if need be, with its path locked; None if there are no pages for it."""
+        node = self._roots.setdefault(model, Node((), 0, next(self.serials), model=model))
+        at = 0
+        while at < len(tokens):
+            child = _child(node, tokens, at)
+            if child is None:
+                child = self._insert(node, tokens[at:])
+                if child is None:
+                    self.release(node)
+                    return None
+            else:
+                self._lock(child)
+                common = _common(child.tokens, tokens, at)
+                if common < len(child.tokens):
+                    upper = self._split(child, common)
+                    if upper is None:
+                        self.release(child)
+                        return None
+                    self._unlock(child)
+                    child = upper
+            node = child
+            at += len(node.tokens)
+        return node
+
+    def release(self, node: Node) -> None:
+        """Unlock a path that `acquire` locked."""
+        for each in reversed(node.path()):
+            self._unlock(each)
+
+    def allocate(self, model: str, count: int) -> list[int] | None:
+        """``count`` pages, unlocked nodes being evicted as needed; None if even that is not enough."""
+        if count > self.pool.free + self.cached:
+            return None
+        while self.pool.free < count:
+            self._evict(next(iter(self._idle)))
+        return self.pool.allocate(model, count)
+
+    def evict_all(self) -> None:
+        """Evict every node that is not locked."""
+        while self._idle:
+            self._evict(next(iter(self._idle)))
+
+    def drop(self, model: str) -> None:
+        """Forget all nodes of a model.
+
+        Raises:
+            RuntimeError: A sequence of it is running.
+        """
+        nodes = list(self.nodes(model))
+        if any(node.locks for node in nodes):
+            raise RuntimeError(f"model {model}: its weights cannot change while it generates")
+        for node in nodes:
+            self._idle.pop(node, None)
+            self.cached -= len(node.pages)
+            self.pool.give_back(model, node.pages)
+        self._roots.pop(model, None)
+
+    def nodes(self, model: str) -> Iterator[Node]:
+        """All nodes of a model, parents first."""
+        stack = list(self._roots[model].children.values()) if model in self._roots else []
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def _insert(self, parent: Node, tokens: Tokens) -> Node | None:
+        """A new locked child, its pages not yet written; None if there are not enough."""
+        pages = self.allocate(parent.model, self.pool.pages_for(parent.model, len(tokens)))
+        if pages is None:
+            return None
+        start = parent.start + len(parent.tokens)
+        node = Node(tokens, start, next(self.serials), pages, model=parent.model, parent=parent, locks=1)
+        parent.children[tokens[:SHORTEST]] = node
+        self.locked += len(pages)
+        return node
+
+    def _split(self, lower: Node, at: int) -> Node | None:
+        """Part a locked node before its token ``at``: a new node above it, as locked, or None for want of a page.
+
+        Sequences know a path by its last node, which stays the same one.
+        """
+        pool, model = self.pool, lower.model
+        above, below = pool.pages_for(model, at), pool.pages_for(model, len(lower.tokens) - at)
+        extra = self.allocate(model, above + below - len(lower.pages))
+        if extra is None:
+            return None
+        pages = lower.pages + extra
+        if at < lower.computed and at % pool.page_size[model]:
+            count = lower.computed - at
+            pool.move(model, pool.slots(model, pages, at, count), pool.slots(model, pages[above:], 0, count))
+        upper = Node(
+            lower.tokens[:at],
+            lower.start,
+            next(self.serials),
+            pages[:above],
+            min(at, lower.computed),
+            model=model,
+            parent=lower.parent,
+            children={lower.tokens[at : at + SHORTEST]: lower},
+            locks=lower.locks,
+        )
+        assert lower.parent is not None
+        lower.parent.children[lower.tokens[:SHORTEST]] = upper
+        lower.tokens, lower.start, lower.parent = lower.tokens[at:], lower.start + at, upper
+        lower.pages, lower.computed = pages[above:], max(0, lower.computed - at)
+        self.locked += len(extra)
+        return upper
+
+    def _lock(self, node: Node) -> None:
+        if node.locks == 0:
+            self._idle.pop(node, None)
+            self.cached -= len(node.pages)
+            self.locked += len(node.pages)
+        node.locks += 1
+
+    def _unlock(self, node: Node) -> None:
+        node.locks -= 1
+        if node.locks == 0:
+            self.locked -= len(node.pages)
+            self.cached += len(node.pages)
+            if not node.children:
+                self._idle[node] = None
+
+    def _evict(self, node: Node) -> None:
+        del self._idle[node]
+        self.cached -= len(node.pages)
+        self.pool.give_back(node.model, node.pages)
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.tokens[:SHORTEST]]
+        if parent.parent is not None and parent.locks == 0 and not parent.children:
+            self._idle[parent] = None
+
+
+def _child(node: Node, tokens: Tokens, at: int) -> Node | None:
+    """The child that tokens at.. go on with: for SHORTEST tokens at least, or for all that it has."""
+    if not node.children:
+        return None
+    longest = min(SHORTEST, len(tokens) - at)
+    found = (node.children.get(tokens[at : at + length]) for length in range(longest, 0, -1))
+    return next((child for child in found if child is not None), None)
+
+
+def _common(mine: Tokens, tokens: Tokens, at: int) -> int:
+    """How many tokens at.. are a node's first ones."""
+    if tokens[at : at + len(mine)] == mine:
+        return len(mine)
+    pairs = enumerate(zip(mine, tokens[at:], strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(tokens) - at))

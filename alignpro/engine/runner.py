@@ -1,0 +1,117 @@
+"""A tick carried out: one forward pass, and one draw of each sequence that has all its tokens computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from alignpro.engine.attention import AttentionPlan
+from alignpro.engine.pool import KVPool
+from alignpro.engine.prefix_tree import Node
+from alignpro.engine.sampler import position_seeds, sample
+from alignpro.engine.scheduler import Tick
+from alignpro.engine.sequence import SampledSequence
+from alignpro.engine.types import EngineStats
+from alignpro.language_model import LanguageModel
+
+
+@torch.no_grad()
+def run_tick(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats) -> None:
+    """Compute the tick's items and let its sequences draw; those that have come to their end have a completion then."""
+    states = _compute(model, pool, tick, stats)
+    with _timed(stats, "sample"):
+        if tick.drawing:
+            _draw(model, tick.drawing, states)
+    stats.ticks += 1
+
+
+def _compute(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats) -> Tensor:
+    """The states in which the tick's sequences draw, (B, D)."""
+    ends = [s.own if s.drawn else s.node for s in tick.drawing]
+    if not tick.items:
+        return _known(ends)
+    with _timed(stats, "plan"):
+        plan = AttentionPlan(pool, tick.model, tick.items, model.device)
+    with _timed(stats, "forward"):
+        hidden = model.paged_states(plan.ids, plan.positions, plan)  # (T, D)
+        for item in tick.items:
+            if item.write:
+                item.segment.computed = item.end
+            stats.computed[item.kind] += item.count
+        for node in {s.node: None for s in tick.drawing if not s.drawn}:
+            assert node is not None
+            if id(node) in plan.last_row:
+                node.state = hidden[plan.last_row[id(node)]].clone()
+        known = [end for end in ends if id(end) not in plan.last_row]
+        if known:
+            hidden = torch.cat([hidden, _known(known)])
+        rows = plan.last_row | {id(end): len(plan.ids) + i for i, end in enumerate(known)}
+        index = torch.tensor([rows[id(end)] for end in ends], dtype=torch.int64, device=model.device)
+        return hidden.index_select(0, index)
+
+
+def _known(ends: Sequence[object]) -> Tensor:
+    """(B, D): what was kept of the ends of prompts."""
+    states = [end.state for end in ends if isinstance(end, Node) and end.state is not None]
+    assert len(states) == len(ends)
+    return torch.stack(states)
+
+
+def _draw(model: LanguageModel, sequences: Sequence[SampledSequence], states: Tensor) -> None:
+    """One token a sequence, from (B, D) states; one pass over the head for all that are drawn alike."""
+    seeds = torch.tensor([sequence.seed for sequence in sequences], device=states.device)
+    positions = torch.tensor([len(sequence.drawn) for sequence in sequences], device=states.device)
+    seeds = position_seeds(seeds, positions)  # (B,)
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        params = sequence.params
+        alike.setdefault((params.temperature, params.top_k, params.top_p, params.min_p), []).append(row)
+    head = model.head
+    for rows in alike.values():
+        params = sequences[rows[0]].params
+        if len(rows) == len(sequences):
+            tokens, logprobs = sample(states, head, params, seeds)
+        else:
+            index = torch.tensor(rows, device=states.device)
+            tokens, logprobs = sample(states.index_select(0, index), head, params, seeds.index_select(0, index))
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.double().tolist(), strict=True):
+            sequences[row].drawn.append(token)
+            sequences[row].logprobs.append(logprob)
+            _end(model, sequences[row])
+
+
+def _end(model: LanguageModel, sequence: SampledSequence) -> None:
+    """Give a sequence its completion if the token just drawn is its last."""
+    params, drawn = sequence.params, sequence.drawn
+    if drawn[-1] in params.stop_token_ids:
+        sequence.end("stop")
+    elif params.stop and (kept := _stop_text(model, drawn, params.stop)) is not None:
+        sequence.end("stop", kept)
+    elif len(drawn) == params.max_tokens:
+        sequence.end("length")
+
+
+def _stop_text(model: LanguageModel, drawn: list[int], stops: Sequence[str]) -> int | None:
+    """How many tokens come before the text that ends a sequence; None if its last tokens do not hold one."""
+
+    def text(start: int, end: int) -> str:
+        return str(model.tokenizer.decode(drawn[start:end]))
+
+    # A token stands for a byte at least, but for the few that are not decoded.
+    start = max(0, len(drawn) - max(len(stop.encode()) for stop in stops) - 4)
+    tail = text(start, len(drawn))
+    places = [place for stop in stops if (place := tail.find(stop)) >= 0]
+    if not places:
+        return None
+    return next(end for end in range(len(drawn), start - 1, -1) if len(text(start, end)) <= min(places))
+
+
+@contextmanager
+def _timed(stats: EngineStats, phase: str) -> Iterator[None]:
+    started = perf_counter()
+    yield
+    stats.seconds[phase] += perf_counter() - started

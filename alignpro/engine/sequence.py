@@ -1,0 +1,126 @@
+"""A sampled sequence, and the chain that it is part of: x → K rewrites → M responses to each.
+
+| owns | does not own |
+|---|---|
+| what has been drawn, what a finished sequence leads to | memory, when anything runs |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from alignpro.engine.pool import Segment
+from alignpro.engine.prefix_tree import Node
+from alignpro.engine.sampler import derive_seed
+from alignpro.engine.types import Chain, Completion, SamplingParams
+from alignpro.errors import AlignProError
+
+ToTarget = Callable[[int, Completion], list[int]]
+"""(index of the prompt, the policy's sample) → the target's prompt tokens."""
+
+
+@dataclass(eq=False)
+class SampledSequence:
+    """One completion in the making.
+
+    Its tokens do not depend on when it runs, on what, or on how often it is preempted: position t draws from (seed, t).
+    """
+
+    model: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    origin: tuple[int, ...] = ()
+    """Which prompt, sample and response it is."""
+    drawn: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    completion: Completion | None = None
+    """Once it has ended."""
+    node: Node | None = None
+    """Where its prompt ends in the prefix tree, while it runs."""
+    own: Segment | None = None
+    """Its drawn tokens and their pages, while it runs."""
+    preempted: bool = False
+    """Whether what it has to compute was computed before."""
+    needs_empty_pool: bool = False
+    """Whether it was the only one running when pages ran out."""
+
+    def end(self, reason: Literal["stop", "length"], kept: int | None = None) -> None:
+        """Take what was drawn as the completion."""
+        self.completion = Completion(self.drawn, self.logprobs, reason, kept=kept)
+
+    def fail(self, error: str) -> None:
+        """It cannot be run; nothing of it is kept."""
+        self.completion = Completion([], [], "error", error)
+
+
+def siblings(
+    model: str, prompt: Sequence[int], params: SamplingParams, seed: int, origin: tuple[int, ...]
+) -> list[SampledSequence]:
+    """The ``params.n`` completions of a prompt; number k draws from (seed, k)."""
+    tokens = tuple(prompt)
+    return [SampledSequence(model, tokens, params, derive_seed(seed, k), (*origin, k)) for k in range(params.n)]
+
+
+@dataclass
+class ChainRun:
+    """Two-stage chains: a rewrite that ends becomes a prompt of the target at once.
+
+    Response m to rewrite k of a prompt draws from (the prompt's seed, "respond", k, m).
+    """
+
+    policy: str
+    target: str
+    rewrite: SamplingParams
+    respond: SamplingParams
+    to_target: ToTarget
+    seeds: Sequence[int]
+    chains: dict[tuple[int, int], Chain] = field(default_factory=dict)
+    responses: dict[tuple[int, int], list[SampledSequence]] = field(default_factory=dict)
+
+    def first(self, prompts: Sequence[Sequence[int]]) -> list[SampledSequence]:
+        """The sequences of the first stage."""
+        return [
+            sequence
+            for i, prompt in enumerate(prompts)
+            for sequence in siblings(self.policy, prompt, self.rewrite, self.seeds[i], (i,))
+        ]
+
+    def after(self, sequence: SampledSequence) -> list[SampledSequence]:
+        """What a sequence that has ended leads to: for a rewrite, its M responses, which may have failed already."""
+        sample = sequence.completion
+        assert sample is not None
+        if len(sequence.origin) != 2:  # a response
+            return []
+        i, k = sequence.origin
+        chain = self.chains[i, k] = Chain(sample)
+        if sample.error is not None:
+            return []
+        problem = None
+        try:
+            chain.target_tokens = self.to_target(i, sample)
+        except AlignProError as error:  # of this chain alone; any other is a fault of the program
+            problem = f"the sample cannot be given to {self.target}: {error}"
+        seed = derive_seed(self.seeds[i], "respond", k)
+        responses = siblings(self.target, chain.target_tokens, self.respond, seed, (i, k))
+        if problem:
+            for response in responses:
+                response.fail(problem)
+        self.responses[i, k] = responses
+        return responses
+
+    def result(self) -> list[list[Chain]]:
+        """The chains of each prompt, with what their sequences became."""
+        groups: list[list[Chain]] = [[] for _ in self.seeds]
+        for (i, k), chain in sorted(self.chains.items(), key=lambda item: item[0]):
+            chain.responses = [completed(response) for response in self.responses.get((i, k), [])]
+            groups[i].append(chain)
+        return groups
+
+
+def completed(sequence: SampledSequence) -> Completion:
+    """The completion of a sequence that has ended."""
+    assert sequence.completion is not None
+    return sequence.completion

@@ -1,0 +1,128 @@
+"""The prefix tree by itself: paths spell prompts, keys and values stay with their tokens, pages are counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignpro.engine.pool import Geometry, KVPool
+from alignpro.engine.prefix_tree import SHORTEST, Node, PrefixTree
+from alignpro_kernels import read_kv, write_kv
+
+GEOMETRY = Geometry(((2, 4), (1, 4)), torch.float32)
+
+
+def make(pages: int, page_tokens: int) -> PrefixTree:
+    return PrefixTree(KVPool({"m": GEOMETRY}, torch.device("cpu"), total=pages, page_tokens=page_tokens))
+
+
+def mark(tokens: tuple[int, ...], heads: int) -> torch.Tensor:
+    """What stands for the keys of a prompt's last tokens: a number that tells the prefix."""
+    values = [float(hash(tokens[: i + 1]) % 100_003) for i in range(len(tokens))]
+    return torch.tensor(values)[:, None, None].expand(-1, heads, 4)
+
+
+def compute(tree: PrefixTree, node: Node) -> None:
+    """Write what belongs to the tokens of a path, as a forward pass would."""
+    path = node.path()
+    whole = tuple(token for each in path for token in each.tokens)
+    for each in path:
+        count = len(each.tokens) - each.computed
+        slots = torch.tensor(tree.pool.slots("m", each.pages, each.computed, count), dtype=torch.int64)
+        first = each.start + each.computed
+        for pages in tree.pool.layers("m"):
+            states = mark(whole, pages.shape[3])[first : first + count].contiguous()
+            write_kv(states, -states, pages, slots)
+        each.computed = len(each.tokens)
+
+
+def check(tree: PrefixTree, held: list[Node]) -> None:
+    nodes = list(tree.nodes("m"))
+    assert tree.pool.free + tree.cached + tree.locked == tree.pool.total
+    assert tree.cached == sum(len(node.pages) for node in nodes if not node.locks)
+    locks = Counter(each for node in held for each in node.path())
+    for node in nodes:
+        assert node.locks == locks[node]
+        assert len(node.pages) == tree.pool.pages_for("m", len(node.tokens))
+        assert node.parent is not None
+        assert node.start == node.parent.start + len(node.parent.tokens)
+        whole = tuple(token for each in node.path() for token in each.tokens)
+        slots = torch.tensor(tree.pool.slots("m", node.pages, 0, node.computed), dtype=torch.int64)
+        for pages in tree.pool.layers("m"):
+            keys, values = read_kv(pages, slots)
+            assert torch.equal(keys, mark(whole, pages.shape[3])[node.start : node.start + node.computed])
+            assert torch.equal(values, -keys)
+    pages = [page for node in nodes for page in node.pages]
+    assert len(set(pages)) == len(pages)
+
+
+prompts = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 24)), min_size=1, max_size=4).map(
+    lambda runs: tuple(token for token, length in runs for _ in range(length))
+)
+
+
+@given(
+    st.integers(4, 60),
+    st.sampled_from([1, 4, 7, 32]),
+    st.lists(st.tuples(prompts, st.sampled_from(["compute", "hold", "release", "evict"])), max_size=30),
+)
+@settings(max_examples=60)
+def test_any_order_of_uses(pages: int, page_tokens: int, uses: list[tuple[tuple[int, ...], str]]) -> None:
+    tree = make(pages, page_tokens)
+    held: list[Node] = []
+    for prompt, then in uses:
+        node = tree.acquire("m", prompt)
+        if node is None:
+            assert tree.pool.free + tree.cached < tree.pool.pages_for("m", len(prompt)) + 1
+        else:
+            assert tuple(token for each in node.path() for token in each.tokens) == prompt
+            held.append(node)
+            if then == "compute":
+                compute(tree, node)
+        check(tree, held)
+        if then == "release" and held:
+            tree.release(held.pop(0))
+        if then == "evict":
+            tree.evict_all()
+            assert tree.cached == 0
+        check(tree, held)
+    while held:
+        tree.release(held.pop())
+    check(tree, held)
+    tree.drop("m")
+    assert tree.pool.free == tree.pool.total
+
+
+def test_a_prompt_that_parts_from_another_in_the_middle_of_a_page_shares_all_before() -> None:
+    tree = make(100, 16)
+    common = tuple(range(37))
+    first = tree.acquire("m", (*common, 1, 2, 3))
+    assert first is not None
+    compute(tree, first)
+    second = tree.acquire("m", (*common, 4))
+    assert second is not None
+    assert [(len(node.tokens), node.complete) for node in second.path()] == [(37, True), (1, False)]
+    assert [(len(node.tokens), node.complete) for node in first.path()] == [(37, True), (3, True)]
+    check(tree, [first, second])
+
+
+def test_a_few_common_tokens_are_not_worth_a_node() -> None:
+    tree = make(100, 16)
+    common = tuple(range(SHORTEST - 1))
+    nodes = [tree.acquire("m", (*common, 100 + i, *range(20))) for i in range(3)]
+    assert [len(node.path()) for node in nodes if node] == [1, 1, 1]
+
+
+def test_what_was_used_longest_ago_goes_first() -> None:
+    tree = make(4, 16)
+    prompts = [tuple(range(i, i + 16)) for i in range(0, 500, 100)]
+    for prompt in (*prompts[:4], prompts[0]):  # the first is used again
+        node = tree.acquire("m", prompt)
+        assert node is not None
+        tree.release(node)
+    node = tree.acquire("m", prompts[4])
+    assert node is not None
+    assert {each.tokens for each in tree.nodes("m")} == {prompts[i] for i in (0, 2, 3, 4)}
