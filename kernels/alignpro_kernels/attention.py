@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import functools
 import logging
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from alignpro_kernels import attention_reference
+from alignpro_kernels import attention_reference, triton_support
 from alignpro_kernels.backends import BackendError
 from alignpro_kernels.checks import FLOATS
 
 logger = logging.getLogger("alignpro_kernels")
 
-BACKENDS = ("cpp", "reference")
+BACKENDS = ("triton", "cpp", "reference")
 
 
 @torch.compiler.disable
@@ -61,8 +62,9 @@ def paged_attention(
         scale: Scores are scale · q · k.
         softcap: Scores become softcap · tanh(scores / softcap) (Gemma 2).
         window: A query sees the last ``window`` positions only, its own included.
-        backend: ``auto``, ``cpp`` (CPUs, built on first use) or ``reference`` (anywhere, loops over sequences and waits
-            for the device).
+        backend: ``auto``, ``triton`` (CUDA and ROCm), ``cpp`` (CPUs, built on first use) or ``reference`` (anywhere,
+            loops over sequences and waits for the device). ``triton`` waits for nothing, and so checks no values: what
+            they must be is the caller's to see to.
 
     Returns:
         out (T, H, D) in the dtype of ``query``; lse (T, H), the natural logarithm of the sum of e^score. A query that
@@ -105,29 +107,42 @@ def _chosen(backend: str, query: Tensor) -> ModuleType:
         raise BackendError(
             f"paged_attention: there is no backend {backend!r}: take 'auto' or one of {', '.join(BACKENDS)}"
         )
-    if backend == "reference":
-        _announce("reference", None)
+    name = backend
+    if backend == "auto":
+        name = {"cpu": "cpp", "cuda": "triton"}.get(query.device.type, "reference")  # ROCm's devices are "cuda" too
+    reason = _unsuited(name, query)
+    if reason is not None:
+        if backend != "auto":
+            raise BackendError(f"paged_attention: backend {name!r} cannot run here: {reason}")
+        _announce("reference", f"{name} does not: {reason}")
         return attention_reference
-    from alignpro_kernels import cpp_attention  # here, since torch's builder, which it needs, is slow to import
-
-    reason = _unsuited(query) or cpp_attention.unavailable()
-    if reason is not None and backend == "cpp":
-        raise BackendError(f"paged_attention: backend 'cpp' cannot run here: {reason}")
-    _announce("cpp" if reason is None else "reference", reason)
-    return cpp_attention if reason is None else attention_reference
+    _announce(name, None)
+    # Here, since torch's builder, which cpp needs, is slow to import, and Triton may be missing.
+    return attention_reference if name == "reference" else import_module(f"alignpro_kernels.{name}_attention")
 
 
-def _unsuited(query: Tensor) -> str | None:
-    """Why backend ``cpp`` does not take such a query."""
+def _unsuited(name: str, query: Tensor) -> str | None:
+    """Why a backend does not take such a query, or cannot run."""
+    if name == "reference":
+        return None
     if query.dtype == torch.float64:
         return "it computes in float32, and the input is float64"
-    return None if query.device.type == "cpu" else f"it runs on the CPU, and the input is on {query.device}"
+    if name == "triton":
+        if (reason := triton_support.unavailable()) is not None:
+            return reason
+        if triton_support.takes(query.device):
+            return None
+        return f"it runs on CUDA and ROCm devices, and the input is on {query.device}"
+    if query.device.type != "cpu":
+        return f"it runs on the CPU, and the input is on {query.device}"
+    from alignpro_kernels import cpp_attention
+
+    return cpp_attention.unavailable()
 
 
 @functools.cache
 def _announce(backend: str, reason: str | None) -> None:
-    because = "" if reason is None else f", since cpp does not: {reason}"
-    logger.info("paged_attention runs on backend %s%s", backend, because)
+    logger.info("paged_attention runs on backend %s%s", backend, "" if reason is None else f", since {reason}")
 
 
 def _check_states(query: Tensor, pages: Tensor) -> None:

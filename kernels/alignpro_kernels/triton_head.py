@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from alignpro_kernels import reference
 from alignpro_kernels.head import Head, HeadGradients, Rows
-from alignpro_kernels.triton_support import interpreting, takes, unavailable
+from alignpro_kernels.triton_support import interpreting, on, takes, unavailable
 from alignpro_kernels.types import SampleOutput, TokenStats
 
 if importlib.util.find_spec("triton") is not None:
@@ -80,7 +79,7 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[Token
         logprob, torch.empty_like(logprob) if entropy else None, torch.empty_like(logprob) if paired else None
     )
     temperatures, temperature = _temperature(rows.temperature)
-    with _on(device):
+    with on(device):
         logits_kernel[_grid(device, count, vocabulary)](
             rows.hidden,
             head.weight.contiguous(),
@@ -144,7 +143,7 @@ def backward(
     device, dtype = rows.hidden.device, rows.hidden.dtype
     magnify = _magnification(alpha, eta, kappa) if dtype == torch.float16 else None
     du = _logits_gradient(head, rows, kept, stats, active, alpha, eta, kappa, gradients, magnify)  # (A, V)
-    with _on(device):
+    with on(device):
         for matrix, row_gradient in ((head.weight, gradients.hidden), (head.low_rank, gradients.low_rank_rows)):
             if row_gradient is None or matrix is None:
                 continue
@@ -167,7 +166,7 @@ def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
     count, device = len(rows.hidden), rows.hidden.device
     token = torch.empty(count, dtype=torch.int64, device=device)
     logprob, entropy = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
-    with _on(device):
+    with on(device):
         for start in range(0, count, _SAMPLE_ROWS):
             chunk = slice(start, start + _SAMPLE_ROWS)
             _sample_chunk(head, rows.select(chunk), seeds[chunk], token[chunk], logprob[chunk], entropy[chunk])
@@ -188,7 +187,7 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
         count = merged.numel() // width
         columns = min(256, triton.next_power_of_2(width))
         grid = (triton.cdiv(count, 8), triton.cdiv(width, columns))
-        with _on(merged.device):
+        with on(merged.device):
             merge_kernel[grid](stacked_outs, stacked_lses, merged, count, D=width, S=len(outs), BR=8, BD=columns)
     return merged
 
@@ -197,7 +196,7 @@ def gumbel_noise(seeds: Tensor, vocabulary: int) -> Tensor:
     """The noise (C, V) float32 that `sample` adds: that of `noise.gumbel_noise`, to about 1e-6."""
     _check_device(seeds)
     out = torch.empty(len(seeds), vocabulary, dtype=torch.float32, device=seeds.device)
-    with _on(seeds.device):
+    with on(seeds.device):
         noise_kernel[(len(seeds),)](seeds, out, vocabulary, BV=1024)
     return out
 
@@ -219,7 +218,7 @@ def _logits_gradient(
     count = chunk if active is None else len(active)
     alone = active is not None or gradients.bias is not None
     temperatures, temperature = _temperature(rows.temperature)
-    with _on(rows.hidden.device):
+    with on(rows.hidden.device):
         gradient_kernel[(triton.cdiv(vocabulary, NARROWEST), 1 if alone else triton.cdiv(count, 128))](
             kept.logits,
             kept.ref_logits,
@@ -374,11 +373,6 @@ def _grid(device: torch.device, count: int, vocabulary: int) -> object:
         return (min(tiles, meta["WAVES"] * processors) if meta["WAVES"] else tiles,)
 
     return grid
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels go to the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _check_device(x: Tensor) -> None:

@@ -23,6 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from alignpro_kernels.triton_attention import attention_kernel, join_kernel
+from alignpro_kernels.triton_attention import tile as attention_tile
 from alignpro_kernels.triton_configs import FUSED, NARROWEST, SAMPLE, candidates, most_stages
 from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
 from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
@@ -35,6 +37,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_STATES = ("query_stride", "query_head_stride", "page_stride", "value_stride", "slot_stride", "head_stride")
 _DEPTH = 896  # D: a multiple of every BK, as real heads are
 
 
@@ -95,6 +98,16 @@ def variants() -> Iterator[Variant]:
     yield Variant("choice", choice_kernel, arguments, {"BR": 8, "BT": 64}, 4, 3)
     arguments = _arguments(merge_kernel, outs="*bf16", lses="*fp32", merged="*bf16")
     yield Variant("merge", merge_kernel, arguments, {"D": 128, "S": 2, "BR": 8, "BD": 128}, 4, 3)
+    for kind in (torch.bfloat16, torch.float32):
+        for dim in (64, 128, 256):
+            for rows in sorted(
+                {attention_tile(kind, dim, n, plain=True).rows for n in (1, 1 << 20)}
+            ):  # a decode step, a prompt
+                yield _attention(kind, dim, rows)
+        yield _attention(kind, 96, 1 << 20, everything=True)
+    yield _attention(torch.bfloat16, 256, 1 << 20, everything=True)
+    arguments = _arguments(join_kernel, **dict.fromkeys(("partial_outs", "partial_lses", "lses"), "*fp32"), out="*bf16")
+    yield Variant("join", join_kernel, arguments | {"parts": "i32"}, {"D": 128, "BR": 4, "BD": 128}, 4, 3)
 
 
 def measure(variant: Variant, target: str) -> Resources:
@@ -104,7 +117,7 @@ def measure(variant: Variant, target: str) -> Resources:
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     constants |= {(names.index(name),): None for name in names if name not in variant.types | variant.constants}
     signature = {name: variant.types.get(name, "constexpr") for name in names}
-    aligned = {"vocabulary", "kept_stride", "du_stride", "plane_stride"}
+    aligned = {"vocabulary", "kept_stride", "du_stride", "plane_stride", *_STATES}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -208,6 +221,22 @@ def _gradient(name: str, dtype: str, *, everything: bool = False) -> Variant:
         arguments["softcap"] = "fp32"
     constants = {"ADD": True, "BR": 64, "BV": NARROWEST}
     return Variant(name, gradient_kernel, arguments, constants, 4, 3)
+
+
+def _attention(dtype: torch.dtype, dim: int, rows: int, *, everything: bool = False) -> Variant:
+    shape = attention_tile(dtype, dim, rows, plain=not everything)
+    name = "fp32" if dtype == torch.float32 else "bf16"
+    pointers = dict.fromkeys(("query", "pages", "out"), f"*{name}") | {"lses": "*fp32"}
+    indices = ["cu_queries", "page_table", "key_lengths", "query_positions"] + ["key_starts"] * everything
+    pointers |= dict.fromkeys(indices, "*i32")
+    integers = ["sequences", "most_keys", "part", *_STATES, "table_stride", "rows_all"] + ["window"] * everything
+    floats = ["scale"] + ["softcap"] * everything
+    types = pointers | dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
+    constants = {"table_step": 1, "D": dim, "G": 7, "PAGE": 16, "BS": 128, "PRECISION": "ieee"}
+    constants |= {"BR": shape.rows, "BK": shape.keys, "BD": shape.width}
+    name += f" D{dim}" + (" starts softcap window" if everything else "") + f" {shape.rows}x{shape.keys}"
+    full = f"attention {name} w{shape.warps} s{shape.stages}"
+    return Variant(full, attention_kernel, types, constants, shape.warps, shape.stages)
 
 
 def main(arguments: list[str] | None = None) -> None:

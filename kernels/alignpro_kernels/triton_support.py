@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -29,3 +30,8 @@ def interpreting() -> bool:
 def takes(device: torch.device) -> bool:
     """Whether the kernels run on a device's tensors."""
     return device.type == "cuda" or (device.type == "cpu" and interpreting())
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels go to the current device: make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

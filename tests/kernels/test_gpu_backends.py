@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_problems import assert_as_exact_as_plain, new_problem
 from head_problems import Problem, plain_pytorch, run
 
-from alignpro_kernels import linear_logprob, linear_sample, merge_states, policy_loss
+from alignpro_kernels import linear_logprob, linear_sample, merge_states, paged_attention, policy_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -127,3 +128,26 @@ def test_states_are_merged(dtype: torch.dtype) -> None:
     lses[1, 3] = -torch.inf
     expected = merge_states(outs.to(dtype), lses)
     torch.testing.assert_close(merge_states(outs.to("cuda", dtype), lses.cuda()).cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("counts", [[1, 1, 1], [300, 0, 1]], ids=["decode", "mixed"])
+def test_paged_attention(
+    counts: list[int], dim: int, softcap: float | None, window: int | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    problem = new_problem(counts, [1300, 70, 0], heads=6, dim=dim, dtype=dtype, softcap=softcap, window=window)
+    arguments = [x.cuda() for x in problem.arguments()]
+    torch.cuda.synchronize()
+    options = {"scale": problem.scale, "softcap": softcap, "window": window, "backend": "triton"}
+    out, lse = paged_attention(*arguments, **options)
+    assert_as_exact_as_plain(problem, out.cpu(), lse.cpu())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again, _ = paged_attention(*arguments, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, out)

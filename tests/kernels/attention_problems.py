@@ -1,0 +1,186 @@
+"""Sequences to attend to, what float64 says about them, and what plain PyTorch makes of them in their own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alignpro_kernels import paged_attention
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("whole", "head-major", "arena")
+
+
+@dataclass
+class Problem:
+    """Sequences, their keys and values both in pages, where all else is NaN, and as plain tensors."""
+
+    query: Tensor  # (T, H, D)
+    counts: list[int]  # queries of each sequence
+    positions: Tensor  # (T,)
+    keys: list[Tensor]  # S of (length, kv_heads, D)
+    values: list[Tensor]
+    starts: list[int]
+    page_size: int
+    layout: str
+    scale: float
+    softcap: float | None
+    window: int | None
+    pages: Tensor
+    page_table: Tensor
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Of `paged_attention`."""
+        bounds = torch.tensor([0, *self.counts]).cumsum(0).int()
+        lengths = torch.tensor([len(x) for x in self.keys], dtype=torch.int32)
+        starts = torch.tensor(self.starts, dtype=torch.int32)
+        return self.query, self.pages, bounds, self.page_table, lengths, self.positions, starts
+
+    def run(self, backend: str = "cpp") -> tuple[Tensor, Tensor]:
+        return paged_attention(
+            *self.arguments(), scale=self.scale, softcap=self.softcap, window=self.window, backend=backend
+        )
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        query, pages, *rest = self.arguments()
+        return paged_attention(
+            query.double(),
+            pages.double(),
+            *rest,
+            scale=self.scale,
+            softcap=self.softcap,
+            window=self.window,
+            backend="reference",
+        )
+
+    def sequences(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of each: queries (H, n, D), keys and values (H, length, D), and which keys a query sees (n, length)."""
+        group = self.query.shape[1] // self.keys[0].shape[1]
+        done = 0
+        for count, keys, values, start in zip(self.counts, self.keys, self.values, self.starts, strict=True):
+            query, positions = self.query[done : done + count], self.positions[done : done + count]
+            done += count
+            distance = positions[:, None] - (start + torch.arange(len(keys)))
+            seen = (distance >= 0) & (distance < (self.window or 1 << 30))
+            states = (x.transpose(0, 1).repeat_interleave(group, 0) for x in (keys, values))
+            yield query.transpose(0, 1), *states, seen
+
+
+def plain(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a user would write with PyTorch in a dtype, sequence by sequence; the lse in float32 or float64."""
+    outs, lses = [], []
+    for query, keys, values, seen in problem.sequences():
+        q, k, v = query.to(dtype), keys.to(dtype), values.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        z = problem.scale * (q.to(wide) @ k.to(wide).mT)
+        if problem.softcap is not None:
+            z = problem.softcap * torch.tanh(z / problem.softcap)
+        z = z.masked_fill(~seen, -torch.inf)
+        if problem.softcap is None:
+            out = functional.scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=problem.scale)[0]
+        else:
+            out = z.softmax(-1).to(dtype) @ v
+        outs.append(out.nan_to_num(0.0).masked_fill(~seen.any(-1, keepdim=True), 0.0).transpose(0, 1))
+        lses.append(z.logsumexp(-1).transpose(0, 1))
+    return torch.cat(outs), torch.cat(lses)
+
+
+def in_pages(keys: list[Tensor], values: list[Tensor], page_size: int, layout: str) -> tuple[Tensor, Tensor]:
+    """pages and page_table: pages in random order, entries beyond a sequence's keys out of range."""
+    kv_heads, dim = keys[0].shape[1:]
+    dtype = keys[0].dtype
+    needed = [-(-len(x) // page_size) for x in keys]
+    n_pages = sum(needed) + 2
+    if layout == "whole":
+        pages = torch.full((n_pages, 2, page_size, kv_heads, dim), torch.nan, dtype=dtype)
+    elif layout == "head-major":
+        pages = torch.full((n_pages, kv_heads, 2, page_size, dim), torch.nan, dtype=dtype).permute(0, 2, 3, 1, 4)
+    else:  # a layer that begins at 12 bytes of pages that hold more, of which bits 1 alone are NaN in every dtype
+        count = 2 * page_size * kv_heads * dim
+        arena = torch.full((n_pages, (count + 8) * dtype.itemsize + 12), 255, dtype=torch.uint8)
+        arena = arena[:, : arena.shape[1] // dtype.itemsize * dtype.itemsize].contiguous()
+        layer = arena[:, 12 : 12 + count * dtype.itemsize]
+        pages = layer.view(dtype).unflatten(1, (2, page_size, kv_heads, dim))
+    order = torch.randperm(n_pages)
+    table = torch.full((len(keys), max(needed) + 1), -1, dtype=torch.int32)
+    for s, (k, v) in enumerate(zip(keys, values, strict=True)):
+        table[s, : needed[s]] = order[sum(needed[:s]) : sum(needed[: s + 1])].int()
+        for j in range(len(k)):
+            pages[int(table[s, j // page_size]), 0, j % page_size] = k[j]
+            pages[int(table[s, j // page_size]), 1, j % page_size] = v[j]
+    return pages, table
+
+
+def new_problem(
+    counts: list[int],
+    lengths: list[int],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+    page_size: int = 16,
+    layout: str = "whole",
+    softcap: float | None = None,
+    window: int | None = None,
+    loudness: float = 1.0,
+) -> Problem:
+    keys = [torch.randn(n, kv_heads, dim).to(dtype) for n in lengths]
+    values = [torch.randn(n, kv_heads, dim).to(dtype) for n in lengths]
+    starts = torch.randint(0, 9, (len(lengths),)).tolist()
+    positions = [  # from before the first key to after the last
+        torch.randint(start - 2, start + length + 3, (count,))
+        for count, length, start in zip(counts, lengths, starts, strict=True)
+    ]
+    both = (loudness * torch.randn(sum(counts), heads, dim + 3)).to(dtype)  # strided rows
+    pages, table = in_pages(keys, values, page_size, layout)
+    return Problem(
+        both[..., :dim],
+        counts,
+        torch.cat(positions).int(),
+        keys,
+        values,
+        starts,
+        page_size,
+        layout,
+        dim**-0.5,
+        softcap,
+        window,
+        pages,
+        table,
+    )
+
+
+def part(problem: Problem, sequence: int, rows: slice) -> Problem:
+    """One sequence of a problem with some of its queries, in pages of its own."""
+    first = sum(problem.counts[:sequence])
+    chosen = slice(first + rows.start, first + rows.stop)
+    keys, values = problem.keys[sequence : sequence + 1], problem.values[sequence : sequence + 1]
+    pages, table = in_pages(keys, values, problem.page_size, problem.layout)
+    return replace(
+        problem,
+        query=problem.query[chosen],
+        counts=[rows.stop - rows.start],
+        positions=problem.positions[chosen],
+        keys=keys,
+        values=values,
+        starts=problem.starts[sequence : sequence + 1],
+        pages=pages,
+        page_table=table,
+    )
+
+
+def assert_as_exact_as_plain(problem: Problem, out: Tensor, lse: Tensor) -> None:
+    exact_out, exact_lse = problem.exact()
+    plain_out, plain_lse = plain(problem, problem.query.dtype)
+    assert out.dtype == problem.query.dtype and lse.dtype == torch.float32
+    assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
+    assert bool((out[lse == -torch.inf] == 0).all())
+    for got, baseline, exact in ((out, plain_out, exact_out), (lse, plain_lse, exact_lse)):
+        finite = torch.isfinite(exact)
+        error, allowed = ((x.double() - exact)[finite].abs().amax() if finite.any() else 0.0 for x in (got, baseline))
+        assert error <= 1.5 * allowed + 1e-6

@@ -1,0 +1,159 @@
+"""Backend ``triton`` of `paged_attention`, on NumPy: against the float64 reference, by ratio to PyTorch's own error."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_problems import DTYPES, LAYOUTS, Problem, assert_as_exact_as_plain, in_pages, new_problem, part
+
+from alignpro_kernels import BackendError, attention, merge_states, paged_attention, triton_attention
+
+torch.set_num_threads(1)
+
+PROBLEMS = {
+    "ragged": {},
+    "a key-value head each": {"heads": 3, "kv_heads": 3},
+    "group of no power of two, keys of none": {"heads": 10, "kv_heads": 2, "dim": 20},
+    "one key-value head for as many as a tile has rows": {"heads": 16, "kv_heads": 1, "dim": 8},
+    "one key-value head for more": {"heads": 19, "kv_heads": 1, "dim": 40},
+    "pages of one key": {"page_size": 1, "layout": "arena"},
+    "pages of four, window": {"page_size": 4, "layout": "head-major", "window": 5},
+    "window of one": {"window": 1},
+    "window beyond all": {"window": 1 << 40},
+    "soft-cap": {"softcap": 3.0, "loudness": 5.0},
+    "soft-cap, window, keys of one entry": {"softcap": 2.0, "window": 17, "dim": 1},
+}
+
+
+@pytest.fixture(params=["whole", "parts"])
+def parted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether keys are cut into parts."""
+    monkeypatch.setattr(triton_attention, "_WAVES", 0 if request.param == "whole" else 1000)
+
+
+@pytest.mark.usefixtures("parted")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_as_exact_as_plain_attention(name: str, dtype: torch.dtype) -> None:
+    """What lies in unused slots is NaN, unused entries of the table are out of range."""
+    torch.manual_seed(0)
+    problem = new_problem([5, 0, 1, 3, 2], [40, 7, 21, 9, 0], dtype=dtype, **PROBLEMS[name])
+    assert_as_exact_as_plain(problem, *problem.run("triton"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prompt(layout: str) -> None:
+    torch.manual_seed(1)
+    prompt = new_problem([37], [37], layout=layout)
+    prompt = replace(prompt, starts=[0], positions=torch.arange(37, dtype=torch.int32))
+    assert_as_exact_as_plain(prompt, *prompt.run("triton"))
+
+
+def test_more_sequences_than_are_looked_up_at_once() -> None:
+    torch.manual_seed(1)
+    problem = new_problem([1] * 130, [i % 4 for i in range(130)], heads=2, kv_heads=1, dim=8)
+    assert_as_exact_as_plain(problem, *problem.run("triton"))
+
+
+@pytest.mark.usefixtures("parted")
+def test_slots_between_the_windows_of_a_tile_are_not_felt() -> None:
+    """Queries of one tile far apart: what lies between what they see is seen by none, and may be NaN."""
+    torch.manual_seed(0)
+    problem = new_problem([2], [90], window=4, heads=2, kv_heads=1)
+    problem = replace(problem, starts=[0], positions=torch.tensor([8, 70], dtype=torch.int32))
+    expected = problem.run("triton")
+    assert_as_exact_as_plain(problem, *expected)
+    keys, values = problem.keys[0].clone(), problem.values[0].clone()
+    unseen = torch.ones(90, dtype=torch.bool)
+    unseen[5:9] = unseen[67:71] = False
+    keys[unseen] = values[unseen] = torch.nan
+    pages, table = in_pages([keys], [values], problem.page_size, problem.layout)
+    got = replace(problem, pages=pages, page_table=table).run("triton")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.usefixtures("parted")
+def test_a_query_that_is_nan_stays_alone() -> None:
+    torch.manual_seed(0)
+    problem = replace(new_problem([9], [40]), positions=torch.full((9,), 200, dtype=torch.int32))
+    out, _ = problem.run("triton")
+    query = problem.query.clone()
+    query[4, 1, 3] = torch.nan
+    got, lse = replace(problem, query=query).run("triton")
+    rows = torch.ones(9, 4, dtype=torch.bool)
+    rows[4, 1] = False
+    assert torch.equal(got[rows], out[rows])
+    assert bool(got[4, 1].isnan().all()) and bool(lse[4, 1].isnan())
+
+
+def test_a_query_does_not_feel_the_batch() -> None:
+    torch.manual_seed(0)
+    problem = new_problem([5, 1, 13], [70, 64, 30], heads=6, window=50)
+    out, lse = problem.run("triton")
+    for sequence, count in enumerate(problem.counts):
+        first = sum(problem.counts[:sequence])
+        got_out, got_lse = part(problem, sequence, slice(count // 2, count)).run("triton")
+        there = slice(first + count // 2, first + count)
+        torch.testing.assert_close(got_out, out[there], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got_lse, lse[there], rtol=1e-5, atol=1e-6)
+
+
+def test_a_cascade_is_the_whole_attention() -> None:
+    torch.manual_seed(0)
+    shared, suffixes = 35, [1, 9, 30, 0]
+    node = new_problem([4], [shared])
+    ends = torch.tensor([shared + n for n in suffixes], dtype=torch.int32)
+    node = replace(node, starts=[0], positions=ends)
+    own = new_problem([1] * 4, suffixes)
+    own = replace(own, query=node.query, starts=[shared] * 4, positions=ends)
+    keys = [torch.cat([node.keys[0], k]) for k in own.keys]
+    values = [torch.cat([node.values[0], v]) for v in own.values]
+    pages, table = in_pages(keys, values, 16, "whole")
+    whole: Problem = replace(own, keys=keys, values=values, starts=[0] * 4, pages=pages, page_table=table)
+    (shared_out, shared_lse), (own_out, own_lse) = node.run("triton"), own.run("triton")
+    merged = merge_states([shared_out, own_out], [shared_lse, own_lse])
+    assert_as_exact_as_plain(whole, merged, torch.logaddexp(shared_lse, own_lse))
+
+
+def test_nothing_to_do() -> None:
+    pages = torch.full((1, 2, 4, 2, 8), torch.nan)
+    none = torch.zeros(0, dtype=torch.int32)
+    zero, table = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3, dtype=torch.int32)
+    out, lse = paged_attention(torch.zeros(0, 4, 8), pages, zero, table, none, none, scale=1.0, backend="triton")
+    assert out.shape == (0, 4, 8) and lse.shape == (0, 4)
+    bounds, table = torch.tensor([0, 2, 2], dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)
+    lengths = positions = torch.zeros(2, dtype=torch.int32)
+    out, lse = paged_attention(
+        torch.ones(2, 4, 8), pages, bounds, table, lengths, positions, scale=1.0, backend="triton"
+    )
+    assert torch.equal(out, torch.zeros(2, 4, 8))
+    assert torch.equal(lse, torch.full((2, 4), -torch.inf))
+
+
+def test_strided_indices_and_queries() -> None:
+    torch.manual_seed(0)
+    problem = new_problem([3, 2], [30, 20])
+    expected = problem.run("triton")
+    query, pages, bounds, table, *rest = problem.arguments()
+    got = paged_attention(
+        query.transpose(1, 2).contiguous().transpose(1, 2),
+        pages,
+        bounds,
+        table.T.contiguous().T,
+        *(torch.stack([x, x], 1)[:, 0] for x in rest),
+        scale=problem.scale,
+        backend="triton",
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_processor_keeps_its_backend_and_float64_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    attention._announce.cache_clear()
+    problem = new_problem([1], [5])
+    with caplog.at_level("INFO", "alignpro_kernels"):
+        problem.run("triton")
+        problem.run("auto")
+    assert caplog.messages[0] == "paged_attention runs on backend triton"
+    assert "backend triton" not in caplog.messages[1]
+    with pytest.raises(BackendError, match="backend 'triton' cannot run here: it computes in float32"):
+        replace(problem, query=problem.query.double(), pages=problem.pages.double()).run("triton")
