@@ -35,7 +35,7 @@ class Call:
     rows: Rows
 
     def variables(self) -> tuple[Tensor | None, ...]:
-        """What may take a gradient, in the order of `_gradients`."""
+        """What may take a gradient, in the order of `_Sums.finish`."""
         return self.rows.hidden, self.head.weight, self.head.bias, self.rows.low_rank, self.head.low_rank
 
     def detach(self) -> Call:

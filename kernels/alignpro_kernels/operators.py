@@ -225,8 +225,7 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
     checks.check_states(outs, lses)
     if not triton_merges(outs[0]):
         return reference.merge_states(outs, lses)
-    stacked = (x if isinstance(x, Tensor) else torch.stack(tuple(x)) for x in (outs, lses))
-    merged: Tensor = backend_module("triton").merge_states(*stacked)
+    merged: Tensor = backend_module("triton").merge_states(outs, lses)
     return merged
 
 
