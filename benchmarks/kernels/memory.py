@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from alignpro_kernels import cpp_head
+
 MIB = 2**20
 
 _CLEAR = Path("/proc/self/clear_refs")
@@ -22,7 +24,8 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     What it returns counts, gradients too. On a GPU this is the allocator's own maximum.
 
     On a CPU it is the process's resident memory: the kernel keeps its high-water mark and resets it on request
-    (Linux). Memory freed earlier is handed back first, or it would be used again unseen; allocations of 1 MiB and more
+    (Linux). Memory freed earlier, and what our CPU backend keeps for its next call, is handed back first, or it would be
+    used again unseen; allocations of 1 MiB and more
     are then found to within 1 %, a few MiB at most. A fresh process a call would tell no more: its first call would
     also count libraries, compilers and the threads' own buffers, and a maximum taken over the process's life cannot
     be told from the peak of making the inputs.
@@ -48,6 +51,7 @@ def _reset() -> bool:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     if trim is None:
         return False
+    cpp_head.release_workspace()
     trim(0)
     try:
         _CLEAR.write_text("5")

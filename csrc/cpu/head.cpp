@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -20,6 +21,7 @@
 #include "instructions.h"
 #include "memory.h"
 #include "tiles.h"
+#include "workspace.h"
 
 namespace alignpro {
 namespace {
@@ -30,6 +32,7 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kTile = 320;       // columns: a tile of logits of 320 x kRowBlock floats is about half of a 1 MiB L2
 constexpr int64_t kRowBlock = 384;   // rows
 constexpr int64_t kLanes = 16;
+constexpr int64_t kSmall = 1 << 21;  // multiplications: some 20 us
 
 const TileKernels& tile_kernels() {
 #if defined(__x86_64__)
@@ -47,8 +50,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Tiling {
   int64_t vocabulary, width, count;
   // As many tiles for each thread, of nearly kTile columns.
-  explicit Tiling(int64_t vocabulary) : vocabulary(vocabulary) {
-    const int64_t threads = at::get_num_threads();
+  explicit Tiling(int64_t vocabulary, int64_t threads = at::get_num_threads()) : vocabulary(vocabulary) {
     const int64_t wanted = ceil_div(ceil_div(vocabulary, kTile), threads) * threads;
     width = std::max(kLanes, ceil_div(ceil_div(vocabulary, wanted), kLanes) * kLanes);
     count = ceil_div(vocabulary, width);
@@ -148,11 +150,9 @@ struct RowSums {
   double kl() const { return b / s - log_s() + log_s_r(); }
 };
 
-RowSums merge(const Tensor& sums, int64_t row) {
-  const int64_t tiles = sums.size(1), rows = sums.size(2);
-  const float* data = sums.const_data_ptr<float>();
+// Of a row in (3 or 6, tiles, rows).
+RowSums merge(const float* data, int64_t tiles, int64_t rows, bool reference, int64_t row) {
   const auto value = [&](int64_t which, int64_t tile) { return static_cast<double>(data[(which * tiles + tile) * rows + row]); };
-  const bool reference = sums.size(0) == 6;
   RowSums r;
   for (int64_t t = 0; t < tiles; ++t) {
     r.m = std::max(r.m, value(0, t));
@@ -192,7 +192,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
   Tensor logprob = at::empty({rows}, at::kFloat), entropy = at::empty({rows}, at::kFloat);
   Tensor kl = at::empty({reference ? rows : 0}, at::kFloat), norms = at::zeros({4, rows}, at::kFloat);
   Tensor target_logit = at::full({rows}, std::numeric_limits<float>::quiet_NaN(), at::kFloat);
-  if (logits) prefer_large_pages(logits->mutable_data_ptr(), static_cast<int64_t>(logits->nbytes()));
   const int64_t* targets = target.const_data_ptr<int64_t>();
   float* chosen = target_logit.mutable_data_ptr<float>();
 
@@ -236,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
                    norms.mutable_data_ptr<float>()};
   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const RowSums r = merge(sums, i);
+      const RowSums r = merge(sums.const_data_ptr<float>(), tiling.count, rows, reference, i);
       out[0][i] = static_cast<float>((static_cast<double>(chosen[i]) - r.m) - r.log_s());
       out[1][i] = static_cast<float>(r.entropy());
       out[3][i] = static_cast<float>(r.m);
@@ -349,22 +348,37 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
   }
 }
 
-// -> token (B), logprob (B), entropy (B). No logits are kept.
+// -> token (B), logprob (B), entropy (B). No logits are kept. A temperature of 0 is greedy; absent, it is 1.
 std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-                                               const Tensor& temperature, double softcap, const Tensor& seeds,
+                                               const OptionalTensor& temperature, double softcap, const Tensor& seeds,
                                                const OptionalTensor& low_rank_rows,
                                                const OptionalTensor& low_rank_weight) {
   const at::AutoDispatchBelowAutograd no_autograd;
-  const Tiling tiling(weight.size(0));
-  const Tensor greedy = temperature.eq(0), tau = temperature.masked_fill(greedy, 1.0);
-  const HeadInputs in = head_inputs(hidden, weight, bias, tau, softcap, low_rank_rows, low_rank_weight, {}, {}, {}, tiling);
-  const int64_t rows = hidden.size(0), threads = std::min<int64_t>(at::get_num_threads(), tiling.count);
-  const Tensor sums = at::empty({3, tiling.count, rows}, at::kFloat);
-  const Tensor noisy = at::full({threads, rows}, -std::numeric_limits<float>::infinity(), at::kFloat);
-  const Tensor logit = at::full({threads, rows}, std::numeric_limits<float>::quiet_NaN(), at::kFloat);
-  const Tensor index = at::zeros({threads, rows}, at::kLong);
+  const int64_t rows = hidden.size(0);
+  // To wake other threads takes longer than a small head.
+  const int64_t threads_wanted = rows * weight.numel() < kSmall ? 1 : at::get_num_threads();
+  const Tiling tiling(weight.size(0), threads_wanted);
+  const int64_t threads = std::min(threads_wanted, tiling.count);
+  const HeadInputs in = head_inputs(hidden, weight, bias, {}, softcap, low_rank_rows, low_rank_weight, {}, {}, {}, tiling);
+  std::vector<float> inverse_tau(rows, 1.0f);
+  const std::unique_ptr<bool[]> greedy(new bool[rows]());
+  if (temperature) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float tau = temperature->const_data_ptr<float>()[i];
+      greedy[i] = tau == 0;
+      if (!greedy[i]) inverse_tau[i] = 1.0f / tau;
+    }
+  }
+  std::vector<float> sums(3 * tiling.count * rows);
+  std::vector<float> noisy(threads * rows, -std::numeric_limits<float>::infinity());
+  std::vector<float> logit(threads * rows, std::numeric_limits<float>::quiet_NaN());
+  std::vector<int64_t> index(threads * rows);
+  const auto partials = [&](int64_t tile, int64_t row) {
+    const auto at_row = [&](int64_t which) { return sums.data() + (which * tiling.count + tile) * rows + row; };
+    return Partials{at_row(0), at_row(1), at_row(2), nullptr, nullptr, nullptr};
+  };
 
-  at::parallel_for(0, tiling.count, 1, [&](int64_t begin, int64_t end) {
+  const auto work = [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowAutograd no_autograd_here;
     const int64_t thread = begin / ceil_div(tiling.count, threads);
     const WeightTile weights(in.weight, tiling.width), low_rank(in.low_rank_weight, tiling.width);
@@ -381,27 +395,30 @@ std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tenso
           Tensor u = at::from_blob(z, {count, columns}, {tiling.width, 1}, at::kFloat);
           u.addmm_(in.low_rank_rows.narrow(0, row, count), low_rank.at_columns(start, columns).t());
         }
-        const Shape shape{count, columns, tiling.width, in.softcap, pointer(in.inverse_tau, row)};
+        const Shape shape{count, columns, tiling.width, in.softcap, inverse_tau.data() + row};
         const int64_t at_row = thread * rows + row;
-        const Best best{noisy.mutable_data_ptr<float>() + at_row, logit.mutable_data_ptr<float>() + at_row,
-                        index.mutable_data_ptr<int64_t>() + at_row};
-        tile_kernels().sample(z, shape, pointer(in.bias, start), seeds.const_data_ptr<int64_t>() + row,
-                              greedy.const_data_ptr<bool>() + row, start, partials_at(sums, tile, row), best);
+        tile_kernels().sample(z, shape, pointer(in.bias, start), seeds.const_data_ptr<int64_t>() + row, greedy.get() + row,
+                              start, partials(tile, row),
+                              Best{noisy.data() + at_row, logit.data() + at_row, index.data() + at_row});
       }
     }
-  });
+  };
+  if (threads == 1) {
+    work(0, tiling.count);
+  } else {
+    at::parallel_for(0, tiling.count, 1, work);
+  }
 
   Tensor token = at::empty({rows}, at::kLong), logprob = at::zeros({rows}, at::kFloat), entropy = at::zeros({rows}, at::kFloat);
   for (int64_t i = 0; i < rows; ++i) {
     int64_t winner = 0;
     for (int64_t t = 1; t < threads; ++t) {
-      if (noisy.const_data_ptr<float>()[t * rows + i] > noisy.const_data_ptr<float>()[winner * rows + i]) winner = t;
+      if (noisy[t * rows + i] > noisy[winner * rows + i]) winner = t;
     }
-    token.mutable_data_ptr<int64_t>()[i] = index.const_data_ptr<int64_t>()[winner * rows + i];
-    if (greedy.const_data_ptr<bool>()[i]) continue;
-    const RowSums r = merge(sums, i);
-    const double z = logit.const_data_ptr<float>()[winner * rows + i];
-    logprob.mutable_data_ptr<float>()[i] = static_cast<float>((z - r.m) - r.log_s());
+    token.mutable_data_ptr<int64_t>()[i] = index[winner * rows + i];
+    if (greedy[i]) continue;
+    const RowSums r = merge(sums.data(), tiling.count, rows, false, i);
+    logprob.mutable_data_ptr<float>()[i] = static_cast<float>((static_cast<double>(logit[winner * rows + i]) - r.m) - r.log_s());
     entropy.mutable_data_ptr<float>()[i] = static_cast<float>(r.entropy());
   }
   return {token, logprob, entropy};
@@ -428,10 +445,12 @@ TORCH_LIBRARY(alignpro, m) {
       "Tensor? eta, Tensor? kappa, Tensor(a!)? d_hidden, Tensor(b!)? d_low_rank_rows, Tensor(c!)? d_weight, "
       "Tensor(d!)? d_bias, Tensor(e!)? d_low_rank, bool add) -> ()");
   m.def(
-      "head_sample(Tensor hidden, Tensor weight, Tensor? bias, Tensor temperature, float softcap, Tensor seeds, "
+      "head_sample(Tensor hidden, Tensor weight, Tensor? bias, Tensor? temperature, float softcap, Tensor seeds, "
       "Tensor? low_rank_rows, Tensor? low_rank_weight) -> (Tensor, Tensor, Tensor)");
   m.def("head_tiling(int vocabulary) -> (int, int)", &head_tiling);
   m.def("head_instructions() -> str", &head_instructions);
+  m.def("workspace(int[] sizes) -> Tensor", &workspace);
+  m.def("release_workspace() -> ()", &release_workspace);
 }
 
 TORCH_LIBRARY_IMPL(alignpro, CPU, m) {

@@ -58,6 +58,7 @@ def choose_backend(operator: str, backend: str, like: Tensor) -> str:
     return chosen
 
 
+@functools.cache
 def backend_module(name: str) -> ModuleType:
     """The module of a fast backend; see `alignpro_kernels.head` for its functions."""
     return importlib.import_module(f"alignpro_kernels.{name}_head")

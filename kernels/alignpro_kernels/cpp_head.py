@@ -58,7 +58,7 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[Token
     logits = None
     if keep:
         tiles, width = torch.ops.alignpro.head_tiling(len(head.weight))
-        logits = torch.empty(1 if head.ref_weight is None else 2, tiles, len(rows.hidden), width)
+        logits = torch.ops.alignpro.workspace([1 if head.ref_weight is None else 2, tiles, len(rows.hidden), width])
     logprob, h, kl, norms = torch.ops.alignpro.head_statistics(
         rows.hidden,
         head.weight,
@@ -116,14 +116,24 @@ def backward(
 
 def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
     """See `alignpro_kernels.head`."""
-    tau = _temperature(rows)
-    if tau is None:
-        tau = torch.ones(len(rows.hidden))
     return SampleOutput(
-        *torch.ops.alignpro.head_sample(
-            rows.hidden, head.weight, head.bias, tau, head.softcap or 0.0, seeds, rows.low_rank, head.low_rank
+        *torch.ops.alignpro.head_sample.default(
+            rows.hidden,
+            head.weight,
+            head.bias,
+            _temperature(rows),
+            head.softcap or 0.0,
+            seeds,
+            rows.low_rank,
+            head.low_rank,
         )
     )
+
+
+def release_workspace() -> None:
+    """Free the memory for logits that is kept from one call to the next."""
+    if unavailable() is None:
+        torch.ops.alignpro.release_workspace()
 
 
 def _temperature(rows: Rows) -> Tensor | None:

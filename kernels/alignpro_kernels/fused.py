@@ -42,7 +42,7 @@ class Call:
         """The same without autograd's history; the reference still shares the weight if it did."""
 
         def constant(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.detach().contiguous()
+            return None if x is None else (x.detach() if x.requires_grad else x).contiguous()
 
         head, rows = self.head, self.rows
         weight, hidden = constant(head.weight), constant(rows.hidden)
@@ -106,13 +106,12 @@ def linear_logprob(backend: ModuleType, call: Call, *, entropy: bool) -> TokenSt
 
 def linear_sample(backend: ModuleType, call: Call, seeds: Tensor) -> SampleOutput:
     """See `alignpro_kernels.linear_sample`: no logits are kept, so there are no chunks."""
-    with torch.no_grad():
-        call = call.detach()
-        if not len(seeds):
-            none = seeds.new_empty(0, dtype=statistics_dtype(call.rows.hidden.dtype))
-            return SampleOutput(seeds, none, none)
-        sampled: SampleOutput = backend.sample(call.head, call.rows, seeds.contiguous())
-        return sampled
+    if not len(seeds):
+        none = seeds.new_empty(0, dtype=statistics_dtype(call.rows.hidden.dtype))
+        return SampleOutput(seeds, none, none)
+    call = call.detach()
+    sampled: SampleOutput = backend.sample(call.head, call.rows, seeds.contiguous())
+    return sampled
 
 
 class _Sums:

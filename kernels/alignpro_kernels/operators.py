@@ -8,6 +8,7 @@ float64 inputs). Products are taken as given, not under autocast: rounding the l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def linear_logprob(
     checks.check_temperature(temperature, hidden)
     checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     chosen = choose_backend("linear_logprob", backend, hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _as_given(hidden.device.type):
         inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
         layer: dict[str, Any] = {
             "bias": bias,
@@ -141,7 +142,7 @@ def policy_loss(
     checks.check_temperature(temperature, hidden)
     checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     chosen = choose_backend("policy_loss", backend, hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _as_given(hidden.device.type):
         inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
         layer: dict[str, Any] = {
             "bias": bias,
@@ -198,14 +199,14 @@ def linear_sample(
     checks.check_seeds(seeds, hidden)
     checks.check_temperature(temperature, hidden, greedy=True)
     chosen = choose_backend("linear_sample", backend, hidden)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), _as_given(hidden.device.type):
         inputs, _ = _flat(hidden, None, temperature=temperature)
         layer: dict[str, Any] = {"bias": bias, "lora": lora, "softcap": softcap}
         if chosen == "reference":
             out = reference.linear_sample(weight=weight, seeds=seeds.flatten(), **inputs, **layer)
         else:
             out = fused.linear_sample(backend_module(chosen), _call(weight, inputs, **layer), seeds.flatten())
-        return SampleOutput(*(x.view(seeds.shape) for x in out))
+        return out if seeds.ndim == 1 else SampleOutput(*(x.view(seeds.shape) for x in out))
 
 
 def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> Tensor:
@@ -229,12 +230,17 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
     return merged
 
 
+def _as_given(device_type: str) -> AbstractContextManager[Any]:
+    """Without autocast; where there is none, nothing is to be done, which for small heads is time saved."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def _flat(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str, Any], Tensor | None]:
     """The arguments that go by rows as (N, ...), masked rows left out; and the places of those that stay, None for all.
 
     Only the selection is differentiated through, so that masked rows get a zero gradient.
     """
-    flat = {"hidden": hidden.reshape(-1, hidden.shape[-1])}
+    flat = {"hidden": hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])}
     for name, value in per_row.items():
         if isinstance(value, Tensor):
             value = value.reshape(-1, value.shape[-1]) if name == "ref_hidden" else value.reshape(-1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from alignpro_kernels import policy_loss
+from alignpro_kernels import cpp_head, policy_loss
 
 
 def resident(field: str) -> float:
@@ -28,6 +28,7 @@ def main(rows: int, width: int = 64, vocabulary: int = 40_000) -> None:
     target = torch.randint(vocabulary, (rows,))
     policy_loss(hidden[:8], weight, target[:8], one, backend="cpp").loss.backward()  # what is loaded once
     hidden.grad = weight.grad = None
+    cpp_head.release_workspace()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     policy_loss(hidden, weight, target, one, backend="cpp").loss.backward()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import gradcheck
 
-from alignpro_kernels import LoRA, backends, fused, linear_logprob, linear_sample, policy_loss
+from alignpro_kernels import Coefficients, LoRA, backends, cpp_head, fused, linear_logprob, linear_sample, policy_loss
 from alignpro_kernels.backends import backend_module
 
 FAST = ["torch", "cpp"]
@@ -459,3 +459,32 @@ def test_memory_does_not_grow_with_the_rows() -> None:
         for rows in (3072, 6144)
     ]
     assert max(peaks) < 256, peaks  # their logits are 470 and 940 MiB
+
+
+def test_memory_that_is_kept_serves_one_call_at_a_time() -> None:
+    need("cpp")
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(48, 16, generator=generator), torch.randn(70_000, 16, generator=generator)
+    target = torch.randint(70_000, (48,), generator=generator)
+
+    def gradient(coefficients: Coefficients) -> torch.Tensor:
+        states = hidden.clone().requires_grad_()
+        policy_loss(states, weight, target, coefficients, backend="cpp").loss.backward()
+        assert states.grad is not None
+        return states.grad
+
+    def plain(logprob: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        return -logprob, -torch.ones_like(logprob), None, None
+
+    def nested(logprob: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        with torch.enable_grad():  # while the logits of the call around it wait for their coefficients
+            inner.append(gradient(plain))
+        return plain(logprob)
+
+    cpp_head.release_workspace()
+    fresh, inner = gradient(plain), []
+    assert torch.equal(gradient(plain), fresh)  # in the memory of the first
+    assert torch.equal(gradient(nested), fresh)
+    assert torch.equal(inner[0], fresh)
+    cpp_head.release_workspace()
+    assert torch.equal(gradient(plain), fresh)

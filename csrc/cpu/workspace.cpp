@@ -1,0 +1,84 @@
+#include "workspace.h"
+
+#include <ATen/Functions.h>
+
+#include "memory.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+
+#include <mutex>
+#include <algorithm>
+#include <utility>
+#endif
+
+namespace alignpro {
+
+#if defined(__linux__)
+namespace {
+
+constexpr int64_t kPage = int64_t{2} << 20;
+
+struct Block {
+  void* start = nullptr;
+  int64_t bytes = 0;
+};
+
+struct Kept {
+  std::mutex mutex;
+  Block block;
+};
+
+// Never destroyed: tensors may be freed while the process ends.
+Kept& kept() {
+  static Kept* instance = new Kept;
+  return *instance;
+}
+
+void unmap(const Block& block) {
+  if (block.start != nullptr) munmap(block.start, static_cast<size_t>(block.bytes));
+}
+
+// A block of at least so many bytes: the one kept if it is large enough.
+Block take(int64_t bytes) {
+  {
+    const std::lock_guard lock(kept().mutex);
+    if (kept().block.bytes >= bytes) return std::exchange(kept().block, {});
+  }
+  Block block{nullptr, (bytes + kPage - 1) / kPage * kPage};
+  block.start = mmap(nullptr, static_cast<size_t>(block.bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK(block.start != MAP_FAILED, "there is no memory for ", bytes >> 20, " MiB of logits");
+  prefer_large_pages(block.start, block.bytes);
+  return block;
+}
+
+void give_back(Block block) {
+  if (block.bytes <= kMostKept) {
+    madvise(block.start, static_cast<size_t>(block.bytes), MADV_FREE);
+    const std::lock_guard lock(kept().mutex);
+    if (kept().block.bytes < block.bytes) std::swap(kept().block, block);
+  }
+  unmap(block);
+}
+
+}  // namespace
+
+at::Tensor workspace(at::IntArrayRef sizes) {
+  const Block block = take(std::max<int64_t>(1, c10::multiply_integers(sizes)) * static_cast<int64_t>(sizeof(float)));
+  return at::from_blob(block.start, sizes, [block](void*) { give_back(block); }, at::kFloat);
+}
+
+void release_workspace() {
+  const std::lock_guard lock(kept().mutex);
+  unmap(std::exchange(kept().block, {}));
+}
+
+#else
+
+at::Tensor workspace(at::IntArrayRef sizes) { return at::empty(sizes, at::kFloat); }
+
+void release_workspace() {}
+
+#endif
+
+}  // namespace alignpro
