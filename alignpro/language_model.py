@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from alignpro import attention
+from alignpro import attention, packed_linear
 from alignpro.errors import ModelError
 from alignpro.sequences import SequenceBatch
 from alignpro_kernels import LoRA
@@ -88,7 +88,13 @@ class LanguageModel(nn.Module):
             attention.attach(self.causal)
         except ValueError as error:
             raise ModelError(f"model {name}: {type(self.causal).__name__} is not supported: {error}") from error
+        self._packing = packed_linear.attach(self.causal.base_model)
         self._check_head()
+
+    def weights_changed(self) -> None:
+        """Tell that weights have new values, so that nothing made of the old ones is used again."""
+        if self._packing is not None:
+            self._packing.forget()
 
     @property
     def causal(self) -> PreTrainedModel:

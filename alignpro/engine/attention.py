@@ -1,16 +1,13 @@
 """Attention of one tick over the pool: shared nodes once for all queries below them, merged with what is each one's own.
 
 The tokens of a tick lie on one line in the order of a walk down the prefix tree, so that the queries below a node, its
-own among them, are neighbours. For each depth of the tree there is one call, in which every node is a "sequence" whose
-queries are those neighbours; a query sees the keys up to its own position. So a prompt's keys are read once for all its
-siblings, and the parts are put together by their log-sum-exp (Hydragen, Juravsky et al., 2024; cascade inference, Ye et
-al., 2024): o = Σ softmax(lse) · o_level.
+own among them, are neighbours. Each depth of the tree is a level of `cascade_attention`, in which every node is a set of
+keys that those neighbours see up to their own positions: a prompt's keys are read once for all its siblings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -22,25 +19,7 @@ from alignpro.engine.pool import Geometry, KVPool
 from alignpro.engine.scheduler import Item
 from alignpro.errors import ModelError
 from alignpro.language_model import LanguageModel
-from alignpro_kernels import merge_states, paged_attention, write_kv
-
-
-@dataclass(frozen=True)
-class Level:
-    """S segments at one depth, and R of the T tokens that see them."""
-
-    rows: Tensor | None
-    """(R,) int64: which tokens; None for all of them."""
-    positions: Tensor
-    """(R,) int32."""
-    cu_queries: Tensor
-    """(S + 1,) int32: segment s is seen by rows cu_queries[s].. cu_queries[s + 1]."""
-    page_table: Tensor
-    """(S, max_pages) int32."""
-    key_lengths: Tensor
-    """(S,) int32."""
-    key_starts: Tensor
-    """(S,) int32: position of the first key."""
+from alignpro_kernels import CascadeLevel, cascade_attention, write_kv
 
 
 class AttentionPlan:
@@ -99,37 +78,18 @@ class AttentionPlan:
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         pages = self._layers[layer]
         write_kv(keys.contiguous(), values.contiguous(), pages, self.slots)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        whole: tuple[Tensor, Tensor] | None = None
-        for level in self.levels:
-            rows = level.rows
-            part = paged_attention(
-                queries if rows is None else queries.index_select(0, rows),
-                pages,
-                level.cu_queries,
-                level.page_table,
-                level.key_lengths,
-                level.positions,
-                level.key_starts,
-                scale=scale,
-                softcap=softcap,
-                window=sliding_window,
-            )
-            whole = part if whole is None else _merge(whole, part, rows)
-        assert whole is not None
-        return whole[0].unsqueeze(0)
+        out = cascade_attention(
+            queries,
+            pages,
+            self.levels,
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=softcap,
+            window=sliding_window,
+        )
+        return out.unsqueeze(0)
 
 
-def _merge(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention so far, (T, H, D) and its log-sum-exp (T, H), and that of some rows to more keys."""
-    if rows is None:
-        return merge_states((whole[0], part[0]), (whole[1], part[1])), torch.logaddexp(whole[1], part[1])
-    before = (whole[0].index_select(0, rows), whole[1].index_select(0, rows))
-    both = _merge(before, part, None)
-    return whole[0].index_copy(0, rows, both[0]), whole[1].index_copy(0, rows, both[1])
-
-
-def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> Level:
+def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> CascadeLevel:
     """The segments at a depth of the items' paths. At depth 0 every token has one."""
     ends = {item.segment: item.end for item in items}
     tables: list[list[int]] = []
@@ -156,9 +116,9 @@ def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], d
     def int32(values: Any) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
 
-    return Level(
+    return CascadeLevel(
         rows=None if len(rows) == at else torch.tensor(rows, device=device),
-        positions=int32(positions[rows]),
+        query_positions=int32(positions[rows]),
         cu_queries=int32(bounds),
         page_table=int32(table),
         key_lengths=int32(lengths),

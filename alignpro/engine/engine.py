@@ -128,6 +128,7 @@ class Engine:
         Raises:
             RuntimeError: It is generating.
         """
+        self.models[name].weights_changed()
         for memory in self._memories.values():
             memory.tree.drop(name)
 

@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/List.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,6 +20,8 @@
 
 namespace alignpro {
 namespace {
+
+using OptionalTensor = std::optional<Tensor>;
 
 const AttentionKernels& attention_kernels() {
 #if defined(__x86_64__)
@@ -41,9 +44,13 @@ Element element_of(const Tensor& x) {
 
 // Out-of-range values would read foreign memory, so they are checked here, where that costs next to nothing.
 void check_values(const Problem& p, int64_t sequences) {
-  const int64_t tokens = p.query.size(0), slots = p.page_table.size(1) * p.pages.size(2);
-  TORCH_CHECK_VALUE(p.cu_queries[0] == 0 && p.cu_queries[sequences] == tokens, "cu_queries goes from ", p.cu_queries[0],
-                    " to ", p.cu_queries[sequences], ": expected from 0 to the number of queries, ", tokens);
+  const int64_t slots = p.page_table.size(1) * p.pages.size(2);
+  TORCH_CHECK_VALUE(p.cu_queries[0] == 0 && p.cu_queries[sequences] == p.count, "cu_queries goes from ", p.cu_queries[0],
+                    " to ", p.cu_queries[sequences], ": expected from 0 to the number of queries, ", p.count);
+  for (int64_t r = 0; p.rows != nullptr && r < p.count; ++r) {
+    TORCH_CHECK_VALUE(p.rows[r] >= 0 && p.rows[r] < p.query.size(0), "rows: number ", r, " is ", p.rows[r],
+                      ", expected 0 to ", p.query.size(0) - 1);
+  }
   for (int64_t s = 0; s < sequences; ++s) {
     TORCH_CHECK_VALUE(p.cu_queries[s] <= p.cu_queries[s + 1], "cu_queries: sequence ", s, " goes from ", p.cu_queries[s],
                       " to ", p.cu_queries[s + 1], ": it must not decrease");
@@ -77,10 +84,25 @@ void write_rows(const Problem& p, const Item& item, const Sums& sums) {
   for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {
     for (int64_t t = item.query_begin; t < item.query_end; ++t) {
       for (int64_t g = 0; g < p.group(); ++g, ++row) {
-        const int64_t to = t * p.heads() + kv_head * p.group() + g;
-        const float l = sums.l[row], by = l == 0 ? 0 : 1 / l;
-        for (int64_t d = 0; d < dim; ++d) outs[to * dim + d] = by * sums.o[row * stride + d];
-        lses[to] = sums.m[row] + std::log(l);
+        const int64_t to = p.row(t) * p.heads() + kv_head * p.group() + g;
+        const float l = sums.l[row], lse = sums.m[row] + std::log(l);
+        float by = l == 0 ? 0 : 1 / l, before = 0;
+        if (p.merge && lses[to] != -std::numeric_limits<float>::infinity()) {
+          if (l == 0) continue;
+          const float top = std::max(lses[to], lse), ours = std::exp(lse - top), theirs = std::exp(lses[to] - top);
+          by *= ours / (ours + theirs);
+          before = theirs / (ours + theirs);
+          lses[to] = top + std::log(ours + theirs);
+        } else {
+          lses[to] = lse;
+        }
+        float* out = outs + to * dim;
+        const float* o = sums.o + row * stride;
+        if (before == 0) {
+          for (int64_t d = 0; d < dim; ++d) out[d] = by * o[d];
+        } else {
+          for (int64_t d = 0; d < dim; ++d) out[d] = by * o[d] + before * out[d];
+        }
       }
     }
   }
@@ -130,7 +152,7 @@ class Worker {
     for (int64_t head = item.head_begin * p_.group(); head < item.head_end * p_.group(); head += p_.group()) {
       for (int64_t t = item.query_begin; t < item.query_end; ++t) {
         for (int64_t g = 0; g < p_.group(); ++g, to += stride_) {
-          const int64_t at = t * p_.query.stride(0) + (head + g) * p_.query.stride(1);
+          const int64_t at = p_.row(t) * p_.query.stride(0) + (head + g) * p_.query.stride(1);
           attention_kernels().widen(from + at * size, element_of(p_.query), to, p_.head_dim(), stride_);
         }
       }
@@ -234,30 +256,65 @@ void run(const Problem& p, int64_t sequences) {
   }
 }
 
-// -> out (T, H, D) in the query's dtype, lse (T, H) float32. softcap 0 and window 0 stand for none.
-std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& pages, const Tensor& cu_queries,
-                                           const Tensor& page_table, const Tensor& key_lengths,
-                                           const Tensor& query_positions, const std::optional<Tensor>& key_starts,
-                                           double scale, double softcap, int64_t window) {
-  const at::AutoDispatchBelowAutograd no_autograd;
+Tensor unit_stride(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
+// Attention of some queries, into `out` (T, H, D) float32 and `lse` (T, H).
+void attend_to(const Tensor& query, const Tensor& pages, const OptionalTensor& rows, const Tensor& cu_queries,
+               const Tensor& page_table, const Tensor& key_lengths, const Tensor& query_positions,
+               const OptionalTensor& key_starts, double scale, double softcap, int64_t window, const Tensor& out,
+               const Tensor& lse, bool merge) {
   const int64_t sequences = key_lengths.size(0);
   const Tensor cu = cu_queries.contiguous(), lengths = key_lengths.contiguous(), positions = query_positions.contiguous();
-  const Tensor starts = key_starts ? key_starts->contiguous() : Tensor();
-  Problem p{query.stride(2) == 1 ? query : query.contiguous(),
+  const Tensor starts = key_starts ? key_starts->contiguous() : Tensor(), which = rows ? rows->contiguous() : Tensor();
+  Problem p{unit_stride(query),
             pages,
-            page_table.stride(1) == 1 ? page_table : page_table.contiguous(),
+            unit_stride(page_table),
+            positions.size(0),
+            rows ? which.const_data_ptr<int64_t>() : nullptr,
             cu.const_data_ptr<int32_t>(),
             lengths.const_data_ptr<int32_t>(),
             {},
             {},
             static_cast<float>(scale),
             static_cast<float>(softcap),
-            at::empty(query.sizes(), at::kFloat),
-            at::empty({query.size(0), query.size(1)}, at::kFloat)};
+            out,
+            lse,
+            merge};
   check_values(p, sequences);
   find_seen(p, sequences, positions.const_data_ptr<int32_t>(), key_starts ? starts.const_data_ptr<int32_t>() : nullptr, window);
-  if (query.size(0) > 0) run(p, sequences);
-  return {p.out.to(query.scalar_type()), p.lse};
+  if (p.count > 0) run(p, sequences);
+}
+
+// -> out (T, H, D) in the query's dtype, lse (T, H) float32. softcap 0 and window 0 stand for none.
+std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& pages, const Tensor& cu_queries,
+                                           const Tensor& page_table, const Tensor& key_lengths,
+                                           const Tensor& query_positions, const OptionalTensor& key_starts, double scale,
+                                           double softcap, int64_t window) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const Tensor out = at::empty(query.sizes(), at::kFloat), lse = at::empty({query.size(0), query.size(1)}, at::kFloat);
+  attend_to(query, pages, {}, cu_queries, page_table, key_lengths, query_positions, key_starts, scale, softcap, window, out,
+            lse, false);
+  return {out.to(query.scalar_type()), lse};
+}
+
+// -> out (T, H, D) in the query's dtype: attention to several sets of sequences, each seen by some of the queries.
+Tensor cascade_attention(const Tensor& query, const Tensor& pages, const c10::List<OptionalTensor>& rows,
+                         at::TensorList cu_queries, at::TensorList page_tables, at::TensorList key_lengths,
+                         at::TensorList query_positions, at::TensorList key_starts, double scale, double softcap,
+                         int64_t window) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const Tensor out = at::empty(query.sizes(), at::kFloat), lse = at::empty({query.size(0), query.size(1)}, at::kFloat);
+  for (size_t level = 0; level < cu_queries.size(); ++level) {
+    const OptionalTensor chosen = rows.get(level);
+    const bool first = level == 0;
+    if (first && chosen) {
+      out.zero_();
+      lse.fill_(-std::numeric_limits<float>::infinity());
+    }
+    attend_to(query, pages, chosen, cu_queries[level], page_tables[level], key_lengths[level], query_positions[level],
+              key_starts[level], scale, softcap, window, out, lse, !first || chosen.has_value());
+  }
+  return out.to(query.scalar_type());
 }
 
 }  // namespace
@@ -266,8 +323,14 @@ TORCH_LIBRARY_FRAGMENT(alignpro, m) {
   m.def(
       "paged_attention(Tensor query, Tensor pages, Tensor cu_queries, Tensor page_table, Tensor key_lengths, "
       "Tensor query_positions, Tensor? key_starts, float scale, float softcap, int window) -> (Tensor, Tensor)");
+  m.def(
+      "cascade_attention(Tensor query, Tensor pages, Tensor?[] rows, Tensor[] cu_queries, Tensor[] page_tables, "
+      "Tensor[] key_lengths, Tensor[] query_positions, Tensor[] key_starts, float scale, float softcap, int window) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(alignpro, CPU, m) { m.impl("paged_attention", &paged_attention); }
+TORCH_LIBRARY_IMPL(alignpro, CPU, m) {
+  m.impl("paged_attention", &paged_attention);
+  m.impl("cascade_attention", &cascade_attention);
+}
 
 }  // namespace alignpro

@@ -27,11 +27,15 @@ int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 struct Problem {
   Tensor query, pages, page_table;         // (T, H, D), (n_pages, 2, page_size, kv_heads, D), (S, max_pages)
+  int64_t count;                           // R, queries that take part
+  const int64_t* rows;                     // (R): which they are; null for all T
   const int32_t* cu_queries;               // (S + 1)
   const int32_t* key_lengths;              // (S)
-  std::vector<int64_t> first, last;        // (T): keys [first, last) of its sequence are what a query sees
+  std::vector<int64_t> first, last;        // (R): keys [first, last) of its sequence are what a query sees
   float scale, softcap;
   Tensor out, lse;                         // (T, H, D) float32, (T, H)
+  bool merge;                              // with what is in out and lse; else that is overwritten
+  int64_t row(int64_t query) const { return rows == nullptr ? query : rows[query]; }
   int64_t heads() const { return query.size(1); }
   int64_t kv_heads() const { return pages.size(3); }
   int64_t group() const { return heads() / kv_heads(); }
@@ -68,7 +72,7 @@ struct Plan {
 };
 
 void find_seen(Problem& p, int64_t sequences, const int32_t* positions, const int32_t* key_starts, int64_t window) {
-  p.first.resize(static_cast<size_t>(p.query.size(0)));
+  p.first.resize(static_cast<size_t>(p.count));
   p.last.resize(p.first.size());
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t start = key_starts == nullptr ? 0 : key_starts[s], length = p.key_lengths[s];

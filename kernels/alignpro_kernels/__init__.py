@@ -1,6 +1,6 @@
 """Operators of a language model's head: log-probability, entropy, exact KL, policy loss, sampling; and of a KV pool."""
 
-from alignpro_kernels.attention import paged_attention
+from alignpro_kernels.attention import CascadeLevel, cascade_attention, paged_attention
 from alignpro_kernels.backends import BackendError, backends
 from alignpro_kernels.noise import gumbel_noise, splitmix64
 from alignpro_kernels.operators import linear_logprob, linear_sample, merge_states, policy_loss
@@ -9,12 +9,14 @@ from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleO
 
 __all__ = [
     "BackendError",
+    "CascadeLevel",
     "Coefficients",
     "LoRA",
     "PolicyLossOutput",
     "SampleOutput",
     "TokenStats",
     "backends",
+    "cascade_attention",
     "copy_pages",
     "gumbel_noise",
     "linear_logprob",

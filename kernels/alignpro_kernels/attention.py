@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from alignpro_kernels import attention_reference, triton_support
 from alignpro_kernels.backends import BackendError
 from alignpro_kernels.checks import FLOATS
+from alignpro_kernels.operators import merge_states
 
 logger = logging.getLogger("alignpro_kernels")
 
@@ -74,19 +77,9 @@ def paged_attention(
         ValueError, TypeError: An argument has the wrong shape, layout, device, value or dtype; the message names it.
         BackendError: The backend cannot run.
     """
-    _check_states(query, pages)
-    _check_index("key_lengths", key_lengths, ("S",), query)
-    sequences = len(key_lengths)
-    _check_index("cu_queries", cu_queries, (sequences + 1,), query, host=True)
-    _check_index("page_table", page_table, (sequences, "max_pages"), query)
-    _check_index("query_positions", query_positions, (len(query),), query)
-    if key_starts is not None:
-        _check_index("key_starts", key_starts, (sequences,), query)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}: it must be positive, or None for none")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}: it must be positive, or None for none")
-    out, lse = _chosen(backend, query).paged_attention(
+    _check_call(query, pages, softcap, window)
+    _check_keys(query, len(query), cu_queries, page_table, key_lengths, query_positions, key_starts)
+    out, lse = _module(_choose(backend, query)).paged_attention(
         query,
         pages,
         cu_queries,
@@ -101,8 +94,102 @@ def paged_attention(
     return out, lse
 
 
-def _chosen(backend: str, query: Tensor) -> ModuleType:
-    """The module of the backend that was asked for, or that is the best for the query; logged once each."""
+@dataclass(frozen=True)
+class CascadeLevel:
+    """S sets of keys, each seen by neighbours among R of the T queries of `cascade_attention`."""
+
+    rows: Tensor | None
+    """(R,) int64: which queries, ascending; None for all of them."""
+    query_positions: Tensor
+    """(R,) int32."""
+    cu_queries: Tensor
+    """(S + 1,) int32: set s is seen by rows cu_queries[s] to cu_queries[s + 1]."""
+    page_table: Tensor
+    """(S, max_pages) int32."""
+    key_lengths: Tensor
+    """(S,) int32."""
+    key_starts: Tensor
+    """(S,) int32: position of the first key."""
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def cascade_attention(
+    query: Tensor,
+    pages: Tensor,
+    levels: Sequence[CascadeLevel],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`paged_attention` to several sets of keys, those that many queries share first, joined by their log-sum-exp.
+
+    Queries that share a prompt attend to it together, and each to its own keys apart: o = Σ softmax(lse) · o_level over
+    the levels that a query has (Hydragen, Juravsky et al., 2024; cascade inference, Ye et al., 2024). The parts are
+    joined in float32, on backend ``cpp`` while they are in the cache.
+
+    Args:
+        query: (T, H, D), see `paged_attention`.
+        pages: See `paged_attention`.
+        levels: At least one; a query has a row at most once in each.
+        scale: See `paged_attention`.
+        softcap: See `paged_attention`.
+        window: See `paged_attention`.
+        backend: See `paged_attention`.
+
+    Returns:
+        (T, H, D) in the dtype of ``query``; 0 for a query that sees no key in any level.
+
+    Raises:
+        ValueError, TypeError, BackendError: As `paged_attention`.
+    """
+    if not levels:
+        raise ValueError("levels is empty: at least one set of keys is needed")
+    _check_call(query, pages, softcap, window)
+    for level in levels:
+        _check_level(level, query)
+    chosen = _choose(backend, query)
+    if chosen == "cpp":
+        out: Tensor = _module(chosen).cascade_attention(
+            query, pages, levels, scale=scale, softcap=softcap, window=window
+        )
+        return out
+    whole: tuple[Tensor, Tensor] | None = None
+    for level in levels:
+        rows = level.rows
+        part = paged_attention(
+            query if rows is None else query.index_select(0, rows),
+            pages,
+            level.cu_queries,
+            level.page_table,
+            level.key_lengths,
+            level.query_positions,
+            level.key_starts,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            backend=chosen,
+        )
+        if whole is None and rows is not None:
+            whole = torch.zeros_like(query), part[1].new_full(query.shape[:2], -torch.inf)
+        whole = part if whole is None else _join(whole, part, rows)
+    assert whole is not None
+    return whole[0]
+
+
+def _join(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention so far, (T, H, D) and its log-sum-exp (T, H), and that of some rows to more keys."""
+    if rows is None:
+        return merge_states((whole[0], part[0]), (whole[1], part[1])), torch.logaddexp(whole[1], part[1])
+    before = (whole[0].index_select(0, rows), whole[1].index_select(0, rows))
+    both = _join(before, part, None)
+    return whole[0].index_copy(0, rows, both[0]), whole[1].index_copy(0, rows, both[1])
+
+
+def _choose(backend: str, query: Tensor) -> str:
+    """The backend that was asked for, or that is the best for the query; logged once each."""
     if backend not in ("auto", *BACKENDS):
         raise BackendError(
             f"paged_attention: there is no backend {backend!r}: take 'auto' or one of {', '.join(BACKENDS)}"
@@ -115,8 +202,13 @@ def _chosen(backend: str, query: Tensor) -> ModuleType:
         if backend != "auto":
             raise BackendError(f"paged_attention: backend {name!r} cannot run here: {reason}")
         _announce("reference", f"{name} does not: {reason}")
-        return attention_reference
+        return "reference"
     _announce(name, None)
+    return name
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
     # Here, since torch's builder, which cpp needs, is slow to import, and Triton may be missing.
     return attention_reference if name == "reference" else import_module(f"alignpro_kernels.{name}_attention")
 
@@ -143,6 +235,42 @@ def _unsuited(name: str, query: Tensor) -> str | None:
 @functools.cache
 def _announce(backend: str, reason: str | None) -> None:
     logger.info("paged_attention runs on backend %s%s", backend, "" if reason is None else f", since {reason}")
+
+
+def _check_call(query: Tensor, pages: Tensor, softcap: float | None, window: int | None) -> None:
+    _check_states(query, pages)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}: it must be positive, or None for none")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: it must be positive, or None for none")
+
+
+def _check_keys(
+    query: Tensor,
+    count: int,
+    cu_queries: Tensor,
+    page_table: Tensor,
+    key_lengths: Tensor,
+    query_positions: Tensor,
+    key_starts: Tensor | None,
+) -> None:
+    _check_index("key_lengths", key_lengths, ("S",), query)
+    sequences = len(key_lengths)
+    _check_index("cu_queries", cu_queries, (sequences + 1,), query, host=True)
+    _check_index("page_table", page_table, (sequences, "max_pages"), query)
+    _check_index("query_positions", query_positions, (count,), query)
+    if key_starts is not None:
+        _check_index("key_starts", key_starts, (sequences,), query)
+
+
+def _check_level(level: CascadeLevel, query: Tensor) -> None:
+    rows = level.rows
+    if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != query.device):
+        raise ValueError(f"rows is {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: expected (R,) int64")
+    count = len(query) if rows is None else len(rows)
+    _check_keys(
+        query, count, level.cu_queries, level.page_table, level.key_lengths, level.query_positions, level.key_starts
+    )
 
 
 def _check_states(query: Tensor, pages: Tensor) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from alignpro_kernels import cpp_head
+
+if TYPE_CHECKING:
+    from alignpro_kernels.attention import CascadeLevel
 
 
 @functools.cache
@@ -48,8 +53,38 @@ def paged_attention(
     return out, lse
 
 
+def cascade_attention(
+    query: Tensor,
+    pages: Tensor,
+    levels: Sequence[CascadeLevel],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """See `alignpro_kernels.cascade_attention`."""
+    out: Tensor = torch.ops.alignpro.cascade_attention(
+        query,
+        pages,
+        [level.rows for level in levels],
+        [level.cu_queries for level in levels],
+        [level.page_table for level in levels],
+        [level.key_lengths for level in levels],
+        [level.query_positions for level in levels],
+        [level.key_starts for level in levels],
+        scale,
+        softcap or 0.0,
+        window or 0,
+    )
+    return out
+
+
 def _register_fake() -> None:
     """Shapes of the results, for tracing."""
+
+    @torch.library.register_fake("alignpro::cascade_attention")
+    def _(query, *rest):  # type: ignore[no-untyped-def]
+        return query.new_empty(query.shape)
 
     @torch.library.register_fake("alignpro::paged_attention")
     def _(query, *rest):  # type: ignore[no-untyped-def]

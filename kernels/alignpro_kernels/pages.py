@@ -10,8 +10,9 @@ whose stride over pages is page_bytes / itemsize and whose inner dimensions are 
 writes those that belong to the model. Token t of a sequence lives in slot ``page * page_size + offset``.
 
 On a CUDA device the writes are kernels of csrc/cuda, which copy bits and so take any dtype, never wait for the device, and
-may be captured in a CUDA graph once they have run outside of it, since the first call may build the library. Elsewhere, or
-where the library cannot be built, plain PyTorch does the same, and waits. The logger ``alignpro_kernels`` says which.
+may be captured in a CUDA graph once they have run outside of it, since the first call may build the library. On a CPU keys
+and values are written by csrc/cpu. Elsewhere, or where a library cannot be built, plain PyTorch does the same, and waits. The
+logger ``alignpro_kernels`` says which.
 
 No gradient flows through a pool.
 """
@@ -48,11 +49,12 @@ def write_kv(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor) -> None
     _check_index("slots", slots, pages)
     _check_states("keys", keys, pages, slots)
     _check_states("values", values, pages, slots)
+    if _on_kernels(pages.device.type):
+        write = torch.ops.alignpro.write_kv_cpu if pages.device.type == "cpu" else torch.ops.alignpro.write_kv
+        write(keys, values, pages, slots)
+        return
     capacity = pages.shape[0] * pages.shape[2]
     _check_range("slots", slots, -1, capacity)
-    if _on_kernels(pages.device.type):
-        torch.ops.alignpro.write_kv(keys, values, pages, slots)
-        return
     kept = _inside(slots, capacity)
     if not bool(kept.all()):
         keys, values, slots = keys[kept], values[kept], slots[kept]
@@ -115,7 +117,7 @@ def copy_pages(arena: Tensor, source: Tensor, destination: Tensor) -> None:
     _check_range("destination", destination, 0, len(arena))
     if arena.device.type == "cpu" and bool((overlap := torch.isin(destination, source)).any()):
         raise ValueError(f"destination: page {int(destination[overlap][0])} is a source too")
-    if _on_kernels(arena.device.type):
+    if arena.device.type != "cpu" and _on_kernels(arena.device.type):
         torch.ops.alignpro.copy_pages(arena, source, destination)
         return
     kept = _inside(source, len(arena)) & _inside(destination, len(arena))
@@ -124,14 +126,19 @@ def copy_pages(arena: Tensor, source: Tensor, destination: Tensor) -> None:
 
 @functools.cache
 def _on_kernels(device: str) -> bool:
-    """Whether the CUDA kernels run on a kind of device; loads them, and says so once."""
+    """Whether the kernels of csrc run on a kind of device; loads them, and says so once."""
     reason = _unavailable(device)
-    logger.info("pages are written by %s", "CUDA kernels" if reason is None else f"PyTorch: {reason}")
+    kernels = "C++" if device == "cpu" else "CUDA kernels"
+    logger.info("pages are written by %s", kernels if reason is None else f"PyTorch: {reason}")
     return reason is None
 
 
 def _unavailable(device: str) -> str | None:
-    """Why the CUDA kernels cannot run, None if they can; builds the library when it is not there yet."""
+    """Why the kernels cannot run, None if they can; builds the library when it is not there yet."""
+    if device == "cpu":
+        from alignpro_kernels import cpp_head  # here, since torch's builder is slow to import
+
+        return cpp_head.unavailable()
     if device != "cuda":
         return f"the kernels run on a GPU, and the pages are on the {device}"
     if torch.version.cuda is None:

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alignpro_kernels import BackendError, attention, backends, cpp_attention, merge_states, paged_attention
+from alignpro_kernels import (
+    BackendError,
+    CascadeLevel,
+    attention,
+    backends,
+    cascade_attention,
+    cpp_attention,
+    merge_states,
+    paged_attention,
+)
 
 BACKENDS = ("cpp", "reference")
 
@@ -142,6 +151,55 @@ def test_a_cascade_is_the_whole_attention(dtype: torch.dtype) -> None:
     else:  # the two parts are rounded before they are merged
         tolerance = torch.finfo(dtype).eps
         torch.testing.assert_close(merged.double(), whole.exact()[0], rtol=tolerance, atol=tolerance)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_levels_are_joined_in_one_call(dtype: torch.dtype) -> None:
+    """Two nodes, of which one has a node of its own below it, and what each query alone sees; one query sees nothing."""
+    torch.manual_seed(0)
+    nodes, lower = [40, 75], [17]
+    suffixes = [1, 9, 0, 64, 33, 0]
+    problem = new_problem([1] * 6, suffixes, dtype=dtype)
+    depths = [40, 40, 40, 92, 92, 0]
+    starts = torch.tensor(depths, dtype=torch.int32)
+    positions = starts + torch.tensor(suffixes, dtype=torch.int32)
+    shared = [torch.randn(n, *problem.keys[0].shape[1:], dtype=dtype) for n in nodes + lower for _ in "kv"]
+    keys, values = [*shared[::2], *problem.keys], [*shared[1::2], *problem.values]
+    pages, table = in_pages(keys, values, 16, "arena")
+
+    def int32(*numbers: int) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    first, second = torch.arange(5), torch.tensor([3, 4])
+    levels = [
+        CascadeLevel(first, positions[first], int32(0, 3, 5), table[:2], int32(*nodes), int32(0, 0)),
+        CascadeLevel(second, positions[second], int32(0, 2), table[2:3], int32(*lower), int32(75)),
+        CascadeLevel(None, positions, torch.arange(7).int(), table[3:], int32(*suffixes), starts),
+    ]
+    above = [[0], [0], [0], [1, 2], [1, 2], []]
+    whole = [torch.cat([*(keys[i] for i in nodes_above), k]) for nodes_above, k in zip(above, keys[3:], strict=True)]
+    whole_values = [torch.cat([*(values[i] for i in n), v]) for n, v in zip(above, values[3:], strict=True)]
+    whole_pages, whole_table = in_pages(whole, whole_values, 16, "whole")
+    plain = replace(
+        problem, keys=whole, values=whole_values, starts=[0] * 6, positions=positions, pages=whole_pages,
+        page_table=whole_table,
+    )  # fmt: skip
+
+    expected = plain.exact()[0]
+    tolerance = 4e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for backend in ("cpp", "reference"):
+        out = cascade_attention(problem.query, pages, levels, scale=problem.scale, backend=backend)
+        assert not out[5].any()
+        torch.testing.assert_close(out[:5].double(), expected[:5], rtol=tolerance, atol=tolerance)
+    for order in (levels[::-1], [levels[1], levels[2], levels[0]]):
+        out = cascade_attention(problem.query, pages, order, scale=problem.scale, backend="cpp")
+        torch.testing.assert_close(out[:5].double(), expected[:5], rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match="levels is empty"):
+        cascade_attention(problem.query, pages, [], scale=1.0)
+    wrong = replace(levels[0], rows=first + 2)
+    with pytest.raises(ValueError, match=r"rows: number 4 is 6, expected 0 to 5"):
+        cascade_attention(problem.query, pages, [wrong], scale=1.0, backend="cpp")
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "reference"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alignpro_kernels import copy_pages, pages, read_kv, write_kv
+from alignpro_kernels import copy_pages, cpp_head, pages, read_kv, write_kv
 from alignpro_kernels.build import BuildError, cuda_library
 
 PAGE_BYTES = 3840
@@ -205,11 +205,24 @@ def test_errors_name_the_argument() -> None:
 
 def test_which_path_writes_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     pages._on_kernels.cache_clear()
-    arena, page = new_arena(2), torch.tensor([1])
+    states, layer = torch.ones(1, 2, 4), torch.zeros(2, 2, 8, 2, 4)
     with caplog.at_level("INFO", "alignpro_kernels"):
         for _ in range(2):
-            copy_pages(arena, page - 1, page)
-    assert caplog.messages == ["pages are written by PyTorch: the kernels run on a GPU, and the pages are on the cpu"]
+            write_kv(states, states, layer, torch.tensor([3]))
+    by = "C++" if cpp_head.unavailable() is None else f"PyTorch: {cpp_head.unavailable()}"
+    assert caplog.messages == [f"pages are written by {by}"]
+
+
+def test_plain_pytorch_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    keys, values, slots = torch.randn(5, 2, 4), torch.randn(5, 2, 4), torch.tensor([9, -1, 0, 15, 4])
+    layers = torch.zeros(2, 2, 2, 8, 2, 4)
+    write_kv(keys, values, layers[0], slots)
+    monkeypatch.setattr(pages, "_on_kernels", lambda device: False)
+    write_kv(keys, values, layers[1], slots)
+    assert torch.equal(layers[0], layers[1]) and layers[0].any()
+    with pytest.raises(ValueError, match=r"slots: number 0 is 16, outside of -1 to 15"):
+        write_kv(keys, values, layers[1], slots + 7)
 
 
 def test_without_nvcc_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Linear layers on a CPU with their weights laid out for oneDNN, for passes without gradients.
+
+PyTorch multiplies float32 matrices on a CPU by its BLAS, which reads a weight as it is stored. oneDNN, which PyTorch
+carries too, takes a weight in blocks of its own and is then 1.1 to 1.7 times as fast on 8 to 256 rows (MKL 2024.2 and
+oneDNN 3.12 on a Zen 4 processor). Generation multiplies by the same weights token after token, so they are laid out
+once, and again when they have changed. That takes as much memory again as the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGEST = 1 << 30
+"""Bytes of weights up to which a model's are laid out a second time."""
+_FEWEST_ROWS = 8
+_NARROWEST = 64
+"""Outputs and inputs from which on it pays; the products of a LoRA are narrower."""
+_ROWS = 256  # which the layout is chosen for; it is the same, or nearly, for other numbers
+
+
+class Packing:
+    """The second layout of the weights of a model's linear layers."""
+
+    def __init__(self) -> None:
+        self._version = 0
+        self._weights: dict[nn.Linear, tuple[tuple[int, int, int], Tensor]] = {}
+
+    def forget(self) -> None:
+        """The weights have changed."""
+        # In-place changes are seen without it; those of a partitioned weight, made anew in the same memory, are not.
+        self._version += 1
+
+    def of(self, layer: nn.Linear) -> Tensor:
+        """The weight of a layer as it is now."""
+        weight = layer.weight
+        state = self._version, weight.data_ptr(), weight._version
+        known = self._weights.get(layer)
+        if known is None or known[0] != state:
+            known = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+            self._weights[layer] = known
+        return known[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packing:
+        """Empty: a copied model has weights of its own."""
+        return Packing()
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that takes its weight from a `Packing` where no gradient is wanted."""
+
+    packing: Packing
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        if (
+            torch.is_grad_enabled()
+            or input.numel() < _FEWEST_ROWS * self.in_features
+            or input.dtype != torch.float32
+            or self.weight.device.type != "cpu"
+        ):
+            return super().forward(input)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            input, self.packing.of(self), self.bias, "none", [], ""
+        )
+        return out
+
+
+def attach(model: nn.Module) -> Packing | None:
+    """Let the linear layers of a float32 model on a CPU have a second layout; None where it would be too large."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
+    weights = [layer.weight for layer in layers]
+    suited = torch.backends.mkldnn.is_available() and all(
+        weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights
+    )
+    if not suited or sum(weight.nbytes for weight in weights) > LARGEST:
+        return None
+    packing = Packing()
+    for layer in layers:
+        # A subclass put in place, as parametrizations of PyTorch do: whoever holds the layer goes on holding it.
+        layer.__class__ = PackedLinear
+        layer.packing = packing  # type: ignore[assignment]
+    return packing
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether nobody else has changed how it multiplies, and it is wide enough."""
+    return type(layer) in (nn.Linear, PackedLinear) and min(layer.weight.shape) >= _NARROWEST

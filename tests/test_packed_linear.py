@@ -1,0 +1,79 @@
+"""Linear layers with a second layout: the same products, of the weights as they are now."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from alignpro import packed_linear
+from alignpro.packed_linear import PackedLinear
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+
+
+def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(96, 160), nn.Linear(160, 64, bias=False), nn.Linear(64, 8)).to(dtype)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 8, 300])
+def test_the_products_are_those_of_plain_layers(rows: int) -> None:
+    plain, packed = layers(), layers()
+    assert packed_linear.attach(packed) is not None
+    assert [type(layer) for layer in packed] == [PackedLinear, PackedLinear, nn.Linear]  # the last is too narrow
+    x = torch.randn(2, rows, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert packed.state_dict().keys() == plain.state_dict().keys()
+
+
+@needs_onednn
+def test_changed_weights_are_seen() -> None:
+    packed = layers()
+    packing = packed_linear.attach(packed)
+    assert packing is not None
+    x = torch.randn(20, 96)
+    layer = packed[0]
+    with torch.no_grad():
+        before = layer(x)
+        layer.weight.mul_(2)
+        doubled = layer(x)
+        torch.testing.assert_close(doubled - layer.bias, 2 * (before - layer.bias), rtol=1e-5, atol=1e-5)
+        layer.weight.data.copy_(layer.weight / 2)  # behind autograd's back, as a sharding optimizer does
+        packing.forget()
+        torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_a_pass_with_gradients_is_the_plain_one() -> None:
+    plain, packed = layers(), layers()
+    packed_linear.attach(packed)
+    x = torch.randn(20, 96)
+    for model in (plain, packed):
+        model(x).square().sum().backward()
+    for a, b in zip(plain.parameters(), packed.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+
+
+@needs_onednn
+def test_a_copy_has_weights_of_its_own() -> None:
+    packed = layers()
+    packed_linear.attach(packed)
+    x = torch.randn(20, 96)
+    with torch.no_grad():
+        expected = packed(x)
+        other = copy.deepcopy(packed)
+        other[0].weight.zero_()
+        assert not torch.equal(other(x), expected)
+        assert torch.equal(packed(x), expected)
+
+
+def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packed_linear.attach(layers(torch.bfloat16)) is None
+    assert packed_linear.attach(layers(torch.float64)) is None
+    monkeypatch.setattr(packed_linear, "LARGEST", 1000)
+    assert packed_linear.attach(layers()) is None
