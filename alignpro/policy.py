@@ -68,12 +68,11 @@ class Policy:
                 vocabularies.
         """
         start = load_trainable(config, seed)
-        starts_from_soft_prompt = start.virtual_tokens > 0
         model = add_adapter(start, config.adapter)
         reference: LanguageModel | None = None
         if config.reference not in (None, config.path):
             reference = load_language_model(config.model_copy(update={"path": config.reference}))
-        elif config.adapter.kind == "full" or starts_from_soft_prompt:
+        elif config.adapter.kind == "full" or model is start:  # or trains on an adapter that ρ_sft has
             reference = frozen_copy(model)
         if reference is not None and reference.head.weight.shape[0] != model.head.weight.shape[0]:
             raise ModelError(
