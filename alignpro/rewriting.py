@@ -41,7 +41,7 @@ class Rewriter:
             models["target"] = target
             self.target = TargetTemplate(
                 target.tokenizer,
-                config.target.chat_template,
+                config.target_model.chat_template,
                 max_tokens=target.context_length - config.rollout.respond.max_tokens,
                 on_empty=config.prompting.on_empty,
             )
@@ -60,7 +60,10 @@ class Rewriter:
             )
         config = load_config(TrainConfig, [str(run / "config.yaml")])
         prompter = load_language_model(config.policy.model_copy(update={"path": str(run / "model"), "tokenizer": None}))
-        return cls(prompter, load_language_model(config.target) if with_target else None, config)
+        target = None
+        if with_target:
+            target = prompter.base() if config.target == "policy" else load_language_model(config.target_model)
+        return cls(prompter, target, config)
 
     def rewrite(
         self, texts: Sequence[str | Prompt], *, n: int = 1, temperature: float = 0.0, seed: int = 0
