@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,42 +24,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from alignpro import attention
 from alignpro.activated_lora import ActiveTokens, invocation_tokens, take_over
 from alignpro.errors import ModelError
+from alignpro.head import Head
 from alignpro.sequences import PackedSequences, SequenceBatch
 from alignpro_kernels import LoRA
 from alignpro_kernels.reference import head_logits
 
 _SOFT_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output layer: logits = softcap((weight + lora.scale · lora.b · lora.a) · hidden + bias)."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-    lora: LoRA | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the operators of `alignpro_kernels` take beside the weight."""
-        return {"bias": self.bias, "softcap": self.softcap, "lora": self.lora}
-
-    @property
-    def merged(self) -> Tensor:
-        """The weight with the LoRA in it, (V, D)."""
-        if self.lora is None:
-            return self.weight
-        return self.weight + self.lora.scale * (self.lora.b @ self.lora.a)
-
-    def same_as(self, other: Head) -> bool:
-        """Whether both read the same storage but for a LoRA, so that a fused kernel may load the weight once."""
-        return (
-            self.weight.data_ptr() == other.weight.data_ptr()
-            and (self.bias is None) == (other.bias is None)
-            and (self.bias is None or other.bias is None or self.bias.data_ptr() == other.bias.data_ptr())
-            and self.softcap == other.softcap
-        )
 
 
 class LanguageModel(nn.Module):
@@ -181,6 +151,24 @@ class LanguageModel(nn.Module):
             DataError: A prompt lacks the invocation tokens of an activated LoRA.
         """
         return self._packed_states(batch.pack(self.virtual_tokens, self.invocation))
+
+    def action_states_of_both(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """`action_states` with the adapter and without it; in one pass where what precedes an invocation is worth sharing.
+
+        Returns:
+            (N, D) each.
+
+        Raises:
+            DataError: A prompt lacks the invocation tokens of an activated LoRA.
+        """
+        if self.invocation:
+            packed, both = batch.pack(0, self.invocation), batch.pack_both(self.invocation)
+            if len(both.ids) < 2 * len(packed.ids):
+                acting, base = self._packed_states(both).chunk(2)
+                return acting, base
+        states = self.action_states(batch)
+        with self.adapter_off():
+            return states, self.action_states(batch)
 
     def _packed_states(self, packed: PackedSequences) -> Tensor:
         active = True if packed.active is None else packed.active

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alignpro.chat_template import ChatTemplate
 from alignpro.config import AdapterConfig, ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
-from alignpro.language_model import Head as Head
+from alignpro.head import Head as Head
 from alignpro.language_model import LanguageModel as LanguageModel
 from alignpro.tokenization import load_tokenizer
 

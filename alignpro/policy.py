@@ -100,8 +100,11 @@ class Policy:
     @torch.no_grad()
     def token_values(self, batch: SequenceBatch) -> TokenValues:
         """Log-probabilities, exact KL and entropy of every action at the current weights."""
-        states, targets = self._states(batch), batch.targets
-        reference_states, reference_head = self._reference_states(batch), self._reference_head()
+        if self.reference is None:
+            states, reference_states = self.model.action_states_of_both(batch)
+        else:
+            states, reference_states = self.model.action_states(batch), self.reference.action_states(batch)
+        targets, reference_head = batch.targets, self._reference_head()
         head = self.model.head
         stats = linear_logprob(
             states,
@@ -149,7 +152,7 @@ class Policy:
         if reference_states is not None:
             reference = _reference_arguments(head, reference_states, self._reference_head())
         return policy_loss(
-            self._states(batch),
+            self.model.action_states(batch),
             head.weight,
             batch.targets,
             coefficients,
@@ -165,15 +168,6 @@ class Policy:
 
     def _reference_head(self) -> Head:
         return self.model.base_head if self.reference is None else self.reference.head
-
-    def _states(self, batch: SequenceBatch) -> Tensor:
-        return self.model.action_states(batch)
-
-    def _reference_states(self, batch: SequenceBatch) -> Tensor:
-        if self.reference is not None:
-            return self.reference.action_states(batch)
-        with self.model.adapter_off():
-            return self._states(batch)
 
 
 def sequence_logprob(model: LanguageModel, batch: SequenceBatch, temperature: float) -> Tensor:

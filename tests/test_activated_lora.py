@@ -256,6 +256,41 @@ def test_a_policys_reference_is_the_base_and_its_values_are_pefts() -> None:
         assert torch.allclose(given, sequences.scatter(truth), atol=1e-5)
 
 
+def test_the_prefix_is_computed_once_for_policy_and_reference_where_that_is_less() -> None:
+    model = activated()
+    rows: list[int] = []
+    layer: nn.Module = model.causal.model.layers[0].mlp  # type: ignore[union-attr,index,assignment]
+    layer.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[1]))
+    K, X, R, invocation = 4, 40, 12, len(TOKENS)
+    groups = ragged(2, 60, shortest=X, longest=X)
+    completions = ragged(2 * K, 60, shortest=R, longest=R, seed=1)
+    long = SequenceBatch.build([[*prompt, *TOKENS] for prompt in groups for _ in range(K)], completions)
+    short = SequenceBatch.build([[*prompt[:5], *TOKENS] for prompt in groups for _ in range(K)], completions)
+    for batch, expected in (
+        (long, [2 * (X + 2 * K * (invocation + R - 1))]),
+        (short, 2 * [2 * (5 + invocation + K * (R - 1))]),
+    ):
+        rows.clear()
+        values = Policy(model, None).token_values(batch)
+        assert rows == expected
+        for given, own in ((values.logprob, model), (values.reference_logprob, model.base())):
+            truth = packed(own, SequenceBatch.build(batch.prompts, batch.completions)).log_softmax(-1)
+            truth = truth.gather(1, batch.targets[:, None]).squeeze(1).detach()
+            assert torch.allclose(given, batch.scatter(truth), atol=1e-5)
+
+
+def test_prompts_that_are_all_invocation_and_completions_of_no_token() -> None:
+    model = activated()
+    prompts = [[*BEFORE[0] * 3, *TOKENS]] * 3 + [TOKENS, TOKENS]
+    sequences = SequenceBatch.build(prompts, [[5, 6, 7], [], [8], [9, 10], []])
+    both = sequences.pack_both(TOKENS)
+    assert len(both.states) == 2 * 6
+    with torch.no_grad():
+        acting, base = model._packed_states(both).chunk(2)
+        assert torch.allclose(acting, model.action_states(sequences), atol=1e-5)
+        assert torch.allclose(base, model.base().action_states(sequences), atol=1e-5)
+
+
 def test_a_frozen_copy_stays_where_it_was() -> None:
     model = activated()
     sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
