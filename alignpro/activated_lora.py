@@ -14,8 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear
 from peft.tuners.lora.variants import ALoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
@@ -87,18 +88,21 @@ def take_over(model: PeftModel) -> ActiveTokens:
     Raises:
         ValueError: Its adapter is another one, or has parts that cannot act on some tokens only.
     """
-    activated, name = bool(invocation_tokens(model)), model.active_adapter
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and name in module.active_adapters]
-    variants = [layer.lora_variant.get(name) for layer in layers]
+    config, name = model.active_peft_config, model.active_adapter
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    lora = [layer for layer in layers if isinstance(layer, Linear) and layer.active_adapters == [name]]
+    variants = [layer.lora_variant.get(name) for layer in lora]
     if taken := [variant for variant in variants if isinstance(variant, TokenLora)]:
         return taken[0].active
-    others = {type(variant).__name__ for variant in variants if not isinstance(variant, ALoraLinearVariant | None)}
-    others |= {type(module).__name__ for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)}
-    if not layers or others:
-        raise ValueError(f"only a LoRA alone can act on some tokens, not {', '.join(sorted(others)) or 'this adapter'}")
+    alone = len(lora) == len(layers) and all(isinstance(each, ALoraLinearVariant | None) for each in variants)
+    if not lora or not alone or config.bias != "none":
+        raise ValueError(
+            f"its adapter ({config.peft_type.value}) cannot act on some tokens only: that takes one LoRA on linear layers, "
+            "which is all that is trained and of no other kind, such as DoRA"
+        )
     active = ActiveTokens()
-    for layer in layers:
-        layer.lora_variant[name] = TokenLora(active, activated=activated)
+    for layer in lora:
+        layer.lora_variant[name] = TokenLora(active, activated=bool(invocation_tokens(model)))
     return active
 
 

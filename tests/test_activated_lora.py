@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import ARCHITECTURES, policy_config, ragged, save_tiny, tiny_language_model, tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -188,8 +189,25 @@ class TestBase:
     def test_there_is_none_of_a_whole_model_or_a_soft_prompt(self) -> None:
         with pytest.raises(ModelError, match="it has no adapter"):
             tiny_language_model("llama").base()
-        with pytest.raises(ModelError, match="only a LoRA alone can act on some tokens"):
+        with pytest.raises(ModelError, match=r"its adapter \(PROMPT_TUNING\) cannot act on some tokens only"):
             add_adapter(tiny_language_model("llama"), AdapterConfig(kind="soft_prompt")).base()
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"use_dora": True},
+            {"bias": "lora_only"},
+            {"target_modules": ["embed_tokens", "q_proj"]},
+            {"modules_to_save": ["lm_head"]},
+        ],
+        ids=lambda settings: next(iter(settings)),
+    )
+    def test_there_is_none_where_more_than_a_lora_is_trained(self, settings: dict[str, Any]) -> None:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]} | settings)
+        wrapped = get_peft_model(tiny_language_model("llama").causal, config)
+        model = LanguageModel(wrapped, tokenizer("llama"), "llama")
+        with pytest.raises(ModelError, match=r"its adapter \(LORA\) cannot act on some tokens only"):
+            model.base()
 
 
 class TestFiles:

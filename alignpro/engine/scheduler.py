@@ -52,6 +52,7 @@ class Tick:
     """The work of one forward pass, and the sequences that draw a token after it."""
 
     model: str
+    """In whose forward pass."""
     items: list[Item] = field(default_factory=list)
     drawing: list[SampledSequence] = field(default_factory=list)
 

@@ -17,6 +17,7 @@ from alignpro.engine import Engine, SamplingParams
 from alignpro.jobs import prompter_training
 from alignpro.models import load_language_model
 from alignpro.rewriting import Rewriter
+from alignpro.sequences import SequenceBatch
 
 Finished = Callable[..., Path]
 ACTIVATED = ("policy.adapter.kind=lora", "policy.adapter.rank=4", "policy.adapter.activated=true")
@@ -49,6 +50,19 @@ def test_a_run_is_that_with_a_target_of_its_own(
     apart = finished("train", *adapter, f"target.path={workshop.root}/prompter")
     for one, other in zip(read_metrics(shared), read_metrics(apart), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_it_goes_on_from_supervised_fine_tuning(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    sft = finished("sft", *ACTIVATED) / "model"
+    assert workshop.run("train", tmp_path / "run", *SELF, f"policy.path={sft}") == 0
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[0]["kl"] == 0  # to ρ_sft, which has the adapter of before
+    assert metrics[-2]["kl"] > 1e-5
+    config = load_config(TrainConfig, workshop.arguments("train", tmp_path, *SELF, f"policy.path={sft}")[1:])
+    target = prompter_training(config).engine.models["target"]
+    start = load_language_model(policy_config(workshop.root / "prompter", architecture="qwen2"))
+    batch = SequenceBatch.build([[1, 2, 3]], [[4, 5]])
+    assert torch.equal(target.action_states(batch), start.action_states(batch))
 
 
 def test_weights_are_held_once(workshop: Workshop, tmp_path: Path) -> None:
