@@ -289,11 +289,15 @@ class RunConfig(Section):
 
 # ----------------------------------------------------------------------------------------------------------------- jobs
 
-TargetConfig = Annotated[
-    Annotated[ModelConfig, Tag("model")] | Annotated[Literal["policy"], Tag("name")],
-    Discriminator(lambda value: "name" if isinstance(value, str) else "model"),
+_MODEL_OR_NAME = Discriminator(lambda value: "name" if isinstance(value, str) else "model")
+PolicyOrModel = Annotated[
+    Annotated[Literal["policy"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
 ]
 """A model, or ``policy``: the model below the policy's LoRA, with its tokenizer and template, held in memory once."""
+PrompterOrModel = Annotated[
+    Annotated[Literal["prompter"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
+]
+"""Likewise, ``prompter``."""
 
 
 class TrainConfig(Section):
@@ -302,7 +306,7 @@ class TrainConfig(Section):
     run: RunConfig
     data: DataConfig
     policy: PolicyConfig
-    target: TargetConfig
+    target: PolicyOrModel
     reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -378,7 +382,7 @@ class EvalConfig(Section):
     out: Path
     seed: int = Field(0, ge=0)
     data: DataConfig
-    target: ModelConfig
+    target: PrompterOrModel
     reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
     prompter: ModelConfig | None = None
@@ -402,8 +406,18 @@ class EvalConfig(Section):
     bootstrap: int = Field(2000, ge=100)
     title: str = "Align-Pro"
 
+    @property
+    def target_model(self) -> ModelConfig:
+        """The target's configuration, also where it is the prompter's base model."""
+        if isinstance(self.target, str):
+            assert self.prompter is not None  # as is checked below
+            return self.prompter
+        return self.target
+
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
+        if self.target == "prompter" and self.prompter is None:
+            raise ValueError("target=prompter: the target is the model below the prompter's LoRA: name the `prompter`")
         if self.gibbs_candidates > 0 and self.reference is None:
             raise ValueError(
                 "gibbs_candidates are rewrites of ρ_sft: they need `reference`, the prompter before training"
@@ -419,7 +433,7 @@ class OptimalConfig(Section):
     out: Path
     seed: int = Field(0, ge=0)
     data: DataConfig
-    target: ModelConfig
+    target: PrompterOrModel
     reward: RewardConfig
     prompter: ModelConfig
     prompting: PromptingConfig = PromptingConfig()
@@ -430,6 +444,11 @@ class OptimalConfig(Section):
     respond: SamplingConfig = SamplingConfig()
     max_batch: int = Field(256, ge=1)
     kl_coef: float = Field(0.05, gt=0)
+
+    @property
+    def target_model(self) -> ModelConfig:
+        """The target's configuration, also where it is the prompter's base model."""
+        return self.prompter if isinstance(self.target, str) else self.target
 
 
 def _check_group(objective: ObjectiveConfig, group: int, key: str) -> None:

@@ -12,7 +12,7 @@ from alignpro.data import load_prompts, split
 from alignpro.engine import Engine
 from alignpro.environment import PromptEnvironment, ResponseEnvironment, sampling_params
 from alignpro.errors import ConfigError, DataError
-from alignpro.models import LanguageModel, is_activated, load_language_model
+from alignpro.models import LanguageModel, is_activated, load_target
 from alignpro.policy import Policy
 from alignpro.prompting import PrompterTemplate, TargetTemplate, drop_long_prompts
 from alignpro.rewards import RewardStack, build_reward
@@ -24,7 +24,7 @@ def prompter_training(config: TrainConfig) -> PolicyTraining:
     if config.target == "policy":
         _refuse_merged(config.policy.path)
     policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
-    target = policy.model.base() if config.target == "policy" else load_language_model(config.target_model)
+    target = load_target(config.target, policy.model)
     environment = prompt_environment(
         policy.model,
         target,

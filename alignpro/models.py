@@ -62,6 +62,18 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
     return language_model.eval()
 
 
+def load_target(config: ModelConfig | str, adapted: LanguageModel | None) -> LanguageModel:
+    """The frozen target: a model of its own, or, where a word names it, what is below the LoRA of ``adapted``.
+
+    Raises:
+        ModelError: As `load_language_model`, or ``adapted`` has no LoRA that can be left out.
+    """
+    if not isinstance(config, str):
+        return load_language_model(config)
+    assert adapted is not None  # a configuration that says so names it
+    return adapted.base()
+
+
 def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
     """Load the model that a policy starts from; with ``from_scratch``, make it with random weights drawn from ``seed``.
 

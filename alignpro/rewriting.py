@@ -11,7 +11,7 @@ from alignpro.data import Prompt
 from alignpro.engine import Completion, Engine, SamplingParams, derive_seed
 from alignpro.environment import sampling_params
 from alignpro.errors import ModelError
-from alignpro.models import LanguageModel, load_language_model
+from alignpro.models import LanguageModel, load_language_model, load_target
 from alignpro.prompting import PrompterTemplate, TargetTemplate
 
 
@@ -60,10 +60,7 @@ class Rewriter:
             )
         config = load_config(TrainConfig, [str(run / "config.yaml")])
         prompter = load_language_model(config.policy.model_copy(update={"path": str(run / "model"), "tokenizer": None}))
-        target = None
-        if with_target:
-            target = prompter.base() if config.target == "policy" else load_language_model(config.target_model)
-        return cls(prompter, target, config)
+        return cls(prompter, load_target(config.target, prompter) if with_target else None, config)
 
     def rewrite(
         self, texts: Sequence[str | Prompt], *, n: int = 1, temperature: float = 0.0, seed: int = 0

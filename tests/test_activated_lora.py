@@ -342,5 +342,5 @@ class TestBadInput:
 
     def test_layers_that_peft_cannot_activate(self) -> None:
         adapter = AdapterConfig(kind="lora", activated=True, invocation="x", target_modules=["embed_tokens"])
-        with pytest.raises(ModelError, match="variant"):
+        with pytest.raises(ModelError, match=r"variant|on linear layers"):  # by peft itself, or after it
             add_adapter(tiny_language_model("llama"), adapter)

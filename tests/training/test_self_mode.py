@@ -12,8 +12,10 @@ from tiny_models import policy_config
 from tiny_runs import Workshop, read_metrics
 from transformers import AutoModelForCausalLM
 
-from alignpro.config import TrainConfig, load_config
+from alignpro.config import EvalConfig, OptimalConfig, TrainConfig, load_config, validate_config
 from alignpro.engine import Engine, SamplingParams
+from alignpro.evaluation.evaluate import evaluate
+from alignpro.evaluation.optimal import optimal
 from alignpro.jobs import prompter_training
 from alignpro.models import load_language_model
 from alignpro.rewriting import Rewriter
@@ -80,6 +82,31 @@ def test_the_runs_target_answers_its_rewrites(workshop: Workshop, finished: Fini
     rewritten = shared.rewrite(texts)
     assert rewritten == apart.rewrite(texts)
     assert all(group[0].response is not None for group in rewritten)
+
+
+def test_it_is_evaluated_with_one_set_of_weights(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    """Arms and log-probabilities are those of a target of its own."""
+    model = {"device": "cpu"}
+    common = {
+        "seed": 1,
+        "data": {"source": str(workshop.root / "prompts.jsonl"), "holdout": 0.5},
+        "reward": {"components": [{"kind": "function", "function": f"{tmp_path}/reward.py:score"}]},
+        "prompter": model | {"path": str(finished("train", *SELF) / "model")},
+        "prompts": 2,
+        "respond": {"max_tokens": 4},
+        "rewrite": {"max_tokens": 4},
+    }
+    (tmp_path / "reward.py").write_text("def score(prompts, responses):\n    return [len(y) / 9 for y in responses]\n")
+    summaries = []
+    for name, target in (("shared", "prompter"), ("apart", model | {"path": str(workshop.root / "prompter")})):
+        config = validate_config(EvalConfig, common | {"out": str(tmp_path / name), "target": target})
+        summary = evaluate(config).as_dict()
+        summaries.append({arm: summary[arm] for arm in ("no_finetuning", "align_pro")})
+        found = optimal(
+            validate_config(OptimalConfig, common | {"out": str(tmp_path / f"{name} optimal"), "target": target})
+        )
+        summaries[-1] |= {key: found[key] for key in ("reference_reward", "resampled_reward", "kl")}
+    assert summaries[0] == summaries[1]
 
 
 class TestBadInput:
