@@ -73,7 +73,7 @@ class TokenLora(ALoraLinearVariant):
         delta: Tensor = up(down(x)) * module.scaling[active_adapter]
         if isinstance(rows, Tensor):
             # There and back from a wider type leaves the other rows as they are, bit for bit.
-            return result.to(delta.dtype).index_add(1, rows, delta).to(result.dtype)
+            return result.to(delta.dtype, copy=True).index_add_(1, rows, delta).to(result.dtype)
         return result + delta
 
 

@@ -137,6 +137,11 @@ class LanguageModel(nn.Module):
         view.is_base, view.invocation = True, ()
         return view
 
+    @property
+    def selective(self) -> bool:
+        """Whether its adapter can be left out for some tokens of a pass."""
+        return self._active is not None
+
     def shares_weights(self, other: LanguageModel) -> bool:
         """Whether both are one model, with its adapter or without."""
         return self.causal is other.causal
@@ -185,8 +190,7 @@ class LanguageModel(nn.Module):
             ids: (T,) int64; −1 at the places of a soft prompt, which comes first in its sequence.
             positions: (T,) int64: of each token in its sequence.
             plan: Which tokens see which, and where keys and values are.
-            active: (A,) int64: the tokens that the adapter acts on, where it is a LoRA that can be left out for some;
-                True for all, False for none.
+            active: (A,) int64: the tokens that the adapter acts on, if it is ``selective``; True for all, False for none.
 
         Returns:
             (T, D) in the model's dtype.

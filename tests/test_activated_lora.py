@@ -93,6 +93,15 @@ def test_packed_logits_are_those_of_pefts_own_forward_pass(architecture: str) ->
         assert (packed(model, sequences) - truth).abs().max() > 0.1
 
 
+def test_with_a_lora_on_the_head() -> None:
+    model = activated(adapter=ADAPTER.model_copy(update={"target_modules": ["q_proj", "lm_head"]}), dtype=torch.float64)
+    sequences = batch(model)
+    truth = by_peft(model, sequences)
+    again = LanguageModel(model.model, model.tokenizer, "again")  # whose checks are passed with what it has learned
+    for each in (model, again):
+        assert torch.allclose(packed(each, sequences), truth, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_gradients_are_those_of_pefts_rows(architecture: str, checkpointing: bool) -> None:

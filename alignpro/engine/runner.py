@@ -37,7 +37,8 @@ def _compute(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats)
     with _timed(stats, "plan"):
         plan = AttentionPlan(pool, tick.model, tick.items, model.device)
     with _timed(stats, "forward"):
-        hidden = model.paged_states(plan.ids, plan.positions, plan, plan.rows_of(tick.model))  # (T, D)
+        active = plan.rows_of(tick.model) if model.selective else True
+        hidden = model.paged_states(plan.ids, plan.positions, plan, active)  # (T, D)
         for item in tick.items:
             if item.write:
                 item.segment.computed = item.end
