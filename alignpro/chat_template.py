@@ -94,6 +94,22 @@ class ChatTemplate:
         """What the model writes after `encode`'s ids in order to say ``text``: its ids and the end of the turn."""
         return [*self._encode_pieces(self._lead + self._marked(text)), self.end_token_id]
 
+    @property
+    def generation_prompt(self) -> list[int]:
+        """The ids that open the assistant's turn, at the end of what `encode` returns.
+
+        Raises:
+            ModelError: The template writes none, or not as tokens of their own.
+        """
+        question = [Message("user", "x")]
+        opened, closed = self.encode(question), self.encode(question, add_generation_prompt=False)
+        if len(opened) <= len(closed) or opened[: len(closed)] != closed:
+            raise ModelError(
+                f"{self.name}: its chat template opens the assistant's turn with no tokens of its own, with which an "
+                "activated LoRA could begin: name a text that ends every prompt in policy.adapter.invocation"
+            )
+        return opened[len(closed) :]
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of sampled ids: without special and stop tokens, stripped; broken UTF-8 becomes U+FFFD."""
         said = [token for token in tokens if token not in self.stop_token_ids]

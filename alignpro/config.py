@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from alignpro.config_loading import dump_config as dump_config
 from alignpro.config_loading import load_config as load_config
@@ -34,8 +34,20 @@ class AdapterConfig(Section):
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    activated: bool = False
+    """The LoRA acts from its invocation on (Greenewald et al., 2025): what stands before is as in the base model."""
+    invocation: str | None = None
+    """The text with which an activated LoRA begins to act, in every prompt; what opens the assistant's turn when absent."""
     virtual_tokens: int = Field(20, ge=1)
     init_text: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterConfig:
+        if self.activated and self.kind != "lora":
+            raise ValueError(f"activated=true with kind={self.kind}: only a LoRA can be activated: set kind=lora")
+        if self.invocation is not None and not (self.activated and self.invocation):
+            raise ValueError("`invocation` is the text at which an activated LoRA begins: it needs activated=true")
+        return self
 
 
 class ModelConfig(Section):
@@ -277,6 +289,16 @@ class RunConfig(Section):
 
 # ----------------------------------------------------------------------------------------------------------------- jobs
 
+_MODEL_OR_NAME = Discriminator(lambda value: "name" if isinstance(value, str) else "model")
+PolicyOrModel = Annotated[
+    Annotated[Literal["policy"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
+]
+"""A model, or ``policy``: the model below the policy's LoRA, with its tokenizer and template, held in memory once."""
+PrompterOrModel = Annotated[
+    Annotated[Literal["prompter"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
+]
+"""Likewise, ``prompter``."""
+
 
 class TrainConfig(Section):
     """`alignpro train`: a prompter against a frozen target."""
@@ -284,15 +306,25 @@ class TrainConfig(Section):
     run: RunConfig
     data: DataConfig
     policy: PolicyConfig
-    target: ModelConfig
+    target: PolicyOrModel
     reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    @property
+    def target_model(self) -> ModelConfig:
+        """The target's configuration, also where it is the policy's base model."""
+        return self.policy if isinstance(self.target, str) else self.target
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.target == "policy" and self.policy.adapter.kind != "lora":
+            raise ValueError(
+                f"target=policy with policy.adapter.kind={self.policy.adapter.kind}: the target is the model below the "
+                "policy's LoRA: set policy.adapter.kind=lora, or name the target's model"
+            )
         _check_group(self.objective, self.rollout.rewrites_per_prompt, "rollout.rewrites_per_prompt")
         _check_on_policy(self.rollout.rewrite, "rollout.rewrite")
         _check_minibatches(self.objective, self.rollout.prompts_per_step)
@@ -350,7 +382,7 @@ class EvalConfig(Section):
     out: Path
     seed: int = Field(0, ge=0)
     data: DataConfig
-    target: ModelConfig
+    target: PrompterOrModel
     reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
     prompter: ModelConfig | None = None
@@ -374,8 +406,18 @@ class EvalConfig(Section):
     bootstrap: int = Field(2000, ge=100)
     title: str = "Align-Pro"
 
+    @property
+    def target_model(self) -> ModelConfig:
+        """The target's configuration, also where it is the prompter's base model."""
+        if isinstance(self.target, str):
+            assert self.prompter is not None  # as is checked below
+            return self.prompter
+        return self.target
+
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
+        if self.target == "prompter" and self.prompter is None:
+            raise ValueError("target=prompter: the target is the model below the prompter's LoRA: name the `prompter`")
         if self.gibbs_candidates > 0 and self.reference is None:
             raise ValueError(
                 "gibbs_candidates are rewrites of ρ_sft: they need `reference`, the prompter before training"
@@ -391,7 +433,7 @@ class OptimalConfig(Section):
     out: Path
     seed: int = Field(0, ge=0)
     data: DataConfig
-    target: ModelConfig
+    target: PrompterOrModel
     reward: RewardConfig
     prompter: ModelConfig
     prompting: PromptingConfig = PromptingConfig()
@@ -402,6 +444,11 @@ class OptimalConfig(Section):
     respond: SamplingConfig = SamplingConfig()
     max_batch: int = Field(256, ge=1)
     kl_coef: float = Field(0.05, gt=0)
+
+    @property
+    def target_model(self) -> ModelConfig:
+        """The target's configuration, also where it is the prompter's base model."""
+        return self.prompter if isinstance(self.target, str) else self.target
 
 
 def _check_group(objective: ObjectiveConfig, group: int, key: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignpro.activated_lora import invoked_at
 from alignpro.chat_template import ChatTemplate
 from alignpro.config import ModelConfig, PromptingConfig, RLHFConfig, SamplingConfig, TrainConfig
 from alignpro.data import load_prompts, split
 from alignpro.engine import Engine
 from alignpro.environment import PromptEnvironment, ResponseEnvironment, sampling_params
-from alignpro.errors import ConfigError
-from alignpro.models import LanguageModel, load_language_model
+from alignpro.errors import ConfigError, DataError
+from alignpro.models import LanguageModel, is_activated, load_target
 from alignpro.policy import Policy
 from alignpro.prompting import PrompterTemplate, TargetTemplate, drop_long_prompts
 from alignpro.rewards import RewardStack, build_reward
@@ -17,12 +21,14 @@ from alignpro.training.reinforcement import PolicyTraining
 
 def prompter_training(config: TrainConfig) -> PolicyTraining:
     """`alignpro train`: the prompter learns to write what makes the frozen target answer better."""
+    if config.target == "policy":
+        _refuse_merged(config.policy.path)
     policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
-    target = load_language_model(config.target)
+    target = load_target(config.target, policy.model)
     environment = prompt_environment(
         policy.model,
         target,
-        config.target,
+        config.target_model,
         build_reward(config.reward),
         config.prompting,
         config.rollout.respond,
@@ -34,6 +40,7 @@ def prompter_training(config: TrainConfig) -> PolicyTraining:
     )
     answered = environment.target
     prompts = drop_long_prompts(prompts, answered.encode_context, answered.max_tokens, what="the target's context")
+    _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
     training, heldout = split(prompts, config.data.holdout)
     return PolicyTraining(
         policy,
@@ -58,6 +65,7 @@ def response_training(config: RLHFConfig) -> PolicyTraining:
     prompts = drop_long_prompts(
         load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
     )
+    _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
     training, heldout = split(prompts, config.data.holdout)
     return PolicyTraining(
         policy,
@@ -101,3 +109,21 @@ def prompt_environment(
         sampling_params(respond, responses),
         prompting,
     )
+
+
+def _refuse_merged(path: str) -> None:
+    """Where the target is what is below the policy's LoRA, nothing may have been merged into that before."""
+    if (Path(path) / "adapter_config.json").is_file() and not is_activated(path):
+        raise ConfigError(
+            f"target=policy: {path} is an adapter that is merged into its base model before training, which would then "
+            "be the target: name the target's model, or start from an activated LoRA (policy.adapter.activated=true)"
+        )
+
+
+def _check_invocation(model: LanguageModel, prompt: Sequence[int]) -> None:
+    """Find out before the first step that an activated LoRA would not act."""
+    if model.invocation and prompt:
+        try:
+            invoked_at(prompt, model.invocation)
+        except DataError as error:
+            raise ConfigError(f"policy.adapter.invocation: {error}") from error

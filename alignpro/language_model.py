@@ -5,9 +5,10 @@ The split is what the fused head operators need: they take hidden states and the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,43 +22,14 @@ from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixi
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignpro import attention, packed_linear
+from alignpro.activated_lora import ActiveTokens, invocation_tokens, take_over
 from alignpro.errors import ModelError
-from alignpro.sequences import SequenceBatch
+from alignpro.head import Head
+from alignpro.sequences import PackedSequences, SequenceBatch
 from alignpro_kernels import LoRA
 from alignpro_kernels.reference import head_logits
 
 _SOFT_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output layer: logits = softcap((weight + lora.scale · lora.b · lora.a) · hidden + bias)."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-    lora: LoRA | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the operators of `alignpro_kernels` take beside the weight."""
-        return {"bias": self.bias, "softcap": self.softcap, "lora": self.lora}
-
-    @property
-    def merged(self) -> Tensor:
-        """The weight with the LoRA in it, (V, D)."""
-        if self.lora is None:
-            return self.weight
-        return self.weight + self.lora.scale * (self.lora.b @ self.lora.a)
-
-    def same_as(self, other: Head) -> bool:
-        """Whether both read the same storage but for a LoRA, so that a fused kernel may load the weight once."""
-        return (
-            self.weight.data_ptr() == other.weight.data_ptr()
-            and (self.bias is None) == (other.bias is None)
-            and (self.bias is None or other.bias is None or self.bias.data_ptr() == other.bias.data_ptr())
-            and self.softcap == other.softcap
-        )
 
 
 class LanguageModel(nn.Module):
@@ -73,16 +45,26 @@ class LanguageModel(nn.Module):
             with a head of its own kind is trained or sampled wrongly in silence), or its adapter is of an unknown kind.
     """
 
+    invocation: tuple[int, ...]
+    """The tokens from which on an activated LoRA acts; none where all there is acts on every token."""
+    is_base: bool
+    """Whether it is what `base` returns."""
+
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         super().__init__()
         self.training = model.training
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.invocation = invocation_tokens(model) if isinstance(model, PeftModel) else ()
         self._soft_prompt_off = False
+        self.is_base = False
+        self._active: ActiveTokens | None = None
         self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         self._checkpointed: list[GradientCheckpointingLayer] = []
         self._check_adapter()
+        if self.invocation:
+            self._active = self._take_over()
         self._check_layers()
         try:
             attention.attach(self.causal)
@@ -131,7 +113,7 @@ class LanguageModel(nn.Module):
     def head(self) -> Head:
         """The output layer as it is now, with a LoRA on it beside the weight."""
         head, layer = self.base_head, self.causal.get_output_embeddings()
-        if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+        if self.is_base or not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
             return head
         down: Any = layer.lora_A
         up: Any = layer.lora_B
@@ -150,31 +132,78 @@ class LanguageModel(nn.Module):
         softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
         return Head(layer.weight, getattr(layer, "bias", None), softcap)
 
+    def base(self) -> LanguageModel:
+        """The model below a LoRA: the same weights, held once, seen without it. Passes of both may be one (`paged_states`).
+
+        Raises:
+            ModelError: There is no adapter, or it is no LoRA that can be left out for some tokens.
+        """
+        self._active = self._active or self._take_over()
+        view = copy.copy(self)
+        view.is_base, view.invocation = True, ()
+        return view
+
+    @property
+    def selective(self) -> bool:
+        """Whether its adapter can be left out for some tokens of a pass."""
+        return self._active is not None
+
+    def shares_weights(self, other: LanguageModel) -> bool:
+        """Whether both are one model, with its adapter or without."""
+        return self.causal is other.causal
+
     def action_states(self, batch: SequenceBatch) -> Tensor:
         """The last hidden states in which the actions of some sequences were chosen; prompts they share run once.
 
         Returns:
             (N, D) in the model's dtype, row by row.
+
+        Raises:
+            DataError: A prompt lacks the invocation tokens of an activated LoRA.
         """
-        packed = batch.pack(self.virtual_tokens)
+        return self._packed_states(batch.pack(self.virtual_tokens, self.invocation))
+
+    def action_states_of_both(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """`action_states` with the adapter and without it; in one pass where what precedes an invocation is worth sharing.
+
+        Returns:
+            (N, D) each.
+
+        Raises:
+            DataError: A prompt lacks the invocation tokens of an activated LoRA.
+        """
+        if self.invocation:
+            packed, both = batch.pack(0, self.invocation), batch.pack_both(self.invocation)
+            if len(both.ids) < 2 * len(packed.ids):
+                acting, base = self._packed_states(both).chunk(2)
+                return acting, base
+        states = self.action_states(batch)
+        with self.adapter_off():
+            return states, self.action_states(batch)
+
+    def _packed_states(self, packed: PackedSequences) -> Tensor:
+        active = True if packed.active is None else packed.active
         with self._checkpointing(True):
-            states = self._states(packed.ids, packed.layout.positions, layout=packed.layout)
+            states = self._states(packed.ids, packed.layout.positions, active, layout=packed.layout)
         return states.index_select(0, packed.states)
 
-    def paged_states(self, ids: Tensor, positions: Tensor, plan: attention.Plan) -> Tensor:
+    def paged_states(
+        self, ids: Tensor, positions: Tensor, plan: attention.Plan, active: Tensor | bool = True
+    ) -> Tensor:
         """The last hidden states of T tokens that lie on one line, attended to as a plan says.
 
         Args:
             ids: (T,) int64; −1 at the places of a soft prompt, which comes first in its sequence.
             positions: (T,) int64: of each token in its sequence.
             plan: Which tokens see which, and where keys and values are.
+            active: (A,) int64: the tokens that the adapter acts on, if it is ``selective``; True for all, False for none.
 
         Returns:
             (T, D) in the model's dtype.
         """
-        return self._states(ids, positions, plan=plan)
+        return self._states(ids, positions, active, plan=plan)
 
-    def _states(self, ids: Tensor, positions: Tensor, **attended: Any) -> Tensor:
+    def _states(self, ids: Tensor, positions: Tensor, active: Tensor | bool, **attended: Any) -> Tensor:
         """(T, D): of tokens on one line, (T,), whose attention is left to what is handed through."""
         inputs: dict[str, Any] = {"input_ids": ids[None]}
         if self.virtual_tokens:
@@ -183,19 +212,20 @@ class LanguageModel(nn.Module):
             virtual = ids < 0
             placed = soft.to(embedded.dtype).index_select(0, positions[virtual])
             inputs = {"inputs_embeds": embedded.masked_scatter(virtual[:, None], placed)[None]}
-        output = self.causal.base_model(
-            **inputs,
-            # Four dimensions: taken as made already, so that no mask of T × T is.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
-            position_ids=positions[None],
-            use_cache=False,
-            **attended,
-        )
+        with self._acting(active):
+            output = self.causal.base_model(
+                **inputs,
+                # Four dimensions: taken as made already, so that no mask of T × T is.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+                position_ids=positions[None],
+                use_cache=False,
+                **attended,
+            )
         states: Tensor = output.last_hidden_state[0]
         return states
 
     def hidden(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The last hidden states.
+        """The last hidden states; an activated LoRA acts on all tokens.
 
         Args:
             ids: (B, L) int64, padded on either side.
@@ -214,7 +244,7 @@ class LanguageModel(nn.Module):
             embedded = self.causal.get_input_embeddings()(ids)
             both = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
             inputs = {"inputs_embeds": both.gather(1, source.unsqueeze(-1).expand_as(both))}
-        with self._checkpointing(True):
+        with self._checkpointing(True), self._acting(True):
             output = self.causal.base_model(
                 **inputs,
                 attention_mask=attention_mask,
@@ -254,7 +284,7 @@ class LanguageModel(nn.Module):
                 transformers' switch for checkpointing: both are the layer's training mode.
         """
         try:
-            self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+            self.causal.gradient_checkpointing_enable(self.checkpoint_options)
         except ValueError as error:
             raise ModelError(f"model {self.name}: gradient_checkpointing: {error}") from error
         layers = [module for module in self.causal.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -265,6 +295,11 @@ class LanguageModel(nn.Module):
                 + (f", whose layers have dropout={dropout}: set it to 0 in its config" if dropout else "")
             )
         self._checkpointed = layers
+
+    @property
+    def checkpoint_options(self) -> dict[str, Any]:
+        """Of `torch.utils.checkpoint`."""
+        return {"use_reentrant": False} | ({"context_fn": self._active.again} if self._active else {})
 
     @contextmanager
     def _checkpointing(self, wanted: bool) -> Iterator[None]:
@@ -278,6 +313,17 @@ class LanguageModel(nn.Module):
         finally:
             for layer, mode in zip(layers, before, strict=True):
                 layer.training = mode
+
+    def _acting(self, active: Tensor | bool) -> AbstractContextManager[None]:
+        return nullcontext() if self._active is None else self._active.set(False if self.is_base else active)
+
+    def _take_over(self) -> ActiveTokens:
+        try:
+            if not isinstance(self.model, PeftModel):
+                raise ValueError("it has no adapter")
+            return take_over(self.model)
+        except ValueError as error:
+            raise ModelError(f"model {self.name}: {error}") from error
 
     @property
     def _soft_prompt(self) -> Any:
@@ -317,7 +363,8 @@ class LanguageModel(nn.Module):
             with adapter():
                 try:
                     whole = self.causal if self._soft_prompt is None else self.model
-                    expected = whole(input_ids=ids).logits[:, -2:].float()
+                    with self._acting(True):
+                        expected = whole(input_ids=ids).logits[:, -2:].float()
                     hidden, head = self.hidden(ids, torch.ones_like(ids)), self.head
                     logits = head_logits(hidden, head.weight, head.bias, 1.0, head.softcap, head.lora).float()
                     unshared, shared = self._packing_probe()
@@ -345,7 +392,9 @@ class LanguageModel(nn.Module):
         prompt, completions = [0, 1], [[0, 1, 0], [1, 1, 1]]
         batch = SequenceBatch.build([prompt, prompt], completions, self.device)
         ids = torch.tensor([[*prompt, *completion] for completion in completions], device=self.device)
-        return self.hidden(ids, torch.ones_like(ids))[:, 1:-1].flatten(0, 1), self.action_states(batch)
+        return self.hidden(ids, torch.ones_like(ids))[:, 1:-1].flatten(0, 1), self._packed_states(
+            batch.pack(self.virtual_tokens)
+        )
 
 
 def _behind_padding(mask: Tensor, count: int) -> Tensor:

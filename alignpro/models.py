@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from alignpro.chat_template import ChatTemplate
 from alignpro.config import AdapterConfig, ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
-from alignpro.language_model import Head as Head
+from alignpro.head import Head as Head
 from alignpro.language_model import LanguageModel as LanguageModel
 from alignpro.tokenization import load_tokenizer
 
@@ -61,6 +62,18 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
     return language_model.eval()
 
 
+def load_target(config: ModelConfig | str, adapted: LanguageModel | None) -> LanguageModel:
+    """The frozen target: a model of its own, or, where a word names it, what is below the LoRA of ``adapted``.
+
+    Raises:
+        ModelError: As `load_language_model`, or ``adapted`` has no LoRA that can be left out.
+    """
+    if not isinstance(config, str):
+        return load_language_model(config)
+    assert adapted is not None  # a configuration that says so names it
+    return adapted.base()
+
+
 def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
     """Load the model that a policy starts from; with ``from_scratch``, make it with random weights drawn from ``seed``.
 
@@ -81,6 +94,12 @@ def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
         )
     model.name_or_path = BASE
     return LanguageModel(model.to(resolve_device(config.device)), tokenizer, config.path)
+
+
+def is_activated(directory: str) -> bool:
+    """Whether a saved adapter is an activated LoRA."""
+    with _naming(directory):
+        return getattr(PeftConfig.from_pretrained(directory), "alora_invocation_tokens", None) is not None
 
 
 def _load_causal(config: ModelConfig) -> PreTrainedModel | PeftModel:
@@ -119,19 +138,16 @@ def _naming(path: str) -> Iterator[None]:
 def add_adapter(language_model: LanguageModel, adapter: AdapterConfig) -> LanguageModel:
     """Make what `adapter` names trainable and freeze the rest; a LoRA found in the model is merged first.
 
+    A soft prompt or an activated LoRA found in the model cannot be merged: it is trained on, and the result is the model
+    itself.
+
     Raises:
         ModelError: The adapter cannot be put on this model.
     """
     model = language_model.model
     if isinstance(model, PeftModel):
-        if model.active_peft_config.is_prompt_learning:
-            if adapter.kind != "soft_prompt":
-                raise ModelError(
-                    f"model {language_model.name}: it is a soft prompt, which cannot be merged into weights: "
-                    "train it on with policy.adapter.kind=soft_prompt, or start from its base model"
-                )
-            model.requires_grad_(False)
-            model.prompt_encoder.requires_grad_(True)
+        if model.active_peft_config.is_prompt_learning or language_model.invocation:
+            _train_on(language_model, model, adapter)
             return language_model
         model = model.merge_and_unload()
         model.name_or_path = BASE
@@ -145,6 +161,29 @@ def add_adapter(language_model: LanguageModel, adapter: AdapterConfig) -> Langua
     return LanguageModel(wrapped, language_model.tokenizer, language_model.name)
 
 
+def _train_on(language_model: LanguageModel, model: PeftModel, adapter: AdapterConfig) -> None:
+    soft = model.active_peft_config.is_prompt_learning
+    kind = "soft prompt" if soft else "activated LoRA"
+    if adapter.kind != ("soft_prompt" if soft else "lora") or adapter.activated == soft:
+        keys = "policy.adapter.kind=soft_prompt" if soft else "policy.adapter.kind=lora policy.adapter.activated=true"
+        raise ModelError(
+            f"model {language_model.name}: it is {'a' if soft else 'an'} {kind}, which cannot be merged into weights: "
+            f"train it on with {keys}, or start from its base model"
+        )
+    model.requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name.startswith("prompt_encoder.") if soft else ".lora_" in name)
+
+
+def _invocation(adapter: AdapterConfig, language_model: LanguageModel) -> list[int] | None:
+    """The tokens from which on the adapter acts: those of a text, or what opens the assistant's turn."""
+    if not adapter.activated:
+        return None
+    if adapter.invocation is None:
+        return ChatTemplate(language_model.tokenizer).generation_prompt
+    return list(language_model.tokenizer.encode(adapter.invocation, add_special_tokens=False))
+
+
 def _peft_config(adapter: AdapterConfig, language_model: LanguageModel) -> PeftConfig:
     if adapter.kind == "lora":
         return LoraConfig(
@@ -153,6 +192,7 @@ def _peft_config(adapter: AdapterConfig, language_model: LanguageModel) -> PeftC
             lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # a factor: peft declares an int and divides it
             lora_dropout=adapter.dropout,
             target_modules=adapter.target_modules,
+            alora_invocation_tokens=_invocation(adapter, language_model),
         )
     return PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,

@@ -26,7 +26,7 @@ def plan(config: Section) -> list[str]:
             )
             chains, steps = P * K, config.run.steps
             return [
-                f"train {config.policy.path} ({config.policy.adapter.kind}) against the frozen {config.target.path}",
+                f"train {config.policy.path} ({config.policy.adapter.kind}) against the frozen {config.target_model.path}",
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'rewrite')} × {_count(M, 'response')}: "
                 f"{_count(chains, 'chain')} a step, {_count(chains * steps, 'rewrite')} and "
                 f"{_count(chains * M * steps, 'response')} in all",

@@ -68,12 +68,11 @@ class Policy:
                 vocabularies.
         """
         start = load_trainable(config, seed)
-        starts_from_soft_prompt = start.virtual_tokens > 0
         model = add_adapter(start, config.adapter)
         reference: LanguageModel | None = None
         if config.reference not in (None, config.path):
             reference = load_language_model(config.model_copy(update={"path": config.reference}))
-        elif config.adapter.kind == "full" or starts_from_soft_prompt:
+        elif config.adapter.kind == "full" or model is start:  # or trains on an adapter that ρ_sft has
             reference = frozen_copy(model)
         if reference is not None and reference.head.weight.shape[0] != model.head.weight.shape[0]:
             raise ModelError(
@@ -101,8 +100,11 @@ class Policy:
     @torch.no_grad()
     def token_values(self, batch: SequenceBatch) -> TokenValues:
         """Log-probabilities, exact KL and entropy of every action at the current weights."""
-        states, targets = self._states(batch), batch.targets
-        reference_states, reference_head = self._reference_states(batch), self._reference_head()
+        if self.reference is None:
+            states, reference_states = self.model.action_states_of_both(batch)
+        else:
+            states, reference_states = self.model.action_states(batch), self.reference.action_states(batch)
+        targets, reference_head = batch.targets, self._reference_head()
         head = self.model.head
         stats = linear_logprob(
             states,
@@ -150,7 +152,7 @@ class Policy:
         if reference_states is not None:
             reference = _reference_arguments(head, reference_states, self._reference_head())
         return policy_loss(
-            self._states(batch),
+            self.model.action_states(batch),
             head.weight,
             batch.targets,
             coefficients,
@@ -166,15 +168,6 @@ class Policy:
 
     def _reference_head(self) -> Head:
         return self.model.base_head if self.reference is None else self.reference.head
-
-    def _states(self, batch: SequenceBatch) -> Tensor:
-        return self.model.action_states(batch)
-
-    def _reference_states(self, batch: SequenceBatch) -> Tensor:
-        if self.reference is not None:
-            return self.reference.action_states(batch)
-        with self.model.adapter_off():
-            return self._states(batch)
 
 
 def sequence_logprob(model: LanguageModel, batch: SequenceBatch, temperature: float) -> Tensor:

@@ -11,7 +11,7 @@ from alignpro.data import Prompt
 from alignpro.engine import Completion, Engine, SamplingParams, derive_seed
 from alignpro.environment import sampling_params
 from alignpro.errors import ModelError
-from alignpro.models import LanguageModel, load_language_model
+from alignpro.models import LanguageModel, load_language_model, load_target
 from alignpro.prompting import PrompterTemplate, TargetTemplate
 
 
@@ -41,7 +41,7 @@ class Rewriter:
             models["target"] = target
             self.target = TargetTemplate(
                 target.tokenizer,
-                config.target.chat_template,
+                config.target_model.chat_template,
                 max_tokens=target.context_length - config.rollout.respond.max_tokens,
                 on_empty=config.prompting.on_empty,
             )
@@ -60,7 +60,7 @@ class Rewriter:
             )
         config = load_config(TrainConfig, [str(run / "config.yaml")])
         prompter = load_language_model(config.policy.model_copy(update={"path": str(run / "model"), "tokenizer": None}))
-        return cls(prompter, load_language_model(config.target) if with_target else None, config)
+        return cls(prompter, load_target(config.target, prompter) if with_target else None, config)
 
     def rewrite(
         self, texts: Sequence[str | Prompt], *, n: int = 1, temperature: float = 0.0, seed: int = 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, product
 
 import torch
 from torch import Tensor
 
+from alignpro.activated_lora import invoked_at
 from alignpro.attention import Layout
 from alignpro.errors import DataError
 
@@ -79,13 +81,18 @@ class SequenceBatch:
             self.prompts[start:stop], completions, self.mask[start:stop, :longest], self.actions[start:stop, :longest]
         )
 
-    def pack(self, virtual_tokens: int = 0) -> PackedSequences:
+    def pack(self, virtual_tokens: int = 0, invocation: Sequence[int] = ()) -> PackedSequences:
         """All tokens whose states are wanted, on one line: prompts that are shared once, and no last action.
 
         Args:
             virtual_tokens: Length of a soft prompt, which takes the place of as many ids before each prompt.
+            invocation: The tokens from which on an activated LoRA acts, if there is one.
+
+        Raises:
+            DataError: They do not occur in a prompt.
         """
         ids: list[int] = []
+        active: list[int] = []
         lengths: list[int] = []
         continuations: list[tuple[int, int]] = []
         states: list[int] = []
@@ -93,11 +100,15 @@ class SequenceBatch:
         for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
             if row == 0 or list(prompt) != list(self.prompts[row - 1]):
                 ids += [-1] * virtual_tokens
+                if invocation:
+                    active += range(len(ids) + invoked_at(prompt, invocation), len(ids) + len(prompt))
                 ids += prompt
                 lengths.append(virtual_tokens + len(prompt))
                 last = len(ids) - 1
             inner = completion[:-1]  # nothing is chosen after the last action
-            states += [last, *range(len(ids), len(ids) + len(inner))][: len(completion)]
+            own = range(len(ids), len(ids) + len(inner))
+            states += [last, *own][: len(completion)]
+            active += own
             ids += inner
             continuations.append((len(lengths) - 1, len(inner)))
         device = self.mask.device
@@ -105,6 +116,42 @@ class SequenceBatch:
             torch.tensor(ids, device=device),
             torch.tensor(states, dtype=torch.int64, device=device),
             Layout.build(lengths, continuations, device),
+            torch.tensor(active, dtype=torch.int64, device=device) if invocation else None,
+        )
+
+    def pack_both(self, invocation: Sequence[int]) -> PackedSequences:
+        """As `pack`, each sequence with an activated LoRA and without it; what stands before the invocation once for both.
+
+        A continuation begins with the invocation. Of the 2N states, the first N are those with the LoRA.
+
+        Raises:
+            DataError: A prompt lacks the invocation tokens.
+        """
+        ids: list[int] = []
+        active: list[int] = []
+        lengths: list[int] = []
+        continuations: list[tuple[int, int]] = []
+        states: dict[bool, list[int]] = {True: [], False: []}
+        sequences = list(zip(self.prompts, self.completions, strict=True))
+        for prompt, group in groupby(sequences, key=lambda sequence: list(sequence[0])):
+            before = invoked_at(prompt, invocation)
+            ids += prompt[:before]
+            lengths.append(before)
+            completions = [completion for _, completion in group]
+            for acts, completion in product((True, False), completions):
+                own = [*prompt[before:], *completion[:-1]]
+                first = len(ids) + len(prompt) - before - 1  # where the first action is chosen
+                states[acts] += range(first, first + len(completion))
+                if acts:
+                    active += range(len(ids), len(ids) + len(own))
+                ids += own
+                continuations.append((len(lengths) - 1, len(own)))
+        device = self.mask.device
+        return PackedSequences(
+            torch.tensor(ids, device=device),
+            torch.tensor(states[True] + states[False], dtype=torch.int64, device=device),
+            Layout.build(lengths, continuations, device),
+            torch.tensor(active, dtype=torch.int64, device=device),
         )
 
 
@@ -117,3 +164,5 @@ class PackedSequences:
     states: Tensor
     """(N,) int64: the token at which each action was chosen, row by row."""
     layout: Layout
+    active: Tensor | None = None
+    """(A,) int64: the tokens that an activated LoRA acts on; None where there is none."""

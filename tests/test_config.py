@@ -179,6 +179,7 @@ def test_an_argument_that_is_no_override(train_yaml: str, argument: str) -> None
     ("override", "line"),
     [
         ("optimizer.learnin_rate=1", "optimizer.learnin_rate: unknown key (did you mean 'learning_rate'?)"),
+        ("target.pth=x", "target.pth: unknown key (did you mean 'path'?)"),
         ("policy.adapter.rnk=4", "policy.adapter.rnk: unknown key (did you mean 'rank'?)"),
         ("learning_rate=1", "learning_rate: unknown key (did you mean 'optimizer.learning_rate'?)"),
         ("zzz=1", "zzz: unknown key"),

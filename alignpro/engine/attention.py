@@ -37,6 +37,7 @@ class AttentionPlan:
         ends = np.cumsum(counts)
         self.last_row = {id(item.segment): int(end) - 1 for item, end in zip(self.items, ends, strict=True)}
         """Segment's id → the row of its last computed token."""
+        self._counts = counts
         ids = [token for item in self.items for token in item.segment.tokens[item.first : item.end]]
         starts = [item.segment.start + item.first for item in self.items]
         positions = np.repeat(np.array(starts) - (ends - counts), counts) + np.arange(len(ids))
@@ -49,6 +50,13 @@ class AttentionPlan:
         self._layers = pool.layers(model)
         depths = range(max(len(item.path) for item in self.items))
         self.levels = [_level(self.items, depth, positions, device) for depth in depths]
+
+    def rows_of(self, model: str) -> Tensor | bool:
+        """(A,) int64: the rows of tokens whose keys and values are a model's; True for all of them, False for none."""
+        mine = [item.segment.model == model for item in self.items]
+        if all(mine) or not any(mine):
+            return mine[0]
+        return torch.from_numpy(np.repeat(mine, self._counts).nonzero()[0]).to(self.ids.device)
 
     def attend(
         self,

@@ -14,6 +14,7 @@ from time import perf_counter
 
 import torch
 
+from alignpro.activated_lora import invoked_at
 from alignpro.engine.attention import probe_geometry
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import PrefixTree
@@ -22,6 +23,7 @@ from alignpro.engine.sampler import derive_seed
 from alignpro.engine.scheduler import Scheduler
 from alignpro.engine.sequence import ChainRun, SampledSequence, ToTarget, completed, siblings
 from alignpro.engine.types import Chain, Completion, EngineStats, SamplingParams
+from alignpro.errors import DataError
 from alignpro.models import LanguageModel
 
 CPU_POOL = 1 << 30
@@ -46,6 +48,9 @@ class Engine:
     Models on one device share one pool; it lives as long as the engine, and so do the prompts in it, until the pages
     are needed or `weights_updated` says that they are out of date.
 
+    A model with a LoRA and its base (`LanguageModel.base`) run in the same forward passes. What stands before the invocation
+    of an activated LoRA is computed once for both, and stays when the LoRA's weights change.
+
     Args:
         models: Name → model; the trainer's own modules, never copies.
         max_batch: Sequences of a model that run at once.
@@ -53,6 +58,7 @@ class Engine:
             context need, but no more than 1 GiB on a CPU and 40 % of what is free on an accelerator.
         page_tokens: Tokens of the largest model in a page.
         token_budget: Tokens that are computed at once; what is left of long prompts waits for the next pass.
+        fuse: Whether models that are one but for an adapter run in one forward pass. What is drawn is the same.
         audit: Check the pool's books after every pass, for tests.
     """
 
@@ -64,9 +70,12 @@ class Engine:
         pool_bytes: int | None = None,
         page_tokens: int = 16,
         token_budget: int = 4096,
+        fuse: bool = True,
         audit: bool = False,
     ) -> None:
         self.models = dict(models)
+        self._lanes = {name: _lane(name, self.models) if fuse else name for name in models}
+        self._bases = {name: _base(name, self.models) for name, model in models.items() if model.invocation}
         self.max_batch = max_batch
         self.pool_bytes = pool_bytes
         self.page_tokens = page_tokens
@@ -164,9 +173,8 @@ class Engine:
         self, memory: _Memory, stages: Sequence[str], sequences: Sequence[SampledSequence], follow: _Follow
     ) -> list[SampledSequence]:
         """Run the sequences of models on one device; returns those that they lead to elsewhere."""
-        scheduler = Scheduler(
-            memory.pool, memory.tree, stages, max_batch=self.max_batch, token_budget=self.token_budget
-        )
+        lanes = list(dict.fromkeys(self._lanes[name] for name in stages))
+        scheduler = Scheduler(memory.pool, memory.tree, lanes, max_batch=self.max_batch, token_budget=self.token_budget)
         elsewhere: list[SampledSequence] = []
         ran: list[SampledSequence] = []
         new = deque(sequences)
@@ -186,7 +194,7 @@ class Engine:
                 tick = scheduler.next_tick()
                 if tick is None:
                     break
-                run_tick(self.models[tick.model], memory.pool, tick, self.stats)
+                run_tick(self.models, memory.pool, tick, self.stats)
                 self.stats.note_pages(memory.pool.used)
                 for sequence in tick.drawing:
                     if sequence.completion is not None:
@@ -198,18 +206,25 @@ class Engine:
             scheduler.abort()
         self.stats.preemptions += scheduler.preemptions
         self.stats.cache_hit_tokens += scheduler.hits
-        self.stats.note_floor([(sequence.model, sequence.prompt, len(sequence.drawn)) for sequence in ran])
+        self.stats.note_floor([(*sequence.cache_key, len(sequence.drawn)) for sequence in ran])
         return elsewhere
 
     def _refuse_or_prepare(self, pool: KVPool, sequence: SampledSequence) -> None:
         """Fail a sequence that cannot run; put the places of a soft prompt before the prompt of one that can."""
         if sequence.completion is not None:
             return
-        model = self.models[sequence.model]
+        model, sequence.lane = self.models[sequence.model], self._lanes[sequence.model]
         problem = _refusal(model, sequence.prompt, sequence.params)
+        if problem is None and model.invocation:
+            sequence.base = self._bases[sequence.model]
+            try:
+                sequence.shared = invoked_at(sequence.prompt, model.invocation)
+            except DataError as error:
+                problem = str(error)
         if problem is None:
             sequence.prompt = (-1,) * model.virtual_tokens + sequence.prompt
-            pages = pool.pages_for(sequence.model, len(sequence.prompt))
+            pages = pool.pages_for(sequence.model, sequence.shared)
+            pages += pool.pages_for(sequence.model, len(sequence.prompt) - sequence.shared)
             pages += pool.pages_for(sequence.model, sequence.params.max_tokens - 1)
             if pages > pool.total:
                 problem = (
@@ -223,9 +238,9 @@ class Engine:
         """The pool of a device and what is in it, made on first use."""
         if device not in self._memories:
             models = {name: model for name, model in self.models.items() if model.device == device}
-            pool = KVPool(
-                {name: probe_geometry(model) for name, model in models.items()}, device, page_tokens=self.page_tokens
-            )
+            geometries = {name: probe_geometry(model) for name, model in models.items()}
+            geometries |= {base: geometries[name] for name, base in self._bases.items() if name in models}
+            pool = KVPool(geometries, device, page_tokens=self.page_tokens)
             longest = max(pool.pages_for(n, m.context_length + m.virtual_tokens) for n, m in models.items())
             available = _default_bytes(device) if self.pool_bytes is None else self.pool_bytes
             pool.total = available // pool.page_bytes
@@ -233,6 +248,20 @@ class Engine:
                 pool.total = min(pool.total, self.max_batch * (longest + 1))
             self._memories[device] = _Memory(pool, PrefixTree(pool))
         return self._memories[device]
+
+
+def _lane(name: str, models: Mapping[str, LanguageModel]) -> str:
+    """The model in whose forward passes a model runs: that with the adapter, for its base; else its own."""
+    model = models[name]
+    whole = (other for other, each in models.items() if not each.is_base and each.shares_weights(model))
+    return next(whole, name) if model.is_base else name
+
+
+def _base(name: str, models: Mapping[str, LanguageModel]) -> str:
+    """What the base of an activated LoRA is called: it need not be among the models."""
+    model = models[name]
+    bases = (other for other, each in models.items() if each.is_base and each.shares_weights(model))
+    return next(bases, f"base of {name}")
 
 
 def _default_bytes(device: torch.device) -> int:

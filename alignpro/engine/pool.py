@@ -44,6 +44,8 @@ class Segment:
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens, from the first, whose keys and values are there."""
+    model: str = ""
+    """Whose they are."""
 
     @property
     def complete(self) -> bool:

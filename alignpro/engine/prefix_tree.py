@@ -9,6 +9,10 @@ parent: nothing is copied when sequences part ways. Nodes part where prompts do;
 of a page has the keys and values behind the split moved, which costs a copy and saves computing them again.
 
 A prompt is put in before it is computed, so that prompts which arrive together share what they have in common too.
+
+The first tokens of a prompt may be another model's: an activated LoRA acts on the end of a prompt, and what stands before
+is its base model's. Then they lie among the base's nodes, where the base finds them too and new weights of the LoRA leave
+them alone; the rest hangs below them.
 """
 
 from __future__ import annotations
@@ -33,14 +37,18 @@ class Node(Segment):
     """A run of tokens after its parent's."""
 
     tokens: Tokens
-    model: str = ""
     parent: Node | None = None
-    children: dict[Tokens, Node] = field(default_factory=dict)
-    """By their first tokens: SHORTEST of them, or all of a node that has fewer."""
+    children: dict[tuple[str, Tokens], Node] = field(default_factory=dict)
+    """By model and first tokens: SHORTEST of them, or all of a node that has fewer."""
     locks: int = 0
     """Running sequences that go through it."""
     state: Tensor | None = None
     """(D,) the last hidden state at the end, if known."""
+
+    @property
+    def key(self) -> tuple[str, Tokens]:
+        """Its place among its parent's children."""
+        return self.model, self.tokens[:SHORTEST]
 
     def path(self) -> list[Node]:
         """From the first tokens of the prompt to this node; the empty root is left out."""
@@ -70,14 +78,25 @@ class PrefixTree:
         self._roots: dict[str, Node] = {}
         self._idle: OrderedDict[Node, None] = OrderedDict()  # unlocked leaves, the one used longest ago first
 
-    def acquire(self, model: str, tokens: Tokens) -> Node | None:
-        """The node at which a prompt ends, put in if need be, with its path locked; None if there are no pages for it."""
-        node = self._roots.setdefault(model, Node((), 0, next(self.serials), model=model))
-        at = 0
+    def acquire(self, model: str, tokens: Tokens, base: str | None = None, shared: int = 0) -> Node | None:
+        """The node at which a prompt ends, put in if need be, with its path locked; None if there are no pages for it.
+
+        The first ``shared`` tokens are those of the model ``base``, if that is given.
+        """
+        root = base or model
+        node: Node | None = self._roots.setdefault(root, Node((), 0, next(self.serials), model=root))
+        assert node is not None
+        if base and shared:
+            node = self._descend(node, base, tokens[:shared])
+        return node and self._descend(node, model, tokens)
+
+    def _descend(self, node: Node, model: str, tokens: Tokens) -> Node | None:
+        """Go on from a locked path to where a model's tokens end; None, and nothing locked, if there are no pages."""
+        at = node.start + len(node.tokens)
         while at < len(tokens):
-            child = _child(node, tokens, at)
+            child = _child(node, model, tokens, at)
             if child is None:
-                child = self._insert(node, tokens[at:])
+                child = self._insert(node, model, tokens[at:])
                 if child is None:
                     self.release(node)
                     return None
@@ -119,31 +138,28 @@ class PrefixTree:
         Raises:
             RuntimeError: A sequence of it is running.
         """
-        nodes = list(self.nodes(model))
+        nodes = [node for root in self._roots for node in self.nodes(root) if model in (root, node.model)]
         if any(node.locks for node in nodes):
             raise RuntimeError(f"model {model}: its weights cannot change while it generates")
-        for node in nodes:
-            self._idle.pop(node, None)
-            self.cached -= len(node.pages)
-            self.pool.give_back(model, node.pages)
-        self._roots.pop(model, None)
+        for node in reversed(nodes):  # children first
+            self._evict(node)
 
     def nodes(self, model: str) -> Iterator[Node]:
-        """All nodes of a model, parents first."""
+        """All nodes of a model, and of others that hang below them, parents first."""
         stack = list(self._roots[model].children.values()) if model in self._roots else []
         while stack:
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
 
-    def _insert(self, parent: Node, tokens: Tokens) -> Node | None:
+    def _insert(self, parent: Node, model: str, tokens: Tokens) -> Node | None:
         """A new locked child, its pages not yet written; None if there are not enough."""
-        pages = self.allocate(parent.model, self.pool.pages_for(parent.model, len(tokens)))
+        pages = self.allocate(model, self.pool.pages_for(model, len(tokens)))
         if pages is None:
             return None
         start = parent.start + len(parent.tokens)
-        node = Node(tokens, start, next(self.serials), pages, model=parent.model, parent=parent, locks=1)
-        parent.children[tokens[:SHORTEST]] = node
+        node = Node(tokens, start, next(self.serials), pages, model=model, parent=parent, locks=1)
+        parent.children[node.key] = node
         self.locked += len(pages)
         return node
 
@@ -169,11 +185,11 @@ class PrefixTree:
             min(at, lower.computed),
             model=model,
             parent=lower.parent,
-            children={lower.tokens[at : at + SHORTEST]: lower},
+            children={(model, lower.tokens[at : at + SHORTEST]): lower},
             locks=lower.locks,
         )
         assert lower.parent is not None
-        lower.parent.children[lower.tokens[:SHORTEST]] = upper
+        lower.parent.children[lower.key] = upper
         lower.tokens, lower.start, lower.parent = lower.tokens[at:], lower.start + at, upper
         lower.pages, lower.computed = pages[above:], max(0, lower.computed - at)
         self.locked += len(extra)
@@ -200,17 +216,17 @@ class PrefixTree:
         self.pool.give_back(node.model, node.pages)
         parent = node.parent
         assert parent is not None
-        del parent.children[node.tokens[:SHORTEST]]
+        del parent.children[node.key]
         if parent.parent is not None and parent.locks == 0 and not parent.children:
             self._idle[parent] = None
 
 
-def _child(node: Node, tokens: Tokens, at: int) -> Node | None:
-    """The child that tokens at.. go on with: for SHORTEST tokens at least, or for all that it has."""
+def _child(node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
+    """The child that a model's tokens at.. go on with: for SHORTEST tokens at least, or for all that it has."""
     if not node.children:
         return None
     longest = min(SHORTEST, len(tokens) - at)
-    found = (node.children.get(tokens[at : at + length]) for length in range(longest, 0, -1))
+    found = (node.children.get((model, tokens[at : at + length])) for length in range(longest, 0, -1))
     return next((child for child in found if child is not None), None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -20,12 +20,12 @@ from alignpro.language_model import LanguageModel
 
 
 @torch.no_grad()
-def run_tick(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats) -> None:
+def run_tick(models: Mapping[str, LanguageModel], pool: KVPool, tick: Tick, stats: EngineStats) -> None:
     """Compute the tick's items and let its sequences draw; those that have come to their end have a completion then."""
-    states = _compute(model, pool, tick, stats)
+    states = _compute(models[tick.model], pool, tick, stats)
     with _timed(stats, "sample"):
         if tick.drawing:
-            _draw(model, tick.drawing, states)
+            _draw(models, tick.drawing, states)
     stats.ticks += 1
 
 
@@ -37,7 +37,8 @@ def _compute(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats)
     with _timed(stats, "plan"):
         plan = AttentionPlan(pool, tick.model, tick.items, model.device)
     with _timed(stats, "forward"):
-        hidden = model.paged_states(plan.ids, plan.positions, plan)  # (T, D)
+        active = plan.rows_of(tick.model) if model.selective else True
+        hidden = model.paged_states(plan.ids, plan.positions, plan, active)  # (T, D)
         for item in tick.items:
             if item.write:
                 item.segment.computed = item.end
@@ -61,18 +62,19 @@ def _known(ends: Sequence[object]) -> Tensor:
     return torch.stack(states)
 
 
-def _draw(model: LanguageModel, sequences: Sequence[SampledSequence], states: Tensor) -> None:
+def _draw(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor) -> None:
     """One token a sequence, from (B, D) states; one pass over the head for all that are drawn alike."""
     seeds = torch.tensor([sequence.seed for sequence in sequences], device=states.device)
     positions = torch.tensor([len(sequence.drawn) for sequence in sequences], device=states.device)
     seeds = position_seeds(seeds, positions)  # (B,)
-    alike: dict[tuple[float, ...], list[int]] = {}
+    heads = {name: models[name].head for name in {sequence.model: None for sequence in sequences}}
+    alike: dict[tuple[str | float, ...], list[int]] = {}
     for row, sequence in enumerate(sequences):
-        params = sequence.params
-        alike.setdefault((params.temperature, params.top_k, params.top_p, params.min_p), []).append(row)
-    head = model.head
+        params, lora = sequence.params, heads[sequence.model].lora  # in which alone heads of one tick may differ
+        head_name = sequence.model if lora else ""
+        alike.setdefault((head_name, params.temperature, params.top_k, params.top_p, params.min_p), []).append(row)
     for rows in alike.values():
-        params = sequences[rows[0]].params
+        head, params = heads[sequences[rows[0]].model], sequences[rows[0]].params
         if len(rows) == len(sequences):
             tokens, logprobs = sample(states, head, params, seeds)
         else:
@@ -81,7 +83,7 @@ def _draw(model: LanguageModel, sequences: Sequence[SampledSequence], states: Te
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.double().tolist(), strict=True):
             sequences[row].drawn.append(token)
             sequences[row].logprobs.append(logprob)
-            _end(model, sequences[row])
+            _end(models[sequences[row].model], sequences[row])
 
 
 def _end(model: LanguageModel, sequence: SampledSequence) -> None:

@@ -1,5 +1,7 @@
 """Who runs in a tick: one model, the next token of each of its running sequences, and prompts as the budget allows.
 
+Models that are one but for an adapter run as one, in one lane.
+
 | owns | does not own |
 |---|---|
 | queues, admission, growth and preemption of sequences, the choice of a model | tensors, what is drawn |
@@ -50,6 +52,7 @@ class Tick:
     """The work of one forward pass, and the sequences that draw a token after it."""
 
     model: str
+    """In whose forward pass."""
     items: list[Item] = field(default_factory=list)
     drawing: list[SampledSequence] = field(default_factory=list)
 
@@ -60,8 +63,8 @@ class Scheduler:
     Args:
         pool: Pages.
         tree: Prompts; it may hold some from before.
-        stages: Names of the models, in the order in which their sequences come about.
-        max_batch: Sequences of a model that run at once.
+        stages: Names of the lanes, in the order in which their sequences come about.
+        max_batch: Sequences of a lane that run at once.
         token_budget: Tokens computed in a tick; running sequences' next tokens always are.
     """
 
@@ -79,7 +82,7 @@ class Scheduler:
 
     def add(self, sequence: SampledSequence) -> None:
         """Let a sequence wait for its turn."""
-        self.waiting[sequence.model].append(sequence)
+        self.waiting[sequence.lane].append(sequence)
 
     def next_tick(self) -> Tick | None:
         """What to compute next; None when all sequences have ended."""
@@ -128,7 +131,7 @@ class Scheduler:
         A tick of a few sequences costs nearly what one of many does, and a model's weights are read in every tick of it.
         So the earliest stage goes first; while it is running out, it and the next take turns.
         """
-        running = {name: sum(s.model == name for s in self.running) for name in self.stages}
+        running = {name: sum(s.lane == name for s in self.running) for name in self.stages}
         busy = [name for name in self.stages if running[name] or self.waiting[name]]
         running_out = busy and not self.waiting[busy[0]] and running[busy[0]] * TAIL < self.max_batch
         return busy[::-1] if running_out and self._last == busy[0] else busy
@@ -138,7 +141,7 @@ class Scheduler:
         waiting = self.waiting[model]
         if any(sequence.needs_empty_pool for sequence in self.running):
             return
-        places = self.max_batch - sum(s.model == model for s in self.running)
+        places = self.max_batch - sum(s.lane == model for s in self.running)
         while waiting and places:
             sequence = waiting[0]
             if sequence.needs_empty_pool and not self.running:
@@ -157,7 +160,7 @@ class Scheduler:
     def _start(self, sequence: SampledSequence) -> bool:
         """Lock its prompt and take pages for what it has drawn; False if there are too few."""
         model, drawn = sequence.model, sequence.drawn
-        node = self.tree.acquire(model, sequence.prompt)
+        node = self.tree.acquire(model, sequence.prompt, sequence.base, sequence.shared)
         if node is None:
             return False
         pages = self.tree.allocate(model, self.pool.pages_for(model, len(drawn)))
@@ -169,17 +172,17 @@ class Scheduler:
         if not sequence.preempted:
             self.hits += sum(each.computed for each in node.path())
         sequence.node = node
-        sequence.own = Segment(drawn, len(sequence.prompt), next(self.tree.serials), pages)
+        sequence.own = Segment(drawn, len(sequence.prompt), next(self.tree.serials), pages, model=model)
         self.running.append(sequence)
         return True
 
-    def _grow(self, model: str) -> None:
+    def _grow(self, lane: str) -> None:
         """A page for each sequence whose next token needs one; the oldest first, at the expense of the youngest."""
-        for sequence in [s for s in self.running if s.model == model]:
+        for sequence in [s for s in self.running if s.lane == lane]:
             while sequence.own is not None:  # None: it was preempted for an older one
                 own = sequence.own
-                missing = self.pool.pages_for(model, len(own.tokens)) - len(own.pages)
-                pages = self.tree.allocate(model, missing)
+                missing = self.pool.pages_for(own.model, len(own.tokens)) - len(own.pages)
+                pages = self.tree.allocate(own.model, missing)
                 if pages is not None:
                     own.pages += pages
                     break
@@ -190,7 +193,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.preempted = True
-        self.waiting[sequence.model].appendleft(sequence)
+        self.waiting[sequence.lane].appendleft(sequence)
         self.preemptions += 1
 
     def _release(self, sequence: SampledSequence) -> None:
@@ -203,7 +206,7 @@ class Scheduler:
         """Next tokens first, then pieces of prompts and of what has to be computed again, up to the budget."""
         tick = Tick(model)
         ends: dict[Segment, int] = {}  # tokens of a segment that will be there after the tick
-        mine = [sequence for sequence in self.running if sequence.model == model]
+        mine = [sequence for sequence in self.running if sequence.lane == model]
         mine.sort(key=_pending)
         room = self.token_budget
         for sequence in mine:

@@ -17,6 +17,9 @@ from alignpro.engine.sampler import derive_seed
 from alignpro.engine.types import Chain, Completion, SamplingParams
 from alignpro.errors import AlignProError
 
+_OF_ADAPTER = 1 << 40
+"""Added to tokens that an adapter acts on, which are none of the base's."""
+
 ToTarget = Callable[[int, Completion], list[int]]
 """(index of the prompt, the policy's sample) → the target's prompt tokens."""
 
@@ -38,6 +41,11 @@ class SampledSequence:
     logprobs: list[float] = field(default_factory=list)
     completion: Completion | None = None
     """Once it has ended."""
+    lane: str = ""
+    """The model in whose forward passes it runs: its own, or one that is the same but for an adapter."""
+    base: str | None = None
+    """The model that computes the first ``shared`` tokens of the prompt, where that is another one."""
+    shared: int = 0
     node: Node | None = None
     """Where its prompt ends in the prefix tree, while it runs."""
     own: Segment | None = None
@@ -46,6 +54,14 @@ class SampledSequence:
     """Whether what it has to compute was computed before."""
     needs_empty_pool: bool = False
     """Whether it was the only one running when pages ran out."""
+
+    @property
+    def cache_key(self) -> tuple[str, tuple[int, ...]]:
+        """Model and prompt, such that what two prompts have in common in the cache begins alike."""
+        if self.base is None:
+            return self.model, self.prompt
+        own = tuple(token + _OF_ADAPTER for token in self.prompt[self.shared :])
+        return self.base, self.prompt[: self.shared] + own
 
     def end(self, reason: Literal["stop", "length"], kept: int | None = None) -> None:
         """Take what was drawn as the completion."""

@@ -64,7 +64,9 @@ class ArmSampler:
 
     def responses(self, name: str, model: LanguageModel, count: int) -> ArmSamples:
         """``count`` responses of a model to each prompt itself: no fine-tuning, or the oracle."""
-        environment = ResponseEnvironment(ChatTemplate(model.tokenizer, self.config.target.chat_template), self.reward)
+        environment = ResponseEnvironment(
+            ChatTemplate(model.tokenizer, self.config.target_model.chat_template), self.reward
+        )
         engine = Engine({"policy": model}, max_batch=self.config.max_batch)
         return self._draw(name, environment, engine, sampling_params(self.config.respond, count))
 
@@ -80,7 +82,7 @@ class ArmSampler:
         return prompt_environment(
             prompter,
             self.target,
-            config.target,
+            config.target_model,
             self.reward,
             config.prompting,
             config.respond,

@@ -22,7 +22,7 @@ from alignpro.evaluation.figure import plot_comparison
 from alignpro.evaluation.report import write_report
 from alignpro.evaluation.statistics import Estimate, gap_recovered
 from alignpro.evaluation.summary import ArmGroup, ArmSummary, BoundSummary, Report, SampleRow, summarize_arm
-from alignpro.models import LanguageModel, load_language_model
+from alignpro.models import LanguageModel, load_language_model, load_target
 from alignpro.prompting import PrompterTemplate, drop_long_prompts
 from alignpro.rewards import build_reward
 from alignpro.theory import sampled_bound
@@ -87,9 +87,9 @@ def evaluate(
     """
     started = time.perf_counter()
     out = prepare_directory(config.out, "summary.json")
-    target = load_language_model(config.target)
-    sampler = ArmSampler(config, [], target, build_reward(config.reward))
     prompter = _load(config.prompter)
+    target = load_target(config.target, prompter)
+    sampler = ArmSampler(config, [], target, build_reward(config.reward))
     reference = _load(config.reference)
     oracle = _load(config.oracle)
     sampler.prompts = evaluation_prompts(config, load_prompts(config.data), target, prompter or reference)
@@ -121,7 +121,7 @@ def evaluation_prompts(
             f"evaluation needs at least 2 held-out prompts, there are {len(prompts)}: raise data.holdout, or set it to 0 "
             "to evaluate on all of data.source"
         )
-    template = ChatTemplate(target.tokenizer, config.target.chat_template)
+    template = ChatTemplate(target.tokenizer, config.target_model.chat_template)
     room = target.context_length - config.respond.max_tokens
     prompts = drop_long_prompts(
         prompts, lambda prompt: template.encode(prompt.messages), room, what="the target's input"
@@ -272,7 +272,7 @@ def _bound(
 
 def _target_inputs(sampler: ArmSampler, config: EvalConfig) -> list[list[int]]:
     """The target's tokens for each original prompt."""
-    template = ChatTemplate(sampler.target.tokenizer, config.target.chat_template)
+    template = ChatTemplate(sampler.target.tokenizer, config.target_model.chat_template)
     encode = ResponseEnvironment(template, sampler.reward).encode
     return [encode(prompt) for prompt in sampler.prompts]
 
@@ -346,4 +346,4 @@ def _pair(config: EvalConfig) -> str:
         return path.parent.name if path.name == "model" else path.name
 
     named = config.prompter or config.reference
-    return f"{name(named)} → {name(config.target)}" if named else name(config.target)
+    return f"{name(named)} → {name(config.target_model)}" if named else name(config.target_model)

@@ -10,7 +10,7 @@ from alignpro.config import OptimalConfig, dump_config
 from alignpro.data import load_prompts
 from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import prepare_directory
-from alignpro.models import load_language_model
+from alignpro.models import load_language_model, load_target
 from alignpro.prompting import PrompterTemplate, drop_long_prompts
 from alignpro.rewards import build_reward
 from alignpro.versions import versions
@@ -27,7 +27,8 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
         TrainingError: The output directory holds a result already.
     """
     out = prepare_directory(config.out, "summary.json")
-    prompter, target = load_language_model(config.prompter), load_language_model(config.target)
+    prompter = load_language_model(config.prompter)
+    target = load_target(config.target, prompter)
     template = PrompterTemplate(prompter.tokenizer, config.prompting)
     room = min(config.prompting.max_prompt_tokens, prompter.context_length - config.rewrite.max_tokens)
     prompts = drop_long_prompts(load_prompts(config.data).prompts, template.encode, room)[: config.prompts]

@@ -46,7 +46,7 @@ class SupervisedTraining:
         self.stream = PromptStream(training, config.batch_size, config.run.seed)
         self.model: LanguageModel = add_adapter(load_trainable(config.policy, config.run.seed), config.policy.adapter)
         if config.policy.gradient_checkpointing:
-            self.model.causal.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.causal.gradient_checkpointing_enable(self.model.checkpoint_options)
         tokenizer = self.model.tokenizer
         self.prompter = PrompterTemplate(tokenizer, config.prompting)
         self.chat = ChatTemplate(tokenizer, config.policy.chat_template)
@@ -121,7 +121,8 @@ class SupervisedTraining:
         limit = min(self.config.max_tokens, self.model.context_length)
         if len(ids) + len(completion) > limit:
             self._truncated += 1
-            ids = ids[: limit - 1]
+            # The end of a prompt invokes an activated LoRA.
+            ids = ids[-(limit - 1) :] if self.model.invocation else ids[: limit - 1]
             completion = completion[: limit - len(ids)]
         return ids, completion
 

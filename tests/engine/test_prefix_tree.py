@@ -16,11 +16,14 @@ GEOMETRY = Geometry(((2, 4), (1, 4)), torch.float32)
 
 
 def make(pages: int, page_tokens: int) -> PrefixTree:
-    return PrefixTree(KVPool({"m": GEOMETRY}, torch.device("cpu"), total=pages, page_tokens=page_tokens))
+    return PrefixTree(
+        KVPool({"m": GEOMETRY, "lora": GEOMETRY}, torch.device("cpu"), total=pages, page_tokens=page_tokens)
+    )
 
 
-def mark(tokens: tuple[int, ...], heads: int) -> torch.Tensor:
-    """What stands for the keys of a prompt's last tokens: a number that tells the prefix."""
+def mark(path: list[Node], heads: int) -> torch.Tensor:
+    """What stands for the keys of a prompt's tokens: a number that tells the prefix, and whose tokens they are."""
+    tokens = tuple((token, each.model == "m") for each in path for token in each.tokens)
     values = [float(hash(tokens[: i + 1]) % 100_003) for i in range(len(tokens))]
     return torch.tensor(values)[:, None, None].expand(-1, heads, 4)
 
@@ -28,13 +31,12 @@ def mark(tokens: tuple[int, ...], heads: int) -> torch.Tensor:
 def compute(tree: PrefixTree, node: Node) -> None:
     """Write what belongs to the tokens of a path, as a forward pass would."""
     path = node.path()
-    whole = tuple(token for each in path for token in each.tokens)
     for each in path:
         count = len(each.tokens) - each.computed
         slots = torch.tensor(tree.pool.slots("m", each.pages, each.computed, count), dtype=torch.int64)
         first = each.start + each.computed
         for pages in tree.pool.layers("m"):
-            states = mark(whole, pages.shape[3])[first : first + count].contiguous()
+            states = mark(path, pages.shape[3])[first : first + count].contiguous()
             write_kv(states, -states, pages, slots)
         each.computed = len(each.tokens)
 
@@ -49,11 +51,10 @@ def check(tree: PrefixTree, held: list[Node]) -> None:
         assert len(node.pages) == tree.pool.pages_for("m", len(node.tokens))
         assert node.parent is not None
         assert node.start == node.parent.start + len(node.parent.tokens)
-        whole = tuple(token for each in node.path() for token in each.tokens)
         slots = torch.tensor(tree.pool.slots("m", node.pages, 0, node.computed), dtype=torch.int64)
         for pages in tree.pool.layers("m"):
             keys, values = read_kv(pages, slots)
-            assert torch.equal(keys, mark(whole, pages.shape[3])[node.start : node.start + node.computed])
+            assert torch.equal(keys, mark(node.path(), pages.shape[3])[node.start : node.start + node.computed])
             assert torch.equal(values, -keys)
     pages = [page for node in nodes for page in node.pages]
     assert len(set(pages)) == len(pages)
@@ -67,16 +68,25 @@ prompts = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 24)), min_size=1,
 @given(
     st.integers(4, 60),
     st.sampled_from([1, 4, 7, 32]),
-    st.lists(st.tuples(prompts, st.sampled_from(["compute", "hold", "release", "evict"])), max_size=30),
+    st.lists(
+        st.tuples(prompts, st.none() | st.integers(0, 40), st.sampled_from(["compute", "hold", "release", "evict"])),
+        max_size=30,
+    ),
 )
 @settings(max_examples=60)
-def test_any_order_of_uses(pages: int, page_tokens: int, uses: list[tuple[tuple[int, ...], str]]) -> None:
+def test_any_order_of_uses(pages: int, page_tokens: int, uses: list[tuple[tuple[int, ...], int | None, str]]) -> None:
+    """Also where a LoRA acts on the end of a prompt, whose first tokens are its base model's."""
     tree = make(pages, page_tokens)
     held: list[Node] = []
-    for prompt, then in uses:
-        node = tree.acquire("m", prompt)
+    for prompt, shared, then in uses:
+        if shared is None:
+            node = tree.acquire("m", prompt)
+        else:
+            shared = min(shared, len(prompt) - 1)
+            node = tree.acquire("lora", prompt, "m", shared)
+            assert node is None or sum(len(each.tokens) for each in node.path() if each.model == "m") == shared
         if node is None:
-            assert tree.pool.free + tree.cached < tree.pool.pages_for("m", len(prompt)) + 1
+            assert tree.pool.free + tree.cached < tree.pool.pages_for("m", len(prompt)) + 2
         else:
             assert tuple(token for each in node.path() for token in each.tokens) == prompt
             held.append(node)
@@ -92,8 +102,23 @@ def test_any_order_of_uses(pages: int, page_tokens: int, uses: list[tuple[tuple[
     while held:
         tree.release(held.pop())
     check(tree, held)
-    tree.drop("m")
+    base = [node for node in tree.nodes("m") if node.model == "m"]
+    tree.drop("lora")
+    check(tree, held)
+    assert list(tree.nodes("m")) == base
+    tree.evict_all()
     assert tree.pool.free == tree.pool.total
+
+
+def test_a_models_nodes_go_with_all_below_them_when_its_weights_change() -> None:
+    tree = make(100, 4)
+    nodes = [tree.acquire("m", (1, 2, 3)), tree.acquire("lora", (1, 2, 3, 4), "m", 3), tree.acquire("lora", (1, 2, 3))]
+    for node in nodes:
+        assert node is not None
+        tree.release(node)
+    assert tree.pool.used == {"m": 1, "lora": 2}
+    tree.drop("m")
+    assert tree.pool.used == {"m": 0, "lora": 1}
 
 
 def test_a_prompt_that_parts_from_another_in_the_middle_of_a_page_shares_all_before() -> None:

@@ -27,6 +27,8 @@ JOBS: dict[str, tuple[str, ...]] = {
     "Gibbs": ("train", "objective.loss=gibbs", "objective.epochs=2", "objective.minibatches=2"),
     "LoRA": ("train", "policy.adapter.kind=lora", "policy.adapter.rank=2"),
     "soft prompt": ("train", "policy.adapter.kind=soft_prompt", "policy.adapter.virtual_tokens=4"),
+    "self mode": ("train", "policy.adapter.kind=lora", "policy.adapter.activated=true", "target=policy"),
+    "SFT of an activated LoRA": ("sft", "policy.adapter.kind=lora", "policy.adapter.activated=true"),
     "bfloat16": ("train", "policy.dtype=bfloat16"),
     "from scratch": ("train", "policy.from_scratch=true"),
     "RLHF": ("rlhf", "objective.entropy_coef=0.01"),

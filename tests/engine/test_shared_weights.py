@@ -1,0 +1,259 @@
+"""A prompter that is a LoRA on the target: chains as with two models, prefixes computed once, one forward pass for both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import ARCHITECTURES, ragged, tiny_language_model
+
+from alignpro.config import AdapterConfig
+from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.engine.prefix_tree import SHORTEST
+from alignpro.language_model import LanguageModel
+from alignpro.models import add_adapter
+from alignpro.policy import sequence_logprob
+from alignpro.sequences import SequenceBatch
+
+INVOCATION = "YZ"
+TEMPLATE = ragged(1, 60, shortest=30, longest=30, seed=5)[0]
+TEXTS = [TEMPLATE + tail for tail in ragged(5, 60, shortest=1, longest=20, seed=6)]
+REWRITE = SamplingParams(max_tokens=9, n=3, stop_token_ids=(0, 1))
+RESPOND = SamplingParams(max_tokens=7, n=2, stop_token_ids=(2,), temperature=0.8)
+SEEDS = [11, 12, 13, 14, 15]
+
+
+def adapted(architecture: str = "llama", *, activated: bool = True, head: bool = False, seed: int = 9) -> LanguageModel:
+    """A model with a LoRA that has learned something."""
+    modules: str | list[str] = ["q_proj", "v_proj", "lm_head"] if head else "all-linear"
+    invocation = INVOCATION if activated else None
+    adapter = AdapterConfig(kind="lora", rank=4, activated=activated, invocation=invocation, target_modules=modules)
+    model = add_adapter(tiny_language_model(architecture), adapter)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    return model.requires_grad_(False)
+
+
+def prompts(model: LanguageModel) -> list[list[int]]:
+    """What the prompter is given: each ends by invoking the adapter."""
+    return [[*text, *model.invocation] for text in TEXTS]
+
+
+def to_target(i: int, sample: Completion) -> list[int]:
+    """The target sees the rewrite alone, or behind the prompt."""
+    return [1, *sample.tokens, 2] if i % 2 else [*TEXTS[i], *sample.tokens]
+
+
+def chains(engine: Engine, inputs: list[list[int]]) -> list[list[Chain]]:
+    return engine.run_chains(inputs, rewrite=REWRITE, to_target=to_target, respond=RESPOND, seeds=SEEDS)
+
+
+def assert_same(left: list[list[Chain]], right: list[list[Chain]]) -> None:
+    for group, others in zip(left, right, strict=True):
+        for chain, other in zip(group, others, strict=True):
+            assert chain.target_tokens == other.target_tokens
+            assert_same_completions([chain.sample, *chain.responses], [other.sample, *other.responses])
+
+
+def assert_same_completions(left: list[Completion], right: list[Completion]) -> None:
+    for one, other in zip(left, right, strict=True):
+        assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+
+
+@pytest.fixture(scope="module")
+def prompter() -> LanguageModel:
+    return adapted()
+
+
+@pytest.fixture(scope="module")
+def expected(prompter: LanguageModel, llama: LanguageModel) -> list[list[Chain]]:
+    """From two models with weights of their own."""
+    return chains(Engine({"policy": adapted(), "target": llama}, audit=True), prompts(prompter))
+
+
+def shared(model: LanguageModel, **options: object) -> Engine:
+    return Engine({"policy": model, "target": model.base()}, audit=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_tokens_are_those_of_pefts_generate(architecture: str) -> None:
+    model = adapted(architecture)
+    greedy = SamplingParams(max_tokens=12, temperature=0.0)
+    inputs = prompts(model)
+    drawn = Engine({"policy": model}, audit=True).generate("policy", inputs, greedy)
+    for prompt, (completion,) in zip(inputs, drawn, strict=True):
+        ids = torch.tensor([prompt])
+        truth = model.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert truth[0, len(prompt) :].tolist() == completion.tokens
+    with model.adapter_off():
+        assert Engine({"policy": model}).generate("policy", inputs, greedy) != drawn
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_logprobs_are_those_of_training(head: bool) -> None:
+    model = adapted(head=head)
+    params = SamplingParams(max_tokens=8, n=2)
+    drawn = shared(model).generate("policy", prompts(model), params)
+    rows = [(prompt, c) for prompt, group in zip(prompts(model), drawn, strict=True) for c in group]
+    batch = SequenceBatch.build([prompt for prompt, _ in rows], [c.tokens for _, c in rows])
+    truth = sequence_logprob(model, batch, 1.0)
+    assert [sum(c.logprobs) for _, c in rows] == pytest.approx(truth.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{}, {"page_tokens": 3, "token_budget": 7, "max_batch": 4}, {"pool_bytes": 22 << 10, "page_tokens": 4}]
+)
+def test_chains_are_those_of_two_models(
+    prompter: LanguageModel, expected: list[list[Chain]], fuse: bool, settings: dict[str, int]
+) -> None:
+    engine = shared(prompter, fuse=fuse, **settings)
+    assert_same(chains(engine, prompts(prompter)), expected)
+    assert (engine.stats.preemptions > 0) == ("pool_bytes" in settings)
+    assert_same(chains(engine, prompts(prompter)), expected)  # from the cache
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("head", [False, True])
+def test_chains_of_a_plain_lora_too(llama: LanguageModel, head: bool, fuse: bool) -> None:
+    model = adapted(activated=False, head=head)
+    apart = Engine({"policy": adapted(activated=False, head=head), "target": llama})
+    assert_same(chains(shared(model, fuse=fuse), TEXTS), chains(apart, TEXTS))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_chains_of_every_architecture(architecture: str) -> None:
+    model = adapted(architecture)
+    inputs = prompts(model)
+    apart = Engine({"policy": adapted(architecture), "target": tiny_language_model(architecture)})
+    assert_same(chains(shared(model), inputs), chains(apart, inputs))
+
+
+def test_both_stages_run_in_one_forward_pass(prompter: LanguageModel) -> None:
+    fused, apart = shared(prompter), shared(prompter, fuse=False)
+    for engine in (fused, apart):
+        chains(engine, prompts(prompter))
+    assert fused.stats.ticks < apart.stats.ticks
+    assert fused.stats.computed == apart.stats.computed
+
+
+def test_what_stands_before_the_invocation_is_computed_once_for_prompter_and_target(prompter: LanguageModel) -> None:
+    engine, params = shared(prompter), SamplingParams(max_tokens=1)
+    inputs = prompts(prompter)
+    engine.generate("policy", inputs, params)
+    computed = engine.stats.computed["prefill"]
+    floor = len(TEMPLATE) + sum(len(text) - len(TEMPLATE) for text in TEXTS) + 2 * len(TEXTS)
+    assert floor <= computed <= floor + len(TEXTS) * SHORTEST
+    engine.generate("target", TEXTS, params)  # the baseline: no rewrite
+    assert engine.stats.computed["prefill"] == computed
+    assert engine.stats.computed["recompute"] == len(TEXTS)  # the last state of each, in which the target draws
+
+
+def test_the_sharing_floor_is_reached(prompter: LanguageModel) -> None:
+    engine = shared(prompter)
+    common, params = ragged(1, 60, shortest=40, longest=40)[0], SamplingParams(max_tokens=6, n=4)
+    engine.run_chains(
+        [[*common, *prompter.invocation]],
+        rewrite=params,
+        to_target=lambda i, sample: [*common, *sample.tokens],
+        respond=params,
+    )
+    computed = sum(engine.stats.computed.values())
+    # Four rewrites that begin alike for less than a node's length are computed apart.
+    assert 0 <= computed - engine.stats.floor_tokens <= 4
+    assert engine.stats.floor_tokens < 2 * len(common) + 2 * 4 * 5 + 4 * 4 * 5
+
+
+def test_new_weights_of_the_lora_leave_the_bases_pages(llama: LanguageModel) -> None:
+    model = adapted()
+    engine, inputs = shared(model), prompts(model)
+    before = chains(engine, inputs)
+    computed = engine.stats.computed["prefill"]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                weight.mul_(-1.5)
+    engine.weights_updated("policy")
+    (memory,) = engine._memories.values()
+    assert memory.pool.used["policy"] == 0 < memory.pool.used["target"]
+    params = SamplingParams(max_tokens=4, n=2)
+    again = engine.generate("policy", inputs, params, SEEDS)
+    assert engine.stats.computed["prefill"] - computed == 2 * len(inputs)  # the invocations
+    truth = Engine({"policy": model}).generate("policy", inputs, params, SEEDS)
+    assert_same_completions([c for group in again for c in group], [c for group in truth for c in group])
+    after = chains(engine, inputs)
+    assert_same(after, chains(Engine({"policy": model, "target": llama}), inputs))
+    assert [c.sample.tokens for g in after for c in g] != [c.sample.tokens for g in before for c in g]
+    engine.weights_updated("target")
+    assert memory.pool.free == memory.pool.total
+
+
+def test_prefixes_are_shared_over_steps_without_a_target(prompter: LanguageModel) -> None:
+    engine, params = Engine({"policy": prompter}, audit=True), SamplingParams(max_tokens=3)
+    first = engine.generate("policy", prompts(prompter), params)
+    computed = engine.stats.computed["prefill"]
+    engine.weights_updated("policy")
+    again = engine.generate("policy", prompts(prompter), params)
+    assert_same_completions([group[0] for group in again], [group[0] for group in first])
+    assert engine.stats.computed["prefill"] - computed == 2 * len(TEXTS)
+
+
+def test_a_prompt_without_an_invocation_is_an_error_for_itself_alone(
+    prompter: LanguageModel, expected: list[list[Chain]]
+) -> None:
+    inputs = [*prompts(prompter)[:2], TEXTS[2], *prompts(prompter)[3:]]
+    result = chains(shared(prompter), inputs)
+    assert_same(result[:2] + result[3:], expected[:2] + expected[3:])
+    assert {chain.sample.error for chain in result[2]} == {
+        f"the prompt has no invocation tokens {list(prompter.invocation)}, from which on the activated LoRA acts: is it put "
+        "to the model with the chat template that the adapter was made with?"
+    }
+
+
+@settings(max_examples=8)
+@given(
+    pages=st.integers(12, 40),
+    page_tokens=st.sampled_from([1, 4, 16]),
+    budget=st.integers(1, 60),
+    batch=st.integers(1, 30),
+    fuse=st.booleans(),
+    update=st.booleans(),
+)
+def test_whatever_the_memory(
+    prompter: LanguageModel,
+    expected: list[list[Chain]],
+    pages: int,
+    page_tokens: int,
+    budget: int,
+    batch: int,
+    fuse: bool,
+    update: bool,
+) -> None:
+    """Chains, after each tick of which the books are checked, do not depend on it."""
+    token_bytes = 2 * 2 * 2 * 8 * 4
+    engine = shared(
+        prompter,
+        fuse=fuse,
+        pool_bytes=max(pages * page_tokens, 130 + 3 * page_tokens) * token_bytes,
+        page_tokens=page_tokens,
+        token_budget=budget,
+        max_batch=batch,
+    )
+    for _ in range(2):
+        assert_same(chains(engine, prompts(prompter)), expected)
+        if update:
+            engine.weights_updated("policy")
+    (memory,) = engine._memories.values()
+    assert memory.pool.total - memory.pool.free == memory.tree.cached
