@@ -1,11 +1,11 @@
 """Attention over packed sequences that share their prompts, inside unmodified transformers models.
 
-Sequences lie on one line, a prompt once and behind it all that goes on from it:
+Sequences lie on one line: what all prompts begin with, and then each prompt once, with all that goes on from it behind it:
 
-    x₁ x₁ x₁ | a a a | b b | x₂ x₂ | c c c        a, b go on from x₁; c from x₂
+    m m | x₁ x₁ x₁ | a a a | b b | x₂ x₂ | c c c        x₁, x₂ go on from m; a, b from x₁; c from x₂
 
-A token sees its prompt up to the end (or up to itself, inside the prompt) and its own continuation up to itself. Linear
-layers then work on X + K·R tokens for K continuations of a prompt, and not on K·(X + R).
+A token sees all that it goes on from, and its own part up to itself. Linear layers then work on M + P·(X + K·R) tokens
+for P prompts with K continuations each, and not on P·K·(M + X + R).
 
 `attach` puts a function into a model's attention through transformers' `AttentionInterface`. With a `Layout` in the call's
 keyword arguments it attends to packed sequences, with a `Plan` it leaves attention to that, as generation does, whose keys
@@ -29,14 +29,19 @@ _PREFIX = "alignpro_"
 
 @dataclass
 class Layout:
-    """Where P prompts and S continuations lie in T packed tokens, padded to X and R for the products of attention."""
+    """Where P prompts and S continuations lie in T packed tokens, padded to X and R for the products of attention.
+
+    The first M tokens are what all prompts begin with.
+    """
 
     positions: Tensor
     """(T,) int64: of each token in its sequence."""
+    shared: int
+    """M, which may be 0."""
     prompt: Tensor
-    """(P, X) int64: tokens of each prompt; 0 behind its end."""
+    """(P, X) int64: tokens of each prompt behind the shared ones; 0 behind its end."""
     prompt_lengths: Tensor
-    """(P,) int64."""
+    """(P,) int64, shared tokens included."""
     parent: Tensor
     """(S,) int64: the prompt of each continuation."""
     continuation: Tensor
@@ -44,66 +49,69 @@ class Layout:
     continuation_lengths: Tensor
     """(S,) int64."""
     place: Tensor
-    """(T,) int64: where a token is among the P·X of ``prompt`` followed by the S·R of ``continuation``."""
+    """(T,) int64: where a token is among the M shared, the P·X of ``prompt`` and the S·R of ``continuation``."""
     order: Tensor
-    """(P·X + S·R,) int64: ``prompt`` and ``continuation`` behind one another."""
+    """(M + P·X + S·R,) int64: shared tokens, ``prompt`` and ``continuation`` behind one another."""
     masks: dict[tuple[str, int | None, int], Tensor] = field(default_factory=dict)
     """Made once a forward pass, by part, window and groups of heads."""
 
     @classmethod
-    def build(cls, prompts: Sequence[int], continuations: Sequence[tuple[int, int]], device: torch.device) -> Layout:
+    def build(
+        cls, prompts: Sequence[int], continuations: Sequence[tuple[int, int]], device: torch.device, shared: int = 0
+    ) -> Layout:
         """The layout of prompts of given lengths, each followed by its continuations, (index of the prompt, length).
 
-        Continuations stand in the order of their prompts.
+        Continuations stand in the order of their prompts. The first ``shared`` tokens of all prompts are the same, and
+        stand before the first alone; the lengths include them, and each prompt has a token more.
         """
-        X, R = max(prompts), max((length for _, length in continuations), default=0)
+        X, R = max(prompts) - shared, max((length for _, length in continuations), default=0)
         prompt = torch.zeros(len(prompts), X, dtype=torch.int64)
         continuation = torch.zeros(len(continuations), R, dtype=torch.int64)
-        positions, place = [], []
-        at = row = 0
+        positions, place = [torch.arange(shared)], [torch.arange(shared)]
+        at, row = shared, 0
         for p, length in enumerate(prompts):
-            span = torch.arange(length)
-            prompt[p, :length] = at + span
-            positions.append(span)
-            place.append(p * X + span)
-            at += length
+            span = torch.arange(length - shared)
+            prompt[p, : len(span)] = at + span
+            positions.append(shared + span)
+            place.append(shared + p * X + span)
+            at += len(span)
             while row < len(continuations) and continuations[row][0] == p:
                 span = torch.arange(continuations[row][1])
                 continuation[row, : len(span)] = at + span
                 positions.append(length + span)
-                place.append(len(prompts) * X + row * R + span)
+                place.append(shared + len(prompts) * X + row * R + span)
                 at += len(span)
                 row += 1
         return cls(
             positions=torch.cat(positions).to(device),
+            shared=shared,
             prompt=prompt.to(device),
             prompt_lengths=torch.tensor(prompts, device=device),
             parent=torch.tensor([p for p, _ in continuations], dtype=torch.int64, device=device),
             continuation=continuation.to(device),
             continuation_lengths=torch.tensor([n for _, n in continuations], dtype=torch.int64, device=device),
             place=torch.cat(place).to(device),
-            order=torch.cat([prompt.flatten(), continuation.flatten()]).to(device),
+            order=torch.cat([torch.arange(shared), prompt.flatten(), continuation.flatten()]).to(device),
         )
 
-    def prompt_mask(self, window: int | None) -> Tensor | None:
-        """(X, X) bool, True where a prompt's token sees another; None for plain causality.
+    def causal_mask(self, before: int, own: int, window: int | None) -> Tensor | None:
+        """(own, before + own) bool, True where one of ``own`` tokens behind others sees another; None for plain causality.
 
         Padding is behind the tokens, so that none of them sees it.
         """
-        X = self.prompt.shape[1]
-        if window is None or window >= X:
+        if before == 0 and (window is None or window >= own):
             return None
-        if (key := ("prompt", window, 1)) not in self.masks:
-            span = torch.arange(X, device=self.prompt.device)
-            distance = span[:, None] - span
-            self.masks[key] = (distance >= 0) & (distance < window)
+        if (key := (f"causal {before}", window, own)) not in self.masks:
+            span = torch.arange(before + own, device=self.prompt.device)
+            distance = span[before:, None] - span
+            self.masks[key] = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         return self.masks[key]
 
     def continuation_mask(self, window: int | None, groups: int) -> Tensor:
-        """(S, 1, groups·R, X + R) bool: what continuations see of their prompts and of themselves."""
+        """(S, 1, groups·R, M + X + R) bool: what continuations see of their prompts and of themselves."""
         if (key := ("continuation", window, groups)) not in self.masks:
             device = self.prompt.device
-            X, R = self.prompt.shape[1], self.continuation.shape[1]
+            X, R = self.shared + self.prompt.shape[1], self.continuation.shape[1]
             before, own = torch.arange(X, device=device), torch.arange(R, device=device)
             length = self.prompt_lengths[self.parent]  # (S,)
             in_prompt = (before < length[:, None])[:, None, :].expand(-1, R, -1)  # (S, R, X)
@@ -240,16 +248,33 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     P, X = layout.prompt.shape
     S, R = layout.continuation.shape
+    M = layout.shared
     parts = []
     for x in (query, key, value):
         rows = _Gather.apply(x[0].transpose(0, 1), layout.order, layout.place)
-        first, second = rows.split([P * X, S * R])
-        parts.append((first.unflatten(0, (P, X)).transpose(1, 2), second.unflatten(0, (S, R)).transpose(1, 2)))
-    (q, q_c), (k, k_c), (v, v_c) = parts
+        shared, first, second = rows.split([M, P * X, S * R])
+        parts.append(
+            (
+                shared.unsqueeze(0).transpose(1, 2),  # (1, heads, M, D)
+                first.unflatten(0, (P, X)).transpose(1, 2),  # (P, heads, X, D)
+                second.unflatten(0, (S, R)).transpose(1, 2),  # (S, heads, R, D)
+            )
+        )
+    (q_m, q, q_c), (k_m, k, k_c), (v_m, v, v_c) = parts
 
-    k_all, v_all = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-    out = _attend(q, k_all, v_all, layout.prompt_mask(sliding_window), scaling, softcap, dropout, causal=True)
-    rows = [out.transpose(1, 2).flatten(0, 1)]
+    def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Tokens that see themselves and, of the keys in front of their own, all."""
+        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+        own = query.shape[2]
+        mask = layout.causal_mask(key.shape[2] - own, own, sliding_window)
+        out = _attend(query, key, value, mask, scaling, softcap, dropout, causal=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    rows = []
+    if M:
+        rows.append(causal(q_m, k_m, v_m))
+        k, v = (torch.cat([x.expand(P, -1, -1, -1), own], dim=2) for x, own in ((k_m, k), (v_m, v)))
+    rows.append(causal(q, k, v))
     if S * R:
         # Heads that share keys are laid behind one another as queries, so that keys are not repeated.
         folded = q_c.unflatten(1, (k.shape[1], groups)).flatten(2, 3)  # (S, H', groups·R, D)

@@ -37,6 +37,8 @@ class TokenValues:
     """Entropy of ρ(·|s_t), in nats."""
     reference_states: Tensor
     """(N, D): the reference's hidden states, row by row. They do not change while the policy is updated."""
+    states: Tensor | None = None
+    """(N, D): the policy's, with the graph that leads to its weights, if that was asked for; true until these change."""
 
 
 class Policy:
@@ -97,13 +99,24 @@ class Policy:
             self._reference_id = fingerprint(weights)
         return self._reference_id
 
+    def token_values(self, batch: SequenceBatch, *, keep_states: bool = False) -> TokenValues:
+        """Log-probabilities, exact KL and entropy of every action at the current weights.
+
+        Args:
+            batch: The sequences.
+            keep_states: Keep the policy's states for a `loss` at the same weights, which then needs no pass of its own.
+        """
+        kept = self.model.action_states(batch) if keep_states else None
+        return self._token_values(batch, kept)
+
     @torch.no_grad()
-    def token_values(self, batch: SequenceBatch) -> TokenValues:
-        """Log-probabilities, exact KL and entropy of every action at the current weights."""
-        if self.reference is None:
+    def _token_values(self, batch: SequenceBatch, kept: Tensor | None) -> TokenValues:
+        if kept is not None:
+            states, reference_states = kept.detach(), self._reference_states(batch)
+        elif self.reference is None:
             states, reference_states = self.model.action_states_of_both(batch)
         else:
-            states, reference_states = self.model.action_states(batch), self.reference.action_states(batch)
+            states, reference_states = self.model.action_states(batch), self._reference_states(batch)
         targets, reference_head = batch.targets, self._reference_head()
         head = self.model.head
         stats = linear_logprob(
@@ -129,6 +142,7 @@ class Policy:
             kl=batch.scatter(stats.kl),
             entropy=batch.scatter(stats.entropy),
             reference_states=reference_states,
+            states=kept,
         )
 
     def loss(
@@ -136,6 +150,7 @@ class Policy:
         batch: SequenceBatch,
         coefficients: Coefficients,
         *,
+        states: Tensor | None = None,
         reference_states: Tensor | None = None,
         entropy: bool = False,
     ) -> PolicyLossOutput:
@@ -144,6 +159,7 @@ class Policy:
         Args:
             batch: The sequences.
             coefficients: (logprob, entropy, kl, rows) → loss terms and their derivatives; see `Coefficients`.
+            states: (N, D) of `TokenValues`, if the weights have not changed since; made anew when absent.
             reference_states: (N, D) of `TokenValues`; given, the coefficients get the exact KL.
             entropy: Whether they get the entropy.
         """
@@ -152,7 +168,7 @@ class Policy:
         if reference_states is not None:
             reference = _reference_arguments(head, reference_states, self._reference_head())
         return policy_loss(
-            self.model.action_states(batch),
+            self.model.action_states(batch) if states is None else states,
             head.weight,
             batch.targets,
             coefficients,
@@ -165,6 +181,12 @@ class Policy:
     def sequence_logprob(self, batch: SequenceBatch) -> Tensor:
         """log ρ(x'|x) of whole sequences, differentiable: (B,)."""
         return sequence_logprob(self.model, batch, self.temperature)
+
+    def _reference_states(self, batch: SequenceBatch) -> Tensor:
+        if self.reference is not None:
+            return self.reference.action_states(batch)
+        with self.model.adapter_off():
+            return self.model.action_states(batch)
 
     def _reference_head(self) -> Head:
         return self.model.base_head if self.reference is None else self.reference.head

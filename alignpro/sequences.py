@@ -13,6 +13,8 @@ from alignpro.activated_lora import invoked_at
 from alignpro.attention import Layout
 from alignpro.errors import DataError
 
+_FEWEST_SHARED = 8  # tokens: attention to them takes two more calls a layer
+
 
 @dataclass(frozen=True)
 class SequenceBatch:
@@ -91,6 +93,7 @@ class SequenceBatch:
         Raises:
             DataError: They do not occur in a prompt.
         """
+        shared = self._shared_tokens(virtual_tokens)
         ids: list[int] = []
         active: list[int] = []
         lengths: list[int] = []
@@ -99,11 +102,13 @@ class SequenceBatch:
         last = 0  # the state at the end of the prompt at hand
         for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
             if row == 0 or list(prompt) != list(self.prompts[row - 1]):
-                ids += [-1] * virtual_tokens
+                whole = [-1] * virtual_tokens + list(prompt)
+                here = shared if row else 0  # tokens that are there already
                 if invocation:
-                    active += range(len(ids) + invoked_at(prompt, invocation), len(ids) + len(prompt))
-                ids += prompt
-                lengths.append(virtual_tokens + len(prompt))
+                    acts = virtual_tokens + invoked_at(prompt, invocation)
+                    active += range(len(ids) + max(acts - here, 0), len(ids) + len(whole) - here)
+                ids += whole[here:]
+                lengths.append(len(whole))
                 last = len(ids) - 1
             inner = completion[:-1]  # nothing is chosen after the last action
             own = range(len(ids), len(ids) + len(inner))
@@ -115,9 +120,17 @@ class SequenceBatch:
         return PackedSequences(
             torch.tensor(ids, device=device),
             torch.tensor(states, dtype=torch.int64, device=device),
-            Layout.build(lengths, continuations, device),
+            Layout.build(lengths, continuations, device, shared if len(lengths) > 1 else 0),
             torch.tensor(active, dtype=torch.int64, device=device) if invocation else None,
         )
+
+    def _shared_tokens(self, virtual_tokens: int) -> int:
+        """How many tokens all prompts begin with, one of each left over; 0 where it is not worth the trouble."""
+        first, last = min(self.prompts, key=list), max(self.prompts, key=list)  # the most different ones
+        most = min(map(len, self.prompts)) - 1
+        common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
+        shared = virtual_tokens + min(common, most)
+        return shared if shared >= _FEWEST_SHARED else 0
 
     def pack_both(self, invocation: Sequence[int]) -> PackedSequences:
         """As `pack`, each sequence with an activated LoRA and without it; what stands before the invocation once for both.

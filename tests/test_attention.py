@@ -16,13 +16,15 @@ from alignpro.sequences import SequenceBatch
 SHARED = [[3, 5, 7, 2, 9, 11, 4, 6, 8, 10], [12], [13, 14, 15]]
 """Prompts, one longer than a sliding window."""
 PROMPTS = [SHARED[i] for i in (0, 0, 0, 1, 1, 2)]
+BEGINNING = [15, 3, 8, 9, 1, 1, 4, 7, 2, 6, 12, 5]
+"""What prompts may have in common, longer than a sliding window."""
 COMPLETIONS = [[1, 2, 3, 4], list(range(20, 20 + 2 * WINDOW)), [6], [7, 8], [], [9, 10, 11]]
 
 
-def apart(model: LanguageModel) -> Tensor:
+def apart(model: LanguageModel, prompts: list[list[int]]) -> Tensor:
     """The states of each action, from one forward pass a sequence."""
     rows = []
-    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+    for prompt, completion in zip(prompts, COMPLETIONS, strict=True):
         ids = torch.tensor([[*prompt, *completion]])
         states = model.hidden(ids, torch.ones_like(ids))[0]
         rows.append(states[len(prompt) - 1 : len(prompt) - 1 + len(completion)])
@@ -38,13 +40,14 @@ def gradients(model: LanguageModel, states: Tensor) -> dict[str, Tensor]:
 
 
 def assert_shared_as_apart(model: LanguageModel) -> None:
-    batch = SequenceBatch.build(PROMPTS, COMPLETIONS)
-    shared, unshared = model.action_states(batch), apart(model)
-    close(shared, unshared)
-    ours, truth = gradients(model, shared), gradients(model, unshared)
-    assert ours.keys() == truth.keys() and ours
-    for name, gradient in ours.items():
-        close(gradient, truth[name])
+    for prompts in (PROMPTS, [BEGINNING + prompt for prompt in PROMPTS]):
+        batch = SequenceBatch.build(prompts, COMPLETIONS)
+        shared, unshared = model.action_states(batch), apart(model, prompts)
+        close(shared, unshared)
+        ours, truth = gradients(model, shared), gradients(model, unshared)
+        assert ours.keys() == truth.keys() and ours
+        for name, gradient in ours.items():
+            close(gradient, truth[name])
 
 
 def close(ours: Tensor, truth: Tensor) -> None:
@@ -82,7 +85,7 @@ def test_with_an_adapter(architecture: str, adapter: AdapterConfig) -> None:
     assert_shared_as_apart(model)
     with model.adapter_off():
         batch = SequenceBatch.build(PROMPTS, COMPLETIONS)
-        close(model.action_states(batch), apart(model))
+        close(model.action_states(batch), apart(model, PROMPTS))
 
 
 def test_under_gradient_checkpointing() -> None:

@@ -48,6 +48,26 @@ def test_a_soft_prompt_has_its_places_before_each_prompt() -> None:
     assert packed.ids[packed.states].tolist() == [2, 7, 2, 3]
 
 
+def test_what_all_prompts_begin_with_comes_once() -> None:
+    begin = list(range(10, 18))
+    batch = SequenceBatch.build([[*begin, 1], [*begin, 1], [*begin, 1, 2], [*begin, 3]], [[7, 8], [9], [7, 6], [5]])
+    packed = batch.pack(invocation=[17])
+    assert packed.ids.tolist() == [*begin, 1, 7, 1, 2, 7, 3]
+    assert packed.layout.shared == 8
+    assert packed.layout.positions.tolist() == [*range(8), 8, 9, 8, 9, 10, 8]
+    assert packed.ids[packed.states].tolist() == [1, 7, 1, 2, 7, 3]
+    assert packed.active is not None and packed.active.tolist() == list(range(7, 14))  # the last of the common ones too
+    assert batch.pack(invocation=[10]).active.tolist() == list(range(14))  # type: ignore[union-attr]
+
+
+def test_a_prompt_that_is_the_beginning_of_all_others_keeps_a_token() -> None:
+    begin = list(range(10, 20))
+    packed = SequenceBatch.build([begin, [*begin, 1]], [[7], [8]]).pack()
+    assert packed.layout.shared == 9
+    assert packed.ids.tolist() == [*begin[:-1], 19, 19, 1]
+    assert packed.ids[packed.states].tolist() == [19, 1]
+
+
 def test_scatter_puts_values_back(batch: SequenceBatch) -> None:
     values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
     scattered = batch.scatter(values)

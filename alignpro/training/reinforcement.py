@@ -126,8 +126,11 @@ class PolicyTraining:
             [chain.sample.tokens for group in chains for chain in group],
             self.policy.model.device,
         )
-        parts = [self.policy.token_values(batch.rows(*rows)) for rows in self._micro_batches(len(batch))]
-        values = _concatenate(parts, batch.mask.shape[1])
+        micro_batches = list(self._micro_batches(len(batch)))
+        # One micro-batch is all that the first update passes over, at the weights of now: its graph is kept for that.
+        keep = len(micro_batches) == 1 and objective.loss != "gibbs" and objective.minibatches == 1
+        parts = [self.policy.token_values(batch.rows(*rows), keep_states=keep) for rows in micro_batches]
+        values = parts[0] if keep else _concatenate(parts, batch.mask.shape[1])
         R = scores.values.flatten().to(values.logprob)  # (B,)
         rewards = objectives.token_rewards(
             R,
@@ -165,7 +168,7 @@ class PolicyTraining:
         for epoch in range(self.objective.epochs):
             for groups in self._minibatches(len(experience.batch) // self.sampling.n, step, epoch):
                 minibatch = _select(experience, groups, self.sampling.n)
-                metrics = self._backward(minibatch)
+                metrics = self._backward(minibatch, None if updates else experience.values.states)
                 metrics["gradient_norm"] = self.backend.step()
                 self.engine.weights_updated("policy")
                 if self.critic is not None:
@@ -173,8 +176,8 @@ class PolicyTraining:
                 updates.append(metrics)
         return _mean(updates)
 
-    def _backward(self, minibatch: Experience) -> Metrics:
-        """Gradients of a minibatch, micro-batch by micro-batch."""
+    def _backward(self, minibatch: Experience, states: Tensor | None = None) -> Metrics:
+        """Gradients of a minibatch, micro-batch by micro-batch; ``states`` (N, D) of all its actions, if they are known."""
         objective, total = self.objective, 0.0
         details: list[Metrics] = []
         tokens: list[int] = []
@@ -204,11 +207,15 @@ class PolicyTraining:
                     coefficients = objectives.ppo_clip_coefficients(rows, objective.clip_range)
                 else:
                     coefficients = objectives.policy_gradient_coefficients(rows)
-                states = None
+                reference = None
                 if objective.kl.estimator == "exact" and self.kl.coef > 0:
-                    states = minibatch.values.reference_states[minibatch.state_index[start:stop, :width][batch.mask]]
+                    reference = minibatch.values.reference_states[minibatch.state_index[start:stop, :width][batch.mask]]
                 loss = self.policy.loss(
-                    batch, coefficients, reference_states=states, entropy=objective.entropy_coef > 0
+                    batch,
+                    coefficients,
+                    states=states,
+                    reference_states=reference,
+                    entropy=objective.entropy_coef > 0,
                 ).loss
                 details.append(coefficients.metrics())
                 tokens.append(len(rows.advantages))

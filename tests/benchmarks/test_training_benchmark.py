@@ -1,0 +1,125 @@
+"""The training benchmark: its lengths are exact, it writes what it promises, and it names who did not take part."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from alignpro.config import ModelConfig, PromptingConfig
+from alignpro.data import Prompt
+from alignpro.prompting import PrompterTemplate, TargetTemplate
+from alignpro.tokenization import load_tokenizer
+from benchmarks.training.__main__ import app
+from benchmarks.training.ours import OurTraining
+from benchmarks.training.task import Task, make_task
+from benchmarks.workload import BARE, PAPER, QUICK, reshape
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """Tiny models, with templates of the paper's lengths."""
+    workload = reshape(QUICK, ["meta_prompt=160", "prompt=64", "rewrite=32", "template=48"])
+    return make_task(workload, tmp_path_factory.mktemp("task"), steps=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A quick run without peers."""
+    file = tmp_path_factory.mktemp("training") / "quick.json"
+    app(["--quick", "--peers", "none", "--json", str(file)], standalone_mode=False)
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return json.loads(file.read_text())
+
+
+def test_recorded_workloads_have_the_lengths_they_are_known_for() -> None:
+    assert (PAPER.prompter_input, PAPER.rewrite, PAPER.target_input, PAPER.response) == (224, 32, 80, 32)
+    assert (BARE.prompter_input, BARE.rewrite, BARE.target_input, BARE.response) == (64, 32, 32, 64)
+    assert (PAPER.chains, BARE.chains) == (256, 64)
+
+
+def test_whatever_the_prompter_writes_has_as_many_tokens_for_the_target(task: Task) -> None:
+    config = PromptingConfig(meta_prompt=str(task.directory / "meta_prompt.jinja"))
+    prompter = PrompterTemplate(load_tokenizer(ModelConfig(path=str(task.prompter))), config)
+    target = TargetTemplate(load_tokenizer(ModelConfig(path=str(task.target))), max_tokens=200)
+    for text in task.prompts:
+        assert len(prompter.encode(Prompt.from_text(text))) == 160 + 64
+    vocabulary = task.workload.prompter.vocabulary
+    assert vocabulary == 259
+    for start in range(vocabulary):
+        rewrite = [(start + i) % vocabulary for i in range(32)]
+        given = target.encode(Prompt.from_text(task.prompts[0]), prompter.decode(rewrite))
+        assert len(given.tokens) == 48 + 32
+        assert given.tokens[40:72] == rewrite  # as it was sampled, between the template's two parts
+    assert all(token >= vocabulary for token in (*prompter.stop_token_ids, *target.stop_token_ids))
+
+
+def test_no_prompt_comes_twice(task: Task) -> None:
+    assert len(set(task.prompts)) == task.steps * task.workload.prompts
+
+
+def test_a_step_computes_what_is_shared_once(task: Task) -> None:
+    w = task.workload
+    training = OurTraining(task, CPU)
+    training.step(0)  # the engine tries its models on a token when it first runs
+    step = training.step(1)
+    assert step.tokens["decode"] == w.prompts * w.K * (w.rewrite - 1) + w.chains * (w.response - 1)
+    packed = w.prompts * (w.prompter_input + w.K * (w.rewrite - 1))
+    assert step.tokens["update"] == packed
+    assert step.tokens["credit"] == 2 * packed  # the policy and its reference
+
+
+def test_overrides_reach_the_configuration(task: Task) -> None:
+    with pytest.raises(typer.BadParameter, match="estimator"):
+        app(["--quick", "--peers", "none", "--json", "/dev/null", "objective.kl.estimator=k9"], standalone_mode=False)
+
+
+def test_file_has_medians_phases_and_samples(document: Any) -> None:
+    ours = document["ours"]
+    assert ours["status"] == "measured"
+    assert len(ours["samples"]) == document["run"]["steps"] == 2
+    assert ours["step_s"] == pytest.approx(sum(sample["step_s"] for sample in ours["samples"]) / 2)
+    assert ours["chains_per_s"] == pytest.approx(QUICK.chains / ours["step_s"])
+    assert ours["phases"].keys() == {"rollout", "reward", "credit", "update"}
+    assert sum(ours["samples"][0]["phases"].values()) <= ours["samples"][0]["step_s"]
+    assert document["run"]["command"].startswith("python -m benchmarks.training")
+    assert document["ratio"] is None
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)  # importing it fails, as where it is not installed
+    file = tmp_path / "quick.json"
+    app(["--quick", "--steps", "1", "--warmup", "1", "--json", str(file)], standalone_mode=False)
+    document = json.loads(file.read_text())
+    assert document["trl"]["status"] == "skipped"
+    assert "pip install" in document["trl"]["reason"]
+    assert document["ours"]["status"] == "measured"
+    assert document["ratio"] is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_trl_does_the_same_work_unshared(tmp_path: Path) -> None:
+    file = tmp_path / "quick.json"
+    app(["--quick", "--steps", "1", "--warmup", "1", "--peers", "trl", "--json", str(file)], standalone_mode=False)
+    document = json.loads(file.read_text())
+    w, tokens, trl = QUICK, document["trl"]["tokens"], document["trl"]
+    rewrites = w.prompts * w.K
+    assert tokens["prefill"] == rewrites * w.prompter_input + w.chains * w.target_input
+    assert tokens["decode"] == rewrites * (w.rewrite - 1) + w.chains * (w.response - 1)
+    assert tokens["update"] == tokens["credit"] == rewrites * (w.prompter_input + w.rewrite)
+    assert sum(trl["phases"].values()) == pytest.approx(trl["step_s"])
+    assert document["ratio"] == pytest.approx(document["ours"]["chains_per_s"] / trl["chains_per_s"])
+
+
+@pytest.mark.parametrize("change", ["K=0", "K", "layers=3", "target=6", "target=6x13", "response=many"])
+def test_a_shape_that_cannot_be_is_refused(change: str) -> None:
+    with pytest.raises(typer.BadParameter, match=change.partition("=")[2] or change):
+        app(["--quick", "--shape", change], standalone_mode=False)
