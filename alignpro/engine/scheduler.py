@@ -182,6 +182,8 @@ class Scheduler:
             while sequence.own is not None:  # None: it was preempted for an older one
                 own = sequence.own
                 missing = self.pool.pages_for(own.model, len(own.tokens)) - len(own.pages)
+                if missing == 0:
+                    break
                 pages = self.tree.allocate(own.model, missing)
                 if pages is not None:
                     own.pages += pages
@@ -213,7 +215,8 @@ class Scheduler:
             node, own = sequence.node, sequence.own
             assert node is not None and own is not None
             path = (*node.path(), own)
-            for depth, segment in enumerate(path):
+            # What has computed tokens behind it is all there.
+            for depth, segment in enumerate(path[-1:] if own.computed else path, len(path) - 1 if own.computed else 0):
                 if segment not in ends:
                     missing = len(segment.tokens) - segment.computed
                     count = missing if missing == 1 else min(missing, room)
@@ -239,6 +242,8 @@ class Scheduler:
 def _pending(sequence: SampledSequence) -> int:
     """Tokens to be computed before the sequence can draw."""
     assert sequence.node is not None and sequence.own is not None
+    if sequence.own.computed:  # and so all before it
+        return len(sequence.own.tokens) - sequence.own.computed
     path: list[Segment] = [*sequence.node.path(), sequence.own]
     return sum(len(segment.tokens) - segment.computed for segment in path)
 

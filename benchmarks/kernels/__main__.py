@@ -17,7 +17,8 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.kernels import environment, figure, ours, peers, plain
+from benchmarks import environment
+from benchmarks.kernels import figure, ours, peers, plain
 from benchmarks.kernels.cases import CASES, Case
 from benchmarks.kernels.compare import Limits, compare
 from benchmarks.kernels.entrant import Entrant, Setting
@@ -98,7 +99,8 @@ def run(
 
     document = json.loads(file.read_text()) if append and file.exists() else {"runs": [], "results": []}
     document["runs"].append(
-        environment.describe(where, what, environment.command_line()) | {"seed": seed, "limits": vars(limits)}
+        environment.describe("benchmarks.kernels", where, what, environment.command_line())
+        | {"seed": seed, "limits": vars(limits)}
     )
     console = Console()
     if not console.is_terminal:

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.style import STYLE
+
 # Ours in one hue, dark to light; the others in the rest of Okabe and Ito's palette (2008), told apart also by hatches.
 COLOURS: dict[str, tuple[str, str]] = {
     "ours-cpp": ("#0072B2", ""),
@@ -33,29 +35,6 @@ COLOURS: dict[str, tuple[str, str]] = {
 OTHER = ("#F0E442", "")
 RATIO_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200, 500, 1000)
 
-_STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.7,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-    "savefig.dpi": 160,
-    "text.parse_math": False,
-}
-
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """Write the PNG: the last run's dtype; of a shape measured at several N, the largest."""
@@ -63,7 +42,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     results = [result for result in document["results"] if result["dtype"] == run["dtype"]]
     panels = _panels(results)
     names = _entrants(results)
-    with style.context(["default", _STYLE]):
+    with style.context(["default", STYLE]):
         groups = max(len(panel) for panel in panels.values())
         figure = Figure(figsize=(max(10.0, 3.0 + 2.6 * groups), 1.4 + 2.2 * len(panels)))
         FigureCanvasAgg(figure)

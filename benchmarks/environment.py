@@ -14,13 +14,22 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("alignpro", "torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
+PACKAGES = (
+    "alignpro",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 
 
-def describe(device: torch.device, dtype: torch.dtype, arguments: list[str]) -> dict[str, Any]:
-    """For the results' file."""
+def describe(module: str, device: torch.device, dtype: torch.dtype, arguments: list[str]) -> dict[str, Any]:
+    """For the results' file; ``module`` is what ``python -m`` ran."""
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.kernels", *arguments]),
+        "command": shlex.join(["python", "-m", module, *arguments]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": {"type": device.type, "name": device_name(device)},
         "dtype": str(dtype).removeprefix("torch."),

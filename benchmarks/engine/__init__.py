@@ -1,0 +1,1 @@
+"""Generation alone: the chain engine beside transformers' ways to generate."""

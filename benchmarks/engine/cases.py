@@ -1,0 +1,139 @@
+"""What is generated: chains of both models, or sequences of the target alone, always to their full lengths."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.workload import BARE, PAPER, QUICK, ModelShape, Workload, reshape
+
+QWEN_1_5B = ModelShape(28, 1536, 8960, 12, 2, 151936, architecture="qwen2", tied=True)
+"""As Qwen2.5-1.5B."""
+LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128256)
+"""As Llama-3.1-8B."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measurement."""
+
+    workload: Workload
+    title: str
+    chain: bool
+    """Both stages; else ``workload.prompts`` prompts of ``workload.prompt`` tokens, and one response of the target to each."""
+    needs_gpu: bool = False
+
+    @property
+    def name(self) -> str:
+        """That of its workload."""
+        return self.workload.name
+
+    @property
+    def shapes(self) -> dict[str, ModelShape]:
+        """Name → model."""
+        target = {"target": self.workload.target}
+        return {"policy": self.workload.prompter} | target if self.chain else target
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence."""
+        w = self.workload
+        if not self.chain:
+            return w.prompt + w.response
+        return max(w.prompter_input + w.rewrite, w.target_input + w.response)
+
+    @property
+    def expected(self) -> dict[str, int]:
+        """Model → tokens that it generates."""
+        w = self.workload
+        if not self.chain:
+            return {"target": w.prompts * w.response}
+        return {"policy": w.prompts * w.K * w.rewrite, "target": w.chains * w.response}
+
+    @property
+    def sequences(self) -> int:
+        """Responses."""
+        return self.workload.chains if self.chain else self.workload.prompts
+
+
+def _alone(name: str, prompts: int, response: int) -> Workload:
+    return replace(BARE, name=name, prompts=prompts, prompt=64, response=response, K=1, M=1)
+
+
+GPU_WORKLOAD = Workload(
+    "gpu",
+    QWEN_1_5B,
+    LLAMA_8B,
+    meta_prompt=0,
+    prompt=256,
+    rewrite=128,
+    template=0,
+    response=256,
+    prompts=32,
+    K=8,
+    M=4,
+)
+
+CASES = (
+    Case(PAPER, "paper: chains with a meta-prompt and a template", chain=True),
+    Case(BARE, "bare: chains of prompts alone", chain=True),
+    Case(_alone("unshared", 64, 64), "unshared: 64 prompts that have nothing in common", chain=False),
+    Case(_alone("single", 1, 64), "single: one sequence", chain=False),
+    Case(_alone("decode256", 256, 32), "decode256: 256 sequences at once", chain=False),
+    Case(GPU_WORKLOAD, "gpu: chains of a 1.5B prompter and an 8B target", chain=True, needs_gpu=True),
+)
+
+
+def shrink(case: Case) -> Case:
+    """The same, tiny: to see that all works."""
+    w = case.workload
+    small = replace(
+        w,
+        prompter=QUICK.prompter,
+        target=QUICK.target,
+        meta_prompt=min(w.meta_prompt, 12),
+        template=min(w.template, 12),
+        prompt=8,
+        rewrite=6,
+        response=5,
+        prompts=min(w.prompts, 3),
+        K=min(w.K, 2),
+        M=min(w.M, 2),
+    )
+    return replace(case, workload=small, needs_gpu=False)
+
+
+def reshaped(case: Case, changes: Sequence[str]) -> Case:
+    """With some numbers of the workload changed; see `reshape`."""
+    return replace(case, workload=reshape(case.workload, changes))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Token ids of a case, the same for all entrants."""
+
+    prompts: list[list[int]]
+    before: list[int]
+    after: list[int]
+    vocabulary: int
+    """The target's."""
+
+    def to_target(self, rewrite: Sequence[int]) -> list[int]:
+        """The target's prompt: its template around the rewrite."""
+        return [*self.before, *(token % self.vocabulary for token in rewrite), *self.after]
+
+
+def make_inputs(case: Case, seed: int) -> Inputs:
+    """Random tokens."""
+    generator, w = random.Random(seed), case.workload
+
+    def tokens(count: int, vocabulary: int) -> list[int]:
+        return [generator.randrange(vocabulary) for _ in range(count)]
+
+    vocabulary = (w.prompter if case.chain else w.target).vocabulary
+    meta_prompt = tokens(w.meta_prompt, vocabulary)
+    prompts = [meta_prompt + tokens(w.prompt, vocabulary) for _ in range(w.prompts)]
+    return Inputs(
+        prompts, tokens(w.before, w.target.vocabulary), tokens(w.after, w.target.vocabulary), w.target.vocabulary
+    )

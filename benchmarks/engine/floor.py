@@ -1,0 +1,131 @@
+"""The least time that a case's arithmetic and memory traffic take: what the device can do, measured, and no more.
+
+A decoding tick reads every weight once, and every key and value once however many sequences attend to it; or else its
+products take longer. The floor is the larger of the two, tick by tick, and the products of the prompts.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.engine.cases import Case
+from benchmarks.workload import ModelShape
+
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """What a device was seen to do."""
+
+    bytes_per_s: float
+    """Read and written, of a large copy."""
+    flops_per_s: float
+    """Of a large matrix product in the models' dtype."""
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+    """The best of some copies and products."""
+    rates = DeviceRates(_copy_rate(device), _product_rate(device, dtype))
+    release(device)
+    return rates
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _best(lambda: target.copy_(source), device)
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    size = MATMUL_SIZE[device.type]
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    product = torch.empty_like(left)
+    return 2 * size**3 / _best(lambda: torch.mm(left, right, out=product), device)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A model's part in a case."""
+
+    shape: ModelShape
+    prefill: int
+    """Prompt tokens, those in common once."""
+    context: int
+    """Tokens of a sequence's prompt."""
+    sequences: int
+    new: int
+
+
+def floor_seconds(case: Case, rates: DeviceRates, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds of ``prefill`` and ``decode``."""
+    prefill = sum(_prefill_flops(stage) for stage in _stages(case)) / rates.flops_per_s
+    decode = sum(_decode_seconds(stage, rates, dtype.itemsize) for stage in _stages(case))
+    return {"prefill": prefill, "decode": decode}
+
+
+def _stages(case: Case) -> list[_Stage]:
+    w = case.workload
+    if not case.chain:
+        return [_Stage(w.target, w.prompts * w.prompt, w.prompt, w.prompts, w.response)]
+    rewrites = w.prompts * w.K
+    return [
+        _Stage(w.prompter, w.meta_prompt + w.prompts * w.prompt, w.prompter_input, rewrites, w.rewrite),
+        _Stage(w.target, w.before + rewrites * (w.rewrite + w.after), w.target_input, w.chains, w.response),
+    ]
+
+
+def _weights(shape: ModelShape, *, head: bool) -> int:
+    """Weights of the products that a token goes through."""
+    kv = shape.kv_heads * shape.hidden // shape.heads
+    layer = 2 * shape.hidden**2 + 2 * shape.hidden * kv + 3 * shape.hidden * shape.intermediate
+    return shape.layers * layer + (shape.vocabulary * shape.hidden if head else 0)
+
+
+def _prefill_flops(stage: _Stage) -> float:
+    attention = 2 * stage.shape.layers * stage.shape.hidden * stage.context  # half of the products are masked
+    return stage.prefill * (2.0 * _weights(stage.shape, head=False) + attention)
+
+
+def _decode_seconds(stage: _Stage, rates: DeviceRates, itemsize: int) -> float:
+    shape = stage.shape
+    weights = _weights(shape, head=True)
+    kv_bytes = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * itemsize  # of a token
+    seconds = 0.0
+    for drawn in range(1, stage.new):  # the first token is drawn from the prompt's states
+        read = weights * itemsize + kv_bytes * (stage.prefill + stage.sequences * drawn)
+        attention = 4 * shape.layers * shape.hidden * (stage.context + drawn)
+        flops = stage.sequences * (2.0 * weights + attention)
+        seconds += max(read / rates.bytes_per_s, flops / rates.flops_per_s)
+    return seconds
+
+
+def _best(call: Callable[[], object], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(REPEATS):
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def release(device: torch.device) -> None:
+    """Give an accelerator's memory back that nobody uses any more, for the next to take."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what an accelerator has been told to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

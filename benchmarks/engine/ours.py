@@ -1,0 +1,101 @@
+"""This project's engine."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from alignpro.engine import Completion, Engine, EngineStats, SamplingParams
+from alignpro.language_model import LanguageModel
+from benchmarks.engine.cases import Case, Inputs, make_inputs
+from benchmarks.engine.entrant import Entrant, Generated, Setting, make_models
+from benchmarks.models import make_chat_template, make_tokenizer
+
+NAME = "ours"
+DECODE_RUNS = 3
+
+
+def entrant() -> Entrant:
+    """The engine, with its defaults but for the batch."""
+    return Entrant(NAME, _OurRun)
+
+
+class _OurRun:
+    """Rounds with one engine, whose caches are dropped before each."""
+
+    def __init__(self, case: Case, inputs: Inputs, setting: Setting) -> None:
+        self._case, self._inputs = case, inputs
+        tokenizer = make_tokenizer(make_chat_template("", ""))  # the engine asks it nothing here
+        models = {
+            name: LanguageModel(model, tokenizer, name).requires_grad_(False)
+            for name, model in make_models(case, setting).items()
+        }
+        self._engine = Engine(models, max_batch=setting.max_batch)
+
+    def __call__(self, turn: int) -> Generated:
+        self._forget()
+        w, engine = self._case.workload, self._engine
+        if not self._case.chain:
+            groups = engine.generate("target", self._inputs.prompts, SamplingParams(max_tokens=w.response, seed=turn))
+            return Generated({"target": _count([one for group in groups for one in group])}, self._details())
+        chains = engine.run_chains(
+            self._inputs.prompts,
+            rewrite=SamplingParams(max_tokens=w.rewrite, n=w.K, seed=turn),
+            to_target=lambda _, sample: self._inputs.to_target(sample.tokens),
+            respond=SamplingParams(max_tokens=w.response, n=w.M),
+        )
+        flat = [chain for group in chains for chain in group]
+        tokens = {
+            "policy": _count([chain.sample for chain in flat]),
+            "target": _count([response for chain in flat for response in chain.responses]),
+        }
+        return Generated(tokens, self._details())
+
+    def decode(self, turn: int) -> dict[str, float]:
+        """A run of the target on prompts that are there already: seconds a tick, in all and on the host."""
+        engine, prompts = self._engine, self._inputs.prompts
+        self._forget()
+        engine.generate("target", prompts, SamplingParams(max_tokens=1, seed=turn))
+        engine.stats = EngineStats()
+        engine.generate("target", prompts, SamplingParams(max_tokens=self._case.workload.response, seed=turn))
+        return {"tick_s": engine.stats.run_seconds / engine.stats.ticks} | _host(engine.stats)
+
+    def _forget(self) -> None:
+        for name in self._engine.models:
+            self._engine.weights_updated(name)
+        self._engine.stats = EngineStats()
+
+    def _details(self) -> dict[str, Any]:
+        stats = self._engine.stats
+        computed = stats.computed.total()
+        return {
+            "computed_tokens": dict(stats.computed),
+            "floor_tokens": stats.floor_tokens,
+            "computed_over_floor": computed / stats.floor_tokens,
+            "ticks": stats.ticks,
+            "most_pages": dict(stats.most_pages),
+            "preemptions": stats.preemptions,
+        } | _host(stats)
+
+
+def decode_ticks(case: Case, setting: Setting) -> dict[str, float]:
+    """Seconds of a tick that decodes a case's sequences, and the host's part in it: medians of some runs.
+
+    The prompts are computed before, so that every tick is of one token a sequence.
+    """
+    run = _OurRun(case, make_inputs(case, setting.seed), setting)
+    ticks = [run.decode(turn) for turn in range(DECODE_RUNS)]
+    return {name: statistics.median(tick[name] for tick in ticks) for name in ticks[0]}
+
+
+def _host(stats: EngineStats) -> dict[str, float]:
+    """What is neither the model nor the drawing: scheduling, planning, and the accounts of sequences and pages."""
+    host = stats.run_seconds - stats.seconds["forward"] - stats.seconds["sample"]
+    return {"host_s": host / stats.ticks, "host_share": host / stats.run_seconds}
+
+
+def _count(completions: list[Completion]) -> int:
+    errors = [completion.error for completion in completions if completion.error]
+    if errors:
+        raise RuntimeError(errors[0])
+    return sum(len(completion.tokens) for completion in completions)

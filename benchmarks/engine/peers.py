@@ -1,0 +1,123 @@
+"""transformers' own ways to generate, each with its defaults, sampling from the whole distribution.
+
+Seen in transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from benchmarks.engine.cases import Case, Inputs
+from benchmarks.engine.entrant import Entrant, Generated, Run, Setting, make_models
+
+PAGE = 32
+CPU_TICK = 4096
+"""Tokens of a forward pass on a CPU, at most: as in this project's engine."""
+
+Sample = Callable[[PreTrainedModel, Sequence[Sequence[int]], int, int], list[list[int]]]
+"""Model, prompts, sequences of each, their length → what was generated, those of a prompt together."""
+
+
+def entrants() -> list[Entrant]:
+    """Both."""
+    return [
+        Entrant("hf-generate", lambda case, inputs, setting: _two_stages(case, inputs, setting, _Generate(setting))),
+        Entrant(
+            "hf-continuous",
+            lambda case, inputs, setting: _two_stages(case, inputs, setting, _Continuous(case, setting)),
+        ),
+    ]
+
+
+def _two_stages(case: Case, inputs: Inputs, setting: Setting, sample: Sample) -> Run:
+    """One call a model: the second stage begins when the first has ended."""
+    models, w = make_models(case, setting), case.workload
+
+    def run(turn: int) -> Generated:
+        torch.manual_seed(turn)
+        if not case.chain:
+            return Generated({"target": _count(sample(models["target"], inputs.prompts, 1, w.response))})
+        rewrites = sample(models["policy"], inputs.prompts, w.K, w.rewrite)
+        responses = sample(models["target"], [inputs.to_target(rewrite) for rewrite in rewrites], w.M, w.response)
+        return Generated({"policy": _count(rewrites), "target": _count(responses)})
+
+    return run
+
+
+def _count(sequences: Sequence[Sequence[int]]) -> int:
+    return sum(map(len, sequences))
+
+
+class _Generate:
+    """`generate` on batches; the prompts of a case have one length, so that nothing is padded."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._max_batch = setting.max_batch
+
+    def __call__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], n: int, length: int
+    ) -> list[list[int]]:
+        generated: list[list[int]] = []
+        size = max(1, self._max_batch // n)
+        generate: Any = model.generate  # mypy takes it for a weight
+        for start in range(0, len(prompts), size):
+            ids = torch.tensor(prompts[start : start + size], device=model.device)  # (B, L)
+            sequences = generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=_config(n, length),
+            )
+            generated += sequences[:, ids.shape[1] :].tolist()
+        return generated
+
+
+class _Continuous:
+    """`generate_batch`, continuous batching; its manager is kept between rounds, with its memory and its graphs."""
+
+    def __init__(self, case: Case, setting: Setting) -> None:
+        if setting.device.type == "cpu":
+            # By default it takes nearly all memory that is free: here what as many sequences as run at once need.
+            pages = 1 + -(-case.context // PAGE)
+            self._options = ContinuousBatchingConfig(
+                page_size=PAGE,
+                num_blocks=setting.max_batch * pages,
+                max_batch_tokens=CPU_TICK,
+                max_requests_per_batch=setting.max_batch,
+            )
+        else:
+            self._options = ContinuousBatchingConfig(max_memory_percent=0.8 / len(case.shapes))
+
+    def __call__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], n: int, length: int
+    ) -> list[list[int]]:
+        generate_batch: Any = model.generate_batch  # mypy takes it for a weight
+        outputs = generate_batch(
+            [list(prompt) for prompt in prompts],
+            generation_config=_config(n, length),
+            continuous_batching_config=copy.copy(self._options),  # it fills in what is not said
+            persistent_manager=True,
+        )
+        failed = [output.error for output in outputs.values() if output.error]
+        if failed:
+            raise RuntimeError(failed[0])
+        if len(outputs) != n * len(prompts):
+            raise RuntimeError(f"generate_batch returned {len(outputs)} of {n * len(prompts)} sequences")
+        return [output.generated_tokens for output in outputs.values()]
+
+
+def _config(n: int, length: int) -> GenerationConfig:
+    """Nothing ends a sequence but its length."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=n,
+        max_new_tokens=length,
+        use_cache=True,
+    )

@@ -1,0 +1,94 @@
+"""Models with random weights and a tokenizer with which every length is exact, as a user has them: on disk."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from benchmarks.workload import ModelShape
+
+END, PAD = "<end of turn>", "<padding>"
+_SPACE = "Ġ"
+_EXTRA = 3
+"""Characters beside those for the 256 bytes."""
+
+
+def characters() -> str:
+    """One character a token: those that byte-level vocabularies write bytes as, of which none is blank, and three more."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return "".join(alphabet) + "".join(chr(ord(alphabet[-1]) + i) for i in range(1, _EXTRA + 1))
+
+
+def make_tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
+    """One token a character, so that whatever a model writes has as many tokens again when its text is read.
+
+    The end of a turn and padding lie beyond the models' vocabulary: neither is ever drawn, every sequence has its full
+    length, and decoding drops nothing.
+    """
+    vocabulary = {token: index for index, token in enumerate([*characters(), END, PAD])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+    made.chat_template = chat_template
+    return made
+
+
+def make_chat_template(before: str, after: str) -> str:
+    """Jinja source: a user's turn between two texts, an assistant's followed by the end of the turn."""
+    return (
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'assistant' -%}{{ message['content'] }}{{ eos_token }}"
+        f"{{%- else -%}}{before}{{{{ message['content'] }}}}"
+        "{%- endif -%}{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{after}{{%- endif -%}}"
+    )
+
+
+def random_text(length: int, generator: random.Random) -> str:
+    """Words of small letters, ``length`` characters in all."""
+    words: list[str] = []
+    while sum(map(len, words)) + len(words) <= length:
+        words.append("".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9))))
+    return _SPACE.join(words)[:length]
+
+
+def make_model(
+    shape: ModelShape,
+    *,
+    context: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """Random weights drawn from ``seed``, sdpa attention, in evaluation mode."""
+    config = AutoConfig.for_model(
+        shape.architecture,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(seed)
+    with device or torch.device("cpu"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval()
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write what ``from_pretrained`` reads."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

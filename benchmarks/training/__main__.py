@@ -1,0 +1,123 @@
+"""python -m benchmarks.training: a whole step of reinforcement learning, beside the recipe with TRL's GRPO trainer.
+
+A step samples K rewrites of each prompt and M responses of a frozen target to each, scores them and updates the
+prompter. A chain is one response. Prints a table and writes JSON and a PNG beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from alignpro.errors import ConfigError
+from benchmarks import environment
+from benchmarks.training import figure
+from benchmarks.training.measure import PEERS, measure
+from benchmarks.training.table import print_table
+from benchmarks.training.task import make_task
+from benchmarks.workload import BARE, PAPER, QUICK, find_workload, reshape
+
+RESULTS = Path(__file__).parents[1] / "results"
+QUICK_OUT = Path("runs/training-quick")
+WIDTH = 120  # where the output is no terminal
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help=__doc__)
+def run(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Of our configuration, as for `alignpro train`: objective.kl.estimator=k3"),
+    ] = None,
+    workload: Annotated[str, typer.Option(help=f"{PAPER.name} or {BARE.name}.")] = PAPER.name,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Change the workload: prompts=16, K=4, M=2, meta_prompt=…, prompt=…, rewrite=…, template=…, "
+            "response=… in tokens, prompter=LAYERSxHIDDEN, target=…; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(PEERS)} or none; may be repeated. All.", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Timed steps: 7; with --quick 2.", show_default=False)
+    ] = None,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before those.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch, on the CPU.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, prompts and samples.")] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="benchmarks/results/DEVICE/training_WORKLOAD.json.", show_default=False),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny models and few steps, to see that all works; no valid figures.")
+    ] = False,
+) -> None:
+    """See the module."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = torch.device(device)
+    try:
+        what = reshape(QUICK if quick else find_workload(workload), shape or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    chosen = _peers(peers)
+    timed = steps or (2 if quick else 7)
+    folder = QUICK_OUT if quick else RESULTS / environment.slug(where)
+    file = json_file or folder / f"training_{what.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    console.print(f"{what.name}: {what.describe()}", highlight=False)
+    console.print(f"{environment.device_name(where)}, {torch.get_num_threads()} CPU threads", highlight=False)
+    with tempfile.TemporaryDirectory(prefix="alignpro-benchmark-") as directory:
+        task = make_task(what, Path(directory), steps=warmup + timed, seed=seed)
+        try:
+            entrants = measure(task, where, chosen, overrides or [])
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    described = environment.describe("benchmarks.training", where, torch.float32, environment.command_line())
+    document: dict[str, Any] = {name: entrant.summary(what.chains, warmup) for name, entrant in entrants.items()}
+    speeds = {name: summary.get("chains_per_s") for name, summary in document.items()}
+    document |= {
+        "ratio": speeds["ours"] / speeds["trl"] if speeds.get("trl") else None,
+        "workload": asdict(what) | {"chains": what.chains},
+        "run": described | {"seed": seed, "warmup": warmup, "steps": timed, "overrides": overrides or []},
+    }
+    file.write_text(json.dumps(document, indent=1) + "\n")
+    print_table(console, document, list(entrants))
+    picture = file.with_suffix(".png")
+    figure.draw(document, list(entrants), picture)
+    console.print(f"{file}\n{picture}", highlight=False)
+
+
+def _peers(names: list[str] | None) -> list[str]:
+    """Those asked for, all by default."""
+    if not names:
+        return list(PEERS)
+    if names == ["none"]:
+        return []
+    if unknown := [name for name in names if name not in PEERS]:
+        raise typer.BadParameter(f"peer {unknown[0]!r}: take {', '.join(PEERS)} or none")
+    return names
+
+
+if __name__ == "__main__":
+    app()

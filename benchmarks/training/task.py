@@ -1,0 +1,63 @@
+"""What all entrants are given: models, templates and prompts on disk, and how to learn from them."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.models import make_chat_template, make_model, make_tokenizer, random_text, save_model
+from benchmarks.workload import Workload
+
+REWARD = "benchmarks.training.reward:variety"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompter and a frozen target with random weights, and enough prompts that none comes twice."""
+
+    workload: Workload
+    directory: Path
+    """Holds ``prompter``, ``target`` (model and tokenizer), ``meta_prompt.jinja`` and ``prompts.jsonl``."""
+    meta_prompt: str
+    """What the prompter reads before x."""
+    before: str
+    """What the target reads before x'."""
+    after: str
+    prompts: list[str]
+    steps: int
+    """With those of the warm-up."""
+    seed: int
+    learning_rate: float = 1e-5
+    kl_coef: float = 0.05
+
+    @property
+    def prompter(self) -> Path:
+        """The directory of the model that learns."""
+        return self.directory / "prompter"
+
+    @property
+    def target(self) -> Path:
+        """The directory of the frozen model."""
+        return self.directory / "target"
+
+
+def make_task(workload: Workload, directory: Path, *, steps: int, seed: int) -> Task:
+    """Write a task into an empty directory."""
+    generator = random.Random(seed)
+    meta_prompt = random_text(workload.meta_prompt, generator)
+    before, after = random_text(workload.before, generator), random_text(workload.after, generator)
+    prompts = [random_text(workload.prompt, generator) for _ in range(steps * workload.prompts)]
+    task = Task(workload, directory, meta_prompt, before, after, prompts, steps, seed)
+    # Room for the recipes that pad; what a model is given does not depend on it.
+    context = 2 * max(workload.prompter_input + workload.rewrite, workload.target_input + workload.response)
+    for place, shape, template in (
+        (task.prompter, workload.prompter, make_chat_template("", "")),
+        (task.target, workload.target, make_chat_template(before, after)),
+    ):
+        save_model(make_model(shape, context=context, seed=seed), make_tokenizer(template), place)
+    (directory / "meta_prompt.jinja").write_text(meta_prompt + "{{ prompt }}", encoding="utf-8")
+    with (directory / "prompts.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"prompt": text}) + "\n" for text in prompts)
+    return task

@@ -1,0 +1,164 @@
+"""What chains the engine's and the training's benchmarks run: lengths, counts and models, all of them options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only transformer with random weights."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    architecture: str = "llama"
+    """``llama`` or ``qwen2``."""
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts x → K rewrites x' each → M responses y to each rewrite. Lengths are exact, in tokens."""
+
+    name: str
+    prompter: ModelShape
+    target: ModelShape
+    meta_prompt: int
+    """What the prompter reads before every x."""
+    prompt: int
+    """x."""
+    rewrite: int
+    """x'."""
+    template: int
+    """What the target reads around every x'."""
+    response: int
+    """y."""
+    prompts: int
+    """A step."""
+    K: int
+    M: int
+
+    @property
+    def chains(self) -> int:
+        """Responses a step."""
+        return self.prompts * self.K * self.M
+
+    @property
+    def before(self) -> int:
+        """Tokens of the target's template that stand before x'; the others open its turn, after x'."""
+        return self.template - self.after
+
+    @property
+    def after(self) -> int:
+        """Tokens of the target's template that stand after x': a sixth of them, as in the chat formats in use."""
+        return self.template // 6
+
+    @property
+    def prompter_input(self) -> int:
+        """Tokens that the prompter reads."""
+        return self.meta_prompt + self.prompt
+
+    @property
+    def target_input(self) -> int:
+        """Tokens that the target reads."""
+        return self.template + self.rewrite
+
+    def describe(self) -> str:
+        """Its lengths and counts, in a line."""
+        return (
+            f"{self.prompts} prompts, meta-prompt {self.meta_prompt} + x {self.prompt}, K {self.K} rewrites of "
+            f"{self.rewrite}, template {self.template}, M {self.M} responses of {self.response}"
+        )
+
+
+BYTES = 259
+"""256 bytes and three more: a byte-level vocabulary."""
+
+SMALL_PROMPTER = ModelShape(4, 256, 768, 4, 2, BYTES)
+SMALL_TARGET = ModelShape(6, 384, 1152, 4, 2, BYTES)
+
+PAPER = Workload(
+    "paper",
+    SMALL_PROMPTER,
+    SMALL_TARGET,
+    meta_prompt=160,
+    prompt=64,
+    rewrite=32,
+    template=48,
+    response=32,
+    prompts=8,
+    K=8,
+    M=4,
+)
+BARE = Workload(
+    "bare",
+    SMALL_PROMPTER,
+    SMALL_TARGET,
+    meta_prompt=0,
+    prompt=64,
+    rewrite=32,
+    template=0,
+    response=64,
+    prompts=8,
+    K=8,
+    M=1,
+)
+QUICK = Workload(
+    "quick",
+    ModelShape(1, 32, 64, 4, 2, BYTES),
+    ModelShape(2, 48, 96, 4, 2, BYTES),
+    meta_prompt=10,
+    prompt=8,
+    rewrite=6,
+    template=12,
+    response=5,
+    prompts=2,
+    K=2,
+    M=2,
+)
+WORKLOADS = {workload.name: workload for workload in (PAPER, BARE)}
+
+
+def find_workload(name: str) -> Workload:
+    """A workload by name.
+
+    Raises:
+        ValueError: There is no such workload.
+    """
+    if name not in WORKLOADS:
+        raise ValueError(f"workload {name!r}: take one of {', '.join(WORKLOADS)}")
+    return WORKLOADS[name]
+
+
+def reshape(workload: Workload, changes: Sequence[str]) -> Workload:
+    """A workload with some of its numbers changed, ``K=4``, or its models, ``target=6x384``.
+
+    Raises:
+        ValueError: A change cannot be read, names nothing that there is, or makes no workload.
+    """
+    numbers = [field.name for field in fields(Workload) if field.type == "int"]
+    values: dict[str, Any] = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key in ("prompter", "target"):
+            values[key] = _model(value)
+        elif key not in numbers:
+            raise ValueError(f"shape {change!r}: expected prompter=LxD, target=LxD or one of {', '.join(numbers)} = N")
+        elif not value.isdecimal() or (int(value) == 0 and key not in ("meta_prompt", "template")):
+            raise ValueError(f"shape {change!r}: expected a number")
+        else:
+            values[key] = int(value)
+    return replace(workload, **values)
+
+
+def _model(text: str) -> ModelShape:
+    layers, _, hidden = text.partition("x")
+    if not (layers.isdecimal() and hidden.isdecimal() and int(layers) and int(hidden) and int(hidden) % 8 == 0):
+        raise ValueError(f"model {text!r}: expected LAYERSxHIDDEN, such as 6x384, HIDDEN a multiple of 8")
+    return ModelShape(int(layers), int(hidden), 3 * int(hidden), 4, 2, BYTES)
