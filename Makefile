@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu lint format types ci doctor demo-weights miniature bench-kernels clean
+.PHONY: help setup demo test test-all test-gpu gpu lint format types ci doctor demo-weights miniature bench-kernels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ test-all: $(STAMP) ## all tests
 
 test-gpu: $(STAMP) ## the tests that need a GPU, one after another
 	$(BIN)/python -m pytest -m gpu
+
+gpu: $(STAMP) ## what only a GPU can show: doctor, the tests that need one and the kernels' benchmark, into OUT
+	OUT='$(or $(OUT),runs/gpu)' PYTHON='$(BIN)/python' .ci/gpu
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -267,7 +267,7 @@ def _triton() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from alignpro_kernels import backends, cpp_head
+    from alignpro_kernels import backends, cpp_head, flash_attention
 
     for name, reason in backends().items():
         if reason is not None:
@@ -276,6 +276,9 @@ def _kernels() -> Iterator[Finding]:
         else:
             instructions = f", with {cpp_head.instructions()} instructions" if name == "cpp" else ""
             yield Finding("Kernels", name, "ok", _BACKENDS[name] + instructions)
+    reason = flash_attention.unavailable()
+    detail = "attention of generation: runs when asked for by name"
+    yield Finding("Kernels", "flash", "off" if reason else "ok", reason or detail)
 
 
 def _in_short(reason: str) -> str:

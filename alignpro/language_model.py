@@ -110,6 +110,17 @@ class LanguageModel(nn.Module):
         return 0 if soft_prompt is None else int(soft_prompt.num_virtual_tokens)
 
     @property
+    def binding(self) -> tuple[object, ...]:
+        """What a captured CUDA graph takes for granted: where the weights lie, and the state of adapters.
+
+        It changes when a graph is out of date. Weights that change where they are do not matter.
+        """
+        addresses = [x.data_ptr() for x in (*self.parameters(), *self.buffers())]
+        adapters = [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in self._adapted]
+        low_rank = [(m.merged, tuple(m.scaling.items())) for m in self._adapted if isinstance(m, LoraLayer)]
+        return (*addresses, *adapters, *low_rank)
+
+    @property
     def head(self) -> Head:
         """The output layer as it is now, with a LoRA on it beside the weight."""
         head, layer = self.base_head, self.causal.get_output_embeddings()
@@ -188,7 +199,13 @@ class LanguageModel(nn.Module):
         return states.index_select(0, packed.states)
 
     def paged_states(
-        self, ids: Tensor, positions: Tensor, plan: attention.Plan, active: Tensor | bool = True
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        plan: attention.Plan,
+        active: Tensor | bool = True,
+        *,
+        soft_prompt: bool = True,
     ) -> Tensor:
         """The last hidden states of T tokens that lie on one line, attended to as a plan says.
 
@@ -197,16 +214,19 @@ class LanguageModel(nn.Module):
             positions: (T,) int64: of each token in its sequence.
             plan: Which tokens see which, and where keys and values are.
             active: (A,) int64: the tokens that the adapter acts on, if it is ``selective``; True for all, False for none.
+            soft_prompt: False where none of the tokens belongs to one: nothing waits for the device then.
 
         Returns:
             (T, D) in the model's dtype.
         """
-        return self._states(ids, positions, active, plan=plan)
+        return self._states(ids, positions, active, soft_prompt=soft_prompt, plan=plan)
 
-    def _states(self, ids: Tensor, positions: Tensor, active: Tensor | bool, **attended: Any) -> Tensor:
+    def _states(
+        self, ids: Tensor, positions: Tensor, active: Tensor | bool, *, soft_prompt: bool = True, **attended: Any
+    ) -> Tensor:
         """(T, D): of tokens on one line, (T,), whose attention is left to what is handed through."""
         inputs: dict[str, Any] = {"input_ids": ids[None]}
-        if self.virtual_tokens:
+        if soft_prompt and self.virtual_tokens:
             soft = cast(PeftModel, self.model).get_prompt(batch_size=1)[0]  # (prefix, D)
             embedded = self.causal.get_input_embeddings()(ids.clamp_min(0))  # (T, D)
             virtual = ids < 0

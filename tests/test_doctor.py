@@ -16,7 +16,7 @@ from rich.console import Console
 from alignpro import doctor
 from alignpro.doctor import Finding, diagnose, print_diagnosis
 from alignpro.prompting import available_meta_prompts
-from alignpro_kernels import backends, cpp_head
+from alignpro_kernels import backends, cpp_head, flash_attention
 
 
 def found(findings: list[Finding], section: str, name: str) -> Finding:
@@ -55,6 +55,8 @@ def test_every_backend_and_meta_prompt_is_listed() -> None:
         finding = found(findings, "Kernels", name)
         assert (finding.status == "ok") == (reason is None)
         assert reason is None or "\n" in reason or reason == finding.detail
+    flash = found(findings, "Kernels", "flash")
+    assert flash.status == "ok" or flash.detail == flash_attention.unavailable()
     listed = {each.name: each.detail for each in findings if each.section == "Meta-prompts"}
     assert listed == available_meta_prompts()
 

@@ -8,6 +8,7 @@ keys that those neighbours see up to their own positions: a prompt's keys are re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -22,41 +23,16 @@ from alignpro.language_model import LanguageModel
 from alignpro_kernels import CascadeLevel, cascade_attention, write_kv
 
 
-class AttentionPlan:
-    """What every layer's attention needs to know of a tick; made once, before the forward pass.
+@dataclass
+class Cascade:
+    """Attention of T tokens over levels of segments, in every layer of a model."""
 
-    Args:
-        pool: Holds keys and values.
-        model: Whose.
-        items: What is computed, in any order.
-    """
-
-    def __init__(self, pool: KVPool, model: str, items: Sequence[Item], device: torch.device) -> None:
-        self.items = sorted(items, key=lambda item: [segment.serial for segment in item.path])
-        counts = [item.count for item in self.items]
-        ends = np.cumsum(counts)
-        self.last_row = {id(item.segment): int(end) - 1 for item, end in zip(self.items, ends, strict=True)}
-        """Segment's id → the row of its last computed token."""
-        self._counts = counts
-        ids = [token for item in self.items for token in item.segment.tokens[item.first : item.end]]
-        starts = [item.segment.start + item.first for item in self.items]
-        positions = np.repeat(np.array(starts) - (ends - counts), counts) + np.arange(len(ids))
-        slots: list[int] = []
-        for item in self.items:
-            slots += pool.slots(model, item.segment.pages, item.first, item.count) if item.write else [-1] * item.count
-        self.ids = torch.tensor(ids, device=device)  # (T,) int64
-        self.positions = torch.from_numpy(positions).to(device)  # (T,) int64
-        self.slots = torch.tensor(slots, device=device)  # (T,) int64
-        self._layers = pool.layers(model)
-        depths = range(max(len(item.path) for item in self.items))
-        self.levels = [_level(self.items, depth, positions, device) for depth in depths]
-
-    def rows_of(self, model: str) -> Tensor | bool:
-        """(A,) int64: the rows of tokens whose keys and values are a model's; True for all of them, False for none."""
-        mine = [item.segment.model == model for item in self.items]
-        if all(mine) or not any(mine):
-            return mine[0]
-        return torch.from_numpy(np.repeat(mine, self._counts).nonzero()[0]).to(self.ids.device)
+    layers: Sequence[Tensor]
+    """Each layer's pages, (n_pages, 2, page_size, kv_heads, head_dim)."""
+    slots: Tensor
+    """(T,) int64: where the tokens' own keys and values go; −1 for nowhere."""
+    levels: Sequence[CascadeLevel]
+    """Depth by depth."""
 
     def attend(
         self,
@@ -84,7 +60,7 @@ class AttentionPlan:
             (1, T, H, D).
         """
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        pages = self._layers[layer]
+        pages = self.layers[layer]
         write_kv(keys.contiguous(), values.contiguous(), pages, self.slots)
         out = cascade_attention(
             queries,
@@ -95,6 +71,45 @@ class AttentionPlan:
             window=sliding_window,
         )
         return out.unsqueeze(0)
+
+
+class AttentionPlan(Cascade):
+    """What every layer's attention needs to know of a tick; made once, before the forward pass.
+
+    Args:
+        pool: Holds keys and values.
+        model: Whose.
+        items: What is computed, in any order.
+    """
+
+    def __init__(self, pool: KVPool, model: str, items: Sequence[Item], device: torch.device) -> None:
+        self.items = sorted(items, key=lambda item: [segment.serial for segment in item.path])
+        counts = [item.count for item in self.items]
+        ends = np.cumsum(counts)
+        self.last_row = {id(item.segment): int(end) - 1 for item, end in zip(self.items, ends, strict=True)}
+        """Segment's id → the row of its last computed token."""
+        self._counts = counts
+        ids = [token for item in self.items for token in item.segment.tokens[item.first : item.end]]
+        starts = [item.segment.start + item.first for item in self.items]
+        positions = np.repeat(np.array(starts) - (ends - counts), counts) + np.arange(len(ids))
+        slots: list[int] = []
+        for item in self.items:
+            slots += pool.slots(model, item.segment.pages, item.first, item.count) if item.write else [-1] * item.count
+        self.ids = torch.tensor(ids, device=device)  # (T,) int64
+        self.positions = torch.from_numpy(positions).to(device)  # (T,) int64
+        depths = range(max(len(item.path) for item in self.items))
+        super().__init__(
+            pool.layers(model),
+            torch.tensor(slots, device=device),  # (T,) int64
+            [_level(self.items, depth, positions, device) for depth in depths],
+        )
+
+    def rows_of(self, model: str) -> Tensor | bool:
+        """(A,) int64: the rows of tokens whose keys and values are a model's; True for all of them, False for none."""
+        mine = [item.segment.model == model for item in self.items]
+        if all(mine) or not any(mine):
+            return mine[0]
+        return torch.from_numpy(np.repeat(mine, self._counts).nonzero()[0]).to(self.ids.device)
 
 
 def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> CascadeLevel:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Literal
 
 import torch
 
 from alignpro.activated_lora import invoked_at
 from alignpro.engine.attention import probe_geometry
+from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import PrefixTree
 from alignpro.engine.runner import run_tick
@@ -23,7 +25,7 @@ from alignpro.engine.sampler import derive_seed
 from alignpro.engine.scheduler import Scheduler
 from alignpro.engine.sequence import ChainRun, SampledSequence, ToTarget, completed, siblings
 from alignpro.engine.types import Chain, Completion, EngineStats, SamplingParams
-from alignpro.errors import DataError
+from alignpro.errors import ConfigError, DataError
 from alignpro.models import LanguageModel
 
 CPU_POOL = 1 << 30
@@ -36,10 +38,11 @@ _Follow = Callable[[SampledSequence], list[SampledSequence]]
 
 @dataclass(frozen=True)
 class _Memory:
-    """Pages on one device, and the prompts in them."""
+    """Pages on one device, the prompts in them, and the graphs that read them."""
 
     pool: KVPool
     tree: PrefixTree
+    graphs: DecodeGraphs | None
 
 
 class Engine:
@@ -59,6 +62,8 @@ class Engine:
         page_tokens: Tokens of the largest model in a page.
         token_budget: Tokens that are computed at once; what is left of long prompts waits for the next pass.
         fuse: Whether models that are one but for an adapter run in one forward pass. What is drawn is the same.
+        cuda_graphs: Whether passes of next tokens alone are captured as CUDA graphs and replayed; None for where there
+            is CUDA and the model can be captured. ``padded`` runs what would be captured, on any device.
         audit: Check the pool's books after every pass, for tests.
     """
 
@@ -71,6 +76,7 @@ class Engine:
         page_tokens: int = 16,
         token_budget: int = 4096,
         fuse: bool = True,
+        cuda_graphs: bool | Literal["padded"] | None = None,
         audit: bool = False,
     ) -> None:
         self.models = dict(models)
@@ -80,6 +86,7 @@ class Engine:
         self.pool_bytes = pool_bytes
         self.page_tokens = page_tokens
         self.token_budget = token_budget
+        self.cuda_graphs = cuda_graphs
         self.audit = audit
         self.stats = EngineStats()
         self._memories: dict[torch.device, _Memory] = {}
@@ -141,15 +148,27 @@ class Engine:
         for memory in self._memories.values():
             memory.tree.drop(name)
 
-    def release(self) -> None:
-        """Give the memory of the pools back, and with it all that is cached; the next run takes it again.
+    def release(self, keep: Collection[str] = ()) -> None:
+        """Give the memory of the pools back, and with it what is cached; the next run takes it again.
+
+        Args:
+            keep: Models whose prompts stay, in the memory that they need: those whose weights do not change meanwhile.
 
         Raises:
+            ValueError: A model to be kept is not one of the engine's.
             RuntimeError: A run is under way.
         """
+        if unknown := set(keep) - set(self.models):
+            raise ValueError(f"release: keep names {min(unknown)!r}, and the models are {', '.join(self.models)}")
+        if locked := sum(memory.tree.locked for memory in self._memories.values()):
+            raise RuntimeError(f"{locked} pages are in use: the pools cannot be given back while a run is under way")
         for device, memory in self._memories.items():
-            memory.tree.evict_all()
-            self._released[device] = memory.pool.drop()
+            memory.tree.evict_all(keep)
+            # Of a second release in a row, the first one's size counts.
+            before = memory.pool.shrink(memory.tree.pages())
+            self._released[device] = max(before, self._released.get(device, 0))
+            if memory.graphs:
+                memory.graphs.clear()
 
     def resume(self) -> None:
         """Take the memory that `release` gave back now, and not in the course of the next run."""
@@ -175,6 +194,8 @@ class Engine:
         """Run the sequences of models on one device; returns those that they lead to elsewhere."""
         lanes = list(dict.fromkeys(self._lanes[name] for name in stages))
         scheduler = Scheduler(memory.pool, memory.tree, lanes, max_batch=self.max_batch, token_budget=self.token_budget)
+        if memory.graphs:
+            memory.graphs.begin({name: self.models[name] for name in lanes})
         elsewhere: list[SampledSequence] = []
         ran: list[SampledSequence] = []
         new = deque(sequences)
@@ -194,7 +215,7 @@ class Engine:
                 tick = scheduler.next_tick()
                 if tick is None:
                     break
-                run_tick(self.models, memory.pool, tick, self.stats)
+                run_tick(self.models, memory.pool, tick, self.stats, memory.graphs)
                 self.stats.note_pages(memory.pool.used)
                 for sequence in tick.drawing:
                     if sequence.completion is not None:
@@ -246,8 +267,19 @@ class Engine:
             pool.total = available // pool.page_bytes
             if self.pool_bytes is None:
                 pool.total = min(pool.total, self.max_batch * (longest + 1))
-            self._memories[device] = _Memory(pool, PrefixTree(pool))
+            self._memories[device] = _Memory(pool, PrefixTree(pool), self._decode_graphs(pool, device))
+        if device in self._released:  # at once, not page by page: the arena stays where it is then, as graphs need
+            self._memories[device].pool.take(self._released.pop(device))
         return self._memories[device]
+
+    def _decode_graphs(self, pool: KVPool, device: torch.device) -> DecodeGraphs | None:
+        if self.cuda_graphs == "padded":
+            return DecodeGraphs(pool, device, capture=False)
+        if self.cuda_graphs and device.type != "cuda":
+            raise ConfigError(f"engine: cuda_graphs=True needs a GPU, and a model is on {device}: leave it out there")
+        if self.cuda_graphs or (self.cuda_graphs is None and device.type == "cuda" and torch.version.cuda):
+            return DecodeGraphs(pool, device, required=self.cuda_graphs is True)
+        return None
 
 
 def _lane(name: str, models: Mapping[str, LanguageModel]) -> str:

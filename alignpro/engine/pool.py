@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,8 @@ class KVPool:
         """Pages in all; may be raised."""
         self.used: Counter[str] = Counter()
         """Model → pages that it holds."""
+        self.generation = 0
+        """Changes when the arena moves: views of it are out of date then."""
         self._arena = torch.empty(0, self.page_bytes, dtype=torch.uint8, device=device)
         self._views: dict[str, list[Tensor]] = {}
         self._returned: list[int] = []
@@ -121,20 +124,28 @@ class KVPool:
         """Have memory for the first ``count`` pages; what is in pages stays."""
         arena = torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self._arena.device)
         arena[: len(self._arena)] = self._arena
-        self._arena, self._views = arena, {}
+        self._move_to(arena)
 
-    def drop(self) -> int:
-        """Give the arena's memory back; returns for how many pages it was.
+    def shrink(self, kept: Sequence[list[int]]) -> int:
+        """Give the arena's memory back but for the pages in some lists, which move together; the lists follow.
+
+        Returns:
+            For how many pages it had memory.
 
         Raises:
-            RuntimeError: Pages are held.
+            RuntimeError: Other pages are held.
         """
-        if self.free != self.total:
-            raise RuntimeError(f"{self.total - self.free} pages of the pool are in use: it cannot be given back now")
-        count = len(self._arena)
-        self._arena, self._views = self._arena.new_empty(0, self.page_bytes), {}
-        self._returned, self._fresh = [], 0
-        return count
+        before, old = len(self._arena), [page for pages in kept for page in pages]
+        if (others := self.total - self.free - len(old)) != 0:
+            raise RuntimeError(f"{others} pages of the pool are in use: it cannot be given back now")
+        index = torch.tensor(old, dtype=torch.int64, device=self._arena.device)
+        # As wide elements: bytes would be copied one by one.
+        self._move_to(self._arena.view(torch.int64).index_select(0, index).view(torch.uint8))
+        self._returned, self._fresh = [], len(old)
+        new = itertools.count()
+        for pages in kept:
+            pages[:] = [next(new) for _ in pages]
+        return before
 
     def layers(self, model: str) -> list[Tensor]:
         """Each layer's pages, (n_pages, 2, page_size, kv_heads, head_dim), strided views of the arena."""
@@ -152,6 +163,10 @@ class KVPool:
         """Where tokens first..first + count of a segment with these pages lie."""
         size = self.page_size[model]
         return [pages[j // size] * size + j % size for j in range(first, first + count)]
+
+    def _move_to(self, arena: Tensor) -> None:
+        self._arena, self._views = arena, {}
+        self.generation += 1
 
     def move(self, model: str, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the keys and values in some slots to others, which may overlap them."""

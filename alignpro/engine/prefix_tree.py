@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -127,10 +127,11 @@ class PrefixTree:
             self._evict(next(iter(self._idle)))
         return self.pool.allocate(model, count)
 
-    def evict_all(self) -> None:
-        """Evict every node that is not locked."""
-        while self._idle:
-            self._evict(next(iter(self._idle)))
+    def evict_all(self, keep: Collection[str] = ()) -> None:
+        """Evict every node that is not locked, but for those of models to be kept."""
+        while nodes := [node for node in self._idle if node.model not in keep]:
+            for node in nodes:
+                self._evict(node)
 
     def drop(self, model: str) -> None:
         """Forget all nodes of a model.
@@ -143,6 +144,10 @@ class PrefixTree:
             raise RuntimeError(f"model {model}: its weights cannot change while it generates")
         for node in reversed(nodes):  # children first
             self._evict(node)
+
+    def pages(self) -> list[list[int]]:
+        """Those of every node."""
+        return [node.pages for root in self._roots for node in self.nodes(root)]
 
     def nodes(self, model: str) -> Iterator[Node]:
         """All nodes of a model, and of others that hang below them, parents first."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignpro.engine.attention import AttentionPlan
+from alignpro.engine.graphs import DecodeGraphs, StaticPlan
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import position_seeds, sample
@@ -20,25 +21,39 @@ from alignpro.language_model import LanguageModel
 
 
 @torch.no_grad()
-def run_tick(models: Mapping[str, LanguageModel], pool: KVPool, tick: Tick, stats: EngineStats) -> None:
-    """Compute the tick's items and let its sequences draw; those that have come to their end have a completion then."""
-    states = _compute(models[tick.model], pool, tick, stats)
+def run_tick(
+    models: Mapping[str, LanguageModel],
+    pool: KVPool,
+    tick: Tick,
+    stats: EngineStats,
+    graphs: DecodeGraphs | None = None,
+) -> None:
+    """Compute the tick's items and let its sequences draw; those that have come to their end have a completion then.
+
+    With ``graphs``, ticks of next tokens alone are run by them.
+    """
+    states = _compute(models[tick.model], pool, tick, stats, graphs)
     with _timed(stats, "sample"):
         if tick.drawing:
             _draw(models, tick.drawing, states)
     stats.ticks += 1
 
 
-def _compute(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats) -> Tensor:
+def _compute(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats, graphs: DecodeGraphs | None) -> Tensor:
     """The states in which the tick's sequences draw, (B, D)."""
     ends = [s.own if s.drawn else s.node for s in tick.drawing]
     if not tick.items:
         return _known(ends)
     with _timed(stats, "plan"):
-        plan = AttentionPlan(pool, tick.model, tick.items, model.device)
+        static = graphs.plan(tick.model, model, tick.items) if graphs else None
+        plan = static or AttentionPlan(pool, tick.model, tick.items, model.device)
     with _timed(stats, "forward"):
-        active = plan.rows_of(tick.model) if model.selective else True
-        hidden = model.paged_states(plan.ids, plan.positions, plan, active)  # (T, D)
+        if isinstance(plan, StaticPlan):
+            assert graphs is not None
+            hidden = graphs.states(tick.model, model, plan, stats)  # (T, D), padding included
+        else:
+            active = plan.rows_of(tick.model) if model.selective else True
+            hidden = model.paged_states(plan.ids, plan.positions, plan, active)  # (T, D)
         for item in tick.items:
             if item.write:
                 item.segment.computed = item.end

@@ -95,6 +95,9 @@ class EngineStats:
     preemptions: int = 0
     ticks: int = 0
     """Forward passes."""
+    decode_ticks: Counter[str] = field(default_factory=Counter)
+    """Ticks of next tokens alone that were padded to a fixed shape: ``replayed`` as a CUDA graph or ``padded`` without,
+    and how many were ``captured`` first."""
     most_pages: Counter[str] = field(default_factory=Counter)
     """Model → pages that it held at most."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))

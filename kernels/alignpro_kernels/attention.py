@@ -15,14 +15,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from alignpro_kernels import attention_reference, triton_support
+from alignpro_kernels import attention_reference, flash_attention, triton_support
 from alignpro_kernels.backends import BackendError
 from alignpro_kernels.checks import FLOATS
 from alignpro_kernels.operators import merge_states
 
 logger = logging.getLogger("alignpro_kernels")
 
-BACKENDS = ("triton", "cpp", "reference")
+BACKENDS = ("triton", "cpp", "flash", "reference")
 
 
 @torch.compiler.disable
@@ -65,9 +65,10 @@ def paged_attention(
         scale: Scores are scale · q · k.
         softcap: Scores become softcap · tanh(scores / softcap) (Gemma 2).
         window: A query sees the last ``window`` positions only, its own included.
-        backend: ``auto``, ``triton`` (CUDA and ROCm), ``cpp`` (CPUs, built on first use) or ``reference`` (anywhere,
-            loops over sequences and waits for the device). ``triton`` waits for nothing, and so checks no values: what
-            they must be is the caller's to see to.
+        backend: ``auto``, ``triton`` (CUDA and ROCm), ``cpp`` (CPUs, built on first use), ``flash`` (CUDA, where the
+            package flash-attn is installed; `flash_attention` says which queries it takes) or ``reference`` (anywhere,
+            loops over sequences and waits for the device). ``triton`` and ``flash`` wait for nothing, and so check no
+            values: what they must be is the caller's to see to.
 
     Returns:
         out (T, H, D) in the dtype of ``query``; lse (T, H), the natural logarithm of the sum of e^score. A query that
@@ -79,7 +80,7 @@ def paged_attention(
     """
     _check_call(query, pages, softcap, window)
     _check_keys(query, len(query), cu_queries, page_table, key_lengths, query_positions, key_starts)
-    out, lse = _module(_choose(backend, query)).paged_attention(
+    out, lse = _module(_choose(backend, query, pages, window)).paged_attention(
         query,
         pages,
         cu_queries,
@@ -150,17 +151,15 @@ def cascade_attention(
     _check_call(query, pages, softcap, window)
     for level in levels:
         _check_level(level, query)
-    chosen = _choose(backend, query)
+    chosen = _choose(backend, query, pages, window)
     if chosen == "cpp":
         out: Tensor = _module(chosen).cascade_attention(
             query, pages, levels, scale=scale, softcap=softcap, window=window
         )
         return out
-    whole: tuple[Tensor, Tensor] | None = None
-    for level in levels:
-        rows = level.rows
-        part = paged_attention(
-            query if rows is None else query.index_select(0, rows),
+    parts = [
+        paged_attention(
+            query if level.rows is None else query.index_select(0, level.rows),
             pages,
             level.cu_queries,
             level.page_table,
@@ -172,10 +171,17 @@ def cascade_attention(
             window=window,
             backend=chosen,
         )
-        if whole is None and rows is not None:
-            whole = torch.zeros_like(query), part[1].new_full(query.shape[:2], -torch.inf)
-        whole = part if whole is None else _join(whole, part, rows)
-    assert whole is not None
+        for level in levels
+    ]
+    if len(parts) > 1 and all(level.rows is None for level in levels):
+        outs, lses = zip(*parts, strict=True)
+        return merge_states(outs, lses)
+    whole = parts[0]
+    if levels[0].rows is not None:
+        nothing = torch.zeros_like(query), whole[1].new_full(query.shape[:2], -torch.inf)
+        whole = _join(nothing, whole, levels[0].rows)
+    for level, part in zip(levels[1:], parts[1:], strict=True):
+        whole = _join(whole, part, level.rows)
     return whole[0]
 
 
@@ -188,7 +194,7 @@ def _join(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tenso
     return whole[0].index_copy(0, rows, both[0]), whole[1].index_copy(0, rows, both[1])
 
 
-def _choose(backend: str, query: Tensor) -> str:
+def _choose(backend: str, query: Tensor, pages: Tensor, window: int | None) -> str:
     """The backend that was asked for, or that is the best for the query; logged once each."""
     if backend not in ("auto", *BACKENDS):
         raise BackendError(
@@ -197,7 +203,7 @@ def _choose(backend: str, query: Tensor) -> str:
     name = backend
     if backend == "auto":
         name = {"cpu": "cpp", "cuda": "triton"}.get(query.device.type, "reference")  # ROCm's devices are "cuda" too
-    reason = _unsuited(name, query)
+    reason = _unsuited(name, query, pages, window)
     if reason is not None:
         if backend != "auto":
             raise BackendError(f"paged_attention: backend {name!r} cannot run here: {reason}")
@@ -213,7 +219,7 @@ def _module(name: str) -> ModuleType:
     return attention_reference if name == "reference" else import_module(f"alignpro_kernels.{name}_attention")
 
 
-def _unsuited(name: str, query: Tensor) -> str | None:
+def _unsuited(name: str, query: Tensor, pages: Tensor, window: int | None) -> str | None:
     """Why a backend does not take such a query, or cannot run."""
     if name == "reference":
         return None
@@ -225,6 +231,8 @@ def _unsuited(name: str, query: Tensor) -> str | None:
         if triton_support.takes(query.device):
             return None
         return f"it runs on CUDA and ROCm devices, and the input is on {query.device}"
+    if name == "flash":
+        return flash_attention.unavailable() or flash_attention.unsuited(query, pages, window)
     if query.device.type != "cpu":
         return f"it runs on the CPU, and the input is on {query.device}"
     from alignpro_kernels import cpp_attention

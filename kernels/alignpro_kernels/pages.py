@@ -11,8 +11,8 @@ writes those that belong to the model. Token t of a sequence lives in slot ``pag
 
 On a CUDA device the writes are kernels of csrc/cuda, which copy bits and so take any dtype, never wait for the device, and
 may be captured in a CUDA graph once they have run outside of it, since the first call may build the library. On a CPU keys
-and values are written by csrc/cpu. Elsewhere, or where a library cannot be built, plain PyTorch does the same, and waits. The
-logger ``alignpro_kernels`` says which.
+and values are written by csrc/cpu. Elsewhere, or where a library cannot be built, plain PyTorch does the same, which waits in
+`copy_pages` alone. The logger ``alignpro_kernels`` says which.
 
 No gradient flows through a pool.
 """
@@ -56,12 +56,31 @@ def write_kv(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor) -> None
     capacity = pages.shape[0] * pages.shape[2]
     _check_range("slots", slots, -1, capacity)
     kept = _inside(slots, capacity)
+    if pages.device.type != "cpu":
+        _write_unseen(keys, values, pages, slots, kept)
+        return
     if not bool(kept.all()):
         keys, values, slots = keys[kept], values[kept], slots[kept]
     page, offset = slots // pages.shape[2], slots % pages.shape[2]
     bits = _bits(pages)
     bits[page, 0, offset] = _bits(keys)
     bits[page, 1, offset] = _bits(values)
+
+
+def _write_unseen(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor, kept: Tensor) -> None:
+    """`write_kv` of the tokens that are kept, (T,) bool, without a look at which, for which a device would be waited for.
+
+    A token that is skipped writes what the first that is kept does; if none is, what is there already.
+    """
+    if not len(slots):
+        return
+    token = torch.where(kept, torch.arange(len(slots), device=slots.device), kept.int().argmax())  # (T,)
+    at = slots.index_select(0, token).clamp(0, pages.shape[0] * pages.shape[2] - 1)
+    page, offset = at // pages.shape[2], at % pages.shape[2]
+    bits = _bits(pages)
+    for which, states in enumerate((keys, values)):
+        written = _bits(states).index_select(0, token)
+        bits[page, which, offset] = torch.where(kept.any(), written, bits[page, which, offset])
 
 
 @torch.no_grad()

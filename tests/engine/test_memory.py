@@ -284,6 +284,45 @@ class TestChains:
         own = sum(len(node.tokens) for node in memory.tree.nodes("policy"))
         assert engine.stats.computed["prefill"] - before == own  # of the target's nothing
 
+    def test_what_is_kept_when_memory_is_given_back_is_served_from_it(
+        self, llama: LanguageModel, target: LanguageModel
+    ) -> None:
+        engine = Engine({"policy": llama, "target": target}, audit=True, page_tokens=4)
+        first = self.run(engine)
+        (memory,) = engine._memories.values()
+        pool, tree = memory.pool, memory.tree
+        whole = pool.arena_bytes
+        for _ in range(2):
+            engine.weights_updated("policy")
+            engine.release(keep=["target"])
+            assert not list(tree.nodes("policy")) and pool.used["policy"] == 0
+            pages = [page for node in tree.nodes("target") for page in node.pages]
+            assert sorted(pages) == list(range(len(pages)))
+            assert tree.cached == len(pages) == pool.used["target"] == pool.total - pool.free > 0
+            assert pool.arena_bytes == len(pages) * pool.page_bytes < whole
+            before = engine.stats.computed["prefill"]
+            self.assert_same(self.run(engine), first)
+            assert engine.stats.computed["prefill"] - before == sum(len(n.tokens) for n in tree.nodes("policy"))
+            assert pool.arena_bytes == whole
+        engine.release(keep=["target"])
+        engine.release()
+        assert pool.arena_bytes == 0 and pool.free == pool.total
+        engine.resume()
+        assert pool.arena_bytes == whole
+        self.assert_same(self.run(engine), first)
+
+    def test_what_cannot_be_kept_is_an_error(self, llama: LanguageModel, target: LanguageModel) -> None:
+        engine = Engine({"policy": llama, "target": target}, audit=True)
+
+        def meddle(i: int, sample: Completion) -> list[int]:
+            with pytest.raises(RuntimeError, match="in use"):
+                engine.release(keep=["target", "policy"])
+            return self.to_target(i, sample)
+
+        engine.run_chains(PROMPTS[:2], rewrite=PARAMS, to_target=meddle, respond=PARAMS)
+        with pytest.raises(ValueError, match="keep names 'critic', and the models are policy, target"):
+            engine.release(keep=["critic"])
+
 
 @given(
     pages=st.integers(6, 20),

@@ -257,3 +257,45 @@ def test_whatever_the_memory(
             engine.weights_updated("policy")
     (memory,) = engine._memories.values()
     assert memory.pool.total - memory.pool.free == memory.tree.cached
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("activated", [True, False])
+def test_decode_ticks_of_a_fixed_shape_do_not_show(llama: LanguageModel, activated: bool, fuse: bool) -> None:
+    """Those of both stages at once among them, in which the adapter acts on some of the tokens."""
+    model = adapted(activated=activated)
+    inputs = prompts(model)
+    engine = shared(model, cuda_graphs="padded", max_batch=8, fuse=fuse)
+    assert_same(chains(engine, inputs), chains(shared(model, max_batch=8, fuse=fuse), inputs))
+    (memory,) = engine._memories.values()
+    assert memory.graphs and engine.stats.decode_ticks["padded"] > 10
+    mixed = [plan for plan in memory.graphs._plans.values() if plan.shape.active > 0]
+    assert bool(mixed) == fuse
+
+
+def test_prompts_of_the_base_are_kept_when_memory_is_given_back(
+    prompter: LanguageModel, expected: list[list[Chain]]
+) -> None:
+    engine = shared(prompter)
+    assert_same(chains(engine, prompts(prompter)), expected)
+    (memory,) = engine._memories.values()
+    engine.release(keep=["target"])
+    nodes = list(memory.tree.nodes("target"))
+    assert nodes and {node.model for node in nodes} == {"target"}
+    assert memory.pool.arena_bytes == sum(len(node.pages) for node in nodes) * memory.pool.page_bytes
+    before = engine.stats.computed["prefill"]
+    assert_same(chains(engine, prompts(prompter)), expected)
+    acted_on = sum(len(node.tokens) for node in memory.tree.nodes("target") if node.model == "policy")
+    assert engine.stats.computed["prefill"] - before == acted_on
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("fuse", [True, False])
+def test_graphs_of_both_stages_at_once(fuse: bool) -> None:
+    model = adapted().cuda()
+    graphs, padded = (shared(model, cuda_graphs=how, max_batch=8, fuse=fuse) for how in (True, "padded"))
+    results = chains(padded, prompts(model))
+    for _ in range(2):
+        assert_same(chains(graphs, prompts(model)), results)
+    assert graphs.stats.decode_ticks["replayed"] > 0

@@ -285,7 +285,9 @@ def test_errors_name_the_argument() -> None:
     refused(TypeError, r"key_starts is torch\.float32", key_starts=good["key_starts"].float())
     refused(ValueError, "softcap is 0: it must be positive", softcap=0)
     refused(ValueError, "window is 0: it must be positive", window=0)
-    refused(BackendError, "there is no backend 'fast': take 'auto' or one of triton, cpp, reference", backend="fast")
+    refused(
+        BackendError, "there is no backend 'fast': take 'auto' or one of triton, cpp, flash, reference", backend="fast"
+    )
     refused(
         BackendError,
         "backend 'cpp' cannot run here: it computes in float32, and the input is float64",

@@ -103,6 +103,29 @@ def test_writes_and_reads_are_those_of_a_loop(
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("slots", [[4, -1, 0, -1, 99], [-1, -1, 3, 0, 5], [-1, 99, -1, -1, -1], [5, 4, 3, 2, 1]])
+def test_a_device_without_the_kernels_is_not_waited_for(slots: list[int], device: str) -> None:
+    """The way of a GPU for which they cannot be built: no branch depends on a slot."""
+    arena = new_arena(3)
+    expected = arena.clone()
+    geometry = (torch.float32, 0, 2, 2, 8)
+    keys, values = numbers(5, 2, 8), numbers(5, 2, 8)
+    at = torch.tensor(slots)
+    kept = (at >= 0) & (at < 6)
+    written_by_loop(keys, values, layer_of(expected, *geometry), torch.where(kept, at, -1))
+    moved = arena.to(device)
+    arguments = [x.to(device) for x in (keys, values, at, kept)]
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        pages._write_unseen(*arguments[:2], layer_of(moved, *geometry), *arguments[2:])
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(moved.cpu(), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 def test_models_of_different_geometry_share_an_arena(device: str) -> None:
     """Neither a model's pages nor another layer of the same page change when a layer is written."""
     arena = new_arena(6).to(device)

@@ -98,6 +98,36 @@ def test_a_query_does_not_feel_the_batch() -> None:
         torch.testing.assert_close(got_lse, lse[there], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("parted")
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("heads", [4, 32], ids=["several queries a tile", "several tiles a query"])
+def test_padding_sees_nothing_and_is_not_felt(heads: int, window: int | None) -> None:
+    """As a captured graph has it: queries at −1 behind a sequence's own, sequences without queries or keys, a wide table."""
+    torch.manual_seed(0)
+    problem = new_problem([1, 2, 1], [40, 7, 21], heads=heads, kv_heads=1, dim=8, window=window)
+    out, lse = problem.run("triton")
+    query, pages, _, table, lengths, positions, starts = problem.arguments()
+    nothing = torch.zeros(5, dtype=torch.int32)
+    rows = torch.tensor([4, 0, 4, 1, 2, 3, 4, 4])  # a sequence without keys first; two queries of padding at the end
+    padded = paged_attention(
+        torch.cat([query, torch.full((1, heads, 8), 7.0)])[rows],
+        pages,
+        torch.tensor([0, 1, 3, 5, 8, 8, 8, 8], dtype=torch.int32),
+        torch.nn.functional.pad(table, (0, 4, 1, 3)),
+        torch.cat([nothing[:1], lengths, nothing[:3]]),
+        torch.cat([positions, -torch.ones(1, dtype=torch.int32)])[rows],
+        torch.cat([nothing[:1], starts, nothing[:3]]),
+        scale=problem.scale,
+        window=window,
+        backend="triton",
+    )
+    there = torch.tensor([1, 3, 4, 5])
+    for got, expected in zip(padded, (out, lse), strict=True):
+        torch.testing.assert_close(got[there], expected, rtol=1e-5, atol=1e-6)
+    elsewhere = torch.tensor([0, 2, 6, 7])
+    assert not padded[0][elsewhere].any() and bool((padded[1][elsewhere] == -torch.inf).all())
+
+
 def test_a_cascade_is_the_whole_attention() -> None:
     torch.manual_seed(0)
     shared, suffixes = 35, [1, 9, 30, 0]

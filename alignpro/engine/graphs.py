@@ -1,0 +1,335 @@
+"""Decode ticks in a few fixed shapes, each captured once as a CUDA graph and replayed.
+
+A tick of next tokens is hundreds of small kernels, which a GPU runs faster than Python launches them. A CUDA graph is
+launched as one, with the same addresses and grids every time. So a tick in which every item is one token is padded to a
+`Shape`, of which few occur, and what tells ticks of a shape apart is copied into buffers that stay where they are.
+
+| owns | does not own |
+|---|---|
+| shapes, their buffers, the captured graphs | attention (`attention.Cascade`), the head and sampling |
+
+Padding sees no key (its position is −1), and its own key goes nowhere (slot −1). The head stays outside: sampling is a
+pass for each way of drawing, which differ from tick to tick, with kernels that are tuned on first use, and few of them.
+
+A graph holds addresses: of its buffers, of the arena and of the weights. When the arena moves (`KVPool.generation`) or the
+weights do, or adapters are switched (`LanguageModel.binding`), it is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignpro.engine.attention import Cascade
+from alignpro.engine.pool import KVPool
+from alignpro.engine.scheduler import Item
+from alignpro.engine.types import EngineStats
+from alignpro.errors import ModelError
+from alignpro.language_model import LanguageModel
+from alignpro_kernels import CascadeLevel
+
+logger = logging.getLogger(__name__)
+
+MOST = 64
+"""Graphs that are kept, those used last: each holds an output and some megabytes of the driver's."""
+ALL = -1
+
+
+class Shape(NamedTuple):
+    """All that a graph has fixed of a tick."""
+
+    rows: int
+    """T: tokens, padding included."""
+    levels: tuple[tuple[int, int], ...]
+    """Of each depth: S segments, and the pages that each may have, padding included."""
+    active: int
+    """Tokens that a selective adapter acts on, padding included; `ALL` for all of them."""
+
+    @classmethod
+    def around(cls, tokens: int, levels: Sequence[tuple[int, int]], active: int) -> Shape:
+        """The smallest that holds a tick of so many tokens, of which the adapter acts on ``active``, or on `ALL`."""
+        some = active > 0
+        rows = padded(tokens + some)  # if on some, it acts on padding too
+        sizes = tuple((min(rows, power_of_two(s)), power_of_two(pages)) for s, pages in levels)
+        return cls(rows, sizes, padded(active) if some else active)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the buffers, in int32: ids, positions, slots and active rows, all int64, and a level's of each depth."""
+        first = [2 * self.rows] * 3 + [2 * max(0, self.active)]
+        return first + [n for s, pages in self.levels for n in (self.rows, s + 1, s * pages, s, s)]
+
+    @property
+    def spaces(self) -> list[int]:
+        """What they take, so that each begins at 16 bytes: kernels are compiled anew for other alignments."""
+        return [-(-size // 4) * 4 for size in self.sizes]
+
+
+def power_of_two(count: int) -> int:
+    """The least that is not below."""
+    return 1 << (count - 1).bit_length()
+
+
+def padded(count: int) -> int:
+    """1, 2, 4, 8, 16, … 128, then multiples of 16, from 256 on of 32, and so on: at most an eighth more above 64."""
+    step = max(8, power_of_two(count) // 16)
+    return power_of_two(count) if count <= 8 else -(-count // step) * step
+
+
+class _Buffers(NamedTuple):
+    ids: Tensor
+    """(T,) int64; 0 for padding."""
+    positions: Tensor
+    """(T,) int64; 0 for padding."""
+    slots: Tensor
+    """(T,) int64."""
+    active: Tensor
+    """(A,) int64: rows that a selective adapter acts on; the last, which is padding, as padding."""
+    levels: list[CascadeLevel]
+
+    @classmethod
+    def within(cls, memory: Tensor, shape: Shape) -> _Buffers:
+        """Views of one piece of int32 memory, so that one copy fills them all."""
+        spaces = memory.split(shape.spaces)
+        ids, positions, slots, active, *rest = (x[:size] for x, size in zip(spaces, shape.sizes, strict=True))
+        levels = []
+        for i, (s, pages) in enumerate(shape.levels):
+            seen_from, bounds, table, lengths, starts = rest[5 * i : 5 * i + 5]
+            levels.append(CascadeLevel(None, seen_from, bounds, table.view(s, pages), lengths, starts))
+        ids, positions, slots, active = (x.view(torch.int64) for x in (ids, positions, slots, active))
+        return cls(ids, positions, slots, active, levels)
+
+
+class StaticPlan(Cascade):
+    """What attention needs to know of a tick, in buffers that stay where they are, and the graph that reads them."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape = shape
+        self.memory = torch.zeros(sum(shape.spaces), dtype=torch.int32, device=device)
+        self.ids, self.positions, slots, active, levels = _Buffers.within(self.memory, shape)
+        self.active = active if shape.active > 0 else shape.active == ALL
+        super().__init__((), slots, levels)
+        self.last_row: dict[int, int] = {}
+        """Segment's id → the row of its token."""
+        self.runs = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.states: Tensor | None = None
+        """(T, D): where the graph leaves the last hidden states."""
+
+    def fill(
+        self, pool: KVPool, model: str, items: Sequence[Item], depths: Sequence[_Depth], active: Sequence[int]
+    ) -> None:
+        """Take in a tick that fits, its items in the order of a walk down the prefix tree.
+
+        Args:
+            pool: Where keys and values are.
+            model: Whose.
+            items: Of one token each.
+            depths: Of the items.
+            active: Rows that a selective adapter acts on, if it is some of them.
+        """
+        # New memory each time: the host may be ahead of the copy. Where it is pinned, the allocator waits for that.
+        memory = torch.zeros(len(self.memory), dtype=torch.int32, pin_memory=self.memory.is_cuda)
+        buffers = _Buffers.within(memory, self.shape)
+        count, page_size = len(items), pool.page_size[model]
+        own = [(item.path[-1], item.first, item.write) for item in items]
+        positions = np.array([segment.start + first for segment, first, _ in own])
+        buffers.ids.numpy()[:count] = [segment.tokens[first] for segment, first, _ in own]
+        buffers.positions.numpy()[:count] = positions
+        buffers.slots.fill_(-1)
+        buffers.slots.numpy()[:count] = [
+            segment.pages[first // page_size] * page_size + first % page_size if write else -1
+            for segment, first, write in own
+        ]
+        buffers.active.fill_(self.shape.rows - 1)
+        buffers.active.numpy()[: len(active)] = active
+        for level, depth in zip(buffers.levels, depths, strict=True):
+            segments = len(depth.begins)
+            level.query_positions.fill_(-1)
+            level.query_positions.numpy()[:count] = np.where(depth.reached, positions, -1)
+            # Rows that see none of the segments go with those before them, whose keys all come after position −1.
+            level.cu_queries.fill_(self.shape.rows)
+            level.cu_queries.numpy()[:segments] = depth.begins
+            level.key_lengths.numpy()[:segments] = depth.lengths
+            level.key_starts.numpy()[:segments] = depth.starts
+            table = level.page_table.numpy()[:segments]
+            held = np.array([len(pages) for pages in depth.pages])
+            table[np.arange(table.shape[1]) < held[:, None]] = list(chain.from_iterable(depth.pages))
+        self.memory.copy_(memory, non_blocking=True)
+        self.last_row = {id(segment): row for row, (segment, *_) in enumerate(own)}
+
+
+class _Depth(NamedTuple):
+    """The segments at one depth of N items' paths, in order."""
+
+    reached: list[bool]
+    """(N,) whether an item's path goes as deep."""
+    begins: list[int]
+    """The first row of each segment."""
+    pages: list[list[int]]
+    lengths: list[int]
+    starts: list[int]
+
+
+def _depths(items: Sequence[Item]) -> list[_Depth]:
+    ends = {item.segment: item.end for item in items}
+    depths = []
+    for d in range(max(len(item.path) for item in items)):
+        there = [item.path[d] if len(item.path) > d else None for item in items]
+        rows = [row for row, (one, other) in enumerate(zip([None, *there], there, strict=False)) if one is not other]
+        begun = [(row, segment) for row in rows if (segment := there[row]) is not None]
+        begins, segments = [row for row, _ in begun], [segment for _, segment in begun]
+        depth = _Depth(
+            [segment is not None for segment in there],
+            begins,
+            [segment.pages for segment in segments],
+            [ends.get(segment, segment.computed) for segment in segments],
+            [segment.start for segment in segments],
+        )
+        if begins[0] > 0:  # the first rows see none: theirs is a segment without keys
+            depth = _Depth(depth.reached, [0, *begins], [[], *depth.pages], [0, *depth.lengths], [0, *depth.starts])
+        depths.append(depth)
+    return depths
+
+
+class DecodeGraphs:
+    """The shapes that decode ticks on one device have had, by model.
+
+    The first tick of a shape is run without a graph, which compiles and loads what it needs; the second is captured.
+
+    Args:
+        pool: Where keys and values are.
+        device: Of the pool.
+        capture: False to pad ticks and run them as they are, on any device: what graphs are to be compared with.
+        required: Whether a model that cannot be captured is an error; else it is said once, and runs without graphs.
+    """
+
+    def __init__(self, pool: KVPool, device: torch.device, *, capture: bool = True, required: bool = False) -> None:
+        self.pool, self.device, self.capture, self.required = pool, device, capture, required
+        self._plans: OrderedDict[tuple[str, Shape], StaticPlan] = OrderedDict()  # the one used longest ago first
+        self._bindings: dict[str, tuple[object, ...]] = {}
+        self._generation = pool.generation
+        self._refused: set[str] = set()
+        self._memory: Any = None  # torch's handle of what all graphs share, of which only one runs at a time
+        self._stream: torch.cuda.Stream | None = None
+        self._failed: list[torch.cuda.CUDAGraph] = []
+
+    def begin(self, models: Mapping[str, LanguageModel]) -> None:
+        """Before a run: drop the graphs of models whose weights lie elsewhere than before, or whose adapters differ.
+
+        Raises:
+            ModelError: Graphs are required, and a model cannot be captured.
+        """
+        for name, model in models.items():
+            if self._bindings.get(name) != (binding := model.binding):
+                for key in [key for key in self._plans if key[0] == name]:
+                    del self._plans[key]
+                self._bindings[name] = binding
+            if self.capture and name not in self._refused and (reason := _unsuited(model)) is not None:
+                self._refuse(name, model, reason, None)
+
+    def clear(self) -> None:
+        """Drop all graphs and the memory that they hold."""
+        self._plans.clear()
+        self._memory = None
+
+    def plan(self, name: str, model: LanguageModel, items: Sequence[Item]) -> StaticPlan | None:
+        """The plan of a tick, good until the next; None for one that is no decode tick, or whose model is not captured."""
+        if name in self._refused or any(item.count != 1 or item.path[-1].tokens[item.first] < 0 for item in items):
+            return None  # a token below 0 is a place of a soft prompt
+        if self._generation != self.pool.generation:
+            self.clear()
+            self._generation = self.pool.generation
+        items = sorted(items, key=lambda item: [segment.serial for segment in item.path])
+        depths = _depths(items)
+        active = [row for row, item in enumerate(items) if item.path[-1].model == name] if model.selective else []
+        whole = not model.selective or len(active) == len(items)
+        levels = [(len(d.begins), max(map(len, d.pages))) for d in depths]
+        shape = Shape.around(len(items), levels, ALL if whole else len(active))
+        plan = self._plans.pop((name, shape), None) or StaticPlan(shape, self.device)
+        self._plans[name, shape] = plan
+        if len(self._plans) > MOST:
+            self._plans.popitem(last=False)
+        plan.fill(self.pool, name, items, depths, [] if whole else active)
+        return plan
+
+    def states(self, name: str, model: LanguageModel, plan: StaticPlan, stats: EngineStats) -> Tensor:
+        """The last hidden states of a plan's tokens, (T, D), those of padding among them; good until the next tick.
+
+        Raises:
+            ModelError: Graphs are required, and the model cannot be captured.
+        """
+        if self.capture and plan.graph is None and plan.runs > 0 and name not in self._refused:
+            try:
+                self._capture(name, model, plan)
+                stats.decode_ticks["captured"] += 1
+            except RuntimeError as error:
+                first: BaseException = error
+                while first.__context__ is not None:  # the end of a capture that has failed fails too
+                    first = first.__context__
+                self._refuse(name, model, str(first).strip().splitlines()[0], error)
+        plan.runs += 1
+        if plan.graph is None or plan.states is None:
+            stats.decode_ticks["padded"] += 1
+            return self._forward(name, model, plan)
+        stats.decode_ticks["replayed"] += 1
+        plan.graph.replay()
+        return plan.states
+
+    def _forward(self, name: str, model: LanguageModel, plan: StaticPlan) -> Tensor:
+        plan.layers = self.pool.layers(name)
+        try:
+            return model.paged_states(plan.ids, plan.positions, plan, plan.active, soft_prompt=False)
+        finally:
+            plan.layers = ()  # views that would keep an arena which is given back
+
+    def _capture(self, name: str, model: LanguageModel, plan: StaticPlan) -> None:
+        """Record a plan's forward pass; nothing is computed."""
+        with torch.cuda.device(self.device):
+            if self._memory is None or self._stream is None:
+                self._memory, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.stream(self._stream):
+                # Other threads may use the device: a reward model's, or one that pins a batch.
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                try:
+                    states = self._forward(name, model, plan)
+                finally:
+                    self._end(graph)
+        plan.graph, plan.states = graph, states
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture. If it fails, torch leaves its allocators looking after it, which has to be undone by hand."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            device = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(device, self._memory)
+            torch._C._cuda_releasePool(device, self._memory)
+            self._memory = None
+            self._failed.append(graph)  # kept, for the allocator of pinned memory goes on asking it
+            raise
+
+    def _refuse(self, name: str, model: LanguageModel, reason: str, cause: Exception | None) -> None:
+        problem = f"model {model.name}: its decode steps cannot be captured as CUDA graphs: {reason}"
+        if self.required:
+            raise ModelError(f"{problem}; cuda_graphs=False runs them without") from cause
+        logger.warning("%s; they run without", problem)
+        self._refused.add(name)
+
+
+def _unsuited(model: LanguageModel) -> str | None:
+    """Why a model cannot be captured, as far as its configuration tells."""
+    rope = getattr(model.causal.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [each.get("rope_type") or "" for each in (rope, *rope.values()) if isinstance(each, dict)]
+    if any("dynamic" in kind for kind in kinds):
+        return "its rotary embedding (rope_type dynamic) is made anew on the host as sequences grow"
+    return None

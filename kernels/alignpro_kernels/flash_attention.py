@@ -1,0 +1,145 @@
+"""Backend ``flash`` of `paged_attention`: the kernels of the package flash-attn (FlashAttention-2), where it is installed.
+
+flash-attn knows no positions: its causal mask puts a sequence's last query beside its last key. So there are two ways:
+
+- As many queries as sequences, a decode step: each query becomes a sequence of its own, with as many keys as it sees.
+- More queries: those of a sequence are cut in two. The first are its last keys, in order, for which the mask is right; the
+  others lie behind all its keys and see every one. That is how a prefix tree is walked. One call for each of the two, in
+  which the other's queries have no keys. A query that is in neither place gets NaN: that is not seen on the host, which
+  would have to wait.
+
+A window would count from the last key, and a query that lies behind it has moved on: windows go to other backends.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PAGE_SIZE = 256
+"""Tokens of a page must be a multiple of this."""
+
+
+def unavailable() -> str | None:
+    """Why the backend cannot run here, None if it can."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "there is no CUDA device"
+    if (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}: flash-attn needs 8.0 (Ampere)"
+    return None
+
+
+def unsuited(query: Tensor, pages: Tensor, window: int | None) -> str | None:
+    """Why it does not take such inputs, None if it does."""
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, and the input is {query.dtype}"
+    if pages.shape[2] % PAGE_SIZE:
+        return f"its pages have a multiple of {PAGE_SIZE} tokens, and these have {pages.shape[2]}"
+    if query.shape[2] % 8 or query.shape[2] > 256:
+        return f"its heads have a multiple of 8 entries, at most 256, and these have {query.shape[2]}"
+    if window is not None:
+        return "it counts a window from the last key of a sequence, not from the query"
+    return None
+
+
+def paged_attention(
+    query: Tensor,
+    pages: Tensor,
+    cu_queries: Tensor,
+    page_table: Tensor,
+    key_lengths: Tensor,
+    query_positions: Tensor,
+    key_starts: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `alignpro_kernels.paged_attention`, and above for which positions it takes."""
+    assert window is None
+    count, sequences = len(query), len(key_lengths)
+    if not count or not sequences or not page_table.shape[1]:
+        return torch.zeros_like(query), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    bounds = cu_queries.to(query.device, non_blocking=True).contiguous()
+    rows = torch.arange(count, dtype=torch.int32, device=query.device)
+    owner = torch.searchsorted(bounds, rows, right=True) - 1  # (T,) the sequence of each query
+    lengths = key_lengths[owner]
+    place = query_positions if key_starts is None else query_positions - key_starts[owner]  # (T,)
+    options = {"softmax_scale": scale, "softcap": softcap or 0.0}
+    seen = torch.minimum(place + 1, lengths).clamp_min(0)  # (T,) keys of each query
+    if count == sequences:
+        out, lse = _one_by_one(query, pages, page_table[owner], seen, options)
+    else:
+        inside = (place >= 0) & (place < lengths)
+        before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))  # (T + 1,)
+        first = (before[bounds[1:]] - before[bounds[:-1]]).int()  # (S,) queries of each that are its last keys
+        index = rows - bounds[owner]  # (T,) of a query in its sequence
+        in_order = torch.where(index < first[owner], place == lengths - first[owner] + index, ~inside)
+        out, lse = _two_kinds(query, pages, bounds, first, page_table, key_lengths, index < first[owner], options)
+        out = torch.where((in_order | (seen == 0))[:, None, None], out, torch.nan)
+        lse = torch.where((in_order | (seen == 0))[:, None], lse, torch.nan)
+    some = seen > 0
+    return torch.where(some[:, None, None], out, 0.0), torch.where(some[:, None], lse, -torch.inf)
+
+
+def _one_by_one(
+    query: Tensor, pages: Tensor, table: Tensor, seen: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Each of T queries (T, H, D) a sequence of its own, with ``seen`` keys in the pages of its line of the table."""
+    from flash_attn import flash_attn_with_kvcache
+
+    out, lse = flash_attn_with_kvcache(
+        q=query.unsqueeze(1),
+        k_cache=pages[:, 0],
+        v_cache=pages[:, 1],
+        cache_seqlens=seen,
+        block_table=table,
+        return_softmax_lse=True,
+        **options,
+    )
+    return out.squeeze(1), lse.squeeze(2)  # (T, 1, H, D), (T, H, 1)
+
+
+def _two_kinds(
+    query: Tensor,
+    pages: Tensor,
+    bounds: Tensor,
+    first: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    is_first: Tensor,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The first queries of each sequence under a causal mask, (S,) of them, and the others without one."""
+    from flash_attn import flash_attn_varlen_func
+
+    # Two sequences for each: its first queries, then the others.
+    cu_queries = torch.stack([bounds[:-1], bounds[:-1] + first], 1).flatten()
+    cu_queries = torch.cat([cu_queries, bounds[-1:]])  # (2 S + 1,)
+    results = []
+    for which, causal in enumerate((True, False)):
+        keys = torch.stack([lengths if which == kind else torch.zeros_like(lengths) for kind in (0, 1)], 1).flatten()
+        out, lse, _ = flash_attn_varlen_func(
+            q=query,
+            k=pages[:, 0],
+            v=pages[:, 1],
+            cu_seqlens_q=cu_queries,
+            cu_seqlens_k=torch.nn.functional.pad(keys.cumsum(0, dtype=torch.int32), (1, 0)),
+            # Bounds that follow from shapes; with 1 it would take every sequence to have one query.
+            max_seqlen_q=max(2, len(query)),
+            max_seqlen_k=table.shape[1] * pages.shape[2],
+            causal=causal,
+            block_table=table.repeat_interleave(2, dim=0),
+            return_attn_probs=True,
+            **options,
+        )
+        results.append((out, lse.T))  # (T, H, D), (T, H)
+    (out, lse), (others, others_lse) = results
+    return torch.where(is_first[:, None, None], out, others), torch.where(is_first[:, None], lse, others_lse)

@@ -1,0 +1,308 @@
+"""Decode ticks in fixed shapes: padding must not show, and on a GPU neither must the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import ARCHITECTURES, ragged, tiny_language_model
+
+from alignpro.config import AdapterConfig
+from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.engine.graphs import ALL, MOST, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
+from alignpro.errors import ConfigError, ModelError
+from alignpro.language_model import LanguageModel
+from alignpro.models import add_adapter
+from alignpro_kernels import pages
+
+TEMPLATE = ragged(1, 100, shortest=20, longest=20, seed=5)[0]
+PROMPTS = [TEMPLATE + tail for tail in ragged(5, 100, shortest=1, longest=30, seed=6)]
+SHARED = [PROMPTS[0] + tail for tail in ragged(2, 100, shortest=17, longest=20, seed=7)]  # a level deeper
+PAGE = 2 * 2 * 2 * 8 * 4 * 16  # bytes of one of the tiny Llama: two layers, two heads of eight, float32, 16 tokens
+PARAMS = SamplingParams(max_tokens=20, n=3, stop_token_ids=(0, 1, 2, 3))
+
+
+def same(left: list[list[Completion]], right: list[list[Completion]], tolerance: float = 2e-5) -> None:
+    """Equal tokens; log-probabilities to rounding, which in float32 depends on the rows of a product."""
+    for group, others in zip(left, right, strict=True):
+        for one, other in zip(group, others, strict=True):
+            assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def exact() -> LanguageModel:
+    """In float64, so that only a fault can show."""
+    return tiny_language_model("llama", dtype=torch.float64)
+
+
+def test_few_shapes_hold_all_ticks() -> None:
+    assert [padded(n) for n in (1, 2, 3, 5, 8, 9, 17, 64, 65, 129, 256, 257, 1000)] == [
+        *(1, 2, 4, 8, 8, 16, 24, 64, 72, 144, 256, 288, 1024)
+    ]
+    assert len({padded(n) for n in range(1, 257)}) <= 28
+    assert all(n <= padded(n) <= max(8, 9 * n // 8 + 8) for n in range(1, 2000))
+    assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
+    shape = Shape.around(9, [(1, 3), (2, 1), (9, 5)], ALL)
+    assert shape == (16, ((1, 4), (2, 1), (16, 8)), ALL)
+    assert Shape.around(8, [(1, 1)], 5) == (16, ((1, 1),), 8)  # an adapter on some tokens needs one of padding
+    assert Shape.around(24, [(24, 1)], 0).levels == ((24, 1),)  # never more segments than tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 16, 17])
+def test_padding_does_not_show_at_its_edges(exact: LanguageModel, count: int) -> None:
+    """Batches of just a size, one more and one less; and prompts that share nothing, some and a level deeper."""
+    params = SamplingParams(max_tokens=12)
+    prompts = (ragged(max(0, count - 7), 100, longest=40, seed=count) + PROMPTS + SHARED)[-count:]
+    engine = Engine({"m": exact}, cuda_graphs="padded", audit=True)
+    same(engine.generate("m", prompts, params), Engine({"m": exact}).generate("m", prompts, params), tolerance=1e-9)
+    assert engine.stats.decode_ticks == {"padded": 11}
+
+
+def test_padding_does_not_show_in_any_architecture(any_model: LanguageModel) -> None:
+    """Of paths of one to four nodes, with windows, soft-caps and absolute positions."""
+    prompts = [*PROMPTS, *SHARED, [1]]
+    engine = Engine({"m": any_model}, cuda_graphs="padded", page_tokens=4, audit=True)
+    expected = Engine({"m": any_model}).generate("m", prompts, PARAMS)
+    same(engine.generate("m", prompts, PARAMS), expected)
+    assert engine.stats.decode_ticks["padded"] > 10
+
+
+def test_padding_does_not_show_when_sequences_are_preempted(llama: LanguageModel) -> None:
+    settings: dict[str, Any] = {"pool_bytes": 12 * PAGE, "audit": True}
+    plain, engine = Engine({"m": llama}, **settings), Engine({"m": llama}, cuda_graphs="padded", **settings)
+    params = SamplingParams(max_tokens=50, n=3)
+    same(engine.generate("m", PROMPTS, params), plain.generate("m", PROMPTS, params))
+    assert engine.stats.preemptions > 0 and engine.stats.decode_ticks["padded"] > 0
+
+
+@given(
+    pages=st.integers(8, 24),
+    budget=st.sampled_from([1, 5, 4096]),
+    max_batch=st.integers(1, 9),
+    chosen=st.lists(st.integers(0, 6), min_size=1, max_size=6),
+)
+@settings(max_examples=10)
+def test_padding_does_not_show_in_random_runs(
+    llama: LanguageModel, pages: int, budget: int, max_batch: int, chosen: list[int]
+) -> None:
+    prompts = [[*PROMPTS, *SHARED][i] for i in chosen]
+    settings: dict[str, Any] = {"pool_bytes": pages * PAGE, "token_budget": budget, "max_batch": max_batch}
+    plain = Engine({"m": llama}, **settings, audit=True)
+    engine = Engine({"m": llama}, **settings, audit=True, cuda_graphs="padded")
+    same(engine.generate("m", prompts, PARAMS), plain.generate("m", prompts, PARAMS))
+
+
+def test_a_soft_prompt_is_left_out_of_decode_ticks() -> None:
+    model = add_adapter(tiny_language_model("llama"), AdapterConfig(kind="soft_prompt", virtual_tokens=3))
+    engine = Engine({"m": model.requires_grad_(False)}, cuda_graphs="padded", token_budget=1, audit=True)
+    same(engine.generate("m", PROMPTS, PARAMS), Engine({"m": model}).generate("m", PROMPTS, PARAMS))
+    assert engine.stats.decode_ticks["padded"] > 0
+
+
+def test_both_stages_of_chains(llama: LanguageModel) -> None:
+    target = tiny_language_model("qwen3", seed=1, num_key_value_heads=4, num_hidden_layers=3)
+
+    def run(**settings: Any) -> list[list[Chain]]:
+        return Engine({"policy": llama, "target": target}, **settings).run_chains(
+            PROMPTS, rewrite=PARAMS, to_target=lambda i, sample: [*TEMPLATE, *sample.tokens], respond=PARAMS
+        )
+
+    for group, others in zip(run(cuda_graphs="padded", audit=True), run(), strict=True):
+        same([[c.sample, *c.responses] for c in group], [[c.sample, *c.responses] for c in others])
+
+
+def test_no_more_shapes_are_kept_than_are_used(llama: LanguageModel) -> None:
+    engine = Engine({"m": llama}, cuda_graphs="padded", page_tokens=1, max_batch=40)
+    engine.generate("m", ragged(60, 100, longest=60, seed=1), SamplingParams(max_tokens=60, stop_token_ids=(0, 1)))
+    (memory,) = engine._memories.values()
+    assert memory.graphs and 0 < len(memory.graphs._plans) <= MOST
+    engine.release()
+    assert not memory.graphs._plans
+
+
+def test_what_a_graph_takes_for_granted_is_seen_to_change() -> None:
+    model = add_adapter(tiny_language_model("llama"), AdapterConfig(kind="lora", rank=2))
+    before = model.binding
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)  # where it lies: graphs stay good
+    assert model.binding == before
+    with model.adapter_off():
+        assert model.binding != before
+    assert model.binding == before
+    weight = model.causal.get_input_embeddings().weight
+    weight.data = weight.data.clone()
+    assert model.binding != before
+    engine = Engine({"m": model.requires_grad_(False)}, cuda_graphs="padded")
+    engine.generate("m", PROMPTS, PARAMS)
+    (memory,) = engine._memories.values()
+    assert memory.graphs
+    kept = dict(memory.graphs._plans)
+    memory.graphs.begin({"m": model})
+    assert dict(memory.graphs._plans) == kept
+    weight.data = weight.data.clone()
+    memory.graphs.begin({"m": model})
+    assert not memory.graphs._plans
+
+
+def test_graphs_are_refused_with_the_reason(llama: LanguageModel) -> None:
+    with pytest.raises(ConfigError, match="cuda_graphs=True needs a GPU, and a model is on cpu"):
+        Engine({"m": llama}, cuda_graphs=True).generate("m", PROMPTS, PARAMS)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_language_model("llama", rope_parameters=rope)
+    engine = Engine({"m": model}, cuda_graphs="padded")
+    engine.generate("m", PROMPTS[:1], PARAMS)
+    (memory,) = engine._memories.values()
+    assert memory.graphs
+    memory.graphs.capture = memory.graphs.required = True
+    with pytest.raises(ModelError, match=r"model llama: .*rope_type dynamic.*cuda_graphs=False"):
+        memory.graphs.begin({"m": model})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestOnAGpu:
+    """A replay is the same kernels on the same numbers as the padded tick without a graph."""
+
+    @staticmethod
+    def model(architecture: str = "llama", **settings: Any) -> LanguageModel:
+        return tiny_language_model(architecture, **settings).cuda()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_a_replay_is_the_tick(self, architecture: str, dtype: torch.dtype) -> None:
+        model, prompts = self.model(architecture, dtype=dtype), [*PROMPTS, *SHARED, [1]]
+        graphs, padded = (Engine({"m": model}, cuda_graphs=how, audit=True) for how in (True, "padded"))
+        expected = padded.generate("m", prompts, PARAMS)
+        for _ in range(2):  # the second time from graphs and prompts that are there
+            same(graphs.generate("m", prompts, PARAMS), expected, tolerance=1e-6)
+        assert graphs.stats.decode_ticks["captured"] > 0
+        assert graphs.stats.decode_ticks["replayed"] > graphs.stats.decode_ticks["padded"]
+        if dtype == torch.float32:
+            same(expected, Engine({"m": model}, cuda_graphs=False).generate("m", prompts, PARAMS), tolerance=1e-4)
+
+    def test_is_what_runs_where_nothing_is_said(self) -> None:
+        engine = Engine({"m": self.model()})
+        engine.generate("m", PROMPTS, PARAMS)
+        assert engine.stats.decode_ticks["replayed"] > 0
+
+    def test_chains_of_two_models_share_the_graphs_memory(self) -> None:
+        models = {"policy": self.model(), "target": self.model("qwen3", seed=1, num_key_value_heads=4)}
+        results = [
+            Engine(models, cuda_graphs=how).run_chains(
+                PROMPTS, rewrite=PARAMS, to_target=lambda i, sample: [*TEMPLATE, *sample.tokens], respond=PARAMS
+            )
+            for how in (True, "padded")
+        ]
+        for group, others in zip(*results, strict=True):
+            same([[c.sample, *c.responses] for c in group], [[c.sample, *c.responses] for c in others])
+
+    def test_the_arena_grows_is_given_back_and_taken_again(self) -> None:
+        """None of its addresses outlives it."""
+        model = self.model()
+        expected = Engine({"m": model}, cuda_graphs=False).generate("m", PROMPTS, PARAMS)
+        engine = Engine({"m": model}, cuda_graphs=True, page_tokens=1, audit=True)
+        for prompt in range(len(PROMPTS)):
+            engine.generate("m", PROMPTS[: prompt + 1], PARAMS)
+        for _ in range(2):
+            same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
+            engine.release()
+        (memory,) = engine._memories.values()
+        assert memory.graphs and not memory.graphs._plans and memory.pool.arena_bytes == 0
+
+    def test_kept_prompts_move_and_are_read_where_they_are(self) -> None:
+        models = {"policy": self.model(), "m": self.model("qwen3", seed=1, num_key_value_heads=4)}
+        engine = Engine(models, cuda_graphs=True, pool_bytes=1 << 26, audit=True)
+        expected = Engine(models, cuda_graphs=False).generate("m", PROMPTS, PARAMS)
+        for _ in range(2):
+            before = engine.stats.computed["prefill"]
+            engine.generate("policy", PROMPTS, PARAMS)
+            same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
+            held = torch.cuda.memory_allocated()
+            engine.weights_updated("policy")
+            engine.release(keep=["m"])
+            assert torch.cuda.memory_allocated() < held
+        tokens = sum(len(node.tokens) for node in engine._memories[models["m"].device].tree.nodes("m"))
+        assert engine.stats.computed["prefill"] - before == tokens  # of policy's alone, whose prompts are the same
+
+    def test_weights_change_where_they_lie_and_move(self) -> None:
+        model = self.model()
+        engine = Engine({"m": model}, cuda_graphs=True)
+        engine.generate("m", PROMPTS, PARAMS)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.9)
+        for moved in (False, True):
+            if moved:
+                old = [weight.data for weight in model.parameters()]
+                for weight in model.parameters():
+                    weight.data = weight.data.clone()
+                for weight in old:
+                    weight.fill_(torch.nan)
+            engine.weights_updated("m")
+            expected = Engine({"m": model}, cuda_graphs=False).generate("m", PROMPTS, PARAMS)
+            same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
+
+    @pytest.mark.parametrize("required", [True, False])
+    def test_a_model_that_waits_for_the_device_is_refused(
+        self, required: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = self.model()
+        expected = Engine({"m": model}, cuda_graphs=False).generate("m", PROMPTS, PARAMS)
+
+        def look(_: object, args: tuple[torch.Tensor, ...]) -> None:
+            assert bool(args[0].isfinite().all())
+
+        hook = model.causal.base_model.layers[1].register_forward_pre_hook(look)
+        engine = Engine({"m": model}, cuda_graphs=True if required else None, audit=True)
+        if required:
+            with pytest.raises(ModelError, match=r"model llama: .* captured as CUDA graphs: .*captur"):
+                engine.generate("m", PROMPTS, PARAMS)
+            hook.remove()
+        for _ in range(2):
+            same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
+        assert len([line for line in caplog.messages if "cannot be captured" in line]) == (not required)
+        assert bool(engine.stats.decode_ticks["replayed"]) == required
+        hook.remove()
+
+    def test_a_replayed_tick_never_waits_for_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        engine = Engine({"m": self.model()}, cuda_graphs=True)
+        expected = engine.generate("m", PROMPTS, PARAMS)
+        plan, states = DecodeGraphs.plan, DecodeGraphs.states
+
+        def unwaiting(method: Callable[..., Any], *arguments: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return method(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        def states_unwaiting(self: DecodeGraphs, name: str, model: Any, static: StaticPlan, stats: Any) -> torch.Tensor:
+            if static.graph is None:
+                return states(self, name, model, static, stats)
+            return unwaiting(states, self, name, model, static, stats)
+
+        monkeypatch.setattr(DecodeGraphs, "plan", lambda *arguments: unwaiting(plan, *arguments))
+        monkeypatch.setattr(DecodeGraphs, "states", states_unwaiting)
+        same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-6)
+
+    def test_a_soft_prompt(self) -> None:
+        config = AdapterConfig(kind="soft_prompt", virtual_tokens=3)
+        model = add_adapter(tiny_language_model("llama"), config).requires_grad_(False).cuda()
+        engine = Engine({"m": model}, cuda_graphs=True)
+        same(
+            engine.generate("m", PROMPTS, PARAMS),
+            Engine({"m": model}, cuda_graphs="padded").generate("m", PROMPTS, PARAMS),
+        )
+        assert engine.stats.decode_ticks["replayed"] > 0
+
+    def test_without_the_kernels_that_write_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = self.model()
+        expected = Engine({"m": model}, cuda_graphs=True).generate("m", PROMPTS, PARAMS)
+        monkeypatch.setattr(pages, "_on_kernels", lambda device: False)
+        same(Engine({"m": model}, cuda_graphs=True).generate("m", PROMPTS, PARAMS), expected)
