@@ -2,7 +2,7 @@
 
 PyTorch multiplies float32 matrices on a CPU by its BLAS, which reads a weight as it is stored. oneDNN, which PyTorch
 carries too, is faster by up to a fifth (MKL 2024.2 and oneDNN 3.12 on a Zen 4 processor); and with a weight in blocks
-that it chooses, 1.1 to 1.7 times as fast on 8 to 256 rows. Generation multiplies by the same weights token after token,
+that it chooses, 1.1 to 1.7 times as fast on 1 to 256 rows. Generation multiplies by the same weights token after token,
 so they are laid out once, and again when they have changed. That takes as much memory again as the weights.
 """
 
@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 LARGEST = 1 << 30
 """Bytes of weights up to which a model's are laid out a second time."""
-_FEWEST_ROWS = 8
 _NARROWEST = 64
 """Outputs and inputs from which on it pays; the products of a LoRA are narrower."""
 _ROWS = 256  # which the layout is chosen for; it is the same, or nearly, for other numbers
@@ -56,11 +55,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        if (
-            input.numel() < _FEWEST_ROWS * self.in_features
-            or input.dtype != torch.float32
-            or self.weight.device.type != "cpu"
-        ):
+        if input.dtype != torch.float32 or self.weight.device.type != "cpu" or not input.numel():
             return super().forward(input)
         if torch.is_grad_enabled():
             out: Tensor = _Product.apply(input, self.weight)

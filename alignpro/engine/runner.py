@@ -79,9 +79,8 @@ def _known(ends: Sequence[object]) -> Tensor:
 
 def _draw(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor) -> None:
     """One token a sequence, from (B, D) states; one pass over the head for all that are drawn alike."""
-    seeds = torch.tensor([sequence.seed for sequence in sequences], device=states.device)
-    positions = torch.tensor([len(sequence.drawn) for sequence in sequences], device=states.device)
-    seeds = position_seeds(seeds, positions)  # (B,)
+    drawn = position_seeds([sequence.seed for sequence in sequences], [len(sequence.drawn) for sequence in sequences])
+    seeds = torch.from_numpy(drawn).to(states.device)  # (B,)
     heads = {name: models[name].head for name in {sequence.model: None for sequence in sequences}}
     alike: dict[tuple[str | float, ...], list[int]] = {}
     for row, sequence in enumerate(sequences):

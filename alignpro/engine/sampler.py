@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from alignpro.engine.types import SamplingParams
 from alignpro.models import Head
-from alignpro_kernels import gumbel_noise, linear_sample, splitmix64
+from alignpro_kernels import gumbel_noise, linear_sample
 from alignpro_kernels.reference import head_logits
 
 _MASK = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-_SIGNED_GAMMA = _GOLDEN_GAMMA - (1 << 64)
+_GAMMA = np.uint64(_GOLDEN_GAMMA)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -43,15 +45,17 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def position_seeds(seeds: Tensor, positions: Tensor) -> Tensor:
-    """``derive_seed(seed, position)`` of many at once, each seed not negative: int64 of shapes that broadcast."""
-    state = _mix_all(seeds ^ _SIGNED_GAMMA) + _SIGNED_GAMMA
-    return (_mix_all(state ^ positions) >> 1) & (_MASK >> 1)
+def position_seeds(seeds: ArrayLike, positions: ArrayLike) -> NDArray[np.int64]:
+    """``derive_seed(seed, position)`` of many at once, none of them negative: integers of shapes that broadcast."""
+    state = _mix_all(np.asarray(seeds, np.uint64) ^ _GAMMA) + _GAMMA
+    return (_mix_all(state ^ np.asarray(positions, np.uint64)) >> np.uint64(1)).astype(np.int64)
 
 
-def _mix_all(z: Tensor) -> Tensor:
-    """`_mix` of int64 as it wraps: the first output of SplitMix64 from the state before z."""
-    return splitmix64(z - _SIGNED_GAMMA, 1).squeeze(-1)
+def _mix_all(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`_mix`; products of unsigned integers wrap."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def sample(hidden: Tensor, head: Head, params: SamplingParams, seeds: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,27 +113,36 @@ def reshaped(case: Case, changes: Sequence[str]) -> Case:
 class Inputs:
     """Token ids of a case, the same for all entrants."""
 
-    prompts: list[list[int]]
+    case: Case
+    seed: int
+    meta_prompt: list[int]
     before: list[int]
     after: list[int]
-    vocabulary: int
-    """The target's."""
+
+    def prompts(self, turn: int) -> list[list[int]]:
+        """Those of a round, which no other has, so that nobody has computed them before."""
+        w, generator = self.case.workload, random.Random(f"{self.seed} {turn}")
+        vocabulary = (w.prompter if self.case.chain else w.target).vocabulary
+        return [self.meta_prompt + _tokens(generator, w.prompt, vocabulary) for _ in range(w.prompts)]
 
     def to_target(self, rewrite: Sequence[int]) -> list[int]:
         """The target's prompt: its template around the rewrite."""
-        return [*self.before, *(token % self.vocabulary for token in rewrite), *self.after]
+        vocabulary = self.case.workload.target.vocabulary
+        return [*self.before, *(token % vocabulary for token in rewrite), *self.after]
 
 
 def make_inputs(case: Case, seed: int) -> Inputs:
     """Random tokens."""
     generator, w = random.Random(seed), case.workload
-
-    def tokens(count: int, vocabulary: int) -> list[int]:
-        return [generator.randrange(vocabulary) for _ in range(count)]
-
-    vocabulary = (w.prompter if case.chain else w.target).vocabulary
-    meta_prompt = tokens(w.meta_prompt, vocabulary)
-    prompts = [meta_prompt + tokens(w.prompt, vocabulary) for _ in range(w.prompts)]
+    vocabulary = w.target.vocabulary
     return Inputs(
-        prompts, tokens(w.before, w.target.vocabulary), tokens(w.after, w.target.vocabulary), w.target.vocabulary
+        case,
+        seed,
+        _tokens(generator, w.meta_prompt, w.prompter.vocabulary),
+        _tokens(generator, w.before, vocabulary),
+        _tokens(generator, w.after, vocabulary),
     )
+
+
+def _tokens(generator: random.Random, count: int, vocabulary: int) -> list[int]:
+    return [generator.randrange(vocabulary) for _ in range(count)]

@@ -21,7 +21,7 @@ def entrant() -> Entrant:
 
 
 class _OurRun:
-    """Rounds with one engine, whose caches are dropped before each."""
+    """Rounds with one engine; before each, the policy's weights are new, as after a step of training."""
 
     def __init__(self, case: Case, inputs: Inputs, setting: Setting) -> None:
         self._case, self._inputs = case, inputs
@@ -33,13 +33,13 @@ class _OurRun:
         self._engine = Engine(models, max_batch=setting.max_batch)
 
     def __call__(self, turn: int) -> Generated:
-        self._forget()
-        w, engine = self._case.workload, self._engine
+        self._begin()
+        w, engine, prompts = self._case.workload, self._engine, self._inputs.prompts(turn)
         if not self._case.chain:
-            groups = engine.generate("target", self._inputs.prompts, SamplingParams(max_tokens=w.response, seed=turn))
+            groups = engine.generate("target", prompts, SamplingParams(max_tokens=w.response, seed=turn))
             return Generated({"target": _count([one for group in groups for one in group])}, self._details())
         chains = engine.run_chains(
-            self._inputs.prompts,
+            prompts,
             rewrite=SamplingParams(max_tokens=w.rewrite, n=w.K, seed=turn),
             to_target=lambda _, sample: self._inputs.to_target(sample.tokens),
             respond=SamplingParams(max_tokens=w.response, n=w.M),
@@ -53,16 +53,16 @@ class _OurRun:
 
     def decode(self, turn: int) -> dict[str, float]:
         """A run of the target on prompts that are there already: seconds a tick, in all and on the host."""
-        engine, prompts = self._engine, self._inputs.prompts
-        self._forget()
+        engine, prompts = self._engine, self._inputs.prompts(turn)
+        self._begin()
         engine.generate("target", prompts, SamplingParams(max_tokens=1, seed=turn))
         engine.stats = EngineStats()
         engine.generate("target", prompts, SamplingParams(max_tokens=self._case.workload.response, seed=turn))
         return {"tick_s": engine.stats.run_seconds / engine.stats.ticks} | _host(engine.stats)
 
-    def _forget(self) -> None:
-        for name in self._engine.models:
-            self._engine.weights_updated(name)
+    def _begin(self) -> None:
+        if self._case.chain:
+            self._engine.weights_updated("policy")
         self._engine.stats = EngineStats()
 
     def _details(self) -> dict[str, Any]:

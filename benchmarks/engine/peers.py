@@ -40,9 +40,10 @@ def _two_stages(case: Case, inputs: Inputs, setting: Setting, sample: Sample) ->
 
     def run(turn: int) -> Generated:
         torch.manual_seed(turn)
+        prompts = inputs.prompts(turn)
         if not case.chain:
-            return Generated({"target": _count(sample(models["target"], inputs.prompts, 1, w.response))})
-        rewrites = sample(models["policy"], inputs.prompts, w.K, w.rewrite)
+            return Generated({"target": _count(sample(models["target"], prompts, 1, w.response))})
+        rewrites = sample(models["policy"], prompts, w.K, w.rewrite)
         responses = sample(models["target"], [inputs.to_target(rewrite) for rewrite in rewrites], w.M, w.response)
         return Generated({"policy": _count(rewrites), "target": _count(responses)})
 

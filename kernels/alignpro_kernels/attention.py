@@ -112,6 +112,25 @@ class CascadeLevel:
     key_starts: Tensor
     """(S,) int32: position of the first key."""
 
+    def __post_init__(self) -> None:
+        """Check the arguments against one another, once for the calls of all layers.
+
+        Raises:
+            ValueError, TypeError: One has the wrong shape, device or dtype; the message names it.
+        """
+        rows, positions = self.rows, self.query_positions
+        if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != positions.device):
+            raise ValueError(f"rows is {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: expected (R,) int64")
+        _check_keys(
+            positions,
+            len(positions) if rows is None else len(rows),
+            self.cu_queries,
+            self.page_table,
+            self.key_lengths,
+            positions,
+            self.key_starts,
+        )
+
 
 @torch.compiler.disable
 @torch.no_grad()
@@ -150,7 +169,7 @@ def cascade_attention(
         raise ValueError("levels is empty: at least one set of keys is needed")
     _check_call(query, pages, softcap, window)
     for level in levels:
-        _check_level(level, query)
+        _check_rows(level, query)
     chosen = _choose(backend, query, pages, window)
     if chosen == "cpp":
         out: Tensor = _module(chosen).cascade_attention(
@@ -254,7 +273,7 @@ def _check_call(query: Tensor, pages: Tensor, softcap: float | None, window: int
 
 
 def _check_keys(
-    query: Tensor,
+    like: Tensor,
     count: int,
     cu_queries: Tensor,
     page_table: Tensor,
@@ -262,23 +281,23 @@ def _check_keys(
     query_positions: Tensor,
     key_starts: Tensor | None,
 ) -> None:
-    _check_index("key_lengths", key_lengths, ("S",), query)
+    _check_index("key_lengths", key_lengths, ("S",), like)
     sequences = len(key_lengths)
-    _check_index("cu_queries", cu_queries, (sequences + 1,), query, host=True)
-    _check_index("page_table", page_table, (sequences, "max_pages"), query)
-    _check_index("query_positions", query_positions, (count,), query)
+    _check_index("cu_queries", cu_queries, (sequences + 1,), like, host=True)
+    _check_index("page_table", page_table, (sequences, "max_pages"), like)
+    _check_index("query_positions", query_positions, (count,), like)
     if key_starts is not None:
-        _check_index("key_starts", key_starts, (sequences,), query)
+        _check_index("key_starts", key_starts, (sequences,), like)
 
 
-def _check_level(level: CascadeLevel, query: Tensor) -> None:
-    rows = level.rows
-    if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != query.device):
-        raise ValueError(f"rows is {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: expected (R,) int64")
-    count = len(query) if rows is None else len(rows)
-    _check_keys(
-        query, count, level.cu_queries, level.page_table, level.key_lengths, level.query_positions, level.key_starts
-    )
+def _check_rows(level: CascadeLevel, query: Tensor) -> None:
+    """A level's queries are those of the call."""
+    count = len(level.query_positions)
+    if (level.rows is None and count != len(query)) or level.query_positions.device != query.device:
+        raise ValueError(
+            f"query has {len(query)} rows on {query.device}, and a level positions for {count} of them on "
+            f"{level.query_positions.device}"
+        )
 
 
 def _check_states(query: Tensor, pages: Tensor) -> None:
@@ -302,11 +321,11 @@ def _check_states(query: Tensor, pages: Tensor) -> None:
         )
 
 
-def _check_index(name: str, index: Tensor, shape: tuple[int | str, ...], query: Tensor, *, host: bool = False) -> None:
+def _check_index(name: str, index: Tensor, shape: tuple[int | str, ...], like: Tensor, *, host: bool = False) -> None:
     """index of a shape in which names stand for any size; with ``host`` it may be on the CPU."""
     if index.dtype != torch.int32:
         raise TypeError(f"{name} is {index.dtype}: expected {torch.int32}")
     if index.ndim != len(shape) or any(a != b for a, b in zip(index.shape, shape, strict=True) if isinstance(b, int)):
         raise ValueError(f"{name} has shape {tuple(index.shape)}: expected ({', '.join(map(str, shape))})")
-    if index.device != query.device and not (host and index.device.type == "cpu"):
-        raise ValueError(f"{name} is on {index.device} and query on {query.device}: they must agree")
+    if index.device != like.device and not (host and index.device.type == "cpu"):
+        raise ValueError(f"{name} is on {index.device} and query on {like.device}: they must agree")

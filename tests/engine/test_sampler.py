@@ -58,7 +58,7 @@ class TestDeriveSeed:
     @settings(max_examples=50)
     def test_of_all_positions_at_once_is_the_same(self, seeds: list[int]) -> None:
         positions = [0, 1, 2, 255, 100_000]
-        derived = position_seeds(torch.tensor(seeds)[:, None], torch.tensor(positions))
+        derived = position_seeds([[seed] for seed in seeds], positions)
         assert derived.tolist() == [[derive_seed(seed, position) for position in positions] for seed in seeds]
 
 
