@@ -181,7 +181,7 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, None]]:
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
             mask = attention_mask[..., : key.shape[2]] if attention_mask is not None else None
-            out = _attend(query, key, value, mask, scaling, options.get("softcap"), dropout)
+            out = attend(query, key, value, mask, scaling, options.get("softcap"), dropout)
             return out.transpose(1, 2).contiguous(), None
         function = ALL_ATTENTION_FUNCTIONS[base]
         result: tuple[Tensor, None] = function(
@@ -267,7 +267,7 @@ def packed_attention(
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
         own = query.shape[2]
         mask = layout.causal_mask(key.shape[2] - own, own, sliding_window)
-        out = _attend(query, key, value, mask, scaling, softcap, dropout, causal=True)
+        out = attend(query, key, value, mask, scaling, softcap, dropout, causal=True)
         return out.transpose(1, 2).flatten(0, 1)
 
     rows = []
@@ -279,12 +279,12 @@ def packed_attention(
         # Heads that share keys are laid behind one another as queries, so that keys are not repeated.
         folded = q_c.unflatten(1, (k.shape[1], groups)).flatten(2, 3)  # (S, H', groups·R, D)
         keys, values = (torch.cat([x.index_select(0, layout.parent), own], dim=2) for x, own in ((k, k_c), (v, v_c)))
-        out = _attend(folded, keys, values, layout.continuation_mask(sliding_window, groups), scaling, softcap, dropout)
+        out = attend(folded, keys, values, layout.continuation_mask(sliding_window, groups), scaling, softcap, dropout)
         rows.append(out.unflatten(2, (groups, R)).flatten(1, 2).transpose(1, 2).flatten(0, 1))
     return torch.cat(rows).index_select(0, layout.place).unsqueeze(0)
 
 
-def _attend(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -309,6 +309,12 @@ def _attend(
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     probability = scores.float().softmax(-1).to(query.dtype)
     return nn.functional.dropout(probability, dropout) @ value
+
+
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """x[index], where each row is taken once, but for padding: differentiable, ``inverse`` being where each row has gone."""
+    rows: Tensor = _Gather.apply(x, index, inverse)
+    return rows
 
 
 class _Gather(torch.autograd.Function):

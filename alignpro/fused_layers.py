@@ -80,8 +80,9 @@ def _try_norm(module: nn.Module) -> None:
     expected = module(x)
     for offset in (0.0, 1.0):  # Gemma's weights are what is added to 1
         if torch.allclose(torch.ops.alignpro.rms_norm.default(x, weight, eps, offset), expected, rtol=1e-5, atol=1e-6):
-            module.fused_eps, module.fused_offset = eps, offset
             _become(module, _FusedNorm)
+            assert isinstance(module, _FusedNorm)
+            module.fused_eps, module.fused_offset = eps, offset
             return
 
 

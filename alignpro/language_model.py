@@ -175,28 +175,9 @@ class LanguageModel(nn.Module):
         """
         return self._packed_states(batch.pack(self.virtual_tokens, self.invocation))
 
-    def action_states_of_both(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """`action_states` with the adapter and without it; in one pass where what precedes an invocation is worth sharing.
-
-        Returns:
-            (N, D) each.
-
-        Raises:
-            DataError: A prompt lacks the invocation tokens of an activated LoRA.
-        """
-        if self.invocation:
-            packed, both = batch.pack(0, self.invocation), batch.pack_both(self.invocation)
-            if len(both.ids) < 2 * len(packed.ids):
-                acting, base = self._packed_states(both).chunk(2)
-                return acting, base
-        states = self.action_states(batch)
-        with self.adapter_off():
-            return states, self.action_states(batch)
-
     def _packed_states(self, packed: PackedSequences) -> Tensor:
         active = True if packed.active is None else packed.active
-        with self._checkpointing(True):
-            states = self._states(packed.ids, packed.layout.positions, active, layout=packed.layout)
+        states = self._states(packed.ids, packed.layout.positions, active, layout=packed.layout)
         return states.index_select(0, packed.states)
 
     def paged_states(
@@ -233,7 +214,7 @@ class LanguageModel(nn.Module):
             virtual = ids < 0
             placed = soft.to(embedded.dtype).index_select(0, positions[virtual])
             inputs = {"inputs_embeds": embedded.masked_scatter(virtual[:, None], placed)[None]}
-        with self._acting(active):
+        with self._checkpointing(), self._acting(active):
             output = self.causal.base_model(
                 **inputs,
                 # Four dimensions: taken as made already, so that no mask of T × T is.
@@ -265,7 +246,7 @@ class LanguageModel(nn.Module):
             embedded = self.causal.get_input_embeddings()(ids)
             both = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
             inputs = {"inputs_embeds": both.gather(1, source.unsqueeze(-1).expand_as(both))}
-        with self._checkpointing(True), self._acting(True):
+        with self._checkpointing(), self._acting(True):
             output = self.causal.base_model(
                 **inputs,
                 attention_mask=attention_mask,
@@ -323,9 +304,9 @@ class LanguageModel(nn.Module):
         return {"use_reentrant": False} | ({"context_fn": self._active.again} if self._active else {})
 
     @contextmanager
-    def _checkpointing(self, wanted: bool) -> Iterator[None]:
+    def _checkpointing(self) -> Iterator[None]:
         """Layers in training mode, which is what switches checkpointing on; what is inside them stays as it is."""
-        layers = self._checkpointed if wanted and torch.is_grad_enabled() else []
+        layers = self._checkpointed if torch.is_grad_enabled() else []
         before = [layer.training for layer in layers]
         for layer in layers:
             layer.training = True

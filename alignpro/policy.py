@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alignpro.config import PolicyConfig
 from alignpro.errors import ModelError
+from alignpro.fixed_prefix import policy_and_base_states, policy_states
 from alignpro.models import (
     Head,
     LanguageModel,
@@ -57,6 +58,8 @@ class Policy:
         self.reference = reference
         self.temperature = temperature
         self._reference_id: str | None = None
+        # Under an activated LoRA alone, what stands before its invocation is the frozen base model's.
+        self._prefix_is_fixed = bool(model.invocation) and all(".lora_" in name for name in self.trainable)
         self.model.eval()  # no dropout: importance ratios compare the same function at two sets of weights
         if reference is not None:
             reference.requires_grad_(False).eval()
@@ -106,17 +109,13 @@ class Policy:
             batch: The sequences.
             keep_states: Keep the policy's states for a `loss` at the same weights, which then needs no pass of its own.
         """
-        kept = self.model.action_states(batch) if keep_states else None
-        return self._token_values(batch, kept)
+        with torch.set_grad_enabled(keep_states and torch.is_grad_enabled()):
+            states, reference_states = self._both_states(batch)
+        values = self._token_values(batch, states.detach(), reference_states)
+        return replace(values, states=states) if keep_states else values
 
     @torch.no_grad()
-    def _token_values(self, batch: SequenceBatch, kept: Tensor | None) -> TokenValues:
-        if kept is not None:
-            states, reference_states = kept.detach(), self._reference_states(batch)
-        elif self.reference is None:
-            states, reference_states = self.model.action_states_of_both(batch)
-        else:
-            states, reference_states = self.model.action_states(batch), self._reference_states(batch)
+    def _token_values(self, batch: SequenceBatch, states: Tensor, reference_states: Tensor) -> TokenValues:
         targets, reference_head = batch.targets, self._reference_head()
         head = self.model.head
         stats = linear_logprob(
@@ -142,7 +141,6 @@ class Policy:
             kl=batch.scatter(stats.kl),
             entropy=batch.scatter(stats.entropy),
             reference_states=reference_states,
-            states=kept,
         )
 
     def loss(
@@ -168,7 +166,7 @@ class Policy:
         if reference_states is not None:
             reference = _reference_arguments(head, reference_states, self._reference_head())
         return policy_loss(
-            self.model.action_states(batch) if states is None else states,
+            self._states(batch) if states is None else states,
             head.weight,
             batch.targets,
             coefficients,
@@ -180,13 +178,22 @@ class Policy:
 
     def sequence_logprob(self, batch: SequenceBatch) -> Tensor:
         """log ρ(x'|x) of whole sequences, differentiable: (B,)."""
-        return sequence_logprob(self.model, batch, self.temperature)
+        return _sequence_logprob(self.model.head, self._states(batch), batch, self.temperature)
 
-    def _reference_states(self, batch: SequenceBatch) -> Tensor:
-        if self.reference is not None:
-            return self.reference.action_states(batch)
-        with self.model.adapter_off():
-            return self.model.action_states(batch)
+    def _states(self, batch: SequenceBatch) -> Tensor:
+        """(N, D), differentiable."""
+        return policy_states(self.model, batch) if self._prefix_is_fixed else self.model.action_states(batch)
+
+    def _both_states(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """(N, D) of the policy, differentiable, and of the reference."""
+        if self.reference is None and self._prefix_is_fixed:
+            return policy_and_base_states(self.model, batch)
+        states = self._states(batch)
+        with torch.no_grad():
+            if self.reference is not None:
+                return states, self.reference.action_states(batch)
+            with self.model.adapter_off():
+                return states, self.model.action_states(batch)
 
     def _reference_head(self) -> Head:
         return self.model.base_head if self.reference is None else self.reference.head
@@ -194,9 +201,12 @@ class Policy:
 
 def sequence_logprob(model: LanguageModel, batch: SequenceBatch, temperature: float) -> Tensor:
     """Log-probability of each whole completion at a temperature, (B,), differentiable."""
-    head = model.head
+    return _sequence_logprob(model.head, model.action_states(batch), batch, temperature)
+
+
+def _sequence_logprob(head: Head, states: Tensor, batch: SequenceBatch, temperature: float) -> Tensor:
     stats = linear_logprob(
-        model.action_states(batch),
+        states,
         head.weight,
         batch.targets,
         temperature=temperature,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
 
 import torch
 from torch import Tensor
@@ -131,41 +130,6 @@ class SequenceBatch:
         common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
         shared = virtual_tokens + min(common, most)
         return shared if shared >= _FEWEST_SHARED else 0
-
-    def pack_both(self, invocation: Sequence[int]) -> PackedSequences:
-        """As `pack`, each sequence with an activated LoRA and without it; what stands before the invocation once for both.
-
-        A continuation begins with the invocation. Of the 2N states, the first N are those with the LoRA.
-
-        Raises:
-            DataError: A prompt lacks the invocation tokens.
-        """
-        ids: list[int] = []
-        active: list[int] = []
-        lengths: list[int] = []
-        continuations: list[tuple[int, int]] = []
-        states: dict[bool, list[int]] = {True: [], False: []}
-        sequences = list(zip(self.prompts, self.completions, strict=True))
-        for prompt, group in groupby(sequences, key=lambda sequence: list(sequence[0])):
-            before = invoked_at(prompt, invocation)
-            ids += prompt[:before]
-            lengths.append(before)
-            completions = [completion for _, completion in group]
-            for acts, completion in product((True, False), completions):
-                own = [*prompt[before:], *completion[:-1]]
-                first = len(ids) + len(prompt) - before - 1  # where the first action is chosen
-                states[acts] += range(first, first + len(completion))
-                if acts:
-                    active += range(len(ids), len(ids) + len(own))
-                ids += own
-                continuations.append((len(lengths) - 1, len(own)))
-        device = self.mask.device
-        return PackedSequences(
-            torch.tensor(ids, device=device),
-            torch.tensor(states[True] + states[False], dtype=torch.int64, device=device),
-            Layout.build(lengths, continuations, device),
-            torch.tensor(active, dtype=torch.int64, device=device),
-        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import ARCHITECTURES, policy_config, ragged, save_tiny, tiny_language_model, tokenizer
+from tiny_models import (
+    ACTIVATED,
+    ARCHITECTURES,
+    INVOCATION,
+    policy_config,
+    ragged,
+    save_tiny,
+    tiny_adapted,
+    tiny_language_model,
+    tokenizer,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +31,6 @@ from alignpro.policy import Policy
 from alignpro.sequences import SequenceBatch
 from alignpro_kernels.reference import head_logits
 
-INVOCATION = "YZ"
 TOKENS = tokenizer("llama").encode(INVOCATION, add_special_tokens=False)
 BEFORE = [[token + 5 for token in row] for row in ragged(3, 50, shortest=2, longest=20, seed=1)]
 """What stands before the invocation: of tokens that are not in it, and not 0, which is embedded as zeros."""
@@ -29,19 +38,6 @@ SHARED = [[*BEFORE[0], *TOKENS, *BEFORE[0], *TOKENS, 5], [*BEFORE[1], *TOKENS], 
 """Prompts: with two invocations, of which the last counts; with nothing behind it; with nothing before it."""
 PROMPTS = [SHARED[i] for i in (0, 0, 0, 1, 1, 2)]
 COMPLETIONS = [[token + 5 for token in row] for row in ragged(6, 50, longest=12, seed=2)]
-ADAPTER = AdapterConfig(kind="lora", rank=4, activated=True, invocation=INVOCATION)
-
-
-def activated(architecture: str = "llama", *, adapter: AdapterConfig = ADAPTER, **settings: object) -> LanguageModel:
-    """A model with an activated LoRA that has learned something."""
-    dtype = settings.get("dtype", torch.float32)
-    model = add_adapter(tiny_language_model(architecture, **settings), adapter).to(dtype)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight += 0.2 * torch.randn(weight.shape, generator=generator).to(weight.dtype)
-    return model
 
 
 def batch(model: LanguageModel) -> SequenceBatch:
@@ -85,7 +81,7 @@ def keys_and_values(model: LanguageModel) -> list[Tensor]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_logits_are_those_of_pefts_own_forward_pass(architecture: str) -> None:
-    model = activated(architecture)
+    model = tiny_adapted(architecture)
     sequences = batch(model)
     ours, truth = packed(model, sequences), by_peft(model, sequences)
     assert torch.allclose(ours, truth, atol=1e-5, rtol=1e-5)
@@ -94,7 +90,9 @@ def test_packed_logits_are_those_of_pefts_own_forward_pass(architecture: str) ->
 
 
 def test_with_a_lora_on_the_head() -> None:
-    model = activated(adapter=ADAPTER.model_copy(update={"target_modules": ["q_proj", "lm_head"]}), dtype=torch.float64)
+    model = tiny_adapted(
+        adapter=ACTIVATED.model_copy(update={"target_modules": ["q_proj", "lm_head"]}), dtype=torch.float64
+    )
     sequences = batch(model)
     truth = by_peft(model, sequences)
     again = LanguageModel(model.model, model.tokenizer, "again")  # whose checks are passed with what it has learned
@@ -105,7 +103,7 @@ def test_with_a_lora_on_the_head() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_gradients_are_those_of_pefts_rows(architecture: str, checkpointing: bool) -> None:
-    model = activated(architecture, dtype=torch.float64)
+    model = tiny_adapted(architecture, dtype=torch.float64)
     sequences = batch(model)
     truth = gradients(model, by_peft(model, sequences))
     if checkpointing:
@@ -117,7 +115,7 @@ def test_packed_gradients_are_those_of_pefts_rows(architecture: str, checkpointi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_before_the_invocation_keys_and_values_are_the_base_models_bit_for_bit(dtype: torch.dtype) -> None:
-    model = activated().to(dtype)
+    model = tiny_adapted().to(dtype)
     for name, weight in model.named_parameters():
         if ".lora_" in name:
             weight.data = weight.data.float()  # as peft makes them, also beside weights of 16 bits
@@ -140,7 +138,7 @@ def test_before_the_invocation_keys_and_values_are_the_base_models_bit_for_bit(d
 
 def test_a_rows_numbers_do_not_see_the_adapter_act_on_others() -> None:
     """Also where the base's own result there is not finite."""
-    model = activated()
+    model = tiny_adapted()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     with torch.no_grad():
         weights[0].fill_(torch.nan)
@@ -160,17 +158,17 @@ def test_the_last_invocation_counts() -> None:
     with pytest.raises(DataError, match=r"no invocation tokens .* chat template"):
         invoked_at([1, 2, TOKENS[0]], TOKENS)
     with pytest.raises(DataError, match="no invocation tokens"):
-        activated().action_states(SequenceBatch.build([[1, 2]], [[3]]))
+        tiny_adapted().action_states(SequenceBatch.build([[1, 2]], [[3]]))
 
 
 class TestBase:
     """One set of weights, with the adapter and without."""
 
-    @pytest.mark.parametrize("adapter", [ADAPTER, AdapterConfig(kind="lora", rank=4)], ids=["activated", "plain"])
+    @pytest.mark.parametrize("adapter", [ACTIVATED, AdapterConfig(kind="lora", rank=4)], ids=["activated", "plain"])
     @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
     def test_is_the_model_as_it_was(self, architecture: str, adapter: AdapterConfig) -> None:
         before = tiny_language_model(architecture)
-        model = activated(architecture, adapter=adapter)
+        model = tiny_adapted(architecture, adapter=adapter)
         sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
         own = batch(model) if adapter.activated else sequences
         states = model.action_states(own)
@@ -183,14 +181,14 @@ class TestBase:
 
     def test_follows_no_adapter_of_the_head(self) -> None:
         adapter = AdapterConfig(kind="lora", rank=4, target_modules=["q_proj", "lm_head"])
-        model = activated(adapter=adapter)
+        model = tiny_adapted(adapter=adapter)
         assert model.head.lora is not None
         assert model.base().head.lora is None
 
     def test_leaves_pefts_own_forward_pass_as_it_was(self) -> None:
         ids = torch.tensor([[1, 2, 3, *TOKENS, 4, 5]])
-        for adapter in (ADAPTER, AdapterConfig(kind="lora", rank=4)):
-            model = activated(adapter=adapter)
+        for adapter in (ACTIVATED, AdapterConfig(kind="lora", rank=4)):
+            model = tiny_adapted(adapter=adapter)
             expected = model.model(input_ids=ids).logits
             model.base().action_states(SequenceBatch.build([[1, 2]], [[3, 4]]))
             assert torch.equal(model.model(input_ids=ids).logits, expected)
@@ -271,7 +269,7 @@ class TestFiles:
 
 
 def test_a_policys_reference_is_the_base_and_its_values_are_pefts() -> None:
-    policy = Policy(activated(), None)
+    policy = Policy(tiny_adapted(), None)
     sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
     values = policy.token_values(sequences)
     base = tiny_language_model("llama")
@@ -283,43 +281,8 @@ def test_a_policys_reference_is_the_base_and_its_values_are_pefts() -> None:
         assert torch.allclose(given, sequences.scatter(truth), atol=1e-5)
 
 
-def test_the_prefix_is_computed_once_for_policy_and_reference_where_that_is_less() -> None:
-    model = activated()
-    rows: list[int] = []
-    layer: nn.Module = model.causal.model.layers[0].mlp  # type: ignore[union-attr,index,assignment]
-    layer.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[1]))
-    K, X, R, invocation = 4, 40, 12, len(TOKENS)
-    groups = ragged(2, 60, shortest=X, longest=X)
-    completions = ragged(2 * K, 60, shortest=R, longest=R, seed=1)
-    long = SequenceBatch.build([[*prompt, *TOKENS] for prompt in groups for _ in range(K)], completions)
-    short = SequenceBatch.build([[*prompt[:5], *TOKENS] for prompt in groups for _ in range(K)], completions)
-    for batch, expected in (
-        (long, [2 * (X + 2 * K * (invocation + R - 1))]),
-        (short, 2 * [2 * (5 + invocation + K * (R - 1))]),
-    ):
-        rows.clear()
-        values = Policy(model, None).token_values(batch)
-        assert rows == expected
-        for given, own in ((values.logprob, model), (values.reference_logprob, model.base())):
-            truth = packed(own, SequenceBatch.build(batch.prompts, batch.completions)).log_softmax(-1)
-            truth = truth.gather(1, batch.targets[:, None]).squeeze(1).detach()
-            assert torch.allclose(given, batch.scatter(truth), atol=1e-5)
-
-
-def test_prompts_that_are_all_invocation_and_completions_of_no_token() -> None:
-    model = activated()
-    prompts = [[*BEFORE[0] * 3, *TOKENS]] * 3 + [TOKENS, TOKENS]
-    sequences = SequenceBatch.build(prompts, [[5, 6, 7], [], [8], [9, 10], []])
-    both = sequences.pack_both(TOKENS)
-    assert len(both.states) == 2 * 6
-    with torch.no_grad():
-        acting, base = model._packed_states(both).chunk(2)
-        assert torch.allclose(acting, model.action_states(sequences), atol=1e-5)
-        assert torch.allclose(base, model.base().action_states(sequences), atol=1e-5)
-
-
 def test_a_frozen_copy_stays_where_it_was() -> None:
-    model = activated()
+    model = tiny_adapted()
     sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
     copied = frozen_copy(model)
     before = copied.action_states(sequences)

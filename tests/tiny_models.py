@@ -21,13 +21,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from alignpro.config import PolicyConfig
+from alignpro.config import AdapterConfig, PolicyConfig
 from alignpro.demo.models import prompter_tokenizer, target_tokenizer
 from alignpro.language_model import LanguageModel
+from alignpro.models import add_adapter
 
 CONTEXT = 128
 WINDOW = 8
 """Sliding window of those that have one: shorter than the tests' sequences."""
+
+INVOCATION = "YZ"
+ACTIVATED = AdapterConfig(kind="lora", rank=4, activated=True, invocation=INVOCATION)
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma2", "mistral", "phi3")
 
@@ -95,6 +99,20 @@ def tiny_language_model(architecture: str, **settings: Any) -> LanguageModel:
     """The same with its tokenizer, frozen."""
     model = LanguageModel(tiny_transformer(architecture, **settings), tokenizer(architecture), architecture)
     return model.requires_grad_(False)
+
+
+def tiny_adapted(
+    architecture: str = "llama", *, adapter: AdapterConfig = ACTIVATED, size: float = 0.2, **settings: Any
+) -> LanguageModel:
+    """A model with a LoRA that has learned something, which is all that can be trained."""
+    model = add_adapter(tiny_language_model(architecture, **settings), adapter)
+    model.to(settings.get("dtype", torch.float32))
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += size * torch.randn(weight.shape, generator=generator).to(weight.dtype)
+    return model
 
 
 def attention(architecture: str) -> str:

@@ -76,6 +76,7 @@ class PrefixTree:
         self.serials = itertools.count()
         """For every segment that has pages of the pool, so that no two have the same."""
         self._roots: dict[str, Node] = {}
+        self._hosts: dict[str, str] = {}  # model → the one below whose nodes its own hang
         self._idle: OrderedDict[Node, None] = OrderedDict()  # unlocked leaves, the one used longest ago first
 
     def acquire(self, model: str, tokens: Tokens, base: str | None = None, shared: int = 0) -> Node | None:
@@ -84,6 +85,7 @@ class PrefixTree:
         The first ``shared`` tokens are those of the model ``base``, if that is given.
         """
         root = base or model
+        self._hosts[model] = root
         node: Node | None = self._roots.setdefault(root, Node((), 0, next(self.serials), model=root))
         assert node is not None
         if base and shared:
@@ -139,7 +141,8 @@ class PrefixTree:
         Raises:
             RuntimeError: A sequence of it is running.
         """
-        nodes = [node for root in self._roots for node in self.nodes(root) if model in (root, node.model)]
+        roots = {model, self._hosts.get(model, model)}
+        nodes = [node for root in roots for node in self.nodes(root) if model in (root, node.model)]
         if any(node.locks for node in nodes):
             raise RuntimeError(f"model {model}: its weights cannot change while it generates")
         for node in reversed(nodes):  # children first

@@ -6,17 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, ragged, tiny_language_model
+from tiny_models import ACTIVATED, ARCHITECTURES, ragged, tiny_adapted, tiny_language_model
 
 from alignpro.config import AdapterConfig
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.engine.prefix_tree import SHORTEST
 from alignpro.language_model import LanguageModel
-from alignpro.models import add_adapter
 from alignpro.policy import sequence_logprob
 from alignpro.sequences import SequenceBatch
 
-INVOCATION = "YZ"
 TEMPLATE = ragged(1, 60, shortest=30, longest=30, seed=5)[0]
 TEXTS = [TEMPLATE + tail for tail in ragged(5, 60, shortest=1, longest=20, seed=6)]
 REWRITE = SamplingParams(max_tokens=9, n=3, stop_token_ids=(0, 1))
@@ -24,18 +22,12 @@ RESPOND = SamplingParams(max_tokens=7, n=2, stop_token_ids=(2,), temperature=0.8
 SEEDS = [11, 12, 13, 14, 15]
 
 
-def adapted(architecture: str = "llama", *, activated: bool = True, head: bool = False, seed: int = 9) -> LanguageModel:
+def adapted(architecture: str = "llama", *, activated: bool = True, head: bool = False) -> LanguageModel:
     """A model with a LoRA that has learned something."""
-    modules: str | list[str] = ["q_proj", "v_proj", "lm_head"] if head else "all-linear"
-    invocation = INVOCATION if activated else None
-    adapter = AdapterConfig(kind="lora", rank=4, activated=activated, invocation=invocation, target_modules=modules)
-    model = add_adapter(tiny_language_model(architecture), adapter)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return model.requires_grad_(False)
+    adapter = ACTIVATED if activated else AdapterConfig(kind="lora", rank=4)
+    if head:
+        adapter = adapter.model_copy(update={"target_modules": ["q_proj", "v_proj", "lm_head"]})
+    return tiny_adapted(architecture, adapter=adapter, size=0.1).requires_grad_(False)
 
 
 def prompts(model: LanguageModel) -> list[list[int]]:

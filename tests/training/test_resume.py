@@ -63,7 +63,7 @@ def test_a_run_resumed_from_a_checkpoint_ends_as_the_undisturbed_one(
 
 def test_the_runs_compared_here_do_train(finished: Finished) -> None:
     first, last = read_metrics(finished("train"))[0], read_metrics(finished("train"))[-2]
-    assert first["kl"] == 0
+    assert abs(first["kl"]) < 1e-6  # passes with and without gradients round differently
     assert last["kl"] > 1e-4
     assert first["kl_coef"] == last["kl_coef"]
     adaptive = read_metrics(finished(*JOBS["adaptive KL"]))

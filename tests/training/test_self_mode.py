@@ -29,7 +29,7 @@ SELF = (*ACTIVATED, "target=policy")
 def test_a_run_learns_and_leaves_an_adapter_that_peft_reads(workshop: Workshop, finished: Finished) -> None:
     out = finished("train", *SELF)
     metrics = read_metrics(out)
-    assert metrics[0]["kl"] == 0
+    assert abs(metrics[0]["kl"]) < 1e-6  # passes with and without gradients round differently
     assert metrics[-2]["kl"] > 1e-5
     ours = load_language_model(policy_config(out / "model", architecture="qwen2"))
     assert ours.invocation
@@ -58,7 +58,7 @@ def test_it_goes_on_from_supervised_fine_tuning(workshop: Workshop, finished: Fi
     sft = finished("sft", *ACTIVATED) / "model"
     assert workshop.run("train", tmp_path / "run", *SELF, f"policy.path={sft}") == 0
     metrics = read_metrics(tmp_path / "run")
-    assert metrics[0]["kl"] == 0  # to ρ_sft, which has the adapter of before
+    assert abs(metrics[0]["kl"]) < 1e-6  # to ρ_sft, which has the adapter of before
     assert metrics[-2]["kl"] > 1e-5
     config = load_config(TrainConfig, workshop.arguments("train", tmp_path, *SELF, f"policy.path={sft}")[1:])
     target = prompter_training(config).engine.models["target"]
