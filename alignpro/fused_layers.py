@@ -43,10 +43,12 @@ class _FusedGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        if torch.is_grad_enabled() or not _suited(x):
+        layers = self.gate_proj, self.up_proj
+        # An adapter may have been put around them since.
+        if torch.is_grad_enabled() or not _suited(x) or any(type(layer) is not PackedLinear for layer in layers):
             plain: Tensor = super().forward(x)
             return plain
-        gate, up = (layer.packing.of(layer) for layer in (self.gate_proj, self.up_proj))
+        gate, up = (layer.packing.of(layer) for layer in layers)
         inner = torch.ops.mkldnn._linear_pointwise.default(x, gate, None, "swish", [], "")
         inner = torch.ops.mkldnn._linear_pointwise.binary(x, inner, up, None, "mul")
         out: Tensor = self.down_proj(inner)

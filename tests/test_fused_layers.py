@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, tiny_transformer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -101,6 +102,20 @@ def test_what_computes_something_else_stays_as_it_is() -> None:
     model.model.layers[0].mlp.act_fn = nn.GELU()
     names = fused(model)
     assert "model.norm" not in names and "model.layers.0.mlp" not in names and "model.layers.1.mlp" in names
+
+
+@needs_cpp
+def test_an_adapter_put_around_the_layers_acts() -> None:
+    plain, model = wide_llama(), wide_llama()
+    fused(model)
+    config = LoraConfig(r=2, target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    expected = get_peft_model(plain, config)
+    torch.manual_seed(1)
+    ours = get_peft_model(model, config)
+    ids = torch.arange(30).view(1, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids).logits, expected(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_without_packed_layers_is_left_alone() -> None:
