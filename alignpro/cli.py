@@ -30,6 +30,7 @@ from alignpro.config import (
     dump_config,
     load_config,
 )
+from alignpro.distributed.environment import launched, launched_rank
 from alignpro.errors import AlignProError, Interrupted
 from alignpro.plan import plan
 
@@ -140,7 +141,10 @@ def doctor() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
+) -> None:
     if version:
         typer.echo(alignpro.__version__)
         raise typer.Exit
@@ -159,10 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments, prog_name="alignpro")
     except AlignProError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        if launched_rank() == 0:  # one message for all ranks; what only another one knows, it has told itself
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
     except Interrupted as stop:
-        typer.echo(str(stop), err=True)
+        if launched_rank() == 0:
+            typer.echo(str(stop), err=True)
         sys.exit(stop.exit_code)
 
 
@@ -171,6 +177,9 @@ def _train(kind: type[Section], task: str, arguments: list[str], resume: bool, a
         raise AlignProError("--at names the checkpoint to continue from: it goes with --resume")
     config = _configure(kind, arguments, dry_run)
     if config is None:
+        return
+    if launched():
+        _load("alignpro.training.launched:train")(config, _load(task), resume, at)
         return
     run_kind = _load("alignpro.training.run:Run")
     with run_kind(
@@ -216,8 +225,9 @@ class StandardErrorHandler(logging.StreamHandler[TextIO]):
 
 def _quiet_libraries() -> None:
     """Our own messages on standard error, and none of the libraries' chatter."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StandardErrorHandler()])
-    for name in ("httpx", "transformers", "datasets", "filelock", "fsspec", "matplotlib", "urllib3"):
+    level = logging.INFO if launched_rank() == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[StandardErrorHandler()])
+    for name in ("httpx", "transformers", "datasets", "filelock", "fsspec", "matplotlib", "urllib3", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

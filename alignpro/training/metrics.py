@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from alignpro.config import RunConfig
 from alignpro.errors import ConfigError, TrainingError
@@ -34,6 +34,33 @@ class PhaseTimer:
         finally:
             key = f"seconds/{phase}"
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+
+
+class MetricsSink(Protocol):
+    """Takes the metrics of steps."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step (counted from 1)."""
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the metrics on held-out data of a step are there."""
+
+    def sync(self) -> None:
+        """Have the disk hold every row."""
+
+
+class NoMetricsLog:
+    """Keeps nothing: for ranks whose metrics another one writes."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Forget them."""
+
+    def has_evaluation(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def sync(self) -> None:
+        """There is nothing to hold."""
 
 
 class MetricsLog:
