@@ -105,7 +105,7 @@ def detach(model: nn.Module) -> None:
     """Undo `attach`, for a model whose weights are not there between its passes: they would be laid out anew for each."""
     for layer in model.modules():
         if type(layer) is PackedLinear:
-            layer.__class__ = nn.Linear
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
             del layer.packing
 
 
