@@ -7,7 +7,7 @@ agree. What it leaves out is filled in from there, so that no "auto" is left for
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,17 @@ class ZeroConfig:
     def offloads_optimizer(self) -> bool:
         """Whether optimizer states and updates are the CPU's."""
         return self.content["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank has everything: weights, gradients, and plain AdamW."""
+        return self.stage == 0 and not self.reduced_precision
+
+    def for_other_ranks(self) -> ZeroConfig:
+        """The same, to load a checkpoint of another number of ranks."""
+        return (
+            self if self.replicated else replace(self, content=self.content | {"checkpoint": {"load_universal": True}})
+        )
 
 
 def load_zero_config(

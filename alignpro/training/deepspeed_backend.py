@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.language_model import LanguageModel
 from alignpro.policy_module import HeadPass
 from alignpro.training.backend import Backend, learning_rate_factor
+from alignpro.training.durability import PARTIAL
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +81,7 @@ class DeepSpeedBackend:
         self._config, self._zero, self._ranks = config, zero, ranks
         self._skipped = 0
         self._trained = trained
-        self._replicated = zero.stage == 0 and not zero.reduced_precision
+        self._replicated = zero.replicated
         optimizer = _optimizer(trained, config, zero)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda update: learning_rate_factor(update, total_updates, config)
@@ -150,13 +156,30 @@ class DeepSpeedBackend:
         Raises:
             CheckpointError: It is not there, or of another model.
         """
+        if self.engine.load_universal_checkpoint():
+            with self._universal(directory, name) as converted:
+                state = self._load(converted, name)
+        else:
+            state = self._load(directory, name)
+        self.updates, self._skipped = int(state["updates"]), int(state["skipped"])
+
+    def _load(self, directory: Path, name: str) -> dict[str, Any]:
         # Not strict: frozen weights are not in it.
         path, state = self.engine.load_checkpoint(str(directory), tag=name, load_module_strict=False)
         if path is None:
-            raise CheckpointError(
-                f"checkpoint {directory}: has no {name}/ of DeepSpeed: was it made by a run without it?"
-            )
-        self.updates, self._skipped = int(state["updates"]), int(state["skipped"])
+            raise CheckpointError(f"checkpoint {directory}: has no {name}/ of DeepSpeed")
+        loaded: dict[str, Any] = state
+        return loaded
+
+    @contextmanager
+    def _universal(self, directory: Path, name: str) -> Iterator[Path]:
+        """The checkpoint in DeepSpeed's universal form, which any number of ranks can load, for as long as it is needed."""
+        converted = directory.with_name(f"{PARTIAL}universal")
+        try:
+            self._ranks.on_first(lambda: _convert(directory / name, converted / name))
+            yield converted
+        finally:
+            self._ranks.on_first(lambda: shutil.rmtree(converted, ignore_errors=True))
 
     def _step(self) -> float:
         """An update, and the norm; infinite where nothing was updated."""
@@ -174,6 +197,20 @@ class DeepSpeedBackend:
             return norm if math.isfinite(norm) else math.inf
         self.engine.step()
         return math.inf if self._optimizer.overflow else float(self.engine.get_global_grad_norm())
+
+
+def _convert(source: Path, destination: Path) -> None:
+    """Write a checkpoint of ZeRO in its universal form, by DeepSpeed's own program."""
+    shutil.rmtree(destination, ignore_errors=True)
+    destination.mkdir(parents=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(destination)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CheckpointError(
+            f"checkpoint {source}: cannot be converted for another number of ranks: {done.stderr.strip()[-2000:]}; resume on "
+            "as many ranks as it was made on"
+        )
 
 
 def _optimizer(trained: list[nn.Parameter], config: OptimizerConfig, zero: ZeroConfig) -> torch.optim.Optimizer:

@@ -59,6 +59,8 @@ def train_on(
         if run.finished:
             logger.info("the run in %s has finished: its model is in %s", run.out, run.out / "model")
             return
+        if run.saved_ranks() not in (None, ranks.size):
+            zero = zero.for_other_ranks()
         run.train(build(config, DeepSpeedDistribution(ranks, zero)))
 
 

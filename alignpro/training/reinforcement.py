@@ -76,7 +76,7 @@ class PolicyTraining:
         self.heldout = heldout
         self.sampling, self.objective, self.optimizer, self.run = sampling, objective, optimizer, run
         updates = run.steps * objective.epochs * objective.minibatches
-        if self.ranks.size > 1:
+        if self.ranks.group is not None:
             self.ranks.on_first(policy.reference_id)  # while the weights are whole
         value_model = ValueModel(policy.model) if objective.advantage == "gae" else None
         self.sampled = distribution.sampling_model(policy.model)
@@ -294,12 +294,14 @@ class PolicyTraining:
         Raises:
             CheckpointError: The reference or the data is not what the run started with.
         """
-        self.stream.check(state["data"])
-        if state["reference"] != self.ranks.on_first(self.policy.reference_id):
-            raise CheckpointError(
-                f"checkpoint {directory}: the reference model has changed since this run started; its KL would be to "
-                "another model: restore it, or start a new run"
-            )
+        reference = self.ranks.on_first(self.policy.reference_id)
+        with self.ranks.together():
+            self.stream.check(state["data"])
+            if state["reference"] != reference:
+                raise CheckpointError(
+                    f"checkpoint {directory}: the reference model has changed since this run started; its KL would be to "
+                    "another model: restore it, or start a new run"
+                )
         self.backend.load(directory, "policy")
         self.engine.weights_updated("policy")
         if self.critic is not None:

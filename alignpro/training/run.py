@@ -190,7 +190,7 @@ class Run:
         """Write a checkpoint: each rank its part, into a directory that the first one makes and puts in place."""
 
         def part(directory: Path) -> None:
-            state = {"step": step, "task": task.save(directory)}
+            state = {"step": step, "ranks": self._ranks_launched, "task": task.save(directory)}
             if self.ranks.first:
                 (directory / "state.json").write_text(json.dumps(state, indent=1))
             save_torch(random_state() if randomness is None else randomness, directory / self._randomness)
@@ -248,6 +248,7 @@ class Run:
             directory = self.checkpoints.path(self.start)
             try:
                 state = json.loads((directory / "state.json").read_text())
+                self._check_launcher(directory, state)
                 task.load(directory, state["task"])
                 if (randomness := directory / self._randomness).is_file():  # not that of a rank that there was not
                     restore_random_state(torch.load(randomness, weights_only=True))
@@ -255,6 +256,34 @@ class Run:
                 raise CheckpointError(f"checkpoint {directory}: cannot be read: {error}") from error
             logger.info("continuing from %s", directory)
         self.ranks.on_first(self._discard_later)
+
+    def saved_ranks(self) -> int | None:
+        """How many ranks a launcher had started when the checkpoint was made that the run goes on from; None without one.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be read.
+        """
+
+        def read() -> int | None:
+            if self.start not in self.checkpoints.available():
+                return None
+            path = self.checkpoints.path(self.start) / "state.json"
+            try:
+                ranks: int | None = json.loads(path.read_text())["ranks"]
+            except (OSError, ValueError, KeyError) as error:
+                raise CheckpointError(f"checkpoint {path}: cannot be read: {error}") from error
+            return ranks
+
+        return self.ranks.on_first(read)
+
+    @property
+    def _ranks_launched(self) -> int | None:
+        return None if self.ranks.group is None else self.ranks.size
+
+    def _check_launcher(self, directory: Path, state: dict[str, Any]) -> None:
+        if (state["ranks"] is None) != (self._ranks_launched is None):
+            how = "without a launcher" if state["ranks"] is None else "under the deepspeed launcher"
+            raise CheckpointError(f"checkpoint {directory}: was made {how}: start --resume so too")
 
     def _discard_later(self) -> None:
         """Drop what came after `start`."""

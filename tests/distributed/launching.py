@@ -60,7 +60,7 @@ def run_cases(directory: Path, cases: Sequence[Sequence[str]], ranks: int = 2) -
     path = directory / f"cases_{ranks}.json"
     path.write_text(json.dumps([list(case) for case in cases]))
     process = launch(WORKER, str(path), ranks=ranks)
-    output, _ = process.communicate(timeout=560)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output[-6000:]
 
 
