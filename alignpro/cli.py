@@ -31,7 +31,7 @@ from alignpro.config import (
     load_config,
 )
 from alignpro.distributed.environment import launched, launched_rank
-from alignpro.errors import AlignProError, Interrupted
+from alignpro.errors import AlignProError, Interrupted, PeerError
 from alignpro.plan import plan
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments, prog_name="alignpro")
     except AlignProError as error:
-        if launched_rank() == 0:  # one message for all ranks; what only another one knows, it has told itself
+        # One message for all ranks; what only another one knows, it has told itself.
+        if launched_rank() == 0 and not isinstance(error, PeerError):
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
     except Interrupted as stop:

@@ -15,19 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alignpro.errors import AlignProError
+from alignpro.errors import PeerError as PeerError
 
 T = TypeVar("T")
-
-
-class PeerError(AlignProError):
-    """Another rank failed and has told why: this one ends in silence."""
 
 
 class Ranks:
     """The ranks of a job, seen from one of them. Without a group there is one, and nothing is ever waited for.
 
-    Every method but `share` is a collective: all ranks call it, in the same order.
+    Every method but `share`, `note` and `agreed_on` is a collective: all ranks call it, in the same order.
 
     Args:
         group: A gloo group of all ranks.
@@ -37,7 +33,17 @@ class Ranks:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self.doing = "the start"
+        """What this rank is at, for messages."""
+        self.on_note: Callable[[str], None] | None = None
+        """Told of what this rank comes to next."""
         self._agreed: BaseException | None = None
+
+    def note(self, doing: str) -> None:
+        """Remember what this rank is at from now on, and let others know; no collective."""
+        self.doing = doing
+        if self.on_note is not None:
+            self.on_note(doing)
 
     @property
     def first(self) -> bool:

@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from alignpro.distributed.board import Board
 from alignpro.distributed.build import use_own_ninja
 from alignpro.distributed.ranks import PeerError, Ranks
 from alignpro.errors import AlignProError, ConfigError, Interrupted
@@ -51,11 +52,12 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     ranks = Ranks(dist.new_group(backend="gloo", timeout=timeout))
+    board = Board(ranks)
     try:
         yield ranks
     except BaseException as error:
         if not isinstance(error, Interrupted) and not ranks.agreed_on(error):
-            _leave(ranks, error)
+            board.leave(_describe(error, ranks, board))
         if isinstance(error, AlignProError) and not isinstance(error, PeerError) and not ranks.first:
             print(f"error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
             raise PeerError(str(error)) from error
@@ -65,13 +67,14 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _leave(ranks: Ranks, error: BaseException) -> None:
-    """End this process at once: the other ranks are in a collective that it will not come to."""
+def _describe(error: BaseException, ranks: Ranks, board: Board) -> str:
+    """What befell this rank and no other."""
     if isinstance(error, AlignProError):
-        print(f"error: rank {ranks.rank}: {error}", file=sys.stderr)
-    else:
-        print(f"error: rank {ranks.rank}:", file=sys.stderr)
-        traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)  # not sys.exit: taking down the group would wait for the others
+        return f"rank {ranks.rank}: {error}"
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        reason = str(error).splitlines()[0]
+        return (
+            f"rank {ranks.rank} waited for the others in {ranks.doing}, in vain ({reason}): {board.others()}; "
+            "--resume continues from the last checkpoint"
+        )
+    return f"rank {ranks.rank}, in {ranks.doing}:\n{''.join(traceback.format_exception(error))}"

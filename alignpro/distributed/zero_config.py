@@ -46,11 +46,6 @@ class ZeroConfig:
         return int(self.content["zero_optimization"]["stage"])
 
     @property
-    def reduced_precision(self) -> bool:
-        """Whether weights have 16 bits, so that DeepSpeed updates float32 copies of them."""
-        return bool(self.content["bf16"]["enabled"] or self.content["fp16"]["enabled"])
-
-    @property
     def offloads_optimizer(self) -> bool:
         """Whether optimizer states and updates are the CPU's."""
         return self.content["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
@@ -58,7 +53,7 @@ class ZeroConfig:
     @property
     def replicated(self) -> bool:
         """Whether every rank has everything: weights, gradients, and plain AdamW."""
-        return self.stage == 0 and not self.reduced_precision
+        return self.stage == 0
 
     def for_other_ranks(self) -> ZeroConfig:
         """The same, to load a checkpoint of another number of ranks."""
@@ -95,6 +90,11 @@ def load_zero_config(
         raise ConfigError(
             f"{where}: policy.dtype=float64, and DeepSpeed trains float32, bfloat16 or float16; set one of these"
         )
+    if stage == 0 and policy.dtype != "float32":
+        raise ConfigError(
+            f"{where}: stage 0 with policy.dtype={policy.dtype}: DeepSpeed scales gradients wrongly there; take stage 1, which "
+            "keeps weights and gradients whole too, or policy.dtype=float32"
+        )
     _refuse_auto(where, given)
     for section in _OURS:
         if section in given:
@@ -124,7 +124,7 @@ def load_zero_config(
     content |= {
         "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": 1,  # the trainer's own loop decides when a step's micro-batches are through
-        "managed_gradient_accumulation": stage == 0 and policy.dtype == "float32",
+        "managed_gradient_accumulation": stage == 0,  # there DeepSpeed leaves AdamW to torch
         "gradient_clipping": optimizer.max_grad_norm,
         "bf16": given.get("bf16", {}) | {"enabled": policy.dtype == "bfloat16"},
         "fp16": given.get("fp16", {}) | {"enabled": policy.dtype == "float16"},

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -21,13 +21,20 @@ Metrics = dict[str, float]
 
 
 class PhaseTimer:
-    """Seconds a phase of the step took, as metrics ``seconds/<phase>``."""
+    """Seconds a phase of the step took, as metrics ``seconds/<phase>``.
 
-    def __init__(self) -> None:
+    Args:
+        begin: Told the name of each phase when it begins.
+    """
+
+    def __init__(self, begin: Callable[[str], None] | None = None) -> None:
         self.seconds: Metrics = {}
+        self._begin = begin
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        if self._begin is not None:
+            self._begin(phase)
         started = time.perf_counter()
         try:
             yield

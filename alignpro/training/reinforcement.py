@@ -97,7 +97,7 @@ class PolicyTraining:
 
     def step(self, step: int) -> Metrics:
         """Sample K chains of each prompt, score them, credit their actions, update the policy."""
-        timer = PhaseTimer()
+        timer = PhaseTimer(lambda phase: self.ranks.note(f"step {step + 1}, {phase}"))
         prompts = self.stream.batch(step)
         mine = self._share(prompts)
         prompts = [prompts[i] for i in mine]

@@ -36,6 +36,9 @@ from alignpro.training.stop_signals import stop_signals
 
 logger = logging.getLogger(__name__)
 
+LAUNCHER_PATIENCE = 25.0
+"""Seconds in which signals that come by way of a launcher are one; after 30 the deepspeed launcher kills."""
+
 
 class Task(Protocol):
     """What a run repeats: a step of training, with its state."""
@@ -115,7 +118,7 @@ class Run:
         with (
             self._log() as log,
             progress_bar(self.config.steps, self.start, task.headline, shown=self.ranks.first) as advance,
-            stop_signals() as stop,
+            stop_signals(patience=0.0 if self.ranks.group is None else LAUNCHER_PATIENCE) as stop,
         ):
             if self._evaluation_due(self.start) and not self.ranks.on_first(lambda: log.has_evaluation(self.start)):
                 self._evaluate(self.start, task, log)

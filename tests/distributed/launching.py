@@ -51,7 +51,13 @@ def launch(script: Path | str, *arguments: str, ranks: int = 2) -> subprocess.Po
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
     command += ["--master_port", str(port), str(script), *arguments]
     return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
     )
 
 

@@ -19,7 +19,6 @@ QUICK = {
     "z2 full": ("train", "z2", []),
     "z3 full": ("train", "z3", []),
     "z3 LoRA, on the head too": ("train", "z3", LORA),
-    "z1 RLHF, PPO with a critic": ("rlhf", "z1", PPO),
     "z3 RLHF, PPO with a critic": ("rlhf", "z3", PPO),
     "z0 RLHF LoRA": ("rlhf", "z0", LORA),
 }
