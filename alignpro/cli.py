@@ -132,6 +132,23 @@ def demo(
     _load("alignpro.demo.run:run_demo")(out, seed)
 
 
+@app.command("plan", no_args_is_help=True)
+def memory(
+    arguments: Arguments,
+    job: Annotated[str, typer.Option(help="train or rlhf.")] = "train",
+    ranks: Annotated[int, typer.Option(min=1, help="Devices over which the job is spread.")] = 1,
+    gib: Annotated[float | None, typer.Option(min=0, help="Memory of one device, to say what fits.")] = None,
+) -> None:
+    """Say how much memory a device needs at each ZeRO stage, without loading any weights."""
+    if job not in ("train", "rlhf"):
+        raise AlignProError(f"--job {job}: is train or rlhf")
+    config = load_config(TrainConfig if job == "train" else RLHFConfig, arguments)
+    lines = _load("alignpro.memory_plan:memory_table")(config, ranks, None if gib is None else gib * 2**30)
+    typer.echo(
+        f"GiB a rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
+    )
+
+
 @app.command()
 def doctor() -> None:
     """Say what is installed, which backends run, and why others do not."""
