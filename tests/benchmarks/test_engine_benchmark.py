@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+
 from benchmarks.engine import ours, peers
 from benchmarks.engine.__main__ import app
 from benchmarks.engine.cases import CASES, Case, make_inputs, shrink

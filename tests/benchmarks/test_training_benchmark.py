@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 import typer
-from benchmarks.training.__main__ import app
-from benchmarks.training.ours import OurTraining
-from benchmarks.training.task import Task, make_task
-from benchmarks.workload import BARE, PAPER, QUICK, reshape
 
 from alignpro.config import ModelConfig, PromptingConfig
 from alignpro.data import Prompt
 from alignpro.prompting import PrompterTemplate, TargetTemplate
 from alignpro.tokenization import load_tokenizer
+from benchmarks.training.__main__ import app
+from benchmarks.training.ours import OurTraining
+from benchmarks.training.task import Task, make_task
+from benchmarks.workload import BARE, PAPER, QUICK, reshape
 
 CPU = torch.device("cpu")
 
