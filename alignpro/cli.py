@@ -249,6 +249,10 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not launched():
+        # Libraries import DeepSpeed where it is installed, and it says on standard output which device it has found, unless
+        # it is told. Without a launcher nothing of it is used.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
