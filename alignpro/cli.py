@@ -30,7 +30,8 @@ from alignpro.config import (
     dump_config,
     load_config,
 )
-from alignpro.errors import AlignProError, Interrupted
+from alignpro.distributed.environment import launched, launched_rank
+from alignpro.errors import AlignProError, Interrupted, PeerError
 from alignpro.plan import plan
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,23 @@ def demo(
     _load("alignpro.demo.run:run_demo")(out, seed)
 
 
+@app.command("plan", no_args_is_help=True)
+def memory(
+    arguments: Arguments,
+    job: Annotated[str, typer.Option(help="train or rlhf.")] = "train",
+    ranks: Annotated[int, typer.Option(min=1, help="Devices over which the job is spread.")] = 1,
+    gib: Annotated[float | None, typer.Option(min=0, help="Memory of one device, to say what fits.")] = None,
+) -> None:
+    """Say how much memory a device needs at each ZeRO stage, without loading any weights."""
+    if job not in ("train", "rlhf"):
+        raise AlignProError(f"--job {job}: is train or rlhf")
+    config = load_config(TrainConfig if job == "train" else RLHFConfig, arguments)
+    lines = _load("alignpro.memory_plan:memory_table")(config, ranks, None if gib is None else gib * 2**30)
+    typer.echo(
+        f"GiB a rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
+    )
+
+
 @app.command()
 def doctor() -> None:
     """Say what is installed, which backends run, and why others do not."""
@@ -140,7 +158,10 @@ def doctor() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
+) -> None:
     if version:
         typer.echo(alignpro.__version__)
         raise typer.Exit
@@ -159,10 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments, prog_name="alignpro")
     except AlignProError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        # One message for all ranks; what only another one knows, it has told itself.
+        if launched_rank() == 0 and not isinstance(error, PeerError):
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
     except Interrupted as stop:
-        typer.echo(str(stop), err=True)
+        if launched_rank() == 0:
+            typer.echo(str(stop), err=True)
         sys.exit(stop.exit_code)
 
 
@@ -171,6 +195,9 @@ def _train(kind: type[Section], task: str, arguments: list[str], resume: bool, a
         raise AlignProError("--at names the checkpoint to continue from: it goes with --resume")
     config = _configure(kind, arguments, dry_run)
     if config is None:
+        return
+    if launched():
+        _load("alignpro.training.launched:train")(config, _load(task), resume, at)
         return
     run_kind = _load("alignpro.training.run:Run")
     with run_kind(
@@ -216,11 +243,16 @@ class StandardErrorHandler(logging.StreamHandler[TextIO]):
 
 def _quiet_libraries() -> None:
     """Our own messages on standard error, and none of the libraries' chatter."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StandardErrorHandler()])
-    for name in ("httpx", "transformers", "datasets", "filelock", "fsspec", "matplotlib", "urllib3"):
+    level = logging.INFO if launched_rank() == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[StandardErrorHandler()])
+    for name in ("httpx", "transformers", "datasets", "filelock", "fsspec", "matplotlib", "urllib3", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not launched():
+        # Libraries import DeepSpeed where it is installed, and it says on standard output which device it has found, unless
+        # it is told. Without a launcher nothing of it is used.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

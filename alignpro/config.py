@@ -287,6 +287,15 @@ class RunConfig(Section):
     wandb_project: str | None = None
 
 
+class DeepSpeedConfig(Section):
+    """How a job is spread over the ranks that the ``deepspeed`` launcher starts; without a launcher it says nothing."""
+
+    config: str = "z2"
+    """``z0``, ``z1``, ``z2``, ``z3``, ``z2_offload`` or ``z3_offload`` (launch/zero/), or the path of a JSON file."""
+    timeout_seconds: float = Field(1800.0, gt=0)
+    """How long a rank waits for the others before the job ends."""
+
+
 # ----------------------------------------------------------------------------------------------------------------- jobs
 
 _MODEL_OR_NAME = Discriminator(lambda value: "name" if isinstance(value, str) else "model")
@@ -312,6 +321,7 @@ class TrainConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @property
     def target_model(self) -> ModelConfig:
@@ -341,6 +351,7 @@ class RLHFConfig(Section):
     rollout: ResponseRolloutConfig = ResponseRolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     max_prompt_tokens: int = Field(1024, ge=1)
 
     @model_validator(mode="after")

@@ -34,6 +34,10 @@ class TrainingError(AlignProError):
     """A run that cannot go on: a loss that is not finite, a run directory in use."""
 
 
+class PeerError(AlignProError):
+    """Another rank failed and has told why: this one ends in silence."""
+
+
 class Interrupted(Exception):  # noqa: N818 - no error: the run was told to stop and its state is saved
     """A signal asked a run to stop; its state is saved.
 

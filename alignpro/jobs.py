@@ -16,32 +16,35 @@ from alignpro.models import LanguageModel, is_activated, load_target
 from alignpro.policy import Policy
 from alignpro.prompting import PrompterTemplate, TargetTemplate, drop_long_prompts
 from alignpro.rewards import RewardStack, build_reward
+from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.reinforcement import PolicyTraining
 
 
-def prompter_training(config: TrainConfig) -> PolicyTraining:
+def prompter_training(config: TrainConfig, distribution: Distribution | None = None) -> PolicyTraining:
     """`alignpro train`: the prompter learns to write what makes the frozen target answer better."""
-    if config.target == "policy":
-        _refuse_merged(config.policy.path)
-    policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
-    target = load_target(config.target, policy.model)
-    environment = prompt_environment(
-        policy.model,
-        target,
-        config.target_model,
-        build_reward(config.reward),
-        config.prompting,
-        config.rollout.respond,
-        responses=config.rollout.responses_per_rewrite,
-    )
-    room = policy.model.context_length - config.rollout.rewrite.max_tokens
-    prompts = drop_long_prompts(
-        load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, room)
-    )
-    answered = environment.target
-    prompts = drop_long_prompts(prompts, answered.encode_context, answered.max_tokens, what="the target's context")
-    _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
-    training, heldout = split(prompts, config.data.holdout)
+    distribution = distribution or SingleProcess()
+    with distribution.ranks.together():  # a model that one rank cannot load stops all
+        if config.target == "policy":
+            _refuse_merged(config.policy.path)
+        policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
+        target = load_target(config.target, policy.model)
+        environment = prompt_environment(
+            policy.model,
+            target,
+            config.target_model,
+            build_reward(config.reward),
+            config.prompting,
+            config.rollout.respond,
+            responses=config.rollout.responses_per_rewrite,
+        )
+        room = policy.model.context_length - config.rollout.rewrite.max_tokens
+        prompts = drop_long_prompts(
+            load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, room)
+        )
+        answered = environment.target
+        prompts = drop_long_prompts(prompts, answered.encode_context, answered.max_tokens, what="the target's context")
+        _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
+        training, heldout = split(prompts, config.data.holdout)
     return PolicyTraining(
         policy,
         environment,
@@ -53,20 +56,23 @@ def prompter_training(config: TrainConfig) -> PolicyTraining:
         objective=config.objective,
         optimizer=config.optimizer,
         run=config.run,
+        distribution=distribution,
     )
 
 
-def response_training(config: RLHFConfig) -> PolicyTraining:
+def response_training(config: RLHFConfig, distribution: Distribution | None = None) -> PolicyTraining:
     """`alignpro rlhf`: the target itself learns from the same reward."""
-    policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
-    template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
-    environment = ResponseEnvironment(template, build_reward(config.reward))
-    room = policy.model.context_length - config.rollout.respond.max_tokens
-    prompts = drop_long_prompts(
-        load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
-    )
-    _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
-    training, heldout = split(prompts, config.data.holdout)
+    distribution = distribution or SingleProcess()
+    with distribution.ranks.together():
+        policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
+        template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
+        environment = ResponseEnvironment(template, build_reward(config.reward))
+        room = policy.model.context_length - config.rollout.respond.max_tokens
+        prompts = drop_long_prompts(
+            load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
+        )
+        _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
+        training, heldout = split(prompts, config.data.holdout)
     return PolicyTraining(
         policy,
         environment,
@@ -78,6 +84,7 @@ def response_training(config: RLHFConfig) -> PolicyTraining:
         objective=config.objective,
         optimizer=config.optimizer,
         run=config.run,
+        distribution=distribution,
     )
 
 

@@ -79,6 +79,11 @@ class LanguageModel(nn.Module):
         if self._packing is not None:
             self._packing.forget()
 
+    def keep_one_layout(self) -> None:
+        """Never lay weights out a second time: they are sharded, and made anew for each pass."""
+        packed_linear.detach(self)
+        self._packing = None
+
     @property
     def causal(self) -> PreTrainedModel:
         """The transformers model inside a peft wrapper, or the model itself."""

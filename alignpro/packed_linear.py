@@ -101,6 +101,14 @@ def attach(model: nn.Module) -> Packing | None:
     return packing
 
 
+def detach(model: nn.Module) -> None:
+    """Undo `attach`, for a model whose weights are not there between its passes: they would be laid out anew for each."""
+    for layer in model.modules():
+        if type(layer) is PackedLinear:
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
+            del layer.packing
+
+
 def _is_plain(layer: nn.Linear) -> bool:
     """Whether nobody else has changed how it multiplies, and it is wide enough."""
     return type(layer) in (nn.Linear, PackedLinear) and min(layer.weight.shape) >= _NARROWEST

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,11 @@ from alignpro.models import (
     load_language_model,
     load_trainable,
 )
+from alignpro.policy_module import PolicyModule
 from alignpro.sequences import SequenceBatch
 from alignpro_kernels import Coefficients, PolicyLossOutput, linear_logprob, policy_loss
+
+Outputs = TypeVar("Outputs")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Policy:
         self.model = model
         self.reference = reference
         self.temperature = temperature
+        self.module = PolicyModule(model, reference)
+        """Both models: every pass over their weights is a forward of it."""
+        self.wrapped: nn.Module = self.module
+        """What is called for that: the module itself, or what a backend has put around it."""
         self._reference_id: str | None = None
         # Under an activated LoRA alone, what stands before its invocation is the frozen base model's.
         self._prefix_is_fixed = bool(model.invocation) and all(".lora_" in name for name in self.trainable)
@@ -110,38 +118,10 @@ class Policy:
             keep_states: Keep the policy's states for a `loss` at the same weights, which then needs no pass of its own.
         """
         with torch.set_grad_enabled(keep_states and torch.is_grad_enabled()):
-            states, reference_states = self._both_states(batch)
-        values = self._token_values(batch, states.detach(), reference_states)
-        return replace(values, states=states) if keep_states else values
-
-    @torch.no_grad()
-    def _token_values(self, batch: SequenceBatch, states: Tensor, reference_states: Tensor) -> TokenValues:
-        targets, reference_head = batch.targets, self._reference_head()
-        head = self.model.head
-        stats = linear_logprob(
-            states,
-            head.weight,
-            targets,
-            temperature=self.temperature,
-            **head.options,
-            entropy=True,
-            **_reference_arguments(head, reference_states, reference_head),
-        )
-        reference_stats = linear_logprob(
-            reference_states,
-            reference_head.weight,
-            targets,
-            temperature=self.temperature,
-            **reference_head.options,
-        )
-        assert stats.kl is not None and stats.entropy is not None  # asked for
-        return TokenValues(
-            logprob=batch.scatter(stats.logprob),
-            reference_logprob=batch.scatter(reference_stats.logprob),
-            kl=batch.scatter(stats.kl),
-            entropy=batch.scatter(stats.entropy),
-            reference_states=reference_states,
-        )
+            states, reference_states, *values = self._pass(lambda: self._token_values(batch))
+        logprob, reference_logprob, kl, entropy = (batch.scatter(value) for value in values)
+        kept = states if keep_states else None
+        return TokenValues(logprob, reference_logprob, kl, entropy, reference_states=reference_states, states=kept)
 
     def loss(
         self,
@@ -161,24 +141,70 @@ class Policy:
             reference_states: (N, D) of `TokenValues`; given, the coefficients get the exact KL.
             entropy: Whether they get the entropy.
         """
-        head = self.model.head
-        reference: dict[str, Any] = {}
-        if reference_states is not None:
-            reference = _reference_arguments(head, reference_states, self._reference_head())
-        return policy_loss(
-            self._states(batch) if states is None else states,
-            head.weight,
-            batch.targets,
-            coefficients,
-            temperature=self.temperature,
-            **head.options,
-            entropy=entropy,
-            **reference,
-        )
+
+        def fused(states: Tensor) -> PolicyLossOutput:
+            head = self.model.head
+            reference: dict[str, Any] = {}
+            if reference_states is not None:
+                reference = _reference_arguments(head, reference_states, self._reference_head())
+            return policy_loss(
+                states,
+                head.weight,
+                batch.targets,
+                coefficients,
+                temperature=self.temperature,
+                **head.options,
+                entropy=entropy,
+                **reference,
+            )
+
+        return self._pass(lambda: self.module.head(self._states(batch) if states is None else states, fused))
 
     def sequence_logprob(self, batch: SequenceBatch) -> Tensor:
         """log ρ(x'|x) of whole sequences, differentiable: (B,)."""
-        return _sequence_logprob(self.model.head, self._states(batch), batch, self.temperature)
+        return self._pass(
+            lambda: self.module.head(
+                self._states(batch),
+                lambda states: completion_logprob(self.model.head, states, batch, self.temperature),
+            )
+        )
+
+    def _pass(self, work: Callable[[], Outputs]) -> Outputs:
+        """Work on the weights, inside the module's forward."""
+        outputs: Outputs = self.wrapped(work)
+        return outputs
+
+    def _token_values(self, batch: SequenceBatch) -> tuple[Tensor, ...]:
+        """States of the policy and the reference, (N, D), then (N,) each: logprob, that of the reference, KL, entropy."""
+        states, reference_states = self._both_states(batch)
+
+        def fused(states: Tensor) -> tuple[Tensor, ...]:
+            head, reference_head, targets = self.model.head, self._reference_head(), batch.targets
+            stats = linear_logprob(
+                states,
+                head.weight,
+                targets,
+                temperature=self.temperature,
+                **head.options,
+                entropy=True,
+                **_reference_arguments(head, reference_states, reference_head),
+            )
+            reference_stats = linear_logprob(
+                reference_states,
+                reference_head.weight,
+                targets,
+                temperature=self.temperature,
+                **reference_head.options,
+            )
+            assert stats.kl is not None and stats.entropy is not None  # asked for
+            return stats.logprob, reference_stats.logprob, stats.kl, stats.entropy
+
+        with torch.no_grad():
+            values: tuple[Tensor, ...] = self.module.head(states.detach(), fused)
+        return states, reference_states, *values
+
+    def _reference_head(self) -> Head:
+        return self.model.base_head if self.reference is None else self.reference.head
 
     def _states(self, batch: SequenceBatch) -> Tensor:
         """(N, D), differentiable."""
@@ -195,16 +221,14 @@ class Policy:
             with self.model.adapter_off():
                 return states, self.model.action_states(batch)
 
-    def _reference_head(self) -> Head:
-        return self.model.base_head if self.reference is None else self.reference.head
-
 
 def sequence_logprob(model: LanguageModel, batch: SequenceBatch, temperature: float) -> Tensor:
     """Log-probability of each whole completion at a temperature, (B,), differentiable."""
-    return _sequence_logprob(model.head, model.action_states(batch), batch, temperature)
+    return completion_logprob(model.head, model.action_states(batch), batch, temperature)
 
 
-def _sequence_logprob(head: Head, states: Tensor, batch: SequenceBatch, temperature: float) -> Tensor:
+def completion_logprob(head: Head, states: Tensor, batch: SequenceBatch, temperature: float) -> Tensor:
+    """The same from the states in which the actions were chosen: (N, D) → (B,)."""
     stats = linear_logprob(
         states,
         head.weight,

@@ -17,8 +17,18 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def progress_bar(total: int, completed: int, headline: Sequence[str]) -> Iterator[Advance]:
-    """A bar over steps; each call of what it yields is a step, with metrics of which ``headline`` is shown."""
+def progress_bar(total: int, completed: int, headline: Sequence[str], *, shown: bool = True) -> Iterator[Advance]:
+    """A bar over steps; each call of what it yields is a step, with metrics of which ``headline`` is shown.
+
+    Args:
+        total: Steps.
+        completed: Of them, made before.
+        headline: Names of metrics.
+        shown: Whether this process is the one that shows it.
+    """
+    if not shown:
+        yield lambda metrics: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _line_writer(total, completed, headline)

@@ -93,3 +93,9 @@ echo "set-up: building the kernels in csrc/, once"
     echo "set-up: the kernels in csrc/ could not all be built, see the message above; everything else is installed."
     echo "set-up: in their place runs plain PyTorch, slower. To try again: $venv/bin/python -m alignpro_kernels.build"
 } >&2
+
+# DeepSpeed compiles this when several ranks first start on a CPU; better a minute here than in a job.
+[ "$device" != cpu ] || DS_ACCELERATOR=cpu "$venv/bin/python" -m alignpro.distributed.build || {
+    echo "set-up: DeepSpeed's part for several processes on a CPU could not be built, see the message above."
+    echo "set-up: one process trains without it. To try again: $venv/bin/python -m alignpro.distributed.build"
+} >&2

@@ -11,7 +11,9 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
-DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
+EXTRAS = PROJECT["optional-dependencies"]
+DEV = [Requirement(line) for line in EXTRAS["dev"]]
+NEEDED += [Requirement(line) for line in EXTRAS["deepspeed"]]  # `make setup` installs it for every device
 
 
 def listed(name: str) -> dict[str, Requirement]:

@@ -13,7 +13,7 @@ from alignpro.objectives.kl import AdaptiveKL, KLEstimator, KLLossTerms, kl_loss
 from alignpro.objectives.losses import (
     PolicyGradientBatch,
     TokenLoss,
-    loss_scale,
+    loss_count,
     policy_gradient_coefficients,
     ppo_clip_coefficients,
     value_loss,
@@ -33,7 +33,7 @@ __all__ = [
     "kl_loss_terms",
     "last_action",
     "leave_one_out",
-    "loss_scale",
+    "loss_count",
     "policy_gradient_coefficients",
     "ppo_clip_coefficients",
     "returns_to_go",

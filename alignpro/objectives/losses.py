@@ -24,7 +24,7 @@ class PolicyGradientBatch:
     advantages: Tensor
     """(N,) float."""
     scale: float | Tensor
-    """Weight of a token's terms in the loss, from `loss_scale`; or (N,)."""
+    """Weight of a token's terms in the loss, one over the `loss_count` of the step; or (N,)."""
     kl_coef: float = 0.0
     """λ, in reward a nat."""
     kl_estimator: KLEstimator = "exact"
@@ -39,14 +39,14 @@ class PolicyGradientBatch:
     entropy."""
 
 
-def loss_scale(mask: Tensor, normalize_by: Literal["sequence", "token"]) -> float:
-    """The weight of a token's terms, from the mask (B, T) of the WHOLE optimizer step, so that micro-batches add up.
+def loss_count(mask: Tensor, normalize_by: Literal["sequence", "token"]) -> int:
+    """What a token's terms are divided by, from the mask (B, T): a sum of it over the WHOLE optimizer step, so that
+    micro-batches and ranks add up.
 
-    ``sequence``: 1/B, a sum over tokens and a mean over sequences: the objective's own form.
-    ``token``: 1/N, a mean over tokens.
+    ``sequence``: B, a sum over tokens and a mean over sequences: the objective's own form.
+    ``token``: N, a mean over tokens.
     """
-    count = mask.shape[0] if normalize_by == "sequence" else int(mask.sum())
-    return 1.0 / max(count, 1)
+    return mask.shape[0] if normalize_by == "sequence" else int(mask.sum())
 
 
 class TokenLoss:

@@ -22,6 +22,10 @@ class Backend(Protocol):
     updates: int
     """Optimizer steps made so far."""
 
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next update takes."""
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to what the next `step` uses."""
 

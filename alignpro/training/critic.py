@@ -9,23 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from alignpro import objectives
-from alignpro.config import OptimizerConfig
 from alignpro.language_model import LanguageModel
 from alignpro.sequences import SequenceBatch
-from alignpro.training.backend import TorchBackend
+from alignpro.training.backend import Backend
 from alignpro.training.metrics import Metrics
 
 
-class Critic(nn.Module):
+class ValueModel(nn.Module):
     """Starts from the policy's weights as they are now; its output starts at zero, so that it says nothing at first.
 
     Args:
         policy: Where the decoder is copied from; an adapter is copied along, and all weights are trained.
-        optimizer: The same settings as the policy's.
-        total_updates: Optimizer steps in the whole run.
     """
 
-    def __init__(self, policy: LanguageModel, optimizer: OptimizerConfig, total_updates: int) -> None:
+    def __init__(self, policy: LanguageModel) -> None:
         super().__init__()
         self.decoder = copy.deepcopy(policy).requires_grad_(True).eval()
         self.decoder.causal.get_output_embeddings().requires_grad_(_is_tied(self.decoder))
@@ -33,9 +30,6 @@ class Critic(nn.Module):
         self.output = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        self.backend = TorchBackend(trained, optimizer, total_updates)
-        self._loss = 0.0
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """V, (B, T), zero off the mask; float32, or float64 for a float64 policy."""
@@ -43,16 +37,28 @@ class Critic(nn.Module):
         values = self.output(states).squeeze(-1)
         return batch.scatter(values if values.dtype == torch.float64 else values.float())
 
+
+class Critic:
+    """A value model and what trains it.
+
+    Args:
+        model: What is called: a `ValueModel`, or what a backend has put around it.
+        backend: Trains it.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend) -> None:
+        self.model = model
+        self.backend = backend
+        self._loss = 0.0
+
     @torch.no_grad()
-    def values(self, batch: SequenceBatch, micro_batches: Iterable[tuple[int, int]]) -> Tensor:
-        """V of every action as constants, (B, T)."""
-        parts = [self(batch.rows(start, stop)) for start, stop in micro_batches]
-        width = batch.mask.shape[1]
-        return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+    def values(self, batches: Iterable[SequenceBatch]) -> list[Tensor]:
+        """V of every action as constants, (B, T) for each batch."""
+        return [self.model(batch) for batch in batches]
 
     def backward(self, batch: SequenceBatch, targets: Tensor, scale: float) -> None:
         """Add the gradients of scale · Σ ½ (V − target)²."""
-        loss = objectives.value_loss(self(batch), targets, batch.mask, scale)
+        loss = objectives.value_loss(self.model(batch), targets, batch.mask, scale)
         self._loss += loss.item()
         self.backend.backward(loss)
 

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
+"""What the name of a thing begins with while it is being made; `clean` removes it."""
 _DISCARDED = ".discarded-"
 
 
@@ -22,7 +23,7 @@ def sync(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file: at any moment ``path`` is as it was, or new and whole."""
-    aside = path.with_name(f"{_PARTIAL}{path.name}")
+    aside = path.with_name(f"{PARTIAL}{path.name}")
     try:
         aside.write_text(text, encoding="utf-8")
         sync(aside)
@@ -40,7 +41,7 @@ def replace_directory(final: Path, write: Callable[[Path], None]) -> None:
         final: Where it goes.
         write: Puts its files in the directory that it is given, which is there and empty.
     """
-    aside = final.with_name(f"{_PARTIAL}{final.name}")
+    aside = final.with_name(f"{PARTIAL}{final.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -66,7 +67,7 @@ def discard(directory: Path) -> None:
 
 def is_leftover(path: Path) -> bool:
     """Whether a kill left this behind: something half written, or half removed."""
-    return path.name.startswith((_PARTIAL, _DISCARDED))
+    return path.name.startswith((PARTIAL, _DISCARDED))
 
 
 def clean(directory: Path) -> None:

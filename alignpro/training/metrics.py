@@ -7,11 +7,11 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from alignpro.config import RunConfig
 from alignpro.errors import ConfigError, TrainingError
@@ -21,19 +21,53 @@ Metrics = dict[str, float]
 
 
 class PhaseTimer:
-    """Seconds a phase of the step took, as metrics ``seconds/<phase>``."""
+    """Seconds a phase of the step took, as metrics ``seconds/<phase>``.
 
-    def __init__(self) -> None:
+    Args:
+        begin: Told the name of each phase when it begins.
+    """
+
+    def __init__(self, begin: Callable[[str], None] | None = None) -> None:
         self.seconds: Metrics = {}
+        self._begin = begin
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        if self._begin is not None:
+            self._begin(phase)
         started = time.perf_counter()
         try:
             yield
         finally:
             key = f"seconds/{phase}"
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+
+
+class MetricsSink(Protocol):
+    """Takes the metrics of steps."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step (counted from 1)."""
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the metrics on held-out data of a step are there."""
+
+    def sync(self) -> None:
+        """Have the disk hold every row."""
+
+
+class NoMetricsLog:
+    """Keeps nothing: for ranks whose metrics another one writes."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Forget them."""
+
+    def has_evaluation(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def sync(self) -> None:
+        """There is nothing to hold."""
 
 
 class MetricsLog:

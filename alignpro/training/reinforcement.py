@@ -2,12 +2,16 @@
 
 prompts x → K samples each (engine) → R of each (environment) → what each action is worth (objectives)
           → loss and gradient in one pass over the head (kernels) → optimizer step (backend)
+
+Several ranks each take a share of a step's prompts, with all their samples; losses, gradients and metrics are sums and
+means over all of them, so that the numbers do not depend on how many ranks there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +25,14 @@ from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environment import Environment, Scores
 from alignpro.errors import CheckpointError
 from alignpro.models import save_pretrained
-from alignpro.policy import Policy, TokenValues
+from alignpro.policy import Policy
 from alignpro.sequences import SequenceBatch
-from alignpro.training.backend import TorchBackend
-from alignpro.training.critic import Critic
+from alignpro.training.critic import Critic, ValueModel
+from alignpro.training.distribution import Distribution, SingleProcess
+from alignpro.training.experience import Experience as Experience
+from alignpro.training.experience import join_rows, join_values, no_actions
 from alignpro.training.metrics import Metrics, PhaseTimer, append_row
 from alignpro.training.stream import PromptStream
-
-
-@dataclass(frozen=True)
-class Experience:
-    """A rollout with all that the update needs; B = P·K rows, prompt-major, of T actions at most."""
-
-    batch: SequenceBatch
-    scores: Tensor
-    """(B,) R."""
-    values: TokenValues
-    """Of the policy that sampled."""
-    state_index: Tensor
-    """(B, T) int64: the row of ``values.reference_states`` that belongs to an action."""
-    returns: Tensor
-    """(B, T) G_t: the score less the KL still to come (or so far as the estimator puts it in the reward)."""
-    advantages: Tensor
-    """(B, T)."""
-    value_targets: Tensor | None
-    """(B, T), for the critic."""
 
 
 class PolicyTraining:
@@ -62,6 +49,7 @@ class PolicyTraining:
         objective: Which loss, on which advantages.
         optimizer: Learning rate, schedule, micro-batches.
         run: Steps, seed, directory.
+        distribution: Over which processes; this one alone when absent.
     """
 
     headline: tuple[str, ...] = ("reward/mean", "kl", "entropy")
@@ -79,16 +67,28 @@ class PolicyTraining:
         objective: ObjectiveConfig,
         optimizer: OptimizerConfig,
         run: RunConfig,
+        distribution: Distribution | None = None,
     ) -> None:
+        distribution = distribution or SingleProcess()
+        self.ranks = distribution.ranks
         self.policy, self.environment, self.engine = policy, environment, engine
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.heldout = heldout
         self.sampling, self.objective, self.optimizer, self.run = sampling, objective, optimizer, run
         updates = run.steps * objective.epochs * objective.minibatches
-        self.backend = TorchBackend(policy.trainable, optimizer, updates)
+        if self.ranks.group is not None:
+            self.ranks.on_first(policy.reference_id)  # while the weights are whole
+        value_model = ValueModel(policy.model) if objective.advantage == "gae" else None
+        self.sampled = distribution.sampling_model(policy.model)
+        engine.models["policy"] = self.sampled.model
+        policy.wrapped, self.backend = distribution.backend(policy.module, optimizer, updates)
+        self.critic: Critic | None = None
+        if value_model is not None:
+            self.critic = Critic(*distribution.backend(value_model, optimizer, updates))
         self.kl = objectives.AdaptiveKL(objective.kl.coef, objective.kl.target, objective.kl.horizon)
         self.baseline = objectives.RunningBaseline(objective.baseline_decay)
-        self.critic = Critic(policy.model, optimizer, updates) if objective.advantage == "gae" else None
+        self._expected_length = float(sampling.max_tokens)
+        """Tokens of a sample: the mean of the last step, once there is one."""
 
     @property
     def updates(self) -> int:
@@ -97,24 +97,27 @@ class PolicyTraining:
 
     def step(self, step: int) -> Metrics:
         """Sample K chains of each prompt, score them, credit their actions, update the policy."""
-        timer = PhaseTimer()
+        timer = PhaseTimer(lambda phase: self.ranks.note(f"step {step + 1}, {phase}"))
         prompts = self.stream.batch(step)
-        seeds = [derive_seed(self.run.seed, step, i) for i in range(len(prompts))]
-        with timer("rollout"):
-            chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
-            if self.policy.model.device.type != "cpu":
-                self.engine.release()  # the update needs the accelerator's memory
-        with timer("reward"):
-            scores = self.environment.score(prompts, chains)
+        mine = self._share(prompts)
+        prompts = [prompts[i] for i in mine]
+        seeds = [derive_seed(self.run.seed, step, i) for i in mine]
+        with self.sampled.whole(), self.ranks.together():
+            with timer("rollout"):
+                chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
+                if self.policy.model.device.type != "cpu":
+                    self.engine.release()  # the update needs the accelerator's memory
+            with timer("reward"):
+                scores = self.environment.score(prompts, chains)
         with timer("credit"):
             experience = self.credit(prompts, chains, scores)
         with timer("update"):
             metrics = {"learning_rate": self.backend.learning_rate, "kl_coef": self.kl.coef}
-            metrics |= self.update(experience, step)
+            metrics |= self.update(experience, step, mine)
         metrics |= self._describe(experience, scores)
-        self.kl.update(metrics["kl"], len(experience.scores))
-        self.baseline.update(experience.returns[:, 0].mean().item())
-        if step % self.run.sample_every == 0:
+        self.kl.update(metrics["kl"], int(self.ranks.sum(len(experience.scores))))
+        self.baseline.update(self.ranks.gather(experience.returns[:, 0]).mean().item())
+        if step % self.run.sample_every == 0 and self.ranks.first:
             self._write_sample(step, prompts[0], scores)
         return metrics | timer.seconds
 
@@ -126,11 +129,14 @@ class PolicyTraining:
             [chain.sample.tokens for group in chains for chain in group],
             self.policy.model.device,
         )
+        width = batch.mask.shape[1]
         micro_batches = list(self._micro_batches(len(batch)))
+        padded = self._padded([batch.rows(*rows) for rows in micro_batches])
         # One micro-batch is all that the first update passes over, at the weights of now: its graph is kept for that.
         keep = len(micro_batches) == 1 and objective.loss != "gibbs" and objective.minibatches == 1
-        parts = [self.policy.token_values(batch.rows(*rows), keep_states=keep) for rows in micro_batches]
-        values = parts[0] if keep else _concatenate(parts, batch.mask.shape[1])
+        keep = keep and self.ranks.group is None  # DeepSpeed's hooks want a backward behind each forward
+        parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
+        values = parts[0] if keep else join_values(parts[: len(micro_batches)], width)
         R = scores.values.flatten().to(values.logprob)  # (B,)
         rewards = objectives.token_rewards(
             R,
@@ -144,7 +150,7 @@ class PolicyTraining:
         value_targets = None
         if objective.advantage == "gae":
             assert self.critic is not None
-            estimates = self.critic.values(batch, self._micro_batches(len(batch)))
+            estimates = join_rows(self.critic.values(padded)[: len(micro_batches)], width)
             advantages, value_targets = objectives.gae(rewards, estimates, batch.mask, objective.gae_lambda)
         elif objective.advantage == "running_baseline":
             advantages = self.baseline.advantages(returns, batch.mask)
@@ -162,27 +168,47 @@ class PolicyTraining:
             value_targets=value_targets,
         )
 
-    def update(self, experience: Experience, step: int) -> Metrics:
-        """Epochs over the rollout in minibatches of whole groups, shuffled anew each epoch; one optimizer step each."""
+    def update(self, experience: Experience, step: int, mine: Sequence[int]) -> Metrics:
+        """Epochs over the rollout in minibatches of whole groups, shuffled anew each epoch; one optimizer step each.
+
+        Args:
+            experience: Of this rank.
+            step: Seeds the shuffle.
+            mine: The places that this rank's groups have among those of all ranks.
+        """
         updates: list[Metrics] = []
+        total = int(self.ranks.sum(len(mine)))
+        place = {group: i for i, group in enumerate(mine)}
         for epoch in range(self.objective.epochs):
-            for groups in self._minibatches(len(experience.batch) // self.sampling.n, step, epoch):
-                minibatch = _select(experience, groups, self.sampling.n)
+            for groups in self._minibatches(total, step, epoch):
+                here = torch.tensor([place[g] for g in groups.tolist() if g in place], dtype=torch.int64)
+                minibatch = experience.select(here, self.sampling.n)
                 metrics = self._backward(minibatch, None if updates else experience.values.states)
                 metrics["gradient_norm"] = self.backend.step()
                 self.engine.weights_updated("policy")
                 if self.critic is not None:
                     metrics |= self.critic.step()
+                    metrics["value_loss"] = self.ranks.sum(metrics["value_loss"])
                 updates.append(metrics)
-        return _mean(updates)
+        return _mean_updates(updates)
 
     def _backward(self, minibatch: Experience, states: Tensor | None = None) -> Metrics:
-        """Gradients of a minibatch, micro-batch by micro-batch; ``states`` (N, D) of all its actions, if they are known."""
+        """Gradients of a minibatch, micro-batch by micro-batch; as many passes on every rank.
+
+        Args:
+            minibatch: This rank's part of it.
+            states: (N, D) of all its actions, if they are known.
+        """
         objective, total = self.objective, 0.0
         details: list[Metrics] = []
         tokens: list[int] = []
-        scale = objectives.loss_scale(minibatch.batch.mask, objective.normalize_by)
-        for start, stop in self._micro_batches(len(minibatch.batch)):
+        scale = 1.0 / max(self.ranks.sum(objectives.loss_count(minibatch.batch.mask, objective.normalize_by)), 1.0)
+        rows_of_all = self.ranks.sum(len(minibatch.batch))
+        parts = [(minibatch, start, stop) for start, stop in self._micro_batches(len(minibatch.batch))]
+        missing = self.ranks.most(len(parts)) - len(parts)
+        if missing:
+            parts += [(minibatch.without_actions(self.sampling.n), 0, self.sampling.n)] * missing
+        for minibatch, start, stop in parts:
             batch = minibatch.batch.rows(start, stop)
             width = batch.mask.shape[1]
             if objective.loss == "gibbs":
@@ -192,7 +218,7 @@ class PolicyTraining:
                     minibatch.scores[start:stop],
                     self.sampling.n,
                     self.kl.coef,
-                ) * ((stop - start) / len(minibatch.batch))
+                ) * ((stop - start) / rows_of_all)
             else:
                 rows = objectives.PolicyGradientBatch(
                     advantages=minibatch.advantages[start:stop, :width][batch.mask],
@@ -217,14 +243,15 @@ class PolicyTraining:
                     reference_states=reference,
                     entropy=objective.entropy_coef > 0,
                 ).loss
-                details.append(coefficients.metrics())
-                tokens.append(len(rows.advantages))
+                if len(rows.advantages):
+                    details.append(coefficients.metrics())
+                    tokens.append(len(rows.advantages))
             self.backend.backward(loss)
             total += loss.item()
             if self.critic is not None and minibatch.value_targets is not None:
                 targets = minibatch.value_targets[start:stop, :width]
                 self.critic.backward(batch, targets, scale * objective.value_coef)
-        return {"loss": total, **_mean(details, tokens)}
+        return {"loss": self.ranks.sum(total), **self.ranks.mean(_mean(details, tokens), sum(tokens))}
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
@@ -232,16 +259,21 @@ class PolicyTraining:
         prompts = self.heldout[: self.run.eval_prompts]
         if not prompts:
             return {}
-        seeds = [derive_seed(self.run.seed, "evaluate", i) for i in range(len(prompts))]
-        chains = self.environment.rollout(self.engine, prompts, replace(self.sampling, n=1), seeds)
-        scores = self.environment.score(prompts, chains)
-        batch = SequenceBatch.build(
-            [self.environment.encode(prompt) for prompt in prompts],
-            [group[0].sample.tokens for group in chains],
-            self.policy.model.device,
-        )
-        kl = sum(self.policy.token_values(batch.rows(*r)).kl.sum().item() for r in self._micro_batches(len(batch)))
-        return {"eval/reward": scores.values.mean().item(), "eval/kl": kl / len(prompts)}
+        mine = self._share(prompts)
+        seeds = [derive_seed(self.run.seed, "evaluate", i) for i in mine]
+        own = [prompts[i] for i in mine]
+        values, parts = torch.empty(0, 1), []
+        with self.sampled.whole(), self.ranks.together():
+            if own:
+                chains = self.environment.rollout(self.engine, own, replace(self.sampling, n=1), seeds)
+                values = self.environment.score(own, chains).values
+                encoded = [self.environment.encode(prompt) for prompt in own]
+                samples = [group[0].sample.tokens for group in chains]
+                batch = SequenceBatch.build(encoded, samples, self.policy.model.device)
+                parts = [batch.rows(*rows) for rows in self._micro_batches(len(batch))]
+        kl = sum(self.policy.token_values(part).kl.sum().item() for part in self._padded(parts))
+        reward = self.ranks.gather(values).mean().item()
+        return {"eval/reward": reward, "eval/kl": self.ranks.sum(kl) / len(prompts)}
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Weights and optimizers; the rest of the state."""
@@ -249,10 +281,11 @@ class PolicyTraining:
         if self.critic is not None:
             self.critic.backend.save(directory, "critic")
         return {
-            "reference": self.policy.reference_id(),
+            "reference": self.ranks.on_first(self.policy.reference_id),
             "data": self.stream.fingerprint,
             "kl": self.kl.state_dict(),
             "baseline": self.baseline.state_dict(),
+            "expected_length": self._expected_length,
         }
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
@@ -261,22 +294,27 @@ class PolicyTraining:
         Raises:
             CheckpointError: The reference or the data is not what the run started with.
         """
-        self.stream.check(state["data"])
-        if state["reference"] != self.policy.reference_id():
-            raise CheckpointError(
-                f"checkpoint {directory}: the reference model has changed since this run started; its KL would be to "
-                "another model: restore it, or start a new run"
-            )
+        reference = self.ranks.on_first(self.policy.reference_id)
+        with self.ranks.together():
+            self.stream.check(state["data"])
+            if state["reference"] != reference:
+                raise CheckpointError(
+                    f"checkpoint {directory}: the reference model has changed since this run started; its KL would be to "
+                    "another model: restore it, or start a new run"
+                )
         self.backend.load(directory, "policy")
         self.engine.weights_updated("policy")
         if self.critic is not None:
             self.critic.backend.load(directory, "critic")
         self.kl.load_state_dict(state["kl"])
         self.baseline.load_state_dict(state["baseline"])
+        self._expected_length = float(state["expected_length"])
 
     def export(self, directory: Path) -> None:
-        """Write the model (or its adapter) and the tokenizer."""
-        save_pretrained(self.policy.model, directory)
+        """Write the model (or its adapter) and the tokenizer, whole: rank 0 does."""
+        with self.sampled.whole() as model:
+            if self.ranks.first:
+                save_pretrained(model, directory)
 
     def _micro_batches(self, rows: int) -> Iterator[tuple[int, int]]:
         """Row ranges (start, stop) of at most ``micro_batch_size`` rows; of whole groups where they fit."""
@@ -287,6 +325,18 @@ class PolicyTraining:
         for start in range(0, rows, size):
             yield start, min(start + size, rows)
 
+    def _padded(self, parts: list[SequenceBatch]) -> list[SequenceBatch]:
+        """The same, and as many without actions behind them as make every rank have as many."""
+        missing = self.ranks.most(len(parts)) - len(parts)
+        return parts + [no_actions(1, self.policy.model.device)] * missing
+
+    def _share(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The indices of the prompts that are this rank's: the tokens to be computed are nearly even."""
+        if self.ranks.size == 1:
+            return list(range(len(prompts)))
+        sampled = self.sampling.n * self._expected_length
+        return self.ranks.share([len(self.environment.encode(prompt)) + sampled for prompt in prompts])
+
     def _minibatches(self, groups: int, step: int, epoch: int) -> list[Tensor]:
         """Indices of groups, split evenly; in order when there is one minibatch, so that nothing is shuffled in vain."""
         order = torch.arange(groups)
@@ -296,16 +346,21 @@ class PolicyTraining:
         return list(order.tensor_split(self.objective.minibatches))
 
     def _describe(self, experience: Experience, scores: Scores) -> Metrics:
-        mask, values = experience.batch.mask, experience.values
-        tokens = mask.sum()
+        values, gather = experience.values, self.ranks.gather
+        lengths = gather(experience.batch.mask.sum(1))  # (B,) of all ranks, as all that follow
+        kl, entropy = gather(values.kl.sum(1)), gather(values.entropy.sum(1))
+        sampled_kl = gather((values.logprob - values.reference_logprob).sum(1))
+        rewards = gather(scores.values)
+        rows, tokens = len(lengths), lengths.sum()
+        self._expected_length = (tokens / rows).item()
         return {
-            "reward/mean": scores.values.mean().item(),
-            "reward/std": scores.values.std().item() if scores.values.numel() > 1 else 0.0,
-            "kl": (values.kl.sum() / len(mask)).item(),
-            "kl_sampled": ((values.logprob - values.reference_logprob).sum() / len(mask)).item(),
-            "entropy": (values.entropy.sum() / tokens).item(),
-            "sample/length": (tokens / len(mask)).item(),
-            **scores.metrics,
+            "reward/mean": rewards.mean().item(),
+            "reward/std": rewards.std().item() if rewards.numel() > 1 else 0.0,
+            "kl": (kl.sum() / rows).item(),
+            "kl_sampled": (sampled_kl.sum() / rows).item(),
+            "entropy": (entropy.sum() / tokens).item(),
+            "sample/length": self._expected_length,
+            **self.ranks.mean(scores.metrics, len(scores.values)),
         }
 
     def _write_sample(self, step: int, prompt: Prompt, scores: Scores) -> None:
@@ -319,44 +374,19 @@ class PolicyTraining:
         append_row(self.run.out / "samples.jsonl", row)
 
 
+def _mean_updates(updates: Sequence[Metrics]) -> Metrics:
+    """Mean of each metric; a norm that is infinite belongs to an update that was skipped, and is counted instead."""
+    metrics = _mean(updates)
+    for name in [each for each in metrics if each.endswith("gradient_norm")]:
+        norms = [update[name] for update in updates if isfinite(update[name])]
+        metrics[name] = sum(norms) / max(1, len(norms))
+        if skipped := len(updates) - len(norms):
+            metrics[name.replace("gradient_norm", "updates_skipped")] = float(skipped)
+    return metrics
+
+
 def _mean(rows: Sequence[Metrics], weights: Sequence[int] | None = None) -> Metrics:
     """Weighted mean of each metric; the rows have the same ones."""
     weights = [1] * len(rows) if weights is None else weights
     names = rows[0] if rows else ()
     return {name: sum(row[name] * w for row, w in zip(rows, weights, strict=True)) / sum(weights) for name in names}
-
-
-def _concatenate(parts: Sequence[TokenValues], width: int) -> TokenValues:
-    """Row blocks of different widths → one, (B, T)."""
-
-    def join(blocks: Sequence[Tensor]) -> Tensor:
-        return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in blocks])
-
-    return TokenValues(
-        logprob=join([part.logprob for part in parts]),
-        reference_logprob=join([part.reference_logprob for part in parts]),
-        kl=join([part.kl for part in parts]),
-        entropy=join([part.entropy for part in parts]),
-        reference_states=torch.cat([part.reference_states for part in parts]),
-    )
-
-
-def _select(experience: Experience, groups: Tensor, size: int) -> Experience:
-    """The rows of some groups; the reference's states stay whole, since ``state_index`` points into them."""
-    rows = (groups[:, None] * size + torch.arange(size)).flatten().to(experience.scores.device)
-    batch, values, targets = experience.batch, experience.values, experience.value_targets
-    return Experience(
-        batch=batch.select(rows),
-        scores=experience.scores[rows],
-        values=replace(
-            values,
-            logprob=values.logprob[rows],
-            reference_logprob=values.reference_logprob[rows],
-            kl=values.kl[rows],
-            entropy=values.entropy[rows],
-        ),
-        state_index=experience.state_index[rows],
-        returns=experience.returns[rows],
-        advantages=experience.advantages[rows],
-        value_targets=None if targets is None else targets[rows],
-    )

@@ -3,7 +3,7 @@ import torch
 
 from alignpro.objectives import (
     PolicyGradientBatch,
-    loss_scale,
+    loss_count,
     policy_gradient_coefficients,
     ppo_clip_coefficients,
     value_loss,
@@ -101,8 +101,8 @@ def test_what_is_missing_is_named() -> None:
 
 def test_scale_and_value_loss() -> None:
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    assert loss_scale(mask, "sequence") == 1 / 2
-    assert loss_scale(mask, "token") == 1 / 4
+    assert loss_count(mask, "sequence") == 2
+    assert loss_count(mask, "token") == 4
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, float("nan"), 0.0]], requires_grad=True)
     loss = value_loss(values, torch.zeros(2, 3), mask, 0.5)
     assert loss.item() == pytest.approx(0.25 * (1 + 4 + 9 + 16))

@@ -109,7 +109,7 @@ def estimate(
 
     batch = obj.PolicyGradientBatch(
         advantages=advantages[mask],
-        scale=obj.loss_scale(mask, "sequence"),
+        scale=1 / obj.loss_count(mask, "sequence"),
         kl_coef=LAMBDA,
         kl_estimator=estimator,
         reference_logprob=ref_logprob[mask],

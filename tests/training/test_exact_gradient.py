@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alignpro import objectives
 from alignpro.config import AdapterConfig, ObjectiveConfig
-from alignpro.training.reinforcement import Experience, PolicyTraining, _select
+from alignpro.training.reinforcement import Experience, PolicyTraining
 
 LAMBDA = 0.3
 GROUP = {"leave_one_out": 2, "running_baseline": 1, "gae": 1}
@@ -33,7 +33,7 @@ def make_training(world: World, estimator: str, advantage: str, loss: str = "pol
     training = world.training(objective, GROUP[advantage], micro_batch_size=3)
     training.baseline.update(0.7)
     if training.critic is not None:
-        shake(training.critic, 0.5)  # values that know nothing
+        shake(training.critic.model, 0.5)  # values that know nothing
     return training
 
 
@@ -53,7 +53,7 @@ def expected_gradient(world: World, training: PolicyTraining) -> list[Tensor]:
 
 def gradient_of(training: PolicyTraining, experience: Experience, groups: list[int]) -> list[Tensor]:
     """Of the loss of some groups of the experience."""
-    training._backward(_select(experience, torch.tensor(groups), training.sampling.n))
+    training._backward(experience.select(torch.tensor(groups), training.sampling.n))
     return take_gradient(training.policy.trainable.values())
 
 

@@ -13,8 +13,9 @@ from alignpro.config import AdapterConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain
 from alignpro.environment import Scores
+from alignpro.training.experience import join_rows
 from alignpro.training.metrics import Metrics, read_rows
-from alignpro.training.reinforcement import PolicyTraining, _select
+from alignpro.training.reinforcement import PolicyTraining
 
 GROUPS = [(0, 9), (14, 3), (5, 5), (1, 12)]
 """Pairs of sequences, by number: their lengths are 1 and 3, 3 and 3, 3 and 3, 2 and 3."""
@@ -36,11 +37,11 @@ def weights_of(training: PolicyTraining) -> list[Tensor]:
 
 def gradients(training: PolicyTraining, moved: float = 0.0) -> tuple[list[Tensor], list[Tensor], Metrics]:
     """Of the policy and of the critic on `GROUPS` of both prompts, after the policy has moved on from the rollout."""
-    experience = _select(credit_both(training), torch.arange(2 * len(GROUPS)), 2)
+    experience = credit_both(training).select(torch.arange(2 * len(GROUPS)), 2)
     torch.manual_seed(1)
     shake(training.policy.model, moved)
     metrics = training._backward(experience)
-    critic = training.critic.parameters() if training.critic else ()
+    critic = training.critic.model.parameters() if training.critic else ()
     return take_gradient(training.policy.trainable.values()), take_gradient(critic), metrics
 
 
@@ -57,7 +58,7 @@ def test_a_minibatch_holds_the_rows_of_its_groups() -> None:
     world = World()
     training = world.training({"advantage": "gae"}, 2, micro_batch_size=3)
     experience = credit_both(training)
-    part = _select(experience, torch.tensor([5, 2]), 2)
+    part = experience.select(torch.tensor([5, 2]), 2)
     rows = torch.tensor([10, 11, 4, 5])
     sequences = [world.space.sequences[s] for s in (14, 3, 5, 5)]
     assert [row[keep].tolist() for row, keep in zip(part.batch.actions, part.batch.mask, strict=True)] == sequences
@@ -284,14 +285,16 @@ def test_the_critic_starts_silent_and_learns_the_returns() -> None:
     torch.testing.assert_close(experience.advantages, experience.returns)  # V = 0 everywhere
     policy = weights_of(training)
     targets, mask = experience.returns, experience.batch.mask
-    before = training.critic.values(experience.batch, [(0, 16)])
+    (before,) = training.critic.values([experience.batch])
     losses = []
     for _ in range(40):
         training.critic.backward(experience.batch, targets, 1 / 16)
         losses.append(training.critic.step()["value_loss"])
     assert losses[0] == pytest.approx((targets[mask].square().sum() / 32).item())
     assert losses[-1] < 0.2 * losses[0]
-    after = training.critic.values(experience.batch, [(0, 3), (3, 16)])
+    after = join_rows(
+        training.critic.values([experience.batch.rows(0, 3), experience.batch.rows(3, 16)]), mask.shape[1]
+    )
     assert (after - targets)[mask].square().mean() < 0.2 * (before - targets)[mask].square().mean()
     assert (after[~mask] == 0).all()
     assert all(map(torch.equal, policy, weights_of(training)))  # it shares no weight with the policy

@@ -1,0 +1,96 @@
+"""A training job as one of the ranks that a launcher has started."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from alignpro.config import RLHFConfig, Section, TrainConfig
+from alignpro.distributed.environment import launched_size
+from alignpro.distributed.ranks import Ranks
+from alignpro.distributed.session import process_group
+from alignpro.distributed.zero_config import ZeroConfig, load_zero_config, require_deepspeed
+from alignpro.errors import ConfigError
+from alignpro.training.distribution import Distribution
+from alignpro.training.run import Run, Task
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    config: Section, build: Callable[[Section, Distribution], Task], resume: bool = False, at: int | None = None
+) -> None:
+    """Train on all ranks together.
+
+    Args:
+        config: Of `alignpro train` or `alignpro rlhf`.
+        build: Makes the task from it.
+        resume: Continue a run that is there.
+        at: The step to continue from.
+
+    Raises:
+        ConfigError: The job does not run on several ranks, DeepSpeed is missing or broken, or its configuration
+            contradicts this one.
+        AlignProError: As `Run`; `PeerError` where another rank tells it.
+    """
+    if not isinstance(config, TrainConfig | RLHFConfig):
+        raise ConfigError(
+            "only `alignpro train` and `alignpro rlhf` run on several ranks: start this without a launcher"
+        )
+    require_deepspeed()
+    zero = zero_of(config, launched_size())
+    with process_group(config.deepspeed.timeout_seconds) as ranks:
+        train_on(ranks, config, zero, build, resume, at)
+
+
+def train_on(
+    ranks: Ranks,
+    config: TrainConfig | RLHFConfig,
+    zero: ZeroConfig,
+    build: Callable[[Section, Distribution], Task],
+    resume: bool = False,
+    at: int | None = None,
+) -> None:
+    """The same on ranks that have found each other."""
+    from alignpro.training.deepspeed_backend import DeepSpeedDistribution  # takes two seconds to import
+
+    logger.info("%d ranks, ZeRO stage %d (%s)", ranks.size, zero.stage, zero.name)
+    with Run(config, resume=resume, at=at, ranks=ranks) as run:
+        if run.finished:
+            logger.info("the run in %s has finished: its model is in %s", run.out, run.out / "model")
+            return
+        if run.saved_ranks() not in (None, ranks.size):
+            zero = zero.for_other_ranks()
+        run.train(build(config, DeepSpeedDistribution(ranks, zero)))
+
+
+def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
+    """The job's DeepSpeed configuration, complete.
+
+    Raises:
+        ConfigError: It contradicts the job's own, or there are more ranks than prompts in a step.
+    """
+    rollout = config.rollout
+    if ranks > rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step={rollout.prompts_per_step} on {ranks} ranks: a rank takes whole prompts, at least "
+            "one; raise it, or start fewer ranks"
+        )
+    match config:
+        case TrainConfig():
+            group = config.rollout.rewrites_per_prompt
+        case RLHFConfig():
+            group = config.rollout.responses_per_prompt
+    zero = load_zero_config(
+        config.deepspeed.config,
+        config.policy,
+        config.optimizer,
+        samples_per_update=rollout.prompts_per_step * group // config.objective.minibatches,
+        ranks=ranks,
+    )
+    if isinstance(config, TrainConfig) and config.target == "policy" and zero.stage == 3:
+        raise ConfigError(
+            f"target=policy with deepspeed.config={zero.name}: at stage 3 the weights that policy and target share are in "
+            "shards; take a stage from 0 to 2, or name the target's model"
+        )
+    return zero

@@ -1,0 +1,93 @@
+"""Jobs on two ranks over gloo, started by the deepspeed launcher; many share one launch, since it takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from tiny_runs import Workshop, read_metrics
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+
+REWARD = '''
+"""Depends on every letter of the response, and on nothing else."""
+
+def score(prompts, responses):
+    return [sum(map(ord, response)) % 17 / 17 for response in responses]
+'''
+
+
+def workshop(root: Path) -> Workshop:
+    """Models, data, configurations, and a reward that is the same on any rank."""
+    made = Workshop(root)
+    (root / "reward.py").write_text(REWARD)
+    return made
+
+
+def environment() -> dict[str, str]:
+    """Of a launcher: CPUs, one thread each, and this tree's packages."""
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+
+
+def launch(script: Path | str, *arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """Start a script on ranks; its output is in ``stdout``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+    command += ["--master_port", str(port), str(script), *arguments]
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+def run_cases(directory: Path, cases: Sequence[Sequence[str]], ranks: int = 2) -> None:
+    """Run commands of `alignpro` one after another on the same ranks."""
+    path = directory / f"cases_{ranks}.json"
+    path.write_text(json.dumps([list(case) for case in cases]))
+    process = launch(WORKER, str(path), ranks=ranks)
+    output, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, output[-6000:]
+
+
+def difference(left: Path, right: Path) -> tuple[float, float]:
+    """The greatest difference of two runs' metrics, relative where they are above 1, and of their trained weights."""
+    metrics = 0.0
+    for a, b in zip(read_metrics(left), read_metrics(right), strict=True):
+        assert a.keys() == b.keys()
+        metrics = max([metrics, *(abs(a[name] - b[name]) / max(1.0, abs(a[name])) for name in a)])
+    weights = 0.0
+    files = sorted(path.name for path in (left / "model").glob("*.safetensors"))
+    assert files and files == sorted(path.name for path in (right / "model").glob("*.safetensors"))
+    for name in files:
+        one, other = load(left / "model" / name), load(right / "model" / name)
+        assert one.keys() == other.keys()
+        weights = max([weights, *((one[key] - other[key]).abs().max().item() for key in one)])
+    return metrics, weights
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The tensors of a file, none of which is empty."""
+    tensors = load_file(path)
+    assert all(tensor.numel() for tensor in tensors.values())
+    return tensors

@@ -1,0 +1,120 @@
+"""What ends a job on several ranks, and how: one clear message, no hang, and --resume goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launching import ROOT, launch, workshop
+from tiny_runs import Workshop, rows, steps_of_checkpoints
+
+SCRIPT = ROOT / "launch" / "train_prompter.py"
+
+BROKEN = '''
+"""Fails on one rank at its third call, in the way that is asked for."""
+import os, signal, time
+
+calls = 0
+
+def score(prompts, responses, how):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ["RANK"] == "1":
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "raise":
+            raise RuntimeError("the judge is out")
+        if how == "hang":
+            time.sleep(600)
+    time.sleep(0.2 if how == "slow" else 0.0)
+    return [sum(map(ord, response)) % 17 / 17 for response in responses]
+'''
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    shop = workshop(tmp_path_factory.mktemp("failures"))
+    (shop.root / "broken.py").write_text(BROKEN)
+    return shop
+
+
+def start(made: Workshop, out: Path, how: str, *arguments: str) -> subprocess.Popen[str]:
+    component = "{kind: function, function: '" + f"{made.root}/broken.py:score" + "', params: {how: " + how + "}}"
+    _, *given = made.arguments("train", out, f"reward.components=[{component}]", "run.eval_every=0", *arguments)
+    return launch(SCRIPT, *given)
+
+
+def ends(process: subprocess.Popen[str], within: float = 120.0) -> tuple[int, list[str], str]:
+    """Exit status, the lines that are errors of ours, all output."""
+    try:
+        output, _ = process.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, [line for line in output.splitlines() if line.startswith("error:")], output
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
+    process = launch(Path(__file__).with_name("worker_backend.py"), str(tmp_path))
+    status, _, output = ends(process, 500)
+    assert status == 0, output[-4000:]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for case, first in results[0].items():
+        assert math.isfinite(first["norms"][0]) and math.isfinite(first["norms"][2]), case
+        assert math.isinf(first["norms"][1]), case
+        assert first["updates"] == 2, case
+        start, skipped, after = first["weights"]
+        assert start == skipped != after, case
+        assert first["weights"] == results[1][case]["weights"], case
+        assert first["norms"][0] == pytest.approx(math.sqrt(3) * 8, rel=1e-2), case  # 1 + 2 + 2 + 3, three times
+
+
+def test_a_killed_rank_ends_the_job_and_resume_goes_on(made: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    started = time.monotonic()
+    status, errors, output = ends(start(made, out, "kill"))
+    assert status != 0
+    assert len(errors) == 1 and "in vain" in errors[0] and "rank 1" in errors[0] and "--resume" in errors[0], output
+    assert time.monotonic() - started < 110  # a minute, and what it takes to start
+    assert steps_of_checkpoints(out) == [1, 2]
+    status, errors, output = ends(start(made, out, "kill", "--resume"))  # its third call is step 5, which there is not
+    assert status == 0, output[-4000:]
+    assert rows(out) == 4
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_told_once_and_the_state_is_saved(made: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "raised"
+    status, errors, output = ends(start(made, out, "raise", "run.checkpoint_every=100"))
+    assert status != 0
+    assert len(errors) == 1 and errors[0].startswith("error: rank 1:") and "the judge is out" in output
+    assert steps_of_checkpoints(out) == [2]
+
+
+@pytest.mark.slow
+def test_a_rank_that_keeps_the_others_waiting_is_named(made: Workshop, tmp_path: Path) -> None:
+    status, errors, _ = ends(start(made, tmp_path / "hung", "hang", "deepspeed.timeout_seconds=15"))
+    assert status != 0
+    assert len(errors) == 1
+    assert "rank 0 waited for the others in step 3, reward" in errors[0]
+    assert "rank 1 came to step 3, reward" in errors[0]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first(made: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    process = start(made, out, "slow", "run.steps=1000", "run.checkpoint_every=1000")
+    deadline = time.monotonic() + 100
+    while rows(out) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)  # to all of the job's processes, as schedulers do
+    status, errors, output = ends(process)
+    assert status != 0 and not errors, output[-4000:]
+    assert "stopped by SIGTERM; state saved in" in output
+    assert steps_of_checkpoints(out) == [rows(out)]

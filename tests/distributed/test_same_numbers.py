@@ -1,0 +1,75 @@
+"""Two ranks and one process learn the same on the same global batch, whatever is sharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import difference, run_cases, workshop
+
+STEP = ["rollout.prompts_per_step=5", "run.eval_prompts=3", "optimizer.learning_rate=0.0005", "run.tensorboard=false"]
+"""Five prompts on two ranks: unequal shares, unequal numbers of micro-batches."""
+
+LORA = ["policy.adapter.kind=lora", "policy.adapter.rank=4", "policy.adapter.target_modules=[q_proj,down_proj,lm_head]"]
+SOFT = ["policy.adapter.kind=soft_prompt", "policy.adapter.virtual_tokens=3"]
+PPO = ["objective.loss=ppo_clip", "objective.advantage=gae", "objective.minibatches=3", "optimizer.micro_batch_size=2"]
+GIBBS = ["objective.loss=gibbs"]
+
+QUICK = {
+    "z2 full": ("train", "z2", []),
+    "z3 full": ("train", "z3", []),
+    "z3 LoRA, on the head too": ("train", "z3", LORA),
+    "z3 RLHF, PPO with a critic": ("rlhf", "z3", PPO),
+    "z0 RLHF LoRA": ("rlhf", "z0", LORA),
+}
+MATRIX = {
+    f"{stage} {command} {name}": (command, stage, settings)
+    for stage in ("z0", "z1", "z2", "z3")
+    for command in ("train", "rlhf")
+    for name, settings in {"full": [], "LoRA": LORA}.items()
+} | {
+    "z3 soft prompt": ("train", "z3", SOFT),
+    "z2 soft prompt": ("train", "z2", SOFT),
+    "z3 Gibbs": ("train", "z3", GIBBS),
+    "z3 LoRA, PPO with a critic": ("rlhf", "z3", [*LORA, *PPO]),
+    "z2 by tokens, running baseline": (
+        "train",
+        "z2",
+        ["objective.normalize_by=token", "objective.advantage=running_baseline", "objective.kl.target=0.1"],
+    ),
+    "z3 gradient checkpointing": ("rlhf", "z3", ["policy.gradient_checkpointing=true"]),
+}
+
+
+def check(root: Path, cases: dict[str, tuple[str, str, list[str]]], steps: int) -> None:
+    """Every case on two ranks against the same in this process."""
+    made = workshop(root)
+    length = [f"run.steps={steps}", f"run.checkpoint_every={steps}"]
+
+    def arguments(command: str, out: Path, settings: list[str]) -> list[str]:
+        return made.arguments(command, out, *STEP, *length, *settings)
+
+    run_cases(
+        root,
+        [
+            arguments(command, root / f"ranks {name}", [*settings, f"deepspeed.config={stage}"])
+            for name, (command, stage, settings) in cases.items()
+        ],
+    )
+    singles: dict[tuple[str, ...], Path] = {}
+    for name, (command, _, settings) in cases.items():
+        single = singles.setdefault((command, *settings), root / f"single {len(singles)}")
+        if not single.exists():
+            assert made.run(command, single, *STEP, *length, *settings) == 0
+        metrics, weights = difference(single, root / f"ranks {name}")
+        assert metrics < 1e-5, name
+        assert weights < 1e-5, name
+
+
+def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
+    check(tmp_path, QUICK, steps=3)
+
+
+@pytest.mark.slow
+def test_every_stage_job_and_adapter(tmp_path: Path) -> None:
+    check(tmp_path, MATRIX, steps=20)
