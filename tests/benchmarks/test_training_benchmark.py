@@ -72,9 +72,9 @@ def test_a_step_computes_what_is_shared_once(task: Task) -> None:
     training.step(0)  # the engine tries its models on a token when it first runs
     step = training.step(1)
     assert step.tokens["decode"] == w.prompts * w.K * (w.rewrite - 1) + w.chains * (w.response - 1)
-    packed = w.prompts * (w.prompter_input + w.K * (w.rewrite - 1))
-    assert step.tokens["update"] == packed
-    assert step.tokens["credit"] == 2 * packed  # the policy and its reference
+    packed = w.meta_prompt + w.prompts * (w.prompt + w.K * (w.rewrite - 1))
+    assert step.tokens["update"] == packed  # one pass of the policy serves credit and update
+    assert step.tokens["credit"] == packed  # the reference
 
 
 def test_overrides_reach_the_configuration(task: Task) -> None:
