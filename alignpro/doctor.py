@@ -16,13 +16,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from alignpro.engine import EngineStats
 
 Status: TypeAlias = Literal["ok", "off", "problem"]
 _MARKS = {"ok": "[green]✓[/green]", "off": "[dim]–[/dim]", "problem": "[red]✗[/red]"}
@@ -82,6 +87,7 @@ def diagnose() -> list[Finding]:
         ("Devices", _devices),
         ("Devices", _triton),
         ("Kernels", _kernels),
+        ("Generation", _generation),
         ("Compilers", _compilers),
         ("Extras", _extras),
         ("Meta-prompts", _meta_prompts),
@@ -279,6 +285,66 @@ def _kernels() -> Iterator[Finding]:
     reason = flash_attention.unavailable()
     detail = "attention of generation: runs when asked for by name"
     yield Finding("Kernels", "flash", "off" if reason else "ok", reason or detail)
+
+
+def _generation() -> Iterator[Finding]:
+    """A few chains of the embedded world's models, not trained, through the engine: on the CPU, and on a GPU if there is one."""
+    import torch
+
+    from alignpro.errors import AlignProError
+    from alignpro_kernels import BackendError
+
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        try:
+            stats = _run_chains(torch.device(device))
+        except (AlignProError, BackendError, RuntimeError) as error:
+            yield Finding(
+                "Generation", device, "problem", _in_short(str(error)), "see what stands under Devices and Kernels"
+            )
+        else:
+            yield Finding("Generation", device, "ok", _describe(stats))
+
+
+def _run_chains(device: torch.device) -> EngineStats:
+    """Generate 4 prompts → 4 rewrites each → 2 responses each; what it took.
+
+    Raises:
+        ModelError: A sequence failed.
+    """
+    import torch
+
+    from alignpro.demo.models import prompter_tokenizer, target_tokenizer, untrained_prompter, untrained_target
+    from alignpro.engine import Engine, SamplingParams
+    from alignpro.errors import ModelError
+    from alignpro.models import LanguageModel
+
+    with torch.random.fork_rng():
+        policy = LanguageModel(untrained_prompter().to(device).eval(), prompter_tokenizer(), "prompter")
+        target = LanguageModel(untrained_target().to(device).eval(), target_tokenizer(), "target")
+    engine = Engine({"policy": policy, "target": target}, audit=True)
+    template = list(range(20, 52))  # the same before each prompt and each rewrite
+    chains = engine.run_chains(
+        [[*template, i] for i in range(4)],
+        rewrite=SamplingParams(max_tokens=8, n=4),
+        to_target=lambda _, sample: template + [token % target.vocabulary for token in sample.tokens],
+        respond=SamplingParams(max_tokens=8, n=2),
+    )
+    for completion in (c for group in chains for chain in group for c in (chain.sample, *chain.responses)):
+        if completion.error:
+            raise ModelError(completion.error)
+    return engine.stats
+
+
+def _describe(stats: EngineStats) -> str:
+    computed = ", ".join(f"{kind} {count}" for kind, count in stats.computed.items())
+    pages = ", ".join(f"{model} {count}" for model, count in stats.most_pages.items())
+    ticks = ", ".join(f"{how} {count}" for how, count in stats.decode_ticks.items())
+    seconds = ", ".join(f"{phase} {spent:.3f} s" for phase, spent in stats.seconds.items())
+    return (
+        f"{stats.sequences} sequences in {stats.run_seconds:.2f} s ({seconds}); tokens computed: {computed}, "
+        f"{stats.floor_ratio:.2f} of the least that must be; {stats.cache_hit_tokens} from the cache; pages: {pages}; "
+        f"{stats.preemptions} preemptions" + (f"; decode ticks: {ticks}" if ticks else "")
+    )
 
 
 def _in_short(reason: str) -> str:

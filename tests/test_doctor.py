@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -66,6 +67,31 @@ def test_the_instruction_set_of_the_cpus_kernels_is_named() -> None:
         pytest.skip(reason)
     finding = found(diagnose(), "Kernels", "cpp")
     assert finding.detail == f"runs on the CPU, with {cpp_head.instructions()} instructions"
+
+
+def test_the_engine_runs_and_tells_its_statistics() -> None:
+    finding = found(diagnose(), "Generation", "cpu")
+    assert finding.status == "ok"
+    for said in (
+        r"^48 sequences in ",
+        "prefill",
+        "decode",
+        r"plan \d",
+        r"forward \d",
+        r"sample \d",
+        "policy",
+        "target",
+    ):
+        assert re.search(said, finding.detail), said
+    assert "; 0 preemptions" in finding.detail
+    assert float(re.search(r"([\d.]+) of the least", finding.detail)[1]) <= 1.1  # type: ignore[index]
+
+
+def test_an_engine_that_cannot_run_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignpro.demo.models.CONTEXT", 16)
+    finding = found(diagnose(), "Generation", "cpu")
+    assert finding.status == "problem"
+    assert "do not fit in the context of 16 tokens" in finding.detail
 
 
 @pytest.mark.parametrize(

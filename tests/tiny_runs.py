@@ -25,6 +25,7 @@ from tiny_models import save_tiny
 
 from alignpro.cli import main
 from alignpro.demo.world import prompt_records, prompter_records, target_records, write_records
+from alignpro.training.metrics import OF_EXECUTION
 
 REWARD = '''
 """Depends on every letter. It draws from the global generator, and fails where the file `broken` says so."""
@@ -142,9 +143,9 @@ class Workshop:
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl without what a clock says."""
+    """The rows of metrics.jsonl without what depends on the clock and the cache."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("seconds/")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(OF_EXECUTION)} for row in rows]
 
 
 def read_model(out: Path) -> dict[str, bytes]:

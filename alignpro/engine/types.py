@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,12 +81,18 @@ class Chain:
     """What the environment noticed on the way (an empty rewrite: 1.0), to be averaged into metrics."""
 
 
+KINDS = ("prefill", "decode", "recompute")
+"""Of computed tokens: of prompts, the next ones of sequences, and what a preemption threw away."""
+PHASES = ("plan", "forward", "sample")
+"""Of a tick."""
+
+
 @dataclass
 class EngineStats:
     """Counts since the engine was made."""
 
     computed: Counter[str] = field(default_factory=Counter)
-    """Tokens that went through a model: ``prefill``, ``decode`` and, after a preemption, ``recompute``."""
+    """Tokens that went through a model, by `KINDS`."""
     floor_tokens: int = 0
     """What would have been computed had every prefix that prompts of a run have in common been computed once."""
     cache_hit_tokens: int = 0
@@ -101,9 +108,48 @@ class EngineStats:
     most_pages: Counter[str] = field(default_factory=Counter)
     """Model → pages that it held at most."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Of the ticks: ``plan``, ``forward`` and ``sample``."""
+    """Of the ticks, by `PHASES`."""
     run_seconds: float = 0.0
     """Of `generate` and `run_chains` in all."""
+
+    def snapshot(self) -> EngineStats:
+        """The counts of now, which stay as they are."""
+        return copy.deepcopy(self)
+
+    def since(self, earlier: EngineStats) -> EngineStats:
+        """What came about after a snapshot; pages are those held at most since the engine was made."""
+        seconds = {phase: spent - earlier.seconds.get(phase, 0.0) for phase, spent in self.seconds.items()}
+        return EngineStats(
+            computed=self.computed - earlier.computed,
+            floor_tokens=self.floor_tokens - earlier.floor_tokens,
+            cache_hit_tokens=self.cache_hit_tokens - earlier.cache_hit_tokens,
+            sequences=self.sequences - earlier.sequences,
+            sampled_tokens=self.sampled_tokens - earlier.sampled_tokens,
+            preemptions=self.preemptions - earlier.preemptions,
+            ticks=self.ticks - earlier.ticks,
+            decode_ticks=self.decode_ticks - earlier.decode_ticks,
+            most_pages=self.most_pages.copy(),
+            seconds=defaultdict(float, seconds),
+            run_seconds=self.run_seconds - earlier.run_seconds,
+        )
+
+    @property
+    def floor_ratio(self) -> float:
+        """Tokens computed over `floor_tokens`: below 1 where earlier runs left prompts in the cache; 0 if none ran."""
+        return self.computed.total() / self.floor_tokens if self.floor_tokens else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """Names → values for a log. ``engine/decode_ticks`` are there where decode ticks have a fixed shape."""
+        return {
+            **{f"engine/computed/{kind}": float(self.computed[kind]) for kind in KINDS},
+            "engine/floor_ratio": self.floor_ratio,
+            "engine/hit_tokens": float(self.cache_hit_tokens),
+            "engine/preemptions": float(self.preemptions),
+            **{f"engine/pages/{model}": float(pages) for model, pages in sorted(self.most_pages.items())},
+            **{f"engine/decode_ticks/{how}": float(count) for how, count in sorted(self.decode_ticks.items())},
+            "engine/tokens_per_s": self.computed.total() / self.run_seconds if self.run_seconds else 0.0,
+            **{f"engine/seconds/{phase}": self.seconds[phase] for phase in PHASES},
+        }
 
     def note_pages(self, used: Mapping[str, int]) -> None:
         """Take notice of the pages that models hold."""

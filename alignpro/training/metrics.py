@@ -19,6 +19,11 @@ from alignpro.training.durability import sync
 
 Metrics = dict[str, float]
 
+OF_EXECUTION = ("seconds/", "engine/")
+"""What metrics begin with that tell how a step was carried out, on which clock and with what left in the engine's cache, and
+not what it did. A run that was interrupted and goes on has others there; all other metrics are the same, bit for bit, on a CPU.
+"""
+
 
 class PhaseTimer:
     """Seconds a phase of the step took, as metrics ``seconds/<phase>``.

@@ -98,6 +98,7 @@ class PolicyTraining:
     def step(self, step: int) -> Metrics:
         """Sample K chains of each prompt, score them, credit their actions, update the policy."""
         timer = PhaseTimer(lambda phase: self.ranks.note(f"step {step + 1}, {phase}"))
+        before = self.engine.stats.snapshot()
         prompts = self.stream.batch(step)
         mine = self._share(prompts)
         prompts = [prompts[i] for i in mine]
@@ -119,7 +120,7 @@ class PolicyTraining:
         self.baseline.update(self.ranks.gather(experience.returns[:, 0]).mean().item())
         if step % self.run.sample_every == 0 and self.ranks.first:
             self._write_sample(step, prompts[0], scores)
-        return metrics | timer.seconds
+        return metrics | self.engine.stats.since(before).metrics() | timer.seconds
 
     def credit(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]], scores: Scores) -> Experience:
         """What each action is worth: rewards after it, less a baseline that does not depend on it."""

@@ -14,7 +14,7 @@ from alignpro.data import Prompt
 from alignpro.engine import Chain
 from alignpro.environment import Scores
 from alignpro.training.experience import join_rows
-from alignpro.training.metrics import Metrics, read_rows
+from alignpro.training.metrics import OF_EXECUTION, Metrics, read_rows
 from alignpro.training.reinforcement import PolicyTraining
 
 GROUPS = [(0, 9), (14, 3), (5, 5), (1, 12)]
@@ -198,6 +198,13 @@ def test_metrics_of_a_step_are_those_of_its_samples(tmp_path: Path) -> None:
     assert metrics["gradient_norm"] > 0
     assert {f"seconds/{phase}" for phase in ("rollout", "reward", "credit", "update")} <= set(metrics)
     assert set(training.headline) <= set(metrics)
+    assert metrics["engine/floor_ratio"] == 1.0  # two prompts without a common beginning, each computed once
+    assert metrics["engine/computed/prefill"] == sum(len(world.encode(prompt)) for prompt in world.prompts)
+    assert metrics["engine/computed/decode"] == lengths.sum() - len(lengths)
+    assert metrics["engine/preemptions"] == metrics["engine/computed/recompute"] == 0
+    assert metrics["engine/pages/policy"] > 0
+    assert metrics["engine/tokens_per_s"] > 0
+    assert sum(metrics[f"engine/seconds/{phase}"] for phase in ("plan", "forward", "sample")) > 0
     # The baseline of the next step: the return of a whole sequence, less the KL that its first action cannot change.
     assert training.baseline.value == pytest.approx((rewards - LAMBDA * kl[:, 1:].sum(1)).mean().item())
 
@@ -230,7 +237,7 @@ def test_a_step_is_a_function_of_its_seed(tmp_path: Path) -> None:
         for step in range(3):
             metrics = training.step(step)
             torch.rand(7)  # others may draw from the global generator
-            yield {k: v for k, v in metrics.items() if not k.startswith("seconds/")}, weights_of(training)
+            yield {k: v for k, v in metrics.items() if not k.startswith(OF_EXECUTION)}, weights_of(training)
 
     for (left, left_weights), (right, right_weights) in zip(run(), run(), strict=True):
         assert left == right
