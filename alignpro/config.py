@@ -120,6 +120,24 @@ class SamplingConfig(Section):
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, lt=1)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a sequence, and are no part of what it says. For a policy that is trained, the tokens of such a text are
+    actions like all others: where a sequence ends is decided by what it has drawn, so nothing is biased."""
+
+
+class EngineConfig(Section):
+    """Memory and batches of generation; `alignpro.engine.Engine` says more."""
+
+    max_batch: int = Field(256, ge=1)
+    """Sequences of a model that run at once."""
+    pool_bytes: int | None = Field(None, ge=1)
+    """Memory for keys and values on each device; chosen by the device when absent."""
+    page_tokens: int = Field(16, ge=1)
+    """Tokens of the largest model in a page."""
+    token_budget: int = Field(4096, ge=1)
+    """Tokens computed in one forward pass; what is left of long prompts waits for the next."""
+    cuda_graphs: bool | None = None
+    """Whether passes of next tokens alone are replayed as CUDA graphs; where they can be when absent."""
 
 
 # -------------------------------------------------------------------------------------------------------------- rewards
@@ -258,8 +276,9 @@ class RolloutConfig(Section):
     responses_per_rewrite: int = Field(1, ge=1)
     rewrite: SamplingConfig = SamplingConfig()
     respond: SamplingConfig = SamplingConfig()
-    max_batch: int = Field(256, ge=1)
-    """Sequences decoded at once."""
+    engine: EngineConfig = EngineConfig()
+    keep_cache: bool = True
+    """On an accelerator the update gets the engine's memory, but for what the frozen target has cached; false: all of it."""
 
 
 class ResponseRolloutConfig(Section):
@@ -268,7 +287,7 @@ class ResponseRolloutConfig(Section):
     prompts_per_step: int = Field(16, ge=1)
     responses_per_prompt: int = Field(8, ge=1)
     respond: SamplingConfig = SamplingConfig()
-    max_batch: int = Field(256, ge=1)
+    engine: EngineConfig = EngineConfig()
 
 
 class RunConfig(Section):
@@ -407,7 +426,7 @@ class EvalConfig(Section):
     responses_per_rewrite: int = Field(2, ge=2)
     rewrite: SamplingConfig = SamplingConfig()
     respond: SamplingConfig = SamplingConfig()
-    max_batch: int = Field(256, ge=1)
+    engine: EngineConfig = EngineConfig()
     gibbs_candidates: int = Field(0, ge=0)
     """N rewrites of ρ_sft to resample from; 0 leaves the arm ``gibbs`` out."""
     kl_coef: float = Field(0.05, ge=0)
@@ -453,7 +472,7 @@ class OptimalConfig(Section):
     responses_per_rewrite: int = Field(2, ge=1)
     rewrite: SamplingConfig = SamplingConfig()
     respond: SamplingConfig = SamplingConfig()
-    max_batch: int = Field(256, ge=1)
+    engine: EngineConfig = EngineConfig()
     kl_coef: float = Field(0.05, gt=0)
 
     @property

@@ -318,9 +318,9 @@ def _run_chains(device: torch.device) -> EngineStats:
     from alignpro.errors import ModelError
     from alignpro.models import LanguageModel
 
-    with torch.random.fork_rng():
-        policy = LanguageModel(untrained_prompter().to(device).eval(), prompter_tokenizer(), "prompter")
-        target = LanguageModel(untrained_target().to(device).eval(), target_tokenizer(), "target")
+    with torch.random.fork_rng(), device:
+        policy = LanguageModel(untrained_prompter().eval(), prompter_tokenizer(), "prompter")
+        target = LanguageModel(untrained_target().eval(), target_tokenizer(), "target")
     engine = Engine({"policy": policy, "target": target}, audit=True)
     template = list(range(20, 52))  # the same before each prompt and each rewrite
     chains = engine.run_chains(

@@ -48,7 +48,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
     return PolicyTraining(
         policy,
         environment,
-        Engine({"policy": policy.model, "target": target}, max_batch=config.rollout.max_batch),
+        Engine({"policy": policy.model, "target": target}, **config.rollout.engine.model_dump()),
         training,
         heldout,
         sampling=sampling_params(config.rollout.rewrite, config.rollout.rewrites_per_prompt),
@@ -57,6 +57,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         optimizer=config.optimizer,
         run=config.run,
         distribution=distribution,
+        kept=("target",) if config.rollout.keep_cache else (),
     )
 
 
@@ -76,7 +77,7 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
     return PolicyTraining(
         policy,
         environment,
-        Engine({"policy": policy.model}, max_batch=config.rollout.max_batch),
+        Engine({"policy": policy.model}, **config.rollout.engine.model_dump()),
         training,
         heldout,
         sampling=sampling_params(config.rollout.respond, config.rollout.responses_per_prompt),

@@ -107,7 +107,7 @@ def memory_need(config: TrainConfig | RLHFConfig, stage: int, ranks: int) -> Nee
         optimizer=optimizer / (ranks if stage >= 1 else 1),
         frozen=frozen,
         sampling_copy=size.parameters * size.dtype_bytes if stage == 3 else 0.0,
-        cache=cache * longest,
+        cache=cache * longest if config.rollout.engine.pool_bytes is None else config.rollout.engine.pool_bytes,
         activations=activations,
     )
 
@@ -129,7 +129,7 @@ def _rollout(config: TrainConfig | RLHFConfig, policy: ModelSize) -> tuple[int, 
         sampled, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens
         longest = prompt + sampled
     tokens = config.optimizer.micro_batch_size * sampled + prompt
-    return tokens, longest, frozen, float(cache * config.rollout.max_batch)
+    return tokens, longest, frozen, float(cache * config.rollout.engine.max_batch)
 
 
 def _reward_bytes(config: ModelConfig) -> int:

@@ -45,7 +45,7 @@ class Rewriter:
                 max_tokens=target.context_length - config.rollout.respond.max_tokens,
                 on_empty=config.prompting.on_empty,
             )
-        self.engine = Engine(models, max_batch=config.rollout.max_batch)
+        self.engine = Engine(models, **config.rollout.engine.model_dump())
 
     @classmethod
     def from_run(cls, run: Path, *, with_target: bool = False) -> Rewriter:

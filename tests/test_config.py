@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignpro.config import (
+    EngineConfig,
     EvalConfig,
     FunctionRewardConfig,
     GuardConfig,
@@ -23,6 +25,8 @@ from alignpro.config import (
     load_config,
     validate_config,
 )
+from alignpro.engine import Engine
+from alignpro.environment import sampling_params
 from alignpro.errors import ConfigError
 
 REWARD: dict[str, Any] = {"components": [{"kind": "function", "function": "rewards:exact_match"}]}
@@ -239,6 +243,10 @@ def test_all_problems_are_told_at_once() -> None:
         ("rollout.rewrite.top_k=40", "rollout.rewrite: the policy is trained on samples"),
         ("rollout.rewrite.top_p=0.9", "rollout.rewrite: the policy is trained on samples"),
         ("rollout.rewrite.min_p=0.1", "rollout.rewrite: the policy is trained on samples"),
+        ("rollout.rewrite.stop=['']", "rollout.rewrite.stop.0: String should have at least 1 character"),
+        ("rollout.engine.max_batch=0", "rollout.engine.max_batch: Input should be greater than or equal to 1"),
+        ("rollout.engine.pool_bytes=0", "rollout.engine.pool_bytes: Input should be greater than or equal to 1"),
+        ("rollout.max_batch=4", "rollout.max_batch: "),
         ("reward.components=[]", "reward.components: List should have at least 1 item"),
         ("reward.components=[{kind: oracle}]", "reward.components.0: Input tag 'oracle'"),
         ("reward.guards=[{kind: copy_rate, penalty: 1}]", "reward.guards.0: a guard with a penalty needs `low`"),
@@ -264,6 +272,32 @@ def test_a_single_sample_needs_a_baseline_from_elsewhere(train_yaml: str) -> Non
 
 def test_filters_are_for_the_target_only(train_yaml: str) -> None:
     assert load_config(TrainConfig, [train_yaml, "rollout.respond.top_p=0.9"]).rollout.respond.top_p == 0.9
+
+
+def test_texts_may_stop_the_policy_too(train_yaml: str) -> None:
+    """Where a sequence ends is decided by what it has drawn: nothing of its distribution is cut off."""
+    config = load_config(
+        TrainConfig, [train_yaml, 'rollout.rewrite.stop=["\\n"]', "rollout.respond.stop=['Human:', END]"]
+    )
+    assert config.rollout.rewrite.stop == ("\n",)
+    assert sampling_params(config.rollout.respond, 3).stop == ("Human:", "END")
+    assert validate_config(TrainConfig, yaml.safe_load(dump_config(config))) == config
+
+
+def test_every_setting_of_the_engine_is_one_of_its_arguments(train_yaml: str) -> None:
+    settings = (
+        "rollout.engine={max_batch: 8, pool_bytes: 1000000, page_tokens: 32, token_budget: 64, cuda_graphs: false}"
+    )
+    engine = load_config(TrainConfig, [train_yaml, settings]).rollout.engine
+    made = Engine({}, **engine.model_dump())
+    for name, value in engine.model_dump().items():
+        assert getattr(made, name) == value
+
+
+def test_the_engines_defaults_are_those_of_the_configuration() -> None:
+    arguments = inspect.signature(Engine).parameters
+    for name, value in EngineConfig().model_dump().items():
+        assert arguments[name].default == value
 
 
 def test_the_oracle_is_checked_as_the_prompter_is(tmp_path: Path) -> None:

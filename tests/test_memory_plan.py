@@ -47,3 +47,10 @@ def test_stages_shard_one_thing_after_another(tmp_path: Path) -> None:
         "yes",
     ]
     assert memory_table(job, 4, device_bytes=1.0)[-1].endswith("no")
+
+
+def test_the_cache_is_what_the_configuration_gives_it(tmp_path: Path) -> None:
+    made = Workshop(tmp_path)
+    whole, half = (memory_need(config(made, f"rollout.engine.max_batch={n}"), 0, 1).cache for n in (64, 32))
+    assert whole == 2 * half > 0
+    assert memory_need(config(made, "rollout.engine.pool_bytes=1000000"), 0, 1).cache == 1_000_000

@@ -67,12 +67,12 @@ class ArmSampler:
         environment = ResponseEnvironment(
             ChatTemplate(model.tokenizer, self.config.target_model.chat_template), self.reward
         )
-        engine = Engine({"policy": model}, max_batch=self.config.max_batch)
+        engine = Engine({"policy": model}, **self.config.engine.model_dump())
         return self._draw(name, environment, engine, sampling_params(self.config.respond, count))
 
     def rewrites(self, name: str, prompter: LanguageModel, count: int) -> ArmSamples:
         """``count`` rewrites by a prompter, each answered by the target."""
-        engine = Engine({"policy": prompter, "target": self.target}, max_batch=self.config.max_batch)
+        engine = Engine({"policy": prompter, "target": self.target}, **self.config.engine.model_dump())
         params = sampling_params(self.config.rewrite, count)
         return self._draw(name, self.environment(prompter), engine, params)
 
@@ -99,7 +99,7 @@ class ArmSampler:
         chosen = torch.multinomial(weights.double(), count, replacement=True, generator=generator).tolist()
         environment = self.environment(prompter)
         picked = [[group[j] for j in row] for group, row in zip(candidates.chains, chosen, strict=True)]
-        engine = Engine({"target": self.target}, max_batch=self.config.max_batch)
+        engine = Engine({"target": self.target}, **self.config.engine.model_dump())
         fresh = engine.generate(
             "target",
             [chain.target_tokens for group in picked for chain in group],

@@ -50,6 +50,7 @@ class PolicyTraining:
         optimizer: Learning rate, schedule, micro-batches.
         run: Steps, seed, directory.
         distribution: Over which processes; this one alone when absent.
+        kept: Models whose cached prompts stay on an accelerator while the policy is updated: those that are frozen.
     """
 
     headline: tuple[str, ...] = ("reward/mean", "kl", "entropy")
@@ -68,12 +69,13 @@ class PolicyTraining:
         optimizer: OptimizerConfig,
         run: RunConfig,
         distribution: Distribution | None = None,
+        kept: Sequence[str] = (),
     ) -> None:
         distribution = distribution or SingleProcess()
         self.ranks = distribution.ranks
         self.policy, self.environment, self.engine = policy, environment, engine
         self.stream = PromptStream(training, prompts_per_step, run.seed)
-        self.heldout = heldout
+        self.heldout, self.kept = heldout, kept
         self.sampling, self.objective, self.optimizer, self.run = sampling, objective, optimizer, run
         updates = run.steps * objective.epochs * objective.minibatches
         if self.ranks.group is not None:
@@ -107,7 +109,7 @@ class PolicyTraining:
             with timer("rollout"):
                 chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
                 if self.policy.model.device.type != "cpu":
-                    self.engine.release()  # the update needs the accelerator's memory
+                    self.engine.release(keep=self.kept)  # the update needs the accelerator's memory
             with timer("reward"):
                 scores = self.environment.score(prompts, chains)
         with timer("credit"):

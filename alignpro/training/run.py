@@ -227,8 +227,8 @@ class Run:
                 logger.warning("the state after step %d is in %s", step, self.checkpoints.path(step))
             if isinstance(error, torch.OutOfMemoryError):
                 raise TrainingError(
-                    f"out of memory after step {step}: {error}; lower optimizer.micro_batch_size or rollout.max_batch in a "
-                    "new run, or free the device and --resume"
+                    f"out of memory after step {step}: {error}; lower optimizer.micro_batch_size or "
+                    "rollout.engine.pool_bytes in a new run, or free the device and --resume"
                 ) from error
             raise
 

@@ -1,0 +1,85 @@
+"""What the configuration says of the engine reaches it, and texts that stop the policy do not bias its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import Workshop
+
+from alignpro.config import RLHFConfig, TrainConfig, load_config
+from alignpro.engine import Chain
+from alignpro.jobs import prompter_training, response_training
+from alignpro.training.reinforcement import PolicyTraining
+
+
+def training(workshop: Workshop, out: Path, *overrides: str) -> PolicyTraining:
+    out.mkdir()
+    return prompter_training(load_config(TrainConfig, workshop.arguments("train", out, *overrides)[1:]))
+
+
+def test_settings_reach_the_engine(workshop: Workshop, tmp_path: Path) -> None:
+    made = training(workshop, tmp_path / "run", "rollout.engine={page_tokens: 4, pool_bytes: 262144, max_batch: 3}")
+    engine = made.engine
+    assert (engine.page_tokens, engine.pool_bytes, engine.max_batch) == (4, 262144, 3)
+    metrics = made.step(0)
+    assert metrics["engine/pages/target"] > 0
+    assert all(memory.pool.total * memory.pool.page_bytes <= 262144 for memory in engine._memories.values())
+
+
+def test_only_frozen_models_keep_their_cache_while_the_policy_is_updated(workshop: Workshop, tmp_path: Path) -> None:
+    assert training(workshop, tmp_path / "kept").kept == ("target",)
+    assert training(workshop, tmp_path / "dropped", "rollout.keep_cache=false").kept == ()
+    oracle = load_config(RLHFConfig, workshop.arguments("rlhf", tmp_path)[1:])
+    assert response_training(oracle).kept == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_step_on_a_gpu_keeps_the_targets_prompts_if_asked(workshop: Workshop, tmp_path: Path, keep: bool) -> None:
+    where = ("policy.device=cuda", "target.device=cuda", f"rollout.keep_cache={str(keep).lower()}")
+    made = training(workshop, tmp_path / "run", *where)
+    made.step(0)
+    (memory,) = made.engine._memories.values()
+    assert memory.pool.used["policy"] == 0
+    assert (memory.pool.used["target"] > 0) == keep
+    assert made.step(1)["engine/hit_tokens"] >= 0  # and what is kept can be run from
+
+
+def test_the_tokens_of_a_text_that_stops_the_policy_are_actions(workshop: Workshop, tmp_path: Path) -> None:
+    """The update needs all that was drawn, whose log-probabilities are those of the policy; the target sees what is before."""
+    # Every printable character ends a rewrite, so that nearly all of them end so.
+    stops = [chr(code) for code in range(33, 127)]
+    overrides = [f"rollout.rewrite.stop={stops!r}", "rollout.rewrite.max_tokens=12", "rollout.rewrites_per_prompt=6"]
+    made = training(workshop, tmp_path / "run", *overrides)
+    prompts = made.stream.batch(0)
+    chains = made.environment.rollout(made.engine, prompts, made.sampling, [1, 2])
+    samples = [chain.sample for group in chains for chain in group]
+    stopped = [sample for sample in samples if sample.kept is not None]
+    assert len(stopped) > len(samples) // 2
+    tokenizer = made.policy.model.tokenizer
+    for sample in stopped:
+        assert any(stop in tokenizer.decode(sample.tokens) for stop in stops)
+        assert not any(stop in tokenizer.decode(sample.text_tokens) for stop in stops)
+    experience = made.credit(prompts, chains, made.environment.score(prompts, chains))
+    rows = zip(experience.batch.actions, experience.batch.mask, samples, strict=True)
+    assert all(actions[mask].tolist() == sample.tokens for actions, mask, sample in rows)
+    drawn = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
+    torch.testing.assert_close(experience.values.logprob[experience.batch.mask], drawn, atol=1e-4, rtol=0)
+
+
+def test_stop_texts_leave_the_distribution_whole(workshop: Workshop, tmp_path: Path) -> None:
+    """What is drawn up to a stop text is what would be drawn without one: no sequence is rejected or drawn again."""
+
+    def rollout(out: str, *overrides: str) -> list[Chain]:
+        made = training(workshop, tmp_path / out, "rollout.rewrites_per_prompt=6", *overrides)
+        groups = made.environment.rollout(made.engine, made.stream.batch(0), made.sampling, [1, 2])
+        return [chain for group in groups for chain in group]
+
+    cut = rollout("cut", f"rollout.rewrite.stop={[chr(code) for code in range(33, 90)]!r}")
+    whole = rollout("whole")
+    for one, other in zip(cut, whole, strict=True):
+        assert one.sample.tokens == other.sample.tokens[: len(one.sample.tokens)]
+    assert any(one.sample.kept is not None for one in cut)
