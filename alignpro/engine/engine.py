@@ -131,7 +131,7 @@ class Engine:
         """x → ``rewrite.n`` rewrites by `policy` → ``respond.n`` responses of `target` to each.
 
         A rewrite that ends is answered at once. Response m to rewrite k of a prompt draws from (the prompt's seed,
-        "respond", k, m). Where ``to_target`` raises an `AlignProError`, that chain's responses are errors which say so.
+        "respond", k, m). Where ``to_target`` raises, that chain's responses are errors which say what.
         """
         seeds = _seeds(rewrite, len(prompts)) if seeds is None else seeds
         run = ChainRun(policy, target, rewrite, respond, to_target, seeds)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +17,8 @@ from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import derive_seed
 from alignpro.engine.types import Chain, Completion, SamplingParams
 from alignpro.errors import AlignProError
+
+logger = logging.getLogger(__name__)
 
 _OF_ADAPTER = 1 << 40
 """Added to tokens that an adapter acts on, which are none of the base's."""
@@ -116,9 +119,12 @@ class ChainRun:
             return []
         problem = None
         try:
-            chain.target_tokens = self.to_target(i, sample)
-        except AlignProError as error:  # of this chain alone; any other is a fault of the program
+            chain.target_tokens = list(self.to_target(i, sample))
+        except AlignProError as error:
             problem = f"the sample cannot be given to {self.target}: {error}"
+        except Exception as error:  # a fault of the callback, of this chain alone too
+            logger.exception("to_target failed on a sample of prompt %d", i)
+            problem = f"the sample cannot be given to {self.target}: to_target raised {type(error).__name__}: {error}"
         seed = derive_seed(self.seeds[i], "respond", k)
         responses = siblings(self.target, chain.target_tokens, self.respond, seed, (i, k))
         if problem:

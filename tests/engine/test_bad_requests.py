@@ -1,0 +1,168 @@
+"""A request that cannot run fails with a reason, the others draw what they would have drawn, and no page is lost."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+from tiny_models import ragged, tiny_language_model, tokenizer
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from alignpro.engine import Completion, Engine, SamplingParams
+from alignpro.errors import ConfigError, ModelError
+from alignpro.language_model import LanguageModel
+
+PROMPTS = ragged(4, 100, shortest=5, longest=20, seed=9)
+PARAMS = SamplingParams(max_tokens=12, n=3)
+SEEDS = [3, 4, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def expected(llama: LanguageModel) -> list[list[Completion]]:
+    """What good prompts draw among themselves."""
+    return Engine({"m": llama}).generate("m", PROMPTS, PARAMS, SEEDS)
+
+
+def assert_nothing_is_held(engine: Engine) -> None:
+    for memory in engine._memories.values():
+        assert memory.tree.locked == 0
+        assert memory.pool.free + memory.tree.cached == memory.pool.total
+
+
+def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> None:
+    drawn = [
+        [(one.tokens, one.finish_reason, one.error) for group in groups for one in group] for groups in (left, right)
+    ]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ([], "the prompt is empty"),
+        ([1] * 117, "117 prompt tokens and 12 new ones do not fit in the context of 128 tokens"),
+        ([1] * 100, "100 prompt tokens and 12 new ones take 8 pages, and the engine's pool has 6: give it more memory"),
+        ([1, -3], "token -3 is not in the vocabulary"),
+    ],
+    ids=["empty", "longer than the context", "longer than the pool", "no token"],
+)
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_it_fails_alone_wherever_it_stands(
+    llama: LanguageModel, expected: list[list[Completion]], bad: list[int], reason: str, place: int
+) -> None:
+    page = 16 * 2 * 2 * 2 * 8 * 4  # bytes: two layers, keys and values, two heads of eight, float32
+    engine = Engine({"m": llama}, pool_bytes=6 * page, audit=True)
+    prompts, seeds = list(PROMPTS), list(SEEDS)
+    prompts.insert(place, bad)
+    seeds.insert(place, 0)
+    groups = engine.generate("m", prompts, PARAMS, seeds)
+    for completion in groups.pop(place):
+        assert (completion.finish_reason, completion.tokens, completion.logprobs) == ("error", [], [])
+        assert reason in (completion.error or "")
+    assert_same(groups, expected)
+    assert_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("pool_bytes", [1, 1 << 12])
+def test_a_pool_that_is_too_small_for_any_sequence_refuses_each(llama: LanguageModel, pool_bytes: int) -> None:
+    """A sequence takes a page for its prompt and one for what it draws: one page, or none, is too few."""
+    engine = Engine({"m": llama}, pool_bytes=pool_bytes, audit=True)
+    groups = engine.generate("m", [[1, 2], [3]], SamplingParams(max_tokens=4, n=2))
+    for completion in (each for group in groups for each in group):
+        assert completion.finish_reason == "error"
+        assert "give it more memory (pool_bytes)" in (completion.error or "")
+    assert_nothing_is_held(engine)
+    one = engine.generate("m", [[1, 2]], SamplingParams(max_tokens=1))  # draws one token, which is never computed
+    assert (one[0][0].error is None) == (pool_bytes > 1)
+
+
+def test_a_text_that_never_comes_ends_nothing(llama: LanguageModel, expected: list[list[Completion]]) -> None:
+    engine = Engine({"m": llama}, audit=True)
+    groups = engine.generate("m", PROMPTS, replace(PARAMS, stop=("no such text is ever drawn", "\x00")), SEEDS)
+    assert_same(groups, expected)
+    assert {completion.finish_reason for group in groups for completion in group} == {"length"}
+    assert_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_no_tokens_are_refused_before_anything_runs(max_tokens: int) -> None:
+    with pytest.raises(ConfigError, match=f"max_tokens={max_tokens}: expected at least 1"):
+        SamplingParams(max_tokens=max_tokens)
+
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "reason"),
+    [
+        (BloomForCausalLM, BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2), "AttentionInterface"),
+        (
+            GptOssForCausalLM,
+            GptOssConfig(
+                **SMALL,
+                intermediate_size=32,
+                num_key_value_heads=2,
+                head_dim=16,
+                num_local_experts=2,
+                num_experts_per_tok=1,
+                attn_implementation="eager",
+            ),
+            "attention sinks are not supported",
+        ),
+    ],
+    ids=["no interface", "sinks"],
+)
+def test_attention_that_is_not_supported_is_refused_when_the_model_is_taken(
+    architecture: type[PreTrainedModel], config: PreTrainedConfig, reason: str
+) -> None:
+    with pytest.raises(ModelError, match=f"m: {architecture.__name__} is not supported: .*{reason}"):
+        LanguageModel(architecture(config).eval(), tokenizer("llama"), "m")
+
+
+def test_a_callback_that_raises_fails_its_chain_alone(llama: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
+    target = tiny_language_model("qwen3", seed=1)
+
+    def to_target(i: int, sample: Completion) -> list[int]:
+        return [1, *sample.tokens]
+
+    calls = iter(range(1000))
+
+    def broken(i: int, sample: Completion) -> list[int]:
+        if i == 2:
+            return to_target(i, sample)[:: next(calls) % 2]  # a step of 0 is a ValueError
+        return to_target(i, sample)
+
+    engine = Engine({"policy": llama, "target": target}, audit=True)
+    settings = {"rewrite": PARAMS, "respond": PARAMS, "seeds": SEEDS}
+    expected = Engine({"policy": llama, "target": target}).run_chains(PROMPTS, to_target=to_target, **settings)
+    with caplog.at_level(logging.ERROR):
+        groups = engine.run_chains(PROMPTS, to_target=broken, **settings)
+    failed = 0
+    for group, others in zip(groups, expected, strict=True):
+        for chain, other in zip(group, others, strict=True):
+            assert_same([[chain.sample]], [[other.sample]])
+            if chain.responses[0].error is None:
+                assert_same([chain.responses], [other.responses])
+                continue
+            failed += 1
+            assert {y.error for y in chain.responses} == {
+                "the sample cannot be given to target: to_target raised ValueError: slice step cannot be zero"
+            }
+    assert failed == 2
+    assert [record.exc_info is not None for record in caplog.records] == [True] * 2  # with the traceback
+    assert_nothing_is_held(engine)
