@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu gpu lint format types ci doctor demo-weights miniature bench-kernels clean
+.PHONY: help setup demo test test-all test-gpu gpu lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -76,6 +76,12 @@ miniature: $(STAMP) ## the whole pipeline on the real prompts in DATA, with mode
 
 bench-kernels: $(STAMP) ## the head's operators against bare matrix products and other implementations; ARGS: see --help
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+bench-engine: $(STAMP) ## generation alone, beside other engines and the least that must be computed; ARGS: see --help
+	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+bench-training: $(STAMP) ## whole training steps, beside TRL's GRPO with the target in its reward; ARGS: see --help
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 clean: ## remove caches and build products (not VENV, not runs/)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

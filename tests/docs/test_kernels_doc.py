@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from document import Document, check_command
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
 from alignpro_kernels import linear_logprob, linear_sample, policy_loss
 from alignpro_kernels.backends import BACKENDS, backend_module
 
-ROOT = Path(__file__).parents[2]
-FILE = ROOT / "docs" / "kernels.md"
-TEXT = FILE.read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[tuple[int, str]]:
-    """The code blocks in a language, each with the line of the document that it begins on."""
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
-    return [(TEXT.count("\n", 0, match.start(1)), match[1]) for match in found]
-
-
-def rows(heading: str) -> list[list[str]]:
-    """The cells of the table under a heading, without its head."""
-    section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[2:]]
+DOCUMENT = Document("kernels.md")
 
 
 def test_every_python_block_runs_after_those_before_it() -> None:
-    namespace: dict[str, Any] = {}
-    assert len(blocks("python")) >= 6
-    with torch.random.fork_rng():
-        for line, code in blocks("python"):
-            exec(compile("\n" * line + code, str(FILE), "exec"), namespace)
+    assert len(DOCUMENT.blocks("python")) >= 6
+    DOCUMENT.run()
 
 
 def test_there_is_no_code_in_a_language_that_is_not_looked_at() -> None:
-    assert len(re.findall(r"^```\w+$", TEXT, flags=re.MULTILINE)) == len(blocks("python")) + len(blocks("sh"))
+    DOCUMENT.check_languages()
 
 
-@pytest.mark.parametrize("cells", rows("Floating-point operations"), ids=lambda cells: cells[0])
+@pytest.mark.parametrize("cells", DOCUMENT.rows("Floating-point operations"), ids=lambda cells: cells[0])
 def test_operations_are_as_many_as_the_table_says(cells: list[str]) -> None:
     call, forward, backward, together = cells[0], *(int(cell or 0) for cell in cells[1:])
     count, width, vocabulary = 6, 5, 40
@@ -79,7 +57,7 @@ def test_operations_are_as_many_as_the_table_says(cells: list[str]) -> None:
 
 
 def test_budgets_are_those_of_the_code() -> None:
-    table = {cells[0]: cells[1] for cells in rows("Memory")}
+    table = {cells[0]: cells[1] for cells in DOCUMENT.rows("Memory")}
     assert set(table) == set(BACKENDS)
     for name in BACKENDS[:-1]:
         budget = backend_module(name)._BUDGET
@@ -88,28 +66,13 @@ def test_budgets_are_those_of_the_code() -> None:
 
 
 def test_every_backend_has_a_row() -> None:
-    assert [cells[0] for cells in rows("Backends")] == list(BACKENDS)
+    assert [cells[0] for cells in DOCUMENT.rows("Backends")] == list(BACKENDS)
 
 
 def test_links_and_folders_are_there() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
-    assert links
-    for link in links:
-        assert (FILE.parent / link).exists(), link
-    for command in "\n".join(code for _, code in blocks("sh")).split():
-        assert not command.startswith("tests/") or (ROOT / command).exists(), command
+    DOCUMENT.check_links()
 
 
-COMMANDS = [line for _, code in blocks("sh") for line in code.splitlines() if "python -m" in line]
-
-
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", DOCUMENT.commands)
 def test_commands_have_the_options_that_are_given(line: str) -> None:
-    """They are not run: that takes a compiler, or minutes."""
-    module, *arguments = line.split("python -m ")[1].split()
-    assert importlib.util.find_spec(module) is not None
-    options = [word for word in arguments if word.startswith("--")]
-    if options:
-        app = importlib.import_module(f"{module}.__main__").app
-        described = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout
-        assert [option for option in options if not re.search(rf"{option}\b", described)] == []
+    check_command(line)

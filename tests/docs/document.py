@@ -1,0 +1,71 @@
+"""A Markdown document of the project, taken apart for tests that hold it to the truth."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+
+
+class Document:
+    """A file below ``docs``."""
+
+    def __init__(self, name: str) -> None:
+        self.file = ROOT / "docs" / name
+        self.text = self.file.read_text(encoding="utf-8")
+
+    def blocks(self, language: str) -> list[tuple[int, str]]:
+        """The code blocks in a language, each with the line of the document that it begins on."""
+        found = re.finditer(rf"^```{language}\n(.*?)^```$", self.text, flags=re.MULTILINE | re.DOTALL)
+        return [(self.text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+    def rows(self, heading: str) -> list[list[str]]:
+        """The cells of the tables under a heading, without their heads."""
+        section = self.text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        lines = [line for line in section.splitlines() if line.startswith("|")]
+        return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+    def run(self) -> dict[str, Any]:
+        """Run the Python blocks, each after those before it; returns their names."""
+        namespace: dict[str, Any] = {}
+        with torch.random.fork_rng():
+            for line, code in self.blocks("python"):
+                exec(compile("\n" * line + code, str(self.file), "exec"), namespace)
+        return namespace
+
+    def check_languages(self) -> None:
+        """No code is in a language that is not looked at."""
+        fences = re.findall(r"^```\w+$", self.text, flags=re.MULTILINE)
+        assert len(fences) == len(self.blocks("python")) + len(self.blocks("sh"))
+
+    def check_links(self) -> None:
+        """Files that are linked to, and folders that commands name, are there."""
+        links = re.findall(r"\]\(([^)#:]+)", self.text)
+        assert links
+        for link in links:
+            assert (self.file.parent / link).exists(), link
+        for word in "\n".join(code for _, code in self.blocks("sh")).split():
+            assert not word.startswith("tests/") or (ROOT / word).exists(), word
+
+    @property
+    def commands(self) -> list[str]:
+        """Lines that run a module."""
+        return [line for _, code in self.blocks("sh") for line in code.splitlines() if "python -m" in line]
+
+
+def check_command(line: str) -> None:
+    """The module is there, and has the options that it is given; it is not run: that takes a compiler, or minutes."""
+    module, *arguments = line.split("python -m ")[1].split()
+    assert importlib.util.find_spec(module) is not None
+    options = [word for word in arguments if word.startswith("--")]
+    if options:
+        app = importlib.import_module(f"{module}.__main__").app
+        described = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout
+        assert [option for option in options if not re.search(rf"{option}\b", described)] == []

@@ -1,0 +1,67 @@
+"""docs/engine.md is true: its code runs, its tables are the code's, and what it names is there."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+from document import ROOT, Document, check_command
+from tiny_models import ARCHITECTURES
+
+from alignpro.config import EngineConfig
+from alignpro.engine import Engine, EngineStats
+from alignpro_kernels.attention import BACKENDS
+
+DOCUMENT = Document("engine.md")
+
+
+def test_every_python_block_runs_after_those_before_it() -> None:
+    assert len(DOCUMENT.blocks("python")) >= 6
+    DOCUMENT.run()
+
+
+def test_there_is_no_code_in_a_language_that_is_not_looked_at() -> None:
+    DOCUMENT.check_languages()
+
+
+def test_links_and_folders_are_there() -> None:
+    DOCUMENT.check_links()
+
+
+@pytest.mark.parametrize("line", DOCUMENT.commands)
+def test_commands_have_the_options_that_are_given(line: str) -> None:
+    check_command(line)
+
+
+def test_every_module_of_the_engine_is_in_the_table() -> None:
+    told = {re.sub(r"\[(.*)\].*", r"\1", cells[0]) for cells in DOCUMENT.rows("Who owns what")}
+    assert told == {path.name for path in (ROOT / "alignpro" / "engine").glob("*.py")} - {"__init__.py"}
+
+
+def test_every_backend_of_attention_is_in_the_table() -> None:
+    assert {cells[0] for cells in DOCUMENT.rows("Attention")} == set(BACKENDS)
+
+
+def test_every_metric_is_in_the_table() -> None:
+    stats = EngineStats()
+    stats.most_pages["<model>"] = stats.decode_ticks["<how>"] = 1
+    told = [name.strip("` ") for cells in DOCUMENT.rows("Statistics") for name in cells[0].split(",")]
+    assert told == list(stats.metrics())
+
+
+def test_every_setting_is_in_the_table_with_its_default() -> None:
+    told = {cells[0]: cells[1] for cells in DOCUMENT.rows("Memory")}
+    defaults = EngineConfig().model_dump()
+    assert told == {name: "" if value is None else str(value) for name, value in defaults.items()}
+
+
+def test_every_architecture_is_named() -> None:
+    (sentence,) = re.findall(r"^There now: (.*)\.$", DOCUMENT.text, flags=re.MULTILINE)
+    assert tuple(re.findall(r"`(\w+)`", sentence)) == ARCHITECTURES
+
+
+def test_every_call_is_in_the_first_table() -> None:
+    table = DOCUMENT.text.split("\n## ")[0]
+    calls = {name for name, value in vars(Engine).items() if inspect.isfunction(value) and not name.startswith("_")}
+    assert {name for name in re.findall(r"`(\w+)\(", table) if name != "to_target"} == calls
