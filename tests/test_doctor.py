@@ -138,8 +138,8 @@ def test_every_extra_has_a_purpose_and_a_line_that_installs_it() -> None:
     [
         ("0.18.7", "problem", "known to be broken"),
         ("0.18.9", "problem", "known to be broken"),
-        ("0.17.0", "problem", "does not meet >=0.19.0"),
-        ("0.19.1", "ok", "0.19.1"),
+        ("0.17.0", "problem", "does not meet >=0.19.8"),
+        ("0.19.8", "ok", "0.19.8"),
     ],
 )
 def test_a_deepspeed_that_does_not_work_is_told(
