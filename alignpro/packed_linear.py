@@ -88,8 +88,14 @@ def attach(model: nn.Module) -> Packing | None:
     """Let the linear layers of a float32 model on a CPU have a second layout; None where it would be too large."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
     weights = [layer.weight for layer in layers]
-    suited = torch.backends.mkldnn.is_available() and all(
-        weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights
+    # PyTorch's compiler calls these operators; they are not part of its documented interface.
+    known = {"mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight"} <= set(
+        torch._C._dispatch_get_all_op_names()
+    )
+    suited = (
+        torch.backends.mkldnn.is_available()
+        and known
+        and all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
     )
     if not suited or sum(weight.nbytes for weight in weights) > LARGEST:
         return None
