@@ -8,11 +8,14 @@ so they are laid out once, and again when they have changed. That takes as much 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+logger = logging.getLogger(__name__)
 
 LARGEST = 1 << 30
 """Bytes of weights up to which a model's are laid out a second time."""
@@ -97,7 +100,10 @@ def attach(model: nn.Module) -> Packing | None:
         and known
         and all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
     )
-    if not suited or sum(weight.nbytes for weight in weights) > LARGEST:
+    if not suited:
+        return None
+    if (size := sum(weight.nbytes for weight in weights)) > LARGEST:
+        logger.info("linear layers run on PyTorch's BLAS: %d MiB are too many to lay out again for oneDNN", size >> 20)
         return None
     packing = Packing()
     for layer in layers:
