@@ -2,8 +2,8 @@
 
 A transformers model computes a root mean square norm in six operations, each of which writes its result out, and the
 product of a gated layer in two more. For a few rows that is the time to begin them, for many that of fresh memory. What
-computes the same (which is tried, not assumed) is given a subclass that does it in one: norms by csrc/cpu, gated layers
-within oneDNN's products. A model with layers of another kind keeps them.
+computes the same (which is tried, not assumed) is given a subclass that does it in one, of csrc/cpu: gates within the
+products. A model with layers of another kind keeps them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from alignpro.packed_linear import PackedLinear, Packing
-from alignpro_kernels import cpp_head
+from alignpro_kernels.linear import packed_gate
 
 
-class _FusedNorm(nn.Module):
+class FusedNorm(nn.Module):
     """A norm x / √(mean(x²) + ε) · (weight + offset)."""
 
     weight: nn.Parameter
@@ -48,9 +48,8 @@ class _FusedGate(nn.Module):
         if torch.is_grad_enabled() or not _suited(x) or any(type(layer) is not PackedLinear for layer in layers):
             plain: Tensor = super().forward(x)
             return plain
-        gate, up = (layer.packing.of(layer) for layer in layers)
-        inner = torch.ops.mkldnn._linear_pointwise.default(x, gate, None, "swish", [], "")
-        inner = torch.ops.mkldnn._linear_pointwise.binary(x, inner, up, None, "mul")
+        gate, up = (layer.packing.panels(layer).weight for layer in layers)
+        inner = packed_gate(x, gate, up, self.up_proj.out_features)
         out: Tensor = self.down_proj(inner)
         return out
 
@@ -61,8 +60,8 @@ def attach(model: nn.Module, packing: Packing | None) -> None:
         return
     for module in list(model.modules()):
         if _is_gated(module):
-            _become(module, _FusedGate)
-        elif type(module).__name__.endswith("RMSNorm") and cpp_head.unavailable() is None:
+            become(module, _FusedGate)
+        elif type(module).__name__.endswith("RMSNorm"):
             _try_norm(module)
 
 
@@ -82,8 +81,8 @@ def _try_norm(module: nn.Module) -> None:
     expected = module(x)
     for offset in (0.0, 1.0):  # Gemma's weights are what is added to 1
         if torch.allclose(torch.ops.alignpro.rms_norm.default(x, weight, eps, offset), expected, rtol=1e-5, atol=1e-6):
-            _become(module, _FusedNorm)
-            assert isinstance(module, _FusedNorm)
+            become(module, FusedNorm)
+            assert isinstance(module, FusedNorm)
             module.fused_eps, module.fused_offset = eps, offset
             return
 
@@ -100,7 +99,8 @@ def _is_gated(module: nn.Module) -> bool:
         return torch.allclose(module(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def _become(module: nn.Module, form: Any) -> None:
+def become(module: nn.Module, form: Any) -> None:
+    """Give a module the methods of ``form``, before those of its own class."""
     plain: Any = type(module)
     module.__class__ = _combined(form, plain)
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from alignpro import attention, fused_layers, packed_linear
+from alignpro import attention, fused_decoder, fused_layers, packed_linear
 from alignpro.activated_lora import ActiveTokens, invocation_tokens, take_over
 from alignpro.errors import ModelError
 from alignpro.head import Head
@@ -72,6 +72,7 @@ class LanguageModel(nn.Module):
             raise ModelError(f"model {name}: {type(self.causal).__name__} is not supported: {error}") from error
         self._packing = packed_linear.attach(self.causal.base_model)
         fused_layers.attach(self.causal.base_model, self._packing)
+        fused_decoder.attach(self.causal.base_model, self._packing)
         self._check_head()
 
     def weights_changed(self) -> None:
@@ -81,6 +82,7 @@ class LanguageModel(nn.Module):
 
     def keep_one_layout(self) -> None:
         """Never lay weights out a second time: they are sharded, and made anew for each pass."""
+        fused_decoder.detach(self)
         packed_linear.detach(self)
         self._packing = None
 

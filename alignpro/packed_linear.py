@@ -1,19 +1,23 @@
-"""Linear layers on a CPU whose products are oneDNN's, without gradients by weights in a layout of its own.
+"""Linear layers on a CPU whose weights are laid out in panels, as `alignpro_kernels.linear` multiplies by them.
 
-PyTorch multiplies float32 matrices on a CPU by its BLAS, which reads a weight as it is stored. oneDNN, which PyTorch
-carries too, is faster by up to a fifth (MKL 2024.2 and oneDNN 3.12 on a Zen 4 processor); and with a weight in blocks
-that it chooses, 1.1 to 1.7 times as fast on 1 to 256 rows. Generation multiplies by the same weights token after token,
-so they are laid out once, and again when they have changed. That takes as much memory again as the weights.
+PyTorch multiplies float32 matrices on a CPU by its BLAS, which reads a weight as it is stored. By a weight in panels 1 to 64
+rows are multiplied 1.3 to 3 times as fast as by MKL 2024.2 and 1.05 to 2.6 times as fast as by oneDNN 3.12, more rows as fast
+as by the latter (Zen 4, docs/kernels.md). Generation multiplies by the same weights token after token, so they are laid out
+once, and again when they have changed. That takes as much memory again as the weights.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from alignpro_kernels import cpp_head
+from alignpro_kernels.linear import pack_weight, packed_linear
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +25,16 @@ LARGEST = 1 << 30
 """Bytes of weights up to which a model's are laid out a second time."""
 _NARROWEST = 64
 """Outputs and inputs from which on it pays; the products of a LoRA are narrower."""
-_ROWS = 256  # which the layout is chosen for; it is the same, or nearly, for other numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """What `alignpro_kernels.linear` takes of one or several linear layers."""
+
+    weight: Tensor
+    """By `pack_weight`."""
+    bias: Tensor | None
+    """(N,)"""
 
 
 class Packing:
@@ -29,21 +42,23 @@ class Packing:
 
     def __init__(self) -> None:
         self._version = 0
-        self._weights: dict[nn.Linear, tuple[tuple[int, int, int], Tensor]] = {}
+        self._panels: dict[tuple[nn.Linear, ...], tuple[tuple[int, ...], Panels]] = {}
 
     def forget(self) -> None:
         """The weights have changed."""
         # In-place changes are seen without it; those of a partitioned weight, made anew in the same memory, are not.
         self._version += 1
 
-    def of(self, layer: nn.Linear) -> Tensor:
-        """The weight of a layer as it is now."""
-        weight = layer.weight
-        state = self._version, weight.data_ptr(), weight._version
-        known = self._weights.get(layer)
+    def panels(self, *layers: nn.Linear) -> Panels:
+        """The weights of layers with the same inputs as they are now, behind one another; a new object when they change."""
+        weights = [layer.weight for layer in layers]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        state = (self._version, *(x for p in (*weights, *biases) for x in (p.data_ptr(), p._version)))
+        known = self._panels.get(layers)
         if known is None or known[0] != state:
-            known = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-            self._weights[layer] = known
+            whole = weights[0] if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+            known = state, Panels(pack_weight(whole), torch.cat(biases).detach() if biases else None)
+            self._panels[layers] = known
         return known[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packing:
@@ -52,7 +67,7 @@ class Packing:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies by oneDNN, and takes its weight from a `Packing` where no gradient is wanted."""
+    """A linear layer that takes its weight from a `Packing`."""
 
     packing: Packing
 
@@ -60,50 +75,38 @@ class PackedLinear(nn.Linear):
         """(..., in_features) → (..., out_features)."""
         if input.dtype != torch.float32 or self.weight.device.type != "cpu" or not input.numel():
             return super().forward(input)
-        if torch.is_grad_enabled():
-            out: Tensor = _Product.apply(input, self.weight)
-            return out if self.bias is None else out + self.bias
-        return _product(input, self.packing.of(self), self.bias)
+        panels = self.packing.panels(self)
+        if not torch.is_grad_enabled():
+            return packed_linear(input, panels.weight, self.out_features, panels.bias)
+        out: Tensor = _Product.apply(input, self.weight, panels.weight)
+        return out if self.bias is None else out + self.bias
 
 
 class _Product(torch.autograd.Function):
     """x Wᵀ; the gradient of W, which sums over rows, is left to the BLAS, which is the faster at that."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, panels: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _product(x, weight)
+        return packed_linear(x, panels, len(weight))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        d_x = _product(gradient, weight.T) if ctx.needs_input_grad[0] else None
-        return d_x, None if x is None else gradient.flatten(0, -2).T @ x.flatten(0, -2)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return out
+        # Packed for one product: its rows are panels nearly as they are.
+        d_x = packed_linear(gradient, pack_weight(weight.T), weight.shape[1]) if ctx.needs_input_grad[0] else None
+        return d_x, None if x is None else gradient.flatten(0, -2).T @ x.flatten(0, -2), None
 
 
 def attach(model: nn.Module) -> Packing | None:
-    """Let the linear layers of a float32 model on a CPU have a second layout; None where it would be too large."""
+    """Let the linear layers of a float32 model on a CPU have a second layout; None where they cannot or should not."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
     weights = [layer.weight for layer in layers]
-    # PyTorch's compiler calls these operators; they are not part of its documented interface.
-    known = {"mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight"} <= set(
-        torch._C._dispatch_get_all_op_names()
-    )
-    suited = (
-        torch.backends.mkldnn.is_available()
-        and known
-        and all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
-    )
-    if not suited:
+    if not all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights):
         return None
-    if (size := sum(weight.nbytes for weight in weights)) > LARGEST:
-        logger.info("linear layers run on PyTorch's BLAS: %d MiB are too many to lay out again for oneDNN", size >> 20)
+    if (reason := _unsuited(sum(weight.nbytes for weight in weights))) is not None:
+        logger.info("linear layers run on PyTorch's BLAS: %s", reason)
         return None
     packing = Packing()
     for layer in layers:
@@ -119,6 +122,17 @@ def detach(model: nn.Module) -> None:
         if type(layer) is PackedLinear:
             layer.__class__ = nn.Linear  # type: ignore[assignment]
             del layer.packing
+
+
+def _unsuited(size: int) -> str | None:
+    """Why weights of so many bytes are better not laid out again."""
+    if size > LARGEST:
+        return f"{size >> 20} MiB of weights are too many to lay out again"
+    if (reason := cpp_head.unavailable()) is not None:
+        return reason
+    if cpp_head.instructions() == "generic":
+        return "the C++ operators are not written for this processor's instructions"
+    return None
 
 
 def _is_plain(layer: nn.Linear) -> bool:

@@ -8,7 +8,6 @@ keys that those neighbours see up to their own positions: a prompt's keys are re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -16,61 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignpro.cascade import Cascade
 from alignpro.engine.pool import Geometry, KVPool
 from alignpro.engine.scheduler import Item
 from alignpro.errors import ModelError
 from alignpro.language_model import LanguageModel
-from alignpro_kernels import CascadeLevel, cascade_attention, write_kv
-
-
-@dataclass
-class Cascade:
-    """Attention of T tokens over levels of segments, in every layer of a model."""
-
-    layers: Sequence[Tensor]
-    """Each layer's pages, (n_pages, 2, page_size, kv_heads, head_dim)."""
-    slots: Tensor
-    """(T,) int64: where the tokens' own keys and values go; −1 for nowhere."""
-    levels: Sequence[CascadeLevel]
-    """Depth by depth."""
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        softcap: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
-        """Put away the tick's keys and values of a layer, and attend to all that each token sees.
-
-        Args:
-            layer: Number of the layer.
-            query: (1, H, T, D).
-            key: (1, H', T, D), H a multiple of H'.
-            value: As ``key``.
-            scaling: Of the scores; 1/√D when absent.
-            softcap: Scores become softcap · tanh(score / softcap).
-            sliding_window: How many tokens, itself included, a token sees.
-
-        Returns:
-            (1, T, H, D).
-        """
-        queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        pages = self.layers[layer]
-        write_kv(keys.contiguous(), values.contiguous(), pages, self.slots)
-        out = cascade_attention(
-            queries,
-            pages,
-            self.levels,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=softcap,
-            window=sliding_window,
-        )
-        return out.unsqueeze(0)
+from alignpro_kernels import CascadeLevel
 
 
 class AttentionPlan(Cascade):

@@ -6,7 +6,7 @@ launched as one, with the same addresses and grids every time. So a tick in whic
 
 | owns | does not own |
 |---|---|
-| shapes, their buffers, the captured graphs | attention (`attention.Cascade`), the head and sampling |
+| shapes, their buffers, the captured graphs | attention (`cascade.Cascade`), the head and sampling |
 
 Padding sees no key (its position is −1), and its own key goes nowhere (slot −1). The head stays outside: sampling is a
 pass for each way of drawing, which differ from tick to tick, with kernels that are tuned on first use, and few of them.
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignpro.engine.attention import Cascade
+from alignpro.cascade import Cascade
 from alignpro.engine.pool import KVPool
 from alignpro.engine.scheduler import Item
 from alignpro.engine.types import EngineStats

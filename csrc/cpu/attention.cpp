@@ -16,12 +16,11 @@
 
 #include "attention.h"
 #include "attention_plan.h"
+#include "cascade.h"
 #include "instructions.h"
 
 namespace alignpro {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 const AttentionKernels& attention_kernels() {
 #if defined(__x86_64__)
@@ -297,6 +296,25 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& pa
   return {out.to(query.scalar_type()), lse};
 }
 
+}  // namespace
+
+void attend_to_levels(const Tensor& query, const Tensor& pages, const CascadeLevels& levels, double scale, double softcap,
+                      int64_t window, const Tensor& out, const Tensor& lse) {
+  for (size_t level = 0; level < levels.cu_queries.size(); ++level) {
+    const OptionalTensor chosen = levels.rows.get(level);
+    const bool first = level == 0;
+    if (first && chosen) {
+      out.zero_();
+      lse.fill_(-std::numeric_limits<float>::infinity());
+    }
+    attend_to(query, pages, chosen, levels.cu_queries[level], levels.page_tables[level], levels.key_lengths[level],
+              levels.query_positions[level], levels.key_starts[level], scale, softcap, window, out, lse,
+              !first || chosen.has_value());
+  }
+}
+
+namespace {
+
 // -> out (T, H, D) in the query's dtype: attention to several sets of sequences, each seen by some of the queries.
 Tensor cascade_attention(const Tensor& query, const Tensor& pages, const c10::List<OptionalTensor>& rows,
                          at::TensorList cu_queries, at::TensorList page_tables, at::TensorList key_lengths,
@@ -304,16 +322,8 @@ Tensor cascade_attention(const Tensor& query, const Tensor& pages, const c10::Li
                          int64_t window) {
   const at::AutoDispatchBelowAutograd no_autograd;
   const Tensor out = at::empty(query.sizes(), at::kFloat), lse = at::empty({query.size(0), query.size(1)}, at::kFloat);
-  for (size_t level = 0; level < cu_queries.size(); ++level) {
-    const OptionalTensor chosen = rows.get(level);
-    const bool first = level == 0;
-    if (first && chosen) {
-      out.zero_();
-      lse.fill_(-std::numeric_limits<float>::infinity());
-    }
-    attend_to(query, pages, chosen, cu_queries[level], page_tables[level], key_lengths[level], query_positions[level],
-              key_starts[level], scale, softcap, window, out, lse, !first || chosen.has_value());
-  }
+  attend_to_levels(query, pages, {rows, cu_queries, page_tables, key_lengths, query_positions, key_starts}, scale, softcap,
+                   window, out, lse);
   return out.to(query.scalar_type());
 }
 

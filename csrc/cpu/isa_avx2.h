@@ -11,6 +11,7 @@ namespace {
 struct Isa {
   static constexpr int width = 8;
   static constexpr int accumulators = 8;  // as many as leave registers for the operands
+  static constexpr int product_rows = 6;   // by two vectors, likewise
   using F = __m256;
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }

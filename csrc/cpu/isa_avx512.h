@@ -11,6 +11,7 @@ namespace {
 struct Isa {
   static constexpr int width = 16;
   static constexpr int accumulators = 16;  // as many as leave registers for the operands
+  static constexpr int product_rows = 12;   // by two vectors, likewise
   using F = __m512;
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }

@@ -15,6 +15,7 @@ namespace {
 struct Isa {
   static constexpr int width = 8;
   static constexpr int accumulators = 8;
+  static constexpr int product_rows = 4;   // by two vectors, likewise
   struct F {
     float x[width];
   };

@@ -6,7 +6,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
+
+#include "panels.h"
 
 namespace alignpro {
 namespace {
@@ -23,17 +24,10 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat, "x and weight must be float32");
   const Tensor rows = x.contiguous(), scales = weight.contiguous(), out = at::empty_like(rows);
   const float* w = scales.const_data_ptr<float>();
-  const float add = static_cast<float>(offset);
   at::parallel_for(0, rows.numel() / dim, std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const float* from = rows.const_data_ptr<float>() + row * dim;
-      float* to = out.mutable_data_ptr<float>() + row * dim;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < dim; ++d) sum += from[d] * from[d];
-      const float by = static_cast<float>(1 / std::sqrt(static_cast<double>(sum) / static_cast<double>(dim) + eps));
-#pragma omp simd
-      for (int64_t d = 0; d < dim; ++d) to[d] = from[d] * by * (w[d] + add);
+      layer_kernels().normalise(rows.const_data_ptr<float>() + row * dim, w, dim, static_cast<float>(eps),
+                                static_cast<float>(offset), out.mutable_data_ptr<float>() + row * dim);
     }
   });
   return out;

@@ -6,12 +6,12 @@
 
 #include <cstring>
 
+#include "cascade.h"
+
 namespace alignpro {
-namespace {
 
 using at::Tensor;
 
-// keys, values (T, kv_heads, head_dim); pages (n_pages, 2, page_size, kv_heads, head_dim); slots (T)
 void write_kv(const Tensor& keys, const Tensor& values, const Tensor& pages, const Tensor& slots) {
   const int64_t item = pages.element_size(), size = pages.size(2), capacity = pages.size(0) * size;
   const int64_t heads = pages.size(3), head_bytes = pages.size(4) * item, row_bytes = heads * head_bytes;
@@ -34,8 +34,6 @@ void write_kv(const Tensor& keys, const Tensor& values, const Tensor& pages, con
   write(keys, 0);
   write(values, 1);
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(alignpro, m) { m.def("write_kv_cpu(Tensor keys, Tensor values, Tensor(a!) pages, Tensor slots) -> ()"); }
 

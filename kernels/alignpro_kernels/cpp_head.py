@@ -161,3 +161,19 @@ def _register_fakes() -> None:
     def _(hidden, *rest):  # type: ignore[no-untyped-def]
         row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         return hidden.new_empty(hidden.shape[0], dtype=torch.int64), row, torch.empty_like(row)
+
+    @torch.library.register_fake("alignpro::pack_weight")
+    def _(weight):  # type: ignore[no-untyped-def]
+        return weight.new_empty((weight.shape[0] + 31) // 32, weight.shape[1], 32)
+
+    @torch.library.register_fake("alignpro::packed_linear")
+    def _(x, packed, bias, outputs):  # type: ignore[no-untyped-def]
+        return x.new_empty(*x.shape[:-1], outputs)
+
+    @torch.library.register_fake("alignpro::packed_gate")
+    def _(x, gate, up, outputs):  # type: ignore[no-untyped-def]
+        return x.new_empty(*x.shape[:-1], outputs)
+
+    @torch.library.register_fake("alignpro::decoder_stack")
+    def _(hidden, *rest):  # type: ignore[no-untyped-def]
+        return torch.empty_like(hidden)

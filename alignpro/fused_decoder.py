@@ -1,0 +1,252 @@
+"""The layers of a model on a CPU in one call, for passes without gradients over a pool of keys and values.
+
+`alignpro_kernels.decoder` computes layers of Llama's kind: root mean square norms, rotary embeddings, a gated layer with
+SiLU, and where a model has them biases and norms of queries and keys. Whether a model's are such is tried, not assumed:
+both compute the states of a few tokens. A model whose layers are others keeps its own, and so does one whose layers have
+an adapter or hooks at the time of a pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from alignpro.cascade import Cascade
+from alignpro.fused_layers import FusedNorm, become
+from alignpro.packed_linear import PackedLinear, Packing, Panels
+from alignpro_kernels import CascadeLevel, cpp_head
+from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
+
+logger = logging.getLogger(__name__)
+
+
+class _FusedDecoder(nn.Module):
+    """A transformers model without its head, whose layers may be one call."""
+
+    fused_layers: _Layers
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """As the model's own."""
+        plan = options.get("plan")
+        if args or torch.is_grad_enabled() or not isinstance(plan, Cascade) or self.fused_layers.changed():
+            return super().forward(*args, **options)
+        states = self.fused_layers.states(
+            options.get("input_ids"), options.get("inputs_embeds"), options["position_ids"], plan
+        )
+        return BaseModelOutputWithPast(last_hidden_state=states)
+
+
+def attach(model: nn.Module, packing: Packing | None) -> None:
+    """Let a model's layers be one call in the passes of generation, if they are of a kind that is known.
+
+    Args:
+        model: Without its head, after `fused_layers.attach`.
+        packing: Of its linear layers; None leaves the model as it is.
+    """
+    if packing is None or isinstance(model, _FusedDecoder) or cpp_head.unavailable() is not None:
+        return
+    name = type(model).__name__
+    try:
+        layers = _try(model, packing)
+    except _UnlikeError as reason:
+        logger.info("layers of %s run one operation after another on the CPU: %s", name, reason)
+        return
+    become(model, _FusedDecoder)
+    assert isinstance(model, _FusedDecoder)
+    model.fused_layers = layers
+    logger.info("layers of %s run as one operation in generation on the CPU", name)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`."""
+    for module in model.modules():
+        if isinstance(module, _FusedDecoder):
+            module.__class__ = type(module).__mro__[2]
+            del module.fused_layers
+
+
+class _UnlikeError(Exception):
+    """A model is built otherwise."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a layer calls its attention."""
+
+    pages: Tensor
+    """(1, 2, page_size, kv_heads, head_dim): what was written."""
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+class _Recorder:
+    """Attention of a few tokens to themselves, which notes how it is called."""
+
+    def __init__(self, tokens: int) -> None:
+        self.calls: dict[int, _Call] = {}
+        self._tokens = tokens
+
+    def cascade(self, pages: Sequence[Tensor]) -> Cascade:
+        """The same attention over given pages."""
+        count = torch.tensor([self._tokens], dtype=torch.int32)
+        positions = torch.arange(self._tokens, dtype=torch.int32)
+        first = torch.zeros(1, dtype=torch.int32)
+        level = CascadeLevel(None, positions, torch.cat([first, count]), first[None], count, first)
+        return Cascade(pages, positions.long(), [level])
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """See `Cascade.attend`."""
+        if key.shape != value.shape:
+            raise _UnlikeError("its keys and values differ in shape")
+        pages = torch.zeros(1, 2, self._tokens, key.shape[1], key.shape[3])
+        scale = options["scaling"]
+        self.calls[layer] = _Call(
+            pages, key.shape[3] ** -0.5 if scale is None else scale, options["softcap"], options["sliding_window"]
+        )
+        return self.cascade([pages]).attend(0, query, key, value, **options)
+
+
+@torch.no_grad()
+def _try(model: Any, packing: Packing) -> _Layers:
+    parts = [_Parts.of(layer) for layer in getattr(model, "layers", ())]
+    ids, recorder = torch.arange(_TOKENS)[None], _Recorder(_TOKENS)
+    if not parts or not all(hasattr(model, name) for name in ("embed_tokens", "rotary_emb", "norm")):
+        raise _UnlikeError("it has other parts")
+    expected = model(
+        input_ids=ids,
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        position_ids=ids,
+        use_cache=False,
+        plan=recorder,
+    ).last_hidden_state
+    calls = [recorder.calls.get(layer) for layer in range(len(parts))]
+    layers = _Layers(model, packing, parts, calls)
+    states = layers.states(ids, None, ids, recorder.cascade([call.pages.clone() for call in calls if call is not None]))
+    if not torch.allclose(states, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+        raise _UnlikeError("they compute something else")
+    return layers
+
+
+_TOKENS = 5  # that both computations are tried on
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The modules of a layer."""
+
+    projections: tuple[nn.Linear, nn.Linear, nn.Linear]
+    out: nn.Linear
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    norms: tuple[FusedNorm, FusedNorm]
+    head_norms: tuple[FusedNorm, FusedNorm] | None
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _Parts:
+        modules = dict(layer.named_modules())
+        linear = [modules.get(f"self_attn.{name}_proj") for name in "qkvo"]
+        linear += [modules.get(f"mlp.{name}_proj") for name in ("gate", "up", "down")]
+        norms = [modules.get("input_layernorm"), modules.get("post_attention_layernorm")]
+        head_norms = [modules.get("self_attn.q_norm"), modules.get("self_attn.k_norm")]
+        known = {*linear, *norms, *head_norms, None}
+        if any(next(m.parameters(recurse=False), None) is not None for m in modules.values() if m not in known):
+            raise _UnlikeError("they have other parts")
+        if any(type(m) not in (nn.Linear, PackedLinear) for m in linear):
+            raise _UnlikeError("their linear layers have other names or forms")
+        query, key, value, out, gate, up, down = (m for m in linear if isinstance(m, nn.Linear))
+        if (
+            any(m.bias is not None for m in (out, gate, up, down))
+            or len({m.bias is None for m in (query, key, value)}) > 1
+        ):
+            raise _UnlikeError("their linear layers have biases elsewhere than in front of attention")
+        fused = [m for m in (*norms, *head_norms) if isinstance(m, FusedNorm)]
+        if len(fused) not in (2, 4) or any(
+            m is not None and not isinstance(m, FusedNorm) for m in (*norms, *head_norms)
+        ):
+            raise _UnlikeError("their norms are others")
+        return cls(
+            (query, key, value), out, gate, up, down, (fused[0], fused[1]), (fused[2], fused[3]) if fused[2:] else None
+        )
+
+
+class _Layers:
+    """The layers of a model as `decoder_stack` takes them.
+
+    Args:
+        model: Without its head.
+        packing: Of its linear layers.
+        parts: Of each layer.
+        calls: Each layer's of attention.
+    """
+
+    def __init__(self, model: Any, packing: Packing, parts: Sequence[_Parts], calls: Sequence[_Call | None]) -> None:
+        self._embedding, self._rotary, self._norm = model.embed_tokens, model.rotary_emb, model.norm
+        self._packing, self._parts, self._calls = packing, parts, [call for call in calls if call is not None]
+        norms = [self._norm, *(norm for part in parts for norm in (*part.norms, *(part.head_norms or ())))]
+        forms = {(norm.fused_eps, norm.fused_offset) for norm in norms if isinstance(norm, FusedNorm)}
+        if (
+            not isinstance(self._norm, FusedNorm)
+            or len(forms) != 1
+            or any(norm.weight.dtype != torch.float32 for norm in norms)
+        ):
+            raise _UnlikeError("their norms differ from one another")
+        if (
+            len(self._calls) != len(parts)
+            or len({(call.scale, call.softcap, call.pages.shape) for call in self._calls}) != 1
+        ):
+            raise _UnlikeError("their attention differs from layer to layer")
+        head_dim = self._calls[0].pages.shape[-1]
+        if any(norm.weight.shape != (head_dim,) for part in parts for norm in part.head_norms or ()):
+            raise _UnlikeError("their norms of queries and keys are not of heads")
+        inside = [m for layer in model.layers for m in layer.modules()]
+        self._hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._children = [(m._modules, name, child) for m in inside for name, child in m.named_children()]
+        self._packed: list[Panels] = []
+        self._weights: DecoderWeights | None = None
+
+    def changed(self) -> bool:
+        """Whether a layer has got an adapter or a hook, of which the operator knows nothing."""
+        return any(self._hooks) or any(children.get(name) is not child for children, name, child in self._children)
+
+    def states(self, ids: Tensor | None, embedded: Tensor | None, positions: Tensor, plan: Cascade) -> Tensor:
+        """(1, T, D): the last hidden states of (1, T) tokens, or of their embeddings (1, T, D)."""
+        hidden = self._embedding(ids) if embedded is None else embedded
+        cos, sin = self._rotary(hidden, positions)
+        states = decoder_stack(hidden[0], self._current(), cos[0], sin[0], plan.layers, plan.slots, plan.levels)
+        return states.unsqueeze(0)
+
+    def _current(self) -> DecoderWeights:
+        """The weights as they are now."""
+        of = self._packing.panels
+        packed = [x for p in self._parts for x in (of(*p.projections), of(p.out), of(p.gate), of(p.up), of(p.down))]
+        if self._weights is None or any(a is not b for a, b in zip(packed, self._packed, strict=True)):
+            layers = [
+                DecoderLayer(
+                    norm=part.norms[0].weight,
+                    qkv=packed[5 * i].weight,
+                    out=packed[5 * i + 1].weight,
+                    inner_norm=part.norms[1].weight,
+                    gate=packed[5 * i + 2].weight,
+                    up=packed[5 * i + 3].weight,
+                    down=packed[5 * i + 4].weight,
+                    qkv_bias=packed[5 * i].bias,
+                    query_norm=part.head_norms[0].weight if part.head_norms else None,
+                    key_norm=part.head_norms[1].weight if part.head_norms else None,
+                    window=self._calls[i].window,
+                )
+                for i, part in enumerate(self._parts)
+            ]
+            form, call = self._parts[0].norms[0], self._calls[0]
+            self._weights = DecoderWeights(
+                layers, self._norm.weight, form.fused_eps, form.fused_offset, call.scale, call.softcap
+            )
+            self._packed = packed
+        return self._weights

@@ -1,0 +1,26 @@
+// Attention to several levels of keys and values in pages, for operators that hold it beside other work.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace alignpro {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// As CascadeLevel in alignpro_kernels/attention.py, a list for each field.
+struct CascadeLevels {
+  const c10::List<OptionalTensor>& rows;
+  at::TensorList cu_queries, page_tables, key_lengths, query_positions, key_starts;
+};
+
+// Into out (T, H, D) float32 and the log-sum-exp of the scores, lse (T, H). softcap 0 and window 0 stand for none.
+void attend_to_levels(const at::Tensor& query, const at::Tensor& pages, const CascadeLevels& levels, double scale,
+                      double softcap, int64_t window, const at::Tensor& out, const at::Tensor& lse);
+
+// keys, values (T, kv_heads, head_dim); pages (n_pages, 2, page_size, kv_heads, head_dim); slots (T)
+void write_kv(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& pages, const at::Tensor& slots);
+
+}  // namespace alignpro

@@ -1,0 +1,132 @@
+// The layers of a decoder of Llama's kind, for tokens whose keys and values are kept in pages, from embeddings to the last
+// norm; see alignpro_kernels/decoder.py.
+
+#include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "cascade.h"
+#include "panels.h"
+
+namespace alignpro {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kGrain = 1 << 14;      // elements that are worth a thread
+constexpr int64_t kRowsInFlight = 512;   // of a gated layer's inner states
+
+float* data(const Tensor& x) { return x.mutable_data_ptr<float>(); }
+const float* values(const Tensor& x) { return x.const_data_ptr<float>(); }
+
+template <typename Work>
+void for_rows(int64_t rows, int64_t width, const Work& work) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) work(row);
+  });
+}
+
+// What one layer has; weights are packed.
+struct Layer {
+  Tensor norm, qkv, out, inner_norm, gate, up, down;
+  OptionalTensor qkv_bias, query_norm, key_norm;
+};
+
+struct Shape {
+  int64_t tokens, dim, heads, kv_heads, head_dim, inner;
+  float eps, offset;  // of norms
+  int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+void normalise(const Tensor& x, const Tensor& weight, const Shape& s, float* out) {
+  const float *from = values(x), *scales = values(weight);
+  for_rows(s.tokens, s.dim, [&](int64_t row) {
+    layer_kernels().normalise(from + row * s.dim, scales, s.dim, s.eps, s.offset, out + row * s.dim);
+  });
+}
+
+// Queries, keys and values, (T, (H + 2 H') head_dim), before their rotation.
+void project(const float* x, const Layer& layer, const Shape& s, float* qkv) {
+  const float* bias = layer.qkv_bias ? values(*layer.qkv_bias) : nullptr;
+  multiply(x, s.tokens, layer.qkv, s.qkv(), [&](int64_t row, int64_t column, int64_t width, const float* product) {
+    float* to = qkv + row * s.qkv() + column;
+    for (int64_t j = 0; j < width; ++j) to[j] = bias == nullptr ? product[j] : product[j] + bias[column + j];
+  });
+}
+
+void rotate(const Layer& layer, const Shape& s, const Tensor& cos, const Tensor& sin, float* qkv) {
+  const float *c = values(cos), *n = values(sin);
+  const int64_t dim = cos.size(1);
+  for_rows(s.tokens, s.qkv(), [&](int64_t row) {
+    float* x = qkv + row * s.qkv();
+    for (int64_t head = 0; head < s.heads + s.kv_heads; ++head, x += s.head_dim) {
+      const OptionalTensor& norm = head < s.heads ? layer.query_norm : layer.key_norm;
+      if (norm) layer_kernels().normalise(x, values(*norm), s.head_dim, s.eps, s.offset, x);
+      layer_kernels().rotate(x, c + row * dim, n + row * dim, dim);
+    }
+  });
+}
+
+// x (rows, outputs) += from (rows, inputs) times a weight
+void add_product(const float* from, int64_t rows, const Tensor& packed, int64_t outputs, float* x) {
+  multiply(from, rows, packed, outputs, [&](int64_t row, int64_t column, int64_t width, const float* product) {
+    float* to = x + row * outputs + column;
+    for (int64_t j = 0; j < width; ++j) to[j] += product[j];
+  });
+}
+
+// hidden (T, D) -> (T, D)
+Tensor decoder_stack(const Tensor& hidden, at::TensorList norms, at::TensorList weights, const c10::List<OptionalTensor>& extras,
+                     const Tensor& cos, const Tensor& sin, at::TensorList pages, const Tensor& slots,
+                     const c10::List<OptionalTensor>& rows, at::TensorList cu_queries, at::TensorList page_tables,
+                     at::TensorList key_lengths, at::TensorList query_positions, at::TensorList key_starts, double eps,
+                     double offset, double scale, double softcap, at::IntArrayRef windows) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const int64_t layers = static_cast<int64_t>(pages.size());
+  const int64_t head_dim = pages[0].size(4), kv_heads = pages[0].size(3), query_width = weights[1].size(1);
+  const Shape s{hidden.size(0), hidden.size(1),      query_width / head_dim, kv_heads, head_dim, weights[4].size(1),
+                static_cast<float>(eps), static_cast<float>(offset)};
+  const CascadeLevels levels{rows, cu_queries, page_tables, key_lengths, query_positions, key_starts};
+  const Tensor x = hidden.clone(at::MemoryFormat::Contiguous), normed = at::empty_like(x);
+  const Tensor qkv = at::empty({s.tokens, s.qkv()}, x.options());
+  const Tensor attended = at::empty({s.tokens, s.heads, s.head_dim}, x.options());
+  const Tensor lse = at::empty({s.tokens, s.heads}, x.options());
+  const Tensor inner = at::empty({std::min(s.tokens, kRowsInFlight), s.inner}, x.options());
+  const auto part = [&](int64_t head, int64_t count) {
+    return qkv.narrow(1, head * s.head_dim, count * s.head_dim).view({s.tokens, count, s.head_dim});
+  };
+  const Tensor queries = part(0, s.heads), keys = part(s.heads, s.kv_heads), value = part(s.heads + s.kv_heads, s.kv_heads);
+  for (int64_t l = 0; l < layers; ++l) {
+    const Layer layer{norms[2 * l],       weights[5 * l],     weights[5 * l + 1], norms[2 * l + 1],      weights[5 * l + 2],
+                      weights[5 * l + 3], weights[5 * l + 4], extras.get(3 * l),  extras.get(3 * l + 1), extras.get(3 * l + 2)};
+    normalise(x, layer.norm, s, data(normed));
+    project(values(normed), layer, s, data(qkv));
+    rotate(layer, s, cos, sin, data(qkv));
+    write_kv(keys, value, pages[l], slots);
+    attend_to_levels(queries, pages[l], levels, scale, softcap, windows[l], attended, lse);
+    add_product(values(attended), s.tokens, layer.out, s.dim, data(x));
+    normalise(x, layer.inner_norm, s, data(normed));
+    for (int64_t first = 0; first < s.tokens; first += kRowsInFlight) {
+      const int64_t count = std::min(kRowsInFlight, s.tokens - first);
+      multiply_gated(values(normed) + first * s.dim, count, layer.gate, layer.up, s.inner, data(inner));
+      add_product(values(inner), count, layer.down, s.dim, data(x) + first * s.dim);
+    }
+  }
+  normalise(x, norms[2 * layers], s, data(normed));
+  return normed;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(alignpro, m) {
+  m.def(
+      "decoder_stack(Tensor hidden, Tensor[] norms, Tensor[] weights, Tensor?[] extras, Tensor cos, Tensor sin, "
+      "Tensor[] pages, Tensor slots, Tensor?[] rows, Tensor[] cu_queries, Tensor[] page_tables, Tensor[] key_lengths, "
+      "Tensor[] query_positions, Tensor[] key_starts, float eps, float offset, float scale, float softcap, int[] windows) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(alignpro, CPU, m) { m.impl("decoder_stack", &decoder_stack); }
+
+}  // namespace alignpro

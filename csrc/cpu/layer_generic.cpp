@@ -1,0 +1,6 @@
+#include "isa_generic.h"
+#include "layer_impl.h"
+
+namespace alignpro {
+extern const LayerKernels layer_kernels_generic = {multiply, normalise, rotate, gate};
+}

@@ -1,0 +1,95 @@
+// The layers' kernels, written once on the lanes of `Isa`. Included by one file for each instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
+#include "exponential.h"
+#include "layer.h"
+
+namespace alignpro {
+namespace {
+
+// R rows by two vectors of outputs, all in registers.
+template <int R>
+void multiply_rows(const float* x, int64_t stride, const float* panel, int64_t depth, float* out, bool add) {
+  F low[R], high[R];
+  for (int r = 0; r < R; ++r) low[r] = high[r] = Isa::set(0);
+  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+    const F a = Isa::load(panel), b = Isa::load(panel + Isa::width);
+    for (int r = 0; r < R; ++r) {
+      const F scale = Isa::set(x[r * stride + k]);
+      low[r] = Isa::fma(scale, a, low[r]);
+      high[r] = Isa::fma(scale, b, high[r]);
+    }
+  }
+  for (int r = 0; r < R; ++r, out += kPanel) {
+    Isa::store(out, add ? Isa::add(Isa::load(out), low[r]) : low[r]);
+    Isa::store(out + Isa::width, add ? Isa::add(Isa::load(out + Isa::width), high[r]) : high[r]);
+  }
+}
+
+using MultiplyRows = void (*)(const float*, int64_t, const float*, int64_t, float*, bool);
+
+template <int... R>
+constexpr MultiplyRows multiply_rows_of(int64_t rows, std::integer_sequence<int, R...>) {
+  constexpr MultiplyRows all[] = {multiply_rows<R + 1>...};
+  return all[rows - 1];
+}
+
+// In blocks of nearly as many rows each: one of a few rows costs nearly what one of many does.
+void multiply(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out, bool add) {
+  constexpr int64_t most = Isa::product_rows;
+  for (int64_t blocks = (rows + most - 1) / most; blocks > 0; --blocks) {
+    const int64_t count = (rows + blocks - 1) / blocks;
+    const MultiplyRows block = multiply_rows_of(count, std::make_integer_sequence<int, most>());
+    for (int64_t j = 0; j < kPanel; j += 2 * Isa::width) block(x, stride, panel + j, depth, out + j, add);
+    rows -= count;
+    x += count * stride;
+    out += count * kPanel;
+  }
+}
+
+void normalise(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out) {
+  F squares = Isa::set(0);
+  int64_t d = 0;
+  for (; d + Isa::width <= dim; d += Isa::width) squares = Isa::fma(Isa::load(x + d), Isa::load(x + d), squares);
+  float sum = Isa::sum(squares);
+  for (; d < dim; ++d) sum = __builtin_fmaf(x[d], x[d], sum);
+  const float by = 1.0f / std::sqrt(sum / static_cast<float>(dim) + eps);
+  const F scale = Isa::set(by), more = Isa::set(offset);
+  for (d = 0; d + Isa::width <= dim; d += Isa::width) {
+    Isa::store(out + d, Isa::mul(Isa::mul(Isa::load(x + d), scale), Isa::add(Isa::load(weight + d), more)));
+  }
+  for (; d < dim; ++d) out[d] = x[d] * by * (weight[d] + offset);
+}
+
+void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
+  const int64_t half = dim / 2;
+  float* y = x + half;
+  int64_t d = 0;
+  for (; d + Isa::width <= half; d += Isa::width) {
+    const F a = Isa::load(x + d), b = Isa::load(y + d);
+    const F minus = Isa::sub(Isa::set(0), Isa::load(sin + d));
+    Isa::store(x + d, Isa::fma(b, minus, Isa::mul(a, Isa::load(cos + d))));
+    Isa::store(y + d, Isa::fma(a, Isa::load(sin + half + d), Isa::mul(b, Isa::load(cos + half + d))));
+  }
+  for (; d < half; ++d) {
+    const float a = x[d], b = y[d];
+    x[d] = __builtin_fmaf(b, -sin[d], a * cos[d]);
+    y[d] = __builtin_fmaf(a, sin[half + d], b * cos[half + d]);
+  }
+}
+
+void gate(float* gate, const float* up, int64_t count) {
+  const F one = Isa::set(1), largest = Isa::set(88);
+  for (int64_t j = 0; j < count; j += Isa::width) {
+    const F g = Isa::load(gate + j);
+    const F e = exponential(Isa::min(largest, Isa::sub(Isa::set(0), g)));
+    Isa::store(gate + j, Isa::mul(Isa::div(g, Isa::add(one, e)), Isa::load(up + j)));
+  }
+}
+
+}  // namespace
+}  // namespace alignpro

@@ -1,0 +1,88 @@
+// Linear layers on weights in panels; see alignpro_kernels/linear.py.
+
+#include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "panels.h"
+
+namespace alignpro {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+
+// weight (N, K) float32, or the transpose of such -> (ceil(N / kPanel), K, kPanel), zeros beyond the last output
+Tensor pack_weight(const Tensor& weight) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kFloat, "weight must be (N, K) float32");
+  const bool transposed = weight.stride(0) == 1 && weight.size(0) > 1;
+  const Tensor from = transposed ? weight.t().contiguous() : weight.contiguous();
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), panels = (outputs + kPanel - 1) / kPanel;
+  const Tensor packed = at::empty({panels, inputs, kPanel}, weight.options());
+  const float* source = from.const_data_ptr<float>();
+  float* target = packed.mutable_data_ptr<float>();
+  at::parallel_for(0, panels, std::max<int64_t>(1, kGrain / (inputs * kPanel)), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      float* to = target + panel * inputs * kPanel;
+      const int64_t first = panel * kPanel, width = std::min(kPanel, outputs - first);
+      for (int64_t k = 0; k < inputs; ++k, to += kPanel) {
+        if (transposed) {
+          std::copy_n(source + k * outputs + first, width, to);
+        } else {
+          for (int64_t j = 0; j < width; ++j) to[j] = source[(first + j) * inputs + k];
+        }
+        std::fill(to + width, to + kPanel, 0.0f);
+      }
+    }
+  });
+  return packed;
+}
+
+Tensor result(const Tensor& x, int64_t outputs) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = outputs;
+  return at::empty(sizes, x.options());
+}
+
+// x (..., K), packed, bias (N) -> (..., N)
+Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const Tensor rows = x.contiguous(), out = result(x, outputs);
+  const Tensor added = bias ? bias->contiguous() : Tensor();
+  const float* add = bias ? added.const_data_ptr<float>() : nullptr;
+  float* to = out.mutable_data_ptr<float>();
+  multiply(rows.const_data_ptr<float>(), x.numel() / packed.size(1), packed, outputs,
+           [&](int64_t row, int64_t column, int64_t width, const float* product) {
+             float* at = to + row * outputs + column;
+             for (int64_t j = 0; j < width; ++j) at[j] = add == nullptr ? product[j] : product[j] + add[column + j];
+           });
+  return out;
+}
+
+// x (..., K), packed -> silu(x gate) (x up), (..., N)
+Tensor packed_gate(const Tensor& x, const Tensor& gate, const Tensor& up, int64_t outputs) {
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const Tensor rows = x.contiguous(), out = result(x, outputs);
+  multiply_gated(rows.const_data_ptr<float>(), x.numel() / gate.size(1), gate, up, outputs, out.mutable_data_ptr<float>());
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(alignpro, m) {
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
+  m.def("packed_gate(Tensor x, Tensor gate, Tensor up, int outputs) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(alignpro, CPU, m) {
+  m.impl("pack_weight", &pack_weight);
+  m.impl("packed_linear", &packed_linear);
+  m.impl("packed_gate", &packed_gate);
+}
+
+}  // namespace alignpro

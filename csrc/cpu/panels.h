@@ -1,0 +1,90 @@
+// Weights in panels, and products with them on several threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+
+#include "instructions.h"
+#include "layer.h"
+
+namespace alignpro {
+
+inline const LayerKernels& layer_kernels() {
+#if defined(__x86_64__)
+  switch (instructions()) {
+    case Instructions::kAvx512: return layer_kernels_avx512;
+    case Instructions::kAvx2: return layer_kernels_avx2;
+    case Instructions::kGeneric: break;
+  }
+#endif
+  return layer_kernels_generic;
+}
+
+constexpr int64_t kRowChunk = 96;           // rows of a piece of work: what they make of a panel stays in the first-level cache
+constexpr int64_t kDepthChunk = 192;        // inputs summed apart, which keeps rounding errors small
+constexpr int64_t kGroupFloats = 96 << 10;  // of the rows that are taken together: they stay in the second-level cache
+constexpr int64_t kLeastProduct = 1 << 16;  // multiplications that are worth a thread
+
+// (panels, inputs, kPanel)
+struct Panels {
+  const float* data;
+  int64_t count, inputs;
+  explicit Panels(const at::Tensor& packed) : data(packed.const_data_ptr<float>()), count(packed.size(0)), inputs(packed.size(1)) {}
+};
+
+// out (rows, kPanel) = x (rows, inputs) times one panel.
+inline void multiply_panel(const float* x, int64_t stride, int64_t rows, const Panels& weight, int64_t panel, float* out) {
+  const float* from = weight.data + panel * weight.inputs * kPanel;
+  for (int64_t k = 0; k < weight.inputs; k += kDepthChunk) {
+    layer_kernels().multiply(x + k, stride, rows, from + k * kPanel, std::min(kDepthChunk, weight.inputs - k), out, k > 0);
+  }
+}
+
+// Calls work(first row, rows, panel) for all rows and panels, on as many threads as are worth it. A thread takes the panels of
+// a group of rows one after another, each for a few rows at a time.
+template <typename Work>
+void for_panels(int64_t rows, int64_t panels, int64_t inputs, const Work& work) {
+  if (rows == 0) return;
+  const int64_t in_group = std::max(kRowChunk, kGroupFloats / inputs), groups = (rows + in_group - 1) / in_group;
+  const int64_t work_of_one = std::max<int64_t>(1, rows / groups * inputs * kPanel);
+  at::parallel_for(0, groups * panels, std::max<int64_t>(1, kLeastProduct / work_of_one), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / panels, first = group * rows / groups, count = (group + 1) * rows / groups - first;
+      const int64_t chunks = (count + kRowChunk - 1) / kRowChunk;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t from = chunk * count / chunks, to = (chunk + 1) * count / chunks;
+        work(first + from, to - from, i % panels);
+      }
+    }
+  });
+}
+
+// Calls take(row, first output, outputs, the products) for x (rows, inputs) times a packed weight.
+template <typename Take>
+void multiply(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const Take& take) {
+  const Panels weight(packed);
+  for_panels(rows, weight.count, weight.inputs, [&](int64_t first, int64_t count, int64_t panel) {
+    alignas(64) float tile[kRowChunk * kPanel];
+    multiply_panel(x + first * weight.inputs, weight.inputs, count, weight, panel, tile);
+    const int64_t column = panel * kPanel, width = std::min(kPanel, outputs - column);
+    for (int64_t r = 0; r < count; ++r) take(first + r, column, width, tile + r * kPanel);
+  });
+}
+
+// out (rows, outputs) = silu(x gate) (x up)
+inline void multiply_gated(const float* x, int64_t rows, const at::Tensor& gate, const at::Tensor& up, int64_t outputs,
+                           float* out) {
+  const Panels gates(gate), ups(up);
+  for_panels(rows, gates.count, gates.inputs, [&](int64_t first, int64_t count, int64_t panel) {
+    alignas(64) float g[kRowChunk * kPanel], u[kRowChunk * kPanel];
+    multiply_panel(x + first * gates.inputs, gates.inputs, count, gates, panel, g);
+    multiply_panel(x + first * gates.inputs, gates.inputs, count, ups, panel, u);
+    layer_kernels().gate(g, u, count * kPanel);
+    const int64_t column = panel * kPanel, width = std::min(kPanel, outputs - column);
+    for (int64_t r = 0; r < count; ++r) std::copy_n(g + r * kPanel, width, out + (first + r) * outputs + column);
+  });
+}
+
+}  // namespace alignpro

@@ -1,0 +1,100 @@
+"""Products with weights laid out in panels, on a CPU: csrc/cpu/linear.cpp.
+
+A weight (N, K) is cut into panels of `PANEL` outputs, within which the weights of one input lie side by side, as a product
+reads them. Laying it out costs about one product with a single row. An output is a sum over its inputs in an order that
+nothing else changes, so that a row's results are the same bits whatever rows it is computed with; that holds for no BLAS.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignpro_kernels import cpp_head
+from alignpro_kernels.backends import BackendError
+
+PANEL = 32
+"""Outputs."""
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """A weight in panels.
+
+    Args:
+        weight: (N, K) float32, on the CPU; contiguous, or the transpose of a contiguous matrix.
+
+    Returns:
+        (⌈N / PANEL⌉, K, PANEL); 0 beyond the last output.
+
+    Raises:
+        ValueError: ``weight`` is something else.
+        BackendError: The library of C++ operators cannot be had.
+    """
+    if weight.ndim != 2 or weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.numel():
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}: expected (N, K) float32 on the "
+            "CPU, not empty"
+        )
+    _require_library()
+    packed: Tensor = torch.ops.alignpro.pack_weight(weight.detach())
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, without gradient.
+
+    Args:
+        x: (..., K) float32, on the CPU.
+        packed: Of W, by `pack_weight`.
+        outputs: N.
+        bias: (N,) float32.
+
+    Returns:
+        (..., N) float32.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    _check(x, packed, outputs)
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (outputs,)):
+        raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}: expected ({outputs},) float32")
+    out: Tensor = torch.ops.alignpro.packed_linear.default(x, packed, bias, outputs)
+    return out
+
+
+def packed_gate(x: Tensor, gate: Tensor, up: Tensor, outputs: int) -> Tensor:
+    """silu(x Gᵀ) · (x Uᵀ), without gradient: both products of a panel are joined while they are in the cache.
+
+    Args:
+        x: (..., K) float32, on the CPU.
+        gate: Of G (N, K), by `pack_weight`.
+        up: Of U (N, K), likewise.
+        outputs: N.
+
+    Returns:
+        (..., N) float32.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    _check(x, gate, outputs)
+    if up.shape != gate.shape:
+        raise ValueError(f"up has the packed shape {tuple(up.shape)} and gate {tuple(gate.shape)}: they must agree")
+    out: Tensor = torch.ops.alignpro.packed_gate.default(x, gate, up, outputs)
+    return out
+
+
+def _check(x: Tensor, packed: Tensor, outputs: int) -> None:
+    if x.dtype != torch.float32 or packed.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"x is {x.dtype} on {x.device} and the weight {packed.dtype}: expected float32 on the CPU")
+    panels = (outputs + PANEL - 1) // PANEL
+    if x.ndim == 0 or packed.shape != (panels, x.shape[-1], PANEL):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and the packed weight {tuple(packed.shape)}: expected (..., K) and, for {outputs} "
+            f"outputs, ({panels}, K, {PANEL})"
+        )
+
+
+def _require_library() -> None:
+    if (reason := cpp_head.unavailable()) is not None:
+        raise BackendError(f"pack_weight: {reason}")

@@ -1,0 +1,150 @@
+"""All layers in one call: what the layers themselves compute, of the weights as they are now."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import ARCHITECTURES, tiny_transformer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alignpro import attention, fused_decoder, fused_layers, packed_linear
+from alignpro.cascade import Cascade
+from alignpro_kernels import CascadeLevel, backends
+
+pytestmark = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
+
+FUSED = ("llama", "qwen2", "qwen3", "mistral")
+TOKENS = 13  # more than the sliding windows of the tiny models
+
+
+def states(model: PreTrainedModel) -> Tensor:
+    """(TOKENS, D): a pass of generation over an empty pool."""
+    config = model.config
+    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pages = [torch.zeros(4, 2, 4, kv_heads, head_dim) for _ in range(config.num_hidden_layers)]
+
+    def int32(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    span = torch.arange(TOKENS)
+    level = CascadeLevel(None, span.int(), int32(0, TOKENS), int32(0, 1, 2, 3)[None], int32(TOKENS), int32(0))
+    with torch.no_grad():
+        out: Tensor = model.base_model(
+            input_ids=span[None],
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            position_ids=span[None],
+            use_cache=False,
+            plan=Cascade(pages, span, [level]),
+        ).last_hidden_state[0]
+    return out
+
+
+def plain_and_fused(architecture: str, **settings: object) -> tuple[PreTrainedModel, PreTrainedModel]:
+    plain = tiny_transformer(architecture, **settings)
+    for name, weight in plain.named_parameters():
+        if "norm" in name or "bias" in name:
+            nn.init.normal_(weight, 1.0, 0.3)
+    attention.attach(plain)
+    return plain, fuse(copy.deepcopy(plain))
+
+
+def fuse(model: PreTrainedModel) -> PreTrainedModel:
+    packing = packed_linear.attach(model.base_model)
+    fused_layers.attach(model.base_model, packing)
+    fused_decoder.attach(model.base_model, packing)
+    return model
+
+
+def is_fused(model: PreTrainedModel) -> bool:
+    return type(model.base_model).__name__.startswith("FusedDecoder")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_states_are_those_of_the_layers(architecture: str) -> None:
+    plain, model = plain_and_fused(architecture)
+    assert is_fused(model) == (architecture in FUSED)
+    assert isinstance(model.base_model, type(plain.base_model))
+    torch.testing.assert_close(states(model), states(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_changed_weights_are_seen() -> None:
+    plain, model = plain_and_fused("qwen2")
+    before = states(model)
+    for name in ("self_attn.q_proj.bias", "self_attn.v_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"):
+        with torch.no_grad():
+            for each in (plain, model):
+                each.model.layers[1].get_parameter(name).mul_(1.5)
+        after = states(model)
+        assert not torch.equal(after, before), name
+        torch.testing.assert_close(after, states(plain), rtol=1e-5, atol=2e-5, msg=name)
+        before = after
+
+
+def test_gradients_and_other_passes_are_the_layers_own() -> None:
+    plain, model = plain_and_fused("llama")
+    ids = torch.arange(TOKENS)[None]
+    for each in (plain, model):
+        each(input_ids=ids, labels=ids).loss.backward()
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_on_a_layer_is_called() -> None:
+    _, model = plain_and_fused("llama")
+    expected, called = states(model), []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(states(model), expected, rtol=1e-5, atol=1e-5)
+    assert called == [1]
+    handle.remove()
+    assert torch.equal(states(model), expected) and called == [1]
+
+
+def test_an_adapter_put_around_the_layers_acts() -> None:
+    plain, model = plain_and_fused("llama")
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    found = []
+    for each in (plain, model):
+        torch.manual_seed(1)
+        get_peft_model(each, config)
+        found.append(states(each))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_has_weights_of_its_own() -> None:
+    _, model = plain_and_fused("llama")
+    expected = states(model)
+    other = copy.deepcopy(model)
+    assert is_fused(other)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.zero_()
+    assert not torch.allclose(states(other), expected)
+    assert torch.equal(states(model), expected)
+
+
+def test_what_computes_something_else_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    plain, _ = plain_and_fused("llama")
+    other = copy.deepcopy(plain)
+    other.model.layers[1].mlp.act_fn = nn.GELU()
+    with caplog.at_level("INFO", "alignpro.fused_decoder"):
+        assert not is_fused(fuse(other))
+    assert "they compute something else" in caplog.text
+    other = copy.deepcopy(plain)
+    other.model.layers[1].mlp.scale = nn.Linear(2, 2)
+    assert not is_fused(fuse(other))
+    other = copy.deepcopy(plain)
+    other.model.layers[1].self_attn.o_proj = nn.Linear(32, 32)
+    assert not is_fused(fuse(other))
+
+
+def test_it_can_be_undone() -> None:
+    plain, model = plain_and_fused("llama")
+    fused_decoder.detach(model)
+    assert type(model.base_model) is type(plain.base_model)
+    torch.testing.assert_close(states(model), states(plain), rtol=1e-5, atol=2e-5)
+    assert is_fused(fuse(model))
