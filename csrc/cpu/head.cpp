@@ -1,5 +1,5 @@
-// The head on a CPU: the vocabulary is cut into tiles, dealt to the threads; a tile's logits are made by the BLAS that
-// PyTorch carries, and reduced or turned into their gradient while they are in that core's cache.
+// The head on a CPU: the vocabulary is cut into tiles, dealt to the threads; a tile's logits are made, and reduced or turned
+// into their gradient while they are in that core's cache.
 //
 // Every sum has a fixed order: over tiles for the statistics, over threads for the hidden states' gradient; a row of the
 // weight's gradient belongs to one tile and so to one thread. So results repeat bit for bit with as many threads.
@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "head_products.h"
 #include "instructions.h"
 #include "memory.h"
 #include "tiles.h"
@@ -31,7 +32,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kTile = 320;       // columns: a tile of logits of 320 x kRowBlock floats is about half of a 1 MiB L2
 constexpr int64_t kRowBlock = 384;   // rows
-constexpr int64_t kLanes = 16;
 constexpr int64_t kSmall = 1 << 21;  // multiplications: some 20 us
 
 const TileKernels& tile_kernels() {
@@ -52,7 +52,7 @@ struct Tiling {
   // As many tiles for each thread, of nearly kTile columns.
   explicit Tiling(int64_t vocabulary, int64_t threads = at::get_num_threads()) : vocabulary(vocabulary) {
     const int64_t wanted = ceil_div(ceil_div(vocabulary, kTile), threads) * threads;
-    width = std::max(kLanes, ceil_div(ceil_div(vocabulary, wanted), kLanes) * kLanes);
+    width = ceil_div(ceil_div(vocabulary, wanted), kPanel) * kPanel;
     count = ceil_div(vocabulary, width);
   }
   // That of logits kept before: the number of threads may have changed since.
@@ -87,7 +87,7 @@ HeadInputs head_inputs(const Tensor& hidden, const Tensor& weight, const Optiona
                        const OptionalTensor& low_rank_weight, const OptionalTensor& ref_hidden,
                        const OptionalTensor& ref_weight, const OptionalTensor& ref_bias, const Tiling& tiling) {
   HeadInputs in;
-  in.hidden = widened(hidden);
+  in.hidden = spread(widened(hidden));
   in.weight = weight;
   in.bias = padded_bias(bias, tiling);
   if (low_rank_weight) {
@@ -95,7 +95,7 @@ HeadInputs head_inputs(const Tensor& hidden, const Tensor& weight, const Optiona
     in.low_rank_weight = *low_rank_weight;
   }
   if (ref_weight) {
-    in.ref_hidden = widened(*ref_hidden);
+    in.ref_hidden = spread(widened(*ref_hidden));
     in.ref_weight = *ref_weight;
     in.ref_bias = padded_bias(ref_bias, tiling);
   }
@@ -121,12 +121,6 @@ class WeightTile {
  private:
   Tensor weight_, buffer_;
 };
-
-// u = h W^T for some rows into (rows, width), of which the first `columns` are written.
-void product(const Tensor& hidden, const Tensor& weight_tile, float* out, int64_t width) {
-  Tensor u = at::from_blob(out, {hidden.size(0), weight_tile.size(0)}, {width, 1}, at::kFloat);
-  at::mm_out(u, hidden, weight_tile.t());
-}
 
 const float* pointer(const Tensor& x, int64_t offset = 0) { return x.defined() ? x.const_data_ptr<float>() + offset : nullptr; }
 
@@ -199,6 +193,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
     const at::AutoDispatchBelowAutograd no_autograd_here;
     const WeightTile weights(in.weight, tiling.width), others(in.shared() ? Tensor() : in.ref_weight, tiling.width);
     const WeightTile low_rank(in.low_rank_weight, tiling.width);
+    const Tensor& other = reference ? in.ref_weight : in.weight;  // its rows may be of another width
+    TileProducts products(tiling.width, in.weight.size(1), packs(rows));
+    TileProducts of_reference(tiling.width, other.size(1), reference && !in.shared() && packs(rows));
     const int64_t block = std::min(rows, kRowBlock);
     Tensor scratch;
     if (!logits) scratch = at::empty({reference ? 2 : 1, block, tiling.width}, at::kFloat);
@@ -207,6 +204,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
       const Tensor w = weights.at_columns(start, columns);
       const Tensor w_r = !reference ? Tensor() : in.shared() ? w : others.at_columns(start, columns);
       const Tensor b = in.low_rank_weight.defined() ? low_rank.at_columns(start, columns) : Tensor();
+      products.forget();
+      of_reference.forget();
       for (int64_t row = 0; row < rows; row += block) {
         const int64_t count = std::min(block, rows - row);
         float* z = logits ? logits->mutable_data_ptr<float>() + (tile * rows + row) * tiling.width
@@ -214,12 +213,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
         float* z_r = !reference ? nullptr
                      : logits   ? z + tiling.count * rows * tiling.width
                                 : z + block * tiling.width;
-        product(in.hidden.narrow(0, row, count), w, z, tiling.width);
+        products.logits(in.hidden.narrow(0, row, count), w, z, tiling.width);
         if (b.defined()) {
           Tensor u = at::from_blob(z, {count, columns}, {tiling.width, 1}, at::kFloat);
           u.addmm_(in.low_rank_rows.narrow(0, row, count), b.t());
         }
-        if (reference) product(in.ref_hidden.narrow(0, row, count), w_r, z_r, tiling.width);
+        if (reference) {
+          (in.shared() ? products : of_reference).logits(in.ref_hidden.narrow(0, row, count), w_r, z_r, tiling.width);
+        }
         const Shape shape{count, columns, tiling.width, in.softcap, pointer(in.inverse_tau, row)};
         tile_kernels().statistics(z, z_r, shape, pointer(in.bias, start), pointer(in.ref_bias, start),
                                   partials_at(sums, tile, row));
@@ -261,6 +262,13 @@ void reduce_rows(const Tensor& parts, const OptionalTensor& active, Tensor into)
   into.index_copy_(0, *active, sum.to(into.scalar_type()));
 }
 
+// Hidden states (C, D) in panels, for `TileProducts::weight_gradient`.
+Tensor pack_all_rows(const Tensor& hidden) {
+  const Tensor packed = at::empty({panels_of(hidden.size(1)), hidden.size(0), kPanel}, at::kFloat);
+  pack_rows(hidden.const_data_ptr<float>(), hidden.stride(0), hidden.size(0), hidden.size(1), packed.mutable_data_ptr<float>());
+  return packed;
+}
+
 void accumulate(Tensor into, const Tensor& a, const Tensor& b, bool add) {
   if (add) {
     into.addmm_(a, b);
@@ -284,6 +292,8 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
   const auto chosen = [&](const Tensor& x) { return widened(active ? x.index_select(0, *active) : x); };
   const Tensor inverse_tau = temperature ? temperature->reciprocal() : Tensor();
   const Tensor h = d_weight ? chosen(hidden) : Tensor();
+  const bool packed = packs(rows) && (!d_weight || d_weight->scalar_type() == at::kFloat);
+  const Tensor packed_h = packed && d_weight ? pack_all_rows(h) : Tensor();
   const Tensor t = d_low_rank ? chosen(*low_rank_rows) : Tensor();
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), tiling.count);
   const auto thread_sums = [&](const OptionalTensor& like) {
@@ -303,6 +313,7 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
     const int64_t thread = begin / ceil_div(tiling.count, threads);
     const WeightTile weights(d_hidden ? weight : Tensor(), tiling.width);
     const WeightTile low_rank(d_low_rank_rows ? *low_rank_weight : Tensor(), tiling.width);
+    TileProducts products(tiling.width, weight.size(1), packed);
     const int64_t block = std::min(rows, kRowBlock);
     const Tensor scratch = at::empty({block, tiling.width}, at::kFloat);
     std::vector<int64_t> local(chunk);
@@ -310,6 +321,7 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
       const int64_t start = tiling.start(tile), columns = tiling.columns(tile);
       const Tensor w = d_hidden ? weights.at_columns(start, columns) : Tensor();
       const Tensor b = d_low_rank_rows ? low_rank.at_columns(start, columns) : Tensor();
+      products.forget();
       const float* z = logits.const_data_ptr<float>() + tile * chunk * tiling.width;
       const float* z_r = reference ? z + tiling.count * chunk * tiling.width : nullptr;
       for (int64_t i = 0; i < chunk; ++i) local[i] = target.const_data_ptr<int64_t>()[i] - start;
@@ -327,9 +339,15 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
                                 scratch.mutable_data_ptr<float>(),
                                 bias_sums.defined() ? bias_sums.mutable_data_ptr<float>() + start : nullptr);
         const Tensor du = scratch.narrow(0, 0, count).narrow(1, 0, columns);
-        if (d_hidden) hidden_sums[thread].narrow(0, row, count).addmm_(du, w);
+        const float* du_data = scratch.const_data_ptr<float>();
+        if (d_hidden) products.add_hidden_gradient(du_data, tiling.width, w, hidden_sums[thread].narrow(0, row, count));
         if (d_low_rank_rows) low_rank_sums[thread].narrow(0, row, count).addmm_(du, b);
-        if (d_weight) accumulate(d_weight->narrow(0, start, columns), du.t(), h.narrow(0, row, count), add || row > 0);
+        if (packed_h.defined()) {
+          products.weight_gradient(du_data, tiling.width, packed_h.const_data_ptr<float>(), rows, row, count,
+                                   d_weight->narrow(0, start, columns), add || row > 0);
+        } else if (d_weight) {
+          accumulate(d_weight->narrow(0, start, columns), du.t(), h.narrow(0, row, count), add || row > 0);
+        }
         if (d_low_rank) accumulate(d_low_rank->narrow(0, start, columns), du.t(), t.narrow(0, row, count), add || row > 0);
       }
     }
@@ -382,15 +400,17 @@ std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tenso
     const at::AutoDispatchBelowAutograd no_autograd_here;
     const int64_t thread = begin / ceil_div(tiling.count, threads);
     const WeightTile weights(in.weight, tiling.width), low_rank(in.low_rank_weight, tiling.width);
+    TileProducts products(tiling.width, in.weight.size(1), packs(rows));
     const int64_t block = std::min(rows, kRowBlock);
     const Tensor scratch = at::empty({block, tiling.width}, at::kFloat);
     float* z = scratch.mutable_data_ptr<float>();
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t start = tiling.start(tile), columns = tiling.columns(tile);
       const Tensor w = weights.at_columns(start, columns);
+      products.forget();
       for (int64_t row = 0; row < rows; row += block) {
         const int64_t count = std::min(block, rows - row);
-        product(in.hidden.narrow(0, row, count), w, z, tiling.width);
+        products.logits(in.hidden.narrow(0, row, count), w, z, tiling.width);
         if (in.low_rank_weight.defined()) {
           Tensor u = at::from_blob(z, {count, columns}, {tiling.width, 1}, at::kFloat);
           u.addmm_(in.low_rank_rows.narrow(0, row, count), low_rank.at_columns(start, columns).t());

@@ -12,8 +12,15 @@ namespace alignpro {
 constexpr int64_t kPanel = 32;  // outputs, a multiple of twice every instruction set's lanes
 
 struct LayerKernels {
-  // out (rows, kPanel) = x (rows, depth) panel (depth, kPanel), or that added to it. Rows of x are `stride` apart.
-  void (*multiply)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out, bool add);
+  // out = x panel, or that added to it: x (rows, depth), its rows `stride` apart; panel (depth, kPanel); out (rows, kPanel),
+  // its rows `out_stride` apart.
+  void (*multiply)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
+                   int64_t out_stride, bool add);
+  // The same of x^T, for x (depth, rows).
+  void (*multiply_transposed)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
+                              int64_t out_stride, bool add);
+  // A panel (inputs, kPanel) of weights (outputs, inputs) whose rows are `stride` apart; zeros beyond the outputs.
+  void (*pack)(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel);
   // out = x / sqrt(mean(x^2) + eps) (weight + offset), for a row of `dim`; out may be x.
   void (*normalise)(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out);
   // Rotary position embedding in place, of the first `dim` elements of a head: pairs are half of them apart.

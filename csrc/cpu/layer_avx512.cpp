@@ -18,7 +18,7 @@
 #include "layer_impl.h"
 
 namespace alignpro {
-extern const LayerKernels layer_kernels_avx512 = {multiply, normalise, rotate, gate};
+extern const LayerKernels layer_kernels_avx512 = {multiply<false>, multiply<true>, pack, normalise, rotate, gate};
 }
 
 #if defined(__clang__)

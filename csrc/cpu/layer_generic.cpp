@@ -2,5 +2,5 @@
 #include "layer_impl.h"
 
 namespace alignpro {
-extern const LayerKernels layer_kernels_generic = {multiply, normalise, rotate, gate};
+extern const LayerKernels layer_kernels_generic = {multiply<false>, multiply<true>, pack, normalise, rotate, gate};
 }

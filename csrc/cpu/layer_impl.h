@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #include "exponential.h"
 #include "layer.h"
 
@@ -12,42 +16,69 @@ namespace alignpro {
 namespace {
 
 // R rows by two vectors of outputs, all in registers.
-template <int R>
-void multiply_rows(const float* x, int64_t stride, const float* panel, int64_t depth, float* out, bool add) {
+template <int R, bool Transposed>
+void multiply_rows(const float* x, int64_t stride, const float* panel, int64_t depth, float* out, int64_t out_stride, bool add) {
   F low[R], high[R];
   for (int r = 0; r < R; ++r) low[r] = high[r] = Isa::set(0);
   for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
     const F a = Isa::load(panel), b = Isa::load(panel + Isa::width);
     for (int r = 0; r < R; ++r) {
-      const F scale = Isa::set(x[r * stride + k]);
+      const F scale = Isa::set(Transposed ? x[k * stride + r] : x[r * stride + k]);
       low[r] = Isa::fma(scale, a, low[r]);
       high[r] = Isa::fma(scale, b, high[r]);
     }
   }
-  for (int r = 0; r < R; ++r, out += kPanel) {
+  for (int r = 0; r < R; ++r, out += out_stride) {
     Isa::store(out, add ? Isa::add(Isa::load(out), low[r]) : low[r]);
     Isa::store(out + Isa::width, add ? Isa::add(Isa::load(out + Isa::width), high[r]) : high[r]);
   }
 }
 
-using MultiplyRows = void (*)(const float*, int64_t, const float*, int64_t, float*, bool);
+using MultiplyRows = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
 
-template <int... R>
+template <bool Transposed, int... R>
 constexpr MultiplyRows multiply_rows_of(int64_t rows, std::integer_sequence<int, R...>) {
-  constexpr MultiplyRows all[] = {multiply_rows<R + 1>...};
+  constexpr MultiplyRows all[] = {multiply_rows<R + 1, Transposed>...};
   return all[rows - 1];
 }
 
 // In blocks of nearly as many rows each: one of a few rows costs nearly what one of many does.
-void multiply(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out, bool add) {
+template <bool Transposed>
+void multiply(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out, int64_t out_stride,
+              bool add) {
   constexpr int64_t most = Isa::product_rows;
   for (int64_t blocks = (rows + most - 1) / most; blocks > 0; --blocks) {
     const int64_t count = (rows + blocks - 1) / blocks;
-    const MultiplyRows block = multiply_rows_of(count, std::make_integer_sequence<int, most>());
-    for (int64_t j = 0; j < kPanel; j += 2 * Isa::width) block(x, stride, panel + j, depth, out + j, add);
+    const MultiplyRows block = multiply_rows_of<Transposed>(count, std::make_integer_sequence<int, most>());
+    for (int64_t j = 0; j < kPanel; j += 2 * Isa::width) block(x, stride, panel + j, depth, out + j, out_stride, add);
     rows -= count;
-    x += count * stride;
-    out += count * kPanel;
+    x += Transposed ? count : count * stride;
+    out += count * out_stride;
+  }
+}
+
+void pack(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel) {
+  int64_t k = 0;
+#if defined(__x86_64__)
+  if (outputs == kPanel) {
+    for (; k + 4 <= inputs; k += 4) {
+      for (int64_t j = 0; j < kPanel; j += 4) {
+        const float* from = weight + j * stride + k;
+        __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + stride);
+        __m128 c = _mm_loadu_ps(from + 2 * stride), d = _mm_loadu_ps(from + 3 * stride);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        float* to = panel + k * kPanel + j;
+        _mm_storeu_ps(to, a);
+        _mm_storeu_ps(to + kPanel, b);
+        _mm_storeu_ps(to + 2 * kPanel, c);
+        _mm_storeu_ps(to + 3 * kPanel, d);
+      }
+    }
+  }
+#endif
+  for (; k < inputs; ++k) {
+    for (int64_t j = 0; j < outputs; ++j) panel[k * kPanel + j] = weight[j * stride + k];
+    for (int64_t j = outputs; j < kPanel; ++j) panel[k * kPanel + j] = 0;
   }
 }
 

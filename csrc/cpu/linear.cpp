@@ -29,12 +29,12 @@ Tensor pack_weight(const Tensor& weight) {
     for (int64_t panel = begin; panel < end; ++panel) {
       float* to = target + panel * inputs * kPanel;
       const int64_t first = panel * kPanel, width = std::min(kPanel, outputs - first);
+      if (!transposed) {
+        layer_kernels().pack(source + first * inputs, inputs, width, inputs, to);
+        continue;
+      }
       for (int64_t k = 0; k < inputs; ++k, to += kPanel) {
-        if (transposed) {
-          std::copy_n(source + k * outputs + first, width, to);
-        } else {
-          for (int64_t j = 0; j < width; ++j) to[j] = source[(first + j) * inputs + k];
-        }
+        std::copy_n(source + k * outputs + first, width, to);
         std::fill(to + width, to + kPanel, 0.0f);
       }
     }

@@ -38,7 +38,8 @@ struct Panels {
 inline void multiply_panel(const float* x, int64_t stride, int64_t rows, const Panels& weight, int64_t panel, float* out) {
   const float* from = weight.data + panel * weight.inputs * kPanel;
   for (int64_t k = 0; k < weight.inputs; k += kDepthChunk) {
-    layer_kernels().multiply(x + k, stride, rows, from + k * kPanel, std::min(kDepthChunk, weight.inputs - k), out, k > 0);
+    layer_kernels().multiply(x + k, stride, rows, from + k * kPanel, std::min(kDepthChunk, weight.inputs - k), out,
+                             kPanel, k > 0);
   }
 }
 

@@ -1,0 +1,160 @@
+// The three products of a tile of the head's weight, w (columns, D), with rows of hidden states, h (C, D):
+//
+//     logits (C, columns) = h w^T        d_h (C, D) += du w        d_w (columns, D) = du^T h
+//
+// By panels (layer.h), which a thread packs of its tile while it is in the cache; for few rows, and where there are no
+// kernels for the processor, by the BLAS that PyTorch carries. Included by head.cpp alone.
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+
+#include "panels.h"
+
+namespace alignpro {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kFewestPacked = 48;  // rows: fewer do not pay for packing a tile
+
+inline bool packs(int64_t rows) { return rows >= kFewestPacked && instructions() != Instructions::kGeneric; }
+
+inline int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
+
+// Calls take(first, count) for chunks of a depth, of nearly the same size.
+template <typename Take>
+void for_chunks(int64_t depth, const Take& take) {
+  const int64_t chunks = (depth + kDepthChunk - 1) / kDepthChunk;
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t first = i * depth / chunks;
+    take(first, (i + 1) * depth / chunks - first);
+  }
+}
+
+// Rows a multiple of 4 KiB apart meet in the same sets of the first-level cache: then a copy in which they do not.
+inline Tensor spread(const Tensor& rows) {
+  const int64_t dim = rows.size(1);
+  if (dim * 4 % 4096 != 0 || !packs(rows.size(0))) return rows;
+  const Tensor copy = at::empty({rows.size(0), dim + kPanel / 2}, rows.options()).narrow(1, 0, dim);
+  copy.copy_(rows);
+  return copy;
+}
+
+// Rows (R, D) as panels of D: (panels, R, kPanel), zeros beyond D.
+inline void pack_rows(const float* rows, int64_t stride, int64_t count, int64_t dim, float* packed) {
+  for (int64_t panel = 0; panel < panels_of(dim); ++panel) {
+    const int64_t first = panel * kPanel, width = std::min(kPanel, dim - first);
+    for (int64_t r = 0; r < count; ++r, packed += kPanel) {
+      std::copy_n(rows + r * stride + first, width, packed);
+      std::fill(packed + width, packed + kPanel, 0.0f);
+    }
+  }
+}
+
+// A thread's memory for one tile in panels.
+class TileProducts {
+ public:
+  // For tiles of at most `width` columns.
+  TileProducts(int64_t width, int64_t dim, bool packed)
+      : dim_(dim), packed_(packed ? at::empty({std::max(panels_of(width) * dim, panels_of(dim) * width) * kPanel}, at::kFloat)
+                                  : Tensor()) {}
+
+  // logits = h w^T, rows of `width`; beyond w's columns they may be anything.
+  void logits(const Tensor& h, const Tensor& w, float* out, int64_t width) {
+    if (!packed_.defined()) {
+      Tensor u = at::from_blob(out, {h.size(0), w.size(0)}, {width, 1}, at::kFloat);
+      at::mm_out(u, h, w.t());
+      return;
+    }
+    pack_columns(w);
+    const float *x = h.const_data_ptr<float>(), *from = packed_.const_data_ptr<float>();
+    for_chunks(dim_, [&](int64_t first, int64_t depth) {
+      for (int64_t panel = 0; panel < panels_of(w.size(0)); ++panel) {
+        layer_kernels().multiply(x + first, h.stride(0), h.size(0), from + (panel * dim_ + first) * kPanel, depth,
+                                 out + panel * kPanel, width, first > 0);
+      }
+    });
+  }
+
+  // into (C, D) += du (C, columns), its rows `width` apart, times w
+  void add_hidden_gradient(const float* du, int64_t width, const Tensor& w, const Tensor& into) {
+    const int64_t columns = w.size(0), count = into.size(0);
+    if (!packed_.defined()) {
+      into.addmm_(at::from_blob(const_cast<float*>(du), {count, columns}, {width, 1}, at::kFloat), w);
+      return;
+    }
+    float* from = packed_.mutable_data_ptr<float>();
+    if (packed_for_ != w.const_data_ptr() || by_columns_) {
+      pack_rows(w.const_data_ptr<float>(), w.stride(0), columns, dim_, from);
+      packed_for_ = w.const_data_ptr();
+      by_columns_ = false;
+    }
+    float* out = into.mutable_data_ptr<float>();
+    for_chunks(columns, [&](int64_t first, int64_t depth) {
+      for (int64_t panel = 0; panel < panels_of(dim_); ++panel) {
+        const float* weights = from + (panel * columns + first) * kPanel;
+        multiply_within(panel, out, into.stride(0), count, true, [&](float* to, int64_t stride, bool add) {
+          layer_kernels().multiply(du + first, width, count, weights, depth, to, stride, add);
+        });
+      }
+    });
+  }
+
+  // into (columns, D) = du^T h, or that added to it; h in panels by `pack_rows`, du's rows `width` apart.
+  void weight_gradient(const float* du, int64_t width, const float* h, int64_t rows_of_h, int64_t first_row, int64_t count,
+                       const Tensor& into, bool add) {
+    float* out = into.mutable_data_ptr<float>();
+    const int64_t columns = into.size(0);
+    for (int64_t panel = 0; panel < panels_of(dim_); ++panel) {
+      for_chunks(count, [&](int64_t first, int64_t depth) {
+        const float* states = h + (panel * rows_of_h + first_row + first) * kPanel;
+        multiply_within(panel, out, into.stride(0), columns, add || first > 0, [&](float* to, int64_t stride, bool more) {
+          layer_kernels().multiply_transposed(du + first * width, width, columns, states, depth, to, stride, more);
+        });
+      });
+    }
+  }
+
+  // The tile in memory has become another one's.
+  void forget() { packed_for_ = nullptr; }
+
+ private:
+  void pack_columns(const Tensor& w) {
+    if (packed_for_ == w.const_data_ptr() && by_columns_) return;
+    float* to = packed_.mutable_data_ptr<float>();
+    for (int64_t panel = 0; panel < panels_of(w.size(0)); ++panel) {
+      layer_kernels().pack(w.const_data_ptr<float>() + panel * kPanel * w.stride(0), w.stride(0),
+                           std::min(kPanel, w.size(0) - panel * kPanel), dim_, to + panel * dim_ * kPanel);
+    }
+    packed_for_ = w.const_data_ptr();
+    by_columns_ = true;
+  }
+
+  // A panel of outputs (rows, D), the last of which may be narrower than a panel.
+  template <typename Multiply>
+  void multiply_within(int64_t panel, float* out, int64_t stride, int64_t rows, bool add, const Multiply& multiply) {
+    const int64_t first = panel * kPanel, width = std::min(kPanel, dim_ - first);
+    if (width == kPanel) {
+      multiply(out + first, stride, add);
+      return;
+    }
+    if (!edge_.defined() || edge_.size(0) < rows) edge_ = at::empty({rows, kPanel}, at::kFloat);
+    float* edge = edge_.mutable_data_ptr<float>();
+    multiply(edge, kPanel, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = out + r * stride + first;
+      for (int64_t j = 0; j < width; ++j) to[j] = add ? to[j] + edge[r * kPanel + j] : edge[r * kPanel + j];
+    }
+  }
+
+  int64_t dim_;
+  Tensor packed_, edge_;
+  const void* packed_for_ = nullptr;
+  bool by_columns_ = false;
+};
+
+}  // namespace
+}  // namespace alignpro
