@@ -45,7 +45,7 @@ class Problem:
             "softcap": self.softcap,
             "entropy": True,
         }
-        arguments["target"][0] = v - 1  # in the last tile, which is seldom whole
+        arguments["target"][:1] = v - 1  # in the last tile, which is seldom whole
         if self.bias:
             arguments["bias"] = randn(v).requires_grad_()
         if self.rank:
