@@ -94,15 +94,15 @@ def policy_loss(
         returned: list[Tensor] = []
         for chunk in _chunks(count, most):
             rows = call.rows.select(chunk)
-            of_chunk, kept = _forward(backend, call, rows, entropy=entropy, keep=sums is not None)
-            parts.append(TokenStats(of_chunk.logprob, of_chunk.entropy, of_chunk.kl))
+            chunk_stats, kept = _forward(backend, call, rows, entropy=entropy, keep=sums is not None)
+            parts.append(TokenStats(chunk_stats.logprob, chunk_stats.entropy, chunk_stats.kl))
             loss, derivatives = evaluate(coefficients, parts[-1], positions[chunk])
             total += loss
             if call.shard is not None:
                 returned.extend(checksum(x) for x in (loss, *derivatives) if x is not None)
             if sums is not None:
                 active = _active_rows(derivatives)
-                sums.add(backend, chunk, rows, kept, of_chunk, active, derivatives)
+                sums.add(backend, chunk, rows, kept, chunk_stats, active, derivatives)
             del kept  # before the next chunk's logits are made
         if call.shard is not None and returned:
             agree(call.shard, "policy_loss", device, {"what coefficients returned": torch.stack(returned)})
@@ -226,8 +226,8 @@ class _Statistics(torch.autograd.Function):
         hidden = call.rows.hidden
         most = _rows_at_once(backend, call, "linear_logprob", ctx.needs_input_grad[3:], {"entropy": entropy})
         for chunk in _chunks(len(hidden), most):
-            of_chunk, _ = _forward(backend, call, call.rows.select(chunk), entropy=entropy, keep=False)
-            parts.append(TokenStats(of_chunk.logprob, of_chunk.entropy, of_chunk.kl))
+            chunk_stats, _ = _forward(backend, call, call.rows.select(chunk), entropy=entropy, keep=False)
+            parts.append(TokenStats(chunk_stats.logprob, chunk_stats.entropy, chunk_stats.kl))
         stats = _join(parts, hidden, entropy=entropy, kl=call.head.ref_weight is not None)
         ctx.backend, ctx.entropy = backend, entropy
         _save(ctx, call)
