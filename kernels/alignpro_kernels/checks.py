@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels.types import LoRA
+from alignpro_kernels.vocab_parallel import VocabShard
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,6 +48,18 @@ def check_mask(mask: Tensor | None, hidden: Tensor) -> None:
     """mask (...,) bool, or None."""
     if mask is not None:
         _check_rows("mask", mask, hidden, (torch.bool,))
+
+
+def check_shard(weight: Tensor, shard: VocabShard | None) -> int:
+    """weight (V_k, D) is this rank's slice; gives V of the whole head."""
+    if shard is None:
+        return weight.shape[0]
+    if weight.shape[0] != shard.size:
+        raise ValueError(
+            f"weight has {weight.shape[0]} rows, and vocab_parallel says {shard.size} for rank {shard.rank} of its group: "
+            "give this rank's slice of the head"
+        )
+    return shard.vocabulary
 
 
 def check_target(target: Tensor, hidden: Tensor, vocabulary: int, mask: Tensor | None) -> None:

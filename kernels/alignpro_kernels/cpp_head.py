@@ -8,27 +8,16 @@ gradient; each chunk reads W twice and dW twice, so too few rows make those the 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alignpro_kernels.build import BuildError, library
-from alignpro_kernels.head import Head, HeadGradients, Rows
-from alignpro_kernels.types import SampleOutput, TokenStats
+from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
+from alignpro_kernels.types import SampleOutput
 
 _BUDGET = 224 << 20  # bytes of logits in flight, and of the threads' sums
 _FEWEST_ROWS = 64  # below, W and dW pass through memory more often than a larger budget would cost
-
-
-@dataclass
-class Kept:
-    """Logits of a chunk in tiles, and what normalises them."""
-
-    logits: Tensor
-    """(1 or 2, tiles, C, width)"""
-    norms: Tensor
-    """(4, C): the maximum and log Σ e^{z−m}, of policy and reference."""
 
 
 @functools.cache
@@ -53,8 +42,8 @@ def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
     return max(_FEWEST_ROWS, _BUDGET // (4 * floats))
 
 
-def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[TokenStats, Kept | None]:
-    """See `alignpro_kernels.head`."""
+def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowStats, Tensor | None]:
+    """See `alignpro_kernels.head`; what is kept are the logits in tiles, (1 or 2, tiles, C, width)."""
     logits = None
     if keep:
         tiles, width = torch.ops.alignpro.head_tiling(len(head.weight))
@@ -73,15 +62,14 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[Token
         head.ref_bias,
         logits,
     )
-    stats = TokenStats(logprob, h if entropy else None, kl if head.ref_weight is not None else None)
-    return stats, None if logits is None else Kept(logits, norms)
+    return RowStats(logprob, h if entropy else None, kl if head.ref_weight is not None else None, norms), logits
 
 
 def backward(
     head: Head,
     rows: Rows,
-    kept: Kept,
-    stats: TokenStats,
+    kept: Tensor,
+    stats: RowStats,
     active: Tensor | None,
     alpha: Tensor | None,
     eta: Tensor | None,
@@ -90,8 +78,8 @@ def backward(
 ) -> None:
     """See `alignpro_kernels.head`."""
     torch.ops.alignpro.head_gradient(
-        kept.logits,
-        kept.norms,
+        kept,
+        stats.norms,
         stats.entropy,
         stats.kl,
         rows.hidden,

@@ -4,11 +4,12 @@ A backend is a module with four functions; C is the number of rows of a chunk, A
 
 ``rows_in_flight(head, dtype) -> int``
     The most rows of one chunk, from a budget of memory.
-``forward(head, rows, *, entropy, keep) -> (TokenStats, kept)``
+``forward(head, rows, *, entropy, keep) -> (RowStats, kept)``
     Statistics (C,) from float32 accumulators; ``kept`` is what ``backward`` needs, if ``keep``, else None.
 ``backward(head, rows, kept, stats, active, alpha, eta, kappa, gradients) -> None``
-    Fills or adds to ``gradients``. ``active`` (A,) int64, ascending, are the rows with a coefficient that is not zero, at
-    least one; None means all. A coefficient is (C,) or None for zero. ``kept`` may be overwritten.
+    Fills or adds to ``gradients``. ``stats`` are those of the whole vocabulary, where ``head`` is a slice of it.
+    ``active`` (A,) int64, ascending, are the rows with a coefficient that is not zero, at least one; None means all. A
+    coefficient is (C,) or None for zero. ``kept`` may be overwritten.
 ``sample(head, rows, seeds) -> SampleOutput``
     A token a row, (C,); ``seeds`` (C,) int64; a temperature may be 0.
 """
@@ -16,6 +17,7 @@ A backend is a module with four functions; C is the number of rows of a chunk, A
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +61,8 @@ class Rows:
     hidden: Tensor
     """(C, D) in the head's dtype."""
     target: Tensor | None
-    """(C,) int64; None when sampling."""
+    """(C,) int64; None when sampling. Outside of [0, V) where the head is a slice that lacks it: its log-probability over
+    the slice then means nothing."""
     temperature: float | Tensor
     """τ: a number, or (C,) in `statistics_dtype`."""
     low_rank: Tensor | None = None
@@ -82,12 +85,26 @@ class Rows:
         )
 
 
+class RowStats(NamedTuple):
+    """Statistics of a chunk's rows, constants in `statistics_dtype`."""
+
+    logprob: Tensor
+    """(C,)"""
+    entropy: Tensor | None
+    """(C,) where asked for."""
+    kl: Tensor | None
+    """(C,) with a reference."""
+    norms: Tensor
+    """(2 or more, C): m, the largest logit, and log Σ e^{z−m}; with a reference in the third and fourth row its own. They
+    are apart so that an offset of the logits costs no precision. In a row of −∞ alone m may be −∞ or 0."""
+
+
 @dataclass
 class HeadGradients:
     """Where the gradients of a chunk go; None where none is wanted, so that none is computed."""
 
     hidden: Tensor | None
-    """(C, D) in its dtype: every row is written, inactive ones with zero."""
+    """(C, D) in its dtype or in `statistics_dtype`: every row is written, inactive ones with zero."""
     low_rank_rows: Tensor | None
     """(C, r), likewise: the gradient of `Rows.low_rank`."""
     weight: Tensor | None

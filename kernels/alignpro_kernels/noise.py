@@ -53,6 +53,19 @@ def gumbel_noise(seeds: Tensor, vocabulary: int, dtype: torch.dtype = torch.floa
     return uniform.log_().neg_().log_().neg_().to(dtype)
 
 
+def advance(seeds: Tensor, steps: int | Tensor) -> Tensor:
+    """Seeds whose output i is output i + ``steps`` of the given ones: noise of a part of the vocabulary from its start.
+
+    Args:
+        seeds: (...,) int64.
+        steps: A number, or (...,) int64.
+
+    Returns:
+        (...,) int64.
+    """
+    return seeds + torch.as_tensor(steps, dtype=torch.int64, device=seeds.device) * GAMMA
+
+
 def _shift_right(z: Tensor, bits: int) -> Tensor:
     """A logical shift: torch's own keeps the sign of int64."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -89,9 +89,14 @@ def policy_loss(
         ref_bias=ref_bias,
         entropy=entropy,
     )
+    return loss_of(stats, coefficients, positions)
+
+
+def loss_of(stats: TokenStats, coefficients: Coefficients, positions: Tensor | None) -> PolicyLossOutput:
+    """The loss of statistics, whose gradient goes on through them; the rest as `policy_loss`."""
     constant = TokenStats(*(None if x is None else x.detach() for x in stats))  # type: ignore[arg-type]
     if positions is None:
-        positions = torch.arange(target.numel(), device=target.device)
+        positions = torch.arange(stats.logprob.numel(), device=stats.logprob.device)
     if not len(positions):  # no chunk, so no call
         return PolicyLossOutput(stats.logprob.sum(), *constant)
     flat = TokenStats(*(None if x is None else x.flatten() for x in constant))  # type: ignore[arg-type]

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignpro_kernels.head import LOWEST, Head, HeadGradients, Rows, statistics_dtype, wide
+from alignpro_kernels.head import LOWEST, Head, HeadGradients, Rows, RowStats, statistics_dtype, wide
 from alignpro_kernels.noise import gumbel_noise
-from alignpro_kernels.types import SampleOutput, TokenStats
+from alignpro_kernels.types import SampleOutput
 
 _BUDGET = {"cpu": 192 << 20, "cuda": 1 << 30}  # bytes of logits in flight
 _TILE = 8192  # vocabulary entries a step: its temporaries are a small part of the logits
 
 
 @dataclass
-class Kept:
+class Logits:
     """Logits of a chunk and what normalises them."""
 
     z: Tensor
@@ -29,8 +29,17 @@ class Kept:
     top: Tensor
     """(C, 1): the largest logit m."""
     log_sum: Tensor
-    """(C, 1): log Σ e^{z−m}, apart from m, so that an offset of the logits costs no precision."""
-    reference: Kept | None
+    """(C, 1): log Σ e^{z−m}."""
+
+
+@dataclass
+class Kept:
+    """What `backward` needs of a chunk's `forward`."""
+
+    z: Tensor
+    """(C, V)"""
+    ref_z: Tensor | None
+    """Likewise, of the reference."""
 
 
 def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
@@ -39,14 +48,14 @@ def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
     return max(1, budget // (head.logits_per_row * statistics_dtype(dtype).itemsize))
 
 
-def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[TokenStats, Kept | None]:
+def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowStats, Kept | None]:
     """See `alignpro_kernels.head`."""
     assert rows.target is not None
     policy = _logits(rows.hidden, head.weight, head.bias, head.softcap, rows.temperature, rows.low_rank, head.low_rank)
     reference = None
     if head.ref_weight is not None and rows.ref_hidden is not None:
         reference = _logits(rows.ref_hidden, head.ref_weight, head.ref_bias, head.softcap, rows.temperature)
-    chosen = policy.z.gather(1, rows.target.unsqueeze(1))
+    chosen = policy.z.gather(1, rows.target.clamp(0, len(head.weight) - 1).unsqueeze(1))
     h = kl = None
     if entropy or reference is not None:
         # Relative to the maxima: H = log s − Σ e^{z−m}(z−m)/s, so that a common offset of the logits cancels nothing.
@@ -60,22 +69,21 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[Token
             if kl is not None and reference is not None:
                 logp -= (reference.z[:, tile] - reference.top - reference.log_sum).clamp_min_(LOWEST)
                 kl += p.mul_(logp).sum(1, keepdim=True)
-    stats = TokenStats(
+    norms = [policy.top, policy.log_sum] + ([] if reference is None else [reference.top, reference.log_sum])
+    stats = RowStats(
         (chosen - policy.top - policy.log_sum).squeeze(1),
         None if h is None else h.squeeze(1),
         None if kl is None else kl.squeeze(1),
+        torch.cat(norms, 1).T.contiguous(),
     )
-    if not keep:
-        return stats, None
-    policy.reference = reference
-    return stats, policy
+    return stats, Kept(policy.z, None if reference is None else reference.z) if keep else None
 
 
 def backward(
     head: Head,
     rows: Rows,
     kept: Kept,
-    stats: TokenStats,
+    stats: RowStats,
     active: Tensor | None,
     alpha: Tensor | None,
     eta: Tensor | None,
@@ -91,7 +99,8 @@ def backward(
         assert x is not None  # a coefficient comes with its statistic
         return (x if active is None else x[active]).unsqueeze(1)
 
-    top, log_sum = (x if active is None else x[active] for x in (kept.top, kept.log_sum))
+    norms = (stats.norms if active is None else stats.norms[:, active]).unsqueeze(2)  # (2 or 4, A, 1)
+    top, log_sum = norms[0], norms[1]
     tau = _column(rows.temperature)
     assert rows.target is not None
     d_hidden = None if gradients.hidden is None else torch.zeros_like(rows.hidden, dtype=log_sum.dtype)
@@ -108,10 +117,9 @@ def backward(
             factor += column(alpha)
         if eta is not None:
             factor += column(eta) * (logp + column(stats.entropy))
-        if kappa is not None and kept.reference is not None:
-            other = kept.reference
-            logq = (other.z[:, tile] - other.top - other.log_sum).clamp_min_(LOWEST)
-            logq = logq if active is None else logq.index_select(0, active)
+        if kappa is not None and kept.ref_z is not None:
+            ref_z = kept.ref_z[:, tile] if active is None else kept.ref_z[:, tile].index_select(0, active)
+            logq = (ref_z - norms[2] - norms[3]).clamp_min_(LOWEST)
             factor -= column(kappa) * (logp - logq - column(stats.kl))
         du = factor.mul_(p).neg_()
         if alpha is not None:
@@ -181,7 +189,7 @@ def _logits(
     temperature: float | Tensor,
     low_rank_rows: Tensor | None = None,
     low_rank: Tensor | None = None,
-) -> Kept:
+) -> Logits:
     z = torch.empty(len(hidden), len(weight), dtype=statistics_dtype(hidden.dtype), device=hidden.device)
     for start in range(0, len(weight), _TILE):
         tile = slice(start, min(start + _TILE, len(weight)))
@@ -198,7 +206,7 @@ def _logits(
     total = torch.zeros_like(top)
     for start in range(0, len(weight), _TILE):
         total += (z[:, start : start + _TILE] - top).exp_().sum(1, keepdim=True)
-    return Kept(z, top, total.log_(), None)
+    return Logits(z, top, total.log_())
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

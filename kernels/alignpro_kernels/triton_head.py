@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels import reference
-from alignpro_kernels.head import Head, HeadGradients, Rows
+from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
 from alignpro_kernels.triton_support import interpreting, on, takes, unavailable
-from alignpro_kernels.types import SampleOutput, TokenStats
+from alignpro_kernels.types import SampleOutput
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -49,8 +49,6 @@ class Kept:
     """(planes, tiles, C) float32, see `logits_kernel`: m, s and a among them."""
     width: Tensor
     """(1,) int32: how wide the tiles are."""
-    norms: Tensor
-    """(2 or 4, C) float32: M and log s; with a reference M_r and log s_r."""
 
 
 def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
@@ -61,7 +59,7 @@ def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
     return max(128, min(_MOST_ROWS, _BUDGET // row) // 128 * 128)
 
 
-def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[TokenStats, Kept | None]:
+def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowStats, Kept | None]:
     """See `alignpro_kernels.head`."""
     assert rows.target is not None
     _check_device(rows.hidden)
@@ -75,8 +73,8 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[Token
     width = torch.empty(1, dtype=torch.int32, device=device)
     norms = torch.empty(4 if paired else 2, count, dtype=torch.float32, device=device)
     target_logit, logprob = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
-    stats = TokenStats(
-        logprob, torch.empty_like(logprob) if entropy else None, torch.empty_like(logprob) if paired else None
+    stats = RowStats(
+        logprob, torch.empty_like(logprob) if entropy else None, torch.empty_like(logprob) if paired else None, norms
     )
     temperatures, temperature = _temperature(rows.temperature)
     with on(device):
@@ -114,8 +112,10 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[Token
             partials,
             width,
             target_logit,
-            norms,
-            *stats,
+            stats.norms,
+            stats.logprob,
+            stats.entropy,
+            stats.kl,
             count,
             vocabulary,
             partials.stride(0),
@@ -125,14 +125,14 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[Token
         )
     if logits is None:
         return stats, None
-    return stats, Kept(logits, ref_logits, partials, width, norms)
+    return stats, Kept(logits, ref_logits, partials, width)
 
 
 def backward(
     head: Head,
     rows: Rows,
     kept: Kept,
-    stats: TokenStats,
+    stats: RowStats,
     active: Tensor | None,
     alpha: Tensor | None,
     eta: Tensor | None,
@@ -153,7 +153,7 @@ def backward(
             if active is None:
                 row_gradient.copy_(product)
             else:
-                row_gradient.zero_().index_copy_(0, active, product.to(dtype))
+                row_gradient.zero_().index_copy_(0, active, product.to(row_gradient.dtype))
         for x, total in ((rows.hidden, gradients.weight), (rows.low_rank, gradients.low_rank)):
             if total is None or x is None:
                 continue
@@ -205,7 +205,7 @@ def _logits_gradient(
     head: Head,
     rows: Rows,
     kept: Kept,
-    stats: TokenStats,
+    stats: RowStats,
     active: Tensor | None,
     alpha: Tensor | None,
     eta: Tensor | None,
@@ -225,7 +225,7 @@ def _logits_gradient(
             active,
             kept.partials,
             kept.width,
-            kept.norms,
+            stats.norms,
             stats.entropy,
             stats.kl,
             alpha,

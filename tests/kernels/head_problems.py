@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignpro_kernels import LoRA, linear_logprob, policy_loss
+from alignpro_kernels import LoRA, VocabShard, linear_logprob, policy_loss
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Problem:
             "softcap": self.softcap,
             "entropy": True,
         }
-        arguments["target"][0] = v - 1  # in the last tile, which is seldom whole
+        arguments["target"][:1] = v - 1  # in the last tile, which is seldom whole
         if self.bias:
             arguments["bias"] = randn(v).requires_grad_()
         if self.rank:
@@ -96,9 +96,18 @@ class Result:
         }
 
 
-def run(problem: Problem, operator: str, backend: str, dtype: torch.dtype, device: str = "cpu") -> Result:
-    """Statistics, loss and all gradients of one call of `policy_loss` or `linear_logprob`."""
+def run(
+    problem: Problem,
+    operator: str,
+    backend: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    shard: VocabShard | None = None,
+) -> Result:
+    """Statistics, loss and all gradients of one call of `policy_loss` or `linear_logprob`; on a rank, of its slice."""
     arguments = problem.tensors(dtype, device)
+    if shard is not None:
+        arguments = slice_of(arguments, shard) | {"vocab_parallel": shard}
     upstream = problem.upstream().to(device)
     if operator == "policy_loss":
 
@@ -114,6 +123,18 @@ def run(problem: Problem, operator: str, backend: str, dtype: torch.dtype, devic
         terms = zip(upstream.to(stats.logprob.dtype), stats, strict=True)
         loss = sum((c * s).sum() for c, s in terms if s is not None)
     return _result(loss, stats, arguments)
+
+
+def slice_of(arguments: dict[str, Any], shard: VocabShard) -> dict[str, Any]:
+    """The arguments with this rank's rows of the head."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x.detach()[shard.start : shard.start + shard.size].clone().requires_grad_(x.requires_grad)
+
+    sliced = {name: rows(arguments[name]) for name in ("weight", "bias", "ref_weight", "ref_bias") if name in arguments}
+    if "lora" in arguments:
+        sliced["lora"] = arguments["lora"]._replace(b=rows(arguments["lora"].b))
+    return arguments | sliced
 
 
 def plain_pytorch(problem: Problem, dtype: torch.dtype, device: str = "cpu") -> Result:
