@@ -47,11 +47,14 @@ const TileKernels& tile_kernels() {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Rows of a tile that are taken at a time, nearly as many each time.
+int64_t rows_of_block(int64_t rows) { return ceil_div(rows, std::max<int64_t>(1, ceil_div(rows, kRowBlock))); }
+
 struct Tiling {
   int64_t vocabulary, width, count;
-  // As many tiles for each thread, of nearly kTile columns.
-  explicit Tiling(int64_t vocabulary, int64_t threads = at::get_num_threads()) : vocabulary(vocabulary) {
-    const int64_t wanted = ceil_div(ceil_div(vocabulary, kTile), threads) * threads;
+  // As many tiles for each thread, of nearly `widest` columns.
+  explicit Tiling(int64_t vocabulary, int64_t threads = at::get_num_threads(), int64_t widest = kTile) : vocabulary(vocabulary) {
+    const int64_t wanted = ceil_div(ceil_div(vocabulary, widest), threads) * threads;
     width = ceil_div(ceil_div(vocabulary, wanted), kPanel) * kPanel;
     count = ceil_div(vocabulary, width);
   }
@@ -196,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
     const Tensor& other = reference ? in.ref_weight : in.weight;  // its rows may be of another width
     TileProducts products(tiling.width, in.weight.size(1), packs(rows));
     TileProducts of_reference(tiling.width, other.size(1), reference && !in.shared() && packs(rows));
-    const int64_t block = std::min(rows, kRowBlock);
+    const int64_t block = rows_of_block(rows);
     Tensor scratch;
     if (!logits) scratch = at::empty({reference ? 2 : 1, block, tiling.width}, at::kFloat);
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -208,11 +211,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
       of_reference.forget();
       for (int64_t row = 0; row < rows; row += block) {
         const int64_t count = std::min(block, rows - row);
-        float* z = logits ? logits->mutable_data_ptr<float>() + (tile * rows + row) * tiling.width
+        float* z = logits ? logits->mutable_data_ptr<float>() + tile * logits->stride(1) + row * tiling.width
                           : scratch.mutable_data_ptr<float>();
-        float* z_r = !reference ? nullptr
-                     : logits   ? z + tiling.count * rows * tiling.width
-                                : z + block * tiling.width;
+        float* z_r = !reference ? nullptr : z + (logits ? logits->stride(0) : block * tiling.width);
         products.logits(in.hidden.narrow(0, row, count), w, z, tiling.width);
         if (b.defined()) {
           Tensor u = at::from_blob(z, {count, columns}, {tiling.width, 1}, at::kFloat);
@@ -292,6 +293,8 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
   const auto chosen = [&](const Tensor& x) { return widened(active ? x.index_select(0, *active) : x); };
   const Tensor inverse_tau = temperature ? temperature->reciprocal() : Tensor();
   const Tensor h = d_weight ? chosen(hidden) : Tensor();
+  // A tile's logits lie where its gradient goes: they are all read before that is written.
+  const bool inside = d_weight && d_weight->storage().is_alias_of(logits.storage());
   const bool packed = packs(rows) && (!d_weight || d_weight->scalar_type() == at::kFloat);
   const Tensor packed_h = packed && d_weight ? pack_all_rows(h) : Tensor();
   const Tensor t = d_low_rank ? chosen(*low_rank_rows) : Tensor();
@@ -314,7 +317,7 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
     const WeightTile weights(d_hidden ? weight : Tensor(), tiling.width);
     const WeightTile low_rank(d_low_rank_rows ? *low_rank_weight : Tensor(), tiling.width);
     TileProducts products(tiling.width, weight.size(1), packed);
-    const int64_t block = std::min(rows, kRowBlock);
+    const int64_t block = inside ? rows : rows_of_block(rows);
     const Tensor scratch = at::empty({block, tiling.width}, at::kFloat);
     std::vector<int64_t> local(chunk);
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -322,8 +325,8 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
       const Tensor w = d_hidden ? weights.at_columns(start, columns) : Tensor();
       const Tensor b = d_low_rank_rows ? low_rank.at_columns(start, columns) : Tensor();
       products.forget();
-      const float* z = logits.const_data_ptr<float>() + tile * chunk * tiling.width;
-      const float* z_r = reference ? z + tiling.count * chunk * tiling.width : nullptr;
+      const float* z = logits.const_data_ptr<float>() + tile * logits.stride(1);
+      const float* z_r = reference ? z + logits.stride(0) : nullptr;
       for (int64_t i = 0; i < chunk; ++i) local[i] = target.const_data_ptr<int64_t>()[i] - start;
       for (int64_t row = 0; row < rows; row += block) {
         const int64_t count = std::min(block, rows - row);
@@ -401,7 +404,7 @@ std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tenso
     const int64_t thread = begin / ceil_div(tiling.count, threads);
     const WeightTile weights(in.weight, tiling.width), low_rank(in.low_rank_weight, tiling.width);
     TileProducts products(tiling.width, in.weight.size(1), packs(rows));
-    const int64_t block = std::min(rows, kRowBlock);
+    const int64_t block = rows_of_block(rows);
     const Tensor scratch = at::empty({block, tiling.width}, at::kFloat);
     float* z = scratch.mutable_data_ptr<float>();
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -444,11 +447,15 @@ std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tenso
   return {token, logprob, entropy};
 }
 
-// (tiles, width) of the kept logits of a vocabulary, with the threads there are now.
-std::tuple<int64_t, int64_t> head_tiling(int64_t vocabulary) {
-  const Tiling tiling(vocabulary);
+// (tiles, width) of the kept logits of a vocabulary, with the threads there are now; so narrow that `rows` can be taken at
+// once, if that is not 0.
+std::tuple<int64_t, int64_t> head_tiling(int64_t vocabulary, int64_t rows) {
+  const int64_t widest = rows == 0 ? kTile : std::clamp(kTile * kRowBlock / rows / kPanel * kPanel, 4 * kPanel, kTile);
+  const Tiling tiling(vocabulary, at::get_num_threads(), widest);
   return {tiling.count, tiling.width};
 }
+
+int64_t head_widest_tile() { return ceil_div(kTile, kPanel) * kPanel; }
 
 std::string head_instructions() { return tile_kernels().name; }
 
@@ -467,7 +474,8 @@ TORCH_LIBRARY(alignpro, m) {
   m.def(
       "head_sample(Tensor hidden, Tensor weight, Tensor? bias, Tensor? temperature, float softcap, Tensor seeds, "
       "Tensor? low_rank_rows, Tensor? low_rank_weight) -> (Tensor, Tensor, Tensor)");
-  m.def("head_tiling(int vocabulary) -> (int, int)", &head_tiling);
+  m.def("head_tiling(int vocabulary, int rows) -> (int, int)", &head_tiling);
+  m.def("head_widest_tile() -> int", &head_widest_tile);
   m.def("head_instructions() -> str", &head_instructions);
   m.def("workspace(int[] sizes) -> Tensor", &workspace);
   m.def("release_workspace() -> ()", &release_workspace);

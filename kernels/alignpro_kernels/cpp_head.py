@@ -1,8 +1,9 @@
 """Backend ``cpp``: the head on a CPU, by the operators of csrc/cpu.
 
-The vocabulary is cut into tiles that are dealt to the threads. A tile's logits come from PyTorch's BLAS and are reduced
-while they are in the cache. Rows in flight are what costs memory, since their logits are kept from the statistics to the
-gradient; each chunk reads W twice and dW twice, so too few rows make those the bottleneck.
+The vocabulary is cut into tiles that are dealt to the threads; a tile's logits are made and reduced while they are in the
+cache. Rows in flight are what costs memory, since their logits are kept from the statistics to the gradient; each chunk reads
+W twice and dW twice, so too few rows make those the bottleneck. Where the weight is trained, the first chunk's logits need no
+memory of their own: a tile's are kept where the tile's rows of dW will be, which overwrite them.
 """
 
 from __future__ import annotations
@@ -42,12 +43,31 @@ def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
     return max(_FEWEST_ROWS, _BUDGET // (4 * floats))
 
 
-def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowStats, Tensor | None]:
+def rows_in_gradient(head: Head) -> int:
+    """See `alignpro_kernels.head`: a tile of logits is C × width, of the gradient width × D."""
+    return head.weight.shape[1] // _sets(head)
+
+
+def weight_gradient(head: Head) -> Tensor:
+    """See `alignpro_kernels.head`: (V, D) float32, in memory of whole tiles."""
+    vocabulary, dim = head.weight.shape
+    memory = torch.empty((vocabulary + torch.ops.alignpro.head_widest_tile()) * dim)
+    return torch.empty(0).set_(memory.untyped_storage(), 0, (vocabulary, dim), (dim, 1))
+
+
+def forward(
+    head: Head, rows: Rows, *, entropy: bool, keep: bool, room: Tensor | None = None
+) -> tuple[RowStats, Tensor | None]:
     """See `alignpro_kernels.head`; what is kept are the logits in tiles, (1 or 2, tiles, C, width)."""
     logits = None
     if keep:
-        tiles, width = torch.ops.alignpro.head_tiling(len(head.weight))
-        logits = torch.ops.alignpro.workspace([1 if head.ref_weight is None else 2, tiles, len(rows.hidden), width])
+        count, dim = len(rows.hidden), head.weight.shape[1]
+        tiles, width = torch.ops.alignpro.head_tiling(len(head.weight), 0 if room is None else count)
+        if room is None:
+            logits = torch.ops.alignpro.workspace([_sets(head), tiles, count, width])
+        else:
+            sizes, strides = (_sets(head), tiles, count, width), (count * width, width * dim, width, 1)
+            logits = torch.empty(0).set_(room.untyped_storage(), 0, sizes, strides)
     logprob, h, kl, norms = torch.ops.alignpro.head_statistics(
         rows.hidden,
         head.weight,
@@ -122,6 +142,11 @@ def release_workspace() -> None:
     """Free the memory for logits that is kept from one call to the next."""
     if unavailable() is None:
         torch.ops.alignpro.release_workspace()
+
+
+def _sets(head: Head) -> int:
+    """Of logits: the policy's, and the reference's."""
+    return 1 if head.ref_weight is None else 2
 
 
 def _temperature(rows: Rows) -> Tensor | None:

@@ -89,12 +89,13 @@ def policy_loss(
             positions = torch.arange(count, device=device)
         total = torch.zeros((), dtype=statistics_dtype(call.rows.hidden.dtype), device=device)
         most = _rows_at_once(backend, call, "policy_loss", wanted, {"entropy": entropy, "mask": positions})
-        sums = _Sums(call, wanted) if any(wanted) else None
+        sums = _Sums(call, wanted, backend, most) if any(wanted) else None
         parts: list[TokenStats] = []
         returned: list[Tensor] = []
-        for chunk in _chunks(count, most):
+        for chunk in _chunks(count, most, 0 if sums is None else sums.rows_in_room):
             rows = call.rows.select(chunk)
-            chunk_stats, kept = _forward(backend, call, rows, entropy=entropy, keep=sums is not None)
+            room = None if sums is None else sums.room(chunk)
+            chunk_stats, kept = _forward(backend, call, rows, entropy=entropy, keep=sums is not None, room=room)
             parts.append(TokenStats(chunk_stats.logprob, chunk_stats.entropy, chunk_stats.kl))
             loss, derivatives = evaluate(coefficients, parts[-1], positions[chunk])
             total += loss
@@ -131,7 +132,7 @@ def linear_sample(backend: ModuleType, call: Call, seeds: Tensor) -> SampleOutpu
 class _Sums:
     """Gradients of a call, chunk by chunk."""
 
-    def __init__(self, call: Call, wanted: list[bool]) -> None:
+    def __init__(self, call: Call, wanted: Sequence[bool], backend: ModuleType, most: int) -> None:
         def like(index: int, dtype: torch.dtype | None = None) -> Tensor | None:
             x = call.variables()[index]
             return torch.empty_like(x, dtype=dtype) if wanted[index] and x is not None else None
@@ -142,6 +143,16 @@ class _Sums:
         self._hidden, self._low_rank_rows = like(0), like(3)
         self._weight, self._bias, self._low_rank = like(1, wide), like(2, wide), like(4, wide)
         self._begun = False
+        self.rows_in_room = 0
+        """How many rows' logits are kept in the weight's gradient before it is begun; 0 where another memory serves better."""
+        if self._weight is not None and call.shard is None:
+            rows = backend.rows_in_gradient(call.head)
+            if rows and rows >= min(len(call.rows.hidden), most + 1):
+                self._weight, self.rows_in_room = backend.weight_gradient(call.head), rows
+
+    def room(self, chunk: slice) -> Tensor | None:
+        """The weight's gradient as memory for the logits of the first chunk."""
+        return self._weight if self.rows_in_room and chunk.start == 0 else None
 
     def add(
         self,
@@ -245,10 +256,10 @@ class _Statistics(torch.autograd.Function):
         call, wanted = replace(call, rows=selected), list(ctx.needs_input_grad[3:])
         gradients_of = dict(zip(("d logprob", "d entropy", "d kl"), upstream, strict=True))
         most = _rows_at_once(backend, call, "linear_logprob's backward", wanted, gradients_of)
-        sums = _Sums(call, wanted)
-        for chunk in _chunks(len(selected.hidden), most):
-            rows = selected.select(chunk)
-            stats, kept = _forward(backend, call, rows, entropy=upstream[1] is not None, keep=True)
+        sums = _Sums(call, wanted, backend, most)
+        for chunk in _chunks(len(selected.hidden), most, sums.rows_in_room):
+            rows, room = selected.select(chunk), sums.room(chunk)
+            stats, kept = _forward(backend, call, rows, entropy=upstream[1] is not None, keep=True, room=room)
             alpha, eta, kappa = (None if x is None else x[chunk] for x in upstream)
             sums.add(backend, chunk, rows, kept, stats, None, (alpha, eta, kappa))
             del kept
@@ -308,24 +319,35 @@ def _rows_at_once(
     return agree_on_rows(call.shard, operator, rows.hidden, rows.temperature, head.softcap, everything, most_rows=most)
 
 
-def _forward(backend: ModuleType, call: Call, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowStats, Any]:
+def _forward(
+    backend: ModuleType, call: Call, rows: Rows, *, entropy: bool, keep: bool, room: Tensor | None = None
+) -> tuple[RowStats, Any]:
     """A chunk's statistics over the whole vocabulary, and what `backward` needs."""
-    stats, kept = backend.forward(call.head, rows, entropy=entropy, keep=keep)
+    options = {} if room is None else {"room": room}
+    stats, kept = backend.forward(call.head, rows, entropy=entropy, keep=keep, **options)
     if call.shard is not None:
         assert rows.target is not None
         stats = merge_statistics(call.shard, stats, rows.target)
     return stats, kept
 
 
-def _chunks(count: int, most: int) -> Iterator[slice]:
-    """Slices of nearly equal length, at most ``most`` rows each: a short last chunk would use W for little."""
+def _chunks(count: int, most: int, first: int = 0) -> Iterator[slice]:
+    """Slices of nearly equal length, at most ``most`` rows each: a short last chunk would use W for little.
+
+    The first has up to ``first`` rows, if that is not 0.
+    """
     if count == 0:
         return
-    pieces = -(-count // max(1, most))
-    size = -(-count // pieces)
+    begin = min(first, count)
+    if begin:
+        yield slice(0, begin)
+    if begin == count:
+        return
+    pieces = -(-(count - begin) // max(1, most))
+    size = -(-(count - begin) // pieces)
     if pieces > 1 and most >= _ROW_MULTIPLE:
         size = min(-(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE, most)
-    for start in range(0, count, size):
+    for start in range(begin, count, size):
         yield slice(start, min(start + size, count))
 
 

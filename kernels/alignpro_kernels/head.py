@@ -1,11 +1,16 @@
 """What passes between the chunk loop (`fused`) and a backend: a head, a chunk of rows, and where gradients go.
 
-A backend is a module with four functions; C is the number of rows of a chunk, A of those that are active.
+A backend is a module with these functions; C is the number of rows of a chunk, A of those that are active.
 
 ``rows_in_flight(head, dtype) -> int``
     The most rows of one chunk, from a budget of memory.
-``forward(head, rows, *, entropy, keep) -> (RowStats, kept)``
-    Statistics (C,) from float32 accumulators; ``kept`` is what ``backward`` needs, if ``keep``, else None.
+``rows_in_gradient(head) -> int``
+    Rows of a chunk whose logits can be kept in the memory of the weight's gradient before that is begun; 0 for none.
+``weight_gradient(head) -> Tensor``
+    Such memory, (V, D) in `statistics_dtype`, where ``rows_in_gradient`` is not 0.
+``forward(head, rows, *, entropy, keep, room) -> (RowStats, kept)``
+    Statistics (C,) from float32 accumulators; ``kept`` is what ``backward`` needs, if ``keep``, else None. ``room``, which
+    is passed where there is one, is the ``weight_gradient`` in which to keep it.
 ``backward(head, rows, kept, stats, active, alpha, eta, kappa, gradients) -> None``
     Fills or adds to ``gradients``. ``stats`` are those of the whole vocabulary, where ``head`` is a slice of it.
     ``active`` (A,) int64, ascending, are the rows with a coefficient that is not zero, at least one; None means all. A

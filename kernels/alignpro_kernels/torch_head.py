@@ -48,6 +48,11 @@ def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
     return max(1, budget // (head.logits_per_row * statistics_dtype(dtype).itemsize))
 
 
+def rows_in_gradient(head: Head) -> int:
+    """See `alignpro_kernels.head`."""
+    return 0
+
+
 def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowStats, Kept | None]:
     """See `alignpro_kernels.head`."""
     assert rows.target is not None

@@ -29,7 +29,17 @@ if importlib.util.find_spec("triton") is not None:
     from alignpro_kernels.triton_merge import merge_kernel
     from alignpro_kernels.triton_sample import choice_kernel, noise_kernel, sample_kernel
 
-__all__ = ["backward", "forward", "gumbel_noise", "merge_states", "rows_in_flight", "sample", "takes", "unavailable"]
+__all__ = [
+    "backward",
+    "forward",
+    "gumbel_noise",
+    "merge_states",
+    "rows_in_flight",
+    "rows_in_gradient",
+    "sample",
+    "takes",
+    "unavailable",
+]
 
 _BUDGET = 5 << 28  # bytes a chunk keeps: 1.25 GiB
 _MOST_ROWS = 8192  # the products are at full speed long before
@@ -57,6 +67,11 @@ def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
     planes = 3 if head.ref_weight is None else 7
     row = head.logits_per_row * dtype.itemsize + planes * 4 * triton.cdiv(vocabulary, NARROWEST)
     return max(128, min(_MOST_ROWS, _BUDGET // row) // 128 * 128)
+
+
+def rows_in_gradient(head: Head) -> int:
+    """See `alignpro_kernels.head`."""
+    return 0
 
 
 def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowStats, Kept | None]:

@@ -104,6 +104,19 @@ def test_errors_are_no_larger_than_plain_pytorchs(
             assert error <= 1.5 * plain[name] + 1e-6, (operator, name, error, plain[name])
 
 
+@pytest.mark.parametrize(("rows", "width"), [(150, 40), (60, 1024), (430, 512)])
+@pytest.mark.parametrize("reference", ["none", "shared", "separate"])
+def test_errors_of_many_rows_on_the_cpu(rows: int, width: int, reference: str) -> None:
+    """Several blocks of rows, more than the weight's gradient has room for, and rows a multiple of 4 KiB long."""
+    need("cpp")
+    problem = Problem(rows=rows, width=width, vocabulary=700, reference=reference, scale=0.2, zero_every=5)
+    exact = run(problem, "policy_loss", "reference", torch.float64)
+    plain = plain_pytorch(problem, torch.float32).errors(exact)
+    for operator in OPERATORS:
+        for name, error in run(problem, operator, "cpp", torch.float32).errors(exact).items():
+            assert error <= 3 * plain[name] + 1e-6, (operator, name, error, plain[name])
+
+
 ADVERSARIAL = {
     "near -1e4": {"bias": -1e4},
     "offset +1e4": {"bias": 1e4},
@@ -270,6 +283,9 @@ class Spy:
 
     def rows_in_flight(self, head, dtype) -> int:
         return 4
+
+    def rows_in_gradient(self, head) -> int:
+        return 0
 
     def forward(self, head, rows, *, entropy, keep):
         self.rows.append(len(rows.hidden))
