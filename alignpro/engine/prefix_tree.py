@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from alignpro.engine.faults import out_of_memory
 from alignpro.engine.pool import KVPool, Segment
 
 SHORTEST = 16
@@ -94,27 +95,31 @@ class PrefixTree:
 
     def _descend(self, node: Node, model: str, tokens: Tokens) -> Node | None:
         """Go on from a locked path to where a model's tokens end; None, and nothing locked, if there are no pages."""
-        at = node.start + len(node.tokens)
-        while at < len(tokens):
-            child = _child(node, model, tokens, at)
-            if child is None:
-                child = self._insert(node, model, tokens[at:])
-                if child is None:
-                    self.release(node)
-                    return None
-            else:
-                self._lock(child)
-                common = _common(child.tokens, tokens, at)
-                if common < len(child.tokens):
-                    upper = self._split(child, common)
-                    if upper is None:
-                        self.release(child)
-                        return None
-                    self._unlock(child)
-                    child = upper
-            node = child
-            at += len(node.tokens)
+        while (at := node.start + len(node.tokens)) < len(tokens):
+            try:
+                below = self._step(node, model, tokens, at)
+            except Exception:  # of the device
+                self.release(node)
+                raise
+            if below is None:
+                self.release(node)
+                return None
+            node = below
         return node
+
+    def _step(self, node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
+        """Lock the child that a model's tokens at.. go on with, made if need be; None if there is no memory for it."""
+        child = _child(node, model, tokens, at)
+        if child is None:
+            return self._insert(node, model, tokens[at:])
+        self._lock(child)
+        common = _common(child.tokens, tokens, at)
+        if common == len(child.tokens):
+            return child
+        try:
+            return self._split(child, common)
+        finally:
+            self._unlock(child)
 
     def release(self, node: Node) -> None:
         """Unlock a path that `acquire` locked."""
@@ -123,11 +128,12 @@ class PrefixTree:
 
     def allocate(self, model: str, count: int) -> list[int] | None:
         """``count`` pages, unlocked nodes being evicted as needed; None if even that is not enough."""
-        if count > self.pool.free + self.cached:
-            return None
-        while self.pool.free < count:
-            self._evict(next(iter(self._idle)))
-        return self.pool.allocate(model, count)
+        while count <= self.pool.free + self.cached:
+            while self.pool.free < count:
+                self._evict(next(iter(self._idle)))
+            if self.pool.reserve(count):
+                return self.pool.allocate(model, count)
+        return None  # also where the device has no memory for more: the pool has become smaller then
 
     def evict_all(self, keep: Collection[str] = ()) -> None:
         """Evict every node that is not locked, but for those of models to be kept."""
@@ -172,7 +178,7 @@ class PrefixTree:
         return node
 
     def _split(self, lower: Node, at: int) -> Node | None:
-        """Part a locked node before its token ``at``: a new node above it, as locked, or None for want of a page.
+        """Part a locked node before its token ``at``: a new node above it, as locked, or None for want of memory.
 
         Sequences know a path by its last node, which stays the same one.
         """
@@ -184,7 +190,13 @@ class PrefixTree:
         pages = lower.pages + extra
         if at < lower.computed and at % pool.page_size[model]:
             count = lower.computed - at
-            pool.move(model, pool.slots(model, pages, at, count), pool.slots(model, pages[above:], 0, count))
+            try:
+                pool.move(model, pool.slots(model, pages, at, count), pool.slots(model, pages[above:], 0, count))
+            except Exception as error:
+                pool.give_back(model, extra)
+                if out_of_memory(error):
+                    return None
+                raise
         upper = Node(
             lower.tokens[:at],
             lower.start,
