@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alignpro.engine.faults import out_of_memory
-from alignpro_kernels import read_kv, write_kv
+from alignpro_kernels import copy_pages, read_kv, write_kv
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,11 @@ class KVPool:
         """Where tokens first..first + count of a segment with these pages lie."""
         size = self.page_size[model]
         return [pages[j // size] * size + j % size for j in range(first, first + count)]
+
+    def copy(self, source: Sequence[int], destination: Sequence[int]) -> None:
+        """Copy whole pages, of whatever model, over others, of which none is a source."""
+        device = self._arena.device
+        copy_pages(self._arena, torch.tensor(source, device=device), torch.tensor(destination, device=device))
 
     def _move_to(self, arena: Tensor) -> None:
         self._arena, self._views = arena, {}
