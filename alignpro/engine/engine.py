@@ -41,6 +41,8 @@ class _Memory:
     """Pages on one device, the prompts in them, and the graphs that read them."""
 
     pool: KVPool
+    pages: int
+    """Of the pool, if the device has memory for as many."""
     tree: PrefixTree
     graphs: DecodeGraphs | None
 
@@ -273,10 +275,13 @@ class Engine:
             pool.total = available // pool.page_bytes
             if self.pool_bytes is None:
                 pool.total = min(pool.total, self.max_batch * (longest + 1))
-            self._memories[device] = _Memory(pool, PrefixTree(pool), self._decode_graphs(pool, device))
+            graphs = self._decode_graphs(pool, device)
+            self._memories[device] = _Memory(pool, pool.total, PrefixTree(pool), graphs)
+        memory = self._memories[device]
+        memory.pool.total = memory.pages  # what a run before could not have may be free now
         if device in self._released:  # at once, not page by page: the arena stays where it is then, as graphs need
-            self._memories[device].pool.take(self._released.pop(device))
-        return self._memories[device]
+            memory.pool.try_take([self._released.pop(device)])
+        return memory
 
     def _decode_graphs(self, pool: KVPool, device: torch.device) -> DecodeGraphs | None:
         if self.cuda_graphs == "padded":

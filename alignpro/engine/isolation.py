@@ -100,7 +100,7 @@ class Passes:
             if not failed and enough < too_many <= tokens and (halves := _halves(part, finer=True)):
                 waiting += reversed(halves)
                 continue
-            error, known = (known, None) if known else (self._attempt(part), None)
+            error, known = (known, None) if known is not None else (self._attempt(part), None)
             if error is None:
                 enough = max(enough, tokens)
                 continue

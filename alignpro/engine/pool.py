@@ -81,7 +81,7 @@ class KVPool:
         self.page_bytes = -(-page_tokens * largest // 16) * 16  # whole elements of any dtype
         self.page_size = {name: self.page_bytes // geometry.token_bytes for name, geometry in geometries.items()}
         self.total = total
-        """Pages in all; may be raised."""
+        """Pages in all; may be raised, and becomes less where the device has no memory for as many."""
         self.used: Counter[str] = Counter()
         """Model → pages that it holds."""
         self.generation = 0
@@ -114,14 +114,8 @@ class KVPool:
         if least <= len(self._arena):
             return True
         sizes = [2 * least, least]
-        for size in [self.total, *sizes] if self._arena.device.type == "cpu" else sizes:
-            try:
-                self.take(min(self.total, size))
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-            else:
-                return True
+        if self.try_take([self.total, *sizes] if self._arena.device.type == "cpu" else sizes):
+            return True
         most = len(self._arena)
         logger.warning("%s has memory for %d of the %d pages of the pool", self._arena.device, most, self.total)
         self.total = most
@@ -149,6 +143,18 @@ class KVPool:
         arena = torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self._arena.device)
         arena[: len(self._arena)] = self._arena
         self._move_to(arena)
+
+    def try_take(self, counts: Sequence[int]) -> bool:
+        """`take` the first of some counts, each at most the total, that the device has memory for; False if for none."""
+        for count in counts:
+            try:
+                self.take(min(self.total, count))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            else:
+                return True
+        return False
 
     def shrink(self, kept: Sequence[list[int]]) -> int:
         """Give the arena's memory back but for the pages in some lists, which move together; the lists follow.

@@ -432,6 +432,28 @@ class TestPool:
                     assert f"only {engine._memories[llama.device].pool.total} pages" in one.error
                     assert needed > pages // 2
         assert_nothing_is_held(engine)
+        monkeypatch.undo()  # there is memory again
+        assert assert_failed_alone(engine.generate("m", PROMPTS, PARAMS, SEEDS), free, PROMPTS, []) == 0
+
+    def test_what_was_given_back_and_cannot_be_had_again_grows_as_it_is_needed(
+        self, llama: LanguageModel, free: list[list[Completion]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = probed({"m": llama})
+        engine.generate("m", PROMPTS, PARAMS, SEEDS)
+        (memory,) = engine._memories.values()
+        engine.release(keep=["m"])
+        pool, take = memory.pool, memory.pool.take
+        kept = pool.total - pool.free
+
+        def limited(count: int) -> None:
+            if count > 2 * kept:
+                raise torch.OutOfMemoryError("no memory for the arena")
+            take(count)
+
+        monkeypatch.setattr(pool, "take", limited)
+        groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
+        assert assert_failed_alone(groups, free, PROMPTS, []) == 0
+        assert_nothing_is_held(engine)
 
     def test_a_pool_beyond_all_memory_is_taken_as_it_is_needed(
         self, llama: LanguageModel, free: list[list[Completion]]
