@@ -344,6 +344,38 @@ def test_a_draw_that_raises_fails_whose_it_is(
     assert_nothing_is_held(engine)
 
 
+def test_those_that_have_drawn_when_a_draw_raises_do_not_draw_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stages draw after one forward pass, each in its own way."""
+    policy = tiny_adapted(size=0.1).requires_grad_(False)
+    models = {"policy": policy, "target": policy.base()}
+    inputs = [[*prompt, *policy.invocation] for prompt in PROMPTS]
+    settings: Any = {"rewrite": PARAMS, "to_target": to_target, "respond": RESPOND, "seeds": SEEDS}
+    free = Engine(models).run_chains(inputs, **settings)
+    of_responses = {
+        derive_seed(derive_seed(derive_seed(seed, "respond", k), m), t)
+        for seed in SEEDS
+        for k in range(PARAMS.n)
+        for m in range(RESPOND.n)
+        for t in range(2, 5)
+    }
+    sample = runner.sample
+
+    def broken(hidden: Tensor, head: Any, how: SamplingParams, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        if not of_responses.isdisjoint(seeds.tolist()):
+            raise ZeroDivisionError("no luck")
+        return sample(hidden, head, how, seeds)
+
+    monkeypatch.setattr(runner, "sample", broken)
+    engine = probed(models, max_batch=6)
+    chains = engine.run_chains(inputs, **settings)
+    assert_nothing_is_held(engine)
+    for group, others in zip(chains, free, strict=True):
+        for chain, other in zip(group, others, strict=True):
+            assert_same(chain.sample, other.sample)
+            for y, expected in zip(chain.responses, other.responses, strict=True):
+                assert (y.finish_reason == "error") == (len(expected.tokens) > 2)
+
+
 def test_a_tokenizer_that_raises_fails_whose_text_it_is(
     llama: LanguageModel, free: list[list[Completion]], drawn_by_some: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
