@@ -276,12 +276,58 @@ def packed_attention(
         k, v = (torch.cat([x.expand(P, -1, -1, -1), own], dim=2) for x, own in ((k_m, k), (v_m, v)))
     rows.append(causal(q, k, v))
     if S * R:
-        # Heads that share keys are laid behind one another as queries, so that keys are not repeated.
-        folded = q_c.unflatten(1, (k.shape[1], groups)).flatten(2, 3)  # (S, H', groups·R, D)
-        keys, values = (torch.cat([x.index_select(0, layout.parent), own], dim=2) for x, own in ((k, k_c), (v, v_c)))
-        out = attend(folded, keys, values, layout.continuation_mask(sliding_window, groups), scaling, softcap, dropout)
-        rows.append(out.unflatten(2, (groups, R)).flatten(1, 2).transpose(1, 2).flatten(0, 1))
+        out = attend_continuations(
+            q_c,
+            k_c,
+            v_c,
+            (k, v),
+            layout,
+            scaling=scaling,
+            dropout=dropout,
+            softcap=softcap,
+            sliding_window=sliding_window,
+        )
+        rows.append(out.flatten(0, 1))
     return torch.cat(rows).index_select(0, layout.place).unsqueeze(0)
+
+
+def attend_continuations(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompts: tuple[Tensor, Tensor],
+    layout: Layout,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    sliding_window: int | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of continuations to their prompts and to themselves.
+
+    Args:
+        query: (S, H, R, D).
+        key: (S, H', R, D), H a multiple of H'.
+        value: As ``key``.
+        prompts: Keys and values of the prompts, the shared tokens before them, (P, H', M + X, D) each.
+        layout: Where the sequences lie.
+        scaling: Of the scores; 1/√D when absent.
+        softcap: Scores become softcap · tanh(score / softcap).
+        sliding_window: How many tokens, itself included, a token sees.
+        dropout: Of the probabilities.
+
+    Returns:
+        (S, R, H, D), differentiable.
+    """
+    groups = query.shape[1] // key.shape[1]
+    # Heads that share keys are laid behind one another as queries, so that keys are not repeated.
+    folded = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # (S, H', groups·R, D)
+    keys, values = (
+        torch.cat([before.index_select(0, layout.parent), own], dim=2)
+        for before, own in zip(prompts, (key, value), strict=True)
+    )
+    out = attend(folded, keys, values, layout.continuation_mask(sliding_window, groups), scaling, softcap, dropout)
+    return out.unflatten(2, (groups, query.shape[2])).flatten(1, 2).transpose(1, 2)
 
 
 def attend(

@@ -206,11 +206,9 @@ def _mean_notes(chains: Sequence[Sequence[Chain]]) -> dict[str, float]:
 
 
 def _refuse_errors(prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> None:
+    """An estimate from the chains that did not fail would be biased: to fail is not independent of what was drawn."""
     for prompt, group in zip(prompts, chains, strict=True):
         for chain in group:
             for completion in (chain.sample, *chain.responses):
                 if completion.error:
-                    raise TrainingError(
-                        f"prompt {prompt.id} ({prompt.source or 'no source'}): {completion.error}; drop it with a lower "
-                        "max_prompt_tokens, or lower max_tokens"
-                    )
+                    raise TrainingError(f"prompt {prompt.id} ({prompt.source or 'no source'}): {completion.error}")

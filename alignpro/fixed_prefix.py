@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alignpro.activated_lora import invoked_at
-from alignpro.attention import Layout, attend, gather_rows, packed_attention
+from alignpro.attention import Layout, attend_continuations, gather_rows, packed_attention
 from alignpro.language_model import LanguageModel
 from alignpro.sequences import PackedSequences, SequenceBatch
 
@@ -140,17 +140,11 @@ class ContinuationPlan:
             gather_rows(x[0].transpose(0, 1), split.order, split.place).unflatten(0, (S, R)).transpose(1, 2)
             for x in (query, key, value)
         )  # (S, heads, R, D)
-        groups = q.shape[1] // k.shape[1]
-        # Heads that share keys are laid behind one another as queries, so that keys are not repeated.
-        folded = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)  # (S, H', groups·R, D)
-        keys, values = (
-            torch.cat([before.index_select(0, layout.parent), own], dim=2)
-            for before, own in zip(self.prefix.kept[layer], (k, v), strict=True)
+        before = self.prefix.kept[layer]
+        rows = attend_continuations(
+            q, k, v, before, layout, scaling=scaling, softcap=softcap, sliding_window=sliding_window
         )
-        mask = layout.continuation_mask(sliding_window, groups)
-        out = attend(folded, keys, values, mask, scaling, softcap, 0.0)
-        rows = out.unflatten(2, (groups, R)).flatten(1, 2).transpose(1, 2).flatten(0, 1)  # (S·R, H, D)
-        return rows.index_select(0, split.place).unsqueeze(0)
+        return rows.flatten(0, 1).index_select(0, split.place).unsqueeze(0)
 
 
 def _prefix(model: LanguageModel, split: SplitSequences) -> PrefixPlan:

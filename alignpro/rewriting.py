@@ -77,7 +77,7 @@ class Rewriter:
         seeds = [derive_seed(seed, i) for i in range(len(prompts))]
         groups = self.engine.generate("policy", [self.prompter.encode(p) for p in prompts], params, seeds)
         for prompt, group in zip(prompts, groups, strict=True):
-            _refuse_error(prompt, group[0])
+            _refuse_errors(prompt, group)
         rewrites = [[self.prompter.decode(sample.text_tokens) for sample in group] for group in groups]
         if self.target is None:
             return [[Rewritten(text, None) for text in group] for group in rewrites]
@@ -89,8 +89,8 @@ class Rewriter:
             [target.encode(prompt, text).tokens for prompt, text in pairs],
             _with_stops(greedy, 1, target.stop_token_ids),
         )
-        for (prompt, _), (answer,) in zip(pairs, answers, strict=True):
-            _refuse_error(prompt, answer)
+        for (prompt, _), group in zip(pairs, answers, strict=True):
+            _refuse_errors(prompt, group)
         responses = iter(target.decode(answer.text_tokens) for (answer,) in answers)
         return [[Rewritten(text, next(responses)) for text in group] for group in rewrites]
 
@@ -99,6 +99,7 @@ def _with_stops(config: SamplingConfig, n: int, stop_token_ids: tuple[int, ...])
     return replace(sampling_params(config, n), stop_token_ids=stop_token_ids)
 
 
-def _refuse_error(prompt: Prompt, completion: Completion) -> None:
-    if completion.error:
-        raise ModelError(f"prompt {prompt.text[:60]!r}: {completion.error}")
+def _refuse_errors(prompt: Prompt, completions: Sequence[Completion]) -> None:
+    for completion in completions:
+        if completion.error:
+            raise ModelError(f"prompt {prompt.text[:60]!r}: {completion.error}")

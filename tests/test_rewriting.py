@@ -106,6 +106,23 @@ def test_a_prompt_that_does_not_fit_is_named(model_directory: Directory, tmp_pat
         Rewriter.from_run(tmp_path).rewrite([TEXTS[0], "long " * 50])
 
 
+def test_a_rewrite_that_fails_is_an_error_and_no_empty_text(model_directory: Directory, tmp_path: Path) -> None:
+    finished_run(tmp_path, model_directory)
+    rewriter = Rewriter.from_run(tmp_path)
+    model = rewriter.engine.models["policy"]
+    (free,) = rewriter.rewrite(TEXTS[:1], n=4, temperature=1.0)
+    first, *others = (set(model.tokenizer(one.rewrite).input_ids[:-1]) for one in free)
+    bad = min(set().union(*others) - first - set(rewriter.prompter.encode(Prompt.from_text(TEXTS[0]))))
+
+    def check(_: object, inputs: tuple[torch.Tensor]) -> None:
+        if bad in inputs[0]:
+            raise ValueError("poison")
+
+    model.causal.get_input_embeddings().register_forward_pre_hook(check)
+    with pytest.raises(ModelError, match=r"prompt 'flip the word .*raised ValueError: poison"):
+        rewriter.rewrite(TEXTS[:1], n=4, temperature=1.0)
+
+
 @pytest.mark.parametrize("missing", ["config.yaml", "model"])
 def test_a_run_that_has_not_finished(missing: str, model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)

@@ -18,9 +18,9 @@ import torch
 from alignpro.activated_lora import invoked_at
 from alignpro.engine.attention import probe_geometry
 from alignpro.engine.graphs import DecodeGraphs
+from alignpro.engine.isolation import Passes
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import PrefixTree
-from alignpro.engine.runner import run_tick
 from alignpro.engine.sampler import derive_seed
 from alignpro.engine.scheduler import Scheduler
 from alignpro.engine.sequence import ChainRun, SampledSequence, ToTarget, completed, siblings
@@ -41,6 +41,8 @@ class _Memory:
     """Pages on one device, the prompts in them, and the graphs that read them."""
 
     pool: KVPool
+    pages: int
+    """Of the pool, if the device has memory for as many."""
     tree: PrefixTree
     graphs: DecodeGraphs | None
 
@@ -109,8 +111,11 @@ class Engine:
                 prompt draws from (its seed, k): the result does not depend on batching.
 
         Returns:
-            One list of n completions a prompt. A prompt that cannot be run has completions whose ``finish_reason`` is
-            ``error``; the others are not affected.
+            One list of n completions a prompt. What cannot be run, or raises on the way, has completions whose
+            ``finish_reason`` is ``error``; the others are not affected.
+
+        Raises:
+            Exception: The device has failed, or the engine is set up wrongly: nothing can be computed. No page is held.
         """
         seeds = _seeds(params, len(prompts)) if seeds is None else seeds
         groups = [siblings(name, prompt, params, seeds[i], (i,)) for i, prompt in enumerate(prompts)]
@@ -131,7 +136,8 @@ class Engine:
         """x → ``rewrite.n`` rewrites by `policy` → ``respond.n`` responses of `target` to each.
 
         A rewrite that ends is answered at once. Response m to rewrite k of a prompt draws from (the prompt's seed,
-        "respond", k, m). Where ``to_target`` raises, that chain's responses are errors which say what.
+        "respond", k, m). Where a rewrite has failed or ``to_target`` raises, that chain's responses are errors which say
+        what.
         """
         seeds = _seeds(rewrite, len(prompts)) if seeds is None else seeds
         run = ChainRun(policy, target, rewrite, respond, to_target, seeds)
@@ -196,6 +202,7 @@ class Engine:
         scheduler = Scheduler(memory.pool, memory.tree, lanes, max_batch=self.max_batch, token_budget=self.token_budget)
         if memory.graphs:
             memory.graphs.begin({name: self.models[name] for name in lanes})
+        passes = Passes(self.models, memory.pool, scheduler, self.stats, memory.graphs)
         elsewhere: list[SampledSequence] = []
         ran: list[SampledSequence] = []
         new = deque(sequences)
@@ -213,14 +220,15 @@ class Engine:
                     else:
                         new.extend(follow(sequence))
                 tick = scheduler.next_tick()
-                if tick is None:
+                ended = scheduler.take_refused()
+                if tick is None and not ended:
                     break
-                run_tick(self.models, memory.pool, tick, self.stats, memory.graphs)
+                if tick is not None:
+                    ended += passes.carry_out(tick)
                 self.stats.note_pages(memory.pool.used)
-                for sequence in tick.drawing:
-                    if sequence.completion is not None:
-                        scheduler.finish(sequence)
-                        new.extend(follow(sequence))
+                for sequence in ended:
+                    scheduler.finish(sequence)
+                    new.extend(follow(sequence))
                 if self.audit:
                     scheduler.audit()
         finally:
@@ -267,10 +275,13 @@ class Engine:
             pool.total = available // pool.page_bytes
             if self.pool_bytes is None:
                 pool.total = min(pool.total, self.max_batch * (longest + 1))
-            self._memories[device] = _Memory(pool, PrefixTree(pool), self._decode_graphs(pool, device))
+            graphs = self._decode_graphs(pool, device)
+            self._memories[device] = _Memory(pool, pool.total, PrefixTree(pool), graphs)
+        memory = self._memories[device]
+        memory.pool.total = memory.pages  # what a run before could not have may be free now
         if device in self._released:  # at once, not page by page: the arena stays where it is then, as graphs need
-            self._memories[device].pool.take(self._released.pop(device))
-        return self._memories[device]
+            memory.pool.try_take([self._released.pop(device)])
+        return memory
 
     def _decode_graphs(self, pool: KVPool, device: torch.device) -> DecodeGraphs | None:
         if self.cuda_graphs == "padded":
@@ -315,6 +326,6 @@ def _refusal(model: LanguageModel, prompt: Sequence[int], params: SamplingParams
     if len(prompt) + params.max_tokens > model.context_length:
         return (
             f"{len(prompt)} prompt tokens and {params.max_tokens} new ones do not fit in the context of "
-            f"{model.context_length} tokens of {model.name}"
+            f"{model.context_length} tokens of {model.name}: drop the prompt (max_prompt_tokens), or lower max_tokens"
         )
     return None

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alignpro_kernels import read_kv, write_kv
+from alignpro.engine.faults import out_of_memory
+from alignpro_kernels import copy_pages, read_kv, write_kv
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class KVPool:
         self.page_bytes = -(-page_tokens * largest // 16) * 16  # whole elements of any dtype
         self.page_size = {name: self.page_bytes // geometry.token_bytes for name, geometry in geometries.items()}
         self.total = total
-        """Pages in all; may be raised."""
+        """Pages in all; may be raised, and becomes less where the device has no memory for as many."""
         self.used: Counter[str] = Counter()
         """Model → pages that it holds."""
         self.generation = 0
@@ -101,16 +105,30 @@ class KVPool:
         """How many pages hold that many tokens of a model."""
         return -(-tokens // self.page_size[model])
 
+    def reserve(self, count: int) -> bool:
+        """Have memory for ``count`` of the free pages.
+
+        Where the device has not as much, there are no more pages from then on than it has memory for.
+        """
+        least = self._fresh + count - min(count, len(self._returned))
+        if least <= len(self._arena):
+            return True
+        sizes = [2 * least, least]
+        if self.try_take([self.total, *sizes] if self._arena.device.type == "cpu" else sizes):
+            return True
+        most = len(self._arena)
+        logger.warning("%s has memory for %d of the %d pages of the pool", self._arena.device, most, self.total)
+        self.total = most
+        return False
+
     def allocate(self, model: str, count: int) -> list[int]:
-        """Take ``count`` free pages, of which there must be as many."""
+        """Take ``count`` free pages, of which there must be as many, with memory for them (`reserve`)."""
         if count > self.free:
             raise ValueError(f"{count} pages are wanted and {self.free} are free")
         again = min(count, len(self._returned))
         pages = [self._returned.pop() for _ in range(again)]
         pages += range(self._fresh, self._fresh + count - again)
         self._fresh += count - again
-        if self._fresh > len(self._arena):
-            self.take(self.total if self._arena.device.type == "cpu" else min(self.total, 2 * self._fresh))
         self.used[model] += count
         return pages
 
@@ -125,6 +143,18 @@ class KVPool:
         arena = torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self._arena.device)
         arena[: len(self._arena)] = self._arena
         self._move_to(arena)
+
+    def try_take(self, counts: Sequence[int]) -> bool:
+        """`take` the first of some counts, each at most the total, that the device has memory for; False if for none."""
+        for count in counts:
+            try:
+                self.take(min(self.total, count))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            else:
+                return True
+        return False
 
     def shrink(self, kept: Sequence[list[int]]) -> int:
         """Give the arena's memory back but for the pages in some lists, which move together; the lists follow.
@@ -164,13 +194,19 @@ class KVPool:
         size = self.page_size[model]
         return [pages[j // size] * size + j % size for j in range(first, first + count)]
 
+    def copy(self, source: Sequence[int], destination: Sequence[int]) -> None:
+        """Copy whole pages, of whatever model, over others, of which none is a source."""
+        device = self._arena.device
+        copy_pages(self._arena, torch.tensor(source, device=device), torch.tensor(destination, device=device))
+
     def _move_to(self, arena: Tensor) -> None:
         self._arena, self._views = arena, {}
         self.generation += 1
 
     def move(self, model: str, source: Sequence[int], destination: Sequence[int]) -> None:
-        """Copy the keys and values in some slots to others, which may overlap them."""
+        """Copy the keys and values in some slots to others, which may overlap them: all of them, or if it raises none."""
         device = self._arena.device
         come, go = torch.tensor(source, device=device), torch.tensor(destination, device=device)
-        for pages in self.layers(model):
-            write_kv(*read_kv(pages, come), pages, go)
+        states = [read_kv(pages, come) for pages in self.layers(model)]
+        for pages, (keys, values) in zip(self.layers(model), states, strict=True):
+            write_kv(keys, values, pages, go)

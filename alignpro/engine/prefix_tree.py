@@ -6,7 +6,8 @@
 
 A node is a run of tokens with its own pages from its first token on, so that a child never shares a page with its
 parent: nothing is copied when sequences part ways. Nodes part where prompts do; a node that has to be split in the middle
-of a page has the keys and values behind the split moved, which costs a copy and saves computing them again.
+of a page has the keys and values behind the split moved, which costs a copy and saves computing them again. Where prompts
+have less in common than a node is worth, the pages of that are copied.
 
 A prompt is put in before it is computed, so that prompts which arrive together share what they have in common too.
 
@@ -18,16 +19,20 @@ them alone; the rest hangs below them.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from alignpro.engine.faults import out_of_memory
 from alignpro.engine.pool import KVPool, Segment
 
 SHORTEST = 16
 """Fewer common tokens are not worth a node: each level of nodes is one more pass of attention."""
+COPIED = 4
+"""Fewer common tokens than that are not worth a copy of their pages either, and are computed again."""
 
 Tokens = tuple[int, ...]
 
@@ -40,6 +45,8 @@ class Node(Segment):
     parent: Node | None = None
     children: dict[tuple[str, Tokens], Node] = field(default_factory=dict)
     """By model and first tokens: SHORTEST of them, or all of a node that has fewer."""
+    order: list[tuple[str, Tokens]] = field(default_factory=list)
+    """Their keys, sorted: neighbours have most in common."""
     locks: int = 0
     """Running sequences that go through it."""
     state: Tensor | None = None
@@ -94,27 +101,31 @@ class PrefixTree:
 
     def _descend(self, node: Node, model: str, tokens: Tokens) -> Node | None:
         """Go on from a locked path to where a model's tokens end; None, and nothing locked, if there are no pages."""
-        at = node.start + len(node.tokens)
-        while at < len(tokens):
-            child = _child(node, model, tokens, at)
-            if child is None:
-                child = self._insert(node, model, tokens[at:])
-                if child is None:
-                    self.release(node)
-                    return None
-            else:
-                self._lock(child)
-                common = _common(child.tokens, tokens, at)
-                if common < len(child.tokens):
-                    upper = self._split(child, common)
-                    if upper is None:
-                        self.release(child)
-                        return None
-                    self._unlock(child)
-                    child = upper
-            node = child
-            at += len(node.tokens)
+        while (at := node.start + len(node.tokens)) < len(tokens):
+            try:
+                below = self._step(node, model, tokens, at)
+            except Exception:  # of the device
+                self.release(node)
+                raise
+            if below is None:
+                self.release(node)
+                return None
+            node = below
         return node
+
+    def _step(self, node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
+        """Lock the child that a model's tokens at.. go on with, made if need be; None if there is no memory for it."""
+        child = _child(node, model, tokens, at)
+        if child is None:
+            return self._insert(node, model, tokens[at:])
+        self._lock(child)
+        common = _common(child.tokens, tokens, at)
+        if common == len(child.tokens):
+            return child
+        try:
+            return self._split(child, common)
+        finally:
+            self._unlock(child)
 
     def release(self, node: Node) -> None:
         """Unlock a path that `acquire` locked."""
@@ -123,11 +134,12 @@ class PrefixTree:
 
     def allocate(self, model: str, count: int) -> list[int] | None:
         """``count`` pages, unlocked nodes being evicted as needed; None if even that is not enough."""
-        if count > self.pool.free + self.cached:
-            return None
-        while self.pool.free < count:
-            self._evict(next(iter(self._idle)))
-        return self.pool.allocate(model, count)
+        while count <= self.pool.free + self.cached:
+            while self.pool.free < count:
+                self._evict(next(iter(self._idle)))
+            if self.pool.reserve(count):
+                return self.pool.allocate(model, count)
+        return None  # also where the device has no memory for more: the pool has become smaller then
 
     def evict_all(self, keep: Collection[str] = ()) -> None:
         """Evict every node that is not locked, but for those of models to be kept."""
@@ -165,14 +177,36 @@ class PrefixTree:
         pages = self.allocate(model, self.pool.pages_for(model, len(tokens)))
         if pages is None:
             return None
+        try:
+            computed = self._copy_beginning(parent, model, tokens, pages)
+        except Exception:  # of the device
+            self.pool.give_back(model, pages)
+            raise
         start = parent.start + len(parent.tokens)
-        node = Node(tokens, start, next(self.serials), pages, model=model, parent=parent, locks=1)
+        node = Node(tokens, start, next(self.serials), pages, computed, model=model, parent=parent, locks=1)
         parent.children[node.key] = node
+        insort(parent.order, node.key)
         self.locked += len(pages)
         return node
 
+    def _copy_beginning(self, parent: Node, model: str, tokens: Tokens, pages: Sequence[int]) -> int:
+        """Copy into a new child's pages what it has in common with a sibling and is computed; how many tokens that is.
+
+        It is less than a node is worth, or the two would be below one. Behind it the last page has the sibling's tokens,
+        until the child's own are computed.
+        """
+        place = bisect_left(parent.order, (model, tokens[:SHORTEST]))
+        siblings = [parent.children[key] for key in parent.order[max(0, place - 1) : place + 1] if key[0] == model]
+        common = [min(_common(sibling.tokens, tokens, 0), sibling.computed) for sibling in siblings]
+        count = max(common, default=0)
+        if count < COPIED:
+            return 0
+        held = self.pool.pages_for(model, count)
+        self.pool.copy(siblings[common.index(count)].pages[:held], pages[:held])
+        return count
+
     def _split(self, lower: Node, at: int) -> Node | None:
-        """Part a locked node before its token ``at``: a new node above it, as locked, or None for want of a page.
+        """Part a locked node before its token ``at``: a new node above it, as locked, or None for want of memory.
 
         Sequences know a path by its last node, which stays the same one.
         """
@@ -184,7 +218,13 @@ class PrefixTree:
         pages = lower.pages + extra
         if at < lower.computed and at % pool.page_size[model]:
             count = lower.computed - at
-            pool.move(model, pool.slots(model, pages, at, count), pool.slots(model, pages[above:], 0, count))
+            try:
+                pool.move(model, pool.slots(model, pages, at, count), pool.slots(model, pages[above:], 0, count))
+            except Exception as error:
+                pool.give_back(model, extra)
+                if out_of_memory(error):
+                    return None
+                raise
         upper = Node(
             lower.tokens[:at],
             lower.start,
@@ -194,6 +234,7 @@ class PrefixTree:
             model=model,
             parent=lower.parent,
             children={(model, lower.tokens[at : at + SHORTEST]): lower},
+            order=[(model, lower.tokens[at : at + SHORTEST])],
             locks=lower.locks,
         )
         assert lower.parent is not None
@@ -225,6 +266,7 @@ class PrefixTree:
         parent = node.parent
         assert parent is not None
         del parent.children[node.key]
+        del parent.order[bisect_left(parent.order, node.key)]
         if parent.parent is not None and parent.locks == 0 and not parent.children:
             self._idle[parent] = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignpro.engine.attention import AttentionPlan
+from alignpro.engine.faults import described
 from alignpro.engine.graphs import DecodeGraphs, StaticPlan
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import Node
@@ -19,28 +21,18 @@ from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.types import EngineStats
 from alignpro.language_model import LanguageModel
 
+logger = logging.getLogger(__name__)
+
 
 @torch.no_grad()
-def run_tick(
-    models: Mapping[str, LanguageModel],
-    pool: KVPool,
-    tick: Tick,
-    stats: EngineStats,
-    graphs: DecodeGraphs | None = None,
-) -> None:
-    """Compute the tick's items and let its sequences draw; those that have come to their end have a completion then.
+def compute(
+    model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats, graphs: DecodeGraphs | None = None
+) -> Tensor:
+    """Compute the tick's items: the states in which its sequences draw, (B, D). If that raises, none of them is computed.
 
     With ``graphs``, ticks of next tokens alone are run by them.
     """
-    states = _compute(models[tick.model], pool, tick, stats, graphs)
-    with _timed(stats, "sample"):
-        if tick.drawing:
-            _draw(models, tick.drawing, states)
     stats.ticks += 1
-
-
-def _compute(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats, graphs: DecodeGraphs | None) -> Tensor:
-    """The states in which the tick's sequences draw, (B, D)."""
     ends = [s.own if s.drawn else s.node for s in tick.drawing]
     if not tick.items:
         return _known(ends)
@@ -54,10 +46,6 @@ def _compute(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats,
         else:
             active = plan.rows_of(tick.model) if model.selective else True
             hidden = model.paged_states(plan.ids, plan.positions, plan, active)  # (T, D)
-        for item in tick.items:
-            if item.write:
-                item.segment.computed = item.end
-            stats.computed[item.kind] += item.count
         for node in {s.node: None for s in tick.drawing if not s.drawn}:
             assert node is not None
             if id(node) in plan.last_row:
@@ -67,7 +55,12 @@ def _compute(model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats,
             hidden = torch.cat([hidden, _known(known)])
         rows = plan.last_row | {id(end): len(plan.ids) + i for i, end in enumerate(known)}
         index = torch.tensor([rows[id(end)] for end in ends], dtype=torch.int64, device=model.device)
-        return hidden.index_select(0, index)
+        states = hidden.index_select(0, index)
+        for item in tick.items:
+            if item.write:
+                item.segment.computed = item.end
+            stats.computed[item.kind] += item.count
+        return states
 
 
 def _known(ends: Sequence[object]) -> Tensor:
@@ -77,8 +70,20 @@ def _known(ends: Sequence[object]) -> Tensor:
     return torch.stack(states)
 
 
+@torch.no_grad()
+def draw(
+    models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor, stats: EngineStats
+) -> None:
+    """One token a sequence, from (B, D) states; those that have come to their end have a completion then.
+
+    There is one pass over the head for all that are drawn alike. If one raises, none of those has drawn.
+    """
+    if sequences:
+        with _timed(stats, "sample"):
+            _draw(models, sequences, states)
+
+
 def _draw(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor) -> None:
-    """One token a sequence, from (B, D) states; one pass over the head for all that are drawn alike."""
     drawn = position_seeds([sequence.seed for sequence in sequences], [len(sequence.drawn) for sequence in sequences])
     seeds = torch.from_numpy(drawn).to(states.device)  # (B,)
     heads = {name: models[name].head for name in {sequence.model: None for sequence in sequences}}
@@ -97,7 +102,11 @@ def _draw(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequen
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.double().tolist(), strict=True):
             sequences[row].drawn.append(token)
             sequences[row].logprobs.append(logprob)
-            _end(models[sequences[row].model], sequences[row])
+            try:
+                _end(models[sequences[row].model], sequences[row])
+            except Exception as error:  # of the tokenizer, over what this sequence has drawn
+                logger.exception("the search for a stop text raised")
+                sequences[row].fail(described("the search for a stop text", error))
 
 
 def _end(model: LanguageModel, sequence: SampledSequence) -> None:

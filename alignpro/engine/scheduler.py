@@ -78,6 +78,7 @@ class Scheduler:
         self.preemptions = 0
         self.hits = 0
         """Prompt tokens that were there when their sequence was admitted for the first time."""
+        self._refused: list[SampledSequence] = []
         self._last = ""
 
     def add(self, sequence: SampledSequence) -> None:
@@ -97,10 +98,16 @@ class Scheduler:
                 # None of its sequences could be admitted, or all had to be preempted.
         return None
 
+    def take_refused(self) -> list[SampledSequence]:
+        """Sequences that have failed since the last call, for want of memory that the pool was to have."""
+        refused, self._refused = self._refused, []
+        return refused
+
     def finish(self, sequence: SampledSequence) -> None:
         """Free what a sequence holds that has ended."""
-        self.running.remove(sequence)
-        self._release(sequence)
+        if sequence.own is not None:
+            self.running.remove(sequence)
+            self._release(sequence)
 
     def abort(self) -> None:
         """Free what all sequences hold."""
@@ -151,7 +158,9 @@ class Scheduler:
                     return
                 self.tree.evict_all()  # what is cached stands in the way of the only one that could run
                 if not self._start(sequence):
-                    raise RuntimeError(f"a pool of {self.pool.total} pages is too small for a sequence that it took")
+                    waiting.popleft()
+                    self._refuse(sequence)
+                    continue
             waiting.popleft()
             places -= 1
             if sequence.needs_empty_pool:
@@ -163,7 +172,11 @@ class Scheduler:
         node = self.tree.acquire(model, sequence.prompt, sequence.base, sequence.shared)
         if node is None:
             return False
-        pages = self.tree.allocate(model, self.pool.pages_for(model, len(drawn)))
+        try:
+            pages = self.tree.allocate(model, self.pool.pages_for(model, len(drawn)))
+        except Exception:  # of the device
+            self.tree.release(node)
+            raise
         if pages is None or (self.running and self.pool.free + self.tree.cached <= len(self.running)):
             if pages is not None:
                 self.pool.give_back(model, pages)
@@ -188,7 +201,17 @@ class Scheduler:
                 if pages is not None:
                     own.pages += pages
                     break
-                self._preempt(self.running[-1])
+                youngest = self.running[-1]
+                if youngest.needs_empty_pool and len(self.running) == 1:  # it has the pool to itself already
+                    self.finish(youngest)
+                    self._refuse(youngest)
+                else:
+                    self._preempt(youngest)
+
+    def _refuse(self, sequence: SampledSequence) -> None:
+        """Fail a sequence that the pool took when it was to have more memory than there turned out to be."""
+        sequence.fail(f"the device has memory for only {self.pool.total} pages of the engine's pool: too few for it")
+        self._refused.append(sequence)
 
     def _preempt(self, sequence: SampledSequence) -> None:
         sequence.needs_empty_pool = len(self.running) == 1

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Literal
 
+from alignpro.engine.faults import described
 from alignpro.engine.pool import Segment
 from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import derive_seed
@@ -79,7 +81,7 @@ def siblings(
     model: str, prompt: Sequence[int], params: SamplingParams, seed: int, origin: tuple[int, ...]
 ) -> list[SampledSequence]:
     """The ``params.n`` completions of a prompt; number k draws from (seed, k)."""
-    tokens = tuple(prompt)
+    tokens = tuple(map(index, prompt))
     return [SampledSequence(model, tokens, params, derive_seed(seed, k), (*origin, k)) for k in range(params.n)]
 
 
@@ -115,16 +117,17 @@ class ChainRun:
             return []
         i, k = sequence.origin
         chain = self.chains[i, k] = Chain(sample)
-        if sample.error is not None:
-            return []
         problem = None
-        try:
-            chain.target_tokens = list(self.to_target(i, sample))
-        except AlignProError as error:
-            problem = f"the sample cannot be given to {self.target}: {error}"
-        except Exception as error:  # a fault of the callback, of this chain alone too
-            logger.exception("to_target failed on a sample of prompt %d", i)
-            problem = f"the sample cannot be given to {self.target}: to_target raised {type(error).__name__}: {error}"
+        if sample.error is not None:
+            problem = f"there is no sample to respond to: {sample.error}"
+        else:
+            try:
+                chain.target_tokens = [index(token) for token in self.to_target(i, sample)]
+            except AlignProError as error:
+                problem = f"the sample cannot be given to {self.target}: {error}"
+            except Exception as error:  # a fault of the callback, of this chain alone too
+                logger.exception("to_target failed on a sample of prompt %d", i)
+                problem = f"the sample cannot be given to {self.target}: {described('to_target', error)}"
         seed = derive_seed(self.seeds[i], "respond", k)
         responses = siblings(self.target, chain.target_tokens, self.respond, seed, (i, k))
         if problem:
@@ -137,7 +140,7 @@ class ChainRun:
         """The chains of each prompt, with what their sequences became."""
         groups: list[list[Chain]] = [[] for _ in self.seeds]
         for (i, k), chain in sorted(self.chains.items(), key=lambda item: item[0]):
-            chain.responses = [completed(response) for response in self.responses.get((i, k), [])]
+            chain.responses = [completed(response) for response in self.responses[i, k]]
             groups[i].append(chain)
         return groups
 

@@ -167,4 +167,4 @@ class EngineStats:
             if first == second
         )
         self.floor_tokens += sum(len(prompt) for _, prompt in prompts) - sum(shared)
-        self.floor_tokens += sum(drawn - 1 for *_, drawn in ran)
+        self.floor_tokens += sum(max(0, drawn - 1) for *_, drawn in ran)  # one that failed may have drawn none

@@ -6,7 +6,6 @@ Prints a table a shape and writes ``kernels.json`` and ``kernels.png``.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import gc
 import json
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import environment
+from benchmarks import environment, options
 from benchmarks.kernels import figure, ours, peers, plain
 from benchmarks.kernels.cases import CASES, Case
 from benchmarks.kernels.compare import Limits, compare
@@ -26,18 +25,16 @@ from benchmarks.kernels.problem import make_heads
 from benchmarks.kernels.shapes import QUICK, SHAPES, Shape, default_rows, parse_shape
 from benchmarks.kernels.table import WIDTH, print_table
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RESULTS = Path(__file__).parents[1] / "results"
-QUICK_ROWS, QUICK_OUT = 32, Path("runs/kernels-quick")
+QUICK_ROWS = 32
 CPU_LIMITS, GPU_LIMITS = Limits(rounds=3, seconds=60), Limits(rounds=20, seconds=8)
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = options.new_app()
 
 
 @app.command(help=__doc__)
 def run(
-    device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, else float32.")] = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,10 +47,7 @@ def run(
         list[int] | None,
         typer.Option(min=1, help="Tokens N; may be repeated. By device and shape.", show_default=False),
     ] = None,
-    entrants: Annotated[
-        list[str] | None,
-        typer.Option(help="Names or patterns, such as 'ours-*'; may be repeated. All.", show_default=False),
-    ] = None,
+    entrants: options.Entrants = None,
     cases: Annotated[
         list[str] | None,
         typer.Option(help="Names or patterns, such as 'policy*'; may be repeated. All.", show_default=False),
@@ -69,31 +63,28 @@ def run(
         float | None,
         typer.Option(help="End a case's rounds after this, but not before the third: 60 and 8.", show_default=False),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch, on the CPU.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results: benchmarks/results/DEVICE.", show_default=False)
     ] = None,
     append: Annotated[
         bool, typer.Option("--append", help="Keep the results already there for other shapes, N, dtypes and cases.")
     ] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A tiny shape and few rounds, to see that all works; no valid figures.")
-    ] = False,
+    quick: options.Quick = False,
 ) -> None:
     """See the module."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    what = _dtype(dtype, where)
+    options.use_threads(threads)
+    where = options.find_device(device)
+    what = options.find_dtype(dtype, where)
     shapes = _shapes(shape, where, quick)
-    chosen_cases = _matching(CASES, cases, "case")
-    chosen = _matching([*ours.entrants(), *plain.entrants(), *peers.entrants()], entrants, "entrant")
-    left_out = _matching(chosen, without, "entrant") if without else []
+    chosen_cases = options.matching(CASES, cases, "case")
+    chosen = options.matching([*ours.entrants(), *plain.entrants(), *peers.entrants()], entrants, "entrant")
+    left_out = options.matching(chosen, without, "entrant") if without else []
     chosen = [entrant for entrant in chosen if entrant not in left_out]
     default = CPU_LIMITS if where.type == "cpu" else GPU_LIMITS
     limits = Limits(rounds or (2 if quick else default.rounds), case_seconds or default.seconds)
-    folder = out or (QUICK_OUT if quick else RESULTS / environment.slug(where))
+    folder = out or options.results_folder("kernels", where, quick=quick)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "kernels.json"
 
@@ -102,9 +93,7 @@ def run(
         environment.describe("benchmarks.kernels", where, what, environment.command_line())
         | {"seed": seed, "limits": vars(limits)}
     )
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = options.new_console(WIDTH)
     console.print(f"{environment.device_name(where)}, {what}, {torch.get_num_threads()} CPU threads", highlight=False)
     with _imports_frozen():
         for one in shapes:
@@ -157,14 +146,6 @@ def _key(result: dict[str, Any]) -> tuple[Any, ...]:
     return (result["shape"]["name"], result["rows"], result["dtype"], result["case"]["name"])
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in DTYPES:
-        raise typer.BadParameter(f"dtype {name!r}: take one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
 def _shapes(names: list[str] | None, device: torch.device, quick: bool) -> list[Shape]:
     if not names:
         return [QUICK] if quick else list(SHAPES[:1] if device.type == "cpu" else SHAPES)
@@ -172,17 +153,6 @@ def _shapes(names: list[str] | None, device: torch.device, quick: bool) -> list[
         return [shape for name in names for shape in parse_shape(name)]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-
-
-def _matching(everything: Sequence[Any], patterns: list[str] | None, kind: str) -> list[Any]:
-    """Those whose name matches a pattern, in their own order; a pattern that matches nothing is an error."""
-    names = [one.name for one in everything]
-    for pattern in patterns or []:
-        if not fnmatch.filter(names, pattern):
-            raise typer.BadParameter(f"{kind} {pattern!r}: take names or patterns of {', '.join(names)}")
-    return [
-        one for one in everything if not patterns or any(fnmatch.fnmatchcase(one.name, pattern) for pattern in patterns)
-    ]
 
 
 def _warn_of_cache(console: Console, setting: Setting) -> None:

@@ -14,22 +14,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from alignpro.errors import ConfigError
-from benchmarks import environment
+from benchmarks import environment, options
 from benchmarks.training import figure
 from benchmarks.training.measure import PEERS, measure
 from benchmarks.training.table import print_table
 from benchmarks.training.task import make_task
 from benchmarks.workload import BARE, PAPER, QUICK, find_workload, reshape
 
-RESULTS = Path(__file__).parents[1] / "results"
-QUICK_OUT = Path("runs/training-quick")
 WIDTH = 120  # where the output is no terminal
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = options.new_app()
 
 
 @app.command(help=__doc__)
@@ -39,14 +36,7 @@ def run(
         typer.Argument(help="Of our configuration, as for `alignpro train`: objective.kl.estimator=k3"),
     ] = None,
     workload: Annotated[str, typer.Option(help=f"{PAPER.name} or {BARE.name}.")] = PAPER.name,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Change the workload: prompts=16, K=4, M=2, meta_prompt=…, prompt=…, rewrite=…, template=…, "
-            "response=… in tokens, prompter=LAYERSxHIDDEN, target=…; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    shape: options.Shape = None,
     peers: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(PEERS)} or none; may be repeated. All.", show_default=False),
@@ -55,35 +45,29 @@ def run(
         int | None, typer.Option(min=1, help="Timed steps: 7; with --quick 2.", show_default=False)
     ] = None,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before those.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch, on the CPU.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, prompts and samples.")] = 0,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="benchmarks/results/DEVICE/training_WORKLOAD.json.", show_default=False),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny models and few steps, to see that all works; no valid figures.")
-    ] = False,
+    quick: options.Quick = False,
 ) -> None:
     """See the module."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    where = torch.device(device)
+    options.use_threads(threads)
+    where = options.find_device(device)
     try:
         what = reshape(QUICK if quick else find_workload(workload), shape or [])
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     chosen = _peers(peers)
     timed = steps or (2 if quick else 7)
-    folder = QUICK_OUT if quick else RESULTS / environment.slug(where)
-    file = json_file or folder / f"training_{what.name}.json"
+    file = json_file or options.results_folder("training", where, quick=quick) / f"training_{what.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
 
     transformers_logging.disable_progress_bar()
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = options.new_console(WIDTH)
     console.print(f"{what.name}: {what.describe()}", highlight=False)
     console.print(f"{environment.device_name(where)}, {torch.get_num_threads()} CPU threads", highlight=False)
     with tempfile.TemporaryDirectory(prefix="alignpro-benchmark-") as directory:

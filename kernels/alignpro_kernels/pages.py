@@ -110,7 +110,7 @@ def read_kv(pages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def copy_pages(arena: Tensor, source: Tensor, destination: Tensor) -> None:
-    """Copy whole pages over others, in place: what a sequence does before it writes into a page that it shares.
+    """Copy whole pages over others, in place: what begins like another sequence and then goes on by itself.
 
     Args:
         arena: (n_pages, page_bytes) uint8, contiguous.

@@ -243,10 +243,15 @@ class TestChains:
         assert group[0].sample == group[1].sample == group[2].sample
         assert len({tuple(y.tokens) for chain in group for y in chain.responses}) == 6
 
-    def test_a_prompt_that_cannot_run_has_no_responses(self, llama: LanguageModel, target: LanguageModel) -> None:
+    def test_a_prompt_that_cannot_run_has_responses_that_say_so(
+        self, llama: LanguageModel, target: LanguageModel
+    ) -> None:
         seeds = [11, 12, 13]
         chains = self.run(llama, target, [PROMPTS[0], [], PROMPTS[1]], seeds)
-        assert [(chain.sample.finish_reason, chain.responses) for chain in chains[1]] == [("error", [])] * 3
+        for chain in chains[1]:
+            assert (chain.sample.finish_reason, chain.sample.error) == ("error", "the prompt is empty")
+            reason = "there is no sample to respond to: the prompt is empty"
+            assert [(y.finish_reason, y.error) for y in chain.responses] == [("error", reason)] * 2
         _assert_same_chains([chains[0], chains[2]], self.run(llama, target, PROMPTS[:2], [11, 13]))
 
     def test_a_rewrite_that_the_target_cannot_take_is_an_error_of_its_responses(

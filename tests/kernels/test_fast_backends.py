@@ -1,44 +1,21 @@
-"""The fast backends held against the float64 reference: values, gradients, chunks, masks, bad rows, memory."""
+"""The fast backends held against the float64 reference: values, gradients, bad rows, samples, every instruction set."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from fast_backends import FAST, OPERATORS, need
 from head_problems import Problem, plain_pytorch, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.autograd import gradcheck
 
-from alignpro_kernels import Coefficients, LoRA, backends, cpp_head, fused, linear_logprob, linear_sample, policy_loss
-from alignpro_kernels.backends import backend_module
+from alignpro_kernels import LoRA, linear_logprob, linear_sample, policy_loss
 
-FAST = ["torch", "cpp"]
-OPERATORS = ["policy_loss", "linear_logprob"]
-EVERYTHING = Problem(bias=True, rank=4, reference="separate", softcap=3.0, temperatures=True)
-
-
-@pytest.fixture(autouse=True)
-def _runnable(request: pytest.FixtureRequest) -> None:
-    callspec = getattr(request.node, "callspec", None)
-    backend = callspec.params.get("backend") if callspec else None
-    if backend is not None:
-        need(backend)
-
-
-def need(backend: str) -> None:
-    """Skip where there is no compiler; a library that does not build or load is a failure, and no reason to skip."""
-    if (reason := backends()[backend]) is None:
-        return
-    if "no C++ compiler found" in reason:
-        pytest.skip(f"backend {backend}: {reason}")
-    pytest.fail(f"backend {backend}: {reason}")
+pytestmark = pytest.mark.usefixtures("runnable")
 
 
 def agree(problem: Problem, operator: str, backend: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -214,205 +191,6 @@ def test_a_token_ruled_out_by_its_bias(backend: str) -> None:
     assert (token >= 350).all()
 
 
-def test_gradients_agree_with_finite_differences() -> None:
-    a = replace(EVERYTHING, rows=5, width=4, vocabulary=9, rank=2).tensors(torch.float64)
-    lora = a.pop("lora")
-    variables = (a.pop("hidden"), a.pop("weight"), a.pop("bias"), lora.a, lora.b)
-
-    def stats(hidden, weight, bias, lora_a, lora_b):
-        lora = LoRA(lora_a, lora_b, 0.3)
-        return linear_logprob(hidden, weight, bias=bias, lora=lora, backend="torch", **a)
-
-    def loss(hidden, weight, bias, lora_a, lora_b):
-        def callback(logprob, entropy, kl, rows):
-            # Not linear, so that the coefficients depend on the statistics.
-            return logprob.square() + entropy * kl, 2 * logprob, kl, entropy
-
-        lora = LoRA(lora_a, lora_b, 0.3)
-        return policy_loss(hidden, weight, coefficients=callback, bias=bias, lora=lora, backend="torch", **a).loss
-
-    assert gradcheck(stats, variables)
-    assert gradcheck(loss, variables)
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backend", FAST)
-def test_chunks_change_nothing_but_the_rounding(operator: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = replace(EVERYTHING, rows=150, zero_every=4, masked=True)
-    whole = run(problem, operator, backend, torch.float32)
-    for most in (1, 7, 64):
-        monkeypatch.setattr(backend_module(backend), "rows_in_flight", lambda head, dtype, most=most: most)
-        parts = run(problem, operator, backend, torch.float32)
-        for name, value in parts.values.items():
-            torch.testing.assert_close(value, whole.values[name], rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_inputs_give_the_same_bits(backend: str, dtype: torch.dtype) -> None:
-    problem = replace(EVERYTHING, rows=40)
-    for operator in OPERATORS:
-        first, second = (run(problem, operator, backend, dtype) for _ in range(2))
-        for name, value in first.values.items():
-            assert torch.equal(value, second.values[name]), name
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_statistics_do_not_depend_on_the_number_of_threads(threads: int) -> None:
-    need("cpp")
-    before = torch.get_num_threads()
-    problem = Problem(rows=30, vocabulary=2000, reference="shared")
-    try:
-        torch.set_num_threads(threads)
-        errors = run(problem, "policy_loss", "cpp", torch.float32).errors(
-            run(problem, "policy_loss", "reference", torch.float64)
-        )
-    finally:
-        torch.set_num_threads(before)
-    assert max(errors.values()) < 2e-5
-
-
-class Spy:
-    """A backend that notes what the chunk loop asks of it."""
-
-    def __init__(self, name: str) -> None:
-        self._backend = backend_module(name)
-        self.rows: list[int] = []
-        self.gradients: list[fused.HeadGradients] = []
-        self.active: list[torch.Tensor | None] = []
-
-    def rows_in_flight(self, head, dtype) -> int:
-        return 4
-
-    def rows_in_gradient(self, head) -> int:
-        return 0
-
-    def forward(self, head, rows, *, entropy, keep):
-        self.rows.append(len(rows.hidden))
-        return self._backend.forward(head, rows, entropy=entropy, keep=keep)
-
-    def backward(self, head, rows, kept, stats, active, alpha, eta, kappa, gradients) -> None:
-        self.active.append(active)
-        self.gradients.append(gradients)
-        self._backend.backward(head, rows, kept, stats, active, alpha, eta, kappa, gradients)
-
-
-@pytest.fixture
-def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    watched = Spy("torch")
-    monkeypatch.setattr("alignpro_kernels.operators.backend_module", lambda name: watched)
-    return watched
-
-
-def weighted(weights: torch.Tensor):
-    return lambda logprob, entropy, kl, rows: (weights[rows] * logprob, weights[rows], None, None)
-
-
-def test_masked_rows_reach_no_product(spy: Spy) -> None:
-    hidden, weight = torch.randn(10, 8), torch.randn(50, 8, requires_grad=True)
-    mask = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0, 0, 1], dtype=torch.bool)
-    hidden[~mask] = torch.nan
-    hidden.requires_grad_()
-    target = torch.where(mask, 3, -100)
-    seen = []
-
-    def record(logprob, entropy, kl, rows):
-        seen.extend(rows.tolist())
-        return logprob, torch.ones_like(logprob), None, None
-
-    out = policy_loss(hidden, weight, target, record, mask=mask, backend="torch")
-    out.loss.backward()
-    assert sum(spy.rows) == 4 and seen == [0, 3, 4, 9]
-    assert (out.logprob[~mask] == 0).all() and (hidden.grad[~mask] == 0).all()
-    assert weight.grad.isfinite().all() and (hidden.grad[mask] != 0).any()
-    stats = linear_logprob(hidden, weight, target, mask=mask, backend="torch")
-    assert torch.equal(stats.logprob, out.logprob)
-    nothing = policy_loss(hidden, weight, target, record, mask=torch.zeros_like(mask), backend="torch")
-    nothing.loss.backward()
-    assert nothing.loss == 0 and (nothing.logprob == 0).all()
-
-
-def test_rows_without_a_coefficient_reach_no_gradient_product(spy: Spy) -> None:
-    hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    target = torch.zeros(12, dtype=torch.int64)
-    weights = torch.tensor([0.0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1])
-    out = policy_loss(hidden, weight, target, weighted(weights), backend="torch")
-    out.loss.backward()
-    assert [None if x is None else x.tolist() for x in spy.active] == [[1, 3], None]  # of three chunks, one is skipped
-    assert (hidden.grad[weights == 0] == 0).all()
-    spy.rows.clear()
-    logprob = linear_logprob(hidden, weight, target, backend="torch").logprob
-    spy.rows.clear()
-    (weights * logprob).sum().backward()
-    assert sum(spy.rows) == 6  # nor are their logits made again
-
-
-def test_a_frozen_head_has_no_gradient_computed_nor_allocated(spy: Spy) -> None:
-    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8)
-    target = torch.zeros(6, dtype=torch.int64)
-    policy_loss(hidden, weight, target, weighted(torch.ones(6)), backend="torch").loss.backward()
-    assert all(g.weight is None and g.bias is None and g.hidden is not None for g in spy.gradients)
-    with torch.no_grad():
-        spy.gradients.clear()
-        out = policy_loss(hidden, weight, target, weighted(torch.ones(6)), backend="torch")
-    assert not spy.gradients and not out.loss.requires_grad
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_backward_scales_and_can_be_repeated_where_it_is_retained(backend: str) -> None:
-    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    target = torch.zeros(6, dtype=torch.int64)
-
-    def loss():
-        return policy_loss(hidden, weight, target, weighted(torch.ones(6)), backend=backend).loss
-
-    once = torch.autograd.grad(loss(), [hidden, weight])
-    thrice = torch.autograd.grad(3 * loss(), [hidden, weight])
-    out = 3 * loss()
-    retained = torch.autograd.grad(out, [hidden, weight], retain_graph=True)
-    again = torch.autograd.grad(out, [hidden, weight])
-    for a, b, c, d in zip(once, thrice, retained, again, strict=True):
-        torch.testing.assert_close(b, 3 * a)
-        assert torch.equal(b, c) and torch.equal(c, d)
-
-
-def test_the_leafs_gradient_is_the_one_made_in_the_forward_pass() -> None:
-    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    loss = policy_loss(hidden, weight, torch.zeros(6, dtype=torch.int64), weighted(torch.ones(6)), backend="torch").loss
-    made = [x.data_ptr() for x in loss.grad_fn.saved_tensors if x is not None]
-    loss.backward()
-    assert [hidden.grad.data_ptr(), weight.grad.data_ptr()] == made
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_tied_embeddings_get_both_gradients(backend: str) -> None:
-    embedding = nn.Embedding(60, 12)
-    ids = torch.arange(7)
-    target = torch.randint(60, (7,), generator=torch.Generator().manual_seed(0))
-
-    def loss(backend: str):
-        out = policy_loss(embedding(ids), embedding.weight, target, weighted(torch.ones(7)), backend=backend)
-        return torch.autograd.grad(out.loss, embedding.weight)[0]
-
-    torch.testing.assert_close(loss(backend), loss("reference"))
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_under_torch_compile(backend: str) -> None:
-    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    target, one = torch.zeros(6, dtype=torch.int64), torch.ones(6)
-
-    def step(hidden, weight):
-        stats = linear_logprob(hidden * 2, weight, target, entropy=True, backend=backend)
-        out = policy_loss(hidden * 2, weight, target, weighted(one), backend=backend)
-        return (stats.logprob + stats.entropy).sum() + out.loss
-
-    eager = torch.autograd.grad(step(hidden, weight), [hidden, weight])
-    compiled = torch.autograd.grad(torch.compile(step, backend="aot_eager")(hidden, weight), [hidden, weight])
-    for a, b in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("backend", FAST)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -465,42 +243,3 @@ def test_every_instruction_set_computes_the_same(instructions: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": instructions}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-
-
-def test_memory_does_not_grow_with_the_rows() -> None:
-    need("cpp")
-    script = Path(__file__).with_name("peak_memory.py")
-    peaks = [
-        int(subprocess.run([sys.executable, script, str(rows)], capture_output=True, text=True, check=True).stdout)
-        for rows in (3072, 6144)
-    ]
-    assert max(peaks) < 256, peaks  # their logits are 470 and 940 MiB
-
-
-def test_memory_that_is_kept_serves_one_call_at_a_time() -> None:
-    need("cpp")
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(48, 16, generator=generator), torch.randn(70_000, 16, generator=generator)
-    target = torch.randint(70_000, (48,), generator=generator)
-
-    def gradient(coefficients: Coefficients) -> torch.Tensor:
-        states = hidden.clone().requires_grad_()
-        policy_loss(states, weight, target, coefficients, backend="cpp").loss.backward()
-        assert states.grad is not None
-        return states.grad
-
-    def plain(logprob: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        return -logprob, -torch.ones_like(logprob), None, None
-
-    def nested(logprob: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        with torch.enable_grad():  # while the logits of the call around it wait for their coefficients
-            inner.append(gradient(plain))
-        return plain(logprob)
-
-    cpp_head.release_workspace()
-    fresh, inner = gradient(plain), []
-    assert torch.equal(gradient(plain), fresh)  # in the memory of the first
-    assert torch.equal(gradient(nested), fresh)
-    assert torch.equal(inner[0], fresh)
-    cpp_head.release_workspace()
-    assert torch.equal(gradient(plain), fresh)

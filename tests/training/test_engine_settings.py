@@ -10,6 +10,7 @@ from tiny_runs import Workshop
 
 from alignpro.config import RLHFConfig, TrainConfig, load_config
 from alignpro.engine import Chain
+from alignpro.errors import TrainingError
 from alignpro.jobs import prompter_training, response_training
 from alignpro.training.reinforcement import PolicyTraining
 
@@ -68,6 +69,26 @@ def test_the_tokens_of_a_text_that_stops_the_policy_are_actions(workshop: Worksh
     assert all(actions[mask].tolist() == sample.tokens for actions, mask, sample in rows)
     drawn = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
     torch.testing.assert_close(experience.values.logprob[experience.batch.mask], drawn, atol=1e-4, rtol=0)
+
+
+def test_a_chain_that_fails_stops_the_run_and_names_its_prompt(workshop: Workshop, tmp_path: Path) -> None:
+    made = training(workshop, tmp_path / "run")
+    model = made.policy.model
+    first, second = (set(made.environment.encode(prompt)) for prompt in made.stream.batch(0)[:2])
+    bad = min(first - second)
+
+    def check(_: object, inputs: tuple[torch.Tensor]) -> None:
+        if bad in inputs[0]:
+            raise ValueError("poison")
+
+    before = [weight.detach().clone() for weight in model.parameters()]
+    hook = model.causal.get_input_embeddings().register_forward_pre_hook(check)
+    with pytest.raises(TrainingError, match=r"prompt \S+ \(.*\): a forward pass of .* raised ValueError: poison"):
+        made.step(0)
+    hook.remove()
+    assert all(torch.equal(weight, old) for weight, old in zip(model.parameters(), before, strict=True))
+    made.step(0)
+    assert not all(torch.equal(weight, old) for weight, old in zip(model.parameters(), before, strict=True))
 
 
 def test_stop_texts_leave_the_distribution_whole(workshop: Workshop, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from alignpro.config_messages import explain
+from alignpro.config.messages import explain
 from alignpro.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

@@ -1,0 +1,66 @@
+"""Typed run configuration.
+
+A run is described by YAML files and dotted overrides (``optimizer.learning_rate=1e-4``), merged left to right.
+OmegaConf merges and interpolates, pydantic types and checks. An unknown key or a bad value is an error that names the
+key. What can be configured is here, by subject; `loading` reads and writes it, `messages` says what is wrong.
+"""
+
+from alignpro.config.data import DataConfig, PromptingConfig
+from alignpro.config.generation import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
+from alignpro.config.jobs import (
+    EvalConfig,
+    OptimalConfig,
+    PolicyOrModel,
+    PrompterOrModel,
+    RewardModelConfig,
+    RLHFConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from alignpro.config.learning import KLConfig, ObjectiveConfig, OptimizerConfig
+from alignpro.config.loading import dump_config, load_config, validate_config
+from alignpro.config.models import AdapterConfig, ModelConfig, PolicyConfig, TrainableModelConfig
+from alignpro.config.rewards import (
+    FunctionRewardConfig,
+    GuardConfig,
+    ModelRewardConfig,
+    RewardComponentConfig,
+    RewardConfig,
+)
+from alignpro.config.run import DeepSpeedConfig, RunConfig
+from alignpro.config.section import Section
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "FunctionRewardConfig",
+    "GuardConfig",
+    "KLConfig",
+    "ModelConfig",
+    "ModelRewardConfig",
+    "ObjectiveConfig",
+    "OptimalConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "PolicyOrModel",
+    "PrompterOrModel",
+    "PromptingConfig",
+    "RLHFConfig",
+    "ResponseRolloutConfig",
+    "RewardComponentConfig",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SamplingConfig",
+    "Section",
+    "TrainConfig",
+    "TrainableModelConfig",
+    "dump_config",
+    "load_config",
+    "validate_config",
+]

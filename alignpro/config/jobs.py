@@ -1,0 +1,205 @@
+"""What each command takes: sections, and what has to hold between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from alignpro.config.data import DataConfig, PromptingConfig
+from alignpro.config.generation import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
+from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
+from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
+from alignpro.config.rewards import RewardConfig
+from alignpro.config.run import DeepSpeedConfig, RunConfig
+from alignpro.config.section import Section
+
+_MODEL_OR_NAME = Discriminator(lambda value: "name" if isinstance(value, str) else "model")
+PolicyOrModel = Annotated[
+    Annotated[Literal["policy"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
+]
+"""A model, or ``policy``: the model below the policy's LoRA, with its tokenizer and template, held in memory once."""
+PrompterOrModel = Annotated[
+    Annotated[Literal["prompter"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
+]
+"""Likewise, ``prompter``."""
+
+
+class TrainConfig(Section):
+    """`alignpro train`: a prompter against a frozen target."""
+
+    run: RunConfig
+    data: DataConfig
+    policy: PolicyConfig
+    target: PolicyOrModel
+    reward: RewardConfig
+    prompting: PromptingConfig = PromptingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @property
+    def target_model(self) -> ModelConfig:
+        """The target's configuration, also where it is the policy's base model."""
+        return self.policy if isinstance(self.target, str) else self.target
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.target == "policy" and self.policy.adapter.kind != "lora":
+            raise ValueError(
+                f"target=policy with policy.adapter.kind={self.policy.adapter.kind}: the target is the model below the "
+                "policy's LoRA: set policy.adapter.kind=lora, or name the target's model"
+            )
+        _check_group(self.objective, self.rollout.rewrites_per_prompt, "rollout.rewrites_per_prompt")
+        _check_on_policy(self.rollout.rewrite, "rollout.rewrite")
+        _check_minibatches(self.objective, self.rollout.prompts_per_step)
+        return self
+
+
+class RLHFConfig(Section):
+    """`alignpro rlhf`: the target itself, fine-tuned on the same reward (the oracle)."""
+
+    run: RunConfig
+    data: DataConfig
+    policy: PolicyConfig
+    reward: RewardConfig
+    rollout: ResponseRolloutConfig = ResponseRolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    max_prompt_tokens: int = Field(1024, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> RLHFConfig:
+        _check_group(self.objective, self.rollout.responses_per_prompt, "rollout.responses_per_prompt")
+        _check_on_policy(self.rollout.respond, "rollout.respond")
+        _check_minibatches(self.objective, self.rollout.prompts_per_step)
+        return self
+
+
+class SFTConfig(Section):
+    """`alignpro sft`: the prompter from (x, x') pairs, or a plain language model on (x, y)."""
+
+    run: RunConfig
+    data: DataConfig
+    policy: PolicyConfig
+    task: Literal["rewrite", "response"] = "rewrite"
+    prompting: PromptingConfig = PromptingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_size: int = Field(64, ge=1)
+    max_tokens: int = Field(1024, ge=2)
+    """Prompt and completion together; longer ones are truncated on the right and counted."""
+
+
+class RewardModelConfig(Section):
+    """`alignpro reward`: a Bradley-Terry reward model from preference pairs."""
+
+    run: RunConfig
+    data: DataConfig
+    model: TrainableModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_size: int = Field(32, ge=1)
+    max_length: int = Field(2048, ge=2)
+
+
+class EvalConfig(Section):
+    """`alignpro eval`: arms compared on held-out prompts."""
+
+    out: Path
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    target: PrompterOrModel
+    reward: RewardConfig
+    prompting: PromptingConfig = PromptingConfig()
+    prompter: ModelConfig | None = None
+    """The trained prompter: arm ``align_pro``."""
+    reference: ModelConfig | None = None
+    """ρ_sft: arm ``sft_prompter``; needed for KL, Gibbs and the bound."""
+    oracle: ModelConfig | None = None
+    """The target after RLHF: arm ``oracle``."""
+    prompts: int = Field(128, ge=2)
+    rewrites_per_prompt: int = Field(4, ge=2)
+    responses_per_rewrite: int = Field(2, ge=2)
+    rewrite: SamplingConfig = SamplingConfig()
+    respond: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    gibbs_candidates: int = Field(0, ge=0)
+    """N rewrites of ρ_sft to resample from; 0 leaves the arm ``gibbs`` out."""
+    kl_coef: float = Field(0.05, ge=0)
+    bound: bool = False
+    r_max: float = Field(1.0, gt=0)
+    """Upper end of the reward's range [0, r_max], for the bound."""
+    bootstrap: int = Field(2000, ge=100)
+    title: str = "Align-Pro"
+
+    @property
+    def target_model(self) -> ModelConfig:
+        """The target's configuration, also where it is the prompter's base model."""
+        if isinstance(self.target, str):
+            assert self.prompter is not None  # as is checked below
+            return self.prompter
+        return self.target
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.target == "prompter" and self.prompter is None:
+            raise ValueError("target=prompter: the target is the model below the prompter's LoRA: name the `prompter`")
+        if self.gibbs_candidates > 0 and self.reference is None:
+            raise ValueError(
+                "gibbs_candidates are rewrites of ρ_sft: they need `reference`, the prompter before training"
+            )
+        if self.gibbs_candidates > 0 and self.kl_coef == 0:
+            raise ValueError("gibbs_candidates weighs rewrites by exp(R/λ): kl_coef must be positive")
+        return self
+
+
+class OptimalConfig(Section):
+    """`alignpro optimal`: training-free Gibbs resampling of N rewrites of ρ_sft."""
+
+    out: Path
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    target: PrompterOrModel
+    reward: RewardConfig
+    prompter: ModelConfig
+    prompting: PromptingConfig = PromptingConfig()
+    prompts: int = Field(128, ge=1)
+    candidates: int = Field(16, ge=2)
+    responses_per_rewrite: int = Field(2, ge=1)
+    rewrite: SamplingConfig = SamplingConfig()
+    respond: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    kl_coef: float = Field(0.05, gt=0)
+
+    @property
+    def target_model(self) -> ModelConfig:
+        """The target's configuration, also where it is the prompter's base model."""
+        return self.prompter if isinstance(self.target, str) else self.target
+
+
+def _check_group(objective: ObjectiveConfig, group: int, key: str) -> None:
+    needs_group = objective.loss == "gibbs" or objective.advantage in ("leave_one_out", "group_normalized")
+    if needs_group and group < 2:
+        what = "loss=gibbs" if objective.loss == "gibbs" else f"advantage={objective.advantage}"
+        raise ValueError(
+            f"{key}={group} with objective.{what}: a baseline from the same prompt's other samples needs at least 2; "
+            "raise it, or take objective.advantage=running_baseline"
+        )
+
+
+def _check_on_policy(sampling: SamplingConfig, key: str) -> None:
+    if sampling.temperature == 0 or sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0:
+        raise ValueError(
+            f"{key}: the policy is trained on samples of its own whole distribution: it takes temperature > 0, top_k=0, "
+            "top_p=1 and min_p=0"
+        )
+
+
+def _check_minibatches(objective: ObjectiveConfig, prompts_per_step: int) -> None:
+    if objective.minibatches > prompts_per_step:
+        raise ValueError(
+            f"objective.minibatches={objective.minibatches} is more than rollout.prompts_per_step={prompts_per_step}: "
+            "a minibatch holds whole groups, so there can be at most one a prompt"
+        )

@@ -1,0 +1,74 @@
+"""Losses, advantages, the price of KL, and the optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from alignpro.config.section import Section
+
+
+class KLConfig(Section):
+    """The price of leaving the reference."""
+
+    coef: float = Field(0.05, ge=0)
+    """λ, the price of one nat of sequence KL."""
+    estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
+    target: float | None = Field(None, gt=0)
+    """Nats a sequence; when given, the coefficient adapts towards it."""
+    horizon: int = Field(10_000, ge=1)
+    """Samples over which an adaptive coefficient moves (Ziegler et al., 2019)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> KLConfig:
+        if self.target is not None and self.coef == 0:
+            raise ValueError("a target KL is reached by scaling `coef`, which must start above 0")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """Which loss, on which advantages."""
+
+    loss: Literal["policy_gradient", "ppo_clip", "gibbs"] = "policy_gradient"
+    advantage: Literal["leave_one_out", "group_normalized", "running_baseline", "gae"] = "leave_one_out"
+    kl: KLConfig = KLConfig()
+    entropy_coef: float = Field(0.0, ge=0)
+    clip_range: float = Field(0.2, gt=0)
+    gae_lambda: float = Field(1.0, ge=0, le=1)
+    value_coef: float = Field(0.5, ge=0)
+    baseline_decay: float = Field(0.95, ge=0, lt=1)
+    """Decay of the running baseline."""
+    normalize_by: Literal["sequence", "token"] = "sequence"
+    """Sum over tokens and mean over sequences (the objective's own form), or mean over all tokens of the step."""
+    epochs: int = Field(1, ge=1)
+    minibatches: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if self.loss == "policy_gradient" and self.epochs * self.minibatches > 1:
+            raise ValueError(
+                "policy_gradient is on-policy: it takes epochs=1 and minibatches=1 "
+                "(ppo_clip and gibbs may reuse a rollout)"
+            )
+        if self.loss == "gibbs" and self.kl.coef == 0:
+            raise ValueError("gibbs regresses on R/λ: kl.coef must be positive")
+        if self.loss == "gibbs" and self.advantage != "leave_one_out":
+            raise ValueError("gibbs centres within the group and takes no advantage: leave `advantage` at its default")
+        return self
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: float = Field(1.0, gt=0)
+    micro_batch_size: int = Field(64, ge=1)
+    """Sequences in one forward and backward pass; gradients accumulate to the step's batch."""

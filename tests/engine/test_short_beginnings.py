@@ -1,0 +1,100 @@
+"""Prompts with less in common than a node is worth: what is there already is copied, and not computed again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_models import ragged, tiny_language_model
+
+from alignpro.engine import Completion, Engine, SamplingParams
+from alignpro.engine.prefix_tree import COPIED, SHORTEST
+from alignpro.language_model import LanguageModel
+
+TEMPLATE = ragged(1, 100, shortest=24, longest=24, seed=5)[0]
+BEGINNING, *TAILS = ragged(4, 100, shortest=20, longest=20, seed=6)
+PARTED = [TEMPLATE + tail for tail in ragged(2, 100, shortest=20, longest=20, seed=7)]
+"""Two which have the template in common, where a node ends then."""
+PARAMS = SamplingParams(max_tokens=8, n=2)
+
+
+def prompts(common: int) -> list[list[int]]:
+    """Three, which part after the template and some more tokens."""
+    return [TEMPLATE + BEGINNING[:common] + tail for tail in TAILS]
+
+
+def drawn(groups: list[list[Completion]]) -> list[list[int]]:
+    return [one.tokens for group in groups for one in group]
+
+
+@pytest.mark.parametrize("options", [{}, {"page_tokens": 3}, {"page_tokens": 64}, {"token_budget": 5}])
+@pytest.mark.parametrize("common", [COPIED - 1, COPIED, 9, SHORTEST - 1])
+def test_what_a_sibling_has_computed_is_not_computed_again(
+    any_model: LanguageModel, common: int, options: dict[str, Any]
+) -> None:
+    engine = Engine({"m": any_model}, audit=True, **options)
+    engine.generate("m", PARTED, PARAMS)
+    copied = common if common >= COPIED else 0
+    for i, prompt in enumerate(prompts(common)):
+        before = engine.stats.snapshot()
+        groups = engine.generate("m", [prompt], PARAMS, [i])
+        (alone,) = Engine({"m": any_model}).generate("m", [prompt], PARAMS, [i])
+        assert drawn(groups) == drawn([alone])
+        assert groups[0][0].logprobs == pytest.approx(alone[0].logprobs, abs=2e-5)
+        there = len(TEMPLATE) + (copied if i else 0)
+        taken = engine.stats.since(before)
+        assert taken.computed["prefill"] == len(prompt) - there
+        assert taken.cache_hit_tokens == PARAMS.n * there
+
+
+def test_a_prompt_that_is_the_beginning_of_another(llama: LanguageModel) -> None:
+    engine = Engine({"m": llama}, audit=True)
+    whole, *_ = prompts(0)
+    engine.generate("m", [*PARTED, whole], PARAMS)
+    before = engine.stats.snapshot()
+    groups = engine.generate("m", [whole[:-12]], PARAMS, [3])
+    assert drawn(groups) == drawn(Engine({"m": llama}).generate("m", [whole[:-12]], PARAMS, [3]))
+    computed = engine.stats.since(before).computed
+    assert (computed["prefill"], computed["recompute"]) == (0, 1)  # once more the last token, for its hidden state
+
+
+def test_nothing_is_copied_from_what_is_not_computed(llama: LanguageModel) -> None:
+    """What arrives together is put into the tree before it is computed."""
+    engine = Engine({"m": llama}, audit=True)
+    inputs = [*PARTED, *(TEMPLATE + BEGINNING[: 9 + i] + tail for i, tail in enumerate(TAILS))]
+    assert drawn(engine.generate("m", inputs, PARAMS)) == drawn(
+        Engine({"m": llama}, page_tokens=5).generate("m", inputs, PARAMS)
+    )
+    assert engine.stats.computed["prefill"] == len(TEMPLATE) + sum(len(prompt) - len(TEMPLATE) for prompt in inputs)
+    # One that is admitted when a sibling has been computed finds it.
+    engine = Engine({"m": llama}, token_budget=len(TEMPLATE) + 6, max_batch=PARAMS.n, audit=True)
+    first, second, _ = prompts(9)
+    engine.generate("m", PARTED, PARAMS)
+    before = engine.stats.snapshot()
+    engine.generate("m", [first, second], PARAMS)
+    assert engine.stats.since(before).computed["prefill"] == len(first) + len(second) - 2 * len(TEMPLATE) - 9
+
+
+def test_nothing_is_copied_from_another_model(llama: LanguageModel) -> None:
+    other = tiny_language_model("llama", seed=4)
+    engine = Engine({"a": llama, "b": other}, audit=True)
+    first, second, _ = prompts(9)
+    engine.generate("a", [*PARTED, first], PARAMS)
+    engine.generate("b", PARTED, PARAMS)
+    before = engine.stats.computed["prefill"]
+    assert drawn(engine.generate("b", [second], PARAMS)) == drawn(Engine({"b": other}).generate("b", [second], PARAMS))
+    assert engine.stats.computed["prefill"] - before == len(second) - len(TEMPLATE)
+
+
+def test_siblings_are_found_among_many_and_after_evictions(llama: LanguageModel) -> None:
+    engine = Engine({"m": llama}, pool_bytes=40 * 16 * 2 * 2 * 2 * 8 * 4, audit=True)
+    tails = ragged(60, 6, shortest=8, longest=12, seed=8)  # of few tokens, so that many begin alike
+    for i, tail in enumerate(tails):
+        prompt = TEMPLATE + tail
+        assert drawn(engine.generate("m", [prompt], PARAMS, [i])) == drawn(
+            Engine({"m": llama}).generate("m", [prompt], PARAMS, [i])
+        )
+    (memory,) = engine._memories.values()
+    for node in memory.tree.nodes("m"):
+        assert node.order == sorted(node.children)
+    assert engine.stats.computed["prefill"] < len(TEMPLATE) + sum(map(len, tails)) + 200
