@@ -85,12 +85,14 @@ class Result:
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def errors(self, exact: Result) -> dict[str, float]:
-        """Relative to the largest value of each (at least 0.01: a KL may be all but zero), against a result in float64."""
+        """Relative to the largest value of each, against a result in float64.
+
+        That is taken to be 0.01 at least, since a KL may be all but zero, and of the loss 1, since its terms may cancel.
+        """
         assert self.values.keys() == exact.values.keys()
         return {
-            name: float(
-                (value.double() - exact.values[name]).abs().max() / exact.values[name].abs().max().clamp_min(1e-2)
-            )
+            name: float((value.double() - exact.values[name]).abs().max())
+            / max(float(exact.values[name].abs().max()), 1.0 if name == "loss" else 1e-2)
             for name, value in self.values.items()
             if value.numel()
         }
