@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from alignpro.distributed.board import Board
 from alignpro.distributed.build import use_own_ninja
+from alignpro.distributed.launcher_watch import stop_with_launcher
 from alignpro.distributed.ranks import PeerError, Ranks
 from alignpro.errors import AlignProError, ConfigError, Interrupted
 
@@ -32,7 +33,7 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
 
     Left by an error that all ranks share (see `Ranks.together`), by `Interrupted` or without one, it waits for all and
     takes the group down. Left by an error of this rank alone, there is nobody to wait for: it prints the error and ends
-    the process, whereupon the launcher ends the others.
+    the process, whereupon the launcher ends the others. A launcher that ends first is a SIGTERM to this process.
 
     Args:
         timeout_seconds: How long a collective may wait.
@@ -44,6 +45,7 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
         raise ConfigError(
             f"RANK and WORLD_SIZE are set, and {', '.join(missing)} not: start with the deepspeed launcher, or unset them"
         )
+    stop_with_launcher()
     use_own_ninja()
     import deepspeed  # two seconds, and not every installation has it
     from deepspeed.accelerator import get_accelerator

@@ -61,7 +61,7 @@ def train_on(
             return
         if run.saved_ranks() not in (None, ranks.size):
             zero = zero.for_other_ranks()
-        run.train(build(config, DeepSpeedDistribution(ranks, zero)))
+        run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed)))
 
 
 def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
@@ -92,5 +92,15 @@ def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
         raise ConfigError(
             f"target=policy with deepspeed.config={zero.name}: at stage 3 the weights that policy and target share are in "
             "shards; take a stage from 0 to 2, or name the target's model"
+        )
+    if isinstance(config, TrainConfig) and config.target == "policy" and config.deepspeed.target_stage == 3:
+        raise ConfigError(
+            "target=policy with deepspeed.target_stage=3: the target's weights are the policy's, whose stage is that of "
+            "deepspeed.config; take target_stage=0, or name the target's model"
+        )
+    if config.deepspeed.offload_reference and zero.stage == 3:
+        raise ConfigError(
+            f"deepspeed.offload_reference with deepspeed.config={zero.name}: at stage 3 the reference is in shards beside the "
+            "policy; z3_offload has both in the host's memory"
         )
     return zero

@@ -21,6 +21,7 @@ from torch import Tensor
 from alignpro import objectives
 from alignpro.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from alignpro.data import Prompt
+from alignpro.distributed.frozen import FrozenModels
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environment import Environment, Scores
 from alignpro.errors import CheckpointError
@@ -51,6 +52,8 @@ class PolicyTraining:
         run: Steps, seed, directory.
         distribution: Over which processes; this one alone when absent.
         kept: Models whose cached prompts stay on an accelerator while the policy is updated: those that are frozen.
+        targets: Has the target ready for rollouts; it always is when absent.
+        rewards: Has the reward models ready to score; likewise.
     """
 
     headline: tuple[str, ...] = ("reward/mean", "kl", "entropy")
@@ -70,16 +73,20 @@ class PolicyTraining:
         run: RunConfig,
         distribution: Distribution | None = None,
         kept: Sequence[str] = (),
+        targets: FrozenModels | None = None,
+        rewards: FrozenModels | None = None,
     ) -> None:
         distribution = distribution or SingleProcess()
         self.ranks = distribution.ranks
         self.policy, self.environment, self.engine = policy, environment, engine
+        self._targets, self._rewards = targets or FrozenModels(), rewards or FrozenModels()
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.heldout, self.kept = heldout, kept
         self.sampling, self.objective, self.optimizer, self.run = sampling, objective, optimizer, run
         updates = run.steps * objective.epochs * objective.minibatches
         if self.ranks.group is not None:
             self.ranks.on_first(policy.reference_id)  # while the weights are whole
+        self._reference = distribution.frozen_reference(policy)
         value_model = ValueModel(policy.model) if objective.advantage == "gae" else None
         self.sampled = distribution.sampling_model(policy.model)
         engine.models["policy"] = self.sampled.model
@@ -105,13 +112,12 @@ class PolicyTraining:
         mine = self._share(prompts)
         prompts = [prompts[i] for i in mine]
         seeds = [derive_seed(self.run.seed, step, i) for i in mine]
-        with self.sampled.whole(), self.ranks.together():
-            with timer("rollout"):
-                chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
-                if self.policy.model.device.type != "cpu":
-                    self.engine.release(keep=self.kept)  # the update needs the accelerator's memory
-            with timer("reward"):
-                scores = self.environment.score(prompts, chains)
+        with timer("rollout"), self.sampled.whole(), self.ranks.together(), self._targets.ready():
+            chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
+            if self.policy.model.device.type != "cpu":
+                self.engine.release(keep=self.kept)  # the update needs the accelerator's memory
+        with timer("reward"), self.ranks.together(), self._rewards.ready():
+            scores = self.environment.score(prompts, chains)
         with timer("credit"):
             experience = self.credit(prompts, chains, scores)
         with timer("update"):
@@ -138,7 +144,8 @@ class PolicyTraining:
         # One micro-batch is all that the first update passes over, at the weights of now: its graph is kept for that.
         keep = len(micro_batches) == 1 and objective.loss != "gibbs" and objective.minibatches == 1
         keep = keep and self.ranks.group is None  # DeepSpeed's hooks want a backward behind each forward
-        parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
+        with self._reference.ready():
+            parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
         values = parts[0] if keep else join_values(parts[: len(micro_batches)], width)
         R = scores.values.flatten().to(values.logprob)  # (B,)
         rewards = objectives.token_rewards(
@@ -265,16 +272,20 @@ class PolicyTraining:
         mine = self._share(prompts)
         seeds = [derive_seed(self.run.seed, "evaluate", i) for i in mine]
         own = [prompts[i] for i in mine]
+        chains: list[list[Chain]] = []
         values, parts = torch.empty(0, 1), []
-        with self.sampled.whole(), self.ranks.together():
+        with self.sampled.whole(), self.ranks.together(), self._targets.ready():
             if own:
                 chains = self.environment.rollout(self.engine, own, replace(self.sampling, n=1), seeds)
+        with self.ranks.together(), self._rewards.ready():
+            if own:
                 values = self.environment.score(own, chains).values
                 encoded = [self.environment.encode(prompt) for prompt in own]
                 samples = [group[0].sample.tokens for group in chains]
                 batch = SequenceBatch.build(encoded, samples, self.policy.model.device)
                 parts = [batch.rows(*rows) for rows in self._micro_batches(len(batch))]
-        kl = sum(self.policy.token_values(part).kl.sum().item() for part in self._padded(parts))
+        with self._reference.ready():
+            kl = sum(self.policy.token_values(part).kl.sum().item() for part in self._padded(parts))
         reward = self.ranks.gather(values).mean().item()
         return {"eval/reward": reward, "eval/kl": self.ranks.sum(kl) / len(prompts)}
 

@@ -7,7 +7,9 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,15 +108,34 @@ def test_a_rank_that_keeps_the_others_waiting_is_named(made: Workshop, tmp_path:
     assert "rank 1 came to step 3, reward" in errors[0]
 
 
-@pytest.mark.slow
-def test_sigterm_saves_first(made: Workshop, tmp_path: Path) -> None:
-    out = tmp_path / "stopped"
+def stopped_amid(made: Workshop, out: Path, stop: Callable[[int], None]) -> tuple[int, str]:
+    """Exit status and output of a run that is told to stop once it has made a step; the launcher's process is given."""
     process = start(made, out, "slow", "run.steps=1000", "run.checkpoint_every=1000")
     deadline = time.monotonic() + 100
     while rows(out) < 1 and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)  # to all of the job's processes, as schedulers do
+    stop(process.pid)
     status, errors, output = ends(process)
-    assert status != 0 and not errors, output[-4000:]
+    assert not errors, output[-4000:]
+    return status, output
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first(made: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    # To all of the job's processes, as schedulers do.
+    status, output = stopped_amid(made, out, lambda launcher: os.killpg(launcher, signal.SIGTERM))
+    assert status != 0
+    assert "stopped by SIGTERM; state saved in" in output
+    assert steps_of_checkpoints(out) == [rows(out)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="launchers are watched on Linux alone")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_the_launcher_saves_first(signum: int, made: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "orphaned"
+    status, output = stopped_amid(made, out, lambda launcher: os.kill(launcher, signum))
+    assert status == -signum
     assert "stopped by SIGTERM; state saved in" in output
     assert steps_of_checkpoints(out) == [rows(out)]
