@@ -65,16 +65,16 @@ class ModelReward:
 
     Args:
         config: The model, and how its scores count.
-        models: Loads it.
+        models: Loads it, and says when it can be run; always, when absent.
 
     Raises:
         ModelError: The model cannot be loaded, has no trained score head of one output, or no chat template.
     """
 
-    def __init__(self, config: ModelRewardConfig, models: FrozenModels) -> None:
+    def __init__(self, config: ModelRewardConfig, models: FrozenModels | None = None) -> None:
         self.name = config.name or Path(config.model.path).name
         self._config = config
-        self._model = models.load(config.model, lambda each: load_reward_model(each, config.max_length))
+        self._model = (models or FrozenModels()).load(config.model, lambda each: load_reward_model(each, config.max_length))
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:

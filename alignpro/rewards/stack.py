@@ -85,7 +85,6 @@ def build_reward(config: RewardConfig, models: FrozenModels | None = None) -> Re
         `RESERVED`.
         ModelError: A reward model or encoder cannot be used.
     """
-    models = models or FrozenModels()
     components = [(component.weight, _component(component, models)) for component in config.components]
     reserved = RESERVED.intersection(reward.name for _, reward in components)
     if reserved:
@@ -95,7 +94,7 @@ def build_reward(config: RewardConfig, models: FrozenModels | None = None) -> Re
     return RewardStack(components, [Guard(guard) for guard in config.guards])
 
 
-def _component(config: RewardComponentConfig, models: FrozenModels) -> Reward:
+def _component(config: RewardComponentConfig, models: FrozenModels | None) -> Reward:
     return FunctionReward(config) if isinstance(config, FunctionRewardConfig) else ModelReward(config, models)
 
 
