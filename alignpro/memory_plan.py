@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from alignpro.config import AdapterConfig, ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
+from alignpro.distributed.layer_passes import layers_of
 from alignpro.errors import ModelError
 from alignpro.models import DTYPES
 
@@ -46,7 +47,7 @@ class Need:
     frozen: float
     """Target and reward models."""
     sampling_copy: float
-    """Whole weights, gathered for the rollout: stage 3."""
+    """Weights gathered for the rollout: the policy's at stage 3, the target's at a stage of its own."""
     cache: float
     """Keys and values of all sequences that run at once, each as long as it may become."""
     activations: float
@@ -97,7 +98,10 @@ def memory_need(config: TrainConfig | RLHFConfig, stage: int, ranks: int) -> Nee
     # DeepSpeed keeps a float32 copy from stage 1 on, and in 16 bits always.
     optimizer = trained * (_ADAM + (4 if half or stage > 0 else 0))
     gradients = trained * 4
-    tokens, longest, frozen, cache = _rollout(config, size)
+    tokens, longest, cache = _rollout(config, size)
+    frozen, gathered = frozen_need(config, ranks)
+    if config.deepspeed.offload_reference and full and stage < 3:  # in the host's memory, but for its head
+        held -= (size.parameters - model.get_output_embeddings().weight.numel()) * size.dtype_bytes
     per_token = _ACTIVATION_BYTES * size.hidden * size.dtype_bytes / 2
     layers = size.dtype_bytes * size.hidden * size.layers + per_token
     activations = tokens * (layers if config.policy.gradient_checkpointing else per_token * size.layers)
@@ -106,35 +110,51 @@ def memory_need(config: TrainConfig | RLHFConfig, stage: int, ranks: int) -> Nee
         gradients=gradients / (ranks if stage >= 2 else 1),
         optimizer=optimizer / (ranks if stage >= 1 else 1),
         frozen=frozen,
-        sampling_copy=size.parameters * size.dtype_bytes if stage == 3 else 0.0,
+        sampling_copy=gathered + (size.parameters * size.dtype_bytes if stage == 3 else 0.0),
         cache=cache * longest if config.rollout.engine.pool_bytes is None else config.rollout.engine.pool_bytes,
         activations=activations,
     )
 
 
-def _rollout(config: TrainConfig | RLHFConfig, policy: ModelSize) -> tuple[int, int, float, float]:
-    """Tokens of a micro-batch; of the longest sequence; bytes of frozen models; of a token's keys and values, × max_batch."""
-    frozen = float(
-        sum(_reward_bytes(each.model) for each in config.reward.components if isinstance(each, ModelRewardConfig))
-    )
+def frozen_need(config: TrainConfig | RLHFConfig, ranks: int) -> tuple[float, float]:
+    """Bytes of target and reward models that a rank holds, and of the target's that it gathers for a rollout.
+
+    What is gathered of reward models is there when the rollout's memory has been given back, and is not counted.
+    """
+    stages = config.deepspeed
+    rewards = [each.model for each in config.reward.components if isinstance(each, ModelRewardConfig)]
+    scoring = [_bytes(_build(model, AutoModelForSequenceClassification), model) for model in rewards]
+    held = sum(scoring) / (ranks if stages.reward_stage == 3 else 1)
+    if not isinstance(config, TrainConfig) or config.target == "policy":
+        return held, 0.0
+    target = _build(config.target_model)
+    whole = _bytes(target, config.target_model)
+    if stages.target_stage == 0:
+        return held + whole, 0.0
+    held += whole / ranks
+    if stages.gathered_bytes is None or whole <= stages.gathered_bytes:
+        return held, whole
+    layers = [_bytes(layer, config.target_model) for layer in layers_of(target)]
+    return held, whole - sum(layers) + max(stages.gathered_bytes, 2 * max(layers))
+
+
+def _rollout(config: TrainConfig | RLHFConfig, policy: ModelSize) -> tuple[int, int, float]:
+    """Tokens of a micro-batch; of the longest sequence; bytes of a token's keys and values, × max_batch."""
     cache = policy.cache_bytes
     if isinstance(config, TrainConfig):
         sampled, prompt = config.rollout.rewrite.max_tokens, config.prompting.max_prompt_tokens
         longest = max(prompt + sampled, prompt + config.rollout.respond.max_tokens)
         if config.target != "policy":
-            target = _size(_build(config.target_model), config.target_model)
-            frozen += target.parameters * target.dtype_bytes
-            cache = max(cache, target.cache_bytes)
+            cache = max(cache, _size(_build(config.target_model), config.target_model).cache_bytes)
     else:
         sampled, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens
         longest = prompt + sampled
     tokens = config.optimizer.micro_batch_size * sampled + prompt
-    return tokens, longest, frozen, float(cache * config.rollout.engine.max_batch)
+    return tokens, longest, float(cache * config.rollout.engine.max_batch)
 
 
-def _reward_bytes(config: ModelConfig) -> int:
-    size = _build(config, AutoModelForSequenceClassification)
-    return sum(weight.numel() for weight in size.parameters()) * DTYPES[config.dtype].itemsize
+def _bytes(module: nn.Module, config: ModelConfig) -> float:
+    return float(sum(weight.numel() for weight in module.parameters()) * DTYPES[config.dtype].itemsize)
 
 
 def _build(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:

@@ -74,7 +74,9 @@ class ModelReward:
     def __init__(self, config: ModelRewardConfig, models: FrozenModels | None = None) -> None:
         self.name = config.name or Path(config.model.path).name
         self._config = config
-        self._model = (models or FrozenModels()).load(config.model, lambda each: load_reward_model(each, config.max_length))
+        self._model = (models or FrozenModels()).load(
+            config.model, lambda each: load_reward_model(each, config.max_length)
+        )
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:
