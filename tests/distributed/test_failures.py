@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, launch, workshop
+from tiny_models import save_tiny
 from tiny_runs import Workshop, rows, steps_of_checkpoints
 
 SCRIPT = ROOT / "launch" / "train_prompter.py"
@@ -88,6 +89,18 @@ def test_a_killed_rank_ends_the_job_and_resume_goes_on(made: Workshop, tmp_path:
     status, errors, output = ends(start(made, out, "kill", "--resume"))  # its third call is step 5, which there is not
     assert status == 0, output[-4000:]
     assert rows(out) == 4
+
+
+@pytest.mark.slow
+def test_an_error_amid_a_pass_in_layers_ends_the_job(tmp_path: Path) -> None:
+    """The other rank waits for a layer that will not come: nothing can be agreed on, and nobody waits for long."""
+    save_tiny("llama", tmp_path / "target", num_hidden_layers=3)
+    started = time.monotonic()
+    status, errors, output = ends(launch(Path(__file__).with_name("worker_broken_pass.py"), str(tmp_path / "target")))
+    assert status != 0
+    assert len(errors) == 1 and "rank 1, in the start" in errors[0], output[-4000:]
+    assert "RuntimeError: out of order" in output
+    assert time.monotonic() - started < 110  # far less than the ranks' patience, which is ten minutes
 
 
 @pytest.mark.slow

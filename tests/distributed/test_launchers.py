@@ -25,8 +25,11 @@ SCONTROL = """#!/bin/bash
 printf 'localhost\\n127.0.0.1\\n'
 """
 SRUN = """#!/bin/bash
-# srun --kill-on-bad-exit=1 COMMAND …, on two tasks, which are two nodes where each has a launcher.
-shift
+# srun OPTION… COMMAND …, on two tasks, which are two nodes where each has a launcher.
+while [[ $1 == -* ]]; do
+    [[ $1 == -n ]] && shift
+    shift
+done
 for task in 0 1; do
     SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=$task SLURM_NTASKS=2 "$@" &
 done
@@ -54,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     (shop.root / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     programs = shop.root / "bin"
     programs.mkdir()
-    for name, text in {"scontrol": SCONTROL, "srun": SRUN, "pdsh": PDSH}.items():
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN, "sinfo": "#!/bin/bash", "pdsh": PDSH}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     return shop
@@ -131,6 +134,14 @@ def test_slurm(script: str, made: Workshop, tmp_path: Path) -> None:
     ends_well(begin(["bash", path, *job(made, tmp_path / "run")], **with_programs(made), **variables))
     same_as_single(made, tmp_path / "run")
     assert not list(ROOT.glob(".hostfile-*"))
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_way_to_slurm(made: Workshop, tmp_path: Path) -> None:
+    variables = with_programs(made) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = ["--launcher", "slurm", "--no_ssh_check", "--master_addr", "127.0.0.1", "--hostfile", made.root / "hosts"]
+    ends_well(begin([BIN / "deepspeed", *common, SCRIPT, *job(made, tmp_path / "run")], **variables))
+    same_as_single(made, tmp_path / "run")
 
 
 def refused(made: Workshop, out: Path, setting: str, **variables: str) -> str:
