@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from alignpro.config import AdapterConfig, ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
-from alignpro.distributed.layer_passes import layers_of
+from alignpro.distributed.frozen_memory import frozen_memory
 from alignpro.errors import ModelError
 from alignpro.models import DTYPES
 
@@ -98,8 +98,7 @@ def memory_need(config: TrainConfig | RLHFConfig, stage: int, ranks: int) -> Nee
     # DeepSpeed keeps a float32 copy from stage 1 on, and in 16 bits always.
     optimizer = trained * (_ADAM + (4 if half or stage > 0 else 0))
     gradients = trained * 4
-    tokens, longest, cache = _rollout(config, size)
-    frozen, gathered = frozen_need(config, ranks)
+    tokens, longest, frozen, gathered, cache = _rollout(config, size, ranks)
     if config.deepspeed.offload_reference and full and stage < 3:  # in the host's memory, but for its head
         held -= (size.parameters - model.get_output_embeddings().weight.numel()) * size.dtype_bytes
     per_token = _ACTIVATION_BYTES * size.hidden * size.dtype_bytes / 2
@@ -116,45 +115,32 @@ def memory_need(config: TrainConfig | RLHFConfig, stage: int, ranks: int) -> Nee
     )
 
 
-def frozen_need(config: TrainConfig | RLHFConfig, ranks: int) -> tuple[float, float]:
-    """Bytes of target and reward models that a rank holds, and of the target's that it gathers for a rollout.
-
-    What is gathered of reward models is there when the rollout's memory has been given back, and is not counted.
-    """
-    stages = config.deepspeed
-    rewards = [each.model for each in config.reward.components if isinstance(each, ModelRewardConfig)]
-    scoring = [_bytes(_build(model, AutoModelForSequenceClassification), model) for model in rewards]
-    held = sum(scoring) / (ranks if stages.reward_stage == 3 else 1)
-    if not isinstance(config, TrainConfig) or config.target == "policy":
-        return held, 0.0
-    target = _build(config.target_model)
-    whole = _bytes(target, config.target_model)
-    if stages.target_stage == 0:
-        return held + whole, 0.0
-    held += whole / ranks
-    if stages.gathered_bytes is None or whole <= stages.gathered_bytes:
-        return held, whole
-    layers = [_bytes(layer, config.target_model) for layer in layers_of(target)]
-    return held, whole - sum(layers) + max(stages.gathered_bytes, 2 * max(layers))
-
-
-def _rollout(config: TrainConfig | RLHFConfig, policy: ModelSize) -> tuple[int, int, float]:
-    """Tokens of a micro-batch; of the longest sequence; bytes of a token's keys and values, × max_batch."""
+def _rollout(config: TrainConfig | RLHFConfig, policy: ModelSize, ranks: int) -> tuple[int, int, float, float, float]:
+    """Tokens of a micro-batch; of the longest sequence; bytes of frozen models, and gathered of them; of a token's keys and
+    values, × max_batch."""
+    rewards = float(
+        sum(_reward_bytes(each.model) for each in config.reward.components if isinstance(each, ModelRewardConfig))
+    )
+    frozen, gathered = frozen_memory(config.deepspeed, ranks, None, 0, rewards)
     cache = policy.cache_bytes
     if isinstance(config, TrainConfig):
         sampled, prompt = config.rollout.rewrite.max_tokens, config.prompting.max_prompt_tokens
         longest = max(prompt + sampled, prompt + config.rollout.respond.max_tokens)
         if config.target != "policy":
-            cache = max(cache, _size(_build(config.target_model), config.target_model).cache_bytes)
+            model = _build(config.target_model)
+            target = _size(model, config.target_model)
+            frozen, gathered = frozen_memory(config.deepspeed, ranks, model, target.dtype_bytes, rewards)
+            cache = max(cache, target.cache_bytes)
     else:
         sampled, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens
         longest = prompt + sampled
     tokens = config.optimizer.micro_batch_size * sampled + prompt
-    return tokens, longest, float(cache * config.rollout.engine.max_batch)
+    return tokens, longest, frozen, gathered, float(cache * config.rollout.engine.max_batch)
 
 
-def _bytes(module: nn.Module, config: ModelConfig) -> float:
-    return float(sum(weight.numel() for weight in module.parameters()) * DTYPES[config.dtype].itemsize)
+def _reward_bytes(config: ModelConfig) -> int:
+    size = _build(config, AutoModelForSequenceClassification)
+    return sum(weight.numel() for weight in size.parameters()) * DTYPES[config.dtype].itemsize
 
 
 def _build(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:

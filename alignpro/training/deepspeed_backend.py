@@ -69,6 +69,8 @@ class DeepSpeedDistribution:
                 "deepspeed.offload_reference: the reference is the policy without its adapter, whose weights the policy "
                 "needs; leave it out"
             )
+        assert policy.reference is not None  # whose weights they are
+        policy.reference.keep_one_layout()
         return OffloadedWeights(weights, policy.model.device)
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.experience import Experience as Experience
 from alignpro.training.experience import join_rows, join_values, no_actions
-from alignpro.training.metrics import Metrics, PhaseTimer, append_row
+from alignpro.training.metrics import Metrics, PhaseTimer, append_row, mean_of_updates, weighted_mean
 from alignpro.training.stream import PromptStream
 
 
@@ -200,7 +199,7 @@ class PolicyTraining:
                     metrics |= self.critic.step()
                     metrics["value_loss"] = self.ranks.sum(metrics["value_loss"])
                 updates.append(metrics)
-        return _mean_updates(updates)
+        return mean_of_updates(updates)
 
     def _backward(self, minibatch: Experience, states: Tensor | None = None) -> Metrics:
         """Gradients of a minibatch, micro-batch by micro-batch; as many passes on every rank.
@@ -261,7 +260,7 @@ class PolicyTraining:
             if self.critic is not None and minibatch.value_targets is not None:
                 targets = minibatch.value_targets[start:stop, :width]
                 self.critic.backward(batch, targets, scale * objective.value_coef)
-        return {"loss": self.ranks.sum(total), **self.ranks.mean(_mean(details, tokens), sum(tokens))}
+        return {"loss": self.ranks.sum(total), **self.ranks.mean(weighted_mean(details, tokens), sum(tokens))}
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
@@ -386,21 +385,3 @@ class PolicyTraining:
             "value": scores.values[0][0].item(),
         }
         append_row(self.run.out / "samples.jsonl", row)
-
-
-def _mean_updates(updates: Sequence[Metrics]) -> Metrics:
-    """Mean of each metric; a norm that is infinite belongs to an update that was skipped, and is counted instead."""
-    metrics = _mean(updates)
-    for name in [each for each in metrics if each.endswith("gradient_norm")]:
-        norms = [update[name] for update in updates if isfinite(update[name])]
-        metrics[name] = sum(norms) / max(1, len(norms))
-        if skipped := len(updates) - len(norms):
-            metrics[name.replace("gradient_norm", "updates_skipped")] = float(skipped)
-    return metrics
-
-
-def _mean(rows: Sequence[Metrics], weights: Sequence[int] | None = None) -> Metrics:
-    """Weighted mean of each metric; the rows have the same ones."""
-    weights = [1] * len(rows) if weights is None else weights
-    names = rows[0] if rows else ()
-    return {name: sum(row[name] * w for row, w in zip(rows, weights, strict=True)) / sum(weights) for name in names}
