@@ -19,15 +19,13 @@ from alignpro.distributed.host_turn import host_turn
 from alignpro.distributed.layer_passes import LayerPasses, Turns, layers_of
 from alignpro.distributed.partition import Partition, lots
 from alignpro.distributed.ranks import Ranks
+from alignpro.distributed.sampling import GATHERED_BYTES
 from alignpro.language_model import LanguageModel
 from alignpro.models import resolve_device
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
-
-LOT_BYTES = 512 << 20
-"""What is gathered at once of a model that is gathered whole."""
 
 
 class FrozenModels:
@@ -111,7 +109,7 @@ class ShardedModels(FrozenModels):
             weights = [weight for weight in weights if id(weight) not in inside]
             self._passes.append(LayerPasses(layers, device, self._ranks, self._turns, self._most, name))
             logger.info("%s: gathered by layers in each pass, %d MiB at a time", name, self._most >> 20)
-        for lot in lots([[weight] for weight in weights], LOT_BYTES):
+        for lot in lots([[weight] for weight in weights], GATHERED_BYTES):
             self._resident.append(
                 Partition([w for unit in lot for w in unit], device, self._ranks.rank, self._ranks.size)
             )
@@ -137,7 +135,7 @@ class OffloadedWeights(FrozenModels):
         host = torch.device("cpu")
         self._lots = [
             Partition([w for unit in lot for w in unit], device, 0, 1, home=host)
-            for lot in lots([[weight] for weight in weights], LOT_BYTES)
+            for lot in lots([[weight] for weight in weights], GATHERED_BYTES)
         ]
 
     @contextmanager

@@ -124,7 +124,7 @@ def test_a_rank_that_keeps_the_others_waiting_is_named(made: Workshop, tmp_path:
 def stopped_amid(made: Workshop, out: Path, stop: Callable[[int], None]) -> tuple[int, str]:
     """Exit status and output of a run that is told to stop once it has made a step; the launcher's process is given."""
     process = start(made, out, "slow", "run.steps=1000", "run.checkpoint_every=1000")
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while rows(out) < 1 and time.monotonic() < deadline:
         time.sleep(0.05)
     stop(process.pid)

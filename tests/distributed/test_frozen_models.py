@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launching import difference, launch, run_cases, workshop
-from tiny_models import save_tiny, tiny_config, tokenizer
+from tiny_models import ARCHITECTURES, attention, save_tiny, tiny_config, tokenizer
+from torch import nn
 from transformers import LlamaForSequenceClassification
 
+from alignpro.config import ModelConfig
+from alignpro.distributed.frozen import ShardedModels
+from alignpro.distributed.layer_passes import layers_of
+from alignpro.distributed.ranks import Ranks
+from alignpro.engine import Engine, SamplingParams
+from alignpro.errors import ModelError
+from alignpro.models import load_language_model
+
 LAYERS = 3
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 STEP = ["rollout.prompts_per_step=3", "optimizer.learning_rate=0.0005", "run.steps=2", "run.checkpoint_every=2"]
 """Three prompts on two ranks; and a single one for evaluation, so that a rank has nothing to do there."""
 STEP += ["run.eval_every=1", "run.eval_prompts=1"]
@@ -33,12 +45,38 @@ def leaves(value: Any) -> list[float]:
     return [leaf for each in value for leaf in leaves(each)] if isinstance(value, list) else [value]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_every_architecture_runs_layer_by_layer(device: str, architecture: str, tmp_path: Path) -> None:
+    """One rank, which has all parts; on an accelerator they come there from the host."""
+    save_tiny(architecture, tmp_path, num_hidden_layers=LAYERS)
+    config = ModelConfig(path=str(tmp_path), device=device, attention=attention(architecture))
+    models = ShardedModels(Ranks(), 1)
+    whole, parts = load_language_model(config), models.load(config, load_language_model)
+    assert parts.device == whole.device
+    given = [[5, 6, 7, 8], [7, 8]], SamplingParams(max_tokens=6, n=2)
+    expected = Engine({"target": whole}).generate("target", *given)
+    with models.ready():
+        got = Engine({"target": parts}).generate("target", *given)
+    assert sum(weight.numel() for weight in parts.parameters()) == 0
+    for one, other in zip(chain.from_iterable(got), chain.from_iterable(expected), strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_a_model_without_layers_is_refused_and_can_be_gathered_whole() -> None:
+    with pytest.raises(ModelError, match="Linear has no list of layers: it can only be gathered whole"):
+        layers_of(nn.Linear(2, 2))
+
+
 def test_shards_give_what_the_whole_gives(tmp_path: Path) -> None:
     save_models(tmp_path)
     process = launch(Path(__file__).with_name("worker_frozen.py"), str(tmp_path))
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output[-4000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for told in ranks:
+        assert told["numbers"] == {"sum": 2.0**41 + 0.5, "most": -3, "any": [True, False]}
     for how in ("whole", "layers"):
         for rank, told in enumerate(ranks):
             case = told[how]
