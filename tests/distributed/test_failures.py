@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, launch, workshop
+from launching import ROOT, environment, free_port, launch, workshop
 from tiny_models import save_tiny
 from tiny_runs import Workshop, rows, steps_of_checkpoints
 
@@ -112,11 +112,28 @@ def test_an_error_on_one_rank_is_told_once_and_the_state_is_saved(made: Workshop
     assert steps_of_checkpoints(out) == [2]
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_finds_no_others_says_so(rank: str, made: Workshop, tmp_path: Path) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *made.arguments("train", tmp_path / "run", "deepspeed.timeout_seconds=3")[1:]],
+        env=environment() | place | {"MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 1
+    assert len(errors) == 1, done.stderr[-4000:]
+    assert f"rank {rank} has not found the others at 127.0.0.1:" in errors[0] and "within 3 s" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_rank_that_keeps_the_others_waiting_is_named(made: Workshop, tmp_path: Path) -> None:
-    status, errors, _ = ends(start(made, tmp_path / "hung", "hang", "deepspeed.timeout_seconds=15"))
+    status, errors, output = ends(start(made, tmp_path / "hung", "hang", "deepspeed.timeout_seconds=40"))
     assert status != 0
-    assert len(errors) == 1
+    assert len(errors) == 1, output[-4000:]
     assert "rank 0 waited for the others in step 3, reward" in errors[0]
     assert "rank 1 came to step 3, reward" in errors[0]
 
