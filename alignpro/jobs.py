@@ -12,7 +12,7 @@ from alignpro.data import load_prompts, split
 from alignpro.engine import Engine
 from alignpro.environment import PromptEnvironment, ResponseEnvironment, sampling_params
 from alignpro.errors import ConfigError, DataError
-from alignpro.models import LanguageModel, is_activated, load_target
+from alignpro.models import LanguageModel, is_activated, load_language_model, load_target
 from alignpro.policy import Policy
 from alignpro.prompting import PrompterTemplate, TargetTemplate, drop_long_prompts
 from alignpro.rewards import RewardStack, build_reward
@@ -27,12 +27,13 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         if config.target == "policy":
             _refuse_merged(config.policy.path)
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
-        target = load_target(config.target, policy.model)
+        targets, rewards = distribution.frozen("target"), distribution.frozen("reward")
+        target = load_target(config.target, policy.model, lambda each: targets.load(each, load_language_model))
         environment = prompt_environment(
             policy.model,
             target,
             config.target_model,
-            build_reward(config.reward),
+            build_reward(config.reward, rewards),
             config.prompting,
             config.rollout.respond,
             responses=config.rollout.responses_per_rewrite,
@@ -58,6 +59,8 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         run=config.run,
         distribution=distribution,
         kept=("target",) if config.rollout.keep_cache else (),
+        targets=targets,
+        rewards=rewards,
     )
 
 
@@ -67,7 +70,8 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
     with distribution.ranks.together():
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
         template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
-        environment = ResponseEnvironment(template, build_reward(config.reward))
+        rewards = distribution.frozen("reward")
+        environment = ResponseEnvironment(template, build_reward(config.reward, rewards))
         room = policy.model.context_length - config.rollout.respond.max_tokens
         prompts = drop_long_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
@@ -86,6 +90,7 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
         optimizer=config.optimizer,
         run=config.run,
         distribution=distribution,
+        rewards=rewards,
     )
 
 

@@ -49,6 +49,8 @@ class LanguageModel(nn.Module):
     """The tokens from which on an activated LoRA acts; none where all there is acts on every token."""
     is_base: bool
     """Whether it is what `base` returns."""
+    whole_between_passes: bool
+    """Whether its weights are there while no pass is made; not, where each pass gathers them."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         super().__init__()
@@ -59,6 +61,7 @@ class LanguageModel(nn.Module):
         self.invocation = invocation_tokens(model) if isinstance(model, PeftModel) else ()
         self._soft_prompt_off = False
         self.is_base = False
+        self.whole_between_passes = True
         self._active: ActiveTokens | None = None
         self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         self._checkpointed: list[GradientCheckpointingLayer] = []

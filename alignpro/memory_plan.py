@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from alignpro.config import AdapterConfig, ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
+from alignpro.distributed.frozen_memory import frozen_memory
 from alignpro.errors import ModelError
 from alignpro.models import DTYPES
 
@@ -46,7 +47,7 @@ class Need:
     frozen: float
     """Target and reward models."""
     sampling_copy: float
-    """Whole weights, gathered for the rollout: stage 3."""
+    """Weights gathered for the rollout: the policy's at stage 3, the target's at a stage of its own."""
     cache: float
     """Keys and values of all sequences that run at once, each as long as it may become."""
     activations: float
@@ -97,7 +98,9 @@ def memory_need(config: TrainConfig | RLHFConfig, stage: int, ranks: int) -> Nee
     # DeepSpeed keeps a float32 copy from stage 1 on, and in 16 bits always.
     optimizer = trained * (_ADAM + (4 if half or stage > 0 else 0))
     gradients = trained * 4
-    tokens, longest, frozen, cache = _rollout(config, size)
+    tokens, longest, frozen, gathered, cache = _rollout(config, size, ranks)
+    if config.deepspeed.offload_reference and full and stage < 3:  # in the host's memory, but for its head
+        held -= (size.parameters - model.get_output_embeddings().weight.numel()) * size.dtype_bytes
     per_token = _ACTIVATION_BYTES * size.hidden * size.dtype_bytes / 2
     layers = size.dtype_bytes * size.hidden * size.layers + per_token
     activations = tokens * (layers if config.policy.gradient_checkpointing else per_token * size.layers)
@@ -106,30 +109,33 @@ def memory_need(config: TrainConfig | RLHFConfig, stage: int, ranks: int) -> Nee
         gradients=gradients / (ranks if stage >= 2 else 1),
         optimizer=optimizer / (ranks if stage >= 1 else 1),
         frozen=frozen,
-        sampling_copy=size.parameters * size.dtype_bytes if stage == 3 else 0.0,
+        sampling_copy=gathered + (size.parameters * size.dtype_bytes if stage == 3 else 0.0),
         cache=cache * longest if config.rollout.engine.pool_bytes is None else config.rollout.engine.pool_bytes,
         activations=activations,
     )
 
 
-def _rollout(config: TrainConfig | RLHFConfig, policy: ModelSize) -> tuple[int, int, float, float]:
-    """Tokens of a micro-batch; of the longest sequence; bytes of frozen models; of a token's keys and values, × max_batch."""
-    frozen = float(
+def _rollout(config: TrainConfig | RLHFConfig, policy: ModelSize, ranks: int) -> tuple[int, int, float, float, float]:
+    """Tokens of a micro-batch; of the longest sequence; bytes of frozen models, and gathered of them; of a token's keys and
+    values, × max_batch."""
+    rewards = float(
         sum(_reward_bytes(each.model) for each in config.reward.components if isinstance(each, ModelRewardConfig))
     )
+    frozen, gathered = frozen_memory(config.deepspeed, ranks, None, 0, rewards)
     cache = policy.cache_bytes
     if isinstance(config, TrainConfig):
         sampled, prompt = config.rollout.rewrite.max_tokens, config.prompting.max_prompt_tokens
         longest = max(prompt + sampled, prompt + config.rollout.respond.max_tokens)
         if config.target != "policy":
-            target = _size(_build(config.target_model), config.target_model)
-            frozen += target.parameters * target.dtype_bytes
+            model = _build(config.target_model)
+            target = _size(model, config.target_model)
+            frozen, gathered = frozen_memory(config.deepspeed, ranks, model, target.dtype_bytes, rewards)
             cache = max(cache, target.cache_bytes)
     else:
         sampled, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens
         longest = prompt + sampled
     tokens = config.optimizer.micro_batch_size * sampled + prompt
-    return tokens, longest, frozen, float(cache * config.rollout.engine.max_batch)
+    return tokens, longest, frozen, gathered, float(cache * config.rollout.engine.max_batch)
 
 
 def _reward_bytes(config: ModelConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,23 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
     return language_model.eval()
 
 
-def load_target(config: ModelConfig | str, adapted: LanguageModel | None) -> LanguageModel:
+def load_target(
+    config: ModelConfig | str,
+    adapted: LanguageModel | None,
+    load: Callable[[ModelConfig], LanguageModel] = load_language_model,
+) -> LanguageModel:
     """The frozen target: a model of its own, or, where a word names it, what is below the LoRA of ``adapted``.
+
+    Args:
+        config: Which.
+        adapted: The policy or prompter.
+        load: Loads a model of its own.
 
     Raises:
         ModelError: As `load_language_model`, or ``adapted`` has no LoRA that can be left out.
     """
     if not isinstance(config, str):
-        return load_language_model(config)
+        return load(config)
     assert adapted is not None  # a configuration that says so names it
     return adapted.base()
 

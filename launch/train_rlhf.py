@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 
 from alignpro.cli import main
-from alignpro.distributed.environment import without_local_rank
+from alignpro.distributed.environment import take_slurm_rank, without_local_rank
 
 if __name__ == "__main__":
+    take_slurm_rank()
     main(["rlhf", *without_local_rank(sys.argv[1:])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_models import save_tiny
 from tiny_runs import Workshop
 
 from alignpro.config import TrainConfig, load_config
@@ -54,3 +55,18 @@ def test_the_cache_is_what_the_configuration_gives_it(tmp_path: Path) -> None:
     whole, half = (memory_need(config(made, f"rollout.engine.max_batch={n}"), 0, 1).cache for n in (64, 32))
     assert whole == 2 * half > 0
     assert memory_need(config(made, "rollout.engine.pool_bytes=1000000"), 0, 1).cache == 1_000_000
+
+
+def test_frozen_models_are_counted_at_their_own_stage(tmp_path: Path) -> None:
+    made = Workshop(tmp_path)
+    save_tiny("llama", tmp_path / "deep", num_hidden_layers=4)
+    deep = f"target.path={tmp_path / 'deep'}"
+    whole, parts = (memory_need(config(made, deep, f"deepspeed.target_stage={n}"), 2, 4) for n in (0, 3))
+    assert parts.frozen * 4 == whole.frozen > 0
+    assert (whole.sampling_copy, parts.sampling_copy) == (0, whole.frozen)
+    layers = memory_need(config(made, deep, "deepspeed.target_stage=3", "deepspeed.gathered_bytes=1"), 2, 4)
+    target = load_language_model(config(made, deep).target_model)
+    layer = sum(weight.nbytes for weight in target.causal.base_model.layers[0].parameters())
+    assert layers.sampling_copy == whole.frozen - 2 * layer  # two of its four are there at a time
+    held, offloaded = (memory_need(config(made, f"deepspeed.offload_reference={on}"), 2, 4) for on in (False, True))
+    assert 0 < held.weights - offloaded.weights < held.weights / 2

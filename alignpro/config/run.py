@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -30,5 +31,14 @@ class DeepSpeedConfig(Section):
 
     config: str = "z2"
     """``z0``, ``z1``, ``z2``, ``z3``, ``z2_offload`` or ``z3_offload`` (launch/zero/), or the path of a JSON file."""
+    target_stage: Literal[0, 3] = 0
+    """0: the frozen target is whole on each rank; 3: each rank holds a part, and it is gathered for each rollout."""
+    reward_stage: Literal[0, 3] = 0
+    """Likewise the reward models, which are gathered to score."""
+    gathered_bytes: int | None = Field(None, ge=1)
+    """A target or reward model in parts that is larger is not gathered whole, but layer by layer in each pass: about so
+    many bytes of its layers at a time. Whole, whatever its size, when absent."""
+    offload_reference: bool = False
+    """The reference, where it is a model of its own and not in parts, waits in the host's memory while it is not used."""
     timeout_seconds: float = Field(1800.0, gt=0)
     """How long a rank waits for the others before the job ends."""

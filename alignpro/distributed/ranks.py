@@ -37,6 +37,8 @@ class Ranks:
         """What this rank is at, for messages."""
         self.on_note: Callable[[str], None] | None = None
         """Told of what this rank comes to next."""
+        self.midway = False
+        """Whether the others are in collectives that this rank has yet to make: what fails now cannot be agreed on."""
         self._agreed: BaseException | None = None
 
     def note(self, doing: str) -> None:
@@ -60,15 +62,15 @@ class Ranks:
 
     def sum(self, value: float) -> float:
         """The sum of a number over ranks."""
-        return value if self.group is None else sum(self.exchange(value))
+        return value if self.group is None else float(self._reduced(value, torch.float64, dist.ReduceOp.SUM))
 
     def most(self, number: int) -> int:
         """The greatest of a number."""
-        return number if self.group is None else max(self.exchange(number))
+        return number if self.group is None else int(self._reduced(number, torch.int64, dist.ReduceOp.MAX))
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
-        return flag if self.group is None else any(self.exchange(flag))
+        return bool(self.most(int(flag)))
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, on the device of this rank's: (n, …) → (Σ n, …)."""
@@ -107,7 +109,8 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """What fails on one rank in here fails on all: with its own error there, as `PeerError` elsewhere.
 
-        There may be no collective inside that a rank which fails would leave the others waiting in.
+        There may be no collective inside that a rank which fails would leave the others waiting in, but where `midway` says
+        so: such an error is this rank's alone, which can only end.
 
         Raises:
             PeerError: Another rank failed. Where several did, the lowest keeps its error.
@@ -116,6 +119,8 @@ class Ranks:
         try:
             yield
         except Exception as caught:
+            if self.midway:
+                raise
             error = caught
         if self.group is None:
             if error is not None:
@@ -172,6 +177,12 @@ class Ranks:
             finally:
                 if not told:
                     write(None)
+
+    def _reduced(self, number: float, dtype: torch.dtype, operation: dist.ReduceOp.RedOpType) -> float:
+        """A number of each rank made one, in one collective of a single element."""
+        value = torch.tensor([number], dtype=dtype)
+        dist.all_reduce(value, operation, group=self.group)
+        return value.item()
 
     def agreed_on(self, error: BaseException) -> bool:
         """Whether every rank has failed with this, so that all are at the same place and collectives still work."""

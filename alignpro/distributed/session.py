@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from alignpro.distributed.board import Board
 from alignpro.distributed.build import use_own_ninja
+from alignpro.distributed.launcher_watch import stop_with_launcher
 from alignpro.distributed.ranks import PeerError, Ranks
-from alignpro.errors import AlignProError, ConfigError, Interrupted
+from alignpro.errors import AlignProError, ConfigError, Interrupted, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -32,27 +33,30 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
 
     Left by an error that all ranks share (see `Ranks.together`), by `Interrupted` or without one, it waits for all and
     takes the group down. Left by an error of this rank alone, there is nobody to wait for: it prints the error and ends
-    the process, whereupon the launcher ends the others.
+    the process, whereupon the launcher ends the others. A launcher that ends first is a SIGTERM to this process.
 
     Args:
         timeout_seconds: How long a collective may wait.
 
     Raises:
         ConfigError: The launcher's environment is not whole.
+        TrainingError: This is the first rank, and it has not found the others in time; `PeerError` on one that has told so.
     """
     if missing := [name for name in _NEEDED if name not in os.environ]:
         raise ConfigError(
             f"RANK and WORLD_SIZE are set, and {', '.join(missing)} not: start with the deepspeed launcher, or unset them"
         )
+    stop_with_launcher()
     use_own_ninja()
     import deepspeed  # two seconds, and not every installation has it
     from deepspeed.accelerator import get_accelerator
 
     timeout = timedelta(seconds=timeout_seconds)
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    ranks = Ranks(dist.new_group(backend="gloo", timeout=timeout))
-    board = Board(ranks)
+    with _joining(timeout_seconds):
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        ranks = Ranks(dist.new_group(backend="gloo", timeout=timeout))
+        board = Board(ranks)
     try:
         yield ranks
     except BaseException as error:
@@ -67,11 +71,34 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def _joining(timeout_seconds: float) -> Iterator[None]:
+    """Say that ranks do not find each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_connection(error):
+            raise
+        problem = (
+            f"rank {os.environ['RANK']} has not found the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"within {timeout_seconds:.0f} s ({str(error).splitlines()[0]}): see that all are started and reach that address; "
+            "where they only take longer to start, raise deepspeed.timeout_seconds"
+        )
+        if os.environ["RANK"] == "0":
+            raise TrainingError(problem) from error
+        print(f"error: {problem}", file=sys.stderr, flush=True)  # the command line prints those of the first rank
+        raise PeerError(problem) from error
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def _describe(error: BaseException, ranks: Ranks, board: Board) -> str:
     """What befell this rank and no other."""
     if isinstance(error, AlignProError):
         return f"rank {ranks.rank}: {error}"
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+    if _is_of_connection(error):
         reason = str(error).splitlines()[0]
         return (
             f"rank {ranks.rank} waited for the others in {ranks.doing}, in vain ({reason}): {board.others()}; "

@@ -19,6 +19,7 @@ from transformers import (
 from alignpro.chat_template import ChatTemplate
 from alignpro.config import ModelConfig, ModelRewardConfig, TrainableModelConfig
 from alignpro.data.prompt import Prompt
+from alignpro.distributed.frozen import FrozenModels
 from alignpro.errors import ModelError
 from alignpro.models import DTYPES, resolve_device
 from alignpro.rewards.component import Measurement
@@ -62,14 +63,20 @@ class SequenceRewardModel(nn.Module):
 class ModelReward:
     """The component: ``scale * r + offset`` of a frozen `SequenceRewardModel` over (original prompt, response).
 
+    Args:
+        config: The model, and how its scores count.
+        models: Loads it, and says when it can be run; always, when absent.
+
     Raises:
         ModelError: The model cannot be loaded, has no trained score head of one output, or no chat template.
     """
 
-    def __init__(self, config: ModelRewardConfig) -> None:
+    def __init__(self, config: ModelRewardConfig, models: FrozenModels | None = None) -> None:
         self.name = config.name or Path(config.model.path).name
         self._config = config
-        self._model = load_reward_model(config.model, config.max_length)
+        self._model = (models or FrozenModels()).load(
+            config.model, lambda each: load_reward_model(each, config.max_length)
+        )
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:

@@ -9,6 +9,7 @@ from functools import partial
 
 from alignpro.config import FunctionRewardConfig, RewardComponentConfig, RewardConfig
 from alignpro.data.prompt import Prompt
+from alignpro.distributed.frozen import FrozenModels
 from alignpro.errors import ConfigError
 from alignpro.rewards.component import Reward, checked_values, guarded_call
 from alignpro.rewards.function import FunctionReward
@@ -72,15 +73,19 @@ class RewardStack:
         return Scored(checked_values("reward: the weighted sum", prompts, totals), scores)
 
 
-def build_reward(config: RewardConfig) -> RewardStack:
+def build_reward(config: RewardConfig, models: FrozenModels | None = None) -> RewardStack:
     """Load every component and guard of the configuration.
+
+    Args:
+        config: Which.
+        models: Loads the reward models, and says when they can be run; always, when absent.
 
     Raises:
         ConfigError: A function cannot be found or called as asked, or two components share a name or have one of
         `RESERVED`.
         ModelError: A reward model or encoder cannot be used.
     """
-    components = [(component.weight, _component(component)) for component in config.components]
+    components = [(component.weight, _component(component, models)) for component in config.components]
     reserved = RESERVED.intersection(reward.name for _, reward in components)
     if reserved:
         raise ConfigError(f"reward.components: the name {min(reserved)!r} is taken by a metric: give it another `name`")
@@ -89,8 +94,8 @@ def build_reward(config: RewardConfig) -> RewardStack:
     return RewardStack(components, [Guard(guard) for guard in config.guards])
 
 
-def _component(config: RewardComponentConfig) -> Reward:
-    return FunctionReward(config) if isinstance(config, FunctionRewardConfig) else ModelReward(config)
+def _component(config: RewardComponentConfig, models: FrozenModels | None) -> Reward:
+    return FunctionReward(config) if isinstance(config, FunctionRewardConfig) else ModelReward(config, models)
 
 
 def _refuse_repeats(names: Sequence[str], key: str, remedy: str) -> None:

@@ -110,6 +110,8 @@ class TorchBackend:
             )
         self.updates += 1  # before the weights: whoever sees the same count may trust that they have not changed
         self._optimizer.step()
+        # Fused kernels write weights past what PyTorch counts as a change, by which a second layout of them knows its age.
+        torch.autograd.graph.increment_version(list(self._master.values()))
         self._schedule.step()
         self._copy_from_master()
         self._clear()

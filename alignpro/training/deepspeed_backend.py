@@ -10,18 +10,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from alignpro.config import OptimizerConfig
+from alignpro.config import DeepSpeedConfig, OptimizerConfig
+from alignpro.distributed.frozen import FrozenModels, OffloadedWeights, ShardedModels
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sampling import GatheredModel, SamplingModel
 from alignpro.distributed.zero_config import ZeroConfig
 from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.language_model import LanguageModel
+from alignpro.policy import Policy
 from alignpro.policy_module import HeadPass
 from alignpro.training.backend import Backend, learning_rate_factor
 from alignpro.training.durability import PARTIAL
@@ -37,12 +39,39 @@ class DeepSpeedDistribution:
 
     Args:
         ranks: All of them.
-        zero: What is sharded.
+        zero: What of the policy is sharded.
+        config: What of the frozen models is.
     """
 
-    def __init__(self, ranks: Ranks, zero: ZeroConfig) -> None:
+    def __init__(self, ranks: Ranks, zero: ZeroConfig, config: DeepSpeedConfig) -> None:
         self.ranks = ranks
         self.zero = zero
+        self._config = config
+
+    def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
+        """In shards where the role's stage says so."""
+        stage = {"target": self._config.target_stage, "reward": self._config.reward_stage}[role]
+        return ShardedModels(self.ranks, self._config.gathered_bytes) if stage == 3 else FrozenModels()
+
+    def frozen_reference(self, policy: Policy) -> FrozenModels:
+        """In the host's memory where that is asked for; what the heads read stays, since the update reads it too.
+
+        Raises:
+            ConfigError: The reference is no model of its own.
+        """
+        if not self._config.offload_reference:
+            return FrozenModels()
+        kept = {id(weight) for weight in (*policy.model.parameters(), *policy.module.head.weights())}
+        weights = [] if policy.reference is None else list(policy.reference.parameters())
+        weights = [weight for weight in weights if id(weight) not in kept]
+        if not weights:
+            raise ConfigError(
+                "deepspeed.offload_reference: the reference is the policy without its adapter, whose weights the policy "
+                "needs; leave it out"
+            )
+        assert policy.reference is not None  # whose weights they are
+        policy.reference.keep_one_layout()
+        return OffloadedWeights(weights, policy.model.device)
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
         """The model itself, but at stage 3 a copy that is gathered for each rollout."""
@@ -218,11 +247,5 @@ def _optimizer(trained: list[nn.Parameter], config: OptimizerConfig, zero: ZeroC
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if not zero.offloads_optimizer:
         return torch.optim.AdamW(trained, **settings)
-    try:
-        optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(trained, adamw_mode=True, **settings)
-    except (OSError, RuntimeError, ImportError) as error:
-        raise ConfigError(
-            f"deepspeed.config={zero.name} offloads the optimizer, whose CPU part must be compiled and cannot be: {error}; "
-            "install a C++ compiler and ninja, or take a set-up without offload"
-        ) from error
+    optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(trained, adamw_mode=True, **settings)
     return optimizer

@@ -6,14 +6,16 @@ DeepSpeed shards optimizer, gradients and weights as its stage says. Same loop, 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import nn
 
 from alignpro.config import OptimizerConfig
+from alignpro.distributed.frozen import FrozenModels
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sampling import SamplingModel
 from alignpro.language_model import LanguageModel
+from alignpro.policy import Policy
 from alignpro.training.backend import Backend, TorchBackend
 
 
@@ -21,6 +23,12 @@ class Distribution(Protocol):
     """Makes what depends on how many processes there are."""
 
     ranks: Ranks
+
+    def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
+        """What loads the frozen models of a role, and has them ready when they are run."""
+
+    def frozen_reference(self, policy: Policy) -> FrozenModels:
+        """What has the policy's reference ready; asked for before `backend`."""
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
         """What the engine is to sample from; asked for before `backend`, which may shard the model."""
@@ -34,6 +42,14 @@ class SingleProcess:
 
     def __init__(self) -> None:
         self.ranks = Ranks()
+
+    def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
+        """Whole on their device."""
+        return FrozenModels()
+
+    def frozen_reference(self, policy: Policy) -> FrozenModels:
+        """It always is."""
+        return FrozenModels()
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
         """The model itself."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from alignpro.config import RLHFConfig, Section, TrainConfig
+from alignpro.distributed.build import compile_operators
 from alignpro.distributed.environment import launched_size
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import process_group
@@ -29,8 +30,8 @@ def train(
         at: The step to continue from.
 
     Raises:
-        ConfigError: The job does not run on several ranks, DeepSpeed is missing or broken, or its configuration
-            contradicts this one.
+        ConfigError: The job does not run on several ranks, DeepSpeed is missing or broken, its configuration contradicts
+            this one, the device cannot train in the policy's dtype, or what is needed cannot be compiled.
         AlignProError: As `Run`; `PeerError` where another rank tells it.
     """
     if not isinstance(config, TrainConfig | RLHFConfig):
@@ -39,6 +40,8 @@ def train(
         )
     require_deepspeed()
     zero = zero_of(config, launched_size())
+    _require_dtype(config.policy.dtype)
+    compile_operators(offload=zero.offloads_optimizer)
     with process_group(config.deepspeed.timeout_seconds) as ranks:
         train_on(ranks, config, zero, build, resume, at)
 
@@ -61,7 +64,20 @@ def train_on(
             return
         if run.saved_ranks() not in (None, ranks.size):
             zero = zero.for_other_ranks()
-        run.train(build(config, DeepSpeedDistribution(ranks, zero)))
+        run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed)))
+
+
+def _require_dtype(dtype: str) -> None:
+    """Make sure that DeepSpeed trains in a dtype on this device."""
+    from deepspeed.accelerator import get_accelerator  # two seconds, and not every installation has it
+
+    accelerator = get_accelerator()
+    supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
+    if dtype in supported and not supported[dtype]():
+        raise ConfigError(
+            f"policy.dtype={dtype}: DeepSpeed does not train in it on this device ({accelerator.device_name()}); take "
+            + ("bfloat16 or float32" if dtype == "float16" else "float16 or float32")
+        )
 
 
 def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
@@ -92,5 +108,15 @@ def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
         raise ConfigError(
             f"target=policy with deepspeed.config={zero.name}: at stage 3 the weights that policy and target share are in "
             "shards; take a stage from 0 to 2, or name the target's model"
+        )
+    if isinstance(config, TrainConfig) and config.target == "policy" and config.deepspeed.target_stage == 3:
+        raise ConfigError(
+            "target=policy with deepspeed.target_stage=3: the target's weights are the policy's, whose stage is that of "
+            "deepspeed.config; take target_stage=0, or name the target's model"
+        )
+    if config.deepspeed.offload_reference and zero.stage == 3:
+        raise ConfigError(
+            f"deepspeed.offload_reference with deepspeed.config={zero.name}: at stage 3 the reference is in shards beside the "
+            "policy; z3_offload has both in the host's memory"
         )
     return zero

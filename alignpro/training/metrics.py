@@ -7,8 +7,9 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol
@@ -283,3 +284,21 @@ def _start_wandb(config: RunConfig, description: Mapping[str, Any]) -> Any:
         raise TrainingError(
             f"Weights & Biases: {error}; log in with `wandb login`, set WANDB_MODE=offline, or leave run.wandb_project out"
         ) from error
+
+
+def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:
+    """Mean of each metric; a norm that is infinite belongs to an update that was skipped, and is counted instead."""
+    metrics = weighted_mean(updates)
+    for name in [each for each in metrics if each.endswith("gradient_norm")]:
+        norms = [update[name] for update in updates if isfinite(update[name])]
+        metrics[name] = sum(norms) / max(1, len(norms))
+        if skipped := len(updates) - len(norms):
+            metrics[name.replace("gradient_norm", "updates_skipped")] = float(skipped)
+    return metrics
+
+
+def weighted_mean(rows: Sequence[Metrics], weights: Sequence[int] | None = None) -> Metrics:
+    """Weighted mean of each metric; the rows have the same ones."""
+    weights = [1] * len(rows) if weights is None else weights
+    names = rows[0] if rows else ()
+    return {name: sum(row[name] * w for row, w in zip(rows, weights, strict=True)) / sum(weights) for name in names}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from alignpro import objectives
 from alignpro.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from alignpro.data import Prompt
+from alignpro.distributed.frozen import FrozenModels
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environment import Environment, Scores
 from alignpro.errors import CheckpointError
@@ -31,7 +31,7 @@ from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.experience import Experience as Experience
 from alignpro.training.experience import join_rows, join_values, no_actions
-from alignpro.training.metrics import Metrics, PhaseTimer, append_row
+from alignpro.training.metrics import Metrics, PhaseTimer, append_row, mean_of_updates, weighted_mean
 from alignpro.training.stream import PromptStream
 
 
@@ -51,6 +51,8 @@ class PolicyTraining:
         run: Steps, seed, directory.
         distribution: Over which processes; this one alone when absent.
         kept: Models whose cached prompts stay on an accelerator while the policy is updated: those that are frozen.
+        targets: Has the target ready for rollouts; it always is when absent.
+        rewards: Has the reward models ready to score; likewise.
     """
 
     headline: tuple[str, ...] = ("reward/mean", "kl", "entropy")
@@ -70,16 +72,20 @@ class PolicyTraining:
         run: RunConfig,
         distribution: Distribution | None = None,
         kept: Sequence[str] = (),
+        targets: FrozenModels | None = None,
+        rewards: FrozenModels | None = None,
     ) -> None:
         distribution = distribution or SingleProcess()
         self.ranks = distribution.ranks
         self.policy, self.environment, self.engine = policy, environment, engine
+        self._targets, self._rewards = targets or FrozenModels(), rewards or FrozenModels()
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.heldout, self.kept = heldout, kept
         self.sampling, self.objective, self.optimizer, self.run = sampling, objective, optimizer, run
         updates = run.steps * objective.epochs * objective.minibatches
         if self.ranks.group is not None:
             self.ranks.on_first(policy.reference_id)  # while the weights are whole
+        self._reference = distribution.frozen_reference(policy)
         value_model = ValueModel(policy.model) if objective.advantage == "gae" else None
         self.sampled = distribution.sampling_model(policy.model)
         engine.models["policy"] = self.sampled.model
@@ -105,13 +111,12 @@ class PolicyTraining:
         mine = self._share(prompts)
         prompts = [prompts[i] for i in mine]
         seeds = [derive_seed(self.run.seed, step, i) for i in mine]
-        with self.sampled.whole(), self.ranks.together():
-            with timer("rollout"):
-                chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
-                if self.policy.model.device.type != "cpu":
-                    self.engine.release(keep=self.kept)  # the update needs the accelerator's memory
-            with timer("reward"):
-                scores = self.environment.score(prompts, chains)
+        with timer("rollout"), self.sampled.whole(), self.ranks.together(), self._targets.ready():
+            chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
+            if self.policy.model.device.type != "cpu":
+                self.engine.release(keep=self.kept)  # the update needs the accelerator's memory
+        with timer("reward"), self.ranks.together(), self._rewards.ready():
+            scores = self.environment.score(prompts, chains)
         with timer("credit"):
             experience = self.credit(prompts, chains, scores)
         with timer("update"):
@@ -138,7 +143,8 @@ class PolicyTraining:
         # One micro-batch is all that the first update passes over, at the weights of now: its graph is kept for that.
         keep = len(micro_batches) == 1 and objective.loss != "gibbs" and objective.minibatches == 1
         keep = keep and self.ranks.group is None  # DeepSpeed's hooks want a backward behind each forward
-        parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
+        with self._reference.ready():
+            parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
         values = parts[0] if keep else join_values(parts[: len(micro_batches)], width)
         R = scores.values.flatten().to(values.logprob)  # (B,)
         rewards = objectives.token_rewards(
@@ -193,7 +199,7 @@ class PolicyTraining:
                     metrics |= self.critic.step()
                     metrics["value_loss"] = self.ranks.sum(metrics["value_loss"])
                 updates.append(metrics)
-        return _mean_updates(updates)
+        return mean_of_updates(updates)
 
     def _backward(self, minibatch: Experience, states: Tensor | None = None) -> Metrics:
         """Gradients of a minibatch, micro-batch by micro-batch; as many passes on every rank.
@@ -254,7 +260,7 @@ class PolicyTraining:
             if self.critic is not None and minibatch.value_targets is not None:
                 targets = minibatch.value_targets[start:stop, :width]
                 self.critic.backward(batch, targets, scale * objective.value_coef)
-        return {"loss": self.ranks.sum(total), **self.ranks.mean(_mean(details, tokens), sum(tokens))}
+        return {"loss": self.ranks.sum(total), **self.ranks.mean(weighted_mean(details, tokens), sum(tokens))}
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
@@ -265,16 +271,20 @@ class PolicyTraining:
         mine = self._share(prompts)
         seeds = [derive_seed(self.run.seed, "evaluate", i) for i in mine]
         own = [prompts[i] for i in mine]
+        chains: list[list[Chain]] = []
         values, parts = torch.empty(0, 1), []
-        with self.sampled.whole(), self.ranks.together():
+        with self.sampled.whole(), self.ranks.together(), self._targets.ready():
             if own:
                 chains = self.environment.rollout(self.engine, own, replace(self.sampling, n=1), seeds)
+        with self.ranks.together(), self._rewards.ready():
+            if own:
                 values = self.environment.score(own, chains).values
                 encoded = [self.environment.encode(prompt) for prompt in own]
                 samples = [group[0].sample.tokens for group in chains]
                 batch = SequenceBatch.build(encoded, samples, self.policy.model.device)
                 parts = [batch.rows(*rows) for rows in self._micro_batches(len(batch))]
-        kl = sum(self.policy.token_values(part).kl.sum().item() for part in self._padded(parts))
+        with self._reference.ready():
+            kl = sum(self.policy.token_values(part).kl.sum().item() for part in self._padded(parts))
         reward = self.ranks.gather(values).mean().item()
         return {"eval/reward": reward, "eval/kl": self.ranks.sum(kl) / len(prompts)}
 
@@ -375,21 +385,3 @@ class PolicyTraining:
             "value": scores.values[0][0].item(),
         }
         append_row(self.run.out / "samples.jsonl", row)
-
-
-def _mean_updates(updates: Sequence[Metrics]) -> Metrics:
-    """Mean of each metric; a norm that is infinite belongs to an update that was skipped, and is counted instead."""
-    metrics = _mean(updates)
-    for name in [each for each in metrics if each.endswith("gradient_norm")]:
-        norms = [update[name] for update in updates if isfinite(update[name])]
-        metrics[name] = sum(norms) / max(1, len(norms))
-        if skipped := len(updates) - len(norms):
-            metrics[name.replace("gradient_norm", "updates_skipped")] = float(skipped)
-    return metrics
-
-
-def _mean(rows: Sequence[Metrics], weights: Sequence[int] | None = None) -> Metrics:
-    """Weighted mean of each metric; the rows have the same ones."""
-    weights = [1] * len(rows) if weights is None else weights
-    names = rows[0] if rows else ()
-    return {name: sum(row[name] * w for row, w in zip(rows, weights, strict=True)) / sum(weights) for name in names}

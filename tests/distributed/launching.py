@@ -43,13 +43,17 @@ def environment() -> dict[str, str]:
     }
 
 
-def launch(script: Path | str, *arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
-    """Start a script on ranks; its output is in ``stdout``."""
+def free_port() -> int:
+    """One that nobody listens to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def launch(script: Path | str, *arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """Start a script on ranks; its output is in ``stdout``."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(port), str(script), *arguments]
+    command += ["--master_port", str(free_port()), str(script), *arguments]
     return subprocess.Popen(
         command,
         env=environment(),

@@ -7,11 +7,14 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, launch, workshop
+from launching import ROOT, environment, free_port, launch, workshop
+from tiny_models import save_tiny
 from tiny_runs import Workshop, rows, steps_of_checkpoints
 
 SCRIPT = ROOT / "launch" / "train_prompter.py"
@@ -89,6 +92,18 @@ def test_a_killed_rank_ends_the_job_and_resume_goes_on(made: Workshop, tmp_path:
 
 
 @pytest.mark.slow
+def test_an_error_amid_a_pass_in_layers_ends_the_job(tmp_path: Path) -> None:
+    """The other rank waits for a layer that will not come: nothing can be agreed on, and nobody waits for long."""
+    save_tiny("llama", tmp_path / "target", num_hidden_layers=3)
+    started = time.monotonic()
+    status, errors, output = ends(launch(Path(__file__).with_name("worker_broken_pass.py"), str(tmp_path / "target")))
+    assert status != 0
+    assert len(errors) == 1 and "rank 1, in the start" in errors[0], output[-4000:]
+    assert "RuntimeError: out of order" in output
+    assert time.monotonic() - started < 110  # far less than the ranks' patience, which is ten minutes
+
+
+@pytest.mark.slow
 def test_an_error_on_one_rank_is_told_once_and_the_state_is_saved(made: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "raised"
     status, errors, output = ends(start(made, out, "raise", "run.checkpoint_every=100"))
@@ -97,24 +112,60 @@ def test_an_error_on_one_rank_is_told_once_and_the_state_is_saved(made: Workshop
     assert steps_of_checkpoints(out) == [2]
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_finds_no_others_says_so(rank: str, made: Workshop, tmp_path: Path) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *made.arguments("train", tmp_path / "run", "deepspeed.timeout_seconds=3")[1:]],
+        env=environment() | place | {"MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 1
+    assert len(errors) == 1, done.stderr[-4000:]
+    assert f"rank {rank} has not found the others at 127.0.0.1:" in errors[0] and "within 3 s" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_rank_that_keeps_the_others_waiting_is_named(made: Workshop, tmp_path: Path) -> None:
-    status, errors, _ = ends(start(made, tmp_path / "hung", "hang", "deepspeed.timeout_seconds=15"))
+    status, errors, output = ends(start(made, tmp_path / "hung", "hang", "deepspeed.timeout_seconds=40"))
     assert status != 0
-    assert len(errors) == 1
+    assert len(errors) == 1, output[-4000:]
     assert "rank 0 waited for the others in step 3, reward" in errors[0]
     assert "rank 1 came to step 3, reward" in errors[0]
+
+
+def stopped_amid(made: Workshop, out: Path, stop: Callable[[int], None]) -> tuple[int, str]:
+    """Exit status and output of a run that is told to stop once it has made a step; the launcher's process is given."""
+    process = start(made, out, "slow", "run.steps=1000", "run.checkpoint_every=1000")
+    deadline = time.monotonic() + 300
+    while rows(out) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stop(process.pid)
+    status, errors, output = ends(process)
+    assert not errors, output[-4000:]
+    return status, output
 
 
 @pytest.mark.slow
 def test_sigterm_saves_first(made: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
-    process = start(made, out, "slow", "run.steps=1000", "run.checkpoint_every=1000")
-    deadline = time.monotonic() + 100
-    while rows(out) < 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)  # to all of the job's processes, as schedulers do
-    status, errors, output = ends(process)
-    assert status != 0 and not errors, output[-4000:]
+    # To all of the job's processes, as schedulers do.
+    status, output = stopped_amid(made, out, lambda launcher: os.killpg(launcher, signal.SIGTERM))
+    assert status != 0
+    assert "stopped by SIGTERM; state saved in" in output
+    assert steps_of_checkpoints(out) == [rows(out)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="launchers are watched on Linux alone")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_the_launcher_saves_first(signum: int, made: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "orphaned"
+    status, output = stopped_amid(made, out, lambda launcher: os.kill(launcher, signum))
+    assert status == -signum
     assert "stopped by SIGTERM; state saved in" in output
     assert steps_of_checkpoints(out) == [rows(out)]

@@ -79,8 +79,17 @@ def test_more_ranks_than_prompts_and_a_shared_target_in_shards_are_errors(tmp_pa
         zero_of(load_config(TrainConfig, arguments), 3)
     shared = ["target=policy", "policy.adapter.kind=lora"]
     assert zero_of(load_config(TrainConfig, [*arguments, *shared]), 2).stage == 2
-    with pytest.raises(ConfigError, match="target=policy with deepspeed"):
+    with pytest.raises(ConfigError, match=r"target=policy with deepspeed\.config=z3"):
         zero_of(load_config(TrainConfig, [*arguments, *shared, "deepspeed.config=z3"]), 2)
+    with pytest.raises(ConfigError, match=r"target=policy with deepspeed\.target_stage=3"):
+        zero_of(load_config(TrainConfig, [*arguments, *shared, "deepspeed.target_stage=3"]), 2)
+
+
+def test_a_reference_in_shards_is_not_offloaded_by_itself(tmp_path: Path) -> None:
+    _, *arguments = Workshop(tmp_path).arguments("train", tmp_path / "run", "deepspeed.offload_reference=true")
+    assert zero_of(load_config(TrainConfig, arguments), 2).stage == 2
+    with pytest.raises(ConfigError, match=r"offload_reference with deepspeed\.config=z3: .* z3_offload"):
+        zero_of(load_config(TrainConfig, [*arguments, "deepspeed.config=z3"]), 2)
 
 
 @pytest.mark.parametrize(("version", "said"), [("0.18.8", "break ZeRO"), ("0.17.0", "oldest that works"), ("", "pip")])

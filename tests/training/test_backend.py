@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alignpro import packed_linear
 from alignpro.config import OptimizerConfig
 from alignpro.errors import CheckpointError, TrainingError
 from alignpro.training.backend import TorchBackend, learning_rate_factor
@@ -75,6 +76,22 @@ def test_the_update_is_adamw_s() -> None:
         optimizer.step()
         assert norm == pytest.approx(expected)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_an_update_is_seen_by_layers_with_a_second_layout() -> None:
+    """Fused optimizers do not count their changes of a weight."""
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64)
+    packed_linear.attach(layer)
+    trained = make(dict(layer.named_parameters()), max_grad_norm=100)
+    for _ in range(2):
+        out = layer(x)
+        torch.testing.assert_close(out, nn.functional.linear(x, layer[0].weight, layer[0].bias))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), out)
+        trained.backward(out.sum())
+        trained.step()
+        assert not torch.allclose(layer(x), out, atol=0.1)
 
 
 def test_the_norm_is_that_before_clipping_over_all_weights() -> None:

@@ -1,0 +1,110 @@
+"""A target and reward models in shards give what whole ones give, whatever work each rank has, and take their part of memory."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import difference, launch, run_cases, workshop
+from tiny_models import ARCHITECTURES, attention, save_tiny, tiny_config, tokenizer
+from torch import nn
+from transformers import LlamaForSequenceClassification
+
+from alignpro.config import ModelConfig
+from alignpro.distributed.frozen import ShardedModels
+from alignpro.distributed.layer_passes import layers_of
+from alignpro.distributed.ranks import Ranks
+from alignpro.engine import Engine, SamplingParams
+from alignpro.errors import ModelError
+from alignpro.models import load_language_model
+
+LAYERS = 3
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
+STEP = ["rollout.prompts_per_step=3", "optimizer.learning_rate=0.0005", "run.steps=2", "run.checkpoint_every=2"]
+"""Three prompts on two ranks; and a single one for evaluation, so that a rank has nothing to do there."""
+STEP += ["run.eval_every=1", "run.eval_prompts=1"]
+
+
+def save_models(root: Path) -> tuple[Path, Path]:
+    """A target and a reward model of some layers."""
+    target, reward = root / "target", root / "reward"
+    save_tiny("llama", target, num_hidden_layers=LAYERS)
+    torch.manual_seed(1)
+    config = tiny_config("llama", num_hidden_layers=LAYERS, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(reward)
+    tokenizer("llama").save_pretrained(reward)
+    return target, reward
+
+
+def leaves(value: Any) -> list[float]:
+    return [leaf for each in value for leaf in leaves(each)] if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_every_architecture_runs_layer_by_layer(device: str, architecture: str, tmp_path: Path) -> None:
+    """One rank, which has all parts; on an accelerator they come there from the host."""
+    save_tiny(architecture, tmp_path, num_hidden_layers=LAYERS)
+    config = ModelConfig(path=str(tmp_path), device=device, attention=attention(architecture))
+    models = ShardedModels(Ranks(), 1)
+    whole, parts = load_language_model(config), models.load(config, load_language_model)
+    assert parts.device == whole.device
+    given = [[5, 6, 7, 8], [7, 8]], SamplingParams(max_tokens=6, n=2)
+    expected = Engine({"target": whole}).generate("target", *given)
+    with models.ready():
+        got = Engine({"target": parts}).generate("target", *given)
+    assert sum(weight.numel() for weight in parts.parameters()) == 0
+    for one, other in zip(chain.from_iterable(got), chain.from_iterable(expected), strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_a_model_without_layers_is_refused_and_can_be_gathered_whole() -> None:
+    with pytest.raises(ModelError, match="Linear has no list of layers: it can only be gathered whole"):
+        layers_of(nn.Linear(2, 2))
+
+
+def test_shards_give_what_the_whole_gives(tmp_path: Path) -> None:
+    save_models(tmp_path)
+    process = launch(Path(__file__).with_name("worker_frozen.py"), str(tmp_path))
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output[-4000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for told in ranks:
+        assert told["numbers"] == {"sum": 2.0**41 + 0.5, "most": -3, "any": [True, False]}
+    for how in ("whole", "layers"):
+        for rank, told in enumerate(ranks):
+            case = told[how]
+            assert leaves(case["got"]) == pytest.approx(leaves(case["expected"]), abs=1e-5), (how, rank)
+            assert case["between"] == [0] * len(case["between"])
+            assert case["layers present"] == (1 if how == "layers" else LAYERS)
+        held = [told[how]["held"] for told in ranks]
+        # Halves, but for the padding of each piece.
+        assert held[0] == held[1] == pytest.approx(ranks[0][how]["whole"] / 2, rel=0.02)
+        assert ranks[0][how]["told"] == "PeerError: rank 1: RuntimeError: the judge is out"
+        assert ranks[1][how]["told"] == "RuntimeError: the judge is out"
+
+
+def test_training_against_frozen_models_in_shards(tmp_path: Path) -> None:
+    made = workshop(tmp_path)
+    target, reward = save_models(tmp_path / "frozen")
+    model = "{kind: model, model: {path: " + str(reward) + ", device: cpu}, batch_size: 2}"
+    settings = [*STEP, f"target.path={target}", f"reward.components=[{model}]"]
+    stages = ["deepspeed.target_stage=3", "deepspeed.reward_stage=3"]
+    cases = {
+        "whole": ["deepspeed.config=z2", *stages],
+        "by layers": ["deepspeed.config=z3", *stages, "deepspeed.gathered_bytes=1"],
+        "reference offloaded": ["deepspeed.config=z1", "deepspeed.offload_reference=true"],
+    }
+    single = tmp_path / "single"
+    assert made.run("train", single, *settings) == 0
+    run_cases(tmp_path, [made.arguments("train", tmp_path / name, *settings, *each) for name, each in cases.items()])
+    for name in cases:
+        metrics, weights = difference(single, tmp_path / name)
+        assert metrics < 1e-5, name
+        assert weights < 1e-5, name

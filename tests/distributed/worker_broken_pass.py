@@ -1,0 +1,31 @@
+"""What a rank of the tests runs: a target in shards, one of whose layers fails on rank 1, in its second pass."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from alignpro.config import ModelConfig
+from alignpro.distributed.frozen import ShardedModels
+from alignpro.distributed.session import process_group
+from alignpro.engine import Engine, SamplingParams
+from alignpro.models import load_language_model
+
+passes = 0
+
+
+def fail(*_: Any) -> None:
+    global passes
+    passes += 1
+    if passes == 2:
+        raise RuntimeError("out of order")
+
+
+if __name__ == "__main__":
+    with process_group(600.0) as ranks:
+        models = ShardedModels(ranks, 1)
+        target = models.load(ModelConfig(path=sys.argv[-1], device="cpu"), load_language_model)
+        if ranks.rank == 1:
+            target.causal.base_model.layers[1].register_forward_pre_hook(fail)
+        with ranks.together(), models.ready():
+            Engine({"target": target}).generate("target", [[5, 6]], SamplingParams(max_tokens=6))

@@ -1,0 +1,112 @@
+"""What a rank of the tests runs: a target and a reward model in shards, with more work on one rank than on the other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignpro.config import ModelConfig, ModelRewardConfig
+from alignpro.data.prompt import Prompt
+from alignpro.distributed.frozen import FrozenModels, ShardedModels
+from alignpro.distributed.ranks import Ranks
+from alignpro.distributed.session import process_group
+from alignpro.engine import Engine, SamplingParams
+from alignpro.errors import PeerError
+from alignpro.models import load_language_model
+from alignpro.rewards.model import ModelReward
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [7, 8], [9, 10, 11], [5, 6, 12]]
+PARAMS = SamplingParams(max_tokens=6, n=2)
+
+
+class Pair:
+    """A target and a reward model, and what they give."""
+
+    def __init__(self, root: Path, models: FrozenModels) -> None:
+        self.models = models
+        target = ModelConfig(path=str(root / "target"), device="cpu")
+        reward = ModelConfig(path=str(root / "reward"), device="cpu")
+        self.target = models.load(target, load_language_model)
+        self.reward = ModelReward(ModelRewardConfig(kind="model", model=reward, batch_size=1), models)
+
+    def generate(self, prompts: list[list[int]]) -> list[Any]:
+        """Tokens and log-probabilities; each call has an engine of its own, so that no prompt is cached."""
+        groups = Engine({"target": self.target}).generate("target", prompts, PARAMS)
+        return [[each.tokens, each.logprobs] for group in groups for each in group]
+
+    def score(self, responses: list[str]) -> list[float]:
+        """One pass a response."""
+        return self.reward([Prompt.from_text("sort")] * len(responses), responses).values
+
+
+def run(ranks: Ranks, root: Path, most: int | None) -> dict[str, Any]:
+    """What this rank got, what it should have got, and what it held."""
+    whole, sharded = Pair(root, FrozenModels()), Pair(root, models := ShardedModels(ranks, most))
+    weights = list(sharded.target.parameters())
+    present = most_present(sharded.target.causal.base_model.layers)
+    works: list[Callable[[Pair], Any]] = [
+        lambda pair: pair.generate(PROMPTS[: 4 - 4 * ranks.rank]),  # nothing on rank 1
+        lambda pair: pair.generate(PROMPTS[: 1 + 2 * ranks.rank]),
+        lambda pair: pair.score(["a", "bb", "ccc"][: 3 * ranks.rank]),
+        # In different orders.
+        lambda pair: (
+            [pair.score(["a", "b"]), pair.generate(PROMPTS)]
+            if ranks.first
+            else [pair.generate(PROMPTS[:1]), pair.score(["a"])]
+        ),
+    ]
+    between = [sum(weight.numel() for weight in weights)]
+    got = []
+    for work in works:
+        with ranks.together(), models.ready():
+            got.append(work(sharded))
+        between.append(sum(weight.numel() for weight in weights))
+    told = ""
+    try:
+        with ranks.together(), models.ready():
+            if ranks.rank == 1:
+                raise RuntimeError("the judge is out")
+            got.append(sharded.generate(PROMPTS))
+    except (PeerError, RuntimeError) as error:
+        told = f"{type(error).__name__}: {error}"
+    return {
+        "got": got,
+        "expected": [work(whole) for work in works] + ([whole.generate(PROMPTS)] if ranks.first else []),
+        "between": between,
+        "held": models.held_bytes,
+        "whole": sum(weight.nbytes for pair in (whole.target, whole.reward._model) for weight in pair.parameters()),
+        "layers present": max(present),
+        "told": told,
+    }
+
+
+def most_present(layers: nn.ModuleList) -> list[int]:
+    """How many layers have their weights, as each of them runs."""
+    present: list[int] = []
+
+    def count(*_: Any) -> None:
+        present.append(sum(all(weight.numel() for weight in layer.parameters()) for layer in layers))
+
+    for layer in layers:
+        layer.self_attn.register_forward_pre_hook(count)
+    return present
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root = Path(sys.argv[-1])
+    with process_group(60.0) as group:
+        result = {name: run(group, root, most) for name, most in {"whole": None, "layers": 1}.items()}
+        odd = group.rank == 1
+        result["numbers"] = {
+            "sum": group.sum(2.0**40 + 0.5 * group.rank),
+            "most": group.most(-3 - group.rank),
+            "any": [group.any(odd), group.any(False)],
+        }
+        (root / f"{group.rank}.json").write_text(json.dumps(result))
