@@ -28,18 +28,17 @@ class Packing:
     """The second layout of the weights of a model's linear layers."""
 
     def __init__(self) -> None:
-        self._version = 0
-        self._weights: dict[nn.Linear, tuple[tuple[int, int, int], Tensor]] = {}
+        self._weights: dict[nn.Linear, tuple[tuple[int, int], Tensor]] = {}
 
     def forget(self) -> None:
-        """The weights have changed."""
+        """The weights have changed: give the memory of their layouts back."""
         # In-place changes are seen without it; those of a partitioned weight, made anew in the same memory, are not.
-        self._version += 1
+        self._weights.clear()
 
     def of(self, layer: nn.Linear) -> Tensor:
         """The weight of a layer as it is now."""
         weight = layer.weight
-        state = self._version, weight.data_ptr(), weight._version
+        state = weight.data_ptr(), weight._version
         known = self._weights.get(layer)
         if known is None or known[0] != state:
             known = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)

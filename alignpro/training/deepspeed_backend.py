@@ -126,7 +126,8 @@ class DeepSpeedBackend:
         """
         norm = self._step()
         for model in self._models:
-            model.weights_changed()  # DeepSpeed writes them past what PyTorch counts as a change
+            if any(weight.requires_grad for weight in model.parameters()):  # the reference's have not
+                model.weights_changed()  # DeepSpeed writes them past what PyTorch counts as a change
         if math.isfinite(norm):
             self.updates += 1
             self._skipped = 0
@@ -217,7 +218,7 @@ def _optimizer(trained: list[nn.Parameter], config: OptimizerConfig, zero: ZeroC
     """AdamW, that of DeepSpeed for the CPU where the optimizer is offloaded to it."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if not zero.offloads_optimizer:
-        return torch.optim.AdamW(trained, **settings)
+        return torch.optim.AdamW(trained, **settings, fused=True)  # one pass over a weight and its state
     try:
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(trained, adamw_mode=True, **settings)
     except (OSError, RuntimeError, ImportError) as error:

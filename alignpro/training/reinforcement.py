@@ -10,6 +10,7 @@ means over all of them, so that the numbers do not depend on how many ranks ther
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -105,8 +106,10 @@ class PolicyTraining:
         mine = self._share(prompts)
         prompts = [prompts[i] for i in mine]
         seeds = [derive_seed(self.run.seed, step, i) for i in mine]
-        with self.sampled.whole(), self.ranks.together():
+        with ExitStack() as sampling:
             with timer("rollout"):
+                sampling.enter_context(self.sampled.whole())
+                sampling.enter_context(self.ranks.together())
                 chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
                 if self.policy.model.device.type != "cpu":
                     self.engine.release(keep=self.kept)  # the update needs the accelerator's memory
