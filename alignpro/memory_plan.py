@@ -40,6 +40,8 @@ class Need:
     """Keys and values of all sequences that run at once, each as long as it may become."""
     kept_cache: float
     """Of them, what stays during the update: the frozen target's; on a CPU all."""
+    sampling_pass: float
+    """Of the largest forward pass of a rollout."""
     activations: float
     """Of a micro-batch; and what all samples of the step keep for the update."""
     head: float
@@ -54,7 +56,7 @@ class Need:
         """At the peak of sampling."""
         kept = self.training.gradients if self.training.gradients_are_there == "always" else 0.0
         own, frozen = self.layouts
-        sampling = max(self.gathered + self.kept_cache, self.cache + own)
+        sampling = max(self.gathered + self.kept_cache, self.cache + own + self.sampling_pass)
         return self._always + kept + self.sampling_copy + frozen + sampling
 
     @property
@@ -90,9 +92,7 @@ def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: flo
     states = ("weights", "optimizer", "gradients", "buffers", "frozen", "copy", "KV", "activations")
     columns = ("set-up", *states, "rollout", "update", "host")
     lines = ["  ".join(f"{column:>11}" for column in columns) + ("" if device_bytes is None else "  fits")]
-    models = _Models.of(config)
-    for setup in setups_of(config, ranks):
-        need = _need(config, models, setup, ranks)
+    for setup, need in memory_needs(config, ranks).items():
         of = need.training
         values = [of.weights, of.optimizer, of.gradients, of.buffers + of.backward, need.frozen, need.sampling_copy]
         values += [need.cache, need.activations + need.head, need.rollout, need.update, of.host]
@@ -108,6 +108,12 @@ def setups_of(config: TrainConfig | RLHFConfig, ranks: int) -> list[str]:
     named = [name for name in SETUPS if name != "z0" or config.policy.dtype == "float32"]
     own = [config.deepspeed.config] if config.deepspeed.config not in SETUPS else []
     return ([ONE_PROCESS] if ranks == 1 else []) + named + own
+
+
+def memory_needs(config: TrainConfig | RLHFConfig, ranks: int) -> dict[str, Need]:
+    """What one rank needs in each set-up that the job can have; see `memory_need`."""
+    models = _Models.of(config)
+    return {setup: _need(config, models, setup, ranks) for setup in setups_of(config, ranks)}
 
 
 def memory_need(config: TrainConfig | RLHFConfig, setup: str, ranks: int) -> Need:
@@ -177,6 +183,7 @@ def _need(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: 
         gathered=0.0 if whole else min(size.bytes, GATHERED_BYTES),
         cache=rollout.cache,
         kept_cache=rollout.cache if on_cpu or rollout.keeps_cache else 0.0,
+        sampling_pass=rollout.widest * max(model.pass_bytes for model in (size, models.target) if model is not None),
         activations=size.activation_bytes(rollout.tokens, checkpointing=checkpointing) + rollout.states(size),
         head=size.head * (4 if size.dtype_bytes == 4 else 4 + size.dtype_bytes) if full else 0.0,
         layouts=_layouts(models, full=full, whole=whole) if on_cpu else (0.0, 0.0),
@@ -196,6 +203,8 @@ class _Rollout:
     """Samples of a micro-batch."""
     tokens: int
     """Tokens of a micro-batch; samples of one prompt share it."""
+    widest: int
+    """Tokens of a forward pass of the engine."""
     cache: float
     keeps_cache: bool
 
@@ -224,6 +233,7 @@ class _Rollout:
             sampled=sampled,
             rows=rows,
             tokens=-(-rows // size) * prompt + rows * sampled,
+            widest=min(engine.token_budget, groups * prompt + samples * sampled),
             cache=float(token_bytes * at_once * longest if engine.pool_bytes is None else engine.pool_bytes),
             keeps_cache=keeps,
         )

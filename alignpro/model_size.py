@@ -46,6 +46,11 @@ class ModelSize:
         """Keys and values of one token, in all layers."""
         return 2 * self.layers * self.kv_width * self.dtype_bytes
 
+    @property
+    def pass_bytes(self) -> int:
+        """What a token takes in the widest place of a pass without gradients: within a gated MLP."""
+        return (2 * self.intermediate + 4 * self.hidden) * self.dtype_bytes
+
     def activation_bytes(self, tokens: int, *, checkpointing: bool) -> float:
         """What a forward pass leaves for the backward, and what that takes beside at its beginning.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.workload import BYTES, ModelShape
 
@@ -78,7 +78,23 @@ def make_model(
     device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Random weights drawn from ``seed``, sdpa attention, in evaluation mode."""
-    config = AutoConfig.for_model(
+    torch.manual_seed(seed)
+    with device or torch.device("cpu"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            _config(shape, context), dtype=dtype, attn_implementation="sdpa"
+        )
+    return model.eval()
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Elements of all weights; a tied one counts once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(shape, 1))
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _config(shape: ModelShape, context: int) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.for_model(
         shape.architecture,
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -92,10 +108,7 @@ def make_model(
         eos_token_id=None,
         pad_token_id=None,
     )
-    torch.manual_seed(seed)
-    with device or torch.device("cpu"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
+    return config
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

@@ -1,7 +1,8 @@
 """python -m benchmarks.distributed: whole training steps by DeepSpeed, beside one process and beside `alignpro plan`.
 
 Times: on a CPU all set-ups take turns in one launch, each rank with as many threads as one process has; on a GPU one after
-another. Memory: what tensors hold of a rank at most, in the rollout and in the update; on a CPU from launches of their own.
+another. Memory: what tensors hold of a rank at most, in the rollout and in the update; on a CPU from launches of their own,
+with DeepSpeed's buckets in the measure of the models.
 Prints tables and writes JSON.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,16 +19,19 @@ import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from alignpro.distributed.zero_config import read_zero_config
 from alignpro.errors import ConfigError
 from alignpro.memory_plan import memory_need
 from benchmarks import environment
+from benchmarks.distributed.buckets import write_scaled
 from benchmarks.distributed.job import ALONE, Job
 from benchmarks.distributed.launch import LaunchError, launch
 from benchmarks.distributed.summary import peaks, ratios, times
 from benchmarks.distributed.table import print_table
 from benchmarks.engine.cases import GPU_WORKLOAD
+from benchmarks.models import num_parameters
 from benchmarks.training.ours import configure
-from benchmarks.training.task import Task, make_task
+from benchmarks.training.task import make_task
 from benchmarks.workload import PAPER, QUICK, WORKLOADS, Workload, find_workload, reshape
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -109,14 +113,15 @@ def run(
                     found = launch(job, count)
                     document["setups"] |= {each: times(found, each, warmup, what.chains) for each in group}
                     if job.memory:
-                        document["memory"] |= _memory(job, group[0], found, count)
+                        document["memory"] |= {group[0]: _memory(job, found, count)}
             if memory and not (time and on_gpu):
+                few = replace(task, steps=2)  # in the second the optimizer's states are there
+                parameters = num_parameters(what.prompter)
                 for each in [each for each in setups if each != ALONE]:
-                    # Two steps: the optimizer's states are there in the second.
-                    few = Task(**task.__dict__ | {"steps": 2})
+                    scaled = each if on_gpu else str(write_scaled(each, parameters, root))
                     out = root / f"memory_{Path(each).stem}"
-                    job = Job(few, [each], device, threads, [*planned, *settings], True, out)
-                    document["memory"] |= _memory(job, each, launch(job, count), count)
+                    job = Job(few, [scaled], device, threads, [*planned, *settings], True, out)
+                    document["memory"] |= {each: _memory(job, launch(job, count), count)}
         except ConfigError as error:
             raise typer.BadParameter(str(error)) from None
         except LaunchError as error:
@@ -132,9 +137,10 @@ def run(
     console.print(str(file), highlight=False)
 
 
-def _memory(job: Job, setup: str, found: list[dict[str, Any]], ranks: int) -> dict[str, Any]:
+def _memory(job: Job, found: list[dict[str, Any]], ranks: int) -> dict[str, Any]:
+    (setup,) = job.setups
     config = configure(job.task, torch.device(job.device), job.overrides)
-    return {setup: peaks(found, setup, memory_need(config, setup, ranks))}
+    return peaks(found, setup, memory_need(config, setup, ranks)) | {"zero": read_zero_config(setup)}
 
 
 def _workload(name: str, changes: list[str], quick: bool) -> Workload:
