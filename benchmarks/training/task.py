@@ -68,7 +68,9 @@ def make_task(
     ):
         model = make_model(shape, context=context, seed=seed, dtype=dtype, device=device)
         save_model(model, make_tokenizer(template, shape.vocabulary), place)
-        del model  # before the next is made
+        del model  # before the next is made, and for whoever uses the device next
+        if device is not None and device.type != "cpu":
+            torch.accelerator.empty_cache()
     (directory / "meta_prompt.jinja").write_text(meta_prompt + "{{ prompt }}", encoding="utf-8")
     with (directory / "prompts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"prompt": text}) + "\n" for text in prompts)
