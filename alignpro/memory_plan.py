@@ -6,6 +6,7 @@ and the libraries take beside is not in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import AutoModelForSequenceClassification
@@ -138,6 +139,8 @@ class _Models:
     policy: ModelSize
     trained: tuple[int, ...]
     """Elements of each weight that has a gradient."""
+    tied: bool
+    """Whether the policy's output layer has the weights of its embeddings."""
     target: ModelSize | None
     """None where the policy's base model is the target."""
     rewards: float
@@ -153,6 +156,7 @@ class _Models:
         return cls(
             policy=measure(policy, config.policy),
             trained=trained_weights(policy, config.policy.adapter),
+            tied=policy.get_output_embeddings().weight is policy.get_input_embeddings().weight,
             target=target,
             rewards=float(sum(_reward_bytes(model) for model in rewards)),
         )
@@ -165,13 +169,21 @@ class _Models:
 
 def _need(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: int) -> Need:
     size, trained, full = models.policy, models.trained, config.policy.adapter.kind == "full"
-    # The reference is a model of its own, or the same without its adapter.
-    policy, reference = (size.weights, size.weights) if full else ((*size.weights, *trained), ())
     zero = {"stage": 0} if setup == ONE_PROCESS else read_zero_config(setup)["zero_optimization"]
-    if setup == ONE_PROCESS:
-        training = one_process(trained, sum(policy + reference) * size.dtype_bytes, size.dtype_bytes)
-    else:
-        training = sharded(zero, trained, policy, reference, size.dtype_bytes, ranks)
+
+    def training_of(trained: Sequence[int], weights: Sequence[int], reference: Sequence[int]) -> TrainingMemory:
+        if setup == ONE_PROCESS:
+            return one_process(trained, (sum(weights) + sum(reference)) * size.dtype_bytes, size.dtype_bytes)
+        return sharded(zero, trained, weights, reference, size.dtype_bytes, ranks)
+
+    # The reference is a model of its own, or the same without its adapter.
+    training = training_of(trained, *((size.weights, size.weights) if full else ((*size.weights, *trained), ())))
+    if config.objective.advantage == "gae":  # the critic, a copy with an output of its own; nothing trains its head
+        held = [*size.weights, *(() if full else trained), size.hidden, 1]
+        learned = list(held)
+        if not models.tied:
+            learned.remove(size.head)
+        training = training.beside(training_of(learned, held, ()))
     rollout = _Rollout.of(config, models, ranks)
     whole = zero["stage"] < 3
     on_cpu = config.policy.device == "cpu"

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_models import save_tiny
 from tiny_runs import Workshop
 
 from alignpro.config import TrainConfig, load_config
 from alignpro.memory_plan import ONE_PROCESS, memory_need, memory_table
 from alignpro.models import load_language_model
 from alignpro.policy import Policy
+from alignpro.training.critic import ValueModel
 
 
 def config(made: Workshop, *overrides: str) -> TrainConfig:
@@ -43,6 +45,21 @@ def test_stages_shard_one_thing_after_another(tmp_path: Path) -> None:
     assert [need.weights == whole.weights for need in needs] == [True, True, False]
     assert 0 < small <= whole.weights
     assert [memory_need(job, setup, 4).sampling_copy > 0 for setup in ("z1", "z2", "z3")] == [False, False, True]
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2"])  # with an output layer of its own, and with the embeddings'
+def test_a_critic_is_counted(model: str, tmp_path: Path) -> None:
+    made = Workshop(tmp_path)
+    save_tiny(model, tmp_path / "policy", num_hidden_layers=1, tie_word_embeddings=model == "qwen2")
+    job = config(made, f"policy.path={tmp_path / 'policy'}", "objective.loss=ppo_clip")
+    critic = config(made, f"policy.path={tmp_path / 'policy'}", "objective.loss=ppo_clip", "objective.advantage=gae")
+    alone, both = (memory_need(each, ONE_PROCESS, 1).training for each in (job, critic))
+    model_of_values = ValueModel(Policy.load(critic.policy, seed=0).model)
+    held = sum(weight.numel() for weight in model_of_values.parameters())
+    trained = sum(weight.numel() for weight in model_of_values.parameters() if weight.requires_grad)
+    assert both.weights - alone.weights == 4 * held
+    assert both.gradients - alone.gradients == 4 * trained
+    assert both.optimizer - alone.optimizer == 8 * trained
 
 
 def test_what_is_offloaded_is_the_hosts(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ class TrainingMemory:
     """Bytes of one rank."""
 
     weights: float
-    """Of the policy and its reference."""
+    """Of what is trained and of its reference."""
     optimizer: float
     gradients: float
     """Summed over micro-batches."""
@@ -38,6 +38,19 @@ class TrainingMemory:
     the activations go."""
     host: float
     """Of the host's memory: what is offloaded."""
+
+    def beside(self, other: TrainingMemory) -> TrainingMemory:
+        """That of two trainings in the same set-up, whose passes and steps come one after the other."""
+        return TrainingMemory(
+            weights=self.weights + other.weights,
+            optimizer=self.optimizer + other.optimizer,
+            gradients=self.gradients + other.gradients,
+            buffers=self.buffers + other.buffers,
+            backward=max(self.backward, other.backward),
+            step=max(self.step, other.step),
+            gradients_are_there=self.gradients_are_there,
+            host=self.host + other.host,
+        )
 
 
 def one_process(trained: Sequence[int], held: int, weight_bytes: int) -> TrainingMemory:
