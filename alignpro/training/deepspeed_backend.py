@@ -43,6 +43,7 @@ class DeepSpeedDistribution:
     def __init__(self, ranks: Ranks, zero: ZeroConfig) -> None:
         self.ranks = ranks
         self.zero = zero
+        self.graphs_last = zero.stage < 3  # from there on hooks want each forward followed by its backward
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
         """The model itself, but at stage 3 a copy that is gathered for each rollout."""

@@ -21,6 +21,8 @@ class Distribution(Protocol):
     """Makes what depends on how many processes there are."""
 
     ranks: Ranks
+    graphs_last: bool
+    """Whether the graph of a pass may wait while other passes run, and its backward be after them."""
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
         """What the engine is to sample from; asked for before `backend`, which may shard the model."""
@@ -34,6 +36,7 @@ class SingleProcess:
 
     def __init__(self) -> None:
         self.ranks = Ranks()
+        self.graphs_last = True
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
         """The model itself."""

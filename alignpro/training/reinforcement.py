@@ -73,7 +73,7 @@ class PolicyTraining:
         kept: Sequence[str] = (),
     ) -> None:
         distribution = distribution or SingleProcess()
-        self.ranks = distribution.ranks
+        self.ranks, self._graphs_last = distribution.ranks, distribution.graphs_last
         self.policy, self.environment, self.engine = policy, environment, engine
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.heldout, self.kept = heldout, kept
@@ -139,8 +139,7 @@ class PolicyTraining:
         micro_batches = list(self._micro_batches(len(batch)))
         padded = self._padded([batch.rows(*rows) for rows in micro_batches])
         # One micro-batch is all that the first update passes over, at the weights of now: its graph is kept for that.
-        keep = len(micro_batches) == 1 and objective.loss != "gibbs" and objective.minibatches == 1
-        keep = keep and self.ranks.group is None  # DeepSpeed's hooks want a backward behind each forward
+        keep = len(padded) == 1 and objective.loss != "gibbs" and objective.minibatches == 1 and self._graphs_last
         parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
         values = parts[0] if keep else join_values(parts[: len(micro_batches)], width)
         R = scores.values.flatten().to(values.logprob)  # (B,)
