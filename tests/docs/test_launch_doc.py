@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from types import ModuleType
 
@@ -33,6 +34,21 @@ def test_the_sizing_table_is_what_the_plan_says(document: Document, sizing: Modu
 def test_set_ups_are_those_that_there_are(document: Document) -> None:
     assert {path.stem for path in (ROOT / "launch" / "zero").glob("*.json")} == set(SETUPS)
     assert all(f"`{name}`" in document.text for name in SETUPS)
+
+
+def test_figures_are_those_that_were_measured(document: Document) -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "distributed.json").read_text())
+    ratios = measured["ratios"]
+    assert f"takes {ratios['z2_step_over_alone']:.2f} of the time" in document.text
+    assert f"gathering included, {ratios['z3_rollout_over_z2']:.2f} of" in document.text
+    for found in measured["setups"].values():
+        seconds = (found["step_s"], *(found["phases"][phase] for phase in ("rollout", "credit", "update")))
+        assert " | ".join(f"{each:.2f} s" for each in seconds) in document.text
+    for found in measured["memory"].values():
+        cells = (
+            f"{found['measured'][p] / 2**20:.0f} ({found['planned'][p] / 2**20:.0f})" for p in ("rollout", "update")
+        )
+        assert " | ".join(cells) in document.text
 
 
 def test_what_it_links_to_and_names_is_there(document: Document) -> None:
