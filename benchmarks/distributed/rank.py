@@ -35,7 +35,7 @@ def main(path: Path) -> None:
 
 
 def run(job: Job, ranks: Ranks, storages: StorageGauge | None) -> dict[str, Any]:
-    """Set-up → its steps, and the most bytes held in their phases."""
+    """Set-up → its steps, and the most bytes held in the phases of all but the first."""
     device = torch.device(job.device if job.device == "cpu" else get_accelerator().current_device_name())
     trainings = {name: made for name in job.setups if (made := _make(job, name, device, ranks)) is not None}
     gauge = storages or (None if device.type == "cpu" else DeviceGauge(device))
@@ -49,6 +49,9 @@ def run(job: Job, ranks: Ranks, storages: StorageGauge | None) -> dict[str, Any]
             if name in trainings:
                 with peaks[name].step() if name in peaks else nullcontext():
                     steps[name].append(asdict(trainings[name].step(index)))
+        if index == 0:  # which makes the optimizer's states and the cache's arena, by copying; the others find them
+            for each in peaks.values():
+                each.bytes.clear()
     return {name: {"steps": steps[name], "peaks": peaks[name].bytes if peaks else {}} for name in trainings}
 
 
