@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu gpu lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training clean
+.PHONY: help setup demo test test-all test-gpu gpu lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -47,8 +47,8 @@ test-all: $(STAMP) ## all tests
 test-gpu: $(STAMP) ## the tests that need a GPU, one after another
 	$(BIN)/python -m pytest -m gpu
 
-gpu: $(STAMP) ## what only a GPU can show: doctor, the tests that need one and the kernels' benchmark, into OUT
-	OUT='$(or $(OUT),runs/gpu)' PYTHON='$(BIN)/python' .ci/gpu
+gpu: $(STAMP) ## what only a GPU can show: doctor, the tests that need one and benchmarks, into OUT; ARGS: parts of it
+	OUT='$(or $(OUT),runs/gpu)' PYTHON='$(BIN)/python' .ci/gpu $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -82,6 +82,9 @@ bench-engine: $(STAMP) ## generation alone, beside other engines and the least t
 
 bench-training: $(STAMP) ## whole training steps, beside TRL's GRPO with the target in its reward; ARGS: see --help
 	$(BIN)/python -m benchmarks.training $(ARGS)
+
+bench-distributed: $(STAMP) ## training steps by DeepSpeed beside one process, and memory beside the plan; ARGS: see --help
+	$(BIN)/python -m benchmarks.distributed $(ARGS)
 
 clean: ## remove caches and build products (not VENV, not runs/)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

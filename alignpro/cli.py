@@ -127,9 +127,10 @@ def rewrite(
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write the runs, the summary, the figure and the report.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    zero: Annotated[str, typer.Option(help="Under the deepspeed launcher: deepspeed.config.")] = "z2",
 ) -> None:
     """Run the whole of Align-Pro on the embedded world: about five minutes on two cores."""
-    _load("alignpro.demo.run:run_demo")(out, seed)
+    _load("alignpro.demo.run:run_demo")(out, seed, zero=zero)
 
 
 @app.command("plan", no_args_is_help=True)

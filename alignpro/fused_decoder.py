@@ -209,8 +209,6 @@ class _Layers:
         inside = [m for layer in model.layers for m in layer.modules()]
         self._hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._children = [(m._modules, name, child) for m in inside for name, child in m.named_children()]
-        self._packed: list[Panels] = []
-        self._weights: DecoderWeights | None = None
 
     def changed(self) -> bool:
         """Whether a layer has got an adapter or a hook, of which the operator knows nothing."""
@@ -227,7 +225,8 @@ class _Layers:
         """The weights as they are now."""
         of = self._packing.panels
         packed = [x for p in self._parts for x in (of(*p.projections), of(p.out), of(p.gate), of(p.up), of(p.down))]
-        if self._weights is None or any(a is not b for a, b in zip(packed, self._packed, strict=True)):
+        known: tuple[list[Panels], DecoderWeights] | None = self._packing.derived.get(self)
+        if known is None or any(a is not b for a, b in zip(packed, known[0], strict=True)):
             layers = [
                 DecoderLayer(
                     norm=part.norms[0].weight,
@@ -245,8 +244,8 @@ class _Layers:
                 for i, part in enumerate(self._parts)
             ]
             form, call = self._parts[0].norms[0], self._calls[0]
-            self._weights = DecoderWeights(
+            weights = DecoderWeights(
                 layers, self._norm.weight, form.fused_eps, form.fused_offset, call.scale, call.softcap
             )
-            self._packed = packed
-        return self._weights
+            known = self._packing.derived[self] = packed, weights
+        return known[1]

@@ -1,70 +1,90 @@
-"""Memory a rank by ZeRO stage, from a configuration alone: `alignpro plan`. Nothing is loaded but the models' config.json.
+"""Memory a rank by DeepSpeed set-up, from a configuration alone: `alignpro plan`. Nothing is loaded but models' config.json.
 
-Weights, gradients and optimizer states are counted as in Rajbhandari et al. (2020, "ZeRO", section 3), activations as in
-Korthikanti et al. (2022, "Reducing Activation Recomputation", table 2) without the attention matrix, which is never held.
-What the allocator and the libraries take beside is not in it.
+It counts what tensors hold at the two peaks of a step, the rollout and the update. What the allocator loses between them
+and the libraries take beside is not in it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 
-from alignpro.config import AdapterConfig, ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
+from alignpro.config import ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
 from alignpro.distributed.frozen_memory import frozen_memory
-from alignpro.errors import ModelError
+from alignpro.distributed.sampling import GATHERED_BYTES
+from alignpro.distributed.zero_config import read_zero_config
+from alignpro.distributed.zero_memory import TrainingMemory, one_process, sharded
+from alignpro.model_size import ModelSize, build_empty, measure, trained_weights
 from alignpro.models import DTYPES
+from alignpro.packed_linear import LARGEST
 
 GIB = float(1 << 30)
-_ACTIVATION_BYTES = 34  # a token, a layer and a hidden unit, in 16 bits
-_ADAM = 8  # two moments of 32 bits
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What of a model takes memory."""
-
-    parameters: int
-    layers: int
-    hidden: int
-    cache_bytes: int
-    """Keys and values of one token, in all layers."""
-    dtype_bytes: int
+ONE_PROCESS = "one"
+"""The set-up without DeepSpeed: plain torch."""
+SETUPS = ("z0", "z1", "z2", "z3", "z2_offload", "z3_offload")
+"""Those of launch/zero/."""
 
 
 @dataclass(frozen=True)
 class Need:
     """Bytes of one rank."""
 
-    weights: float
-    """Of the policy, and of its reference where that is another model."""
-    gradients: float
-    optimizer: float
+    training: TrainingMemory
     frozen: float
     """Target and reward models."""
     sampling_copy: float
-    """Weights gathered for the rollout: the policy's at stage 3, the target's at a stage of its own."""
+    """The policy's weights, gathered for the rollout: stage 3."""
+    gathered_frozen: float
+    """The target's, where it has a stage of its own."""
+    gathered: float
+    """The lot that is being gathered for them, before anything is sampled."""
     cache: float
     """Keys and values of all sequences that run at once, each as long as it may become."""
+    kept_cache: float
+    """Of them, what stays during the update: the frozen target's; on a CPU all."""
+    sampling_pass: float
+    """Of the largest forward pass of a rollout."""
     activations: float
+    """Of a micro-batch; and what all samples of the step keep for the update."""
+    head: float
+    """The gradient of the output layer in float32, and as it goes on to the others: made before the backward pass begins."""
+    layouts: tuple[float, float]
+    """Weights that a CPU lays out a second time: the policy's for the rollout, and those of frozen models."""
+    several_passes: bool
+    """Whether a step has more than one micro-batch."""
 
     @property
     def rollout(self) -> float:
         """At the peak of sampling."""
-        return self.weights + self.optimizer + self.frozen + self.sampling_copy + self.cache
+        kept = self.training.gradients if self.training.gradients_are_there == "always" else 0.0
+        own, frozen = self.layouts
+        sampling = max(self.gathered + self.kept_cache, self.cache + own + self.sampling_pass)
+        return self._always + kept + self.sampling_copy + self.gathered_frozen + frozen + sampling
 
     @property
     def update(self) -> float:
-        """At the peak of training, when the cache has been given back."""
-        return self.weights + self.optimizer + self.frozen + self.gradients + self.activations
+        """At the peak of training: as a backward pass begins, as the last one ends, or in the optimizer's step."""
+        training = self.training
+        early = self.several_passes or training.gradients_are_there != "as they come"
+        waiting = training.gradients if early else 0.0
+        begins = self.activations + self.head + waiting + training.backward
+        ends = training.gradients + training.backward
+        own, frozen = self.layouts
+        laid_out = frozen + (0.0 if self.sampling_copy else own)  # a copy's went with it
+        most = max(begins, ends, training.gradients + training.step)
+        return self._always + self.kept_cache + laid_out + most
+
+    @property
+    def _always(self) -> float:
+        return self.training.weights + self.training.optimizer + self.training.buffers + self.frozen
 
 
 def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: float | None = None) -> list[str]:
-    """Lines of a table: GiB a rank for each stage, and whether it fits.
+    """Lines of a table: GiB a rank for each set-up that the job can have, and whether it fits.
 
     Args:
         config: The job.
@@ -73,112 +93,190 @@ def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: flo
 
     Raises:
         ModelError: A model's configuration cannot be read.
+        ConfigError: The DeepSpeed configuration that the job names cannot.
     """
-    columns = ("stage", "weights", "grads", "optimizer", "frozen", "copy", "KV", "activations", "rollout", "update")
+    states = ("weights", "optimizer", "gradients", "buffers", "frozen", "copy", "KV", "activations")
+    columns = ("set-up", *states, "rollout", "update", "host")
     lines = ["  ".join(f"{column:>11}" for column in columns) + ("" if device_bytes is None else "  fits")]
-    for stage in range(4):
-        need = memory_need(config, stage, ranks)
-        parts = (need.weights, need.gradients, need.optimizer, need.frozen, need.sampling_copy, need.cache)
-        values = (*parts, need.activations, need.rollout, need.update)
-        line = f"{f'z{stage}':>11}  " + "  ".join(f"{value / GIB:>11.2f}" for value in values)
+    for setup, need in memory_needs(config, ranks).items():
+        of = need.training
+        values = [of.weights, of.optimizer, of.gradients, of.buffers + of.backward, need.frozen]
+        values += [need.sampling_copy + need.gathered_frozen]
+        values += [need.cache, need.activations + need.head, need.rollout, need.update, of.host]
+        line = f"{setup:>11}  " + "  ".join(f"{value / GIB:>11.2f}" for value in values)
         if device_bytes is not None:
             line += "  yes" if max(need.rollout, need.update) < device_bytes else "  no"
         lines.append(line)
     return lines
 
 
-def memory_need(config: TrainConfig | RLHFConfig, stage: int, ranks: int) -> Need:
-    """What one rank needs at a stage."""
-    model = _build(config.policy)
-    size = _size(model, config.policy)
-    trained = _trained(model, config.policy.adapter)
-    full = config.policy.adapter.kind == "full"
-    half = size.dtype_bytes == 2
-    held = size.parameters * size.dtype_bytes * (2 if full else 1) + (0 if full else trained * size.dtype_bytes)
-    # DeepSpeed keeps a float32 copy from stage 1 on, and in 16 bits always.
-    optimizer = trained * (_ADAM + (4 if half or stage > 0 else 0))
-    gradients = trained * 4
-    tokens, longest, frozen, gathered, cache = _rollout(config, size, ranks)
-    if config.deepspeed.offload_reference and full and stage < 3:  # in the host's memory, but for its head
-        held -= (size.parameters - model.get_output_embeddings().weight.numel()) * size.dtype_bytes
-    per_token = _ACTIVATION_BYTES * size.hidden * size.dtype_bytes / 2
-    layers = size.dtype_bytes * size.hidden * size.layers + per_token
-    activations = tokens * (layers if config.policy.gradient_checkpointing else per_token * size.layers)
+def setups_of(config: TrainConfig | RLHFConfig, ranks: int) -> list[str]:
+    """The set-ups that a job can have: `ONE_PROCESS` on one rank, the named ones, and a file of its own."""
+    named = [name for name in SETUPS if name != "z0" or config.policy.dtype == "float32"]
+    own = [config.deepspeed.config] if config.deepspeed.config not in SETUPS else []
+    return ([ONE_PROCESS] if ranks == 1 else []) + named + own
+
+
+def memory_needs(config: TrainConfig | RLHFConfig, ranks: int) -> dict[str, Need]:
+    """What one rank needs in each set-up that the job can have; see `memory_need`."""
+    models = _Models.of(config)
+    return {setup: _need(config, models, setup, ranks) for setup in setups_of(config, ranks)}
+
+
+def memory_need(config: TrainConfig | RLHFConfig, setup: str, ranks: int) -> Need:
+    """What one rank needs.
+
+    Args:
+        config: The job.
+        setup: `ONE_PROCESS`, or what ``deepspeed.config`` takes.
+        ranks: Over how many it is spread.
+
+    Raises:
+        ModelError: A model's configuration cannot be read.
+        ConfigError: The DeepSpeed configuration cannot.
+    """
+    return _need(config, _Models.of(config), setup, ranks)
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Measures of all models of a job."""
+
+    policy: ModelSize
+    trained: tuple[int, ...]
+    """Elements of each weight that has a gradient."""
+    tied: bool
+    """Whether the policy's output layer has the weights of its embeddings."""
+    target: ModelSize | None
+    """None where the policy's base model is the target."""
+    target_module: nn.Module | None
+    """Without memory."""
+    rewards: float
+    """Bytes."""
+
+    @classmethod
+    def of(cls, config: TrainConfig | RLHFConfig) -> _Models:
+        policy = build_empty(config.policy)
+        target: ModelSize | None = None
+        module: Any = None
+        if isinstance(config, TrainConfig) and config.target != "policy":
+            module = build_empty(config.target_model)
+            target = measure(module, config.target_model)
+        rewards = [each.model for each in config.reward.components if isinstance(each, ModelRewardConfig)]
+        return cls(
+            policy=measure(policy, config.policy),
+            trained=trained_weights(policy, config.policy.adapter),
+            tied=policy.get_output_embeddings().weight is policy.get_input_embeddings().weight,
+            target=target,
+            target_module=module,
+            rewards=float(sum(_reward_bytes(model) for model in rewards)),
+        )
+
+
+def _need(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: int) -> Need:
+    size, trained, full = models.policy, models.trained, config.policy.adapter.kind == "full"
+    zero = {"stage": 0} if setup == ONE_PROCESS else read_zero_config(setup)["zero_optimization"]
+
+    def training_of(trained: Sequence[int], weights: Sequence[int], reference: Sequence[int]) -> TrainingMemory:
+        if setup == ONE_PROCESS:
+            return one_process(trained, (sum(weights) + sum(reference)) * size.dtype_bytes, size.dtype_bytes)
+        return sharded(zero, trained, weights, reference, size.dtype_bytes, ranks)
+
+    # The reference is a model of its own, or the same without its adapter.
+    training = training_of(trained, *((size.weights, size.weights) if full else ((*size.weights, *trained), ())))
+    if config.objective.advantage == "gae":  # the critic, a copy with an output of its own; nothing trains its head
+        held = [*size.weights, *(() if full else trained), size.hidden, 1]
+        learned = list(held)
+        if not models.tied:
+            learned.remove(size.head)
+        training = training.beside(training_of(learned, held, ()))
+    stages = config.deepspeed
+    if stages.offload_reference and full and zero["stage"] < 3:  # in the host's memory, but for its head
+        offloaded = (sum(size.weights) - size.head) * size.dtype_bytes
+        training = replace(training, weights=training.weights - offloaded, host=training.host + offloaded)
+    item = 0 if models.target is None else models.target.dtype_bytes
+    frozen, gathered_frozen = frozen_memory(stages, ranks, models.target_module, item, models.rewards)
+    rollout = _Rollout.of(config, models, ranks)
+    whole = zero["stage"] < 3
+    on_cpu = config.policy.device == "cpu"
+    checkpointing = config.policy.gradient_checkpointing
     return Need(
-        weights=held / (ranks if stage == 3 else 1),
-        gradients=gradients / (ranks if stage >= 2 else 1),
-        optimizer=optimizer / (ranks if stage >= 1 else 1),
+        training=training,
         frozen=frozen,
-        sampling_copy=gathered + (size.parameters * size.dtype_bytes if stage == 3 else 0.0),
-        cache=cache * longest if config.rollout.engine.pool_bytes is None else config.rollout.engine.pool_bytes,
-        activations=activations,
+        gathered_frozen=gathered_frozen,
+        sampling_copy=0.0 if whole else size.bytes,
+        gathered=0.0 if whole else min(size.bytes, GATHERED_BYTES),
+        cache=rollout.cache,
+        kept_cache=rollout.cache if on_cpu or rollout.keeps_cache else 0.0,
+        sampling_pass=rollout.widest * max(model.pass_bytes for model in (size, models.target) if model is not None),
+        activations=size.activation_bytes(rollout.tokens, checkpointing=checkpointing) + rollout.states(size),
+        head=size.head * (4 if size.dtype_bytes == 4 else 4 + size.dtype_bytes) if full else 0.0,
+        layouts=_layouts(models, full=full, whole=whole, target=stages.target_stage == 0) if on_cpu else (0.0, 0.0),
+        several_passes=rollout.samples > rollout.rows,
     )
 
 
-def _rollout(config: TrainConfig | RLHFConfig, policy: ModelSize, ranks: int) -> tuple[int, int, float, float, float]:
-    """Tokens of a micro-batch; of the longest sequence; bytes of frozen models, and gathered of them; of a token's keys and
-    values, × max_batch."""
-    rewards = float(
-        sum(_reward_bytes(each.model) for each in config.reward.components if isinstance(each, ModelRewardConfig))
-    )
-    frozen, gathered = frozen_memory(config.deepspeed, ranks, None, 0, rewards)
-    cache = policy.cache_bytes
-    if isinstance(config, TrainConfig):
-        sampled, prompt = config.rollout.rewrite.max_tokens, config.prompting.max_prompt_tokens
-        longest = max(prompt + sampled, prompt + config.rollout.respond.max_tokens)
-        if config.target != "policy":
-            model = _build(config.target_model)
-            target = _size(model, config.target_model)
-            frozen, gathered = frozen_memory(config.deepspeed, ranks, model, target.dtype_bytes, rewards)
-            cache = max(cache, target.cache_bytes)
-    else:
-        sampled, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens
-        longest = prompt + sampled
-    tokens = config.optimizer.micro_batch_size * sampled + prompt
-    return tokens, longest, frozen, gathered, float(cache * config.rollout.engine.max_batch)
+@dataclass(frozen=True)
+class _Rollout:
+    """What a rank samples in a step, at most."""
+
+    samples: int
+    """Of the policy."""
+    sampled: int
+    """Tokens of one of them."""
+    rows: int
+    """Samples of a micro-batch."""
+    tokens: int
+    """Tokens of a micro-batch; samples of one prompt share it."""
+    widest: int
+    """Tokens of a forward pass of the engine."""
+    cache: float
+    keeps_cache: bool
+
+    def states(self, policy: ModelSize) -> float:
+        """Bytes of the reference's hidden states of all actions, which the update prices its KL with."""
+        return self.samples * self.sampled * policy.hidden * policy.dtype_bytes
+
+    @classmethod
+    def of(cls, config: TrainConfig | RLHFConfig, models: _Models, ranks: int) -> _Rollout:
+        groups, engine = -(-config.rollout.prompts_per_step // ranks), config.rollout.engine
+        token_bytes = max(model.cache_bytes for model in (models.policy, models.target) if model is not None)
+        if isinstance(config, TrainConfig):
+            size, running = config.rollout.rewrites_per_prompt, config.rollout.responses_per_rewrite
+            sampled, prompt = config.rollout.rewrite.max_tokens, config.prompting.max_prompt_tokens
+            longest = prompt + max(sampled, config.rollout.respond.max_tokens)
+            keeps = config.rollout.keep_cache and models.target is not None
+        else:
+            size, running = config.rollout.responses_per_prompt, 1
+            sampled, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens
+            longest, keeps = prompt + sampled, False
+        samples = groups * size
+        rows = min(samples, max(1, config.optimizer.micro_batch_size // size) * size)
+        at_once = min(engine.max_batch, samples * running)
+        return cls(
+            samples=samples,
+            sampled=sampled,
+            rows=rows,
+            tokens=-(-rows // size) * prompt + rows * sampled,
+            widest=min(engine.token_budget, groups * prompt + samples * sampled),
+            cache=float(token_bytes * at_once * longest if engine.pool_bytes is None else engine.pool_bytes),
+            keeps_cache=keeps,
+        )
 
 
 def _reward_bytes(config: ModelConfig) -> int:
-    size = _build(config, AutoModelForSequenceClassification)
-    return sum(weight.numel() for weight in size.parameters()) * DTYPES[config.dtype].itemsize
+    model = build_empty(config, AutoModelForSequenceClassification)
+    return sum(weight.numel() for weight in model.parameters()) * DTYPES[config.dtype].itemsize
 
 
-def _build(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """A model without memory for its weights."""
-    try:
-        architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-        with torch.device("meta"):
-            model: PreTrainedModel = kind.from_config(architecture, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {config.path}: its configuration cannot be read: {error}") from error
-    return model
-
-
-def _size(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    itemsize = DTYPES[config.dtype].itemsize
-    return ModelSize(
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        cache_bytes=2 * text.num_hidden_layers * heads * width * itemsize,
-        dtype_bytes=itemsize,
+def _layouts(models: _Models, *, full: bool, whole: bool, target: bool) -> tuple[float, float]:
+    """Bytes of second layouts of linear layers, of the policy and of frozen models; see `packed_linear`."""
+    own = _layout(models.policy)
+    return own, (_layout(models.target) if target and models.target is not None else 0.0) + (
+        own if full and whole else 0.0
     )
 
 
-def _trained(model: PreTrainedModel, adapter: AdapterConfig) -> int:
-    """How many weights have a gradient."""
-    if adapter.kind == "full":
-        return sum(weight.numel() for weight in model.parameters())
-    if adapter.kind == "soft_prompt":
-        return adapter.virtual_tokens * int(model.config.get_text_config().hidden_size)
-    head, names = model.get_output_embeddings(), adapter.target_modules
-    layers = [
-        layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
-        and (layer is not head if names == "all-linear" else name.rpartition(".")[2] in names)
-    ]
-    return sum(adapter.rank * (layer.in_features + layer.out_features) for layer in layers)
+def _layout(size: ModelSize) -> float:
+    laid_out = size.linear * size.dtype_bytes
+    return float(laid_out) if size.dtype_bytes == 4 and laid_out <= LARGEST else 0.0

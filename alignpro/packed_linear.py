@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignpro_kernels import cpp_head
-from alignpro_kernels.linear import pack_weight, packed_linear
+from alignpro_kernels.linear import PANEL, pack_weight, packed_linear
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +41,29 @@ class Packing:
     """The second layout of the weights of a model's linear layers."""
 
     def __init__(self) -> None:
-        self._version = 0
         self._panels: dict[tuple[nn.Linear, ...], tuple[tuple[int, ...], Panels]] = {}
+        self.derived: dict[object, Any] = {}
+        """What others have made of panels; forgotten with them."""
 
     def forget(self) -> None:
-        """The weights have changed."""
+        """The weights have changed: give the memory of their layouts back."""
         # In-place changes are seen without it; those of a partitioned weight, made anew in the same memory, are not.
-        self._version += 1
+        self._panels.clear()
+        self.derived.clear()
 
     def panels(self, *layers: nn.Linear) -> Panels:
         """The weights of layers with the same inputs as they are now, behind one another; a new object when they change."""
-        weights = [layer.weight for layer in layers]
-        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        state = (self._version, *(x for p in (*weights, *biases) for x in (p.data_ptr(), p._version)))
-        known = self._panels.get(layers)
+        known, state = self._panels.get(layers), _state(layers)
         if known is None or known[0] != state:
-            whole = weights[0] if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
-            known = state, Panels(pack_weight(whole), torch.cat(biases).detach() if biases else None)
+            weights = [layer.weight.detach() for layer in layers]
+            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+            whole = pack_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
+            known = state, Panels(whole, torch.cat(biases) if biases else None)
             self._panels[layers] = known
+            if len(layers) > 1 and all(layer.out_features % PANEL == 0 for layer in layers):
+                parts = whole.split([layer.out_features // PANEL for layer in layers])
+                for layer, part in zip(layers, parts, strict=True):  # held once
+                    self._panels[layer,] = _state((layer,)), Panels(part, layer.bias)
         return known[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packing:
@@ -122,6 +127,13 @@ def detach(model: nn.Module) -> None:
         if type(layer) is PackedLinear:
             layer.__class__ = nn.Linear  # type: ignore[assignment]
             del layer.packing
+
+
+def _state(layers: tuple[nn.Linear, ...]) -> tuple[int, ...]:
+    """By which a change of weights is seen."""
+    return tuple(
+        x for layer in layers for p in (layer.weight, layer.bias) if p is not None for x in (p.data_ptr(), p._version)
+    )
 
 
 def _unsuited(size: int) -> str | None:

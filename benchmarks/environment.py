@@ -20,6 +20,7 @@ PACKAGES = (
     "triton",
     "transformers",
     "accelerate",
+    "deepspeed",
     "trl",
     "liger-kernel",
     "cut-cross-entropy",

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.workload import ModelShape
+from benchmarks.workload import BYTES, ModelShape
 
 END, PAD = "<end of turn>", "<padding>"
 _SPACE = "Ġ"
-_EXTRA = 3
-"""Characters beside those for the 256 bytes."""
+_LETTERS = ((0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
+"""Ranges of characters of which none is blank or combines with its neighbours: Chinese, Korean, and private ones."""
 
 
-def characters() -> str:
-    """One character a token: those that byte-level vocabularies write bytes as, of which none is blank, and three more."""
+def characters(count: int) -> str:
+    """One character a token: those that byte-level vocabularies write bytes as, then others, none of which is blank.
+
+    Raises:
+        ValueError: There are not as many.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return "".join(alphabet) + "".join(chr(ord(alphabet[-1]) + i) for i in range(1, _EXTRA + 1))
+    others = (chr(code) for first, end in _LETTERS for code in range(first, end))
+    found = "".join(itertools.islice(itertools.chain(alphabet, others), count))
+    if len(found) < count:
+        raise ValueError(f"a vocabulary of {count}: there are {len(found)} characters to write it with")
+    return found
 
 
-def make_tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(chat_template: str, vocabulary: int = BYTES) -> PreTrainedTokenizerFast:
     """One token a character, so that whatever a model writes has as many tokens again when its text is read.
 
     The end of a turn and padding lie beyond the models' vocabulary: neither is ever drawn, every sequence has its full
-    length, and decoding drops nothing.
+    length, and decoding drops nothing. What a model with a larger vocabulary has written is one token a character too.
     """
-    vocabulary = {token: index for index, token in enumerate([*characters(), END, PAD])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    known = characters(vocabulary)
+    indices = {token: index for index, token in enumerate([*known, END, PAD])}
+    tokenizer = Tokenizer(models.WordLevel(indices, unk_token=known[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     made = PreTrainedTokenizerFast(
@@ -68,7 +78,23 @@ def make_model(
     device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Random weights drawn from ``seed``, sdpa attention, in evaluation mode."""
-    config = AutoConfig.for_model(
+    torch.manual_seed(seed)
+    with device or torch.device("cpu"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            _config(shape, context), dtype=dtype, attn_implementation="sdpa"
+        )
+    return model.eval()
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Elements of all weights; a tied one counts once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(shape, 1))
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _config(shape: ModelShape, context: int) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.for_model(
         shape.architecture,
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -82,10 +108,7 @@ def make_model(
         eos_token_id=None,
         pad_token_id=None,
     )
-    torch.manual_seed(seed)
-    with device or torch.device("cpu"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
+    return config
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

@@ -85,3 +85,22 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed_linear.attach(layers(torch.float64)) is None
     monkeypatch.setattr(packed_linear, "LARGEST", 1000)
     assert packed_linear.attach(layers()) is None
+
+
+@needs_cpp
+def test_layers_that_are_laid_out_together_are_held_once() -> None:
+    torch.manual_seed(0)
+    query, key = nn.Linear(64, 96), nn.Linear(64, 64)
+    model = nn.ModuleList([query, key])
+    packing = packed_linear.attach(model)
+    assert packing is not None
+    both = packing.panels(query, key)
+    alone = packing.panels(key)
+    assert alone.weight.untyped_storage().data_ptr() == both.weight.untyped_storage().data_ptr()
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(key(x), nn.functional.linear(x, key.weight, key.bias), rtol=1e-5, atol=1e-5)
+        key.weight.mul_(2)
+    assert packing.panels(query, key) is not both
+    packing.forget()
+    assert packing.panels(query, key) is not both

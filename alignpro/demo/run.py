@@ -8,16 +8,25 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from alignpro.config import EvalConfig, RLHFConfig, Section, TrainConfig, validate_config
+from alignpro.config import EvalConfig, RLHFConfig, TrainConfig, validate_config
 from alignpro.demo import world
+from alignpro.distributed.environment import launched
+from alignpro.distributed.ranks import Ranks
+from alignpro.distributed.session import process_group
+from alignpro.distributed.zero_config import require_deepspeed
 from alignpro.errors import TrainingError
 from alignpro.evaluation.evaluate import evaluate
 from alignpro.jobs import prompter_training, response_training
+from alignpro.training.distribution import Distribution, SingleProcess
+from alignpro.training.launched import train_on, zero_of
+from alignpro.training.reinforcement import PolicyTraining
 from alignpro.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -27,16 +36,17 @@ WEIGHTS = HERE / "weights"
 TRAINING_PROMPTS = 4000
 HELDOUT_PROMPTS = 210
 
-ConfigT = TypeVar("ConfigT", bound=Section)
+JobT = TypeVar("JobT", TrainConfig, RLHFConfig)
 
 
-def run_demo(out: Path, seed: int = 0, *, steps: int | None = None) -> dict[str, Any]:
-    """Train, compare and report; an interrupted demo goes on where it was.
+def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = "z2") -> dict[str, Any]:
+    """Train, compare and report; an interrupted demo goes on where it was. Under the deepspeed launcher all ranks train.
 
     Args:
         out: Gets ``summary.json``, ``figure.png``, ``report.html``, and the runs ``align_pro/`` and ``oracle/``.
         seed: Of the prompts, the sampling and the evaluation.
         steps: Training steps of prompter and oracle; a few show that all runs, the packaged number shows what it gives.
+        zero: ``deepspeed.config``, under its launcher.
 
     Returns:
         What ``summary.json`` holds.
@@ -47,23 +57,51 @@ def run_demo(out: Path, seed: int = 0, *, steps: int | None = None) -> dict[str,
     started = time.perf_counter()
     if (out / "summary.json").exists():
         raise TrainingError(f"{out}: holds a finished demo already; name another --out, or remove it")
-    train, rlhf, comparison = configurations(out, seed, steps)
-    world.write_records(out / "prompts.jsonl", world.prompt_records(TRAINING_PROMPTS, seed, heldout=False))
-    world.write_records(out / "heldout.jsonl", world.prompt_records(HELDOUT_PROMPTS, seed, heldout=True))
-    logger.info("Align-Pro: the prompter against the frozen target")
-    with Run(train, resume=True) as run:
-        run.train(prompter_training(train))
-    logger.info("Oracle: RLHF of the target itself")
-    with Run(rlhf, resume=True) as run:
-        run.train(response_training(rlhf))
-    logger.info("Evaluation on %d held-out prompts", HELDOUT_PROMPTS)
-    evaluate(comparison, extra=lambda: {"seconds": time.perf_counter() - started})
+    train, rlhf, comparison = configurations(out, seed, steps, zero)
+    with _ranks(train.deepspeed.timeout_seconds) as ranks:
+        ranks.on_first(lambda: _write_prompts(out, seed))
+        logger.info("Align-Pro: the prompter against the frozen target")
+        _train(train, prompter_training, ranks)
+        logger.info("Oracle: RLHF of the target itself")
+        _train(rlhf, response_training, ranks)
+        logger.info("Evaluation on %d held-out prompts", HELDOUT_PROMPTS)
+        ranks.on_first(lambda: _compare(comparison, started))
     logger.info("%s  %s  %s", out / "summary.json", out / "figure.png", out / "report.html")
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     return summary
 
 
-def configurations(out: Path, seed: int, steps: int | None = None) -> tuple[TrainConfig, RLHFConfig, EvalConfig]:
+@contextmanager
+def _ranks(timeout_seconds: float) -> Iterator[Ranks]:
+    """Those that the deepspeed launcher has started, or this process alone."""
+    if not launched():
+        yield Ranks()
+        return
+    require_deepspeed()
+    with process_group(timeout_seconds) as ranks:
+        yield ranks
+
+
+def _write_prompts(out: Path, seed: int) -> None:
+    world.write_records(out / "prompts.jsonl", world.prompt_records(TRAINING_PROMPTS, seed, heldout=False))
+    world.write_records(out / "heldout.jsonl", world.prompt_records(HELDOUT_PROMPTS, seed, heldout=True))
+
+
+def _train(config: JobT, build: Callable[[JobT, Distribution], PolicyTraining], ranks: Ranks) -> None:
+    if ranks.group is not None:
+        train_on(ranks, config, zero_of(config, ranks.size), build, resume=True)  # type: ignore[arg-type]
+        return
+    with Run(config, resume=True) as run:
+        run.train(build(config, SingleProcess()))
+
+
+def _compare(config: EvalConfig, started: float) -> None:
+    evaluate(config, extra=lambda: {"seconds": time.perf_counter() - started})
+
+
+def configurations(
+    out: Path, seed: int, steps: int | None = None, zero: str = "z2"
+) -> tuple[TrainConfig, RLHFConfig, EvalConfig]:
     """The packaged YAML files with this run's paths and seed."""
     target = {"path": str(WEIGHTS / "target")}
     prompter = {"path": str(WEIGHTS / "prompter")}
@@ -75,6 +113,7 @@ def configurations(out: Path, seed: int, steps: int | None = None) -> tuple[Trai
     rlhf["run"] |= {"out": str(out / "oracle"), "seed": seed}
     rlhf["data"]["source"] = str(out / "prompts.jsonl")
     rlhf["policy"] = target
+    train["deepspeed"] = rlhf["deepspeed"] = {"config": zero}
     if steps is not None:
         train["run"]["steps"] = rlhf["run"]["steps"] = steps
     comparison = _load("eval.yaml")

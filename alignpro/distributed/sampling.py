@@ -62,6 +62,7 @@ class GatheredModel(SamplingModel):
             self.model.weights_changed()
             yield self.model
         finally:
+            self.model.weights_changed()
             for _, target in self._pairs:
                 target.data = target.data.new_empty(0)
 

@@ -77,15 +77,9 @@ def load_zero_config(
     Raises:
         ConfigError: There is no such file, it is no DeepSpeed configuration, or it contradicts the run's.
     """
-    path = _find(name)
     where = f"deepspeed.config={name}"
-    try:
-        given = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: {path} cannot be read as JSON: {error}") from error
-    stage = given.get("zero_optimization", {}).get("stage") if isinstance(given, dict) else None
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{where}: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
+    given = read_zero_config(name)
+    stage = given["zero_optimization"]["stage"]
     if policy.dtype == "float64":
         raise ConfigError(
             f"{where}: policy.dtype=float64, and DeepSpeed trains float32, bfloat16 or float16; set one of these"
@@ -134,6 +128,24 @@ def load_zero_config(
     if policy.dtype in ("bfloat16", "float16"):
         content["data_types"] = {"grad_accum_dtype": "fp32"}
     return ZeroConfig(name, content)
+
+
+def read_zero_config(name: str) -> dict[str, Any]:
+    """A configuration as it is written, with a ZeRO stage.
+
+    Raises:
+        ConfigError: There is no such file, or it is no DeepSpeed configuration.
+    """
+    path, where = _find(name), f"deepspeed.config={name}"
+    try:
+        given = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {path} cannot be read as JSON: {error}") from error
+    stage = given.get("zero_optimization", {}).get("stage") if isinstance(given, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{where}: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
+    read: dict[str, Any] = given
+    return read
 
 
 def require_deepspeed() -> None:

@@ -46,6 +46,7 @@ class DeepSpeedDistribution:
     def __init__(self, ranks: Ranks, zero: ZeroConfig, config: DeepSpeedConfig) -> None:
         self.ranks = ranks
         self.zero = zero
+        self.graphs_last = zero.stage < 3  # from there on hooks want each forward followed by its backward
         self._config = config
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
@@ -155,7 +156,8 @@ class DeepSpeedBackend:
         """
         norm = self._step()
         for model in self._models:
-            model.weights_changed()  # DeepSpeed writes them past what PyTorch counts as a change
+            if any(weight.requires_grad for weight in model.parameters()):  # the reference's have not
+                model.weights_changed()  # DeepSpeed writes them past what PyTorch counts as a change
         if math.isfinite(norm):
             self.updates += 1
             self._skipped = 0
@@ -246,6 +248,6 @@ def _optimizer(trained: list[nn.Parameter], config: OptimizerConfig, zero: ZeroC
     """AdamW, that of DeepSpeed for the CPU where the optimizer is offloaded to it."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if not zero.offloads_optimizer:
-        return torch.optim.AdamW(trained, **settings)
+        return torch.optim.AdamW(trained, **settings, fused=True)  # one pass over a weight and its state
     optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(trained, adamw_mode=True, **settings)
     return optimizer

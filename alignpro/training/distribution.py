@@ -23,6 +23,8 @@ class Distribution(Protocol):
     """Makes what depends on how many processes there are."""
 
     ranks: Ranks
+    graphs_last: bool
+    """Whether the graph of a pass may wait while other passes run, and its backward be after them."""
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
         """What loads the frozen models of a role, and has them ready when they are run."""
@@ -42,6 +44,7 @@ class SingleProcess:
 
     def __init__(self) -> None:
         self.ranks = Ranks()
+        self.graphs_last = True
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
         """Whole on their device."""

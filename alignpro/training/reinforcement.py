@@ -76,7 +76,7 @@ class PolicyTraining:
         rewards: FrozenModels | None = None,
     ) -> None:
         distribution = distribution or SingleProcess()
-        self.ranks = distribution.ranks
+        self.ranks, self._graphs_last = distribution.ranks, distribution.graphs_last
         self.policy, self.environment, self.engine = policy, environment, engine
         self._targets, self._rewards = targets or FrozenModels(), rewards or FrozenModels()
         self.stream = PromptStream(training, prompts_per_step, run.seed)
@@ -141,8 +141,7 @@ class PolicyTraining:
         micro_batches = list(self._micro_batches(len(batch)))
         padded = self._padded([batch.rows(*rows) for rows in micro_batches])
         # One micro-batch is all that the first update passes over, at the weights of now: its graph is kept for that.
-        keep = len(micro_batches) == 1 and objective.loss != "gibbs" and objective.minibatches == 1
-        keep = keep and self.ranks.group is None  # DeepSpeed's hooks want a backward behind each forward
+        keep = len(padded) == 1 and objective.loss != "gibbs" and objective.minibatches == 1 and self._graphs_last
         with self._reference.ready():
             parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
         values = parts[0] if keep else join_values(parts[: len(micro_batches)], width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import yaml
 
 from alignpro.config import TrainConfig, load_config
 from alignpro.jobs import prompter_training
+from alignpro.training.distribution import Distribution
 from benchmarks.tokens import TokenCounter
 from benchmarks.training.step import Step
 from benchmarks.training.task import REWARD, Task
@@ -24,18 +26,25 @@ class OurTraining:
         task: Models, prompts and lengths.
         device: Of both models.
         overrides: Of the configuration, as on the command line of `alignpro train`.
+        distribution: Over which processes; this one alone when absent.
 
     Raises:
         ConfigError: There is no such key, or its value is bad.
     """
 
-    def __init__(self, task: Task, device: torch.device, overrides: Sequence[str] = ()) -> None:
-        file = task.directory / "train.yaml"
-        file.write_text(yaml.safe_dump(_configuration(task, device)))
-        self._training = prompter_training(load_config(TrainConfig, [str(file), *overrides]))
-        (task.directory / "run").mkdir()
-        reference = self._training.policy.reference
-        models = {"policy": self._training.policy.model.causal, "target": self._training.engine.models["target"].causal}
+    def __init__(
+        self,
+        task: Task,
+        device: torch.device,
+        overrides: Sequence[str] = (),
+        distribution: Distribution | None = None,
+    ) -> None:
+        self._training = prompter_training(configure(task, device, overrides), distribution)
+        self._training.run.out.mkdir(exist_ok=True)
+        reference, engine = self._training.policy.reference, self._training.engine
+        models = {"policy": self._training.policy.model.causal, "target": engine.models["target"].causal}
+        if (sampled := engine.models["policy"].causal) is not models["policy"]:
+            models["sampled"] = sampled
         # Without a frozen copy the policy is its own reference, with its adapter off.
         self._counter = TokenCounter(models | ({} if reference is None else {"reference": reference.causal}))
 
@@ -56,6 +65,17 @@ class OurTraining:
             "credit": self._counter.calls.total() - generated.total() - update,
             "update": update,
         }
+
+
+def configure(task: Task, device: torch.device, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration of a task; written beside it, as for `alignpro train`.
+
+    Raises:
+        ConfigError: There is no such key, or its value is bad.
+    """
+    file = task.directory / f"train_{os.getpid()}.yaml"  # ranks write theirs at the same time
+    file.write_text(yaml.safe_dump(_configuration(task, device)))
+    return load_config(TrainConfig, [str(file), *overrides])
 
 
 def _configuration(task: Task, device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.models import make_chat_template, make_model, make_tokenizer, random_text, save_model
 from benchmarks.workload import Workload
 
@@ -43,8 +45,16 @@ class Task:
         return self.directory / "target"
 
 
-def make_task(workload: Workload, directory: Path, *, steps: int, seed: int) -> Task:
-    """Write a task into an empty directory."""
+def make_task(
+    workload: Workload,
+    directory: Path,
+    *,
+    steps: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Task:
+    """Write a task into an empty directory; weights are drawn in a precision and on a device."""
     generator = random.Random(seed)
     meta_prompt = random_text(workload.meta_prompt, generator)
     before, after = random_text(workload.before, generator), random_text(workload.after, generator)
@@ -56,7 +66,11 @@ def make_task(workload: Workload, directory: Path, *, steps: int, seed: int) -> 
         (task.prompter, workload.prompter, make_chat_template("", "")),
         (task.target, workload.target, make_chat_template(before, after)),
     ):
-        save_model(make_model(shape, context=context, seed=seed), make_tokenizer(template), place)
+        model = make_model(shape, context=context, seed=seed, dtype=dtype, device=device)
+        save_model(model, make_tokenizer(template, shape.vocabulary), place)
+        del model  # before the next is made, and for whoever uses the device next
+        if device is not None and device.type != "cpu":
+            torch.accelerator.empty_cache()
     (directory / "meta_prompt.jinja").write_text(meta_prompt + "{{ prompt }}", encoding="utf-8")
     with (directory / "prompts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"prompt": text}) + "\n" for text in prompts)

@@ -15,8 +15,12 @@ SOFT = ["policy.adapter.kind=soft_prompt", "policy.adapter.virtual_tokens=3"]
 PPO = ["objective.loss=ppo_clip", "objective.advantage=gae", "objective.minibatches=3", "optimizer.micro_batch_size=2"]
 GIBBS = ["objective.loss=gibbs"]
 
+ONE_PASS = ["optimizer.micro_batch_size=64"]
+"""The pass that credits the samples is the update's too."""
+
 QUICK = {
     "z2 full": ("train", "z2", []),
+    "z2 full in one pass": ("train", "z2", ONE_PASS),
     "z3 full": ("train", "z3", []),
     "z3 LoRA, on the head too": ("train", "z3", LORA),
     "z3 RLHF, PPO with a critic": ("rlhf", "z3", PPO),
@@ -28,6 +32,7 @@ MATRIX = {
     for command in ("train", "rlhf")
     for name, settings in {"full": [], "LoRA": LORA}.items()
 } | {
+    **{f"{stage} in one pass": ("rlhf", stage, ONE_PASS) for stage in ("z0", "z1", "z2", "z3")},
     "z3 soft prompt": ("train", "z3", SOFT),
     "z2 soft prompt": ("train", "z2", SOFT),
     "z3 Gibbs": ("train", "z3", GIBBS),

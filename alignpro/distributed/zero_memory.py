@@ -1,0 +1,164 @@
+"""What training takes of a rank's memory under a DeepSpeed configuration, by formula.
+
+Weights, gradients and optimizer states as in Rajbhandari et al. (2020, "ZeRO", section 3), with the buffers that DeepSpeed
+0.19 has beside them: buckets of gradients, weights that are gathered ahead, and the copies that a step makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_MOMENTS = 8
+"""Bytes of AdamW's two moments of a weight."""
+_MASTER = 4
+"""Of its float32 copy, and of its gradient summed in float32."""
+_DEFAULT_BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces or gathers at once where its configuration does not say."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of one rank."""
+
+    weights: float
+    """Of what is trained and of its reference."""
+    optimizer: float
+    gradients: float
+    """Summed over micro-batches."""
+    buffers: float
+    """Of DeepSpeed, for as long as it runs."""
+    backward: float
+    """What a backward pass has beside them: buckets, and weights that are gathered for it."""
+    step: float
+    """What the optimizer's step has beside them, when activations are gone."""
+    gradients_are_there: Literal["always", "in the backward", "as they come"]
+    """When the memory of the gradients is taken: once for all, all at once with the first of a step, or bit by bit, as
+    the activations go."""
+    host: float
+    """Of the host's memory: what is offloaded."""
+
+    def beside(self, other: TrainingMemory) -> TrainingMemory:
+        """That of two trainings in the same set-up, whose passes and steps come one after the other."""
+        return TrainingMemory(
+            weights=self.weights + other.weights,
+            optimizer=self.optimizer + other.optimizer,
+            gradients=self.gradients + other.gradients,
+            buffers=self.buffers + other.buffers,
+            backward=max(self.backward, other.backward),
+            step=max(self.step, other.step),
+            gradients_are_there=self.gradients_are_there,
+            host=self.host + other.host,
+        )
+
+
+def one_process(trained: Sequence[int], held: int, weight_bytes: int) -> TrainingMemory:
+    """Plain torch.
+
+    Args:
+        trained: Elements of each weight with a gradient.
+        held: Bytes of all weights, those of the reference and of adapters included.
+        weight_bytes: Of one element of the policy.
+    """
+    count, half = sum(trained), weight_bytes == 2
+    return TrainingMemory(
+        weights=held,
+        optimizer=count * (_MOMENTS + (_MASTER if half else 0)),
+        gradients=count * _MASTER,
+        buffers=0.0,
+        backward=count * weight_bytes if half else 0.0,  # a micro-batch's, before they are added in float32
+        step=0.0,
+        gradients_are_there="as they come",
+        host=0.0,
+    )
+
+
+def sharded(
+    zero: dict[str, Any],
+    trained: Sequence[int],
+    policy: Sequence[int],
+    reference: Sequence[int],
+    weight_bytes: int,
+    ranks: int,
+) -> TrainingMemory:
+    """Under DeepSpeed.
+
+    Args:
+        zero: Its section ``zero_optimization``.
+        trained: Elements of each weight with a gradient.
+        policy: Elements of each weight of the policy, its adapter's among them.
+        reference: Likewise of the reference; none where it is the policy without its adapter.
+        weight_bytes: Of one element.
+        ranks: Over how many it is spread.
+    """
+    if zero["stage"] == 3:
+        return _stage_3(zero, trained, policy, reference, weight_bytes, ranks)
+    held = (sum(policy) + sum(reference)) * weight_bytes
+    count, stage = sum(trained), zero["stage"]
+    bucket = int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET))
+    if stage == 0:
+        return TrainingMemory(
+            weights=held,
+            optimizer=count * _MOMENTS,
+            gradients=count * _MASTER,
+            buffers=0.0,
+            backward=0.0,
+            step=min(count, _DEFAULT_BUCKET) * _MASTER,  # gradients side by side, to be reduced at once
+            gradients_are_there="as they come",
+            host=0.0,
+        )
+    half, offloads = weight_bytes == 2, _offloads(zero, "optimizer")
+    # At stage 1 it is the float32 sum that is reduced, at stage 2 each micro-batch's gradient as it is.
+    staged = _MASTER if stage == 1 else weight_bytes
+    copies = 2 if zero.get("overlap_comm") else 1
+    buckets = copies * bucket * staged if zero.get("contiguous_gradients", True) else 0
+    gradients = count * _MASTER / (ranks if stage == 2 else 1)
+    optimizer = count * (_MOMENTS + _MASTER) / ranks
+    own = count * _MASTER / ranks
+    return TrainingMemory(
+        weights=held,
+        optimizer=0.0 if offloads else optimizer,
+        gradients=0.0 if offloads and stage == 2 else gradients,
+        buffers=2 * max(trained) * weight_bytes if offloads else 0.0,
+        backward=buckets + max(trained) * weight_bytes,
+        step=0.0 if offloads or (half and stage == 2) else own,  # made one piece for the optimizer
+        gradients_are_there="in the backward" if stage == 2 else "as they come",
+        # Gradients once more, and the new weights before they are copied back.
+        host=optimizer + 2 * own + own * weight_bytes / _MASTER if offloads else 0.0,
+    )
+
+
+def _stage_3(
+    zero: dict[str, Any],
+    trained: Sequence[int],
+    policy: Sequence[int],
+    reference: Sequence[int],
+    weight_bytes: int,
+    ranks: int,
+) -> TrainingMemory:
+    count, everything = sum(trained), sum(policy) + sum(reference)
+    held = everything * weight_bytes
+    bucket = int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET))
+    threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
+    small = [sum(each for each in of if each <= threshold) for of in (policy, reference)]  # stay once they are gathered
+    live = min(sum(policy), int(zero.get("stage3_max_live_parameters", 1_000_000_000)))
+    ahead = min(everything, int(zero.get("stage3_prefetch_bucket_size", 50_000_000)))
+    own = count / ranks
+    group = min(own, float(zero.get("sub_group_size", 1_000_000_000)))
+    optimizer, offloads, waits = own * (_MOMENTS + _MASTER), _offloads(zero, "optimizer"), _offloads(zero, "param")
+    return TrainingMemory(
+        weights=sum(small) * weight_bytes + (0.0 if waits else held / ranks),
+        optimizer=0.0 if offloads else optimizer,
+        gradients=0.0 if offloads else own * _MASTER,
+        buffers=bucket * weight_bytes,
+        # Gathered weights, the pieces that the last of them are put together from, and as many gradients as go out at once.
+        backward=(max(0, live - small[0]) + ahead + min(bucket, count) + max(trained)) * weight_bytes,
+        step=group * _MASTER,
+        gradients_are_there="always",
+        host=(optimizer + own * _MASTER if offloads else 0.0) + (held / ranks if waits else 0.0),
+    )
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return bool(zero.get(f"offload_{what}", {}).get("device", "none") != "none")

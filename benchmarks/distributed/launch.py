@@ -1,0 +1,55 @@
+"""Starts the ranks of a job and reads what they saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.distributed.job import Job
+
+ROOT = Path(__file__).parents[2]
+
+
+class LaunchError(RuntimeError):
+    """The ranks did not come through."""
+
+
+def launch(job: Job, ranks: int) -> list[dict[str, Any]]:
+    """Run a job by the deepspeed launcher, and wait for it.
+
+    Returns:
+        What each rank wrote; see `rank`.
+
+    Raises:
+        LaunchError: A rank failed; the message ends with the last of what they said.
+    """
+    job.out.mkdir(parents=True)
+    file = job.out / "job.json"
+    job.save(file)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    command += ["--master_port", str(_free_port()), "--module", "benchmarks.distributed.rank", str(file)]
+    done = subprocess.run(command, env=_environment(job), cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip()
+        raise LaunchError(f"{', '.join(job.setups)} on {ranks} ranks failed:\n{said[-4000:]}")
+    return [json.loads((job.out / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Of the launcher: this tree's packages, and on a CPU as many threads a rank as are asked for."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if job.device == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(job.threads), "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,126 @@
+"""What tensors hold of a device's memory, and the most they held in each phase of a step."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from alignpro.distributed.ranks import Ranks
+
+
+class Gauge(Protocol):
+    """Tells of one device's memory."""
+
+    def peak(self) -> int:
+        """The most bytes held since the last call."""
+
+
+class DeviceGauge:
+    """By the accelerator's allocator, which counts what any code takes.
+
+    Args:
+        device: Which one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def peak(self) -> int:
+        """The most bytes of tensors since the last call."""
+        most = int(torch.accelerator.max_memory_allocated(self._device))
+        torch.accelerator.reset_peak_memory_stats(self._device)
+        return most
+
+
+class StorageGauge(TorchDispatchMode):
+    """By every storage that lives on the CPU, whose allocator keeps no count.
+
+    What an operator takes and gives back inside itself is not seen. Storages are counted whole, also where the system has
+    not yet had to find pages for them: as an accelerator would.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: dict[int, weakref.ref[Any]] = {}
+        self._held = self._most = 0
+
+    def count_existing(self) -> None:
+        """Count what was made before the mode was on, or by other threads."""
+        for thing in gc.get_objects():
+            if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+                self._count(thing)
+        self._most = self._held
+
+    def peak(self) -> int:
+        """The most bytes since the last call."""
+        most, self._most = self._most, self._held
+        return most
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                self._count(value)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        owner: Any = tensor.untyped_storage()
+        size = owner.nbytes()
+        if size and id(owner) not in self._live:
+            self._live[id(owner)] = weakref.ref(owner, partial(self._forget, id(owner), size))
+            self._held += size
+            self._most = max(self._most, self._held)
+
+    def _forget(self, identity: int, size: int, _: weakref.ref[Any]) -> None:
+        del self._live[identity]
+        self._held -= size
+
+
+class PhasePeaks:
+    """The most bytes held in each phase of a step.
+
+    Args:
+        gauge: Of the memory.
+        ranks: Which say what phase begins.
+    """
+
+    def __init__(self, gauge: Gauge, ranks: Ranks) -> None:
+        self._gauge, self._ranks = gauge, ranks
+        self._phase: str | None = None
+        self.bytes: dict[str, int] = {}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Watch one step."""
+        told = self._ranks.on_note
+
+        def begin(doing: str) -> None:
+            self._end()
+            self._phase = doing.rpartition(", ")[2]
+            if told is not None:
+                told(doing)
+
+        self._ranks.on_note = begin
+        self._gauge.peak()
+        try:
+            yield
+        finally:
+            self._end()
+            self._ranks.on_note = told
+
+    def _end(self) -> None:
+        most = self._gauge.peak()
+        if self._phase is not None:
+            self.bytes[self._phase] = max(most, self.bytes.get(self._phase, 0))
+        self._phase = None

@@ -1,0 +1,71 @@
+"""What a rank runs: deepspeed benchmarks/distributed/rank.py JOB.json"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from alignpro.distributed.ranks import Ranks
+from alignpro.distributed.session import process_group
+from alignpro.training.deepspeed_backend import DeepSpeedDistribution
+from alignpro.training.launched import zero_of
+from benchmarks.distributed.job import ALONE, Job
+from benchmarks.distributed.memory import DeviceGauge, PhasePeaks, StorageGauge
+from benchmarks.training.ours import OurTraining, configure
+
+TIMEOUT = 600.0
+
+
+def main(path: Path) -> None:
+    """Run the job; each rank writes what it saw."""
+    job = Job.load(path)
+    torch.set_num_threads(job.threads)
+    with process_group(TIMEOUT) as ranks:
+        counting = StorageGauge() if job.memory and job.device == "cpu" else nullcontext()
+        with counting as storages:
+            result = run(job, ranks, storages)
+        (job.out / f"{ranks.rank}.json").write_text(json.dumps(result))
+
+
+def run(job: Job, ranks: Ranks, storages: StorageGauge | None) -> dict[str, Any]:
+    """Set-up → its steps, and the most bytes held in the phases of all but the first."""
+    device = torch.device(job.device if job.device == "cpu" else get_accelerator().current_device_name())
+    trainings = {name: made for name in job.setups if (made := _make(job, name, device, ranks)) is not None}
+    gauge = storages or (None if device.type == "cpu" else DeviceGauge(device))
+    if storages is not None:
+        storages.count_existing()
+    peaks = {name: PhasePeaks(gauge, ranks) for name in trainings} if gauge else {}
+    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in trainings}
+    for index in range(job.task.steps):
+        for name in job.setups:
+            ranks.exchange(None)  # one at a time, and all ranks of it at once
+            if name in trainings:
+                with peaks[name].step() if name in peaks else nullcontext():
+                    steps[name].append(asdict(trainings[name].step(index)))
+        if index == 0:  # which makes the optimizer's states and the cache's arena, by copying; the others find them
+            for each in peaks.values():
+                each.bytes.clear()
+    return {name: {"steps": steps[name], "peaks": peaks[name].bytes if peaks else {}} for name in trainings}
+
+
+def _make(job: Job, name: str, device: torch.device, ranks: Ranks) -> OurTraining | None:
+    """The training of a set-up; None where this rank has no part in it."""
+    overrides = [*job.overrides, f"run.out={job.task.directory}/run_{Path(name).stem}"]
+    if name == ALONE:
+        return OurTraining(job.task, device, overrides) if ranks.first else None
+    overrides.append(f"deepspeed.config={name}")
+    config = configure(job.task, device, overrides)
+    return OurTraining(
+        job.task, device, overrides, DeepSpeedDistribution(ranks, zero_of(config, ranks.size), config.deepspeed)
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))

@@ -1,0 +1,74 @@
+"""Medians of what the ranks saw, and the plan beside it."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from alignpro.memory_plan import Need
+from benchmarks.distributed.job import ALONE
+
+PLANNED = {"rollout": "rollout", "reward": "rollout", "credit": "update", "update": "update"}
+"""Phase → the peak of the plan that it belongs to."""
+
+
+def times(ranks: Sequence[Mapping[str, Any]], setup: str, warmup: int, chains: int) -> dict[str, Any]:
+    """A set-up's steps: a step takes as long as the rank that needs longest.
+
+    Args:
+        ranks: What each rank wrote; those that had no part in the set-up lack it.
+        setup: Its name.
+        warmup: Steps that do not count.
+        chains: Of a step.
+    """
+    seen = [rank[setup]["steps"] for rank in ranks if setup in rank]
+    steps = list(zip(*seen, strict=True))
+    timed = steps[warmup:]
+    step_s = statistics.median(max(step["seconds"] for step in together) for together in timed)
+    phases = {
+        name: statistics.median(max(step["phases"][name] for step in together) for together in timed)
+        for name in timed[0][0]["phases"]
+    }
+    tokens: Counter[str] = Counter()
+    for step in timed[-1]:
+        tokens.update(step["tokens"])
+    return {
+        "ranks": len(seen),
+        "step_s": step_s,
+        "chains_per_s": chains / step_s,
+        "tokens_per_s": tokens.total() / step_s,
+        "phases": phases,
+        "tokens": dict(tokens),
+        "samples": [[step["seconds"] for step in together] for together in steps],
+    }
+
+
+def peaks(ranks: Sequence[Mapping[str, Any]], setup: str, need: Need) -> dict[str, Any]:
+    """The most bytes that a rank held, by the peaks of the plan, what was planned, and what that is made of."""
+    measured = dict.fromkeys(PLANNED.values(), 0)
+    phases: dict[str, int] = {}
+    for rank in ranks:
+        for phase, most in rank[setup]["peaks"].items():
+            phases[phase] = max(most, phases.get(phase, 0))
+            measured[PLANNED[phase]] = max(most, measured[PLANNED[phase]])
+    planned = {"rollout": need.rollout, "update": need.update}
+    return {
+        "measured": measured,
+        "planned": planned,
+        "planned_over_measured": {name: planned[name] / measured[name] for name in measured},
+        "phases": phases,
+        "plan": asdict(need),
+    }
+
+
+def ratios(setups: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What the project aims at: ZeRO-2 beside one process, and the rollout of ZeRO-3 beside that of ZeRO-2."""
+    found: dict[str, float] = {}
+    if {ALONE, "z2"} <= setups.keys():
+        found["z2_step_over_alone"] = setups["z2"]["step_s"] / setups[ALONE]["step_s"]
+    if {"z2", "z3"} <= setups.keys():
+        found["z3_rollout_over_z2"] = setups["z3"]["phases"]["rollout"] / setups["z2"]["phases"]["rollout"]
+    return found

@@ -1,0 +1,26 @@
+"""The demo on two ranks comes to what it comes to in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import launch
+
+FIGURES = {"no_finetuning": 0.329, "align_pro": 0.933, "oracle": 0.923}
+"""Of seed 0 in one process: the README's."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["z2", "z3"])
+def test_the_demo_under_deepspeed_reaches_its_figures(zero: str, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    process = launch("--module", "alignpro", "demo", "--out", str(out), "--zero", zero)
+    output, _ = process.communicate(timeout=3600)
+    assert process.returncode == 0, output[-6000:]
+    summary = json.loads((out / "summary.json").read_text())
+    for arm, mean in FIGURES.items():
+        assert summary[arm]["mean"] == pytest.approx(mean, abs=0.02), arm
+    assert summary["gap_recovered"] >= 0.95
+    assert summary["align_pro"]["variance"] < summary["no_finetuning"]["variance"]

@@ -1,0 +1,58 @@
+"""docs/launch.md is true: its sizing table is what the formulas give, and the files it names are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from types import ModuleType
+
+import pytest
+from document import ROOT, Document
+
+from alignpro.memory_plan import SETUPS
+
+
+@pytest.fixture(scope="module")
+def document() -> Document:
+    return Document("launch.md")
+
+
+@pytest.fixture(scope="module")
+def sizing() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sizing_table", ROOT / "launch" / "sizing" / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_sizing_table_is_what_the_plan_says(document: Document, sizing: ModuleType) -> None:
+    assert "\n".join(sizing.rows()) in document.text
+
+
+def test_set_ups_are_those_that_there_are(document: Document) -> None:
+    assert {path.stem for path in (ROOT / "launch" / "zero").glob("*.json")} == set(SETUPS)
+    assert all(f"`{name}`" in document.text for name in SETUPS)
+
+
+def test_figures_are_those_that_were_measured(document: Document) -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "distributed.json").read_text())
+    ratios = measured["ratios"]
+    assert f"takes {ratios['z2_step_over_alone']:.2f} of the time" in document.text
+    assert f"gathering included, {ratios['z3_rollout_over_z2']:.2f} of" in document.text
+    for found in measured["setups"].values():
+        seconds = (found["step_s"], *(found["phases"][phase] for phase in ("rollout", "credit", "update")))
+        assert " | ".join(f"{each:.2f} s" for each in seconds) in document.text
+    for found in measured["memory"].values():
+        cells = (
+            f"{found['measured'][p] / 2**20:.0f} ({found['planned'][p] / 2**20:.0f})" for p in ("rollout", "update")
+        )
+        assert " | ".join(cells) in document.text
+
+
+def test_what_it_links_to_and_names_is_there(document: Document) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)", document.text):
+        assert (document.file.parent / link).exists(), link
+    for path in re.findall(r"`((?:launch|tests|benchmarks)/[\w./-]+)`", document.text):
+        assert "*" in path or (ROOT / path).exists(), path
