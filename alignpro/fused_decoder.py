@@ -25,6 +25,8 @@ from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
 
 logger = logging.getLogger(__name__)
 
+_TOKENS = 5  # that both computations are tried on
+
 
 class _FusedDecoder(nn.Module):
     """A transformers model without its head, whose layers may be one call."""
@@ -134,9 +136,6 @@ def _try(model: Any, packing: Packing) -> _Layers:
     return layers
 
 
-_TOKENS = 5  # that both computations are tried on
-
-
 @dataclass(frozen=True)
 class _Parts:
     """The modules of a layer."""
@@ -211,7 +210,10 @@ class _Layers:
         self._children = [(m._modules, name, child) for m in inside for name, child in m.named_children()]
 
     def changed(self) -> bool:
-        """Whether a layer has got an adapter or a hook, of which the operator knows nothing."""
+        """Whether a layer has got an adapter or a hook, of which the operator knows nothing, or weights that it cannot take."""
+        weight = self._norm.weight
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            return True
         return any(self._hooks) or any(children.get(name) is not child for children, name, child in self._children)
 
     def states(self, ids: Tensor | None, embedded: Tensor | None, positions: Tensor, plan: Cascade) -> Tensor:

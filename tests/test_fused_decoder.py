@@ -26,7 +26,7 @@ def states(model: PreTrainedModel) -> Tensor:
     config = model.config
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pages = [torch.zeros(4, 2, 4, kv_heads, head_dim) for _ in range(config.num_hidden_layers)]
+    pages = [torch.zeros(4, 2, 4, kv_heads, head_dim, dtype=model.dtype) for _ in range(config.num_hidden_layers)]
 
     def int32(*values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32)
@@ -140,6 +140,11 @@ def test_what_computes_something_else_stays_as_it_is(caplog: pytest.LogCaptureFi
     other = copy.deepcopy(plain)
     other.model.layers[1].self_attn.o_proj = nn.Linear(32, 32)
     assert not is_fused(fuse(other))
+
+
+def test_a_model_in_another_dtype_runs_layer_by_layer() -> None:
+    plain, model = plain_and_fused("llama")
+    torch.testing.assert_close(states(model.double()), states(plain.double()))
 
 
 def test_it_can_be_undone() -> None:

@@ -8,6 +8,7 @@ go from their rotation to the pool.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels.attention import CascadeLevel
+from alignpro_kernels.linear import PANEL
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,13 @@ class DecoderWeights:
     softcap: float | None
     """Scores become softcap · tanh(score / softcap)."""
 
-    def __post_init__(self) -> None:
-        """Order the tensors as the operator takes them, once for all calls."""
+    @functools.cached_property
+    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+        """Norms, matrices, and what a layer may lack, in the operator's order."""
         layers = self.layers
         norms = [weight for layer in layers for weight in (layer.norm, layer.inner_norm)] + [self.norm]
         matrices = [m for layer in layers for m in (layer.qkv, layer.out, layer.gate, layer.up, layer.down)]
-        extras = [x for layer in layers for x in (layer.qkv_bias, layer.query_norm, layer.key_norm)]
-        options = self.eps, self.offset, self.scale, self.softcap or 0.0, [layer.window or 0 for layer in layers]
-        object.__setattr__(self, "_tensors", (norms, matrices, extras))
-        object.__setattr__(self, "_options", options)
+        return norms, matrices, [x for layer in layers for x in (layer.qkv_bias, layer.query_norm, layer.key_norm)]
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def decoder_stack(
     if len(pages) != len(layers):
         raise ValueError(f"pages has {len(pages)} layers and weights {len(layers)}: they must agree")
     head_dim = pages[0].shape[-1]
-    width = (layers[0].out.shape[1] + 2 * pages[0].shape[3] * head_dim + 31) // 32
+    width = (layers[0].out.shape[1] + 2 * pages[0].shape[3] * head_dim + PANEL - 1) // PANEL
     if layers[0].qkv.shape[:2] != (width, dim) or layers[0].out.shape[1] % head_dim:
         raise ValueError(
             f"pages have {pages[0].shape[3]} heads of {head_dim} elements, hidden rows of {dim}, and the first layer's weights "
@@ -122,12 +122,9 @@ def decoder_stack(
     for name, x in (("hidden", hidden), ("cos", cos), ("sin", sin), ("pages", pages[0])):
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"{name} is {x.dtype} on {x.device}: expected float32 on the CPU")
-    norms, matrices, extras = weights._tensors  # type: ignore[attr-defined]
     out: Tensor = torch.ops.alignpro.decoder_stack.default(
         hidden,
-        norms,
-        matrices,
-        extras,
+        *weights.tensors,
         cos.contiguous(),
         sin.contiguous(),
         pages,
@@ -138,6 +135,10 @@ def decoder_stack(
         [level.key_lengths for level in levels],
         [level.query_positions for level in levels],
         [level.key_starts for level in levels],
-        *weights._options,  # type: ignore[attr-defined]
+        weights.eps,
+        weights.offset,
+        weights.scale,
+        weights.softcap or 0.0,
+        [layer.window or 0 for layer in layers],
     )
     return out
