@@ -72,6 +72,9 @@ def run_cases(directory: Path, cases: Sequence[Sequence[str]], ranks: int = 2) -
     process = launch(WORKER, str(path), ranks=ranks)
     output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output[-6000:]
+    assert isinstance(process.args, list)
+    port = process.args[process.args.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # no memory is left behind
 
 
 def difference(left: Path, right: Path) -> tuple[float, float]:
