@@ -15,8 +15,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 1 << 14;      // elements that are worth a thread
-constexpr int64_t kRowsInFlight = 512;   // of a gated layer's inner states
+constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 
 float* data(const Tensor& x) { return x.mutable_data_ptr<float>(); }
 const float* values(const Tensor& x) { return x.const_data_ptr<float>(); }
@@ -77,12 +76,13 @@ void add_product(const float* from, int64_t rows, const Tensor& packed, int64_t 
   });
 }
 
-// hidden (T, D) -> (T, D)
+// hidden (T, D) -> (T, D). scratch: room for (T, (H + 2 H') head_dim) and (T, H head_dim) floats, and for as many of a gated
+// layer's inner states (rows, I) as are to be there at a time.
 Tensor decoder_stack(const Tensor& hidden, at::TensorList norms, at::TensorList weights, const c10::List<OptionalTensor>& extras,
                      const Tensor& cos, const Tensor& sin, at::TensorList pages, const Tensor& slots,
                      const c10::List<OptionalTensor>& rows, at::TensorList cu_queries, at::TensorList page_tables,
                      at::TensorList key_lengths, at::TensorList query_positions, at::TensorList key_starts, double eps,
-                     double offset, double scale, double softcap, at::IntArrayRef windows) {
+                     double offset, double scale, double softcap, at::IntArrayRef windows, const Tensor& scratch) {
   const at::AutoDispatchBelowAutograd no_autograd;
   const int64_t layers = static_cast<int64_t>(pages.size());
   const int64_t head_dim = pages[0].size(4), kv_heads = pages[0].size(3), query_width = weights[1].size(1);
@@ -90,10 +90,14 @@ Tensor decoder_stack(const Tensor& hidden, at::TensorList norms, at::TensorList 
                 static_cast<float>(eps), static_cast<float>(offset)};
   const CascadeLevels levels{rows, cu_queries, page_tables, key_lengths, query_positions, key_starts};
   const Tensor x = hidden.clone(at::MemoryFormat::Contiguous), normed = at::empty_like(x);
-  const Tensor qkv = at::empty({s.tokens, s.qkv()}, x.options());
-  const Tensor attended = at::empty({s.tokens, s.heads, s.head_dim}, x.options());
+  const int64_t of_qkv = s.tokens * s.qkv(), of_attended = s.tokens * query_width;
+  const int64_t in_flight = (scratch.numel() - of_qkv - of_attended) / s.inner;
+  TORCH_CHECK_VALUE(in_flight > 0 && scratch.scalar_type() == at::kFloat, "scratch has room for ", scratch.numel(),
+                    " elements, which are too few");
+  const Tensor qkv = scratch.narrow(0, 0, of_qkv).view({s.tokens, s.qkv()});
+  const Tensor attended = scratch.narrow(0, of_qkv, of_attended).view({s.tokens, s.heads, s.head_dim});
   const Tensor lse = at::empty({s.tokens, s.heads}, x.options());
-  const Tensor inner = at::empty({std::min(s.tokens, kRowsInFlight), s.inner}, x.options());
+  float* inner = data(scratch) + of_qkv + of_attended;
   const auto part = [&](int64_t head, int64_t count) {
     return qkv.narrow(1, head * s.head_dim, count * s.head_dim).view({s.tokens, count, s.head_dim});
   };
@@ -108,10 +112,10 @@ Tensor decoder_stack(const Tensor& hidden, at::TensorList norms, at::TensorList 
     attend_to_levels(queries, pages[l], levels, scale, softcap, windows[l], attended, lse);
     add_product(values(attended), s.tokens, layer.out, s.dim, data(x));
     normalise(x, layer.inner_norm, s, data(normed));
-    for (int64_t first = 0; first < s.tokens; first += kRowsInFlight) {
-      const int64_t count = std::min(kRowsInFlight, s.tokens - first);
-      multiply_gated(values(normed) + first * s.dim, count, layer.gate, layer.up, s.inner, data(inner));
-      add_product(values(inner), count, layer.down, s.dim, data(x) + first * s.dim);
+    for (int64_t first = 0; first < s.tokens; first += in_flight) {
+      const int64_t count = std::min(in_flight, s.tokens - first);
+      multiply_gated(values(normed) + first * s.dim, count, layer.gate, layer.up, s.inner, inner);
+      add_product(inner, count, layer.down, s.dim, data(x) + first * s.dim);
     }
   }
   normalise(x, norms[2 * layers], s, data(normed));
@@ -124,7 +128,7 @@ TORCH_LIBRARY_FRAGMENT(alignpro, m) {
   m.def(
       "decoder_stack(Tensor hidden, Tensor[] norms, Tensor[] weights, Tensor?[] extras, Tensor cos, Tensor sin, "
       "Tensor[] pages, Tensor slots, Tensor?[] rows, Tensor[] cu_queries, Tensor[] page_tables, Tensor[] key_lengths, "
-      "Tensor[] query_positions, Tensor[] key_starts, float eps, float offset, float scale, float softcap, int[] windows) -> Tensor");
+      "Tensor[] query_positions, Tensor[] key_starts, float eps, float offset, float scale, float softcap, int[] windows, Tensor(a!) scratch) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(alignpro, CPU, m) { m.impl("decoder_stack", &decoder_stack); }

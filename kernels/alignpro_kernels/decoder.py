@@ -18,6 +18,9 @@ from torch import Tensor
 from alignpro_kernels.attention import CascadeLevel
 from alignpro_kernels.linear import PANEL
 
+_ROWS_IN_FLIGHT = 512
+"""Tokens whose states inside a gated layer are there at a time."""
+
 
 @dataclass(frozen=True)
 class DecoderLayer:
@@ -122,6 +125,11 @@ def decoder_stack(
     for name, x in (("hidden", hidden), ("cos", cos), ("sin", sin), ("pages", pages[0])):
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"{name} is {x.dtype} on {x.device}: expected float32 on the CPU")
+    # Here, so that what counts PyTorch's memory sees it.
+    inner = layers[0].down.shape[1]
+    queries = layers[0].out.shape[1]
+    per_token = 2 * queries + 2 * pages[0].shape[3] * head_dim
+    scratch = torch.empty(tokens * per_token + min(tokens, _ROWS_IN_FLIGHT) * inner)
     out: Tensor = torch.ops.alignpro.decoder_stack.default(
         hidden,
         *weights.tensors,
@@ -140,5 +148,6 @@ def decoder_stack(
         weights.scale,
         weights.softcap or 0.0,
         [layer.window or 0 for layer in layers],
+        scratch,
     )
     return out
