@@ -1,9 +1,9 @@
 """Linear layers on a CPU whose weights are laid out in panels, as `alignpro_kernels.linear` multiplies by them.
 
-PyTorch multiplies float32 matrices on a CPU by its BLAS, which reads a weight as it is stored. By a weight in panels 1 to 64
-rows are multiplied 1.3 to 3 times as fast as by MKL 2024.2 and 1.05 to 2.6 times as fast as by oneDNN 3.12, more rows as fast
-as by the latter (Zen 4, docs/kernels.md). Generation multiplies by the same weights token after token, so they are laid out
-once, and again when they have changed. That takes as much memory again as the weights.
+PyTorch multiplies float32 matrices on a CPU by its BLAS, which reads a weight as it is stored and is made for many rows. Of
+a weight in panels few rows are multiplied faster and many about as fast (docs/kernels.md). Generation multiplies by the same
+weights token after token, so they are laid out once, and again when they have changed. That takes as much memory again as
+the weights.
 """
 
 from __future__ import annotations
