@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 LARGEST = 1 << 30
 """Bytes of weights up to which a model's are laid out a second time."""
+_PACKING = "weight_packing"
+"""The attribute of a model that holds its `Packing`."""
 _NARROWEST = 64
 """Outputs and inputs from which on it pays; the products of a LoRA are narrower."""
 
@@ -105,7 +107,10 @@ class _Product(torch.autograd.Function):
 
 
 def attach(model: nn.Module) -> Packing | None:
-    """Let the linear layers of a float32 model on a CPU have a second layout; None where they cannot or should not."""
+    """Let the linear layers of a float32 model on a CPU have a second layout; None where they cannot or should not.
+
+    A model has one `Packing`, however often it is attached: whoever tells of changed weights tells all who read them.
+    """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
     weights = [layer.weight for layer in layers]
     if not all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights):
@@ -113,7 +118,12 @@ def attach(model: nn.Module) -> Packing | None:
     if (reason := _unsuited(sum(weight.nbytes for weight in weights))) is not None:
         logger.info("linear layers run on PyTorch's BLAS: %s", reason)
         return None
-    packing = Packing()
+    packing = getattr(model, _PACKING, None)
+    if packing is None:
+        packing = Packing()
+        setattr(model, _PACKING, packing)
+    assert isinstance(packing, Packing)
+    packing.forget()  # a merged adapter changes weights past what PyTorch counts
     for layer in layers:
         # A subclass put in place, as parametrizations of PyTorch do: whoever holds the layer goes on holding it.
         layer.__class__ = PackedLinear
@@ -124,6 +134,7 @@ def attach(model: nn.Module) -> Packing | None:
 def detach(model: nn.Module) -> None:
     """Undo `attach`, for a model whose weights are not there between its passes: they would be laid out anew for each."""
     for layer in model.modules():
+        layer.__dict__.pop(_PACKING, None)
         if type(layer) is PackedLinear:
             layer.__class__ = nn.Linear  # type: ignore[assignment]
             del layer.packing

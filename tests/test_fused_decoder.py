@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import ARCHITECTURES, tiny_transformer
+from tiny_models import ARCHITECTURES, tiny_transformer, tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignpro import attention, fused_decoder, fused_layers, packed_linear
 from alignpro.cascade import Cascade
+from alignpro.language_model import LanguageModel
 from alignpro_kernels import CascadeLevel, backends
 
 pytestmark = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
@@ -83,6 +84,20 @@ def test_changed_weights_are_seen() -> None:
         assert not torch.equal(after, before), name
         torch.testing.assert_close(after, states(plain), rtol=1e-5, atol=2e-5, msg=name)
         before = after
+
+
+@pytest.mark.parametrize("architecture", FUSED)
+def test_changes_that_pytorch_does_not_count_are_seen_when_told_of(architecture: str) -> None:
+    """As those of a fused optimizer, or of one that writes shards: whoever took the model up last is told."""
+    plain, model = plain_and_fused(architecture)
+    states(model)
+    trained = LanguageModel(model, tokenizer(architecture), "m")
+    states(model)
+    for name, weight in model.named_parameters():
+        weight.data.mul_(1.5)
+        plain.get_parameter(name).data.mul_(1.5)
+    trained.weights_changed()
+    torch.testing.assert_close(states(model), states(plain), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_and_other_passes_are_the_layers_own() -> None:

@@ -122,7 +122,7 @@ class PolicyTraining:
         with timer("update"):
             metrics = {"learning_rate": self.backend.learning_rate, "kl_coef": self.kl.coef}
             metrics |= self.update(experience, step, mine)
-        metrics |= self._describe(experience, scores)
+        metrics |= self._describe(experience, scores) | self._off_policy(experience, chains)
         self.kl.update(metrics["kl"], int(self.ranks.sum(len(experience.scores))))
         self.baseline.update(self.ranks.gather(experience.returns[:, 0]).mean().item())
         if step % self.run.sample_every == 0 and self.ranks.first:
@@ -373,6 +373,21 @@ class PolicyTraining:
             "entropy": (entropy.sum() / tokens).item(),
             "sample/length": self._expected_length,
             **self.ranks.mean(scores.metrics, len(scores.values)),
+        }
+
+    def _off_policy(self, experience: Experience, chains: Sequence[Sequence[Chain]]) -> Metrics:
+        """How far the log-probabilities that samples were drawn with are from those that they are credited with.
+
+        Both are of one policy: what is beyond rounding is a fault, by which gradients are of another policy's samples.
+        """
+        drawn = torch.tensor([x for group in chains for chain in group for x in chain.sample.logprobs])
+        mask, logprob = experience.batch.mask.cpu(), experience.values.logprob.cpu()  # (B, T), in the samples' order
+        difference = torch.zeros_like(logprob)
+        difference[mask] = (logprob[mask] - drawn.to(logprob)).abs()
+        each, greatest = self.ranks.gather(difference.sum(1)), self.ranks.gather(difference.amax(1))
+        return {
+            "sample/logprob_difference": (each.sum() / self.ranks.gather(mask.sum(1)).sum()).item(),
+            "sample/logprob_difference_max": greatest.max().item(),
         }
 
     def _write_sample(self, step: int, prompt: Prompt, scores: Scores) -> None:

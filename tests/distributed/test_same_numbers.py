@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from launching import difference, run_cases, workshop
+from tiny_runs import read_metrics
 
 STEP = ["rollout.prompts_per_step=5", "run.eval_prompts=3", "optimizer.learning_rate=0.0005", "run.tensorboard=false"]
 """Five prompts on two ranks: unequal shares, unequal numbers of micro-batches."""
@@ -49,7 +50,7 @@ MATRIX = {
 
 
 def check(root: Path, cases: dict[str, tuple[str, str, list[str]]], steps: int) -> None:
-    """Every case on two ranks against the same in this process."""
+    """Every case on two ranks against the same in this process, and all samples by the policy as it was then."""
     made = workshop(root)
     length = [f"run.steps={steps}", f"run.checkpoint_every={steps}"]
 
@@ -71,6 +72,8 @@ def check(root: Path, cases: dict[str, tuple[str, str, list[str]]], steps: int) 
         metrics, weights = difference(single, root / f"ranks {name}")
         assert metrics < 1e-5, name
         assert weights < 1e-5, name
+        for row in read_metrics(root / f"ranks {name}"):
+            assert row.get("sample/logprob_difference_max", 0.0) < 1e-4, name
 
 
 def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:

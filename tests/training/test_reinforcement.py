@@ -198,6 +198,7 @@ def test_metrics_of_a_step_are_those_of_its_samples(tmp_path: Path) -> None:
     assert metrics["gradient_norm"] > 0
     assert {f"seconds/{phase}" for phase in ("rollout", "reward", "credit", "update")} <= set(metrics)
     assert set(training.headline) <= set(metrics)
+    assert metrics["sample/logprob_difference_max"] < 1e-5
     assert metrics["engine/floor_ratio"] == 1.0  # two prompts without a common beginning, each computed once
     assert metrics["engine/computed/prefill"] == sum(len(world.encode(prompt)) for prompt in world.prompts)
     assert metrics["engine/computed/decode"] == lengths.sum() - len(lengths)
@@ -207,6 +208,23 @@ def test_metrics_of_a_step_are_those_of_its_samples(tmp_path: Path) -> None:
     assert sum(metrics[f"engine/seconds/{phase}"] for phase in ("plan", "forward", "sample")) > 0
     # The baseline of the next step: the return of a whole sequence, less the KL that its first action cannot change.
     assert training.baseline.value == pytest.approx((rewards - LAMBDA * kl[:, 1:].sum(1)).mean().item())
+
+
+def test_samples_of_another_policy_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = RecordingWorld()
+    training = world.training({"kl": {"coef": LAMBDA}}, 8, tmp_path)
+    environment, rollout = training.environment, training.environment.rollout
+
+    def elsewhere(*arguments: Any) -> Any:
+        chains = rollout(*arguments)
+        chains[1][0].sample.logprobs[0] -= 0.5
+        return chains
+
+    monkeypatch.setattr(environment, "rollout", elsewhere)
+    metrics = training.step(0)
+    tokens = metrics["sample/length"] * 16
+    assert metrics["sample/logprob_difference_max"] == pytest.approx(0.5, abs=1e-5)
+    assert metrics["sample/logprob_difference"] == pytest.approx(0.5 / tokens, abs=1e-5)
 
 
 def test_the_kl_coefficient_adapts_after_the_step_that_it_priced(tmp_path: Path) -> None:
