@@ -273,14 +273,14 @@ def _triton() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from alignpro_kernels import backends, cpp_head, flash_attention
+    from alignpro_kernels import backends, cpp_library, flash_attention
 
     for name, reason in backends().items():
         if reason is not None:
             again = "python -m alignpro_kernels.build tries again and shows all that was said; until then torch runs"
             yield Finding("Kernels", name, "off", _in_short(reason), again if name == "cpp" else "")
         else:
-            instructions = f", with {cpp_head.instructions()} instructions" if name == "cpp" else ""
+            instructions = f", with {cpp_library.instructions()} instructions" if name == "cpp" else ""
             yield Finding("Kernels", name, "ok", _BACKENDS[name] + instructions)
     reason = flash_attention.unavailable()
     detail = "attention of generation: runs when asked for by name"

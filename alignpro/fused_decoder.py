@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from alignpro.cascade import Cascade
 from alignpro.fused_layers import FusedNorm, become
 from alignpro.packed_linear import PackedLinear, Packing, Panels
-from alignpro_kernels import CascadeLevel, cpp_head
+from alignpro_kernels import CascadeLevel, decoder
 from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def attach(model: nn.Module, packing: Packing | None) -> None:
         model: Without its head, after `fused_layers.attach`.
         packing: Of its linear layers; None leaves the model as it is.
     """
-    if packing is None or isinstance(model, _FusedDecoder) or cpp_head.unavailable() is not None:
+    if packing is None or isinstance(model, _FusedDecoder) or decoder.unavailable() is not None:
         return
     name = type(model).__name__
     try:

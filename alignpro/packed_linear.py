@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alignpro_kernels import cpp_head
+from alignpro_kernels import cpp_library, linear
 from alignpro_kernels.linear import PANEL, pack_weight, packed_linear
 
 logger = logging.getLogger(__name__)
@@ -151,9 +151,9 @@ def _unsuited(size: int) -> str | None:
     """Why weights of so many bytes are better not laid out again."""
     if size > LARGEST:
         return f"{size >> 20} MiB of weights are too many to lay out again"
-    if (reason := cpp_head.unavailable()) is not None:
+    if (reason := linear.unavailable()) is not None:
         return reason
-    if cpp_head.instructions() == "generic":
+    if cpp_library.instructions() == "generic":
         return "the C++ operators are not written for this processor's instructions"
     return None
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from alignpro import doctor
 from alignpro.doctor import Finding, diagnose, print_diagnosis
 from alignpro.prompting import available_meta_prompts
-from alignpro_kernels import backends, cpp_head, flash_attention
+from alignpro_kernels import backends, cpp_library, flash_attention
 
 
 def found(findings: list[Finding], section: str, name: str) -> Finding:
@@ -66,7 +66,7 @@ def test_the_instruction_set_of_the_cpus_kernels_is_named() -> None:
     if (reason := backends()["cpp"]) is not None:
         pytest.skip(reason)
     finding = found(diagnose(), "Kernels", "cpp")
-    assert finding.detail == f"runs on the CPU, with {cpp_head.instructions()} instructions"
+    assert finding.detail == f"runs on the CPU, with {cpp_library.instructions()} instructions"
 
 
 def test_the_engine_runs_and_tells_its_statistics() -> None:

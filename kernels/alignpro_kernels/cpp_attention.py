@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alignpro_kernels import cpp_head
+from alignpro_kernels import cpp_library
 
 if TYPE_CHECKING:
     from alignpro_kernels.attention import CascadeLevel
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @functools.cache
 def unavailable() -> str | None:
     """Why the backend cannot run here, None if it can; builds the library when it is not there yet."""
-    reason = cpp_head.unavailable()  # one library holds the operators of both
+    reason = cpp_library.unavailable()
     if reason is None:
-        _register_fake()
+        _register_fakes()
     return reason
 
 
@@ -79,7 +79,7 @@ def cascade_attention(
     return out
 
 
-def _register_fake() -> None:
+def _register_fakes() -> None:
     """Shapes of the results, for tracing."""
 
     @torch.library.register_fake("alignpro::cascade_attention")

@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from alignpro_kernels.build import BuildError, library
+from alignpro_kernels import cpp_library
 from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
 from alignpro_kernels.types import SampleOutput
 
@@ -24,17 +24,10 @@ _FEWEST_ROWS = 64  # below, W and dW pass through memory more often than a large
 @functools.cache
 def unavailable() -> str | None:
     """Why the backend cannot run here, None if it can; builds the library when it is not there yet."""
-    try:
-        torch.ops.load_library(str(library()))
-    except (BuildError, OSError) as error:
-        return str(error)
-    _register_fakes()
-    return None
-
-
-def instructions() -> str:
-    """The instruction set in use: avx512, avx2 or generic."""
-    return str(torch.ops.alignpro.head_instructions())
+    reason = cpp_library.unavailable()
+    if reason is None:
+        _register_fakes()
+    return reason
 
 
 def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
@@ -174,19 +167,3 @@ def _register_fakes() -> None:
     def _(hidden, *rest):  # type: ignore[no-untyped-def]
         row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         return hidden.new_empty(hidden.shape[0], dtype=torch.int64), row, torch.empty_like(row)
-
-    @torch.library.register_fake("alignpro::pack_weight")
-    def _(weight):  # type: ignore[no-untyped-def]
-        return weight.new_empty((weight.shape[0] + 31) // 32, weight.shape[1], 32)
-
-    @torch.library.register_fake("alignpro::packed_linear")
-    def _(x, packed, bias, outputs):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], outputs)
-
-    @torch.library.register_fake("alignpro::packed_gate")
-    def _(x, gate, up, outputs):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], outputs)
-
-    @torch.library.register_fake("alignpro::decoder_stack")
-    def _(hidden, *rest):  # type: ignore[no-untyped-def]
-        return torch.empty_like(hidden)

@@ -15,11 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignpro_kernels import cpp_library
 from alignpro_kernels.attention import CascadeLevel
 from alignpro_kernels.linear import PANEL
 
 _ROWS_IN_FLIGHT = 512
 """Tokens whose states inside a gated layer are there at a time."""
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the operator cannot be had here, None if it can; builds the library when it is not there yet."""
+    reason = cpp_library.unavailable()
+    if reason is None:
+        _register_fake()
+    return reason
 
 
 @dataclass(frozen=True)
@@ -151,3 +161,11 @@ def decoder_stack(
         scratch,
     )
     return out
+
+
+def _register_fake() -> None:
+    """Shapes of the result, for tracing."""
+
+    @torch.library.register_fake("alignpro::decoder_stack")
+    def _(hidden, *rest):  # type: ignore[no-untyped-def]
+        return torch.empty_like(hidden)

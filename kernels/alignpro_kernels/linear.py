@@ -7,14 +7,25 @@ nothing else changes, so that a row's results are the same bits whatever rows it
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from alignpro_kernels import cpp_head
+from alignpro_kernels import cpp_library
 from alignpro_kernels.backends import BackendError
 
 PANEL = 32
 """Outputs."""
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why these products cannot be had here, None if they can; builds the library when it is not there yet."""
+    reason = cpp_library.unavailable()
+    if reason is None:
+        _register_fakes()
+    return reason
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -35,7 +46,8 @@ def pack_weight(weight: Tensor) -> Tensor:
             f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}: expected (N, K) float32 on the "
             "CPU, not empty"
         )
-    _require_library()
+    if (reason := unavailable()) is not None:
+        raise BackendError(f"pack_weight: {reason}")
     packed: Tensor = torch.ops.alignpro.pack_weight(weight.detach())
     return packed
 
@@ -95,6 +107,17 @@ def _check(x: Tensor, packed: Tensor, outputs: int) -> None:
         )
 
 
-def _require_library() -> None:
-    if (reason := cpp_head.unavailable()) is not None:
-        raise BackendError(f"pack_weight: {reason}")
+def _register_fakes() -> None:
+    """Shapes of the results, for tracing."""
+
+    @torch.library.register_fake("alignpro::pack_weight")
+    def _(weight):  # type: ignore[no-untyped-def]
+        return weight.new_empty((weight.shape[0] + 31) // 32, weight.shape[1], 32)
+
+    @torch.library.register_fake("alignpro::packed_linear")
+    def _(x, packed, bias, outputs):  # type: ignore[no-untyped-def]
+        return x.new_empty(*x.shape[:-1], outputs)
+
+    @torch.library.register_fake("alignpro::packed_gate")
+    def _(x, gate, up, outputs):  # type: ignore[no-untyped-def]
+        return x.new_empty(*x.shape[:-1], outputs)

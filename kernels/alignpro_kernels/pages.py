@@ -155,9 +155,9 @@ def _on_kernels(device: str) -> bool:
 def _unavailable(device: str) -> str | None:
     """Why the kernels cannot run, None if they can; builds the library when it is not there yet."""
     if device == "cpu":
-        from alignpro_kernels import cpp_head  # here, since torch's builder is slow to import
+        from alignpro_kernels import cpp_library  # here, since torch's builder is slow to import
 
-        return cpp_head.unavailable()
+        return cpp_library.unavailable()
     if device != "cuda":
         return f"the kernels run on a GPU, and the pages are on the {device}"
     if torch.version.cuda is None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from alignpro_kernels import CascadeLevel, backends
+from alignpro_kernels import CascadeLevel, backends, linear
 from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
+from alignpro_kernels.decoder import unavailable as decoder_unavailable
 from alignpro_kernels.linear import pack_weight, packed_gate, packed_linear
 
 needs_cpp = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
@@ -112,6 +113,7 @@ def test_what_cannot_be_packed_is_named() -> None:
 
 
 def test_shapes_are_known_to_tracing() -> None:
+    assert linear.unavailable() is None
     with FakeTensorMode() as mode:
         x, weight = (mode.from_tensor(y) for y in (torch.zeros(2, 3, 6), torch.zeros(40, 6)))
         packed = torch.ops.alignpro.pack_weight(weight)
@@ -299,6 +301,15 @@ def test_padding_is_written_nowhere() -> None:
     assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(sequence.pages, before, strict=True))
 
 
+def test_its_shape_is_known_to_tracing() -> None:
+    assert decoder_unavailable() is None
+    decoder = Decoder()
+    sequence, weights = Sequence(decoder, 5), decoder.packed()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert sequence.run(weights, 0, 5).shape == (5, decoder.dim)
+    assert all(pages.isnan().all() for pages in sequence.pages)
+
+
 @pytest.mark.parametrize("name", ["pages", "cos", "slots", "hidden", "weights"])
 def test_arguments_that_do_not_fit_are_named(name: str) -> None:
     decoder = Decoder()
@@ -337,9 +348,9 @@ def test_every_instruction_set(instructions: str) -> None:
     code = """
         import sys
         import pytest
-        from alignpro_kernels import backends, cpp_head
+        from alignpro_kernels import backends, cpp_library
         assert backends()["cpp"] is None
-        if cpp_head.instructions() != sys.argv[1]:
+        if cpp_library.instructions() != sys.argv[1]:
             sys.exit(77)
         sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
     """

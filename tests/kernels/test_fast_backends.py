@@ -233,9 +233,9 @@ def test_every_instruction_set_computes_the_same(instructions: str) -> None:
     )
     code = """if True:
         import sys, pytest
-        from alignpro_kernels import backends, cpp_head
+        from alignpro_kernels import backends, cpp_library
         backends()
-        assert cpp_head.instructions() == sys.argv[1], cpp_head.instructions()
+        assert cpp_library.instructions() == sys.argv[1], cpp_library.instructions()
         sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not torch", *sys.argv[2:]]))
     """
     chosen = "generic" if instructions == "default" else instructions

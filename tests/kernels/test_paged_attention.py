@@ -336,9 +336,9 @@ def test_every_instruction_set(instructions: str) -> None:
     code = """
         import sys
         import pytest
-        from alignpro_kernels import backends, cpp_head
+        from alignpro_kernels import backends, cpp_library
         assert backends()["cpp"] is None
-        if cpp_head.instructions() != sys.argv[1]:
+        if cpp_library.instructions() != sys.argv[1]:
             sys.exit(77)
         sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
     """

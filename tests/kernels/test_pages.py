@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alignpro_kernels import copy_pages, cpp_head, pages, read_kv, write_kv
+from alignpro_kernels import copy_pages, cpp_library, pages, read_kv, write_kv
 from alignpro_kernels.build import BuildError, cuda_library
 
 PAGE_BYTES = 3840
@@ -232,7 +232,7 @@ def test_which_path_writes_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level("INFO", "alignpro_kernels"):
         for _ in range(2):
             write_kv(states, states, layer, torch.tensor([3]))
-    by = "C++" if cpp_head.unavailable() is None else f"PyTorch: {cpp_head.unavailable()}"
+    by = "C++" if cpp_library.unavailable() is None else f"PyTorch: {cpp_library.unavailable()}"
     assert caplog.messages == [f"pages are written by {by}"]
 
 
