@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from fewer_instructions import FEWER, run_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -334,9 +331,8 @@ def test_arguments_that_do_not_fit_are_named(name: str) -> None:
         decoder_stack(**arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("instructions", ["avx512", "avx2", "default"])
-def test_every_instruction_set(instructions: str) -> None:
-    """What there is on this machine; each in a process of its own, since the choice is made once."""
+@pytest.mark.parametrize("instructions", FEWER)
+def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (
         "test_products_of_any_shape",
         "test_products_of_many_rows",
@@ -345,19 +341,4 @@ def test_every_instruction_set(instructions: str) -> None:
         "test_states_are_those_of_plain_layers",
         "test_pieces_of_a_sequence_are_the_whole",
     )
-    code = """
-        import sys
-        import pytest
-        from alignpro_kernels import backends, cpp_library
-        assert backends()["cpp"] is None
-        if cpp_library.instructions() != sys.argv[1]:
-            sys.exit(77)
-        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
-    """
-    chosen = "generic" if instructions == "default" else instructions
-    command = [sys.executable, "-c", textwrap.dedent(code), chosen, *(f"{__file__}::{name}" for name in names)]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": instructions, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"this machine has no {instructions}")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    run_with(instructions, *(f"{__file__}::{name}" for name in names))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from fast_backends import FAST, OPERATORS, need
+from fewer_instructions import FEWER, run_with
 from head_problems import Problem, plain_pytorch, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -218,11 +215,8 @@ def test_samples_are_the_references(backend, rows, vocabulary, temperature, soft
     torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("instructions", ["default", "avx2"])
-def test_every_instruction_set_computes_the_same(instructions: str) -> None:
-    need("cpp")
-    if instructions == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("no AVX2 here")
+@pytest.mark.parametrize("instructions", FEWER)
+def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (
         "test_any_shape_and_any_options[cpp-policy_loss]",
         "test_samples_are_the_references[cpp]",
@@ -231,15 +225,4 @@ def test_every_instruction_set_computes_the_same(instructions: str) -> None:
         "test_adversarial_rows",
         "test_a_token_ruled_out_by_its_bias",
     )
-    code = """if True:
-        import sys, pytest
-        from alignpro_kernels import backends, cpp_library
-        backends()
-        assert cpp_library.instructions() == sys.argv[1], cpp_library.instructions()
-        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not torch", *sys.argv[2:]]))
-    """
-    chosen = "generic" if instructions == "default" else instructions
-    command = [sys.executable, "-c", code, chosen, *(f"{__file__}::{name}" for name in names)]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": instructions}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    run_with(instructions, "-k", "not torch", *(f"{__file__}::{name}" for name in names))

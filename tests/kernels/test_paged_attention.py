@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from attention_problems import DTYPES, LAYOUTS, assert_as_exact_as_plain, in_pages, new_problem, part, plain
+from fewer_instructions import FEWER, run_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -321,10 +318,8 @@ def test_shapes_can_be_traced_and_no_gradient_flows() -> None:
     assert not paged_attention(query.requires_grad_(), *rest, scale=1.0)[0].requires_grad
 
 
-@needs_cpp
-@pytest.mark.parametrize("instructions", ["avx512", "avx2", "default"])
-def test_every_instruction_set(instructions: str) -> None:
-    """What there is on this machine; each in a process of its own, since the choice is made once."""
+@pytest.mark.parametrize("instructions", FEWER)
+def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (
         "test_as_exact_as_plain_attention[cpp]",
         "test_long_sequences_in_several_parts",
@@ -333,19 +328,4 @@ def test_every_instruction_set(instructions: str) -> None:
         "test_a_key_that_a_query_does_not_see_does_not_matter_to_it",
         "test_a_query_that_is_nan_stays_alone",
     )
-    code = """
-        import sys
-        import pytest
-        from alignpro_kernels import backends, cpp_library
-        assert backends()["cpp"] is None
-        if cpp_library.instructions() != sys.argv[1]:
-            sys.exit(77)
-        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
-    """
-    chosen = "generic" if instructions == "default" else instructions
-    command = [sys.executable, "-c", textwrap.dedent(code), chosen, *(f"{__file__}::{name}" for name in names)]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": instructions, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"this machine has no {instructions}")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    run_with(instructions, *(f"{__file__}::{name}" for name in names))

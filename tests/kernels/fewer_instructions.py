@@ -1,0 +1,41 @@
+"""Tests run again with fewer instructions than the processor has, as csrc/cpu runs on older ones.
+
+    python tests/kernels/fewer_instructions.py avx2 tests/kernels/test_decoder.py       within ATEN_CPU_CAPABILITY=avx2
+
+All other tests run with the most that the processor has.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from fast_backends import need
+
+from alignpro_kernels import cpp_library
+
+_CAPABILITY = {"generic": "default", "avx2": "avx2", "avx512": "avx512"}  # by what PyTorch calls it; ascending
+FEWER = ["generic", "avx2"]
+
+
+def run_with(instructions: str, *arguments: str) -> None:
+    """Run pytest with some arguments in a process of its own, since the instruction set is chosen once; it must pass.
+
+    Skips where there is no compiler, or the processor has no more than these instructions.
+    """
+    need("cpp")
+    ranks = list(_CAPABILITY)
+    if ranks.index(instructions) >= ranks.index(here := cpp_library.instructions()):
+        pytest.skip(f"{instructions}: the other tests run with {here}")
+    command = [sys.executable, __file__, instructions, *arguments]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": _CAPABILITY[instructions], "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+if __name__ == "__main__":
+    assert cpp_library.unavailable() is None, cpp_library.unavailable()
+    assert cpp_library.instructions() == sys.argv[1], cpp_library.instructions()
+    raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
