@@ -23,12 +23,6 @@ PARAMS = SamplingParams(max_tokens=20, n=3, stop_token_ids=(0, 1, 2, 3))
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # two layers, two heads of eight, float32
 
 
-@pytest.fixture(scope="module")
-def target() -> LanguageModel:
-    """Of other geometry than the tiny Llama: twice the heads, one layer more."""
-    return tiny_language_model("qwen3", seed=1, num_key_value_heads=4, num_hidden_layers=3)
-
-
 def pool_bytes(pages: int, page_tokens: int = 16) -> int:
     """Memory for that many pages of the tiny Llama."""
     return pages * page_tokens * TOKEN_BYTES

@@ -1,0 +1,100 @@
+"""Faults that are put into runs of the engine, and what must hold after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ragged
+from torch import Tensor
+
+from alignpro.engine import Completion, Engine, SamplingParams, derive_seed
+from alignpro.language_model import LanguageModel
+
+TEMPLATE = ragged(1, 60, shortest=20, longest=20, seed=5)[0]
+PROMPTS = [TEMPLATE + tail for tail in ragged(6, 60, shortest=1, longest=30, seed=6)]
+PARAMS = SamplingParams(max_tokens=14, n=3, stop_token_ids=(0, 1))
+RESPOND = SamplingParams(max_tokens=9, n=2, stop_token_ids=(2, 3), temperature=0.8)
+SEEDS = [derive_seed(7, i) for i in range(len(PROMPTS))]
+PAGE = 16 * 2 * 2 * 2 * 8 * 4  # bytes of the tiny Llama's: two layers, keys and values, two heads of eight, float32
+
+Check = Callable[[Tensor], None]
+"""Looks at the ids of a forward pass, (T,), and may raise."""
+
+
+@contextmanager
+def watched(model: LanguageModel, check: Check) -> Iterator[None]:
+    """Within, every forward pass of a model is looked at first."""
+    embedding = model.causal.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, inputs: check(inputs[0].flatten()))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def probed(models: dict[str, LanguageModel], **options: Any) -> Engine:
+    """An engine that knows its models already, as after its first run."""
+    engine = Engine(models, audit=True, **options)
+    for model in models.values():
+        engine._memory(model.device)
+    return engine
+
+
+def raises_at(*tokens: int) -> Check:
+    """A model that cannot take some tokens."""
+
+    def check(ids: Tensor) -> None:
+        if bad := sorted(set(tokens) & set(ids.tolist())):
+            raise ValueError(f"token {bad[0]} is poison")
+
+    return check
+
+
+def runs_out_above(count: int) -> Check:
+    """A device with memory for a pass of so many tokens."""
+
+    def check(ids: Tensor) -> None:
+        if len(ids) > count:
+            raise torch.OutOfMemoryError(f"no memory for {len(ids)} tokens")
+
+    return check
+
+
+def assert_nothing_is_held(engine: Engine) -> None:
+    for memory in engine._memories.values():
+        assert memory.tree.locked == 0
+        assert memory.pool.free + memory.tree.cached == memory.pool.total
+
+
+def assert_same(one: Completion, other: Completion) -> None:
+    assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
+    assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+
+
+def is_hit(prompt: Sequence[int], free: Completion, bad: Sequence[int]) -> bool:
+    """Whether a sequence has to compute one of some tokens; the last that is drawn never is."""
+    return not set(bad).isdisjoint([*prompt, *free.tokens[:-1]])
+
+
+def assert_failed_alone(
+    groups: list[list[Completion]], free: list[list[Completion]], inputs: Sequence[Sequence[int]], bad: Sequence[int]
+) -> int:
+    """Those that have a bad token have failed, the others are as ever; returns how many have failed."""
+    failed = 0
+    for group, others, prompt in zip(groups, free, inputs, strict=True):
+        for one, other in zip(group, others, strict=True):
+            if is_hit(prompt, other, bad):
+                failed += 1
+                assert (one.tokens, one.logprobs, one.finish_reason) == ([], [], "error")
+                assert f"raised ValueError: token {bad[0]} is poison" in (one.error or "")
+            else:
+                assert_same(one, other)
+    return failed
+
+
+def to_target(i: int, sample: Completion) -> list[int]:
+    return [*TEMPLATE[::-1], *sample.tokens, 2]

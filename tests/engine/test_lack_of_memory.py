@@ -1,0 +1,154 @@
+"""Less memory than there was to be: passes and pools shrink, and what does not fit fails alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from faults import (
+    PAGE,
+    PARAMS,
+    PROMPTS,
+    SEEDS,
+    assert_failed_alone,
+    assert_nothing_is_held,
+    assert_same,
+    is_hit,
+    probed,
+    runs_out_above,
+    watched,
+)
+from torch import Tensor
+
+from alignpro.engine import Completion, Engine
+from alignpro.language_model import LanguageModel
+
+
+@pytest.mark.parametrize("options", [{}, {"pool_bytes": 8 * PAGE}, {"cuda_graphs": "padded"}])
+@pytest.mark.parametrize("room", [1, 5, 40])
+def test_passes_shrink_to_what_memory_allows(
+    llama: LanguageModel,
+    free: list[list[Completion]],
+    caplog: pytest.LogCaptureFixture,
+    room: int,
+    options: dict[str, Any],
+) -> None:
+    engine = probed({"m": llama}, **options)
+    sizes: list[int] = []
+
+    def check(ids: Tensor) -> None:
+        sizes.append(len(ids))
+        runs_out_above(room)(ids)
+
+    with watched(llama, check):
+        groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
+    assert assert_failed_alone(groups, free, PROMPTS, []) == 0
+    assert sum(size > room for size in sizes) <= 10 < len(sizes)  # it is found out once, and not in every tick
+    assert sum("memory has run out" in record.message for record in caplog.records) == 1
+    assert_nothing_is_held(engine)
+
+
+def test_a_sequence_for_which_there_is_no_memory_fails_alone(
+    llama: LanguageModel, free: list[list[Completion]], drawn_by_some: int
+) -> None:
+    sizes: list[int] = []
+
+    def check(ids: Tensor) -> None:
+        sizes.append(len(ids))
+        if drawn_by_some in ids:
+            raise torch.OutOfMemoryError("token is poison")
+
+    engine = probed({"m": llama})
+    with watched(llama, check):
+        groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
+    for group, others, prompt in zip(groups, free, PROMPTS, strict=True):
+        for one, other in zip(group, others, strict=True):
+            if is_hit(prompt, other, [drawn_by_some]):
+                assert "raised OutOfMemoryError: token is poison" in (one.error or "")
+            else:
+                assert_same(one, other)
+    assert max(sizes[-5:]) > 1  # and the passes of the others do not shrink for it
+    assert_nothing_is_held(engine)
+
+
+class TestPool:
+    """A device that has less memory than the pool was to have."""
+
+    @staticmethod
+    def engine(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, pages: int) -> Engine:
+        engine = Engine({"m": model}, audit=True)
+        pool = engine._memory(model.device).pool
+        take = pool.take
+
+        def limited(count: int) -> None:
+            if count > pages:
+                raise torch.OutOfMemoryError("no memory for the arena")
+            take(count)
+
+        monkeypatch.setattr(pool, "take", limited)
+        return engine
+
+    @pytest.mark.parametrize("pages", [8, 20])
+    def test_it_takes_what_there_is(
+        self,
+        llama: LanguageModel,
+        free: list[list[Completion]],
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        pages: int,
+    ) -> None:
+        engine = self.engine(llama, monkeypatch, pages)
+        groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
+        assert assert_failed_alone(groups, free, PROMPTS, []) == 0
+        (memory,) = engine._memories.values()
+        assert pages // 2 <= memory.pool.total <= pages
+        assert sum("has memory for" in record.message for record in caplog.records) == 1
+        assert_nothing_is_held(engine)
+
+    @pytest.mark.parametrize("pages", [0, 1, 2, 3, 4])
+    def test_it_fails_what_does_not_fit(
+        self, llama: LanguageModel, free: list[list[Completion]], monkeypatch: pytest.MonkeyPatch, pages: int
+    ) -> None:
+        engine = self.engine(llama, monkeypatch, pages)
+        groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
+        for group, others, prompt in zip(groups, free, PROMPTS, strict=True):
+            for one, other in zip(group, others, strict=True):
+                needed = -(-len(prompt) // 16) + -(-(len(other.tokens) - 1) // 16)
+                if one.error is None:
+                    assert_same(one, other)
+                    assert needed <= pages
+                else:
+                    assert f"only {engine._memories[llama.device].pool.total} pages" in one.error
+                    assert needed > pages // 2
+        assert_nothing_is_held(engine)
+        monkeypatch.undo()  # there is memory again
+        assert assert_failed_alone(engine.generate("m", PROMPTS, PARAMS, SEEDS), free, PROMPTS, []) == 0
+
+    def test_what_was_given_back_and_cannot_be_had_again_grows_as_it_is_needed(
+        self, llama: LanguageModel, free: list[list[Completion]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = probed({"m": llama})
+        engine.generate("m", PROMPTS, PARAMS, SEEDS)
+        (memory,) = engine._memories.values()
+        engine.release(keep=["m"])
+        pool, take = memory.pool, memory.pool.take
+        kept = pool.total - pool.free
+
+        def limited(count: int) -> None:
+            if count > 2 * kept:
+                raise torch.OutOfMemoryError("no memory for the arena")
+            take(count)
+
+        monkeypatch.setattr(pool, "take", limited)
+        groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
+        assert assert_failed_alone(groups, free, PROMPTS, []) == 0
+        assert_nothing_is_held(engine)
+
+    def test_a_pool_beyond_all_memory_is_taken_as_it_is_needed(
+        self, llama: LanguageModel, free: list[list[Completion]]
+    ) -> None:
+        engine = Engine({"m": llama}, pool_bytes=1 << 56, audit=True)
+        groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
+        assert assert_failed_alone(groups, free, PROMPTS, []) == 0
+        assert_nothing_is_held(engine)

@@ -1,0 +1,92 @@
+"""Faults of several kinds in one run, at random."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from faults import (
+    PAGE,
+    PARAMS,
+    PROMPTS,
+    RESPOND,
+    SEEDS,
+    assert_nothing_is_held,
+    assert_same,
+    is_hit,
+    probed,
+    raises_at,
+    runs_out_above,
+    to_target,
+    watched,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from alignpro.engine import Engine
+from alignpro.language_model import LanguageModel
+
+
+@given(
+    pages=st.integers(8, 24),
+    budget=st.sampled_from([3, 20, 4096]),
+    max_batch=st.integers(1, 9),
+    shapes=st.sampled_from([None, "padded"]),
+    bad=st.sets(st.integers(10, 90), max_size=2),
+    room=st.sampled_from([2, 9, 4096]),
+    hiccups=st.sets(st.integers(0, 60), max_size=3),
+    chosen=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+)
+@settings(max_examples=10)
+def test_random_faults(
+    llama: LanguageModel,
+    target: LanguageModel,
+    pages: int,
+    budget: int,
+    max_batch: int,
+    shapes: Any,
+    bad: set[int],
+    room: int,
+    hiccups: set[int],
+    chosen: list[int],
+) -> None:
+    """Tokens that raise in either stage, too little memory, and passes that raise now and then."""
+    models = {"policy": llama, "target": target}
+    inputs = [PROMPTS[i] for i in chosen]
+    settings: Any = {
+        "rewrite": PARAMS,
+        "to_target": to_target,
+        "respond": RESPOND,
+        "seeds": [SEEDS[i] for i in chosen],
+    }
+    free = Engine(models).run_chains(inputs, **settings)
+    engine = probed(models, pool_bytes=3 * pages * PAGE, token_budget=budget, max_batch=max_batch, cuda_graphs=shapes)
+    passes = iter(range(100_000))
+
+    def check(ids: Tensor) -> None:
+        if next(passes) in hiccups:
+            raise OSError("a hiccup")
+        runs_out_above(room)(ids)
+        raises_at(*bad)(ids)
+
+    with watched(models["policy"], check), watched(models["target"], check):
+        chains = engine.run_chains(inputs, **settings)
+    assert_nothing_is_held(engine)
+    for group, others, prompt in zip(chains, free, inputs, strict=True):
+        for chain, other in zip(group, others, strict=True):
+            pairs = [(prompt, chain.sample, other.sample)]
+            if chain.sample.error is None:
+                pairs += [(other.target_tokens, *pair) for pair in zip(chain.responses, other.responses, strict=True)]
+            for tokens, one, expected in pairs:
+                if one.error is None:
+                    assert_same(one, expected)
+                    assert not is_hit(tokens, expected, sorted(bad))
+                elif "poison" in one.error:
+                    assert is_hit(tokens, expected, sorted(bad))
+                else:
+                    assert hiccups and "OSError: a hiccup" in one.error
+    again = engine.run_chains(inputs, **settings)
+    for group, others in zip(again, free, strict=True):
+        for chain, other in zip(group, others, strict=True):
+            for one, expected in zip([chain.sample, *chain.responses], [other.sample, *other.responses], strict=True):
+                assert_same(one, expected)
