@@ -1,23 +1,4 @@
 #if defined(__x86_64__)
-// Standard headers first, outside the target: what they inline is shared with code that must run on any machine.
-#include <immintrin.h>
-
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
 #include "isa_avx2.h"
 #include "attention_impl.h"
 
@@ -25,9 +6,5 @@ namespace alignpro {
 extern const AttentionKernels attention_kernels_avx2 = {scratch, attend, merge, widen};
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "isa_end.h"
 #endif

@@ -1,7 +1,14 @@
-// Eight lanes of AVX2, FMA and F16C.
+// Eight lanes of AVX2, FMA and F16C. What follows is compiled for these, up to isa_end.h.
 #pragma once
 
-#include <immintrin.h>
+#include "outside_target.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
 
 #include "gumbel.h"
 

@@ -1,7 +1,14 @@
-// Sixteen lanes of AVX-512 (F, DQ).
+// Sixteen lanes of AVX-512 (F, DQ). What follows is compiled for these, up to isa_end.h.
 #pragma once
 
-#include <immintrin.h>
+#include "outside_target.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
+#endif
 
 #include "gumbel.h"
 

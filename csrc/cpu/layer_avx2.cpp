@@ -1,19 +1,4 @@
 #if defined(__x86_64__)
-// Standard headers first, outside the target: what they inline is shared with code that must run on any machine.
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstdint>
-#include <limits>
-#include <utility>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
 #include "isa_avx2.h"
 #include "layer_impl.h"
 
@@ -21,9 +6,5 @@ namespace alignpro {
 extern const LayerKernels layer_kernels_avx2 = {multiply<false>, multiply<true>, pack, normalise, rotate, gate};
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "isa_end.h"
 #endif
