@@ -139,7 +139,20 @@ class Plan(Protocol):
         softcap: float | None,
         sliding_window: int | None,
     ) -> Tensor:
-        """Attention of T new tokens in a layer: query (1, H, T, D), key and value (1, H', T, D) → (1, T, H, D)."""
+        """Attention of T new tokens in a layer.
+
+        Args:
+            layer: Number of the layer.
+            query: (1, H, T, D).
+            key: (1, H', T, D), H a multiple of H'.
+            value: As ``key``.
+            scaling: Of the scores; 1/√D when absent.
+            softcap: Scores become softcap · tanh(score / softcap).
+            sliding_window: How many tokens, itself included, a token sees.
+
+        Returns:
+            (1, T, H, D).
+        """
 
 
 def attach(model: PreTrainedModel) -> None:

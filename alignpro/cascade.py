@@ -32,20 +32,7 @@ class Cascade:
         softcap: float | None,
         sliding_window: int | None,
     ) -> Tensor:
-        """Put away the tick's keys and values of a layer, and attend to all that each token sees.
-
-        Args:
-            layer: Number of the layer.
-            query: (1, H, T, D).
-            key: (1, H', T, D), H a multiple of H'.
-            value: As ``key``.
-            scaling: Of the scores; 1/√D when absent.
-            softcap: Scores become softcap · tanh(score / softcap).
-            sliding_window: How many tokens, itself included, a token sees.
-
-        Returns:
-            (1, T, H, D).
-        """
+        """As `alignpro.attention.Plan.attend`: puts keys and values away, and attends to all that each token sees."""
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         pages = self.layers[layer]
         write_kv(keys.contiguous(), values.contiguous(), pages, self.slots)

@@ -104,7 +104,7 @@ class _Recorder:
         return Cascade(pages, positions.long(), [level])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """See `Cascade.attend`."""
+        """As `alignpro.attention.Plan.attend`; notes how it is called."""
         if key.shape != value.shape:
             raise _UnlikeError("its keys and values differ in shape")
         pages = torch.zeros(1, 2, self._tokens, key.shape[1], key.shape[3])
