@@ -38,7 +38,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
             config.rollout.respond,
             responses=config.rollout.responses_per_rewrite,
         )
-        room = policy.model.context_length - config.rollout.rewrite.max_tokens
+        room = _input_room(policy.model, config.rollout.rewrite, "rollout.rewrite")
         prompts = drop_long_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, room)
         )
@@ -72,7 +72,7 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
         template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
         rewards = distribution.frozen("reward")
         environment = ResponseEnvironment(template, build_reward(config.reward, rewards))
-        room = policy.model.context_length - config.rollout.respond.max_tokens
+        room = _input_room(policy.model, config.rollout.respond, "rollout.respond")
         prompts = drop_long_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
         )
@@ -122,6 +122,17 @@ def prompt_environment(
         sampling_params(respond, responses),
         prompting,
     )
+
+
+def _input_room(policy: LanguageModel, sampling: SamplingConfig, key: str) -> int:
+    """Tokens of the policy's context that are left for its input."""
+    room = policy.context_length - sampling.max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"{key}.max_tokens={sampling.max_tokens} leaves no room for a prompt in the policy's context of "
+            f"{policy.context_length} tokens ({policy.name})"
+        )
+    return room
 
 
 def _refuse_merged(path: str) -> None:
