@@ -329,6 +329,7 @@ def _write(
         logger.info("%-16s mean %.4f  [%.4f, %.4f]  variance %.4f", arm.label, arm.mean, *arm.ci95, arm.variance.total)
     if result.gap:
         logger.info("gap recovered    %.3f  [%.3f, %.3f]", result.gap.value, result.gap.low, result.gap.high)
+    logger.info("%s  %s  %s", out / "summary.json", out / "figure.png", out / "report.html")
 
 
 def _curves(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:

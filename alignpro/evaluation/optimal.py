@@ -70,4 +70,5 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
         *(summary[key] for key in ("reference_reward", "resampled_reward", "log_partition", "effective_sample_size")),
         config.candidates,
     )
+    logger.info("%s  %s", out / "rewrites.jsonl", out / "summary.json")
     return summary
