@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu gpu lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed clean
+.PHONY: help setup demo test test-all test-gpu gpu lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed bench-demo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -85,6 +85,9 @@ bench-training: $(STAMP) ## whole training steps, beside TRL's GRPO with the tar
 
 bench-distributed: $(STAMP) ## training steps by DeepSpeed beside one process, and memory beside the plan; ARGS: see --help
 	$(BIN)/python -m benchmarks.distributed $(ARGS)
+
+bench-demo: $(STAMP) ## the demo with five seeds, for README.md's table; ARGS: see --help
+	$(BIN)/python -m benchmarks.demo $(ARGS)
 
 clean: ## remove caches and build products (not VENV, not runs/)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,13 +16,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from alignpro.distributed.zero_config import read_zero_config
 from alignpro.errors import ConfigError
 from alignpro.memory_plan import memory_need
-from benchmarks import environment
+from benchmarks import environment, options
 from benchmarks.distributed.buckets import write_scaled
 from benchmarks.distributed.job import ALONE, Job
 from benchmarks.distributed.launch import LaunchError, launch
@@ -34,15 +33,12 @@ from benchmarks.training.ours import configure
 from benchmarks.training.task import make_task
 from benchmarks.workload import PAPER, QUICK, WORKLOADS, Workload, find_workload, reshape
 
-RESULTS = Path(__file__).parents[1] / "results"
-QUICK_OUT = Path("runs/distributed-quick")
 WIDTH = 120  # where the output is no terminal
 POOL_BYTES = {"cpu": 64 << 20, "cuda": 40 << 30}
 """For keys and values, where memory is measured: so that the plan is of what is there, and not of what may be needed."""
 GPU_SETTINGS = ("rollout.engine.max_batch=1024", "optimizer.micro_batch_size=32")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = options.new_app()
 
 
 @app.command(help=__doc__)
@@ -67,7 +63,7 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 5,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before those.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU, else float32.")] = "auto",
+    dtype: options.Dtype = "auto",
     threads: Annotated[int, typer.Option(min=1, help="Of a process, on the CPU.")] = 1,
     time: Annotated[bool, typer.Option("--time/--no-time", help="Whether to measure time.")] = True,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Whether to measure memory.")] = True,
@@ -75,18 +71,14 @@ def run(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="benchmarks/results/DEVICE/distributed.json.", show_default=False)
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny models and few steps, to see that all works; no valid figures.")
-    ] = False,
+    quick: options.Quick = False,
 ) -> None:
     """See the module."""
     if device not in POOL_BYTES:
         raise typer.BadParameter(f"device {device!r}: take {' or '.join(POOL_BYTES)}")
     on_gpu = device != "cpu"
-    where = torch.device(device)
-    floats = DTYPES.get("bfloat16" if dtype == "auto" and on_gpu else "float32" if dtype == "auto" else dtype)
-    if floats is None:
-        raise typer.BadParameter(f"dtype {dtype!r}: take {' or '.join(DTYPES)}")
+    where = options.find_device(device)
+    floats = options.find_dtype(dtype, where)
     what = _workload(workload, shape or [], quick)
     setups = setup or (["z3", "z3_offload"] if on_gpu else [ALONE, "z2", "z3"])
     count = ranks or (1 if on_gpu else 2)
@@ -97,9 +89,7 @@ def run(
     steps, warmup = (1, 1) if quick else (steps, warmup)
 
     transformers_logging.disable_progress_bar()
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = options.new_console(WIDTH)
     console.print(f"{what.name}: {what.describe()}; {count} ranks, {name}", highlight=False)
     document: dict[str, Any] = {"setups": {}, "memory": {}, "workload": asdict(what) | {"chains": what.chains}}
     with tempfile.TemporaryDirectory(prefix="alignpro-benchmark-") as directory:
@@ -130,7 +120,7 @@ def run(
     described = environment.describe("benchmarks.distributed", where, floats, environment.command_line())
     document["ratios"] = ratios(document["setups"])
     document["run"] = described | {"ranks": count, "threads": threads, "seed": seed, "warmup": warmup, "steps": steps}
-    file = json_file or (QUICK_OUT if quick else RESULTS / environment.slug(where)) / "distributed.json"
+    file = json_file or options.results_folder("distributed", where, quick=quick) / "distributed.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document, indent=1) + "\n")
     print_table(console, document)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tiny_runs import Workshop, read_metrics
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("worker.py")
 
 REWARD = '''
 """Depends on every letter of the response, and on nothing else."""
@@ -65,11 +64,11 @@ def launch(script: Path | str, *arguments: str, ranks: int = 2) -> subprocess.Po
     )
 
 
-def run_cases(directory: Path, cases: Sequence[Sequence[str]], ranks: int = 2) -> None:
+def run_cases(directory: Path, cases: Sequence[Sequence[str]], ranks: int = 2, worker: str = "worker.py") -> None:
     """Run commands of `alignpro` one after another on the same ranks."""
     path = directory / f"cases_{ranks}.json"
     path.write_text(json.dumps([list(case) for case in cases]))
-    process = launch(WORKER, str(path), ranks=ranks)
+    process = launch(Path(__file__).with_name(worker), str(path), ranks=ranks)
     output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output[-6000:]
     assert isinstance(process.args, list)

@@ -1,0 +1,82 @@
+"""python -m benchmarks.demo: the demo with several seeds, each in a process of its own, as its user runs it.
+
+Prints the table that stands in README.md, and writes JSON after every seed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks import environment, options
+
+HEADER = (
+    "| seed | no fine-tuning | SFT prompter | Gibbs, N = 16 | Align-Pro | oracle (RLHF) | gap recovered "
+    "| variance, no fine-tuning → Align-Pro | gap to the oracle ≤ its bound |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
+
+app = options.new_app()
+
+
+@app.command(help=__doc__)
+def run(
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 5,
+    out: Annotated[Path, typer.Option(help="Gets a demo for each seed; a finished one is taken as it is.")] = Path(
+        "runs/bench-demo"
+    ),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="benchmarks/results/DEVICE/demo.json.", show_default=False)
+    ] = None,
+) -> None:
+    """See the module."""
+    where = options.find_device("auto")  # as the demo does
+    file = json_file or options.results_folder("demo", where, quick=False) / "demo.json"
+    document: dict[str, Any] = {
+        "runs": [],
+        "run": environment.describe("benchmarks.demo", where, torch.float32, environment.command_line()),
+    }
+    for seed in range(seeds):
+        summary = out / f"seed_{seed}" / "summary.json"
+        if not summary.exists():
+            command = [sys.executable, "-m", "alignpro", "demo", "--out", str(summary.parent), "--seed", str(seed)]
+            subprocess.run(command, check=True)
+        document["runs"].append({"seed": seed} | json.loads(summary.read_text()))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(document, indent=1) + "\n")
+    typer.echo("\n".join([*HEADER, *rows(document["runs"])]))
+    typer.echo(f"seconds: {', '.join(format(each['seconds'], '.0f') for each in document['runs'])}  {file}")
+
+
+def rows(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of the table below `HEADER`."""
+    return [_row(each) for each in runs]
+
+
+def _row(summary: Mapping[str, Any]) -> str:
+    means = {arm: format(summary[arm]["mean"], ".3f") for arm in ("no_finetuning", "sft_prompter", "gibbs", "oracle")}
+    before, after = summary["no_finetuning"]["variance"], summary["align_pro"]["variance"]
+    bound = f"{summary['bound']['lhs']:.3f} ≤ {summary['bound']['rhs']:.3f}".replace("-", "−")
+    cells = [
+        str(summary["seed"]),
+        means["no_finetuning"],
+        means["sft_prompter"],
+        means["gibbs"],
+        f"**{summary['align_pro']['mean']:.3f}**",
+        means["oracle"],
+        f"{summary['gap_recovered']:.2f}",
+        f"{before:.3f} → {after:.3f}",
+        bound,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    app()
