@@ -319,6 +319,8 @@ def test_rewriting_without_a_finished_run(
         ("eval", {"data": {"source": "none.jsonl"}}, ["none.jsonl"]),
         ("optimal", {"kl_coef": 0}, ["kl_coef", "greater than 0"]),
         ("optimal", {"prompter": {"path": "./none"}}, ["./none", "no such directory"]),
+        ("eval", {"respond": {"max_tokens": 500}}, ["respond.max_tokens=500", "context of 128"]),
+        ("optimal", {"rewrite": {"max_tokens": 500}}, ["rewrite.max_tokens=500", "context of 128"]),
     ],
 )
 def test_bad_input_to_an_evaluation(
