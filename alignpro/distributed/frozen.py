@@ -18,7 +18,7 @@ from alignpro.config import ModelConfig
 from alignpro.distributed.host_turn import host_turn
 from alignpro.distributed.layer_passes import LayerPasses, Turns, layers_of
 from alignpro.distributed.partition import Partition, lots
-from alignpro.distributed.ranks import Ranks
+from alignpro.distributed.ranks import Ranks, lost_ranks
 from alignpro.distributed.sampling import GATHERED_BYTES
 from alignpro.language_model import LanguageModel
 from alignpro.models import resolve_device
@@ -84,8 +84,8 @@ class ShardedModels(FrozenModels):
             self._open()
             try:
                 yield
-            except Exception:
-                if not self._ranks.midway:
+            except Exception as error:
+                if not lost_ranks(error):
                     self._turns.attend_all()  # the others go on, and learn of it afterwards
                 raise
             self._turns.attend_all()

@@ -35,8 +35,13 @@ class Turns:
         return len(self._models)
 
     def wait(self, number: int) -> None:
-        """Come back when it is the turn of a pass of one's own; those of others are attended until then."""
+        """Come back when it is the turn of a pass of one's own; those of others are attended until then.
+
+        Where an own pass has raised, it is finished first: the others are in it.
+        """
         self.ranks.midway = True
+        for model in self._models:
+            model.finish()
         while (chosen := self.ranks.most(number)) != number:
             self._models[chosen - 1].attend()
 
@@ -68,6 +73,8 @@ class LayerPasses:
         self._coming: dist.Work | None = None
         self._next = 0
         """The lot that a pass comes to next."""
+        self._begun = 0
+        """Lots that the pass under way has begun to gather."""
         remaining = list(layers)
         for lot in lots([list(layer.parameters()) for layer in layers], most // 2):
             first, last = remaining[0], remaining[len(lot) - 1]
@@ -100,25 +107,46 @@ class LayerPasses:
             if coming := lot.gather(self._half(number)):
                 coming.wait()
 
+    def finish(self) -> None:
+        """Gather what an own pass that has raised did not come to; nothing is computed. After a whole pass it does nothing."""
+        if not self._begun:
+            return
+        self._arrived()
+        while self._begun < len(self._lots):
+            self._begin(self._begun)
+            self._arrived()
+        for lot in self._lots:
+            lot.vacate()
+        self._begun = 0
+
     def _enter(self, number: int) -> None:
         if number == 0:
             self._turns.wait(self._number)
             self._next = 0
-            self._coming = self._lots[0].gather(self._half(0))
+            self._begin(0)
         if number != self._next:
             raise ModelError(f"model {self._name}: its layers do not run one after another: gather it whole")
-        if self._coming is not None:
-            self._coming.wait()
+        self._arrived()
         self._lots[number].place(self._half(number))
         if number + 1 < len(self._lots):
             # Into the memory of the lot before this one, which has computed: the collective waits for what was begun.
-            self._coming = self._lots[number + 1].gather(self._half(number + 1))
+            self._begin(number + 1)
 
     def _leave(self, number: int) -> None:
         self._lots[number].vacate()
         self._next = number + 1
         if self._next == len(self._lots):
+            self._begun = 0
             self._ranks.midway = False
+
+    def _begin(self, number: int) -> None:
+        self._coming = self._lots[number].gather(self._half(number))
+        self._begun = number + 1
+
+    def _arrived(self) -> None:
+        if self._coming is not None:
+            self._coming.wait()
+            self._coming = None
 
     def _half(self, number: int) -> Tensor:
         assert self._memory is not None  # a pass outside of `open` and `close`

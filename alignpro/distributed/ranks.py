@@ -187,3 +187,8 @@ class Ranks:
     def agreed_on(self, error: BaseException) -> bool:
         """Whether every rank has failed with this, so that all are at the same place and collectives still work."""
         return self.group is None or error is self._agreed or isinstance(error, PeerError)
+
+
+def lost_ranks(error: BaseException) -> bool:
+    """Whether a collective has raised this, since other ranks did not come to it: no other one will succeed."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from alignpro.distributed.board import Board
 from alignpro.distributed.build import use_own_ninja
 from alignpro.distributed.launcher_watch import stop_with_launcher
-from alignpro.distributed.ranks import PeerError, Ranks
+from alignpro.distributed.ranks import PeerError, Ranks, lost_ranks
 from alignpro.errors import AlignProError, ConfigError, Interrupted, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _joining(timeout_seconds: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_of_connection(error):
+        if not lost_ranks(error):
             raise
         problem = (
             f"rank {os.environ['RANK']} has not found the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
@@ -103,15 +103,11 @@ def _joining(timeout_seconds: float) -> Iterator[None]:
         raise PeerError(problem) from error
 
 
-def _is_of_connection(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
 def _describe(error: BaseException, ranks: Ranks, board: Board) -> str:
     """What befell this rank and no other."""
     if isinstance(error, AlignProError):
         return f"rank {ranks.rank}: {error}"
-    if _is_of_connection(error):
+    if lost_ranks(error):
         reason = str(error).splitlines()[0]
         return (
             f"rank {ranks.rank} waited for the others in {ranks.doing}, in vain ({reason}): {board.others()}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from alignpro.distributed.ranks import lost_ranks
 from alignpro.errors import AlignProError
 
 _DEVICE_LOST = ("CUDA error", "HIP error", "Triton Error")
@@ -14,9 +15,10 @@ def ends_run(error: Exception) -> bool:
     """Whether nothing can be computed after an error.
 
     A device that has raised an asynchronous error refuses all work from then on, and nobody can tell whose fault it was.
-    An error of Align-Pro's own says that the engine has been set up wrongly, for all sequences alike.
+    An error of Align-Pro's own says that the engine has been set up wrongly, for all sequences alike. A model whose layers
+    are gathered from other ranks cannot run without them.
     """
-    if isinstance(error, torch.AcceleratorError | AlignProError):
+    if isinstance(error, torch.AcceleratorError | AlignProError) or lost_ranks(error):
         return True
     # Libraries beside PyTorch raise a plain RuntimeError.
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _DEVICE_LOST)

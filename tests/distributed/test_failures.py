@@ -92,14 +92,14 @@ def test_a_killed_rank_ends_the_job_and_resume_goes_on(made: Workshop, tmp_path:
 
 
 @pytest.mark.slow
-def test_an_error_amid_a_pass_in_layers_ends_the_job(tmp_path: Path) -> None:
-    """The other rank waits for a layer that will not come: nothing can be agreed on, and nobody waits for long."""
+def test_a_rank_that_dies_amid_a_pass_in_layers_ends_the_job(tmp_path: Path) -> None:
+    """The other rank waits for a layer that will not come, which is no failure of what it computes."""
     save_tiny("llama", tmp_path / "target", num_hidden_layers=3)
     started = time.monotonic()
-    status, errors, output = ends(launch(Path(__file__).with_name("worker_broken_pass.py"), str(tmp_path / "target")))
+    status, errors, output = ends(launch(Path(__file__).with_name("worker_dying.py"), str(tmp_path / "target")))
     assert status != 0
-    assert len(errors) == 1 and "rank 1, in the start" in errors[0], output[-4000:]
-    assert "RuntimeError: out of order" in output
+    assert len(errors) == 1 and "rank 0 waited for the others in the start, in vain" in errors[0], output[-4000:]
+    assert "sequences have failed" not in output
     assert time.monotonic() - started < 110  # far less than the ranks' patience, which is ten minutes
 
 

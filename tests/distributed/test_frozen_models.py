@@ -88,6 +88,8 @@ def test_shards_give_what_the_whole_gives(tmp_path: Path) -> None:
         assert held[0] == held[1] == pytest.approx(ranks[0][how]["whole"] / 2, rel=0.02)
         assert ranks[0][how]["told"] == "PeerError: rank 1: RuntimeError: the judge is out"
         assert ranks[1][how]["told"] == "RuntimeError: the judge is out"
+        assert ranks[0][how]["broken pass"] == "PeerError: rank 1: RuntimeError: out of order"
+        assert ranks[1][how]["broken pass"] == "RuntimeError: out of order"
 
 
 def test_training_against_frozen_models_in_shards(tmp_path: Path) -> None:

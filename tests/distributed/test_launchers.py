@@ -17,7 +17,7 @@ import pytest
 from launching import ROOT, difference, environment, free_port, workshop
 from tiny_runs import Workshop
 
-STEP = ["run.steps=2", "run.checkpoint_every=2", "run.eval_every=0"]
+STEP = ["run.steps=2", "run.checkpoint_every=2", "run.eval_every=0", "optimizer.learning_rate=0.0005"]
 SCRIPT = str(ROOT / "launch" / "train_prompter.py")
 BIN = Path(sys.executable).parent
 

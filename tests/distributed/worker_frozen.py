@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,29 @@ def run(ranks: Ranks, root: Path, most: int | None) -> dict[str, Any]:
             got.append(sharded.generate(PROMPTS))
     except (PeerError, RuntimeError) as error:
         told = f"{type(error).__name__}: {error}"
+    # A pass of one rank raises in its midst. The engine makes it again; and the next use is as any other.
+    with ranks.together(), models.ready(), broken(sharded.target if ranks.rank == 1 else None):
+        got.append(sharded.generate(PROMPTS[: 1 + ranks.rank]))
+    broken_pass = ""
+    try:
+        with ranks.together(), models.ready(), broken(sharded.reward._model if ranks.rank == 1 else None):
+            got.append(sharded.score(["a", "b"]))
+    except (PeerError, RuntimeError) as error:
+        broken_pass = f"{type(error).__name__}: {error}"
+    with ranks.together(), models.ready():
+        got.append(sharded.score(["a"]))
+    expected = [work(whole) for work in works] + ([whole.generate(PROMPTS)] if ranks.first else [])
+    expected.append(whole.generate(PROMPTS[: 1 + ranks.rank]))
+    expected += ([whole.score(["a", "b"])] if ranks.first else []) + [whole.score(["a"])]
     return {
         "got": got,
-        "expected": [work(whole) for work in works] + ([whole.generate(PROMPTS)] if ranks.first else []),
+        "expected": expected,
         "between": between,
         "held": models.held_bytes,
         "whole": sum(weight.nbytes for pair in (whole.target, whole.reward._model) for weight in pair.parameters()),
         "layers present": max(present),
         "told": told,
+        "broken pass": broken_pass,
     }
 
 
@@ -96,6 +112,25 @@ def most_present(layers: nn.ModuleList) -> list[int]:
     for layer in layers:
         layer.self_attn.register_forward_pre_hook(count)
     return present
+
+
+@contextmanager
+def broken(model: nn.Module | None) -> Iterator[None]:
+    """The second of a model's layers raises in the second pass."""
+    if model is None:
+        yield
+        return
+    layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+    passes = []
+
+    def fail(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == 2:
+            raise RuntimeError("out of order")
+
+    with layers[1].register_forward_pre_hook(fail):
+        yield
+    assert len(passes) >= 2
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a rank of the tests runs: a target in shards, one of whose layers fails on rank 1, in its second pass."""
+"""What a rank of the tests runs: a target in shards, on one of whose layers rank 1 dies, in its second pass."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -14,11 +15,11 @@ from alignpro.models import load_language_model
 passes = 0
 
 
-def fail(*_: Any) -> None:
+def die(*_: Any) -> None:
     global passes
     passes += 1
     if passes == 2:
-        raise RuntimeError("out of order")
+        os._exit(9)
 
 
 if __name__ == "__main__":
@@ -26,6 +27,6 @@ if __name__ == "__main__":
         models = ShardedModels(ranks, 1)
         target = models.load(ModelConfig(path=sys.argv[-1], device="cpu"), load_language_model)
         if ranks.rank == 1:
-            target.causal.base_model.layers[1].register_forward_pre_hook(fail)
+            target.causal.base_model.layers[1].register_forward_pre_hook(die)
         with ranks.together(), models.ready():
             Engine({"target": target}).generate("target", [[5, 6]], SamplingParams(max_tokens=6))
