@@ -37,7 +37,7 @@ from alignpro.plan import plan
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(
-    help="Train a prompter that rewrites prompts so that a frozen target model answers better.",
+    help="Train a small model, the prompter, to rewrite prompts so that a frozen target model answers them better.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,18 +48,25 @@ Arguments = Annotated[
     list[str],
     typer.Argument(
         metavar="CONFIG.yaml|key=value",
-        help="Files and overrides, later ones win: base.yaml mine.yaml run.out=runs/mine optimizer.learning_rate=1e-4. "
-        "--dry-run prints every key with its value.",
+        help="YAML files and overrides, merged from left to right: base.yaml mine.yaml run.out=runs/mine "
+        "optimizer.learning_rate=1e-4. docs/training.md explains the keys.",
         show_default=False,
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in run.out from its newest whole checkpoint.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in run.out from its newest intact checkpoint.")
+]
 At = Annotated[
     int | None,
-    typer.Option(min=0, metavar="STEP", help="With --resume: continue from this step; later checkpoints are removed."),
+    typer.Option(
+        min=0, metavar="STEP", help="With --resume: continue from the checkpoint of this step; later ones are deleted."
+    ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check the configuration, print it and what would run, and stop.")
+    bool,
+    typer.Option(
+        "--dry-run", help="Check the configuration, print every key with its value and what would run, and exit."
+    ),
 ]
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -67,7 +74,11 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 
 @app.command(no_args_is_help=True)
 def sft(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
-    """Fine-tune a prompter on (x, x') pairs, so that ρ_sft exists; or a language model on responses."""
+    """Supervised fine-tuning on rewrites or on responses.
+
+    The data has pairs of prompts and rewrites, for a prompter to start from; or, with task=response, of prompts and
+    responses, for any language model.
+    """
     _train(SFTConfig, "alignpro.training.supervised:SupervisedTraining", arguments, resume, at, dry_run)
 
 
@@ -79,19 +90,26 @@ def reward(arguments: Arguments, resume: Resume = False, at: At = None, dry_run:
 
 @app.command(no_args_is_help=True)
 def train(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
-    """Train the prompter against a frozen target."""
+    """Train a prompter against a frozen target (RL)."""
     _train(TrainConfig, "alignpro.jobs:prompter_training", arguments, resume, at, dry_run)
 
 
 @app.command(no_args_is_help=True)
 def rlhf(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
-    """Fine-tune the target itself on the same reward: the oracle that a prompter is compared with."""
+    """Train the target itself on the same reward, for comparison.
+
+    This is RLHF of the target: the "oracle" of `alignpro eval`.
+    """
     _train(RLHFConfig, "alignpro.jobs:response_training", arguments, resume, at, dry_run)
 
 
 @app.command("eval", no_args_is_help=True)
 def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """Compare prompter, oracle and no fine-tuning on held-out prompts; write summary, figure and report."""
+    """Compare trained models on held-out prompts.
+
+    Arms: no fine-tuning, the prompter before and after training, Gibbs resampling, and RLHF of the target. Writes
+    summary.json, samples.jsonl, figure.png and report.html.
+    """
     config = _configure(EvalConfig, arguments, dry_run)
     if config is not None:
         _load("alignpro.evaluation.evaluate:evaluate")(config)
@@ -99,7 +117,11 @@ def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
 
 @app.command(no_args_is_help=True)
 def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
-    """Training-free: resample N rewrites of the reference with weights exp(R/λ)."""
+    """Resample N rewrites by their reward, without training.
+
+    The weights are exp(R/λ), where R is the reward of the target's answers and λ is kl_coef. Writes rewrites.jsonl and
+    summary.json.
+    """
     config = _configure(OptimalConfig, arguments, dry_run)
     if config is not None:
         _load("alignpro.evaluation.optimal:optimal")(config)
@@ -107,12 +129,14 @@ def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
 
 @app.command(no_args_is_help=True)
 def rewrite(
-    text: Annotated[list[str], typer.Argument(help="Prompts to rewrite.")],
-    run: Annotated[Path, typer.Option(help="Run directory of `alignpro train`.")],
-    n: Annotated[int, typer.Option(min=1, help="Rewrites of each prompt.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    text: Annotated[list[str], typer.Argument(help="Prompts to rewrite, each one argument.")],
+    run: Annotated[Path, typer.Option(help="Run directory of a finished `alignpro train`.")],
+    n: Annotated[int, typer.Option(min=1, help="Rewrites per prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    answer: Annotated[bool, typer.Option("--answer", help="Let the run's target answer each rewrite.")] = False,
+    answer: Annotated[
+        bool, typer.Option("--answer", help="Also load the run's target and let it answer each rewrite.")
+    ] = False,
 ) -> None:
     """Rewrite prompts with a trained prompter."""
     rewriter = _load("alignpro.rewriting:Rewriter.from_run")(run, with_target=answer)
@@ -125,34 +149,41 @@ def rewrite(
 
 @app.command(no_args_is_help=True)
 def demo(
-    out: Annotated[Path, typer.Option(help="Where to write the runs, the summary, the figure and the report.")],
+    out: Annotated[Path, typer.Option(help="Directory for the runs, the summary, the figure and the report.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    zero: Annotated[str, typer.Option(help="Under the deepspeed launcher: deepspeed.config.")] = "z2",
+    zero: Annotated[
+        str, typer.Option(help="Set-up of DeepSpeed, under its launcher: z0, z1, z2, z3, z2_offload or z3_offload.")
+    ] = "z2",
 ) -> None:
-    """Run the whole of Align-Pro on the embedded world: about five minutes on two cores."""
+    """Train and evaluate on a built-in toy task (minutes on a CPU)."""
     _load("alignpro.demo.run:run_demo")(out, seed, zero=zero)
 
 
 @app.command("plan", no_args_is_help=True)
 def memory(
     arguments: Arguments,
-    job: Annotated[str, typer.Option(help="train or rlhf.")] = "train",
-    ranks: Annotated[int, typer.Option(min=1, help="Devices over which the job is spread.")] = 1,
-    gib: Annotated[float | None, typer.Option(min=0, help="Memory of one device, to say what fits.")] = None,
+    job: Annotated[str, typer.Option(help="Which command the configuration is for: train or rlhf.")] = "train",
+    ranks: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
+    gib: Annotated[
+        float | None, typer.Option(min=0, help="Memory of one device in GiB: adds a column that says what fits.")
+    ] = None,
 ) -> None:
-    """Say how much memory a device needs at each ZeRO stage, without loading any weights."""
+    """Estimate memory per device, without loading any weights.
+
+    One row for a single process and for each DeepSpeed set-up; docs/launch.md explains the columns.
+    """
     if job not in ("train", "rlhf"):
-        raise AlignProError(f"--job {job}: is train or rlhf")
+        raise AlignProError(f"--job {job}: expected train or rlhf")
     config = load_config(TrainConfig if job == "train" else RLHFConfig, arguments)
     lines = _load("alignpro.memory_plan:memory_table")(config, ranks, None if gib is None else gib * 2**30)
     typer.echo(
-        f"GiB a rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
+        f"GiB per rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
     )
 
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, which backends run, and why others do not."""
+    """Check the installation: versions, devices, backends."""
     from alignpro.doctor import print_diagnosis  # not by `_load`: it must answer where transformers is broken
 
     print_diagnosis()

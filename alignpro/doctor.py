@@ -35,7 +35,6 @@ _MARKS = {"ok": "[green]✓[/green]", "off": "[dim]–[/dim]", "problem": "[red]
 _EXTRAS = {
     "deepspeed": "ZeRO, over one or several devices",
     "flash-attn": "attention kernels for CUDA",
-    "serving": "the proxy that rewrites prompts in front of a target",
     "wandb": "metrics to Weights & Biases",
     "benchmarks": "the peers that the benchmarks compare with",
     "dev": "tests, lint and types",

@@ -157,7 +157,7 @@ class _Parts:
         head_norms = [modules.get("self_attn.q_norm"), modules.get("self_attn.k_norm")]
         known = {*linear, *norms, *head_norms, None}
         if any(next(m.parameters(recurse=False), None) is not None for m in modules.values() if m not in known):
-            raise _UnlikeError("they have other parts")
+            raise _UnlikeError("they have further weights, such as an adapter's")
         if any(type(m) not in (nn.Linear, PackedLinear) for m in linear):
             raise _UnlikeError("their linear layers have other names or forms")
         query, key, value, out, gate, up, down = (m for m in linear if isinstance(m, nn.Linear))

@@ -38,7 +38,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
             config.rollout.respond,
             responses=config.rollout.responses_per_rewrite,
         )
-        room = policy.model.context_length - config.rollout.rewrite.max_tokens
+        room = input_room(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
         prompts = drop_long_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, room)
         )
@@ -72,7 +72,7 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
         template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
         rewards = distribution.frozen("reward")
         environment = ResponseEnvironment(template, build_reward(config.reward, rewards))
-        room = policy.model.context_length - config.rollout.respond.max_tokens
+        room = input_room(policy.model, config.rollout.respond, "the policy", "rollout.respond")
         prompts = drop_long_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
         )
@@ -109,12 +109,7 @@ def prompt_environment(
     Raises:
         ConfigError: The target's context has no room for a prompt beside the response.
     """
-    room = target.context_length - respond.max_tokens
-    if room < 1:
-        raise ConfigError(
-            f"respond.max_tokens={respond.max_tokens} leaves no room for a prompt in the target's context of "
-            f"{target.context_length} tokens ({target.name})"
-        )
+    room = input_room(target, respond, "the target", "respond")
     return PromptEnvironment(
         PrompterTemplate(prompter.tokenizer, prompting),
         TargetTemplate(target.tokenizer, target_config.chat_template, max_tokens=room, on_empty=prompting.on_empty),
@@ -122,6 +117,27 @@ def prompt_environment(
         sampling_params(respond, responses),
         prompting,
     )
+
+
+def input_room(model: LanguageModel, sampling: SamplingConfig, whose: str, key: str) -> int:
+    """Tokens of a model's context that are left for its input.
+
+    Args:
+        model: The model.
+        sampling: How it is sampled.
+        whose: What messages call the model.
+        key: Where the configuration has ``sampling``.
+
+    Raises:
+        ConfigError: None are left.
+    """
+    room = model.context_length - sampling.max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"{key}.max_tokens={sampling.max_tokens} leaves no room for a prompt in {whose}'s context of "
+            f"{model.context_length} tokens ({model.name})"
+        )
+    return room
 
 
 def _refuse_merged(path: str) -> None:

@@ -84,7 +84,7 @@ class Need:
 
 
 def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: float | None = None) -> list[str]:
-    """Lines of a table: GiB a rank for each set-up that the job can have, and whether it fits.
+    """Lines of a table: GiB per rank for each set-up that the job can have, and whether it fits.
 
     Args:
         config: The job.

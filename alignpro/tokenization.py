@@ -37,6 +37,8 @@ def load_tokenizer(config: ModelConfig, *, require_chat_template: bool = True) -
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises whatever its reader of the file at hand raises
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
+            raise ModelError(f"{name}: no such directory, and it cannot be had from the hub: {reason}") from error
         raise ModelError(f"{name}: cannot load its tokenizer: {reason}; name another in `tokenizer`") from error
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of nothing
         raise ModelError(f"{name}: its tokenizer has no vocabulary; name another in `tokenizer`")

@@ -169,6 +169,17 @@ def test_prompts_longer_than_the_context(
 def test_no_room_for_a_prompt(refused: Refused) -> None:
     refused("train", "rollout.respond.max_tokens=128", says=["respond.max_tokens=128", "context of 128"])
     refused("train", "rollout.rewrite.max_tokens=127", says=["do not fit", "sample fewer tokens"])
+    refused("train", "rollout.rewrite.max_tokens=500", says=["rollout.rewrite.max_tokens=500", "context of 128"])
+    refused("rlhf", "rollout.respond.max_tokens=500", says=["rollout.respond.max_tokens=500", "context of 128"])
+
+
+def test_skipped_rows_are_told(workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "mixed.jsonl"
+    source.write_text((workshop.root / "prompts.jsonl").read_text() + 'no JSON\n{"prompt": ""}\n')
+    assert workshop.run("train", tmp_path / "run", f"data.source={source}", "run.steps=1") == 0
+    assert "24 prompts from 26 rows (0 duplicates, 2 bad rows)" in caplog.text
+    assert f"{source}:25: not valid JSON" in caplog.text
+    assert f"{source}:26: no prompt" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -179,6 +190,7 @@ def test_no_room_for_a_prompt(refused: Refused) -> None:
 )
 def test_a_model_that_is_not_there(refused: Refused, tmp_path: Path, command: str, key: str) -> None:
     refused(command, f"{key}.path={tmp_path}/none", says=[f"{tmp_path}/none", "no such directory"])
+    refused(command, f"{key}.path=some/model", says=["some/model: no such directory, and", "the hub"])
 
 
 @pytest.mark.parametrize(("command", "key"), [("train", "policy"), ("train", "target"), ("reward", "model")])
@@ -307,6 +319,8 @@ def test_rewriting_without_a_finished_run(
         ("eval", {"data": {"source": "none.jsonl"}}, ["none.jsonl"]),
         ("optimal", {"kl_coef": 0}, ["kl_coef", "greater than 0"]),
         ("optimal", {"prompter": {"path": "./none"}}, ["./none", "no such directory"]),
+        ("eval", {"respond": {"max_tokens": 500}}, ["respond.max_tokens=500", "context of 128"]),
+        ("optimal", {"rewrite": {"max_tokens": 500}}, ["rewrite.max_tokens=500", "context of 128"]),
     ],
 )
 def test_bad_input_to_an_evaluation(

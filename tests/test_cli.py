@@ -68,9 +68,10 @@ def test_help_of_a_training_command_says_how_to_configure_resume_and_try(
     for part in (
         f"Usage: alignpro {command} [OPTIONS] {{CONFIG.yaml|key=value}}...",
         "base.yaml mine.yaml run.out=runs/mine optimizer.learning_rate=1e-4",
-        "--dry-run prints every key with its value",
+        "docs/training.md explains the keys",
+        "--dry-run Check the configuration, print every key with its value",
         "--resume Continue the run in run.out",
-        "--at STEP With --resume: continue from this step",
+        "--at STEP With --resume: continue from the checkpoint of this step",
     ):
         assert part in shown
 

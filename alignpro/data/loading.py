@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from alignpro.data.prompt import Prompt
 from alignpro.data.sources import Table, expand_paths, read_table
 from alignpro.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 TEXT_FIELDS = ("rewrite", "response", "chosen", "rejected")
 _SHOWN = 5
-"""Bad rows that an error message quotes."""
+"""Bad rows that a message quotes."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class _Source:
 def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
     """Load the prompts that ``config`` names.
 
+    How many rows were kept, and the first bad ones, are logged.
+
     Two rows are duplicates when their conversation and all required fields are equal: with ``require=("rewrite",)``
     a prompt may come with several rewrites, with ``("chosen", "rejected")`` in several pairs, without it comes once.
 
@@ -71,6 +76,15 @@ def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
     unknown = [field for field in require if field not in TEXT_FIELDS and not field.startswith("metadata.")]
     if unknown:
         raise ValueError(f"require={unknown}: expected {', '.join(TEXT_FIELDS)} or metadata.KEY")
+    data = _load(config, require)
+    if data.report.bad:
+        logger.warning("%s: %s; skipped:\n%s", _names(config), data.report, _quoted(data.report.bad))
+    else:
+        logger.info("%s: %s", _names(config), data.report)
+    return data
+
+
+def _load(config: DataConfig, require: Sequence[str]) -> DataSet:
     prompts: list[Prompt] = []
     seen: set[tuple[str, ...]] = set()
     bad: list[str] = []
@@ -94,9 +108,8 @@ def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
                 return DataSet(prompts, LoadReport(rows, len(prompts), rows - len(prompts) - len(bad), bad))
         _check_paths(source)
     if not prompts:
-        names = config.source if isinstance(config.source, str) else ", ".join(config.source)
         reason = f"all of its {rows} rows are bad:\n{_quoted(bad)}" if bad else "it has no rows"
-        raise DataError(f"data.source {names}: no prompts: {reason}")
+        raise DataError(f"data.source {_names(config)}: no prompts: {reason}")
     return DataSet(prompts, LoadReport(rows, len(prompts), rows - len(prompts) - len(bad), bad))
 
 
@@ -105,6 +118,10 @@ def read_field(prompt: Prompt, field: str) -> Any:
     if field.startswith("metadata."):
         return prompt.metadata.get(field.removeprefix("metadata."))
     return getattr(prompt, field)
+
+
+def _names(config: DataConfig) -> str:
+    return config.source if isinstance(config.source, str) else ", ".join(config.source)
 
 
 def _sources(config: DataConfig) -> Iterator[_Source]:

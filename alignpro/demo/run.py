@@ -66,7 +66,6 @@ def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = 
         _train(rlhf, response_training, ranks)
         logger.info("Evaluation on %d held-out prompts", HELDOUT_PROMPTS)
         ranks.on_first(lambda: _compare(comparison, started))
-    logger.info("%s  %s  %s", out / "summary.json", out / "figure.png", out / "report.html")
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     return summary
 

@@ -22,6 +22,7 @@ from alignpro.evaluation.figure import plot_comparison
 from alignpro.evaluation.report import write_report
 from alignpro.evaluation.statistics import Estimate, gap_recovered
 from alignpro.evaluation.summary import ArmGroup, ArmSummary, BoundSummary, Report, SampleRow, summarize_arm
+from alignpro.jobs import input_room
 from alignpro.models import LanguageModel, load_language_model, load_target
 from alignpro.prompting import PrompterTemplate, drop_long_prompts
 from alignpro.rewards import build_reward
@@ -122,12 +123,12 @@ def evaluation_prompts(
             "to evaluate on all of data.source"
         )
     template = ChatTemplate(target.tokenizer, config.target_model.chat_template)
-    room = target.context_length - config.respond.max_tokens
+    room = input_room(target, config.respond, "the target", "respond")
     prompts = drop_long_prompts(
         prompts, lambda prompt: template.encode(prompt.messages), room, what="the target's input"
     )
     if prompter is not None:
-        room = min(config.prompting.max_prompt_tokens, prompter.context_length - config.rewrite.max_tokens)
+        room = min(config.prompting.max_prompt_tokens, input_room(prompter, config.rewrite, "the prompter", "rewrite"))
         encode = PrompterTemplate(prompter.tokenizer, config.prompting).encode
         prompts = drop_long_prompts(prompts, encode, room)
     return prompts[: config.prompts]
@@ -329,6 +330,7 @@ def _write(
         logger.info("%-16s mean %.4f  [%.4f, %.4f]  variance %.4f", arm.label, arm.mean, *arm.ci95, arm.variance.total)
     if result.gap:
         logger.info("gap recovered    %.3f  [%.3f, %.3f]", result.gap.value, result.gap.low, result.gap.high)
+    logger.info("%s  %s  %s", out / "summary.json", out / "figure.png", out / "report.html")
 
 
 def _curves(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from alignpro.config import OptimalConfig, dump_config
 from alignpro.data import load_prompts
 from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import prepare_directory
+from alignpro.jobs import input_room
 from alignpro.models import load_language_model, load_target
 from alignpro.prompting import PrompterTemplate, drop_long_prompts
 from alignpro.rewards import build_reward
@@ -30,7 +31,7 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
     prompter = load_language_model(config.prompter)
     target = load_target(config.target, prompter)
     template = PrompterTemplate(prompter.tokenizer, config.prompting)
-    room = min(config.prompting.max_prompt_tokens, prompter.context_length - config.rewrite.max_tokens)
+    room = min(config.prompting.max_prompt_tokens, input_room(prompter, config.rewrite, "the prompter", "rewrite"))
     prompts = drop_long_prompts(load_prompts(config.data).prompts, template.encode, room)[: config.prompts]
     sampler = ArmSampler(config, prompts, target, build_reward(config.reward))
     candidates = sampler.rewrites("candidates", prompter, config.candidates)
@@ -70,4 +71,5 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
         *(summary[key] for key in ("reference_reward", "resampled_reward", "log_partition", "effective_sample_size")),
         config.candidates,
     )
+    logger.info("%s  %s", out / "rewrites.jsonl", out / "summary.json")
     return summary

@@ -136,6 +136,7 @@ class Run:
                 if signum and not last:
                     raise Interrupted(signum, self.checkpoints.path(step + 1))
             self._export(task)
+        logger.info("the trained model is in %s", self.out / "model")
 
     def close(self) -> None:
         """Let other processes use the directory."""

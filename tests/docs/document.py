@@ -46,11 +46,15 @@ class Document:
         assert len(fences) == len(self.blocks("python")) + len(self.blocks("sh"))
 
     def check_links(self) -> None:
-        """Files that are linked to, and folders that commands name, are there."""
-        links = re.findall(r"\]\(([^)#:]+)", self.text)
+        """Files and sections that are linked to, and folders that commands name, are there."""
+        links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", self.text)
         assert links
-        for link in links:
-            assert (self.file.parent / link).exists(), link
+        for link, section in links:
+            file = self.file.parent / link if link else self.file
+            assert file.exists(), link
+            if section:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert section in {_anchor(heading) for heading in headings}, f"{link}#{section}"
         for word in "\n".join(code for _, code in self.blocks("sh")).split():
             assert not word.startswith("tests/") or (ROOT / word).exists(), word
 
@@ -58,6 +62,11 @@ class Document:
     def commands(self) -> list[str]:
         """Lines that run a module."""
         return [line for _, code in self.blocks("sh") for line in code.splitlines() if "python -m" in line]
+
+
+def _anchor(heading: str) -> str:
+    """The name by which a link finds a heading, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
 
 
 def check_command(line: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+from typing import Any
 
 import pytest
 from document import ROOT, Document, check_command
@@ -65,3 +67,22 @@ def test_every_call_is_in_the_first_table() -> None:
     table = DOCUMENT.text.split("\n## ")[0]
     calls = {name for name, value in vars(Engine).items() if inspect.isfunction(value) and not name.startswith("_")}
     assert {name for name in re.findall(r"`(\w+)\(", table) if name != "to_target"} == calls
+
+
+def test_figures_are_those_that_were_measured() -> None:
+    def results(name: str) -> Any:
+        return json.loads((ROOT / "benchmarks" / "results" / "cpu" / f"{name}.json").read_text())
+
+    def digits(value: float) -> str:
+        return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+    expected = []
+    for workload in ("paper", "bare"):
+        found = results(f"training_{workload}")
+        ours, peer = (found[name]["chains_per_s"] for name in ("ours", "trl"))
+        expected.append([digits(ours), "", f"{digits(peer)} ({found['ratio']:.1f} ×)"])
+    for case in results("engine")["results"]:
+        ours, peer = case["entrants"]
+        ratio = f"{digits(peer['sequences_per_s'])} ({peer['ours_over_it']:.1f} ×)"
+        expected.append([digits(ours["sequences_per_s"]), ratio, ""])
+    assert [cells[1:] for cells in DOCUMENT.rows("Benchmarks")] == expected

@@ -52,7 +52,6 @@ def test_figures_are_those_that_were_measured(document: Document) -> None:
 
 
 def test_what_it_links_to_and_names_is_there(document: Document) -> None:
-    for link in re.findall(r"\]\(([^)#:]+)", document.text):
-        assert (document.file.parent / link).exists(), link
+    document.check_links()
     for path in re.findall(r"`((?:launch|tests|benchmarks)/[\w./-]+)`", document.text):
         assert "*" in path or (ROOT / path).exists(), path

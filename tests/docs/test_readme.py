@@ -1,14 +1,50 @@
-"""README.md's figures are those that were measured."""
+"""README.md is true: its figures are those that were measured, its example is a configuration, its commands exist."""
 
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
-from document import ROOT
+import yaml
+from document import ROOT, Document
+from typer.main import get_command
 
+from alignpro.cli import app
+from alignpro.config import TrainConfig, validate_config
 from benchmarks.demo import HEADER, rows
+
+DOCUMENT = Document("../README.md")
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / "cpu" / f"{name}.json").read_text())
 
 
 def test_the_demos_table_is_what_was_measured() -> None:
-    measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "demo.json").read_text())
-    assert "\n".join([*HEADER, *rows(measured["runs"])]) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join([*HEADER, *rows(results("demo")["runs"])]) in DOCUMENT.text
+    gaps = [100 * run["gap_recovered"] for run in results("demo")["runs"]]
+    assert f"{min(gaps):.0f} to {max(gaps):.0f} % of what RLHF" in DOCUMENT.text
+
+
+def test_figures_of_benchmarks_are_those_that_were_measured() -> None:
+    shared, bare = (results(f"training_{workload}")["ratio"] for workload in ("paper", "bare"))
+    assert f"{shared:.1f} × its chains/s" in DOCUMENT.text
+    assert f"{bare:.1f} × with neither" in DOCUMENT.text
+    assert f"takes {results('distributed')['ratios']['z2_step_over_alone']:.2f} of the time" in DOCUMENT.text
+
+
+def test_the_example_is_a_configuration() -> None:
+    ((_, block),) = DOCUMENT.blocks("yaml")
+    validate_config(TrainConfig, yaml.safe_load(block))
+
+
+def test_every_command_is_in_the_table() -> None:
+    told = set(re.findall(r"^\| `alignpro (\w+)` \|", DOCUMENT.text, flags=re.MULTILINE))
+    assert told == set(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_links_are_there() -> None:
+    DOCUMENT.check_links()
+    for path in re.findall(r"`((?:alignpro|kernels|launch|tests|csrc|benchmarks)/[\w./-]*)`", DOCUMENT.text):
+        assert (ROOT / path).exists(), path

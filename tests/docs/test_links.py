@@ -1,0 +1,11 @@
+"""Links of the documents that have no test of their own."""
+
+from __future__ import annotations
+
+import pytest
+from document import Document
+
+
+@pytest.mark.parametrize("name", ["data.md", "miniature/README.md", "../CONTRIBUTING.md", "../CHANGELOG.md"])
+def test_links_are_there(name: str) -> None:
+    Document(name).check_links()

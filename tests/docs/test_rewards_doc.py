@@ -1,0 +1,37 @@
+"""docs/rewards.md is true: its code runs, its defaults are the code's, and what it links to is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from document import Document
+
+from alignpro.config import GuardConfig, ModelRewardConfig, RewardConfig, validate_config
+
+DOCUMENT = Document("rewards.md")
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(DOCUMENT.blocks("python")[0][1])  # the function, in the file that the last block names
+    DOCUMENT.run()
+
+
+def test_the_example_is_a_configuration() -> None:
+    validate_config(RewardConfig, yaml.safe_load(DOCUMENT.blocks("yaml")[0][1])["reward"])
+
+
+def test_defaults_and_guards_are_those_of_the_code() -> None:
+    fields = ModelRewardConfig.model_fields
+    for keys, defaults, _ in DOCUMENT.rows("A reward model"):
+        for key, default in zip(keys.replace("`", "").split(", "), defaults.split(", "), strict=True):
+            assert fields[key].default == float(default), key
+    guards = get_args(GuardConfig.model_fields["kind"].annotation)
+    assert [cells[0] for cells in DOCUMENT.rows("Drift guards")] == list(guards)
+
+
+def test_links_are_there() -> None:
+    DOCUMENT.check_links()

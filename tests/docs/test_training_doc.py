@@ -1,0 +1,69 @@
+"""docs/training.md is true: its code runs, its tables are the configuration's and the metrics', and what it names is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from document import Document
+from pydantic import BaseModel
+from tiny_runs import Workshop
+
+from alignpro.config import EvalConfig, TrainConfig, validate_config
+
+DOCUMENT = Document("training.md")
+ELSEWHERE = ("run.out", "data", "target", "reward", "prompting", "deepspeed", "rollout.engine", "rollout.respond")
+"""What other documents explain, or the document explains beside the table."""
+
+
+def settings(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys with their defaults, as the table writes them."""
+    for name, field in kind.model_fields.items():
+        key, default = prefix + name, field.get_default(call_default_factory=True)
+        if key.startswith(ELSEWHERE):
+            continue
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from settings(annotation, f"{key}.")
+        elif isinstance(default, bool):
+            yield key, str(default).lower()
+        elif isinstance(default, tuple):
+            yield key, ", ".join(map(str, default))
+        else:
+            yield key, "" if default is None or field.is_required() else str(default)
+
+
+def test_every_setting_is_in_the_table_with_its_default() -> None:
+    told = {cells[0]: cells[1] for cells in DOCUMENT.rows("Settings")}
+    of_responses = {f"rollout.rewrite.{name}" for name in ("top_k", "top_p", "min_p")}
+    assert told == {key: default for key, default in settings(TrainConfig) if key not in of_responses}
+
+
+def test_python_blocks_run_and_every_metric_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    workshop = Workshop(tmp_path / "models")
+    config = yaml.safe_load((workshop.root / "train.yaml").read_text())
+    config["run"] |= {"out": "runs/mine"}
+    config["reward"]["guards"] = [{"kind": "length_ratio"}]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    DOCUMENT.run()
+    rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
+    told = {name for cells in DOCUMENT.rows("Metrics") for name in re.findall(r"[\w/]+", " ".join(cells))}
+    found = {name for row in rows for name in row if not name.startswith(("engine/", "seconds/"))}
+    assert (
+        found - told - {"step", "reward/score", "reward/guard/length_ratio", "sample/logprob_difference_max"} == set()
+    )
+
+
+def test_the_example_of_an_evaluation_is_one() -> None:
+    ((_, block),) = DOCUMENT.blocks("yaml")
+    validate_config(EvalConfig, yaml.safe_load(block))
+
+
+def test_links_are_there() -> None:
+    DOCUMENT.check_links()
