@@ -131,7 +131,7 @@ def test_a_rank_that_finds_no_others_says_so(rank: str, made: Workshop, tmp_path
 
 @pytest.mark.slow
 def test_a_rank_that_keeps_the_others_waiting_is_named(made: Workshop, tmp_path: Path) -> None:
-    status, errors, output = ends(start(made, tmp_path / "hung", "hang", "deepspeed.timeout_seconds=40"))
+    status, errors, output = ends(start(made, tmp_path / "hung", "hang", "deepspeed.timeout_seconds=40"), 300)
     assert status != 0
     assert len(errors) == 1, output[-4000:]
     assert "rank 0 waited for the others in step 3, reward" in errors[0]
