@@ -65,6 +65,9 @@ class Policy:
         """Both models: every pass over their weights is a forward of it."""
         self.wrapped: nn.Module = self.module
         """What is called for that: the module itself, or what a backend has put around it."""
+        self.splits_prompts = True
+        """Whether what is common to both models may have a pass of its own, where the sequences at hand make that pay. Not,
+        where all ranks must make as many passes."""
         self._reference_id: str | None = None
         # Under an activated LoRA alone, what stands before its invocation is the frozen base model's.
         self._prefix_is_fixed = bool(model.invocation) and all(".lora_" in name for name in self.trainable)
@@ -208,11 +211,13 @@ class Policy:
 
     def _states(self, batch: SequenceBatch) -> Tensor:
         """(N, D), differentiable."""
-        return policy_states(self.model, batch) if self._prefix_is_fixed else self.model.action_states(batch)
+        if self._prefix_is_fixed and self.splits_prompts:
+            return policy_states(self.model, batch)
+        return self.model.action_states(batch)
 
     def _both_states(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """(N, D) of the policy, differentiable, and of the reference."""
-        if self.reference is None and self._prefix_is_fixed:
+        if self.reference is None and self._prefix_is_fixed and self.splits_prompts:
             return policy_and_base_states(self.model, batch)
         states = self._states(batch)
         with torch.no_grad():

@@ -47,6 +47,7 @@ class DeepSpeedDistribution:
         self.ranks = ranks
         self.zero = zero
         self.graphs_last = zero.stage < 3  # from there on hooks want each forward followed by its backward
+        self.equal_passes = zero.stage == 3  # each gathers weights
         self._config = config
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:

@@ -78,6 +78,7 @@ class PolicyTraining:
         distribution = distribution or SingleProcess()
         self.ranks, self._graphs_last = distribution.ranks, distribution.graphs_last
         self.policy, self.environment, self.engine = policy, environment, engine
+        policy.splits_prompts = not distribution.equal_passes
         self._targets, self._rewards = targets or FrozenModels(), rewards or FrozenModels()
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.heldout, self.kept = heldout, kept
@@ -215,7 +216,9 @@ class PolicyTraining:
         parts = [(minibatch, start, stop) for start, stop in self._micro_batches(len(minibatch.batch))]
         missing = self.ranks.most(len(parts)) - len(parts)
         if missing:
-            parts += [(minibatch.without_actions(self.sampling.n), 0, self.sampling.n)] * missing
+            parts += [
+                (minibatch.without_actions(self.sampling.n, self.policy.model.invocation), 0, self.sampling.n)
+            ] * missing
         for minibatch, start, stop in parts:
             batch = minibatch.batch.rows(start, stop)
             width = batch.mask.shape[1]
@@ -340,7 +343,7 @@ class PolicyTraining:
     def _padded(self, parts: list[SequenceBatch]) -> list[SequenceBatch]:
         """The same, and as many without actions behind them as make every rank have as many."""
         missing = self.ranks.most(len(parts)) - len(parts)
-        return parts + [no_actions(1, self.policy.model.device)] * missing
+        return parts + [no_actions(1, self.policy.model.device, self.policy.model.invocation)] * missing
 
     def _share(self, prompts: Sequence[Prompt]) -> list[int]:
         """The indices of the prompts that are this rank's: the tokens to be computed are nearly even."""
