@@ -81,7 +81,7 @@ class Policy:
 
         Raises:
             ModelError: A model cannot be loaded, the adapter does not fit, or model and reference have different
-                vocabularies.
+                vocabularies or soft caps of their logits.
         """
         start = load_trainable(config, seed)
         model = add_adapter(start, config.adapter)
@@ -94,6 +94,11 @@ class Policy:
             raise ModelError(
                 f"reference {reference.name} has {reference.head.weight.shape[0]} vocabulary entries, policy {model.name} "
                 f"has {model.head.weight.shape[0]}: KL needs the same vocabulary"
+            )
+        if reference is not None and reference.head.softcap != model.head.softcap:
+            raise ModelError(
+                f"reference {reference.name} has final_logit_softcapping={reference.head.softcap}, policy {model.name} "
+                f"{model.head.softcap}: their KL is computed in one pass over both heads, which takes one cap"
             )
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
