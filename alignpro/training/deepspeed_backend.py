@@ -25,7 +25,7 @@ from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.language_model import LanguageModel
 from alignpro.policy import Policy
 from alignpro.policy_module import HeadPass
-from alignpro.training.backend import Backend, learning_rate_factor
+from alignpro.training.backend import Backend, follow, learning_rate_factor
 from alignpro.training.durability import PARTIAL
 
 logger = logging.getLogger(__name__)
@@ -193,6 +193,7 @@ class DeepSpeedBackend:
                 state = self._load(converted, name)
         else:
             state = self._load(directory, name)
+        follow(self._schedule)
         self.updates, self._skipped = int(state["updates"]), int(state["skipped"])
 
     def _load(self, directory: Path, name: str) -> dict[str, Any]:

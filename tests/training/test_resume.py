@@ -237,6 +237,18 @@ def test_a_run_can_be_made_longer(workshop: Workshop, finished: Finished, tmp_pa
     assert_same(out, finished("train", constant, "run.steps=6"))
 
 
+def test_a_longer_run_goes_on_with_its_own_learning_rate(
+    workshop: Workshop, finished: Finished, tmp_path: Path
+) -> None:
+    """And not with that at the end of the shorter one, which is 0."""
+    linear, out = ("train", "optimizer.schedule=linear"), tmp_path / "run"
+    shutil.copytree(finished(*linear), out)
+    assert workshop.run(*linear[:1], out, *linear[1:], "run.steps=8", "--resume") == 0
+    rates = [row["learning_rate"] for row in read_metrics(out) if "learning_rate" in row]
+    of_eight = [0.01 * (8 - step) / (8 - 2) for step in range(4, 8)]  # 2 steps warm up
+    assert rates[4:] == pytest.approx(of_eight)
+
+
 def test_the_state_holds_what_no_weight_does(finished: Finished) -> None:
     state = json.loads((finished(*JOBS["adaptive KL"]) / "checkpoints/step_000004/state.json").read_text())
     assert state["step"] == 4
