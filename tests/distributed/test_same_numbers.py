@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from launching import difference, run_cases, workshop
-from tiny_runs import read_metrics
+
+from alignpro.training.metrics import read_rows
 
 STEP = ["rollout.prompts_per_step=5", "run.eval_prompts=3", "optimizer.learning_rate=0.0005", "run.tensorboard=false"]
 """Five prompts on two ranks: unequal shares, unequal numbers of micro-batches."""
@@ -76,7 +77,7 @@ def check(root: Path, cases: dict[str, tuple[str, str, list[str]]], steps: int) 
         metrics, weights = difference(single, root / f"ranks {name}")
         assert metrics < 1e-5, name
         assert weights < 1e-5, name
-        for row in read_metrics(root / f"ranks {name}"):
+        for row in read_rows(root / f"ranks {name}" / "metrics.jsonl"):
             assert row.get("sample/logprob_difference_max", 0.0) < 1e-4, name
 
 

@@ -61,6 +61,15 @@ def test_a_run_resumed_from_a_checkpoint_ends_as_the_undisturbed_one(
     assert_same(out, reference)
 
 
+def test_what_was_cached_before_makes_no_difference(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    """Of prompts that come again, the base model's part is in the undisturbed run's cache, and not in the resumed one's."""
+    size = ("rollout.prompts_per_step=16", "rollout.rewrites_per_prompt=4", "rollout.rewrite.max_tokens=12")
+    job, out = (*JOBS["self mode"][:3], *size, "optimizer.learning_rate=0.02"), tmp_path / "run"
+    shutil.copytree(finished(*job), out)
+    assert workshop.run(job[0], out, *job[1:], "--resume", "--at", "2") == 0
+    assert_same(out, finished(*job))
+
+
 def test_the_runs_compared_here_do_train(finished: Finished) -> None:
     first, last = read_metrics(finished("train"))[0], read_metrics(finished("train"))[-2]
     assert abs(first["kl"]) < 1e-6  # passes with and without gradients round differently
