@@ -53,6 +53,9 @@ class PolicyTraining:
         kept: Models whose cached prompts stay on an accelerator while the policy is updated: those that are frozen.
         targets: Has the target ready for rollouts; it always is when absent.
         rewards: Has the reward models ready to score; likewise.
+
+    Raises:
+        DataError: There is no prompt to learn from, or ranks have different ones.
     """
 
     headline: tuple[str, ...] = ("reward/mean", "kl", "entropy")
@@ -85,6 +88,7 @@ class PolicyTraining:
         self.sampling, self.objective, self.optimizer, self.run = sampling, objective, optimizer, run
         updates = run.steps * objective.epochs * objective.minibatches
         if self.ranks.group is not None:
+            self.stream.check_ranks(self.ranks)
             self.ranks.on_first(policy.reference_id)  # while the weights are whole
         self._reference = distribution.frozen_reference(policy)
         value_model = ValueModel(policy.model) if objective.advantage == "gae" else None
