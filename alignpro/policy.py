@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignpro.config import PolicyConfig
+from alignpro.distributed.ranks import Ranks
 from alignpro.errors import ModelError
 from alignpro.fixed_prefix import policy_and_base_states, policy_states
 from alignpro.models import (
@@ -117,6 +118,22 @@ class Policy:
             weights = (item for item in frozen.named_parameters() if id(item[1]) not in trained)
             self._reference_id = fingerprint(weights)
         return self._reference_id
+
+    def check_ranks(self, ranks: Ranks) -> None:
+        """Make sure that all ranks have loaded the same reference, while its weights are whole: a collective.
+
+        Raises:
+            ModelError: They have not. Training would take rank 0's weights everywhere, and nothing would tell of it.
+        """
+        with ranks.together():
+            mine = self.reference_id()
+        rank = ranks.differing(mine)
+        with ranks.together():
+            if rank is not None:
+                raise ModelError(
+                    f"rank {rank} has loaded another model than rank 0 as policy or reference ({self.model.name}): give every "
+                    "node the same files"
+                )
 
     def token_values(self, batch: SequenceBatch, *, keep_states: bool = False) -> TokenValues:
         """Log-probabilities, exact KL and entropy of every action at the current weights.

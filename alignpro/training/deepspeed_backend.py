@@ -128,6 +128,8 @@ class DeepSpeedBackend:
         if self._replicated:
             self.engine.set_gradient_accumulation_boundary(False)
         self._models = [part for part in module.modules() if isinstance(part, LanguageModel)]
+        for model in self._models:
+            model.weights_changed()  # all have rank 0's now, written past what PyTorch counts as a change
         if zero.stage == 3:
             for model in self._models:
                 model.keep_one_layout()

@@ -56,6 +56,7 @@ class PolicyTraining:
 
     Raises:
         DataError: There is no prompt to learn from, or ranks have different ones.
+        ModelError: Ranks have different references.
     """
 
     headline: tuple[str, ...] = ("reward/mean", "kl", "entropy")
@@ -89,7 +90,7 @@ class PolicyTraining:
         updates = run.steps * objective.epochs * objective.minibatches
         if self.ranks.group is not None:
             self.stream.check_ranks(self.ranks)
-            self.ranks.on_first(policy.reference_id)  # while the weights are whole
+            policy.check_ranks(self.ranks)
         self._reference = distribution.frozen_reference(policy)
         value_model = ValueModel(policy.model) if objective.advantage == "gae" else None
         self.sampled = distribution.sampling_model(policy.model)

@@ -71,11 +71,11 @@ class PromptStream:
         Raises:
             DataError: So it is.
         """
-        first, *others = ranks.exchange(self.fingerprint)
+        rank = ranks.differing(self.fingerprint)
         with ranks.together():
-            if different := [rank for rank, each in enumerate(others, 1) if each != first]:
+            if rank is not None:
                 raise DataError(
-                    f"rank {different[0]} has other training data than rank 0: give every node the same files (data.source) "
+                    f"rank {rank} has other training data than rank 0: give every node the same files (data.source) "
                     "and the same configuration"
                 )
 

@@ -124,6 +124,15 @@ def test_ranks_that_read_other_data_are_told_apart(made: Workshop, tmp_path: Pat
     assert len(errors) == 1 and "rank 1 has other training data than rank 0" in errors[0], output
 
 
+def test_ranks_that_load_other_models_are_told_apart(made: Workshop, tmp_path: Path) -> None:
+    for rank in range(2):
+        save_tiny("qwen2", tmp_path / f"{rank}", num_hidden_layers=1, seed=rank)
+    _, *given = made.arguments("train", tmp_path / "run", f"policy.path={tmp_path}/${{oc.env:RANK}}")
+    status, errors, output = ends(launch(SCRIPT, *given))
+    assert status != 0, output[-4000:]
+    assert len(errors) == 1 and "rank 1 has loaded another model than rank 0" in errors[0], output
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_that_finds_no_others_says_so(rank: str, made: Workshop, tmp_path: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
