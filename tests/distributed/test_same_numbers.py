@@ -40,7 +40,7 @@ MATRIX = {
     "z3 soft prompt": ("train", "z3", SOFT),
     "z2 soft prompt": ("train", "z2", SOFT),
     "z2 self mode": ("train", "z2", [*ACTIVATED, "target=policy"]),
-    "z3 RLHF, an activated LoRA and a critic": ("rlhf", "z3", [*ACTIVATED, *PPO]),
+    "z3 activated LoRA, PPO with a critic": ("train", "z3", [*ACTIVATED, *PPO]),
     "z3 Gibbs": ("train", "z3", GIBBS),
     "z3 LoRA, PPO with a critic": ("rlhf", "z3", [*LORA, *PPO]),
     "z2 by tokens, running baseline": (
