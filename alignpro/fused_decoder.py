@@ -205,12 +205,13 @@ class _Layers:
         head_dim = self._calls[0].pages.shape[-1]
         if any(norm.weight.shape != (head_dim,) for part in parts for norm in part.head_norms or ()):
             raise _UnlikeError("their norms of queries and keys are not of heads")
-        inside = [m for layer in model.layers for m in layer.modules()]
+        inside = [*model.layers.modules(), self._norm]
         self._hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._children = [(m._modules, name, child) for m in inside for name, child in m.named_children()]
+        # Of the model too: an adapter may be put around its embedding alone.
+        self._children = [(m._modules, name, child) for m in (model, *inside) for name, child in m.named_children()]
 
     def changed(self) -> bool:
-        """Whether a layer has got an adapter or a hook, of which the operator knows nothing, or weights that it cannot take."""
+        """Whether a part has got an adapter or a hook, of which the operator knows nothing, or weights that it cannot take."""
         weight = self._norm.weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             return True

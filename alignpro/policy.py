@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignpro.config import PolicyConfig
+from alignpro.distributed.ranks import Ranks
 from alignpro.errors import ModelError
 from alignpro.fixed_prefix import policy_and_base_states, policy_states
 from alignpro.models import (
@@ -65,6 +66,9 @@ class Policy:
         """Both models: every pass over their weights is a forward of it."""
         self.wrapped: nn.Module = self.module
         """What is called for that: the module itself, or what a backend has put around it."""
+        self.splits_prompts = True
+        """Whether what is common to both models may have a pass of its own, where the sequences at hand make that pay. Not,
+        where all ranks must make as many passes."""
         self._reference_id: str | None = None
         # Under an activated LoRA alone, what stands before its invocation is the frozen base model's.
         self._prefix_is_fixed = bool(model.invocation) and all(".lora_" in name for name in self.trainable)
@@ -78,7 +82,7 @@ class Policy:
 
         Raises:
             ModelError: A model cannot be loaded, the adapter does not fit, or model and reference have different
-                vocabularies.
+                vocabularies or soft caps of their logits.
         """
         start = load_trainable(config, seed)
         model = add_adapter(start, config.adapter)
@@ -91,6 +95,11 @@ class Policy:
             raise ModelError(
                 f"reference {reference.name} has {reference.head.weight.shape[0]} vocabulary entries, policy {model.name} "
                 f"has {model.head.weight.shape[0]}: KL needs the same vocabulary"
+            )
+        if reference is not None and reference.head.softcap != model.head.softcap:
+            raise ModelError(
+                f"reference {reference.name} has final_logit_softcapping={reference.head.softcap}, policy {model.name} "
+                f"{model.head.softcap}: their KL is computed in one pass over both heads, which takes one cap"
             )
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -109,6 +118,22 @@ class Policy:
             weights = (item for item in frozen.named_parameters() if id(item[1]) not in trained)
             self._reference_id = fingerprint(weights)
         return self._reference_id
+
+    def check_ranks(self, ranks: Ranks) -> None:
+        """Make sure that all ranks have loaded the same reference, while its weights are whole: a collective.
+
+        Raises:
+            ModelError: They have not. Training would take rank 0's weights everywhere, and nothing would tell of it.
+        """
+        with ranks.together():
+            mine = self.reference_id()
+        rank = ranks.differing(mine)
+        with ranks.together():
+            if rank is not None:
+                raise ModelError(
+                    f"rank {rank} has loaded another model than rank 0 as policy or reference ({self.model.name}): give every "
+                    "node the same files"
+                )
 
     def token_values(self, batch: SequenceBatch, *, keep_states: bool = False) -> TokenValues:
         """Log-probabilities, exact KL and entropy of every action at the current weights.
@@ -208,11 +233,13 @@ class Policy:
 
     def _states(self, batch: SequenceBatch) -> Tensor:
         """(N, D), differentiable."""
-        return policy_states(self.model, batch) if self._prefix_is_fixed else self.model.action_states(batch)
+        if self._prefix_is_fixed and self.splits_prompts:
+            return policy_states(self.model, batch)
+        return self.model.action_states(batch)
 
     def _both_states(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """(N, D) of the policy, differentiable, and of the reference."""
-        if self.reference is None and self._prefix_is_fixed:
+        if self.reference is None and self._prefix_is_fixed and self.splits_prompts:
             return policy_and_base_states(self.model, batch)
         states = self._states(batch)
         with torch.no_grad():

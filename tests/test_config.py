@@ -238,6 +238,8 @@ def test_all_problems_are_told_at_once() -> None:
         ("objective={minibatches: 2}", "objective: policy_gradient is on-policy"),
         ("objective={loss: gibbs, kl: {coef: 0}}", "objective: gibbs regresses on R/λ"),
         ("objective={loss: gibbs, advantage: gae}", "objective: gibbs centres within the group"),
+        ("objective={loss: gibbs, entropy_coef: 0.1}", "objective: gibbs compares whole sequences"),
+        ("objective={loss: gibbs, normalize_by: token}", "objective: gibbs compares whole sequences"),
         ("objective={loss: ppo_clip, minibatches: 17}", "objective.minibatches=17 is more than"),
         ("rollout.rewrite.temperature=0", "rollout.rewrite: the policy is trained on samples"),
         ("rollout.rewrite.top_k=40", "rollout.rewrite: the policy is trained on samples"),

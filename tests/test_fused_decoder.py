@@ -120,9 +120,10 @@ def test_a_hook_on_a_layer_is_called() -> None:
     assert torch.equal(states(model), expected) and called == [1]
 
 
-def test_an_adapter_put_around_the_layers_acts() -> None:
+@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["embed_tokens"]])
+def test_an_adapter_put_around_parts_acts(modules: list[str]) -> None:
     plain, model = plain_and_fused("llama")
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
     found = []
     for each in (plain, model):
         torch.manual_seed(1)

@@ -259,6 +259,13 @@ class TestReference:
         with pytest.raises(ModelError, match=r"262 vocabulary entries, policy .* has 103"):
             Policy.load(config, seed=0)
 
+    def test_with_another_cap_on_its_logits_is_refused(self, model_directory: Directory) -> None:
+        """Both distributions of an exact KL are computed with one."""
+        reference = str(model_directory("gemma2"))
+        config = policy_config(model_directory("llama"), reference=reference, attention="eager")
+        with pytest.raises(ModelError, match=r"has final_logit_softcapping=3.0, policy .* None"):
+            Policy.load(config, seed=0)
+
     @pytest.mark.parametrize("kind", ["full", "lora"])
     def test_of_a_policy_that_starts_from_a_lora_has_it(
         self, kind: str, model_directory: Directory, tmp_path: Path, batch: SequenceBatch

@@ -55,6 +55,11 @@ class ObjectiveConfig(Section):
             raise ValueError("gibbs regresses on R/λ: kl.coef must be positive")
         if self.loss == "gibbs" and self.advantage != "leave_one_out":
             raise ValueError("gibbs centres within the group and takes no advantage: leave `advantage` at its default")
+        if self.loss == "gibbs" and (self.entropy_coef > 0 or self.normalize_by != "sequence"):
+            raise ValueError(
+                "gibbs compares whole sequences of a prompt: it takes no entropy bonus and no mean over tokens: leave "
+                "`entropy_coef` and `normalize_by` at their defaults"
+            )
         return self
 
 

@@ -72,6 +72,11 @@ class Ranks:
         """Whether it is so on any rank."""
         return bool(self.most(int(flag)))
 
+    def differing(self, value: object) -> int | None:
+        """The lowest rank that gives another value than rank 0; None where there is none."""
+        first, *others = self.exchange(value)
+        return next((rank for rank, other in enumerate(others, 1) if other != first), None)
+
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, on the device of this rank's: (n, …) → (Σ n, …)."""
         if self.group is None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from alignpro.config import OptimizerConfig
 from alignpro.errors import CheckpointError, TrainingError
@@ -71,9 +72,7 @@ class TorchBackend:
             weight_decay=config.weight_decay,
             fused=True,  # one pass over a weight and its state, on every device
         )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda update: learning_rate_factor(update, total_updates, config)
-        )
+        self._schedule = LambdaLR(self._optimizer, lambda update: learning_rate_factor(update, total_updates, config))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss.
@@ -151,6 +150,7 @@ class TorchBackend:
         state = torch.load(directory / f"{name}_optimizer.pt", weights_only=True, map_location="cpu")
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+        follow(self._schedule)
         self.updates = state["updates"]
 
     @torch.no_grad()
@@ -173,3 +173,16 @@ def learning_rate_factor(update: int, total: int, config: OptimizerConfig) -> fl
         return 1.0
     progress = min(1.0, (update - config.warmup_steps) / max(1, total - config.warmup_steps))
     return 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def follow(schedule: LambdaLR) -> None:
+    """Let the next update take the rate that a loaded schedule gives it.
+
+    What a checkpoint holds is the rate in the run that made it, whose schedule ended earlier where ``run.steps`` was raised.
+    """
+    rates = [
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates

@@ -25,7 +25,7 @@ from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.language_model import LanguageModel
 from alignpro.policy import Policy
 from alignpro.policy_module import HeadPass
-from alignpro.training.backend import Backend, learning_rate_factor
+from alignpro.training.backend import Backend, follow, learning_rate_factor
 from alignpro.training.durability import PARTIAL
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class DeepSpeedDistribution:
         self.ranks = ranks
         self.zero = zero
         self.graphs_last = zero.stage < 3  # from there on hooks want each forward followed by its backward
+        self.equal_passes = zero.stage == 3  # each gathers weights
         self._config = config
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
@@ -127,6 +128,8 @@ class DeepSpeedBackend:
         if self._replicated:
             self.engine.set_gradient_accumulation_boundary(False)
         self._models = [part for part in module.modules() if isinstance(part, LanguageModel)]
+        for model in self._models:
+            model.weights_changed()  # all have rank 0's now, written past what PyTorch counts as a change
         if zero.stage == 3:
             for model in self._models:
                 model.keep_one_layout()
@@ -192,6 +195,7 @@ class DeepSpeedBackend:
                 state = self._load(converted, name)
         else:
             state = self._load(directory, name)
+        follow(self._schedule)
         self.updates, self._skipped = int(state["updates"]), int(state["skipped"])
 
     def _load(self, directory: Path, name: str) -> dict[str, Any]:

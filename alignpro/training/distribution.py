@@ -25,6 +25,8 @@ class Distribution(Protocol):
     ranks: Ranks
     graphs_last: bool
     """Whether the graph of a pass may wait while other passes run, and its backward be after them."""
+    equal_passes: bool
+    """Whether all ranks must make as many passes over the weights, whatever their sequences are."""
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
         """What loads the frozen models of a role, and has them ready when they are run."""
@@ -45,6 +47,7 @@ class SingleProcess:
     def __init__(self) -> None:
         self.ranks = Ranks()
         self.graphs_last = True
+        self.equal_passes = False
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
         """Whole on their device."""

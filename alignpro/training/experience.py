@@ -50,14 +50,18 @@ class Experience:
             value_targets=None if targets is None else targets[rows],
         )
 
-    def without_actions(self, rows: int) -> Experience:
+    def without_actions(self, rows: int, invocation: Sequence[int]) -> Experience:
         """As many rows in which nothing was done: a pass over them costs next to nothing, and its gradient is zero.
 
         Ranks that shard weights must make as many passes as the one with the most; this is what the others fill up with.
+
+        Args:
+            rows: How many.
+            invocation: Of the policy, as for `no_actions`.
         """
         none = self.returns.new_zeros(rows, 1)
         return Experience(
-            batch=no_actions(rows, self.scores.device),
+            batch=no_actions(rows, self.scores.device, invocation),
             scores=self.scores.new_zeros(rows),
             values=TokenValues(none, none, none, none, self.values.reference_states),
             state_index=torch.zeros_like(none, dtype=torch.int64),
@@ -67,9 +71,15 @@ class Experience:
         )
 
 
-def no_actions(rows: int, device: torch.device) -> SequenceBatch:
-    """Sequences of one prompt token and nothing after it."""
-    return SequenceBatch.build([[0]] * rows, [[]] * rows, device)
+def no_actions(rows: int, device: torch.device, invocation: Sequence[int] = ()) -> SequenceBatch:
+    """Sequences of a prompt as short as can be, and nothing after it.
+
+    Args:
+        rows: How many.
+        device: Where their tensors lie.
+        invocation: Tokens that a prompt must have, for an activated LoRA to act.
+    """
+    return SequenceBatch.build([list(invocation) or [0]] * rows, [[]] * rows, device)
 
 
 def join_values(parts: Sequence[TokenValues], width: int) -> TokenValues:

@@ -20,9 +20,10 @@ from alignpro.training.durability import sync
 
 Metrics = dict[str, float]
 
-OF_EXECUTION = ("seconds/", "engine/")
-"""What metrics begin with that tell how a step was carried out, on which clock and with what left in the engine's cache, and
-not what it did. A run that was interrupted and goes on has others there; all other metrics are the same, bit for bit, on a CPU.
+OF_EXECUTION = ("seconds/", "engine/", "sample/logprob_difference")
+"""What metrics begin with that tell how a step was carried out, on which clock, with what left in the engine's cache and how
+that was rounded, and not what it did. A run that was interrupted and goes on has others there; all other metrics are the
+same, bit for bit, on a CPU.
 """
 
 

@@ -53,6 +53,10 @@ class PolicyTraining:
         kept: Models whose cached prompts stay on an accelerator while the policy is updated: those that are frozen.
         targets: Has the target ready for rollouts; it always is when absent.
         rewards: Has the reward models ready to score; likewise.
+
+    Raises:
+        DataError: There is no prompt to learn from, or ranks have different ones.
+        ModelError: Ranks have different references.
     """
 
     headline: tuple[str, ...] = ("reward/mean", "kl", "entropy")
@@ -78,13 +82,15 @@ class PolicyTraining:
         distribution = distribution or SingleProcess()
         self.ranks, self._graphs_last = distribution.ranks, distribution.graphs_last
         self.policy, self.environment, self.engine = policy, environment, engine
+        policy.splits_prompts = not distribution.equal_passes
         self._targets, self._rewards = targets or FrozenModels(), rewards or FrozenModels()
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.heldout, self.kept = heldout, kept
         self.sampling, self.objective, self.optimizer, self.run = sampling, objective, optimizer, run
         updates = run.steps * objective.epochs * objective.minibatches
         if self.ranks.group is not None:
-            self.ranks.on_first(policy.reference_id)  # while the weights are whole
+            self.stream.check_ranks(self.ranks)
+            policy.check_ranks(self.ranks)
         self._reference = distribution.frozen_reference(policy)
         value_model = ValueModel(policy.model) if objective.advantage == "gae" else None
         self.sampled = distribution.sampling_model(policy.model)
@@ -215,7 +221,9 @@ class PolicyTraining:
         parts = [(minibatch, start, stop) for start, stop in self._micro_batches(len(minibatch.batch))]
         missing = self.ranks.most(len(parts)) - len(parts)
         if missing:
-            parts += [(minibatch.without_actions(self.sampling.n), 0, self.sampling.n)] * missing
+            parts += [
+                (minibatch.without_actions(self.sampling.n, self.policy.model.invocation), 0, self.sampling.n)
+            ] * missing
         for minibatch, start, stop in parts:
             batch = minibatch.batch.rows(start, stop)
             width = batch.mask.shape[1]
@@ -340,7 +348,7 @@ class PolicyTraining:
     def _padded(self, parts: list[SequenceBatch]) -> list[SequenceBatch]:
         """The same, and as many without actions behind them as make every rank have as many."""
         missing = self.ranks.most(len(parts)) - len(parts)
-        return parts + [no_actions(1, self.policy.model.device)] * missing
+        return parts + [no_actions(1, self.policy.model.device, self.policy.model.invocation)] * missing
 
     def _share(self, prompts: Sequence[Prompt]) -> list[int]:
         """The indices of the prompts that are this rank's: the tokens to be computed are nearly even."""

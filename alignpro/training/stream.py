@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from alignpro.data import Prompt
+from alignpro.distributed.ranks import Ranks
 from alignpro.engine import derive_seed
 from alignpro.errors import CheckpointError, DataError
 
@@ -63,6 +64,20 @@ class PromptStream:
                 "the training data is not what this run started with: restore data.source, or start a new run in another "
                 "run.out"
             )
+
+    def check_ranks(self, ranks: Ranks) -> None:
+        """Refuse to share out prompts of which a rank has other ones: a collective.
+
+        Raises:
+            DataError: So it is.
+        """
+        rank = ranks.differing(self.fingerprint)
+        with ranks.together():
+            if rank is not None:
+                raise DataError(
+                    f"rank {rank} has other training data than rank 0: give every node the same files (data.source) "
+                    "and the same configuration"
+                )
 
     def _shuffle(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))

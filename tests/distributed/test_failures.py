@@ -17,6 +17,8 @@ from launching import ROOT, environment, free_port, launch, workshop
 from tiny_models import save_tiny
 from tiny_runs import Workshop, rows, steps_of_checkpoints
 
+from alignpro.demo.world import prompt_records, write_records
+
 SCRIPT = ROOT / "launch" / "train_prompter.py"
 
 BROKEN = '''
@@ -110,6 +112,25 @@ def test_an_error_on_one_rank_is_told_once_and_the_state_is_saved(made: Workshop
     assert status != 0
     assert len(errors) == 1 and errors[0].startswith("error: rank 1:") and "the judge is out" in output
     assert steps_of_checkpoints(out) == [2]
+
+
+def test_ranks_that_read_other_data_are_told_apart(made: Workshop, tmp_path: Path) -> None:
+    """As where a node has an old copy of a file: the ranks would share out prompts that are not the same ones."""
+    for rank in range(2):
+        write_records(tmp_path / f"{rank}.jsonl", prompt_records(24, rank, heldout=False))
+    _, *given = made.arguments("train", tmp_path / "run", f"data.source={tmp_path}/${{oc.env:RANK}}.jsonl")
+    status, errors, output = ends(launch(SCRIPT, *given))
+    assert status != 0, output[-4000:]
+    assert len(errors) == 1 and "rank 1 has other training data than rank 0" in errors[0], output
+
+
+def test_ranks_that_load_other_models_are_told_apart(made: Workshop, tmp_path: Path) -> None:
+    for rank in range(2):
+        save_tiny("qwen2", tmp_path / f"{rank}", num_hidden_layers=1, seed=rank)
+    _, *given = made.arguments("train", tmp_path / "run", f"policy.path={tmp_path}/${{oc.env:RANK}}")
+    status, errors, output = ends(launch(SCRIPT, *given))
+    assert status != 0, output[-4000:]
+    assert len(errors) == 1 and "rank 1 has loaded another model than rank 0" in errors[0], output
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

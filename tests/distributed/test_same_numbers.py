@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from launching import difference, run_cases, workshop
-from tiny_runs import read_metrics
+
+from alignpro.training.metrics import read_rows
 
 STEP = ["rollout.prompts_per_step=5", "run.eval_prompts=3", "optimizer.learning_rate=0.0005", "run.tensorboard=false"]
 """Five prompts on two ranks: unequal shares, unequal numbers of micro-batches."""
 
 LORA = ["policy.adapter.kind=lora", "policy.adapter.rank=4", "policy.adapter.target_modules=[q_proj,down_proj,lm_head]"]
+ACTIVATED = ["policy.adapter.kind=lora", "policy.adapter.rank=4", "policy.adapter.activated=true"]
 SOFT = ["policy.adapter.kind=soft_prompt", "policy.adapter.virtual_tokens=3"]
 PPO = ["objective.loss=ppo_clip", "objective.advantage=gae", "objective.minibatches=3", "optimizer.micro_batch_size=2"]
 GIBBS = ["objective.loss=gibbs"]
@@ -25,6 +27,7 @@ QUICK = {
     "z3 full": ("train", "z3", []),
     "z3 LoRA, on the head too": ("train", "z3", LORA),
     "z3 RLHF, PPO with a critic": ("rlhf", "z3", PPO),
+    "z3 activated LoRA": ("train", "z3", ACTIVATED),
     "z0 RLHF LoRA": ("rlhf", "z0", LORA),
 }
 MATRIX = {
@@ -36,6 +39,8 @@ MATRIX = {
     **{f"{stage} in one pass": ("rlhf", stage, ONE_PASS) for stage in ("z0", "z1", "z2", "z3")},
     "z3 soft prompt": ("train", "z3", SOFT),
     "z2 soft prompt": ("train", "z2", SOFT),
+    "z2 self mode": ("train", "z2", [*ACTIVATED, "target=policy"]),
+    "z3 activated LoRA, PPO with a critic": ("train", "z3", [*ACTIVATED, *PPO]),
     "z3 Gibbs": ("train", "z3", GIBBS),
     "z3 LoRA, PPO with a critic": ("rlhf", "z3", [*LORA, *PPO]),
     "z2 by tokens, running baseline": (
@@ -72,7 +77,7 @@ def check(root: Path, cases: dict[str, tuple[str, str, list[str]]], steps: int) 
         metrics, weights = difference(single, root / f"ranks {name}")
         assert metrics < 1e-5, name
         assert weights < 1e-5, name
-        for row in read_metrics(root / f"ranks {name}"):
+        for row in read_rows(root / f"ranks {name}" / "metrics.jsonl"):
             assert row.get("sample/logprob_difference_max", 0.0) < 1e-4, name
 
 

@@ -61,6 +61,15 @@ def test_a_run_resumed_from_a_checkpoint_ends_as_the_undisturbed_one(
     assert_same(out, reference)
 
 
+def test_what_was_cached_before_makes_no_difference(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    """Of prompts that come again, the base model's part is in the undisturbed run's cache, and not in the resumed one's."""
+    size = ("rollout.prompts_per_step=16", "rollout.rewrites_per_prompt=4", "rollout.rewrite.max_tokens=12")
+    job, out = (*JOBS["self mode"][:3], *size, "optimizer.learning_rate=0.02"), tmp_path / "run"
+    shutil.copytree(finished(*job), out)
+    assert workshop.run(job[0], out, *job[1:], "--resume", "--at", "2") == 0
+    assert_same(out, finished(*job))
+
+
 def test_the_runs_compared_here_do_train(finished: Finished) -> None:
     first, last = read_metrics(finished("train"))[0], read_metrics(finished("train"))[-2]
     assert abs(first["kl"]) < 1e-6  # passes with and without gradients round differently
@@ -235,6 +244,18 @@ def test_a_run_can_be_made_longer(workshop: Workshop, finished: Finished, tmp_pa
     assert workshop.run("train", out, constant, "run.steps=6", "--resume") == 0
     assert read_model(out) != before
     assert_same(out, finished("train", constant, "run.steps=6"))
+
+
+def test_a_longer_run_goes_on_with_its_own_learning_rate(
+    workshop: Workshop, finished: Finished, tmp_path: Path
+) -> None:
+    """And not with that at the end of the shorter one, which is 0."""
+    linear, out = ("train", "optimizer.schedule=linear"), tmp_path / "run"
+    shutil.copytree(finished(*linear), out)
+    assert workshop.run(*linear[:1], out, *linear[1:], "run.steps=8", "--resume") == 0
+    rates = [row["learning_rate"] for row in read_metrics(out) if "learning_rate" in row]
+    of_eight = [0.01 * (8 - step) / (8 - 2) for step in range(4, 8)]  # 2 steps warm up
+    assert rates[4:] == pytest.approx(of_eight)
 
 
 def test_the_state_holds_what_no_weight_does(finished: Finished) -> None:
