@@ -1,10 +1,11 @@
-"""A LoRA that acts on some of the tokens of a forward pass: an activated LoRA, or one beside its base model.
+"""A LoRA that acts on a subset of the tokens of a forward pass: an activated LoRA, or a LoRA that runs with its base model.
 
 An activated LoRA (Greenewald et al., 2025, "Activated LoRA") acts from the last occurrence of its invocation tokens in the
-prompt on. What stands before is computed by the base model, so its keys and values are the base model's, bit for bit.
+prompt onwards. The base model computes the tokens before it, so their keys and values equal the base model's, bit for bit.
 
-peft finds the place for each row of a batch. Here tokens of many sequences lie on one line, so each token is told by
-itself, through peft's own place for kinds of LoRA (`LoraVariant`); peft's forward pass, and what it saves, stay as they are.
+peft locates the invocation in each batch row. Here the tokens of many sequences are packed into one row, so the active
+tokens are listed explicitly, through peft's extension point for LoRA variants (`LoraVariant`). peft's own forward pass and
+its saved files are unchanged.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from alignpro.errors import DataError
 
 
 class ActiveTokens:
-    """The tokens that a LoRA acts on while a forward pass lasts; all layers of a model look here."""
+    """The tokens that a LoRA acts on during a forward pass; one object is shared by all layers of a model."""
 
     def __init__(self) -> None:
         self.rows: Tensor | bool | None = None
-        """(A,) int64, places on the line, all different; True for all tokens, False for none; None leaves it to peft."""
+        """(A,) int64, distinct packed indices; True for all tokens, False for none; None leaves the choice to peft."""
 
     @contextmanager
     def set(self, rows: Tensor | bool) -> Iterator[None]:
-        """Let the LoRA act on these tokens."""
+        """Make the LoRA act on these tokens within the context."""
         before, self.rows = self.rows, rows
         try:
             yield
@@ -40,16 +41,16 @@ class ActiveTokens:
             self.rows = before
 
     def again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint`: a pass that is made again in the backward pass has the tokens of the first one."""
+        """Contexts for `torch.utils.checkpoint`, so that recomputation uses the active tokens of the forward pass."""
         return nullcontext(), nullcontext() if self.rows is None else self.set(self.rows)
 
 
 class TokenLora(ALoraLinearVariant):
-    """How a layer adds its LoRA: to the rows of the active tokens; the others are not touched, and cost nothing.
+    """Adds a layer's LoRA output to the rows of the active tokens; the other rows are unchanged and cost nothing.
 
     Args:
-        active: Says which those are.
-        activated: Whether peft's own forward pass is that of an activated LoRA, and not of a plain one.
+        active: The active tokens.
+        activated: Whether peft's own forward pass is that of an activated LoRA, rather than a plain one.
     """
 
     def __init__(self, active: ActiveTokens, *, activated: bool) -> None:
@@ -58,7 +59,7 @@ class TokenLora(ALoraLinearVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """``result`` with the LoRA's part added: (B, T, out) from x, (B, T, in); B is 1 where rows are given."""
+        """Add the LoRA's output to ``result``: (B, T, out) from x, (B, T, in); B is 1 if rows are given."""
         variant = module.lora_variant[active_adapter]
         assert isinstance(variant, TokenLora)
         rows = variant.active.rows
@@ -72,21 +73,21 @@ class TokenLora(ALoraLinearVariant):
         x = module.lora_dropout[active_adapter](x.to(down.weight.dtype))
         delta: Tensor = up(down(x)) * module.scaling[active_adapter]
         if isinstance(rows, Tensor):
-            # There and back from a wider type leaves the other rows as they are, bit for bit.
+            # Converting to a wider dtype and back leaves the other rows unchanged, bit for bit.
             return result.to(delta.dtype, copy=True).index_add_(1, rows, delta).to(result.dtype)
         return result + delta
 
 
 def invocation_tokens(model: PeftModel) -> tuple[int, ...]:
-    """The tokens from which on a model's adapter acts; none if it is not an activated LoRA."""
+    """Return the invocation tokens of the model's adapter; empty if it is not an activated LoRA."""
     return tuple(getattr(model.active_peft_config, "alora_invocation_tokens", None) or ())
 
 
 def take_over(model: PeftModel) -> ActiveTokens:
-    """Let the model's LoRA act on the tokens that the result says.
+    """Make the model's LoRA act on the tokens that are set in the returned object.
 
     Raises:
-        ValueError: Its adapter is another one, or has parts that cannot act on some tokens only.
+        ValueError: The adapter is not a LoRA, or has parts that cannot be restricted to a subset of the tokens.
     """
     config, name = model.active_peft_config, model.active_adapter
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
@@ -97,8 +98,8 @@ def take_over(model: PeftModel) -> ActiveTokens:
     alone = len(lora) == len(layers) and all(isinstance(each, ALoraLinearVariant | None) for each in variants)
     if not lora or not alone or config.bias != "none":
         raise ValueError(
-            f"its adapter ({config.peft_type.value}) cannot act on some tokens only: that takes one LoRA on linear layers, "
-            "which is all that is trained and of no other kind, such as DoRA"
+            f"its adapter ({config.peft_type.value}) cannot be restricted to a subset of the tokens: this requires a single "
+            "LoRA on linear layers, without trained biases or other trained modules, and not a variant such as DoRA"
         )
     active = ActiveTokens()
     for layer in lora:
@@ -107,16 +108,18 @@ def take_over(model: PeftModel) -> ActiveTokens:
 
 
 def invoked_at(prompt: Sequence[int], invocation: Sequence[int]) -> int:
-    """The place of the first token that an activated LoRA acts on: where its invocation tokens occur last, as in peft.
+    """Return the index of the first token that an activated LoRA acts on.
+
+    As in peft, this is the start of the last occurrence of its invocation tokens.
 
     Raises:
-        DataError: They do not occur in the prompt.
+        DataError: The invocation tokens do not occur in the prompt.
     """
     wanted = tuple(invocation)
     for start in range(len(prompt) - len(wanted), -1, -1):
         if tuple(prompt[start : start + len(wanted)]) == wanted:
             return start
     raise DataError(
-        f"the prompt has no invocation tokens {list(wanted)}, from which on the activated LoRA acts: is it put to the "
-        "model with the chat template that the adapter was made with?"
+        f"the prompt does not contain the invocation tokens {list(wanted)}, from which the activated LoRA acts: is it "
+        "rendered with the chat template that the adapter was trained with?"
     )

@@ -1,15 +1,17 @@
 """Attention over packed sequences that share their prompts, inside unmodified transformers models.
 
-Sequences lie on one line: what all prompts begin with, and then each prompt once, with all that goes on from it behind it:
+All tokens are packed into one row: first the prefix that all prompts share, then each prompt once, followed by its
+continuations:
 
-    m m | x₁ x₁ x₁ | a a a | b b | x₂ x₂ | c c c        x₁, x₂ go on from m; a, b from x₁; c from x₂
+    m m | x₁ x₁ x₁ | a a a | b b | x₂ x₂ | c c c        x₁, x₂ continue m; a, b continue x₁; c continues x₂
 
-A token sees all that it goes on from, and its own part up to itself. Linear layers then work on M + P·(X + K·R) tokens
-for P prompts with K continuations each, and not on P·K·(M + X + R).
+A token attends to the segments that its own segment continues, and causally within its own. Linear layers then process
+M + P·(X + K·R) tokens for P prompts with K continuations each, instead of P·K·(M + X + R).
 
-`attach` puts a function into a model's attention through transformers' `AttentionInterface`. With a `Layout` in the call's
-keyword arguments it attends to packed sequences, with a `Plan` it leaves attention to that, as generation does, whose keys
-and values lie in a pool; with neither it does what the model did before.
+`attach` installs an attention function in a model through transformers' `AttentionInterface`. If the forward call has a
+`Layout` among its keyword arguments, this function computes attention over packed sequences. If it has a `Plan`, it
+delegates to the plan; generation does this, with keys and values in a paged pool. With neither, it calls the model's
+original attention.
 """
 
 from __future__ import annotations
@@ -29,40 +31,40 @@ _PREFIX = "alignpro_"
 
 @dataclass
 class Layout:
-    """Where P prompts and S continuations lie in T packed tokens, padded to X and R for the products of attention.
+    """Where P prompts and S continuations lie in T packed tokens; attention pads them to lengths X and R.
 
-    The first M tokens are what all prompts begin with.
+    The first M tokens are the prefix that all prompts share.
     """
 
     positions: Tensor
-    """(T,) int64: of each token in its sequence."""
+    """(T,) int64: position of each token in its sequence."""
     shared: int
-    """M, which may be 0."""
+    """M, the length of the shared prefix; may be 0."""
     prompt: Tensor
-    """(P, X) int64: tokens of each prompt behind the shared ones; 0 behind its end."""
+    """(P, X) int64: packed indices of each prompt's tokens after the shared prefix; 0 at padding, on the right."""
     prompt_lengths: Tensor
-    """(P,) int64, shared tokens included."""
+    """(P,) int64, shared prefix included."""
     parent: Tensor
-    """(S,) int64: the prompt of each continuation."""
+    """(S,) int64: index of the prompt of each continuation."""
     continuation: Tensor
-    """(S, R) int64: its tokens; 0 behind its end."""
+    """(S, R) int64: packed indices of each continuation's tokens; 0 at padding, on the right."""
     continuation_lengths: Tensor
     """(S,) int64."""
     place: Tensor
-    """(T,) int64: where a token is among the M shared, the P·X of ``prompt`` and the S·R of ``continuation``."""
+    """(T,) int64: index of each token in the padded order, that of ``order``."""
     order: Tensor
-    """(M + P·X + S·R,) int64: shared tokens, ``prompt`` and ``continuation`` behind one another."""
+    """(M + P·X + S·R,) int64: packed indices in padded order: shared prefix, ``prompt``, ``continuation``, flattened."""
     masks: dict[tuple[str, int | None, int], Tensor] = field(default_factory=dict)
-    """Made once a forward pass, by part, window and groups of heads."""
+    """Attention masks, built once per forward pass and shared by the layers."""
 
     @classmethod
     def build(
         cls, prompts: Sequence[int], continuations: Sequence[tuple[int, int]], device: torch.device, shared: int = 0
     ) -> Layout:
-        """The layout of prompts of given lengths, each followed by its continuations, (index of the prompt, length).
+        """Build the layout of prompts of given lengths, each followed by its continuations, (prompt index, length).
 
-        Continuations stand in the order of their prompts. The first ``shared`` tokens of all prompts are the same, and
-        stand before the first alone; the lengths include them, and each prompt has a token more.
+        Continuations are in the order of their prompts. The first ``shared`` tokens are the same in all prompts and are
+        stored once, before the first prompt. The lengths include them, and each prompt has at least one more token.
         """
         X, R = max(prompts) - shared, max((length for _, length in continuations), default=0)
         prompt = torch.zeros(len(prompts), X, dtype=torch.int64)
@@ -95,9 +97,9 @@ class Layout:
         )
 
     def causal_mask(self, before: int, own: int, window: int | None) -> Tensor | None:
-        """(own, before + own) bool, True where one of ``own`` tokens behind others sees another; None for plain causality.
+        """Mask of ``own`` queries over the keys ``before`` them and their own: (own, before + own) bool, True to attend.
 
-        Padding is behind the tokens, so that none of them sees it.
+        None if plain causal attention does. Padding is on the right, so causality hides it from the tokens.
         """
         if before == 0 and (window is None or window >= own):
             return None
@@ -108,7 +110,7 @@ class Layout:
         return self.masks[key]
 
     def continuation_mask(self, window: int | None, groups: int) -> Tensor:
-        """(S, 1, groups·R, M + X + R) bool: what continuations see of their prompts and of themselves."""
+        """Mask of continuations over the keys of their prompts and their own: (S, 1, groups·R, M + X + R) bool."""
         if (key := ("continuation", window, groups)) not in self.masks:
             device = self.prompt.device
             X, R = self.shared + self.prompt.shape[1], self.continuation.shape[1]
@@ -126,7 +128,7 @@ class Layout:
 
 
 class Plan(Protocol):
-    """Attention that keeps keys and values by itself."""
+    """Attention that stores keys and values itself."""
 
     def attend(
         self,
@@ -139,16 +141,16 @@ class Plan(Protocol):
         softcap: float | None,
         sliding_window: int | None,
     ) -> Tensor:
-        """Attention of T new tokens in a layer.
+        """Compute the attention of T new tokens in one layer.
 
         Args:
-            layer: Number of the layer.
+            layer: Index of the layer.
             query: (1, H, T, D).
             key: (1, H', T, D), H a multiple of H'.
             value: As ``key``.
-            scaling: Of the scores; 1/√D when absent.
+            scaling: Scale of the scores; 1/√D if None.
             softcap: Scores become softcap · tanh(score / softcap).
-            sliding_window: How many tokens, itself included, a token sees.
+            sliding_window: Number of tokens, itself included, that a token attends to.
 
         Returns:
             (1, T, H, D).
@@ -156,7 +158,7 @@ class Plan(Protocol):
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Let a model's attention take a `Layout` or a `Plan`; without either it goes on as before.
+    """Make a model's attention accept a `Layout` or a `Plan`; without either it behaves as before.
 
     Raises:
         ValueError: The model's attention does not go through transformers' interface.
@@ -190,7 +192,7 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, None]]:
             return _planned(plan, module, query, key, value, scaling, **options), None
         if layout is not None:
             return packed_attention(query, key, value, layout, scaling=scaling, dropout=dropout, **options), None
-        if base == "eager":  # transformers has it in each model's own file, out of reach of its interface
+        if base == "eager":  # transformers defines it in each model's own file, not in its interface
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
             mask = attention_mask[..., : key.shape[2]] if attention_mask is not None else None
@@ -237,17 +239,17 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Attention of packed tokens.
+    """Compute attention over packed sequences.
 
     Args:
         query: (1, H, T, D).
         key: (1, H', T, D), H a multiple of H'.
         value: As ``key``.
-        layout: Where the sequences lie.
-        scaling: Of the scores; 1/√D when absent.
-        dropout: Of the probabilities.
+        layout: Layout of the sequences.
+        scaling: Scale of the scores; 1/√D if None.
+        dropout: Dropout rate of the attention probabilities.
         softcap: Scores become softcap · tanh(score / softcap).
-        sliding_window: How many tokens, itself included, a token sees.
+        sliding_window: Number of tokens, itself included, that a token attends to.
         s_aux: Attention sinks, which are not supported.
 
     Returns:
@@ -276,7 +278,7 @@ def packed_attention(
     (q_m, q, q_c), (k_m, k, k_c), (v_m, v, v_c) = parts
 
     def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Tokens that see themselves and, of the keys in front of their own, all."""
+        """Causal attention; keys in excess of the queries precede them and are all visible."""
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
         own = query.shape[2]
         mask = layout.causal_mask(key.shape[2] - own, own, sliding_window)
@@ -316,24 +318,24 @@ def attend_continuations(
     sliding_window: int | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of continuations to their prompts and to themselves.
+    """Compute the attention of continuations to their prompts and to themselves.
 
     Args:
         query: (S, H, R, D).
         key: (S, H', R, D), H a multiple of H'.
         value: As ``key``.
-        prompts: Keys and values of the prompts, the shared tokens before them, (P, H', M + X, D) each.
-        layout: Where the sequences lie.
-        scaling: Of the scores; 1/√D when absent.
+        prompts: Keys and values of the prompts, shared prefix included, (P, H', M + X, D) each.
+        layout: Layout of the sequences.
+        scaling: Scale of the scores; 1/√D if None.
         softcap: Scores become softcap · tanh(score / softcap).
-        sliding_window: How many tokens, itself included, a token sees.
-        dropout: Of the probabilities.
+        sliding_window: Number of tokens, itself included, that a token attends to.
+        dropout: Dropout rate of the attention probabilities.
 
     Returns:
         (S, R, H, D), differentiable.
     """
     groups = query.shape[1] // key.shape[1]
-    # Heads that share keys are laid behind one another as queries, so that keys are not repeated.
+    # Fold the query heads that share a key head into the query dimension, so that keys are not repeated.
     folded = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # (S, H', groups·R, D)
     keys, values = (
         torch.cat([before.index_select(0, layout.parent), own], dim=2)
@@ -354,7 +356,7 @@ def attend(
     *,
     causal: bool = False,
 ) -> Tensor:
-    """softmax(scores) · value, (B, H, Q, D); a mask is bool or added to the scores, and replaces causality."""
+    """Compute softmax(scores) · value, (B, H, Q, D). A mask is bool or added to the scores, and overrides ``causal``."""
     if softcap is None:
         return nn.functional.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=causal and mask is None, scale=scaling
@@ -371,15 +373,15 @@ def attend(
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """x[index], where each row is taken once, but for padding: differentiable, ``inverse`` being where each row has gone."""
+    """Return x[index], differentiable. Each row is gathered once, apart from padding; ``inverse`` is its index there."""
     rows: Tensor = _Gather.apply(x, index, inverse)
     return rows
 
 
 class _Gather(torch.autograd.Function):
-    """Rows by index, where each row is taken once, but for padding whose gradient is zero: so backward gathers too.
+    """Gathers rows, each once apart from padding, whose gradient is zero. So the backward pass is a gather too.
 
-    PyTorch's own backward adds row after row.
+    PyTorch's own backward accumulates row by row.
     """
 
     @staticmethod

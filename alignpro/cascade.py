@@ -1,4 +1,4 @@
-"""Attention of tokens to keys and values in a pool, in every layer of a model."""
+"""Attention of tokens to keys and values in a paged pool, in every layer of a model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from alignpro_kernels import CascadeLevel, cascade_attention, write_kv
 
 @dataclass
 class Cascade:
-    """Attention of T tokens over levels of segments, in every layer of a model."""
+    """Cascade attention of T tokens, in every layer of a model."""
 
     layers: Sequence[Tensor]
     """Each layer's pages, (n_pages, 2, page_size, kv_heads, head_dim)."""
     slots: Tensor
-    """(T,) int64: where the tokens' own keys and values go; −1 for nowhere."""
+    """(T,) int64: the slot each token's key and value are written to; −1 to write nothing."""
     levels: Sequence[CascadeLevel]
-    """Depth by depth."""
+    """One per depth of the prefix tree."""
 
     def attend(
         self,
@@ -32,7 +32,7 @@ class Cascade:
         softcap: float | None,
         sliding_window: int | None,
     ) -> Tensor:
-        """As `alignpro.attention.Plan.attend`: puts keys and values away, and attends to all that each token sees."""
+        """See `alignpro.attention.Plan.attend`: write keys and values to the pool, then attend over all levels."""
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         pages = self.layers[layer]
         write_kv(keys.contiguous(), values.contiguous(), pages, self.slots)

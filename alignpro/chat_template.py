@@ -1,9 +1,9 @@
-"""Conversations to tokens and back, through a tokenizer's chat template, such that text stays text.
+"""Converts conversations to tokens and back with a tokenizer's chat template, and keeps special tokens out of user text.
 
-A chat template writes a conversation as one string, in which special tokens mark the turns. A user who writes
-``<|im_end|>`` must not end his turn with it. So every structural token that stands in a message's content is marked
-before the template is applied, the rendered string is cut at the marks, inside the would-be tokens, and the pieces are
-encoded one by one. Text without such strings, nearly all text, is one piece: its ids are those of
+A chat template renders a conversation as one string, in which special tokens delimit the turns. A user who writes
+``<|im_end|>`` must not end the turn with it. So every structural token that occurs in a message's content is marked
+before the template is applied, the rendered string is split at the marks, inside the would-be tokens, and the pieces are
+encoded separately. Text without such strings, which is nearly all text, is one piece: its ids are those of
 ``apply_chat_template(tokenize=True)``.
 """
 
@@ -27,23 +27,23 @@ _MARK = "\ufdd0"  # a noncharacter: Unicode reserves it for a program's own use
 _PROBE = "probe"
 
 _TEMPLATE_VARIABLES: dict[str, Any] = {
-    # Llama 3 writes the day's date into its system turn: a run would not repeat the day after.
+    # Llama 3 writes the current date into its system turn; a fixed date keeps runs reproducible.
     "date_string": "26 Jul 2024",
-    # Qwen 3 and others: a sample is the rewrite (or the response) itself, not the reasoning before it.
+    # Qwen 3 and others: a sample is the rewrite (or the response) itself, without reasoning before it.
     "enable_thinking": False,
 }
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, tokens in and tokens out.
+    """Encodes conversations and decodes samples with a tokenizer's chat template.
 
     Args:
         tokenizer: The model's tokenizer.
-        template: ``plain`` or a Jinja file, as in `ModelConfig.chat_template`; the tokenizer's own when None.
-        stop_token_ids: Ids that end a turn besides those that tokenizer and template tell of.
+        template: ``plain`` or a Jinja file, as in `ModelConfig.chat_template`; the tokenizer's own if None.
+        stop_token_ids: Ids that end a turn, in addition to those of the tokenizer and the template.
 
     Raises:
-        ModelError: There is no template, it refuses a user's and an assistant's turn, or nothing ends a turn.
+        ModelError: There is no template, it refuses a user turn followed by an assistant turn, or no token ends a turn.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class ChatTemplate:
             self._lead, ending = self._probe()
         except TemplateError as error:
             raise ModelError(
-                f"{self.name}: its chat template refuses a user's and an assistant's turn: {error}"
+                f"{self.name}: its chat template refuses a user turn followed by an assistant turn: {error}"
             ) from error
         self.end_token_id = self._end_token(ending)
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.stop_token_ids: tuple[int, ...] = tuple(sorted({self.end_token_id, *eos, *stop_token_ids}))
-        """Any of these ends a turn: the token that the template writes after the assistant's, and the end of text."""
+        """Any of these ends a turn: the token that the template writes after the assistant's text, and the EOS token."""
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """The conversation as ids, followed by what opens the assistant's turn.
+        """Encode a conversation, followed by the generation prompt, which opens the assistant's turn.
 
-        Content cannot produce a structural token: where it contains the text of one, that is encoded as plain text.
+        Content cannot produce a structural token: if it contains the text of one, that is encoded as plain text.
 
         Raises:
             DataError: The template refuses the conversation (a role it does not know, turns that do not alternate).
@@ -91,7 +91,7 @@ class ChatTemplate:
             raise DataError(f"{self.name}: its chat template refuses a conversation of {roles}: {error}") from error
 
     def completion(self, text: str) -> list[int]:
-        """What the model writes after `encode`'s ids in order to say ``text``: its ids and the end of the turn."""
+        """Encode ``text`` as the model's completion of `encode`'s ids: its tokens and the end-of-turn token."""
         return [*self._encode_pieces(self._lead + self._marked(text)), self.end_token_id]
 
     @property
@@ -99,19 +99,19 @@ class ChatTemplate:
         """The ids that open the assistant's turn, at the end of what `encode` returns.
 
         Raises:
-            ModelError: The template writes none, or not as tokens of their own.
+            ModelError: The template writes none, or it merges with the tokens before it.
         """
         question = [Message("user", "x")]
         opened, closed = self.encode(question), self.encode(question, add_generation_prompt=False)
         if len(opened) <= len(closed) or opened[: len(closed)] != closed:
             raise ModelError(
-                f"{self.name}: its chat template opens the assistant's turn with no tokens of its own, with which an "
-                "activated LoRA could begin: name a text that ends every prompt in policy.adapter.invocation"
+                f"{self.name}: its chat template has no generation prompt with tokens of its own, which could invoke an "
+                "activated LoRA: set policy.adapter.invocation to a text that ends every prompt"
             )
         return opened[len(closed) :]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of sampled ids: without special and stop tokens, stripped; broken UTF-8 becomes U+FFFD."""
+        """Decode sampled ids, without special and stop tokens, stripped; invalid UTF-8 becomes U+FFFD."""
         said = [token for token in tokens if token not in self.stop_token_ids]
         text = self.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
@@ -135,7 +135,7 @@ class ChatTemplate:
         return [token for piece in text.split(_MARK) if piece for token in self._encode_text(piece)]
 
     def _marked(self, content: str) -> str:
-        """Content with a mark after the first character of every structural token's text in it."""
+        """Insert a mark after the first character of every structural token's text in ``content``."""
         content = replace_lone_surrogates(content).replace(_MARK, "\ufffd").translate(self._unwritable)
         cuts = [match.start() + 1 for match in self._pattern.finditer(content)]
         pieces = [content[start:end] for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True)]
@@ -144,7 +144,7 @@ class ChatTemplate:
         return _MARK.join(pieces)
 
     def _hides_tokens(self, pieces: Sequence[str]) -> bool:
-        """Whether normalisation (NFKC, lower case) makes a structural token of text that did not look like one."""
+        """Whether normalisation (NFKC, lower case) turns text that did not look like a structural token into one."""
         if not self._normalized:
             return False
         forbidden = self._structural.keys() - {self.tokenizer.unk_token_id}
@@ -153,12 +153,12 @@ class ChatTemplate:
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         texts = sorted((text for text in self._structural.values() if len(text) > 1), key=len, reverse=True)
-        # Lookahead, for tokens that overlap are each to be cut.
+        # A lookahead also finds overlapping tokens, each of which must be cut.
         return re.compile(f"(?={'|'.join(map(re.escape, texts))})" if texts else r"(?!)")
 
     @cached_property
     def _unwritable(self) -> dict[int, str]:
-        """A special token of one character cannot be cut: it has no form as text."""
+        """Special tokens of one character → U+FFFD: they cannot be cut, so they cannot be encoded as plain text."""
         added = self.tokenizer.added_tokens_decoder
         return {
             ord(text): "\ufffd"
@@ -172,7 +172,7 @@ class ChatTemplate:
         return any(token in added and added[token].normalized for token in self._structural)
 
     def _probe(self) -> tuple[str, str]:
-        """What the template writes between the generation prompt and the assistant's text, and after that text."""
+        """Return what the template writes between the generation prompt and the assistant's text, and after that text."""
         question = [Message("user", "x")]
         opening = self._render(question, True)
         before, _, ending = self._render([*question, Message("assistant", _PROBE)], False).rpartition(_PROBE)
@@ -180,19 +180,19 @@ class ChatTemplate:
         return (lead if lead.isspace() else ""), ending
 
     def _end_token(self, ending: str) -> int:
-        """The first structural token after the assistant's text, else the end of text."""
+        """Return the first structural token after the assistant's text, else the EOS token."""
         written = [token for token in self._encode_text(ending) if token in self._structural] if ending else []
         end = written[0] if written else self.tokenizer.eos_token_id
         if end is None:
             raise ModelError(
-                f"{self.name}: nothing ends a turn: its chat template writes no special token after the assistant's "
+                f"{self.name}: no token ends a turn: its chat template writes no special token after the assistant's "
                 "text and its tokenizer has no eos_token; use another chat_template, or a tokenizer with eos_token set"
             )
         return end
 
 
 def _structural_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[int, str]:
-    """Id → text of the tokens that structure a conversation: special ones, and added ones that the template writes."""
+    """Return id → text of the structural tokens: special tokens, and added tokens that the template writes."""
     added = {
         index: token.content
         for index, token in tokenizer.added_tokens_decoder.items()

@@ -1,6 +1,6 @@
-"""The command line: thin, one function a command.
+"""The command-line interface: one thin function per command.
 
-Every training command takes YAML files and dotted overrides, later ones win:
+Every training command takes YAML files and dotted overrides; later ones win:
 
     alignpro train base.yaml mine.yaml optimizer.learning_rate=1e-4
 """
@@ -76,8 +76,8 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 def sft(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Supervised fine-tuning on rewrites or on responses.
 
-    The data has pairs of prompts and rewrites, for a prompter to start from; or, with task=response, of prompts and
-    responses, for any language model.
+    The data are pairs of a prompt and a rewrite, to initialise a prompter, or, with task=response, of a prompt and a
+    response, for any language model.
     """
     _train(SFTConfig, "alignpro.training.supervised:SupervisedTraining", arguments, resume, at, dry_run)
 
@@ -132,7 +132,7 @@ def rewrite(
     run: Annotated[Path, typer.Option(help="Run directory of a finished `alignpro train`.")],
     text: Annotated[list[str] | None, typer.Argument(help="Prompts to rewrite, each one argument.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Rewrite a data source instead: a preset or a file, as `data.source`.")
+        str | None, typer.Option(help="Rewrite a data source instead: a preset or a file, as in `data.source`.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="With --data: JSON Lines file to write.")] = None,
     n: Annotated[int, typer.Option(min=1, help="Rewrites per prompt.")] = 1,
@@ -164,7 +164,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the runs, the summary, the figure and the report.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
     zero: Annotated[
-        str, typer.Option(help="Set-up of DeepSpeed, under its launcher: z0, z1, z2, z3, z2_offload or z3_offload.")
+        str, typer.Option(help="DeepSpeed set-up under its launcher: z0, z1, z2, z3, z2_offload or z3_offload.")
     ] = "z2",
 ) -> None:
     """Train and evaluate on a built-in toy task (minutes on a CPU)."""
@@ -182,7 +182,7 @@ def memory(
 ) -> None:
     """Estimate memory per device, without loading any weights.
 
-    One row for a single process and for each DeepSpeed set-up; docs/launch.md explains the columns.
+    Prints one row for a single process and one per DeepSpeed set-up; docs/launch.md explains the columns.
     """
     if job not in ("train", "rlhf"):
         raise AlignProError(f"--job {job}: expected train or rlhf")
@@ -196,7 +196,7 @@ def memory(
 @app.command()
 def doctor() -> None:
     """Check the installation: versions, devices, backends."""
-    from alignpro.doctor import print_diagnosis  # not by `_load`: it must answer where transformers is broken
+    from alignpro.doctor import print_diagnosis  # not through `_load`: it must run when transformers is broken
 
     print_diagnosis()
 
@@ -204,7 +204,7 @@ def doctor() -> None:
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by the deepspeed launcher.")] = 0,
 ) -> None:
     if version:
         typer.echo(alignpro.__version__)
@@ -212,19 +212,19 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: a problem that the user can mend is one message and a non-zero exit.
+    """Run the command line. An error that the user can fix is printed as one message, with a non-zero exit status.
 
     Args:
-        arguments: Those of the process when absent.
+        arguments: Command-line arguments; those of the process if None.
 
     Raises:
-        SystemExit: Always; 0 when all went well, 128 + its number after a signal.
+        SystemExit: Always; 0 on success, 128 + the signal's number after a signal.
     """
     _quiet_libraries()
     try:
         app(arguments, prog_name="alignpro")
     except AlignProError as error:
-        # One message for all ranks; what only another one knows, it has told itself.
+        # One message for all ranks; an error that only another rank knows has been printed by that rank.
         if launched_rank() == 0 and not isinstance(error, PeerError):
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(kind: type[Section], task: str, arguments: list[str], resume: bool, at: int | None, dry_run: bool) -> None:
     if at is not None and not resume:
-        raise AlignProError("--at names the checkpoint to continue from: it goes with --resume")
+        raise AlignProError("--at names the checkpoint to continue from: it requires --resume")
     config = _configure(kind, arguments, dry_run)
     if config is None:
         return
@@ -246,7 +246,7 @@ def _train(kind: type[Section], task: str, arguments: list[str], resume: bool, a
     run_kind = _load("alignpro.training.run:Run")
     with run_kind(
         config, resume=resume, at=at
-    ) as run:  # before any model is loaded: a directory in use is known at once
+    ) as run:  # before any model is loaded, so that a directory in use is reported at once
         if run.finished:
             logger.info("the run in %s has finished: its model is in %s", run.out, run.out / "model")
             return
@@ -254,7 +254,7 @@ def _train(kind: type[Section], task: str, arguments: list[str], resume: bool, a
 
 
 def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool) -> ConfigT | None:
-    """The checked configuration; None after printing it as YAML, with the plan as comments, when nothing is to run."""
+    """Load and check the configuration; in a dry run, print it as YAML with the plan as comments and return None."""
     config = load_config(kind, arguments)
     if dry_run:
         typer.echo(dump_config(config) + "".join(f"# {line}\n" for line in plan(config)), nl=False)
@@ -263,7 +263,7 @@ def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool) -> Conf
 
 
 def _load(path: str) -> Callable[..., Any]:
-    """``module:name``, imported late: `alignpro --help` and a bad configuration answer without loading torch."""
+    """Import ``module:name`` late, so that `alignpro --help` and configuration errors do not wait for torch to load."""
     import importlib
 
     from transformers.utils import logging as transformers_logging
@@ -275,7 +275,7 @@ def _load(path: str) -> Callable[..., Any]:
 
 
 class StandardErrorHandler(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is at the time: a progress bar puts itself in its place, to stay below messages."""
+    """Writes to the current ``sys.stderr``: a progress bar replaces it in order to stay below the messages."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -286,7 +286,7 @@ class StandardErrorHandler(logging.StreamHandler[TextIO]):
 
 
 def _quiet_libraries() -> None:
-    """Our own messages on standard error, and none of the libraries' chatter."""
+    """Log this package's messages to standard error, and only errors of the libraries."""
     level = logging.INFO if launched_rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[StandardErrorHandler()])
     for name in ("httpx", "transformers", "datasets", "filelock", "fsspec", "matplotlib", "urllib3", "DeepSpeed"):
@@ -294,8 +294,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not launched():
-        # Libraries import DeepSpeed where it is installed, and it says on standard output which device it has found, unless
-        # it is told. Without a launcher nothing of it is used.
+        # Libraries import DeepSpeed where it is installed, and unless told otherwise it prints the device that it detects
+        # to standard output. Without a launcher DeepSpeed is not used.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -231,7 +231,7 @@ def test_messages_go_to_standard_error_as_it_is_at_the_time(capsys: pytest.Captu
 
 def test_at_goes_with_resume(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert workshop.run("train", tmp_path / "run", "--at", "2") == 1
-    assert "error: --at names the checkpoint to continue from: it goes with --resume\n" in capsys.readouterr().err
+    assert "error: --at names the checkpoint to continue from: it requires --resume\n" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

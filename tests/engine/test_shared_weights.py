@@ -209,8 +209,8 @@ def test_a_prompt_without_an_invocation_is_an_error_for_itself_alone(
     result = chains(shared(prompter), inputs)
     assert_same(result[:2] + result[3:], expected[:2] + expected[3:])
     assert {chain.sample.error for chain in result[2]} == {
-        f"the prompt has no invocation tokens {list(prompter.invocation)}, from which on the activated LoRA acts: is it put "
-        "to the model with the chat template that the adapter was made with?"
+        f"the prompt does not contain the invocation tokens {list(prompter.invocation)}, from which the activated LoRA "
+        "acts: is it rendered with the chat template that the adapter was trained with?"
     }
 
 

@@ -134,7 +134,7 @@ class TestBadInput:
         self, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert workshop.run("train", tmp_path / "run", *SELF, "policy.adapter.invocation=Rewrite") == 1
-        assert "policy.adapter.invocation: the prompt has no invocation tokens" in _said(capsys)
+        assert "policy.adapter.invocation: the prompt does not contain the invocation tokens" in _said(capsys)
 
 
 def _said(capsys: pytest.CaptureFixture[str]) -> str:
