@@ -1,7 +1,7 @@
-"""`alignpro doctor`: what is installed, what runs here, and why the rest does not.
+"""`alignpro doctor`: what is installed, what works on this machine, and why the rest does not.
 
-What should be there is read from the package's own metadata, so this never disagrees with pyproject.toml. Nothing here
-raises because a package or a tool is missing or broken: finding that is what it is for.
+The requirements are read from the package's own metadata, so they never disagree with pyproject.toml. Nothing here raises
+because a package or a tool is missing or broken: its purpose is to report that.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Status: TypeAlias = Literal["ok", "off", "problem"]
 _MARKS = {"ok": "[green]✓[/green]", "off": "[dim]–[/dim]", "problem": "[red]✗[/red]"}
 
 _EXTRAS = {
-    "deepspeed": "ZeRO, over one or several devices",
+    "deepspeed": "ZeRO on one or several devices",
     "flash-attn": "attention kernels for CUDA",
     "wandb": "metrics to Weights & Biases",
-    "benchmarks": "the peers that the benchmarks compare with",
+    "benchmarks": "the libraries that the benchmarks compare with",
     "dev": "tests, lint and types",
 }
 """What each extra of pyproject.toml is for."""
@@ -47,37 +47,37 @@ _BROKEN = {
         "ZeRO-1 and ZeRO-2 fail on the CPU with “Output 0 of Split is a view…”",
     ),
 }
-"""Versions that install and then fail: the package, which ones, and what happens."""
+"""Versions that install but do not work: package → versions and symptom."""
 
 _BACKENDS = {
     "triton": "runs on the GPU",
     "cpp": "runs on the CPU",
     "torch": "runs where no faster one does",
-    "reference": "runs when asked for by name: the specification",
+    "reference": "runs only when requested by name: the specification",
 }
-"""What each backend of the kernels does where it can."""
+"""When each available kernel backend is used."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     section: str
-    """The heading it stands under: ``Machine``, ``Packages``, ``Devices``, …"""
+    """The heading under which it is printed: ``Machine``, ``Packages``, ``Devices``, …"""
     name: str
     status: Status
-    """``ok``: works here. ``off``: optional, and not here. ``problem``: needed and missing, or here and broken."""
+    """``ok``: works. ``off``: optional and not available. ``problem``: required but missing, or present but broken."""
     detail: str
     """Version, size or reason."""
     remedy: str = ""
-    """What to do about it: a command where there is one."""
+    """What to do about it: a command if there is one."""
 
 
 def diagnose() -> list[Finding]:
-    """Look at the machine, the packages and the project's own backends.
+    """Check the machine, the packages and the project's own backends.
 
     Returns:
-        The findings, those of a section one after the other.
+        The findings, grouped by section.
     """
     probes: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("Machine", _machine),
@@ -98,7 +98,7 @@ def print_diagnosis(console: Console | None = None) -> bool:
     """Print what `diagnose` finds, by section.
 
     Returns:
-        Whether all that training needs is here.
+        Whether everything that training needs is available.
     """
     console = console or Console()
     findings = diagnose()
@@ -116,18 +116,18 @@ def print_diagnosis(console: Console | None = None) -> bool:
         console.print()
     problems = [finding for finding in findings if finding.status == "problem"]
     if problems:
-        console.print(f"[red]To mend: {escape(', '.join(each.name for each in problems))}[/red]")
+        console.print(f"[red]To fix: {escape(', '.join(each.name for each in problems))}[/red]")
     else:
-        console.print("[green]All that training needs is here.[/green]")
+        console.print("[green]Everything that training needs is available.[/green]")
     return not problems
 
 
 def _told(section: str, probe: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The probe's findings; a package that cannot be imported on the way is one more."""
+    """Yield the probe's findings, followed by one more if an import fails in it."""
     try:
         yield from probe()
-    except (ImportError, OSError) as error:  # OSError: a shared library that an extension needs is not there
-        yield Finding(section, probe.__name__.strip("_"), "problem", f"cannot be looked at: {error}", "make setup")
+    except (ImportError, OSError) as error:  # OSError: a shared library that an extension needs is missing
+        yield Finding(section, probe.__name__.strip("_"), "problem", f"cannot be checked: {error}", "make setup")
 
 
 def _machine() -> Iterator[Finding]:
@@ -153,7 +153,7 @@ def _extras() -> Iterator[Finding]:
     try:
         extras = _requirements()
     except metadata.PackageNotFoundError:
-        return  # told under Packages
+        return  # reported under Packages
     for extra, requirements in extras.items():
         if not extra:
             continue
@@ -170,7 +170,7 @@ def _extras() -> Iterator[Finding]:
 
 
 def _requirements() -> dict[str, list[Requirement]]:
-    """What the package needs (key ``""``) and what each extra adds, on this platform.
+    """Return the requirements of the package (key ``""``) and of each extra, on this platform.
 
     Raises:
         PackageNotFoundError: The package is not installed.
@@ -190,13 +190,13 @@ def _requirements() -> dict[str, list[Requirement]]:
 
 
 def _installed(requirement: Requirement) -> tuple[Status, str]:
-    """Whether a requirement is met, and the version found or what is wrong with it."""
+    """Return whether a requirement is met, and the version found or what is wrong with it."""
     try:
         version: str | None = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
         return "off", "not installed"
     if not version:
-        return "problem", "damaged: its metadata name no version"
+        return "problem", "damaged: its metadata has no version"
     broken, what_happens = _BROKEN.get(requirement.name, (None, ""))
     if broken is not None and broken.contains(version, prereleases=True):
         return "problem", f"{version} is known to be broken: {what_happens}"
@@ -206,7 +206,7 @@ def _installed(requirement: Requirement) -> tuple[Status, str]:
 
 
 def _line(requirement: Requirement) -> str:
-    """Name and range, without the marker that was evaluated already."""
+    """Format a requirement's name and version range, without its marker, which has been evaluated."""
     return f"{requirement.name}{requirement.specifier}"
 
 
@@ -237,17 +237,17 @@ def _devices() -> Iterator[Finding]:
     if accelerator is not None:
         yield Finding("Devices", accelerator.type, "ok", f"{torch.accelerator.device_count()} devices")
     elif driver is None:
-        yield Finding("Devices", "gpu", "off", "none found: all runs on the CPU")
+        yield Finding("Devices", "gpu", "off", "none found: everything runs on the CPU")
     elif torch.version.cuda is None and torch.version.hip is None:
-        detail = f"{driver} is here, and torch is built for the CPU only"
-        yield Finding("Devices", "gpu", "problem", detail, "make setup, which takes the GPU build on such a machine")
+        detail = f"{driver} is present, but torch is built for the CPU only"
+        yield Finding("Devices", "gpu", "problem", detail, "make setup, which installs the GPU build on such a machine")
     else:
-        detail = f"{driver} is here, and torch sees no device"
-        yield Finding("Devices", "gpu", "problem", detail, "look at the driver's version and CUDA_VISIBLE_DEVICES")
+        detail = f"{driver} is present, but torch sees no device"
+        yield Finding("Devices", "gpu", "problem", detail, "check the driver's version and CUDA_VISIBLE_DEVICES")
 
 
 def _driver() -> str | None:
-    """A sign of a GPU's driver, as the Makefile looks for one."""
+    """Return a sign of a GPU driver, detected as in the Makefile, or None."""
     for tool in ("nvidia-smi", "rocm-smi"):
         if shutil.which(tool) and _output(tool) is not None:
             return tool
@@ -276,18 +276,18 @@ def _kernels() -> Iterator[Finding]:
 
     for name, reason in backends().items():
         if reason is not None:
-            again = "python -m alignpro_kernels.build tries again and shows all that was said; until then torch runs"
+            again = "python -m alignpro_kernels.build retries and shows the full output; until then torch is used"
             yield Finding("Kernels", name, "off", _in_short(reason), again if name == "cpp" else "")
         else:
             instructions = f", with {cpp_library.instructions()} instructions" if name == "cpp" else ""
             yield Finding("Kernels", name, "ok", _BACKENDS[name] + instructions)
     reason = flash_attention.unavailable()
-    detail = "attention of generation: runs when asked for by name"
+    detail = "attention for generation: runs only when requested by name"
     yield Finding("Kernels", "flash", "off" if reason else "ok", reason or detail)
 
 
 def _generation() -> Iterator[Finding]:
-    """A few chains of the embedded world's models, not trained, through the engine: on the CPU, and on a GPU if there is one."""
+    """Run a few chains of the demo's untrained models through the engine: on the CPU, and on a GPU if there is one."""
     import torch
 
     from alignpro.errors import AlignProError
@@ -298,14 +298,14 @@ def _generation() -> Iterator[Finding]:
             stats = _run_chains(torch.device(device))
         except (AlignProError, BackendError, RuntimeError) as error:
             yield Finding(
-                "Generation", device, "problem", _in_short(str(error)), "see what stands under Devices and Kernels"
+                "Generation", device, "problem", _in_short(str(error)), "see the findings under Devices and Kernels"
             )
         else:
             yield Finding("Generation", device, "ok", _describe(stats))
 
 
 def _run_chains(device: torch.device) -> EngineStats:
-    """Generate 4 prompts → 4 rewrites each → 2 responses each; what it took.
+    """Generate 4 prompts → 4 rewrites each → 2 responses each; return the engine's statistics.
 
     Raises:
         ModelError: A sequence failed.
@@ -321,7 +321,7 @@ def _run_chains(device: torch.device) -> EngineStats:
         policy = LanguageModel(untrained_prompter().eval(), prompter_tokenizer(), "prompter")
         target = LanguageModel(untrained_target().eval(), target_tokenizer(), "target")
     engine = Engine({"policy": policy, "target": target}, audit=True)
-    template = list(range(20, 52))  # the same before each prompt and each rewrite
+    template = list(range(20, 52))  # the prefix of every prompt and every rewrite
     chains = engine.run_chains(
         [[*template, i] for i in range(4)],
         rewrite=SamplingParams(max_tokens=8, n=4),
@@ -341,28 +341,28 @@ def _describe(stats: EngineStats) -> str:
     seconds = ", ".join(f"{phase} {spent:.3f} s" for phase, spent in stats.seconds.items())
     return (
         f"{stats.sequences} sequences in {stats.run_seconds:.2f} s ({seconds}); tokens computed: {computed}, "
-        f"{stats.floor_ratio:.2f} of the least that must be; {stats.cache_hit_tokens} from the cache; pages: {pages}; "
+        f"{stats.floor_ratio:.2f}× the minimum; {stats.cache_hit_tokens} from the cache; pages: {pages}; "
         f"{stats.preemptions} preemptions" + (f"; decode ticks: {ticks}" if ticks else "")
     )
 
 
 def _in_short(reason: str) -> str:
-    """A reason in one line: of a failed command's output the first error, else the last line."""
+    """Shorten a reason to one line: for a failed command, the first error of its output, else the last line."""
     command, *output = [line.strip() for line in reason.splitlines() if line.strip()]
     said = [line for line in output if line != "failed with"]
     if not output:
         return command
     error = next((line for line in said if re.search(r"\berror\b", line, re.IGNORECASE)), None)
-    return f"{Path(command.split()[0]).name} failed: {error or (said or ['it said nothing'])[-1]}"
+    return f"{Path(command.split()[0]).name} failed: {error or (said or ['no output'])[-1]}"
 
 
 def _compilers() -> Iterator[Finding]:
-    # Those that the build of the kernels looks for, in its order.
+    # The compilers that the kernel build looks for, in the same order.
     compilers = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
     cuda_home = os.environ.get("CUDA_HOME")
     cuda = [str(Path(cuda_home) / "bin" / "nvcc"), "nvcc"] if cuda_home else ["nvcc"]
     for name, programs, remedy in (
-        ("c++", compilers, "the kernels for the CPU need one: install g++, with the system's package manager"),
+        ("c++", compilers, "the CPU kernels need one: install g++ with the system's package manager"),
         ("nvcc", cuda, "optional, for CUDA sources: install the CUDA toolkit, or set CUDA_HOME"),
     ):
         path = next(filter(None, map(shutil.which, programs)), None)
@@ -377,7 +377,7 @@ def _compilers() -> Iterator[Finding]:
 
 
 def _output(program: str, *arguments: str) -> str | None:
-    """What a program prints; None when it fails, hangs or cannot be started."""
+    """Return what a program prints, or None if it fails, hangs or cannot be started."""
     try:
         done = subprocess.run(
             [program, *arguments], capture_output=True, text=True, timeout=20, check=True, stdin=subprocess.DEVNULL

@@ -1,7 +1,8 @@
-"""Environments: what becomes of a policy's sample, and what it earns.
+"""Environments: how a policy's samples are used and scored.
 
-`PromptEnvironment` is the project's own: the sample is a rewrite x', a frozen target answers it, the reward reads the
-answer against the ORIGINAL prompt. `ResponseEnvironment` is RLHF: the sample is the answer. One trainer serves both.
+`PromptEnvironment` is the project's own: the sample is a rewrite x', a frozen target responds to it, and the reward
+scores the response against the ORIGINAL prompt. `ResponseEnvironment` is RLHF: the sample is the response. One trainer
+serves both.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from alignpro.rewards import RewardStack
 
 @dataclass
 class Scores:
-    """What P prompts × K samples × M responses earned."""
+    """The rewards of P prompts × K samples × M responses."""
 
     values: Tensor
-    """(P, K) float32: R(x, x'), the mean over the M responses, less the penalty of a truncated sample."""
+    """(P, K) float32: R(x, x'), the mean over the M responses, minus the penalty if the sample is truncated."""
     rewards: Tensor
-    """(P, K, M) float32: r*(x, y), after weights and the penalties of guards."""
+    """(P, K, M) float32: r*(x, y), with component weights and guard penalties applied."""
     samples: list[list[str]]
-    """[P][K]: what the policy wrote, as text."""
+    """[P][K]: the policy's samples, as text."""
     responses: list[list[list[str]]]
-    """[P][K][M]: what was scored, as text."""
+    """[P][K][M]: the responses that were scored, as text."""
     metrics: dict[str, float]
-    """Means of the reward's components, of the guards and of what befell the samples."""
+    """Means of the reward's components, of the guards, and of flags of the samples such as truncation."""
 
 
 class Environment(Protocol):
@@ -47,21 +48,21 @@ class Environment(Protocol):
     def rollout(
         self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Chain]]:
-        """Sample ``params.n`` chains of each prompt."""
+        """Sample ``params.n`` chains per prompt."""
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
-        """What the chains earned."""
+        """Score the chains."""
 
 
 class PromptEnvironment:
-    """A frozen target answers each rewrite; the reward reads the answers.
+    """A frozen target responds to each rewrite, and the reward scores its responses.
 
     Args:
         prompter: Template of the prompter: prompt → tokens, tokens → rewrite.
         target: Template of the target: prompt with its last turn rewritten → tokens, tokens → response.
         reward: r*(x, y), with its guards on (x, x').
-        respond: How the target draws its M responses (``n``) to a rewrite.
-        config: What empty and truncated rewrites mean.
+        respond: How the target samples its M responses (``n``) per rewrite.
+        config: How empty and truncated rewrites are treated.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class PromptEnvironment:
     def rollout(
         self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Chain]]:
-        """x → K rewrites → M responses to each."""
+        """Sample x → K rewrites → M responses to each."""
 
         inputs: dict[int, TargetInput] = {}  # by identity of the sample
 
@@ -103,7 +104,7 @@ class PromptEnvironment:
         return chains
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
-        """Mean reward of the responses to each rewrite, against the original prompt."""
+        """Average the rewards of the responses to each rewrite, scored against the original prompt."""
         _refuse_errors(prompts, chains)
         rewrites = [[self.prompter.decode(c.sample.text_tokens) for c in group] for group in chains]
         responses = [[[self.target.decode(y.text_tokens) for y in c.responses] for c in group] for group in chains]
@@ -123,7 +124,7 @@ class ResponseEnvironment:
 
     Args:
         template: Template of the policy: prompt → tokens, tokens → response.
-        reward: r*(x, y); its guards compare rewrites and do not act here.
+        reward: r*(x, y); its guards compare rewrites and are not applied here.
     """
 
     def __init__(self, template: ChatTemplate, reward: RewardStack) -> None:
@@ -137,13 +138,13 @@ class ResponseEnvironment:
     def rollout(
         self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Chain]]:
-        """x → K responses."""
+        """Sample x → K responses."""
         params = replace(params, stop_token_ids=self.template.stop_token_ids)
         groups = engine.generate("policy", [self.encode(prompt) for prompt in prompts], params, seeds)
         return [[Chain(sample) for sample in group] for group in groups]
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
-        """The reward of each response."""
+        """Score each response."""
         _refuse_errors(prompts, chains)
         texts = [[self.template.decode(c.sample.text_tokens) for c in group] for group in chains]
         responses = [[[text] for text in group] for group in texts]
@@ -164,11 +165,11 @@ def score_texts(
 
     Args:
         prompts: The original prompts.
-        rewrites: [P][K], for the guards; None where nothing was rewritten.
+        rewrites: [P][K], for the guards; None if nothing was rewritten.
         responses: [P][K][M].
         reward: The reward.
         truncated: (P, K) bool: samples that reached their token limit.
-        truncation_penalty: Taken off the value of those.
+        truncation_penalty: Subtracted from the value of truncated samples.
 
     Raises:
         RewardError: A component of the reward failed; the message names the prompt.
@@ -192,7 +193,7 @@ def score_texts(
 
 
 def sampling_params(config: SamplingConfig, n: int) -> SamplingParams:
-    """Configuration → what the engine takes; templates add their stop tokens."""
+    """Convert the configuration to the engine's parameters; templates add their stop tokens."""
     return SamplingParams(n=n, **config.model_dump())
 
 
@@ -206,7 +207,7 @@ def _mean_notes(chains: Sequence[Sequence[Chain]]) -> dict[str, float]:
 
 
 def _refuse_errors(prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> None:
-    """An estimate from the chains that did not fail would be biased: to fail is not independent of what was drawn."""
+    """Raise if any chain failed: failure depends on what was sampled, so an estimate from the others would be biased."""
     for prompt, group in zip(prompts, chains, strict=True):
         for chain in group:
             for completion in (chain.sample, *chain.responses):

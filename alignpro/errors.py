@@ -7,23 +7,23 @@ from pathlib import Path
 
 
 class AlignProError(Exception):
-    """A problem that the user can mend; the command line prints its message without a traceback."""
+    """A problem that the user can fix; the command line prints its message without a traceback."""
 
 
 class ConfigError(AlignProError):
-    """A bad configuration: an unknown key, a bad value, a missing file."""
+    """An invalid configuration: an unknown key, an invalid value, a missing file."""
 
 
 class DataError(AlignProError):
-    """Bad data: names the file and, where there is one, the line."""
+    """Invalid data; the message names the file and, if there is one, the line."""
 
 
 class ModelError(AlignProError):
-    """A model or tokenizer that cannot be used as asked."""
+    """A model or tokenizer that cannot be used as requested."""
 
 
 class RewardError(AlignProError):
-    """A reward that raised, or returned something unusable; names the prompt."""
+    """A reward that raised an exception or returned something unusable; the message names the prompt."""
 
 
 class CheckpointError(AlignProError):
@@ -31,19 +31,19 @@ class CheckpointError(AlignProError):
 
 
 class TrainingError(AlignProError):
-    """A run that cannot go on: a loss that is not finite, a run directory in use."""
+    """A run that cannot continue: a loss that is not finite, a run directory in use."""
 
 
 class PeerError(AlignProError):
-    """Another rank failed and has told why: this one ends in silence."""
+    """Another rank failed and has reported why; this one exits without a message."""
 
 
-class Interrupted(Exception):  # noqa: N818 - no error: the run was told to stop and its state is saved
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop and its state is saved
     """A signal asked a run to stop; its state is saved.
 
     Args:
         signum: The signal.
-        checkpoint: Where the state is.
+        checkpoint: The directory that holds the state.
     """
 
     def __init__(self, signum: int, checkpoint: Path) -> None:
@@ -54,5 +54,5 @@ class Interrupted(Exception):  # noqa: N818 - no error: the run was told to stop
 
     @property
     def exit_code(self) -> int:
-        """What a shell reports of a process that this signal ended."""
+        """The exit status that a shell reports for a process killed by this signal."""
         return 128 + self.signum

@@ -1,14 +1,14 @@
-"""Passes over sequences under an activated LoRA: what stands before the invocation is computed once, and without gradients.
+"""Forward passes under an activated LoRA that compute the tokens before the invocation once and without gradients.
 
-The tokens before the invocation are the base model's, which is frozen. So no gradient flows through them, and the policy
-and its reference have them in common:
+The frozen base model computes the tokens before the invocation. So no gradient flows through them, and the policy and its
+reference share them:
 
-    m m x x x            computed once, keys and values kept; what all prompts begin with, once for all
-             | i a a     from the invocation i on, sequence by sequence: once for the policy,
+    m m x x x            computed once, keys and values kept; a prefix m of all prompts once for all of them
+             | i a a     from the invocation i on, per sequence: once for the policy,
              | i b b     and once, without the LoRA, for the reference
 
-The price is that the invocation is computed once a sequence, and not once a prompt. Where that is more than is saved,
-sequences are packed with their prompts.
+The price is that the invocation is computed once per sequence instead of once per prompt. If that costs more than it
+saves, sequences are packed with their prompts instead.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from alignpro.language_model import LanguageModel
 from alignpro.sequences import PackedSequences, SequenceBatch
 
 _BACKWARD = 2
-"""Cost of a token's backward pass, in forward passes."""
+"""Cost of a backward pass, in forward passes."""
 
 
 def policy_states(model: LanguageModel, batch: SequenceBatch) -> Tensor:
-    """As `LanguageModel.action_states`, of an activated LoRA on a frozen model, differentiable: (N, D).
+    """Compute `LanguageModel.action_states` of an activated LoRA on a frozen model, differentiable: (N, D).
 
     Raises:
         DataError: A prompt lacks the invocation tokens.
@@ -42,7 +42,7 @@ def policy_states(model: LanguageModel, batch: SequenceBatch) -> Tensor:
 
 
 def policy_and_base_states(model: LanguageModel, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    """The states of an activated LoRA on a frozen model, differentiable, and those of the model without it: (N, D) each.
+    """Compute the states of an activated LoRA on a frozen model, differentiable, and those without it: (N, D) each.
 
     Raises:
         DataError: A prompt lacks the invocation tokens.
@@ -60,35 +60,35 @@ def policy_and_base_states(model: LanguageModel, batch: SequenceBatch) -> tuple[
 
 @dataclass(frozen=True)
 class SplitSequences:
-    """Sequences on two lines: P prefixes of X tokens at most, and S sequences that go on from there, of R at most."""
+    """Two packed rows: P prefixes of at most X tokens, and the S sequences that continue them, of at most R tokens."""
 
     prefixes: PackedSequences
     ids: Tensor
-    """(T,) int64: from the invocations on."""
+    """(T,) int64: the tokens of the sequences from the invocation on."""
     positions: Tensor
-    """(T,) int64: of each token in its sequence."""
+    """(T,) int64: position of each token in its sequence."""
     chosen: Tensor
-    """(N,) int64: the tokens at which actions were chosen."""
+    """(N,) int64: index of the token at which each action was chosen."""
     layout: Layout
-    """Of prefixes and sequences as if they lay on one line: who goes on from what."""
+    """Layout of prefixes and sequences as if packed into one row: which sequence continues which prefix."""
     order: Tensor
-    """(S·R,) int64: the tokens of sequences that are padded to R."""
+    """(S·R,) int64: token indices of the sequences, padded to R."""
     place: Tensor
-    """(T,) int64: where each token is among these."""
+    """(T,) int64: index of each token in ``order``."""
 
 
 class PrefixPlan:
-    """Attention of prefixes, which keeps their keys and values.
+    """Computes the attention of prefixes and keeps their keys and values.
 
     Args:
-        layout: Of prefixes alone.
+        layout: Layout of the prefixes alone.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         shared = torch.arange(layout.shared, device=layout.prompt.device).expand(len(layout.prompt), -1)
         self.tokens = torch.cat([shared, layout.prompt], dim=1)
-        """(P, X) int64: those of each prefix; 0 behind its end."""
+        """(P, X) int64: token indices of each prefix; 0 at padding."""
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         """Layer → keys and values, (P, H', X, D)."""
 
@@ -112,11 +112,11 @@ class PrefixPlan:
 
 
 class ContinuationPlan:
-    """Attention of what goes on from prefixes, to itself and to them.
+    """Computes the attention of the sequences to their prefixes and to themselves.
 
     Args:
         split: The sequences.
-        prefix: Has seen their prefixes.
+        prefix: The plan that has computed their prefixes.
     """
 
     def __init__(self, split: SplitSequences, prefix: PrefixPlan) -> None:
@@ -155,13 +155,13 @@ def _prefix(model: LanguageModel, split: SplitSequences) -> PrefixPlan:
 
 
 def _from_invocation(model: LanguageModel, split: SplitSequences, prefix: PrefixPlan, *, acts: bool = True) -> Tensor:
-    """(N, D): with the LoRA, or without it."""
+    """Compute the states with the LoRA, or without it: (N, D)."""
     plan = ContinuationPlan(split, prefix)
     return model.paged_states(split.ids, split.positions, plan, active=acts).index_select(0, split.chosen)
 
 
 def _split(model: LanguageModel, batch: SequenceBatch, *, passes: int) -> SplitSequences | None:
-    """The sequences apart from their prefixes; None if that makes more work of so many forward passes and a backward one."""
+    """Split sequences from their prefixes; None if that costs more, for ``passes`` forward passes and any backward pass."""
     prefixes: list[Sequence[int]] = []
     ids: list[int] = []
     chosen: list[int] = []
@@ -174,8 +174,8 @@ def _split(model: LanguageModel, batch: SequenceBatch, *, passes: int) -> SplitS
         if not prefixes or prompt[:before] != prefixes[-1]:
             prefixes.append(prompt[:before])
         for _, completion in group:
-            inner = completion[:-1]  # nothing is chosen after the last action
-            first = len(ids) + len(prompt) - before - 1  # where the first action is chosen
+            inner = completion[:-1]  # no action follows the last token
+            first = len(ids) + len(prompt) - before - 1  # the token at which the first action is chosen
             chosen += range(first, first + len(completion))
             ids += [*prompt[before:], *inner]
             continuations.append((len(prefixes) - 1, len(prompt) - before + len(inner)))
@@ -185,8 +185,8 @@ def _split(model: LanguageModel, batch: SequenceBatch, *, passes: int) -> SplitS
     if len(before_all.ids) + cost * len(ids) >= cost * len(batch.pack().ids):
         return None
     layout = Layout.build([len(prefix) for prefix in prefixes], continuations, device)
-    behind = layout.place >= layout.prompt.numel()  # which tokens of both lines are of the second
-    line = (behind.cumsum(0) - 1).clamp_min(0)  # and where on it
+    behind = layout.place >= layout.prompt.numel()  # which tokens of the joint layout belong to the second row
+    line = (behind.cumsum(0) - 1).clamp_min(0)  # and their indices in that row
     return SplitSequences(
         prefixes=before_all,
         ids=torch.tensor(ids, device=device),

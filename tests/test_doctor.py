@@ -84,7 +84,7 @@ def test_the_engine_runs_and_tells_its_statistics() -> None:
     ):
         assert re.search(said, finding.detail), said
     assert "; 0 preemptions" in finding.detail
-    assert float(re.search(r"([\d.]+) of the least", finding.detail)[1]) <= 1.1  # type: ignore[index]
+    assert float(re.search(r"([\d.]+)× the minimum", finding.detail)[1]) <= 1.1  # type: ignore[index]
 
 
 def test_an_engine_that_cannot_run_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_an_engine_that_cannot_run_is_a_problem(monkeypatch: pytest.MonkeyPatch)
         ("no compiler found: install one", "no compiler found: install one"),
         ("/bin/g++ a.cpp\nfailed with\nIn a.h:1:\na.h:7:1: fatal error: b.h\nstopped.", "a.h:7:1: fatal error: b.h"),
         ("/bin/g++ error.cpp\nfailed with\nKilled\n\n", "Killed"),
-        ("/bin/g++ a.cpp\nfailed with\n", "it said nothing"),
+        ("/bin/g++ a.cpp\nfailed with\n", "no output"),
     ],
 )
 def test_a_reason_of_many_lines_is_told_in_one(reason: str, told: str) -> None:
@@ -175,7 +175,7 @@ def test_nothing_is_raised_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "import of torch halted" in done.stdout
     assert "Compilers" in done.stdout  # what comes after it is still told
-    assert "To mend: " in done.stdout
+    assert "To fix: " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_what_is_printed_ends_with_a_verdict(tmp_path: Path, monkeypatch: pytest
 
     if any(each.status == "problem" for each in diagnose()):
         pytest.skip("something is wrong with this machine already; see `alignpro doctor`")
-    assert verdict() == (True, "All that training needs is here.")
+    assert verdict() == (True, "Everything that training needs is available.")
     distribution(tmp_path, "peft", "0.1")
     monkeypatch.syspath_prepend(tmp_path)
-    assert verdict() == (False, "To mend: peft")
+    assert verdict() == (False, "To fix: peft")
