@@ -1,9 +1,9 @@
-"""The layers of a model on a CPU in one call, for passes without gradients over a pool of keys and values.
+"""All decoder layers of a model on a CPU in one call, for passes without gradients over a paged pool of keys and values.
 
-`alignpro_kernels.decoder` computes layers of Llama's kind: root mean square norms, rotary embeddings, a gated layer with
-SiLU, and where a model has them biases and norms of queries and keys. Whether a model's are such is tried, not assumed:
-both compute the states of a few tokens. A model whose layers are others keeps its own, and so does one whose layers have
-an adapter or hooks at the time of a pass.
+`alignpro_kernels.decoder` computes layers like Llama's: RMS norms, rotary embeddings, a gated MLP with SiLU, and, if a
+model has them, biases and norms of queries and keys. Whether a model's layers are of this kind is tested, not assumed:
+both implementations compute the states of a few tokens. A model with other layers keeps its own forward pass, and so does
+one whose layers have an adapter or hooks at the time of a pass.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = 5  # that both computations are tried on
+_TOKENS = 5  # on which both implementations are compared
 
 
 class _FusedDecoder(nn.Module):
-    """A transformers model without its head, whose layers may be one call."""
+    """A transformers model without its head, whose layers may run as one call."""
 
     fused_layers: _Layers
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        """As the model's own."""
+        """See the model's own forward pass, which also runs when the fused one does not apply."""
         plan = options.get("plan")
         if args or torch.is_grad_enabled() or not isinstance(plan, Cascade) or self.fused_layers.changed():
             return super().forward(*args, **options)
@@ -45,11 +45,11 @@ class _FusedDecoder(nn.Module):
 
 
 def attach(model: nn.Module, packing: Packing | None) -> None:
-    """Let a model's layers be one call in the passes of generation, if they are of a kind that is known.
+    """Run a model's layers as one call in the passes of generation, if they are of the supported kind.
 
     Args:
-        model: Without its head, after `fused_layers.attach`.
-        packing: Of its linear layers; None leaves the model as it is.
+        model: The model without its head, after `fused_layers.attach`.
+        packing: The packing of its linear layers; None leaves the model as it is.
     """
     if packing is None or isinstance(model, _FusedDecoder) or decoder.unavailable() is not None:
         return
@@ -57,7 +57,7 @@ def attach(model: nn.Module, packing: Packing | None) -> None:
     try:
         layers = _try(model, packing)
     except _UnlikeError as reason:
-        logger.info("layers of %s run one operation after another on the CPU: %s", name, reason)
+        logger.info("layers of %s run as separate operations on the CPU: %s", name, reason)
         return
     become(model, _FusedDecoder)
     assert isinstance(model, _FusedDecoder)
@@ -74,7 +74,7 @@ def detach(model: nn.Module) -> None:
 
 
 class _UnlikeError(Exception):
-    """A model is built otherwise."""
+    """A model is not of the supported kind."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,21 @@ class _Call:
     """How a layer calls its attention."""
 
     pages: Tensor
-    """(1, 2, page_size, kv_heads, head_dim): what was written."""
+    """(1, 2, page_size, kv_heads, head_dim): the keys and values that were written."""
     scale: float
     softcap: float | None
     window: int | None
 
 
 class _Recorder:
-    """Attention of a few tokens to themselves, which notes how it is called."""
+    """Computes the attention of a few tokens to themselves and records how it is called."""
 
     def __init__(self, tokens: int) -> None:
         self.calls: dict[int, _Call] = {}
         self._tokens = tokens
 
     def cascade(self, pages: Sequence[Tensor]) -> Cascade:
-        """The same attention over given pages."""
+        """Return the same attention over the given pages."""
         count = torch.tensor([self._tokens], dtype=torch.int32)
         positions = torch.arange(self._tokens, dtype=torch.int32)
         first = torch.zeros(1, dtype=torch.int32)
@@ -104,7 +104,7 @@ class _Recorder:
         return Cascade(pages, positions.long(), [level])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """As `alignpro.attention.Plan.attend`; notes how it is called."""
+        """See `alignpro.attention.Plan.attend`; records the arguments of the call."""
         if key.shape != value.shape:
             raise _UnlikeError("its keys and values differ in shape")
         pages = torch.zeros(1, 2, self._tokens, key.shape[1], key.shape[3])
@@ -120,7 +120,7 @@ def _try(model: Any, packing: Packing) -> _Layers:
     parts = [_Parts.of(layer) for layer in getattr(model, "layers", ())]
     ids, recorder = torch.arange(_TOKENS)[None], _Recorder(_TOKENS)
     if not parts or not all(hasattr(model, name) for name in ("embed_tokens", "rotary_emb", "norm")):
-        raise _UnlikeError("it has other parts")
+        raise _UnlikeError("its modules have other names")
     expected = model(
         input_ids=ids,
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
@@ -132,7 +132,7 @@ def _try(model: Any, packing: Packing) -> _Layers:
     layers = _Layers(model, packing, parts, calls)
     states = layers.states(ids, None, ids, recorder.cascade([call.pages.clone() for call in calls if call is not None]))
     if not torch.allclose(states, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
-        raise _UnlikeError("they compute something else")
+        raise _UnlikeError("their outputs differ from the fused operator's")
     return layers
 
 
@@ -159,31 +159,31 @@ class _Parts:
         if any(next(m.parameters(recurse=False), None) is not None for m in modules.values() if m not in known):
             raise _UnlikeError("they have further weights, such as an adapter's")
         if any(type(m) not in (nn.Linear, PackedLinear) for m in linear):
-            raise _UnlikeError("their linear layers have other names or forms")
+            raise _UnlikeError("their linear layers have other names or types")
         query, key, value, out, gate, up, down = (m for m in linear if isinstance(m, nn.Linear))
         if (
             any(m.bias is not None for m in (out, gate, up, down))
             or len({m.bias is None for m in (query, key, value)}) > 1
         ):
-            raise _UnlikeError("their linear layers have biases elsewhere than in front of attention")
+            raise _UnlikeError("linear layers other than the query, key and value projections have biases")
         fused = [m for m in (*norms, *head_norms) if isinstance(m, FusedNorm)]
         if len(fused) not in (2, 4) or any(
             m is not None and not isinstance(m, FusedNorm) for m in (*norms, *head_norms)
         ):
-            raise _UnlikeError("their norms are others")
+            raise _UnlikeError("their norms are of another kind")
         return cls(
             (query, key, value), out, gate, up, down, (fused[0], fused[1]), (fused[2], fused[3]) if fused[2:] else None
         )
 
 
 class _Layers:
-    """The layers of a model as `decoder_stack` takes them.
+    """The layers of a model in the form that `decoder_stack` takes.
 
     Args:
-        model: Without its head.
-        packing: Of its linear layers.
-        parts: Of each layer.
-        calls: Each layer's of attention.
+        model: The model without its head.
+        packing: The packing of its linear layers.
+        parts: The modules of each layer.
+        calls: How each layer calls its attention.
     """
 
     def __init__(self, model: Any, packing: Packing, parts: Sequence[_Parts], calls: Sequence[_Call | None]) -> None:
@@ -204,28 +204,28 @@ class _Layers:
             raise _UnlikeError("their attention differs from layer to layer")
         head_dim = self._calls[0].pages.shape[-1]
         if any(norm.weight.shape != (head_dim,) for part in parts for norm in part.head_norms or ()):
-            raise _UnlikeError("their norms of queries and keys are not of heads")
+            raise _UnlikeError("their norms of queries and keys are not per head")
         inside = [*model.layers.modules(), self._norm]
         self._hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        # Of the model too: an adapter may be put around its embedding alone.
+        # The model's own children are included: an adapter may wrap its embedding alone.
         self._children = [(m._modules, name, child) for m in (model, *inside) for name, child in m.named_children()]
 
     def changed(self) -> bool:
-        """Whether a part has got an adapter or a hook, of which the operator knows nothing, or weights that it cannot take."""
+        """Whether a module now has an adapter or a hook, which the operator would ignore, or unsupported weights."""
         weight = self._norm.weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             return True
         return any(self._hooks) or any(children.get(name) is not child for children, name, child in self._children)
 
     def states(self, ids: Tensor | None, embedded: Tensor | None, positions: Tensor, plan: Cascade) -> Tensor:
-        """(1, T, D): the last hidden states of (1, T) tokens, or of their embeddings (1, T, D)."""
+        """Compute the last hidden states, (1, T, D), of token ids (1, T) or of their embeddings (1, T, D)."""
         hidden = self._embedding(ids) if embedded is None else embedded
         cos, sin = self._rotary(hidden, positions)
         states = decoder_stack(hidden[0], self._current(), cos[0], sin[0], plan.layers, plan.slots, plan.levels)
         return states.unsqueeze(0)
 
     def _current(self) -> DecoderWeights:
-        """The weights as they are now."""
+        """Return the current weights, laid out anew if they have changed."""
         of = self._packing.panels
         packed = [x for p in self._parts for x in (of(*p.projections), of(p.out), of(p.gate), of(p.up), of(p.down))]
         known: tuple[list[Panels], DecoderWeights] | None = self._packing.derived.get(self)

@@ -1,9 +1,9 @@
-"""Norms and gated layers of a model on a CPU, each in fewer passes over memory, for passes without gradients.
+"""Fused RMS norms and gated MLPs of a model on a CPU, for passes without gradients.
 
-A transformers model computes a root mean square norm in six operations, each of which writes its result out, and the
-product of a gated layer in two more. For a few rows that is the time to begin them, for many that of fresh memory. What
-computes the same (which is tried, not assumed) is given a subclass that does it in one, of csrc/cpu: gates within the
-products. A model with layers of another kind keeps them.
+A transformers model computes an RMS norm in six operations, each of which writes its result to memory, and the gating of
+an MLP in two more. For a few rows the cost is the launch of these operations, for many rows it is writing to fresh
+memory. A module that computes the same function (this is tested, not assumed) gets a subclass that does it in one
+operator of csrc/cpu; gating is fused into the matrix products. Layers of another kind are left as they are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FusedNorm(nn.Module):
 
 
 class _FusedGate(nn.Module):
-    """A layer down(silu(gate(x)) · up(x))."""
+    """A gated MLP, down(silu(gate(x)) · up(x))."""
 
     gate_proj: PackedLinear
     up_proj: PackedLinear
@@ -44,7 +44,7 @@ class _FusedGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
         layers = self.gate_proj, self.up_proj
-        # An adapter may have been put around them since.
+        # An adapter may have wrapped them since.
         if torch.is_grad_enabled() or not _suited(x) or any(type(layer) is not PackedLinear for layer in layers):
             plain: Tensor = super().forward(x)
             return plain
@@ -55,7 +55,7 @@ class _FusedGate(nn.Module):
 
 
 def attach(model: nn.Module, packing: Packing | None) -> None:
-    """Give a model's layers the faster forms, where its linear layers have theirs and csrc/cpu is there."""
+    """Fuse a model's norms and gated MLPs; does nothing without a packing of its linear layers, which requires csrc/cpu."""
     if packing is None:
         return
     for module in list(model.modules()):
@@ -77,9 +77,9 @@ def _try_norm(module: nn.Module) -> None:
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return
     scales = torch.tensor([[1.0], [30.0], [eps**0.5]])
-    x = scales * torch.linspace(-2, 3, len(weight)).sin()  # (3, D), one row as small as ε makes a difference
+    x = scales * torch.linspace(-2, 3, len(weight)).sin()  # (3, D); one row is so small that ε matters
     expected = module(x)
-    for offset in (0.0, 1.0):  # Gemma's weights are what is added to 1
+    for offset in (0.0, 1.0):  # Gemma stores weight − 1
         if torch.allclose(torch.ops.alignpro.rms_norm.default(x, weight, eps, offset), expected, rtol=1e-5, atol=1e-6):
             become(module, FusedNorm)
             assert isinstance(module, FusedNorm)
@@ -100,14 +100,14 @@ def _is_gated(module: nn.Module) -> bool:
 
 
 def become(module: nn.Module, form: Any) -> None:
-    """Give a module the methods of ``form``, before those of its own class."""
+    """Make a module an instance of ``form``, whose methods override those of its own class."""
     plain: Any = type(module)
     module.__class__ = _combined(form, plain)
 
 
 @functools.cache
 def _combined(form: Any, plain: Any) -> type[Any]:
-    """A subclass of both, so that whoever asks what the layer is gets the answer that it had before."""
+    """Return a subclass of both, so that ``isinstance`` checks for the layer's own class still hold."""
     if issubclass(plain, form):
         return plain
     return type(f"{form.__name__.lstrip('_')}{plain.__name__}", (form, plain), {"__module__": __name__})

@@ -21,18 +21,18 @@ class Head:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the operators of `alignpro_kernels` take beside the weight."""
+        """Keyword arguments of the operators of `alignpro_kernels`, other than the weight."""
         return {"bias": self.bias, "softcap": self.softcap, "lora": self.lora}
 
     @property
     def merged(self) -> Tensor:
-        """The weight with the LoRA in it, (V, D)."""
+        """The weight with the LoRA merged into it, (V, D)."""
         if self.lora is None:
             return self.weight
         return self.weight + self.lora.scale * (self.lora.b @ self.lora.a)
 
     def same_as(self, other: Head) -> bool:
-        """Whether both read the same storage but for a LoRA, so that a fused kernel may load the weight once."""
+        """Whether both heads, apart from a LoRA, read the same storage, so that a fused kernel may load the weight once."""
         return (
             self.weight.data_ptr() == other.weight.data_ptr()
             and (self.bias is None) == (other.bias is None)

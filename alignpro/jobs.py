@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a job: what each command of `alignpro` runs."""
+"""Builds the objects of each training command of `alignpro` from its configuration."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from alignpro.training.reinforcement import PolicyTraining
 
 
 def prompter_training(config: TrainConfig, distribution: Distribution | None = None) -> PolicyTraining:
-    """`alignpro train`: the prompter learns to write what makes the frozen target answer better."""
+    """Build `alignpro train`: the prompter learns rewrites that make the frozen target respond better."""
     distribution = distribution or SingleProcess()
-    with distribution.ranks.together():  # a model that one rank cannot load stops all
+    with distribution.ranks.together():  # a model that one rank cannot load stops all ranks
         if config.target == "policy":
             _refuse_merged(config.policy.path)
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
@@ -65,7 +65,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
 
 
 def response_training(config: RLHFConfig, distribution: Distribution | None = None) -> PolicyTraining:
-    """`alignpro rlhf`: the target itself learns from the same reward."""
+    """Build `alignpro rlhf`: the target itself learns from the same reward."""
     distribution = distribution or SingleProcess()
     with distribution.ranks.together():
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
@@ -104,10 +104,10 @@ def prompt_environment(
     *,
     responses: int,
 ) -> PromptEnvironment:
-    """The chain x → x' → y: a prompter's template, a target's, and the reward.
+    """Build the environment of chains x → x' → y from the templates of prompter and target, and the reward.
 
     Raises:
-        ConfigError: The target's context has no room for a prompt beside the response.
+        ConfigError: The target's context has no room for a prompt in addition to the response.
     """
     room = input_room(target, respond, "the target", "respond")
     return PromptEnvironment(
@@ -120,16 +120,16 @@ def prompt_environment(
 
 
 def input_room(model: LanguageModel, sampling: SamplingConfig, whose: str, key: str) -> int:
-    """Tokens of a model's context that are left for its input.
+    """Return the number of tokens of a model's context that are left for its input.
 
     Args:
         model: The model.
         sampling: How it is sampled.
-        whose: What messages call the model.
-        key: Where the configuration has ``sampling``.
+        whose: The name of the model in messages.
+        key: The configuration key of ``sampling``.
 
     Raises:
-        ConfigError: None are left.
+        ConfigError: No tokens are left.
     """
     room = model.context_length - sampling.max_tokens
     if room < 1:
@@ -141,16 +141,16 @@ def input_room(model: LanguageModel, sampling: SamplingConfig, whose: str, key: 
 
 
 def _refuse_merged(path: str) -> None:
-    """Where the target is what is below the policy's LoRA, nothing may have been merged into that before."""
+    """Refuse an adapter that would be merged into the base model when the policy's base model is the target."""
     if (Path(path) / "adapter_config.json").is_file() and not is_activated(path):
         raise ConfigError(
-            f"target=policy: {path} is an adapter that is merged into its base model before training, which would then "
-            "be the target: name the target's model, or start from an activated LoRA (policy.adapter.activated=true)"
+            f"target=policy: {path} is an adapter, which is merged into its base model before training; the merged model "
+            "would be the target: name the target's model, or start from an activated LoRA (policy.adapter.activated=true)"
         )
 
 
 def _check_invocation(model: LanguageModel, prompt: Sequence[int]) -> None:
-    """Find out before the first step that an activated LoRA would not act."""
+    """Raise before the first step if an activated LoRA would not act on a prompt."""
     if model.invocation and prompt:
         try:
             invoked_at(prompt, model.invocation)

@@ -1,6 +1,6 @@
-"""A language model seen as a decoder (tokens → hidden states) and a head (hidden states → logits).
+"""A language model as a decoder (tokens → hidden states) and a head (hidden states → logits).
 
-The split is what the fused head operators need: they take hidden states and the head's weight, never logits.
+The fused head operators need this split: they take hidden states and the head's weight, never logits.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _SOFT_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 
 
 class LanguageModel(nn.Module):
-    """A causal language model of transformers, plain or with a peft adapter, and its tokenizer.
+    """A causal language model of transformers, with or without a peft adapter, and its tokenizer.
 
     Args:
-        model: The model; with peft, a LoRA is active inside it and a soft prompt is put in front by `hidden`.
+        model: The model. A peft LoRA is active inside it; a peft soft prompt is prepended by `hidden`.
         tokenizer: Its tokenizer.
-        name: How messages call it: its path.
+        name: Its name in messages: its path.
 
     Raises:
-        ModelError: The model's logits are not head(hidden) (checked on two tokens, so that no architecture or adapter
-            with a head of its own kind is trained or sampled wrongly in silence), or its adapter is of an unknown kind.
+        ModelError: The model's logits are not head(hidden), or its adapter is of an unsupported kind. The logits are
+            checked on two tokens, so that no architecture or adapter with a special head is silently mishandled.
     """
 
     invocation: tuple[int, ...]
-    """The tokens from which on an activated LoRA acts; none where all there is acts on every token."""
+    """The invocation tokens, from which an activated LoRA acts; empty without an activated LoRA."""
     is_base: bool
-    """Whether it is what `base` returns."""
+    """Whether this is a view without the adapter, as `base` returns."""
     whole_between_passes: bool
-    """Whether its weights are there while no pass is made; not, where each pass gathers them."""
+    """Whether its weights are whole between passes; False if they are sharded and each pass gathers them."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class LanguageModel(nn.Module):
         self._check_head()
 
     def weights_changed(self) -> None:
-        """Tell that weights have new values, so that nothing made of the old ones is used again."""
+        """Discard everything derived from the weights; call it after their values have changed."""
         if self._packing is not None:
             self._packing.forget()
 
     def keep_one_layout(self) -> None:
-        """Never lay weights out a second time: they are sharded, and made anew for each pass."""
+        """Keep no second layout of the weights: they are sharded and gathered anew for each pass."""
         fused_decoder.detach(self)
         packed_linear.detach(self)
         self._packing = None
@@ -97,19 +97,19 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.causal.device
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model can hold, those of a soft prompt taken off."""
+        """Maximum number of tokens in the model's context, excluding a soft prompt."""
         config = self.causal.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
         return int(limit) - self.virtual_tokens
 
     @property
     def vocabulary(self) -> int:
-        """Token ids that the model knows: V."""
+        """Number of token ids of the model: V."""
         embedding: nn.Module = self.causal.get_input_embeddings()
         assert isinstance(embedding.weight, Tensor)
         return len(embedding.weight)
@@ -122,9 +122,9 @@ class LanguageModel(nn.Module):
 
     @property
     def binding(self) -> tuple[object, ...]:
-        """What a captured CUDA graph takes for granted: where the weights lie, and the state of adapters.
+        """The state that a captured CUDA graph depends on: the addresses of the weights and the state of adapters.
 
-        It changes when a graph is out of date. Weights that change where they are do not matter.
+        A graph is out of date when this changes. In-place updates of the weights do not matter.
         """
         addresses = [x.data_ptr() for x in (*self.parameters(), *self.buffers())]
         adapters = [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in self._adapted]
@@ -133,7 +133,7 @@ class LanguageModel(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The output layer as it is now, with a LoRA on it beside the weight."""
+        """The current output layer; a LoRA on it is kept separate from the weight."""
         head, layer = self.base_head, self.causal.get_output_embeddings()
         if self.is_base or not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
             return head
@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         active = [(down[name].weight, up[name].weight, layer.scaling[name]) for name in layer.active_adapters]
         if not active:
             return head
-        # Adapters may be float32 beside a 16-bit weight; several are one of their summed rank.
+        # Adapters may be float32 with a 16-bit weight. Several adapters equal one whose rank is their sum.
         a = torch.cat([scale * a for a, _, scale in active]).to(head.weight.dtype)
         b = torch.cat([b for _, b, _ in active], dim=1).to(head.weight.dtype)
         return replace(head, lora=LoRA(a, b, 1.0))
@@ -155,10 +155,10 @@ class LanguageModel(nn.Module):
         return Head(layer.weight, getattr(layer, "bias", None), softcap)
 
     def base(self) -> LanguageModel:
-        """The model below a LoRA: the same weights, held once, seen without it. Passes of both may be one (`paged_states`).
+        """Return a view of the model without its LoRA; it shares the weights, and a pass may serve both (`paged_states`).
 
         Raises:
-            ModelError: There is no adapter, or it is no LoRA that can be left out for some tokens.
+            ModelError: There is no adapter, or it is not a LoRA that can be switched off per token.
         """
         self._active = self._active or self._take_over()
         view = copy.copy(self)
@@ -167,18 +167,18 @@ class LanguageModel(nn.Module):
 
     @property
     def selective(self) -> bool:
-        """Whether its adapter can be left out for some tokens of a pass."""
+        """Whether its adapter can be switched off for a subset of the tokens of a pass."""
         return self._active is not None
 
     def shares_weights(self, other: LanguageModel) -> bool:
-        """Whether both are one model, with its adapter or without."""
+        """Whether both are views of one model, with or without its adapter."""
         return self.causal is other.causal
 
     def action_states(self, batch: SequenceBatch) -> Tensor:
-        """The last hidden states in which the actions of some sequences were chosen; prompts they share run once.
+        """Compute the last hidden states at which the actions were chosen; shared prompts are computed once.
 
         Returns:
-            (N, D) in the model's dtype, row by row.
+            (N, D) in the model's dtype, in row-major order of the batch's mask.
 
         Raises:
             DataError: A prompt lacks the invocation tokens of an activated LoRA.
@@ -199,14 +199,14 @@ class LanguageModel(nn.Module):
         *,
         soft_prompt: bool = True,
     ) -> Tensor:
-        """The last hidden states of T tokens that lie on one line, attended to as a plan says.
+        """Compute the last hidden states of T packed tokens, with attention computed by a plan.
 
         Args:
-            ids: (T,) int64; −1 at the places of a soft prompt, which comes first in its sequence.
-            positions: (T,) int64: of each token in its sequence.
-            plan: Which tokens see which, and where keys and values are.
+            ids: (T,) int64; −1 for the virtual tokens of a soft prompt, which come first in their sequence.
+            positions: (T,) int64: position of each token in its sequence.
+            plan: Defines which tokens attend to which, and where keys and values are stored.
             active: (A,) int64: the tokens that the adapter acts on, if it is ``selective``; True for all, False for none.
-            soft_prompt: False where none of the tokens belongs to one: nothing waits for the device then.
+            soft_prompt: False if there are no virtual tokens among them; this avoids a synchronisation with the device.
 
         Returns:
             (T, D) in the model's dtype.
@@ -216,7 +216,7 @@ class LanguageModel(nn.Module):
     def _states(
         self, ids: Tensor, positions: Tensor, active: Tensor | bool, *, soft_prompt: bool = True, **attended: Any
     ) -> Tensor:
-        """(T, D): of tokens on one line, (T,), whose attention is left to what is handed through."""
+        """Compute the states, (T, D), of packed tokens, (T,); ``attended`` holds the layout or plan of their attention."""
         inputs: dict[str, Any] = {"input_ids": ids[None]}
         if soft_prompt and self.virtual_tokens:
             soft = cast(PeftModel, self.model).get_prompt(batch_size=1)[0]  # (prefix, D)
@@ -227,7 +227,7 @@ class LanguageModel(nn.Module):
         with self._checkpointing(), self._acting(active):
             output = self.causal.base_model(
                 **inputs,
-                # Four dimensions: taken as made already, so that no mask of T × T is.
+                # transformers takes a mask of four dimensions as it is, and so does not build one of T × T.
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
                 position_ids=positions[None],
                 use_cache=False,
@@ -237,12 +237,12 @@ class LanguageModel(nn.Module):
         return states
 
     def hidden(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The last hidden states; an activated LoRA acts on all tokens.
+        """Compute the last hidden states; an activated LoRA acts on all tokens.
 
         Args:
             ids: (B, L) int64, padded on either side.
-            attention_mask: (B, L) bool or int64, zero at padding. With a soft prompt, its part is added here and never
-                passed in.
+            attention_mask: (B, L) bool or int64, zero at padding. It does not cover a soft prompt, whose part is added
+                here.
 
         Returns:
             (B, L, D) in the model's dtype.
@@ -267,10 +267,10 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """The model as it was before its adapter.
+        """Switch the adapter off within the context.
 
-        Unlike peft's own switch, it does not survey the whole model, which for small models takes longer than a forward
-        pass; and a frozen adapter stays frozen.
+        Unlike peft's own switch, this does not traverse the whole model, which takes longer than a forward pass for small
+        models; and a frozen adapter stays frozen.
         """
         off = self._soft_prompt_off
         disabled = [layer.disable_adapters for layer in self._adapted]
@@ -289,11 +289,11 @@ class LanguageModel(nn.Module):
                 weight.requires_grad_(True)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep only the inputs of layers for the backward pass, and compute the rest again.
+        """Keep only the inputs of layers for the backward pass, and recompute the rest.
 
         Raises:
-            ModelError: The architecture cannot, or its layers drop out by themselves, which could not be told from
-                transformers' switch for checkpointing: both are the layer's training mode.
+            ModelError: The architecture does not support it, or its layers have dropout. The layer's training mode
+                switches both dropout and transformers' checkpointing, so they could not be told apart.
         """
         try:
             self.causal.gradient_checkpointing_enable(self.checkpoint_options)
@@ -310,12 +310,12 @@ class LanguageModel(nn.Module):
 
     @property
     def checkpoint_options(self) -> dict[str, Any]:
-        """Of `torch.utils.checkpoint`."""
+        """Keyword arguments of `torch.utils.checkpoint`."""
         return {"use_reentrant": False} | ({"context_fn": self._active.again} if self._active else {})
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
-        """Layers in training mode, which is what switches checkpointing on; what is inside them stays as it is."""
+        """Put layers in training mode, which switches checkpointing on; the modules inside them keep their mode."""
         layers = self._checkpointed if torch.is_grad_enabled() else []
         before = [layer.training for layer in layers]
         for layer in layers:
@@ -339,7 +339,7 @@ class LanguageModel(nn.Module):
 
     @property
     def _soft_prompt(self) -> Any:
-        """The peft configuration of the soft prompt that is on, or None."""
+        """The peft configuration of the active soft prompt, or None."""
         if not isinstance(self.model, PeftModel) or self._soft_prompt_off:
             return None
         config: Any = self.model.active_peft_config
@@ -357,7 +357,7 @@ class LanguageModel(nn.Module):
         if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers):
             raise ModelError(
                 f"model {self.name}: {type(self.causal).__name__} is not supported: it has recurrent layers, whose state "
-                "cannot be padded and shared"
+                "does not allow padding and shared prefixes"
             )
         softcap = getattr(config, "attn_logit_softcapping", None)
         if softcap is not None and config._attn_implementation == "sdpa":
@@ -388,19 +388,19 @@ class LanguageModel(nn.Module):
             if (logits - expected).abs().max() > tolerance:
                 raise ModelError(
                     f"model {self.name}: the logits of {type(self.causal).__name__} are not its output layer applied to "
-                    "its last hidden states (a logit scale, or a head or an adapter of its own kind): not supported"
+                    "its last hidden states (a logit scale, or a special head or adapter): not supported"
                 )
             tolerance = max(1e-4, 8 * torch.finfo(shared.dtype).eps) * unshared.abs().max()
             if (shared - unshared).abs().max() > tolerance:
                 raise ModelError(
-                    f"model {self.name}: the attention of {type(self.causal).__name__} does something of its own with "
-                    "positions or masks, so that sequences cannot share their prompt: not supported"
+                    f"model {self.name}: the attention of {type(self.causal).__name__} treats positions or masks in a "
+                    "special way, so that sequences cannot share their prompt: not supported"
                 )
         for module, mode in modes.items():
             module.training = mode
 
     def _packing_probe(self) -> tuple[Tensor, Tensor]:
-        """States of two sequences that share a prompt, computed apart and packed: (6, D) each."""
+        """Compute the states of two sequences that share a prompt, separately and packed: (6, D) each."""
         prompt, completions = [0, 1], [[0, 1, 0], [1, 1, 1]]
         batch = SequenceBatch.build([prompt, prompt], completions, self.device)
         ids = torch.tensor([[*prompt, *completion] for completion in completions], device=self.device)
@@ -410,13 +410,13 @@ class LanguageModel(nn.Module):
 
 
 def _behind_padding(mask: Tensor, count: int) -> Tensor:
-    """Where the tokens of a row come from when ``count`` that stand before it move behind its padding on the left.
+    """Return gather indices that move ``count`` tokens from the front of each row to just after its left padding.
 
-    A soft prompt has to be next to the text: a sliding window counts the padding between them.
+    A soft prompt must be adjacent to the text: a sliding window would count the padding between them.
 
     Args:
         mask: (B, S), zero at padding.
-        count: Tokens in front of the row.
+        count: Number of tokens in front of each row.
 
     Returns:
         (B, count + S) int64.

@@ -128,7 +128,7 @@ class TestBadInput:
     ) -> None:
         start = finished("train", *ACTIVATED[:2], "target=policy") / "model"
         assert workshop.run("train", tmp_path / "run", *SELF, f"policy.path={start}") == 1
-        assert "is an adapter that is merged into its base model before training" in _said(capsys)
+        assert "is an adapter, which is merged into its base model before training" in _said(capsys)
 
     def test_an_invocation_that_does_not_come(
         self, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
