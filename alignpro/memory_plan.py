@@ -1,7 +1,7 @@
-"""Memory a rank by DeepSpeed set-up, from a configuration alone: `alignpro plan`. Nothing is loaded but models' config.json.
+"""Memory per rank for each DeepSpeed set-up, from the configuration alone: `alignpro plan`.
 
-It counts what tensors hold at the two peaks of a step, the rollout and the update. What the allocator loses between them
-and the libraries take beside is not in it.
+Only the models' config.json files are loaded. The estimate counts tensors at the two peaks of a step, the rollout and the
+update. It excludes fragmentation in the allocator and the libraries' own memory.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from alignpro.packed_linear import LARGEST
 
 GIB = float(1 << 30)
 ONE_PROCESS = "one"
-"""The set-up without DeepSpeed: plain torch."""
+"""The set-up without DeepSpeed: plain torch in a single process."""
 SETUPS = ("z0", "z1", "z2", "z3", "z2_offload", "z3_offload")
-"""Those of launch/zero/."""
+"""The DeepSpeed set-ups of launch/zero/."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one rank."""
+    """Memory of one rank, in bytes."""
 
     training: TrainingMemory
     frozen: float
     """Target and reward models."""
     sampling_copy: float
-    """The policy's weights, gathered for the rollout: stage 3."""
+    """The policy's full weights, gathered for the rollout at stage 3."""
     gathered_frozen: float
-    """The target's, where it has a stage of its own."""
+    """The target's gathered weights, if it has a ZeRO stage of its own."""
     gathered: float
-    """The lot that is being gathered for them, before anything is sampled."""
+    """Weights being gathered at a time for these two, before sampling begins."""
     cache: float
-    """Keys and values of all sequences that run at once, each as long as it may become."""
+    """Keys and values of all sequences that run at once, each at its maximum length."""
     kept_cache: float
-    """Of them, what stays during the update: the frozen target's; on a CPU all."""
+    """The part of ``cache`` that stays during the update: the frozen target's; on a CPU all of it."""
     sampling_pass: float
-    """Of the largest forward pass of a rollout."""
+    """Activations of the largest forward pass of a rollout."""
     activations: float
-    """Of a micro-batch; and what all samples of the step keep for the update."""
+    """Activations of a micro-batch, and what all samples of the step keep for the update."""
     head: float
-    """The gradient of the output layer in float32, and as it goes on to the others: made before the backward pass begins."""
+    """The output layer's gradient in float32 and in the weights' dtype; both exist before the backward pass begins."""
     layouts: tuple[float, float]
-    """Weights that a CPU lays out a second time: the policy's for the rollout, and those of frozen models."""
+    """Second layouts of weights on a CPU: of the policy, for the rollout, and of frozen models."""
     several_passes: bool
     """Whether a step has more than one micro-batch."""
 
     @property
     def rollout(self) -> float:
-        """At the peak of sampling."""
+        """Bytes at the peak of the rollout."""
         kept = self.training.gradients if self.training.gradients_are_there == "always" else 0.0
         own, frozen = self.layouts
         sampling = max(self.gathered + self.kept_cache, self.cache + own + self.sampling_pass)
@@ -67,14 +67,14 @@ class Need:
 
     @property
     def update(self) -> float:
-        """At the peak of training: as a backward pass begins, as the last one ends, or in the optimizer's step."""
+        """Bytes at the peak of the update: when a backward pass begins, when the last one ends, or in the optimizer step."""
         training = self.training
         early = self.several_passes or training.gradients_are_there != "as they come"
         waiting = training.gradients if early else 0.0
         begins = self.activations + self.head + waiting + training.backward
         ends = training.gradients + training.backward
         own, frozen = self.layouts
-        laid_out = frozen + (0.0 if self.sampling_copy else own)  # a copy's went with it
+        laid_out = frozen + (0.0 if self.sampling_copy else own)  # a sampling copy's layout was freed with it
         most = max(begins, ends, training.gradients + training.step)
         return self._always + self.kept_cache + laid_out + most
 
@@ -84,16 +84,16 @@ class Need:
 
 
 def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: float | None = None) -> list[str]:
-    """Lines of a table: GiB per rank for each set-up that the job can have, and whether it fits.
+    """Return the lines of a table: GiB per rank for each set-up that the job can use, and whether it fits.
 
     Args:
-        config: The job.
-        ranks: Over how many it is spread.
-        device_bytes: Memory of one device; when absent, nothing is said of fitting.
+        config: The job's configuration.
+        ranks: Number of ranks.
+        device_bytes: Memory of one device; if None, the table has no column for whether it fits.
 
     Raises:
         ModelError: A model's configuration cannot be read.
-        ConfigError: The DeepSpeed configuration that the job names cannot.
+        ConfigError: The DeepSpeed configuration that the job names cannot be read.
     """
     states = ("weights", "optimizer", "gradients", "buffers", "frozen", "copy", "KV", "activations")
     columns = ("set-up", *states, "rollout", "update", "host")
@@ -111,48 +111,48 @@ def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: flo
 
 
 def setups_of(config: TrainConfig | RLHFConfig, ranks: int) -> list[str]:
-    """The set-ups that a job can have: `ONE_PROCESS` on one rank, the named ones, and a file of its own."""
+    """Return the set-ups that a job can use: `ONE_PROCESS` on one rank, the named ones, and its own DeepSpeed file."""
     named = [name for name in SETUPS if name != "z0" or config.policy.dtype == "float32"]
     own = [config.deepspeed.config] if config.deepspeed.config not in SETUPS else []
     return ([ONE_PROCESS] if ranks == 1 else []) + named + own
 
 
 def memory_needs(config: TrainConfig | RLHFConfig, ranks: int) -> dict[str, Need]:
-    """What one rank needs in each set-up that the job can have; see `memory_need`."""
+    """Return the memory of one rank for each set-up that the job can use; see `memory_need`."""
     models = _Models.of(config)
     return {setup: _need(config, models, setup, ranks) for setup in setups_of(config, ranks)}
 
 
 def memory_need(config: TrainConfig | RLHFConfig, setup: str, ranks: int) -> Need:
-    """What one rank needs.
+    """Return the memory of one rank.
 
     Args:
-        config: The job.
-        setup: `ONE_PROCESS`, or what ``deepspeed.config`` takes.
-        ranks: Over how many it is spread.
+        config: The job's configuration.
+        setup: `ONE_PROCESS`, or a value of ``deepspeed.config``.
+        ranks: Number of ranks.
 
     Raises:
         ModelError: A model's configuration cannot be read.
-        ConfigError: The DeepSpeed configuration cannot.
+        ConfigError: The DeepSpeed configuration cannot be read.
     """
     return _need(config, _Models.of(config), setup, ranks)
 
 
 @dataclass(frozen=True)
 class _Models:
-    """Measures of all models of a job."""
+    """Sizes of all models of a job."""
 
     policy: ModelSize
     trained: tuple[int, ...]
-    """Elements of each weight that has a gradient."""
+    """Number of elements of each weight that has a gradient."""
     tied: bool
-    """Whether the policy's output layer has the weights of its embeddings."""
+    """Whether the policy's output layer is tied to its embeddings."""
     target: ModelSize | None
-    """None where the policy's base model is the target."""
+    """None if the policy's base model is the target."""
     target_module: nn.Module | None
-    """Without memory."""
+    """On the meta device."""
     rewards: float
-    """Bytes."""
+    """Bytes of the reward models."""
 
     @classmethod
     def of(cls, config: TrainConfig | RLHFConfig) -> _Models:
@@ -182,16 +182,16 @@ def _need(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: 
             return one_process(trained, (sum(weights) + sum(reference)) * size.dtype_bytes, size.dtype_bytes)
         return sharded(zero, trained, weights, reference, size.dtype_bytes, ranks)
 
-    # The reference is a model of its own, or the same without its adapter.
+    # The reference is a separate model, or the policy without its adapter.
     training = training_of(trained, *((size.weights, size.weights) if full else ((*size.weights, *trained), ())))
-    if config.objective.advantage == "gae":  # the critic, a copy with an output of its own; nothing trains its head
+    if config.objective.advantage == "gae":  # the critic: a copy with its own output; its LM head is not trained
         held = [*size.weights, *(() if full else trained), size.hidden, 1]
         learned = list(held)
         if not models.tied:
             learned.remove(size.head)
         training = training.beside(training_of(learned, held, ()))
     stages = config.deepspeed
-    if stages.offload_reference and full and zero["stage"] < 3:  # in the host's memory, but for its head
+    if stages.offload_reference and full and zero["stage"] < 3:  # in host memory, except for its head
         offloaded = (sum(size.weights) - size.head) * size.dtype_bytes
         training = replace(training, weights=training.weights - offloaded, host=training.host + offloaded)
     item = 0 if models.target is None else models.target.dtype_bytes
@@ -218,23 +218,23 @@ def _need(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: 
 
 @dataclass(frozen=True)
 class _Rollout:
-    """What a rank samples in a step, at most."""
+    """Maximum amounts that a rank samples in a step."""
 
     samples: int
-    """Of the policy."""
+    """Samples of the policy."""
     sampled: int
-    """Tokens of one of them."""
+    """Tokens per sample."""
     rows: int
-    """Samples of a micro-batch."""
+    """Samples per micro-batch."""
     tokens: int
-    """Tokens of a micro-batch; samples of one prompt share it."""
+    """Tokens per micro-batch; samples of one prompt share it."""
     widest: int
-    """Tokens of a forward pass of the engine."""
+    """Tokens per forward pass of the engine."""
     cache: float
     keeps_cache: bool
 
     def states(self, policy: ModelSize) -> float:
-        """Bytes of the reference's hidden states of all actions, which the update prices its KL with."""
+        """Bytes of the reference's hidden states of all actions, from which the update computes its KL."""
         return self.samples * self.sampled * policy.hidden * policy.dtype_bytes
 
     @classmethod
@@ -270,7 +270,7 @@ def _reward_bytes(config: ModelConfig) -> int:
 
 
 def _layouts(models: _Models, *, full: bool, whole: bool, target: bool) -> tuple[float, float]:
-    """Bytes of second layouts of linear layers, of the policy and of frozen models; see `packed_linear`."""
+    """Return the bytes of second layouts of linear layers, of the policy and of frozen models; see `packed_linear`."""
     own = _layout(models.policy)
     return own, (_layout(models.target) if target and models.target is not None else 0.0) + (
         own if full and whole else 0.0

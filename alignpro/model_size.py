@@ -1,4 +1,4 @@
-"""What of a model takes memory, from its config.json alone: weights, keys and values, activations."""
+"""Sizes of a model's weights, KV cache and activations, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -16,65 +16,66 @@ from alignpro.models import DTYPES
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A causal language model's measures."""
+    """The dimensions of a causal language model."""
 
     weights: tuple[int, ...]
-    """Elements of each weight; one that is tied counts once."""
+    """Number of elements of each weight; a tied weight counts once."""
     head: int
-    """Elements of the output layer's weight."""
+    """Number of elements of the output layer's weight."""
     linear: int
-    """Elements of the linear layers but the head: what a CPU has in a second layout."""
+    """Number of elements of the linear layers without the head, which have a second layout on a CPU."""
     layers: int
     hidden: int
     intermediate: int
     kv_width: int
-    """Elements of a token's keys in a layer."""
+    """Number of elements of a token's keys in one layer."""
     dtype_bytes: int
 
     @property
     def parameters(self) -> int:
-        """Elements of all weights."""
+        """Number of elements of all weights."""
         return sum(self.weights)
 
     @property
     def bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights."""
         return self.parameters * self.dtype_bytes
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of one token, in all layers."""
+        """Bytes of the keys and values of one token, in all layers."""
         return 2 * self.layers * self.kv_width * self.dtype_bytes
 
     @property
     def pass_bytes(self) -> int:
-        """What a token takes in the widest place of a pass without gradients: within a gated MLP."""
+        """Bytes per token at the peak of a pass without gradients, which is inside a gated MLP."""
         return (2 * self.intermediate + 4 * self.hidden) * self.dtype_bytes
 
     def activation_bytes(self, tokens: int, *, checkpointing: bool) -> float:
-        """What a forward pass leaves for the backward, and what that takes beside at its beginning.
+        """Bytes that a forward pass saves for the backward pass, plus what the latter needs when it begins.
 
-        Counted on a layer of Llama's kind (two norms, attention that holds no matrix, a gated MLP): of each token it keeps
-        four vectors as wide as the MLP, some ten as wide as the model, and three of keys and values; in 16 bits its norms
-        keep float32 too. Korthikanti et al. (2022, "Reducing Activation Recomputation", table 2) count another layer so.
+        Counted for a layer like Llama's (two norms, attention that stores no score matrix, a gated MLP). Per token it saves
+        four vectors of the MLP's width, about ten of the model's width, and three of the width of keys and values; in 16
+        bits its norms also save float32. Korthikanti et al. (2022, "Reducing Activation Recomputation", table 2) count
+        another layer in this way.
 
         Args:
-            tokens: In the pass.
-            checkpointing: Whether only the layers' inputs are kept, and one layer at a time is computed again.
+            tokens: Number of tokens in the pass.
+            checkpointing: Whether only the layers' inputs are saved, and one layer at a time is recomputed.
         """
         b, wide, hidden = self.dtype_bytes, self.intermediate, self.hidden
         layer = b * (4 * wide + 10.5 * hidden + 3 * self.kv_width) + (4 * hidden if b == 2 else 0)
         kept = self.layers * b * hidden + layer if checkpointing else self.layers * layer
         ends = 3.3 * b * hidden  # embeddings and the last norm
-        begun = 2 * b * (wide + hidden)  # gradients within the last layer
+        begun = 2 * b * (wide + hidden)  # gradients inside the last layer
         return tokens * (kept + ends + begun)
 
 
 def build_empty(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """A model without memory for its weights.
+    """Build a model on the meta device, without memory for its weights.
 
     Raises:
-        ModelError: Its configuration cannot be read.
+        ModelError: The model's configuration cannot be read.
     """
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
@@ -86,7 +87,7 @@ def build_empty(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTra
 
 
 def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
-    """The measures of a model in the precision that its configuration asks for."""
+    """Return the size of a model in the dtype that its configuration asks for."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -104,7 +105,7 @@ def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
 
 
 def trained_weights(model: PreTrainedModel, adapter: AdapterConfig) -> tuple[int, ...]:
-    """Elements of each weight that has a gradient."""
+    """Return the number of elements of each weight that has a gradient."""
     if adapter.kind == "full":
         return tuple(weight.numel() for weight in model.parameters())
     if adapter.kind == "soft_prompt":

@@ -1,4 +1,4 @@
-"""Load language models, put adapters on them, save them."""
+"""Load language models, add adapters to them, save them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ DTYPES = {
 }
 
 BASE = "base"
-"""Where, beside a saved adapter, its base model is, if that is nowhere else: merged with another adapter, or random."""
+"""Subdirectory of a saved adapter with its base model, if that exists nowhere else: a merged or a random model."""
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the accelerator where there is one, else the CPU.
+    """Resolve a device name; ``auto`` is the accelerator if there is one, else the CPU.
 
     Raises:
-        ModelError: There is no such device here.
+        ModelError: The device is not available.
     """
     if device != "auto":
         try:
@@ -50,7 +50,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_language_model(config: ModelConfig) -> LanguageModel:
-    """Load a frozen model and its tokenizer, by name or directory; a peft adapter's directory brings its base model.
+    """Load a frozen model and its tokenizer, by name or directory; for a peft adapter's directory, with its base model.
 
     Raises:
         ModelError: There is no such model, it is not a causal language model, or it has no usable tokenizer.
@@ -67,29 +67,29 @@ def load_target(
     adapted: LanguageModel | None,
     load: Callable[[ModelConfig], LanguageModel] = load_language_model,
 ) -> LanguageModel:
-    """The frozen target: a model of its own, or, where a word names it, what is below the LoRA of ``adapted``.
+    """Load the frozen target: a separate model, or, if ``config`` is a string, the base model below ``adapted``'s LoRA.
 
     Args:
-        config: Which.
+        config: The target's configuration, or the string that refers to ``adapted``.
         adapted: The policy or prompter.
-        load: Loads a model of its own.
+        load: Loads a separate model.
 
     Raises:
-        ModelError: As `load_language_model`, or ``adapted`` has no LoRA that can be left out.
+        ModelError: As `load_language_model`, or ``adapted`` has no LoRA that can be switched off per token.
     """
     if not isinstance(config, str):
         return load(config)
-    assert adapted is not None  # a configuration that says so names it
+    assert adapted is not None  # a configuration that refers to it names it
     return adapted.base()
 
 
 def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
-    """Load the model that a policy starts from; with ``from_scratch``, make it with random weights drawn from ``seed``.
+    """Load a policy's initial model; with ``from_scratch``, initialise it with random weights drawn from ``seed``.
 
     Raises:
         ModelError: As `load_language_model`.
     """
-    torch.manual_seed(seed)  # also for what the caller draws next, such as an adapter's first weights
+    torch.manual_seed(seed)  # also for what the caller draws next, such as an adapter's initial weights
     if not config.from_scratch:
         return load_language_model(config)
     tokenizer = load_tokenizer(config)
@@ -136,22 +136,21 @@ def _load_causal(config: ModelConfig) -> PreTrainedModel | PeftModel:
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Say which model could not be loaded; transformers' own messages say why."""
+    """Add the model's name to loading errors; transformers' own messages say why it failed."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        hint = " (that is attention=eager here)" if 'attn_implementation="eager"' in str(error) else ""
+        hint = " (here: attention=eager)" if 'attn_implementation="eager"' in str(error) else ""
         raise ModelError(f"model {path}: cannot be loaded as a causal language model: {error}{hint}") from error
 
 
 def add_adapter(language_model: LanguageModel, adapter: AdapterConfig) -> LanguageModel:
-    """Make what `adapter` names trainable and freeze the rest; a LoRA found in the model is merged first.
+    """Make the weights that ``adapter`` names trainable and freeze the rest; an existing LoRA is merged first.
 
-    A soft prompt or an activated LoRA found in the model cannot be merged: it is trained on, and the result is the model
-    itself.
+    An existing soft prompt or activated LoRA cannot be merged: training continues on it, and the same model is returned.
 
     Raises:
-        ModelError: The adapter cannot be put on this model.
+        ModelError: The adapter cannot be added to this model.
     """
     model = language_model.model
     if isinstance(model, PeftModel):
@@ -177,7 +176,7 @@ def _train_on(language_model: LanguageModel, model: PeftModel, adapter: AdapterC
         keys = "policy.adapter.kind=soft_prompt" if soft else "policy.adapter.kind=lora policy.adapter.activated=true"
         raise ModelError(
             f"model {language_model.name}: it is {'a' if soft else 'an'} {kind}, which cannot be merged into weights: "
-            f"train it on with {keys}, or start from its base model"
+            f"continue training it with {keys}, or start from its base model"
         )
     model.requires_grad_(False)
     for name, weight in model.named_parameters():
@@ -185,7 +184,7 @@ def _train_on(language_model: LanguageModel, model: PeftModel, adapter: AdapterC
 
 
 def _invocation(adapter: AdapterConfig, language_model: LanguageModel) -> list[int] | None:
-    """The tokens from which on the adapter acts: those of a text, or what opens the assistant's turn."""
+    """Return the invocation tokens of an activated LoRA: those of the configured text, or the generation prompt."""
     if not adapter.activated:
         return None
     if adapter.invocation is None:
@@ -213,7 +212,7 @@ def _peft_config(adapter: AdapterConfig, language_model: LanguageModel) -> PeftC
 
 
 def frozen_copy(language_model: LanguageModel) -> LanguageModel:
-    """A copy that training does not move; it shares what is not trained, and keeps ties between weights."""
+    """Copy a model so that training does not change the copy; it shares untrained weights and keeps weights tied."""
     model = language_model.model
     shared = [language_model.tokenizer, *(w for w in model.parameters() if not w.requires_grad)]
     return copy.deepcopy(language_model, {id(part): part for part in shared}).requires_grad_(False).eval()
@@ -222,15 +221,15 @@ def frozen_copy(language_model: LanguageModel) -> LanguageModel:
 def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
     """Write a directory that ``from_pretrained`` (and `load_language_model`) reads: weights or adapter, and tokenizer.
 
-    An adapter whose base model is nowhere else has it in ``base/``.
+    An adapter whose base model exists nowhere else is saved with it, in ``base/``.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The files cannot be written.
     """
     model, causal = language_model.model, language_model.causal
     try:
         if isinstance(model, PeftModel):
-            # Embeddings are never trained beside an adapter; by default peft would ask the hub whether they were.
+            # Embeddings are never trained together with an adapter; by default peft would query the hub to find out.
             model.save_pretrained(str(directory), save_embedding_layers=False)
             adapter: Any = model.active_peft_config
             if adapter.base_model_name_or_path == BASE:
@@ -239,12 +238,12 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
         else:
             model.save_pretrained(directory)
         language_model.tokenizer.save_pretrained(directory)
-    except SafetensorError as error:  # how a full disk arrives here
+    except SafetensorError as error:  # raised, for example, when the disk is full
         raise OSError(f"{directory}: {error}") from error
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """16 hexadecimal digits of SHA-256 over names, dtypes, shapes and every byte of named weights."""
+    """Return 16 hexadecimal digits of a SHA-256 over names, dtypes, shapes and all bytes of named weights."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights, key=lambda item: item[0]):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())

@@ -1,9 +1,9 @@
-"""Linear layers on a CPU whose weights are laid out in panels, as `alignpro_kernels.linear` multiplies by them.
+"""Linear layers on a CPU whose weights are packed into panels for the products of `alignpro_kernels.linear`.
 
-PyTorch multiplies float32 matrices on a CPU by its BLAS, which reads a weight as it is stored and is made for many rows. Of
-a weight in panels few rows are multiplied faster and many about as fast (docs/kernels.md). Generation multiplies by the same
-weights token after token, so they are laid out once, and again when they have changed. That takes as much memory again as
-the weights.
+PyTorch multiplies float32 matrices on a CPU with its BLAS, which reads a weight in its stored layout and is optimised for
+many rows. With a weight in panels, products with few rows are faster and those with many about as fast (docs/kernels.md).
+Generation multiplies by the same weights at every token, so they are packed once, and again after they have changed. The
+packed copy takes as much memory as the weights.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from alignpro_kernels.linear import PANEL, pack_weight, packed_linear
 logger = logging.getLogger(__name__)
 
 LARGEST = 1 << 30
-"""Bytes of weights up to which a model's are laid out a second time."""
+"""Models whose linear weights have more bytes than this are not packed."""
 _PACKING = "weight_packing"
 """The attribute of a model that holds its `Packing`."""
 _NARROWEST = 64
-"""Outputs and inputs from which on it pays; the products of a LoRA are narrower."""
+"""Smallest number of inputs and outputs for which packing pays off; the products of a LoRA are narrower."""
 
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """What `alignpro_kernels.linear` takes of one or several linear layers."""
+    """Packed weight and bias of one or several linear layers, as `alignpro_kernels.linear` takes them."""
 
     weight: Tensor
-    """By `pack_weight`."""
+    """As `pack_weight` returns it."""
     bias: Tensor | None
     """(N,)"""
 
 
 class Packing:
-    """The second layout of the weights of a model's linear layers."""
+    """Cache of the packed weights of a model's linear layers."""
 
     def __init__(self) -> None:
         self._panels: dict[tuple[nn.Linear, ...], tuple[tuple[int, ...], Panels]] = {}
         self.derived: dict[object, Any] = {}
-        """What others have made of panels; forgotten with them."""
+        """Objects that other modules have derived from panels; discarded with them."""
 
     def forget(self) -> None:
-        """The weights have changed: give the memory of their layouts back."""
-        # In-place changes are seen without it; those of a partitioned weight, made anew in the same memory, are not.
+        """Discard the packed weights and free their memory, because the weights have changed."""
+        # In-place changes are detected without this; a partitioned weight that is rebuilt in the same memory is not.
         self._panels.clear()
         self.derived.clear()
 
     def panels(self, *layers: nn.Linear) -> Panels:
-        """The weights of layers with the same inputs as they are now, behind one another; a new object when they change."""
+        """Return the current weights of layers with the same input, concatenated; a new object after they change."""
         known, state = self._panels.get(layers), _state(layers)
         if known is None or known[0] != state:
             weights = [layer.weight.detach() for layer in layers]
@@ -64,17 +64,17 @@ class Packing:
             self._panels[layers] = known
             if len(layers) > 1 and all(layer.out_features % PANEL == 0 for layer in layers):
                 parts = whole.split([layer.out_features // PANEL for layer in layers])
-                for layer, part in zip(layers, parts, strict=True):  # held once
+                for layer, part in zip(layers, parts, strict=True):  # views of the same memory
                     self._panels[layer,] = _state((layer,)), Panels(part, layer.bias)
         return known[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packing:
-        """Empty: a copied model has weights of its own."""
+        """Return an empty packing: a copied model has its own weights."""
         return Packing()
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that takes its weight from a `Packing`."""
+    """A linear layer that multiplies by the packed weight of a `Packing`."""
 
     packing: Packing
 
@@ -90,7 +90,7 @@ class PackedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ; the gradient of W, which sums over rows, is left to the BLAS, which is the faster at that."""
+    """x Wᵀ with packed W. The gradient of W, which sums over rows, is left to the BLAS, which is faster at it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, panels: Tensor) -> Tensor:
@@ -101,15 +101,15 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        # Packed for one product: its rows are panels nearly as they are.
+        # Packing it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.
         d_x = packed_linear(gradient, pack_weight(weight.T), weight.shape[1]) if ctx.needs_input_grad[0] else None
         return d_x, None if x is None else gradient.flatten(0, -2).T @ x.flatten(0, -2), None
 
 
 def attach(model: nn.Module) -> Packing | None:
-    """Let the linear layers of a float32 model on a CPU have a second layout; None where they cannot or should not.
+    """Pack the linear layers of a float32 model on a CPU; return None if they cannot or should not be packed.
 
-    A model has one `Packing`, however often it is attached: whoever tells of changed weights tells all who read them.
+    A model has one `Packing`, however often it is attached, so that `Packing.forget` reaches all users of its weights.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
     weights = [layer.weight for layer in layers]
@@ -123,16 +123,16 @@ def attach(model: nn.Module) -> Packing | None:
         packing = Packing()
         setattr(model, _PACKING, packing)
     assert isinstance(packing, Packing)
-    packing.forget()  # a merged adapter changes weights past what PyTorch counts
+    packing.forget()  # merging an adapter changes weights without changing their version counters
     for layer in layers:
-        # A subclass put in place, as parametrizations of PyTorch do: whoever holds the layer goes on holding it.
+        # The class is changed in place, as PyTorch's parametrizations do, so that references to the layer stay valid.
         layer.__class__ = PackedLinear
         layer.packing = packing  # type: ignore[assignment]
     return packing
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`, for a model whose weights are not there between its passes: they would be laid out anew for each."""
+    """Undo `attach`, for a model whose weights are gathered for each pass and would be packed anew each time."""
     for layer in model.modules():
         layer.__dict__.pop(_PACKING, None)
         if type(layer) is PackedLinear:
@@ -141,23 +141,23 @@ def detach(model: nn.Module) -> None:
 
 
 def _state(layers: tuple[nn.Linear, ...]) -> tuple[int, ...]:
-    """By which a change of weights is seen."""
+    """Return addresses and version counters, which reveal a change of the weights."""
     return tuple(
         x for layer in layers for p in (layer.weight, layer.bias) if p is not None for x in (p.data_ptr(), p._version)
     )
 
 
 def _unsuited(size: int) -> str | None:
-    """Why weights of so many bytes are better not laid out again."""
+    """Return why weights of ``size`` bytes should not be packed, or None if they should."""
     if size > LARGEST:
-        return f"{size >> 20} MiB of weights are too many to lay out again"
+        return f"{size >> 20} MiB of weights are too many to keep a second copy in panels"
     if (reason := linear.unavailable()) is not None:
         return reason
     if cpp_library.instructions() == "generic":
-        return "the C++ operators are not written for this processor's instructions"
+        return "the C++ operators have no version for this processor's vector instructions"
     return None
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether nobody else has changed how it multiplies, and it is wide enough."""
+    """Whether the layer is a plain linear layer, wide enough to be packed."""
     return type(layer) in (nn.Linear, PackedLinear) and min(layer.weight.shape) >= _NARROWEST

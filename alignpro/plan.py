@@ -1,4 +1,4 @@
-"""What a configuration would run, in numbers: for ``--dry-run``, without loading anything."""
+"""Summarises how much work a configuration would run, for ``--dry-run``, without loading anything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignpro.config import (
 
 
 def plan(config: Section) -> list[str]:
-    """Lines that say how much a job would do: steps, samples a step, totals, what is written when."""
+    """Return lines that describe a job's amount of work: steps, samples per step, totals, and what is written when."""
     match config:
         case TrainConfig():
             P, K, M = (
@@ -28,8 +28,8 @@ def plan(config: Section) -> list[str]:
             return [
                 f"train {config.policy.path} ({config.policy.adapter.kind}) against the frozen {config.target_model.path}",
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'rewrite')} × {_count(M, 'response')}: "
-                f"{_count(chains, 'chain')} a step, {_count(chains * steps, 'rewrite')} and "
-                f"{_count(chains * M * steps, 'response')} in all",
+                f"{_count(chains, 'chain')} per step, {_count(chains * steps, 'rewrite')} and "
+                f"{_count(chains * M * steps, 'response')} in total",
                 *_updates(config.objective, steps),
                 *_writes(config.run),
             ]
@@ -38,7 +38,7 @@ def plan(config: Section) -> list[str]:
             return [
                 f"RLHF of {config.policy.path} ({config.policy.adapter.kind})",
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'response')}: "
-                f"{_count(P * K, 'response')} a step, {_count(P * K * steps, 'response')} in all",
+                f"{_count(P * K, 'response')} per step, {_count(P * K * steps, 'response')} in total",
                 *_updates(config.objective, steps),
                 *_writes(config.run),
             ]
@@ -53,14 +53,14 @@ def plan(config: Section) -> list[str]:
             arms = [name for name in ("reference", "prompter", "oracle") if getattr(config, name) is not None]
             return [
                 f"compare no fine-tuning{''.join(f', {name}' for name in arms)} "
-                f"on {_count(config.prompts, 'held-out prompt')} at most",
-                f"{_count(config.rewrites_per_prompt, 'rewrite')} a prompt × "
+                f"on at most {_count(config.prompts, 'held-out prompt')}",
+                f"{_count(config.rewrites_per_prompt, 'rewrite')} per prompt × "
                 f"{_count(config.responses_per_rewrite, 'response')} each",
                 f"write to {config.out}",
             ]
         case OptimalConfig():
             return [
-                f"{_count(config.candidates, 'candidate rewrite')} of each of {_count(config.prompts, 'prompt')} at most × "
+                f"{_count(config.candidates, 'candidate rewrite')} for each of at most {_count(config.prompts, 'prompt')} × "
                 f"{_count(config.responses_per_rewrite, 'response')} each",
                 f"write to {config.out}",
             ]
@@ -70,11 +70,11 @@ def plan(config: Section) -> list[str]:
 
 def _updates(objective: ObjectiveConfig, steps: int) -> list[str]:
     a_step = objective.epochs * objective.minibatches
-    return [f"{_count(a_step * steps, 'optimizer update')} ({a_step} a step), loss {objective.loss}"]
+    return [f"{_count(a_step * steps, 'optimizer update')} ({a_step} per step), loss {objective.loss}"]
 
 
 def _batches(run: RunConfig, size: int) -> list[str]:
-    return [f"{run.steps:,} steps × {_count(size, 'pair')}: {_count(run.steps * size, 'pair')} in all", *_writes(run)]
+    return [f"{run.steps:,} steps × {_count(size, 'pair')}: {_count(run.steps * size, 'pair')} in total", *_writes(run)]
 
 
 def _writes(run: RunConfig) -> list[str]:

@@ -151,9 +151,9 @@ PPO = {"loss": "ppo_clip", "epochs": 2, "minibatches": 4}
             },
             [
                 "train models/small (lora) against the frozen models/large",
-                "1,000 steps × 16 prompts × 8 rewrites × 2 responses: 128 chains a step, 128,000 rewrites and "
-                "256,000 responses in all",
-                "8,000 optimizer updates (8 a step), loss ppo_clip",
+                "1,000 steps × 16 prompts × 8 rewrites × 2 responses: 128 chains per step, 128,000 rewrites and "
+                "256,000 responses in total",
+                "8,000 optimizer updates (8 per step), loss ppo_clip",
                 "write to r: a checkpoint every 50 steps and at the end (2 kept); evaluation every 20 steps",
             ],
         ),
@@ -162,34 +162,34 @@ PPO = {"loss": "ppo_clip", "epochs": 2, "minibatches": 4}
             {**BASE, "run": {"out": "r", "steps": 10}, "policy": MODEL, "rollout": {"responses_per_prompt": 4}},
             [
                 "RLHF of models/small (full)",
-                "10 steps × 16 prompts × 4 responses: 64 responses a step, 640 responses in all",
-                "10 optimizer updates (1 a step), loss policy_gradient",
+                "10 steps × 16 prompts × 4 responses: 64 responses per step, 640 responses in total",
+                "10 optimizer updates (1 per step), loss policy_gradient",
                 "write to r: a checkpoint every 50 steps and at the end (2 kept); evaluation never",
             ],
         ),
         (
             SFTConfig,
             {"run": {"out": "r", "steps": 10}, "data": BASE["data"], "policy": MODEL, "batch_size": 8},
-            ["fine-tune models/small (full) on (prompt, rewrite) pairs", "10 steps × 8 pairs: 80 pairs in all"],
+            ["fine-tune models/small (full) on (prompt, rewrite) pairs", "10 steps × 8 pairs: 80 pairs in total"],
         ),
         (
             RewardModelConfig,
             {"run": {"out": "r", "steps": 10}, "data": BASE["data"], "model": MODEL, "batch_size": 1},
-            ["train a reward model from models/small", "10 steps × 1 pair: 10 pairs in all"],
+            ["train a reward model from models/small", "10 steps × 1 pair: 10 pairs in total"],
         ),
         (
             EvalConfig,
             {**BASE, "out": "e", "target": MODEL, "prompter": MODEL, "oracle": MODEL, "prompts": 30},
             [
-                "compare no fine-tuning, prompter, oracle on 30 held-out prompts at most",
-                "4 rewrites a prompt × 2 responses each",
+                "compare no fine-tuning, prompter, oracle on at most 30 held-out prompts",
+                "4 rewrites per prompt × 2 responses each",
                 "write to e",
             ],
         ),
         (
             OptimalConfig,
             {**BASE, "out": "e", "target": MODEL, "prompter": MODEL, "prompts": 30, "candidates": 7},
-            ["7 candidate rewrites of each of 30 prompts at most × 2 responses each", "write to e"],
+            ["7 candidate rewrites for each of at most 30 prompts × 2 responses each", "write to e"],
         ),
     ],
 )
