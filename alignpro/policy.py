@@ -1,4 +1,4 @@
-"""The policy: a trainable language model, the frozen reference that prices its KL, and the passes over both."""
+"""The policy: a trainable language model, the frozen reference of its KL penalty, and the passes over both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Outputs = TypeVar("Outputs")
 
 @dataclass(frozen=True)
 class TokenValues:
-    """What one pass over sampled sequences says of each action; (B, T), zero off the mask."""
+    """Per-action results of a pass over sampled sequences; (B, T), zero outside the mask."""
 
     logprob: Tensor
     """log ρ(a_t|s_t)."""
@@ -44,18 +44,18 @@ class TokenValues:
     reference_states: Tensor
     """(N, D): the reference's hidden states, row by row. They do not change while the policy is updated."""
     states: Tensor | None = None
-    """(N, D): the policy's, with the graph that leads to its weights, if that was asked for; true until these change."""
+    """(N, D): the policy's hidden states with their autograd graph, if requested; valid until its weights change."""
 
 
 class Policy:
     """A trainable model and its reference.
 
-    The reference is the model with its adapter switched off where the adapter is all that differs, else a frozen copy.
+    The reference is the model with its adapter switched off if they differ in the adapter alone, else a frozen copy.
 
     Args:
-        model: What is trained; its ``requires_grad`` flags say which of its weights are.
-        reference: The frozen reference; None switches the adapter off.
-        temperature: That of sampling. ρ and ρ_sft mean the distributions at this temperature.
+        model: The trained model; its ``requires_grad`` flags say which weights are trained.
+        reference: The frozen reference; None for the model with its adapter switched off.
+        temperature: The sampling temperature. ρ and ρ_sft are the distributions at this temperature.
     """
 
     def __init__(self, model: LanguageModel, reference: LanguageModel | None, *, temperature: float = 1.0) -> None:
@@ -65,12 +65,12 @@ class Policy:
         self.module = PolicyModule(model, reference)
         """Both models: every pass over their weights is a forward of it."""
         self.wrapped: nn.Module = self.module
-        """What is called for that: the module itself, or what a backend has put around it."""
+        """The module to call for a pass: ``module`` itself, or a backend's wrapper around it."""
         self.splits_prompts = True
-        """Whether what is common to both models may have a pass of its own, where the sequences at hand make that pay. Not,
-        where all ranks must make as many passes."""
+        """Whether prefixes common to both models may be computed in a separate pass, if that pays off for a batch. False
+        if all ranks must make the same number of passes."""
         self._reference_id: str | None = None
-        # Under an activated LoRA alone, what stands before its invocation is the frozen base model's.
+        # If only an activated LoRA is trained, the tokens before its invocation are computed by the frozen base model.
         self._prefix_is_fixed = bool(model.invocation) and all(".lora_" in name for name in self.trainable)
         self.model.eval()  # no dropout: importance ratios compare the same function at two sets of weights
         if reference is not None:
@@ -78,7 +78,7 @@ class Policy:
 
     @classmethod
     def load(cls, config: PolicyConfig, *, seed: int, temperature: float = 1.0) -> Policy:
-        """Load the model, put the adapter on it and decide what serves as the reference.
+        """Load the model, add its adapter and choose the reference.
 
         Raises:
             ModelError: A model cannot be loaded, the adapter does not fit, or model and reference have different
@@ -89,7 +89,7 @@ class Policy:
         reference: LanguageModel | None = None
         if config.reference not in (None, config.path):
             reference = load_language_model(config.model_copy(update={"path": config.reference}))
-        elif config.adapter.kind == "full" or model is start:  # or trains on an adapter that ρ_sft has
+        elif config.adapter.kind == "full" or model is start:  # or training continues on ρ_sft's own adapter
             reference = frozen_copy(model)
         if reference is not None and reference.head.weight.shape[0] != model.head.weight.shape[0]:
             raise ModelError(
@@ -99,7 +99,7 @@ class Policy:
         if reference is not None and reference.head.softcap != model.head.softcap:
             raise ModelError(
                 f"reference {reference.name} has final_logit_softcapping={reference.head.softcap}, policy {model.name} "
-                f"{model.head.softcap}: their KL is computed in one pass over both heads, which takes one cap"
+                f"{model.head.softcap}: their KL is computed in one pass over both heads, which supports a single cap"
             )
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -107,11 +107,11 @@ class Policy:
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name → weight, of all that is trained."""
+        """Name → weight, of all trained weights."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def reference_id(self) -> str:
-        """A fingerprint of the reference's weights, recorded in checkpoints; taken once, since they never change."""
+        """Return a fingerprint of the reference's weights for checkpoints; computed once, since they never change."""
         if self._reference_id is None:
             frozen = self.model.causal if self.reference is None else self.reference
             trained = {id(weight) for weight in self.trainable.values()}
@@ -120,10 +120,10 @@ class Policy:
         return self._reference_id
 
     def check_ranks(self, ranks: Ranks) -> None:
-        """Make sure that all ranks have loaded the same reference, while its weights are whole: a collective.
+        """Check that all ranks have loaded the same reference: a collective, called before its weights are sharded.
 
         Raises:
-            ModelError: They have not. Training would take rank 0's weights everywhere, and nothing would tell of it.
+            ModelError: They have not. Training would silently use rank 0's weights everywhere.
         """
         with ranks.together():
             mine = self.reference_id()
@@ -131,16 +131,16 @@ class Policy:
         with ranks.together():
             if rank is not None:
                 raise ModelError(
-                    f"rank {rank} has loaded another model than rank 0 as policy or reference ({self.model.name}): give every "
-                    "node the same files"
+                    f"rank {rank} has loaded a different policy or reference than rank 0 ({self.model.name}): make the "
+                    "files the same on every node"
                 )
 
     def token_values(self, batch: SequenceBatch, *, keep_states: bool = False) -> TokenValues:
-        """Log-probabilities, exact KL and entropy of every action at the current weights.
+        """Compute log-probabilities, exact KL and entropy of every action at the current weights.
 
         Args:
             batch: The sequences.
-            keep_states: Keep the policy's states for a `loss` at the same weights, which then needs no pass of its own.
+            keep_states: Keep the policy's states for a `loss` at the same weights, which then needs no forward pass.
         """
         with torch.set_grad_enabled(keep_states and torch.is_grad_enabled()):
             states, reference_states, *values = self._pass(lambda: self._token_values(batch))
@@ -157,14 +157,14 @@ class Policy:
         reference_states: Tensor | None = None,
         entropy: bool = False,
     ) -> PolicyLossOutput:
-        """A loss that is a sum over actions, through the fused head: ``coefficients`` says what each action weighs.
+        """Compute a loss that is a sum over actions with the fused head; ``coefficients`` defines its terms.
 
         Args:
             batch: The sequences.
             coefficients: (logprob, entropy, kl, rows) → loss terms and their derivatives; see `Coefficients`.
-            states: (N, D) of `TokenValues`, if the weights have not changed since; made anew when absent.
-            reference_states: (N, D) of `TokenValues`; given, the coefficients get the exact KL.
-            entropy: Whether they get the entropy.
+            states: (N, D) of `TokenValues`, if the weights have not changed since; recomputed if None.
+            reference_states: (N, D) of `TokenValues`; if given, ``coefficients`` receives the exact KL.
+            entropy: Whether ``coefficients`` receives the entropy.
         """
 
         def fused(states: Tensor) -> PolicyLossOutput:
@@ -186,7 +186,7 @@ class Policy:
         return self._pass(lambda: self.module.head(self._states(batch) if states is None else states, fused))
 
     def sequence_logprob(self, batch: SequenceBatch) -> Tensor:
-        """log ρ(x'|x) of whole sequences, differentiable: (B,)."""
+        """Compute log ρ(x'|x) of whole sequences, differentiable: (B,)."""
         return self._pass(
             lambda: self.module.head(
                 self._states(batch),
@@ -195,12 +195,12 @@ class Policy:
         )
 
     def _pass(self, work: Callable[[], Outputs]) -> Outputs:
-        """Work on the weights, inside the module's forward."""
+        """Run ``work``, which uses the weights, inside the module's forward."""
         outputs: Outputs = self.wrapped(work)
         return outputs
 
     def _token_values(self, batch: SequenceBatch) -> tuple[Tensor, ...]:
-        """States of the policy and the reference, (N, D), then (N,) each: logprob, that of the reference, KL, entropy."""
+        """Return states of policy and reference, (N, D), then logprob, reference logprob, KL and entropy, (N,) each."""
         states, reference_states = self._both_states(batch)
 
         def fused(states: Tensor) -> tuple[Tensor, ...]:
@@ -221,7 +221,7 @@ class Policy:
                 temperature=self.temperature,
                 **reference_head.options,
             )
-            assert stats.kl is not None and stats.entropy is not None  # asked for
+            assert stats.kl is not None and stats.entropy is not None  # requested above
             return stats.logprob, reference_stats.logprob, stats.kl, stats.entropy
 
         with torch.no_grad():
@@ -232,13 +232,13 @@ class Policy:
         return self.model.base_head if self.reference is None else self.reference.head
 
     def _states(self, batch: SequenceBatch) -> Tensor:
-        """(N, D), differentiable."""
+        """Compute the policy's states, (N, D), differentiable."""
         if self._prefix_is_fixed and self.splits_prompts:
             return policy_states(self.model, batch)
         return self.model.action_states(batch)
 
     def _both_states(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """(N, D) of the policy, differentiable, and of the reference."""
+        """Compute the states of the policy, differentiable, and of the reference, (N, D) each."""
         if self.reference is None and self._prefix_is_fixed and self.splits_prompts:
             return policy_and_base_states(self.model, batch)
         states = self._states(batch)
@@ -250,12 +250,12 @@ class Policy:
 
 
 def sequence_logprob(model: LanguageModel, batch: SequenceBatch, temperature: float) -> Tensor:
-    """Log-probability of each whole completion at a temperature, (B,), differentiable."""
+    """Compute the log-probability of each whole completion at a temperature, (B,), differentiable."""
     return completion_logprob(model.head, model.action_states(batch), batch, temperature)
 
 
 def completion_logprob(head: Head, states: Tensor, batch: SequenceBatch, temperature: float) -> Tensor:
-    """The same from the states in which the actions were chosen: (N, D) → (B,)."""
+    """Compute the same from the states at which the actions were chosen: (N, D) → (B,)."""
     stats = linear_logprob(
         states,
         head.weight,
@@ -267,9 +267,9 @@ def completion_logprob(head: Head, states: Tensor, batch: SequenceBatch, tempera
 
 
 def _reference_arguments(head: Head, states: Tensor, reference: Head) -> dict[str, Any]:
-    """Keyword arguments for the head's operators; a shared head is named once, so that it is read once.
+    """Return the reference's keyword arguments for the head operators; a shared head is passed once and read once.
 
-    A head that is trained is shared with nobody: the reference keeps its own.
+    A trained head is never shared: the reference keeps its own.
     """
     if head.same_as(reference) and reference.lora is None and not head.weight.requires_grad:
         return {"ref_hidden": states}

@@ -1,8 +1,8 @@
-"""The weights of a policy and of its reference as one module, whose forward is every pass over them.
+"""A policy and its reference as one module; every pass over their weights is a forward of this module.
 
 Sharded weights (ZeRO-3) are whole only inside the forward of a module that is known to use them: hooks gather them
-before it, and again before its part of the backward. The fused head reads the weights of output layers that are never
-called themselves, so it has a module of its own.
+before it, and again before its backward. The fused head reads the weights of output layers whose own forward is never
+called, so it has a separate module.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ Outputs = TypeVar("Outputs")
 
 
 class HeadPass(nn.Module):
-    """Work on output layers that it does not own: ``head(states, work)`` is ``work(states)``, and hooks may surround it.
+    """Runs work on output layers that it does not own: ``head(states, work)`` is ``work(states)``, surrounded by hooks.
 
-    The states are an argument, and what comes out is a tensor or a tuple of tensors: hooks find the beginning and the
-    end of its backward by them.
+    The states are an argument and the result is a tensor or a tuple of tensors, because hooks locate the beginning and
+    the end of the module's backward by its inputs and outputs.
 
     Args:
-        layers: Whose parameters the work reads.
+        layers: The layers whose parameters the work reads.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
-        self._layers = tuple(layers)  # in a tuple they are not its children: each weight has one owner
+        self._layers = tuple(layers)  # a tuple does not register them as children: each weight has one owner
 
     def weights(self) -> list[nn.Parameter]:
-        """The parameters that its work reads, each once."""
+        """Return the parameters that the work reads, each once."""
         found = {id(weight): weight for layer in self._layers for weight in layer.parameters()}
         return list(found.values())
 
     def forward(self, states: Tensor, work: Callable[[Tensor], Outputs]) -> Outputs:
-        """Do the work on states, (N, D)."""
+        """Run the work on states, (N, D)."""
         return work(states)
 
 
@@ -45,8 +45,8 @@ class PolicyModule(nn.Module):
     """A policy and its reference.
 
     Args:
-        model: What is trained.
-        reference: The frozen reference; None where it is the model without its adapter.
+        model: The trained model.
+        reference: The frozen reference; None if it is the model without its adapter.
     """
 
     def __init__(self, model: LanguageModel, reference: LanguageModel | None) -> None:
@@ -58,5 +58,5 @@ class PolicyModule(nn.Module):
         self.head = HeadPass([each.causal.get_output_embeddings() for each in models])
 
     def forward(self, work: Callable[[], Outputs]) -> Outputs:
-        """Do some work on the weights: what is returned is a tensor or a tuple of tensors."""
+        """Run work that uses the weights; it returns a tensor or a tuple of tensors."""
         return work()

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar with rates, or plain lines where there is no terminal."""
+"""Progress display: a bar with rates on a terminal, or plain log lines without one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress_bar(total: int, completed: int, headline: Sequence[str], *, shown: bool = True) -> Iterator[Advance]:
-    """A bar over steps; each call of what it yields is a step, with metrics of which ``headline`` is shown.
+    """Show a progress bar over steps; call the yielded function with the metrics of each step.
 
     Args:
-        total: Steps.
-        completed: Of them, made before.
-        headline: Names of metrics.
-        shown: Whether this process is the one that shows it.
+        total: Number of steps.
+        completed: Number of steps completed before.
+        headline: Names of the metrics to show.
+        shown: Whether this process shows the bar.
     """
     if not shown:
         yield lambda metrics: None
@@ -53,7 +53,7 @@ def progress_bar(total: int, completed: int, headline: Sequence[str], *, shown: 
 
 
 def _line_writer(total: int, completed: int, headline: Sequence[str]) -> Advance:
-    """Log a line now and then, the last step included."""
+    """Log a line at most every `_SECONDS_BETWEEN_LINES`, and at the last step."""
     done, started, last_line = completed, time.monotonic(), -_SECONDS_BETWEEN_LINES
 
     def advance(metrics: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
 """Prompts as the two models see them: x to the prompter's tokens, its tokens to x', x' to the target's tokens.
 
-The two models may have different tokenizers and templates: the rewrite is text between them, once.
+The two models may have different tokenizers and templates, so the rewrite passes between them as text.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _VARIABLES = {"prompt", "history"}
 
 
 class MetaPrompt:
-    """How x is put to the prompter: a Jinja template that writes the text of one user's turn.
+    """The instruction around x for the prompter: a Jinja template that renders the text of one user turn.
 
-    Variables are ``prompt``, the user's last turn x, and ``history``, the turns before it, each with ``role`` and
-    ``content``. A template that uses ``history`` writes the whole input; for one that does not, those turns stay turns
-    of the prompter's conversation, before the text. What stands in x is never read as Jinja.
+    Its variables are ``prompt``, the user's last turn x, and ``history``, the turns before it, each with ``role`` and
+    ``content``. A template that uses ``history`` renders the whole input. If it does not, those turns precede the text as
+    turns of the prompter's conversation. The content of x is never interpreted as Jinja.
 
     Args:
-        name: A built-in (`available_meta_prompts`), or a file.
+        name: A built-in meta-prompt (`available_meta_prompts`), or a file.
 
     Raises:
-        ConfigError: There is no such meta-prompt, it is no Jinja template, it uses another variable, or not ``prompt``.
+        ConfigError: The meta-prompt does not exist, is not a Jinja template, uses other variables, or lacks ``prompt``.
     """
 
     def __init__(self, name: str) -> None:
@@ -62,14 +62,14 @@ class MetaPrompt:
             raise ConfigError(f"prompting.meta_prompt {name}:{error.lineno}: {error.message}") from error
         if variables - _VARIABLES:
             unknown = ", ".join(sorted(variables - _VARIABLES))
-            raise ConfigError(f"prompting.meta_prompt {name}: unknown variable {unknown}; there are prompt and history")
+            raise ConfigError(f"prompting.meta_prompt {name}: unknown variable {unknown}; expected prompt or history")
         if "prompt" not in variables:
-            raise ConfigError(f"prompting.meta_prompt {name}: never writes {{{{ prompt }}}}, the text to be rewritten")
+            raise ConfigError(f"prompting.meta_prompt {name}: never uses {{{{ prompt }}}}, the text to be rewritten")
         self.uses_history = "history" in variables
         self.doc = _leading_comment(environment, source)
 
     def messages(self, prompt: Prompt) -> tuple[Message, ...]:
-        """The prompter's conversation for this prompt.
+        """Return the prompter's conversation for this prompt.
 
         Raises:
             ConfigError: The template fails on this prompt.
@@ -82,7 +82,7 @@ class MetaPrompt:
 
 
 def available_meta_prompts() -> dict[str, str]:
-    """Names of the built-in meta-prompts, each with what it asks for."""
+    """Return the names of the built-in meta-prompts, each with its description."""
     names = sorted(path.stem for path in _BUILT_IN.glob("*.jinja"))
     return {name: MetaPrompt(name).doc for name in names}
 
@@ -90,13 +90,13 @@ def available_meta_prompts() -> dict[str, str]:
 class PrompterTemplate:
     """The prompter's side: x → ids, sampled ids → x'.
 
-    A rewrite is the text that the prompter wrote before the end of its turn, without surrounding blanks. One that
-    reached its token limit first is *truncated*: it is used as far as it goes, and
-    `PromptingConfig.truncation_penalty` is taken off its reward.
+    A rewrite is the text that the prompter wrote before the end of its turn, without surrounding whitespace. One that
+    reached its token limit first is *truncated*: it is used as it is, and `PromptingConfig.truncation_penalty` is
+    subtracted from its reward.
 
     Args:
-        tokenizer: The prompter's, with its chat template set (`load_tokenizer`).
-        config: The meta-prompt.
+        tokenizer: The prompter's tokenizer, with its chat template set (`load_tokenizer`).
+        config: Names the meta-prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptingConfig) -> None:
@@ -109,7 +109,7 @@ class PrompterTemplate:
         return self.chat.stop_token_ids
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The prompter's input: meta-prompt and chat template around x.
+        """Encode the prompter's input: meta-prompt and chat template around x.
 
         Raises:
             DataError: The chat template refuses the conversation.
@@ -117,24 +117,24 @@ class PrompterTemplate:
         return self.chat.encode(self.meta_prompt.messages(prompt))
 
     def completion(self, rewrite: str) -> list[int]:
-        """Ids of a given rewrite with the end of the turn, for SFT."""
+        """Encode a given rewrite with its end-of-turn token, for SFT."""
         return self.chat.completion(rewrite)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The rewrite x' that sampled ids spell, stripped."""
+        """Decode sampled ids to the rewrite x', stripped."""
         return self.chat.decode(tokens)
 
 
 @dataclass(frozen=True)
 class TargetInput:
-    """A rewrite as the target gets it."""
+    """A rewrite as the target receives it."""
 
     tokens: list[int]
     """The target's prompt: its template around the conversation with x' as the last turn."""
     text: str
     """The last turn as it was sent."""
     empty: bool
-    """Whether the rewrite was empty; ``on_empty`` says what was sent instead."""
+    """Whether the rewrite was empty; ``on_empty`` determines what was sent."""
     dropped: int
     """Characters dropped from the end of an over-long rewrite."""
 
@@ -142,18 +142,18 @@ class TargetInput:
 class TargetTemplate:
     """The target's side: x' → ids, sampled ids → y.
 
-    The target sees the conversation of the prompt with x' in the place of its last turn. What odd rewrites mean:
+    The target sees the conversation of the prompt with x' in place of its last turn. Special cases:
 
-    - *empty* (nothing but blanks): with ``on_empty="send"`` the target gets an empty user's turn, and the reward tells
-      what that is worth; with ``"original"`` it gets x.
-    - *truncated* (no end token): sent as far as it goes.
-    - *over-long* (the input has more than ``max_tokens`` ids): the longest beginning of x' that fits is sent.
+    - *empty* (only whitespace): with ``on_empty="send"`` the target gets an empty user turn, and its response is scored
+      as usual; with ``"original"`` it gets x.
+    - *truncated* (no end token): sent as it is.
+    - *over-long* (the input has more than ``max_tokens`` ids): the longest prefix of x' that fits is sent.
 
     Args:
-        tokenizer: The target's.
+        tokenizer: The target's tokenizer.
         template: As for `ChatTemplate`.
-        max_tokens: Longest input, in ids of the target: its context less the budget of the response.
-        on_empty: What an empty rewrite means.
+        max_tokens: Maximum length of the input in the target's ids: its context minus the budget of the response.
+        on_empty: What to send for an empty rewrite.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class TargetTemplate:
         return self.chat.stop_token_ids
 
     def encode(self, prompt: Prompt, rewrite: str) -> TargetInput:
-        """The target's input for a rewrite of ``prompt``; pass ``prompt.text`` for the prompt itself.
+        """Encode the target's input for a rewrite of ``prompt``; pass ``prompt.text`` for the prompt itself.
 
         Raises:
             DataError: The turns before the last one leave no room (see `encode_context`), or the template refuses
@@ -189,18 +189,18 @@ class TargetTemplate:
         return TargetInput(self._tokens(prompt, kept), kept, empty, dropped=len(text) - len(kept))
 
     def encode_context(self, prompt: Prompt) -> list[int]:
-        """The target's input without the last turn's text: prompts for which this is too long cannot be used."""
+        """Encode the target's input without the last turn's text; a prompt for which this is too long cannot be used."""
         return self._tokens(prompt, "")
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The response y that sampled ids spell, stripped."""
+        """Decode sampled ids to the response y, stripped."""
         return self.chat.decode(tokens)
 
     def _tokens(self, prompt: Prompt, text: str) -> list[int]:
         return self.chat.encode((*prompt.context, Message("user", text)))
 
     def _longest_beginning(self, prompt: Prompt, text: str) -> str:
-        """By bisection over characters, since a tokenizer may merge across any cut between ids."""
+        """Bisect over characters, since a cut between ids may change how the tokenizer merges the text."""
         fits, too_long = 0, len(text)
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
@@ -223,18 +223,18 @@ def drop_long_prompts(
     *,
     what: str = "the policy's input",
 ) -> list[Prompt]:
-    """Prompts whose input has at most ``max_tokens`` ids; how many were dropped, and the first of them, is logged.
+    """Keep prompts whose input has at most ``max_tokens`` ids; log how many were dropped, and the first of them.
 
-    A prompt that the chat template refuses is dropped and counted likewise.
+    A prompt that the chat template refuses is also dropped and counted.
 
     Args:
         prompts: The data set.
         encode: Prompt → input ids: `PrompterTemplate.encode`, `TargetTemplate.encode_context`, ….
-        max_tokens: Longest input.
-        what: How messages call the input.
+        max_tokens: Maximum length of the input.
+        what: The name of the input in messages.
 
     Raises:
-        DataError: There were prompts and none is left.
+        DataError: All prompts were dropped.
     """
     kept: list[Prompt] = []
     dropped: list[str] = []
@@ -272,7 +272,7 @@ def _read_meta_prompt(name: str) -> str:
 
 
 def _leading_comment(environment: jinja2.Environment, source: str) -> str:
-    """The text of the ``{# … #}`` that opens a template, on one line."""
+    """Return the text of the ``{# … #}`` that opens a template, on one line."""
     for _, kind, text in environment.lex(source):
         if kind == "comment":
             return " ".join(text.split())

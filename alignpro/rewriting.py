@@ -1,4 +1,4 @@
-"""Use a trained prompter: rewrite prompts or whole data sets, and let the target answer if asked."""
+"""Use a trained prompter: rewrite prompts or whole data sets, and optionally let the target respond."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from alignpro.prompting import PrompterTemplate, TargetTemplate
 logger = logging.getLogger(__name__)
 
 CHUNK = 1024
-"""Prompts of a data set that are rewritten before the next ones are, so that an error does not lose everything."""
+"""Number of prompts of a data set that are rewritten and saved at a time, so that an error does not lose everything."""
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewrite x', and what the target answers to it where it was asked."""
+    """A rewrite x', and the target's response to it, or None without a target."""
 
     rewrite: str
     response: str | None
@@ -35,9 +35,9 @@ class Rewriter:
     """A trained prompter, with its run's templates; optionally the target.
 
     Args:
-        prompter: The model.
+        prompter: The prompter.
         target: The target, or None.
-        config: The run's configuration: meta-prompt, templates, sampling.
+        config: The run's configuration, for meta-prompt, templates and sampling.
     """
 
     def __init__(self, prompter: LanguageModel, target: LanguageModel | None, config: TrainConfig) -> None:
@@ -57,14 +57,14 @@ class Rewriter:
 
     @classmethod
     def from_run(cls, run: Path, *, with_target: bool = False) -> Rewriter:
-        """Load what `alignpro train` left in a run directory.
+        """Load the prompter that `alignpro train` saved in a run directory.
 
         Raises:
-            ModelError: There is no finished run.
+            ModelError: The directory holds no finished run.
         """
         if not (run / "config.yaml").is_file() or not (run / "model").is_dir():
             raise ModelError(
-                f"run directory {run}: has no config.yaml and model/: it is not a finished `alignpro train`"
+                f"run directory {run}: has no config.yaml and model/: it is not a finished run of `alignpro train`"
             )
         config = load_config(TrainConfig, [str(run / "config.yaml")])
         prompter = load_language_model(config.policy.model_copy(update={"path": str(run / "model"), "tokenizer": None}))
@@ -73,7 +73,7 @@ class Rewriter:
     def rewrite(
         self, texts: Sequence[str | Prompt], *, n: int = 1, temperature: float = 0.0, seed: int = 0
     ) -> list[list[Rewritten]]:
-        """``n`` rewrites of each prompt; the target answers greedily.
+        """Sample ``n`` rewrites of each prompt; the target decodes greedily.
 
         Raises:
             ModelError: A prompt does not fit in the prompter's context, or a rewrite cannot be given to the target.
@@ -114,10 +114,10 @@ def rewrite_data(
     Args:
         rewriter: The prompter, with or without the target.
         source: As ``data.source``: a preset, or files.
-        out: The file; what was written before an error stays.
+        out: The output file; lines written before an error are kept.
         n: Rewrites per prompt.
-        temperature: Of the rewrites; the target answers greedily.
-        seed: Of the rewrites.
+        temperature: Sampling temperature of the rewrites; the target decodes greedily.
+        seed: Seed of the rewrites.
 
     Raises:
         DataError: The data cannot be read, or ``out`` exists.

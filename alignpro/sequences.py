@@ -1,4 +1,4 @@
-"""Prompts and completions, the map between (B, T) actions and the N rows that a head sees, and the packed form."""
+"""Batches of prompts and completions: conversion between (B, T) actions and the head's N rows, and packing."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from alignpro.activated_lora import invoked_at
 from alignpro.attention import Layout
 from alignpro.errors import DataError
 
-_FEWEST_SHARED = 8  # tokens: attention to them takes two more calls a layer
+_FEWEST_SHARED = 8  # tokens; a shared prefix costs two more attention calls per layer
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
     """B sequences of prompt and completion; the longest completion has T tokens.
 
-    A completion's tokens are the actions. Each was chosen in the state at the token before it.
+    A completion's tokens are the actions. Each was chosen from the hidden state at the token before it.
     """
 
     prompts: Sequence[Sequence[int]]
-    """B lists of token ids; neighbours that are equal are computed once."""
+    """B lists of token ids; adjacent equal prompts are computed once."""
     completions: Sequence[Sequence[int]]
     """B lists of token ids."""
     mask: Tensor
@@ -35,16 +35,17 @@ class SequenceBatch:
     def build(
         cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> SequenceBatch:
-        """Take token lists.
+        """Build a batch from lists of token ids.
 
         Raises:
-            DataError: A prompt has no token: an action needs a state.
+            DataError: A prompt is empty, so that its first action has no state.
+            ValueError: The numbers of prompts and completions differ.
         """
         if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: they must be as many")
+            raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: the numbers must be equal")
         if not all(prompts):
             raise DataError(
-                f"sequence {[len(p) for p in prompts].index(0)}: its prompt has no token: nothing to go on from"
+                f"sequence {[len(p) for p in prompts].index(0)}: its prompt is empty: a completion needs a prompt"
             )
         longest = max(1, max(map(len, completions)))
         counts = torch.tensor([len(completion) for completion in completions])
@@ -60,22 +61,22 @@ class SequenceBatch:
 
     @property
     def targets(self) -> Tensor:
-        """(N,) int64: the actions alone, row by row."""
+        """(N,) int64: the actions without padding, row by row."""
         return self.actions[self.mask]
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Per-action values back in place, zero elsewhere: (N,) → (B, T)."""
+        """Scatter per-action values to their positions, zero elsewhere: (N,) → (B, T)."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
     def select(self, rows: Tensor) -> SequenceBatch:
-        """The sequences of the given indices."""
+        """Return the sequences at the given indices."""
         index = rows.tolist()
         return SequenceBatch(
             [self.prompts[i] for i in index], [self.completions[i] for i in index], self.mask[rows], self.actions[rows]
         )
 
     def rows(self, start: int, stop: int) -> SequenceBatch:
-        """Sequences start..stop, with columns that none of them needs cut off."""
+        """Return the sequences ``start:stop``, without columns that are padding in all of them."""
         completions = self.completions[start:stop]
         longest = max(1, max(map(len, completions)))
         return SequenceBatch(
@@ -83,14 +84,14 @@ class SequenceBatch:
         )
 
     def pack(self, virtual_tokens: int = 0, invocation: Sequence[int] = ()) -> PackedSequences:
-        """All tokens whose states are wanted, on one line: prompts that are shared once, and no last action.
+        """Pack all tokens whose states are needed into one row: shared prompts once, and without the last actions.
 
         Args:
-            virtual_tokens: Length of a soft prompt, which takes the place of as many ids before each prompt.
-            invocation: The tokens from which on an activated LoRA acts, if there is one.
+            virtual_tokens: Length of a soft prompt, which is packed as this many ids before each prompt.
+            invocation: The invocation tokens of an activated LoRA, if there is one.
 
         Raises:
-            DataError: They do not occur in a prompt.
+            DataError: The invocation tokens do not occur in a prompt.
         """
         shared = self._shared_tokens(virtual_tokens)
         ids: list[int] = []
@@ -98,18 +99,18 @@ class SequenceBatch:
         lengths: list[int] = []
         continuations: list[tuple[int, int]] = []
         states: list[int] = []
-        last = 0  # the state at the end of the prompt at hand
+        last = 0  # the state at the end of the current prompt
         for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
             if row == 0 or list(prompt) != list(self.prompts[row - 1]):
                 whole = [-1] * virtual_tokens + list(prompt)
-                here = shared if row else 0  # tokens that are there already
+                here = shared if row else 0  # number of tokens already packed
                 if invocation:
                     acts = virtual_tokens + invoked_at(prompt, invocation)
                     active += range(len(ids) + max(acts - here, 0), len(ids) + len(whole) - here)
                 ids += whole[here:]
                 lengths.append(len(whole))
                 last = len(ids) - 1
-            inner = completion[:-1]  # nothing is chosen after the last action
+            inner = completion[:-1]  # no action follows the last token
             own = range(len(ids), len(ids) + len(inner))
             states += [last, *own][: len(completion)]
             active += own
@@ -124,8 +125,8 @@ class SequenceBatch:
         )
 
     def _shared_tokens(self, virtual_tokens: int) -> int:
-        """How many tokens all prompts begin with, one of each left over; 0 where it is not worth the trouble."""
-        first, last = min(self.prompts, key=list), max(self.prompts, key=list)  # the most different ones
+        """Return the length of the prefix that all prompts share, short of their last token; 0 if too short to pay off."""
+        first, last = min(self.prompts, key=list), max(self.prompts, key=list)  # these differ the earliest
         most = min(map(len, self.prompts)) - 1
         common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
         shared = virtual_tokens + min(common, most)
@@ -134,12 +135,12 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """B sequences on one line of T tokens, with N states in which actions were chosen."""
+    """B sequences packed into one row of T tokens, with N states at which actions were chosen."""
 
     ids: Tensor
-    """(T,) int64; −1 at the places of a soft prompt."""
+    """(T,) int64; −1 for the virtual tokens of a soft prompt."""
     states: Tensor
-    """(N,) int64: the token at which each action was chosen, row by row."""
+    """(N,) int64: index of the token at which each action was chosen, row by row."""
     layout: Layout
     active: Tensor | None = None
-    """(A,) int64: the tokens that an activated LoRA acts on; None where there is none."""
+    """(A,) int64: the tokens that an activated LoRA acts on; None without one."""

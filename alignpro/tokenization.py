@@ -1,4 +1,4 @@
-"""Tokenizers: loaded with everything that the project needs of them, or refused with what is missing."""
+"""Loads tokenizers and checks that they have everything the project needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN_TEMPLATE = """\
 {{- (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt %}Assistant:{% endif -%}"""
-"""``chat_template: plain``, for base models: ``User: …`` and ``Assistant: …`` on lines of their own."""
+"""``chat_template: plain``, for base models: ``User: …`` and ``Assistant: …`` on separate lines."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer*.py")
 
@@ -27,12 +27,12 @@ def load_tokenizer(
     """Load the tokenizer that ``config`` names, with its chat template and pad token set.
 
     Args:
-        config: ``tokenizer`` (else ``path``) says where; ``chat_template`` and ``pad_token`` override its own.
-        require_chat_template: False for encoders, which take text and no conversation.
-        require_pad_token: True for models whose batches are padded. Those of causal language models are packed.
+        config: ``tokenizer``, else ``path``, names it; ``chat_template`` and ``pad_token`` override its own.
+        require_chat_template: False for encoders, which take plain text rather than conversations.
+        require_pad_token: True for models whose batches are padded. Batches of causal language models are packed.
 
     Raises:
-        ModelError: There is no tokenizer, or it lacks a required chat template or pad token and the configuration gives none.
+        ModelError: There is no tokenizer, or neither it nor the configuration has a required chat template or pad token.
     """
     name = config.tokenizer or config.path
     _check_directory(name, "tokenizer" if config.tokenizer else "path")
@@ -41,9 +41,9 @@ def load_tokenizer(
     except Exception as error:  # transformers raises whatever its reader of the file at hand raises
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
-            raise ModelError(f"{name}: no such directory, and it cannot be had from the hub: {reason}") from error
+            raise ModelError(f"{name}: no such directory, and it cannot be loaded from the hub: {reason}") from error
         raise ModelError(f"{name}: cannot load its tokenizer: {reason}; name another in `tokenizer`") from error
-    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of nothing
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # transformers' result without any files
         raise ModelError(f"{name}: its tokenizer has no vocabulary; name another in `tokenizer`")
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)
@@ -55,7 +55,7 @@ def load_tokenizer(
         )
     if config.pad_token is not None:
         if config.pad_token not in tokenizer.get_vocab():
-            raise ModelError(f"{name}: pad_token={config.pad_token!r} is no token of its vocabulary; name one that is")
+            raise ModelError(f"{name}: pad_token={config.pad_token!r} is not in its vocabulary; name a token that is")
         tokenizer.pad_token = config.pad_token
     if require_pad_token and tokenizer.pad_token_id is None:
         hint = f" (its end token would do: {tokenizer.eos_token})" if tokenizer.eos_token else ""
@@ -64,10 +64,10 @@ def load_tokenizer(
 
 
 def read_chat_template(name: str) -> str:
-    """The Jinja source of a chat template: ``plain``, or the content of a file.
+    """Return the Jinja source of a chat template: ``plain``, or the content of a file.
 
     Raises:
-        ModelError: There is no such file, or it is no text.
+        ModelError: There is no such file, or it is not UTF-8 text.
     """
     if name == "plain":
         return PLAIN_TEMPLATE
@@ -81,7 +81,7 @@ def read_chat_template(name: str) -> str:
 
 
 def _check_directory(name: str, key: str) -> None:
-    """Refuse a directory without tokenizer files: transformers would make an empty tokenizer from its config.json."""
+    """Refuse a directory without tokenizer files, from whose config.json transformers would build an empty tokenizer."""
     directory = Path(name).expanduser()
     if directory.is_dir():
         if not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
@@ -90,7 +90,7 @@ def _check_directory(name: str, key: str) -> None:
                 "save one there, or name one in `tokenizer`"
             )
     elif directory.is_absolute() or name.startswith((".", "~")):
-        raise ModelError(f"{name}: no such directory; `{key}` names a model directory or a model of the hub")
+        raise ModelError(f"{name}: no such directory; `{key}` names a model directory or a model on the hub")
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -99,4 +99,4 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"chat_template {name}:{error.lineno}: {error.message}") from error
     except jinja2.TemplateError as error:
-        raise ModelError(f"chat_template {name}: refuses a user's turn: {error}") from error
+        raise ModelError(f"chat_template {name}: refuses a user turn: {error}") from error

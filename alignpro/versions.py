@@ -1,4 +1,4 @@
-"""The versions that a result depends on, for summaries and reports."""
+"""The software versions and the device that a result depends on, for summaries and reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "tokenizers"
 
 
 def versions() -> dict[str, str]:
-    """Name → version, of this project, Python, the packages that compute, and the device."""
+    """Return name → version of this project, Python and the packages that affect results, and the device's name."""
     found = {"alignpro": alignpro.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -319,7 +319,7 @@ def test_rewriting_without_a_finished_run(
     assert stopped.value.code == 1
     message = capsys.readouterr().err
     assert message.startswith(f"error: run directory {tmp_path / name}: ")
-    assert "not a finished `alignpro train`" in message
+    assert "not a finished run of `alignpro train`" in message
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_the_dry_run_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixt
     config = {**BASE, "out": str(tmp_path / "e"), "target": MODEL}
     (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
     assert run("eval", str(tmp_path / "eval.yaml"), "--dry-run") == 0
-    assert "# compare no fine-tuning on 128 held-out prompts at most\n" in capsys.readouterr().out
+    assert "# compare no fine-tuning on at most 128 held-out prompts\n" in capsys.readouterr().out
     assert not (tmp_path / "e").exists()
 
 

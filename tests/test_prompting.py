@@ -287,9 +287,9 @@ def test_meta_prompt_from_a_file(tmp_path, qwen):
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        ("{{ prompt }} {{ answer }}", "unknown variable answer; there are prompt and history"),
+        ("{{ prompt }} {{ answer }}", "unknown variable answer; expected prompt or history"),
         ("\n{% if %}", r"mine\.jinja:2: "),
-        ("no variable", r"never writes \{\{ prompt \}\}"),
+        ("no variable", r"never uses \{\{ prompt \}\}"),
     ],
 )
 def test_bad_meta_prompts(tmp_path, source, complaint):

@@ -127,5 +127,5 @@ def test_a_rewrite_that_fails_is_an_error_and_no_empty_text(model_directory: Dir
 def test_a_run_that_has_not_finished(missing: str, model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
     (tmp_path / missing).rename(tmp_path / "gone")
-    with pytest.raises(ModelError, match="not a finished `alignpro train`"):
+    with pytest.raises(ModelError, match="not a finished run of `alignpro train`"):
         Rewriter.from_run(tmp_path)

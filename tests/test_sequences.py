@@ -105,7 +105,7 @@ def test_rows_without_actions_keep_one_column(batch: SequenceBatch) -> None:
 
 
 def test_a_prompt_without_tokens_is_named() -> None:
-    with pytest.raises(DataError, match="sequence 1: its prompt has no token"):
+    with pytest.raises(DataError, match="sequence 1: its prompt is empty"):
         SequenceBatch.build([[1], []], [[2], [3]])
 
 
