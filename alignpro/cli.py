@@ -76,8 +76,8 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 def sft(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Supervised fine-tuning on rewrites or on responses.
 
-    The data are pairs of a prompt and a rewrite, to initialise a prompter, or, with task=response, of a prompt and a
-    response, for any language model.
+    The data are (prompt, rewrite) pairs, to initialise a prompter, or, with task=response, (prompt, response) pairs, for
+    any language model.
     """
     _train(SFTConfig, "alignpro.training.supervised:SupervisedTraining", arguments, resume, at, dry_run)
 

@@ -88,7 +88,7 @@ class PromptEnvironment:
     ) -> list[list[Chain]]:
         """Sample x → K rewrites → M responses to each."""
 
-        inputs: dict[int, TargetInput] = {}  # by identity of the sample
+        inputs: dict[int, TargetInput] = {}  # keyed by the id of the sample
 
         def to_target(i: int, sample: Completion) -> list[int]:
             given = self.target.encode(prompts[i], self.prompter.decode(sample.text_tokens))

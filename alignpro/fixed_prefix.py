@@ -3,7 +3,7 @@
 The frozen base model computes the tokens before the invocation. So no gradient flows through them, and the policy and its
 reference share them:
 
-    m m x x x            computed once, keys and values kept; a prefix m of all prompts once for all of them
+    m m x x x            computed once, keys and values kept; the prefix m of all prompts only once
              | i a a     from the invocation i on, per sequence: once for the policy,
              | i b b     and once, without the LoRA, for the reference
 

@@ -157,7 +157,7 @@ class _Parts:
         head_norms = [modules.get("self_attn.q_norm"), modules.get("self_attn.k_norm")]
         known = {*linear, *norms, *head_norms, None}
         if any(next(m.parameters(recurse=False), None) is not None for m in modules.values() if m not in known):
-            raise _UnlikeError("they have further weights, such as an adapter's")
+            raise _UnlikeError("they have other weights, such as an adapter's")
         if any(type(m) not in (nn.Linear, PackedLinear) for m in linear):
             raise _UnlikeError("their linear layers have other names or types")
         query, key, value, out, gate, up, down = (m for m in linear if isinstance(m, nn.Linear))
@@ -225,7 +225,7 @@ class _Layers:
         return states.unsqueeze(0)
 
     def _current(self) -> DecoderWeights:
-        """Return the current weights, laid out anew if they have changed."""
+        """Return the current weights, packed again if they have changed."""
         of = self._packing.panels
         packed = [x for p in self._parts for x in (of(*p.projections), of(p.out), of(p.gate), of(p.up), of(p.down))]
         known: tuple[list[Panels], DecoderWeights] | None = self._packing.derived.get(self)

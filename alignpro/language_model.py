@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         active = [(down[name].weight, up[name].weight, layer.scaling[name]) for name in layer.active_adapters]
         if not active:
             return head
-        # Adapters may be float32 with a 16-bit weight. Several adapters equal one whose rank is their sum.
+        # Adapters may be float32 with a 16-bit weight. Several adapters form one of their summed rank.
         a = torch.cat([scale * a for a, _, scale in active]).to(head.weight.dtype)
         b = torch.cat([b for _, b, _ in active], dim=1).to(head.weight.dtype)
         return replace(head, lora=LoRA(a, b, 1.0))

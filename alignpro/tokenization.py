@@ -38,7 +38,7 @@ def load_tokenizer(
     _check_directory(name, "tokenizer" if config.tokenizer else "path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises whatever its reader of the file at hand raises
+    except Exception as error:  # the type depends on the file that transformers fails to read
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
             raise ModelError(f"{name}: no such directory, and it cannot be loaded from the hub: {reason}") from error
