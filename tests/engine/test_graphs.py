@@ -151,7 +151,7 @@ def test_what_a_graph_takes_for_granted_is_seen_to_change() -> None:
 
 
 def test_graphs_are_refused_with_the_reason(llama: LanguageModel) -> None:
-    with pytest.raises(ConfigError, match="cuda_graphs=True needs a GPU, and a model is on cpu"):
+    with pytest.raises(ConfigError, match="cuda_graphs=True needs a GPU, but a model is on cpu"):
         Engine({"m": llama}, cuda_graphs=True).generate("m", PROMPTS, PARAMS)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = tiny_language_model("llama", rope_parameters=rope)
