@@ -291,7 +291,9 @@ class Engine:
         if self.cuda_graphs == "padded":
             return DecodeGraphs(pool, device, capture=False)
         if self.cuda_graphs and device.type != "cuda":
-            raise ConfigError(f"engine: cuda_graphs=True needs a GPU, but a model is on {device}: leave cuda_graphs unset")
+            raise ConfigError(
+                f"engine: cuda_graphs=True needs a GPU, but a model is on {device}: leave cuda_graphs unset"
+            )
         if self.cuda_graphs or (self.cuda_graphs is None and device.type == "cuda" and torch.version.cuda):
             return DecodeGraphs(pool, device, required=self.cuda_graphs is True)
         return None

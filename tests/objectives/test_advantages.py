@@ -106,7 +106,7 @@ def test_running_baseline_comes_from_earlier_steps() -> None:
 
 @pytest.mark.parametrize("function", [leave_one_out, group_normalized])
 def test_a_group_of_one_is_refused(function) -> None:
-    with pytest.raises(ConfigError, match=r"with 1 sample of a prompt.*take at least 2"):
+    with pytest.raises(ConfigError, match=r"with 1 sample per prompt.*use at least 2"):
         function(torch.zeros(6, 3), MASK, SCORES, 1)
     with pytest.raises(ValueError, match="6 rows are not a whole number of groups of 4"):
         function(torch.zeros(6, 3), MASK, SCORES, 4)

@@ -64,7 +64,7 @@ def test_descent_reaches_the_optimum_off_policy() -> None:
 
 def test_bad_arguments_say_what_to_do() -> None:
     logprob, reference, scores = make_group()
-    with pytest.raises(ConfigError, match="take at least 2"):
+    with pytest.raises(ConfigError, match="use at least 2"):
         gibbs_loss(logprob, reference, scores, 1, LAMBDA)
     with pytest.raises(ConfigError, match="needs a positive λ"):
         gibbs_loss(logprob, reference, scores, 4, 0.0)

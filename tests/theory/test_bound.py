@@ -131,10 +131,10 @@ def test_without_logprobs_the_bound_is_not_computable_and_nothing_is_guessed() -
 
 def test_rewards_outside_the_range_are_refused() -> None:
     problem = make_problem(0)
-    with pytest.raises(ConfigError, match=r"reward runs from .* rewards in \[0, 1\]"):
+    with pytest.raises(ConfigError, match=r"reward ranges from .* rewards in \[0, 1\]"):
         exact_bound(**problem, r_max=1.0)
     rewards = torch.tensor([[0.5], [-0.1]])
-    with pytest.raises(ConfigError, match=r"oracle_rewards runs from -0\.1"):
+    with pytest.raises(ConfigError, match=r"oracle_rewards ranges from -0\.1"):
         sampled_bound(
             oracle_rewards=rewards,
             prompter_rewards=rewards,
@@ -143,5 +143,5 @@ def test_rewards_outside_the_range_are_refused() -> None:
             oracle_logprobs=None,
             rewrite_logprobs=None,
         )
-    with pytest.raises(ConfigError, match="reward runs from"):
+    with pytest.raises(ConfigError, match="reward ranges from"):
         exact_bound(**(problem | {"reward": problem["reward"] * torch.nan}), r_max=R_MAX)

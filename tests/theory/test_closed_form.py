@@ -65,7 +65,7 @@ def test_gradient_of_the_objective_vanishes_at_the_optimum_only() -> None:
 def test_without_a_price_the_objective_is_the_reward_and_there_is_no_closed_form() -> None:
     prompter, reference, rewards = make_problem()
     torch.testing.assert_close(objective(prompter, reference, rewards, 0.0), expected_reward(prompter, rewards))
-    with pytest.raises(ConfigError, match="positive price"):
+    with pytest.raises(ConfigError, match="positive KL coefficient"):
         optimal_policy(reference, rewards, 0.0)
 
 
