@@ -64,7 +64,7 @@ def test_no_answer(nothing):
         (5, r"chosen is a number \(5\), expected text"),
         (["a"], r"chosen\[0\] is text, expected a message"),
         ([{"role": "tool", "content": "a"}], "role 'tool'"),
-        ([{"role": "assistant", "content": 5}], "says a number"),
+        ([{"role": "assistant", "content": 5}], "has a number"),
         ([{"role": "assistant", "content": [{"type": "image"}]}], "a part that is not text"),
         ([{"role": "user", "content": "a"}], "ends with a turn of the user"),
         ("\n\nHuman: only a question", "ends with a turn of the user"),

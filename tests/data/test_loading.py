@@ -182,7 +182,7 @@ def test_a_path_that_leads_nowhere_is_an_error_but_one_that_is_sometimes_there_i
     path = write("a.jsonl", [{"q": "x", "meta": {"gold": 1}}, {"q": "y", "meta": {}}])
     columns = {"prompt": "q", "metadata.answer": "meta.gold"}
     assert len(load(path, columns=columns).prompts) == 2
-    with pytest.raises(DataError, match=r"data\.columns\.metadata\.answer=meta\.glod leads nowhere"):
+    with pytest.raises(DataError, match=r"data\.columns\.metadata\.answer=meta\.glod does not exist in any"):
         load(path, columns={"prompt": "q", "metadata.answer": "meta.glod"})
 
 
