@@ -1,4 +1,4 @@
-"""`alignpro optimal`: the closed form without training. Draw N rewrites of ρ_sft, resample them by exp(R/λ)."""
+"""`alignpro optimal`: the closed form without training. Draw N rewrites from ρ_sft and resample them by exp(R/λ)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def optimal(config: OptimalConfig) -> dict[str, Any]:
-    """Write ``rewrites.jsonl`` (each prompt's best rewrite, a rewrite resampled from ρ*, all weights) and ``summary.json``.
+    """Write ``rewrites.jsonl`` (per prompt the best rewrite, a rewrite resampled from ρ*, all weights) and ``summary.json``.
 
-    The target's log-probabilities are not used. Rewards of the resampled rewrites are of fresh responses.
+    The target's log-probabilities are not used. The resampled rewrites are scored with fresh responses.
 
     Raises:
-        TrainingError: The output directory holds a result already.
+        TrainingError: The output directory already contains a result.
     """
     out = prepare_directory(config.out, "summary.json")
     prompter = load_language_model(config.prompter)
