@@ -107,8 +107,8 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
             that initialises the score head if the checkpoint (such as a causal language model's) does not have one.
 
     Raises:
-        ModelError: The model or tokenizer cannot be loaded, the tokenizer has no chat template, the model does not have
-            exactly one output, or a model used for scoring has no score head in its checkpoint.
+        ModelError: The model or tokenizer cannot be loaded, the tokenizer has no chat template or pad token, the model
+            does not have exactly one output, or a model used for scoring has no score head in its checkpoint.
     """
     tokenizer = load_tokenizer(config, require_pad_token=True)
     overrides: dict[str, Any] = {} if seed is None else {"num_labels": 1}
