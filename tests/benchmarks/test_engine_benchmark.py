@@ -86,7 +86,7 @@ def test_an_entrant_that_generates_less_has_failed() -> None:
     small = shrink(case("single"))
     (result,) = measure(small, [Entrant("short", short)], SETTING, 1, RATES)["entrants"]
     assert result["status"] == "failed"
-    assert "was asked for" in result["reason"]
+    assert "instead of" in result["reason"]
 
 
 def test_an_entrant_that_fails_leaves_the_others_alone() -> None:

@@ -191,9 +191,9 @@ def test_what_it_does_not_take_is_refused_with_the_reason() -> None:
         return flash_attention.unsuited(problem.query, problem.pages, window)
 
     assert reason() is None and reason(page_size=512) is None
-    assert "multiple of 256 tokens, and these have 16" in (reason(page_size=16) or "")
+    assert "multiple of 256 tokens, and these pages have 16" in (reason(page_size=16) or "")
     assert "takes bfloat16 and float16, and the input is torch.float32" in (reason(dtype=torch.float32) or "")
-    assert "multiple of 8 entries" in (reason(dim=20) or "")
+    assert "multiple of 8, at most 256, and this one is 20" in (reason(dim=20) or "")
     assert "window" in (reason(window=100) or "")
 
 

@@ -263,8 +263,8 @@ def test_errors_name_the_argument() -> None:
             paged_attention(**(good | changes))
 
     refused(TypeError, r"query is torch\.int32", query=good["query"].int())
-    refused(TypeError, r"pages is torch\.bfloat16 and query torch\.float32", pages=good["pages"].bfloat16())
-    refused(ValueError, "pages is on meta and query on cpu", pages=good["pages"].to("meta"))
+    refused(TypeError, r"pages is torch\.bfloat16 and query is torch\.float32", pages=good["pages"].bfloat16())
+    refused(ValueError, "pages is on meta and query is on cpu", pages=good["pages"].to("meta"))
     refused(ValueError, r"pages has shape \(5, 2, 16, 64\)", pages=good["pages"].flatten(3))
     refused(ValueError, r"pages has shape \(0, 2, 16, 2, 32\)", pages=good["pages"][:0])
     refused(ValueError, "pages has strides .* must be contiguous", pages=good["pages"].mT.contiguous().mT)
@@ -283,7 +283,7 @@ def test_errors_name_the_argument() -> None:
     refused(ValueError, "softcap is 0: it must be positive", softcap=0)
     refused(ValueError, "window is 0: it must be positive", window=0)
     refused(
-        BackendError, "there is no backend 'fast': take 'auto' or one of triton, cpp, flash, reference", backend="fast"
+        BackendError, "there is no backend 'fast': use 'auto' or one of triton, cpp, flash, reference", backend="fast"
     )
     refused(
         BackendError,

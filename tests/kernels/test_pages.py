@@ -199,7 +199,7 @@ def test_errors_name_the_argument() -> None:
         write_kv(row, row, layer, slot.int())
     with pytest.raises(ValueError, match=r"slots has shape \(1, 1\)"):
         write_kv(row, row, layer, slot[None])
-    with pytest.raises(TypeError, match=r"keys is torch\.bfloat16 and pages torch\.float32"):
+    with pytest.raises(TypeError, match=r"keys is torch\.bfloat16 and pages is torch\.float32"):
         write_kv(row.bfloat16(), row, layer, slot)
     with pytest.raises(ValueError, match=r"values has shape \(2, 5, 16\): expected \(1, 5, 16\)"):
         write_kv(row, numbers(2, 5, 16), layer, slot)
@@ -216,7 +216,7 @@ def test_errors_name_the_argument() -> None:
         copy_pages(arena, torch.tensor([0, -1]), torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="destination: number 0 is 2"):
         copy_pages(arena, torch.tensor([0]), torch.tensor([2]))
-    with pytest.raises(ValueError, match="destination: page 1 is a source too"):
+    with pytest.raises(ValueError, match="destination: page 1 is also a source"):
         copy_pages(arena, torch.tensor([0, 1]), torch.tensor([1, 0]))
     with pytest.raises(ValueError, match="source has 1 pages, destination 2"):
         copy_pages(arena, torch.tensor([0]), torch.tensor([1, 1]))

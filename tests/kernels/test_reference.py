@@ -305,15 +305,15 @@ def test_the_callable_is_held_to_its_contract() -> None:
         ({"target": torch.zeros(N)}, "target is torch.float32"),
         ({"target": torch.zeros(N + 1, dtype=torch.int64)}, r"target has shape \(7,\)"),
         ({"target": torch.full((N,), V)}, "target: row 0 has 7, outside the vocabulary of 7"),
-        ({"target": torch.full((N,), -100)}, "target: row 0 has -100.*left out by a mask"),
+        ({"target": torch.full((N,), -100)}, "target: row 0 has -100.*use mask to leave out"),
         ({"bias": torch.zeros(V + 1)}, "bias has shape"),
         ({"mask": torch.ones(N)}, "mask is torch.float32"),
         ({"mask": torch.ones(N + 1, dtype=torch.bool)}, r"mask has shape \(7,\)"),
         ({"lora": LoRA(torch.zeros(2, D + 1), torch.zeros(V, 2), 1.0)}, r"lora: a has shape \(2, 6\)"),
         ({"lora": LoRA(torch.zeros(2, D), torch.zeros(V, 2).bfloat16(), 1.0)}, "lora: b is torch.bfloat16"),
-        ({"temperature": 0.0}, "temperature: 0.0 found, it must be positive"),
-        ({"temperature": float("nan")}, "temperature: nan"),
-        ({"temperature": torch.tensor([1.0, 1, 1, -1, 1, 1])}, "temperature: -1.0"),
+        ({"temperature": 0.0}, "temperature: got 0.0, it must be positive"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": torch.tensor([1.0, 1, 1, -1, 1, 1])}, "temperature: got -1.0"),
         ({"temperature": torch.ones(2)}, r"temperature has shape \(2,\)"),
         ({"softcap": -1.0}, "softcap is -1.0"),
         ({"ref_weight": torch.zeros(V, D)}, "ref_weight given without ref_hidden"),
@@ -430,7 +430,7 @@ def test_temperature_zero_is_greedy_row_by_row() -> None:
     assert torch.equal(
         linear_sample(hidden, weight, temperature=0.0, seeds=seeds).token, (hidden @ weight.T).argmax(-1)
     )
-    with pytest.raises(ValueError, match=r"temperature: -0\.1 found, it must be not negative"):
+    with pytest.raises(ValueError, match=r"temperature: got -0\.1, it must be not negative"):
         linear_sample(hidden, weight, temperature=-0.1, seeds=seeds)
     with pytest.raises(TypeError, match=r"seeds is torch\.float32"):
         linear_sample(hidden, weight, seeds=seeds.float())

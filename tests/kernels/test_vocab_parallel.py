@@ -180,7 +180,7 @@ def test_what_the_ranks_disagree_on_is_named_on_both(ranks: list[dict[str, Any]]
 def test_an_error_of_one_rank_leaves_no_other_waiting(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["mistakes"] for rank in ranks)
     assert "linear_logprob: rank 1 of vocab_parallel raised an error" in first["one rank's weight"]
-    assert "weight has 77 rows, and vocab_parallel says 78 for rank 1" in second["one rank's weight"]
+    assert "weight has 77 rows, but vocab_parallel expects 78 on rank 1" in second["one rank's weight"]
     assert first["target of no slice"] == second["target of no slice"]
     assert "outside the vocabulary of 157" in first["target of no slice"]
     assert first["another group"] == "no error" and "not in the group" in second["another group"]
