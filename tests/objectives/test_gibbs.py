@@ -30,7 +30,7 @@ def test_the_optimum_has_zero_loss_whatever_was_sampled() -> None:
     reference = torch.randn(10, generator=g, dtype=torch.float64).log_softmax(-1)
     rewards = torch.randn(10, generator=g, dtype=torch.float64)
     best = optimal_policy(reference, rewards, LAMBDA)
-    sampled = torch.tensor([0, 3, 3, 9])  # any rewrites, repeated ones too
+    sampled = torch.tensor([0, 3, 3, 9])  # arbitrary rewrites, with repetitions
     assert gibbs_loss(best[sampled], reference[sampled], rewards[sampled], 4, LAMBDA).item() < 1e-28
     worse = gibbs_loss(reference[sampled], reference[sampled], rewards[sampled], 4, LAMBDA)
     torch.testing.assert_close(worse, rewards[sampled].var() / 2)
