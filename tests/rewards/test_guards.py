@@ -183,13 +183,11 @@ def test_failing_guard_names_itself_and_the_prompt(guarded, encoder_path, tmp_pa
     assert "data.jsonl:7" in str(caught.value)
 
 
-@pytest.mark.skipif(not BPO.exists(), reason="real prompts are not here")
+@pytest.mark.skipif(not BPO.exists(), reason="the real prompts are not present")
 def test_guards_on_real_rewrites(language_change):
     rows = json.loads(BPO.read_text(encoding="utf-8"))
     originals, rewrites = [row["prompt"] for row in rows], [row["optimized_prompt"] for row in rows]
     assert all(0.0 <= rate <= 1.0 for rate in copy_rate(originals, rewrites))
     assert copy_rate(originals, originals) == [1.0] * len(rows)
     assert all(ratio >= 0 for ratio in length_ratio(originals, rewrites))
-    assert sum(language_change(originals, rewrites)) <= 0.02 * len(
-        rows
-    )  # the pairs are English throughout, but for a few
+    assert sum(language_change(originals, rewrites)) <= 0.02 * len(rows)  # almost all of the pairs are in English
