@@ -80,7 +80,7 @@ def keys_and_values(model: LanguageModel) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_logits_are_those_of_pefts_own_forward_pass(architecture: str) -> None:
+def test_packed_logits_equal_those_of_pefts_own_forward_pass(architecture: str) -> None:
     model = tiny_adapted(architecture)
     sequences = batch(model)
     ours, truth = packed(model, sequences), by_peft(model, sequences)
@@ -102,7 +102,7 @@ def test_with_a_lora_on_the_head() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_gradients_are_those_of_pefts_rows(architecture: str, checkpointing: bool) -> None:
+def test_packed_gradients_equal_those_of_pefts_rows(architecture: str, checkpointing: bool) -> None:
     model = tiny_adapted(architecture, dtype=torch.float64)
     sequences = batch(model)
     truth = gradients(model, by_peft(model, sequences))

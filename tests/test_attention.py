@@ -116,7 +116,7 @@ def test_all_completions_empty() -> None:
     assert model.action_states(SequenceBatch.build([[1, 2], [3]], [[4], [5]])).shape == (2, 32)
 
 
-def test_a_model_with_positions_of_its_own_is_refused() -> None:
+def test_a_model_with_its_own_positions_is_refused() -> None:
     model = tiny_transformer("llama")
     decoder = model.model
     forward = decoder.forward

@@ -204,7 +204,7 @@ def test_the_dry_run_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "e").exists()
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------------------ output
 
 
 @pytest.mark.parametrize("command", TRAINING)

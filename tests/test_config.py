@@ -137,7 +137,7 @@ def test_interpolation_of_an_unknown_key(train_yaml: str) -> None:
     assert "policy.reference" in message
 
 
-# ------------------------------------------------------------------------------------------------ what cannot be read
+# ------------------------------------------------------------------------------------------ unreadable configurations
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_an_argument_that_is_not_an_override(train_yaml: str, argument: str) -> 
     assert repr(argument) in problem(train_yaml, argument)
 
 
-# --------------------------------------------------------------------------------------------------- what does not fit
+# ------------------------------------------------------------------------------------------------------ invalid values
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def is_fused(model: PreTrainedModel) -> bool:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_states_are_those_of_the_layers(architecture: str) -> None:
+def test_states_equal_those_of_the_layers(architecture: str) -> None:
     plain, model = plain_and_fused(architecture)
     assert is_fused(model) == (architecture in FUSED)
     assert isinstance(model.base_model, type(plain.base_model))
@@ -132,7 +132,7 @@ def test_an_adapter_added_later_acts(modules: list[str]) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_copy_has_weights_of_its_own() -> None:
+def test_a_copy_has_its_own_weights() -> None:
     _, model = plain_and_fused("llama")
     expected = states(model)
     other = copy.deepcopy(model)

@@ -324,7 +324,7 @@ class TestAdapters:
             assert ids[0, len(prompt) :].tolist() == drawn
 
     @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-    def test_generation_with_a_soft_prompt_is_that_of_peft(self, architecture: str) -> None:
+    def test_generation_with_a_soft_prompt_equals_that_of_peft(self, architecture: str) -> None:
         model = shake(add_adapter(tiny_language_model(architecture), SOFT))
         for prompt, drawn in self.greedy(model):  # one by one, since peft counts padding as positions
             ids = torch.tensor([prompt])

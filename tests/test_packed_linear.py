@@ -68,7 +68,7 @@ def test_gradients_equal_those_of_plain_layers(frozen: bool) -> None:
 
 
 @needs_cpp
-def test_a_copy_has_weights_of_its_own() -> None:
+def test_a_copy_has_its_own_weights() -> None:
     packed = layers()
     packed_linear.attach(packed)
     x = torch.randn(20, 96)

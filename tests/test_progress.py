@@ -18,7 +18,7 @@ def lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     return caplog
 
 
-def test_without_a_terminal_there_is_a_line_at_first_and_at_last(lines: pytest.LogCaptureFixture) -> None:
+def test_without_a_terminal_the_first_and_last_steps_have_a_line(lines: pytest.LogCaptureFixture) -> None:
     with progress_bar(100, 0, ("loss", "kl")) as advance:
         for step in range(100):
             advance({"loss": step / 8, "other": 1.0})

@@ -48,7 +48,7 @@ def test_the_same_prompt_of_two_data_sets_is_on_the_same_side(tmp_path):
     assert sides[0] == sides[1] != set()
 
 
-def test_the_side_depends_on_the_conversation_alone():
+def test_the_side_depends_only_on_the_conversation():
     plain = PROMPTS[0]
     annotated = Prompt(plain.messages, rewrite="x", metadata={"answer": 1}, source="elsewhere:1")
     assert is_held_out(plain, 0.5) == is_held_out(annotated, 0.5)

@@ -80,7 +80,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
         assert first["norms"][0] == pytest.approx(math.sqrt(3) * 8, rel=1e-2), case  # 1 + 2 + 2 + 3, three times
 
 
-def test_a_killed_rank_ends_the_job_and_resume_goes_on(made: Workshop, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job_and_resume_continues(made: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     started = time.monotonic()
     status, errors, output = ends(start(made, out, "kill"))

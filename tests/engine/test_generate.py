@@ -47,7 +47,7 @@ def _largest_difference(model: LanguageModel, groups: list[list[Completion]], te
     return (values[batch.mask].double() - drawn).abs().max().item()
 
 
-def test_greedy_tokens_are_those_of_generate(any_model: LanguageModel) -> None:
+def test_greedy_tokens_equal_those_of_generate(any_model: LanguageModel) -> None:
     stops = _stops(any_model)
     groups = _draw(any_model, PROMPTS, max_tokens=24, temperature=0.0, stop_token_ids=stops)
     width = max(map(len, PROMPTS))
@@ -67,7 +67,7 @@ def test_greedy_tokens_are_those_of_generate(any_model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_those_of_a_forward_pass(any_model: LanguageModel, temperature: float) -> None:
+def test_logprobs_equal_those_of_a_forward_pass(any_model: LanguageModel, temperature: float) -> None:
     groups = _draw(any_model, PROMPTS, max_tokens=24, n=3, temperature=temperature, stop_token_ids=_stops(any_model))
     assert _largest_difference(any_model, groups, temperature) < 1e-5 / temperature
 
@@ -167,7 +167,7 @@ def test_no_prompts_give_no_completions(llama: LanguageModel) -> None:
     assert _draw(llama, []) == []
 
 
-def test_a_request_that_cannot_run_is_an_error_for_itself_alone(llama: LanguageModel) -> None:
+def test_a_request_that_cannot_run_fails_alone(llama: LanguageModel) -> None:
     params = {"max_tokens": 8, "n": 2}
     seeds = [derive_seed(3, i) for i in range(6)]
     good = [PROMPTS[0], PROMPTS[1]]

@@ -112,9 +112,7 @@ def test_sequences_are_preempted_and_draw_the_same(llama: LanguageModel, expecte
     assert_same(engine.generate("m", PROMPTS, PARAMS), expected)  # the second run starts from the remaining cache
 
 
-def test_a_prompt_longer_than_the_pool_is_an_error_for_itself_alone(
-    llama: LanguageModel, expected: list[list[Completion]]
-) -> None:
+def test_a_prompt_longer_than_the_pool_fails_alone(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, pool_bytes=pool_bytes(6), audit=True)
     seeds = [derive_seed(PARAMS.seed, i) for i in (0, 0, 1)]
     first, (failed, *_), second = engine.generate("m", [PROMPTS[0], [7] * 90, PROMPTS[1]], PARAMS, seeds)

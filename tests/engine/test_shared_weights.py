@@ -73,7 +73,7 @@ def shared(model: LanguageModel, **options: object) -> Engine:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_tokens_are_those_of_pefts_generate(architecture: str) -> None:
+def test_greedy_tokens_equal_those_of_pefts_generate(architecture: str) -> None:
     model = adapted(architecture)
     greedy = SamplingParams(max_tokens=12, temperature=0.0)
     inputs = prompts(model)
@@ -94,7 +94,7 @@ def test_greedy_tokens_are_those_of_pefts_generate(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_logprobs_are_those_of_training(head: bool) -> None:
+def test_logprobs_equal_those_of_training(head: bool) -> None:
     model = adapted(head=head)
     params = SamplingParams(max_tokens=8, n=2)
     drawn = shared(model).generate("policy", prompts(model), params)
@@ -108,7 +108,7 @@ def test_logprobs_are_those_of_training(head: bool) -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"page_tokens": 3, "token_budget": 7, "max_batch": 4}, {"pool_bytes": 22 << 10, "page_tokens": 4}]
 )
-def test_chains_are_those_of_two_models(
+def test_chains_equal_those_of_two_models(
     prompter: LanguageModel, expected: list[list[Chain]], fuse: bool, settings: dict[str, int]
 ) -> None:
     engine = shared(prompter, fuse=fuse, **settings)
@@ -202,9 +202,7 @@ def test_prefixes_are_shared_over_steps_without_a_target(prompter: LanguageModel
     assert engine.stats.computed["prefill"] - computed == 2 * len(TEXTS)
 
 
-def test_a_prompt_without_an_invocation_is_an_error_for_itself_alone(
-    prompter: LanguageModel, expected: list[list[Chain]]
-) -> None:
+def test_a_prompt_without_an_invocation_fails_alone(prompter: LanguageModel, expected: list[list[Chain]]) -> None:
     inputs = [*prompts(prompter)[:2], TEXTS[2], *prompts(prompter)[3:]]
     result = chains(shared(prompter), inputs)
     assert_same(result[:2] + result[3:], expected[:2] + expected[3:])

@@ -252,7 +252,7 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_states_are_those_of_plain_layers(name: str) -> None:
+def test_states_equal_those_of_plain_layers(name: str) -> None:
     decoder = DECODERS[name]
     sequence = Sequence(decoder, 19)
     found = sequence.run(decoder.packed(), 0, 19)
@@ -338,7 +338,7 @@ def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
         "test_products_of_many_rows",
         "test_a_gated_product",
         "test_a_row_does_not_depend_on_the_others",
-        "test_states_are_those_of_plain_layers",
+        "test_states_equal_those_of_plain_layers",
         "test_chunks_of_a_sequence_give_the_whole",
     )
     run_with(instructions, *(f"{__file__}::{name}" for name in names))

@@ -130,7 +130,7 @@ def test_missing_model_is_named(tmp_path):
         ModelReward(config(tmp_path / "missing"))
 
 
-def test_model_without_pad_token_takes_the_tokenizers(tmp_path, byte_tokenizer, llama_config):
+def test_a_model_without_pad_token_uses_the_tokenizers(tmp_path, byte_tokenizer, llama_config):
     torch.manual_seed(0)
     LlamaForSequenceClassification(llama_config(num_labels=1)).save_pretrained(tmp_path)  # has no pad token
     byte_tokenizer().save_pretrained(tmp_path)
@@ -139,7 +139,7 @@ def test_model_without_pad_token_takes_the_tokenizers(tmp_path, byte_tokenizer, 
     assert batched == pytest.approx(alone, abs=1e-5)
 
 
-def test_models_own_pad_token_wins_over_the_tokenizers(reward_model_path, tmp_path, byte_tokenizer):
+def test_a_pad_token_of_the_model_takes_precedence(reward_model_path, tmp_path, byte_tokenizer):
     """A tokenizer that pads with <eos> must not shift where the model reads the score."""
     shutil.copytree(reward_model_path, tmp_path, dirs_exist_ok=True)
     byte_tokenizer(pad_token="<eos>").save_pretrained(tmp_path)
