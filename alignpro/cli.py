@@ -129,8 +129,12 @@ def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
 
 @app.command(no_args_is_help=True)
 def rewrite(
-    text: Annotated[list[str], typer.Argument(help="Prompts to rewrite, each one argument.")],
     run: Annotated[Path, typer.Option(help="Run directory of a finished `alignpro train`.")],
+    text: Annotated[list[str] | None, typer.Argument(help="Prompts to rewrite, each one argument.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rewrite a data source instead: a preset or a file, as `data.source`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --data: JSON Lines file to write.")] = None,
     n: Annotated[int, typer.Option(min=1, help="Rewrites per prompt.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -138,8 +142,16 @@ def rewrite(
         bool, typer.Option("--answer", help="Also load the run's target and let it answer each rewrite.")
     ] = False,
 ) -> None:
-    """Rewrite prompts with a trained prompter."""
+    """Rewrite prompts, or a whole data set, with a trained prompter."""
+    if (data is None) == (not text):
+        raise AlignProError("rewrite: give prompts as arguments, or a data source with --data and --out")
+    if (data is None) != (out is None):
+        raise AlignProError("rewrite: --data and --out go together")
     rewriter = _load("alignpro.rewriting:Rewriter.from_run")(run, with_target=answer)
+    if data is not None:
+        _load("alignpro.rewriting:rewrite_data")(rewriter, data, out, n=n, temperature=temperature, seed=seed)
+        return
+    assert text  # or an error was raised above
     for prompt, rewrites in zip(text, rewriter.rewrite(text, n=n, temperature=temperature, seed=seed), strict=True):
         for rewritten in rewrites:
             typer.echo(rewritten.rewrite if len(text) == 1 else f"{prompt}\t{rewritten.rewrite}")

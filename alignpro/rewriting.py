@@ -1,18 +1,26 @@
-"""Use a trained prompter: rewrite prompts, and let the target answer if asked."""
+"""Use a trained prompter: rewrite prompts or whole data sets, and let the target answer if asked."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from alignpro.config import SamplingConfig, TrainConfig, load_config
-from alignpro.data import Prompt
+from alignpro.config import DataConfig, SamplingConfig, TrainConfig, load_config
+from alignpro.data import Prompt, load_prompts
 from alignpro.engine import Completion, Engine, SamplingParams, derive_seed
 from alignpro.environment import sampling_params
-from alignpro.errors import ModelError
+from alignpro.errors import DataError, ModelError
 from alignpro.models import LanguageModel, load_language_model, load_target
 from alignpro.prompting import PrompterTemplate, TargetTemplate
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1024
+"""Prompts of a data set that are rewritten before the next ones are, so that an error does not lose everything."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,46 @@ class Rewriter:
             _refuse_errors(prompt, group)
         responses = iter(target.decode(answer.text_tokens) for (answer,) in answers)
         return [[Rewritten(text, next(responses)) for text in group] for group in rewrites]
+
+
+def rewrite_data(
+    rewriter: Rewriter, source: str, out: Path, *, n: int = 1, temperature: float = 0.0, seed: int = 0
+) -> None:
+    """Rewrite all prompts of a data source and write JSON Lines, `CHUNK` prompts at a time.
+
+    A line has the prompt's ``id``, its text (``prompt``), the ``rewrites`` and, with a target, their ``responses``.
+    Duplicates are rewritten once.
+
+    Args:
+        rewriter: The prompter, with or without the target.
+        source: As ``data.source``: a preset, or files.
+        out: The file; what was written before an error stays.
+        n: Rewrites per prompt.
+        temperature: Of the rewrites; the target answers greedily.
+        seed: Of the rewrites.
+
+    Raises:
+        DataError: The data cannot be read, or ``out`` exists.
+        ModelError: As `Rewriter.rewrite`.
+    """
+    prompts = load_prompts(DataConfig(source=source, holdout=0)).prompts
+    try:
+        file = out.open("x", encoding="utf-8", errors="surrogatepass")
+    except FileExistsError as error:
+        raise DataError(f"{out}: exists already; name another file, or remove it") from error
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error}") from error
+    with file:
+        for start in range(0, len(prompts), CHUNK):
+            chunk = prompts[start : start + CHUNK]
+            groups = rewriter.rewrite(chunk, n=n, temperature=temperature, seed=derive_seed(seed, start))
+            for prompt, group in zip(chunk, groups, strict=True):
+                row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.text, "rewrites": [x.rewrite for x in group]}
+                if rewriter.target is not None:
+                    row["responses"] = [x.response for x in group]
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            logger.info("%d of %d prompts rewritten", start + len(chunk), len(prompts))
 
 
 def _with_stops(config: SamplingConfig, n: int, stop_token_ids: tuple[int, ...]) -> SamplingParams:

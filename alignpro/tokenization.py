@@ -21,15 +21,18 @@ PLAIN_TEMPLATE = """\
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer*.py")
 
 
-def load_tokenizer(config: ModelConfig, *, require_chat_template: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    config: ModelConfig, *, require_chat_template: bool = True, require_pad_token: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer that ``config`` names, with its chat template and pad token set.
 
     Args:
         config: ``tokenizer`` (else ``path``) says where; ``chat_template`` and ``pad_token`` override its own.
         require_chat_template: False for encoders, which take text and no conversation.
+        require_pad_token: True for models whose batches are padded. Those of causal language models are packed.
 
     Raises:
-        ModelError: There is no tokenizer, or it has no chat template or no pad token and the configuration gives none.
+        ModelError: There is no tokenizer, or it lacks a required chat template or pad token and the configuration gives none.
     """
     name = config.tokenizer or config.path
     _check_directory(name, "tokenizer" if config.tokenizer else "path")
@@ -50,7 +53,13 @@ def load_tokenizer(config: ModelConfig, *, require_chat_template: bool = True) -
             f"{name}: its tokenizer has no chat template; set chat_template=plain (User: … Assistant: …), "
             "or chat_template to a Jinja file"
         )
-    _set_pad_token(tokenizer, config.pad_token, name)
+    if config.pad_token is not None:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ModelError(f"{name}: pad_token={config.pad_token!r} is no token of its vocabulary; name one that is")
+        tokenizer.pad_token = config.pad_token
+    if require_pad_token and tokenizer.pad_token_id is None:
+        hint = f" (its end token would do: {tokenizer.eos_token})" if tokenizer.eos_token else ""
+        raise ModelError(f"{name}: its tokenizer has no pad token; set pad_token to a token of its vocabulary{hint}")
     return tokenizer
 
 
@@ -91,13 +100,3 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise ModelError(f"chat_template {name}:{error.lineno}: {error.message}") from error
     except jinja2.TemplateError as error:
         raise ModelError(f"chat_template {name}: refuses a user's turn: {error}") from error
-
-
-def _set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None, name: str) -> None:
-    if pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise ModelError(f"{name}: pad_token={pad_token!r} is no token of its vocabulary; name one that is")
-        tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None:
-        hint = f" (its end token would do: {tokenizer.eos_token})" if tokenizer.eos_token else ""
-        raise ModelError(f"{name}: its tokenizer has no pad token; set pad_token to a token of its vocabulary{hint}")

@@ -215,14 +215,25 @@ def test_a_tokenizer_without_a_chat_template(
     assert workshop.run(command, tmp_path / "run", f"{key}.path={model}", f"{key}.chat_template=plain") == 0
 
 
-@pytest.mark.parametrize("command", ["train", "rlhf", "sft", "reward"])
-def test_a_tokenizer_without_a_pad_token(refused: Refused, workshop: Workshop, tmp_path: Path, command: str) -> None:
-    model = copy_model(workshop, "target", tmp_path / "model")
+def test_a_reward_models_tokenizer_without_a_pad_token(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:
+    model = without_pad_token(workshop, tmp_path / "model")
+    refused("reward", f"model.path={model}", says=[str(model), "no pad token", "pad_token", "</s>"])
+    assert workshop.run("reward", tmp_path / "run", f"model.path={model}", "model.pad_token=</s>") == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "key"), [("train", "policy"), ("train", "target"), ("rlhf", "policy"), ("sft", "policy")]
+)
+def test_a_causal_model_needs_no_pad_token(workshop: Workshop, tmp_path: Path, command: str, key: str) -> None:
+    model = without_pad_token(workshop, tmp_path / "model")
+    assert workshop.run(command, tmp_path / "run", f"{key}.path={model}") == 0
+
+
+def without_pad_token(workshop: Workshop, directory: Path) -> Path:
+    model = copy_model(workshop, "target", directory)
     edit_tokenizer(model, pad_token=None)
     assert AutoTokenizer.from_pretrained(model).pad_token_id is None
-    key = "model" if command == "reward" else "policy"
-    refused(command, f"{key}.path={model}", says=[str(model), "no pad token", "pad_token", "</s>"])
-    assert workshop.run(command, tmp_path / "run", f"{key}.path={model}", f"{key}.pad_token=</s>") == 0
+    return model
 
 
 def test_a_model_directory_without_weights(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:

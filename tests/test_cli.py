@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import subprocess
 import sys
@@ -252,3 +253,19 @@ def test_what_was_trained_can_be_used(workshop: Workshop, tmp_path: Path, capsys
     assert len(first.splitlines()) >= 4, "expected two rewrites with an answer each"
     assert run("rewrite", "flip the word stone", *arguments) == 0
     assert capsys.readouterr().out == first, "the seed decides"
+    out = tmp_path / "rewrites.jsonl"
+    given = ["--data", str(workshop.root / "prompts.jsonl"), "--out", str(out)]
+    assert run("rewrite", *given, *arguments) == 0
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 24
+    assert all(row["prompt"] and len(row["rewrites"]) == len(row["responses"]) == 2 for row in rows)
+    assert run("rewrite", *given, *arguments) == 1
+    assert f"error: {out}: exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["x", "--data", "y.jsonl", "--out", "z"], ["--data", "y.jsonl"], ["x", "--out", "z"]]
+)
+def test_rewrite_takes_prompts_or_data(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("rewrite", "--run", "nowhere", *given) == 1
+    assert capsys.readouterr().err.startswith("error: rewrite: ")

@@ -96,7 +96,8 @@ def test_chat_template_from_a_file(save, tmp_path):
 def test_no_pad_token(save):
     path = save(TEMPLATE, eos_token="</s>")
     with pytest.raises(ModelError, match=r"no pad token; set pad_token to .* \(its end token would do: </s>\)"):
-        load_tokenizer(ModelConfig(path=path))
-    assert load_tokenizer(ModelConfig(path=path, pad_token="</s>")).pad_token_id == 1
+        load_tokenizer(ModelConfig(path=path), require_pad_token=True)
+    assert load_tokenizer(ModelConfig(path=path)).pad_token_id is None
+    assert load_tokenizer(ModelConfig(path=path, pad_token="</s>"), require_pad_token=True).pad_token_id == 1
     with pytest.raises(ModelError, match=r"pad_token='<none>' is no token of its vocabulary"):
         load_tokenizer(ModelConfig(path=path, pad_token="<none>"))

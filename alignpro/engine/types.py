@@ -133,6 +133,26 @@ class EngineStats:
             run_seconds=self.run_seconds - earlier.run_seconds,
         )
 
+    @classmethod
+    def merged(cls, ranks: Sequence[EngineStats]) -> EngineStats:
+        """The counts of several engines that ran at the same time: sums, but the largest of pages and of times."""
+        merged = cls(
+            floor_tokens=sum(stats.floor_tokens for stats in ranks),
+            cache_hit_tokens=sum(stats.cache_hit_tokens for stats in ranks),
+            sequences=sum(stats.sequences for stats in ranks),
+            sampled_tokens=sum(stats.sampled_tokens for stats in ranks),
+            preemptions=sum(stats.preemptions for stats in ranks),
+            ticks=sum(stats.ticks for stats in ranks),
+            run_seconds=max(stats.run_seconds for stats in ranks),
+        )
+        for stats in ranks:
+            merged.computed += stats.computed
+            merged.decode_ticks += stats.decode_ticks
+            merged.most_pages |= stats.most_pages
+            for phase, spent in stats.seconds.items():
+                merged.seconds[phase] = max(merged.seconds[phase], spent)
+        return merged
+
     @property
     def floor_ratio(self) -> float:
         """Tokens computed over `floor_tokens`: below 1 where earlier runs left prompts in the cache; 0 if none ran."""

@@ -29,7 +29,7 @@ class EmbeddingSimilarity:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        self._tokenizer = load_tokenizer(config, require_chat_template=False)
+        self._tokenizer = load_tokenizer(config, require_chat_template=False, require_pad_token=True)
         try:
             model = AutoModel.from_pretrained(
                 config.path,

@@ -110,7 +110,7 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
         ModelError: The model or its tokenizer cannot be loaded or lacks a chat template; it has another number of
             outputs than one; or, to score, its checkpoint holds no score head, which would be random.
     """
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, require_pad_token=True)
     overrides: dict[str, Any] = {} if seed is None else {"num_labels": 1}
     loading: dict[str, Any] = {"missing_keys": []}
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from alignpro.config import RLHFConfig, Section, TrainConfig
 from alignpro.distributed.build import compile_operators
@@ -16,6 +17,9 @@ from alignpro.training.distribution import Distribution
 from alignpro.training.run import Run, Task
 
 logger = logging.getLogger(__name__)
+
+_PLACES = {"out", "source", "path", "tokenizer", "chat_template", "meta_prompt", "function"}
+"""Settings that may name a file."""
 
 
 def train(
@@ -30,8 +34,9 @@ def train(
         at: The step to continue from.
 
     Raises:
-        ConfigError: The job does not run on several ranks, DeepSpeed is missing or broken, its configuration contradicts
-            this one, the device cannot train in the policy's dtype, or what is needed cannot be compiled.
+        ConfigError: The job does not run on several ranks, the ranks' configurations differ, DeepSpeed is missing or
+            broken, its configuration contradicts this one, the device cannot train in the policy's dtype, or what is
+            needed cannot be compiled.
         AlignProError: As `Run`; `PeerError` where another rank tells it.
     """
     if not isinstance(config, TrainConfig | RLHFConfig):
@@ -57,6 +62,7 @@ def train_on(
     """The same on ranks that have found each other."""
     from alignpro.training.deepspeed_backend import DeepSpeedDistribution  # takes two seconds to import
 
+    _require_one_configuration(ranks, config)
     logger.info("%d ranks, ZeRO stage %d (%s)", ranks.size, zero.stage, zero.name)
     with Run(config, resume=resume, at=at, ranks=ranks) as run:
         if run.finished:
@@ -65,6 +71,31 @@ def train_on(
         if run.saved_ranks() not in (None, ranks.size):
             zero = zero.for_other_ranks()
         run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed)))
+
+
+def _require_one_configuration(ranks: Ranks, config: Section) -> None:
+    """Raise on all ranks if one was started with other settings, from a stale file on its node for example.
+
+    Paths may differ between nodes. Whether the same data and policy lie there is checked once they are loaded.
+    """
+    settings = _leaves(config.model_dump(mode="json"))
+    first, *others = ranks.exchange({k: v for k, v in settings.items() if k.rpartition(".")[2] not in _PLACES})
+    for rank, given in enumerate(others, 1):
+        for key in sorted(first.keys() | given.keys()):
+            if first.get(key) != given.get(key):
+                raise ConfigError(
+                    f"rank {rank} has {key}={given.get(key)}, and rank 0 {key}={first.get(key)}: start all ranks with the "
+                    "same configuration file and overrides"
+                )
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """Dotted keys and their values."""
+    if isinstance(value, dict):
+        return {name: leaf for part, each in value.items() for name, leaf in _leaves(each, f"{key}.{part}").items()}
+    if isinstance(value, list):
+        return _leaves(dict(enumerate(value)), key)
+    return {key.removeprefix("."): value}
 
 
 def _require_dtype(dtype: str) -> None:

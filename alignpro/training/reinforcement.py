@@ -21,7 +21,7 @@ from alignpro import objectives
 from alignpro.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from alignpro.data import Prompt
 from alignpro.distributed.frozen import FrozenModels
-from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
+from alignpro.engine import Chain, Engine, EngineStats, SamplingParams, derive_seed
 from alignpro.environment import Environment, Scores
 from alignpro.errors import CheckpointError
 from alignpro.models import save_pretrained
@@ -32,6 +32,7 @@ from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.experience import Experience as Experience
 from alignpro.training.experience import join_rows, join_values, no_actions
 from alignpro.training.metrics import Metrics, PhaseTimer, append_row, mean_of_updates, weighted_mean
+from alignpro.training.step_metrics import logprob_difference, sample_metrics
 from alignpro.training.stream import PromptStream
 
 
@@ -128,12 +129,15 @@ class PolicyTraining:
         with timer("update"):
             metrics = {"learning_rate": self.backend.learning_rate, "kl_coef": self.kl.coef}
             metrics |= self.update(experience, step, mine)
-        metrics |= self._describe(experience, scores) | self._off_policy(experience, chains)
+        metrics |= sample_metrics(self.ranks, experience, scores)
+        metrics |= logprob_difference(self.ranks, experience, chains)
+        self._expected_length = metrics["sample/length"]
         self.kl.update(metrics["kl"], int(self.ranks.sum(len(experience.scores))))
         self.baseline.update(self.ranks.gather(experience.returns[:, 0]).mean().item())
         if step % self.run.sample_every == 0 and self.ranks.first:
             self._write_sample(step, prompts[0], scores)
-        return metrics | self.engine.stats.since(before).metrics() | timer.seconds
+        stats = EngineStats.merged(self.ranks.exchange(self.engine.stats.since(before)))
+        return metrics | stats.metrics() | timer.seconds
 
     def credit(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]], scores: Scores) -> Experience:
         """What each action is worth: rewards after it, less a baseline that does not depend on it."""
@@ -364,39 +368,6 @@ class PolicyTraining:
             generator = torch.Generator().manual_seed(derive_seed(self.run.seed, "minibatch", step, epoch))
             order = torch.randperm(groups, generator=generator)
         return list(order.tensor_split(self.objective.minibatches))
-
-    def _describe(self, experience: Experience, scores: Scores) -> Metrics:
-        values, gather = experience.values, self.ranks.gather
-        lengths = gather(experience.batch.mask.sum(1))  # (B,) of all ranks, as all that follow
-        kl, entropy = gather(values.kl.sum(1)), gather(values.entropy.sum(1))
-        sampled_kl = gather((values.logprob - values.reference_logprob).sum(1))
-        rewards = gather(scores.values)
-        rows, tokens = len(lengths), lengths.sum()
-        self._expected_length = (tokens / rows).item()
-        return {
-            "reward/mean": rewards.mean().item(),
-            "reward/std": rewards.std().item() if rewards.numel() > 1 else 0.0,
-            "kl": (kl.sum() / rows).item(),
-            "kl_sampled": (sampled_kl.sum() / rows).item(),
-            "entropy": (entropy.sum() / tokens).item(),
-            "sample/length": self._expected_length,
-            **self.ranks.mean(scores.metrics, len(scores.values)),
-        }
-
-    def _off_policy(self, experience: Experience, chains: Sequence[Sequence[Chain]]) -> Metrics:
-        """How far the log-probabilities that samples were drawn with are from those that they are credited with.
-
-        Both are of one policy: what is beyond rounding is a fault, by which gradients are of another policy's samples.
-        """
-        drawn = torch.tensor([x for group in chains for chain in group for x in chain.sample.logprobs])
-        mask, logprob = experience.batch.mask.cpu(), experience.values.logprob.cpu()  # (B, T), in the samples' order
-        difference = torch.zeros_like(logprob)
-        difference[mask] = (logprob[mask] - drawn.to(logprob)).abs()
-        each, greatest = self.ranks.gather(difference.sum(1)), self.ranks.gather(difference.amax(1))
-        return {
-            "sample/logprob_difference": (each.sum() / self.ranks.gather(mask.sum(1)).sum()).item(),
-            "sample/logprob_difference_max": greatest.max().item(),
-        }
 
     def _write_sample(self, step: int, prompt: Prompt, scores: Scores) -> None:
         row = {

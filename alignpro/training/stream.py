@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
@@ -13,6 +14,8 @@ from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
 from alignpro.engine import derive_seed
 from alignpro.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 class PromptStream:
@@ -31,6 +34,10 @@ class PromptStream:
         if not prompts:
             raise DataError(
                 "no prompt to train on: every row was filtered out or held out; look at data.source and data.holdout"
+            )
+        if batch_size > len(prompts):
+            logger.warning(
+                "a step takes %d prompts and there are %d: some are in a step more than once", batch_size, len(prompts)
             )
         self.prompts = prompts
         self.batch_size = batch_size

@@ -133,6 +133,15 @@ def test_ranks_with_different_models_are_an_error(made: Workshop, tmp_path: Path
     assert len(errors) == 1 and "rank 1 has loaded another model than rank 0" in errors[0], output
 
 
+@pytest.mark.slow
+def test_ranks_with_different_settings_are_told_apart(made: Workshop, tmp_path: Path) -> None:
+    _, *given = made.arguments("train", tmp_path / "run", "optimizer.learning_rate=0.0${oc.env:RANK}1")
+    status, errors, output = ends(launch(SCRIPT, *given))
+    assert status != 0, output[-4000:]
+    expected = "rank 1 has optimizer.learning_rate=0.011, and rank 0 optimizer.learning_rate=0.001"
+    assert len(errors) == 1 and expected in errors[0], output
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_that_cannot_reach_the_others_says_so(rank: str, made: Workshop, tmp_path: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

@@ -59,3 +59,11 @@ def test_other_data_is_refused() -> None:
 def test_no_prompt_is_an_error() -> None:
     with pytest.raises(DataError, match="no prompt to train on"):
         PromptStream([], 3, 0)
+
+
+@pytest.mark.parametrize(("batch_size", "warned"), [(10, False), (11, True)])
+def test_prompts_that_recur_within_a_step_are_told(
+    batch_size: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    PromptStream(PROMPTS, batch_size, 0)
+    assert ("a step takes 11 prompts and there are 10" in caplog.text) == warned
