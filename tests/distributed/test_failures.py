@@ -134,7 +134,7 @@ def test_ranks_with_different_models_are_an_error(made: Workshop, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_ranks_with_different_settings_are_told_apart(made: Workshop, tmp_path: Path) -> None:
+def test_ranks_with_different_settings_are_an_error(made: Workshop, tmp_path: Path) -> None:
     _, *given = made.arguments("train", tmp_path / "run", "optimizer.learning_rate=0.0${oc.env:RANK}1")
     status, errors, output = ends(launch(SCRIPT, *given))
     assert status != 0, output[-4000:]

@@ -62,7 +62,7 @@ def test_no_prompt_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "warned"), [(10, False), (11, True)])
-def test_prompts_that_recur_within_a_step_are_told(
+def test_prompts_that_recur_within_a_step_give_a_warning(
     batch_size: int, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     PromptStream(PROMPTS, batch_size, 0)
