@@ -260,7 +260,7 @@ def test_what_was_trained_can_be_used(workshop: Workshop, tmp_path: Path, capsys
     assert len(rows) == 24
     assert all(row["prompt"] and len(row["rewrites"]) == len(row["responses"]) == 2 for row in rows)
     assert run("rewrite", *given, *arguments) == 1
-    assert f"error: {out}: exists already" in capsys.readouterr().err
+    assert f"error: {out}: already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from alignpro.jobs import input_room
 from alignpro.models import load_language_model, load_target
 from alignpro.prompting import PrompterTemplate, drop_long_prompts
 from alignpro.rewards import build_reward
+from alignpro.training.checkpoint import disk_errors
+from alignpro.training.durability import replace_text
 from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -64,8 +66,10 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
         "seed": config.seed,
         "versions": versions(),
     }
-    (out / "config.yaml").write_text(dump_config(config))
-    (out / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    with disk_errors(str(out), "make room, then resample again"):
+        (out / "config.yaml").write_text(dump_config(config))
+        # Last, and whole: it marks the result as finished.
+        replace_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     logger.info(
         "reward of ρ_sft %.4f → resampled %.4f; λ log Ẑ %.4f; effective sample size %.2f of %d",
         *(summary[key] for key in ("reference_reward", "resampled_reward", "log_partition", "effective_sample_size")),

@@ -67,7 +67,7 @@ def test_any_shape_and_any_options(operator: str, backend: str, problem: Problem
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("reference", ["none", "shared"])
 @pytest.mark.parametrize("trained", [True, False])
-def test_errors_are_no_larger_than_plain_pytorchs(
+def test_errors_are_no_larger_than_those_of_a_plain_implementation(
     backend: str, dtype: torch.dtype, reference: str, trained: bool
 ) -> None:
     problem = Problem(rows=64, width=96, vocabulary=2000, reference=reference, trained=trained, scale=0.6, zero_every=5)
@@ -220,7 +220,7 @@ def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (
         "test_any_shape_and_any_options[cpp-policy_loss]",
         "test_samples_equal_the_references[cpp]",
-        "test_errors_are_no_larger_than_plain_pytorchs",
+        "test_errors_are_no_larger_than_those_of_a_plain_implementation",
         "test_a_bad_row_does_not_affect_others",
         "test_adversarial_rows",
         "test_a_token_ruled_out_by_its_bias",
