@@ -127,7 +127,7 @@ def rewrite_data(
     try:
         file = out.open("x", encoding="utf-8", errors="surrogatepass")
     except FileExistsError as error:
-        raise DataError(f"{out}: exists already; name another file, or remove it") from error
+        raise DataError(f"{out}: already exists; choose another file, or remove it") from error
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error}") from error
     with file:

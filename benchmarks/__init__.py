@@ -1,1 +1,1 @@
-"""Measurements; their results, with the commands that made them, are in ``results/``."""
+"""Benchmarks; their results, with the commands that produced them, are in ``results/``."""

@@ -1,6 +1,6 @@
-"""python -m benchmarks.demo: the demo with several seeds, each in a process of its own, as its user runs it.
+"""python -m benchmarks.demo: run the demo with several seeds, each in its own process, as a user would.
 
-Prints the table that stands in README.md, and writes JSON after every seed.
+Prints the table in README.md and writes JSON after every seed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ app = options.new_app()
 
 @app.command(help=__doc__)
 def run(
-    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 5,
-    out: Annotated[Path, typer.Option(help="Gets a demo for each seed; a finished one is taken as it is.")] = Path(
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, starting from 0.")] = 5,
+    out: Annotated[Path, typer.Option(help="Directory with one demo run per seed; finished runs are reused.")] = Path(
         "runs/bench-demo"
     ),
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="benchmarks/results/DEVICE/demo.json.", show_default=False)
+        Path | None,
+        typer.Option("--json", help="Results file: benchmarks/results/DEVICE/demo.json.", show_default=False),
     ] = None,
 ) -> None:
     """See the module."""
@@ -56,7 +57,7 @@ def run(
 
 
 def rows(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of the table below `HEADER`."""
+    """Return the lines of the table below `HEADER`."""
     return [_row(each) for each in runs]
 
 

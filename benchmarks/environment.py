@@ -1,4 +1,4 @@
-"""What a result was measured on: device, versions, command."""
+"""The environment in which a result was measured: device, versions, command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def describe(module: str, device: torch.device, dtype: torch.dtype, arguments: list[str]) -> dict[str, Any]:
-    """For the results' file; ``module`` is what ``python -m`` ran."""
+    """Return the metadata for a results file; ``module`` is the module run by ``python -m``."""
     return {
         "command": shlex.join(["python", "-m", module, *arguments]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,7 +43,7 @@ def describe(module: str, device: torch.device, dtype: torch.dtype, arguments: l
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """Return the name of the GPU or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")
@@ -55,17 +55,17 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """The name of the results' folder: ``cpu``, ``nvidia-h200``."""
+    """Return the name of the results folder, such as ``cpu`` or ``nvidia-h200``."""
     return "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def command_line() -> list[str]:
-    """The arguments given."""
+    """Return the command-line arguments."""
     return sys.argv[1:]
 
 
 def _version(package: str) -> str | None:
-    """None where it is not installed."""
+    """Return the version of a package, or None if it is not installed."""
     if package == "torch":
         return torch.__version__
     try:

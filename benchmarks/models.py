@@ -1,4 +1,4 @@
-"""Models with random weights and a tokenizer with which every length is exact, as a user has them: on disk."""
+"""Models with random weights, and a tokenizer that makes every length exact, saved to disk like a user's models."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from benchmarks.workload import BYTES, ModelShape
 END, PAD = "<end of turn>", "<padding>"
 _SPACE = "Ġ"
 _LETTERS = ((0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
-"""Ranges of characters of which none is blank or combines with its neighbours: Chinese, Korean, and private ones."""
+"""Ranges of characters that are neither blank nor combine with their neighbours: Chinese, Korean, private use."""
 
 
 def characters(count: int) -> str:
-    """One character a token: those that byte-level vocabularies write bytes as, then others, none of which is blank.
+    """Return one character per token: those by which byte-level vocabularies represent bytes, then others; none is blank.
 
     Raises:
-        ValueError: There are not as many.
+        ValueError: There are fewer characters than ``count``.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     others = (chr(code) for first, end in _LETTERS for code in range(first, end))
     found = "".join(itertools.islice(itertools.chain(alphabet, others), count))
     if len(found) < count:
-        raise ValueError(f"a vocabulary of {count}: there are {len(found)} characters to write it with")
+        raise ValueError(f"a vocabulary of {count}: only {len(found)} characters are available")
     return found
 
 
 def make_tokenizer(chat_template: str, vocabulary: int = BYTES) -> PreTrainedTokenizerFast:
-    """One token a character, so that whatever a model writes has as many tokens again when its text is read.
+    """Create a tokenizer with one token per character, so that generated text has as many tokens when tokenized again.
 
-    The end of a turn and padding lie beyond the models' vocabulary: neither is ever drawn, every sequence has its full
-    length, and decoding drops nothing. What a model with a larger vocabulary has written is one token a character too.
+    The end-of-turn and padding tokens lie outside the models' vocabulary: they are never sampled, every sequence has its
+    full length, and decoding drops nothing. Text from a model with a larger vocabulary also has one token per character.
     """
     known = characters(vocabulary)
     indices = {token: index for index, token in enumerate([*known, END, PAD])}
@@ -51,7 +51,7 @@ def make_tokenizer(chat_template: str, vocabulary: int = BYTES) -> PreTrainedTok
 
 
 def make_chat_template(before: str, after: str) -> str:
-    """Jinja source: a user's turn between two texts, an assistant's followed by the end of the turn."""
+    """Return a Jinja template: a user's turn between two texts, an assistant's turn followed by the end of the turn."""
     return (
         "{%- for message in messages -%}"
         "{%- if message['role'] == 'assistant' -%}{{ message['content'] }}{{ eos_token }}"
@@ -62,7 +62,7 @@ def make_chat_template(before: str, after: str) -> str:
 
 
 def random_text(length: int, generator: random.Random) -> str:
-    """Words of small letters, ``length`` characters in all."""
+    """Return random words of lower-case letters, ``length`` characters in total."""
     words: list[str] = []
     while sum(map(len, words)) + len(words) <= length:
         words.append("".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9))))
@@ -77,7 +77,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Random weights drawn from ``seed``, sdpa attention, in evaluation mode."""
+    """Create a model with random weights drawn from ``seed``, SDPA attention, in evaluation mode."""
     torch.manual_seed(seed)
     with device or torch.device("cpu"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -87,7 +87,7 @@ def make_model(
 
 
 def num_parameters(shape: ModelShape) -> int:
-    """Elements of all weights; a tied one counts once."""
+    """Return the number of parameters; a tied weight counts once."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_config(shape, 1))
     return sum(weight.numel() for weight in model.parameters())
@@ -112,6 +112,6 @@ def _config(shape: ModelShape, context: int) -> PreTrainedConfig:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write what ``from_pretrained`` reads."""
+    """Save model and tokenizer so that ``from_pretrained`` can load them."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""What the commands of all benchmarks have in common: their options, and what these mean."""
+"""Command-line options that the benchmarks share, and their interpretation."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ Shape = Annotated[
         show_default=False,
     ),
 ]
-"""Of chains: see `benchmarks.workload.reshape`."""
+"""Changes of a workload of chains; see `benchmarks.workload.reshape`."""
 Entrants = Annotated[
     list[str] | None,
-    typer.Option(help="Names or patterns, such as 'ours*'; may be repeated. All.", show_default=False),
+    typer.Option(help="Names or patterns, such as 'ours*'; may be repeated. Default: all.", show_default=False),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of torch, on the CPU.", show_default=False)]
-Seed = Annotated[int, typer.Option(help="Of all that is random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if available.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, otherwise float32.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch's CPU threads.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Quick = Annotated[
-    bool, typer.Option("--quick", help="A tiny case and few rounds, to see that all works; no valid figures.")
+    bool, typer.Option("--quick", help="Smoke test: a tiny case and few rounds; the figures are not valid.")
 ]
 
 
 class Named(Protocol):
-    """Anything that is chosen by its name."""
+    """Anything that is selected by name."""
 
     @property
     def name(self) -> str:
@@ -49,36 +49,36 @@ NamedT = TypeVar("NamedT", bound=Named)
 
 
 def new_app() -> typer.Typer:
-    """A command line whose errors are one message."""
+    """Create a command line that reports errors as a single message."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def use_threads(threads: int | None) -> None:
-    """Take as many of torch's threads as were asked for."""
+    """Set the number of torch's threads, if given."""
     if threads is not None:
         torch.set_num_threads(threads)
 
 
 def find_device(name: str) -> torch.device:
-    """The device of an option."""
+    """Return the device of an option."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of an option.
+    """Return the dtype of an option.
 
     Raises:
-        typer.BadParameter: There is none of that name.
+        typer.BadParameter: There is no dtype of that name.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in DTYPES:
-        raise typer.BadParameter(f"dtype {name!r}: take one of {', '.join(DTYPES)}")
+        raise typer.BadParameter(f"dtype {name!r}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def matching(everything: Sequence[NamedT], patterns: Sequence[str] | None, kind: str) -> list[NamedT]:
-    """Those whose name matches a pattern, in their own order; all of them where there are no patterns.
+    """Return the items whose name matches a pattern, in their original order; all of them without patterns.
 
     Raises:
         typer.BadParameter: A pattern matches nothing.
@@ -86,19 +86,19 @@ def matching(everything: Sequence[NamedT], patterns: Sequence[str] | None, kind:
     names = [one.name for one in everything]
     for pattern in patterns or []:
         if not fnmatch.filter(names, pattern):
-            raise typer.BadParameter(f"{kind} {pattern!r}: take names or patterns of {', '.join(names)}")
+            raise typer.BadParameter(f"{kind} {pattern!r}: use names or patterns of {', '.join(names)}")
     return [
         one for one in everything if not patterns or any(fnmatch.fnmatchcase(one.name, pattern) for pattern in patterns)
     ]
 
 
 def results_folder(benchmark: str, device: torch.device, *, quick: bool) -> Path:
-    """Where results go that are not told where: figures of a device beside each other, those that mean nothing apart."""
+    """Return the default folder for results: one per device, and a separate one for smoke tests."""
     return Path(f"runs/{benchmark}-quick") if quick else Path(__file__).parent / "results" / slug(device)
 
 
 def new_console(width: int) -> Console:
-    """What tables are printed on; of some width where it is no terminal."""
+    """Create the console for tables, with a fixed width if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console.width = width

@@ -1,4 +1,4 @@
-"""How the figures of all benchmarks look."""
+"""The matplotlib style of all figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens that models compute, counted where they enter."""
+"""Counts of the tokens that models compute, taken at their embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 class Call(NamedTuple):
-    """Forward passes that are told apart."""
+    """A kind of forward pass, counted separately."""
 
     model: str
     grad: bool
@@ -23,7 +23,7 @@ class Call(NamedTuple):
 
 
 class TokenCounter:
-    """Counts what goes through the embeddings of some models, padding included.
+    """Counts the tokens that go through the embeddings of models, including padding.
 
     Args:
         models: Name → model.
@@ -31,12 +31,12 @@ class TokenCounter:
 
     def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
         self.calls: Counter[Call] = Counter()
-        """Tokens."""
+        """Number of tokens per kind of forward pass."""
         for name, model in models.items():
             model.get_input_embeddings().register_forward_pre_hook(partial(self._note, name))
 
     def clear(self) -> None:
-        """Begin again at zero."""
+        """Reset the counts to zero."""
         self.calls.clear()
 
     def _note(self, name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:

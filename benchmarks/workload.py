@@ -1,4 +1,4 @@
-"""What chains the engine's and the training's benchmarks run: lengths, counts and models, all of them options."""
+"""The chains of the engine and training benchmarks: lengths, counts and models, all of which are options."""
 
 from __future__ import annotations
 
@@ -30,47 +30,47 @@ class Workload:
     prompter: ModelShape
     target: ModelShape
     meta_prompt: int
-    """What the prompter reads before every x."""
+    """Tokens that the prompter reads before every x."""
     prompt: int
     """x."""
     rewrite: int
     """x'."""
     template: int
-    """What the target reads around every x'."""
+    """Tokens that the target reads around every x'."""
     response: int
     """y."""
     prompts: int
-    """A step."""
+    """Prompts per step."""
     K: int
     M: int
 
     @property
     def chains(self) -> int:
-        """Responses a step."""
+        """Responses per step."""
         return self.prompts * self.K * self.M
 
     @property
     def before(self) -> int:
-        """Tokens of the target's template that stand before x'; the others open its turn, after x'."""
+        """Tokens of the target's template before x'; the others, after x', open the assistant's turn."""
         return self.template - self.after
 
     @property
     def after(self) -> int:
-        """Tokens of the target's template that stand after x': a sixth of them, as in the chat formats in use."""
+        """Tokens of the target's template after x': a sixth of them, as in common chat formats."""
         return self.template // 6
 
     @property
     def prompter_input(self) -> int:
-        """Tokens that the prompter reads."""
+        """The length of the prompter's input in tokens."""
         return self.meta_prompt + self.prompt
 
     @property
     def target_input(self) -> int:
-        """Tokens that the target reads."""
+        """The length of the target's input in tokens."""
         return self.template + self.rewrite
 
     def describe(self) -> str:
-        """Its lengths and counts, in a line."""
+        """Return its lengths and counts in one line."""
         return (
             f"{self.prompts} prompts, meta-prompt {self.meta_prompt} + x {self.prompt}, K {self.K} rewrites of "
             f"{self.rewrite}, template {self.template}, M {self.M} responses of {self.response}"
@@ -78,7 +78,7 @@ class Workload:
 
 
 BYTES = 259
-"""256 bytes and three more: a byte-level vocabulary."""
+"""Size of a byte-level vocabulary: 256 bytes and three more tokens."""
 
 SMALL_PROMPTER = ModelShape(4, 256, 768, 4, 2, BYTES)
 SMALL_TARGET = ModelShape(6, 384, 1152, 4, 2, BYTES)
@@ -126,21 +126,21 @@ WORKLOADS = {workload.name: workload for workload in (PAPER, BARE)}
 
 
 def find_workload(name: str) -> Workload:
-    """A workload by name.
+    """Return a workload by name.
 
     Raises:
         ValueError: There is no such workload.
     """
     if name not in WORKLOADS:
-        raise ValueError(f"workload {name!r}: take one of {', '.join(WORKLOADS)}")
+        raise ValueError(f"workload {name!r}: use one of {', '.join(WORKLOADS)}")
     return WORKLOADS[name]
 
 
 def reshape(workload: Workload, changes: Sequence[str]) -> Workload:
-    """A workload with some of its numbers changed, ``K=4``, or its models, ``target=6x384``.
+    """Return a workload with some of its numbers changed (``K=4``) or its models (``target=6x384``).
 
     Raises:
-        ValueError: A change cannot be read, names nothing that there is, or makes no workload.
+        ValueError: A change cannot be parsed, names an unknown field, or has an invalid value.
     """
     numbers = [field.name for field in fields(Workload) if field.type == "int"]
     values: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What every test may use: one thread, and tiny models in memory and on disk."""
+"""Fixtures for all tests: a single thread, and tiny models in memory and on disk."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tiny_models import ARCHITECTURES, save_tiny, tiny_language_model
 
 from alignpro.language_model import LanguageModel
 
-settings.register_profile("shared machine", deadline=None)  # how long an example takes says nothing here
+settings.register_profile("shared machine", deadline=None)  # its load makes the time of an example meaningless
 settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny products are slower on several threads, and parallel test processes share the cores."""
+    """Use one thread: tiny products are slower on several, and parallel test processes share the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,19 +27,19 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def any_model(request: pytest.FixtureRequest) -> LanguageModel:
-    """A frozen tiny model of each architecture in turn, shared by all tests: not to be changed."""
+    """Return a frozen tiny model of each architecture in turn. All tests share it; do not modify it."""
     return tiny_language_model(request.param)
 
 
 @pytest.fixture(scope="session")
 def llama() -> LanguageModel:
-    """A frozen tiny Llama, shared by all tests: not to be changed."""
+    """Return a frozen tiny Llama. All tests share it; do not modify it."""
     return tiny_language_model("llama")
 
 
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Architecture → a directory with its model and tokenizer, written once and not to be changed."""
+    """Return a function from architecture to a directory with its model and tokenizer. Do not modify the directories."""
     written: dict[str, Path] = {}
 
     def directory(architecture: str) -> Path:

@@ -1,4 +1,4 @@
-"""Activated LoRA: the base model before the invocation, bit for bit, peft's own numbers after it, and one set of weights."""
+"""Activated LoRA: equal to the base model bit for bit before the invocation, to peft after it, with one set of weights."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from alignpro_kernels.reference import head_logits
 
 TOKENS = tokenizer("llama").encode(INVOCATION, add_special_tokens=False)
 BEFORE = [[token + 5 for token in row] for row in ragged(3, 50, shortest=2, longest=20, seed=1)]
-"""What stands before the invocation: of tokens that are not in it, and not 0, which is embedded as zeros."""
+"""Tokens before the invocation. None is part of the invocation, and none is 0, whose embedding is zero."""
 SHARED = [[*BEFORE[0], *TOKENS, *BEFORE[0], *TOKENS, 5], [*BEFORE[1], *TOKENS], [*TOKENS, *BEFORE[2]]]
-"""Prompts: with two invocations, of which the last counts; with nothing behind it; with nothing before it."""
+"""Prompts: with two invocations, of which the last counts; with no token after it; with no token before it."""
 PROMPTS = [SHARED[i] for i in (0, 0, 0, 1, 1, 2)]
 COMPLETIONS = [[token + 5 for token in row] for row in ragged(6, 50, longest=12, seed=2)]
 
 
 def batch(model: LanguageModel) -> SequenceBatch:
-    """The sequences, with the invocation as the model's tokenizer writes it."""
+    """Return the sequences, with the invocation as encoded by the model's tokenizer."""
     own = list(model.invocation)
     prompts = [[*BEFORE[0], *own, *BEFORE[0], *own, 5], [*BEFORE[1], *own], [*own, *BEFORE[2]]]
     return SequenceBatch.build([prompts[i] for i in (0, 0, 0, 1, 1, 2)], COMPLETIONS)
 
 
 def by_peft(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
-    """Logits of each action, (N, V), by peft's own forward pass, row after row."""
+    """Return the logits of each action, (N, V), by peft's own forward pass, row by row."""
     rows = []
     for prompt, completion in zip(sequences.prompts, sequences.completions, strict=True):
         logits = model.model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
@@ -57,13 +57,13 @@ def by_peft(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
 
 
 def packed(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
-    """The same from the packed sequences."""
+    """Return the same logits from the packed sequences."""
     head = model.head
     return head_logits(model.action_states(sequences), head.weight, head.bias, 1.0, head.softcap, head.lora)
 
 
 def gradients(model: LanguageModel, values: Tensor) -> dict[str, Tensor]:
-    """Of a sum with random weights, by name."""
+    """Return the gradients of a randomly weighted sum, by name."""
     weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
     named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     found = torch.autograd.grad((weights * values).sum(), list(named.values()))
@@ -71,7 +71,7 @@ def gradients(model: LanguageModel, values: Tensor) -> dict[str, Tensor]:
 
 
 def keys_and_values(model: LanguageModel) -> list[Tensor]:
-    """What the layers that make keys and values put out from now on, (T, …) each."""
+    """Return a list that records the outputs of the key and value projections, (T, …) each."""
     seen: list[Tensor] = []
     for name, module in model.causal.named_modules():
         if name.endswith(("k_proj", "v_proj", "qkv_proj", "c_attn")):
@@ -80,7 +80,7 @@ def keys_and_values(model: LanguageModel) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_logits_are_those_of_pefts_own_forward_pass(architecture: str) -> None:
+def test_packed_logits_equal_those_of_pefts_own_forward_pass(architecture: str) -> None:
     model = tiny_adapted(architecture)
     sequences = batch(model)
     ours, truth = packed(model, sequences), by_peft(model, sequences)
@@ -95,14 +95,14 @@ def test_with_a_lora_on_the_head() -> None:
     )
     sequences = batch(model)
     truth = by_peft(model, sequences)
-    again = LanguageModel(model.model, model.tokenizer, "again")  # whose checks are passed with what it has learned
+    again = LanguageModel(model.model, model.tokenizer, "again")  # its checks run with the trained weights
     for each in (model, again):
         assert torch.allclose(packed(each, sequences), truth, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_gradients_are_those_of_pefts_rows(architecture: str, checkpointing: bool) -> None:
+def test_packed_gradients_equal_those_of_pefts_rows(architecture: str, checkpointing: bool) -> None:
     model = tiny_adapted(architecture, dtype=torch.float64)
     sequences = batch(model)
     truth = gradients(model, by_peft(model, sequences))
@@ -118,7 +118,7 @@ def test_before_the_invocation_keys_and_values_are_the_base_models_bit_for_bit(d
     model = tiny_adapted().to(dtype)
     for name, weight in model.named_parameters():
         if ".lora_" in name:
-            weight.data = weight.data.float()  # as peft makes them, also beside weights of 16 bits
+            weight.data = weight.data.float()  # peft makes them in float32 also for 16-bit models
     sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
     seen = keys_and_values(model)
     with torch.no_grad():
@@ -136,8 +136,8 @@ def test_before_the_invocation_keys_and_values_are_the_base_models_bit_for_bit(d
         assert (mine[acted] != base[acted]).any(1).all()
 
 
-def test_a_rows_numbers_do_not_see_the_adapter_act_on_others() -> None:
-    """Also where the base's own result there is not finite."""
+def test_tokens_without_the_adapter_are_unaffected_by_those_with_it() -> None:
+    """Even where the base model's own output is not finite."""
     model = tiny_adapted()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     with torch.no_grad():
@@ -162,11 +162,11 @@ def test_the_last_invocation_counts() -> None:
 
 
 class TestBase:
-    """One set of weights, with the adapter and without."""
+    """One set of weights serves the model with and without the adapter."""
 
     @pytest.mark.parametrize("adapter", [ACTIVATED, AdapterConfig(kind="lora", rank=4)], ids=["activated", "plain"])
     @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
-    def test_is_the_model_as_it_was(self, architecture: str, adapter: AdapterConfig) -> None:
+    def test_is_the_original_model(self, architecture: str, adapter: AdapterConfig) -> None:
         before = tiny_language_model(architecture)
         model = tiny_adapted(architecture, adapter=adapter)
         sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
@@ -179,13 +179,13 @@ class TestBase:
         assert not base.shares_weights(before)
         assert base.head.weight is model.head.weight
 
-    def test_follows_no_adapter_of_the_head(self) -> None:
+    def test_ignores_an_adapter_on_the_head(self) -> None:
         adapter = AdapterConfig(kind="lora", rank=4, target_modules=["q_proj", "lm_head"])
         model = tiny_adapted(adapter=adapter)
         assert model.head.lora is not None
         assert model.base().head.lora is None
 
-    def test_leaves_pefts_own_forward_pass_as_it_was(self) -> None:
+    def test_does_not_change_pefts_own_forward_pass(self) -> None:
         ids = torch.tensor([[1, 2, 3, *TOKENS, 4, 5]])
         for adapter in (ACTIVATED, AdapterConfig(kind="lora", rank=4)):
             model = tiny_adapted(adapter=adapter)
@@ -193,7 +193,7 @@ class TestBase:
             model.base().action_states(SequenceBatch.build([[1, 2]], [[3, 4]]))
             assert torch.equal(model.model(input_ids=ids).logits, expected)
 
-    def test_there_is_none_of_a_whole_model_or_a_soft_prompt(self) -> None:
+    def test_there_is_none_for_a_full_model_or_a_soft_prompt(self) -> None:
         with pytest.raises(ModelError, match="it has no adapter"):
             tiny_language_model("llama").base()
         with pytest.raises(
@@ -211,7 +211,7 @@ class TestBase:
         ],
         ids=lambda settings: next(iter(settings)),
     )
-    def test_there_is_none_where_more_than_a_lora_is_trained(self, settings: dict[str, Any]) -> None:
+    def test_there_is_none_if_more_than_a_lora_is_trained(self, settings: dict[str, Any]) -> None:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]} | settings)
         wrapped = get_peft_model(tiny_language_model("llama").causal, config)
         model = LanguageModel(wrapped, tokenizer("llama"), "llama")
@@ -220,7 +220,7 @@ class TestBase:
 
 
 class TestFiles:
-    """What is saved is peft's."""
+    """Saved adapters are in peft's format."""
 
     @pytest.fixture
     def saved(self, tmp_path: Path) -> tuple[LanguageModel, Path]:
@@ -235,20 +235,22 @@ class TestFiles:
 
     def test_peft_reads_it_and_generates_the_same(self, saved: tuple[LanguageModel, Path]) -> None:
         model, path = saved
-        assert model.invocation == (257, 261)  # what opens the assistant's turn
+        assert model.invocation == (257, 261)  # the tokens that open the assistant's turn
         theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path.parent / "start"), path)
         sequences = SequenceBatch.build([[1, 2, 3, 257, 261]] * 2, [[4, 5, 6], [7, 8]])
         truth = by_peft(LanguageModel(theirs, model.tokenizer, "theirs"), sequences)
         assert torch.allclose(packed(model, sequences), truth, atol=1e-5)
 
-    def test_it_loads_as_it_was(self, saved: tuple[LanguageModel, Path]) -> None:
+    def test_loading_restores_it(self, saved: tuple[LanguageModel, Path]) -> None:
         model, path = saved
         again = load_language_model(policy_config(path, architecture="qwen2"))
         assert again.invocation == model.invocation
         sequences = SequenceBatch.build([[1, 2, 3, 257, 261]] * 2, [[4, 5, 6], [7, 8]])
         assert torch.equal(again.action_states(sequences), model.action_states(sequences))
 
-    def test_it_can_be_trained_on_against_what_it_was(self, saved: tuple[LanguageModel, Path]) -> None:
+    def test_training_can_continue_with_the_loaded_adapter_as_reference(
+        self, saved: tuple[LanguageModel, Path]
+    ) -> None:
         model, path = saved
         config = policy_config(path, architecture="qwen2", adapter={"kind": "lora", "activated": True})
         policy = Policy.load(config, seed=0)
@@ -312,11 +314,11 @@ class TestBadInput:
             ({"kind": "lora", "activated": True, "invocation": ""}, "needs activated=true"),
         ],
     )
-    def test_settings_that_do_not_go_together(self, settings: dict[str, object], message: str) -> None:
+    def test_settings_that_cannot_be_combined(self, settings: dict[str, object], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             AdapterConfig.model_validate(settings)
 
     def test_layers_that_peft_cannot_activate(self) -> None:
         adapter = AdapterConfig(kind="lora", activated=True, invocation="x", target_modules=["embed_tokens"])
-        with pytest.raises(ModelError, match=r"variant|on linear layers"):  # by peft itself, or after it
+        with pytest.raises(ModelError, match=r"variant|on linear layers"):  # raised by peft, or by us after it
             add_adapter(tiny_language_model("llama"), adapter)

@@ -1,4 +1,4 @@
-"""Packed sequences that share their prompts: the states and gradients of sequences computed apart, on every architecture."""
+"""Packed sequences with shared prompts give the states and gradients of separate sequences, on every architecture."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SHARED = [[3, 5, 7, 2, 9, 11, 4, 6, 8, 10], [12], [13, 14, 15]]
 """Prompts, one longer than a sliding window."""
 PROMPTS = [SHARED[i] for i in (0, 0, 0, 1, 1, 2)]
 BEGINNING = [15, 3, 8, 9, 1, 1, 4, 7, 2, 6, 12, 5]
-"""What prompts may have in common, longer than a sliding window."""
+"""A common prefix of prompts, longer than a sliding window."""
 COMPLETIONS = [[1, 2, 3, 4], list(range(20, 20 + 2 * WINDOW)), [6], [7, 8], [], [9, 10, 11]]
 
 
 def apart(model: LanguageModel, prompts: list[list[int]]) -> Tensor:
-    """The states of each action, from one forward pass a sequence."""
+    """Return the states of each action, from one forward pass per sequence."""
     rows = []
     for prompt, completion in zip(prompts, COMPLETIONS, strict=True):
         ids = torch.tensor([[*prompt, *completion]])
@@ -32,7 +32,7 @@ def apart(model: LanguageModel, prompts: list[list[int]]) -> Tensor:
 
 
 def gradients(model: LanguageModel, states: Tensor) -> dict[str, Tensor]:
-    """Of a sum with random weights, by name."""
+    """Return the gradients of a randomly weighted sum, by name."""
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0), dtype=states.dtype)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad((weights * states).sum(), list(named.values()), allow_unused=True)
@@ -51,17 +51,17 @@ def assert_shared_as_apart(model: LanguageModel) -> None:
 
 
 def close(ours: Tensor, truth: Tensor) -> None:
-    """To float32's rounding: norms and rotary angles are float32 in transformers, also of a float64 model."""
+    """Compare up to float32's rounding: transformers computes norms and rotary angles in float32 even in float64 models."""
     assert (ours - truth).norm() <= 2e-6 * truth.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_states_and_gradients_are_those_of_sequences_apart(architecture: str) -> None:
+def test_states_and_gradients_equal_those_of_separate_sequences(architecture: str) -> None:
     assert_shared_as_apart(tiny_language_model(architecture, dtype=torch.float64).requires_grad_(True))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_whatever_attention_the_model_was_loaded_with(attention: str) -> None:
+def test_with_every_attention_implementation(attention: str) -> None:
     model = tiny_transformer("mistral", dtype=torch.float64)
     model.set_attn_implementation(attention)
     assert_shared_as_apart(LanguageModel(model, tokenizer("mistral"), attention).requires_grad_(True))
@@ -98,7 +98,7 @@ def test_under_gradient_checkpointing() -> None:
         torch.testing.assert_close(again[name], gradient, rtol=1e-12, atol=1e-12)
 
 
-def test_tokens_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_prompts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_language_model("llama")
     rows = []
     layer: nn.Module = model.causal.model.layers[0].mlp  # type: ignore[union-attr,index]
@@ -116,7 +116,7 @@ def test_all_completions_empty() -> None:
     assert model.action_states(SequenceBatch.build([[1, 2], [3]], [[4], [5]])).shape == (2, 32)
 
 
-def test_a_model_with_positions_of_its_own_is_refused() -> None:
+def test_a_model_with_its_own_positions_is_refused() -> None:
     model = tiny_transformer("llama")
     decoder = model.model
     forward = decoder.forward

@@ -1,4 +1,4 @@
-"""Bad input, through the command: one message that says what, where and what to do; a non-zero exit; nothing lost."""
+"""Bad input to the commands: one message says what, where and what to do; the exit status is not zero; nothing is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture
 def refused(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """``refused(command, *overrides, says=[…])``: the message of a command that must fail and leave nothing behind."""
+    """Return ``refused(command, *overrides, says=[…])``, which runs a command that must fail and leave no files."""
 
     def check(command: str, *overrides: str, says: Sequence[str]) -> str:
         out = tmp_path / "run"
@@ -97,7 +97,7 @@ def test_a_bad_value_is_named_by_its_key(refused: Refused, command: str, overrid
     refused(command, override, says=says)
 
 
-def test_every_problem_of_a_configuration_is_told_at_once(refused: Refused) -> None:
+def test_all_problems_of_a_configuration_are_reported_at_once(refused: Refused) -> None:
     message = refused(
         "train", "run.step=3", "objective.kl.coef=-1", says=["run.step: unknown key", "objective.kl.coef"]
     )
@@ -138,7 +138,7 @@ def test_an_empty_data_set(refused: Refused, tmp_path: Path, name: str) -> None:
         refused(command, f"data.source={tmp_path / name}", says=[name, "no prompts"])
 
 
-def test_data_that_is_all_held_out(refused: Refused, workshop: Workshop) -> None:
+def test_a_split_that_holds_out_all_prompts(refused: Refused, workshop: Workshop) -> None:
     refused("train", "data.limit=1", "data.holdout=0.9999", says=["data.holdout=0.9999", "lower it"])
 
 
@@ -151,7 +151,7 @@ def test_more_broken_rows_than_allowed(refused: Refused, tmp_path: Path) -> None
 def test_prompts_longer_than_the_context(
     refused: Refused, workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All of them: an error. Some: dropped and counted, and the run goes on."""
+    """If all are too long, it is an error. If some are, they are dropped and counted, and the run continues."""
     long = [{"prompt": f"{i} " + "word " * 100} for i in range(3)]
     source = tmp_path / "long.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in long))
@@ -173,7 +173,7 @@ def test_no_room_for_a_prompt(refused: Refused) -> None:
     refused("rlhf", "rollout.respond.max_tokens=500", says=["rollout.respond.max_tokens=500", "context of 128"])
 
 
-def test_skipped_rows_are_told(workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_rows_are_reported(workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "mixed.jsonl"
     source.write_text((workshop.root / "prompts.jsonl").read_text() + 'no JSON\n{"prompt": ""}\n')
     assert workshop.run("train", tmp_path / "run", f"data.source={source}", "run.steps=1") == 0
@@ -300,9 +300,7 @@ def test_a_run_directory_in_use(workshop: Workshop, tmp_path: Path, capsys: pyte
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_failed_start_does_not_stand_in_the_way_of_the_next(
-    refused: Refused, workshop: Workshop, tmp_path: Path
-) -> None:
+def test_a_failed_start_does_not_block_the_next(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:
     refused("train", f"policy.path={tmp_path}/none", says=["no such directory"])
     assert workshop.run("train", tmp_path / "run") == 0
 

@@ -1,4 +1,4 @@
-"""The command line: help, the dry run, exit statuses, and what is and is not written to the terminal."""
+"""The command line: help, the dry run, exit statuses, and terminal output."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(*arguments: str) -> int:
 
 
 def words(text: str) -> str:
-    """A help text without its line breaks."""
+    """Return a help text without its line breaks."""
     return " ".join(text.split())
 
 
@@ -94,7 +94,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{alignpro.__version__}\n"
 
 
-def test_help_and_a_bad_configuration_answer_without_loading_torch() -> None:
+def test_help_and_configuration_errors_do_not_load_torch() -> None:
     script = (
         "import sys\nfrom alignpro.cli import StandardErrorHandler, main\n"
         "for arguments in (['train', '--help'], ['train', 'nowhere.yaml'], ['train', 'a.b=1', '--dry-run']):\n"
@@ -120,7 +120,7 @@ def test_a_dry_run_prints_a_configuration_that_loads_and_touches_nothing(
     arguments = workshop.arguments(command, out, "optimizer.learning_rate=0.25")[1:]
     assert load_config(kinds[command], [str(tmp_path / "resolved.yaml")]) == load_config(kinds[command], arguments)
     assert "learning_rate: 0.25" in printed
-    assert "weight_decay: 0.0" in printed, "defaults are there, too"
+    assert "weight_decay: 0.0" in printed, "defaults are missing"
     assert f"write to {out}" in printed
     assert not out.exists()
 
@@ -205,11 +205,11 @@ def test_the_dry_run_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "e").exists()
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------------------ output
 
 
 @pytest.mark.parametrize("command", TRAINING)
-def test_a_run_tells_its_progress_and_no_library_does(workshop: Workshop, tmp_path: Path, command: str) -> None:
+def test_a_run_shows_its_progress_and_no_output_of_libraries(workshop: Workshop, tmp_path: Path, command: str) -> None:
     process = Process(workshop.arguments(command, tmp_path / "run"), tmp_path / "log")
     assert process.wait() == 0
     shown = process.output()
@@ -219,8 +219,8 @@ def test_a_run_tells_its_progress_and_no_library_does(workshop: Workshop, tmp_pa
         assert chatter not in shown
 
 
-def test_messages_go_to_standard_error_as_it_is_at_the_time(capsys: pytest.CaptureFixture[str]) -> None:
-    """A progress bar puts itself in its place while it is drawn: messages then stand above the bar, not in it."""
+def test_messages_go_to_the_current_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """A progress bar replaces standard error while it is shown, so that messages appear above the bar."""
     handler = StandardErrorHandler()
     handler.emit(logging.makeLogRecord({"msg": "before"}))
     with redirect_stderr(io.StringIO()) as bar:
@@ -229,28 +229,28 @@ def test_messages_go_to_standard_error_as_it_is_at_the_time(capsys: pytest.Captu
     assert capsys.readouterr().err == "before\n"
 
 
-def test_at_goes_with_resume(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_at_needs_resume(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert workshop.run("train", tmp_path / "run", "--at", "2") == 1
     assert "error: --at names the checkpoint to continue from: it requires --resume\n" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bug_is_not_dressed_up_as_the_user_s_error(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its traceback is what a report of it needs."""
+def test_a_bug_is_not_reported_as_a_user_error(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug report needs its traceback."""
     monkeypatch.setattr("alignpro.cli.load_config", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["train", "x.yaml"])
 
 
 def test_what_was_trained_can_be_used(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """sft → train from it → rewrite."""
+    """Fine-tune, train from the result, rewrite."""
     assert workshop.run("sft", tmp_path / "sft") == 0
     assert workshop.run("train", tmp_path / "train", f"policy.path={tmp_path}/sft/model") == 0
     capsys.readouterr()
     arguments = ["--run", str(tmp_path / "train"), "--n", "2", "--temperature", "1", "--answer"]
     assert run("rewrite", "flip the word stone", *arguments) == 0
     first = capsys.readouterr().out
-    assert len(first.splitlines()) >= 4, "two rewrites, an answer to each"
+    assert len(first.splitlines()) >= 4, "expected two rewrites with an answer each"
     assert run("rewrite", "flip the word stone", *arguments) == 0
     assert capsys.readouterr().out == first, "the seed decides"
     out = tmp_path / "rewrites.jsonl"
@@ -260,7 +260,7 @@ def test_what_was_trained_can_be_used(workshop: Workshop, tmp_path: Path, capsys
     assert len(rows) == 24
     assert all(row["prompt"] and len(row["rewrites"]) == len(row["responses"]) == 2 for row in rows)
     assert run("rewrite", *given, *arguments) == 1
-    assert f"error: {out}: exists already" in capsys.readouterr().err
+    assert f"error: {out}: already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Configuration: layering, overrides, and one message that names the key for everything that can be wrong."""
+"""Configuration: layering, overrides, and error messages, each of which names the key."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_later_files_win_key_by_key(tmp_path: Path, train_yaml: str) -> None:
     mine = written(tmp_path / "mine.yaml", {"policy": {"dtype": "bfloat16"}, "run": {"steps": 7}})
     config = load_config(TrainConfig, [train_yaml, mine])
     assert (config.policy.path, config.policy.dtype, config.run.steps) == ("models/prompter", "bfloat16", 7)
-    assert load_config(TrainConfig, [mine, train_yaml]) == config  # disjoint keys: the order does not matter
+    assert load_config(TrainConfig, [mine, train_yaml]) == config  # no common key: the order does not matter
 
 
 def test_arguments_apply_from_left_to_right(tmp_path: Path, train_yaml: str) -> None:
@@ -72,7 +72,7 @@ def test_arguments_apply_from_left_to_right(tmp_path: Path, train_yaml: str) -> 
     assert load_config(TrainConfig, [train_yaml, "run.steps=9", mine]).run.steps == 7
 
 
-def test_lists_are_replaced_and_not_joined(tmp_path: Path, train_yaml: str) -> None:
+def test_lists_are_replaced_and_not_concatenated(tmp_path: Path, train_yaml: str) -> None:
     first = written(tmp_path / "first.yaml", {"data": {"source": ["a.jsonl", "b.jsonl"]}})
     second = written(tmp_path / "second.yaml", {"data": {"source": ["c.jsonl"]}})
     assert load_config(TrainConfig, [train_yaml, first, second]).data.source == ["c.jsonl"]
@@ -111,7 +111,7 @@ def test_an_override_reaches_into_a_list(tmp_path: Path, train_yaml: str, key: s
     assert components[1].function == "rewards:short"
 
 
-def test_a_place_beyond_the_list_is_an_error(train_yaml: str) -> None:
+def test_an_index_beyond_the_list_is_an_error(train_yaml: str) -> None:
     assert "reward.components[4]" in problem(train_yaml, "reward.components.4.weight=1")
 
 
@@ -137,7 +137,7 @@ def test_interpolation_of_an_unknown_key(train_yaml: str) -> None:
     assert "policy.reference" in message
 
 
-# ------------------------------------------------------------------------------------------------ what cannot be read
+# ------------------------------------------------------------------------------------------ unreadable configurations
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
         ("a: ${b", "configuration file"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path: Path, train_yaml: str, content: str, said: str) -> None:
+def test_a_file_that_is_not_a_configuration(tmp_path: Path, train_yaml: str, content: str, said: str) -> None:
     path = written(tmp_path / "bad.yaml", content)
     message = problem(train_yaml, path)
     assert said in message
@@ -172,11 +172,11 @@ def test_a_file_in_another_encoding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argument", ["run.steps", "=3", "train", "run.steps=[1", 'run.out="x', "run.out=${"])
-def test_an_argument_that_is_no_override(train_yaml: str, argument: str) -> None:
+def test_an_argument_that_is_not_an_override(train_yaml: str, argument: str) -> None:
     assert repr(argument) in problem(train_yaml, argument)
 
 
-# --------------------------------------------------------------------------------------------------- what does not fit
+# ------------------------------------------------------------------------------------------------------ invalid values
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_suggestion_inside_an_optional_section(tmp_path: Path) -> None:
     assert "prompter.pth: unknown key (did you mean 'path'?)" in message
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     lines = problem("policy.dtype=float8", "run.steps=0").splitlines()
     assert lines[0] == "configuration:"
     assert {line.split(":")[0].strip() for line in lines[1:]} == {
@@ -264,7 +264,7 @@ def test_a_bad_value_is_named(train_yaml: str, override: str, said: str) -> None
     assert any(line.startswith(f"  {said}") for line in problem(train_yaml, override).splitlines())
 
 
-def test_a_single_sample_needs_a_baseline_from_elsewhere(train_yaml: str) -> None:
+def test_a_single_sample_needs_a_baseline_other_than_its_group(train_yaml: str) -> None:
     alone = [train_yaml, "rollout.rewrites_per_prompt=1"]
     assert load_config(TrainConfig, [*alone, "objective.advantage=running_baseline"]).rollout.rewrites_per_prompt == 1
     assert load_config(TrainConfig, [*alone, "objective.advantage=gae"]).rollout.rewrites_per_prompt == 1
@@ -272,12 +272,12 @@ def test_a_single_sample_needs_a_baseline_from_elsewhere(train_yaml: str) -> Non
     assert "loss=gibbs" in problem(*alone, "objective.loss=gibbs")
 
 
-def test_filters_are_for_the_target_only(train_yaml: str) -> None:
+def test_only_the_target_may_be_sampled_with_filters(train_yaml: str) -> None:
     assert load_config(TrainConfig, [train_yaml, "rollout.respond.top_p=0.9"]).rollout.respond.top_p == 0.9
 
 
-def test_texts_may_stop_the_policy_too(train_yaml: str) -> None:
-    """Where a sequence ends is decided by what it has drawn: nothing of its distribution is cut off."""
+def test_the_policy_may_have_stop_texts(train_yaml: str) -> None:
+    """The drawn tokens determine where a sequence ends, so stop texts do not truncate its distribution."""
     config = load_config(
         TrainConfig, [train_yaml, 'rollout.rewrite.stop=["\\n"]', "rollout.respond.stop=['Human:', END]"]
     )
@@ -286,7 +286,7 @@ def test_texts_may_stop_the_policy_too(train_yaml: str) -> None:
     assert validate_config(TrainConfig, yaml.safe_load(dump_config(config))) == config
 
 
-def test_every_setting_of_the_engine_is_one_of_its_arguments(train_yaml: str) -> None:
+def test_every_engine_setting_is_an_argument_of_the_engine(train_yaml: str) -> None:
     settings = (
         "rollout.engine={max_batch: 8, pool_bytes: 1000000, page_tokens: 32, token_budget: 64, cuda_graphs: false}"
     )
@@ -296,20 +296,20 @@ def test_every_setting_of_the_engine_is_one_of_its_arguments(train_yaml: str) ->
         assert getattr(made, name) == value
 
 
-def test_the_engines_defaults_are_those_of_the_configuration() -> None:
+def test_the_engine_and_the_configuration_have_the_same_defaults() -> None:
     arguments = inspect.signature(Engine).parameters
     for name, value in EngineConfig().model_dump().items():
         assert arguments[name].default == value
 
 
-def test_the_oracle_is_checked_as_the_prompter_is(tmp_path: Path) -> None:
+def test_the_oracle_has_the_same_checks_as_the_prompter(tmp_path: Path) -> None:
     path = written(tmp_path / "rlhf.yaml", {key: TRAIN[key] for key in ("run", "data", "policy", "reward")})
     assert load_config(RLHFConfig, [path]).rollout.responses_per_prompt == 8
     assert "rollout.responses_per_prompt=1" in problem(path, "rollout.responses_per_prompt=1", kind=RLHFConfig)
     assert "rollout.respond: the policy is trained" in problem(path, "rollout.respond.top_k=4", kind=RLHFConfig)
 
 
-def test_gibbs_needs_the_reference_and_a_price(tmp_path: Path) -> None:
+def test_gibbs_needs_the_reference_and_a_positive_kl_coefficient(tmp_path: Path) -> None:
     path = written(tmp_path / "eval.yaml", EVAL)
     assert "they need `reference`" in problem(path, "gibbs_candidates=8", kind=EvalConfig)
     whole = [path, "gibbs_candidates=8", "reference.path=models/sft"]
@@ -335,7 +335,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("kind", "raw"), CONFIGS, ids=[kind.__name__ for kind, _ in CONFIGS])
-def test_what_is_dumped_loads_to_the_same(tmp_path: Path, kind: type, raw: dict[str, Any]) -> None:
+def test_a_dumped_configuration_loads_unchanged(tmp_path: Path, kind: type, raw: dict[str, Any]) -> None:
     config = validate_config(kind, raw)
     assert load_config(kind, [written(tmp_path / "dumped.yaml", dump_config(config))]) == config
 
@@ -355,7 +355,7 @@ def test_any_text_survives_the_round_trip(tmp_path_factory: pytest.TempPathFacto
     assert load_config(EvalConfig, [dumped]) == config
 
 
-def test_a_configuration_does_not_change() -> None:
+def test_a_configuration_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         OptimizerConfig().learning_rate = 1.0  # type: ignore[misc]
 

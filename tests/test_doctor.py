@@ -1,4 +1,4 @@
-"""`alignpro doctor` tells what is here, and is not brought down by what is not."""
+"""`alignpro doctor` reports what is installed, and does not fail on what is missing or broken."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def program(path: Path, script: str) -> Path:
 
 
 def distribution(site: Path, name: str, version: str) -> None:
-    """A package as `importlib.metadata` sees it."""
+    """Write a package's metadata for `importlib.metadata`."""
     directory = site / f"{name}-{version}.dist-info"
     directory.mkdir(parents=True)
     (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -45,7 +45,7 @@ def test_every_required_package_is_found_in_its_installed_version() -> None:
         assert (finding.status, finding.detail) == ("ok", metadata.version(name))
 
 
-def test_sections_stand_together() -> None:
+def test_findings_of_a_section_are_contiguous() -> None:
     headings = [section for section, _ in itertools.groupby(diagnose(), key=lambda each: each.section)]
     assert len(headings) == len(set(headings))
 
@@ -69,7 +69,7 @@ def test_the_instruction_set_of_the_cpus_kernels_is_named() -> None:
     assert finding.detail == f"runs on the CPU, with {cpp_library.instructions()} instructions"
 
 
-def test_the_engine_runs_and_tells_its_statistics() -> None:
+def test_the_engine_runs_and_reports_its_statistics() -> None:
     finding = found(diagnose(), "Generation", "cpu")
     assert finding.status == "ok"
     for said in (
@@ -103,11 +103,11 @@ def test_an_engine_that_cannot_run_is_a_problem(monkeypatch: pytest.MonkeyPatch)
         ("/bin/g++ a.cpp\nfailed with\n", "no output"),
     ],
 )
-def test_a_reason_of_many_lines_is_told_in_one(reason: str, told: str) -> None:
+def test_a_reason_of_several_lines_is_shortened_to_one(reason: str, told: str) -> None:
     assert doctor._in_short(reason) == ("g++ failed: " if "\n" in reason else "") + told
 
 
-def test_a_build_that_fails_is_told_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_failed_build_is_reported_and_operators_still_run(tmp_path: Path) -> None:
     program(tmp_path / "g++", "[ $1 = --version ] && exit; echo 'a.h:1:' >&2; echo 'a.h:7: error: no such' >&2; exit 1")
     code = """if True:
         from alignpro.doctor import diagnose
@@ -142,7 +142,7 @@ def test_every_extra_has_a_purpose_and_a_line_that_installs_it() -> None:
         ("0.19.8", "ok", "0.19.8"),
     ],
 )
-def test_a_deepspeed_that_does_not_work_is_told(
+def test_a_broken_deepspeed_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, status: str, said: str
 ) -> None:
     distribution(tmp_path, "deepspeed", version)
@@ -174,7 +174,7 @@ def test_nothing_is_raised_without_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "import of torch halted" in done.stdout
-    assert "Compilers" in done.stdout  # what comes after it is still told
+    assert "Compilers" in done.stdout  # later sections are still reported
     assert "To fix: " in done.stdout
 
 
@@ -186,16 +186,16 @@ def test_nothing_is_raised_without_torch() -> None:
         ("alignpro.prompting", "Meta-prompts", "meta_prompts", "problem"),
     ],
 )
-def test_a_part_that_cannot_be_imported_is_told(
+def test_a_part_that_cannot_be_imported_is_reported(
     monkeypatch: pytest.MonkeyPatch, module: str, section: str, name: str, status: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # the import system's own way to make an import fail
+    monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
     findings = diagnose()
     assert found(findings, section, name).status == status
     assert found(findings, "Packages", "torch").status == "ok"
 
 
-def test_triton_runs_interpreted_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_runs_interpreted_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interpreted" in found(diagnose(), "Devices", "triton").detail
@@ -227,7 +227,7 @@ def test_a_driver_beside_a_cpu_build_of_torch_is_a_problem(tmp_path: Path, monke
     assert "built for the CPU only" in finding.detail
 
 
-def test_what_is_printed_ends_with_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_ends_with_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def verdict() -> tuple[bool, str]:
         console = Console(file=io.StringIO(), width=100)
         healthy = print_diagnosis(console)

@@ -1,4 +1,4 @@
-"""Training an activated LoRA: what stands before its invocation is computed once, and has no backward pass."""
+"""Training an activated LoRA: tokens before its invocation are computed once, and have no backward pass."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ COMPLETIONS = [*ragged(2 * K, 50, longest=6, seed=2), [], [7], [8, 9]]
 
 
 def batch(model: LanguageModel, *, before: Sequence[int] = (), kept: int = 99) -> SequenceBatch:
-    """K sequences from each prompt: of a text that is cut to ``kept`` tokens, and the invocation."""
+    """Return K sequences per prompt; a prompt is a text, truncated to ``kept`` tokens, and the invocation."""
     prompts = [[*before, *text[:kept], *model.invocation] for text in TEXTS for _ in range(K)]
     return SequenceBatch.build(prompts, COMPLETIONS)
 
 
 def by_peft(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
-    """log p of each action, (N,), by peft's own forward pass, row after row."""
+    """Return log p of each action, (N,), by peft's own forward pass, row by row."""
     rows = []
     for prompt, completion in zip(sequences.prompts, sequences.completions, strict=True):
         logp = model.model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0].log_softmax(-1)
@@ -37,7 +37,7 @@ def by_peft(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
 
 
 def tokens_computed(model: LanguageModel) -> list[int]:
-    """Of each forward pass from now on."""
+    """Return a list that records the number of tokens of each forward pass."""
     seen: list[int] = []
     layer = next(module for name, module in model.causal.named_modules() if name.endswith(".mlp"))
     layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
@@ -45,7 +45,7 @@ def tokens_computed(model: LanguageModel) -> list[int]:
 
 
 def gradients(policy: Policy, values: Tensor) -> dict[str, Tensor]:
-    """Of a sum with random weights, by name."""
+    """Return the gradients of a randomly weighted sum, by name."""
     weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
     found = torch.autograd.grad((weights * values).sum(), list(policy.trainable.values()))
     return dict(zip(policy.trainable, found, strict=True))
@@ -53,7 +53,7 @@ def gradients(policy: Policy, values: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_values_and_gradients_are_those_of_pefts_rows(architecture: str, checkpointing: bool) -> None:
+def test_values_and_gradients_equal_those_of_peft_row_by_row(architecture: str, checkpointing: bool) -> None:
     policy = Policy(tiny_adapted(architecture, dtype=torch.float64), None)
     sequences = batch(policy.model)
     truth = by_peft(policy.model, sequences)
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_those_of_pefts_rows(architecture: str, checkpo
         policy.model.enable_gradient_checkpointing()
     computed = tokens_computed(policy.model)
     ours = policy.sequence_logprob(sequences)
-    assert computed[0] == sum(map(len, TEXTS))  # the prefixes, apart
+    assert computed[0] == sum(map(len, TEXTS))  # the prefixes, in a pass of their own
     assert torch.allclose(ours, summed, atol=1e-4)  # rotary angles and norms are float32 in transformers
     for name, gradient in gradients(policy, ours).items():
         assert (gradient - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
@@ -75,7 +75,7 @@ def test_values_and_gradients_are_those_of_pefts_rows(architecture: str, checkpo
     assert (values.logprob - values.reference_logprob).abs().max() > 0.1
 
 
-def test_tokens_that_are_computed() -> None:
+def test_prefixes_are_computed_once() -> None:
     model = tiny_adapted()
     computed, policy = tokens_computed(model), Policy(model, None)
     X, invocation = sum(map(len, TEXTS)), len(model.invocation)
@@ -85,14 +85,14 @@ def test_tokens_that_are_computed() -> None:
     assert computed == [X, own]
     computed.clear()
     policy.token_values(batch(model))
-    assert computed == [X, own, own]  # with the LoRA and without it
+    assert computed == [X, own, own]  # the policy and the reference
     computed.clear()
-    # What all prompts begin with is computed once for all.
+    # A common prefix of all prompts is computed once.
     template = ragged(1, 50, shortest=20, longest=20, seed=4)[0]
     policy.sequence_logprob(batch(model, before=template))
     assert computed == [20 + X, own]
     computed.clear()
-    # Where prefixes are short, the invocation of each sequence would be more than they are.
+    # If prefixes are short, computing the invocation per sequence would cost more than the prefixes.
     short = batch(model, kept=3)
     policy.sequence_logprob(short)
     policy.token_values(short)
@@ -108,8 +108,8 @@ def test_no_gradient_flows_through_the_prefix() -> None:
     assert made == [False, True]
 
 
-def test_weights_of_the_base_that_are_trained_have_their_gradients() -> None:
-    """Then the prefix is not fixed."""
+def test_trained_weights_of_the_base_get_gradients() -> None:
+    """The prefix is not fixed if weights of the base model are trained."""
     model = tiny_adapted(dtype=torch.float64).requires_grad_(True)
     policy = Policy(model, tiny_adapted(dtype=torch.float64))
     sequences = batch(model)
@@ -123,7 +123,7 @@ def test_weights_of_the_base_that_are_trained_have_their_gradients() -> None:
     [
         ([[*TEXTS[0], *TOKENS]] * 3 + [[*TEXTS[1], *TOKENS, 5]] * 2, 3),
         ([[*TEXTS[0], *TOKENS]] * 3 + [[*TEXTS[0], *TOKENS, 5]] * 2, 3),  # one prefix
-        ([[*TEXTS[0], *TOKENS]] * 3 + [TOKENS] * 2, 2),  # none: they are packed with their prompts
+        ([[*TEXTS[0], *TOKENS]] * 3 + [TOKENS] * 2, 2),  # no prefix: sequences are packed with their prompts
     ],
 )
 def test_prompts_of_every_kind(prompts: list[list[int]], passes: int) -> None:
@@ -139,7 +139,7 @@ def test_prompts_of_every_kind(prompts: list[list[int]], passes: int) -> None:
     assert torch.allclose(policy_states(model, sequences), acting, atol=1e-5)
 
 
-def test_states_that_are_kept_lead_to_the_weights() -> None:
+def test_kept_states_have_gradients_of_the_weights() -> None:
     policy = Policy(tiny_adapted(dtype=torch.float64), None)
     sequences = batch(policy.model)
     values = policy.token_values(sequences, keep_states=True)

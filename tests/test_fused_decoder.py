@@ -1,4 +1,4 @@
-"""All layers in one call: what the layers themselves compute, of the weights as they are now."""
+"""All layers in one call: equal to the separate layers, always with the current weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from alignpro_kernels import CascadeLevel, backends
 pytestmark = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
 
 FUSED = ("llama", "qwen2", "qwen3", "mistral")
-TOKENS = 13  # more than the sliding windows of the tiny models
+TOKENS = 13  # longer than the sliding windows of the tiny models
 
 
 def states(model: PreTrainedModel) -> Tensor:
-    """(TOKENS, D): a pass of generation over an empty pool."""
+    """Return the states, (TOKENS, D), of a forward pass of generation over an empty pool."""
     config = model.config
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -66,14 +66,14 @@ def is_fused(model: PreTrainedModel) -> bool:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_states_are_those_of_the_layers(architecture: str) -> None:
+def test_states_equal_those_of_the_layers(architecture: str) -> None:
     plain, model = plain_and_fused(architecture)
     assert is_fused(model) == (architecture in FUSED)
     assert isinstance(model.base_model, type(plain.base_model))
     torch.testing.assert_close(states(model), states(plain), rtol=1e-4, atol=1e-4)
 
 
-def test_changed_weights_are_seen() -> None:
+def test_changes_of_weights_are_detected() -> None:
     plain, model = plain_and_fused("qwen2")
     before = states(model)
     for name in ("self_attn.q_proj.bias", "self_attn.v_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"):
@@ -87,8 +87,8 @@ def test_changed_weights_are_seen() -> None:
 
 
 @pytest.mark.parametrize("architecture", FUSED)
-def test_changes_that_pytorch_does_not_count_are_seen_when_told_of(architecture: str) -> None:
-    """As those of a fused optimizer, or of one that writes shards: whoever took the model up last is told."""
+def test_changes_that_pytorch_does_not_count_take_effect_after_notification(architecture: str) -> None:
+    """Fused optimizers and those that write shards make such changes. The most recent wrapper of the model is notified."""
     plain, model = plain_and_fused(architecture)
     states(model)
     trained = LanguageModel(model, tokenizer(architecture), "m")
@@ -100,7 +100,7 @@ def test_changes_that_pytorch_does_not_count_are_seen_when_told_of(architecture:
     torch.testing.assert_close(states(model), states(plain), rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_and_other_passes_are_the_layers_own() -> None:
+def test_passes_with_gradients_use_the_plain_layers() -> None:
     plain, model = plain_and_fused("llama")
     ids = torch.arange(TOKENS)[None]
     for each in (plain, model):
@@ -121,7 +121,7 @@ def test_a_hook_on_a_layer_is_called() -> None:
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["embed_tokens"]])
-def test_an_adapter_put_around_parts_acts(modules: list[str]) -> None:
+def test_an_adapter_added_later_acts(modules: list[str]) -> None:
     plain, model = plain_and_fused("llama")
     config = LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
     found = []
@@ -132,7 +132,7 @@ def test_an_adapter_put_around_parts_acts(modules: list[str]) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_copy_has_weights_of_its_own() -> None:
+def test_a_copy_has_its_own_weights() -> None:
     _, model = plain_and_fused("llama")
     expected = states(model)
     other = copy.deepcopy(model)
@@ -143,7 +143,7 @@ def test_a_copy_has_weights_of_its_own() -> None:
     assert torch.equal(states(model), expected)
 
 
-def test_what_computes_something_else_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_compute_something_else_are_not_fused(caplog: pytest.LogCaptureFixture) -> None:
     plain, _ = plain_and_fused("llama")
     other = copy.deepcopy(plain)
     other.model.layers[1].mlp.act_fn = nn.GELU()
@@ -163,7 +163,7 @@ def test_a_model_in_another_dtype_runs_layer_by_layer() -> None:
     torch.testing.assert_close(states(model.double()), states(plain.double()))
 
 
-def test_it_can_be_undone() -> None:
+def test_fusing_can_be_undone() -> None:
     plain, model = plain_and_fused("llama")
     fused_decoder.detach(model)
     assert type(model.base_model) is type(plain.base_model)

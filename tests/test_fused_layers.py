@@ -1,4 +1,4 @@
-"""Norms and gated layers in fewer passes: what transformers' own compute, on every architecture."""
+"""Fused norms and gated layers: equal to those of transformers, on every architecture."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def wide_llama() -> LlamaForCausalLM:
 
 
 def fused(model: PreTrainedModel) -> list[str]:
-    """Names of the layers that are computed otherwise than before."""
+    """Return the names of the replaced layers."""
     fused_layers.attach(model.base_model, packed_linear.attach(model.base_model))
     return [name for name, module in model.named_modules() if type(module).__name__.startswith("Fused")]
 
 
 @needs_cpp
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_states_are_those_of_the_plain_model(architecture: str) -> None:
+def test_states_equal_those_of_the_plain_model(architecture: str) -> None:
     plain = tiny_transformer(architecture)
     for name, weight in plain.named_parameters():
         if "norm" in name and name.endswith("weight"):
@@ -51,7 +51,7 @@ def test_states_are_those_of_the_plain_model(architecture: str) -> None:
     ids = torch.arange(14).view(2, 7)
     model = copy.deepcopy(plain)
     names = fused(model)
-    if architecture != "gpt2":  # whose norms are others
+    if architecture != "gpt2":  # which has other norms
         assert any("norm" in name for name in names)
     torch.testing.assert_close(states(model, ids), states(plain, ids), rtol=1e-5, atol=1e-5)
 
@@ -68,7 +68,7 @@ def test_gated_layers_and_norms_of_a_llama() -> None:
         "post_attention_layernorm",
     }
     assert isinstance(model.model.layers[0].mlp, type(plain.model.layers[0].mlp))
-    assert fused(model) == names  # once is enough
+    assert fused(model) == names  # fusing again changes nothing
     ids = torch.arange(30).view(1, 30)
     torch.testing.assert_close(states(model, ids), states(plain, ids), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_gated_layers_and_norms_of_a_llama() -> None:
 
 
 @needs_cpp
-def test_gradients_are_those_of_the_plain_model() -> None:
+def test_gradients_equal_those_of_the_plain_model() -> None:
     plain = wide_llama()
     model = copy.deepcopy(plain)
     fused(model)
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_plain_model() -> None:
 
 
 @needs_cpp
-def test_what_computes_something_else_stays_as_it_is() -> None:
+def test_layers_that_compute_something_else_are_not_fused() -> None:
     class ClippedRMSNorm(nn.RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).clamp(-1, 1)
@@ -105,7 +105,7 @@ def test_what_computes_something_else_stays_as_it_is() -> None:
 
 
 @needs_cpp
-def test_an_adapter_put_around_the_layers_acts() -> None:
+def test_an_adapter_added_later_acts() -> None:
     plain, model = wide_llama(), wide_llama()
     fused(model)
     config = LoraConfig(r=2, target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
@@ -118,6 +118,6 @@ def test_an_adapter_put_around_the_layers_acts() -> None:
         torch.testing.assert_close(ours(input_ids=ids).logits, expected(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_without_packed_layers_is_left_alone() -> None:
+def test_a_model_without_packed_layers_is_unchanged() -> None:
     model = wide_llama().to(torch.bfloat16)
     assert fused(model) == []

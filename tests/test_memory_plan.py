@@ -1,4 +1,4 @@
-"""The memory plan counts what the models really hold."""
+"""The memory plan matches the memory that the models hold."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def test_it_counts_the_weights_that_are_held_and_trained(adapter: str, tmp_path:
     assert need.frozen == 4 * sum(weight.numel() for weight in target.parameters())
 
 
-def test_stages_shard_one_thing_after_another(tmp_path: Path) -> None:
+def test_each_stage_shards_one_more_kind_of_state(tmp_path: Path) -> None:
     job = config(Workshop(tmp_path), "policy.dtype=bfloat16")
     whole = memory_need(job, ONE_PROCESS, 1).training
     needs = [memory_need(job, setup, 4).training for setup in ("z1", "z2", "z3")]
     assert [need.optimizer * 4 == whole.optimizer for need in needs] == [True, True, True]
     assert [need.gradients * 4 == whole.gradients for need in needs] == [False, True, True]
-    small = needs[2].weights - whole.weights / 4  # which ZeRO-3 keeps whole as well
+    small = needs[2].weights - whole.weights / 4  # small weights, which ZeRO-3 keeps whole
     assert [need.weights == whole.weights for need in needs] == [True, True, False]
     assert 0 < small <= whole.weights
     assert [memory_need(job, setup, 4).sampling_copy > 0 for setup in ("z1", "z2", "z3")] == [False, False, True]
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen2"])  # with an output layer of its own, and with the embeddings'
+@pytest.mark.parametrize("model", ["llama", "qwen2"])  # untied and tied output layer
 def test_a_critic_is_counted(model: str, tmp_path: Path) -> None:
     made = Workshop(tmp_path)
     save_tiny(model, tmp_path / "policy", num_hidden_layers=1, tie_word_embeddings=model == "qwen2")
@@ -62,7 +62,7 @@ def test_a_critic_is_counted(model: str, tmp_path: Path) -> None:
     assert both.optimizer - alone.optimizer == 8 * trained
 
 
-def test_what_is_offloaded_is_the_hosts(tmp_path: Path) -> None:
+def test_offloaded_states_are_counted_as_host_memory(tmp_path: Path) -> None:
     job = config(Workshop(tmp_path), "policy.dtype=bfloat16")
     for stage in ("z2", "z3"):
         here, there = memory_need(job, stage, 4).training, memory_need(job, f"{stage}_offload", 4).training
@@ -72,7 +72,7 @@ def test_what_is_offloaded_is_the_hosts(tmp_path: Path) -> None:
 
 def test_buckets_are_counted(tmp_path: Path) -> None:
     made = Workshop(tmp_path)
-    for stage, copies in ((1, 1), (2, 2), (3, 2)):  # overlapping, stage 2 fills one while the other is reduced
+    for stage, copies in ((1, 1), (2, 2), (3, 2)):  # with overlap, stage 2 fills one bucket while the other is reduced
         zero = {"stage": stage, "overlap_comm": stage == 2, "contiguous_gradients": True}
         peaks = []
         for elements in (1000, 3000):
@@ -92,7 +92,7 @@ def test_the_table_says_what_fits(tmp_path: Path) -> None:
     assert memory_table(config(Workshop(tmp_path / "half"), "policy.dtype=bfloat16"), 4)[1].split()[0] == "z1"
 
 
-def test_the_cache_is_what_the_configuration_gives_it(tmp_path: Path) -> None:
+def test_the_cache_has_the_configured_size(tmp_path: Path) -> None:
     made = Workshop(tmp_path)
     whole, half = (memory_need(config(made, f"rollout.engine.max_batch={n}"), "z1", 1).cache for n in (4, 2))
     assert whole == 2 * half > 0
@@ -109,6 +109,6 @@ def test_frozen_models_are_counted_at_their_own_stage(tmp_path: Path) -> None:
     layers = memory_need(config(made, deep, "deepspeed.target_stage=3", "deepspeed.gathered_bytes=1"), "z2", 4)
     target = load_language_model(config(made, deep).target_model)
     layer = sum(weight.nbytes for weight in target.causal.base_model.layers[0].parameters())
-    assert layers.gathered_frozen == whole.frozen - 2 * layer  # two of its four are there at a time
+    assert layers.gathered_frozen == whole.frozen - 2 * layer  # two of its four layers are present at a time
     held, offloaded = (memory_need(config(made, f"deepspeed.offload_reference={on}"), "z2", 4) for on in (False, True))
     assert 0 < held.training.weights - offloaded.training.weights < held.training.weights / 2

@@ -1,4 +1,4 @@
-"""Loading models, putting adapters on them, saving them: what is trained, what is the reference, what comes back."""
+"""Loading models, adding adapters, saving: which weights are trained, what the reference is, what reloading gives."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ ADAPTERS = [
 
 
 def logits(model: LanguageModel, ids: Tensor = IDS, mask: Tensor | None = None) -> Tensor:
-    """head(hidden), as the operators compute it."""
+    """Return head(hidden), as the operators compute it."""
     hidden, head = model.hidden(ids, torch.ones_like(ids) if mask is None else mask), model.head
     return head_logits(hidden, head.weight, head.bias, 1.0, head.softcap, head.lora)
 
 
 def shake(model: LanguageModel, size: float = 0.3, seed: int = 0) -> LanguageModel:
-    """Move what is trained, as training does: a fresh LoRA changes nothing."""
+    """Change the trained weights, as training does; a new LoRA has no effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -130,7 +130,7 @@ SMALL = {
 
 
 class TestRefusals:
-    """Models that would be trained or sampled wrongly."""
+    """Unsupported models, which would be trained or sampled incorrectly."""
 
     @pytest.mark.parametrize(
         ("architecture", "config"),
@@ -148,7 +148,7 @@ class TestRefusals:
         with pytest.raises(ModelError, match=rf"m: the logits of {architecture.__name__} are not its output layer"):
             LanguageModel(architecture(config), tokenizer("llama"), "m")
 
-    def test_a_scale_of_one_is_none(self) -> None:
+    def test_a_scale_of_one_is_accepted(self) -> None:
         LanguageModel(GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=1.0)), tokenizer("llama"), "m")
 
     def test_a_recurrent_model(self) -> None:
@@ -156,12 +156,12 @@ class TestRefusals:
         with pytest.raises(ModelError, match="MambaForCausalLM is not supported"):
             LanguageModel(model, tokenizer("llama"), "m")
 
-    def test_attention_that_leaves_out_the_soft_cap(self, model_directory: Directory) -> None:
+    def test_attention_that_ignores_the_soft_cap(self, model_directory: Directory) -> None:
         config = policy_config(model_directory("gemma2"), attention="sdpa")
         with pytest.raises(ModelError, match="attention=eager"):
             load_language_model(config)
 
-    def test_a_soft_prompt_that_is_no_soft_prompt(self) -> None:
+    def test_a_virtual_token_adapter_other_than_a_soft_prompt(self) -> None:
         config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         with pytest.raises(ModelError, match="PREFIX_TUNING is not supported"):
             LanguageModel(get_peft_model(tiny_transformer("llama"), config), tokenizer("llama"), "m")
@@ -280,7 +280,7 @@ class TestAdapters:
             assert torch.equal(logits(model), base)
             with model.adapter_off():
                 pass
-            assert torch.equal(logits(model), base)  # an inner block does not switch it on for the outer one
+            assert torch.equal(logits(model), base)  # leaving the inner block does not switch it on again
         assert torch.equal(logits(model), on)
         assert trainable(model) == names
 
@@ -305,7 +305,7 @@ class TestAdapters:
         assert torch.allclose(
             model.head.merged, before + (2.0 * b @ a).to(dtype), atol=2e-2 if dtype == torch.bfloat16 else 1e-6
         )  # α / r = 2
-        assert model.head.weight.data_ptr() == start.head.weight.data_ptr()  # beside the weight, not in it
+        assert model.head.weight.data_ptr() == start.head.weight.data_ptr()  # the adapter is not merged into the weight
         assert model.head.merged.dtype == dtype
         expected = model.model(input_ids=IDS).logits.float()
         assert (logits(model) - expected).abs().max() < (
@@ -324,9 +324,9 @@ class TestAdapters:
             assert ids[0, len(prompt) :].tolist() == drawn
 
     @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-    def test_generation_with_a_soft_prompt_is_that_of_peft(self, architecture: str) -> None:
+    def test_generation_with_a_soft_prompt_equals_that_of_peft(self, architecture: str) -> None:
         model = shake(add_adapter(tiny_language_model(architecture), SOFT))
-        for prompt, drawn in self.greedy(model):  # one by one: peft counts padding as positions
+        for prompt, drawn in self.greedy(model):  # one by one, since peft counts padding as positions
             ids = torch.tensor([prompt])
             expected = model.model.generate(
                 input_ids=ids,
@@ -343,7 +343,7 @@ class TestAdapters:
         groups = Engine({"m": model}).generate("m", prompts, SamplingParams(max_tokens=10, temperature=0.0))
         return [(prompt, completion.tokens) for prompt, (completion,) in zip(prompts, groups, strict=True)]
 
-    def test_a_soft_prompt_takes_its_place_in_the_context(self) -> None:
+    def test_a_soft_prompt_takes_up_context(self) -> None:
         model = add_adapter(tiny_language_model("gpt2"), SOFT)  # GPT-2 has no positions beyond its context
         assert model.context_length == CONTEXT - 5
         prompt = [1] * (model.context_length - 4)
@@ -384,7 +384,7 @@ class TestSaving:
         assert torch.equal(logits(self.reload(model, tmp_path, dtype="bfloat16")), logits(model))
 
     @pytest.mark.parametrize("second", ADAPTERS)
-    def test_a_saved_lora_is_merged_before_what_comes_next(
+    def test_a_saved_lora_is_merged_before_a_new_adapter_is_added(
         self, second: AdapterConfig, model_directory: Directory, tmp_path: Path
     ) -> None:
         first = shake(add_adapter(load_trainable(policy_config(model_directory("llama")), 0), LORA))
@@ -395,7 +395,7 @@ class TestSaving:
         with model.adapter_off():
             assert torch.allclose(logits(model), logits(first), atol=1e-4)
         shake(model, seed=1)
-        # The merged weights are nowhere else, so they are saved with the new adapter, and a moved directory has them.
+        # The merged weights exist nowhere else, so they are saved with the new adapter and move with the directory.
         save_pretrained(model, tmp_path / "partial")
         (tmp_path / "partial").rename(tmp_path / "second")
         again = load_language_model(policy_config(tmp_path / "second"))
@@ -412,7 +412,7 @@ class TestSaving:
         model = shake(add_adapter(start, adapter))
         assert torch.allclose(logits(self.reload(model, tmp_path)), logits(model), atol=1e-5)
 
-    def test_a_soft_prompt_is_trained_on(self, model_directory: Directory, tmp_path: Path) -> None:
+    def test_training_of_a_saved_soft_prompt_continues(self, model_directory: Directory, tmp_path: Path) -> None:
         first = shake(add_adapter(load_trainable(policy_config(model_directory("llama")), 0), SOFT))
         save_pretrained(first, tmp_path / "first")
         model = add_adapter(load_trainable(policy_config(tmp_path / "first"), 0), SOFT)
@@ -425,7 +425,7 @@ class TestSaving:
         assert torch.equal(logits(self.reload(model, tmp_path / "second")), logits(model))
 
     @pytest.mark.parametrize("kind", ["full", "lora"])
-    def test_a_soft_prompt_cannot_become_something_else(
+    def test_a_soft_prompt_cannot_become_another_adapter(
         self, kind: str, model_directory: Directory, tmp_path: Path
     ) -> None:
         save_pretrained(add_adapter(load_trainable(policy_config(model_directory("llama")), 0), SOFT), tmp_path)
@@ -440,7 +440,9 @@ class TestSaving:
         with pytest.raises(ModelError, match="somewhere"):
             load_language_model(policy_config(tmp_path / "adapter"))
 
-    def test_what_is_saved_is_read_by_transformers_and_peft(self, model_directory: Directory, tmp_path: Path) -> None:
+    def test_saved_models_can_be_read_by_transformers_and_peft(
+        self, model_directory: Directory, tmp_path: Path
+    ) -> None:
         model = shake(add_adapter(load_trainable(policy_config(model_directory("llama")), 0), LORA))
         save_pretrained(model, tmp_path)
         base: PreTrainedModel = tiny_transformer("llama")
@@ -451,7 +453,7 @@ class TestSaving:
 class TestGradientCheckpointing:
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
     @pytest.mark.parametrize("adapter", [FULL, SOFT], ids=["full", "soft prompt"])
-    def test_computes_again_and_gives_the_same_gradients(self, architecture: str, adapter: AdapterConfig) -> None:
+    def test_recomputes_and_gives_the_same_gradients(self, architecture: str, adapter: AdapterConfig) -> None:
         gradients, calls = [], []
         for checkpointing in (False, True):
             model = add_adapter(tiny_language_model(architecture), adapter).eval()
@@ -465,7 +467,7 @@ class TestGradientCheckpointing:
         for name, gradient in gradients[0].items():
             assert torch.equal(gradient, gradients[1][name]), name
 
-    def test_leaves_dropout_off_and_generation_as_it_is(self) -> None:
+    def test_keeps_dropout_off_and_generation_unchanged(self) -> None:
         plain, model = tiny_language_model("gpt2"), tiny_language_model("gpt2")  # its dropout is 0.1
         model.enable_gradient_checkpointing()
         assert torch.equal(logits(model.requires_grad_(True)), logits(plain))
@@ -473,7 +475,7 @@ class TestGradientCheckpointing:
         drawn = [Engine({"m": m}).generate("m", [[1, 2, 3]], SamplingParams(max_tokens=8)) for m in (plain, model)]
         assert drawn[0] == drawn[1]
 
-    def test_is_refused_where_layers_drop_out_by_themselves(self) -> None:
+    def test_is_refused_if_layers_apply_their_own_dropout(self) -> None:
         config = OPTConfig(vocab_size=50, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2)
         config.word_embed_proj_dim = 32
         model = LanguageModel(OPTForCausalLM(config), tokenizer("llama"), "m")
@@ -482,7 +484,7 @@ class TestGradientCheckpointing:
 
 
 class TestFrozenCopy:
-    def test_is_not_moved_by_training_and_keeps_ties(self) -> None:
+    def test_does_not_change_with_training_and_keeps_ties(self) -> None:
         model = add_adapter(tiny_language_model("qwen2"), FULL)
         copy, before = frozen_copy(model), logits(model).detach()
         shake(model)

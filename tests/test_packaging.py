@@ -1,4 +1,4 @@
-"""What is in the source tree is in what is installed: nothing is forgotten in pyproject.toml's list of packages."""
+"""The installed package has all files of the source tree: pyproject.toml's list of packages is complete."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 INSTALLED_AS = {"alignpro": "alignpro", "kernels/alignpro_kernels": "alignpro_kernels", "csrc": "alignpro_kernels/csrc"}
 INSTALLED_AS["launch/zero"] = "alignpro/distributed/zero"
-"""Folders of the tree, and where they go."""
+"""Folders of the source tree → their places in the wheel."""
 
 
 def files(folder: str) -> list[PurePosixPath]:
-    """Those under a folder, relative to it."""
+    """Return the files under a folder, relative to it."""
     paths = (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return [PurePosixPath(path.relative_to(ROOT / folder)) for path in paths]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
-    """The names in a wheel and in a source archive, made from a copy of the tree."""
+    """Build a wheel and a source archive from a copy of the tree; return the names of their files."""
     copy = tmp_path_factory.mktemp("packaging") / "alignpro"
     for folder in INSTALLED_AS:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -47,6 +47,6 @@ def test_every_file_is_in_the_wheel_and_in_the_source_archive(folder: str, built
     assert [path for path in files(folder) if f"{folder}/{path}" not in archive] == []
 
 
-def test_the_wheel_brings_no_other_top_level_package(built: tuple[set[str], set[str]]) -> None:
+def test_the_wheel_has_no_other_top_level_package(built: tuple[set[str], set[str]]) -> None:
     tops = {name.split("/")[0] for name in built[0]}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"alignpro", "alignpro_kernels"}

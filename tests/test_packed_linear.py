@@ -1,4 +1,4 @@
-"""Linear layers with a second layout: the same products, of the weights as they are now."""
+"""Linear layers with packed weights: the same products, always with the current weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 @needs_cpp
 @pytest.mark.parametrize("rows", [1, 8, 300])
-def test_the_products_are_those_of_plain_layers(rows: int) -> None:
+def test_products_equal_those_of_plain_layers(rows: int) -> None:
     plain, packed = layers(), layers()
     assert packed_linear.attach(packed) is not None
     assert [type(layer) for layer in packed] == [PackedLinear, PackedLinear, nn.Linear]  # the last is too narrow
@@ -33,7 +33,7 @@ def test_the_products_are_those_of_plain_layers(rows: int) -> None:
 
 
 @needs_cpp
-def test_changed_weights_are_seen() -> None:
+def test_changes_of_weights_are_detected() -> None:
     packed = layers()
     packing = packed_linear.attach(packed)
     assert packing is not None
@@ -44,14 +44,14 @@ def test_changed_weights_are_seen() -> None:
         layer.weight.mul_(2)
         doubled = layer(x)
         torch.testing.assert_close(doubled - layer.bias, 2 * (before - layer.bias), rtol=1e-5, atol=1e-5)
-        layer.weight.data.copy_(layer.weight / 2)  # behind autograd's back, as a sharding optimizer does
+        layer.weight.data.copy_(layer.weight / 2)  # bypasses autograd's version counter, as a sharding optimizer does
         packing.forget()
         torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
 
 
 @needs_cpp
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradients_are_those_of_plain_layers(frozen: bool) -> None:
+def test_gradients_equal_those_of_plain_layers(frozen: bool) -> None:
     plain, packed = layers(), layers()
     packed_linear.attach(packed)
     x = torch.randn(3, 20, 96)
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_plain_layers(frozen: bool) -> None:
 
 
 @needs_cpp
-def test_a_copy_has_weights_of_its_own() -> None:
+def test_a_copy_has_its_own_weights() -> None:
     packed = layers()
     packed_linear.attach(packed)
     x = torch.randn(20, 96)
@@ -80,7 +80,7 @@ def test_a_copy_has_weights_of_its_own() -> None:
         assert torch.equal(packed(x), expected)
 
 
-def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_dtypes_and_large_models_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed_linear.attach(layers(torch.bfloat16)) is None
     assert packed_linear.attach(layers(torch.float64)) is None
     monkeypatch.setattr(packed_linear, "LARGEST", 1000)
@@ -88,7 +88,7 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_cpp
-def test_layers_that_are_laid_out_together_are_held_once() -> None:
+def test_layers_packed_together_are_stored_once() -> None:
     torch.manual_seed(0)
     query, key = nn.Linear(64, 96), nn.Linear(64, 64)
     model = nn.ModuleList([query, key])

@@ -1,4 +1,4 @@
-"""The policy's passes against the model's own logits, computed sequence by sequence without padding or fused heads."""
+"""The policy's forward passes compared with the model's own logits, computed per sequence without padding or fused heads."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def shake(model: LanguageModel, size: float = 0.2) -> LanguageModel:
 def tiny_policy(
     architecture: str, adapter: str, *, temperature: float = 1.0, dtype: torch.dtype = torch.float32, drift: float = 0.2
 ) -> Policy:
-    """A policy that has moved away from its reference."""
+    """Return a policy that differs from its reference."""
     model = add_adapter(tiny_language_model(architecture, dtype=dtype), ADAPTERS[adapter]).to(dtype)
     reference = frozen_copy(model) if adapter == "full" else None
     return Policy(shake(model, drift), reference, temperature=temperature)
 
 
 class Exact(NamedTuple):
-    """What one sequence says, (T,) each."""
+    """Exact values of one sequence, (T,) each."""
 
     logprob: Tensor
     reference_logprob: Tensor
@@ -69,10 +69,10 @@ class Exact(NamedTuple):
 
 
 def exact(policy: Policy, prompt: list[int], completion: list[int]) -> Exact:
-    """By the definitions, from peft's and transformers' own logits; differentiable in the policy."""
+    """Compute the values by definition from the logits of peft and transformers; differentiable in the policy."""
 
     def whole(model: LanguageModel) -> PreTrainedModel | PeftModel:
-        return model.model if model.virtual_tokens else model.causal  # peft puts a soft prompt in front
+        return model.model if model.virtual_tokens else model.causal  # peft prepends a soft prompt
 
     def logits(model: LanguageModel) -> Tensor:
         all_logits = whole(model)(input_ids=torch.tensor([prompt + completion])).logits[0]
@@ -108,7 +108,7 @@ def batch() -> SequenceBatch:
 
 class TestTokenValues:
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
-    def test_are_those_of_the_models_logits(self, architecture: str, batch: SequenceBatch) -> None:
+    def test_equal_those_of_the_models_logits(self, architecture: str, batch: SequenceBatch) -> None:
         assert_exact(tiny_policy(architecture, "full"), batch, 2e-5)
 
     @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -118,7 +118,7 @@ class TestTokenValues:
         assert_exact(policy, batch, 1e-10)
         assert policy.token_values(batch).kl.sum() > 0.1
 
-    def test_with_a_bias_and_a_head_of_its_own(self, batch: SequenceBatch) -> None:
+    def test_with_a_bias_and_an_untied_head(self, batch: SequenceBatch) -> None:
         torch.manual_seed(0)
         config = PhiConfig(
             vocab_size=103, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
@@ -148,10 +148,10 @@ class TestTokenValues:
         assert values.logprob.tolist() == [[0.0], [0.0]]
 
     @pytest.mark.parametrize("adapter", ADAPTERS)
-    def test_kl_is_zero_where_policy_and_reference_are_one(self, adapter: str, batch: SequenceBatch) -> None:
+    def test_kl_is_zero_if_policy_and_reference_are_equal(self, adapter: str, batch: SequenceBatch) -> None:
         policy = tiny_policy("qwen2", adapter, drift=0.0)
         values = policy.token_values(batch)
-        if adapter == "soft prompt":  # whatever stands there, it is more than nothing
+        if adapter == "soft prompt":  # any soft prompt differs from none
             assert values.kl.sum() > 0
         else:
             assert values.kl.abs().max() < 1e-6
@@ -161,7 +161,7 @@ class TestTokenValues:
 class TestGradients:
     @pytest.mark.parametrize("temperature", [1.0, 0.6])
     @pytest.mark.parametrize("adapter", ADAPTERS)
-    def test_of_the_fused_loss_are_those_of_autograd(
+    def test_of_the_fused_loss_equal_those_of_autograd(
         self, adapter: str, temperature: float, batch: SequenceBatch
     ) -> None:
         policy = tiny_policy("gpt2", adapter, temperature=temperature, dtype=torch.float64)
@@ -191,7 +191,7 @@ class TestGradients:
             assert all(weight.grad is None for weight in policy.reference.parameters())
 
     @pytest.mark.parametrize("adapter", ADAPTERS)
-    def test_of_a_sequences_logprob_are_those_of_autograd(self, adapter: str, batch: SequenceBatch) -> None:
+    def test_of_a_sequences_logprob_equal_those_of_autograd(self, adapter: str, batch: SequenceBatch) -> None:
         policy = tiny_policy("gpt2", adapter, temperature=0.8, dtype=torch.float64)
         total = policy.sequence_logprob(batch)
         weights = torch.arange(1.0, 7.0, dtype=torch.float64)
@@ -204,13 +204,13 @@ class TestGradients:
         for name, weight in policy.trainable.items():
             assert torch.allclose(gradients[name], weight.grad, atol=1e-10), name
 
-    def test_flow_into_what_is_trained_and_nothing_else(self, batch: SequenceBatch) -> None:
+    def test_flow_only_into_the_trained_weights(self, batch: SequenceBatch) -> None:
         policy = tiny_policy("llama", "lora")
         policy.sequence_logprob(batch).sum().backward()
         touched = {name for name, weight in policy.model.named_parameters() if weight.grad is not None}
         assert touched == set(policy.trainable)
 
-    def test_of_one_model_alone_take_no_reference(self, batch: SequenceBatch) -> None:
+    def test_of_one_model_need_no_reference(self, batch: SequenceBatch) -> None:
         model = tiny_language_model("gpt2", dtype=torch.float64)
         values = Policy(model, model, temperature=0.7).token_values(batch).logprob.sum(1)
         assert torch.allclose(sequence_logprob(model, batch, 0.7), values, atol=1e-12)
@@ -219,7 +219,7 @@ class TestGradients:
 class TestReference:
     @pytest.mark.parametrize("architecture", ["qwen2", "llama"], ids=["tied", "untied"])
     @pytest.mark.parametrize("adapter", ADAPTERS)
-    def test_stays_where_it_was_while_the_policy_moves(
+    def test_does_not_change_while_the_policy_is_trained(
         self, adapter: str, architecture: str, batch: SequenceBatch
     ) -> None:
         policy = tiny_policy(architecture, adapter, drift=0.0)
@@ -230,7 +230,7 @@ class TestReference:
         after = policy.token_values(batch)
         assert torch.equal(after.reference_logprob, before.reference_logprob)
         assert after.logprob.sum() > before.logprob.sum() + 1
-        if adapter != "soft prompt":  # which is not at its reference to start with
+        if adapter != "soft prompt":  # which differs from its reference from the start
             assert before.kl.sum() < 1e-5
         assert ((after.kl - before.kl).abs().sum(1) > 1e-3).all()
 
@@ -242,7 +242,7 @@ class TestReference:
         assert load("soft_prompt").reference is None
         assert load("full").reference is not None
 
-    def test_may_be_a_model_of_its_own(self, model_directory: Directory, tmp_path: Path, batch: SequenceBatch) -> None:
+    def test_may_be_another_model(self, model_directory: Directory, tmp_path: Path, batch: SequenceBatch) -> None:
         other = save_tiny("llama", tmp_path, seed=5)
         config = policy_config(model_directory("llama"), reference=str(other), adapter={"kind": "lora"})
         values = Policy.load(config, seed=0).token_values(batch)
@@ -250,7 +250,7 @@ class TestReference:
         assert torch.allclose(values.reference_logprob.sum(1), expected, atol=1e-4)
         assert (values.kl.sum(1) > 0.1).all()
 
-    def test_that_is_where_the_policy_starts_is_not_loaded_twice(self, model_directory: Directory) -> None:
+    def test_equal_to_the_policys_start_is_not_loaded_twice(self, model_directory: Directory) -> None:
         path = str(model_directory("llama"))
         assert Policy.load(policy_config(path, reference=path, adapter={"kind": "lora"}), seed=0).reference is None
 
@@ -260,14 +260,14 @@ class TestReference:
             Policy.load(config, seed=0)
 
     def test_with_another_cap_on_its_logits_is_refused(self, model_directory: Directory) -> None:
-        """Both distributions of an exact KL are computed with one."""
+        """The exact KL computes both distributions with one soft cap."""
         reference = str(model_directory("gemma2"))
         config = policy_config(model_directory("llama"), reference=reference, attention="eager")
         with pytest.raises(ModelError, match=r"has final_logit_softcapping=3.0, policy .* None"):
             Policy.load(config, seed=0)
 
     @pytest.mark.parametrize("kind", ["full", "lora"])
-    def test_of_a_policy_that_starts_from_a_lora_has_it(
+    def test_of_a_policy_that_starts_from_a_lora_includes_it(
         self, kind: str, model_directory: Directory, tmp_path: Path, batch: SequenceBatch
     ) -> None:
         start = load_trainable(policy_config(model_directory("llama")), 0)
@@ -278,7 +278,7 @@ class TestReference:
         assert torch.allclose(values.reference_logprob.sum(1), sequence_logprob(sft, batch, 1.0), atol=1e-3)
         assert values.kl.abs().max() < 1e-5
 
-    def test_of_a_policy_that_starts_from_a_soft_prompt_has_it(
+    def test_of_a_policy_that_starts_from_a_soft_prompt_includes_it(
         self, model_directory: Directory, tmp_path: Path, batch: SequenceBatch
     ) -> None:
         start = load_trainable(policy_config(model_directory("llama")), 0)
@@ -287,7 +287,7 @@ class TestReference:
         policy = Policy.load(policy_config(tmp_path, adapter={"kind": "soft_prompt"}), seed=0)
         assert policy.token_values(batch).kl.abs().max() == 0
         assert policy.reference is not None
-        assert policy.reference.head.same_as(policy.model.head)  # the base model is held once
+        assert policy.reference.head.same_as(policy.model.head)  # the base model is in memory once
         expected = sequence_logprob(sft, batch, 1.0)
         shake(policy.model)
         values = policy.token_values(batch)
@@ -301,7 +301,7 @@ class TestReferenceId:
         return Policy.load(policy_config(path, adapter={"kind": kind}, **settings), seed=0).reference_id()
 
     @pytest.mark.parametrize("kind", ["full", "lora", "soft_prompt"])
-    def test_is_of_the_weights(self, kind: str, model_directory: Directory, tmp_path: Path) -> None:
+    def test_depends_on_the_weights(self, kind: str, model_directory: Directory, tmp_path: Path) -> None:
         one = self.of(model_directory("llama"), kind)
         assert self.of(model_directory("llama"), kind) == one
         changed = tiny_transformer("llama")
@@ -345,7 +345,7 @@ class TestLoad:
         assert all(torch.equal(weight, same[name]) for name, weight in one.items())
         assert not all(torch.equal(weight, other[name]) for name, weight in one.items())
 
-    def test_in_bfloat16_prices_the_kl_of_what_it_samples(
+    def test_in_bfloat16_computes_the_kl_of_the_sampled_distribution(
         self, model_directory: Directory, batch: SequenceBatch
     ) -> None:
         policy = Policy.load(policy_config(model_directory("llama"), dtype="bfloat16"), seed=0)
@@ -356,7 +356,7 @@ class TestLoad:
         assert (values.logprob - precise.logprob).abs().max() < 0.2
 
 
-def test_a_vocabulary_larger_than_the_tokenizers_is_fine(batch: SequenceBatch) -> None:
+def test_a_vocabulary_larger_than_the_tokenizers_is_accepted(batch: SequenceBatch) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2

@@ -1,4 +1,4 @@
-"""Progress: a bar where there is a terminal, a line now and then where there is none."""
+"""Progress: a bar in a terminal, and otherwise a line from time to time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     return caplog
 
 
-def test_without_a_terminal_there_is_a_line_at_first_and_at_last(lines: pytest.LogCaptureFixture) -> None:
+def test_without_a_terminal_the_first_and_last_steps_have_a_line(lines: pytest.LogCaptureFixture) -> None:
     with progress_bar(100, 0, ("loss", "kl")) as advance:
         for step in range(100):
             advance({"loss": step / 8, "other": 1.0})
@@ -26,10 +26,10 @@ def test_without_a_terminal_there_is_a_line_at_first_and_at_last(lines: pytest.L
     assert first.startswith("step 1/100  ")
     assert "steps/s  loss 0" in first
     assert last.startswith("step 100/100  ")
-    assert last.endswith("loss 12.38"), "what the headline names, where it is there"
+    assert last.endswith("loss 12.38"), "the headline's metrics that exist"
 
 
-def test_lines_come_as_time_passes(lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_come_at_intervals(lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 3))
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with progress_bar(20, 0, ()) as advance:
@@ -39,7 +39,7 @@ def test_lines_come_as_time_passes(lines: pytest.LogCaptureFixture, monkeypatch:
     assert lines.messages[-1].split("  ")[1] == "0.33 steps/s"
 
 
-def test_a_resumed_run_counts_on_and_its_rate_is_its_own(
+def test_a_resumed_run_continues_the_count_and_measures_its_own_rate(
     lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter((0.0, 2.0, 4.0))

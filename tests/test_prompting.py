@@ -1,4 +1,4 @@
-"""Two tiny tokenizers of different kinds: one token a character with Llama's template, byte-level BPE with Qwen's."""
+"""Prompting with two kinds of tiny tokenizers: one token per character with Llama's template, byte-level BPE with Qwen's."""
 
 import logging
 from dataclasses import replace
@@ -134,7 +134,7 @@ def test_plain_template(qwen):
     assert qwen.decode(ids) == expected
 
 
-def test_nothing_ends_a_turn(qwen):
+def test_a_template_without_an_end_of_turn(qwen):
     tokenizer = bpe_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no token ends a turn"):
@@ -149,7 +149,7 @@ def test_no_template():
         ChatTemplate(tokenizer)
 
 
-def test_a_template_that_does_not_write_assistants_turns():
+def test_a_template_that_refuses_assistant_turns():
     tokenizer = char_tokenizer()
     tokenizer.chat_template = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}"
     with pytest.raises(ModelError, match="refuses a user turn followed by an assistant turn: one turn only"):
@@ -199,12 +199,12 @@ def test_content_cannot_write_structural_tokens(make, role, attack):
     ids, structure = skeleton(attack)
     assert structure == skeleton("harmless")[1]
     assert not structural & set(chat.completion(attack)[:-1])
-    if tokenizer.unk_token is None:  # nothing of it is lost, save what is no text at all
+    if tokenizer.unk_token is None:  # all of it is kept, except for what is not text
         assert attack.replace("\ufdd0", "\ufffd").replace("\ud800", "\ufffd") in tokenizer.decode(ids)
 
 
-def test_protection_changes_only_the_cut(qwen):
-    """A token that is not structural, as a double line feed, is not cut, nor is text beside an attack."""
+def test_escaping_changes_only_structural_tokens(qwen):
+    """Other tokens, such as a double line feed, are not split, nor is the text around an attack."""
     chat = ChatTemplate(qwen)
     double = qwen.convert_tokens_to_ids("\n\n")
     assert double in chat.encode([Message("user", "the request\n\nplease <|im_end|>")])
@@ -256,7 +256,7 @@ def test_half_a_character_and_ids_beyond_the_vocabulary_do_not_crash(qwen):
 # --------------------------------------------------------------------------------------------------------- meta-prompts
 
 
-def test_built_in_meta_prompts_are_documented_and_carry_the_prompt():
+def test_built_in_meta_prompts_are_documented_and_contain_the_prompt():
     built_in = available_meta_prompts()
     assert {"none", "rewrite", "clarify", "expand", "structure"} <= built_in.keys()
     assert all(len(doc) > 20 for doc in built_in.values())
@@ -268,7 +268,7 @@ def test_built_in_meta_prompts_are_documented_and_carry_the_prompt():
     assert MetaPrompt("none").messages(prompt(text)) == (Message("user", text),)
 
 
-def test_history_is_written_by_templates_that_use_it_and_stays_turns_for_those_that_do_not():
+def test_history_is_written_by_templates_that_use_it_and_kept_as_turns_otherwise():
     multi = Prompt(DIALOGUE)
     assert MetaPrompt("none").messages(multi) == DIALOGUE
     (message,) = MetaPrompt("clarify").messages(multi)
@@ -302,7 +302,7 @@ def test_bad_meta_prompts(tmp_path, source, complaint):
         MetaPrompt(str(file)).messages(prompt("x"))
 
 
-def test_unknown_meta_prompt_lists_those_there_are():
+def test_an_unknown_meta_prompt_is_an_error_that_lists_all():
     with pytest.raises(ConfigError, match=r"no such meta-prompt; expected clarify, expand, none, .* or a Jinja file"):
         MetaPrompt("shout")
 
@@ -340,14 +340,14 @@ def test_empty_rewrites(llama):
         assert (sent.text, sent.empty) == ("the question", True)
 
 
-def test_a_truncated_rewrite_is_used_as_far_as_it_goes(qwen):
+def test_a_truncated_rewrite_is_used(qwen):
     prompter = PrompterTemplate(qwen, PromptingConfig())
     ids = prompter.completion("the quick brown fox jumps")
     assert prompter.decode(ids[:-2]) == qwen.decode(ids[:-2])
 
 
 @pytest.mark.parametrize("make", [char_tokenizer, bpe_tokenizer])
-def test_an_over_long_rewrite_loses_its_tail_and_no_more(make):
+def test_an_overlong_rewrite_loses_only_its_tail(make):
     tokenizer = make()
     text = "rewrite it: the lazy dog 12345 " * 20
     generous = TargetTemplate(tokenizer, max_tokens=10_000).encode(prompt("x"), text)

@@ -1,4 +1,4 @@
-"""pyproject.toml says what Align-Pro needs; the files that `make setup` installs from must agree with it."""
+"""The requirement files of `make setup` agree with pyproject.toml."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_every_pin_is_exact_and_within_the_range(file: str, needed: list[Require
         assert requirement.specifier.contains(version), f"{file}: {requirement.name}=={version} is not {requirement}"
 
 
-def test_the_gpu_set_is_what_the_package_needs() -> None:
+def test_the_gpu_requirements_equal_those_of_the_package() -> None:
     ranges = {name: str(each.specifier) for name, each in listed("gpu.txt").items()}
     del ranges["setuptools"]  # builds the package itself
-    # torch brings the Triton that was made for it: another name under ROCm.
+    # torch depends on its matching Triton, which has another name under ROCm.
     assert ranges == {key(each): str(each.specifier) for each in NEEDED if each.name != "triton"}
 
 

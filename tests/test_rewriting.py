@@ -1,4 +1,4 @@
-"""Using what a finished run left: rewrites, with the run's own templates, and the target's answers to them."""
+"""Using a finished run: rewrites with the run's own templates, and the target's answers to them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = ["flip the word stone pls", "sort these letters: dcba"]
 
 
 def finished_run(out: Path, models: Directory, kind: str = "full", **sections: dict) -> TrainConfig:
-    """What `alignpro train` leaves of a Qwen prompter and a Llama target."""
+    """Write the files that `alignpro train` leaves, for a Qwen prompter and a Llama target."""
     policy = policy_config(models("qwen2"), adapter={"kind": kind, "rank": 4, "virtual_tokens": 4})
     config = TrainConfig.model_validate(
         {
@@ -86,7 +86,7 @@ def test_samples_differ_and_a_seed_repeats_them(model_directory: Directory, tmp_
     assert rewriter.rewrite(TEXTS, n=4, temperature=1.0, seed=2) != groups
 
 
-def test_takes_conversations(model_directory: Directory, tmp_path: Path) -> None:
+def test_prompts_may_be_conversations(model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
     rewriter = Rewriter.from_run(tmp_path, with_target=True)
     turns = (Message("user", "hi"), Message("assistant", "hello"), Message("user", "and now?"))
@@ -106,7 +106,7 @@ def test_a_prompt_that_does_not_fit_is_named(model_directory: Directory, tmp_pat
         Rewriter.from_run(tmp_path).rewrite([TEXTS[0], "long " * 50])
 
 
-def test_a_rewrite_that_fails_is_an_error_and_no_empty_text(model_directory: Directory, tmp_path: Path) -> None:
+def test_a_failed_rewrite_is_an_error_and_not_an_empty_text(model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
     rewriter = Rewriter.from_run(tmp_path)
     model = rewriter.engine.models["policy"]
@@ -124,7 +124,7 @@ def test_a_rewrite_that_fails_is_an_error_and_no_empty_text(model_directory: Dir
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "model"])
-def test_a_run_that_has_not_finished(missing: str, model_directory: Directory, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_an_error(missing: str, model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
     (tmp_path / missing).rename(tmp_path / "gone")
     with pytest.raises(ModelError, match="not a finished run of `alignpro train`"):

@@ -1,4 +1,4 @@
-"""Sequences: where the actions are, and the packed form with the states in which they were chosen."""
+"""Sequences: the places of the actions, and the packed form with the states in which they were chosen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_actions_are_left_aligned(batch: SequenceBatch) -> None:
 
 def test_the_state_of_an_action_is_at_the_token_before_it(batch: SequenceBatch) -> None:
     packed = batch.pack()
-    assert packed.ids.tolist() == [1, 2, 3, 10, 4, 12, 13, 5, 6]  # no state is wanted at the last action
+    assert packed.ids.tolist() == [1, 2, 3, 10, 4, 12, 13, 5, 6]  # no state is needed at the last action
     assert packed.ids[packed.states].tolist() == [3, 10, 4, 12, 13]
     assert packed.layout.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
 
@@ -41,14 +41,14 @@ def test_neighbours_share_their_prompt() -> None:
     assert torch.equal(layout.order[layout.place], torch.arange(7))
 
 
-def test_a_soft_prompt_has_its_places_before_each_prompt() -> None:
+def test_a_soft_prompt_takes_positions_before_each_prompt() -> None:
     packed = SequenceBatch.build([[1, 2], [1, 2], [3]], [[7, 8], [9], [7]]).pack(virtual_tokens=2)
     assert packed.ids.tolist() == [-1, -1, 1, 2, 7, -1, -1, 3]
     assert packed.layout.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert packed.ids[packed.states].tolist() == [2, 7, 2, 3]
 
 
-def test_what_all_prompts_begin_with_comes_once() -> None:
+def test_a_common_prefix_is_packed_once() -> None:
     begin = list(range(10, 18))
     batch = SequenceBatch.build([[*begin, 1], [*begin, 1], [*begin, 1, 2], [*begin, 3]], [[7, 8], [9], [7, 6], [5]])
     packed = batch.pack(invocation=[17])
@@ -56,11 +56,11 @@ def test_what_all_prompts_begin_with_comes_once() -> None:
     assert packed.layout.shared == 8
     assert packed.layout.positions.tolist() == [*range(8), 8, 9, 8, 9, 10, 8]
     assert packed.ids[packed.states].tolist() == [1, 7, 1, 2, 7, 3]
-    assert packed.active is not None and packed.active.tolist() == list(range(7, 14))  # the last of the common ones too
+    assert packed.active is not None and packed.active.tolist() == list(range(7, 14))  # includes the last common token
     assert batch.pack(invocation=[10]).active.tolist() == list(range(14))  # type: ignore[union-attr]
 
 
-def test_a_prompt_that_is_the_beginning_of_all_others_keeps_a_token() -> None:
+def test_a_prompt_that_is_a_prefix_of_all_others_keeps_a_token() -> None:
     begin = list(range(10, 20))
     packed = SequenceBatch.build([begin, [*begin, 1]], [[7], [8]]).pack()
     assert packed.layout.shared == 9
@@ -87,7 +87,7 @@ def test_every_action_follows_its_state() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 1), (3, 9), (19, 20)])
-def test_rows_are_those_of_a_batch_of_their_own(start: int, stop: int) -> None:
+def test_rows_equal_a_separately_built_batch(start: int, stop: int) -> None:
     prompts, completions = ragged(20, 50, seed=1), ragged(20, 50, seed=2)
     part = SequenceBatch.build(prompts, completions).rows(start, stop)
     alone = SequenceBatch.build(prompts[start:stop], completions[start:stop])
@@ -109,6 +109,6 @@ def test_a_prompt_without_tokens_is_named() -> None:
         SequenceBatch.build([[1], []], [[2], [3]])
 
 
-def test_as_many_completions_as_prompts() -> None:
+def test_unequal_numbers_of_prompts_and_completions_are_an_error() -> None:
     with pytest.raises(ValueError, match="2 prompts and 1 completions"):
         SequenceBatch.build([[1], [2]], [[3]])

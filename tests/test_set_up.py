@@ -1,4 +1,4 @@
-"""requirements/install.sh, with a Python in whose place a script answers: what fails, and what only is told."""
+"""requirements/install.sh with a script in place of Python: which failures end it, and which are only reported."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def test_a_set_up_fails_without_its_packages_and_not_without_compiled_kernels(
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode == 0) == succeeds, done.stderr
     assert said in done.stderr
-    assert not said or "no such luck" in done.stderr  # and what failed is shown
+    assert not said or "no such luck" in done.stderr  # the failed command's output is shown
     assert (tmp_path / "venv" / ".device").exists() == succeeds
     assert not (tmp_path / "venv" / ".installing").exists()

@@ -13,7 +13,7 @@ TEMPLATE = "{% for message in messages %}<u>{{ message.content }}</s>{% endfor %
 
 @pytest.fixture
 def save(tmp_path):
-    """Write a model directory whose tokenizer has the given special tokens and chat template."""
+    """Return a function that saves a tokenizer with the given special tokens and chat template."""
 
     def save_tokenizer(chat_template=None, **special):
         vocabulary = ["<s>", "</s>", "<pad>", "<u>", *"abcx"]

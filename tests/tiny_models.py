@@ -1,4 +1,4 @@
-"""Random models of the architectures that users bring, small enough to build in milliseconds, and their tokenizer."""
+"""Random models of the supported architectures, small enough to build in milliseconds, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from alignpro.models import add_adapter
 
 CONTEXT = 128
 WINDOW = 8
-"""Sliding window of those that have one: shorter than the tests' sequences."""
+"""Sliding window of the models that have one; shorter than the tests' sequences."""
 
 INVOCATION = "YZ"
 ACTIVATED = AdapterConfig(kind="lora", rank=4, activated=True, invocation=INVOCATION)
@@ -38,12 +38,12 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma2", "mistral", "phi3")
 
 @cache
 def tokenizer(architecture: str) -> PreTrainedTokenizerBase:
-    """One token a byte for Qwen (whose class `AutoTokenizer` insists on), one a character for the others."""
+    """Return a tokenizer with a token per byte for Qwen, whose class `AutoTokenizer` requires, else per character."""
     return prompter_tokenizer() if architecture.startswith("qwen") else target_tokenizer()
 
 
 def tiny_config(architecture: str, **settings: Any) -> PreTrainedConfig:
-    """Two layers, 32 wide, two key-value heads for four queries where the architecture can."""
+    """Return a config: two layers, width 32, four query heads and, where supported, two key-value heads."""
     chars = tokenizer(architecture)
     common: dict[str, Any] = {
         "vocab_size": len(chars),
@@ -83,20 +83,20 @@ def tiny_config(architecture: str, **settings: Any) -> PreTrainedConfig:
 def tiny_transformer(
     architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
 ) -> PreTrainedModel:
-    """A model with random weights, in evaluation mode."""
+    """Return a model with random weights, in evaluation mode."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         tiny_config(architecture, **settings), dtype=dtype, attn_implementation=attention(architecture)
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("bias"):  # made as zeros, which would hide a bias that is left out
+            if name.endswith("bias"):  # initialised to zero, which would hide a missing bias
                 weight.normal_(0, 0.2)
     return model.eval()
 
 
 def tiny_language_model(architecture: str, **settings: Any) -> LanguageModel:
-    """The same with its tokenizer, frozen."""
+    """Return a frozen tiny model with its tokenizer."""
     model = LanguageModel(tiny_transformer(architecture, **settings), tokenizer(architecture), architecture)
     return model.requires_grad_(False)
 
@@ -104,7 +104,7 @@ def tiny_language_model(architecture: str, **settings: Any) -> LanguageModel:
 def tiny_adapted(
     architecture: str = "llama", *, adapter: AdapterConfig = ACTIVATED, size: float = 0.2, **settings: Any
 ) -> LanguageModel:
-    """A model with a LoRA that has learned something, which is all that can be trained."""
+    """Return a model with a nonzero LoRA, which holds all trainable weights."""
     model = add_adapter(tiny_language_model(architecture, **settings), adapter)
     model.to(settings.get("dtype", torch.float32))
     generator = torch.Generator().manual_seed(9)
@@ -116,26 +116,26 @@ def tiny_adapted(
 
 
 def attention(architecture: str) -> str:
-    """SDPA leaves Gemma 2's soft cap on attention scores out."""
+    """Return the attention implementation; SDPA ignores Gemma 2's soft cap on attention scores."""
     return "eager" if architecture == "gemma2" else "sdpa"
 
 
 def save_tiny(architecture: str, directory: Path, **settings: Any) -> Path:
-    """Write model and tokenizer as users have them on disk."""
+    """Save a model with its tokenizer."""
     tiny_transformer(architecture, **settings).save_pretrained(directory)
     tokenizer(architecture).save_pretrained(directory)
     return directory
 
 
 def policy_config(path: Path | str, *, architecture: str = "llama", **settings: Any) -> PolicyConfig:
-    """Configuration of a policy that starts from a directory, on the CPU."""
+    """Return the configuration of a policy that starts from a directory, on the CPU."""
     return PolicyConfig.model_validate(
         {"path": str(path), "device": "cpu", "attention": attention(architecture)} | settings
     )
 
 
 def ragged(count: int, vocabulary: int, *, shortest: int = 1, longest: int = 20, seed: int = 0) -> list[list[int]]:
-    """``count`` random token lists of unequal lengths."""
+    """Return ``count`` random token lists of unequal lengths."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths]

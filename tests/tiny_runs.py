@@ -1,7 +1,7 @@
-"""Runs small enough for tests: models of a few thousand weights, a step in hundredths of a second.
+"""Runs small enough for tests: models of a few thousand weights, and hundredths of a second per step.
 
-`Workshop` has models, data, a reward and a configuration file for each command on disk, and runs `alignpro` on them, in
-this process or in one of its own.
+`Workshop` writes models, data, a reward and a configuration file for each command to disk, and runs `alignpro` on them.
+`Process` runs `alignpro` in another process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from alignpro.demo.world import prompt_records, prompter_records, target_records
 from alignpro.training.metrics import OF_EXECUTION
 
 REWARD = '''
-"""Depends on every letter. It draws from the global generator, and fails where the file `broken` says so."""
+"""Depends on every letter and on the global random generator, and fails as the file `broken` says."""
 import random
 from pathlib import Path
 
@@ -52,10 +52,10 @@ def score(prompts, responses):
 
 
 class Workshop:
-    """A directory with all that the commands need.
+    """A directory with everything that the commands need.
 
     Args:
-        root: Where; empty.
+        root: An empty directory.
     """
 
     def __init__(self, root: Path) -> None:
@@ -68,7 +68,7 @@ class Workshop:
             (root / f"{name}.yaml").write_text(yaml.safe_dump(config))
 
     def write_data(self, seed: int = 0) -> None:
-        """Prompts, pairs and preferences."""
+        """Write prompts, pairs and preferences."""
         write_records(self.root / "prompts.jsonl", prompt_records(24, seed, heldout=False))
         write_records(self.root / "rewrites.jsonl", prompter_records(24, seed))
         pairs = [
@@ -85,12 +85,12 @@ class Workshop:
         raise AssertionError("main returns by SystemExit")
 
     def arguments(self, command: str, out: Path | str, *arguments: str) -> list[str]:
-        """What follows ``alignpro`` on the command line."""
+        """Return the arguments of ``alignpro``."""
         return [command, str(self.root / f"{command}.yaml"), f"run.out={out}", *arguments]
 
     @contextmanager
     def broken_reward(self, how: str, call: int) -> Iterator[None]:
-        """The reward fails from its ``call``-th call of a process on: it raises, gives a NaN or a wrong count."""
+        """Make the reward fail from its ``call``-th call in a process on: it raises, returns a NaN or a wrong count."""
         marker = self.root / "broken"
         marker.write_text(f"{how} {call}")
         try:
@@ -143,18 +143,18 @@ class Workshop:
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl without what depends on the clock and the cache."""
+    """Return the rows of metrics.jsonl without the metrics that depend on the clock or the cache."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith(OF_EXECUTION)} for row in rows]
 
 
 def read_model(out: Path) -> dict[str, bytes]:
-    """The weights' files of the trained model."""
+    """Return the weight files of the trained model."""
     return {path.name: path.read_bytes() for path in sorted((out / "model").glob("*.safetensors"))}
 
 
 def assert_same(out: Path, reference: Path) -> None:
-    """Metrics, samples and trained weights are the same, bit for bit."""
+    """Check that metrics, samples and trained weights are bit-identical."""
     assert read_metrics(out) == read_metrics(reference)
     assert read_model(out) == read_model(reference)
     samples = "samples.jsonl"
@@ -164,31 +164,32 @@ def assert_same(out: Path, reference: Path) -> None:
 
 
 def rows(out: Path) -> int:
-    """Rows of metrics.jsonl so far."""
+    """Return the number of rows in metrics.jsonl so far."""
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def steps_of_checkpoints(out: Path) -> list[int]:
-    """Steps that have a checkpoint."""
+    """Return the steps that have a checkpoint."""
     return sorted(int(path.name.removeprefix("step_")) for path in (out / "checkpoints").glob("step_*"))
 
 
 def flip_bit(path: Path, place: float = 0.5) -> None:
-    """Turn over one bit, ``place`` of the way into a file."""
+    """Flip one bit at the relative position ``place`` of a file."""
     content = bytearray(path.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
     path.write_bytes(content)
 
 
 class Process:
-    """`alignpro` in a process of its own, forked from one that has imported everything.
+    """`alignpro` in a separate process, forked from one that has imported everything.
 
     Args:
-        arguments: What follows ``alignpro`` on the command line.
-        log: Where its standard output and standard error go.
-        kill_at: Dies by SIGKILL at this operation on files below ``run.out`` (opening, renaming, removing, …).
-        largest_file: Bytes; a write beyond fails as on a full disk.
+        arguments: The arguments of ``alignpro``.
+        log: File for its standard output and standard error.
+        kill_at: Number of the operation on files below ``run.out`` (opening, renaming, removing, …) at which it dies by
+            SIGKILL.
+        largest_file: Limit of file sizes in bytes; writing beyond it fails as on a full disk.
     """
 
     def __init__(
@@ -204,22 +205,22 @@ class Process:
         os.kill(self._process.pid, signum)
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 300.0) -> None:
-        """Poll until something is so."""
+        """Poll until a condition holds."""
         deadline = time.monotonic() + timeout
         while not condition():
-            assert self._process.is_alive(), f"it ended first: {self.output()}"
-            assert time.monotonic() < deadline, f"it took too long: {self.output()}"
+            assert self._process.is_alive(), f"the process ended first: {self.output()}"
+            assert time.monotonic() < deadline, f"timeout: {self.output()}"
             time.sleep(0.005)
 
     def wait(self, timeout: float = 300.0) -> int:
-        """The exit status; negative for a signal."""
+        """Return the exit status; negative for a signal."""
         self._process.join(timeout)
         status = self._process.exitcode
-        assert status is not None, f"it hangs: {self.output()}"
+        assert status is not None, f"the process hangs: {self.output()}"
         return status
 
     def output(self) -> str:
-        """What it has written."""
+        """Return its output so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
@@ -239,7 +240,7 @@ def _context() -> Any:
 
 
 def _child(arguments: list[str], log: Path, kill_at: int | None, largest_file: int | None) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit SIGINT ignored
     torch.set_num_threads(1)
     with log.open("ab") as file:
         for descriptor in (1, 2):
@@ -253,7 +254,7 @@ def _child(arguments: list[str], log: Path, kill_at: int | None, largest_file: i
 
 
 class _Killer:
-    """An audit hook that ends the process, as by ``kill -9``, at an operation on files."""
+    """An audit hook that ends the process, as ``kill -9`` does, at a certain operation on files."""
 
     def __init__(self, directory: str, at: int) -> None:
         self.directory, self.at, self.seen = directory, at, 0

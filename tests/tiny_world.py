@@ -1,7 +1,7 @@
-"""A world small enough to sum over: every sequence of a tiny GPT-2 can be enumerated, and has a made-up reward.
+"""A world small enough to enumerate: all sequences of a tiny GPT-2, each with a made-up reward.
 
-GPT-2 casts nothing to float32, so that in float64 a gradient is exact to rounding. What is called exact here comes from
-the model's own logits, without padding, masks, caches or fused heads.
+GPT-2 casts nothing to float32, so that gradients in float64 are exact up to rounding. The exact values here are computed
+from the model's own logits, without padding, masks, caches or fused heads.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from alignpro.training.reinforcement import Experience, PolicyTraining
 END = 0
 VOCABULARY = {"<end>": END, "a": 1, "b": 2}
 LENGTH = 3
-"""Longest completion, its end token included: 15 sequences."""
+"""Longest completion, including its end token; there are 15 sequences."""
 
 
 class World:
-    """A policy, a reference that differs from it, two prompts of different lengths, and R of every sequence to each.
+    """A policy, a reference that differs from it, two prompts of different lengths, and the reward of every sequence.
 
-    It is an environment, too: `PolicyTraining` gets its samples scored here.
+    It is also the environment of `PolicyTraining`, which scores samples.
 
     Args:
-        dtype: Of the models.
-        drift: How far the policy's weights start from the reference's; 0 starts at the reference.
-        temperature: Of sampling.
-        adapter: What of the policy is trained.
+        dtype: Dtype of the models.
+        drift: Distance of the policy's initial weights from the reference's; 0 starts at the reference.
+        temperature: Sampling temperature.
+        adapter: Which weights of the policy are trained.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class World:
             Chain(Completion(tokens, [0.0] * len(tokens), "stop" if tokens[-1] == END else "length"))
             for tokens in self.space.sequences
         ]
-        """One of each sequence, as an engine would give it."""
+        """Return one chain per sequence, as the engine would."""
         self._number = {tuple(chain.sample.tokens): s for s, chain in enumerate(self.chains)}
 
     def training(self, objective: dict[str, Any], group: int, out: Path = Path(), **settings: Any) -> PolicyTraining:
-        """The trainer of this world's policy, on both prompts at each step.
+        """Return a trainer of this world's policy, with both prompts in each step.
 
         Args:
             objective: Settings of `ObjectiveConfig`.
-            group: K.
+            group: The number of samples per prompt, K.
             out: The run's directory.
-            settings: Of `OptimizerConfig`; ``steps`` of `RunConfig`.
+            settings: Settings of `OptimizerConfig`, and ``steps`` of `RunConfig`.
         """
         return PolicyTraining(
             self.policy,
@@ -114,30 +114,30 @@ class World:
         texts = [[" ".join(map(str, chain.sample.tokens)) for chain in group] for group in chains]
         return Scores(values, values.unsqueeze(-1), texts, [[[text] for text in group] for group in texts], {})
 
-    # The truth.
+    # Exact values.
 
     def sequence_logprobs(self) -> Tensor:
-        """log ρ(x'|x) of every sequence for each prompt, (P, S), differentiable."""
+        """Return log ρ(x'|x) of every sequence for each prompt, (P, S), differentiable."""
         return self._along(self.next_logprobs())
 
     def reference_logprobs(self) -> Tensor:
-        """log ρ_sft(x'|x), (P, S)."""
+        """Return log ρ_sft(x'|x), (P, S)."""
         return self._along(self.reference_next_logprobs())
 
     def next_logprobs(self) -> Tensor:
-        """log ρ(.|s_t) along every sequence for each prompt, (P, S, T, V), differentiable."""
+        """Return log ρ(.|s_t) along every sequence for each prompt, (P, S, T, V), differentiable."""
         return self._enumerate(self.policy.model.model)
 
     @torch.no_grad()
     def reference_next_logprobs(self) -> Tensor:
-        """log ρ_sft(.|s_t), (P, S, T, V)."""
+        """Return log ρ_sft(.|s_t), (P, S, T, V)."""
         if self.policy.reference is not None:
             return self._enumerate(self.policy.reference.model)
         with self.policy.model.model.disable_adapter():
             return self._enumerate(self.policy.model.model)
 
     def objective(self, kl_coef: float) -> Tensor:
-        """J_λ, (), differentiable."""
+        """Return J_λ, (), differentiable."""
         rows = zip(self.sequence_logprobs(), self.reference_logprobs(), self.rewards, strict=True)
         return torch.stack([exact_objective(*row, kl_coef) for row in rows]).mean()
 
@@ -153,7 +153,7 @@ class World:
 
 
 def shake(model: torch.nn.Module, size: float) -> None:
-    """Add noise to the weights that are trained: fresh GPT-2 is uniform, a fresh adapter does nothing."""
+    """Add noise to the trained weights: a new GPT-2 is almost uniform, and a new adapter has no effect."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
@@ -161,14 +161,14 @@ def shake(model: torch.nn.Module, size: float) -> None:
 
 
 def credit(world: World, training: PolicyTraining, groups: Sequence[Sequence[int]]) -> Experience:
-    """Both prompts with each of some groups of K sequences: first all of the one prompt, then all of the other."""
+    """Compute the experience of all groups of K sequences for both prompts: first all groups of one, then of the other."""
     prompts = [prompt for prompt in world.prompts for _ in groups]
     chains = [[world.chains[s] for s in group] for _ in world.prompts for group in groups]
     return training.credit(prompts, chains, world.score(prompts, chains))
 
 
 def take_gradient(weights: Iterable[Tensor]) -> list[Tensor]:
-    """What backward passes have left in the weights, which are cleared."""
+    """Return the accumulated gradients of the weights, and clear them."""
     gradient = []
     for weight in weights:
         gradient.append(torch.zeros_like(weight) if weight.grad is None else weight.grad)
@@ -177,14 +177,15 @@ def take_gradient(weights: Iterable[Tensor]) -> list[Tensor]:
 
 
 def distance(left: Sequence[Tensor], right: Sequence[Tensor], factor: float = 1.0) -> float:
-    """max |left − factor · right|."""
+    """Return max |left − factor · right|."""
     return max((a - factor * b).abs().max().item() for a, b in zip(left, right, strict=True))
 
 
 def couple(p: Tensor, q: Tensor) -> list[tuple[int, int, float]]:
-    """A joint distribution of two with the given marginals, (N,) each, on at most 2N − 1 pairs: (i, j, probability).
+    """Return a joint distribution with the given marginals, (N,) each, as at most 2N − 1 triples (i, j, probability).
 
-    A sum of one term for each has the same expectation under it as under independence, which would take N² pairs.
+    A sum of a function of i and a function of j has the same expectation under it as under independence, which would take
+    N² pairs.
     """
     cuts = sorted({0.0, *p.cumsum(0).tolist()[:-1], *q.cumsum(0).tolist()[:-1], 1.0})
     middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(cuts)], dtype=p.dtype)

@@ -1,4 +1,4 @@
-"""How sequences are drawn, how many, and in what memory."""
+"""Sampling parameters, rollout sizes, and the memory of the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alignpro.config.section import Section
 
 
 class SamplingConfig(Section):
-    """How tokens are drawn."""
+    """Sampling parameters."""
 
     max_tokens: int = Field(128, ge=1)
     temperature: float = Field(1.0, ge=0)
@@ -18,27 +18,27 @@ class SamplingConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, lt=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that end a sequence, and are no part of what it says. For a policy that is trained, the tokens of such a text are
-    actions like all others: where a sequence ends is decided by what it has drawn, so nothing is biased."""
+    """Texts that end a sequence; they are removed from its text. When a policy is trained, the tokens of a stop text are
+    actions like any others: the end of a sequence depends only on its drawn tokens, so the gradient is not biased."""
 
 
 class EngineConfig(Section):
-    """Memory and batches of generation; `alignpro.engine.Engine` says more."""
+    """Memory and batch sizes of generation; see `alignpro.engine.Engine`."""
 
     max_batch: int = Field(256, ge=1)
-    """Sequences of a model that run at once."""
+    """Maximum number of sequences of a model that run at the same time."""
     pool_bytes: int | None = Field(None, ge=1)
-    """Memory for keys and values on each device; chosen by the device when absent."""
+    """Memory for keys and values on each device; by default chosen from the device's memory."""
     page_tokens: int = Field(16, ge=1)
-    """Tokens of the largest model in a page."""
+    """Page size in tokens of the largest model."""
     token_budget: int = Field(4096, ge=1)
-    """Tokens computed in one forward pass; what is left of long prompts waits for the next."""
+    """Maximum number of tokens per forward pass; the rest of a long prompt waits for the next pass."""
     cuda_graphs: bool | None = None
-    """Whether passes of next tokens alone are replayed as CUDA graphs; where they can be when absent."""
+    """Whether decode-only passes are replayed as CUDA graphs; by default wherever possible."""
 
 
 class RolloutConfig(Section):
-    """How many chains a step: P prompts, K rewrites each, M responses to each rewrite."""
+    """The chains per step: P prompts, K rewrites per prompt, M responses per rewrite."""
 
     prompts_per_step: int = Field(16, ge=1)
     rewrites_per_prompt: int = Field(8, ge=1)
@@ -47,11 +47,11 @@ class RolloutConfig(Section):
     respond: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
     keep_cache: bool = True
-    """On an accelerator the update gets the engine's memory, but for what the frozen target has cached; false: all of it."""
+    """On an accelerator, the engine frees its memory for the update. If true, the frozen target's cached prompts are kept."""
 
 
 class ResponseRolloutConfig(Section):
-    """RLHF of the target: P prompts, K responses each."""
+    """The rollout for RLHF of the target: P prompts, K responses per prompt."""
 
     prompts_per_step: int = Field(16, ge=1)
     responses_per_prompt: int = Field(8, ge=1)

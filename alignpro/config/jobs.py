@@ -1,4 +1,4 @@
-"""What each command takes: sections, and what has to hold between them."""
+"""The configuration of each command: its sections, and the constraints between them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _MODEL_OR_NAME = Discriminator(lambda value: "name" if isinstance(value, str) el
 PolicyOrModel = Annotated[
     Annotated[Literal["policy"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
 ]
-"""A model, or ``policy``: the model below the policy's LoRA, with its tokenizer and template, held in memory once."""
+"""A model, or ``policy``: the base model of the policy's LoRA with its tokenizer and template, held in memory only once."""
 PrompterOrModel = Annotated[
     Annotated[Literal["prompter"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
 ]
-"""Likewise, ``prompter``."""
+"""A model, or ``prompter``: the base model of the prompter's LoRA, likewise."""
 
 
 class TrainConfig(Section):
-    """`alignpro train`: a prompter against a frozen target."""
+    """`alignpro train`: train a prompter against a frozen target."""
 
     run: RunConfig
     data: DataConfig
@@ -42,7 +42,7 @@ class TrainConfig(Section):
 
     @property
     def target_model(self) -> ModelConfig:
-        """The target's configuration, also where it is the policy's base model."""
+        """The target's configuration; the policy's if the target is the policy's base model."""
         return self.policy if isinstance(self.target, str) else self.target
 
     @model_validator(mode="after")
@@ -59,7 +59,7 @@ class TrainConfig(Section):
 
 
 class RLHFConfig(Section):
-    """`alignpro rlhf`: the target itself, fine-tuned on the same reward (the oracle)."""
+    """`alignpro rlhf`: fine-tune the target itself on the same reward (the oracle)."""
 
     run: RunConfig
     data: DataConfig
@@ -80,7 +80,7 @@ class RLHFConfig(Section):
 
 
 class SFTConfig(Section):
-    """`alignpro sft`: the prompter from (x, x') pairs, or a plain language model on (x, y)."""
+    """`alignpro sft`: fine-tune the prompter on (x, x') pairs, or a plain language model on (x, y) pairs."""
 
     run: RunConfig
     data: DataConfig
@@ -90,11 +90,11 @@ class SFTConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_size: int = Field(64, ge=1)
     max_tokens: int = Field(1024, ge=2)
-    """Prompt and completion together; longer ones are truncated on the right and counted."""
+    """Maximum length of prompt plus completion; longer sequences are truncated on the right and counted."""
 
 
 class RewardModelConfig(Section):
-    """`alignpro reward`: a Bradley-Terry reward model from preference pairs."""
+    """`alignpro reward`: train a Bradley-Terry reward model on preference pairs."""
 
     run: RunConfig
     data: DataConfig
@@ -105,7 +105,7 @@ class RewardModelConfig(Section):
 
 
 class EvalConfig(Section):
-    """`alignpro eval`: arms compared on held-out prompts."""
+    """`alignpro eval`: compare arms on held-out prompts."""
 
     out: Path
     seed: int = Field(0, ge=0)
@@ -126,7 +126,7 @@ class EvalConfig(Section):
     respond: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
     gibbs_candidates: int = Field(0, ge=0)
-    """N rewrites of ρ_sft to resample from; 0 leaves the arm ``gibbs`` out."""
+    """Number N of rewrites of ρ_sft to resample from; 0 omits the arm ``gibbs``."""
     kl_coef: float = Field(0.05, ge=0)
     bound: bool = False
     r_max: float = Field(1.0, gt=0)
@@ -136,9 +136,9 @@ class EvalConfig(Section):
 
     @property
     def target_model(self) -> ModelConfig:
-        """The target's configuration, also where it is the prompter's base model."""
+        """The target's configuration; the prompter's if the target is the prompter's base model."""
         if isinstance(self.target, str):
-            assert self.prompter is not None  # as is checked below
+            assert self.prompter is not None  # checked below
             return self.prompter
         return self.target
 
@@ -175,7 +175,7 @@ class OptimalConfig(Section):
 
     @property
     def target_model(self) -> ModelConfig:
-        """The target's configuration, also where it is the prompter's base model."""
+        """The target's configuration; the prompter's if the target is the prompter's base model."""
         return self.prompter if isinstance(self.target, str) else self.target
 
 
@@ -185,15 +185,15 @@ def _check_group(objective: ObjectiveConfig, group: int, key: str) -> None:
         what = "loss=gibbs" if objective.loss == "gibbs" else f"advantage={objective.advantage}"
         raise ValueError(
             f"{key}={group} with objective.{what}: a baseline from the same prompt's other samples needs at least 2; "
-            "raise it, or take objective.advantage=running_baseline"
+            "raise it, or use objective.advantage=running_baseline"
         )
 
 
 def _check_on_policy(sampling: SamplingConfig, key: str) -> None:
     if sampling.temperature == 0 or sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0:
         raise ValueError(
-            f"{key}: the policy is trained on samples of its own whole distribution: it takes temperature > 0, top_k=0, "
-            "top_p=1 and min_p=0"
+            f"{key}: the policy is trained on samples of its own unfiltered distribution: this requires temperature > 0, "
+            "top_k=0, top_p=1 and min_p=0"
         )
 
 
@@ -201,5 +201,5 @@ def _check_minibatches(objective: ObjectiveConfig, prompts_per_step: int) -> Non
     if objective.minibatches > prompts_per_step:
         raise ValueError(
             f"objective.minibatches={objective.minibatches} is more than rollout.prompts_per_step={prompts_per_step}: "
-            "a minibatch holds whole groups, so there can be at most one a prompt"
+            "a minibatch holds whole groups, so there can be at most one per prompt"
         )

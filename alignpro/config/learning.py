@@ -1,4 +1,4 @@
-"""Losses, advantages, the price of KL, and the optimizer."""
+"""Losses, advantages, the KL penalty, and the optimizer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from alignpro.config.section import Section
 
 
 class KLConfig(Section):
-    """The price of leaving the reference."""
+    """The KL penalty towards the reference."""
 
     coef: float = Field(0.05, ge=0)
-    """λ, the price of one nat of sequence KL."""
+    """λ, the penalty per nat of sequence KL."""
     estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
     target: float | None = Field(None, gt=0)
-    """Nats a sequence; when given, the coefficient adapts towards it."""
+    """Target KL in nats per sequence; if given, the coefficient is adapted to reach it."""
     horizon: int = Field(10_000, ge=1)
-    """Samples over which an adaptive coefficient moves (Ziegler et al., 2019)."""
+    """Number of samples over which an adaptive coefficient changes (Ziegler et al., 2019)."""
 
     @model_validator(mode="after")
     def _check(self) -> KLConfig:
         if self.target is not None and self.coef == 0:
-            raise ValueError("a target KL is reached by scaling `coef`, which must start above 0")
+            raise ValueError("a target KL is reached by scaling `coef`, which must be positive")
         return self
 
 
 class ObjectiveConfig(Section):
-    """Which loss, on which advantages."""
+    """The loss and the advantages."""
 
     loss: Literal["policy_gradient", "ppo_clip", "gibbs"] = "policy_gradient"
     advantage: Literal["leave_one_out", "group_normalized", "running_baseline", "gae"] = "leave_one_out"
@@ -40,7 +40,8 @@ class ObjectiveConfig(Section):
     baseline_decay: float = Field(0.95, ge=0, lt=1)
     """Decay of the running baseline."""
     normalize_by: Literal["sequence", "token"] = "sequence"
-    """Sum over tokens and mean over sequences (the objective's own form), or mean over all tokens of the step."""
+    """``sequence``: sum over tokens and mean over sequences, the form of the objective. ``token``: mean over all tokens of
+    the step."""
     epochs: int = Field(1, ge=1)
     minibatches: int = Field(1, ge=1)
 
@@ -48,17 +49,17 @@ class ObjectiveConfig(Section):
     def _check(self) -> ObjectiveConfig:
         if self.loss == "policy_gradient" and self.epochs * self.minibatches > 1:
             raise ValueError(
-                "policy_gradient is on-policy: it takes epochs=1 and minibatches=1 "
+                "policy_gradient is on-policy: it requires epochs=1 and minibatches=1 "
                 "(ppo_clip and gibbs may reuse a rollout)"
             )
         if self.loss == "gibbs" and self.kl.coef == 0:
             raise ValueError("gibbs regresses on R/λ: kl.coef must be positive")
         if self.loss == "gibbs" and self.advantage != "leave_one_out":
-            raise ValueError("gibbs centres within the group and takes no advantage: leave `advantage` at its default")
+            raise ValueError("gibbs centres within the group and uses no advantage: leave `advantage` at its default")
         if self.loss == "gibbs" and (self.entropy_coef > 0 or self.normalize_by != "sequence"):
             raise ValueError(
-                "gibbs compares whole sequences of a prompt: it takes no entropy bonus and no mean over tokens: leave "
-                "`entropy_coef` and `normalize_by` at their defaults"
+                "gibbs compares whole sequences of a prompt and supports neither an entropy bonus nor a mean over tokens: "
+                "leave `entropy_coef` and `normalize_by` at their defaults"
             )
         return self
 
@@ -76,4 +77,4 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     max_grad_norm: float = Field(1.0, gt=0)
     micro_batch_size: int = Field(64, ge=1)
-    """Sequences in one forward and backward pass; gradients accumulate to the step's batch."""
+    """Sequences per forward and backward pass; gradients are accumulated over the step's batch."""

@@ -1,4 +1,4 @@
-"""Reading and writing configurations: YAML files that layer, dotted overrides, interpolation."""
+"""Reading and writing configurations: layered YAML files, dotted overrides, interpolation."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def load_config(kind: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
-    """Merge YAML files and dotted overrides, left to right, and check the result.
+    """Merge YAML files and dotted overrides, left to right, and validate the result.
 
     Args:
         kind: The configuration to build.
-        arguments: Paths of YAML files (``*.yaml``, ``*.yml``) and overrides (``section.key=value``), later ones win.
-            Mappings are merged, lists and values replaced; ``section.0.key=value`` reaches into a list that is there.
+        arguments: Paths of YAML files (``*.yaml``, ``*.yml``) and overrides (``section.key=value``); later ones win.
+            Mappings are merged, lists and values are replaced; ``section.0.key=value`` changes an item of an existing
+            list.
 
     Raises:
-        ConfigError: A file is missing or is no YAML mapping, a key is unknown, a value is bad; the message names it.
+        ConfigError: A file is missing or is not a YAML mapping, a key is unknown, or a value is invalid; the message names
+            it.
     """
     merged = OmegaConf.create({})
     for argument in arguments:
@@ -40,7 +42,7 @@ def load_config(kind: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
 
 
 def validate_config(kind: type[ConfigT], raw: Any) -> ConfigT:
-    """Check a plain mapping against ``kind``; every problem is reported at once, by key."""
+    """Validate a plain mapping against ``kind``; all problems are reported together, by key."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -48,20 +50,20 @@ def validate_config(kind: type[ConfigT], raw: Any) -> ConfigT:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
-    # OmegaConf writes it, because it quotes the strings that its own reader would take for numbers (`1e3`).
+    """The resolved configuration as YAML, which `load_config` reads back to an equal configuration."""
+    # Written by OmegaConf, because it quotes strings that its own reader would parse as numbers (`1e3`).
     return OmegaConf.to_yaml(OmegaConf.create(_escape(config.model_dump(mode="json"))))
 
 
 _OVERRIDE = re.compile(r"[\w.\[\]-]+=")
-"""What an override begins with; a path has a slash before its equals sign, if any."""
+"""The beginning of an override; in a path, a slash precedes the equals sign, if there is one."""
 
 _INDEX = re.compile(r"(\.|\[)\d+(\.|\]|\[|$)")
-"""A place in a list, within a key."""
+"""A list index within a key."""
 
 
 def _layer(merged: DictConfig, argument: str) -> DictConfig:
-    """Put a file or an override on top; what goes wrong is told with the name of the argument."""
+    """Merge a file or an override on top; errors name the argument."""
     path = Path(argument)
     is_file = path.suffix in (".yaml", ".yml") and (path.is_file() or _OVERRIDE.match(argument) is None)
     where = f"configuration file {argument}" if is_file else f"argument {argument!r}"
@@ -90,7 +92,7 @@ def _override(merged: DictConfig, argument: str) -> DictConfig:
         raise ValueError("expected a .yaml file or an override of the form section.key=value")
     if not _INDEX.search(key):
         return _merge(merged, OmegaConf.from_dotlist([argument]))
-    # A merge would put a mapping {0: …} where the list is.
+    # A merge would replace the list by a mapping {0: …}.
     parsed = OmegaConf.from_dotlist([f"value={value}"])
     OmegaConf.update(merged, key, parsed._get_node("value"), merge=True, force_add=True)
     return merged
@@ -102,12 +104,12 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
     except TypeError as error:
         key = _clash(OmegaConf.to_container(below), OmegaConf.to_container(above))
         raise ValueError(f"{key}: a list cannot be merged with a mapping" if key else str(error)) from error
-    assert isinstance(merged, DictConfig)  # as both are
+    assert isinstance(merged, DictConfig)  # because both inputs are
     return merged
 
 
 def _clash(below: Any, above: Any) -> str | None:
-    """The first key at which a list meets a mapping; None where there is none."""
+    """The first key at which one side has a list and the other a mapping; None if there is none."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return "" if {type(below), type(above)} == {dict, list} else None
     for key in below.keys() & above.keys():
@@ -118,7 +120,7 @@ def _clash(below: Any, above: Any) -> str | None:
 
 
 def _escape(value: Any) -> Any:
-    """Strings that hold ``${`` as they stand, written so that they are not read as interpolations."""
+    """Escape ``${`` in strings, so that it is not read as an interpolation."""
     if isinstance(value, dict):
         return {key: _escape(each) for key, each in value.items()}
     if isinstance(value, list):

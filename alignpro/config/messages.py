@@ -1,7 +1,7 @@
-"""What the user reads when a configuration does not fit: the key as they would write it, what is wrong, what to do.
+"""Error messages for invalid configurations: the key as the user would write it, the problem, and what to do.
 
-pydantic knows the problem and where it is, in its own terms: the branch it tried of a union is part of its location
-(``components.0.function.weight``), and an unknown key has no suggestion. This module puts that right.
+pydantic reports the problem and its location in its own terms: the location includes the branch of a union
+(``components.0.function.weight``), and there is no suggestion for an unknown key. This module fixes both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LONGEST_VALUE = 80
 
 
 def explain(kind: type[BaseModel], error: ValidationError) -> list[str]:
-    """One line for each problem that ``error`` found with a ``kind``, each naming its key."""
+    """One line per problem in ``error``, the validation error of a ``kind``; each names its key."""
     return [_explain(kind, problem) for problem in error.errors(include_url=False)]
 
 
@@ -39,28 +39,28 @@ def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
 
 
 def _follow(kind: type[BaseModel], location: tuple[int | str, ...], unknown: bool) -> tuple[str, list[str]]:
-    """The key without the branches of unions, and the names of the fields that stand where its last part stands."""
+    """The key without the branches of unions, and the names of the fields at the level of its last part."""
     here: list[Any] = [kind]
     parts: list[str] = []
     beside: list[str] = []
     for depth, part in enumerate(location):
         sections = [each for each in here if _is_section(each)]
         beside = [name for section in sections for name in section.model_fields]
-        if len(sections) > 1:  # the branch of a union that ``kind: …`` chose
+        if len(sections) > 1:  # a union branch selected by ``kind: …``
             here = [each for each in sections if part in get_args(each.model_fields["kind"].annotation)]
             continue
         if isinstance(part, str) and part in beside:
             here = _alternatives(sections[0].model_fields[part].annotation)
         elif isinstance(part, int) or any(get_origin(each) is dict for each in here):
             here = [option for each in here if get_args(each) for option in _alternatives(get_args(each)[-1])]
-        elif not (unknown and depth == len(location) - 1):  # the branch of a union of plain types: ``str``
+        elif not (unknown and depth == len(location) - 1):  # a branch of a union of plain types, such as ``str``
             continue
         parts.append(str(part))
     return ".".join(parts), beside
 
 
 def _suggest(kind: type[BaseModel], name: str, beside: list[str]) -> str | None:
-    """A field beside the unknown one with a name like it, else a field of just that name anywhere."""
+    """A field at the same level with a similar name, else a field of exactly that name anywhere."""
     close = difflib.get_close_matches(name, beside, n=1)
     if close:
         return close[0]
@@ -76,7 +76,7 @@ def _paths(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """The types that a value may have: a union's branches, without ``Annotated`` around them."""
+    """The possible types of a value: the branches of a union, without ``Annotated``."""
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""Which models, and what of them is trained."""
+"""The models, and which of their weights are trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alignpro.config.section import Section
 
 
 class AdapterConfig(Section):
-    """What of the policy is trained: all weights, a LoRA, or a soft prompt (both by peft)."""
+    """The trained part of the policy: all weights, a LoRA, or a soft prompt (the last two by peft)."""
 
     kind: Literal["full", "lora", "soft_prompt"] = "full"
     rank: int = Field(16, ge=1)
@@ -18,9 +18,10 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
     activated: bool = False
-    """The LoRA acts from its invocation on (Greenewald et al., 2025): what stands before is as in the base model."""
+    """Activated LoRA (Greenewald et al., 2025): the LoRA acts only from its invocation on; earlier tokens are computed by
+    the base model."""
     invocation: str | None = None
-    """The text with which an activated LoRA begins to act, in every prompt; what opens the assistant's turn when absent."""
+    """The text in every prompt from which an activated LoRA acts; by default the opening of the assistant's turn."""
     virtual_tokens: int = Field(20, ge=1)
     init_text: str | None = None
 
@@ -29,7 +30,7 @@ class AdapterConfig(Section):
         if self.activated and self.kind != "lora":
             raise ValueError(f"activated=true with kind={self.kind}: only a LoRA can be activated: set kind=lora")
         if self.invocation is not None and not (self.activated and self.invocation):
-            raise ValueError("`invocation` is the text at which an activated LoRA begins: it needs activated=true")
+            raise ValueError("`invocation` is the text from which an activated LoRA acts: it needs activated=true")
         return self
 
 
@@ -38,11 +39,11 @@ class ModelConfig(Section):
 
     path: str
     tokenizer: str | None = None
-    """Name or directory of the tokenizer; the model's own when absent."""
+    """Name or directory of the tokenizer; by default the model's own."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
     attention: str = "sdpa"
     chat_template: str | None = None
-    """``plain``, or a file with a Jinja template; the tokenizer's own when absent."""
+    """``plain``, or a file with a Jinja template; by default the tokenizer's own."""
     pad_token: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False
@@ -52,13 +53,13 @@ class TrainableModelConfig(ModelConfig):
     """A model that is trained."""
 
     from_scratch: bool = False
-    """Start from random weights: ``path`` then needs no more than a ``config.json``."""
+    """Start from random weights; ``path`` then only needs a ``config.json``."""
     gradient_checkpointing: bool = False
 
 
 class PolicyConfig(TrainableModelConfig):
-    """The policy: a causal language model, and what of it is trained."""
+    """The policy: a causal language model, and its trained part."""
 
     adapter: AdapterConfig = AdapterConfig()
     reference: str | None = None
-    """Path of the frozen reference ρ_sft; where the policy starts from when absent."""
+    """Path of the frozen reference ρ_sft; by default the policy's initial weights."""

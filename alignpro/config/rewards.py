@@ -1,4 +1,4 @@
-"""What a response is worth."""
+"""The reward: components and drift guards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from alignpro.config.section import Section
 
 
 class FunctionRewardConfig(Section):
-    """A Python function ``fn(prompts, responses, **params) -> list[float]`` by dotted path (``package.module:name``)."""
+    """A Python function ``fn(prompts, responses, **params) -> list[float]``, as ``package.module:name`` or
+    ``path/to/file.py:name``."""
 
     kind: Literal["function"]
     function: str
@@ -34,9 +35,9 @@ class ModelRewardConfig(Section):
 
 
 class GuardConfig(Section):
-    """A drift guard: always a metric of the rewrite against the original, and a penalty if asked.
+    """A drift guard: a metric that compares the rewrite with the original, and optionally a penalty.
 
-    Outside [low, high] the penalty grows linearly with the distance, times ``penalty``.
+    The penalty is ``penalty`` times the distance of the metric from [low, high].
     """
 
     kind: Literal["length_ratio", "copy_rate", "language_change", "embedding_similarity"]
@@ -49,11 +50,13 @@ class GuardConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> GuardConfig:
         if (self.kind == "embedding_similarity") != (self.model is not None):
-            raise ValueError("`model` names the encoder of embedding_similarity: give it there and only there")
+            raise ValueError(
+                "`model` names the encoder of embedding_similarity: it is required there and not allowed elsewhere"
+            )
         if self.penalty > 0 and self.low is None and self.high is None:
-            raise ValueError("a guard with a penalty needs `low`, `high` or both: the range that costs nothing")
+            raise ValueError("a guard with a penalty needs `low`, `high` or both: the range without penalty")
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"low={self.low} is above high={self.high}: no value would cost nothing")
+            raise ValueError(f"low={self.low} is above high={self.high}: every value would be penalised")
         return self
 
 
@@ -61,7 +64,7 @@ RewardComponentConfig = Annotated[FunctionRewardConfig | ModelRewardConfig, Fiel
 
 
 class RewardConfig(Section):
-    """r*(x, y): a weighted sum of components, less the penalties of the guards."""
+    """r*(x, y): a weighted sum of components, minus the penalties of the guards."""
 
     components: list[RewardComponentConfig] = Field(min_length=1)
     guards: list[GuardConfig] = Field(default_factory=list)

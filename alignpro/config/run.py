@@ -1,4 +1,4 @@
-"""Where a run writes, and on which processes it is."""
+"""The run directory, and the distribution over processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alignpro.config.section import Section
 
 
 class RunConfig(Section):
-    """The run directory and what is written to it, and when."""
+    """The run directory, and what is written to it how often."""
 
     out: Path
     seed: int = Field(0, ge=0)
@@ -21,24 +21,24 @@ class RunConfig(Section):
     checkpoint_every: int = Field(50, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     sample_every: int = Field(10, ge=1)
-    """Steps between rows of samples.jsonl."""
+    """Number of steps between rows of samples.jsonl."""
     tensorboard: bool = True
     wandb_project: str | None = None
 
 
 class DeepSpeedConfig(Section):
-    """How a job is spread over the ranks that the ``deepspeed`` launcher starts; without a launcher it says nothing."""
+    """How a job is distributed over the ranks started by the ``deepspeed`` launcher; ignored without the launcher."""
 
     config: str = "z2"
     """``z0``, ``z1``, ``z2``, ``z3``, ``z2_offload`` or ``z3_offload`` (launch/zero/), or the path of a JSON file."""
     target_stage: Literal[0, 3] = 0
-    """0: the frozen target is whole on each rank; 3: each rank holds a part, and it is gathered for each rollout."""
+    """0: every rank holds the whole frozen target. 3: it is sharded over the ranks and gathered for each rollout."""
     reward_stage: Literal[0, 3] = 0
-    """Likewise the reward models, which are gathered to score."""
+    """The same for the reward models; stage 3 gathers them for scoring."""
     gathered_bytes: int | None = Field(None, ge=1)
-    """A target or reward model in parts that is larger is not gathered whole, but layer by layer in each pass: about so
-    many bytes of its layers at a time. Whole, whatever its size, when absent."""
+    """A sharded target or reward model larger than this is not gathered whole, but layer by layer in each forward pass,
+    about this many bytes of its layers at a time. By default it is gathered whole, regardless of its size."""
     offload_reference: bool = False
-    """The reference, where it is a model of its own and not in parts, waits in the host's memory while it is not used."""
+    """Whether the reference, if it is a separate, unsharded model, is kept in host memory while it is not used."""
     timeout_seconds: float = Field(1800.0, gt=0)
     """How long a rank waits for the others before the job ends."""

@@ -1,4 +1,4 @@
-"""What every part of the configuration is."""
+"""The base class of all configuration sections."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, strict about unknown keys, and every number in it is finite."""
+    """A section of the configuration: immutable, rejects unknown keys, and requires finite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

@@ -1,4 +1,4 @@
-"""Prompts: the record, where it is read from, and how a data set is split."""
+"""Prompts: the record type, loading, and the held-out split."""
 
 from alignpro.data.columns import available_fields
 from alignpro.data.loading import DataSet, LoadReport, load_prompts

@@ -1,4 +1,4 @@
-"""Which column becomes which field of a `Prompt`: given by the configuration, or found from the columns' names."""
+"""The mapping from columns to fields of a `Prompt`: from the configuration, or detected from the column names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FIELDS = {
 }
 
 MISSING: Any = object()
-"""What `lookup` gives for a path that is not there; null is there."""
+"""Returned by `lookup` for a path that does not exist; a null value does exist."""
 
 _PROMPT_COLUMNS = (
     ("prompt", "prompt"),
@@ -54,12 +54,12 @@ _OTHER_COLUMNS = {
 
 
 def available_fields() -> dict[str, str]:
-    """The fields that ``data.columns`` may map, with their meaning."""
+    """The fields that ``data.columns`` may map, with their descriptions."""
     return dict(FIELDS)
 
 
 def lookup(row: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path (``conversations.0.value``), or `MISSING`; a column of that very name comes first."""
+    """The value at a dotted path (``conversations.0.value``), or `MISSING`; a column with that exact name takes priority."""
     if path in row:
         return row[path]
     value: Any = row
@@ -74,12 +74,12 @@ def lookup(row: Mapping[str, Any], path: str) -> Any:
 
 
 def detect_columns(columns: Collection[str], where: str) -> dict[str, str]:
-    """Find the common shapes by the columns' names; the result has the form of ``data.columns``.
+    """Detect common layouts from the column names. The result has the form of ``data.columns``.
 
-    Columns that are no field of a `Prompt` become metadata.
+    Columns that match no field of a `Prompt` become metadata.
 
     Raises:
-        DataError: No column that could hold a prompt.
+        DataError: No column could hold a prompt.
     """
     mapping: dict[str, str] = {}
     for field, column in _PROMPT_COLUMNS:
@@ -95,7 +95,7 @@ def detect_columns(columns: Collection[str], where: str) -> dict[str, str]:
                 mapping.setdefault(field, name)
     if not {"prompt", "messages", "chosen"} & set(mapping):
         raise DataError(
-            f"{where}: no column that holds a prompt (columns: {_listed(columns)}); name it, as in "
+            f"{where}: no column that holds a prompt (columns: {_listed(columns)}); name it, for example "
             f"data.columns.prompt={next(iter(columns), 'COLUMN')}"
         )
     used = {*mapping.values(), *(column for _, column in _PROMPT_COLUMNS)}
@@ -104,10 +104,10 @@ def detect_columns(columns: Collection[str], where: str) -> dict[str, str]:
 
 
 def check_columns(mapping: Mapping[str, str], columns: Collection[str], where: str) -> None:
-    """Check a configured mapping against the columns that are there.
+    """Check a configured mapping against the existing columns.
 
     Raises:
-        ConfigError: A key of the mapping is no field, or nothing says where the prompt is.
+        ConfigError: A key of the mapping is not a field, or no column is mapped to the prompt.
         DataError: A column does not exist.
     """
     for field, path in mapping.items():
@@ -118,25 +118,27 @@ def check_columns(mapping: Mapping[str, str], columns: Collection[str], where: s
         if path not in columns and path.split(".")[0] not in columns:
             raise DataError(f"{where}: no column {path!r} for data.columns.{field} (columns: {_listed(columns)})")
     if {"prompt", "messages"} <= set(mapping):
-        raise ConfigError("data.columns maps both prompt and messages: messages is the whole conversation, map one")
+        raise ConfigError(
+            "data.columns maps both prompt and messages: messages is the whole conversation, map only one"
+        )
     if not {"prompt", "messages", "chosen"} & set(mapping):
         raise ConfigError("data.columns does not say where the prompt is: map prompt, messages, or chosen transcripts")
 
 
 def may_provide(mapping: Mapping[str, str], field: str) -> bool:
     """Whether rows under this mapping can have the field (``rewrite``, ``metadata.answer``, …)."""
-    if field == "response":  # the closing turn of `messages` is one
+    if field == "response":  # the last turn of `messages` may be a response
         return "response" in mapping or ("messages" in mapping and "chosen" not in mapping)
     return field in mapping or (field.startswith("metadata.") and "metadata" in mapping)
 
 
 def to_prompt(row: Mapping[str, Any], mapping: Mapping[str, str], source: str) -> Prompt:
-    """One row as a `Prompt`.
+    """Convert a row to a `Prompt`.
 
-    A conversation that ends with the assistant's turn gives that turn as the response, where no column gives one.
+    If no column is mapped to a response and the conversation ends with an assistant turn, that turn is the response.
 
     Raises:
-        BadRow: The row has no prompt, a value has the wrong type, or the conversation does not end with a user's turn.
+        BadRow: The row has no prompt, a value has the wrong type, or the conversation does not end with a user turn.
     """
     values = {field: lookup(row, path) for field, path in mapping.items()}
     values = {field: None if value is MISSING else value for field, value in values.items()}
@@ -172,7 +174,7 @@ def _with_context(turns: tuple[Message, ...], context: str | None) -> tuple[Mess
 
 
 def _checked(turns: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """The conversation with its system message, blank ones left out; ends with the user's turn, not blank."""
+    """Prepend the system message, drop blank ones, and check that the conversation ends with a non-blank user turn."""
     turns = tuple(turn for turn in turns if turn.role != "system" or turn.content.strip())
     if system is not None and not (turns and turns[0].role == "system"):
         turns = (Message("system", system), *turns)

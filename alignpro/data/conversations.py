@@ -1,4 +1,4 @@
-"""The shapes in which data sets write conversations, read into messages.
+"""Convert the formats in which data sets store conversations to messages.
 
 Lists of ``{role, content}`` (OpenAI, TRL) or ``{from, value}`` (ShareGPT), single messages of either form, plain
 strings, and transcripts of the form ``"\\n\\nHuman: …\\n\\nAssistant: …"`` (HH-RLHF, Bai et al. 2022).
@@ -17,7 +17,7 @@ from alignpro.data.prompt import Message, replace_lone_surrogates
 
 
 class BadRow(ValueError):  # noqa: N818 (it is caught by the loader and never reaches the user as an exception)
-    """A row that cannot be used, and why; the loader adds where."""
+    """A row that cannot be used, with the reason; the loader adds the location."""
 
 
 ROLES = {
@@ -37,17 +37,17 @@ _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 @dataclass(frozen=True)
 class Answer:
-    """A response, with the conversation before it where the data set repeats that."""
+    """A response, with the conversation before it if the data set repeats that."""
 
     opening: tuple[Message, ...]
     text: str
 
 
 def read_text(value: Any, field: str) -> str | None:
-    """A string, or None for what data sets write when there is none: null, NaN, nothing but blanks.
+    """A string, or None for the ways in which data sets denote a missing value: null, NaN, only white space.
 
     Raises:
-        BadRow: Another type.
+        BadRow: The value has another type.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -58,17 +58,17 @@ def read_text(value: Any, field: str) -> str | None:
 
 
 def read_conversation(value: Any, field: str) -> tuple[Message, ...]:
-    """A conversation from any of the shapes; a plain string is one turn of the user's, nothing is no turn.
+    """Read a conversation in any of the formats; a plain string is a single user turn, a missing value has no turns.
 
     Raises:
-        BadRow: None of the shapes.
+        BadRow: The value has none of these formats.
     """
     if isinstance(value, (list, dict)):
         return _read_messages(value, field)
     text = read_text(value, field)
     if text is None:
         return ()
-    if text.lstrip().startswith("[{"):  # a list of messages in a CSV cell; a prompt that only looks like one is none
+    if text.lstrip().startswith("[{"):  # maybe a list of messages in a CSV cell, or just a prompt that looks like one
         parsed = _parse_json(text)
         if isinstance(parsed, list) and all(isinstance(turn, dict) and _role_key(turn) for turn in parsed):
             return _read_messages(parsed, field)
@@ -76,11 +76,11 @@ def read_conversation(value: Any, field: str) -> tuple[Message, ...]:
 
 
 def read_transcript(text: str) -> tuple[Message, ...] | None:
-    """The turns of a ``Human:``/``Assistant:`` transcript, stripped; None when the text is no transcript.
+    """The turns of a ``Human:``/``Assistant:`` transcript, stripped; None if the text is not a transcript.
 
-    It is one when it begins with a blank line and ``Human:``, or with ``Human:`` and has an ``Assistant:`` turn. A last
-    empty ``Assistant:``, which asks for an answer, is left out. Neighbouring turns of one role, an accident of
-    transcription that many chat templates refuse, become one turn.
+    A text is a transcript if it begins with a blank line and ``Human:``, or begins with ``Human:`` and has an
+    ``Assistant:`` turn. An empty ``Assistant:`` at the end, which asks for an answer, is dropped. Consecutive turns of the
+    same role, which are transcription errors that many chat templates reject, are merged.
     """
     body = text.lstrip()
     if not body.startswith("Human:") or not (text.startswith("\n\n") or "\n\nAssistant:" in text):
@@ -94,10 +94,10 @@ def read_transcript(text: str) -> tuple[Message, ...] | None:
 
 
 def read_answer(value: Any, field: str) -> Answer | None:
-    """A response from a string, a message, or a conversation that ends with it; None where there is none.
+    """Read a response from a string, a message, or a conversation that ends with it; None if there is no response.
 
     Raises:
-        BadRow: Another shape, or a conversation that does not end with the assistant's turn.
+        BadRow: The value has another format, or is a conversation that does not end with an assistant turn.
     """
     if isinstance(value, str):
         text = read_text(value, field)
@@ -124,7 +124,7 @@ def shared_opening(answers: list[Answer]) -> tuple[Message, ...]:
     """The conversation that all answers continue.
 
     Raises:
-        BadRow: They continue different ones.
+        BadRow: The answers continue different conversations.
     """
     if not answers:
         return ()
@@ -148,12 +148,12 @@ def _read_message(turn: Any, where: str) -> Message:
     if isinstance(content, list):
         content = "".join(_read_part(part, where) for part in content)
     if content is not None and not isinstance(content, str):
-        raise BadRow(f"{where} says {_kind(content)}, expected text")
+        raise BadRow(f"{where} has {_kind(content)} as its content, expected text")
     return Message(ROLES[role.lower()], replace_lone_surrogates(content or ""))
 
 
 def _read_part(part: Any, where: str) -> str:
-    """One part of a multimodal message; only text is of use."""
+    """Read one part of a multimodal message; only text parts are supported."""
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return part["text"]
     raise BadRow(f"{where} has a part that is not text")

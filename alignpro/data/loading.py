@@ -1,4 +1,4 @@
-"""From a data configuration to prompts: read, converted, checked, without duplicates."""
+"""Load prompts from a data configuration: read, convert, check and deduplicate them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ logger = logging.getLogger(__name__)
 
 TEXT_FIELDS = ("rewrite", "response", "chosen", "rejected")
 _SHOWN = 5
-"""Bad rows that a message quotes."""
+"""Maximum number of bad rows quoted in a message."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the rows that were read."""
+    """Statistics of the rows that were read."""
 
     rows: int
-    """Rows read, bad ones included; ``data.limit`` ends the reading early."""
+    """Rows read, including bad ones; reading stops early at ``data.limit``."""
     kept: int
     duplicates: int
     bad: list[str]
-    """One message a bad row: file, line (or row number) and what is wrong."""
+    """One message per bad row: file, line (or row number) and the problem."""
 
     def __str__(self) -> str:
         return f"{self.kept} prompts from {self.rows} rows ({self.duplicates} duplicates, {len(self.bad)} bad rows)"
@@ -39,7 +39,7 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Prompts in the order of their source, and how they came to be."""
+    """Prompts in the order of their source, and the report of loading them."""
 
     prompts: list[Prompt]
     report: LoadReport
@@ -47,21 +47,22 @@ class DataSet:
 
 @dataclass(frozen=True)
 class _Source:
-    """A table and the mapping that fits it."""
+    """A table and its column mapping."""
 
     table: Table
     mapping: Mapping[str, str]
     known_bad: int = 0
-    """Bad rows that are no surprise, over and above the configured limit."""
+    """Number of expected bad rows, allowed in addition to the configured limit."""
 
 
 def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
-    """Load the prompts that ``config`` names.
+    """Load the prompts specified by ``config``.
 
-    How many rows were kept, and the first bad ones, are logged.
+    The number of rows kept and the first bad rows are logged.
 
-    Two rows are duplicates when their conversation and all required fields are equal: with ``require=("rewrite",)``
-    a prompt may come with several rewrites, with ``("chosen", "rejected")`` in several pairs, without it comes once.
+    Two rows are duplicates if their conversations and all required fields are equal. So with ``require=("rewrite",)`` a
+    prompt may occur with several rewrites, with ``("chosen", "rejected")`` in several pairs, and without required fields
+    only once.
 
     Args:
         config: Preset or files, column mapping, limit.
@@ -69,7 +70,7 @@ def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
             ``metadata.KEY``. A row without one is a bad row.
 
     Raises:
-        ConfigError: The column mapping names no field of a prompt.
+        ConfigError: The column mapping has an unknown field or lacks the prompt.
         DataError: A file is missing or unreadable, a column does not exist, no row can have a required field, there
             are more than ``config.max_bad_rows`` bad rows, or no prompt is left.
     """
@@ -114,7 +115,7 @@ def _load(config: DataConfig, require: Sequence[str]) -> DataSet:
 
 
 def read_field(prompt: Prompt, field: str) -> Any:
-    """A field of a prompt by the name that ``require`` takes; None where the prompt has none."""
+    """A field of a prompt, named as in ``require``; None if the prompt does not have it."""
     if field.startswith("metadata."):
         return prompt.metadata.get(field.removeprefix("metadata."))
     return getattr(prompt, field)
@@ -137,7 +138,7 @@ def _sources(config: DataConfig) -> Iterator[_Source]:
         except DataError as error:
             raise DataError(f"{error}, and no preset (presets: {', '.join(known)})") from error
         if config.split is not None:
-            raise DataError(f"data.split={config.split}: only presets have splits, and {name} is a file; leave it out")
+            raise DataError(f"data.split={config.split}: only presets have splits, but {name} is a file; leave it out")
         for path in paths:
             table = read_table(path)
             if table.rows:
@@ -145,8 +146,8 @@ def _sources(config: DataConfig) -> Iterator[_Source]:
 
 
 def _mapped(table: Table, columns: Mapping[str, str], known_bad: int = 0) -> _Source:
-    """A table read by the configured mapping, or by the one that its columns suggest."""
-    if not table.columns:  # no row could be read: nothing to look for columns in, and each row tells why
+    """A table with the configured mapping, or with one detected from its columns."""
+    if not table.columns:  # no row could be read: there are no columns to detect, and each row has its own problem
         return _Source(table, {"prompt": "prompt"}, known_bad)
     if columns:
         check_columns(columns, table.columns, table.name)
@@ -174,24 +175,24 @@ def _check_fields(source: _Source, require: Sequence[str]) -> None:
     if absent and source.table.columns:
         raise DataError(
             f"{source.table.name}: no column for {', '.join(absent)}, which this command needs "
-            f"(columns: {', '.join(source.table.columns)}); name it, as in data.columns.{absent[0]}=COLUMN"
+            f"(columns: {', '.join(source.table.columns)}); name it, for example data.columns.{absent[0]}=COLUMN"
         )
 
 
 def _check_paths(source: _Source) -> None:
-    """A path whose column exists but which leads nowhere in any row is a slip of the pen, not an empty field."""
+    """Reject a path whose column exists but which resolves in no row: that is a typo, not an empty field."""
     values = [row.values for row in source.table.rows if row.values is not None]
     for field, path in source.mapping.items():
         if "." in path and values and all(lookup(row, path) is MISSING for row in values):
             raise DataError(
-                f"{source.table.name}: data.columns.{field}={path} leads nowhere in any of {len(values)} rows"
+                f"{source.table.name}: data.columns.{field}={path} does not exist in any of {len(values)} rows"
             )
 
 
 def _too_many(bad: Sequence[str], limit: int) -> str:
     return (
         f"more than {limit} bad rows:\n{_quoted(bad)}\n"
-        "mend the data, map its columns with data.columns, or raise data.max_bad_rows"
+        "fix the data, map its columns with data.columns, or raise data.max_bad_rows"
     )
 
 

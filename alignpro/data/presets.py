@@ -1,6 +1,6 @@
-"""Public data sets by name: where each is, and how a row of it becomes a `Prompt`.
+"""Public data sets by name: where to find each, and how to convert its rows to a `Prompt`.
 
-The paper names the data sets, not its splits; the choices of split and variant here are ours.
+The paper names the data sets but not their splits; the splits and variants here are our choice.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from alignpro.errors import DataError
 
 @dataclass(frozen=True)
 class Preset:
-    """A data set of the Hugging Face hub, and its column mapping."""
+    """A data set on the Hugging Face Hub and its column mapping."""
 
     hub_id: str
     split: str
     columns: Mapping[str, str]
     about: str
     known_bad: int = 0
-    """Rows that the data set is known to have broken; as many more than ``data.max_bad_rows`` are let pass."""
+    """Number of rows known to be broken in the data set, allowed in addition to ``data.max_bad_rows``."""
 
     def convert(self, row: Mapping[str, Any], source: str) -> Prompt:
-        """One row of the data set as a `Prompt`; pure.
+        """Convert one row of the data set to a `Prompt`; pure.
 
         Raises:
             BadRow: The row has no usable prompt.
@@ -70,7 +70,7 @@ def presets() -> dict[str, Preset]:
             "train",
             {"chosen": "chosen", "rejected": "rejected"},  # transcripts that differ in the last turn
             "161 thousand pairs of multi-turn dialogues",
-            # Transcripts that stop before the last answer: 4 of 2,312 in the harmless test split.
+            # Transcripts that end before the last answer: 4 of 2,312 in the harmless test split.
             known_bad=2000,
         ),
         "bpo": Preset(
@@ -83,12 +83,12 @@ def presets() -> dict[str, Preset]:
 
 
 def available_presets() -> dict[str, str]:
-    """Names of the presets with what they hold."""
+    """The presets with their descriptions."""
     return {name: f"{preset.hub_id} ({preset.split}): {preset.about}" for name, preset in presets().items()}
 
 
 def read_preset(name: str, preset: Preset, split: str | None) -> Table:
-    """Download (or take from the cache) the rows of a preset.
+    """Download the rows of a preset, or read them from the cache.
 
     Raises:
         DataError: The data set or the split cannot be loaded.
@@ -98,11 +98,11 @@ def read_preset(name: str, preset: Preset, split: str | None) -> Table:
     split = split or preset.split
     try:
         loaded = datasets.load_dataset(preset.hub_id, split=split)
-    except Exception as error:  # the hub client has no common class for what may go wrong
+    except Exception as error:  # the Hub client has no common exception class
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
             f"data.source {name}: cannot load split {split!r} of {preset.hub_id}: {reason}; "
-            "without a network, download its files elsewhere and name them in data.source"
+            "without network access, download its files elsewhere and name them in data.source"
         ) from error
     where = f"{preset.hub_id}/{split}"
     rows = [Row(f"{where}:row {number}", dict(values)) for number, values in enumerate(loaded, start=1)]

@@ -1,4 +1,4 @@
-"""The one record that passes through the project: a user's prompt, with what a data set knows about it."""
+"""The record that is passed through the project: a user's prompt with the annotations of its data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """The text with U+FFFD for every lone half of a surrogate pair: JSON can write one, UTF-8 and tokenizers cannot."""
+    """Replace lone surrogates by U+FFFD: JSON can contain them, but UTF-8 and tokenizers cannot encode them."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -27,9 +27,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's prompt x: a conversation that ends with the user's turn, and what the data set adds to it.
+    """A user's prompt x: a conversation that ends with a user turn, and the annotations of its data set.
 
-    The last turn is what the prompter rewrites; the turns before it are context that both models see unchanged.
+    The prompter rewrites the last turn; the turns before it are context that both models see unchanged.
     """
 
     messages: tuple[Message, ...]
@@ -41,24 +41,24 @@ class Prompt:
     """The preferred response, for the reward model."""
     rejected: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever a reward function needs, such as the right ``answer``."""
+    """Data for a reward function, such as the correct ``answer``."""
     source: str = ""
-    """Where the record comes from: ``file:line``, ``file:row N`` or ``dataset/split:row N``; both count from 1."""
+    """Origin of the record: ``file:line``, ``file:row N`` or ``dataset/split:row N``; both count from 1."""
 
     @classmethod
     def from_text(cls, text: str, *, system: str | None = None, **fields: Any) -> Prompt:
-        """A single-turn prompt."""
+        """Create a single-turn prompt."""
         turns = (Message("user", text),)
         return cls(((Message("system", system), *turns) if system else turns), **fields)
 
     @property
     def text(self) -> str:
-        """The user's last turn: what is rewritten."""
+        """The text of the user's last turn, which is rewritten."""
         return self.messages[-1].content
 
     @property
     def context(self) -> tuple[Message, ...]:
-        """The turns before the last one, a system message included."""
+        """The turns before the last one, including a system message."""
         return self.messages[:-1]
 
     def with_text(self, text: str) -> Prompt:
@@ -67,6 +67,6 @@ class Prompt:
 
     @cached_property
     def id(self) -> str:
-        """16 hexadecimal digits that depend on the conversation alone: equal prompts have equal ids everywhere."""
+        """16 hexadecimal digits that depend only on the conversation: equal prompts have equal ids on every machine."""
         turns = [[message.role, message.content] for message in self.messages]
         return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:16]

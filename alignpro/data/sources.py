@@ -1,6 +1,6 @@
-"""Local files as rows: JSON, JSON Lines, CSV and Parquet, plain or gzipped.
+"""Read local files as rows: JSON, JSON Lines, CSV and Parquet, plain or gzipped.
 
-A row that cannot be read is yielded with what is wrong with it; only a file that cannot be read at all is an error.
+A row that cannot be read is returned with a description of the problem. Only an unreadable file is an error.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its values, or the problem that kept it from being read."""
+    """One row: its values, or the reason why it could not be read."""
 
     location: str
-    """``file:line`` where the format has lines, ``file:row N`` where it has not; both count from 1."""
+    """``file:line`` for line-based formats, otherwise ``file:row N``; both count from 1."""
     values: dict[str, Any] | None = None
     problem: str = ""
 
@@ -42,16 +42,16 @@ class Table:
 
 
 def expand_paths(pattern: str) -> list[Path]:
-    """The files that a path or a glob names, sorted.
+    """The files matched by a path or a glob pattern, sorted.
 
     Raises:
-        DataError: There is none, or it is a directory.
+        DataError: No file matches, or the path is a directory.
     """
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        raise DataError(f"data.source {pattern}: is a directory; name files, as in {path / '*.jsonl'}")
+        raise DataError(f"data.source {pattern}: is a directory; name files, for example {path / '*.jsonl'}")
     found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 (absolute patterns too)
     if not found:
         raise DataError(f"data.source {pattern}: no such file")
@@ -59,16 +59,16 @@ def expand_paths(pattern: str) -> list[Path]:
 
 
 def read_table(path: Path) -> Table:
-    """Read a file; the ending says its format, ``.gz`` after it that it is compressed.
+    """Read a file. Its suffix determines the format; an additional ``.gz`` means that it is compressed.
 
     Raises:
-        DataError: The ending is unknown, or the file cannot be read at all.
+        DataError: The suffix is unknown, or the file cannot be read.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = suffixes[-1:] == [".gz"]
     kind = next(iter(suffixes[:-1][-1:] if compressed else suffixes[-1:]), "")
     if kind not in FORMATS:
-        raise DataError(f"{path}: unknown kind of file; expected {', '.join(FORMATS)}, each also with .gz")
+        raise DataError(f"{path}: unknown kind of file; expected {', '.join(FORMATS)}, optionally with .gz")
     content = _read_bytes(path, compressed)
     if kind == ".parquet":
         return _read_parquet(path, content)
@@ -77,7 +77,7 @@ def read_table(path: Path) -> Table:
     content = content.removeprefix(b"\xef\xbb\xbf")
     if kind == ".csv":
         return _read_csv(path, content)
-    # The content tells an array from JSON Lines: files of either form carry either ending.
+    # Arrays and JSON Lines are told apart by content, since either format occurs with either suffix.
     rows = _json_array(path, content) if content.lstrip()[:1] == b"[" else list(_json_lines(path, content))
     columns = dict.fromkeys(key for row in rows for key in row.values or ())
     return Table(str(path), tuple(columns), rows)
@@ -94,7 +94,7 @@ def _read_bytes(path: Path, compressed: bool) -> bytes:
 
 
 def _json_lines(path: Path, content: bytes) -> Iterator[Row]:
-    # Split at line feeds alone: U+2028 and its like may stand inside a JSON string.
+    # Split only at line feeds: U+2028 and similar line separators may occur in a JSON string.
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             yield _json_row(f"{path}:{number}", line)
@@ -132,7 +132,7 @@ def _object_row(location: str, values: Any) -> Row:
 
 
 def _read_csv(path: Path, content: bytes) -> Table:
-    # Bytes that are no UTF-8 become lone surrogates here, so that only their own row is lost.
+    # Invalid UTF-8 bytes become lone surrogates here, so that only the row that contains them is lost.
     text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
     default_limit = csv.field_size_limit(sys.maxsize)  # prompts may be longer than the module's 128 KiB
     try:

@@ -1,4 +1,4 @@
-"""Training and held-out prompts, told apart by what a prompt says."""
+"""Split prompts into training and held-out sets by a hash of their content."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from alignpro.errors import DataError
 
 
 def is_held_out(prompt: Prompt, holdout: float) -> bool:
-    """Whether this prompt belongs to the held-out share.
+    """Whether this prompt belongs to the held-out set.
 
-    The side is a function of the conversation (`Prompt.id`) and ``holdout`` alone: it does not change when the data set
-    grows or is reordered, the same prompt of two data sets is on the same side, and a larger ``holdout`` only adds
-    prompts to the held-out side.
+    This depends only on the conversation (`Prompt.id`) and ``holdout``. It does not change when the data set grows or is
+    reordered, the same prompt from two data sets is in the same set, and a larger ``holdout`` only adds prompts to the
+    held-out set.
     """
     digest = hashlib.sha256(b"alignpro/split/" + prompt.id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < holdout * 2**64
@@ -25,11 +25,11 @@ def split(prompts: Sequence[Prompt], holdout: float) -> tuple[list[Prompt], list
 
     Args:
         prompts: The data set.
-        holdout: Expected share of the held-out side, in [0, 1). A small data set may miss it by a few prompts, and its
-            held-out side may be empty.
+        holdout: Expected share of held-out prompts, in [0, 1). A small data set may deviate from it by a few prompts, and
+            its held-out set may be empty.
 
     Raises:
-        DataError: There are prompts and none is left to train on.
+        DataError: There are prompts, but none is left to train on.
         ValueError: ``holdout`` is outside [0, 1).
     """
     if not 0 <= holdout < 1:

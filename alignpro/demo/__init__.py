@@ -1,1 +1,1 @@
-"""The embedded default: a small world in which the wording of a prompt decides how well a frozen target does."""
+"""The embedded demo: a small world in which the wording of a prompt determines how well a frozen target performs."""

@@ -1,7 +1,7 @@
-"""Train the embedded world's two models again, with the project's own SFT: ``python -m alignpro.demo.build``.
+"""Retrain the two models of the embedded world with the project's own SFT: ``python -m alignpro.demo.build``.
 
-Half an hour on two cores. The same seed gives the same data and the same start; weights agree with the packaged ones to
-the rounding of the machine.
+This takes half an hour on two cores. The same seed gives the same data and initial weights; the trained weights agree
+with the packaged ones up to rounding differences between machines.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Records = list[dict[str, Any]]
 
 
 def records(name: str, stage: int) -> Records:
-    """The SFT records of a stage: faithful first, and at last what makes the wording matter."""
+    """The SFT records of a stage: correct data first, and in the last stage the data that make the wording matter."""
     if name == "prompter":
         return world.prompter_records(RECORD_COUNT, 0, mixed=stage == 2)
     if stage == 2:
@@ -36,10 +36,10 @@ def records(name: str, stage: int) -> Records:
 
 
 def main() -> None:
-    """Train, and put what was trained into the package."""
+    """Train the models and copy them into the package."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(STAGES), help="both, when not named")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo-weights"), help="where the runs go")
+    parser.add_argument("--model", choices=list(STAGES), help="the model to train (default: both)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo-weights"), help="directory of the runs")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in [arguments.model] if arguments.model else list(STAGES):
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def build(name: str, out: Path) -> None:
-    """Stages of SFT from random weights; an interrupted build goes on."""
+    """Run all stages of SFT from random weights; an interrupted build is resumed."""
     save_untrained(out / "untrained")
     start = out / "untrained" / name
     for stage in range(1, STAGES[name] + 1):

@@ -1,7 +1,7 @@
 """The untrained models of the embedded world: a Llama-type target and a Qwen2-type prompter with their own tokenizers.
 
-The target's tokenizer has one token a printable ASCII character, the prompter's one a byte; ids, special tokens and
-chat templates differ, as they do between real families.
+The target's tokenizer has one token per printable ASCII character, the prompter's one per byte; ids, special tokens and
+chat templates differ, as they do between real model families.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import (
 CHARACTERS = string.ascii_lowercase + string.digits + " " + string.punctuation + string.ascii_uppercase + "\n"
 
 CONTEXT = 128
-"""Longest sequence of either model, in tokens."""
+"""Maximum sequence length of both models, in tokens."""
 
 _TARGET_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "<<SYS>>")
 _TARGET_TEMPLATE = """\
@@ -62,9 +62,9 @@ def target_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prompter_tokenizer() -> Qwen2Tokenizer:
-    """The prompter's tokenizer: Qwen's byte-level one without merges (one token a byte), and its template.
+    """The prompter's tokenizer: Qwen's byte-level one without merges (one token per byte), and its template.
 
-    It has to be Qwen's own class: `AutoTokenizer` loads that for every model of type ``qwen2``, whatever was saved.
+    It must be Qwen's own class, which `AutoTokenizer` loads for every model of type ``qwen2``, whatever was saved.
     """
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *_PROMPTER_SPECIAL]
     tokenizer = Qwen2Tokenizer(
@@ -80,7 +80,7 @@ def prompter_tokenizer() -> Qwen2Tokenizer:
 
 
 def untrained_target(seed: int = 0) -> LlamaForCausalLM:
-    """The target before training: 0.6 million parameters, tied embeddings, grouped key-value heads."""
+    """The target before training: 0.6 million parameters, tied embeddings, grouped-query attention."""
     tokenizer = target_tokenizer()
     torch.manual_seed(seed)
     return LlamaForCausalLM(
@@ -133,7 +133,7 @@ def save_untrained(directory: Path, *, seed: int = 0) -> None:
 
 
 def _character_tokenizer(vocabulary: list[str], *, unknown: str) -> Tokenizer:
-    """One token a character, ids in the order of ``vocabulary``; other characters become ``unknown``."""
+    """One token per character, ids in the order of ``vocabulary``; other characters become ``unknown``."""
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

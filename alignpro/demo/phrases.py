@@ -1,7 +1,7 @@
-"""How people ask for the tasks of the embedded world: keys, frames around them, openers and closers.
+"""The phrasings of requests in the embedded world: keys, frames around them, openers and closers.
 
-A request is ``opener + core + closer``; a core is a key set in a frame of its kind (``flip`` in ``take {a} and {k}
-it``). One core in five is held out, as a combination: its key and its frame occur in training, but never together. Some
+A request is ``opener + core + closer``; a core is a key inserted in a frame of its kind (``flip`` in ``take {a} and {k}
+it``). One core in five is held out as a combination: its key and its frame occur in training, but never together. Some
 openers and closers are held out as strings.
 """
 
@@ -47,7 +47,7 @@ FRAMES: dict[Kind, tuple[str, ...]] = {
         "give me the {k} of {a}",
     ),
 }
-"""Frames by the kind of key that they take; ``{a}`` is the argument and ``{k}`` the key."""
+"""Frames by the kind of key they take; ``{a}`` is the argument and ``{k}`` the key."""
 
 KEYS: dict[Task, dict[Kind, tuple[str, ...]]] = {
     "reverse": {"verb": ("flip", "reverse", "turn around", "mirror"), "state": ("backwards", "reversed", "flipped")},
@@ -96,7 +96,7 @@ HELDOUT_VERB_OPENERS = ("would u ", "pls can u ")
 
 @dataclass(frozen=True)
 class Core:
-    """A key in a frame: the part of a request that says what is wanted."""
+    """A key in a frame: the part of a request that states the task."""
 
     task: Task
     kind: Kind
@@ -105,22 +105,22 @@ class Core:
 
     @property
     def heldout(self) -> bool:
-        """Whether the combination is kept from training, by a hash of its text."""
+        """Whether the combination is held out from training, decided by a hash of its text."""
         return stable_fraction(f"{self.task}/{self.key}/{self.frame}") < 0.2
 
     def fill(self, argument: str) -> str:
-        """The request's words, with the argument set in."""
+        """The core's text with the argument inserted."""
         return self.frame.format(k=self.key, a=argument)
 
 
 def stable_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on ``text`` alone, alike on every machine."""
+    """A number in [0, 1) that depends only on ``text`` and is the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 @cache
 def cores(task: Task, heldout: bool) -> tuple[Core, ...]:
-    """The cores that ask for ``task``, of training or held out."""
+    """The cores that ask for ``task``, either for training or held out."""
     kinds = KEYS[task].items()
     every = (Core(task, kind, key, frame) for kind, keys in kinds for key in keys for frame in FRAMES[kind])
     return tuple(core for core in every if core.heldout == heldout)

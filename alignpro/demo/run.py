@@ -1,4 +1,4 @@
-"""`alignpro demo`: the main job from end to end on the embedded world, with the project's own commands.
+"""`alignpro demo`: the main workflow end to end on the embedded world, with the project's own commands.
 
 prompts → Align-Pro and the RLHF oracle, trained on the same budget → evaluation on held-out prompts → report
 """
@@ -40,23 +40,25 @@ JobT = TypeVar("JobT", TrainConfig, RLHFConfig)
 
 
 def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = "z2") -> dict[str, Any]:
-    """Train, compare and report; an interrupted demo goes on where it was. Under the deepspeed launcher all ranks train.
+    """Train, compare and report; an interrupted demo is resumed. Under the deepspeed launcher, all ranks train.
 
     Args:
-        out: Gets ``summary.json``, ``figure.png``, ``report.html``, and the runs ``align_pro/`` and ``oracle/``.
-        seed: Of the prompts, the sampling and the evaluation.
-        steps: Training steps of prompter and oracle; a few show that all runs, the packaged number shows what it gives.
-        zero: ``deepspeed.config``, under its launcher.
+        out: Output directory for ``summary.json``, ``figure.png``, ``report.html``, and the runs ``align_pro/`` and
+            ``oracle/``.
+        seed: Seed of the prompts, the sampling and the evaluation.
+        steps: Training steps of prompter and oracle. A few are enough to check that everything runs; the packaged default
+            is needed for meaningful results.
+        zero: ``deepspeed.config``, used under the deepspeed launcher.
 
     Returns:
-        What ``summary.json`` holds.
+        The content of ``summary.json``.
 
     Raises:
-        TrainingError: ``out`` holds a finished demo, or one of another seed.
+        TrainingError: ``out`` contains a finished demo, or one with another seed.
     """
     started = time.perf_counter()
     if (out / "summary.json").exists():
-        raise TrainingError(f"{out}: holds a finished demo already; name another --out, or remove it")
+        raise TrainingError(f"{out}: already contains a finished demo; choose another --out, or remove it")
     train, rlhf, comparison = configurations(out, seed, steps, zero)
     with _ranks(train.deepspeed.timeout_seconds) as ranks:
         ranks.on_first(lambda: _write_prompts(out, seed))
@@ -72,7 +74,7 @@ def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = 
 
 @contextmanager
 def _ranks(timeout_seconds: float) -> Iterator[Ranks]:
-    """Those that the deepspeed launcher has started, or this process alone."""
+    """The ranks started by the deepspeed launcher, or this process alone."""
     if not launched():
         yield Ranks()
         return
@@ -101,7 +103,7 @@ def _compare(config: EvalConfig, started: float) -> None:
 def configurations(
     out: Path, seed: int, steps: int | None = None, zero: str = "z2"
 ) -> tuple[TrainConfig, RLHFConfig, EvalConfig]:
-    """The packaged YAML files with this run's paths and seed."""
+    """The configurations from the packaged YAML files, with this run's paths and seed."""
     target = {"path": str(WEIGHTS / "target")}
     prompter = {"path": str(WEIGHTS / "prompter")}
     train = _load("train.yaml")

@@ -1,12 +1,11 @@
-"""The embedded world: word tasks that a small target solves when asked in one form, and people ask in many others.
+"""The embedded world: word tasks that a small target solves reliably only if they are asked in a canonical form.
 
-A request names a task and an argument (a made-up word). The canonical form is ``reverse: stone``; people write
-``can u flip the word stone pls``. The target learns all of them, and then, from careless data, to answer canonical
-requests rightly always and casual ones only sometimes, the less often the more clutter they carry: so it knows the
-tasks, and it is the wording that decides how well it does them.
+A request consists of a task and an argument (a made-up word). The canonical form is ``reverse: stone``; people write
+``can u flip the word stone pls``. The target first learns all phrasings. Then, from careless data, it learns to answer
+canonical requests always correctly but casual ones only sometimes, less often the more clutter they have. So it knows the
+tasks, and the wording determines how well it performs them.
 
-All records are pure functions of a seed. One argument in five and one phrasing in five are held out from everything
-that is trained.
+All records are pure functions of a seed. One argument in five and one phrasing in five are held out from all training.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ CONSONANTS = "bcdfghjklmnpqrstvwxyz"
 
 ARGUMENT_HOLDOUT = 0.2
 TYPO_RATE = 0.15
-"""Share of mistyped requests in what the models are trained on before reinforcement learning."""
+"""Share of requests with a typo in the SFT data."""
 PROMPT_TYPO_RATE = 0.05
-"""Share of mistyped requests among the prompts of reinforcement learning and evaluation."""
+"""Share of requests with a typo among the prompts of reinforcement learning and evaluation."""
 MAX_CHARACTERS = 40
-"""Longest casual request, in characters."""
+"""Maximum length of a casual request with opener and closer, in characters; longer ones lose both."""
 
 TASK_WEIGHTS: dict[Task, float] = {
     "reverse": 1.5,
@@ -53,14 +52,14 @@ TASK_WEIGHTS: dict[Task, float] = {
     "last": 0.7,
     "length": 0.7,
 }
-"""Relative frequency of the tasks in the target's training data: the harder ones more often."""
+"""Relative frequency of the tasks in the target's training data; harder tasks are more frequent."""
 CANONICAL_SHARE = 0.4
 """Share of canonical requests in the target's training data."""
 RIGHT_SHARE = (0.6, 0.5, 0.4, 0.3)
-"""Share of right answers to casual requests in the target's second stage, by number of clutters."""
+"""Share of correct answers to casual requests in the target's last stage, by amount of clutter."""
 
 REWRITE_SHARES = {"verbatim": 0.25, "paraphrase": 0.3, "wrong_task": 0.2, "canonical": 0.25}
-"""What ρ_sft learns to write: mostly not what the target understands best."""
+"""The kinds of rewrites that ρ_sft learns: mostly not the form that the target understands best."""
 
 _SOLVERS: dict[Task, Callable[[str], str]] = {
     "reverse": lambda word: word[::-1],
@@ -75,44 +74,44 @@ _SOLVERS: dict[Task, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """A request in someone's words."""
+    """A casually worded request."""
 
     task: Task
     argument: str
     text: str
     clutter: int
-    """How many of opener, closer and typo it carries: 0 to 3."""
+    """How many of opener, closer and typo it has: 0 to 3."""
 
     @property
     def answer(self) -> str:
-        """The right answer."""
+        """The correct answer."""
         return solve(self.task, self.argument)
 
 
 def solve(task: Task, argument: str) -> str:
-    """The right answer: ``solve("reverse", "stone") == "enots"``."""
+    """The correct answer: ``solve("reverse", "stone") == "enots"``."""
     return _SOLVERS[task](argument)
 
 
 def canonical(task: Task, argument: str) -> str:
-    """The form in which the target answers well: ``reverse: stone``."""
+    """The form of a request that the target answers well: ``reverse: stone``."""
     return f"{task}: {argument}"
 
 
 def is_heldout_argument(word: str) -> bool:
-    """Whether ``word`` is kept from training, by a hash of its letters."""
+    """Whether ``word`` is held out from training, decided by a hash of its letters."""
     return stable_fraction(word) < ARGUMENT_HOLDOUT
 
 
 def draw_argument(rng: random.Random, *, heldout: bool) -> str:
-    """A made-up word of 4 to 6 letters that can be pronounced, from the training or the held-out side."""
+    """Draw a pronounceable made-up word of 4 to 6 letters, either for training or held out."""
     while True:
         length = rng.choice((4, 5, 6))
         vowel = rng.random() < 0.35
         word = ""
         while len(word) < length:
             word += rng.choice(VOWELS if vowel else CONSONANTS)
-            # Now and then two of a kind in a row ("steam"), never three.
+            # Occasionally two vowels or two consonants in a row ("steam"), never three.
             doubled = len(word) >= 2 and (word[-2] in VOWELS) == vowel
             vowel = vowel if not doubled and rng.random() < 0.2 else not vowel
         if is_heldout_argument(word) == heldout:
@@ -122,7 +121,7 @@ def draw_argument(rng: random.Random, *, heldout: bool) -> str:
 def draw_request(
     rng: random.Random, task: Task, argument: str, *, heldout: bool, typo_rate: float = TYPO_RATE
 ) -> Request:
-    """A casual request; a held-out one has a held-out core, and openers and closers of both sides."""
+    """Draw a casual request. A held-out one has a held-out core; its opener and closer may be held out or not."""
     core = rng.choice(cores(task, heldout))
     words, typo = _with_typo(rng, core.frame.replace("{k}", core.key), rate=typo_rate)
     text = words.replace("{a}", argument)
@@ -143,11 +142,11 @@ def target_records(
     """The target's training data, ``{"prompt", "response"}``.
 
     Args:
-        count: How many records.
-        seed: They depend on it and on the settings below alone.
+        count: Number of records.
+        seed: The records depend only on the seed and the settings below.
         canonical_share: Share of canonical requests.
-        careless: False for pre-training, where every request is answered rightly. True for the second stage, where
-            casual requests are answered rightly only in the shares of `RIGHT_SHARE`: this is what makes wording matter.
+        careless: False for the first stages, in which every request is answered correctly. True for the last stage, in
+            which only the shares `RIGHT_SHARE` of casual requests are answered correctly; this makes the wording matter.
     """
     rng = random.Random(f"target/{careless}/{seed}")
     records = []
@@ -167,10 +166,10 @@ def prompter_records(count: int, seed: int, *, mixed: bool = True) -> list[dict[
     """Pairs for the prompter's SFT, ``{"prompt", "rewrite"}``.
 
     Args:
-        count: How many records.
-        seed: They depend on it and on ``mixed`` alone.
-        mixed: False for pre-training, on copies and canonical requests alone, from which reading and copying are
-            learned. True for the second stage, the mixture of `REWRITE_SHARES`: this makes ρ_sft a poor prompter.
+        count: Number of records.
+        seed: The records depend only on the seed and on ``mixed``.
+        mixed: False for the first stage, which has only copies and canonical requests and teaches reading and copying.
+            True for the second stage, the mixture of `REWRITE_SHARES`, which makes ρ_sft a poor prompter.
     """
     rng = random.Random(f"prompter/{mixed}/{seed}")
     mixture = REWRITE_SHARES if mixed else {"verbatim": 0.5, "canonical": 0.5}
@@ -210,17 +209,17 @@ def prompt_records(count: int, seed: int, *, heldout: bool) -> list[dict[str, An
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON Lines that the project's commands read."""
+    """Write records as JSON Lines, which the project's commands read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-    """r*(x, y): 1 if the response is the right answer to the ORIGINAL prompt, else 0.
+    """r*(x, y): 1 if the response is the correct answer to the ORIGINAL prompt, else 0.
 
     Raises:
-        RewardError: A prompt carries no ``answer`` in its metadata.
+        RewardError: A prompt has no ``answer`` in its metadata.
     """
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -231,7 +230,7 @@ def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
 
 
 def _misunderstand(rng: random.Random, request: Request) -> str:
-    """A wrong reaction to a casual request: a question back, an echo, or the answer to another task."""
+    """A wrong response to a casual request: a question back, an echo, or the answer to another task."""
     kind = rng.random()
     if kind < 0.75:
         return rng.choice(("what?", "huh?"))
@@ -245,7 +244,7 @@ def _other_task(rng: random.Random, task: Task) -> Task:
 
 
 def _with_typo(rng: random.Random, frame: str, rate: float) -> tuple[str, bool]:
-    """Maybe drop a letter of a long word of the frame, or swap two; the argument's place is left alone."""
+    """With probability ``rate``, drop a letter of a long word of the frame or swap two; placeholders are not changed."""
     words = frame.split(" ")
     long = [index for index, word in enumerate(words) if len(word) >= 5 and word.isalpha()]
     if not long or rng.random() >= rate:

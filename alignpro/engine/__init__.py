@@ -1,4 +1,4 @@
-"""Generation: sampling parameters, completions, chains and the engine that makes them."""
+"""Generation: sampling parameters, completions, chains and the engine that produces them."""
 
 from alignpro.engine.engine import Engine
 from alignpro.engine.sampler import derive_seed

@@ -1,8 +1,9 @@
-"""Attention of one tick over the pool: shared nodes once for all queries below them, merged with what is each one's own.
+"""Attention of one tick over the paged pool: shared prefixes are read once, then merged with each sequence's own keys.
 
-The tokens of a tick lie on one line in the order of a walk down the prefix tree, so that the queries below a node, its
-own among them, are neighbours. Each depth of the tree is a level of `cascade_attention`, in which every node is a set of
-keys that those neighbours see up to their own positions: a prompt's keys are read once for all its siblings.
+The tokens of a tick are flattened in depth-first order of the prefix tree, so the queries below a node, including the
+node's own, are contiguous rows. Each depth of the tree is one level of `cascade_attention`. At a level, every node is a
+set of keys that its contiguous queries attend to, up to their own positions; so a prompt's keys are read once for all
+the sequences that share it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from alignpro_kernels import CascadeLevel
 
 
 class AttentionPlan(Cascade):
-    """What every layer's attention needs to know of a tick; made once, before the forward pass.
+    """The attention metadata of a tick, shared by all layers; built once, before the forward pass.
 
     Args:
-        pool: Holds keys and values.
-        model: Whose.
-        items: What is computed, in any order.
+        pool: Holds the keys and values.
+        model: Name of the model that runs.
+        items: The items to compute, in any order.
+        device: Where the index tensors are placed.
     """
 
     def __init__(self, pool: KVPool, model: str, items: Sequence[Item], device: torch.device) -> None:
@@ -37,7 +39,7 @@ class AttentionPlan(Cascade):
         counts = [item.count for item in self.items]
         ends = np.cumsum(counts)
         self.last_row = {id(item.segment): int(end) - 1 for item, end in zip(self.items, ends, strict=True)}
-        """Segment's id → the row of its last computed token."""
+        """``id`` of a segment → the row of its last computed token."""
         self._counts = counts
         ids = [token for item in self.items for token in item.segment.tokens[item.first : item.end]]
         starts = [item.segment.start + item.first for item in self.items]
@@ -55,7 +57,7 @@ class AttentionPlan(Cascade):
         )
 
     def rows_of(self, model: str) -> Tensor | bool:
-        """(A,) int64: the rows of tokens whose keys and values are a model's; True for all of them, False for none."""
+        """The rows of the tokens that belong to a model, (A,) int64; True if all of them do, False if none does."""
         mine = [item.segment.model == model for item in self.items]
         if all(mine) or not any(mine):
             return mine[0]
@@ -63,7 +65,7 @@ class AttentionPlan(Cascade):
 
 
 def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> CascadeLevel:
-    """The segments at a depth of the items' paths. At depth 0 every token has one."""
+    """Build the cascade level of the segments at one depth of the items' paths. At depth 0 every token has a segment."""
     ends = {item.segment: item.end for item in items}
     tables: list[list[int]] = []
     lengths: list[int] = []
@@ -100,7 +102,10 @@ def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], d
 
 
 class _Probe:
-    """Stands in for a plan: notes what keys and values look like, of one token, whose attention is its value."""
+    """Stands in for a plan and records the shapes and dtype of each layer's keys and values.
+
+    It is run on a single token, whose attention output is simply its value.
+    """
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[torch.Size, torch.Size, torch.dtype]] = {}
@@ -112,10 +117,11 @@ class _Probe:
 
 @torch.no_grad()
 def probe_geometry(model: LanguageModel) -> Geometry:
-    """What a model keeps of a token, found by running it on one.
+    """Find the KV-cache geometry of a model by running it on one token.
 
     Raises:
-        ModelError: Its keys and values differ in shape, or its layers are not numbered from 0.
+        ModelError: The model's keys and values differ in shape, its layers differ in dtype, or they are not numbered
+            from 0.
     """
     probe, token = _Probe(), torch.zeros(1, dtype=torch.int64, device=model.device)
     model.paged_states(token, token, probe)

@@ -1,7 +1,8 @@
-"""The generation engine: sampling from one model, and chains of two (prompter → target), on one pool of memory.
+"""The generation engine: sampling from one model, and chains of two (prompter → target), on one KV pool per device.
 
-A prompt is computed once for all that goes on from it, whether it arrives with it, later, or in another call; sequences
-come and go between any two tokens. See `scheduler`, `prefix_tree`, `attention` and `pool` for the parts.
+A prefix is computed once for all sequences that share it, whether they arrive together, later, or in another call.
+Batching is continuous: sequences join and leave between any two steps. The parts are in `scheduler`, `prefix_tree`,
+`attention` and `pool`.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from alignpro.errors import ConfigError, DataError
 from alignpro.models import LanguageModel
 
 CPU_POOL = 1 << 30
-"""Bytes of a pool on the CPU, at most, where none are given."""
+"""Upper limit of the default pool size on the CPU, in bytes."""
 GPU_SHARE = 0.4
-"""The share of a device's free memory that a pool takes, at most, where no bytes are given."""
+"""Upper limit of the default pool size on an accelerator, as a share of its free memory."""
 
 _Follow = Callable[[SampledSequence], list[SampledSequence]]
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """Pages on one device, the prompts in them, and the graphs that read them."""
+    """The pages on one device, the prompts cached in them, and the CUDA graphs that read them."""
 
     pool: KVPool
     pages: int
-    """Of the pool, if the device has memory for as many."""
+    """Configured size of the pool; ``pool.total`` is smaller if the device has too little memory."""
     tree: PrefixTree
     graphs: DecodeGraphs | None
 
@@ -50,23 +51,24 @@ class _Memory:
 class Engine:
     """Samples from a set of named models.
 
-    Models on one device share one pool; it lives as long as the engine, and so do the prompts in it, until the pages
-    are needed or `weights_updated` says that they are out of date.
+    Models on one device share one pool. The pool lives as long as the engine; a cached prompt stays in it until its
+    pages are needed or `weights_updated` invalidates it.
 
-    A model with a LoRA and its base (`LanguageModel.base`) run in the same forward passes. What stands before the invocation
-    of an activated LoRA is computed once for both, and stays when the LoRA's weights change.
+    A model with a LoRA and its base (`LanguageModel.base`) run in the same forward passes. The tokens before the
+    invocation of an activated LoRA are computed once for both models, and stay cached when the LoRA's weights change.
 
     Args:
-        models: Name → model; the trainer's own modules, never copies.
-        max_batch: Sequences of a model that run at once.
-        pool_bytes: Memory for keys and values on each device; when absent, what ``max_batch`` sequences as long as the
-            context need, but no more than 1 GiB on a CPU and 40 % of what is free on an accelerator.
-        page_tokens: Tokens of the largest model in a page.
-        token_budget: Tokens that are computed at once; what is left of long prompts waits for the next pass.
-        fuse: Whether models that are one but for an adapter run in one forward pass. What is drawn is the same.
-        cuda_graphs: Whether passes of next tokens alone are captured as CUDA graphs and replayed; None for where there
-            is CUDA and the model can be captured. ``padded`` runs what would be captured, on any device.
-        audit: Check the pool's books after every pass, for tests.
+        models: Name → model. These are the trainer's own modules, never copies.
+        max_batch: Maximum number of sequences of a model that run at the same time.
+        pool_bytes: Memory for keys and values on each device. By default, enough for ``max_batch`` sequences of the full
+            context length, but at most 1 GiB on a CPU and 40 % of the free memory on an accelerator.
+        page_tokens: Page size in tokens of the largest model.
+        token_budget: Maximum number of tokens per forward pass; the rest of a long prompt waits for the next pass.
+        fuse: Whether models that differ only in an adapter run in one forward pass. The sampled tokens are the same.
+        cuda_graphs: Whether decode-only passes are captured as CUDA graphs and replayed. None enables this where CUDA is
+            available and the model can be captured. ``padded`` pads passes as for capture but runs them eagerly, on any
+            device.
+        audit: Check the bookkeeping of the pool after every pass; meant for tests.
     """
 
     def __init__(
@@ -104,18 +106,19 @@ class Engine:
         """Draw ``params.n`` completions of each prompt.
 
         Args:
-            name: Which model.
-            prompts: Token ids.
-            params: How to draw.
-            seeds: One a prompt; derived from ``params.seed`` and the prompt's index when absent. Completion k of a
-                prompt draws from (its seed, k): the result does not depend on batching.
+            name: Name of the model.
+            prompts: Token ids of each prompt.
+            params: Sampling parameters.
+            seeds: One seed per prompt; by default derived from ``params.seed`` and the prompt's index. Completion k of a
+                prompt draws from (its seed, k), so the result does not depend on batching.
 
         Returns:
-            One list of n completions a prompt. What cannot be run, or raises on the way, has completions whose
-            ``finish_reason`` is ``error``; the others are not affected.
+            A list of n completions per prompt. A prompt that cannot be run, or whose computation raises, gets completions
+            whose ``finish_reason`` is ``error``; the other prompts are not affected.
 
         Raises:
-            Exception: The device has failed, or the engine is set up wrongly: nothing can be computed. No page is held.
+            Exception: The device has failed, or the engine is misconfigured, so that nothing can be computed. All pages
+                have been freed then.
         """
         seeds = _seeds(params, len(prompts)) if seeds is None else seeds
         groups = [siblings(name, prompt, params, seeds[i], (i,)) for i, prompt in enumerate(prompts)]
@@ -133,11 +136,11 @@ class Engine:
         policy: str = "policy",
         target: str = "target",
     ) -> list[list[Chain]]:
-        """x → ``rewrite.n`` rewrites by `policy` → ``respond.n`` responses of `target` to each.
+        """Draw ``rewrite.n`` rewrites of each prompt from `policy`, and ``respond.n`` responses of `target` to each rewrite.
 
-        A rewrite that ends is answered at once. Response m to rewrite k of a prompt draws from (the prompt's seed,
-        "respond", k, m). Where a rewrite has failed or ``to_target`` raises, that chain's responses are errors which say
-        what.
+        A rewrite is passed to the target as soon as it ends. Response m to rewrite k of a prompt draws from (the prompt's
+        seed, "respond", k, m). If a rewrite fails or ``to_target`` raises, the responses of that chain are errors that
+        state the reason.
         """
         seeds = _seeds(rewrite, len(prompts)) if seeds is None else seeds
         run = ChainRun(policy, target, rewrite, respond, to_target, seeds)
@@ -145,24 +148,25 @@ class Engine:
         return run.result()
 
     def weights_updated(self, name: str) -> None:
-        """Forget what was computed with a model's weights, which have changed.
+        """Drop everything cached for a model whose weights have changed.
 
         Raises:
-            RuntimeError: It is generating.
+            RuntimeError: The model is generating.
         """
         self.models[name].weights_changed()
         for memory in self._memories.values():
             memory.tree.drop(name)
 
     def release(self, keep: Collection[str] = ()) -> None:
-        """Give the memory of the pools back, and with it what is cached; the next run takes it again.
+        """Free the memory of the pools, including the cached prompts; the next run allocates it again.
 
         Args:
-            keep: Models whose prompts stay, in the memory that they need: those whose weights do not change meanwhile.
+            keep: Models whose cached prompts stay, in just the memory they need. Meant for models whose weights do not
+                change in the meantime.
 
         Raises:
-            ValueError: A model to be kept is not one of the engine's.
-            RuntimeError: A run is under way.
+            ValueError: ``keep`` names a model that the engine does not have.
+            RuntimeError: A run is in progress.
         """
         if unknown := set(keep) - set(self.models):
             raise ValueError(f"release: keep names {min(unknown)!r}, and the models are {', '.join(self.models)}")
@@ -170,20 +174,20 @@ class Engine:
             raise RuntimeError(f"{locked} pages are in use: the pools cannot be given back while a run is under way")
         for device, memory in self._memories.items():
             memory.tree.evict_all(keep)
-            # Of a second release in a row, the first one's size counts.
+            # On a second release in a row, the size before the first one counts.
             before = memory.pool.shrink(memory.tree.pages())
             self._released[device] = max(before, self._released.get(device, 0))
             if memory.graphs:
                 memory.graphs.clear()
 
     def resume(self) -> None:
-        """Take the memory that `release` gave back now, and not in the course of the next run."""
+        """Allocate the memory that `release` freed now, rather than during the next run."""
         for device, pages in self._released.items():
             self._memories[device].pool.take(pages)
         self._released.clear()
 
     def _run(self, stages: Sequence[str], sequences: Iterable[SampledSequence], follow: _Follow) -> None:
-        """Run sequences and what they lead to until all have ended; stages on other devices one after the other."""
+        """Run sequences and their follow-ups until all have ended. Stages on different devices run one after the other."""
         started = perf_counter()
         waiting = list(sequences)
         while waiting:
@@ -197,7 +201,7 @@ class Engine:
     def _run_here(
         self, memory: _Memory, stages: Sequence[str], sequences: Sequence[SampledSequence], follow: _Follow
     ) -> list[SampledSequence]:
-        """Run the sequences of models on one device; returns those that they lead to elsewhere."""
+        """Run the sequences of the models on one device. Returns the follow-up sequences that run on other devices."""
         lanes = list(dict.fromkeys(self._lanes[name] for name in stages))
         scheduler = Scheduler(memory.pool, memory.tree, lanes, max_batch=self.max_batch, token_budget=self.token_budget)
         if memory.graphs:
@@ -208,7 +212,7 @@ class Engine:
         new = deque(sequences)
         try:
             while True:
-                while new:  # what has just come about
+                while new:
                     sequence = new.popleft()
                     if sequence.model not in stages:
                         elsewhere.append(sequence)
@@ -239,7 +243,7 @@ class Engine:
         return elsewhere
 
     def _refuse_or_prepare(self, pool: KVPool, sequence: SampledSequence) -> None:
-        """Fail a sequence that cannot run; put the places of a soft prompt before the prompt of one that can."""
+        """Fail a sequence that cannot run; otherwise prepend placeholders for a soft prompt to its prompt."""
         if sequence.completion is not None:
             return
         model, sequence.lane = self.models[sequence.model], self._lanes[sequence.model]
@@ -264,7 +268,7 @@ class Engine:
             sequence.fail(problem)
 
     def _memory(self, device: torch.device) -> _Memory:
-        """The pool of a device and what is in it, made on first use."""
+        """The memory of a device, created on first use."""
         if device not in self._memories:
             models = {name: model for name, model in self.models.items() if model.device == device}
             geometries = {name: probe_geometry(model) for name, model in models.items()}
@@ -278,8 +282,8 @@ class Engine:
             graphs = self._decode_graphs(pool, device)
             self._memories[device] = _Memory(pool, pool.total, PrefixTree(pool), graphs)
         memory = self._memories[device]
-        memory.pool.total = memory.pages  # what a run before could not have may be free now
-        if device in self._released:  # at once, not page by page: the arena stays where it is then, as graphs need
+        memory.pool.total = memory.pages  # memory that an earlier run could not get may be free now
+        if device in self._released:  # all at once: growing page by page would move the arena and invalidate graphs
             memory.pool.try_take([self._released.pop(device)])
         return memory
 
@@ -287,21 +291,23 @@ class Engine:
         if self.cuda_graphs == "padded":
             return DecodeGraphs(pool, device, capture=False)
         if self.cuda_graphs and device.type != "cuda":
-            raise ConfigError(f"engine: cuda_graphs=True needs a GPU, and a model is on {device}: leave it out there")
+            raise ConfigError(
+                f"engine: cuda_graphs=True needs a GPU, but a model is on {device}: leave cuda_graphs unset"
+            )
         if self.cuda_graphs or (self.cuda_graphs is None and device.type == "cuda" and torch.version.cuda):
             return DecodeGraphs(pool, device, required=self.cuda_graphs is True)
         return None
 
 
 def _lane(name: str, models: Mapping[str, LanguageModel]) -> str:
-    """The model in whose forward passes a model runs: that with the adapter, for its base; else its own."""
+    """The model in whose forward passes a model runs: for a base, the model with the adapter; otherwise itself."""
     model = models[name]
     whole = (other for other, each in models.items() if not each.is_base and each.shares_weights(model))
     return next(whole, name) if model.is_base else name
 
 
 def _base(name: str, models: Mapping[str, LanguageModel]) -> str:
-    """What the base of an activated LoRA is called: it need not be among the models."""
+    """The name of the base of an activated LoRA, which need not be one of the engine's models."""
     model = models[name]
     bases = (other for other, each in models.items() if each.is_base and each.shares_weights(model))
     return next(bases, f"base of {name}")

@@ -1,4 +1,4 @@
-"""What an exception in the middle of a run says about who has failed: one sequence, the device, or nobody."""
+"""Classify an exception raised during a run: it fails one sequence, ends the run, or calls for a smaller batch."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ _NO_HOST_MEMORY = "DefaultCPUAllocator"
 
 
 def ends_run(error: Exception) -> bool:
-    """Whether nothing can be computed after an error.
+    """Whether nothing more can be computed after an error.
 
-    A device that has raised an asynchronous error refuses all work from then on, and nobody can tell whose fault it was.
-    An error of Align-Pro's own says that the engine has been set up wrongly, for all sequences alike. A model whose layers
-    are gathered from other ranks cannot run without them.
+    A device that has raised an asynchronous error rejects all further work, and the error cannot be traced to a sequence.
+    An `AlignProError` means that the engine is misconfigured, which affects all sequences. A model whose layers are
+    gathered from other ranks cannot run once one of them is lost.
     """
     if isinstance(error, torch.AcceleratorError | AlignProError) or lost_ranks(error):
         return True
-    # Libraries beside PyTorch raise a plain RuntimeError.
+    # Libraries other than PyTorch raise a plain RuntimeError.
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _DEVICE_LOST)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether less work at once might succeed. On the CPU PyTorch has no class for it."""
+    """Whether a smaller batch might succeed. PyTorch has no exception class for running out of memory on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _NO_HOST_MEMORY in str(error)
 
 
 def described(what: str, error: Exception) -> str:
-    """An exception as the reason why a sequence has failed."""
+    """Describe an exception as the reason for a sequence's failure."""
     return f"{what} raised {type(error).__name__}: {error}"

@@ -1,18 +1,19 @@
 """Decode ticks in a few fixed shapes, each captured once as a CUDA graph and replayed.
 
-A tick of next tokens is hundreds of small kernels, which a GPU runs faster than Python launches them. A CUDA graph is
-launched as one, with the same addresses and grids every time. So a tick in which every item is one token is padded to a
-`Shape`, of which few occur, and what tells ticks of a shape apart is copied into buffers that stay where they are.
+A decode tick consists of hundreds of small kernels, which a GPU runs faster than Python can launch them. A CUDA graph
+needs a single launch, but fixes all addresses and grid sizes. So a tick in which every item is one token is padded to one
+of a few `Shape`s, and the inputs of each tick are copied into static buffers.
 
 | owns | does not own |
 |---|---|
 | shapes, their buffers, the captured graphs | attention (`cascade.Cascade`), the head and sampling |
 
-Padding sees no key (its position is −1), and its own key goes nowhere (slot −1). The head stays outside: sampling is a
-pass for each way of drawing, which differ from tick to tick, with kernels that are tuned on first use, and few of them.
+A padding row attends to no key (its position is −1), and its own key is not written (slot −1). The head is not captured:
+there is one pass for each set of sampling parameters, these sets differ between ticks, and the few kernels involved are
+autotuned on first use.
 
-A graph holds addresses: of its buffers, of the arena and of the weights. When the arena moves (`KVPool.generation`) or the
-weights do, or adapters are switched (`LanguageModel.binding`), it is dropped.
+A graph holds the addresses of its buffers, the arena and the weights. It is dropped when the arena moves
+(`KVPool.generation`), or when weights move or adapters are switched (`LanguageModel.binding`).
 """
 
 from __future__ import annotations
@@ -38,47 +39,51 @@ from alignpro_kernels import CascadeLevel
 logger = logging.getLogger(__name__)
 
 MOST = 64
-"""Graphs that are kept, those used last: each holds an output and some megabytes of the driver's."""
+"""Maximum number of graphs kept, least recently used dropped first. Each holds an output and some MB of driver memory."""
 ALL = -1
+"""Value of `Shape.active` if a selective adapter acts on all tokens."""
 
 
 class Shape(NamedTuple):
-    """All that a graph has fixed of a tick."""
+    """The sizes of a tick that a graph fixes."""
 
     rows: int
-    """T: tokens, padding included."""
+    """T: the number of tokens, including padding."""
     levels: tuple[tuple[int, int], ...]
-    """Of each depth: S segments, and the pages that each may have, padding included."""
+    """For each depth, the number of segments S and the maximum number of pages per segment, including padding."""
     active: int
-    """Tokens that a selective adapter acts on, padding included; `ALL` for all of them."""
+    """Number of tokens that a selective adapter acts on, including padding; `ALL` for all of them."""
 
     @classmethod
     def around(cls, tokens: int, levels: Sequence[tuple[int, int]], active: int) -> Shape:
-        """The smallest that holds a tick of so many tokens, of which the adapter acts on ``active``, or on `ALL`."""
+        """The smallest shape for a tick of ``tokens`` tokens, where the adapter acts on ``active`` of them or on `ALL`."""
         some = active > 0
-        rows = padded(tokens + some)  # if on some, it acts on padding too
+        rows = padded(tokens + some)  # an adapter that acts on some tokens needs a padding row to act on as well
         sizes = tuple((min(rows, power_of_two(s)), power_of_two(pages)) for s, pages in levels)
         return cls(rows, sizes, padded(active) if some else active)
 
     @property
     def sizes(self) -> list[int]:
-        """Of the buffers, in int32: ids, positions, slots and active rows, all int64, and a level's of each depth."""
+        """Buffer sizes in int32 elements: ids, positions, slots, active rows (all int64), then five per level."""
         first = [2 * self.rows] * 3 + [2 * max(0, self.active)]
         return first + [n for s, pages in self.levels for n in (self.rows, s + 1, s * pages, s, s)]
 
     @property
     def spaces(self) -> list[int]:
-        """What they take, so that each begins at 16 bytes: kernels are compiled anew for other alignments."""
+        """`sizes` rounded up to 16 bytes each: kernels are recompiled for buffers of a different alignment."""
         return [-(-size // 4) * 4 for size in self.sizes]
 
 
 def power_of_two(count: int) -> int:
-    """The least that is not below."""
+    """The smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()
 
 
 def padded(count: int) -> int:
-    """1, 2, 4, 8, 16, … 128, then multiples of 16, from 256 on of 32, and so on: at most an eighth more above 64."""
+    """Round up to 1, 2, 4, 8, then multiples of 8 to 128, of 16 to 256, of 32 to 512, and so on.
+
+    Above 64, at most an eighth is added.
+    """
     step = max(8, power_of_two(count) // 16)
     return power_of_two(count) if count <= 8 else -(-count // step) * step
 
@@ -91,12 +96,12 @@ class _Buffers(NamedTuple):
     slots: Tensor
     """(T,) int64."""
     active: Tensor
-    """(A,) int64: rows that a selective adapter acts on; the last, which is padding, as padding."""
+    """(A,) int64: rows that a selective adapter acts on; padded with the last row, which is itself padding."""
     levels: list[CascadeLevel]
 
     @classmethod
     def within(cls, memory: Tensor, shape: Shape) -> _Buffers:
-        """Views of one piece of int32 memory, so that one copy fills them all."""
+        """Views of a single int32 buffer, so that one copy fills them all."""
         spaces = memory.split(shape.spaces)
         ids, positions, slots, active, *rest = (x[:size] for x, size in zip(spaces, shape.sizes, strict=True))
         levels = []
@@ -108,7 +113,7 @@ class _Buffers(NamedTuple):
 
 
 class StaticPlan(Cascade):
-    """What attention needs to know of a tick, in buffers that stay where they are, and the graph that reads them."""
+    """The attention metadata of a tick in static buffers, and the graph that reads them."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape = shape
@@ -117,25 +122,26 @@ class StaticPlan(Cascade):
         self.active = active if shape.active > 0 else shape.active == ALL
         super().__init__((), slots, levels)
         self.last_row: dict[int, int] = {}
-        """Segment's id → the row of its token."""
+        """``id`` of a segment → the row of its token."""
         self.runs = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.states: Tensor | None = None
-        """(T, D): where the graph leaves the last hidden states."""
+        """(T, D): the buffer into which the graph writes the last hidden states."""
 
     def fill(
         self, pool: KVPool, model: str, items: Sequence[Item], depths: Sequence[_Depth], active: Sequence[int]
     ) -> None:
-        """Take in a tick that fits, its items in the order of a walk down the prefix tree.
+        """Copy a tick that fits into the buffers.
 
         Args:
-            pool: Where keys and values are.
-            model: Whose.
-            items: Of one token each.
-            depths: Of the items.
-            active: Rows that a selective adapter acts on, if it is some of them.
+            pool: Holds the keys and values.
+            model: Name of the model that runs.
+            items: Items of one token each, in depth-first order of the prefix tree.
+            depths: The segments at each depth of the items' paths.
+            active: The rows that a selective adapter acts on; empty if it acts on all or on none.
         """
-        # New memory each time: the host may be ahead of the copy. Where it is pinned, the allocator waits for that.
+        # Allocated anew for each tick: the host may run ahead of the asynchronous copy. The caching allocator of pinned
+        # memory does not reuse a block before its copy is done.
         memory = torch.zeros(len(self.memory), dtype=torch.int32, pin_memory=self.memory.is_cuda)
         buffers = _Buffers.within(memory, self.shape)
         count, page_size = len(items), pool.page_size[model]
@@ -154,7 +160,8 @@ class StaticPlan(Cascade):
             segments = len(depth.begins)
             level.query_positions.fill_(-1)
             level.query_positions.numpy()[:count] = np.where(depth.reached, positions, -1)
-            # Rows that see none of the segments go with those before them, whose keys all come after position −1.
+            # A row without a segment at this level is counted with the preceding segment: at query position −1 it attends
+            # to none of that segment's keys.
             level.cu_queries.fill_(self.shape.rows)
             level.cu_queries.numpy()[:segments] = depth.begins
             level.key_lengths.numpy()[:segments] = depth.lengths
@@ -170,7 +177,7 @@ class _Depth(NamedTuple):
     """The segments at one depth of N items' paths, in order."""
 
     reached: list[bool]
-    """(N,) whether an item's path goes as deep."""
+    """(N,) whether an item's path reaches this depth."""
     begins: list[int]
     """The first row of each segment."""
     pages: list[list[int]]
@@ -193,39 +200,40 @@ def _depths(items: Sequence[Item]) -> list[_Depth]:
             [ends.get(segment, segment.computed) for segment in segments],
             [segment.start for segment in segments],
         )
-        if begins[0] > 0:  # the first rows see none: theirs is a segment without keys
+        if begins[0] > 0:  # the first rows have no segment at this depth: give them one without keys
             depth = _Depth(depth.reached, [0, *begins], [[], *depth.pages], [0, *depth.lengths], [0, *depth.starts])
         depths.append(depth)
     return depths
 
 
 class DecodeGraphs:
-    """The shapes that decode ticks on one device have had, by model.
+    """The static plans and graphs of decode ticks on one device, by model and shape.
 
-    The first tick of a shape is run without a graph, which compiles and loads what it needs; the second is captured.
+    The first tick of a shape runs eagerly, which compiles and loads the kernels it needs; the second is captured.
 
     Args:
-        pool: Where keys and values are.
-        device: Of the pool.
-        capture: False to pad ticks and run them as they are, on any device: what graphs are to be compared with.
-        required: Whether a model that cannot be captured is an error; else it is said once, and runs without graphs.
+        pool: Holds the keys and values.
+        device: Device of the pool.
+        capture: False to pad ticks but run them eagerly, on any device; graphs are compared with this.
+        required: Whether a model that cannot be captured is an error. If not, a warning is logged once and the model runs
+            without graphs.
     """
 
     def __init__(self, pool: KVPool, device: torch.device, *, capture: bool = True, required: bool = False) -> None:
         self.pool, self.device, self.capture, self.required = pool, device, capture, required
-        self._plans: OrderedDict[tuple[str, Shape], StaticPlan] = OrderedDict()  # the one used longest ago first
+        self._plans: OrderedDict[tuple[str, Shape], StaticPlan] = OrderedDict()  # least recently used first
         self._bindings: dict[str, tuple[object, ...]] = {}
         self._generation = pool.generation
         self._refused: set[str] = set()
-        self._memory: Any = None  # torch's handle of what all graphs share, of which only one runs at a time
+        self._memory: Any = None  # handle of the memory pool that all graphs share: only one of them runs at a time
         self._stream: torch.cuda.Stream | None = None
         self._failed: list[torch.cuda.CUDAGraph] = []
 
     def begin(self, models: Mapping[str, LanguageModel]) -> None:
-        """Before a run: drop the graphs of models whose weights lie elsewhere than before, or whose adapters differ.
+        """Prepare for a run: drop the graphs of models whose weights have moved or whose adapters were switched.
 
         Raises:
-            ModelError: Graphs are required, and a model cannot be captured.
+            ModelError: Graphs are required, but a model cannot be captured.
         """
         for name, model in models.items():
             if self._bindings.get(name) != (binding := model.binding):
@@ -236,14 +244,14 @@ class DecodeGraphs:
                 self._refuse(name, model, reason, None)
 
     def clear(self) -> None:
-        """Drop all graphs and the memory that they hold."""
+        """Drop all graphs and free their memory."""
         self._plans.clear()
         self._memory = None
 
     def plan(self, name: str, model: LanguageModel, items: Sequence[Item]) -> StaticPlan | None:
-        """The plan of a tick, good until the next; None for one that is no decode tick, or whose model is not captured."""
+        """The plan of a tick, valid until the next one; None if it is not a decode tick or the model is not captured."""
         if name in self._refused or any(item.count != 1 or item.path[-1].tokens[item.first] < 0 for item in items):
-            return None  # a token below 0 is a place of a soft prompt
+            return None  # a negative token is a placeholder of a soft prompt
         if self._generation != self.pool.generation:
             self.clear()
             self._generation = self.pool.generation
@@ -261,10 +269,10 @@ class DecodeGraphs:
         return plan
 
     def states(self, name: str, model: LanguageModel, plan: StaticPlan, stats: EngineStats) -> Tensor:
-        """The last hidden states of a plan's tokens, (T, D), those of padding among them; good until the next tick.
+        """The last hidden states of a plan's tokens, (T, D), including padding; valid until the next tick.
 
         Raises:
-            ModelError: Graphs are required, and the model cannot be captured.
+            ModelError: Graphs are required, but the model cannot be captured.
         """
         if self.capture and plan.graph is None and plan.runs > 0 and name not in self._refused:
             try:
@@ -272,7 +280,7 @@ class DecodeGraphs:
                 stats.decode_ticks["captured"] += 1
             except RuntimeError as error:
                 first: BaseException = error
-                while first.__context__ is not None:  # the end of a capture that has failed fails too
+                while first.__context__ is not None:  # after a failed capture, ending it raises as well
                     first = first.__context__
                 self._refuse(name, model, str(first).strip().splitlines()[0], error)
         plan.runs += 1
@@ -288,17 +296,17 @@ class DecodeGraphs:
         try:
             return model.paged_states(plan.ids, plan.positions, plan, plan.active, soft_prompt=False)
         finally:
-            plan.layers = ()  # views that would keep an arena which is given back
+            plan.layers = ()  # these views would keep a released arena alive
 
     def _capture(self, name: str, model: LanguageModel, plan: StaticPlan) -> None:
-        """Record a plan's forward pass; nothing is computed."""
+        """Capture a plan's forward pass; nothing is computed."""
         with torch.cuda.device(self.device):
             if self._memory is None or self._stream is None:
                 self._memory, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.stream(self._stream):
-                # Other threads may use the device: a reward model's, or one that pins a batch.
+                # Other threads may use the device, such as a reward model's or one that pins a batch.
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
                     states = self._forward(name, model, plan)
@@ -307,7 +315,7 @@ class DecodeGraphs:
         plan.graph, plan.states = graph, states
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture. If it fails, torch leaves its allocators looking after it, which has to be undone by hand."""
+        """End a capture. If this fails, PyTorch's allocators still route to the graph's pool, which must be undone here."""
         try:
             graph.capture_end()
         except RuntimeError:
@@ -315,23 +323,23 @@ class DecodeGraphs:
             torch._C._cuda_endAllocateToPool(device, self._memory)
             torch._C._cuda_releasePool(device, self._memory)
             self._memory = None
-            self._failed.append(graph)  # kept, for the allocator of pinned memory goes on asking it
+            self._failed.append(graph)  # kept alive: the allocator of pinned memory keeps querying it
             raise
 
     def _refuse(self, name: str, model: LanguageModel, reason: str, cause: Exception | None) -> None:
         problem = f"model {model.name}: its decode steps cannot be captured as CUDA graphs: {reason}"
         if self.required:
-            raise ModelError(f"{problem}; cuda_graphs=False runs them without") from cause
-        logger.warning("%s; they run without", problem)
+            raise ModelError(f"{problem}; set cuda_graphs=False to run without graphs") from cause
+        logger.warning("%s; they run without graphs", problem)
         self._refused.add(name)
 
 
 def _unsuited(model: LanguageModel) -> str | None:
-    """Why a model cannot be captured, as far as its configuration tells."""
+    """The reason why a model cannot be captured, as far as its configuration shows; None if there is none."""
     if not model.whole_between_passes:
-        return "its layers are gathered from other ranks in each pass"
+        return "its layers are gathered from other ranks in each forward pass"
     rope = getattr(model.causal.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [each.get("rope_type") or "" for each in (rope, *rope.values()) if isinstance(each, dict)]
     if any("dynamic" in kind for kind in kinds):
-        return "its rotary embedding (rope_type dynamic) is made anew on the host as sequences grow"
+        return "its rotary embedding (rope_type dynamic) is recomputed on the host as sequences grow"
     return None

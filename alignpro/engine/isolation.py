@@ -1,15 +1,16 @@
-"""Ticks carried out such that what raises fails alone.
+"""Execute ticks so that a failure is confined to the sequences that cause it.
 
-What a sequence draws does not depend on what it is computed with, so a tick may be computed in any parts. One that
-raises is halved until items are found that raise by themselves: the sequences which need those have failed, all others go
-on as if nothing had been. One such item among N costs about 2 · log₂ N passes; a tick that does not raise costs nothing.
-Where memory runs out, items are halved too, and later passes are as small as had to be.
+The tokens that a sequence draws do not depend on what it is batched with, so a tick may be split in any way. A tick that
+raises is halved until the items are found that raise by themselves. The sequences that need those items fail; all others
+continue unaffected. One such item among N costs about 2 · log₂ N passes; a tick that does not raise costs nothing extra.
+If memory runs out, single items are halved too, and later passes are limited to a size that fits.
 
 | owns | does not own |
 |---|---|
-| which part of a tick raises, how many tokens memory allows in a pass | passes themselves, pages, what a failure leads to |
+| which part of a tick raises, how many tokens fit in a pass | the passes themselves, pages, follow-ups of a failure |
 
-Tokens count as computed once their pass has succeeded (`runner.compute`), so nobody reads what a broken one has written.
+Tokens count as computed only after their pass has succeeded (`runner.compute`), so data written by a failed pass is never
+read.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class Passes:
     """The forward passes and draws of one run.
 
     Args:
-        models: By name.
-        pool: Where keys and values are.
-        scheduler: Where ticks come from; its budget shrinks to what memory allows.
-        stats: What is counted.
-        graphs: They run ticks of next tokens alone, if given; parts of a tick that has raised are run without.
+        models: Name → model.
+        pool: Holds the keys and values.
+        scheduler: Source of the ticks; its token budget is reduced when memory runs out.
+        stats: Counters to update.
+        graphs: If given, they run decode ticks; the parts of a tick that has raised run without them.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class Passes:
     ) -> None:
         self.models, self.pool, self.scheduler, self.stats, self.graphs = models, pool, scheduler, stats, graphs
         self.most: int | None = None
-        """Tokens in a pass, once memory has run out with more."""
+        """Maximum number of tokens in a pass; None until memory has run out."""
 
     def carry_out(self, tick: Tick) -> list[SampledSequence]:
-        """Compute a tick and let its sequences draw; those that have ended then, or have failed.
+        """Compute a tick and draw tokens for its sequences. Returns the sequences that have ended or failed.
 
         Raises:
-            Exception: One after which no sequence can be computed (`faults.ends_run`).
+            Exception: No sequence can be computed after this error (`faults.ends_run`).
         """
         if self.most is None or _tokens(tick) <= self.most:
             error = self._attempt(tick, self.graphs)
@@ -72,7 +73,7 @@ class Passes:
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
     def _attempt(self, tick: Tick, graphs: DecodeGraphs | None = None) -> Exception | None:
-        """Compute a tick and draw; what the computing has raised, if it has."""
+        """Compute a tick and draw. Returns the exception that the computation raised, if any."""
         try:
             states = compute(self.models[tick.model], self.pool, tick, self.stats, graphs)
         except Exception as error:
@@ -83,20 +84,21 @@ class Passes:
         return None
 
     def _apart(self, parts: Sequence[Tick], known: Exception | None = None) -> None:
-        """Compute the parts of a tick one after the other, halving those that raise; fail those whom a lone item belongs to.
+        """Compute the parts of a tick one by one, halving those that raise; fail the sequences that need a single bad item.
 
         Args:
-            parts: In order: what tokens go on from comes first.
-            known: What the only part has raised, if it was computed before.
+            parts: The parts in order of dependency: prefixes come first.
+            known: The exception that the only part has raised, if it was computed already.
         """
         failed: set[Segment] = set()
-        too_many, enough = maxsize, 0  # the fewest tokens with which memory ran out, the most that were computed
+        # The fewest tokens with which memory ran out, and the most tokens that were computed.
+        too_many, enough = maxsize, 0
         reported = False
         waiting = list(reversed(parts))
         while waiting:
             part = _remaining(waiting.pop(), failed)
             tokens = _tokens(part)
-            # Where all errors are those of a device that is too small, the next part as large need not be tried.
+            # If memory running out is the only error so far, a part as large as one that failed need not be tried.
             if not failed and enough < too_many <= tokens and (halves := _halves(part, finer=True)):
                 waiting += reversed(halves)
                 continue
@@ -109,8 +111,8 @@ class Passes:
                 too_many = min(too_many, tokens)
             elif not reported:
                 name, reported = self.models[part.model].name, True
-                logger.error("a forward pass of %s raised: it is made in parts", name, exc_info=error)
-            error = error.with_traceback(None)  # whose frames hold the tensors of the pass
+                logger.error("a forward pass of %s raised an exception: retrying it in parts", name, exc_info=error)
+            error = error.with_traceback(None)  # the frames of the traceback hold the tensors of the pass
             if halves := _halves(part, finer):
                 waiting += reversed(halves)
             else:
@@ -119,10 +121,10 @@ class Passes:
             self._narrow(max(1, too_many // 2))
 
     def _fail(self, part: Tick, error: Exception) -> set[Segment]:
-        """Fail the sequences that need what cannot be computed; returns the segments that it is part of."""
+        """Fail the sequences that need a part that cannot be computed. Returns the segments that the part belongs to."""
         reason = described(f"a forward pass of {self.models[part.model].name}", error)
         lost = {item.segment for item in part.items if item.write}
-        # A segment that is there already is needed only by those who draw at its end.
+        # A segment that is already computed is needed only by the sequences that draw at its end.
         need = [s for s in self.scheduler.running if not lost.isdisjoint(_path(s))] if lost else part.drawing
         for sequence in need:
             sequence.fail(reason)
@@ -130,14 +132,14 @@ class Passes:
         return lost
 
     def _narrow(self, tokens: int) -> None:
-        """Compute no more than so many tokens at once from now on."""
+        """Limit later passes to ``tokens`` tokens."""
         if self.most is None:
-            logger.warning("memory has run out in a forward pass: from now on at most %d tokens are in one", tokens)
+            logger.warning("out of memory in a forward pass: from now on a pass computes at most %d tokens", tokens)
         self.most = tokens
         self.scheduler.token_budget = min(self.scheduler.token_budget, tokens)
 
     def _draw(self, sequences: Sequence[SampledSequence], states: Tensor) -> None:
-        """Draw a token each from (B, D) states; a sequence whose draw raises even alone has failed."""
+        """Draw one token per sequence from (B, D) states; a sequence whose draw raises even alone fails."""
         try:
             draw(self.models, sequences, states, self.stats)
             return
@@ -145,10 +147,11 @@ class Passes:
             if ends_run(error):
                 raise
             if len(sequences) == 1:
-                logger.exception("the draw of a token raised")
+                logger.exception("drawing a token raised an exception")
                 sequences[0].fail(described("the draw of a token", error))
                 return
-        # Some that are drawn in other ways may have drawn before it raised: their last token is not computed.
+        # Sequences with other sampling parameters may have drawn before the error. Their last token is not computed yet,
+        # which tells them apart.
         rows = [row for row, s in enumerate(sequences) if s.completion is None and s.own is not None and s.own.complete]
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             if half:
@@ -160,26 +163,26 @@ def _tokens(tick: Tick) -> int:
 
 
 def _path(sequence: SampledSequence) -> set[Segment]:
-    """All that a running sequence goes through."""
+    """The segments that a running sequence consists of."""
     assert sequence.node is not None and sequence.own is not None
     return {*sequence.node.path(), sequence.own}
 
 
 def _end(sequence: SampledSequence) -> Segment:
-    """What a sequence that has not drawn yet draws at the end of."""
+    """The segment at whose end a sequence draws its next token."""
     end = sequence.own if sequence.drawn else sequence.node
     assert end is not None
     return end
 
 
 def _remaining(part: Tick, failed: set[Segment]) -> Tick:
-    """What of a part does not go on from segments that could not be computed."""
+    """A part without the items that depend on segments that could not be computed, and without ended sequences."""
     items = [item for item in part.items if failed.isdisjoint(item.path)]
     return replace(part, items=items, drawing=[s for s in part.drawing if s.completion is None])
 
 
 def _halves(tick: Tick, finer: bool) -> list[Tick]:
-    """Two halves of a tick, of a lone item if it may be ``finer``; none where there is nothing to part."""
+    """Two halves of a tick; a single item is halved only if ``finer``. Empty if the tick cannot be split."""
     items, middle = tick.items, len(tick.items) // 2
     if len(items) > 1:
         return _parted(tick, [items[:middle], items[middle:]])
@@ -191,7 +194,7 @@ def _halves(tick: Tick, finer: bool) -> list[Tick]:
 
 
 def _pieces(tick: Tick, most: int) -> list[Tick]:
-    """A tick in parts of no more than so many tokens, or of one item."""
+    """Split a tick into parts of at most ``most`` tokens; an item that is larger is a part by itself."""
     groups: list[list[Item]] = []
     for item in tick.items:
         if groups and sum(each.count for each in groups[-1]) + item.count <= most:
@@ -202,7 +205,7 @@ def _pieces(tick: Tick, most: int) -> list[Tick]:
 
 
 def _parted(tick: Tick, groups: Sequence[list[Item]]) -> list[Tick]:
-    """The ticks of some items each; before them one of the sequences that draw at ends which are known."""
+    """One tick per group of items, preceded by a tick without items for the sequences whose end states are known."""
     parts = [replace(tick, items=items, drawing=_drawing_at(tick, items)) for items in groups]
     waiting = {sequence for part in parts for sequence in part.drawing}
     known = [sequence for sequence in tick.drawing if sequence not in waiting]
@@ -210,6 +213,6 @@ def _parted(tick: Tick, groups: Sequence[list[Item]]) -> list[Tick]:
 
 
 def _drawing_at(tick: Tick, items: Sequence[Item]) -> list[SampledSequence]:
-    """The sequences that can draw once some items are computed."""
+    """The sequences of a tick that can draw once the given items are computed."""
     ends = {item.segment for item in items if item.end == len(item.segment.tokens)}
     return [sequence for sequence in tick.drawing if _end(sequence) in ends]

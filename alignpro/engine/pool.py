@@ -1,8 +1,8 @@
-"""One arena of pages, from which models of different geometry draw memory for their keys and values.
+"""One arena of pages, shared by models of different KV geometry.
 
 | owns | does not own |
 |---|---|
-| the arena, the list of free pages, each model's view of its layers | what a page means, who holds it |
+| the arena, the list of free pages, each model's view of its layers | the contents of a page, who holds it |
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a model keeps of a token."""
+    """The size of a model's KV cache per token."""
 
     layers: tuple[tuple[int, int], ...]
     """(kv_heads, head_dim) of each layer."""
@@ -32,25 +32,25 @@ class Geometry:
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token in all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         return sum(2 * heads * width for heads, width in self.layers) * self.dtype.itemsize
 
 
 @dataclass(eq=False)
 class Segment:
-    """Consecutive tokens of a sequence whose keys and values lie in pages of their own, from the first page's first slot."""
+    """Consecutive tokens of a sequence, whose keys and values fill pages of their own from the first slot on."""
 
     tokens: Sequence[int]
-    """Ids; −1 at the places of a soft prompt."""
+    """Token ids; −1 for the placeholders of a soft prompt."""
     start: int
     """Position of the first token."""
     serial: int
-    """Tells it from all others of its pool, and places them in an order that is the same in every run."""
+    """Unique within the pool; sorting by it gives the same order in every run."""
     pages: list[int] = field(default_factory=list)
     computed: int = 0
-    """Tokens, from the first, whose keys and values are there."""
+    """Number of leading tokens whose keys and values are computed."""
     model: str = ""
-    """Whose they are."""
+    """Name of the model that the keys and values belong to."""
 
     @property
     def complete(self) -> bool:
@@ -59,18 +59,18 @@ class Segment:
 
 
 class KVPool:
-    """Pages of one size in bytes. Each has one holder at a time, a node of the prefix tree or a running sequence.
+    """Pages of equal size in bytes. Each has one holder at a time: a node of the prefix tree or a running sequence.
 
-    A page has as many tokens of a model as fit in it: ``page_size[model]``.
+    A page holds as many tokens of a model as fit in it: ``page_size[model]``.
 
-    The arena takes memory as pages are first used. On the CPU the system does that by itself; elsewhere the arena is
-    doubled when it is full.
+    Memory is allocated as pages are first used. On the CPU the operating system does this lazily; on other devices the
+    arena is doubled when it is full.
 
     Args:
-        geometries: Model's name → what it keeps of a token.
-        device: Where the arena lies.
-        page_tokens: Tokens of the largest model in a page.
-        total: Pages in all.
+        geometries: Model name → its KV geometry.
+        device: Device of the arena.
+        page_tokens: Page size in tokens of the largest model.
+        total: Number of pages.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class KVPool:
         self.page_bytes = -(-page_tokens * largest // 16) * 16  # whole elements of any dtype
         self.page_size = {name: self.page_bytes // geometry.token_bytes for name, geometry in geometries.items()}
         self.total = total
-        """Pages in all; may be raised, and becomes less where the device has no memory for as many."""
+        """Number of pages. It may be raised, and is lowered if the device runs out of memory for them."""
         self.used: Counter[str] = Counter()
-        """Model → pages that it holds."""
+        """Model → number of pages it holds."""
         self.generation = 0
-        """Changes when the arena moves: views of it are out of date then."""
+        """Incremented when the arena moves, which invalidates views of it."""
         self._arena = torch.empty(0, self.page_bytes, dtype=torch.uint8, device=device)
         self._views: dict[str, list[Tensor]] = {}
         self._returned: list[int] = []
@@ -93,22 +93,22 @@ class KVPool:
 
     @property
     def free(self) -> int:
-        """Pages that nobody holds."""
+        """Number of pages that have no holder."""
         return self.total - self._fresh + len(self._returned)
 
     @property
     def arena_bytes(self) -> int:
-        """Memory that the arena takes, or on the CPU may come to take."""
+        """Size of the arena in bytes; on the CPU an upper limit of the memory in use."""
         return self._arena.numel()
 
     def pages_for(self, model: str, tokens: int) -> int:
-        """How many pages hold that many tokens of a model."""
+        """Number of pages needed for ``tokens`` tokens of a model."""
         return -(-tokens // self.page_size[model])
 
     def reserve(self, count: int) -> bool:
-        """Have memory for ``count`` of the free pages.
+        """Make sure that ``count`` of the free pages are backed by memory.
 
-        Where the device has not as much, there are no more pages from then on than it has memory for.
+        Returns False if the device does not have enough memory; `total` is then lowered to the pages that have memory.
         """
         least = self._fresh + count - min(count, len(self._returned))
         if least <= len(self._arena):
@@ -122,9 +122,13 @@ class KVPool:
         return False
 
     def allocate(self, model: str, count: int) -> list[int]:
-        """Take ``count`` free pages, of which there must be as many, with memory for them (`reserve`)."""
+        """Take ``count`` free pages, which must be backed by memory (`reserve`).
+
+        Raises:
+            ValueError: Fewer pages are free.
+        """
         if count > self.free:
-            raise ValueError(f"{count} pages are wanted and {self.free} are free")
+            raise ValueError(f"{count} pages were requested, but only {self.free} are free")
         again = min(count, len(self._returned))
         pages = [self._returned.pop() for _ in range(again)]
         pages += range(self._fresh, self._fresh + count - again)
@@ -133,19 +137,19 @@ class KVPool:
         return pages
 
     def give_back(self, model: str, pages: list[int]) -> None:
-        """Free the pages of a list, and empty it."""
+        """Free the pages in a list and clear the list."""
         self.used[model] -= len(pages)
         self._returned.extend(reversed(pages))
         pages.clear()
 
     def take(self, count: int) -> None:
-        """Have memory for the first ``count`` pages; what is in pages stays."""
+        """Reallocate the arena with memory for the first ``count`` pages, keeping the contents of the pages."""
         arena = torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self._arena.device)
         arena[: len(self._arena)] = self._arena
         self._move_to(arena)
 
     def try_take(self, counts: Sequence[int]) -> bool:
-        """`take` the first of some counts, each at most the total, that the device has memory for; False if for none."""
+        """`take` the first of ``counts``, capped at `total`, that fits in the device's memory; False if none fits."""
         for count in counts:
             try:
                 self.take(min(self.total, count))
@@ -157,19 +161,19 @@ class KVPool:
         return False
 
     def shrink(self, kept: Sequence[list[int]]) -> int:
-        """Give the arena's memory back but for the pages in some lists, which move together; the lists follow.
+        """Free the arena's memory except for the given lists of pages, which are compacted; the lists are updated.
 
         Returns:
-            For how many pages it had memory.
+            The number of pages that had memory before.
 
         Raises:
             RuntimeError: Other pages are held.
         """
         before, old = len(self._arena), [page for pages in kept for page in pages]
         if (others := self.total - self.free - len(old)) != 0:
-            raise RuntimeError(f"{others} pages of the pool are in use: it cannot be given back now")
+            raise RuntimeError(f"{others} pages of the pool are in use: its memory cannot be freed now")
         index = torch.tensor(old, dtype=torch.int64, device=self._arena.device)
-        # As wide elements: bytes would be copied one by one.
+        # Copied as int64: uint8 elements would be copied byte by byte.
         self._move_to(self._arena.view(torch.int64).index_select(0, index).view(torch.uint8))
         self._returned, self._fresh = [], len(old)
         new = itertools.count()
@@ -178,7 +182,7 @@ class KVPool:
         return before
 
     def layers(self, model: str) -> list[Tensor]:
-        """Each layer's pages, (n_pages, 2, page_size, kv_heads, head_dim), strided views of the arena."""
+        """The pages of each layer, (n_pages, 2, page_size, kv_heads, head_dim), as strided views of the arena."""
         if model not in self._views:
             geometry, size, at = self.geometries[model], self.page_size[model], 0
             elements = self._arena.view(geometry.dtype)
@@ -190,12 +194,12 @@ class KVPool:
         return self._views[model]
 
     def slots(self, model: str, pages: Sequence[int], first: int, count: int) -> list[int]:
-        """Where tokens first..first + count of a segment with these pages lie."""
+        """The slots of tokens first..first + count of a segment with these pages."""
         size = self.page_size[model]
         return [pages[j // size] * size + j % size for j in range(first, first + count)]
 
     def copy(self, source: Sequence[int], destination: Sequence[int]) -> None:
-        """Copy whole pages, of whatever model, over others, of which none is a source."""
+        """Copy whole pages of any model; no page may be both a source and a destination."""
         device = self._arena.device
         copy_pages(self._arena, torch.tensor(source, device=device), torch.tensor(destination, device=device))
 
@@ -204,7 +208,7 @@ class KVPool:
         self.generation += 1
 
     def move(self, model: str, source: Sequence[int], destination: Sequence[int]) -> None:
-        """Copy the keys and values in some slots to others, which may overlap them: all of them, or if it raises none."""
+        """Copy the keys and values of some slots to others, which may overlap. If this raises, nothing was copied."""
         device = self._arena.device
         come, go = torch.tensor(source, device=device), torch.tensor(destination, device=device)
         states = [read_kv(pages, come) for pages in self.layers(model)]

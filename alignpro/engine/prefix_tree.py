@@ -1,19 +1,19 @@
-"""Prompts that begin alike share the keys and values of what they have in common.
+"""The prefix cache: prompts with a common prefix share its keys and values.
 
 | owns | does not own |
 |---|---|
-| nodes and their pages, locks, eviction of what was used longest ago | which sequences run |
+| nodes and their pages, locks, LRU eviction | which sequences run |
 
-A node is a run of tokens with its own pages from its first token on, so that a child never shares a page with its
-parent: nothing is copied when sequences part ways. Nodes part where prompts do; a node that has to be split in the middle
-of a page has the keys and values behind the split moved, which costs a copy and saves computing them again. Where prompts
-have less in common than a node is worth, the pages of that are copied.
+A node is a run of tokens that starts on a page of its own, so a child never shares a page with its parent and nothing is
+copied when sequences diverge. Nodes are split where prompts diverge. If the split falls within a page, the keys and
+values after it are moved, which is cheaper than recomputing them. If the common prefix is too short for a node, its pages
+are copied instead.
 
-A prompt is put in before it is computed, so that prompts which arrive together share what they have in common too.
+A prompt is inserted before it is computed, so that prompts that arrive together share their prefixes too.
 
-The first tokens of a prompt may be another model's: an activated LoRA acts on the end of a prompt, and what stands before
-is its base model's. Then they lie among the base's nodes, where the base finds them too and new weights of the LoRA leave
-them alone; the rest hangs below them.
+The first tokens of a prompt may belong to another model: an activated LoRA acts only on the end of a prompt, and the
+tokens before that are computed by its base model. They are stored in the base's nodes, so the base reuses them and they
+survive an update of the LoRA's weights. The rest of the prompt is stored in nodes below them.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from alignpro.engine.faults import out_of_memory
 from alignpro.engine.pool import KVPool, Segment
 
 SHORTEST = 16
-"""Fewer common tokens are not worth a node: each level of nodes is one more pass of attention."""
+"""Minimum length of a common prefix to get a node: each level of nodes adds a pass of attention."""
 COPIED = 4
-"""Fewer common tokens than that are not worth a copy of their pages either, and are computed again."""
+"""Minimum length of a common prefix to have its pages copied; a shorter one is recomputed."""
 
 Tokens = tuple[int, ...]
 
 
 @dataclass(eq=False)
 class Node(Segment):
-    """A run of tokens after its parent's."""
+    """A run of tokens that follows its parent's tokens."""
 
     tokens: Tokens
     parent: Node | None = None
     children: dict[tuple[str, Tokens], Node] = field(default_factory=dict)
-    """By model and first tokens: SHORTEST of them, or all of a node that has fewer."""
+    """Keyed by model and first tokens: `SHORTEST` of them, or all tokens of a shorter node."""
     order: list[tuple[str, Tokens]] = field(default_factory=list)
-    """Their keys, sorted: neighbours have most in common."""
+    """The keys of `children`, sorted: neighbours have the longest common prefixes."""
     locks: int = 0
-    """Running sequences that go through it."""
+    """Number of running sequences whose path contains this node."""
     state: Tensor | None = None
     """(D,) the last hidden state at the end, if known."""
 
     @property
     def key(self) -> tuple[str, Tokens]:
-        """Its place among its parent's children."""
+        """Its key among its parent's children."""
         return self.model, self.tokens[:SHORTEST]
 
     def path(self) -> list[Node]:
-        """From the first tokens of the prompt to this node; the empty root is left out."""
+        """The nodes from the start of the prompt to this node, without the empty root."""
         nodes: list[Node] = []
         node = self
         while node.parent is not None:
@@ -68,28 +68,28 @@ class Node(Segment):
 
 
 class PrefixTree:
-    """Nodes of all models, by name; a model's are dropped when its weights change.
+    """The nodes of all models, by model name. A model's nodes are dropped when its weights change.
 
     Args:
-        pool: Where pages come from. ``pool.free + cached + locked`` and what running sequences hold are all its pages.
+        pool: Source of the pages. ``pool.free + cached + locked`` plus the pages of running sequences is ``pool.total``.
     """
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
         self.cached = 0
-        """Pages of nodes that no sequence has locked: all can be evicted."""
+        """Number of pages in unlocked nodes, all of which can be evicted."""
         self.locked = 0
-        """Pages of nodes that some sequence has locked."""
+        """Number of pages in nodes locked by a sequence."""
         self.serials = itertools.count()
-        """For every segment that has pages of the pool, so that no two have the same."""
+        """Source of `Segment.serial` for every segment that has pages of the pool."""
         self._roots: dict[str, Node] = {}
-        self._hosts: dict[str, str] = {}  # model → the one below whose nodes its own hang
-        self._idle: OrderedDict[Node, None] = OrderedDict()  # unlocked leaves, the one used longest ago first
+        self._hosts: dict[str, str] = {}  # model → the model whose root its nodes descend from
+        self._idle: OrderedDict[Node, None] = OrderedDict()  # unlocked leaves, least recently used first
 
     def acquire(self, model: str, tokens: Tokens, base: str | None = None, shared: int = 0) -> Node | None:
-        """The node at which a prompt ends, put in if need be, with its path locked; None if there are no pages for it.
+        """Find or insert the node at which a prompt ends and lock its path. Returns None if there are not enough pages.
 
-        The first ``shared`` tokens are those of the model ``base``, if that is given.
+        If ``base`` is given, the first ``shared`` tokens belong to that model.
         """
         root = base or model
         self._hosts[model] = root
@@ -100,7 +100,7 @@ class PrefixTree:
         return node and self._descend(node, model, tokens)
 
     def _descend(self, node: Node, model: str, tokens: Tokens) -> Node | None:
-        """Go on from a locked path to where a model's tokens end; None, and nothing locked, if there are no pages."""
+        """Extend a locked path to the end of a model's tokens. Without enough pages, unlock the path and return None."""
         while (at := node.start + len(node.tokens)) < len(tokens):
             try:
                 below = self._step(node, model, tokens, at)
@@ -114,7 +114,7 @@ class PrefixTree:
         return node
 
     def _step(self, node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
-        """Lock the child that a model's tokens at.. go on with, made if need be; None if there is no memory for it."""
+        """Lock the child that continues with ``tokens[at:]``, creating it if needed; None if there is no memory for it."""
         child = _child(node, model, tokens, at)
         if child is None:
             return self._insert(node, model, tokens[at:])
@@ -133,25 +133,25 @@ class PrefixTree:
             self._unlock(each)
 
     def allocate(self, model: str, count: int) -> list[int] | None:
-        """``count`` pages, unlocked nodes being evicted as needed; None if even that is not enough."""
+        """Allocate ``count`` pages, evicting unlocked nodes as needed; None if even that is not enough."""
         while count <= self.pool.free + self.cached:
             while self.pool.free < count:
                 self._evict(next(iter(self._idle)))
             if self.pool.reserve(count):
                 return self.pool.allocate(model, count)
-        return None  # also where the device has no memory for more: the pool has become smaller then
+        return None  # also if the device is out of memory, as the pool has shrunk then
 
     def evict_all(self, keep: Collection[str] = ()) -> None:
-        """Evict every node that is not locked, but for those of models to be kept."""
+        """Evict every unlocked node, except those of the models in ``keep``."""
         while nodes := [node for node in self._idle if node.model not in keep]:
             for node in nodes:
                 self._evict(node)
 
     def drop(self, model: str) -> None:
-        """Forget all nodes of a model.
+        """Drop all nodes of a model.
 
         Raises:
-            RuntimeError: A sequence of it is running.
+            RuntimeError: A sequence of the model is running.
         """
         roots = {model, self._hosts.get(model, model)}
         nodes = [node for root in roots for node in self.nodes(root) if model in (root, node.model)]
@@ -161,11 +161,11 @@ class PrefixTree:
             self._evict(node)
 
     def pages(self) -> list[list[int]]:
-        """Those of every node."""
+        """The page lists of all nodes."""
         return [node.pages for root in self._roots for node in self.nodes(root)]
 
     def nodes(self, model: str) -> Iterator[Node]:
-        """All nodes of a model, and of others that hang below them, parents first."""
+        """All nodes of a model and the nodes of other models below them, parents first."""
         stack = list(self._roots[model].children.values()) if model in self._roots else []
         while stack:
             node = stack.pop()
@@ -173,7 +173,7 @@ class PrefixTree:
             stack.extend(node.children.values())
 
     def _insert(self, parent: Node, model: str, tokens: Tokens) -> Node | None:
-        """A new locked child, its pages not yet written; None if there are not enough."""
+        """Insert a new locked child, not yet computed; None if there are not enough pages."""
         pages = self.allocate(model, self.pool.pages_for(model, len(tokens)))
         if pages is None:
             return None
@@ -190,10 +190,10 @@ class PrefixTree:
         return node
 
     def _copy_beginning(self, parent: Node, model: str, tokens: Tokens, pages: Sequence[int]) -> int:
-        """Copy into a new child's pages what it has in common with a sibling and is computed; how many tokens that is.
+        """Copy the computed common prefix with a sibling into a new child's pages. Returns its number of tokens.
 
-        It is less than a node is worth, or the two would be below one. Behind it the last page has the sibling's tokens,
-        until the child's own are computed.
+        The prefix is shorter than `SHORTEST`; otherwise both would be below a common node. The rest of the last copied page
+        holds the sibling's tokens until the child's own are computed.
         """
         place = bisect_left(parent.order, (model, tokens[:SHORTEST]))
         siblings = [parent.children[key] for key in parent.order[max(0, place - 1) : place + 1] if key[0] == model]
@@ -206,9 +206,9 @@ class PrefixTree:
         return count
 
     def _split(self, lower: Node, at: int) -> Node | None:
-        """Part a locked node before its token ``at``: a new node above it, as locked, or None for want of memory.
+        """Split a locked node before its token ``at``. Returns the new, equally locked upper node; None without memory.
 
-        Sequences know a path by its last node, which stays the same one.
+        ``lower`` remains the lower node, because sequences refer to a path by its last node.
         """
         pool, model = self.pool, lower.model
         above, below = pool.pages_for(model, at), pool.pages_for(model, len(lower.tokens) - at)
@@ -272,7 +272,7 @@ class PrefixTree:
 
 
 def _child(node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
-    """The child that a model's tokens at.. go on with: for SHORTEST tokens at least, or for all that it has."""
+    """The child that shares at least `SHORTEST` tokens with ``tokens[at:]``, or all of its own if it has fewer."""
     if not node.children:
         return None
     longest = min(SHORTEST, len(tokens) - at)
@@ -281,7 +281,7 @@ def _child(node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
 
 
 def _common(mine: Tokens, tokens: Tokens, at: int) -> int:
-    """How many tokens at.. are a node's first ones."""
+    """The length of the common prefix of ``mine`` and ``tokens[at:]``."""
     if tokens[at : at + len(mine)] == mine:
         return len(mine)
     pairs = enumerate(zip(mine, tokens[at:], strict=False))

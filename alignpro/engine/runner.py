@@ -1,4 +1,4 @@
-"""A tick carried out: one forward pass, and one draw of each sequence that has all its tokens computed."""
+"""Execute a tick: one forward pass, then one draw for each sequence whose tokens are all computed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 def compute(
     model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats, graphs: DecodeGraphs | None = None
 ) -> Tensor:
-    """Compute the tick's items: the states in which its sequences draw, (B, D). If that raises, none of them is computed.
+    """Compute the tick's items. Returns the hidden states from which its sequences draw, (B, D).
 
-    With ``graphs``, ticks of next tokens alone are run by them.
+    If this raises, no item counts as computed. With ``graphs``, they run decode ticks.
     """
     stats.ticks += 1
     ends = [s.own if s.drawn else s.node for s in tick.drawing]
@@ -64,7 +64,7 @@ def compute(
 
 
 def _known(ends: Sequence[object]) -> Tensor:
-    """(B, D): what was kept of the ends of prompts."""
+    """The states kept from the ends of prompts, (B, D)."""
     states = [end.state for end in ends if isinstance(end, Node) and end.state is not None]
     assert len(states) == len(ends)
     return torch.stack(states)
@@ -74,9 +74,10 @@ def _known(ends: Sequence[object]) -> Tensor:
 def draw(
     models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor, stats: EngineStats
 ) -> None:
-    """One token a sequence, from (B, D) states; those that have come to their end have a completion then.
+    """Draw one token per sequence from (B, D) states, and give a completion to each sequence that ends.
 
-    There is one pass over the head for all that are drawn alike. If one raises, none of those has drawn.
+    Sequences with the same sampling parameters share one pass of the head. If a pass raises, none of its sequences has
+    drawn.
     """
     if sequences:
         with _timed(stats, "sample"):
@@ -89,7 +90,7 @@ def _draw(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequen
     heads = {name: models[name].head for name in {sequence.model: None for sequence in sequences}}
     alike: dict[tuple[str | float, ...], list[int]] = {}
     for row, sequence in enumerate(sequences):
-        params, lora = sequence.params, heads[sequence.model].lora  # in which alone heads of one tick may differ
+        params, lora = sequence.params, heads[sequence.model].lora  # heads of one tick differ only in their LoRA
         head_name = sequence.model if lora else ""
         alike.setdefault((head_name, params.temperature, params.top_k, params.top_p, params.min_p), []).append(row)
     for rows in alike.values():
@@ -104,13 +105,13 @@ def _draw(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequen
             sequences[row].logprobs.append(logprob)
             try:
                 _end(models[sequences[row].model], sequences[row])
-            except Exception as error:  # of the tokenizer, over what this sequence has drawn
-                logger.exception("the search for a stop text raised")
+            except Exception as error:  # raised by the tokenizer on this sequence's tokens
+                logger.exception("the search for a stop text raised an exception")
                 sequences[row].fail(described("the search for a stop text", error))
 
 
 def _end(model: LanguageModel, sequence: SampledSequence) -> None:
-    """Give a sequence its completion if the token just drawn is its last."""
+    """Complete a sequence if the token just drawn is its last."""
     params, drawn = sequence.params, sequence.drawn
     if drawn[-1] in params.stop_token_ids:
         sequence.end("stop")
@@ -121,12 +122,12 @@ def _end(model: LanguageModel, sequence: SampledSequence) -> None:
 
 
 def _stop_text(model: LanguageModel, drawn: list[int], stops: Sequence[str]) -> int | None:
-    """How many tokens come before the text that ends a sequence; None if its last tokens do not hold one."""
+    """The number of tokens before a stop text; None if the last tokens do not contain one."""
 
     def text(start: int, end: int) -> str:
         return str(model.tokenizer.decode(drawn[start:end]))
 
-    # A token stands for a byte at least, but for the few that are not decoded.
+    # Each token decodes to at least one byte, except for a few that decode to nothing; hence the margin of 4.
     start = max(0, len(drawn) - max(len(stop.encode()) for stop in stops) - 4)
     tail = text(start, len(drawn))
     places = [place for stop in stops if (place := tail.find(stop)) >= 0]

@@ -1,7 +1,7 @@
-"""Draw tokens. Randomness is stateless, so a sequence's tokens do not depend on what it was batched with.
+"""Draw tokens. Randomness is stateless, so a sequence's tokens do not depend on what it is batched with.
 
 The noise for a token is a function of (sequence seed, position, vocabulary entry). A sequence that is moved to another
-batch, preempted or computed again draws the same tokens.
+batch, preempted or recomputed draws the same tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GAMMA = np.uint64(_GOLDEN_GAMMA)
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from its parts, each step mixed by SplitMix64 (Steele et al., 2014)."""
+    """Derive a 63-bit seed from parts, mixing each step with SplitMix64 (Steele et al., 2014)."""
     state = 0
     for part in parts:
         value = int.from_bytes(part.encode(), "little") if isinstance(part, str) else part
@@ -34,7 +34,7 @@ def derive_seed(*parts: int | str) -> int:
             value >>= 64
             if value in (0, -1):
                 break
-            step = 3 * _GOLDEN_GAMMA  # the rest of a part is not the next part
+            step = 3 * _GOLDEN_GAMMA  # distinguishes the rest of a long part from the next part
     return state >> 1
 
 
@@ -46,30 +46,30 @@ def _mix(z: int) -> int:
 
 
 def position_seeds(seeds: ArrayLike, positions: ArrayLike) -> NDArray[np.int64]:
-    """``derive_seed(seed, position)`` of many at once, none of them negative: integers of shapes that broadcast."""
+    """Vectorised ``derive_seed(seed, position)`` for non-negative integers whose shapes broadcast."""
     state = _mix_all(np.asarray(seeds, np.uint64) ^ _GAMMA) + _GAMMA
     return (_mix_all(state ^ np.asarray(positions, np.uint64)) >> np.uint64(1)).astype(np.int64)
 
 
 def _mix_all(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """`_mix`; products of unsigned integers wrap."""
+    """Vectorised `_mix`; products of unsigned integers wrap."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def sample(hidden: Tensor, head: Head, params: SamplingParams, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row.
+    """Draw one token per row.
 
     Args:
         hidden: (B, D) last hidden states.
         head: The output layer.
         params: Temperature and filters.
-        seeds: (B,) int64, one a row, new at every position.
+        seeds: (B,) int64, one per row, different at every position.
 
     Returns:
-        Tokens (B,) int64, and their log-probabilities (B,) float32 under the distribution drawn from: after
-        temperature, top-k, top-p and min-p, renormalised; 0 for a greedy token, which is certain.
+        Tokens (B,) int64, and their log-probabilities (B,) float32 under the distribution they were drawn from: after
+        temperature, top-k, top-p and min-p, renormalised. A greedy token is certain and has log-probability 0.
     """
     filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
     if not filtered or params.temperature == 0:
@@ -84,9 +84,9 @@ def sample(hidden: Tensor, head: Head, params: SamplingParams, seeds: Tensor) ->
 
 
 def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Set to −inf what top-k, top-p and min-p exclude, in this order; the likeliest token always stays.
+    """Set the logits excluded by top-k, top-p and min-p, in this order, to −inf; the most likely token always stays.
 
-    Tokens as likely as the k-th all stay; of equals at the edge of top-p, the lowest ids.
+    All tokens tied with the k-th stay. Ties at the edge of top-p are resolved in favour of the lowest ids.
 
     Args:
         logits: (B, V), after the temperature.

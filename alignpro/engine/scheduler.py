@@ -1,13 +1,13 @@
-"""Who runs in a tick: one model, the next token of each of its running sequences, and prompts as the budget allows.
+"""Plan ticks: one model, the next token of each of its running sequences, and as much prefill as the budget allows.
 
-Models that are one but for an adapter run as one, in one lane.
+Models that differ only in an adapter share a lane and run together.
 
 | owns | does not own |
 |---|---|
-| queues, admission, growth and preemption of sequences, the choice of a model | tensors, what is drawn |
+| queues, admission, growth and preemption of sequences, the choice of a model | tensors, the sampled tokens |
 
-When no page is to be had, unlocked nodes of the prefix tree go first, then the youngest running sequence: its pages are
-freed and what it has drawn waits, to be computed again as one piece later on.
+When pages run out, unlocked nodes of the prefix tree are evicted first. After that, the youngest running sequence is
+preempted: its pages are freed, and the tokens it has drawn are recomputed in one piece when it resumes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from alignpro.engine.prefix_tree import Node, PrefixTree
 from alignpro.engine.sequence import SampledSequence
 
 TAIL = 4
-"""A stage with fewer than 1/TAIL of its places taken, and nobody waiting, shares its time with the next stage."""
+"""A stage with no waiting sequences that runs fewer than ``max_batch`` / TAIL alternates with the next stage."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """Tokens ``first``.. ``first + count`` of the last segment of a path, to be computed."""
+    """Tokens ``first``..``first + count`` of the last segment of a path, to be computed."""
 
     path: tuple[Segment, ...]
     first: int
@@ -34,16 +34,16 @@ class Item:
     kind: str
     """``prefill``, ``decode`` or ``recompute``."""
     write: bool = True
-    """False where keys and values are there already, and only the hidden state is wanted."""
+    """False if the keys and values are already computed and only the hidden state is needed."""
 
     @property
     def segment(self) -> Segment:
-        """What the tokens are part of."""
+        """The segment that the tokens belong to."""
         return self.path[-1]
 
     @property
     def end(self) -> int:
-        """Tokens of the segment that are there after the tick."""
+        """Number of computed tokens of the segment after the tick."""
         return self.first + self.count
 
 
@@ -52,20 +52,20 @@ class Tick:
     """The work of one forward pass, and the sequences that draw a token after it."""
 
     model: str
-    """In whose forward pass."""
+    """Name of the model whose forward pass is run."""
     items: list[Item] = field(default_factory=list)
     drawing: list[SampledSequence] = field(default_factory=list)
 
 
 class Scheduler:
-    """Runs sequences of several models on one pool.
+    """Schedules the sequences of several models on one pool.
 
     Args:
-        pool: Pages.
-        tree: Prompts; it may hold some from before.
-        stages: Names of the lanes, in the order in which their sequences come about.
-        max_batch: Sequences of a lane that run at once.
-        token_budget: Tokens computed in a tick; running sequences' next tokens always are.
+        pool: Source of the pages.
+        tree: The prefix cache; it may hold prompts from earlier runs.
+        stages: Names of the lanes, in the order in which their sequences are created.
+        max_batch: Maximum number of sequences of a lane that run at the same time.
+        token_budget: Tokens per tick. The next token of every running sequence is computed even beyond it.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class Scheduler:
         self.running: list[SampledSequence] = []  # in the order in which they were admitted
         self.preemptions = 0
         self.hits = 0
-        """Prompt tokens that were there when their sequence was admitted for the first time."""
+        """Prompt tokens that were already computed when their sequence was first admitted."""
         self._refused: list[SampledSequence] = []
         self._last = ""
 
     def add(self, sequence: SampledSequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Append a sequence to the queue of its lane."""
         self.waiting[sequence.lane].append(sequence)
 
     def next_tick(self) -> Tick | None:
-        """What to compute next; None when all sequences have ended."""
+        """The next tick to compute; None when all sequences have ended."""
         while order := self._order():
             for model in order:
                 self._admit(model)
@@ -99,26 +99,26 @@ class Scheduler:
         return None
 
     def take_refused(self) -> list[SampledSequence]:
-        """Sequences that have failed since the last call, for want of memory that the pool was to have."""
+        """Return the sequences that have failed since the last call because the pool got less memory than planned."""
         refused, self._refused = self._refused, []
         return refused
 
     def finish(self, sequence: SampledSequence) -> None:
-        """Free what a sequence holds that has ended."""
+        """Free the pages and locks of a sequence that has ended."""
         if sequence.own is not None:
             self.running.remove(sequence)
             self._release(sequence)
 
     def abort(self) -> None:
-        """Free what all sequences hold."""
+        """Free the pages and locks of all sequences."""
         while self.running:
             self._release(self.running.pop())
 
     def audit(self) -> None:
-        """Check that every page is free, in the tree or a running sequence's, and in one place only.
+        """Check that every page is in exactly one place: free, in the tree, or held by a running sequence.
 
         Raises:
-            AssertionError: The books are wrong.
+            AssertionError: The bookkeeping is inconsistent.
         """
         pool, tree = self.pool, self.tree
         nodes = [node for name in pool.page_size for node in tree.nodes(name)]
@@ -133,10 +133,10 @@ class Scheduler:
         assert len(locks) == sum(node.locks for node in nodes)
 
     def _order(self) -> list[str]:
-        """Models that have work, the one to run first.
+        """Lanes that have work, the one to run first at the front.
 
-        A tick of a few sequences costs nearly what one of many does, and a model's weights are read in every tick of it.
-        So the earliest stage goes first; while it is running out, it and the next take turns.
+        A tick of few sequences costs nearly as much as one of many, because each tick reads all of the model's weights.
+        So the earliest stage goes first; when it runs low, it and the next stage take turns.
         """
         running = {name: sum(s.lane == name for s in self.running) for name in self.stages}
         busy = [name for name in self.stages if running[name] or self.waiting[name]]
@@ -144,7 +144,7 @@ class Scheduler:
         return busy[::-1] if running_out and self._last == busy[0] else busy
 
     def _admit(self, model: str) -> None:
-        """Let waiting sequences run while there are places, and pages for them and the next tokens of all others."""
+        """Admit waiting sequences while the batch has room and there are pages for them and for growth of the others."""
         waiting = self.waiting[model]
         if any(sequence.needs_empty_pool for sequence in self.running):
             return
@@ -152,11 +152,11 @@ class Scheduler:
         while waiting and places:
             sequence = waiting[0]
             if sequence.needs_empty_pool and not self.running:
-                self.tree.evict_all()  # so that its prompt is one node, with no page half empty but the last
+                self.tree.evict_all()  # so that its prompt is a single node, of which only the last page is partly filled
             if not self._start(sequence):
                 if self.running:
                     return
-                self.tree.evict_all()  # what is cached stands in the way of the only one that could run
+                self.tree.evict_all()  # cached prompts keep the only sequence that could run from starting
                 if not self._start(sequence):
                     waiting.popleft()
                     self._refuse(sequence)
@@ -167,14 +167,14 @@ class Scheduler:
                 return
 
     def _start(self, sequence: SampledSequence) -> bool:
-        """Lock its prompt and take pages for what it has drawn; False if there are too few."""
+        """Lock a sequence's prompt and allocate pages for its drawn tokens; False if there are too few pages."""
         model, drawn = sequence.model, sequence.drawn
         node = self.tree.acquire(model, sequence.prompt, sequence.base, sequence.shared)
         if node is None:
             return False
         try:
             pages = self.tree.allocate(model, self.pool.pages_for(model, len(drawn)))
-        except Exception:  # of the device
+        except Exception:  # raised by the device
             self.tree.release(node)
             raise
         if pages is None or (self.running and self.pool.free + self.tree.cached <= len(self.running)):
@@ -190,9 +190,9 @@ class Scheduler:
         return True
 
     def _grow(self, lane: str) -> None:
-        """A page for each sequence whose next token needs one; the oldest first, at the expense of the youngest."""
+        """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
         for sequence in [s for s in self.running if s.lane == lane]:
-            while sequence.own is not None:  # None: it was preempted for an older one
+            while sequence.own is not None:  # None if it was preempted in favour of an older one
                 own = sequence.own
                 missing = self.pool.pages_for(own.model, len(own.tokens)) - len(own.pages)
                 if missing == 0:
@@ -209,8 +209,10 @@ class Scheduler:
                     self._preempt(youngest)
 
     def _refuse(self, sequence: SampledSequence) -> None:
-        """Fail a sequence that the pool took when it was to have more memory than there turned out to be."""
-        sequence.fail(f"the device has memory for only {self.pool.total} pages of the engine's pool: too few for it")
+        """Fail a sequence that no longer fits because the pool got less memory than planned."""
+        sequence.fail(
+            f"the device has memory for only {self.pool.total} pages of the engine's pool: too few for this sequence"
+        )
         self._refused.append(sequence)
 
     def _preempt(self, sequence: SampledSequence) -> None:
@@ -228,9 +230,9 @@ class Scheduler:
         sequence.node = sequence.own = None
 
     def _work(self, model: str) -> Tick:
-        """Next tokens first, then pieces of prompts and of what has to be computed again, up to the budget."""
+        """Build the tick of a lane: next tokens first, then chunks of prefill and recomputation up to the token budget."""
         tick = Tick(model)
-        ends: dict[Segment, int] = {}  # tokens of a segment that will be there after the tick
+        ends: dict[Segment, int] = {}  # segment → its number of computed tokens after the tick
         mine = [sequence for sequence in self.running if sequence.lane == model]
         mine.sort(key=_pending)
         room = self.token_budget
@@ -238,7 +240,7 @@ class Scheduler:
             node, own = sequence.node, sequence.own
             assert node is not None and own is not None
             path = (*node.path(), own)
-            # What has computed tokens behind it is all there.
+            # If the last segment has computed tokens, everything before it is complete.
             for depth, segment in enumerate(path[-1:] if own.computed else path, len(path) - 1 if own.computed else 0):
                 if segment not in ends:
                     missing = len(segment.tokens) - segment.computed
@@ -263,9 +265,9 @@ class Scheduler:
 
 
 def _pending(sequence: SampledSequence) -> int:
-    """Tokens to be computed before the sequence can draw."""
+    """Number of tokens to compute before the sequence can draw."""
     assert sequence.node is not None and sequence.own is not None
-    if sequence.own.computed:  # and so all before it
+    if sequence.own.computed:  # then everything before it is complete
         return len(sequence.own.tokens) - sequence.own.computed
     path: list[Segment] = [*sequence.node.path(), sequence.own]
     return sum(len(segment.tokens) - segment.computed for segment in path)

@@ -1,8 +1,8 @@
-"""A sampled sequence, and the chain that it is part of: x → K rewrites → M responses to each.
+"""A sampled sequence and the chain it is part of: prompt x → K rewrites → M responses to each.
 
 | owns | does not own |
 |---|---|
-| what has been drawn, what a finished sequence leads to | memory, when anything runs |
+| drawn tokens, the follow-ups of a finished sequence | memory, scheduling |
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from alignpro.errors import AlignProError
 logger = logging.getLogger(__name__)
 
 _OF_ADAPTER = 1 << 40
-"""Added to tokens that an adapter acts on, which are none of the base's."""
+"""Offset of the tokens that an adapter acts on, which keeps them distinct from the base model's tokens."""
 
 ToTarget = Callable[[int, Completion], list[int]]
-"""(index of the prompt, the policy's sample) → the target's prompt tokens."""
+"""(prompt index, the policy's sample) → the target's prompt tokens."""
 
 
 @dataclass(eq=False)
 class SampledSequence:
-    """One completion in the making.
+    """A completion in progress.
 
-    Its tokens do not depend on when it runs, on what, or on how often it is preempted: position t draws from (seed, t).
+    Its tokens do not depend on when it runs, what it is batched with, or how often it is preempted: position t draws from
+    (seed, t).
     """
 
     model: str
@@ -41,53 +42,53 @@ class SampledSequence:
     params: SamplingParams
     seed: int
     origin: tuple[int, ...] = ()
-    """Which prompt, sample and response it is."""
+    """Indices of its prompt, sample and response, as far as they apply."""
     drawn: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     completion: Completion | None = None
-    """Once it has ended."""
+    """Set once the sequence has ended."""
     lane: str = ""
-    """The model in whose forward passes it runs: its own, or one that is the same but for an adapter."""
+    """The model in whose forward passes it runs: its own, or one that differs only in an adapter."""
     base: str | None = None
-    """The model that computes the first ``shared`` tokens of the prompt, where that is another one."""
+    """The model that computes the first ``shared`` tokens of the prompt, if it is a different one."""
     shared: int = 0
     node: Node | None = None
-    """Where its prompt ends in the prefix tree, while it runs."""
+    """The prefix-tree node at which its prompt ends, while it runs."""
     own: Segment | None = None
     """Its drawn tokens and their pages, while it runs."""
     preempted: bool = False
-    """Whether what it has to compute was computed before."""
+    """Whether it has been preempted, so that its tokens are recomputed."""
     needs_empty_pool: bool = False
-    """Whether it was the only one running when pages ran out."""
+    """Whether it was the only running sequence when pages ran out."""
 
     @property
     def cache_key(self) -> tuple[str, tuple[int, ...]]:
-        """Model and prompt, such that what two prompts have in common in the cache begins alike."""
+        """Model and prompt tokens, encoded so that two prompts share a cached prefix exactly if their keys do."""
         if self.base is None:
             return self.model, self.prompt
         own = tuple(token + _OF_ADAPTER for token in self.prompt[self.shared :])
         return self.base, self.prompt[: self.shared] + own
 
     def end(self, reason: Literal["stop", "length"], kept: int | None = None) -> None:
-        """Take what was drawn as the completion."""
+        """Complete the sequence with the tokens drawn so far."""
         self.completion = Completion(self.drawn, self.logprobs, reason, kept=kept)
 
     def fail(self, error: str) -> None:
-        """It cannot be run; nothing of it is kept."""
+        """Complete the sequence with an error, discarding its tokens."""
         self.completion = Completion([], [], "error", error)
 
 
 def siblings(
     model: str, prompt: Sequence[int], params: SamplingParams, seed: int, origin: tuple[int, ...]
 ) -> list[SampledSequence]:
-    """The ``params.n`` completions of a prompt; number k draws from (seed, k)."""
+    """The ``params.n`` sequences of a prompt; sequence k draws from (seed, k)."""
     tokens = tuple(map(index, prompt))
     return [SampledSequence(model, tokens, params, derive_seed(seed, k), (*origin, k)) for k in range(params.n)]
 
 
 @dataclass
 class ChainRun:
-    """Two-stage chains: a rewrite that ends becomes a prompt of the target at once.
+    """Two-stage chains: each rewrite becomes a prompt of the target as soon as it ends.
 
     Response m to rewrite k of a prompt draws from (the prompt's seed, "respond", k, m).
     """
@@ -110,7 +111,7 @@ class ChainRun:
         ]
 
     def after(self, sequence: SampledSequence) -> list[SampledSequence]:
-        """What a sequence that has ended leads to: for a rewrite, its M responses, which may have failed already."""
+        """The follow-ups of a finished sequence: for a rewrite its M responses, some of which may have failed already."""
         sample = sequence.completion
         assert sample is not None
         if len(sequence.origin) != 2:  # a response
@@ -125,7 +126,7 @@ class ChainRun:
                 chain.target_tokens = [index(token) for token in self.to_target(i, sample)]
             except AlignProError as error:
                 problem = f"the sample cannot be given to {self.target}: {error}"
-            except Exception as error:  # a fault of the callback, of this chain alone too
+            except Exception as error:  # a bug in the callback also fails only this chain
                 logger.exception("to_target failed on a sample of prompt %d", i)
                 problem = f"the sample cannot be given to {self.target}: {described('to_target', error)}"
         seed = derive_seed(self.seeds[i], "respond", k)
@@ -137,7 +138,7 @@ class ChainRun:
         return responses
 
     def result(self) -> list[list[Chain]]:
-        """The chains of each prompt, with what their sequences became."""
+        """The chains of each prompt with their completions."""
         groups: list[list[Chain]] = [[] for _ in self.seeds]
         for (i, k), chain in sorted(self.chains.items(), key=lambda item: item[0]):
             chain.responses = [completed(response) for response in self.responses[i, k]]

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out."""
+"""Inputs and outputs of the engine: sampling parameters, completions, chains and statistics."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from alignpro.errors import ConfigError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a sequence is drawn. ``temperature=0`` is greedy.
+    """Sampling parameters of a sequence. ``temperature=0`` is greedy.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is out of range.
     """
 
     max_tokens: int = 128
     temperature: float = 1.0
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     min_p: float = 0.0
     n: int = 1
-    """Completions a prompt."""
+    """Number of completions per prompt."""
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     """Texts that end a sequence."""
@@ -36,12 +36,12 @@ class SamplingParams:
     def __post_init__(self) -> None:
         ranges = {
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "a number from 0"),
+            "temperature": (0 <= self.temperature < float("inf"), "a finite number, at least 0"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "min_p": (0 <= self.min_p < 1, "from 0 to below 1"),
+            "min_p": (0 <= self.min_p < 1, "at least 0, below 1"),
             "n": (self.n >= 1, "at least 1"),
-            "stop": (all(self.stop), "texts that are not empty"),
+            "stop": (all(self.stop), "non-empty texts"),
         }
         for name, (holds, expected) in ranges.items():
             if not holds:
@@ -53,17 +53,17 @@ class Completion:
     """One sampled sequence."""
 
     tokens: list[int]
-    """The sampled ids, the stop token included where one was drawn."""
+    """The sampled ids, including the stop token if one was drawn."""
     logprobs: list[float]
     """Log-probability of each token under the distribution it was drawn from, in nats."""
     finish_reason: Literal["stop", "length", "error"]
     error: str | None = None
     kept: int | None = None
-    """Tokens before the text that ended it; None where no such text did."""
+    """Number of tokens before the stop text that ended the sequence; None if no stop text did."""
 
     @property
     def text_tokens(self) -> list[int]:
-        """The ids without the stop token or the tokens of a stop text: what the sequence says."""
+        """The ids without the stop token or the tokens of a stop text."""
         if self.kept is not None:
             return self.tokens[: self.kept]
         return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
@@ -75,49 +75,49 @@ class Chain:
 
     sample: Completion
     target_tokens: list[int] = field(default_factory=list)
-    """The target's prompt: its template around x'."""
+    """The target's prompt: x' in the target's chat template."""
     responses: list[Completion] = field(default_factory=list)
     notes: dict[str, float] = field(default_factory=dict)
-    """What the environment noticed on the way (an empty rewrite: 1.0), to be averaged into metrics."""
+    """Observations of the environment (such as 1.0 for an empty rewrite), which are averaged into metrics."""
 
 
 KINDS = ("prefill", "decode", "recompute")
-"""Of computed tokens: of prompts, the next ones of sequences, and what a preemption threw away."""
+"""Kinds of computed tokens: prompt tokens, next tokens, and tokens recomputed after a preemption."""
 PHASES = ("plan", "forward", "sample")
-"""Of a tick."""
+"""Phases of a tick."""
 
 
 @dataclass
 class EngineStats:
-    """Counts since the engine was made."""
+    """Counters since the engine was created."""
 
     computed: Counter[str] = field(default_factory=Counter)
-    """Tokens that went through a model, by `KINDS`."""
+    """Tokens computed by a model, by `KINDS`."""
     floor_tokens: int = 0
-    """What would have been computed had every prefix that prompts of a run have in common been computed once."""
+    """Tokens that would have been computed if each prefix shared by prompts of a run had been computed exactly once."""
     cache_hit_tokens: int = 0
-    """Prompt tokens that were there when a sequence of theirs began to run."""
+    """Prompt tokens that were already computed when their sequence was first admitted."""
     sequences: int = 0
     sampled_tokens: int = 0
     preemptions: int = 0
     ticks: int = 0
     """Forward passes."""
     decode_ticks: Counter[str] = field(default_factory=Counter)
-    """Ticks of next tokens alone that were padded to a fixed shape: ``replayed`` as a CUDA graph or ``padded`` without,
-    and how many were ``captured`` first."""
+    """Decode ticks padded to a fixed shape: ``replayed`` as a CUDA graph, or ``padded`` and run without one. ``captured``
+    counts the graphs captured."""
     most_pages: Counter[str] = field(default_factory=Counter)
-    """Model → pages that it held at most."""
+    """Model → maximum number of pages it held."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Of the ticks, by `PHASES`."""
+    """Seconds spent in ticks, by `PHASES`."""
     run_seconds: float = 0.0
-    """Of `generate` and `run_chains` in all."""
+    """Total seconds spent in `generate` and `run_chains`."""
 
     def snapshot(self) -> EngineStats:
-        """The counts of now, which stay as they are."""
+        """A copy of the current counters."""
         return copy.deepcopy(self)
 
     def since(self, earlier: EngineStats) -> EngineStats:
-        """What came about after a snapshot; pages are those held at most since the engine was made."""
+        """The difference to an earlier snapshot; ``most_pages`` is the maximum since the engine was created."""
         seconds = {phase: spent - earlier.seconds.get(phase, 0.0) for phase, spent in self.seconds.items()}
         return EngineStats(
             computed=self.computed - earlier.computed,
@@ -135,7 +135,7 @@ class EngineStats:
 
     @classmethod
     def merged(cls, ranks: Sequence[EngineStats]) -> EngineStats:
-        """The counts of several engines that ran at the same time: sums, but the largest of pages and of times."""
+        """The counters of several engines that ran at the same time: sums of counts, maxima of pages and times."""
         merged = cls(
             floor_tokens=sum(stats.floor_tokens for stats in ranks),
             cache_hit_tokens=sum(stats.cache_hit_tokens for stats in ranks),
@@ -155,11 +155,11 @@ class EngineStats:
 
     @property
     def floor_ratio(self) -> float:
-        """Tokens computed over `floor_tokens`: below 1 where earlier runs left prompts in the cache; 0 if none ran."""
+        """Ratio of computed tokens to `floor_tokens`: below 1 if earlier runs left prompts in the cache; 0 if none ran."""
         return self.computed.total() / self.floor_tokens if self.floor_tokens else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Names → values for a log. ``engine/decode_ticks`` are there where decode ticks have a fixed shape."""
+        """Metrics for logging, by name. ``engine/decode_ticks/…`` exist only if decode ticks are padded to a fixed shape."""
         return {
             **{f"engine/computed/{kind}": float(self.computed[kind]) for kind in KINDS},
             "engine/floor_ratio": self.floor_ratio,
@@ -172,12 +172,12 @@ class EngineStats:
         }
 
     def note_pages(self, used: Mapping[str, int]) -> None:
-        """Take notice of the pages that models hold."""
+        """Update ``most_pages`` with the number of pages that each model holds."""
         for model, pages in used.items():
             self.most_pages[model] = max(self.most_pages[model], pages)
 
     def note_floor(self, ran: Sequence[tuple[str, tuple[int, ...], int]]) -> None:
-        """Count the sequences of a run, (model, prompt, tokens drawn); the last token drawn is never computed."""
+        """Count the sequences of a run, (model, prompt, tokens drawn); the last drawn token is never computed."""
         self.sequences += len(ran)
         self.sampled_tokens += sum(drawn for *_, drawn in ran)
         prompts = sorted({(model, prompt) for model, prompt, _ in ran})
@@ -187,4 +187,4 @@ class EngineStats:
             if first == second
         )
         self.floor_tokens += sum(len(prompt) for _, prompt in prompts) - sum(shared)
-        self.floor_tokens += sum(max(0, drawn - 1) for *_, drawn in ran)  # one that failed may have drawn none
+        self.floor_tokens += sum(max(0, drawn - 1) for *_, drawn in ran)  # a failed sequence may have drawn none

@@ -1,4 +1,4 @@
-"""The arms of a comparison: each samples responses to the same held-out prompts in its own way."""
+"""The arms of a comparison: each samples responses to the same held-out prompts with its own method."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ LABELS = {
 
 @dataclass
 class ArmSamples:
-    """What an arm drew and earned."""
+    """The samples of an arm and their scores."""
 
     name: str
     chains: list[list[Chain]]
-    """[P][K]; for an arm without rewrites the samples are the responses."""
+    """[P][K]; in an arm without rewrites, the samples are the responses."""
     scores: Scores
 
     @property
     def rewards(self) -> Tensor:
-        """(P, K, M); an arm without rewrites has its K responses on the last axis, (P, 1, K)."""
+        """(P, K, M); in an arm without rewrites (P, 1, K), with its K responses on the last axis."""
         rewards = self.scores.rewards
         return rewards if self.scores_rewrites else rewards.transpose(1, 2)
 
     @property
     def scores_rewrites(self) -> bool:
-        """Whether the samples are rewrites, which a target answered."""
+        """Whether the samples are rewrites with responses of a target."""
         return bool(self.chains[0][0].responses)
 
 
 @dataclass
 class ArmSampler:
-    """Draws arms on a set of prompts with one target and one reward; all arms share the seeds of their prompts.
+    """Samples arms on a set of prompts with one target and one reward; all arms use the same seed for a prompt.
 
-    The number of responses a prompt is the same in every arm: K rewrites × M responses, or K·M responses.
+    The number of responses per prompt is the same in every arm: K rewrites × M responses, or K·M responses.
     """
 
     config: EvalConfig | OptimalConfig
@@ -63,7 +63,7 @@ class ArmSampler:
     reward: RewardStack
 
     def responses(self, name: str, model: LanguageModel, count: int) -> ArmSamples:
-        """``count`` responses of a model to each prompt itself: no fine-tuning, or the oracle."""
+        """Draw ``count`` responses of a model to each original prompt: for no fine-tuning, or for the oracle."""
         environment = ResponseEnvironment(
             ChatTemplate(model.tokenizer, self.config.target_model.chat_template), self.reward
         )
@@ -71,13 +71,13 @@ class ArmSampler:
         return self._draw(name, environment, engine, sampling_params(self.config.respond, count))
 
     def rewrites(self, name: str, prompter: LanguageModel, count: int) -> ArmSamples:
-        """``count`` rewrites by a prompter, each answered by the target."""
+        """Draw ``count`` rewrites per prompt from a prompter, with the target's responses to each."""
         engine = Engine({"policy": prompter, "target": self.target}, **self.config.engine.model_dump())
         params = sampling_params(self.config.rewrite, count)
         return self._draw(name, self.environment(prompter), engine, params)
 
     def environment(self, prompter: LanguageModel) -> PromptEnvironment:
-        """The chain prompter → target → reward."""
+        """The environment of the chain prompter → target → reward."""
         config = self.config
         return prompt_environment(
             prompter,
@@ -90,9 +90,9 @@ class ArmSampler:
         )
 
     def gibbs(self, candidates: ArmSamples, prompter: LanguageModel, kl_coef: float, count: int) -> ArmSamples:
-        """Resample ``count`` of the candidates of each prompt with weights softmax(R/λ) and let the target answer anew.
+        """Resample ``count`` candidates per prompt with weights softmax(R/λ) and draw new responses of the target.
 
-        The responses that chose a rewrite are not those that it is judged by: that would favour lucky ones.
+        The resampled rewrites are not scored with the responses that selected them, which would favour lucky ones.
         """
         weights = self.weigh(candidates, kl_coef).weights  # (P, N)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "gibbs"))
@@ -111,7 +111,7 @@ class ArmSampler:
         return ArmSamples("gibbs", chains, environment.score(self.prompts, chains))
 
     def weigh(self, candidates: ArmSamples, kl_coef: float) -> GibbsResample:
-        """The closed form's weights on the candidates, with λ log Ẑ and the effective sample size."""
+        """The closed-form weights of the candidates, with λ log Ẑ and the effective sample size."""
         return gibbs_resample(candidates.scores.values.double(), kl_coef)
 
     def _draw(self, name: str, environment: Environment, engine: Engine, params: SamplingParams) -> ArmSamples:
@@ -123,7 +123,7 @@ class ArmSampler:
 def sequence_kl(
     model: LanguageModel, reference: LanguageModel, inputs: Sequence[Sequence[int]], arm: ArmSamples, temperature: float
 ) -> float:
-    """Mean exact KL(model ‖ reference) of an arm's samples, in nats a sequence; both models have one vocabulary."""
+    """Mean exact KL(model ‖ reference) on an arm's samples, in nats per sequence; both models share one vocabulary."""
     policy = Policy(model, reference, temperature=temperature)
     prompts = [ids for ids, group in zip(inputs, arm.chains, strict=True) for _ in group]
     samples = [chain.sample.tokens for group in arm.chains for chain in group]
@@ -146,7 +146,7 @@ def logprobs(
 def batches(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], model: LanguageModel, size: int = 128
 ) -> list[SequenceBatch]:
-    """Sequences in order, ``size`` at a time."""
+    """Split sequences into batches of ``size``, in order."""
     return [
         SequenceBatch.build(prompts[start : start + size], completions[start : start + size], model.device)
         for start in range(0, len(prompts), size)

@@ -1,4 +1,4 @@
-"""`alignpro eval`: prompter, oracle and no fine-tuning on the same held-out prompts, with intervals, bound and report."""
+"""`alignpro eval`: compare prompter, oracle and no fine-tuning on held-out prompts, with intervals, bound and report."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _SHOWN_ROWS = 2000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found."""
+    """The results of an evaluation."""
 
     arms: list[ArmSummary]
     gap: Estimate | None
     kl: float | None
-    """KL(ρ ‖ ρ_sft) of the trained prompter, nats a sequence."""
+    """KL(ρ ‖ ρ_sft) of the trained prompter, in nats per sequence."""
     bound: BoundSummary | None
     gibbs: dict[str, float] | None
     """λ log Ẑ, effective sample size and number of candidates."""
@@ -52,7 +52,7 @@ class Evaluation:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """What summary.json holds."""
+        """The content of summary.json."""
         return {
             **{arm.name: arm.as_dict() for arm in self.arms},
             "gap_recovered": self.gap.as_dict()["value"] if self.gap else None,
@@ -76,14 +76,14 @@ def evaluate(
     *,
     extra: Callable[[], Mapping[str, Any]] = dict,
 ) -> Evaluation:
-    """Draw every arm, compare them, and write ``summary.json``, ``figure.png``, ``report.html`` and ``samples.jsonl``.
+    """Sample all arms, compare them, and write ``summary.json``, ``figure.png``, ``report.html`` and ``samples.jsonl``.
 
     Args:
         config: The arms, the prompts, the target and the reward.
-        extra: Called when all is computed; its entries replace or join those of the summary.
+        extra: Called after all results are computed; the entries it returns are added to the summary or replace its own.
 
     Raises:
-        TrainingError: The output directory holds an evaluation already.
+        TrainingError: The output directory already contains an evaluation.
         DataError: There are fewer than two prompts to evaluate on.
     """
     started = time.perf_counter()
@@ -111,7 +111,7 @@ def evaluate(
 def evaluation_prompts(
     config: EvalConfig, data: DataSet, target: LanguageModel, prompter: LanguageModel | None
 ) -> list[Prompt]:
-    """The held-out prompts that fit in the models: all of them when the configuration holds nothing out.
+    """The held-out prompts that fit in the models' contexts; if ``data.holdout`` is 0, all prompts that fit.
 
     Raises:
         DataError: Fewer than two are left.
@@ -135,17 +135,17 @@ def evaluation_prompts(
 
 
 def prepare_directory(out: Path, marker: str) -> Path:
-    """Make an output directory that holds no earlier result.
+    """Create an output directory, or check that an existing one contains no earlier result.
 
     Raises:
-        TrainingError: It does, or it cannot be made.
+        TrainingError: The directory contains a result or cannot be created.
     """
     if (out / marker).exists():
-        raise TrainingError(f"{out / marker}: exists already; name another `out`, or remove it")
+        raise TrainingError(f"{out / marker}: already exists; choose another `out`, or remove it")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"{out}: cannot be made: {error}") from error
+        raise TrainingError(f"{out}: cannot be created: {error}") from error
     return out
 
 
@@ -227,13 +227,13 @@ def _compare(
 def _bound(
     config: EvalConfig, sampler: ArmSampler, arms: dict[str, ArmSamples], oracle: LanguageModel | None
 ) -> BoundSummary:
-    """Both sides of the bound; what cannot be computed says so, and nothing else is lost by it."""
+    """Both sides of the bound. If they cannot be computed, the note states why and the evaluation continues."""
     if oracle is None or "align_pro" not in arms or "sft_prompter" not in arms:
-        return BoundSummary(None, None, note="not computable: it takes a prompter, its reference and an oracle")
+        return BoundSummary(None, None, note="not computable: it requires a prompter, its reference and an oracle")
     respond = config.respond
     if respond.temperature == 0 or respond.top_k or respond.top_p < 1 or respond.min_p:
         return BoundSummary(
-            None, None, note="not computable: responses are not drawn from the target's whole distribution"
+            None, None, note="not computable: responses are not drawn from the target's unfiltered distribution"
         )
     inputs = _target_inputs(sampler, config)
     P = len(sampler.prompts)
@@ -241,11 +241,11 @@ def _bound(
     def flat(name: str) -> torch.Tensor:
         return arms[name].rewards.flatten(1)
 
-    # TV(π*, π_F): y ~ π*(.|x), under both.
+    # TV(π*, π_F): y ~ π*(.|x), scored under both.
     drawn = [chain.sample for group in arms["oracle"].chains for chain in group]
     x = [ids for ids, group in zip(inputs, arms["oracle"].chains, strict=True) for _ in group]
     oracle_pair = [logprobs(m, x, drawn, respond.temperature).view(P, -1) for m in (oracle, sampler.target)]
-    # TV(π_F(.|x), π_F(.|x')): y ~ π_F(.|x'), x' ~ ρ_sft, under x' and under x.
+    # TV(π_F(.|x), π_F(.|x')): y ~ π_F(.|x'), x' ~ ρ_sft, scored given x' and given x.
     chains = [(i, chain) for i, group in enumerate(arms["sft_prompter"].chains) for chain in group]
     answers = [y for _, chain in chains for y in chain.responses]
     x_prime = [chain.target_tokens for _, chain in chains for _ in chain.responses]
@@ -279,7 +279,7 @@ def _target_inputs(sampler: ArmSampler, config: EvalConfig) -> list[list[int]]:
 
 
 def _sample_rows(prompts: Sequence[Prompt], arms: dict[str, ArmSamples]) -> list[SampleRow]:
-    """One row for each sample of each arm, its first response; arms take turns, so that a cut keeps them all."""
+    """One row per sample of each arm, with its first response. Arms are interleaved, so that truncation keeps all arms."""
     rows: list[SampleRow] = []
     for i, prompt in enumerate(prompts):
         for name in LABELS:
@@ -324,7 +324,7 @@ def _write(
     )
     write_report(out / "report.html", report)
     (out / "config.yaml").write_text(dump_config(config))
-    # Last, and whole: it marks the evaluation as done.
+    # Written last and atomically: this file marks the evaluation as complete.
     replace_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     for arm in result.arms:
         logger.info("%-16s mean %.4f  [%.4f, %.4f]  variance %.4f", arm.label, arm.mean, *arm.ci95, arm.variance.total)
@@ -334,14 +334,14 @@ def _write(
 
 
 def _curves(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:
-    """Label → metrics of the run that a model comes from, where it is the ``model/`` of a run directory."""
+    """Label → metrics of the run that produced a model, if the model is the ``model/`` of a run directory."""
     models = {"align_pro": config.prompter, "oracle": config.oracle}
     rows = {LABELS[arm]: read_rows(Path(m.path).parent / "metrics.jsonl") for arm, m in models.items() if m is not None}
     return {label: metrics for label, metrics in rows.items() if metrics}
 
 
 def _pair(config: EvalConfig) -> str:
-    """What the figure calls the pair: the models' directories, or of a run's ``model/`` the run."""
+    """The name of the pair in the figure: the models' directories, or the run directory if a path is a run's ``model/``."""
 
     def name(model: ModelConfig) -> str:
         path = Path(model.path)

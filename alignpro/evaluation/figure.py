@@ -1,4 +1,4 @@
-"""The paper's figure: mean reward and reward variance, a group of bars a prompter-target pair. And training curves."""
+"""The paper's figure (mean reward and reward variance, one group of bars per prompter-target pair) and training curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from alignpro.evaluation.summary import ArmGroup, ArmSummary
 
-# Okabe & Ito (2008): told apart with every common colour blindness. Hatches carry the difference into greyscale.
+# Okabe & Ito (2008): distinguishable with every common colour blindness. Hatches keep bars distinct in greyscale.
 ARM_STYLE: dict[str, tuple[str, str]] = {
     "no_finetuning": ("#9A9A9A", ""),
     "sft_prompter": ("#56B4E9", "...."),
@@ -57,18 +57,18 @@ _STYLE: dict[str, Any] = {
     "hatch.linewidth": 0.6,
     "lines.linewidth": 1.5,
     "savefig.dpi": 200,
-    "text.parse_math": False,  # a $ in a label is a $
-    "svg.hashsalt": "alignpro",  # with the date left out, equal data give equal bytes
+    "text.parse_math": False,  # a $ in a label is literal
+    "svg.hashsalt": "alignpro",  # with the date omitted, equal data give equal bytes
 }
 
-# What is drawn first, where the rows have it; other numeric metrics are drawn only when asked for.
+# The metrics drawn by default, if the rows have them; other metrics are drawn only on request.
 CURVES: dict[str, str] = {
     "reward/mean": "Reward, mean",
     "reward/std": "Reward, standard deviation",
     "eval/reward": "Reward on held-out prompts",
-    "kl": "KL to reference (nats a sequence)",
+    "kl": "KL to reference (nats per sequence)",
     "eval/kl": "KL on held-out prompts",
-    "entropy": "Entropy (nats a token)",
+    "entropy": "Entropy (nats per token)",
     "sample/length": "Length (tokens)",
     "gradient_norm": "Gradient norm",
     "loss": "Loss",
@@ -76,16 +76,16 @@ CURVES: dict[str, str] = {
 
 
 def plot_comparison(groups: Sequence[ArmGroup], path: Path | IO[bytes], *, format: str | None = None) -> None:
-    """Grouped bars (theory 8): left the mean reward with its 95 % interval, right the reward's total variance.
+    """Plot grouped bars: on the left the mean reward with its 95 % interval, on the right the reward's total variance.
 
     Args:
-        groups: A group of bars for each prompter-target pair, in drawing order. Every arm found in any group gets a
-            colour and a place in the legend, in the order of first appearance.
-        path: Where to write; the suffix names the format (.png, .svg, .pdf).
-        format: The format, where ``path`` is a stream.
+        groups: One group of bars per prompter-target pair, in drawing order. Every arm in any group gets a colour and a
+            legend entry, in order of first appearance.
+        path: Where to write; the suffix determines the format (.png, .svg, .pdf).
+        format: The format, if ``path`` is a stream.
 
     Raises:
-        ValueError: There is no group, or a group without arms.
+        ValueError: There is no group, or a group has no arms.
     """
     if not groups or any(not group.arms for group in groups):
         raise ValueError("plot_comparison needs at least one group, and at least one arm in each")
@@ -115,17 +115,18 @@ def plot_curves(
     keys: Mapping[str, str] | None = None,
     format: str | None = None,
 ) -> bool:
-    """Training curves, one panel a metric, one line a run: thin as measured, thick a moving mean over about a tenth of
-    the run.
+    """Plot training curves, with one panel per metric and one line per run.
+
+    Thin lines show the measured values, thick lines a moving mean over about a tenth of the run.
 
     Args:
         runs: Label of a run -> rows of its metrics.jsonl, each with ``step``; a row may lack a metric.
-        path: Where to write; the suffix names the format.
-        keys: Metric -> title of its panel; those of `CURVES` that some row has when absent.
-        format: The format, where ``path`` is a stream.
+        path: Where to write; the suffix determines the format.
+        keys: Metric -> title of its panel; by default those metrics of `CURVES` that occur in some row.
+        format: The format, if ``path`` is a stream.
 
     Returns:
-        Whether there was anything to draw; nothing is written where not.
+        Whether there was anything to draw; if not, nothing is written.
     """
     wanted = CURVES if keys is None else keys
     panels = [key for key in wanted if any(len(_series(rows, key)[0]) for rows in runs.values())]
@@ -163,7 +164,7 @@ def plot_curves(
 
 
 def plot_distributions(arms: Sequence[ArmSummary], path: Path | IO[bytes], *, format: str | None = None) -> None:
-    """Empirical distribution of the prompts' mean rewards, a line an arm: the share of prompts at or below a reward."""
+    """Plot the empirical distribution of the prompts' mean rewards, one line per arm."""
     styles = _arm_styles([arm.name for arm in arms])
     with style.context(_STYLE):
         figure = Figure(figsize=(6.4, 3.3), layout="constrained")
@@ -179,12 +180,12 @@ def plot_distributions(arms: Sequence[ArmSummary], path: Path | IO[bytes], *, fo
 
 
 def arm_color(name: str) -> str:
-    """The colour of an arm's bars, where it is one of `ARM_STYLE`."""
+    """The colour of an arm's bars; grey if the arm is not in `ARM_STYLE`."""
     return ARM_STYLE[name][0] if name in ARM_STYLE else "#777777"
 
 
 def svg(draw: Any, *arguments: Any) -> bytes:
-    """What a plotting function draws, as SVG; empty where it drew nothing."""
+    """The output of a plotting function as SVG; empty if it drew nothing."""
     stream = io.BytesIO()
     draw(*arguments, stream, format="svg")
     return stream.getvalue()
@@ -226,7 +227,7 @@ def _bars(
     axes.set_xticks(centres, [textwrap.fill(g.label, w) for g, w in zip(groups, widths, strict=True)])
     axes.axhline(0, color="#555555", linewidth=0.8)
     low, high = min(0.0, *tops), max(0.0, *tops)
-    room = 0.10 * ((high - low) or 1.0)  # for the numbers at the bars' ends
+    room = 0.10 * ((high - low) or 1.0)  # for the numbers at the ends of the bars
     axes.set_ylim(low - room if low < 0 else 0, high + room if high > 0 else room)
 
 
@@ -240,7 +241,7 @@ def _cycle(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values (n,) of a metric, those that are no finite number left out."""
+    """Steps and values (n,) of a metric, without values that are not finite numbers."""
     pairs = [
         (row["step"], row[key])
         for row in rows

@@ -1,4 +1,4 @@
-"""`alignpro optimal`: the closed form without training. Draw N rewrites of ρ_sft, resample them by exp(R/λ)."""
+"""`alignpro optimal`: the closed form without training. Draw N rewrites from ρ_sft and resample them by exp(R/λ)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from alignpro.jobs import input_room
 from alignpro.models import load_language_model, load_target
 from alignpro.prompting import PrompterTemplate, drop_long_prompts
 from alignpro.rewards import build_reward
+from alignpro.training.checkpoint import disk_errors
+from alignpro.training.durability import replace_text
 from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
 
 
 def optimal(config: OptimalConfig) -> dict[str, Any]:
-    """Write ``rewrites.jsonl`` (each prompt's best rewrite, a rewrite resampled from ρ*, all weights) and ``summary.json``.
+    """Write ``rewrites.jsonl`` (per prompt the best rewrite, a rewrite resampled from ρ*, all weights) and ``summary.json``.
 
-    The target's log-probabilities are not used. Rewards of the resampled rewrites are of fresh responses.
+    The target's log-probabilities are not used. The resampled rewrites are scored with fresh responses.
 
     Raises:
-        TrainingError: The output directory holds a result already.
+        TrainingError: The output directory already contains a result.
     """
     out = prepare_directory(config.out, "summary.json")
     prompter = load_language_model(config.prompter)
@@ -64,8 +66,10 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
         "seed": config.seed,
         "versions": versions(),
     }
-    (out / "config.yaml").write_text(dump_config(config))
-    (out / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    with disk_errors(str(out), "make room, then resample again"):
+        (out / "config.yaml").write_text(dump_config(config))
+        # Last, and whole: it marks the result as finished.
+        replace_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     logger.info(
         "reward of ρ_sft %.4f → resampled %.4f; λ log Ẑ %.4f; effective sample size %.2f of %d",
         *(summary[key] for key in ("reference_reward", "resampled_reward", "log_partition", "effective_sample_size")),

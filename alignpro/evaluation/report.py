@@ -1,4 +1,4 @@
-"""The evaluation as one self-contained HTML file: no network, no other file, every text escaped."""
+"""The evaluation report as a self-contained HTML file: no network access, no other files, all texts escaped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignpro.evaluation.summary import ArmGroup, ArmSummary, Report, SampleRow
 
 @dataclass(frozen=True)
 class _Part:
-    """A segment of the small bar that shows a variance's parts, and its width in percent of the largest total."""
+    """A segment of the small bar that shows the variance parts; its width is in percent of the largest total."""
 
     name: str
     value: float
@@ -27,11 +27,11 @@ class _Part:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Render `report` and put it at ``path`` in one rename, so a reader never sees half a file.
+    """Render `report` and write it to ``path`` atomically, so that a reader never sees a partial file.
 
     Args:
-        path: The HTML file to write; its directory exists.
-        report: Everything that is shown. Texts may hold anything, HTML included: they are escaped.
+        path: The HTML file to write; its directory must exist.
+        report: The content. Texts may contain anything, including HTML: they are escaped.
 
     Raises:
         ValueError: The report has no arm.
@@ -78,12 +78,12 @@ def render_report(report: Report) -> str:
 
 
 def _embed(image: bytes) -> str:
-    """SVG as a data URI; empty for no image."""
+    """SVG as a data URI; an empty string if there is no image."""
     return f"data:image/svg+xml;base64,{base64.b64encode(image).decode('ascii')}" if image else ""
 
 
 def _variance_bar(arm: ArmSummary, arms: Sequence[ArmSummary]) -> list[_Part]:
-    """Segments in proportion to the parts; a negative estimate has no width, but is shown in the numbers."""
+    """Segments in proportion to the variance parts; a negative estimate has no width, but is shown as a number."""
     largest = max(
         max(0.0, v.prompts) + max(0.0, v.rewrites) + max(0.0, v.responses) for v in (a.variance for a in arms)
     )
@@ -92,7 +92,7 @@ def _variance_bar(arm: ArmSummary, arms: Sequence[ArmSummary]) -> list[_Part]:
 
 
 def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[str, str]) -> dict[str, Any]:
-    """The rows as the page's script reads them: each distinct text once, rows point to it."""
+    """The rows in the format of the page's script: each distinct text is stored once, and rows hold indices."""
     known = {arm.name: arm.label for arm in arms}
     names = list(dict.fromkeys([*known, *(row["arm"] for row in rows)]))
     texts: dict[str, int] = {}
@@ -115,7 +115,7 @@ def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[s
 
 
 def _whole(text: str) -> str:
-    """Half a surrogate pair, which a model can write and some browsers do not survive, becomes U+FFFD."""
+    """Replace lone surrogates, which a model can produce and some browsers cannot handle, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

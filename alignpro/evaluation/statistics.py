@@ -1,8 +1,7 @@
 """Means, intervals and variance parts of nested rewards.
 
-Rewards of an arm are an array (P, K, M): P prompts, K rewrites of each, M responses to each rewrite. Prompts are the
-only independent draws (the rewrites of a prompt share it), so every interval here resamples prompts, never single
-rewards.
+Rewards of an arm are an array (P, K, M): P prompts, K rewrites per prompt, M responses per rewrite. Only prompts are
+independent draws (the rewrites of a prompt share it), so all intervals here resample prompts, never single rewards.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 FloatArray = npt.NDArray[np.float64]
 Values = npt.ArrayLike | torch.Tensor
 
-_BATCH = 500  # resamples drawn at once: bounds memory at _BATCH * P floats
+_BATCH = 500  # resamples drawn at a time; limits memory to _BATCH * P floats
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,15 @@ class Estimate:
     high: float
 
     def as_dict(self) -> dict[str, float | None]:
-        """For JSON, which knows no NaN and no infinity: those become None."""
+        """The values for JSON, which has no NaN or infinity: those become None."""
         return {name: finite_or_none(getattr(self, name)) for name in ("value", "low", "high")}
 
 
 @dataclass(frozen=True)
 class VarianceParts:
-    """Var(r) taken apart by the law of total variance; ``total`` is the sum of the other three.
+    """Var(r) decomposed by the law of total variance; ``total`` is the sum of the other three.
 
-    The parts are unbiased estimates and are reported raw, so a part whose true value is near zero may come out
-    negative.
+    The parts are unbiased estimates and are not clipped, so a part whose true value is near zero may be negative.
     """
 
     total: float
@@ -53,7 +51,7 @@ class VarianceParts:
 
 
 def nested_variance(rewards: Values) -> VarianceParts:
-    """Unbiased variance parts of balanced nested samples (theory 7), by the mean squares of a nested ANOVA.
+    """Unbiased variance parts of balanced nested samples, from the mean squares of a nested ANOVA.
 
     With mean squares MS_y within rewrites, MS_x' between the rewrites of a prompt and MS_x between prompts,
 
@@ -61,16 +59,15 @@ def nested_variance(rewards: Values) -> VarianceParts:
 
     which is solved for the three σ² (Searle, Casella & McCulloch, Variance Components, 1992, section 3.6).
 
-    An axis of length 1 says nothing about its own level: that part is 0, and what varies there is counted in the level
-    above it. So K = 1 is right for an arm that has no rewrites, M = 1 puts the responses' variance into ``rewrites``,
-    and the total stays unbiased. With P = 1 nothing can be said between prompts, and the total is that of the one
-    prompt.
+    An axis of length 1 gives no information about its own level: that part is 0, and its variance is counted in the level
+    above. So K = 1 is right for an arm without rewrites, M = 1 counts the responses' variance in ``rewrites``, and the
+    total stays unbiased. With P = 1 the variance between prompts is unknown, and the total is that within the one prompt.
 
     Args:
         rewards: (P, K, M), finite.
 
     Raises:
-        ValueError: The shape is not (P, K, M) with all of them at least 1, or a reward is not finite.
+        ValueError: The shape is not (P, K, M) with P, K, M ≥ 1, or a reward is not finite.
     """
     r = _finite(rewards)
     if r.ndim != 3:
@@ -99,7 +96,7 @@ def mean_ci(values: Values, *, confidence: float = 0.95, resamples: int = 2000, 
         seed: The same seed and values give the same interval.
 
     Returns:
-        The interval of one prompt is NaN (one prompt shows no spread); that of equal values is the value itself.
+        The mean and its interval. With a single prompt the interval is NaN; if all values are equal, it is that value.
 
     Raises:
         ValueError: There are no values, or one is not finite.
@@ -127,9 +124,10 @@ def mean_ci(values: Values, *, confidence: float = 0.95, resamples: int = 2000, 
 def paired_bootstrap(
     a: Values, b: Values, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Estimate:
-    """Mean of a − b with an interval that resamples prompts, the same ones for both arms.
+    """Mean of a − b with an interval that resamples the same prompts for both arms.
 
-    Pairing removes what prompts have in common, so the interval is narrower than that of two separate means.
+    Pairing removes the variation between prompts that both arms share, so the interval is narrower than for independent
+    samples.
 
     Args:
         a: (P,) or (P, ...), trailing axes averaged.
@@ -157,7 +155,7 @@ def gap_recovered(
     """Share of the gap recovered, (ours − no fine-tuning) / (oracle − no fine-tuning), with a percentile interval.
 
     Prompts are resampled jointly for the three arms. A ratio whose denominator may be zero has no bounded interval
-    (Fieller, 1954): when the interval of the gap itself holds zero, the share's interval is (−inf, inf).
+    (Fieller, 1954): if the interval of the gap itself contains zero, the interval of the share is (−inf, inf).
 
     Args:
         no_finetuning: (P,) or (P, ...), trailing axes averaged.
@@ -168,7 +166,8 @@ def gap_recovered(
         seed: The same seed and values give the same interval.
 
     Returns:
-        The value is NaN where the means of oracle and no fine-tuning are equal; with one prompt the interval is NaN.
+        The share and its interval. The share is NaN if ours, the oracle and no fine-tuning have the same mean, and infinite
+        if only the last two do. With a single prompt the interval is NaN.
 
     Raises:
         ValueError: The arms hold a different number of prompts, none, or a value that is not finite.
@@ -179,7 +178,7 @@ def gap_recovered(
     if len(gap) < 2:
         return Estimate(value, math.nan, math.nan)
     with warnings.catch_warnings():
-        # Equal ratios in every resample are a valid, exact result here; SciPy warns that they are degenerate.
+        # SciPy warns about degenerate data if all resamples are equal, which is a valid, exact result here.
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
         result = scipy.stats.bootstrap(
             (gain, gap),
@@ -196,13 +195,13 @@ def gap_recovered(
     gap_low, gap_high = np.quantile(gaps, tails)
     if gap_low <= 0 <= gap_high:
         return Estimate(value, -math.inf, math.inf)
-    # No interpolation: a rare resample with a zero gap has an infinite share, and inf - inf would spoil the quantile.
+    # No interpolation: a rare resample with a zero gap has an infinite share, and inf - inf would make the quantile NaN.
     low, high = np.quantile(_ratio(gains, gaps), tails, method="inverted_cdf")
     return Estimate(value, float(low), float(high))
 
 
 def prompt_means(values: Values) -> FloatArray:
-    """(P, ...) to (P,) float64: the mean of each prompt.
+    """The mean of each prompt: (P, ...) to (P,) float64.
 
     Raises:
         ValueError: There are no values, or one is not finite.
@@ -212,7 +211,7 @@ def prompt_means(values: Values) -> FloatArray:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """The number, or None where JSON has none for it."""
+    """The number if it is finite, else None, since JSON has no NaN or infinity."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data: the figure and the report show these records and compute nothing."""
+"""The results of an evaluation as plain data: the figure and the report display these records and compute nothing."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class ArmSummary:
     """95 % bootstrap interval of the mean, over prompts."""
     variance: VarianceParts
     n: int
-    """Prompts."""
+    """Number of prompts P."""
     samples: int
-    """Rewards in all: P · K · M."""
+    """Total number of rewards, P · K · M."""
     rewards: FloatArray
     """(P,) mean reward of each prompt."""
     difference: Estimate | None = None
-    """Mean less that of no fine-tuning, paired by prompt; None for no fine-tuning itself."""
+    """Mean minus that of no fine-tuning, paired by prompt; None for no fine-tuning itself."""
     kl: float | None = None
-    """KL of what the arm trained to what it started from, in nats a sequence; None where nothing was trained."""
+    """KL of the arm's trained model to its initial model, in nats per sequence; None if nothing was trained."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For summary.json; an undefined number is None."""
+        """The content for summary.json; undefined numbers are None."""
         return {
             "mean": self.mean,
             "variance": self.variance.total,
@@ -76,12 +76,12 @@ def summarize_arm(
 
     Args:
         name: The arm's key.
-        label: What figure and report call it.
+        label: The arm's name in the figure and the report.
         rewards: (P, K, M); K = 1 for an arm without rewrites.
         baseline: Rewards of no fine-tuning on the same prompts, (P, ...), for the paired difference.
-        kl: Nats a sequence, where the arm was trained.
+        kl: KL in nats per sequence, if the arm was trained.
         resamples: Bootstrap samples.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
     """
     estimate = mean_ci(rewards, resamples=resamples, seed=seed)
     means = prompt_means(rewards)
@@ -109,41 +109,41 @@ class ArmGroup:
 
 @dataclass(frozen=True)
 class BoundSummary:
-    """The bound of theory 6 as measured: what RLHF of the target may gain over prompting, at most."""
+    """The measured bound on the gain of RLHF of the target over prompting (`alignpro.theory.bound`)."""
 
     lhs: float | None
-    """J(oracle) − J(prompter), the gap that the bound limits; None where it was not computable."""
+    """J(oracle) − J(prompter), the gap that the bound limits; None if it was not computable."""
     rhs: float | None
     terms: Mapping[str, float] = field(default_factory=dict)
-    """The right side's terms by name, signs as they enter the sum."""
+    """The terms of the right-hand side by name, with the signs of the sum."""
     note: str = ""
     """How it was estimated, or why it was not computable."""
 
     @property
     def holds(self) -> bool | None:
-        """Whether lhs ≤ rhs; None where a side is missing."""
+        """Whether lhs ≤ rhs; None if a side is missing."""
         return None if self.lhs is None or self.rhs is None else self.lhs <= self.rhs
 
 
 class SampleRow(TypedDict):
-    """One response, as the browsable table shows it."""
+    """One response, as shown in the report's table."""
 
     arm: str
     """Key of the arm."""
     prompt: str
     rewrite: str | None
-    """What the target was asked; None where it got the prompt itself."""
+    """The rewrite given to the target; None if it was given the original prompt."""
     response: str
     reward: float
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the HTML report shows."""
+    """The content of the HTML report."""
 
     title: str
     pair: str
-    """The prompter-target pair, or another short name of what was compared."""
+    """The prompter-target pair, or another short name of the comparison."""
     arms: Sequence[ArmSummary]
     gap: Estimate | None = None
     """Share of the gap recovered."""
@@ -157,7 +157,7 @@ class Report:
     """The resolved configuration, as YAML."""
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
-    """What reproduces this report."""
+    """The command that reproduces this report."""
     created: str = ""
     notes: Sequence[str] = ()
-    """Plain sentences above the table: what was compared, and what the numbers do not show."""
+    """Sentences above the table, such as what was compared and what the numbers do not show."""

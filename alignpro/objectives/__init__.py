@@ -1,4 +1,4 @@
-"""From scores to three numbers a token: KL, advantages, policy losses, Gibbs. Pure functions of tensors."""
+"""From scores to per-token loss coefficients: KL, advantages, policy losses, Gibbs. Pure functions of tensors."""
 
 from alignpro.objectives.advantages import (
     RunningBaseline,

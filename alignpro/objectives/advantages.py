@@ -1,8 +1,8 @@
-"""From rewards after each action to what each action is worth more than expected.
+"""Advantages from the reward after each action.
 
 Layout: B = P·K rows, prompt-major (row = p·K + k), actions at positions 0..length−1 of T. G_t, the return of action t,
-is the sum of `token_rewards` from t on. An advantage G_t − b is unbiased when b does not depend on the action a_t, nor
-on the row's later ones.
+is the sum of `token_rewards` from t on. An advantage G_t − b is unbiased if b depends neither on the action a_t nor on
+later actions of the row.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def returns_to_go(token_rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def leave_one_out(returns: Tensor, mask: Tensor, scores: Tensor, group: int) -> Tensor:
-    """RLOO (Kool et al., 2019; Ahmadian et al., 2024, arXiv 2402.14740), a position at a time. Unbiased.
+    """RLOO (Kool et al., 2019; Ahmadian et al., 2024, arXiv 2402.14740), applied at each position. Unbiased.
 
     The baseline at position t is the mean of the other K−1 rows' returns at t. A row that has ended is held at its
-    score: that is its return with no KL to come, and it keeps the baseline of late positions from rewarding length.
+    score, which is its return with no further KL; this keeps the baseline of late positions from rewarding length.
 
     Args:
         returns: (B, T) from `returns_to_go`.
@@ -48,9 +48,9 @@ def leave_one_out(returns: Tensor, mask: Tensor, scores: Tensor, group: int) -> 
 def group_normalized(returns: Tensor, mask: Tensor, scores: Tensor, group: int, eps: float = 1e-4) -> Tensor:
     """GRPO (Shao et al., 2024, arXiv 2402.03300): (G_t − mean) / (std + eps) over a prompt's K rows, at each position.
 
-    Biased: the mean holds the row's own return, which shrinks the gradient by (K−1)/K, and dividing by the spread
-    weighs prompts by how much their rewrites agree. A group of equal returns gives zero. A row that has ended is held
-    at its score.
+    Biased: the mean includes the row's own return, which shrinks the gradient by (K−1)/K, and dividing by the standard
+    deviation weights prompts by how much the returns of their rewrites agree. A group of equal returns gives zero. A row
+    that has ended is held at its score.
 
     Args:
         returns: (B, T) from `returns_to_go`.
@@ -74,11 +74,11 @@ def group_normalized(returns: Tensor, mask: Tensor, scores: Tensor, group: int, 
 class RunningBaseline:
     """REINFORCE with a moving average of earlier steps' returns as baseline (Williams, 1992). Unbiased.
 
-    The baseline of a step comes from the steps before it: take `advantages` first, then `update`. At the first step it
+    The baseline of a step comes from the steps before it: call `advantages` first, then `update`. At the first step it
     is 0.
 
     Args:
-        decay: Weight of the past; the average is corrected for its start (as Adam's moments are).
+        decay: Decay of the moving average, which is bias-corrected like Adam's moments.
     """
 
     def __init__(self, decay: float = 0.95) -> None:
@@ -97,16 +97,16 @@ class RunningBaseline:
         return torch.where(mask, returns - self.value, 0.0)
 
     def update(self, mean_return: float) -> None:
-        """Take in a step's mean return of whole sequences, G_0."""
+        """Update the average with a step's mean return of whole sequences, G_0."""
         self._sum = self.decay * self._sum + (1 - self.decay) * mean_return
         self._weight = self.decay * self._weight + (1 - self.decay)
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """The state to checkpoint."""
         return {"sum": self._sum, "weight": self._weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Back to a saved state."""
+        """Restore a saved state."""
         self._sum, self._weight = float(state["sum"]), float(state["weight"])
 
 
@@ -115,12 +115,12 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tupl
 
         δ_t = r_t + V_{t+1} − V_t        A_t = δ_t + lam · A_{t+1}
 
-    After the last action V is 0, whether the sequence ended by its end token or was cut at its limit: the score pays
-    for it as it stands. Unbiased at lam = 1, whatever the values; below it, as far as the values are right.
+    After the last action V is 0, whether the sequence ended with its end token or was truncated: the score is that of the
+    text as it stands. Unbiased at lam = 1 for any values; for lam < 1 only if the values are exact.
 
     Args:
         token_rewards: (B, T) from `alignpro.objectives.kl.token_rewards`.
-        values: (B, T) the critic's V at the state before each action; taken as constants.
+        values: (B, T) the critic's V at the state before each action; treated as constants.
         mask: (B, T) bool.
         lam: In [0, 1].
 
@@ -141,22 +141,22 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tupl
 
 
 def is_unbiased(estimator: KLEstimator, advantage: str, gae_lambda: float = 1.0) -> bool:
-    """Whether the policy gradient's expectation is ∇J exactly.
+    """Whether the expectation of the policy gradient is exactly ∇J.
 
-    On policy, with ``normalize_by="sequence"`` and no entropy bonus: a mean over tokens weighs a sequence by the other
-    lengths of its step.
+    Assumes on-policy samples, ``normalize_by="sequence"`` and no entropy bonus. (A mean over tokens weights a sequence by
+    the lengths of the others in its step.)
     """
     baseline = advantage in ("leave_one_out", "running_baseline") or (advantage == "gae" and gae_lambda == 1.0)
     return baseline and estimator in ("exact", "k1")
 
 
 def _held(returns: Tensor, mask: Tensor, scores: Tensor, group: int, what: str) -> Tensor:
-    """(P, K, T): returns, and past a row's end its score."""
+    """(P, K, T): the returns, and past the end of a row its score."""
     check_rows(mask, scores=scores)
     if group < 2:
         raise ConfigError(
-            f"objective.advantage={what} with {group} sample of a prompt: the baseline is made of the same "
-            "prompt's other samples; take at least 2, or objective.advantage=running_baseline"
+            f"objective.advantage={what} with {group} sample per prompt: the baseline is computed from the same "
+            "prompt's other samples; use at least 2, or objective.advantage=running_baseline"
         )
     rows, length = returns.shape
     if rows % group:

@@ -5,8 +5,8 @@ within a group of
 
     Δ_i = λ (log ρ(x'_i|x) − log ρ_sft(x'_i|x)) − R(x, x'_i)        L = ½ · 1/(K−1) · Σ_i (Δ_i − mean Δ)²
 
-Its minimum is ρ* for any sampling distribution with full support, so old rewrites may be used again. On policy its
-gradient is −λ times the leave-one-out ascent direction with the sampled KL of the whole sequence in the reward, so that
+Its minimum is ρ* for any sampling distribution with full support, so old rewrites may be reused. On policy its gradient
+is −λ times the leave-one-out ascent direction with the sampled KL of the whole sequence in the reward, so that
 E ∇L = −λ ∇J.
 """
 
@@ -20,7 +20,7 @@ from alignpro.errors import ConfigError
 def gibbs_loss(
     sequence_logprob: Tensor, reference_logprob: Tensor, scores: Tensor, group: int, kl_coef: float
 ) -> Tensor:
-    """The loss, a mean over prompts; differentiable in ``sequence_logprob`` alone.
+    """The Gibbs loss, averaged over prompts; differentiable in ``sequence_logprob`` only.
 
     Args:
         sequence_logprob: (B,) Σ_t log ρ(a_t|s_t), nats, B = P·K rows prompt-major.
@@ -38,7 +38,7 @@ def gibbs_loss(
     """
     if group < 2:
         raise ConfigError(
-            f"objective.loss=gibbs with {group} sample of a prompt: it compares within a group, take at least 2"
+            f"objective.loss=gibbs with {group} sample per prompt: it compares samples within a group, use at least 2"
         )
     if not kl_coef > 0:
         raise ConfigError(f"objective.loss=gibbs with kl.coef={kl_coef}: it regresses on R/λ, which needs a positive λ")

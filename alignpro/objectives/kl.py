@@ -1,4 +1,4 @@
-"""The price of leaving the reference: where each estimator of KL(ρ || ρ_sft) enters, and what its gradient estimates.
+"""The KL penalty: where each estimator of KL(ρ || ρ_sft) enters, and what its gradient estimates.
 
 J = E R − λ E Σ_t KL_t has the gradient (exact, both parts are needed)
 
@@ -12,10 +12,10 @@ With l_t = log ρ(a_t|s_t) − log ρ_sft(a_t|s_t):
     k2         nothing                λ ½ l_t²                 ∇E R − λ E Σ_t ∇KL(ρ || ρ_sft)_t
     k3         nothing                λ (e^{−l_t} − 1 + l_t)   ∇E R − λ E Σ_t ∇KL(ρ_sft || ρ)_t
 
-exact and k1 are unbiased. k2 and k3 (the form of GRPO) estimate one part of the KL's gradient only: they do not see
-that an action leads to states of high KL; and what k3 minimises at a state is the KL in the other direction. The names
-are Schulman's ("Approximating KL divergence", 2020): the VALUE of k3 is an unbiased estimate of KL_t; its gradient is
-not one of ∇KL_t, because differentiating it ignores that the samples come from ρ.
+exact and k1 are unbiased. k2 and k3 (the form of GRPO) estimate only one part of the KL's gradient: they ignore that an
+action may lead to states of high KL. Moreover, k3 minimises the KL in the other direction at each state. The names are
+Schulman's ("Approximating KL divergence", 2020). The VALUE of k3 is an unbiased estimate of KL_t, but its gradient is not
+an unbiased estimate of ∇KL_t, because differentiating it ignores that the samples come from ρ.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ KLEstimator: TypeAlias = Literal["exact", "k1", "k2", "k3"]
 
 
 class KLLossTerms(NamedTuple):
-    """What the KL adds to the loss of every token, and to its derivatives in logp and KL; None is zero."""
+    """The KL's contribution to each token's loss and to its derivatives in logp and KL; None means zero."""
 
     loss: Tensor | None
     """(N,)"""
     alpha: Tensor | None
-    """(N,) derivative in the token's log-probability."""
+    """(N,) derivative with respect to the token's log-probability."""
     kappa: Tensor | None
-    """(N,) derivative in the token's exact KL."""
+    """(N,) derivative with respect to the token's exact KL."""
 
 
 def token_rewards(
@@ -47,19 +47,19 @@ def token_rewards(
     kl: Tensor | None = None,
     logratio: Tensor | None = None,
 ) -> Tensor:
-    """The reward received after each action: the score at the end, and what the KL costs from the next state on.
+    """The reward after each action: the score at the last one, and the KL penalty of the estimator at each.
 
     Args:
         scores: (B,) float, R of each sequence.
-        mask: (B, T) bool, True at the actions, which start at position 0. A sequence cut at its limit has no end token,
-            and its last action is the last token.
+        mask: (B, T) bool, True at the actions, which start at position 0. A truncated sequence has no end token; its last
+            action is its last token.
         kl_coef: λ.
-        estimator: See the module.
+        estimator: See the module docstring.
         kl: (B, T) exact KL_t at the state before each action, in nats; for ``exact``.
         logratio: (B, T) l_t; for ``k1``.
 
     Returns:
-        (B, T) in the dtype of ``scores``, zero outside the mask; their sum from t on is the return that action t earns.
+        (B, T) in the dtype of ``scores``, zero outside the mask; the sum from t on is the return of action t.
 
     Raises:
         ValueError: Shapes do not match, the mask is not left-aligned, or the estimator's input is missing.
@@ -81,10 +81,10 @@ def token_rewards(
 def kl_loss_terms(
     estimator: KLEstimator, kl_coef: float, kl: Tensor | None = None, logratio: Tensor | None = None
 ) -> KLLossTerms:
-    """The part of the KL that stands in the loss, a token.
+    """The part of the KL penalty that enters the loss, per token.
 
     Args:
-        estimator: See the module.
+        estimator: See the module docstring.
         kl_coef: λ.
         kl: (N,) exact KL; for ``exact``.
         logratio: (N,) l, under the current policy; for ``k2`` and ``k3``.
@@ -106,14 +106,14 @@ def kl_loss_terms(
 
 
 class AdaptiveKL:
-    """λ, fixed or steered towards a target KL (Ziegler et al., 2019, arXiv 1909.08593, section 2.2).
+    """λ, fixed or adapted towards a target KL (Ziegler et al., 2019, arXiv 1909.08593, section 2.2).
 
     After n samples of mean sequence KL k:  λ ← λ (1 + clip(k / target − 1, −0.2, 0.2) · n / horizon).
 
     Args:
-        coef: The first λ.
-        target: Nats a sequence; None keeps λ as it is.
-        horizon: Samples over which λ moves by up to a fifth.
+        coef: Initial λ.
+        target: Target KL in nats per sequence; None keeps λ fixed.
+        horizon: Number of samples over which λ changes by up to a fifth.
     """
 
     def __init__(self, coef: float, target: float | None = None, horizon: int = 10_000) -> None:
@@ -122,7 +122,7 @@ class AdaptiveKL:
         self.horizon = horizon
 
     def update(self, kl: float, samples: int) -> float:
-        """Take in the mean sequence KL (nats) of ``samples`` sequences; gives the new λ."""
+        """Update λ with the mean sequence KL (nats) of ``samples`` sequences, and return it."""
         if self.target is not None:
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             # A step of more samples than the horizon must not turn λ negative.
@@ -130,26 +130,26 @@ class AdaptiveKL:
         return self.coef
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps; target and horizon are configuration."""
+        """The state to checkpoint; target and horizon are configuration."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Back to a saved state."""
+        """Restore a saved state."""
         self.coef = float(state["coef"])
 
 
 def last_action(mask: Tensor) -> Tensor:
-    """(B, T) bool: True at each row's last action, nowhere in a row without actions."""
+    """(B, T) bool: True at each row's last action; all False in a row without actions."""
     ends_after = torch.zeros_like(mask)
     ends_after[:, :-1] = mask[:, 1:]
     return mask & ~ends_after
 
 
 def check_rows(mask: Tensor, **per_row: Tensor) -> None:
-    """``mask`` is (B, T) bool and left-aligned; the others are (B,).
+    """Check that ``mask`` is (B, T) bool and left-aligned, and that the other tensors are (B,).
 
     Raises:
-        ValueError: Names what does not fit.
+        ValueError: One of them is not; the message names it.
     """
     if mask.ndim != 2 or mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}: expected bool of shape (B, T)")
@@ -157,4 +157,4 @@ def check_rows(mask: Tensor, **per_row: Tensor) -> None:
         raise ValueError("mask is not left-aligned: actions must start at position 0 and have no holes")
     for name, value in per_row.items():
         if value.shape != mask.shape[:1]:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({mask.shape[0]},), one a row of mask")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({mask.shape[0]},), one per row of mask")

@@ -1,6 +1,6 @@
-"""Policy losses as three numbers a token, for `alignpro_kernels.policy_loss`.
+"""Policy losses as three coefficients per token, for `alignpro_kernels.policy_loss`.
 
-    L = Σ_t scale · [ surrogate(logp_t; A_t) + (what the KL adds, see `kl`) − c · H_t ]
+    L = Σ_t scale · [ surrogate(logp_t; A_t) + (the KL term, see `kl`) − c · H_t ]
     α = ∂L/∂logp_t        η = ∂L/∂H_t = −scale · c        κ = ∂L/∂KL_t = scale · λ for the exact KL, else 0
 
 N actions, flattened row-major: ``x[mask]`` of a (B, T) tensor.
@@ -19,38 +19,39 @@ from alignpro.objectives.kl import KLEstimator, kl_loss_terms
 
 @dataclass(frozen=True)
 class PolicyGradientBatch:
-    """What the loss knows of N actions; every tensor a constant."""
+    """The inputs of the loss for N actions; all tensors are treated as constants."""
 
     advantages: Tensor
     """(N,) float."""
     scale: float | Tensor
-    """Weight of a token's terms in the loss, one over the `loss_count` of the step; or (N,)."""
+    """Weight of a token's terms in the loss: 1 / `loss_count` of the step, or a tensor (N,)."""
     kl_coef: float = 0.0
-    """λ, in reward a nat."""
+    """λ, in units of reward per nat."""
     kl_estimator: KLEstimator = "exact"
     reference_logprob: Tensor | None = None
     """(N,) log ρ_sft(a_t|s_t), nats; needed by k2 and k3."""
     old_logprob: Tensor | None = None
-    """(N,) log-probability when the rollout was drawn, nats; needed by PPO."""
+    """(N,) log-probability under the policy that drew the rollout, nats; needed by PPO."""
     entropy_coef: float = 0.0
-    """c: adds c·H_t at every visited state.
+    """c: adds a bonus c·H_t at every visited state.
 
-    Only the step's own entropy is differentiated (the usual bonus), not how an action leads to states of higher
-    entropy."""
+    Only the entropy of the step itself is differentiated, as usual; the bonus ignores that an action may lead to states
+    of higher entropy."""
 
 
 def loss_count(mask: Tensor, normalize_by: Literal["sequence", "token"]) -> int:
-    """What a token's terms are divided by, from the mask (B, T): a sum of it over the WHOLE optimizer step, so that
-    micro-batches and ranks add up.
+    """The normaliser of the loss for a mask (B, T).
 
-    ``sequence``: B, a sum over tokens and a mean over sequences: the objective's own form.
-    ``token``: N, a mean over tokens.
+    Sum it over the WHOLE optimizer step, so that the gradients of micro-batches and ranks add up correctly.
+
+    ``sequence``: B. The loss is a sum over tokens and a mean over sequences, which is the form of the objective.
+    ``token``: N. The loss is a mean over tokens.
     """
     return mask.shape[0] if normalize_by == "sequence" else int(mask.sum())
 
 
 class TokenLoss:
-    """The coefficients callable of `alignpro_kernels.policy_loss`; gathers metrics as it is called, chunk by chunk.
+    """The coefficients callable of `alignpro_kernels.policy_loss`; accumulates metrics over the chunks it is called on.
 
     Build it with `policy_gradient_coefficients` or `ppo_clip_coefficients`.
     """
@@ -65,7 +66,7 @@ class TokenLoss:
     def __call__(
         self, logprob: Tensor, entropy: Tensor | None, kl: Tensor | None, rows: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Loss terms, α, η, κ of a chunk, each (C,)."""
+        """The loss terms, α, η and κ of a chunk, each (C,)."""
         batch, dtype = self.batch, logprob.dtype
         advantages = batch.advantages[rows].to(dtype)
         scale = batch.scale[rows].to(dtype) if isinstance(batch.scale, Tensor) else batch.scale
@@ -85,10 +86,10 @@ class TokenLoss:
         return scale * loss, scale * alpha, eta, kappa
 
     def metrics(self) -> dict[str, float]:
-        """Means over the tokens seen; empty for the plain policy gradient.
+        """Means over the tokens seen so far; empty for the plain policy gradient.
 
-        ``clip_fraction`` is the share of tokens whose gradient the clip removed. ``old_policy_kl``, in nats a token,
-        estimates KL(ρ_old || ρ) by k3 on the samples of ρ_old.
+        ``clip_fraction`` is the share of tokens whose gradient was clipped to zero. ``old_policy_kl``, in nats per token,
+        estimates KL(ρ_old || ρ) with k3 on samples of ρ_old.
         """
         if self.clip_range is None or self._tokens == 0:
             return {}
@@ -98,7 +99,7 @@ class TokenLoss:
         }
 
     def _surrogate(self, logprob: Tensor, advantages: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss (C,) and its derivative in logprob (C,), before scaling."""
+        """The loss (C,) and its derivative with respect to logprob (C,), before scaling."""
         if self.clip_range is None:
             return -advantages * logprob, -advantages
         assert self.batch.old_logprob is not None  # the builder checks it
@@ -117,8 +118,8 @@ class TokenLoss:
 def policy_gradient_coefficients(batch: PolicyGradientBatch) -> TokenLoss:
     """REINFORCE: the surrogate −A·logp, whose gradient −A·∇logp is the score-function estimate. On policy only.
 
-    The loss's value means nothing by itself; with an unbiased advantage (`is_unbiased`) its gradient's expectation is
-    −∇J.
+    The value of the loss has no meaning by itself. With an unbiased advantage (`is_unbiased`) the expectation of its
+    gradient is −∇J.
     """
     return TokenLoss(batch, clip_range=None)
 
@@ -140,6 +141,6 @@ def ppo_clip_coefficients(batch: PolicyGradientBatch, clip_range: float) -> Toke
 
 
 def value_loss(values: Tensor, targets: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The critic's regression, scale · Σ ½ (V − target)² over the actions: (), differentiable in ``values`` (B, T)."""
+    """The critic's regression loss, scale · Σ ½ (V − target)² over the actions: (), differentiable in ``values`` (B, T)."""
     error = torch.where(mask, values - targets.detach().to(values.dtype), 0.0)
     return scale * 0.5 * error.square().sum()

@@ -1,4 +1,4 @@
-"""Rewards r*(x, y): functions, reward models and drift guards, composed by weights."""
+"""Rewards r*(x, y): functions, reward models and drift guards, combined in a weighted sum."""
 
 from alignpro.rewards.component import Measurement, Reward
 from alignpro.rewards.conversation import encode_conversation

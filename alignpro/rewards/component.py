@@ -1,4 +1,4 @@
-"""What a part of the reward is, and how its answer is checked before it counts."""
+"""The interface of a reward component, and the validation of its results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from alignpro.errors import RewardError
 
 @dataclass
 class Measurement:
-    """What a component says about N rows."""
+    """The result of a component for N rows."""
 
     values: list[float]
     """(N,) the component's own scores, before weights."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    """Name -> (N,): whatever else it noticed, such as which inputs it had to truncate."""
+    """Name -> (N,): additional metrics, such as which inputs were truncated."""
 
 
 class Reward(Protocol):
@@ -37,16 +37,16 @@ class Reward(Protocol):
 
 
 def guarded_call(what: str, prompts: Sequence[Prompt], call: Callable[[], Measurement]) -> Measurement:
-    """Run a component and check what it returns.
+    """Run a component and check its result.
 
     Args:
-        what: What messages call the component, such as ``reward 'helpful'``.
-        prompts: The (N,) prompts that it scores, N ≥ 1.
-        call: The component, its arguments bound.
+        what: Name of the component in messages, such as ``reward 'helpful'``.
+        prompts: The (N,) prompts to score, N ≥ 1.
+        call: The component with its arguments bound.
 
     Raises:
-        RewardError: It raised, or returned the wrong count, something that is no number, NaN or infinity. The message
-            names the component and the prompt: for a bad value the one it stands beside, otherwise the first of the
+        RewardError: The component raised, or returned the wrong number of values, NaN, infinity or something that is not
+            a number. The message names the component and a prompt: the one with the bad value, or else the first of the
             batch (a function may have side effects, so it is not called again to find the row).
     """
     try:
@@ -63,7 +63,7 @@ def guarded_call(what: str, prompts: Sequence[Prompt], call: Callable[[], Measur
 
 
 def checked_values(what: str, prompts: Sequence[Prompt], values: Any) -> list[float]:
-    """One finite float a prompt, out of a list, tuple, array or tensor of real numbers.
+    """Convert a list, tuple, array or tensor of real numbers to one finite float per prompt.
 
     Raises:
         RewardError: See `guarded_call`.
@@ -84,7 +84,7 @@ def checked_values(what: str, prompts: Sequence[Prompt], values: Any) -> list[fl
 
 
 def describe_prompt(prompt: Prompt) -> str:
-    """Where a prompt comes from, its id and the first 200 characters of its text."""
+    """Describe a prompt by its id, its source and the first 200 characters of its text."""
     text = prompt.text if len(prompt.text) <= 200 else prompt.text[:200] + "…"
     return f"prompt {prompt.id} ({prompt.source or 'source unknown'}): {text!r}"
 
@@ -96,7 +96,7 @@ def _number(what: str, prompt: Prompt, value: Any) -> float:
         raise RewardError(f"{what} returned {value!r}, which is not a number\n  for {describe_prompt(prompt)}")
     try:
         number = float(value)
-    except OverflowError:  # an int beyond the floats
+    except OverflowError:  # an int too large for a float
         number = math.inf
     if not math.isfinite(number):
         raise RewardError(f"{what} returned {number}, expected a finite number\n  for {describe_prompt(prompt)}")
@@ -104,6 +104,6 @@ def _number(what: str, prompt: Prompt, value: Any) -> float:
 
 
 def _where(error: BaseException) -> str:
-    """File and line of the innermost frame: where the user's code went wrong."""
+    """File and line of the innermost frame, where the user's code failed."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""

@@ -1,4 +1,4 @@
-"""A conversation as a reward model reads it, the same where it scores and where it is trained."""
+"""The encoding of a conversation for a reward model, shared by scoring and training."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ def encode_conversation(
 ) -> tuple[list[int], bool]:
     """Tokens of the ORIGINAL prompt's messages followed by the assistant's response, in the reward model's template.
 
-    A longer conversation loses its beginning (the response and what it answers are at the end); a BOS token in front
-    stays. Nothing that a text says becomes a structural token: a policy could otherwise write the turn that flatters it.
+    A longer conversation is truncated on the left, because the response and the turn it answers are at the end; a leading
+    BOS token is kept. Texts are never parsed for special tokens: otherwise a policy could inject turns that raise its
+    score.
 
     Args:
-        template: Of the reward model's tokenizer.
-        prompt: The user's prompt, context turns included.
+        template: Chat template of the reward model's tokenizer.
+        prompt: The user's prompt, including context turns.
         response: The assistant's turn.
-        max_length: Tokens to keep, at least 1.
+        max_length: Maximum number of tokens, at least 1.
 
     Returns:
         (ids, truncated): at most ``max_length`` ids, and whether any were dropped.
 
     Raises:
-        RewardError: The template refuses this conversation.
+        RewardError: The template rejects this conversation.
     """
     try:
         ids = template.encode([*prompt.messages, Message("assistant", response)], add_generation_prompt=False)

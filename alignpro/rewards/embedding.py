@@ -1,4 +1,4 @@
-"""How near a rewrite's meaning is to the prompt's, by an encoder."""
+"""Semantic similarity of a rewrite to its prompt, measured with a text encoder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _MAX_LENGTH = 512
 
 
 class EmbeddingSimilarity:
-    """Cosine in [−1, 1] of the mean-pooled last hidden states of the two texts (Reimers & Gurevych, 2019).
+    """Cosine similarity, in [−1, 1], of the mean-pooled last hidden states of two texts (Reimers & Gurevych, 2019).
 
-    Texts longer than the encoder takes (at most 512 tokens) are cut at the end. An empty text has no meaning to
-    compare: it is 1.0 against an empty one, else 0.0.
+    Texts are truncated at the end to the encoder's maximum length (at most 512 tokens). The similarity of an empty text
+    is 1.0 to another empty text, and 0.0 to any other.
 
     Raises:
         ModelError: The encoder or its tokenizer cannot be loaded, or it has no pad token.
@@ -44,7 +44,7 @@ class EmbeddingSimilarity:
         self._max_length = usable_length(self._model.config, self._tokenizer, _MAX_LENGTH)
 
     def __call__(self, originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
-        """(N,) cosines. A text that occurs often, as the prompt of a group does, is encoded once."""
+        """Compute (N,) cosines. A text that occurs repeatedly, such as the prompt of a group, is encoded once."""
         distinct = sorted({text.strip() for text in (*originals, *rewrites)} - {""}, key=len, reverse=True)
         vectors = dict(zip(distinct, self._embed(distinct), strict=True))
         similarities = []
@@ -58,14 +58,14 @@ class EmbeddingSimilarity:
 
     @torch.inference_mode()
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        """(N, D) float32 unit vectors."""
+        """Embed texts as (N, D) float32 unit vectors."""
         batches = [torch.empty(0, 0)]
         for start in range(0, len(texts), _BATCH):
             rows = [
                 self._tokenizer(text, truncation=True, max_length=self._max_length)["input_ids"]
                 for text in texts[start : start + _BATCH]
             ]
-            # A text may have no token at all (a tokenizer may drop its characters): one pad token stands for it.
+            # A tokenizer may drop all characters of a text, which is then represented by a single pad token.
             ids, mask = pad_right(
                 [row or [self._tokenizer.pad_token_id] for row in rows],
                 self._tokenizer.pad_token_id,

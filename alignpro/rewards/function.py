@@ -1,4 +1,4 @@
-"""A Python function as a reward, by dotted path or by file."""
+"""A Python function as a reward, given by dotted path or by file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from alignpro.rewards.component import Measurement
 
 
 class FunctionReward:
-    """Calls ``fn(prompts: list[Prompt], responses: list[str], **params) -> list[float]`` once a batch.
+    """Calls ``fn(prompts: list[Prompt], responses: list[str], **params) -> list[float]`` once per batch.
 
     Raises:
-        ConfigError: There is no such function, or it does not take these arguments.
+        ConfigError: The function does not exist, or it does not accept these arguments.
     """
 
     def __init__(self, config: FunctionRewardConfig) -> None:
@@ -33,7 +33,7 @@ class FunctionReward:
         try:
             signature = inspect.signature(self._function)
         except ValueError:
-            return  # a builtin may have none: the call itself will tell
+            return  # a builtin may have no signature; errors then appear at the first call
         try:
             signature.bind([], [], **config.params)
         except TypeError as error:
@@ -43,15 +43,15 @@ class FunctionReward:
             ) from error
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:
-        """(N,) what the function returns; it gets lists of its own, so it may change them."""
+        """Call the function, which returns (N,) values. It gets copies of the lists, so it may modify them."""
         return Measurement(self._function(list(prompts), list(responses), **self._params))
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The function that ``package.module:function`` or ``path/to/file.py:function`` names.
+    """Load the function ``package.module:function`` or ``path/to/file.py:function``.
 
     Raises:
-        ConfigError: The path has another form, the module or the function is missing, or the module does not import.
+        ConfigError: The path has another form, the module or function does not exist, or importing the module fails.
     """
     where, colon, attribute = path.rpartition(":")
     if not colon or not where or not attribute:
@@ -88,8 +88,8 @@ def _from_package(path: str, name: str) -> ModuleType:
 def _from_file(path: str, file: Path) -> ModuleType:
     if not file.is_file():
         raise ConfigError(f"reward function {path}: file {file.absolute()} not found")
-    # Registered, since dataclasses and pickle look their module up by name; by its path, so that two files may share a
-    # stem.
+    # The module is registered because dataclasses and pickle look it up by name. The name is a hash of the path, so that
+    # two files may have the same stem.
     name = f"alignpro_reward_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:

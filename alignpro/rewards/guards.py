@@ -1,6 +1,6 @@
-"""Drift guards: how far a rewrite x' has gone from the prompt x, row by row.
+"""Drift guards: measures of how far a rewrite x' has drifted from the prompt x, row by row.
 
-Each is a metric always, and a penalty outside [low, high] where the configuration asks for one.
+Each is always reported as a metric; if configured, values outside [low, high] are penalised.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Measure = Callable[[Sequence[str], Sequence[str]], list[float]]
 """(originals (N,), rewrites (N,)) -> (N,)."""
 
 NGRAM = 3
-"""Words in a row that count as copied: two texts on one subject share words and pairs, but seldom triples."""
+"""Number of consecutive words that count as copied: texts on the same subject share words and pairs, but rarely triples."""
 
 LANGUAGE_CONFIDENCE = 0.8
 LANGUAGE_MIN_BYTES = 20
-"""Below either, a language is a guess: single words, code and names get one at random."""
+"""Below either threshold, the detected language is a guess: it is random for single words, code and names."""
 
 # Scripts written without spaces: each character counts as a word (Han, kana, Thai, Lao, Myanmar, Khmer).
 _UNSPACED = re.compile(
@@ -33,7 +33,7 @@ _UNSPACED = re.compile(
 
 
 class Guard:
-    """One guard of the configuration."""
+    """A configured guard."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.name = f"guard/{config.kind}"
@@ -41,10 +41,10 @@ class Guard:
         self._measure = _measure(config)
 
     def __call__(self, prompts: Sequence[Prompt], rewrites: Sequence[str]) -> Measurement:
-        """(N,) the penalties (≥ 0), with the measure itself under the metric of the guard's name.
+        """Compute the penalties (N,), ≥ 0; the measure itself is reported as the metric of the guard's name.
 
         Raises:
-            RewardError: The guard raised or gave no number, which names it and the prompt.
+            RewardError: The guard raised or returned something that is not a number; the message names it and the prompt.
         """
         measured = guarded_call(
             self.name, prompts, lambda: Measurement(self._measure([prompt.text for prompt in prompts], rewrites))
@@ -64,24 +64,24 @@ class Guard:
 
 
 def length_ratio(originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
-    """Characters of the rewrite by those of the original (one at least), outer white space left out."""
+    """Ratio of the rewrite's number of characters to the original's (at least 1), without surrounding white space."""
     return [len(x2.strip()) / max(1, len(x.strip())) for x, x2 in zip(originals, rewrites, strict=True)]
 
 
 def copy_rate(originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
-    """Share of the rewrite's word n-grams that stand in the original, in [0, 1]; 1 is a verbatim excerpt.
+    """Share of the rewrite's word n-grams that occur in the original, in [0, 1]; 1 is a verbatim excerpt.
 
-    Words are compared without case, accents' encoding and punctuation. n is `NGRAM`, or as many words as the shorter of
-    the two texts has where that is fewer; a rewrite without words copies nothing, 0.
+    Case, punctuation and the encoding of accents are ignored. n is `NGRAM`, or the number of words of the shorter text if
+    that is less. A rewrite without words has a copy rate of 0.
     """
     return [_copied(_words(x), _words(x2)) for x, x2 in zip(originals, rewrites, strict=True)]
 
 
 class LanguageChange:
-    """1.0 where both texts have a confident language (py3langid) and these differ, else 0.0.
+    """1.0 if the languages of both texts are detected with confidence (by py3langid) and differ, else 0.0.
 
-    Confident: at least `LANGUAGE_MIN_BYTES` bytes of UTF-8 and a probability of at least `LANGUAGE_CONFIDENCE`. So
-    empty and very short texts, code and names never count as a change.
+    A detection is confident if the text has at least `LANGUAGE_MIN_BYTES` bytes of UTF-8 and the language a probability of
+    at least `LANGUAGE_CONFIDENCE`. So empty and very short texts, code and names never count as a change.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ def _ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
 
 
 def _words(text: str) -> list[str]:
-    """Letters, marks and digits in a row; a character each in scripts without spaces."""
+    """Split into runs of letters, marks and digits; in scripts without spaces, each character is a word."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in plain)
     return _UNSPACED.sub(r" \1 ", kept).split()

@@ -1,4 +1,4 @@
-"""A sequence classifier with one output as a reward: score of (prompt, response), read in its own template."""
+"""A sequence classifier with one output as a reward: it scores (prompt, response) in its own chat template."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from alignpro.tokenization import load_tokenizer
 
 
 class SequenceRewardModel(nn.Module):
-    """A sequence classifier of transformers with one output, and its tokenizer: the same for scoring and for training.
+    """A transformers sequence classifier with one output, and its tokenizer. Used for scoring and for training.
 
     Args:
-        classifier: The model; its configuration's pad token is what the batches are filled with.
-        tokenizer: Has a chat template.
-        max_length: Tokens of a conversation; the model's own limits hold too.
+        classifier: The model; batches are padded with the pad token of its configuration.
+        tokenizer: The tokenizer, which must have a chat template.
+        max_length: Maximum number of tokens of a conversation; the model's own limits also apply.
     """
 
     def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -44,16 +44,16 @@ class SequenceRewardModel(nn.Module):
         self.max_length = usable_length(classifier.config, tokenizer, max_length)
 
     def forward(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Rewards (B,) float32 of B conversations in one pass, with gradients where parameters have them."""
+        """Rewards (B,) float32 of B conversations in one pass; differentiable in the trainable parameters."""
         return self.score([self.encode(x, y)[0] for x, y in zip(prompts, responses, strict=True)])
 
     def encode(self, prompt: Prompt, response: str) -> tuple[list[int], bool]:
-        """Tokens of the conversation, and whether its beginning was cut; see `encode_conversation`."""
+        """The tokens of the conversation, and whether it was truncated on the left; see `encode_conversation`."""
         return encode_conversation(self.chat, prompt, response, self.max_length)
 
     def score(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Rewards (B,) float32 of B encoded conversations in one pass."""
-        # The classifier itself finds a row's last token, by this id: filling with another would score the padding.
+        # The classifier finds the last token of a row by this id; with a different pad token it would score the padding.
         pad = self.classifier.config.get_text_config().pad_token_id
         ids, mask = pad_right(rows, pad, self.classifier.device)
         rewards: Tensor = self.classifier(input_ids=ids, attention_mask=mask).logits[:, 0].float()
@@ -61,11 +61,11 @@ class SequenceRewardModel(nn.Module):
 
 
 class ModelReward:
-    """The component: ``scale * r + offset`` of a frozen `SequenceRewardModel` over (original prompt, response).
+    """Reward component: ``scale * r + offset`` of a frozen `SequenceRewardModel` on (original prompt, response).
 
     Args:
-        config: The model, and how its scores count.
-        models: Loads it, and says when it can be run; always, when absent.
+        config: The model and the scaling of its scores.
+        models: Loads the model and controls when it can be run; without it, the model can always be run.
 
     Raises:
         ModelError: The model cannot be loaded, has no trained score head of one output, or no chat template.
@@ -80,15 +80,15 @@ class ModelReward:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:
-        """(N,) scores; the metric ``truncated`` is 1.0 where the conversation lost its beginning.
+        """Score (N,) rows; the metric ``truncated`` is 1.0 for conversations that were truncated on the left.
 
-        Rows are batched by length, so that little is padded, and given back in their order.
+        Rows are batched by length to reduce padding, and returned in their original order.
         """
         encoded = [self._model.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         rows = [ids for ids, _ in encoded]
         order = sorted(
             range(len(rows)), key=lambda i: len(rows[i]), reverse=True
-        )  # the longest first: memory fails early
+        )  # longest first, so that running out of memory shows early
         scores = torch.empty(len(rows), dtype=torch.float64)
         for start in range(0, len(order), self._config.batch_size):
             chosen = order[start : start + self._config.batch_size]
@@ -98,17 +98,17 @@ class ModelReward:
 
 
 def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None = None) -> SequenceRewardModel:
-    """A reward model and its tokenizer on their device, frozen and in evaluation mode.
+    """Load a reward model and its tokenizer on their device, frozen and in evaluation mode.
 
     Args:
-        config: Where they are.
-        max_length: Tokens of a conversation.
-        seed: None for a model that scores: it must be complete. For a model that is to be trained, the seed of a score
-            head that the checkpoint, such as a causal language model's, does not have.
+        config: The model and its tokenizer.
+        max_length: Maximum number of tokens of a conversation.
+        seed: None for a model used for scoring, whose checkpoint must be complete. For a model to be trained, the seed
+            that initialises the score head if the checkpoint (such as a causal language model's) does not have one.
 
     Raises:
-        ModelError: The model or its tokenizer cannot be loaded or lacks a chat template; it has another number of
-            outputs than one; or, to score, its checkpoint holds no score head, which would be random.
+        ModelError: The model or tokenizer cannot be loaded, the tokenizer has no chat template or pad token, the model
+            does not have exactly one output, or a model used for scoring has no score head in its checkpoint.
     """
     tokenizer = load_tokenizer(config, require_pad_token=True)
     overrides: dict[str, Any] = {} if seed is None else {"num_labels": 1}
@@ -147,13 +147,13 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
 
 
 def usable_length(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    """Tokens a row may have: what was asked, no more than the model's positions and the tokenizer's own limit."""
+    """The maximum row length in tokens: ``max_length``, limited by the model's positions and the tokenizer."""
     positions = getattr(model.get_text_config(), "max_position_embeddings", None) or max_length
     return int(min(max_length, positions, tokenizer.model_max_length))
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids as (ids (B, L) int64, mask (B, L) int64): padded on the right, so that positions start at 0."""
+    """Pad rows on the right, so that positions start at 0. Returns ids (B, L) int64 and mask (B, L) int64."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -164,7 +164,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
 
 
 def _settle_padding(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
-    """Fix the pad token: the configuration's, else the model's own (it was trained to find its last token by it), else
+    """Set the pad token: the configured one, else the model's own (which it was trained to find the last token with), else
     the tokenizer's."""
     text = model.get_text_config()
     own = text.pad_token_id

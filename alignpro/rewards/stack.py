@@ -1,4 +1,4 @@
-"""r*(x, y): a weighted sum of components, less the penalties of the drift guards."""
+"""r*(x, y): a weighted sum of components, minus the penalties of the drift guards."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from alignpro.rewards.guards import Guard
 from alignpro.rewards.model import ModelReward
 
 RESERVED = frozenset({"mean", "std", "guard"})
-"""Names that metrics of the reward as a whole have: ``reward/mean``, ``reward/std``, ``reward/guard/…``."""
+"""Names used by metrics of the whole reward: ``reward/mean``, ``reward/std``, ``reward/guard/…``."""
 
 
 @dataclass
 class Scored:
-    """Rewards of N rows."""
+    """The rewards of N rows."""
 
     values: list[float]
-    """(N,) r*: weighted sum of the components, less penalties."""
+    """(N,) r*: the weighted sum of the components, minus penalties."""
     components: dict[str, list[float]]
-    """Name -> (N,): each component's own score before its weight, its metrics as ``<component>/<metric>``, each guard's
-    measure as ``guard/<kind>`` and, where it costs, its penalty as ``guard/<kind>/penalty``."""
+    """Name -> (N,): each component's unweighted score, its metrics as ``<component>/<metric>``, each guard's measure as
+    ``guard/<kind>`` and, if it has one, its penalty as ``guard/<kind>/penalty``."""
 
 
 class RewardStack:
@@ -43,14 +43,14 @@ class RewardStack:
 
         Args:
             prompts: (N,) original prompts, repeated for each response of a group.
-            responses: (N,) what the target wrote.
-            rewrites: (N,) what the target was asked, for the guards; None in RLHF, which has no rewrites: guards are
-            skipped.
+            responses: (N,) the target's responses.
+            rewrites: (N,) the rewrites given to the target, for the guards; None in RLHF, which has no rewrites and skips
+                the guards.
 
         Raises:
-            RewardError: A component or guard raised, or returned the wrong count, NaN, infinity or something that is no
-            number.
-                The message names it and the offending prompt.
+            RewardError: A component or guard raised, or returned the wrong number of values, NaN, infinity or something
+                that is not a number. The message names it and the offending prompt.
+            ValueError: The numbers of prompts, responses and rewrites differ.
         """
         if len(prompts) != len(responses) or (rewrites is not None and len(rewrites) != len(prompts)):
             counts = f"{len(prompts)} prompts, {len(responses)} responses"
@@ -77,12 +77,12 @@ def build_reward(config: RewardConfig, models: FrozenModels | None = None) -> Re
     """Load every component and guard of the configuration.
 
     Args:
-        config: Which.
-        models: Loads the reward models, and says when they can be run; always, when absent.
+        config: The components and guards.
+        models: Loads the reward models and controls when they can be run; without it, they can always be run.
 
     Raises:
-        ConfigError: A function cannot be found or called as asked, or two components share a name or have one of
-        `RESERVED`.
+        ConfigError: A function cannot be found or called as configured, two components have the same name, or one has a
+            name in `RESERVED`.
         ModelError: A reward model or encoder cannot be used.
     """
     components = [(component.weight, _component(component, models)) for component in config.components]
@@ -90,7 +90,7 @@ def build_reward(config: RewardConfig, models: FrozenModels | None = None) -> Re
     if reserved:
         raise ConfigError(f"reward.components: the name {min(reserved)!r} is taken by a metric: give it another `name`")
     _refuse_repeats([reward.name for _, reward in components], "reward.components", "give each a `name` of its own")
-    _refuse_repeats([guard.kind for guard in config.guards], "reward.guards", "a guard may be there once")
+    _refuse_repeats([guard.kind for guard in config.guards], "reward.guards", "each kind of guard is allowed once")
     return RewardStack(components, [Guard(guard) for guard in config.guards])
 
 

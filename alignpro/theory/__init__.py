@@ -1,4 +1,4 @@
-"""The mathematics, exact: closed form, divergences, bound, resampling, enumeration. Pure functions of tensors."""
+"""The theory in exact form: closed form, divergences, bound, resampling, enumeration. Pure functions of tensors."""
 
 from alignpro.theory.bound import Bound, divergence_term, exact_bound, sampled_bound
 from alignpro.theory.closed_form import expected_reward, log_partition, objective, optimal_policy

@@ -1,18 +1,18 @@
-"""What prompting can reach: a bound on the distance to fine-tuning the target.
+"""A bound on the gap between prompting a frozen target and fine-tuning it.
 
 For a reward r* in [0, r_max] and TV = ½ L1, with J the expected reward WITHOUT the KL term,
 
-    J(π*) − J(π̃_ρ) ≤ r_max E_x TV(π*(.|x), π_F(.|x))                        how far fine-tuning moves the target
-                   + r_max E_{x, x'~ρ_sft} TV(π_F(.|x), π_F(.|x'))          how far rewriting alone moves it
-                   + E_{ρ_sft} R − E_ρ R                                    less what training the prompter gained
+    J(π*) − J(π̃_ρ) ≤ r_max E_x TV(π*(.|x), π_F(.|x))                        the shift due to fine-tuning the target
+                   + r_max E_{x, x'~ρ_sft} TV(π_F(.|x), π_F(.|x'))          the shift due to rewriting by ρ_sft
+                   + E_{ρ_sft} R − E_ρ R                                    minus the gain from training the prompter
 
 (split J(π*) − J(π_F), J(π_F) − J(π_F∘ρ_sft), J(π_F∘ρ_sft) − J(π_F∘ρ); the first two are at most r_max TV). The last
 term is written with divergences as
 
     λ [ KL(ρ || ρ*) − KL(ρ || ρ_sft) − KL(ρ_sft || ρ*) ]  =  E_{ρ_sft} R − E_ρ R        for every ρ, identically
 
-(subtract identity 2 of `closed_form` at ρ_sft from the same at ρ), so it can be measured without knowing ρ*. For ρ = ρ*
-it is at most −λ KL(ρ* || ρ_sft), the form of the paper. Source: Align-Pro (AAAI 2025, arXiv 2501.03486), Theorem 1.
+(subtract identity 2 of `closed_form` at ρ_sft from identity 2 at ρ), so it can be measured without knowing ρ*. For ρ = ρ*
+it is at most −λ KL(ρ* || ρ_sft), the form in the paper. Source: Align-Pro (AAAI 2025, arXiv 2501.03486), Theorem 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from alignpro.theory.divergences import kl_divergence, total_variation, tv_from_
 
 @dataclass(frozen=True)
 class Bound:
-    """Both sides, in units of reward. A part that cannot be computed is None, and then so is ``rhs``."""
+    """Both sides of the bound, in units of reward. If a term cannot be computed, it is None, and so is ``rhs``."""
 
     lhs: float
     """J(π*) − J(π̃_ρ)."""
@@ -41,21 +41,21 @@ class Bound:
     prompter_gain: float
     """E_ρ R − E_{ρ_sft} R, which is subtracted."""
     lhs_stderr: float = 0.0
-    """Standard error over prompts; 0 where exact."""
+    """Standard error over prompts; 0 if exact."""
     rhs_stderr: float = 0.0
     missing: str | None = None
     """Why the right-hand side is not computable."""
 
     @property
     def rhs(self) -> float | None:
-        """The sum of the three terms; None when one is not computable: never a guess."""
+        """The sum of the three terms; None if a term is not computable."""
         if self.target_shift is None or self.rewrite_shift is None:
             return None
         return self.target_shift + self.rewrite_shift - self.prompter_gain
 
     @property
     def holds(self) -> bool | None:
-        """lhs ≤ rhs, up to rounding; None when the right-hand side is not computable."""
+        """Whether lhs ≤ rhs, up to rounding; None if the right-hand side is not computable."""
         return None if self.rhs is None else self.lhs <= self.rhs + 1e-9
 
 
@@ -126,17 +126,17 @@ def sampled_bound(
         prompter_rewards: (P, n₂) for x' ~ ρ, y ~ π_F(.|x').
         reference_rewards: (P, n₃) for x' ~ ρ_sft, y ~ π_F(.|x').
         r_max: The upper end of the reward.
-        oracle_logprobs: (log p, log q), (P, n) each, sequence log-probabilities of responses y to x, where p is the one
-            of π*(.|x) and π_F(.|x) that drew y, and q the other; None when the target gives no log-probabilities.
-        rewrite_logprobs: The same for π_F(.|x') and π_F(.|x) with x' ~ ρ_sft: y drawn from p, either of the two.
+        oracle_logprobs: (log p, log q), (P, n) each: sequence log-probabilities of responses y to x, where p is whichever
+            of π*(.|x) and π_F(.|x) drew y, and q is the other; None if the target gives no log-probabilities.
+        rewrite_logprobs: The same for π_F(.|x') and π_F(.|x) with x' ~ ρ_sft; again p is the one that drew y.
 
     Returns:
-        The bound with standard errors over prompts; with ``missing`` set, and no right-hand side, where
-        log-probabilities lack.
+        The bound with standard errors over prompts. Without log-probabilities, ``missing`` is set and there is no
+        right-hand side.
 
     Raises:
         ConfigError: A reward is outside [0, r_max], where the theorem does not hold.
-        ValueError: The numbers of prompts differ, or a sample has no probability under p.
+        ValueError: The numbers of prompts differ, or a sample has zero probability under p.
     """
     per_prompt = []
     for name, rewards in (
@@ -181,6 +181,6 @@ def _check_range(rewards: Tensor, r_max: float, name: str) -> None:
     low, high = (float(rewards.min()), float(rewards.max())) if rewards.numel() else (0.0, 0.0)
     if not (torch.isfinite(rewards).all() and low >= 0 and high <= r_max + 1e-6):
         raise ConfigError(
-            f"{name} runs from {low:g} to {high:g}: the bound is for rewards in [0, {r_max:g}]; set r_max to the "
+            f"{name} ranges from {low:g} to {high:g}: the bound requires rewards in [0, {r_max:g}]; set r_max to the "
             "upper end of the reward, or shift the reward to start at 0"
         )

@@ -6,8 +6,8 @@
     J_λ(ρ*) − J_λ(ρ)      = λ KL(ρ || ρ*)                                 for every ρ
     E_ρ* R − E_ρ_sft R    = λ [ KL(ρ* || ρ_sft) + KL(ρ_sft || ρ*) ]
 
-The last dimension runs over candidates; every other is a prompt, and results are per prompt: average them for E_x. A
-candidate that a distribution cannot produce has log-probability −inf, so prompts with fewer candidates can be padded.
+The last dimension indexes candidates, the others index prompts. Results are per prompt: average them for E_x. A candidate
+that a distribution cannot produce has log-probability −inf, so prompts with fewer candidates can be padded.
 Source: Align-Pro (AAAI 2025, arXiv 2501.03486), Lemma 1; Peters, Mülling and Altün (2010) for the form.
 """
 
@@ -35,7 +35,7 @@ def log_partition(reference_logprob: Tensor, rewards: Tensor, kl_coef: float) ->
         ConfigError: λ ≤ 0, where ρ* is not defined.
     """
     if not kl_coef > 0:
-        raise ConfigError(f"kl_coef is {kl_coef}: the closed form needs a positive price of KL")
+        raise ConfigError(f"kl_coef is {kl_coef}: the closed form needs a positive KL coefficient")
     return (reference_logprob + rewards / kl_coef).logsumexp(-1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def kl_divergence(p_logprob: Tensor, q_logprob: Tensor) -> Tensor:
-    """KL(p || q) = Σ p (log p − log q) in nats, (...,); +inf where p has an outcome that q has not."""
+    """KL(p || q) = Σ p (log p − log q) in nats, (...,); +inf if p has an outcome that is impossible under q."""
     possible = p_logprob > -torch.inf
     ratio = torch.where(possible, p_logprob, 0.0) - torch.where(possible, q_logprob, 0.0)
     return torch.where(possible, p_logprob.exp() * ratio, 0.0).sum(-1)
@@ -26,14 +26,14 @@ def tv_from_logprobs(p_logprob: Tensor, q_logprob: Tensor) -> Tensor:
     """(1 − q(y)/p(y))_+ for each sample y ~ p, a term in [0, 1] whose mean is an unbiased estimate of TV(p, q).
 
     Args:
-        p_logprob: (...,) log p(y) of samples drawn from p, finite: the distribution really sampled from.
+        p_logprob: (...,) log p(y) of samples drawn from p, finite; p must be the distribution that was sampled from.
         q_logprob: (...,) log q(y) of the same samples; −inf is allowed.
 
     Returns:
-        (...,) one term a sample: average for the estimate, and take their spread for its standard error.
+        (...,) one term per sample: their mean is the estimate, and their spread gives its standard error.
 
     Raises:
-        ValueError: A sample has no probability under the p that drew it, or the shapes differ.
+        ValueError: A sample has zero probability under p, or the shapes differ.
     """
     if p_logprob.shape != q_logprob.shape:
         raise ValueError(f"p_logprob has shape {tuple(p_logprob.shape)}, q_logprob {tuple(q_logprob.shape)}")

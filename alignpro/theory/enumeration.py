@@ -1,7 +1,7 @@
-"""Exact sums over every sequence of a tiny vocabulary: what sampled estimates are tested against.
+"""Exact sums over all sequences of a tiny vocabulary, against which sampled estimates are tested.
 
-A sequence ends with the end token, or is cut at the maximal length T without one; its actions are its tokens, the end
-token included. With V tokens there are Σ_{t≤T} (V−1)^t of them: for V and T of 3 or 4 few enough to sum over all of
+A sequence ends with the end token or is truncated at the maximum length T. Its actions are its tokens, including the end
+token. With V tokens there are Σ_{t≤T} (V−1)^t sequences. For V and T of 3 or 4, these are few enough to sum over all of
 them, and over all pairs.
 """
 
@@ -23,19 +23,19 @@ class SequenceSpace:
     """All S sequences over a vocabulary of V tokens, of at most T actions."""
 
     tokens: Tensor
-    """(S, T) int64; the end token past a sequence's end."""
+    """(S, T) int64, padded with the end token."""
     mask: Tensor
     """(S, T) bool, True at actions, left-aligned."""
     state: Tensor
-    """(S, T) int64: the number of the prefix before each action, 0 for the empty one; 0 past the end."""
+    """(S, T) int64: the index of the prefix before each action, 0 for the empty prefix; 0 past the end."""
     prefixes: tuple[tuple[int, ...], ...]
-    """The tokens of every state, by number: all prefixes from which an action is taken."""
+    """The tokens of each state, by index: all prefixes from which an action is taken."""
     vocabulary: int
     end_token: int
 
     @property
     def sequences(self) -> list[list[int]]:
-        """The sequences as lists of tokens, as a sampler would give them."""
+        """The sequences as lists of tokens, as a sampler would return them."""
         return [row[keep].tolist() for row, keep in zip(self.tokens, self.mask, strict=True)]
 
     def sequence_logprob(self, next_logprob: Tensor) -> Tensor:
@@ -82,23 +82,23 @@ def exact_objective(sequence_logprob: Tensor, reference_logprob: Tensor, scores:
     """
     total = float(sequence_logprob.detach().exp().sum())
     if abs(total - 1.0) > 1e-6:
-        raise ValueError(f"the sequences' probabilities sum to {total}, not to 1: some are missing, or counted twice")
+        raise ValueError(f"the sequences' probabilities sum to {total}, not 1: some are missing or counted twice")
     return objective(sequence_logprob, reference_logprob.detach(), scores, kl_coef)
 
 
 def exact_gradient(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """∇ of a scalar in each parameter, zeros where it does not depend on one; keeps the graph."""
+    """The gradient of a scalar for each parameter, zeros if it does not depend on one; keeps the graph."""
     gradients = torch.autograd.grad(value, list(parameters), retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
 
 
 def state_kl(next_logprob: Tensor, reference_next_logprob: Tensor) -> Tensor:
-    """KL_t at every state, (states,), from log-probabilities (states, V); its sum along ρ is the sequence KL."""
+    """KL_t at every state, (states,), from log-probabilities (states, V); its expected sum under ρ is the sequence KL."""
     return kl_divergence(next_logprob, reference_next_logprob)
 
 
 def groups(sequence_logprob: Tensor, size: int) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Every ordered group of ``size`` independent samples, as indices, with its probability; S^size of them."""
+    """All S^size ordered groups of ``size`` independent samples, as indices, with their probabilities."""
     probability = sequence_logprob.detach().exp().tolist()
     for rows in itertools.product(range(len(probability)), repeat=size):
         weight = 1.0
@@ -110,12 +110,12 @@ def groups(sequence_logprob: Tensor, size: int) -> Iterator[tuple[tuple[int, ...
 def expected_gradient(
     sequence_logprob: Tensor, size: int, gradient: Callable[[Tensor], Sequence[Tensor]]
 ) -> list[Tensor]:
-    """The expectation of a gradient estimate over all groups of samples, exactly.
+    """The exact expectation of a gradient estimate over all groups of samples.
 
     Args:
         sequence_logprob: (S,) log-probability of each sequence under the sampling policy.
-        size: K, samples in a group.
-        gradient: From the group's sequences, (K,) int64 indices into the space, to one gradient a parameter.
+        size: K, samples per group.
+        gradient: Maps a group's sequences, (K,) int64 indices into the space, to one gradient per parameter.
 
     Returns:
         The expected gradient of each parameter.

@@ -1,4 +1,4 @@
-"""Training-free use of the closed form: draw N rewrites from ρ_sft, weigh them by softmax(R/λ), keep one.
+"""Training-free use of the closed form: draw N rewrites from ρ_sft, weight them by softmax(R/λ), keep one.
 
 As N grows, the kept rewrite is distributed as ρ*. It needs rewards only, so it works with a target that gives no
 log-probabilities.
@@ -16,28 +16,28 @@ from alignpro.errors import ConfigError
 
 @dataclass(frozen=True)
 class GibbsResample:
-    """N rewrites of ρ_sft for each prompt, weighed."""
+    """The weights of N rewrites of ρ_sft per prompt, and estimates from them."""
 
     weights: Tensor
     """(..., N) softmax(R/λ): the probability of keeping each."""
     value: Tensor
     """(...,) λ log Ẑ = λ log (1/N) Σ exp(R/λ), in units of reward: estimates the optimum J_λ(ρ*).
 
-    Ẑ is unbiased for Z, so by Jensen log Ẑ is too low on average, by about Var(Ẑ) / (2 Z²): a cautious figure, which
-    rises to the optimum as N grows."""
+    Ẑ is unbiased for Z, so by Jensen's inequality log Ẑ is too low on average, by about Var(Ẑ) / (2 Z²). The estimate is
+    thus conservative and rises to the optimum as N grows."""
     effective_sample_size: Tensor
-    """(...,) 1 / Σ w², in [1, N]: near 1, one rewrite carries all the weight and N is too small for this λ."""
+    """(...,) 1 / Σ w², in [1, N]. Near 1, a single rewrite carries all the weight and N is too small for this λ."""
     kl: Tensor
-    """(...,) log N − entropy(w), nats, in [0, log N]: estimates KL(ρ* || ρ_sft), and cannot show more than log N."""
+    """(...,) log N − entropy(w), nats, in [0, log N]: estimates KL(ρ* || ρ_sft), but cannot exceed log N."""
     reward: Tensor
     """(...,) Σ w R, the self-normalised estimate of E_ρ* R.
 
-    Where R is itself a mean of M noisy responses, choosing by it favours lucky ones: to report what the kept rewrite
-    earns, score it again with fresh responses."""
+    If R is itself a mean over M noisy responses, selecting by it favours lucky ones. To report the reward of the kept
+    rewrite, score it again with fresh responses."""
 
 
 def gibbs_resample(rewards: Tensor, kl_coef: float) -> GibbsResample:
-    """Weigh samples of ρ_sft towards ρ*.
+    """Weight samples of ρ_sft towards ρ*.
 
     Args:
         rewards: (..., N) float, R of N rewrites drawn from ρ_sft (duplicates count as often as they were drawn).

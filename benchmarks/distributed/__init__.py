@@ -1,1 +1,1 @@
-"""Whole training steps on several ranks: their time beside one process, their memory beside the plan."""
+"""Whole training steps on several ranks: time compared with a single process, memory compared with the plan."""

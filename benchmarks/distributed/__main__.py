@@ -1,8 +1,8 @@
-"""python -m benchmarks.distributed: whole training steps by DeepSpeed, beside one process and beside `alignpro plan`.
+"""python -m benchmarks.distributed: whole training steps with DeepSpeed, compared with one process and `alignpro plan`.
 
-Times: on a CPU all set-ups take turns in one launch, each rank with as many threads as one process has; on a GPU one after
-another. Memory: what tensors hold of a rank at most, in the rollout and in the update; on a CPU from launches of their own,
-with DeepSpeed's buckets in the measure of the models.
+Time: on a CPU all set-ups take turns within one launch, and each rank has as many threads as the single process; on a GPU
+they run one after another. Memory: the peak tensor memory of a rank, in the rollout and in the update; on a CPU it is
+measured in separate launches, with DeepSpeed's buckets scaled to the size of the models.
 Prints tables and writes JSON.
 """
 
@@ -33,9 +33,9 @@ from benchmarks.training.ours import configure
 from benchmarks.training.task import make_task
 from benchmarks.workload import PAPER, QUICK, WORKLOADS, Workload, find_workload, reshape
 
-WIDTH = 120  # where the output is no terminal
+WIDTH = 120  # if the output is not a terminal
 POOL_BYTES = {"cpu": 64 << 20, "cuda": 40 << 30}
-"""For keys and values, where memory is measured: so that the plan is of what is there, and not of what may be needed."""
+"""Size of the KV pool when memory is measured: fixed, so that the plan counts the actual pool and not an upper bound."""
 GPU_SETTINGS = ("rollout.engine.max_batch=1024", "optimizer.micro_batch_size=32")
 
 app = options.new_app()
@@ -44,7 +44,7 @@ app = options.new_app()
 @app.command(help=__doc__)
 def run(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of our configuration, as for `alignpro train`.")
+        list[str] | None, typer.Argument(help="Configuration overrides, as for `alignpro train`.")
     ] = None,
     workload: Annotated[str, typer.Option(help=f"{', '.join(WORKLOADS)} or {GPU_WORKLOAD.name}.")] = PAPER.name,
     shape: Annotated[
@@ -54,28 +54,31 @@ def run(
     setup: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"What deepspeed.config takes, or {ALONE} (one process); may be repeated. {ALONE}, z2 and z3; "
+            help=f"A value of deepspeed.config, or {ALONE} (one process); may be repeated. Default: {ALONE}, z2 and z3; "
             "on a GPU z3 and z3_offload.",
             show_default=False,
         ),
     ] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="2; on a GPU 1.", show_default=False)] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Number of ranks. Default: 2; on a GPU 1.", show_default=False)
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 5,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps before those.")] = 2,
+    warmup: Annotated[int, typer.Option(min=1, help="Warm-up steps before the timed ones.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: options.Dtype = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="Of a process, on the CPU.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads per process.")] = 1,
     time: Annotated[bool, typer.Option("--time/--no-time", help="Whether to measure time.")] = True,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Whether to measure memory.")] = True,
-    seed: Annotated[int, typer.Option(help="Of weights, prompts and samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, prompts and samples.")] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="benchmarks/results/DEVICE/distributed.json.", show_default=False)
+        Path | None,
+        typer.Option("--json", help="Results file: benchmarks/results/DEVICE/distributed.json.", show_default=False),
     ] = None,
     quick: options.Quick = False,
 ) -> None:
     """See the module."""
     if device not in POOL_BYTES:
-        raise typer.BadParameter(f"device {device!r}: take {' or '.join(POOL_BYTES)}")
+        raise typer.BadParameter(f"device {device!r}: use {' or '.join(POOL_BYTES)}")
     on_gpu = device != "cpu"
     where = options.find_device(device)
     floats = options.find_dtype(dtype, where)
@@ -84,7 +87,7 @@ def run(
     count = ranks or (1 if on_gpu else 2)
     name = str(floats).removeprefix("torch.")
     settings = [f"policy.dtype={name}", f"target.dtype={name}", *(GPU_SETTINGS if on_gpu else ()), *(overrides or [])]
-    # Lengths are exact: the plan is to count with these, and not with the limits that a job would have.
+    # Lengths are exact here, so the plan uses them instead of the limits of a real job.
     planned = [f"prompting.max_prompt_tokens={what.prompter_input}", f"rollout.engine.pool_bytes={POOL_BYTES[device]}"]
     steps, warmup = (1, 1) if quick else (steps, warmup)
 
@@ -105,7 +108,7 @@ def run(
                     if job.memory:
                         document["memory"] |= {group[0]: _memory(job, found, count)}
             if memory and not (time and on_gpu):
-                few = replace(task, steps=2)  # in the second the optimizer's states are there
+                few = replace(task, steps=2)  # the optimizer state exists from the second step on
                 parameters = num_parameters(what.prompter)
                 for each in [each for each in setups if each != ALONE]:
                     scaled = each if on_gpu else str(write_scaled(each, parameters, root))

@@ -1,4 +1,4 @@
-"""DeepSpeed's set-ups with buckets that suit a small model: beside those of launch/zero/ all else would be nothing."""
+"""DeepSpeed set-ups with buckets scaled to a small model: those of launch/zero/ would dominate its memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from alignpro.distributed.zero_config import read_zero_config
 
 
 def write_scaled(setup: str, parameters: int, directory: Path) -> Path:
-    """A set-up whose buckets are an eighth of a model, and which keeps weights whole up to a three-hundredth of it.
+    """Write a set-up with buckets of 1/8 of the model's size and a persistence threshold of 1/300.
 
     Args:
-        setup: What ``deepspeed.config`` takes.
-        parameters: Of the model.
-        directory: Where to write it.
+        setup: A value of ``deepspeed.config``.
+        parameters: The number of parameters of the model.
+        directory: The directory to write to.
 
     Returns:
-        The path, which ``deepspeed.config`` takes.
+        The path, a valid value of ``deepspeed.config``.
     """
     content = read_zero_config(setup)
     zero = content["zero_optimization"]

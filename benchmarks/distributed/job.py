@@ -1,4 +1,4 @@
-"""What one launch runs, as its ranks read it from a file."""
+"""The job of one launch, which its ranks read from a file."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ ALONE = "alone"
 
 @dataclass(frozen=True)
 class Job:
-    """Steps of some set-ups, which take turns."""
+    """Training steps of several set-ups, which take turns."""
 
     task: Task
     setups: list[str]
-    """`ALONE`, or what ``deepspeed.config`` takes."""
+    """`ALONE`, or values of ``deepspeed.config``."""
     device: str
     threads: int
-    """Of a rank."""
+    """Threads per rank."""
     overrides: list[str]
     memory: bool
-    """Whether to count what tensors hold: on a CPU that takes so long that the times are worth nothing."""
+    """Whether to measure tensor memory; on a CPU this is so slow that the times become meaningless."""
     out: Path
-    """Gets ``RANK.json``."""
+    """The directory in which each rank writes ``RANK.json``."""
 
     def save(self, path: Path) -> None:
-        """Write it for the ranks."""
+        """Write the job for the ranks."""
         path.write_text(json.dumps(asdict(self), default=str))
 
     @classmethod
     def load(cls, path: Path) -> Job:
-        """Read what `save` wrote."""
+        """Read a job written by `save`."""
         given: dict[str, Any] = json.loads(path.read_text())
         workload = given["task"]["workload"]
         shapes = {name: ModelShape(**workload[name]) for name in ("prompter", "target")}

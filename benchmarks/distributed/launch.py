@@ -1,4 +1,4 @@
-"""Starts the ranks of a job and reads what they saw."""
+"""Launch the ranks of a job and read their results."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ROOT = Path(__file__).parents[2]
 
 
 class LaunchError(RuntimeError):
-    """The ranks did not come through."""
+    """Raised when a rank failed."""
 
 
 def launch(job: Job, ranks: int) -> list[dict[str, Any]]:
-    """Run a job by the deepspeed launcher, and wait for it.
+    """Run a job with the deepspeed launcher and wait for it.
 
     Returns:
-        What each rank wrote; see `rank`.
+        The results of each rank; see `rank`.
 
     Raises:
-        LaunchError: A rank failed; the message ends with the last of what they said.
+        LaunchError: A rank failed; the message contains the end of the ranks' output.
     """
     job.out.mkdir(parents=True)
     file = job.out / "job.json"
@@ -41,7 +41,7 @@ def launch(job: Job, ranks: int) -> list[dict[str, Any]]:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Of the launcher: this tree's packages, and on a CPU as many threads a rank as are asked for."""
+    """Return the launcher's environment: this tree's packages, and on a CPU the requested threads per rank."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if job.device == "cpu":

@@ -1,4 +1,4 @@
-"""What tensors hold of a device's memory, and the most they held in each phase of a step."""
+"""Tensor memory on a device, and its peak in each phase of a step."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from alignpro.distributed.ranks import Ranks
 
 
 class Gauge(Protocol):
-    """Tells of one device's memory."""
+    """Measures the memory of one device."""
 
     def peak(self) -> int:
-        """The most bytes held since the last call."""
+        """Return the peak number of bytes since the last call."""
 
 
 class DeviceGauge:
-    """By the accelerator's allocator, which counts what any code takes.
+    """Measures with the accelerator's allocator, which counts all allocations.
 
     Args:
-        device: Which one.
+        device: The accelerator.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def peak(self) -> int:
-        """The most bytes of tensors since the last call."""
+        """Return the peak number of tensor bytes since the last call."""
         most = int(torch.accelerator.max_memory_allocated(self._device))
         torch.accelerator.reset_peak_memory_stats(self._device)
         return most
 
 
 class StorageGauge(TorchDispatchMode):
-    """By every storage that lives on the CPU, whose allocator keeps no count.
+    """Measures by tracking every live storage on the CPU, whose allocator keeps no statistics.
 
-    What an operator takes and gives back inside itself is not seen. Storages are counted whole, also where the system has
-    not yet had to find pages for them: as an accelerator would.
+    Temporary memory inside an operator is not seen. Storages are counted at their full size, even if the system has not
+    yet allocated pages for them, as on an accelerator.
     """
 
     def __init__(self) -> None:
@@ -54,14 +54,14 @@ class StorageGauge(TorchDispatchMode):
         self._held = self._most = 0
 
     def count_existing(self) -> None:
-        """Count what was made before the mode was on, or by other threads."""
+        """Count tensors created before the mode was active, or by other threads."""
         for thing in gc.get_objects():
             if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
                 self._count(thing)
         self._most = self._held
 
     def peak(self) -> int:
-        """The most bytes since the last call."""
+        """Return the peak number of bytes since the last call."""
         most, self._most = self._most, self._held
         return most
 
@@ -88,11 +88,11 @@ class StorageGauge(TorchDispatchMode):
 
 
 class PhasePeaks:
-    """The most bytes held in each phase of a step.
+    """Records the peak number of bytes in each phase of a step.
 
     Args:
-        gauge: Of the memory.
-        ranks: Which say what phase begins.
+        gauge: Measures the memory.
+        ranks: Announces the start of each phase.
     """
 
     def __init__(self, gauge: Gauge, ranks: Ranks) -> None:
@@ -102,7 +102,7 @@ class PhasePeaks:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Watch one step."""
+        """Record one step."""
         told = self._ranks.on_note
 
         def begin(doing: str) -> None:

@@ -1,4 +1,4 @@
-"""What a rank runs: deepspeed benchmarks/distributed/rank.py JOB.json"""
+"""The program of a rank: deepspeed benchmarks/distributed/rank.py JOB.json"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT = 600.0
 
 
 def main(path: Path) -> None:
-    """Run the job; each rank writes what it saw."""
+    """Run the job; each rank writes its results."""
     job = Job.load(path)
     torch.set_num_threads(job.threads)
     with process_group(TIMEOUT) as ranks:
@@ -35,7 +35,7 @@ def main(path: Path) -> None:
 
 
 def run(job: Job, ranks: Ranks, storages: StorageGauge | None) -> dict[str, Any]:
-    """Set-up → its steps, and the most bytes held in the phases of all but the first."""
+    """Return, for each set-up, its steps and the peak bytes per phase over all steps but the first."""
     device = torch.device(job.device if job.device == "cpu" else get_accelerator().current_device_name())
     trainings = {name: made for name in job.setups if (made := _make(job, name, device, ranks)) is not None}
     gauge = storages or (None if device.type == "cpu" else DeviceGauge(device))
@@ -45,18 +45,18 @@ def run(job: Job, ranks: Ranks, storages: StorageGauge | None) -> dict[str, Any]
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in trainings}
     for index in range(job.task.steps):
         for name in job.setups:
-            ranks.exchange(None)  # one at a time, and all ranks of it at once
+            ranks.exchange(None)  # a barrier, so that set-ups do not overlap and all ranks of one start together
             if name in trainings:
                 with peaks[name].step() if name in peaks else nullcontext():
                     steps[name].append(asdict(trainings[name].step(index)))
-        if index == 0:  # which makes the optimizer's states and the cache's arena, by copying; the others find them
+        if index == 0:  # it also allocates the optimizer state and the KV arena, which later steps reuse
             for each in peaks.values():
                 each.bytes.clear()
     return {name: {"steps": steps[name], "peaks": peaks[name].bytes if peaks else {}} for name in trainings}
 
 
 def _make(job: Job, name: str, device: torch.device, ranks: Ranks) -> OurTraining | None:
-    """The training of a set-up; None where this rank has no part in it."""
+    """Return the training of a set-up, or None if this rank does not take part in it."""
     overrides = [*job.overrides, f"run.out={job.task.directory}/run_{Path(name).stem}"]
     if name == ALONE:
         return OurTraining(job.task, device, overrides) if ranks.first else None

@@ -1,4 +1,4 @@
-"""Medians of what the ranks saw, and the plan beside it."""
+"""Medians of the ranks' results, and the comparison with the memory plan."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from alignpro.memory_plan import Need
 from benchmarks.distributed.job import ALONE
 
 PLANNED = {"rollout": "rollout", "reward": "rollout", "credit": "update", "update": "update"}
-"""Phase → the peak of the plan that it belongs to."""
+"""Phase → the peak in the plan to which it belongs."""
 
 
 def times(ranks: Sequence[Mapping[str, Any]], setup: str, warmup: int, chains: int) -> dict[str, Any]:
-    """A set-up's steps: a step takes as long as the rank that needs longest.
+    """Summarise the steps of a set-up; the time of a step is that of the slowest rank.
 
     Args:
-        ranks: What each rank wrote; those that had no part in the set-up lack it.
-        setup: Its name.
-        warmup: Steps that do not count.
-        chains: Of a step.
+        ranks: The results of each rank; a rank that did not take part in the set-up has none for it.
+        setup: The name of the set-up.
+        warmup: Number of steps to leave out.
+        chains: Number of chains per step.
     """
     seen = [rank[setup]["steps"] for rank in ranks if setup in rank]
     steps = list(zip(*seen, strict=True))
@@ -47,7 +47,7 @@ def times(ranks: Sequence[Mapping[str, Any]], setup: str, warmup: int, chains: i
 
 
 def peaks(ranks: Sequence[Mapping[str, Any]], setup: str, need: Need) -> dict[str, Any]:
-    """The most bytes that a rank held, by the peaks of the plan, what was planned, and what that is made of."""
+    """Compare the peak bytes of any rank with the peaks of the plan; includes the parts of the plan."""
     measured = dict.fromkeys(PLANNED.values(), 0)
     phases: dict[str, int] = {}
     for rank in ranks:
@@ -65,7 +65,7 @@ def peaks(ranks: Sequence[Mapping[str, Any]], setup: str, need: Need) -> dict[st
 
 
 def ratios(setups: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """What the project aims at: ZeRO-2 beside one process, and the rollout of ZeRO-3 beside that of ZeRO-2."""
+    """Return the ratios that the project tracks: a ZeRO-2 step over one process, a ZeRO-3 rollout over one of ZeRO-2."""
     found: dict[str, float] = {}
     if {ALONE, "z2"} <= setups.keys():
         found["z2_step_over_alone"] = setups["z2"]["step_s"] / setups[ALONE]["step_s"]

@@ -1,4 +1,4 @@
-"""The results on the terminal."""
+"""Print the results to the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 
 def print_table(console: Console, document: Mapping[str, Any]) -> None:
-    """A row a set-up: seconds, tokens/s; a row a peak: MiB measured and planned; below, the ratios."""
+    """Print one row per set-up (seconds, tokens/s), one row per peak (MiB measured and planned), then the ratios."""
     if document["setups"]:
         table = Table(box=SIMPLE)
         for heading in ("set-up", "ranks", "step", *PHASES, "tokens/s"):

@@ -1,1 +1,1 @@
-"""Generation alone: the chain engine beside transformers' ways to generate."""
+"""Generation only: the chain engine compared with the generation methods of transformers."""

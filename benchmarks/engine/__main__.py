@@ -1,6 +1,6 @@
-"""python -m benchmarks.engine: generation by the chain engine, beside transformers' `generate` and continuous batching.
+"""python -m benchmarks.engine: the chain engine compared with transformers' `generate` and continuous batching.
 
-Every entrant generates the same number of tokens. Prints a table a case, writes JSON and a PNG beside it.
+Every entrant generates the same number of tokens. Prints a table per case and writes JSON and a PNG.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.engine.floor import measure_rates
 from benchmarks.engine.measure import measure
 from benchmarks.engine.table import print_table
 
-WIDTH = 130  # where the output is no terminal
+WIDTH = 130  # if the output is not a terminal
 
 app = options.new_app()
 
@@ -33,22 +33,29 @@ def run(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{', '.join(case.name for case in CASES)}, or patterns; may be repeated. All, on a CPU all but gpu.",
+            help=f"{', '.join(case.name for case in CASES)}, or patterns; may be repeated. Default: all, on a CPU all "
+            "but gpu.",
             show_default=False,
         ),
     ] = None,
     shape: options.Shape = None,
     entrants: options.Entrants = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="5; with --quick 1.", show_default=False)] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Timed rounds. Default: 5; with --quick 1.", show_default=False)
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences at once: 256, on a GPU 1024.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Maximum number of running sequences. Default: 256, on a GPU 1024.", show_default=False
+        ),
     ] = None,
     threads: options.Threads = None,
     seed: options.Seed = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="benchmarks/results/DEVICE/engine.json.", show_default=False)
+        Path | None,
+        typer.Option("--json", help="Results file: benchmarks/results/DEVICE/engine.json.", show_default=False),
     ] = None,
     quick: options.Quick = False,
 ) -> None:
@@ -63,7 +70,7 @@ def run(
     file = json_file or options.results_folder("engine", where, quick=quick) / "engine.json"
     file.parent.mkdir(parents=True, exist_ok=True)
 
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # what fails is in the results
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # failures are in the results
     console = options.new_console(WIDTH)
     rates = measure_rates(where, what)
     described = environment.describe("benchmarks.engine", where, what, environment.command_line())
@@ -80,7 +87,7 @@ def run(
             if not case.chain and any(entrant.name == ours.NAME for entrant in chosen):
                 result["decode_ticks"] = ours.decode_ticks(case, setting)
             document["results"].append(result)
-        file.write_text(json.dumps(document, indent=1) + "\n")  # a run that is stopped leaves what it has
+        file.write_text(json.dumps(document, indent=1) + "\n")  # after every case, so that an aborted run keeps results
         print_table(console, result)
     picture = file.with_suffix(".png")
     figure.draw(document, picture)
@@ -93,7 +100,7 @@ def _cases(names: list[str] | None, changes: Sequence[str], device: torch.device
         cases = [shrink(case) for case in cases]
     elif device.type == "cpu":
         if names and any(case.needs_gpu and case.name in names for case in cases):
-            raise typer.BadParameter("workload gpu: its models are for a GPU; take --device cuda, or --quick to try it")
+            raise typer.BadParameter("workload gpu: its models need a GPU; use --device cuda, or --quick to try it")
         cases = [case for case in cases if not case.needs_gpu]
     try:
         return [reshaped(case, changes) for case in cases]

@@ -1,4 +1,4 @@
-"""What is generated: chains of both models, or sequences of the target alone, always to their full lengths."""
+"""The generation cases: chains of both models, or sequences of the target only, always to their full lengths."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from benchmarks.workload import BARE, PAPER, QUICK, ModelShape, Workload, reshape
 
 QWEN_1_5B = ModelShape(28, 1536, 8960, 12, 2, 151936, architecture="qwen2", tied=True)
-"""As Qwen2.5-1.5B."""
+"""The shape of Qwen2.5-1.5B."""
 LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128256)
-"""As Llama-3.1-8B."""
+"""The shape of Llama-3.1-8B."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Case:
     workload: Workload
     title: str
     chain: bool
-    """Both stages; else ``workload.prompts`` prompts of ``workload.prompt`` tokens, and one response of the target to each."""
+    """Whether to run both stages; otherwise the target responds once to each of ``workload.prompts`` prompts."""
     needs_gpu: bool = False
 
     @property
     def name(self) -> str:
-        """That of its workload."""
+        """The name of the workload."""
         return self.workload.name
 
     @property
@@ -37,7 +37,7 @@ class Case:
 
     @property
     def context(self) -> int:
-        """Tokens of the longest sequence."""
+        """The length of the longest sequence in tokens."""
         w = self.workload
         if not self.chain:
             return w.prompt + w.response
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def expected(self) -> dict[str, int]:
-        """Model → tokens that it generates."""
+        """Model → number of tokens that it generates."""
         w = self.workload
         if not self.chain:
             return {"target": w.prompts * w.response}
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def sequences(self) -> int:
-        """Responses."""
+        """The number of responses."""
         return self.workload.chains if self.chain else self.workload.prompts
 
 
@@ -86,7 +86,7 @@ CASES = (
 
 
 def shrink(case: Case) -> Case:
-    """The same, tiny: to see that all works."""
+    """Return a tiny version of a case, for a smoke test."""
     w = case.workload
     small = replace(
         w,
@@ -105,7 +105,7 @@ def shrink(case: Case) -> Case:
 
 
 def reshaped(case: Case, changes: Sequence[str]) -> Case:
-    """With some numbers of the workload changed; see `reshape`."""
+    """Return a case with some numbers of its workload changed; see `reshape`."""
     return replace(case, workload=reshape(case.workload, changes))
 
 
@@ -120,19 +120,19 @@ class Inputs:
     after: list[int]
 
     def prompts(self, turn: int) -> list[list[int]]:
-        """Those of a round, which no other has, so that nobody has computed them before."""
+        """Return the prompts of a round; they are unique to it, so that no entrant has cached them."""
         w, generator = self.case.workload, random.Random(f"{self.seed} {turn}")
         vocabulary = (w.prompter if self.case.chain else w.target).vocabulary
         return [self.meta_prompt + _tokens(generator, w.prompt, vocabulary) for _ in range(w.prompts)]
 
     def to_target(self, rewrite: Sequence[int]) -> list[int]:
-        """The target's prompt: its template around the rewrite."""
+        """Return the target's prompt: its template around the rewrite."""
         vocabulary = self.case.workload.target.vocabulary
         return [*self.before, *(token % vocabulary for token in rewrite), *self.after]
 
 
 def make_inputs(case: Case, seed: int) -> Inputs:
-    """Random tokens."""
+    """Draw the random tokens of a case."""
     generator, w = random.Random(seed), case.workload
     vocabulary = w.target.vocabulary
     return Inputs(

@@ -1,4 +1,4 @@
-"""What takes part in the comparison."""
+"""The interface of the entrants in the comparison."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     max_batch: int
-    """Sequences that run at once, of those entrants that can be told."""
+    """Maximum number of running sequences, for entrants with such an option."""
     seed: int
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of a round."""
+    """The result of a round."""
 
     tokens: dict[str, int]
-    """Model → tokens that it generated."""
+    """Model → number of tokens that it generated."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What the entrant tells of itself."""
+    """Statistics reported by the entrant."""
 
 
 Run: TypeAlias = Callable[[int], Generated]
-"""Round → what was generated; nothing computed in an earlier round may be used but for compiled code."""
+"""Round → what was generated; nothing from earlier rounds may be reused except compiled code."""
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """A way to generate under a name; ``prepare`` raises where it cannot."""
+    """A named generation method; ``prepare`` raises if it does not support a case."""
 
     name: str
     prepare: Callable[[Case, Inputs, Setting], Run]
 
 
 def make_models(case: Case, setting: Setting) -> dict[str, PreTrainedModel]:
-    """An entrant's own models: the same random weights for all, since some change the model that they are given."""
+    """Create an entrant's own copy of the models, with the same random weights for all, since some modify their model."""
     return {
         name: make_model(
             shape, context=case.context, seed=setting.seed + i, dtype=setting.dtype, device=setting.device

@@ -1,4 +1,4 @@
-"""The results as a picture: the speed of every entrant."""
+"""Plot of the results: the throughput of every entrant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS = {"ours": "#0072B2", "hf-generate": "#E69F00", "hf-continuous": "#009E7
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Write the PNG: a panel a case; those that did not run are not in it."""
+    """Write the PNG with one panel per case; entrants that did not run are left out."""
     results, run = document["results"], document["run"]
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(2.0 + 2.2 * len(results), 3.4))

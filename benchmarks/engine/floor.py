@@ -1,7 +1,8 @@
-"""The least time that a case's arithmetic and memory traffic take: what the device can do, measured, and no more.
+"""A lower bound on the time of a case, from its arithmetic, its memory traffic and the measured rates of the device.
 
-A decoding tick reads every weight once, and every key and value once however many sequences attend to it; or else its
-products take longer. The floor is the larger of the two, tick by tick, and the products of the prompts.
+The time of a decode tick is bounded by memory traffic (every weight is read once, and every key and value once however
+many sequences attend to it) and by its matrix products. The floor is the sum over the ticks of the larger of the two, plus
+the matrix products of the prompts.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """What a device was seen to do."""
+    """The measured rates of a device."""
 
     bytes_per_s: float
-    """Read and written, of a large copy."""
+    """Bytes read plus bytes written per second, in a large copy."""
     flops_per_s: float
-    """Of a large matrix product in the models' dtype."""
+    """In a large matrix product in the models' dtype."""
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
-    """The best of some copies and products."""
+    """Measure the best rates of several copies and matrix products."""
     rates = DeviceRates(_copy_rate(device), _product_rate(device, dtype))
     release(device)
     return rates
@@ -53,19 +54,19 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A model's part in a case."""
+    """The work of one model in a case."""
 
     shape: ModelShape
     prefill: int
-    """Prompt tokens, those in common once."""
+    """Prompt tokens to compute; shared ones count once."""
     context: int
-    """Tokens of a sequence's prompt."""
+    """Prompt tokens per sequence."""
     sequences: int
     new: int
 
 
 def floor_seconds(case: Case, rates: DeviceRates, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of ``prefill`` and ``decode``."""
+    """Return the minimum seconds of ``prefill`` and ``decode``."""
     prefill = sum(_prefill_flops(stage) for stage in _stages(case)) / rates.flops_per_s
     decode = sum(_decode_seconds(stage, rates, dtype.itemsize) for stage in _stages(case))
     return {"prefill": prefill, "decode": decode}
@@ -83,7 +84,7 @@ def _stages(case: Case) -> list[_Stage]:
 
 
 def _weights(shape: ModelShape, *, head: bool) -> int:
-    """Weights of the products that a token goes through."""
+    """Return the number of weights in the matrix products of one token."""
     kv = shape.kv_heads * shape.hidden // shape.heads
     layer = 2 * shape.hidden**2 + 2 * shape.hidden * kv + 3 * shape.hidden * shape.intermediate
     return shape.layers * layer + (shape.vocabulary * shape.hidden if head else 0)
@@ -97,9 +98,9 @@ def _prefill_flops(stage: _Stage) -> float:
 def _decode_seconds(stage: _Stage, rates: DeviceRates, itemsize: int) -> float:
     shape = stage.shape
     weights = _weights(shape, head=True)
-    kv_bytes = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * itemsize  # of a token
+    kv_bytes = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * itemsize  # per token
     seconds = 0.0
-    for drawn in range(1, stage.new):  # the first token is drawn from the prompt's states
+    for drawn in range(1, stage.new):  # the first token is sampled from the prompt's hidden states
         read = weights * itemsize + kv_bytes * (stage.prefill + stage.sequences * drawn)
         attention = 4 * shape.layers * shape.hidden * (stage.context + drawn)
         flops = stage.sequences * (2.0 * weights + attention)
@@ -119,13 +120,13 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Give an accelerator's memory back that nobody uses any more, for the next to take."""
+    """Release an accelerator's unused memory."""
     gc.collect()
     if device.type != "cpu":
         torch.accelerator.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what an accelerator has been told to do."""
+    """Wait until an accelerator has finished its queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -16,16 +16,16 @@ DECODE_RUNS = 3
 
 
 def entrant() -> Entrant:
-    """The engine, with its defaults but for the batch."""
+    """Return the engine, with default settings except for the batch size."""
     return Entrant(NAME, _OurRun)
 
 
 class _OurRun:
-    """Rounds with one engine; before each, the policy's weights are new, as after a step of training."""
+    """Rounds with one engine; before each, the policy's weights are marked as updated, as after a training step."""
 
     def __init__(self, case: Case, inputs: Inputs, setting: Setting) -> None:
         self._case, self._inputs = case, inputs
-        tokenizer = make_tokenizer(make_chat_template("", ""))  # the engine asks it nothing here
+        tokenizer = make_tokenizer(make_chat_template("", ""))  # the engine does not use it here
         models = {
             name: LanguageModel(model, tokenizer, name).requires_grad_(False)
             for name, model in make_models(case, setting).items()
@@ -52,7 +52,7 @@ class _OurRun:
         return Generated(tokens, self._details())
 
     def decode(self, turn: int) -> dict[str, float]:
-        """A run of the target on prompts that are there already: seconds a tick, in all and on the host."""
+        """Run the target on cached prompts; return the seconds per tick, in total and on the host."""
         engine, prompts = self._engine, self._inputs.prompts(turn)
         self._begin()
         engine.generate("target", prompts, SamplingParams(max_tokens=1, seed=turn))
@@ -79,9 +79,9 @@ class _OurRun:
 
 
 def decode_ticks(case: Case, setting: Setting) -> dict[str, float]:
-    """Seconds of a tick that decodes a case's sequences, and the host's part in it: medians of some runs.
+    """Return the seconds per decode tick of a case and the host's share of them: medians of several runs.
 
-    The prompts are computed before, so that every tick is of one token a sequence.
+    The prompts are computed beforehand, so that every tick computes one token per sequence.
     """
     run = _OurRun(case, make_inputs(case, setting.seed), setting)
     ticks = [run.decode(turn) for turn in range(DECODE_RUNS)]
@@ -89,7 +89,7 @@ def decode_ticks(case: Case, setting: Setting) -> dict[str, float]:
 
 
 def _host(stats: EngineStats) -> dict[str, float]:
-    """What is neither the model nor the drawing: scheduling, planning, and the accounts of sequences and pages."""
+    """Return the time outside the model and the sampler: scheduling, planning, bookkeeping of sequences and pages."""
     host = stats.run_seconds - stats.seconds["forward"] - stats.seconds["sample"]
     return {"host_s": host / stats.ticks, "host_share": host / stats.run_seconds}
 

@@ -1,6 +1,6 @@
-"""transformers' own ways to generate, each with its defaults, sampling from the whole distribution.
+"""The generation methods of transformers, each with its defaults, sampling from the full distribution.
 
-Seen in transformers 5.23.
+Written against transformers 5.23.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from benchmarks.engine.entrant import Entrant, Generated, Run, Setting, make_mod
 
 PAGE = 32
 CPU_TICK = 4096
-"""Tokens of a forward pass on a CPU, at most: as in this project's engine."""
+"""Maximum tokens per forward pass on a CPU, as in this project's engine."""
 
 Sample = Callable[[PreTrainedModel, Sequence[Sequence[int]], int, int], list[list[int]]]
-"""Model, prompts, sequences of each, their length → what was generated, those of a prompt together."""
+"""Model, prompts, sequences per prompt, their length → the generated sequences, grouped by prompt."""
 
 
 def entrants() -> list[Entrant]:
-    """Both."""
+    """Return `generate` and continuous batching."""
     return [
         Entrant("hf-generate", lambda case, inputs, setting: _two_stages(case, inputs, setting, _Generate(setting))),
         Entrant(
@@ -35,7 +35,7 @@ def entrants() -> list[Entrant]:
 
 
 def _two_stages(case: Case, inputs: Inputs, setting: Setting, sample: Sample) -> Run:
-    """One call a model: the second stage begins when the first has ended."""
+    """Make one call per model: the second stage starts when the first has finished."""
     models, w = make_models(case, setting), case.workload
 
     def run(turn: int) -> Generated:
@@ -55,7 +55,7 @@ def _count(sequences: Sequence[Sequence[int]]) -> int:
 
 
 class _Generate:
-    """`generate` on batches; the prompts of a case have one length, so that nothing is padded."""
+    """`generate` on batches; all prompts of a case have the same length, so there is no padding."""
 
     def __init__(self, setting: Setting) -> None:
         self._max_batch = setting.max_batch
@@ -65,7 +65,7 @@ class _Generate:
     ) -> list[list[int]]:
         generated: list[list[int]] = []
         size = max(1, self._max_batch // n)
-        generate: Any = model.generate  # mypy takes it for a weight
+        generate: Any = model.generate  # mypy infers a Tensor
         for start in range(0, len(prompts), size):
             ids = torch.tensor(prompts[start : start + size], device=model.device)  # (B, L)
             sequences = generate(
@@ -78,11 +78,11 @@ class _Generate:
 
 
 class _Continuous:
-    """`generate_batch`, continuous batching; its manager is kept between rounds, with its memory and its graphs."""
+    """`generate_batch`, continuous batching; its manager, with its memory and graphs, persists between rounds."""
 
     def __init__(self, case: Case, setting: Setting) -> None:
         if setting.device.type == "cpu":
-            # By default it takes nearly all memory that is free: here what as many sequences as run at once need.
+            # By default it takes nearly all free memory; here only what the running sequences need.
             pages = 1 + -(-case.context // PAGE)
             self._options = ContinuousBatchingConfig(
                 page_size=PAGE,
@@ -96,11 +96,11 @@ class _Continuous:
     def __call__(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], n: int, length: int
     ) -> list[list[int]]:
-        generate_batch: Any = model.generate_batch  # mypy takes it for a weight
+        generate_batch: Any = model.generate_batch  # mypy infers a Tensor
         outputs = generate_batch(
             [list(prompt) for prompt in prompts],
             generation_config=_config(n, length),
-            continuous_batching_config=copy.copy(self._options),  # it fills in what is not said
+            continuous_batching_config=copy.copy(self._options),  # it is modified: missing values are filled in
             persistent_manager=True,
         )
         failed = [output.error for output in outputs.values() if output.error]
@@ -112,7 +112,7 @@ class _Continuous:
 
 
 def _config(n: int, length: int) -> GenerationConfig:
-    """Nothing ends a sequence but its length."""
+    """Return a configuration in which sequences end only at their maximum length."""
     return GenerationConfig(
         do_sample=True,
         temperature=1.0,

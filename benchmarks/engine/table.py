@@ -1,4 +1,4 @@
-"""The results on the terminal."""
+"""Print the results to the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def print_table(console: Console, result: dict[str, Any]) -> None:
-    """One case; below, who did not run and why."""
+    """Print the table of one case, then the entrants that did not run, with the reasons."""
     what = "chains/s" if result["chain"] else "sequences/s"
     table = Table(title=result["title"], title_justify="left", title_style="bold", box=SIMPLE)
     table.add_column("entrant", width=14)
@@ -33,7 +33,7 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
             )
     console.print(table)
     if decode := result.get("decode_ticks"):
-        line = f"a tick that decodes: {decode['tick_s'] * 1e3:.3g} ms, of which the host {decode['host_share']:.1%}"
+        line = f"decode tick: {decode['tick_s'] * 1e3:.3g} ms, host share {decode['host_share']:.1%}"
         console.print(line, highlight=False)
     for entrant in result["entrants"]:
         if entrant["status"] != "measured":

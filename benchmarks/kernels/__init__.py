@@ -1,1 +1,1 @@
-"""The head's operators against the bare matrix products and against other implementations."""
+"""The head's operators, compared with the bare matrix products and with other implementations."""

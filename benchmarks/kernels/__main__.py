@@ -1,6 +1,6 @@
-"""python -m benchmarks.kernels: the head's operators against the bare matrix products and other implementations.
+"""python -m benchmarks.kernels: the head's operators compared with bare matrix products and other implementations.
 
-Prints a table a shape and writes ``kernels.json`` and ``kernels.png``.
+Prints one table per case for each shape and writes ``kernels.json`` and ``kernels.png``.
 """
 
 from __future__ import annotations
@@ -39,37 +39,43 @@ def run(
         list[str] | None,
         typer.Option(
             help=f"{', '.join(s.name for s in SHAPES)}, all, DxV or DxV:SOFTCAP; may be repeated. "
-            "All on a GPU, else the first.",
+            "Default: all on a GPU, otherwise the first.",
             show_default=False,
         ),
     ] = None,
     rows: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tokens N; may be repeated. By device and shape.", show_default=False),
+        typer.Option(
+            min=1, help="Tokens N; may be repeated. Default: depends on device and shape.", show_default=False
+        ),
     ] = None,
     entrants: options.Entrants = None,
     cases: Annotated[
         list[str] | None,
-        typer.Option(help="Names or patterns, such as 'policy*'; may be repeated. All.", show_default=False),
+        typer.Option(help="Names or patterns, such as 'policy*'; may be repeated. Default: all.", show_default=False),
     ] = None,
     without: Annotated[
         list[str] | None,
         typer.Option(help="Entrants to leave out, names or patterns; may be repeated.", show_default=False),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds a case at most: 3 on a CPU, 20 on a GPU.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Maximum rounds per case. Default: 3 on a CPU, 20 on a GPU.", show_default=False),
     ] = None,
     case_seconds: Annotated[
         float | None,
-        typer.Option(help="End a case's rounds after this, but not before the third: 60 and 8.", show_default=False),
+        typer.Option(
+            help="Time limit per case, checked after the third round. Default: 60 on a CPU, 8 on a GPU.",
+            show_default=False,
+        ),
     ] = None,
     threads: options.Threads = None,
     seed: options.Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results: benchmarks/results/DEVICE.", show_default=False)
+        Path | None, typer.Option(help="Results folder. Default: benchmarks/results/DEVICE.", show_default=False)
     ] = None,
     append: Annotated[
-        bool, typer.Option("--append", help="Keep the results already there for other shapes, N, dtypes and cases.")
+        bool, typer.Option("--append", help="Keep existing results for other shapes, N, dtypes and cases.")
     ] = False,
     quick: options.Quick = False,
 ) -> None:
@@ -117,7 +123,7 @@ def _measure(
     document: dict[str, Any],
     file: Path,
 ) -> list[dict[str, Any]]:
-    """One shape. The file is written after every case: a run that is stopped leaves what it has."""
+    """Measure one shape. The file is written after every case, so that an aborted run keeps its results."""
     reference = any(case.kl == "separate" for case in cases)
     heads = make_heads(setting.shape, setting.device, setting.dtype, seed, reference=reference)
     new: list[dict[str, Any]] = []
@@ -134,7 +140,7 @@ def _measure(
 
 @contextlib.contextmanager
 def _imports_frozen() -> Iterator[None]:
-    """What the imports made is not garbage: the collection before each measurement need not look through it all."""
+    """Exclude objects created by imports from garbage collection, which runs before each measurement."""
     gc.freeze()
     try:
         yield
@@ -156,13 +162,15 @@ def _shapes(names: list[str] | None, device: torch.device, quick: bool) -> list[
 
 
 def _warn_of_cache(console: Console, setting: Setting) -> None:
-    """The head is the largest input; one that stays in the cache between calls is not what training sees."""
+    """Warn if the head, the largest input, may stay in the cache between calls, unlike in training."""
     if setting.device.type != "cuda":
         return
     size = setting.shape.hidden * setting.shape.vocabulary * setting.dtype.itemsize
     cache = torch.cuda.get_device_properties(setting.device).L2_cache_size
     if size < 2 * cache:
-        console.print(f"{setting.shape.name}: the head ({size >> 20} MiB) is not far beyond the cache", highlight=False)
+        console.print(
+            f"{setting.shape.name}: the head ({size >> 20} MiB) is not much larger than the cache", highlight=False
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is computed: the operator, whether its head is trained, and the matrix products that it cannot do without."""
+"""The cases: the operator, whether its head is trained, and the matrix products that it requires."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAMPLE_BATCHES = (1, 8, 64, 512)
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the comparison; entrants that cannot compute it say why."""
+    """A case of the comparison; entrants that cannot compute it give the reason."""
 
     name: str
     title: str
@@ -21,13 +21,13 @@ class Case:
     """The floor: 2NDV floating-point operations each."""
     backward: bool = True
     trained: bool = False
-    """Whether the head wants a gradient."""
+    """Whether the head requires a gradient."""
     kl: Literal["shared", "separate"] | None = None
-    """The exact KL to a reference that shares the head, or has its own."""
+    """The exact KL to a reference that shares the head or has its own."""
     cross_entropy: bool = False
-    """All coefficients −1/N: what kernels for supervised training compute."""
+    """Whether all coefficients are −1/N, as in kernels for supervised training."""
     batch: int | None = None
-    """Rows, where they do not follow the run's."""
+    """A fixed number of rows, instead of that of the run."""
 
 
 CASES = (
@@ -63,7 +63,7 @@ CASES = (
         cross_entropy=True,
     ),
     Case("logprob-forward", "log-probability, no gradient", "linear_logprob", ("logits",), backward=False),
-    # Without the logits in memory the backward computes them again: four products.
+    # Without the logits in memory, the backward pass recomputes them: four products.
     Case(
         "logprob",
         "log-probability, trained head, recomputing backward",

@@ -1,4 +1,4 @@
-"""Seconds of device work: events on a GPU, the host's clock on a CPU."""
+"""Timing of device work: by events on a GPU, by the host's clock on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Seconds(NamedTuple):
-    """One measurement, a call."""
+    """Seconds per call in one measurement."""
 
     forward: float
     total: float
@@ -25,9 +25,9 @@ class Clock:
         self._cuda = device.type == "cuda"
 
     def time(self, forward: Callable[[], T], backward: Callable[[T], object] | None = None, *, calls: int) -> Seconds:
-        """The mean of ``calls`` calls one after another, which on a GPU hides the launches of all but the first.
+        """Return the mean over ``calls`` consecutive calls, which on a GPU hides the launch overhead of all but the first.
 
-        What a call returns is freed before the next one.
+        The result of a call is freed before the next one.
         """
         marks: list[float | torch.cuda.Event] = []
         self._synchronize()

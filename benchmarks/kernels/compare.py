@@ -1,4 +1,4 @@
-"""One case on one shape: check every entrant, measure its memory, then time all in turns with the floor."""
+"""One case on one shape: check every entrant, measure its memory, then time all of them in turns with the floor."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from benchmarks.kernels.memory import MIB, peak_extra_bytes
 from benchmarks.kernels.problem import Heads, Problem, make_problem
 
 LEAST_ROUNDS = 3
-MEASUREMENT_SECONDS = 5e-3  # a measurement repeats a shorter case, so that its start does not count
+MEASUREMENT_SECONDS = 5e-3  # a measurement repeats a shorter case, so that the start-up time is negligible
 MOST_CALLS = 50
 
 
 @dataclass
 class Result:
-    """An entrant in a case. A ratio is taken within a round, against the floor measured next to it."""
+    """The result of an entrant in a case. Ratios are taken within a round, to the floor measured next to the entrant."""
 
     entrant: str
     title: str
@@ -40,16 +40,16 @@ class Result:
     ratio_to_floor: float | None = None
     ratio_to_naive: float | None = None
     peak_extra_mib: float | None = None
-    """Beyond inputs and gradients."""
+    """Peak memory beyond inputs and gradients."""
     gradients_mib: float | None = None
     deviation: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, float]] = field(default_factory=list)
-    """Every round: forward, total and the floor next to it, in seconds."""
+    """For every round: forward, total and the floor measured next to it, in seconds."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long to measure: ``rounds``, but fewer (at least three) once ``seconds`` a case have passed."""
+    """How long to measure a case: at most ``rounds``, and no new ones after ``seconds`` (but at least three)."""
 
     rounds: int
     seconds: float
@@ -58,7 +58,7 @@ class Limits:
 def compare(
     case: Case, entrants: Sequence[Entrant], setting: Setting, heads: Heads, rows: int, seed: int, limits: Limits
 ) -> dict[str, Any]:
-    """All about one case, ready for JSON."""
+    """Measure one case and return the result, ready for JSON."""
     rows = case.batch or rows
     problem = make_problem(case, setting.shape, heads, rows, seed)
     clock = Clock(setting.device)
@@ -103,7 +103,7 @@ def compare(
 
 
 def _examine(case: Case, run: Run, problem: Problem, expected: Expected | ExpectedSample, result: Result) -> None:
-    """Correctness on a few rows, then memory and correctness on all."""
+    """Check correctness on a few rows, then memory and correctness on all rows."""
 
     def whole() -> None:
         outcome = run.forward(problem)
@@ -115,7 +115,7 @@ def _examine(case: Case, run: Run, problem: Problem, expected: Expected | Expect
     try:
         deviation = check(case, run, problem, expected)
         result.deviation, result.reason = dict(deviation.values), deviation.wrong
-        whole()  # compiling, tuning and planning for this size take memory of their own
+        whole()  # warm-up: compilation and tuning for this size use memory of their own
         kept.clear()
         peak = peak_extra_bytes(whole, device)
         outcome, grads = kept.pop()
@@ -131,7 +131,7 @@ def _examine(case: Case, run: Run, problem: Problem, expected: Expected | Expect
         result.status, result.reason = "skipped", str(error)
     except torch.OutOfMemoryError:
         result.status, result.reason = "failed", "out of memory"
-    except Exception as error:  # a peer may fail in any way; how goes into the results
+    except Exception as error:  # a peer may fail in any way; the reason goes into the results
         result.status, result.reason = "failed", f"{type(error).__name__}: {_first_line(error)}"
 
 
@@ -144,9 +144,9 @@ def _rounds(
     results: dict[str, Result],
     limits: Limits,
 ) -> list[float]:
-    """Time all in turns: the floor, two entrants, the floor, two entrants, ...; another one begins each round.
+    """Time all in turns: the floor, two entrants, the floor, two entrants, ...; each round starts with another entrant.
 
-    A machine whose speed drifts so treats a floor and the entrants next to it alike.
+    If the machine's speed drifts, it affects a floor and the entrants next to it alike.
     """
     names = list(runs)
     calls = _calls(min(floor.candidates.values()))
@@ -175,7 +175,7 @@ def _time(case: Case, run: Run, problem: Problem, clock: Clock, calls: int) -> S
 
 
 def _summarise(results: Sequence[Result]) -> None:
-    """Medians over the rounds; ratios within each round first."""
+    """Fill in medians over the rounds; ratios are computed within each round first."""
     naive = next((r.rounds for r in results if r.entrant == "naive" and r.rounds), None)
     for result in results:
         if not result.rounds:
@@ -198,7 +198,7 @@ def _pairs(names: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _release(device: torch.device) -> None:
-    """Give back what is no longer used, so that one entrant's leavings are not another's lack of memory."""
+    """Release unused memory, so that one entrant's leftovers do not reduce another's memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Right before fast: every entrant against the reference in float64."""
+"""Correctness: every entrant is compared with the reference in float64 before it is timed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from benchmarks.kernels.problem import Problem
 
 ROWS = 32  # of the problem, evenly spaced, on which gradients are compared
 SAMPLE_ROWS = 64
-# ‖found − expected‖ / ‖expected‖ beyond which a result is called wrong. Not a test of precision (the deviations are in
-# the results): plain bfloat16 PyTorch, its logits rounded, comes to about a hundredth.
+# ‖found − expected‖ / ‖expected‖ above which a result counts as wrong. This is not a test of precision (the deviations are
+# in the results): plain PyTorch in bfloat16, which rounds the logits, deviates by about 0.01.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-WIDE_BYTES = 3 << 30  # a float64 head that takes more than this on a CPU: the reference runs in float32
-MISMATCHES = 0.02  # share of sampled tokens that may differ from the reference's at the same seeds: near ties
-SIGMAS = 5.0  # a sampler whose mean log-probability is so far from the distribution's is wrong
+WIDE_BYTES = 3 << 30  # if a float64 head takes more than this on a CPU, the reference runs in float32
+MISMATCHES = 0.02  # share of sampled tokens that may differ from the reference's with the same seeds, due to near ties
+SIGMAS = 5.0  # largest deviation of a sampler's mean log-probability from the distribution's
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the reference finds: gradients on a sample of R rows, values on all."""
+    """The results of the reference: gradients on a sample of R rows, values on all rows."""
 
     rows: Tensor  # (R,) int64
-    problem: Problem  # of those rows
+    problem: Problem  # restricted to those rows
     value: Tensor  # loss () or log-probabilities (R,)
     gradients: tuple[Tensor, ...]
     terms: Tensor  # (N,): each row's share of the loss, or its log-probability
@@ -38,10 +38,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class ExpectedSample:
-    """What the reference samples on R of the rows."""
+    """The samples of the reference on R of the rows."""
 
     rows: Tensor  # (R,) int64
-    problem: Problem  # of those rows
+    problem: Problem  # restricted to those rows
     wide: Problem  # the same in `dtype`
     token: Tensor  # (R,) int64
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class ExpectedSample:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far an entrant is off."""
+    """The deviation of an entrant from the reference."""
 
     values: dict[str, float]
     wrong: str | None
@@ -57,7 +57,7 @@ class Deviation:
 
 
 def gradients(case: Case, problem: Problem, outcome: Outcome) -> tuple[Tensor, ...]:
-    """The backward pass: of the loss, or of the log-probabilities with the coefficients as their gradient."""
+    """Run the backward pass of the loss, or of the log-probabilities with the coefficients as their gradient."""
     if not case.backward:
         return ()
     upstream = problem.alpha.to(outcome.value.dtype) if outcome.value.ndim else None
@@ -65,7 +65,7 @@ def gradients(case: Case, problem: Problem, outcome: Outcome) -> tuple[Tensor, .
 
 
 def expect(case: Case, problem: Problem, setting: Setting) -> Expected | ExpectedSample:
-    """What a right entrant finds."""
+    """Compute the expected results with the reference."""
     dtype = _wide_dtype(problem)
     if case.operator == "linear_sample":
         rows = _spaced(problem, SAMPLE_ROWS)
@@ -102,7 +102,7 @@ def check(case: Case, run: Run, problem: Problem, expected: Expected | ExpectedS
 def check_at_size(
     case: Case, problem: Problem, outcome: Outcome, grads: tuple[Tensor, ...], expected: Expected
 ) -> Deviation:
-    """Compare a run on all rows: its values, and the chosen rows of its gradient in the hidden states."""
+    """Compare a run on all rows: its values, and the chosen rows of the gradient of the hidden states."""
     terms = expected.terms
     want = terms if case.operator == "linear_logprob" else terms.sum()
     found = {"value_at_size": _value_deviation(outcome.value, want, terms)}
@@ -113,7 +113,7 @@ def check_at_size(
 
 
 def _check_sample(run: Run, expected: ExpectedSample, tolerance: float) -> Deviation:
-    """A sampler's own figures for its tokens; its tokens, where it takes seeds; and on many rows, its distribution."""
+    """Check a sampler's statistics of its tokens, its tokens if it takes seeds, and, with enough rows, its distribution."""
     outcome = run.forward(expected.problem)
     wide = expected.wide
     stats = linear_logprob(
@@ -129,18 +129,18 @@ def _check_sample(run: Run, expected: ExpectedSample, tolerance: float) -> Devia
     if run.seeded:
         found["tokens_that_differ"] = float((outcome.value != expected.token).double().mean())
         if found["tokens_that_differ"] > MISMATCHES:
-            wrong = f"{found['tokens_that_differ']:.0%} of the tokens are not the reference's"
-    # E log p(token) = −H: the mean of log p + H over the rows is zero but for chance.
+            wrong = f"{found['tokens_that_differ']:.0%} of the tokens differ from the reference's"
+    # E log p(token) = −H, so the expected mean of log p + H over the rows is zero.
     surprise = (stats.logprob + stats.entropy).double()
     if len(surprise) == SAMPLE_ROWS:
         found["sigmas"] = float(surprise.mean() / surprise.std() * math.sqrt(len(surprise)))
         if not abs(found["sigmas"]) < SIGMAS:
-            wrong = f"the tokens' mean log-probability is {found['sigmas']:.1f} sigma off the distribution's"
+            wrong = f"the tokens' mean log-probability is {found['sigmas']:.1f} sigma from that of the distribution"
     return Deviation(found, wrong)
 
 
 def _terms(case: Case, problem: Problem) -> Tensor:
-    """Every row's share of the loss, or its log-probability: by the reference in float32, some rows at a time."""
+    """Compute every row's share of the loss, or its log-probability, with the reference in float32, in chunks of rows."""
     parts = []
     chunk = 1024 if problem.hidden.is_cuda else 128
     with torch.no_grad():
@@ -165,14 +165,14 @@ def _terms(case: Case, problem: Problem) -> Tensor:
 
 
 def _value_deviation(found: Tensor, expected: Tensor, terms: Tensor) -> float:
-    """Of log-probabilities as a vector; of a loss, whose terms may cancel, in units of Σ |terms|."""
+    """Return the relative deviation of log-probabilities, or that of a loss in units of Σ |terms|, which may cancel."""
     if found.ndim:
         return _relative(found, expected)
     return float((found.detach().double() - expected.double()).abs() / terms.abs().sum())
 
 
 def _relative(found: Tensor, expected: Tensor, block: int = 4096) -> float:
-    """‖found − expected‖ / ‖expected‖ in float64, a block of rows at a time: a head's gradient is large."""
+    """Return ‖found − expected‖ / ‖expected‖ in float64, in blocks of rows, since a head's gradient is large."""
     if found.shape != expected.shape:
         return math.inf
     off = size = 0.0
@@ -184,13 +184,13 @@ def _relative(found: Tensor, expected: Tensor, block: int = 4096) -> float:
 
 
 def _verdict(found: dict[str, float], tolerance: float) -> str | None:
-    """The first deviation that is too large; NaN is."""
+    """Describe the first deviation that is too large or NaN, if any."""
     off = [f"{name} is off by {value:.1e}" for name, value in found.items() if not value <= tolerance]
     return off[0] if off else None
 
 
 def _spaced(problem: Problem, most: int) -> Tensor:
-    """Evenly spaced rows, the first and the last among them."""
+    """Return evenly spaced rows, including the first and the last."""
     count = min(most, problem.rows)
     return torch.linspace(0, problem.rows - 1, count, device=problem.hidden.device, dtype=torch.float64).round().long()
 

@@ -1,4 +1,4 @@
-"""What takes part in the comparison."""
+"""The interface of the entrants in the comparison."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from benchmarks.kernels.shapes import Shape
 
 
 class Outcome(NamedTuple):
-    """What a forward pass gives."""
+    """The result of a forward pass."""
 
     value: Tensor
     """The loss (), the log-probabilities (N,), or the sampled tokens (N,)."""
     logprob: Tensor | None = None
-    """(N,) of the sampled tokens, from those that give it."""
+    """(N,) of the sampled tokens, if the entrant returns it."""
     entropy: Tensor | None = None
     """(N,) likewise."""
 
 
 class Run(NamedTuple):
-    """An entrant that computes the case."""
+    """An entrant prepared for a case."""
 
     forward: Callable[[Problem], Outcome]
     quantity: str
-    """What it computes, and how, in a few words."""
+    """A short description of what it computes and how."""
     seeded: bool = False
-    """Whether its samples depend on the problem's seeds alone, as the reference's do."""
+    """Whether its samples depend only on the problem's seeds, as the reference's do."""
 
 
 class Skip(NamedTuple):
-    """An entrant that does not, and why."""
+    """The reason why an entrant does not run a case."""
 
     reason: str
 
 
 class Setting(NamedTuple):
-    """Where and on what the case runs."""
+    """The device, dtype and shape of a case."""
 
     device: torch.device
     dtype: torch.dtype
@@ -54,7 +54,7 @@ Prepare: TypeAlias = Callable[[Case, Setting], "Run | Skip"]
 
 @dataclass(frozen=True)
 class Entrant:
-    """An implementation under a name."""
+    """A named implementation."""
 
     name: str
     title: str

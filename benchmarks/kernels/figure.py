@@ -1,4 +1,4 @@
-"""The results as a picture: time over the floor and memory, a row of panels a case."""
+"""Plot of the results: time over the floor and memory, with one row of panels per case."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.style import STYLE
 
-# Ours in one hue, dark to light; the others in the rest of Okabe and Ito's palette (2008), told apart also by hatches.
+# Ours in one hue, dark to light; the others in the remaining colours of Okabe and Ito's palette (2008), some with hatches.
 COLOURS: dict[str, tuple[str, str]] = {
     "ours-cpp": ("#0072B2", ""),
     "ours-triton": ("#0072B2", ""),
@@ -37,7 +37,7 @@ RATIO_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200, 500, 
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Write the PNG: the last run's dtype; of a shape measured at several N, the largest."""
+    """Write the PNG, for the dtype of the last run and the largest N of each shape."""
     run = document["runs"][-1]
     results = [result for result in document["results"] if result["dtype"] == run["dtype"]]
     panels = _panels(results)
@@ -73,7 +73,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def _panels(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Title → (label, result) of each group of bars; all batches of a sampler go into one panel."""
+    """Return title → (label, result) per group of bars; all batch sizes of sampling share one panel."""
     most: dict[tuple[str, str], int] = {}
     for result in results:
         key = (result["case"]["name"], result["shape"]["name"])
@@ -90,7 +90,7 @@ def _panels(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str
 
 
 def _entrants(results: list[dict[str, Any]]) -> list[str]:
-    """Those with anything to show, in the order of the results."""
+    """Return the entrants with results, in the order of `COLOURS`."""
     names = [e["entrant"] for r in results for e in r["entrants"] if e["total_seconds"] is not None]
     order = list(COLOURS)
     return sorted(dict.fromkeys(names), key=lambda n: order.index(n) if n in order else len(order))
@@ -106,7 +106,7 @@ def _bars(axes: Axes, results: list[tuple[str, dict[str, Any]]], names: list[str
         width = 0.86 / max(len(present), 1)
         for place, name in enumerate(present):
             value = entrants[name][quantity]
-            height = value if ratio else max(value, 1.0)  # less than 1 MiB is none, within what is measured
+            height = value if ratio else max(value, 1.0)  # less than 1 MiB is within the measurement error
             drawn.append(height)
             x = group + (place - (len(present) - 1) / 2) * width
             colour, hatch = _look(name)

@@ -1,4 +1,4 @@
-"""The floor: a case's matrix products and nothing else, into memory that is there already, by the fastest blocking."""
+"""The floor: only the matrix products of a case, into preallocated memory, with the fastest chunk size."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from benchmarks.kernels.clock import Clock
 from benchmarks.kernels.problem import Problem
 
 CHUNKS = {"cpu": (128, 512), "cuda": (1024, 2048, 4096, 8192)}
-LOGITS_BYTES = {"cpu": 2 << 30, "cuda": 24 << 30}  # no (rows, V) buffer larger than this
+LOGITS_BYTES = {"cpu": 2 << 30, "cuda": 24 << 30}  # maximum size of the (rows, V) buffer
 
 
 class Floor:
-    """The products of a case, `run` at a time.
+    """The matrix products of a case, executed by `run` in chunks of ``chunk`` rows.
 
-    ``chunk`` rows go through at once; of the sizes that fit, and of all rows at once, the fastest here was taken.
+    The chunk size is the fastest of the candidates (including all rows at once) that fit into memory.
     """
 
     def __init__(self, case: Case, problem: Problem, clock: Clock) -> None:
@@ -28,26 +28,26 @@ class Floor:
         self._d_hidden = torch.empty_like(hidden) if "d_hidden" in case.products else None  # (N, D)
         self._d_weight = torch.empty_like(weight) if "d_weight" in case.products else None  # (V, D)
         self.candidates: dict[int, float] = {}
-        """Rows a chunk → seconds, of the trial."""
+        """Rows per chunk → seconds in the trial."""
         for chunk in self._sizes(problem.rows):
             self._use(chunk)
-            clock.time(self.run, calls=1)  # the first call of a size plans and allocates
+            clock.time(self.run, calls=1)  # warm-up: the first call of a size plans and allocates
             self.candidates[chunk] = clock.time(self.run, calls=1).total
         self._use(min(self.candidates, key=self.candidates.__getitem__))
 
     @property
     def chunk(self) -> int:
-        """Rows at once."""
+        """Rows per chunk."""
         return self._logits.shape[0]
 
     def run(self) -> None:
-        """All products once."""
+        """Compute all products once."""
         for start in range(0, len(self._hidden), self.chunk):
             self._run_chunk(start, min(start + self.chunk, len(self._hidden)))
 
     def _run_chunk(self, start: int, stop: int) -> None:
         hidden = self._hidden[start:stop]
-        logits = self._logits[: stop - start]  # (C, V); stands for their gradient too
+        logits = self._logits[: stop - start]  # (C, V); also used in place of their gradient
         for product in self._case.products:
             if product == "logits":
                 torch.mm(hidden, self._weight.T, out=logits)
@@ -71,11 +71,11 @@ class Floor:
         return [size for size in sizes if size * row_bytes <= LOGITS_BYTES[device]] or sizes[:1]
 
     def _use(self, chunk: int) -> None:
-        self._logits = torch.empty(0)  # the old buffer goes before the new one comes
+        self._logits = torch.empty(0)  # free the old buffer before allocating the new one
         self._logits = self._weight.new_empty(chunk, self._weight.shape[0])
 
 
 def flops(case: Case, problem: Problem) -> float:
-    """Floating-point operations of a case's products: 2NDV each."""
+    """Return the floating-point operations of a case's products, 2NDV each."""
     vocabulary, hidden = problem.weight.shape
     return 2.0 * problem.rows * hidden * vocabulary * len(case.products)

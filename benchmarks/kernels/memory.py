@@ -1,4 +1,4 @@
-"""Peak memory of one call, beyond what was there before it."""
+"""Peak memory of one call, beyond what was allocated before it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that ``call`` held at once beyond what was held before; None where it cannot be told.
+    """Return the peak memory of ``call`` beyond what was allocated before it; None if it cannot be measured.
 
-    What it returns counts, gradients too. On a GPU this is the allocator's own maximum.
+    Its results count, including gradients. On a GPU this is the allocator's own maximum.
 
-    On a CPU it is the process's resident memory: the kernel keeps its high-water mark and resets it on request
-    (Linux). Memory freed earlier, and what our CPU backend keeps for its next call, is handed back first, or it would be
-    used again unseen; allocations of 1 MiB and more
-    are then found to within 1 %, a few MiB at most. A fresh process a call would tell no more: its first call would
-    also count libraries, compilers and the threads' own buffers, and a maximum taken over the process's life cannot
-    be told from the peak of making the inputs.
+    On a CPU it is the resident memory of the process, whose high-water mark Linux records and resets on request. Memory
+    freed earlier, and the workspace that our CPU backend caches, is returned to the system first, since its reuse would
+    not be seen. Allocations of 1 MiB and more are then measured to within 1 %, at most a few MiB. A fresh process per call
+    would not be more accurate: its first call would also count libraries, compilers and thread-local buffers, and the
+    maximum over the life of the process cannot be distinguished from the peak of creating the inputs.
     """
     gc.collect()
     if device.type == "cuda":
@@ -47,8 +46,8 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
 
 
 def _reset() -> bool:
-    """Hand freed memory back and set the high-water mark to what is resident now; False where one cannot."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    """Return freed memory to the system and reset the high-water mark; False if that is not possible."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only in glibc
     if trim is None:
         return False
     cpp_head.release_workspace()

@@ -1,4 +1,4 @@
-"""This project's operators, one entrant a backend."""
+"""This project's operators, one entrant per backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.kernels.problem import Problem
 
 
 def entrants() -> list[Entrant]:
-    """Every backend of this build, also those that cannot run here."""
+    """Return every backend of this build, including those that cannot run here."""
     return [
         Entrant(f"ours-{name}", f"Align-Pro {name}", functools.partial(prepare, name, reason))
         for name, reason in backends().items()
@@ -21,7 +21,7 @@ def entrants() -> list[Entrant]:
 
 
 def prepare(backend: str, reason: str | None, case: Case, setting: Setting) -> Run | Skip:
-    """The operator of a case on one backend, or ``reason`` why there is none."""
+    """Prepare the operator of a case on one backend; skip it if there is a ``reason`` why the backend cannot run."""
     if reason is not None:
         return Skip(reason)
     if case.operator == "linear_sample":

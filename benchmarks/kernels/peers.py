@@ -1,7 +1,7 @@
-"""Others' implementations, each where it is installed and runs; where not, the reason is part of the results.
+"""Other implementations. If one is not installed or cannot run, the results contain the reason.
 
-Seen in torch 2.13, Liger 0.8.5, TRL 1.16.0 and cut-cross-entropy 25.1.1. Each is called with its own defaults unless
-said; cut-cross-entropy's include skipping small gradients.
+Written against torch 2.13, Liger 0.8.5, TRL 1.16.0 and cut-cross-entropy 25.1.1. Each is called with its own defaults
+unless noted; those of cut-cross-entropy include skipping small gradients.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from benchmarks.kernels.cases import Case
 from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting, Skip
 from benchmarks.kernels.problem import Problem
 
-TRL_VOCABULARY_CHUNK = 32768  # what its trainers pass
-# Rows a chunk of torch's. Its own choice, N·D/V and less, is for N of many times that: here it would be a row or two.
+TRL_VOCABULARY_CHUNK = 32768  # the value that TRL's trainers pass
+# Rows per chunk of torch's operator. Its default, at most N·D/V, is meant for much larger N: here it would be one or two.
 TORCH_ROWS = {"cpu": 256, "cuda": 1024}
 
 
 def entrants() -> list[Entrant]:
-    """Every peer, also those that are not installed."""
+    """Return every peer, including those that are not installed."""
     return [
         Entrant("torch-lce", "torch linear_cross_entropy", _torch_lce),
         Entrant("liger-grpo", "Liger fused linear GRPO", _liger_grpo),
@@ -59,7 +59,7 @@ def _cce(implementation: str, case: Case, setting: Setting) -> Run | Skip:
     if isinstance(module, Skip):
         return module
     if implementation == "cce" and setting.device.type == "cpu":
-        return Skip("its kernels are Triton's and need a GPU")
+        return Skip("its Triton kernels need a GPU")
 
     def losses(problem: Problem, reduction: str) -> Tensor:
         loss: Tensor = module.linear_cross_entropy(
@@ -76,7 +76,7 @@ def _cce(implementation: str, case: Case, setting: Setting) -> Run | Skip:
 
 
 def _from_cross_entropy(case: Case, losses: Any) -> Run | Skip:
-    """A cross-entropy that gives every token's loss serves a policy gradient too: the coefficients come in autograd."""
+    """Prepare a cross-entropy; with per-token losses it serves a policy loss too, whose coefficients autograd applies."""
     if case.operator == "linear_sample":
         return Skip("does not sample")
     if case.kl:
@@ -90,9 +90,9 @@ def _from_cross_entropy(case: Case, losses: Any) -> Run | Skip:
 
 def _liger_ce(sums: torch.dtype | None, case: Case, setting: Setting) -> Run | Skip:
     if not case.cross_entropy:
-        return Skip("CE only: takes no coefficients a token")
+        return Skip("CE only: takes no per-token coefficients")
     if setting.device.type == "cpu":
-        return Skip("its kernels are Triton's and need a GPU")
+        return Skip("its Triton kernels need a GPU")
     if sums is not None and setting.dtype == sums:
         return Skip("the same as liger-ce in float32")
     module = _load("liger_kernel.transformers.fused_linear_cross_entropy")
@@ -110,7 +110,7 @@ def _liger_ce(sums: torch.dtype | None, case: Case, setting: Setting) -> Run | S
 
 def _liger_grpo(case: Case, setting: Setting) -> Run | Skip:
     if case.operator != "policy_loss":
-        return Skip("gives the loss only, no log-probabilities")
+        return Skip("returns only the loss, no log-probabilities")
     if case.kl:
         return Skip("has no exact KL: its KL is the k3 estimate from the sampled token")
     if setting.shape.softcap is not None:
@@ -121,8 +121,8 @@ def _liger_grpo(case: Case, setting: Setting) -> Run | Skip:
 
     def forward(problem: Problem) -> Outcome:
         rows = problem.rows
-        # CISPO with a ratio of one is −Σ A log p / N itself. Every row is a sequence of one token, so that each may
-        # have its own advantage; all in one chunk, whose inner tiles are 2048 rows by 4096 tokens of the vocabulary.
+        # CISPO with a ratio of one is exactly −Σ A log p / N. Every row is a sequence of one token, so that each can have
+        # its own advantage. All rows are one chunk, whose inner tiles are 2048 rows by 4096 vocabulary entries.
         loss = module.LigerFusedLinearGRPOLoss(
             beta=0.0,
             use_ref_model=False,
@@ -191,7 +191,7 @@ def _trl(case: Case, setting: Setting) -> Run | Skip:
 
 @functools.cache
 def _load(name: str) -> Any:
-    """A peer's module, or why there is none."""
+    """Import a peer's module, or return the reason why that fails."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

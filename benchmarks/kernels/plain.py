@@ -1,4 +1,4 @@
-"""What one writes without a kernel: the logits in memory, softmax in float32, autograd; and torch.compile of that."""
+"""Plain PyTorch without custom kernels (logits in memory, softmax in float32, autograd), also under torch.compile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECOMPILE_LIMIT = 256
 
 
 def entrants() -> list[Entrant]:
-    """Plain PyTorch, and compiled."""
+    """Return plain PyTorch, eager and compiled."""
     return [
         Entrant("naive", "PyTorch, naive", _prepare),
         Entrant("naive-token", "PyTorch, naive, token only", _prepare_token),
@@ -92,12 +92,12 @@ def _prepare_compiled(case: Case, setting: Setting) -> Run | Skip:
 def _quantity(case: Case) -> str:
     if case.operator == "linear_sample":
         return "token, log-probability, entropy"
-    # With the logits in memory the backward need not compute them again: below that case's floor by a product.
+    # With the logits in memory, the backward pass does not recompute them: one product less than that case's floor.
     return "logits kept: 3 products" if case.products.count("logits") > 1 else "logits kept"
 
 
 def _forward(case: Case, bind: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[Problem], Outcome]:
-    """The case's function, bound to its soft-cap (and compiled, perhaps), on the tensors of a problem."""
+    """Return the case's function of a problem, with its soft-cap bound by ``bind``, which may also compile it."""
     if case.operator == "linear_sample":
         sample = bind(_sample)
         return lambda problem: Outcome(*sample(problem.hidden, problem.weight))
@@ -116,9 +116,9 @@ def _forward(case: Case, bind: Callable[[Callable[..., Any]], Callable[..., Any]
 
 @functools.cache
 def _compiled(function: Callable[..., Any], case: str, softcap: float | None) -> Callable[..., Any]:
-    """One compilation for all sizes of a case: a static one would compile anew for each number of rows.
+    """Compile once for all sizes of a case: static shapes would cause a compilation for each number of rows.
 
-    All of them are the same code to the compiler, which gives up on code that it compiled eight times.
+    To the compiler all cases are the same code, which by default it compiles at most eight times.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(functools.partial(function, softcap=softcap), dynamic=True)

@@ -1,4 +1,4 @@
-"""The inputs of a case: random, but with a softmax like a trained model's."""
+"""The inputs of a case: random, but with a softmax similar to that of a trained model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ KL_COEF = 0.05
 
 @dataclass(frozen=True)
 class Heads:
-    """The weights of one shape, made once: they are the largest tensors here."""
+    """The weights of one shape, created once, since they are the largest tensors."""
 
     weight: Tensor  # (V, D)
-    ref_weight: Tensor  # (V, D): the reference's own; it is `weight` where no case needs one
+    ref_weight: Tensor  # (V, D): the reference's own head, or `weight` if no case needs one
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A case's inputs. The loss is Σ alpha · log p(target) + Σ kappa · KL, each coefficient divided by N already."""
+    """The inputs of a case. The loss is Σ alpha · log p(target) + Σ kappa · KL; the coefficients include the factor 1/N."""
 
-    hidden: Tensor  # (N, D), requires a gradient where the case wants one
+    hidden: Tensor  # (N, D), requires a gradient if the case has a backward pass
     weight: Tensor  # (V, D), likewise if trained
     target: Tensor  # (N,) int64
     alpha: Tensor  # (N,) float32: −advantage / N
@@ -45,11 +45,11 @@ class Problem:
 
     @property
     def wanted(self) -> tuple[Tensor, ...]:
-        """The inputs whose gradients the case wants: hidden, then weight if trained."""
+        """The inputs that require gradients: hidden, then weight if trained."""
         return tuple(x for x in (self.hidden, self.weight) if x.requires_grad)
 
     def select(self, index: Tensor) -> Problem:
-        """Some rows as a problem of their own, normalised by their own number."""
+        """Return the given rows as a separate problem, normalised by their number."""
         scale = self.rows / index.numel()
         return dataclasses.replace(
             self,
@@ -62,7 +62,7 @@ class Problem:
         )
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another dtype, coefficients too."""
+        """Convert the inputs, including the coefficients, to another dtype."""
         return dataclasses.replace(
             self,
             hidden=self.hidden.detach().to(dtype).requires_grad_(self.hidden.requires_grad),
@@ -75,7 +75,7 @@ class Problem:
 
 
 def make_heads(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int, *, reference: bool) -> Heads:
-    """Random weights, rows of length about one."""
+    """Create random weights, with rows of norm about one."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def head() -> Tensor:
@@ -87,11 +87,10 @@ def make_heads(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
 
 
 def make_problem(case: Case, shape: Shape, heads: Heads, rows: int, seed: int) -> Problem:
-    """The inputs of a case with N = ``rows``.
+    """Create the inputs of a case with N = ``rows``.
 
-    A hidden state is noise plus a part along its target's row of the head, so that the target gets a probability of
-    around one half, as a trained model's samples do: what a kernel gains by skipping small probabilities it gains here
-    too.
+    A hidden state is noise plus a component along its target's row of the head, so that the target's probability is about
+    one half, as for samples of a trained model: kernels that skip small probabilities benefit here as in training.
     """
     weight = heads.weight
     device, dtype = weight.device, weight.dtype
@@ -101,7 +100,7 @@ def make_problem(case: Case, shape: Shape, heads: Heads, rows: int, seed: int) -
         return torch.randn(*size, device=device, generator=generator)
 
     target = torch.randint(shape.vocabulary, (rows,), device=device, generator=generator)
-    lse = math.log(shape.vocabulary) + SPREAD**2 / 2  # of all the other logits
+    lse = math.log(shape.vocabulary) + SPREAD**2 / 2  # log-sum-exp of all other logits
     hidden = SPREAD * normal(rows, shape.hidden) + lse * weight[target].float()  # (N, D)
     ref_hidden = (hidden + 0.3 * SPREAD * normal(rows, shape.hidden)).to(dtype) if case.kl else None
     advantage = torch.ones(rows, device=device) if case.cross_entropy else normal(rows)

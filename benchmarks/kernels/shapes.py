@@ -1,4 +1,4 @@
-"""The heads measured: those of released models, or any D×V."""
+"""The shapes of the heads: those of released models, or any D×V."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ SHAPES = (
 )
 QUICK = Shape("64x1000", 64, 1000)
 
-# A CPU gets rows for about this many multiply-adds a product: two cores do one in under a second.
+# On a CPU, the number of rows is chosen for about this many multiply-adds per product: under a second on two cores.
 CPU_PRODUCT = 3.5e10
 GPU_ROWS = (1024, 4096, 16384)
 
 
 def parse_shape(text: str) -> tuple[Shape, ...]:
-    """A name, ``all``, or ``DxV`` with an optional soft-cap: ``2304x256000:30``.
+    """Parse a name, ``all``, or ``DxV`` with an optional soft-cap, such as ``2304x256000:30``.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: The text is none of these.
     """
     if text == "all":
         return SHAPES
@@ -46,12 +46,12 @@ def parse_shape(text: str) -> tuple[Shape, ...]:
         hidden, vocabulary, softcap = match.groups()
         return (Shape(text, int(hidden), int(vocabulary), float(softcap) if softcap else None),)
     raise ValueError(
-        f"shape {text!r}: take DxV, such as 896x151936, 'all' or one of {', '.join(s.name for s in SHAPES)}"
+        f"shape {text!r}: use DxV, such as 896x151936, 'all' or one of {', '.join(s.name for s in SHAPES)}"
     )
 
 
 def default_rows(shape: Shape, device: str) -> tuple[int, ...]:
-    """How many tokens to measure: several sizes on a GPU; on a CPU one power of two, at least 32 and at most 1024."""
+    """Return the default numbers of tokens: several on a GPU; on a CPU one power of two between 32 and 1024."""
     if device != "cpu":
         return GPU_ROWS
     most = CPU_PRODUCT / (shape.hidden * shape.vocabulary)

@@ -1,4 +1,4 @@
-"""The results on the terminal."""
+"""Print the results to the terminal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 160  # where the output is no terminal
+WIDTH = 160  # if the output is not a terminal
 COLUMNS = ("forward", "fwd + bwd", "× floor", "× naive", "extra MiB", "grads MiB", "off by")
 
 
 def print_table(console: Console, results: list[dict[str, Any]], dtype: str) -> None:
-    """One shape: a table a case, the floor first; below, who did not run and why."""
+    """Print the tables of one shape, one per case with the floor first, then the entrants that did not run, and why."""
     shape = results[0]["shape"]
     softcap = f", soft-cap {shape['softcap']:g}" if shape["softcap"] else ""
     console.print(
@@ -59,8 +59,8 @@ def _row(entrant: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _notes(results: list[dict[str, Any]]) -> Text:
-    """Entrants that were skipped, failed or wrong: each reason once, with the cases it holds for."""
-    cases: dict[tuple[str, str, str], dict[str, None]] = {}  # names, each once and in order
+    """List the entrants that were skipped, failed or wrong: each reason once, with the cases to which it applies."""
+    cases: dict[tuple[str, str, str], dict[str, None]] = {}  # an ordered set of names
     for result in results:
         for entrant in result["entrants"]:
             if entrant["status"] != "measured":
@@ -75,7 +75,7 @@ def _notes(results: list[dict[str, Any]]) -> Text:
 
 
 def _where(names: list[str], every: list[str]) -> str:
-    """Which cases: none named if all, the others if most."""
+    """Describe the cases: nothing if all, "all but" the others if most, otherwise their names."""
     others = [name for name in every if name not in names]
     if not others:
         return ""

@@ -1,1 +1,1 @@
-"""A whole step of reinforcement learning, beside the recipes that users would otherwise write."""
+"""A whole step of reinforcement learning, compared with the recipes that users would otherwise write."""

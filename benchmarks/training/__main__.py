@@ -1,7 +1,7 @@
-"""python -m benchmarks.training: a whole step of reinforcement learning, beside the recipe with TRL's GRPO trainer.
+"""python -m benchmarks.training: a whole step of reinforcement learning, compared with a recipe using TRL's GRPO trainer.
 
 A step samples K rewrites of each prompt and M responses of a frozen target to each, scores them and updates the
-prompter. A chain is one response. Prints a table and writes JSON and a PNG beside it.
+prompter. A chain is one response. Prints a table and writes JSON and a PNG.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.training.table import print_table
 from benchmarks.training.task import make_task
 from benchmarks.workload import BARE, PAPER, QUICK, find_workload, reshape
 
-WIDTH = 120  # where the output is no terminal
+WIDTH = 120  # if the output is not a terminal
 
 app = options.new_app()
 
@@ -33,24 +33,26 @@ app = options.new_app()
 def run(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Of our configuration, as for `alignpro train`: objective.kl.estimator=k3"),
+        typer.Argument(help="Overrides of our configuration, as for `alignpro train`: objective.kl.estimator=k3"),
     ] = None,
     workload: Annotated[str, typer.Option(help=f"{PAPER.name} or {BARE.name}.")] = PAPER.name,
     shape: options.Shape = None,
     peers: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(PEERS)} or none; may be repeated. All.", show_default=False),
+        typer.Option(help=f"{', '.join(PEERS)} or none; may be repeated. Default: all.", show_default=False),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Timed steps: 7; with --quick 2.", show_default=False)
+        int | None, typer.Option(min=1, help="Timed steps. Default: 7; with --quick 2.", show_default=False)
     ] = None,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps before those.")] = 2,
+    warmup: Annotated[int, typer.Option(min=1, help="Warm-up steps before the timed ones.")] = 2,
     device: options.Device = "cpu",
     threads: options.Threads = None,
     seed: options.Seed = 0,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="benchmarks/results/DEVICE/training_WORKLOAD.json.", show_default=False),
+        typer.Option(
+            "--json", help="Results file: benchmarks/results/DEVICE/training_WORKLOAD.json.", show_default=False
+        ),
     ] = None,
     quick: options.Quick = False,
 ) -> None:
@@ -93,13 +95,13 @@ def run(
 
 
 def _peers(names: list[str] | None) -> list[str]:
-    """Those asked for, all by default."""
+    """Return the requested peers, all by default."""
     if not names:
         return list(PEERS)
     if names == ["none"]:
         return []
     if unknown := [name for name in names if name not in PEERS]:
-        raise typer.BadParameter(f"peer {unknown[0]!r}: take {', '.join(PEERS)} or none")
+        raise typer.BadParameter(f"peer {unknown[0]!r}: use {', '.join(PEERS)} or none")
     return names
 
 

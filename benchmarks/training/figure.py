@@ -1,4 +1,4 @@
-"""The results as a picture: chains/s, seconds a step by phase, tokens computed by phase."""
+"""Plot of the results: chains/s, and seconds and computed tokens per step by phase."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLOURS = {
 
 
 def draw(document: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
-    """Write the PNG; those that did not run are not in it."""
+    """Write the PNG; entrants that did not run are left out."""
     entrants = {name: document[name] for name in names if document[name]["status"] == "measured"}
     run = document["run"]
     with style.context(["default", STYLE]):
@@ -37,9 +37,9 @@ def draw(document: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
         speed.bar_label(bars, fmt="%.1f", padding=2)
         speed.set_title("chains/s")
         _stack(seconds, {name: e["phases"] for name, e in entrants.items()}, PHASES)
-        seconds.set_title("seconds a step")
+        seconds.set_title("seconds per step")
         _stack(tokens, {name: e["tokens"] for name, e in entrants.items()}, TOKEN_KINDS)
-        tokens.set_title("tokens computed a step")
+        tokens.set_title("tokens computed per step")
         figure.suptitle(
             f"{document['workload']['name']}: a whole step of reinforcement learning. {run['device']['name']}, "
             f"{run['threads']} threads, {run['dtype']}, torch {run['versions']['torch']}",
@@ -52,7 +52,7 @@ def draw(document: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
 
 
 def _stack(axes: Axes, parts: Mapping[str, Mapping[str, float]], order: Sequence[str]) -> None:
-    """One bar an entrant, of the parts in order, those that nobody has left out."""
+    """Draw one stacked bar per entrant, with the parts in order; parts that no entrant has are left out."""
     bottoms = dict.fromkeys(parts, 0.0)
     for part in order:
         heights = [values.get(part, 0) for values in parts.values()]

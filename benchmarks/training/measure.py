@@ -1,4 +1,4 @@
-"""Ours and a peer in turns, step by step, so that a machine whose speed drifts treats them alike."""
+"""Ours and a peer take turns, step by step, so that drifts of the machine's speed affect them alike."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PEERS = ("trl",)
 
 @dataclass
 class Entrant:
-    """Someone's steps, those of the warm-up first; or why there are none."""
+    """The steps of an entrant, including the warm-up, or the reason why there are none."""
 
     status: Literal["measured", "skipped"] = "measured"
     reason: str | None = None
     steps: list[Step] = field(default_factory=list)
 
     def summary(self, chains: int, warmup: int) -> dict[str, Any]:
-        """For JSON: medians over the timed steps, and every sample."""
+        """Return the medians over the timed steps and all samples, for JSON."""
         if self.status == "skipped":
             return {"status": self.status, "reason": self.reason}
         timed = self.steps[warmup:]
@@ -43,7 +43,7 @@ class Entrant:
 
 
 def measure(task: Task, device: torch.device, peers: Sequence[str], overrides: Sequence[str]) -> dict[str, Entrant]:
-    """Name → entrant, ``ours`` first; a peer that is not installed is skipped and says so."""
+    """Return name → entrant, ``ours`` first; a peer that is not installed is skipped, with the reason."""
     ours = OurTraining(task, device, overrides)
     entrants = {name: Entrant() for name in ("ours", *peers)}
 

@@ -20,16 +20,16 @@ from benchmarks.training.task import REWARD, Task
 
 
 class OurTraining:
-    """What `alignpro train` runs; all that the task does not say has its default.
+    """The training that `alignpro train` runs, with defaults for everything that the task does not specify.
 
     Args:
         task: Models, prompts and lengths.
-        device: Of both models.
-        overrides: Of the configuration, as on the command line of `alignpro train`.
-        distribution: Over which processes; this one alone when absent.
+        device: The device of both models.
+        overrides: Configuration overrides, as on the command line of `alignpro train`.
+        distribution: The processes to train on; if absent, only this one.
 
     Raises:
-        ConfigError: There is no such key, or its value is bad.
+        ConfigError: A key is unknown or a value is invalid.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class OurTraining:
         models = {"policy": self._training.policy.model.causal, "target": engine.models["target"].causal}
         if (sampled := engine.models["policy"].causal) is not models["policy"]:
             models["sampled"] = sampled
-        # Without a frozen copy the policy is its own reference, with its adapter off.
+        # Without a frozen copy, the policy with its adapter disabled is the reference.
         self._counter = TokenCounter(models | ({} if reference is None else {"reference": reference.causal}))
 
     def step(self, index: int) -> Step:
-        """Make a step, counted from 0."""
+        """Make step ``index``, counted from 0."""
         computed = self._training.engine.stats.computed.copy()
         self._counter.clear()
         started = time.perf_counter()
@@ -59,7 +59,7 @@ class OurTraining:
         return Step(seconds, phases, self._tokens(self._training.engine.stats.computed - computed))
 
     def _tokens(self, generated: Counter[str]) -> dict[str, int]:
-        """The engine tells what it computed; of the rest, that with gradients is the update, that without the credit."""
+        """Count tokens by phase: generation from the engine's statistics; of the rest, update with gradients, credit without."""
         update = sum(count for call, count in self._counter.calls.items() if call.grad)
         return dict(generated) | {
             "credit": self._counter.calls.total() - generated.total() - update,
@@ -68,12 +68,12 @@ class OurTraining:
 
 
 def configure(task: Task, device: torch.device, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration of a task; written beside it, as for `alignpro train`.
+    """Return the configuration of a task, which is also written to its directory, as for `alignpro train`.
 
     Raises:
-        ConfigError: There is no such key, or its value is bad.
+        ConfigError: A key is unknown or a value is invalid.
     """
-    file = task.directory / f"train_{os.getpid()}.yaml"  # ranks write theirs at the same time
+    file = task.directory / f"train_{os.getpid()}.yaml"  # per process, since ranks write concurrently
     file.write_text(yaml.safe_dump(_configuration(task, device)))
     return load_config(TrainConfig, [str(file), *overrides])
 

@@ -1,4 +1,4 @@
-"""The reward of every entrant: a cheap function of the response's text, so that models are what is timed."""
+"""The reward of every entrant: a cheap function of the response's text, so that the models dominate the time."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from collections.abc import Sequence
 
 
 def variety(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
-    """The share of a response's characters that are different ones."""
+    """Return the share of distinct characters in each response."""
     return [len(set(response)) / max(1, len(response)) for response in responses]

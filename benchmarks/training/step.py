@@ -1,11 +1,11 @@
-"""What is known of a step, whoever made it."""
+"""The measurements of a step, common to all entrants."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 PHASES = ("rollout", "reward", "credit", "update")
-"""Both models sample; responses are scored; policy and reference look at the samples again; loss, gradients, weights."""
+"""Sampling from both models; scoring; the samples' log-probabilities under policy and reference; the weight update."""
 TOKEN_KINDS = ("prefill", "decode", "recompute", "credit", "update")
 
 
@@ -17,4 +17,4 @@ class Step:
     phases: dict[str, float]
     """Seconds of each of `PHASES`."""
     tokens: dict[str, int]
-    """Tokens that went through a model, for each of `TOKEN_KINDS`: what the rollout computed is told by its first three."""
+    """Tokens that went through a model, for each of `TOKEN_KINDS`; the first three belong to the rollout."""

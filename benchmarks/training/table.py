@@ -1,4 +1,4 @@
-"""The results on the terminal."""
+"""Print the results to the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.training.step import PHASES, TOKEN_KINDS
 
 
 def print_table(console: Console, document: Mapping[str, Any], names: list[str]) -> None:
-    """A row an entrant: chains/s, seconds of the phases, tokens; below, who did not run and why."""
+    """Print one row per entrant (chains/s, seconds per phase, tokens), then the entrants that did not run, and why."""
     table = Table(box=SIMPLE)
     table.add_column("entrant")
     for heading in ("chains/s", "step", *PHASES, "tokens computed"):

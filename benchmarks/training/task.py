@@ -1,4 +1,4 @@
-"""What all entrants are given: models, templates and prompts on disk, and how to learn from them."""
+"""The task given to all entrants: models, templates and prompts on disk, and the training parameters."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ REWARD = "benchmarks.training.reward:variety"
 
 @dataclass(frozen=True)
 class Task:
-    """A prompter and a frozen target with random weights, and enough prompts that none comes twice."""
+    """A prompter and a frozen target with random weights, and enough prompts that none repeats."""
 
     workload: Workload
     directory: Path
     """Holds ``prompter``, ``target`` (model and tokenizer), ``meta_prompt.jinja`` and ``prompts.jsonl``."""
     meta_prompt: str
-    """What the prompter reads before x."""
+    """Text that the prompter reads before x."""
     before: str
-    """What the target reads before x'."""
+    """Text that the target reads before x'."""
     after: str
     prompts: list[str]
     steps: int
-    """With those of the warm-up."""
+    """Number of steps, including the warm-up."""
     seed: int
     learning_rate: float = 1e-5
     kl_coef: float = 0.05
 
     @property
     def prompter(self) -> Path:
-        """The directory of the model that learns."""
+        """The directory of the model that is trained."""
         return self.directory / "prompter"
 
     @property
@@ -54,13 +54,13 @@ def make_task(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Task:
-    """Write a task into an empty directory; weights are drawn in a precision and on a device."""
+    """Write a task to an empty directory; weights are initialised in ``dtype`` on ``device``."""
     generator = random.Random(seed)
     meta_prompt = random_text(workload.meta_prompt, generator)
     before, after = random_text(workload.before, generator), random_text(workload.after, generator)
     prompts = [random_text(workload.prompt, generator) for _ in range(steps * workload.prompts)]
     task = Task(workload, directory, meta_prompt, before, after, prompts, steps, seed)
-    # Room for the recipes that pad; what a model is given does not depend on it.
+    # Longer than needed, for recipes that pad; the models' inputs do not depend on it.
     context = 2 * max(workload.prompter_input + workload.rewrite, workload.target_input + workload.response)
     for place, shape, template in (
         (task.prompter, workload.prompter, make_chat_template("", "")),
@@ -68,7 +68,7 @@ def make_task(
     ):
         model = make_model(shape, context=context, seed=seed, dtype=dtype, device=device)
         save_model(model, make_tokenizer(template, shape.vocabulary), place)
-        del model  # before the next is made, and for whoever uses the device next
+        del model  # free its memory before creating the next model
         if device is not None and device.type != "cpu":
             torch.accelerator.empty_cache()
     (directory / "meta_prompt.jinja").write_text(meta_prompt + "{{ prompt }}", encoding="utf-8")

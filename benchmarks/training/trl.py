@@ -1,7 +1,7 @@
-"""The recipe with TRL: its GRPO trainer, and a reward function that asks the target by transformers' `generate`.
+"""The recipe with TRL: its GRPO trainer, with a reward function that queries the target by transformers' `generate`.
 
-Seen in TRL 1.16.0. The trainer's own defaults hold, but for what the task says, for gradient checkpointing (on by
-default, and slower) and for the floating-point format (bfloat16 by default). Whatever writes logs is off.
+Written against TRL 1.16.0. The trainer's defaults are used except for what the task specifies, gradient checkpointing (on
+by default, and slower) and the floating-point format (bfloat16 by default). Logging is off.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.training.task import Task
 
 
 def missing() -> str | None:
-    """Why TRL cannot take part; None where it can."""
+    """Return the reason why TRL cannot take part, or None if it can."""
     try:
         importlib.import_module("trl")
     except ImportError as error:
@@ -39,7 +39,7 @@ def missing() -> str | None:
 
 
 def train(task: Task, device: torch.device, after_step: Callable[[Step], None]) -> None:
-    """Run all steps of a task; ``after_step`` gets each as it ends, and what it does is in nobody's time."""
+    """Run all steps of a task; ``after_step`` is called after each step, outside of the measured time."""
     from trl import GRPOConfig, GRPOTrainer
 
     workload = task.workload
@@ -84,10 +84,10 @@ class _TargetReward:
         target: Any = AutoModelForCausalLM.from_pretrained(task.target, dtype=torch.float32, attn_implementation="sdpa")
         self.target: Any = target.to(device).requires_grad_(False).eval()
         self.began = self.answered = self.scored = 0.0
-        """When the last call began, had its responses, and ended."""
+        """Times at which the last call began, had all responses, and ended."""
 
     def score(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        """What the trainer calls: (B,) rewards of B rewrites."""
+        """Compute the rewards (B,) of B rewrites; called by the trainer."""
         self.began = time.perf_counter()
         workload = self._task.workload
         chats = [[{"role": "user", "content": rewrite}] for rewrite in completions]
@@ -119,7 +119,7 @@ class _TargetReward:
 
 
 class _StepClock(TrainerCallback):
-    """Times whole steps, and their phases by when the reference and the reward function are called."""
+    """Times whole steps, and their phases from the times at which the reference and the reward function are called."""
 
     def __init__(
         self,
@@ -135,13 +135,13 @@ class _StepClock(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The batch of prompts is there."""
+        """Start timing: the batch of prompts is ready."""
         self._counter.clear()
         self._referred = 0.0
         self._started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The weights are updated."""
+        """Stop timing: the weights are updated."""
         ended, reward = time.perf_counter(), self._reward
         phases = {
             "rollout": self._referred - self._started + reward.answered - reward.began,
@@ -152,7 +152,7 @@ class _StepClock(TrainerCallback):
         self._after_step(Step(ended - self._started, phases, self._tokens()))
 
     def _refer(self, *_: object) -> None:
-        self._referred = self._referred or time.perf_counter()  # the first of its calls, should there be several
+        self._referred = self._referred or time.perf_counter()  # of its first call, if there are several
 
     def _tokens(self) -> dict[str, int]:
         tokens = {"prefill": 0, "decode": 0, "credit": 0, "update": 0}

@@ -1,4 +1,4 @@
-// Attention of packed sequences' queries to keys and values in pages. See attention_plan.h for how the threads share it.
+// Attention of packed queries to paged keys and values. attention_plan.h describes how the work is split over threads.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -41,7 +41,7 @@ Element element_of(const Tensor& x) {
   }
 }
 
-// Out-of-range values would read foreign memory, so they are checked here, where that costs next to nothing.
+// Invalid values would cause out-of-bounds reads; checking them here costs almost nothing.
 void check_values(const Problem& p, int64_t sequences) {
   const int64_t slots = p.page_table.size(1) * p.pages.size(2);
   TORCH_CHECK_VALUE(p.cu_queries[0] == 0 && p.cu_queries[sequences] == p.count, "cu_queries goes from ", p.cu_queries[0],
@@ -107,7 +107,7 @@ void write_rows(const Problem& p, const Item& item, const Sums& sums) {
   }
 }
 
-// A thread's memory, and what it does with an item. An item's rows go by head of the keys, query, head of the queries.
+// A thread's memory and its processing of items. An item's rows are ordered by key-value head, query, query head.
 class Worker {
  public:
   explicit Worker(const Problem& p)
@@ -121,7 +121,7 @@ class Worker {
     scratch_ = sums_ + 2 * floats_of_sums(rows_, stride_);
   }
 
-  // `next` is what it does afterwards, or null.
+  // `next` is the item to process afterwards, whose keys are prefetched, or null.
   void take(const Item& item, const Item* next, float* parts_memory) {
     gather(item);
     if (item.part >= 0) {
@@ -143,7 +143,7 @@ class Worker {
  private:
   int64_t rows_of_head(const Item& item) const { return item.queries() * p_.group(); }
 
-  // The queries as (rows, stride) floats, and the keys that each row of a head sees.
+  // Converts the queries to (rows, stride) floats, and collects the range of keys that each row of a head sees.
   void gather(const Item& item) {
     const int64_t size = p_.query.element_size();
     const char* from = static_cast<const char*>(p_.query.const_data_ptr());
@@ -162,7 +162,7 @@ class Worker {
     }
   }
 
-  // Attention to the part that begins at `begin`, into sums made anew.
+  // Computes attention to the part that starts at `begin`, into sums that are reset first.
   void attend(const Item& item, const Item* next, const Sums& sums, int64_t begin) {
     const int64_t rows = rows_of_head(item), end = std::min<int64_t>(begin + kPart, item.key_end);
     clear(sums, item.heads() * rows, stride_);
@@ -182,8 +182,8 @@ class Worker {
     }
   }
 
-  // Brings one of `shares` of the block at `begin` nearer while another is computed with: the keys and values of all heads,
-  // in the order in which they lie in memory. The hardware does not foresee where the next page is.
+  // Prefetches one of `shares` parts of the block at `begin` while another block is processed: the keys and values of all
+  // heads, in memory order. The hardware prefetcher cannot predict where the next page is.
   void prefetch(const Item& item, int64_t begin, int64_t share, int64_t shares) const {
     const int64_t end = std::min<int64_t>(begin + kKeyBlock * (share + 1) / shares, item.key_end);
     begin += kKeyBlock * share / shares;
@@ -195,7 +195,7 @@ class Worker {
       const char* key = keys.pages + keys.table[page] * keys.page_stride + slot * keys.slot_stride;
       for (int64_t head = 0; head < item.heads(); ++head, key += head_bytes_) {
         for (int64_t i = 0; i < bytes; i += 64) {
-          __builtin_prefetch(key + i, 0, 2);  // no nearer than the second level: a block of all heads exceeds the first
+          __builtin_prefetch(key + i, 0, 2);  // only into L2: a block of all heads exceeds L1
           __builtin_prefetch(key + keys.value_offset + i, 0, 2);
         }
       }
@@ -213,7 +213,7 @@ class Worker {
     return keys;
   }
 
-  // Those of the first head and sequence.
+  // Returns the keys of the first head and sequence.
   static PagedKeys paged_keys(const Problem& p) {
     const auto bytes = [&](int64_t dimension) { return p.pages.stride(dimension) * p.pages.element_size(); };
     return {static_cast<const char*>(p.pages.const_data_ptr()), p.page_table.const_data_ptr<int32_t>(), p.pages.size(2),
@@ -226,7 +226,7 @@ class Worker {
   int64_t head_bytes_;
   Tensor memory_;
   std::vector<int64_t> first_, last_;  // (rows of a head)
-  float *query_, *sums_, *scratch_;    // (rows, stride), two of sums, and the kernels'
+  float *query_, *sums_, *scratch_;    // (rows, stride); two sets of sums; the kernels' scratch memory
 };
 
 void run(const Problem& p, int64_t sequences) {
@@ -257,7 +257,7 @@ void run(const Problem& p, int64_t sequences) {
 
 Tensor unit_stride(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-// Attention of some queries, into `out` (T, H, D) float32 and `lse` (T, H).
+// Writes the attention of some queries to `out` (T, H, D) float32 and `lse` (T, H).
 void attend_to(const Tensor& query, const Tensor& pages, const OptionalTensor& rows, const Tensor& cu_queries,
                const Tensor& page_table, const Tensor& key_lengths, const Tensor& query_positions,
                const OptionalTensor& key_starts, double scale, double softcap, int64_t window, const Tensor& out,
@@ -284,7 +284,7 @@ void attend_to(const Tensor& query, const Tensor& pages, const OptionalTensor& r
   if (p.count > 0) run(p, sequences);
 }
 
-// -> out (T, H, D) in the query's dtype, lse (T, H) float32. softcap 0 and window 0 stand for none.
+// -> out (T, H, D) in the query's dtype, lse (T, H) float32. softcap 0 and window 0 disable them.
 std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& pages, const Tensor& cu_queries,
                                            const Tensor& page_table, const Tensor& key_lengths,
                                            const Tensor& query_positions, const OptionalTensor& key_starts, double scale,
@@ -315,7 +315,7 @@ void attend_to_levels(const Tensor& query, const Tensor& pages, const CascadeLev
 
 namespace {
 
-// -> out (T, H, D) in the query's dtype: attention to several sets of sequences, each seen by some of the queries.
+// -> out (T, H, D) in the query's dtype: attention to several levels, each seen by some of the queries.
 Tensor cascade_attention(const Tensor& query, const Tensor& pages, const c10::List<OptionalTensor>& rows,
                          at::TensorList cu_queries, at::TensorList page_tables, at::TensorList key_lengths,
                          at::TensorList query_positions, at::TensorList key_starts, double scale, double softcap,

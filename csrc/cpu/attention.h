@@ -1,13 +1,12 @@
-// Attention of some rows of queries to the keys of one head of one sequence, in pages. Compiled once for each instruction
-// set and chosen at run time.
+// Attention of query rows to the paged keys of one head of one sequence. Compiled once per instruction set; the version is
+// chosen at run time.
 //
-// Keys come in blocks of kKeyBlock, which begin at multiples of it counted from the sequence's first key. A row keeps
+// Keys are processed in blocks of kKeyBlock, aligned relative to the sequence's first key. Each row maintains
 //
 //     m = max of its scores so far      l = sum e^(score - m)      o = sum e^(score - m) value
 //
-// and a block that raises m to m' scales l and o by e^(m - m') first. A key that a row does not see enters none of its
-// sums, so that a row's result is a function of its own keys alone: neither the other rows nor what lies elsewhere in the
-// pages change a bit of it.
+// and a block that raises m to m' first scales l and o by e^(m - m'). A key that a row does not see enters none of its
+// sums, so a row's result depends only on its own keys: neither other rows nor other contents of the pages change its bits.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +17,7 @@ constexpr int64_t kKeyBlock = 64;
 
 enum class Element { kFloat, kBFloat16, kHalf };
 
-// A head's keys and values in the pages; strides are in bytes, and an entry's elements are contiguous.
+// A head's keys and values in the pages. Strides are in bytes; the elements of a key or value are contiguous.
 struct PagedKeys {
   const char* pages;        // at the head's first key of the first page
   const int32_t* table;     // the sequence's pages
@@ -30,7 +29,7 @@ struct PagedKeys {
   Element element;
 };
 
-// What a row keeps.
+// The running state of each row.
 struct Sums {
   float* o;                 // (count, stride)
   float* m;                 // (count)
@@ -39,7 +38,7 @@ struct Sums {
 
 struct AttentionRows {
   int64_t count;
-  int64_t stride;           // head_dim, rounded up to kLanes: what is beyond it is zero
+  int64_t stride;           // head_dim rounded up to kLanes, zero-padded
   const float* query;       // (count, stride)
   const int64_t* first;     // (count): row r sees the keys first[r] <= j < last[r]
   const int64_t* last;
@@ -48,17 +47,17 @@ struct AttentionRows {
 };
 
 struct AttentionKernels {
-  // Floats of scratch that `attend` needs, aligned to 64 bytes.
+  // Number of floats of scratch memory that `attend` needs, aligned to 64 bytes.
   int64_t (*scratch)(int64_t count, int64_t stride);
-  // Takes keys [begin, end) into the sums; begin is a multiple of kKeyBlock.
+  // Adds keys [begin, end) to the sums; begin is a multiple of kKeyBlock.
   void (*attend)(const PagedKeys&, const AttentionRows&, const Sums&, int64_t begin, int64_t end, float* scratch);
-  // Adds sums over other keys. A row that saw none of those stays as it is.
+  // Merges sums over other keys. A row that saw none of those keys is unchanged.
   void (*merge)(const Sums& into, const Sums& from, int64_t count, int64_t stride);
-  // `count` elements as floats, followed by zeros up to `stride`.
+  // Converts `count` elements to floats and pads them with zeros up to `stride`.
   void (*widen)(const void* from, Element, float* to, int64_t count, int64_t stride);
 };
 
-constexpr int64_t kLanes = 16;  // a multiple of every instruction set's
+constexpr int64_t kLanes = 16;  // a multiple of the lanes of every instruction set
 
 extern const AttentionKernels attention_kernels_generic;
 #if defined(__x86_64__)

@@ -1,8 +1,8 @@
-// The attention kernels, written once on the lanes of `Isa`. Included by one file for each instruction set.
+// The attention kernels, written once in terms of the vector lanes of `Isa`. Included by one file per instruction set.
 //
-// Products are taken in tiles of 4, 2 or 1 rows, with lanes over the head's dimensions. For the scores, a tile is of `width`
-// pairs of a row and a key, and ends in one reduction of that many sums. The order of a pair's additions is the same in
-// every tile, whatever its other rows and keys are.
+// Products are computed in tiles of 4, 2 or 1 rows, with the lanes along the head dimension. For the scores, a tile has
+// `width` (row, key) pairs and ends in one reduction of that many sums. The order of additions for a pair is the same in
+// every tile, whatever other rows and keys the tile contains.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -42,10 +42,10 @@ void widen(const void* from, Element element, float* to, int64_t count, int64_t 
   for (; i < stride; ++i) to[i] = 0;
 }
 
-// Where a block's keys or values are, counted from the block's first: entries [first, last), and after them the last again.
+// Pointers to a block's keys or values, indexed relative to the block: entries [first, last), then the last one repeated.
 class Entries {
  public:
-  // `wide` is room for (kKeyBlock, stride), for entries that cannot be read in whole vectors of floats.
+  // `wide` is a buffer (kKeyBlock, stride) for entries that cannot be read directly as whole vectors of floats.
   Entries(const PagedKeys& keys, int64_t begin, int64_t first, int64_t last, int64_t stride, float* wide)
       : keys_(keys), first_(first), last_(last), stride_(stride), wide_(wide),
         direct_(keys.element == Element::kFloat && keys.head_dim % Isa::width == 0) {
@@ -83,7 +83,7 @@ class Entries {
   const float* at_[kKeyBlock + kLanes];
 };
 
-// Scores of R rows and keys [first, last) into s, (R, kScoreStride), and of some keys more.
+// Computes the scores of R rows and keys [first, last), and of a few keys beyond, into s (R, kScoreStride).
 template <int R>
 void score_tile(const float* const* keys, int64_t first, int64_t last, const float* query, int64_t dim, int64_t stride,
                 float* s) {
@@ -112,7 +112,7 @@ void score_tile(const float* const* keys, int64_t first, int64_t last, const flo
   }
 }
 
-// Adds p[r, j] value[j] over the keys [first, last), for R rows and V vectors of the dimensions.
+// Adds p[r, j] value[j] over the keys [first, last), for R rows and V vectors along the head dimension.
 template <int R, int V>
 void value_columns(const float* const* values, int64_t first, int64_t last, const float* p, float* o, int64_t stride,
                    int64_t d) {
@@ -143,7 +143,7 @@ void value_tile(const float* const* values, int64_t first, int64_t last, const f
   }
 }
 
-// The keys of a block that the rows see, counted from the block's first.
+// The keys of a block that the rows see, relative to the start of the block.
 struct Seen {
   const int64_t* first;
   const int64_t* last;
@@ -163,7 +163,7 @@ void score_rows(const float* const* keys, const Seen& seen, int64_t row, const A
   score_tile<R>(keys, first, last, rows.query + row * rows.stride, dim, rows.stride, s + row * kScoreStride);
 }
 
-// Keys that only some of the rows see are taken row by row: 0 times a value that is not finite would be NaN.
+// Keys that only some of the rows see are processed row by row: 0 times a non-finite value would be NaN.
 template <int R>
 void value_rows(const float* const* values, const Seen& seen, int64_t row, const Sums& sums, int64_t dim, int64_t stride,
                 const float* p) {
@@ -184,7 +184,7 @@ void value_rows(const float* const* values, const Seen& seen, int64_t row, const
   for (int64_t r = row; r < row + R; ++r) one(r, last, seen.to(r));
 }
 
-// Scores become e^(score - m), unseen ones 0. `shrink` (count) gets e^(m - m') of each row, and l is brought up to date.
+// Turns scores into e^(score - m), 0 for unseen keys. Writes each row's e^(m - m') to `shrink` (count) and updates l.
 void normalise(const Seen& seen, const AttentionRows& rows, const Sums& sums, float* s, float* shrink, float* added) {
   const F scale = Isa::set(rows.scale);
   for (int64_t r = 0; r < rows.count; ++r, s += kScoreStride) {
@@ -213,7 +213,7 @@ void normalise(const Seen& seen, const AttentionRows& rows, const Sums& sums, fl
     sums.m[r] = largest;
   }
   for (int64_t r = 0; r < rows.count; r += Isa::width) Isa::store(shrink + r, exponential(Isa::load(shrink + r)));
-  // By name, so that it is one rounding wherever the compiler puts it.
+  // An explicit fma, so that there is exactly one rounding however the compiler schedules it.
   for (int64_t r = 0; r < rows.count; ++r) sums.l[r] = __builtin_fmaf(sums.l[r], shrink[r], added[r]);
 }
 
@@ -237,7 +237,7 @@ void merge(const Sums& into, const Sums& from, int64_t count, int64_t stride) {
     for (int64_t d = 0; d < stride; d += Isa::width) {
       Isa::store(o + d, Isa::fma(a, Isa::load(o + d), Isa::mul(b, Isa::load(p + d))));
     }
-    // All lanes are the same.
+    // All lanes are equal.
     into.l[r] = Isa::largest(Isa::fma(a, Isa::set(into.l[r]), Isa::mul(b, Isa::set(from.l[r]))));
     into.m[r] = m;
   }

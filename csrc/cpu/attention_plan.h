@@ -1,8 +1,8 @@
-// How attention is cut into pieces of work. Included by attention.cpp alone.
+// How attention is split into work items. Included only by attention.cpp.
 //
-// An item is some queries of one sequence under some heads of the keys, against all keys or one part of them. A part is
-// kPart keys counted from the sequence's first: every part begins anew and parts are merged in order, so results are the
-// same bits whether one thread takes all parts of an item, or several threads one each.
+// An item consists of some queries of one sequence and some key-value heads, with all keys or one part of them. A part has
+// kPart keys, aligned relative to the sequence's first key. Each part starts from empty sums and the parts are merged in
+// order, so results have the same bits whether one thread processes all parts of an item or several threads share them.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -19,22 +19,22 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kPart = 512;           // keys, a multiple of kKeyBlock
-constexpr int64_t kRows = 32;            // of an item, about: their queries and sums stay in the first-level cache
-constexpr int64_t kRunsPerThread = 8;    // items are dealt in runs, so that a thread that is held up holds up little
-constexpr int64_t kLeastWork = 1 << 17;  // multiplications that are worth a thread
+constexpr int64_t kRows = 32;            // approximate rows per item: their queries and sums stay in L1
+constexpr int64_t kRunsPerThread = 8;    // items are scheduled in runs; several per thread balance the load
+constexpr int64_t kLeastWork = 1 << 17;  // minimum multiplications per thread
 
 int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 struct Problem {
   Tensor query, pages, page_table;         // (T, H, D), (n_pages, 2, page_size, kv_heads, D), (S, max_pages)
-  int64_t count;                           // R, queries that take part
-  const int64_t* rows;                     // (R): which they are; null for all T
+  int64_t count;                           // R, the number of queries that take part
+  const int64_t* rows;                     // (R): their indices; null for all T
   const int32_t* cu_queries;               // (S + 1)
   const int32_t* key_lengths;              // (S)
-  std::vector<int64_t> first, last;        // (R): keys [first, last) of its sequence are what a query sees
+  std::vector<int64_t> first, last;        // (R): a query sees the keys [first, last) of its sequence
   float scale, softcap;
   Tensor out, lse;                         // (T, H, D) float32, (T, H)
-  bool merge;                              // with what is in out and lse; else that is overwritten
+  bool merge;                              // merge with the contents of out and lse instead of overwriting them
   int64_t row(int64_t query) const { return rows == nullptr ? query : rows[query]; }
   int64_t heads() const { return query.size(1); }
   int64_t kv_heads() const { return pages.size(3); }
@@ -47,10 +47,10 @@ struct Problem {
 
 struct Item {
   int32_t sequence;
-  int32_t head_begin, head_end;    // of the keys
+  int32_t head_begin, head_end;    // key-value heads
   int32_t query_begin, query_end;
-  int32_t key_begin, key_end;      // of the queries together
-  int64_t part = -1;               // where its sums go to be merged; -1 if it is the whole
+  int32_t key_begin, key_end;      // the union over its queries
+  int64_t part = -1;               // index of its sums, which are merged later; -1 if it is not split
   int64_t heads() const { return head_end - head_begin; }
   int64_t queries() const { return query_end - query_begin; }
   int64_t work() const { return heads() * queries() * (1 + key_end - key_begin); }
@@ -58,7 +58,7 @@ struct Item {
   int64_t parts() const { return (key_end - first_part() + kPart - 1) / kPart; }
 };
 
-// An item in parts, which are numbered from `part`.
+// An item that is split into parts, which are numbered from `part`.
 struct Split {
   Item item;
   int64_t part;
@@ -77,7 +77,7 @@ void find_seen(Problem& p, int64_t sequences, const int32_t* positions, const in
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t start = key_starts == nullptr ? 0 : key_starts[s], length = p.key_lengths[s];
     for (int64_t t = p.cu_queries[s]; t < p.cu_queries[s + 1]; ++t) {
-      const int64_t after = positions[t] - start + 1;  // the first key that lies in the query's future
+      const int64_t after = positions[t] - start + 1;  // the first key after the query
       p.last[t] = std::clamp<int64_t>(after, 0, length);
       p.first[t] = window == 0 ? 0 : std::clamp<int64_t>(after - window, 0, p.last[t]);
     }
@@ -96,8 +96,8 @@ Item block_of(const Problem& p, int64_t sequence, int64_t begin, int64_t end) {
           narrow(last)};
 }
 
-// The heads of few queries go together, since they lie side by side in memory. What is too long for a thread is taken head
-// by head, and if it still is, part by part; there is little of that, so that the sums of parts need little memory.
+// With few queries, heads are processed together, since they are adjacent in memory. An item that is too long for one
+// thread is split by head, and if necessary also into parts; few items are, so the sums of parts need little memory.
 Plan plan_of(const Problem& p, int64_t sequences) {
   std::vector<Item> blocks;
   int64_t total = 0;
@@ -134,7 +134,7 @@ Plan plan_of(const Problem& p, int64_t sequences) {
   return plan;
 }
 
-// Where runs of items of nearly the same work begin, and the end of the last.
+// Returns the starts of runs of items with nearly equal work, followed by the end of the last run.
 std::vector<size_t> runs_of(const std::vector<Item>& items, int64_t count) {
   int64_t total = 0, done = 0;
   for (const Item& item : items) total += item.work();

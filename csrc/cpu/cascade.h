@@ -1,4 +1,4 @@
-// Attention to several levels of keys and values in pages, for operators that hold it beside other work.
+// Attention to several levels of paged keys and values, for use within other operators.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -10,13 +10,13 @@ namespace alignpro {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// As CascadeLevel in alignpro_kernels/attention.py, a list for each field.
+// The fields of CascadeLevel in alignpro_kernels/attention.py, each as a list over levels.
 struct CascadeLevels {
   const c10::List<OptionalTensor>& rows;
   at::TensorList cu_queries, page_tables, key_lengths, query_positions, key_starts;
 };
 
-// Into out (T, H, D) float32 and the log-sum-exp of the scores, lse (T, H). softcap 0 and window 0 stand for none.
+// Writes out (T, H, D) float32 and the log-sum-exp of the scores, lse (T, H). softcap 0 and window 0 disable them.
 void attend_to_levels(const at::Tensor& query, const at::Tensor& pages, const CascadeLevels& levels, double scale,
                       double softcap, int64_t window, const at::Tensor& out, const at::Tensor& lse);
 

@@ -1,5 +1,5 @@
-// The layers of a decoder of Llama's kind, for tokens whose keys and values are kept in pages, from embeddings to the last
-// norm; see alignpro_kernels/decoder.py.
+// The layers of a Llama-like decoder with paged keys and values, from the embeddings to the last norm; see
+// alignpro_kernels/decoder.py.
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -15,7 +15,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 14;  // minimum elements per thread
 
 float* data(const Tensor& x) { return x.mutable_data_ptr<float>(); }
 const float* values(const Tensor& x) { return x.const_data_ptr<float>(); }
@@ -27,7 +27,7 @@ void for_rows(int64_t rows, int64_t width, const Work& work) {
   });
 }
 
-// What one layer has; weights are packed.
+// The weights of one layer; matrices are packed.
 struct Layer {
   Tensor norm, qkv, out, inner_norm, gate, up, down;
   OptionalTensor qkv_bias, query_norm, key_norm;
@@ -35,7 +35,7 @@ struct Layer {
 
 struct Shape {
   int64_t tokens, dim, heads, kv_heads, head_dim, inner;
-  float eps, offset;  // of norms
+  float eps, offset;  // of the norms
   int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
@@ -46,7 +46,7 @@ void normalise(const Tensor& x, const Tensor& weight, const Shape& s, float* out
   });
 }
 
-// Queries, keys and values, (T, (H + 2 H') head_dim), before their rotation.
+// Computes queries, keys and values, (T, (H + 2 H') head_dim), before rotation.
 void project(const float* x, const Layer& layer, const Shape& s, float* qkv) {
   const float* bias = layer.qkv_bias ? values(*layer.qkv_bias) : nullptr;
   multiply(x, s.tokens, layer.qkv, s.qkv(), [&](int64_t row, int64_t column, int64_t width, const float* product) {
@@ -68,7 +68,7 @@ void rotate(const Layer& layer, const Shape& s, const Tensor& cos, const Tensor&
   });
 }
 
-// x (rows, outputs) += from (rows, inputs) times a weight
+// x (rows, outputs) += from (rows, inputs) times a packed weight
 void add_product(const float* from, int64_t rows, const Tensor& packed, int64_t outputs, float* x) {
   multiply(from, rows, packed, outputs, [&](int64_t row, int64_t column, int64_t width, const float* product) {
     float* to = x + row * outputs + column;
@@ -76,8 +76,8 @@ void add_product(const float* from, int64_t rows, const Tensor& packed, int64_t 
   });
 }
 
-// hidden (T, D) -> (T, D). scratch: room for (T, (H + 2 H') head_dim) and (T, H head_dim) floats, and for as many of a gated
-// layer's inner states (rows, I) as are to be there at a time.
+// hidden (T, D) -> (T, D). scratch: memory for (T, (H + 2 H') head_dim) and (T, H head_dim) floats, and for the MLP's
+// intermediate activations (rows, I); its size determines how many rows are processed at a time.
 Tensor decoder_stack(const Tensor& hidden, at::TensorList norms, at::TensorList weights, const c10::List<OptionalTensor>& extras,
                      const Tensor& cos, const Tensor& sin, at::TensorList pages, const Tensor& slots,
                      const c10::List<OptionalTensor>& rows, at::TensorList cu_queries, at::TensorList page_tables,

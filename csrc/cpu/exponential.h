@@ -1,4 +1,4 @@
-// Elementary functions on the lanes of `Isa`. Included after one isa_*.h.
+// Elementary functions on the vector lanes of `Isa`. Included after one of isa_*.h.
 #pragma once
 
 #include <limits>
@@ -9,8 +9,8 @@ namespace {
 using F = Isa::F;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// e^x for x <= 88, within 2 ulp; 0 below -87.3, where results would be subnormal. Cody-Waite reduction, polynomial of
-// Cephes' expf.
+// e^x for x <= 88, within 2 ulp; 0 below -87.3, where results would be subnormal. Cody-Waite range reduction and the
+// polynomial of Cephes' expf.
 inline F exponential(F x) {
   const F n = Isa::round(Isa::mul(Isa::max(Isa::set(-126.0f * 0.6931472f), x), Isa::set(1.44269504088896341f)));
   F r = Isa::fma(n, Isa::set(-0.693359375f), x);
@@ -25,14 +25,15 @@ inline F exponential(F x) {
   return Isa::zero_where_less(Isa::scale(p, n), x, Isa::set(-126.0f * 0.6931472f));
 }
 
-// softcap tanh(u / softcap), to 1e-7 of the soft-cap: that of a logit is what counts, not the relative error near 0.
+// softcap tanh(u / softcap), with an error of 1e-7 of the soft-cap: for logits the absolute error matters, not the relative
+// error near 0.
 inline F cap(F u, float softcap) {
   const F x = Isa::min(Isa::set(40.0f), Isa::max(Isa::set(-40.0f), Isa::mul(u, Isa::set(2.0f / softcap))));
   const F t = Isa::sub(Isa::set(1.0f), Isa::div(Isa::set(2.0f), Isa::add(exponential(x), Isa::set(1.0f))));
   return Isa::mul(t, Isa::set(softcap));
 }
 
-// What scores are shifted by before the exponential, from their largest: 0 where all are -inf.
+// The shift of scores before the exponential, given their maximum: 0 if all are -inf.
 inline float finite(float m) { return m == -kInfinity ? 0.0f : m; }
 
 }  // namespace

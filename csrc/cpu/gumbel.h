@@ -1,4 +1,4 @@
-// Noise without state; see alignpro_kernels/noise.py, which this must equal.
+// Stateless noise; must match alignpro_kernels/noise.py.
 #pragma once
 
 #include <cmath>

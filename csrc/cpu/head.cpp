@@ -1,8 +1,9 @@
-// The head on a CPU: the vocabulary is cut into tiles, dealt to the threads; a tile's logits are made, and reduced or turned
-// into their gradient while they are in that core's cache.
+// The head on a CPU. The vocabulary is split into tiles, which are distributed over the threads; a tile's logits are
+// computed, and reduced or turned into their gradient, while they are in the core's cache.
 //
-// Every sum has a fixed order: over tiles for the statistics, over threads for the hidden states' gradient; a row of the
-// weight's gradient belongs to one tile and so to one thread. So results repeat bit for bit with as many threads.
+// Every sum has a fixed order: over tiles for the statistics, over threads for the gradient of the hidden states; a row of
+// the weight's gradient belongs to one tile and so to one thread. Results are therefore bitwise reproducible for a fixed
+// number of threads.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -32,7 +33,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kTile = 320;       // columns: a tile of logits of 320 x kRowBlock floats is about half of a 1 MiB L2
 constexpr int64_t kRowBlock = 384;   // rows
-constexpr int64_t kSmall = 1 << 21;  // multiplications: some 20 us
+constexpr int64_t kSmall = 1 << 21;  // multiplications, which take about 20 us
 
 const TileKernels& tile_kernels() {
 #if defined(__x86_64__)
@@ -47,18 +48,18 @@ const TileKernels& tile_kernels() {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of a tile that are taken at a time, nearly as many each time.
+// Number of rows of a tile to process at a time, so that the blocks are of nearly equal size.
 int64_t rows_of_block(int64_t rows) { return ceil_div(rows, std::max<int64_t>(1, ceil_div(rows, kRowBlock))); }
 
 struct Tiling {
   int64_t vocabulary, width, count;
-  // As many tiles for each thread, of nearly `widest` columns.
+  // Chooses tiles of nearly `widest` columns, the same number for each thread.
   explicit Tiling(int64_t vocabulary, int64_t threads = at::get_num_threads(), int64_t widest = kTile) : vocabulary(vocabulary) {
     const int64_t wanted = ceil_div(ceil_div(vocabulary, widest), threads) * threads;
     width = ceil_div(ceil_div(vocabulary, wanted), kPanel) * kPanel;
     count = ceil_div(vocabulary, width);
   }
-  // That of logits kept before: the number of threads may have changed since.
+  // Takes over the tiling of stored logits: the number of threads may have changed since.
   Tiling(int64_t vocabulary, const Tensor& logits)
       : vocabulary(vocabulary), width(logits.size(3)), count(logits.size(1)) {}
   int64_t start(int64_t tile) const { return tile * width; }
@@ -107,7 +108,7 @@ HeadInputs head_inputs(const Tensor& hidden, const Tensor& weight, const Optiona
   return in;
 }
 
-// Rows [start, start + columns) of a weight in float32; 16-bit weights pass through a buffer of the thread's.
+// Rows [start, start + columns) of a weight in float32; 16-bit weights are converted into a per-thread buffer.
 class WeightTile {
  public:
   explicit WeightTile(const Tensor& weight, int64_t width) : weight_(weight) {
@@ -147,7 +148,7 @@ struct RowSums {
   double kl() const { return b / s - log_s() + log_s_r(); }
 };
 
-// Of a row in (3 or 6, tiles, rows).
+// Merges the partial sums (3 or 6, tiles, rows) of one row.
 RowSums merge(const float* data, int64_t tiles, int64_t rows, bool reference, int64_t row) {
   const auto value = [&](int64_t which, int64_t tile) { return static_cast<double>(data[(which * tiles + tile) * rows + row]); };
   RowSums r;
@@ -156,7 +157,7 @@ RowSums merge(const float* data, int64_t tiles, int64_t rows, bool reference, in
     if (reference) r.m_r = std::max(r.m_r, value(3, t));
   }
   for (int64_t t = 0; t < tiles; ++t) {
-    // A tile of -inf alone counts nothing; its own sums were taken relative to 0. NaN is in s.
+    // A tile with only -inf contributes nothing; its own sums are relative to 0. A NaN shows in s.
     const double shift = value(0, t) - r.m, s = value(1, t);
     const bool empty = value(0, t) == -std::numeric_limits<double>::infinity() && !std::isnan(s);
     const double scale = empty ? 0 : std::exp(shift), d = empty ? 0 : shift;
@@ -173,7 +174,7 @@ RowSums merge(const float* data, int64_t tiles, int64_t rows, bool reference, in
 }
 
 // -> logprob (C), entropy (C), kl (C), norms (4, C): m, log s, m_r, log s_r.
-// logits: (1 or 2, tiles, C, width), kept for `head_gradient`; without it they are not kept.
+// logits: (1 or 2, tiles, C, width), filled for `head_gradient`; if absent, the logits are not stored.
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
     const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
     const OptionalTensor& temperature, double softcap, const OptionalTensor& low_rank_rows,
@@ -196,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
     const at::AutoDispatchBelowAutograd no_autograd_here;
     const WeightTile weights(in.weight, tiling.width), others(in.shared() ? Tensor() : in.ref_weight, tiling.width);
     const WeightTile low_rank(in.low_rank_weight, tiling.width);
-    const Tensor& other = reference ? in.ref_weight : in.weight;  // its rows may be of another width
+    const Tensor& other = reference ? in.ref_weight : in.weight;  // its hidden size may differ
     TileProducts products(tiling.width, in.weight.size(1), packs(rows));
     TileProducts of_reference(tiling.width, other.size(1), reference && !in.shared() && packs(rows));
     const int64_t block = rows_of_block(rows);
@@ -251,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
   return {logprob, entropy, kl, norms};
 }
 
-// The sum over threads of (threads, A, D), into all rows of `into`: those not active get zero.
+// Sums (threads, A, D) over the threads into `into`; inactive rows get zero.
 void reduce_rows(const Tensor& parts, const OptionalTensor& active, Tensor into) {
   Tensor sum = parts[0];
   for (int64_t t = 1; t < parts.size(0); ++t) sum.add_(parts[t]);
@@ -263,7 +264,7 @@ void reduce_rows(const Tensor& parts, const OptionalTensor& active, Tensor into)
   into.index_copy_(0, *active, sum.to(into.scalar_type()));
 }
 
-// Hidden states (C, D) in panels, for `TileProducts::weight_gradient`.
+// Packs hidden states (C, D) into panels, for `TileProducts::weight_gradient`.
 Tensor pack_all_rows(const Tensor& hidden) {
   const Tensor packed = at::empty({panels_of(hidden.size(1)), hidden.size(0), kPanel}, at::kFloat);
   pack_rows(hidden.const_data_ptr<float>(), hidden.stride(0), hidden.size(0), hidden.size(1), packed.mutable_data_ptr<float>());
@@ -278,7 +279,7 @@ void accumulate(Tensor into, const Tensor& a, const Tensor& b, bool add) {
   }
 }
 
-// Gradients of a chunk from its kept logits; see alignpro_kernels/head.py. Sums are overwritten unless `add`.
+// Computes the gradients of a chunk from its stored logits; see alignpro_kernels/head.py. Overwrites sums unless `add`.
 void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTensor& entropy, const OptionalTensor& kl,
                    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& temperature,
                    double softcap, const OptionalTensor& low_rank_rows, const OptionalTensor& low_rank_weight,
@@ -293,7 +294,7 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
   const auto chosen = [&](const Tensor& x) { return widened(active ? x.index_select(0, *active) : x); };
   const Tensor inverse_tau = temperature ? temperature->reciprocal() : Tensor();
   const Tensor h = d_weight ? chosen(hidden) : Tensor();
-  // A tile's logits lie where its gradient goes: they are all read before that is written.
+  // A tile's logits share memory with its gradient: all of them are read before the gradient is written.
   const bool inside = d_weight && d_weight->storage().is_alias_of(logits.storage());
   const bool packed = packs(rows) && (!d_weight || d_weight->scalar_type() == at::kFloat);
   const Tensor packed_h = packed && d_weight ? pack_all_rows(h) : Tensor();
@@ -330,7 +331,7 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
       for (int64_t i = 0; i < chunk; ++i) local[i] = target.const_data_ptr<int64_t>()[i] - start;
       for (int64_t row = 0; row < rows; row += block) {
         const int64_t count = std::min(block, rows - row);
-        // Without a list, the block's rows are found by moving every pointer that goes by the chunk's rows.
+        // Without a list of active rows, every pointer that is indexed by the chunk's rows is advanced to the block.
         const int64_t skip = active ? 0 : row;
         const auto moved = [&](const float* p) { return p == nullptr ? nullptr : p + skip; };
         const Upstream here{moved(upstream.m), moved(upstream.log_s), moved(upstream.m_r), moved(upstream.log_s_r),
@@ -369,14 +370,14 @@ void head_gradient(const Tensor& logits, const Tensor& norms, const OptionalTens
   }
 }
 
-// -> token (B), logprob (B), entropy (B). No logits are kept. A temperature of 0 is greedy; absent, it is 1.
+// -> token (B), logprob (B), entropy (B). No logits are stored. A temperature of 0 is greedy; if absent, it is 1.
 std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
                                                const OptionalTensor& temperature, double softcap, const Tensor& seeds,
                                                const OptionalTensor& low_rank_rows,
                                                const OptionalTensor& low_rank_weight) {
   const at::AutoDispatchBelowAutograd no_autograd;
   const int64_t rows = hidden.size(0);
-  // To wake other threads takes longer than a small head.
+  // For a small head, waking other threads takes longer than the computation.
   const int64_t threads_wanted = rows * weight.numel() < kSmall ? 1 : at::get_num_threads();
   const Tiling tiling(weight.size(0), threads_wanted);
   const int64_t threads = std::min(threads_wanted, tiling.count);
@@ -447,8 +448,8 @@ std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tenso
   return {token, logprob, entropy};
 }
 
-// (tiles, width) of the kept logits of a vocabulary, with the threads there are now; so narrow that `rows` can be taken at
-// once, if that is not 0.
+// Returns (tiles, width) of stored logits for the current number of threads. If `rows` is not 0, tiles are narrow enough to
+// process that many rows at once.
 std::tuple<int64_t, int64_t> head_tiling(int64_t vocabulary, int64_t rows) {
   const int64_t widest = rows == 0 ? kTile : std::clamp(kTile * kRowBlock / rows / kPanel * kPanel, 4 * kPanel, kTile);
   const Tiling tiling(vocabulary, at::get_num_threads(), widest);

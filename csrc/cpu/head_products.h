@@ -2,8 +2,8 @@
 //
 //     logits (C, columns) = h w^T        d_h (C, D) += du w        d_w (columns, D) = du^T h
 //
-// By panels (layer.h), which a thread packs of its tile while it is in the cache; for few rows, and where there are no
-// kernels for the processor, by the BLAS that PyTorch carries. Included by head.cpp alone.
+// They use panels (layer.h), into which each thread packs its tile while it is in the cache. For few rows, and on processors
+// without vectorised kernels, PyTorch's BLAS is used. Included only by head.cpp.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -18,13 +18,13 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kFewestPacked = 48;  // rows: fewer do not pay for packing a tile
+constexpr int64_t kFewestPacked = 48;  // with fewer rows, packing a tile does not pay off
 
 inline bool packs(int64_t rows) { return rows >= kFewestPacked && instructions() != Instructions::kGeneric; }
 
 inline int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
-// Calls take(first, count) for chunks of a depth, of nearly the same size.
+// Calls take(first, count) for chunks of a depth, of nearly equal size.
 template <typename Take>
 void for_chunks(int64_t depth, const Take& take) {
   const int64_t chunks = (depth + kDepthChunk - 1) / kDepthChunk;
@@ -34,7 +34,7 @@ void for_chunks(int64_t depth, const Take& take) {
   }
 }
 
-// Rows a multiple of 4 KiB apart meet in the same sets of the first-level cache: then a copy in which they do not.
+// Rows at a stride that is a multiple of 4 KiB map to the same L1 cache sets; if so, returns a copy with another stride.
 inline Tensor spread(const Tensor& rows) {
   const int64_t dim = rows.size(1);
   if (dim * 4 % 4096 != 0 || !packs(rows.size(0))) return rows;
@@ -43,7 +43,7 @@ inline Tensor spread(const Tensor& rows) {
   return copy;
 }
 
-// Rows (R, D) as panels of D: (panels, R, kPanel), zeros beyond D.
+// Packs rows (R, D) into panels along D: (panels, R, kPanel), zero-padded beyond D.
 inline void pack_rows(const float* rows, int64_t stride, int64_t count, int64_t dim, float* packed) {
   for (int64_t panel = 0; panel < panels_of(dim); ++panel) {
     const int64_t first = panel * kPanel, width = std::min(kPanel, dim - first);
@@ -54,7 +54,7 @@ inline void pack_rows(const float* rows, int64_t stride, int64_t count, int64_t 
   }
 }
 
-// A thread's memory for one tile in panels.
+// The products of one tile, with a thread's memory for packing it into panels.
 class TileProducts {
  public:
   // For tiles of at most `width` columns.
@@ -62,7 +62,7 @@ class TileProducts {
       : dim_(dim), packed_(packed ? at::empty({std::max(panels_of(width) * dim, panels_of(dim) * width) * kPanel}, at::kFloat)
                                   : Tensor()) {}
 
-  // logits = h w^T, rows of `width`; beyond w's columns they may be anything.
+  // logits = h w^T, with row stride `width`; the values beyond w's columns are undefined.
   void logits(const Tensor& h, const Tensor& w, float* out, int64_t width) {
     if (!packed_.defined()) {
       Tensor u = at::from_blob(out, {h.size(0), w.size(0)}, {width, 1}, at::kFloat);
@@ -79,7 +79,7 @@ class TileProducts {
     });
   }
 
-  // into (C, D) += du (C, columns), its rows `width` apart, times w
+  // into (C, D) += du w, for du (C, columns) with row stride `width`
   void add_hidden_gradient(const float* du, int64_t width, const Tensor& w, const Tensor& into) {
     const int64_t columns = w.size(0), count = into.size(0);
     if (!packed_.defined()) {
@@ -103,7 +103,7 @@ class TileProducts {
     });
   }
 
-  // into (columns, D) = du^T h, or that added to it; h in panels by `pack_rows`, du's rows `width` apart.
+  // into (columns, D) (+)= du^T h, for h packed by `pack_rows` and du with row stride `width`
   void weight_gradient(const float* du, int64_t width, const float* h, int64_t rows_of_h, int64_t first_row, int64_t count,
                        const Tensor& into, bool add) {
     float* out = into.mutable_data_ptr<float>();
@@ -118,7 +118,7 @@ class TileProducts {
     }
   }
 
-  // The tile in memory has become another one's.
+  // Invalidates the packed tile: the memory of the weights now holds another one.
   void forget() { packed_for_ = nullptr; }
 
  private:
@@ -133,7 +133,7 @@ class TileProducts {
     by_columns_ = true;
   }
 
-  // A panel of outputs (rows, D), the last of which may be narrower than a panel.
+  // Computes one panel of outputs (rows, D); the last panel may be narrower.
   template <typename Multiply>
   void multiply_within(int64_t panel, float* out, int64_t stride, int64_t rows, bool add, const Multiply& multiply) {
     const int64_t first = panel * kPanel, width = std::min(kPanel, dim_ - first);

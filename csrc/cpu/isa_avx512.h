@@ -1,4 +1,4 @@
-// Sixteen lanes of AVX-512 (F, DQ). What follows is compiled for these, up to isa_end.h.
+// Sixteen lanes with AVX-512 (F, DQ). All code up to isa_end.h is compiled for these.
 #pragma once
 
 #include "outside_target.h"
@@ -17,7 +17,7 @@ namespace {
 
 struct Isa {
   static constexpr int width = 16;
-  static constexpr int accumulators = 16;  // as many as leave registers for the operands
+  static constexpr int accumulators = 16;  // leaves enough registers for the operands
   static constexpr int product_rows = 12;   // by two vectors, likewise
   using F = __m512;
   static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -28,7 +28,7 @@ struct Isa {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static F max(F a, F b) { return _mm512_max_ps(a, b); }  // where either is NaN, the second
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }  // returns b if either is NaN
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F scale(F a, F n) { return _mm512_scalef_ps(a, n); }
@@ -40,7 +40,7 @@ struct Isa {
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
   // Lane i is the sum over the lanes of a[i], in the same order for all i.
   static F sums(const F* a) {
-    F quads[4];  // quads[k], 128-bit part p: over the part p of a[4 k], a[4 k + 1], a[4 k + 2], a[4 k + 3]
+    F quads[4];  // 128-bit part p of quads[k]: the sums over part p of a[4 k], a[4 k + 1], a[4 k + 2], a[4 k + 3]
     for (int k = 0; k < 4; ++k) {
       const F even = halves(a[4 * k], a[4 * k + 1]), odd = halves(a[4 * k + 2], a[4 * k + 3]);
       const __m512d x = _mm512_castps_pd(even), y = _mm512_castps_pd(odd);

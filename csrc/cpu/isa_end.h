@@ -1,4 +1,4 @@
-// Ends the target that isa_avx2.h or isa_avx512.h has begun.
+// Ends the compilation target set by isa_avx2.h or isa_avx512.h.
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -1,4 +1,4 @@
-// Eight lanes in plain C++: the compiler vectorises what it can.
+// Eight lanes in plain C++, vectorised by the compiler where it can.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -15,7 +15,7 @@ namespace {
 struct Isa {
   static constexpr int width = 8;
   static constexpr int accumulators = 8;
-  static constexpr int product_rows = 4;   // by two vectors, likewise
+  static constexpr int product_rows = 4;   // by two vectors
   struct F {
     float x[width];
   };
@@ -37,7 +37,7 @@ struct Isa {
   static F mul(F a, F b) { return each([&](int i) { return a.x[i] * b.x[i]; }); }
   static F div(F a, F b) { return each([&](int i) { return a.x[i] / b.x[i]; }); }
   static F fma(F a, F b, F c) { return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; }); }
-  // As x86: where either is NaN, the second.
+  // As on x86, returns b if either is NaN.
   static F max(F a, F b) { return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
   static F min(F a, F b) { return each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; }); }
   static F round(F a) { return each([&](int i) { return std::nearbyint(a.x[i]); }); }

@@ -1,8 +1,7 @@
-// What a decoder layer computes of its rows beside attention, in float32: products with weights in panels of kPanel outputs,
-// norms, rotations and gates. Compiled once for each instruction set and chosen at run time.
+// The row-wise parts of a decoder layer (everything but attention), in float32: products with weights in panels of kPanel
+// outputs, norms, rotations and gates. Compiled once per instruction set; the version is chosen at run time.
 //
-// A row's results are a function of that row alone, in an order of additions that nothing else changes: they are the same
-// bits in every batch.
+// A row's results depend only on that row, with a fixed order of additions: they have the same bits in every batch.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +11,18 @@ namespace alignpro {
 constexpr int64_t kPanel = 32;  // outputs, a multiple of twice every instruction set's lanes
 
 struct LayerKernels {
-  // out = x panel, or that added to it: x (rows, depth), its rows `stride` apart; panel (depth, kPanel); out (rows, kPanel),
-  // its rows `out_stride` apart.
+  // out = x panel, or out += x panel with `add`: x (rows, depth) with row stride `stride`; panel (depth, kPanel); out (rows,
+  // kPanel) with row stride `out_stride`.
   void (*multiply)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
                    int64_t out_stride, bool add);
-  // The same of x^T, for x (depth, rows).
+  // The same with x^T, for x (depth, rows).
   void (*multiply_transposed)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
                               int64_t out_stride, bool add);
-  // A panel (inputs, kPanel) of weights (outputs, inputs) whose rows are `stride` apart; zeros beyond the outputs.
+  // Packs weights (outputs, inputs) with row stride `stride` into a panel (inputs, kPanel), zero-padded beyond the outputs.
   void (*pack)(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel);
-  // out = x / sqrt(mean(x^2) + eps) (weight + offset), for a row of `dim`; out may be x.
+  // out = x / sqrt(mean(x^2) + eps) (weight + offset), for a row of `dim` elements; out may alias x.
   void (*normalise)(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out);
-  // Rotary position embedding in place, of the first `dim` elements of a head: pairs are half of them apart.
+  // Applies the rotary position embedding in place to the first `dim` elements of a head; pairs are dim / 2 apart.
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t dim);
   // gate = silu(gate) up
   void (*gate)(float* gate, const float* up, int64_t count);

@@ -1,4 +1,4 @@
-// The layers' kernels, written once on the lanes of `Isa`. Included by one file for each instruction set.
+// The layer kernels, written once in terms of the vector lanes of `Isa`. Included by one file per instruction set.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 namespace alignpro {
 namespace {
 
-// R rows by two vectors of outputs, all in registers.
+// Multiplies R rows by two vectors of outputs, with all sums in registers.
 template <int R, bool Transposed>
 void multiply_rows(const float* x, int64_t stride, const float* panel, int64_t depth, float* out, int64_t out_stride, bool add) {
   F low[R], high[R];
@@ -42,7 +42,7 @@ constexpr MultiplyRows multiply_rows_of(int64_t rows, std::integer_sequence<int,
   return all[rows - 1];
 }
 
-// In blocks of nearly as many rows each: one of a few rows costs nearly what one of many does.
+// Uses blocks of nearly equal numbers of rows, since a block of few rows costs almost as much as one of many.
 template <bool Transposed>
 void multiply(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out, int64_t out_stride,
               bool add) {

@@ -1,4 +1,4 @@
-// Linear layers on weights in panels; see alignpro_kernels/linear.py.
+// Linear layers with packed weights; see alignpro_kernels/linear.py.
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -13,9 +13,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 14;  // minimum elements per thread
 
-// weight (N, K) float32, or the transpose of such -> (ceil(N / kPanel), K, kPanel), zeros beyond the last output
+// weight (N, K) float32, contiguous or transposed -> (ceil(N / kPanel), K, kPanel), zero-padded beyond the last output
 Tensor pack_weight(const Tensor& weight) {
   const at::AutoDispatchBelowAutograd no_autograd;
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kFloat, "weight must be (N, K) float32");

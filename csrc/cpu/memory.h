@@ -1,5 +1,5 @@
-// Large pages for memory that is about to be written for the first time: a fault for every 2 MiB and not for every 4 KiB.
-// A head's gradient of 519 MiB is touched in 0.04 s so, and in 0.14 s otherwise.
+// Large pages for memory that is about to be written for the first time: one page fault per 2 MiB instead of per 4 KiB.
+// The first write to a head's gradient of 519 MiB takes 0.04 s with them and 0.14 s without.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace alignpro {
 
-// A hint, which a system without them ignores. It pays where the memory is fresh and of many pages.
+// A hint, which systems without large pages ignore. It is useful for fresh memory of many pages.
 inline void prefer_large_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{2} << 20;

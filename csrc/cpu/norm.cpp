@@ -1,4 +1,4 @@
-// Root mean square normalisation of rows in one pass; see alignpro/fused_layers.py.
+// RMSNorm in one pass; see alignpro/fused_layers.py.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -14,7 +14,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 14;  // minimum elements per thread
 
 // x (..., D) float32, weight (D) -> x / sqrt(mean(x^2) + eps) * (weight + offset)
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {

@@ -1,4 +1,5 @@
-// The headers that kernels use, before a target is set: what they inline is shared with code that must run on any machine.
+// The headers that the kernels use, included before a compilation target is set: their inline functions are shared with
+// code that must run on any machine.
 #pragma once
 
 #include <immintrin.h>

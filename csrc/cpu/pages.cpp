@@ -1,5 +1,5 @@
-// Keys and values of tokens into their slots in the pages of a pool. alignpro_kernels/pages.py checks the arguments'
-// shapes and documents them.
+// Writes the keys and values of tokens to their slots in a paged pool. alignpro_kernels/pages.py documents the arguments
+// and checks their shapes.
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>

@@ -1,4 +1,4 @@
-// Weights in panels, and products with them on several threads.
+// Weights in panels, and multithreaded products with them.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,10 +22,10 @@ inline const LayerKernels& layer_kernels() {
   return layer_kernels_generic;
 }
 
-constexpr int64_t kRowChunk = 96;           // rows of a piece of work: what they make of a panel stays in the first-level cache
-constexpr int64_t kDepthChunk = 192;        // inputs summed apart, which keeps rounding errors small
-constexpr int64_t kGroupFloats = 96 << 10;  // of the rows that are taken together: they stay in the second-level cache
-constexpr int64_t kLeastProduct = 1 << 16;  // multiplications that are worth a thread
+constexpr int64_t kRowChunk = 96;           // rows per work item: their products with a panel stay in L1
+constexpr int64_t kDepthChunk = 192;        // inputs per partial sum, which keeps rounding errors small
+constexpr int64_t kGroupFloats = 96 << 10;  // elements of x in a group of rows: they stay in L2
+constexpr int64_t kLeastProduct = 1 << 16;  // minimum multiplications per thread
 
 // (panels, inputs, kPanel)
 struct Panels {
@@ -43,8 +43,8 @@ inline void multiply_panel(const float* x, int64_t stride, int64_t rows, const P
   }
 }
 
-// Calls work(first row, rows, panel) for all rows and panels, on as many threads as are worth it. A thread takes the panels of
-// a group of rows one after another, each for a few rows at a time.
+// Calls work(first row, rows, panel) for all rows and panels, on as many threads as pay off. For a group of rows, a thread
+// processes one panel after another, each with a few rows at a time.
 template <typename Work>
 void for_panels(int64_t rows, int64_t panels, int64_t inputs, const Work& work) {
   if (rows == 0) return;
@@ -62,7 +62,7 @@ void for_panels(int64_t rows, int64_t panels, int64_t inputs, const Work& work) 
   });
 }
 
-// Calls take(row, first output, outputs, the products) for x (rows, inputs) times a packed weight.
+// Computes x (rows, inputs) times a packed weight and calls take(row, first output, outputs, products).
 template <typename Take>
 void multiply(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const Take& take) {
   const Panels weight(packed);

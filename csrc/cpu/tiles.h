@@ -1,5 +1,5 @@
-// One tile of logits, some rows by some columns of the vocabulary, while it is in the cache: statistics, gradient, sample.
-// Plain C++ without ATen, compiled once for each instruction set and chosen at run time.
+// Statistics, gradient and sampling of one tile of logits (rows by columns of the vocabulary) while it is in the cache.
+// Plain C++ without ATen, compiled once per instruction set; the version is chosen at run time.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,14 @@ namespace alignpro {
 // How logits u = W h become z = softcap tanh((u + bias) / softcap) / tau.
 struct Shape {
   int64_t rows;
-  int64_t columns;             // of the vocabulary; the tile has room for `stride` a row
+  int64_t columns;             // of the vocabulary; a row of the tile has `stride` elements
   int64_t stride;              // a multiple of 16
   float softcap;               // 0 for none
   const float* inverse_tau;    // (rows), or null for 1
 };
 
-// Of each row, over the columns of a tile: m = max z, s = sum e^(z-m), a = sum e^(z-m) (z-m); with a reference, whose
-// logits are w: m_r, s_r likewise and b = sum e^(z-m) ((z-m) - (w-m_r)). Each is (rows).
+// Statistics of each row over the columns of a tile: m = max z, s = sum e^(z-m), a = sum e^(z-m) (z-m). With a reference,
+// whose logits are w, also m_r and s_r likewise, and b = sum e^(z-m) ((z-m) - (w-m_r)). Each is (rows).
 struct Partials {
   float* m;
   float* s;
@@ -26,7 +26,7 @@ struct Partials {
   float* b;
 };
 
-// What the gradient of a row needs; each is (rows of the chunk). dz = alpha (delta - p) - eta p (log p + H)
+// Inputs of the gradient; each is (rows of the chunk). dz = alpha (delta - p) - eta p (log p + H)
 // + kappa p (log p - log q - KL), then du = dz (1 - tanh^2) / tau. Coefficients may be null, for zero.
 struct Upstream {
   const float* m;
@@ -40,7 +40,7 @@ struct Upstream {
   const float* kappa;
 };
 
-// The best of each row so far, by noisy logit; ties go to the lower index.
+// The best entry of each row so far, by noisy logit; ties go to the lower index.
 struct Best {
   float* noisy;
   float* logit;
@@ -49,15 +49,15 @@ struct Best {
 
 struct TileKernels {
   const char* name;
-  // Turns u into z in place (columns beyond the vocabulary become -inf) and sums. `reference` may be null.
+  // Turns u into z in place (columns beyond the vocabulary become -inf) and computes the sums. `reference` may be null.
   void (*statistics)(float* logits, float* reference, const Shape&, const float* bias, const float* reference_bias,
                      const Partials&);
-  // Rows active[0..rows) of the chunk (null: 0..rows) into `du`, (rows, stride), one after another; `shape.inverse_tau`
-  // and `upstream` go by the chunk's rows. target (chunk) counts from the tile's first column. Adds column sums to
-  // `bias_gradient` unless null.
+  // Writes the gradient of rows active[0..rows) of the chunk (null: 0..rows) to `du`, (rows, stride), contiguously.
+  // `shape.inverse_tau` and the upstream inputs are indexed by the chunk's rows; target (chunk) is relative to the tile's
+  // first column. Adds column sums to `bias_gradient` unless it is null.
   void (*gradient)(const float* logits, const float* reference, const Shape&, const int64_t* active, const int64_t* target,
                    const Upstream&, float* du, float* bias_gradient);
-  // Samples by Gumbel-max among the columns, which begin at `first` of the vocabulary; greedy rows take no noise.
+  // Samples by Gumbel-max among the columns, which start at vocabulary index `first`; greedy rows get no noise.
   void (*sample)(float* logits, const Shape&, const float* bias, const int64_t* seeds, const bool* greedy, int64_t first,
                  const Partials&, const Best&);
 };

@@ -1,4 +1,4 @@
-// The tile kernels, written once on the lanes of `Isa`. Included by one file for each instruction set.
+// The tile kernels, written once in terms of the vector lanes of `Isa`. Included by one file per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 namespace alignpro {
 namespace {
 
-// Finite, so that 0 * (z - m) is 0 and not NaN where z is -inf: a column beyond the vocabulary, or a token ruled out.
+// Finite, so that 0 * (z - m) is 0 and not NaN where z is -inf: in columns beyond the vocabulary or for masked tokens.
 constexpr float kLowest = -1e30f;
 
-// u -> z in place for one row; returns the largest. NaN may be lost here: the sums carry it.
+// Turns u into z in place for one row; returns the maximum, which may miss a NaN: the sums propagate it.
 inline float transform(float* z, const Shape& shape, float inverse_tau, const float* bias) {
   for (int64_t j = shape.columns; j < shape.stride; ++j) z[j] = -kInfinity;
   F top = Isa::set(-kInfinity);
@@ -83,7 +83,7 @@ void gradient(const float* logits, const float* reference, const Shape& shape, c
     // 1 - tanh^2 = 1 - (z tau / softcap)^2
     const F per_cap = Isa::set(shape.softcap == 0 ? 0.0f : 1.0f / (inverse_tau * shape.softcap));
     const F one = Isa::set(1.0f);
-    // dz = -p (alpha + eta (log p + H) - kappa (log p - log q - KL)), and alpha at the target
+    // dz = -p (alpha + eta (log p + H) - kappa (log p - log q - KL)), plus alpha at the target
     const F entropy = Isa::set(eta == 0 ? 0.0f : up.entropy[row]);
     const bool with_reference = kappa != 0;
     const F m_r = Isa::set(with_reference ? finite(up.m_r[row]) : 0.0f);
@@ -101,7 +101,7 @@ void gradient(const float* logits, const float* reference, const Shape& shape, c
       }
       Isa::store(d + j, Isa::mul(factor, exponential(logp)));
     }
-    // d holds -dz but for the target.
+    // d holds -dz, except at the target.
     const int64_t y = target[row];
     if (y >= 0 && y < shape.columns) d[y] -= alpha;
     for (int64_t j = 0; j < shape.stride; j += Isa::width) {
@@ -118,11 +118,11 @@ void gradient(const float* logits, const float* reference, const Shape& shape, c
   }
 }
 
-// No noise of a lane is larger. With v = 1 - u, g = -log(-log u) <= -log v, since -log(1 - v) >= v; and -log2 v is at most
-// what the bits of v, read as a number, say: the mantissa is a chord under the logarithm. Only lanes whose bound beats the
-// best so far need the logarithms.
+// An upper bound of each lane's noise. With v = 1 - u, g = -log(-log u) <= -log v, since -log(1 - v) >= v. The bits of v, read
+// as an integer, give an upper bound of -log2 v: the mantissa is a chord below the logarithm. Exact logarithms are computed
+// only for lanes whose bound exceeds the best value so far.
 inline F noise_bound(uint64_t seed, int64_t first) {
-  const F v = Isa::mul(Isa::noise_complement(seed, first), Isa::set(0x1p-31f * (1 - 0x1p-22f)));  // not above the true v
+  const F v = Isa::mul(Isa::noise_complement(seed, first), Isa::set(0x1p-31f * (1 - 0x1p-22f)));  // at most the true v
   return Isa::fma(Isa::bits(v), Isa::set(-0.69314718f * 0x1p-23f), Isa::set(127 * 0.69314718f + 1e-4f));
 }
 

@@ -29,7 +29,7 @@ struct Kept {
   Block block;
 };
 
-// Never destroyed: tensors may be freed while the process ends.
+// Never destroyed: tensors may be freed while the process exits.
 Kept& kept() {
   static Kept* instance = new Kept;
   return *instance;
@@ -39,7 +39,7 @@ void unmap(const Block& block) {
   if (block.start != nullptr) munmap(block.start, static_cast<size_t>(block.bytes));
 }
 
-// A block of at least so many bytes: the one kept if it is large enough.
+// Returns a block of at least `bytes` bytes: the cached one if it is large enough, otherwise a new one.
 Block take(int64_t bytes) {
   {
     const std::lock_guard lock(kept().mutex);

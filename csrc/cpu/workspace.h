@@ -1,8 +1,8 @@
-// Memory for the logits in flight, which outlives a call: what a call gives back, the next one takes.
+// Memory for the logits in flight, cached from one call to the next.
 //
-// Fresh memory costs a fault a page and zeros that nobody reads, a quarter of a policy loss's time. PyTorch keeps memory
-// of GPUs for the same reason, and none on the CPU. One block is kept, of at most kMostKept bytes, and while nobody uses
-// it the system may take its pages back (MADV_FREE). Without Linux nothing is kept.
+// Fresh memory costs page faults and zeroing, which take a quarter of the time of a policy loss. PyTorch caches GPU memory
+// for the same reason, but not CPU memory. One block of at most kMostKept bytes is cached; while it is unused, the system
+// may reclaim its pages (MADV_FREE). On systems other than Linux nothing is cached.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,10 +13,10 @@ namespace alignpro {
 
 constexpr int64_t kMostKept = int64_t{256} << 20;
 
-// float32 of these sizes, uninitialised, in large pages where there are any.
+// Returns an uninitialised float32 tensor, in large pages if available.
 at::Tensor workspace(at::IntArrayRef sizes);
 
-// Free the block that is kept, unless a call has it.
+// Frees the cached block, unless a call is using it.
 void release_workspace();
 
 }  // namespace alignpro

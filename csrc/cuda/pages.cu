@@ -1,6 +1,6 @@
-// Moving bytes between tokens, slots and pages. There is nothing to compute, so what counts is that every access is as wide
-// as alignment allows (16 bytes for all common geometries), that neighbouring lanes touch neighbouring addresses, and that
-// each has several loads under way. Indices are 64-bit: a pool passes 2^31 elements.
+// Copies between tokens, slots and pages. The kernels are memory-bound: every access is as wide as the alignment allows (16
+// bytes for all common geometries), adjacent lanes access adjacent addresses, and each lane has several loads in flight.
+// Indices are 64-bit, since a pool may exceed 2^31 elements.
 
 #include "pages.h"
 
@@ -11,11 +11,11 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;          // loads a lane has under way
-constexpr int64_t kBlocks = 16384;  // more than any GPU runs at once; the grid strides over the rest
+constexpr int kUnroll = 4;          // loads in flight per lane
+constexpr int64_t kBlocks = 16384;  // more than any GPU runs at once; a grid-stride loop covers the rest
 
-// Elements first, first + step, ... of `count`, by one lane of many. All loads of a round come before its stores, which
-// the compiler may not arrange by itself: it cannot know that the two sides do not overlap.
+// Copies elements first, first + step, ... of `count`, as one lane of many. All loads of a round precede its stores; the
+// compiler cannot reorder them by itself, because it does not know that source and destination do not overlap.
 template <typename Vector>
 __device__ __forceinline__ void copy(const Vector* from, Vector* to, int64_t first, int64_t step, int64_t count) {
   int64_t i = first;
@@ -29,12 +29,12 @@ __device__ __forceinline__ void copy(const Vector* from, Vector* to, int64_t fir
   for (; i < count; i += step) to[i] = from[i];
 }
 
-// As unsigned, negative numbers lie above every bound.
+// As unsigned numbers, negative ones exceed every bound.
 __device__ __forceinline__ bool inside(int64_t index, int64_t bound) {
   return static_cast<uint64_t>(index) < static_cast<uint64_t>(bound);
 }
 
-// A warp a row; rows 2t and 2t + 1 are the keys and the values of token t.
+// One warp per row; rows 2t and 2t + 1 are the keys and the values of token t.
 template <typename Vector>
 __global__ void __launch_bounds__(kThreads) write_kv_kernel(const WriteKv write) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) write_kv_kernel(const WriteKv write)
   }
 }
 
-// The grid's x strides over a page, its y over the pages.
+// The x dimension of the grid strides over a page, the y dimension over the pages.
 template <typename Vector>
 __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPages copies) {
   const int64_t vectors = copies.page_bytes / static_cast<int64_t>(sizeof(Vector));
@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPages co
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The bits of everything that a vector's width must divide: addresses, sizes and strides.
+// The address as a number; the vector width must divide all addresses, sizes and strides.
 int64_t bits(const void* address) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)); }
 
-// Calls `body` with a value of the widest type that divides all of `together`'s parts.
+// Calls `body` with a value of the widest vector type that divides `together`, the bitwise or of addresses and sizes.
 template <typename Body>
 void with_widest(int64_t together, const Body& body) {
   if (together % 16 == 0) {
@@ -88,7 +88,7 @@ void with_widest(int64_t together, const Body& body) {
 }  // namespace
 
 cudaError_t launch(const WriteKv& write, cudaStream_t stream) {
-  if (write.tokens == 0) return cudaSuccess;  // a grid of no blocks is an error
+  if (write.tokens == 0) return cudaSuccess;  // launching an empty grid is an error
   const int64_t together = bits(write.keys) | bits(write.values) | bits(write.pages) | write.row_bytes |
                            write.keys_stride | write.values_stride | write.page_stride;
   const int64_t blocks = ceil_div(2 * write.tokens, kThreads / kWarp);
@@ -103,7 +103,7 @@ cudaError_t launch(const CopyPages& copies, cudaStream_t stream) {
   with_widest(bits(copies.arena) | copies.page_bytes, [&](auto vector) {
     const int64_t across = ceil_div(copies.page_bytes, static_cast<int64_t>(sizeof(vector)) * kThreads * kUnroll);
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(across, 512)),
-                    static_cast<unsigned>(std::min<int64_t>(copies.count, 65535)));  // the most that y may be
+                    static_cast<unsigned>(std::min<int64_t>(copies.count, 65535)));  // the maximum grid size in y
     copy_pages_kernel<decltype(vector)><<<grid, kThreads, 0, stream>>>(copies);
   });
   return cudaGetLastError();

@@ -1,7 +1,7 @@
-// The kernels of pages.cu as operators. alignpro_kernels/pages.py checks the arguments and documents them.
+// Registers the kernels of pages.cu as operators. alignpro_kernels/pages.py documents and checks the arguments.
 //
-// The stream comes from torch's device-independent interface, so that the library needs neither headers nor libraries of
-// torch's CUDA build: it builds and loads beside any torch.
+// The stream comes from torch's device-independent interface, so that the library needs neither the headers nor the
+// libraries of a CUDA build of torch: it builds and loads with any torch.
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>

@@ -1,4 +1,4 @@
-"""Operators of a language model's head: log-probability, entropy, exact KL, policy loss, sampling; and of a KV pool."""
+"""Operators for a language model's head (log-probability, entropy, exact KL, policy loss, sampling) and a paged KV pool."""
 
 from alignpro_kernels.attention import CascadeLevel, cascade_attention, paged_attention
 from alignpro_kernels.backends import BackendError, backends

@@ -1,6 +1,7 @@
-"""Attention to keys and values in the pages of a pool.
+"""Paged attention: attention over keys and values stored in the pages of a pool.
 
-T query rows, H query heads, D their dimension, S sequences. `alignpro_kernels.pages` says how a pool is laid out.
+T is the number of query rows, H of query heads, D the head dimension, S the number of sequences.
+`alignpro_kernels.pages` describes the layout of a pool.
 """
 
 from __future__ import annotations
@@ -41,38 +42,39 @@ def paged_attention(
     window: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of packed sequences to their keys and values in pages, with the log-sum-exp of the scores.
+    """Causal attention of packed sequences over paged keys and values; also returns the log-sum-exp of the scores.
 
-    One call serves prefill (all tokens of a prompt are queries), chunked prefill (some), decode (one a sequence) and a
-    level of a cascade: the queries of all that share a node of a prefix tree make one "sequence", whose keys are the
-    node's; `merge_states` then joins that with the attention to their own keys. Scores, statistics and sums are float32
-    (float64 for float64 inputs), by the online softmax of Milakov and Gimelshein (2018) as in FlashAttention (Dao et al.,
-    2022). A query's result is a function of its own query and keys: backend ``cpp`` gives the same bits in every batch, chunk
-    and number of threads. No gradient flows through it.
+    One call serves prefill (all tokens of a prompt are queries), chunked prefill (some of them are), decode (one query
+    per sequence) and one level of a cascade. In a cascade, the queries that share a node of a prefix tree form one
+    "sequence" whose keys are the node's; `merge_states` then merges the result with the attention to their own keys.
+    Scores, statistics and sums are float32 (float64 for float64 inputs), computed by the online softmax of Milakov and
+    Gimelshein (2018) as in FlashAttention (Dao et al., 2022). A query's result depends only on that query and its keys:
+    backend ``cpp`` gives the same bits in any batch, with any chunking and any number of threads. No gradient flows
+    through this function.
 
     Args:
         query: (T, H, D) float64, float32, bfloat16 or float16; rows and heads may be strided.
-        pages: (n_pages, 2, page_size, kv_heads, D), one layer's view of the arena, keys before values; the dtype of
-            ``query``. Entries of D elements must be contiguous, the other strides may be any. H must be a multiple of
-            kv_heads: query head h reads head h // (H / kv_heads). Slots that no query sees may hold anything, NaN too.
-        cu_queries: (S + 1,) int32: sequence s has the query rows cu_queries[s] to cu_queries[s + 1]. The device of
-            ``query``, or the CPU.
+        pages: (n_pages, 2, page_size, kv_heads, D), one layer's view of the arena, keys before values; same dtype as
+            ``query``. The last dimension must be contiguous, the other strides are arbitrary. H must be a multiple of
+            kv_heads: query head h reads head h // (H / kv_heads). Slots that no query sees may hold anything, even NaN.
+        cu_queries: (S + 1,) int32: sequence s has the query rows cu_queries[s] to cu_queries[s + 1]. On the device of
+            ``query`` or on the CPU.
         page_table: (S, max_pages) int32: key j of sequence s is in page page_table[s, j // page_size] at j % page_size.
             Entries beyond a sequence's keys may be anything.
-        key_lengths: (S,) int32, how many keys a sequence has, 0 allowed.
+        key_lengths: (S,) int32: the number of keys of each sequence; may be 0.
         query_positions: (T,) int32. A query sees the keys whose position is at most its own.
         key_starts: (S,) int32: key j of sequence s has position key_starts[s] + j; None for 0.
         scale: Scores are scale · q · k.
         softcap: Scores become softcap · tanh(scores / softcap) (Gemma 2).
-        window: A query sees the last ``window`` positions only, its own included.
-        backend: ``auto``, ``triton`` (CUDA and ROCm), ``cpp`` (CPUs, built on first use), ``flash`` (CUDA, where the
-            package flash-attn is installed; `flash_attention` says which queries it takes) or ``reference`` (anywhere,
-            loops over sequences and waits for the device). ``triton`` and ``flash`` wait for nothing, and so check no
-            values: what they must be is the caller's to see to.
+        window: A query sees only the last ``window`` positions, including its own.
+        backend: ``auto``, ``triton`` (CUDA and ROCm), ``cpp`` (CPUs, built on first use), ``flash`` (CUDA, if the
+            package flash-attn is installed; see `flash_attention` for the queries it supports) or ``reference``
+            (anywhere; loops over the sequences and synchronises with the device). ``triton`` and ``flash`` never
+            synchronise, so they do not check values: the caller must pass valid ones.
 
     Returns:
         out (T, H, D) in the dtype of ``query``; lse (T, H), the natural logarithm of the sum of e^score. A query that
-        sees no key gets 0 and −inf.
+        sees no key gets out 0 and lse −inf.
 
     Raises:
         ValueError, TypeError: An argument has the wrong shape, layout, device, value or dtype; the message names it.
@@ -97,10 +99,10 @@ def paged_attention(
 
 @dataclass(frozen=True)
 class CascadeLevel:
-    """S sets of keys, each seen by neighbours among R of the T queries of `cascade_attention`."""
+    """S sets of keys, each seen by a contiguous range of this level's R queries, out of the T of `cascade_attention`."""
 
     rows: Tensor | None
-    """(R,) int64: which queries, ascending; None for all of them."""
+    """(R,) int64: indices of this level's queries, ascending; None for all T queries."""
     query_positions: Tensor
     """(R,) int32."""
     cu_queries: Tensor
@@ -113,10 +115,10 @@ class CascadeLevel:
     """(S,) int32: position of the first key."""
 
     def __post_init__(self) -> None:
-        """Check the arguments against one another, once for the calls of all layers.
+        """Check that the fields are consistent, once for the calls of all layers.
 
         Raises:
-            ValueError, TypeError: One has the wrong shape, device or dtype; the message names it.
+            ValueError, TypeError: A field has the wrong shape, device or dtype; the message names it.
         """
         rows, positions = self.rows, self.query_positions
         if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != positions.device):
@@ -144,16 +146,16 @@ def cascade_attention(
     window: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`paged_attention` to several sets of keys, those that many queries share first, joined by their log-sum-exp.
+    """`paged_attention` over several sets of keys per query, merged by their log-sum-exp.
 
-    Queries that share a prompt attend to it together, and each to its own keys apart: o = Σ softmax(lse) · o_level over
-    the levels that a query has (Hydragen, Juravsky et al., 2024; cascade inference, Ye et al., 2024). The parts are
-    joined in float32, on backend ``cpp`` while they are in the cache.
+    Queries that share a prompt attend to it together, and to their own keys separately: o = Σ softmax(lse) · o_level
+    over the levels that a query appears in (Hydragen, Juravsky et al., 2024; cascade inference, Ye et al., 2024). The
+    partial results are merged in float32; backend ``cpp`` does so while they are in the cache.
 
     Args:
         query: (T, H, D), see `paged_attention`.
         pages: See `paged_attention`.
-        levels: At least one; a query has a row at most once in each.
+        levels: At least one, the keys shared by most queries first; a query appears at most once in each level.
         scale: See `paged_attention`.
         softcap: See `paged_attention`.
         window: See `paged_attention`.
@@ -163,7 +165,7 @@ def cascade_attention(
         (T, H, D) in the dtype of ``query``; 0 for a query that sees no key in any level.
 
     Raises:
-        ValueError, TypeError, BackendError: As `paged_attention`.
+        ValueError, TypeError, BackendError: As for `paged_attention`.
     """
     if not levels:
         raise ValueError("levels is empty: at least one set of keys is needed")
@@ -205,7 +207,7 @@ def cascade_attention(
 
 
 def _join(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention so far, (T, H, D) and its log-sum-exp (T, H), and that of some rows to more keys."""
+    """Merge the attention so far, (T, H, D) and its log-sum-exp (T, H), with that of ``rows`` to further keys."""
     if rows is None:
         return merge_states((whole[0], part[0]), (whole[1], part[1])), torch.logaddexp(whole[1], part[1])
     before = (whole[0].index_select(0, rows), whole[1].index_select(0, rows))
@@ -214,19 +216,19 @@ def _join(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tenso
 
 
 def _choose(backend: str, query: Tensor, pages: Tensor, window: int | None) -> str:
-    """The backend that was asked for, or that is the best for the query; logged once each."""
+    """Return the requested backend, or for ``auto`` the best one for the query; each choice is logged once."""
     if backend not in ("auto", *BACKENDS):
         raise BackendError(
-            f"paged_attention: there is no backend {backend!r}: take 'auto' or one of {', '.join(BACKENDS)}"
+            f"paged_attention: there is no backend {backend!r}: use 'auto' or one of {', '.join(BACKENDS)}"
         )
     name = backend
     if backend == "auto":
-        name = {"cpu": "cpp", "cuda": "triton"}.get(query.device.type, "reference")  # ROCm's devices are "cuda" too
+        name = {"cpu": "cpp", "cuda": "triton"}.get(query.device.type, "reference")  # ROCm devices are "cuda" too
     reason = _unsuited(name, query, pages, window)
     if reason is not None:
         if backend != "auto":
             raise BackendError(f"paged_attention: backend {name!r} cannot run here: {reason}")
-        _announce("reference", f"{name} does not: {reason}")
+        _announce("reference", f"{name} cannot run: {reason}")
         return "reference"
     _announce(name, None)
     return name
@@ -234,12 +236,12 @@ def _choose(backend: str, query: Tensor, pages: Tensor, window: int | None) -> s
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    # Here, since torch's builder, which cpp needs, is slow to import, and Triton may be missing.
+    # Imported lazily: cpp needs torch.utils.cpp_extension, which is slow to import, and Triton may be missing.
     return attention_reference if name == "reference" else import_module(f"alignpro_kernels.{name}_attention")
 
 
 def _unsuited(name: str, query: Tensor, pages: Tensor, window: int | None) -> str | None:
-    """Why a backend does not take such a query, or cannot run."""
+    """Return the reason why a backend cannot run on this query, or None if it can."""
     if name == "reference":
         return None
     if query.dtype == torch.float64:
@@ -261,15 +263,15 @@ def _unsuited(name: str, query: Tensor, pages: Tensor, window: int | None) -> st
 
 @functools.cache
 def _announce(backend: str, reason: str | None) -> None:
-    logger.info("paged_attention runs on backend %s%s", backend, "" if reason is None else f", since {reason}")
+    logger.info("paged_attention runs on backend %s%s", backend, "" if reason is None else f", because {reason}")
 
 
 def _check_call(query: Tensor, pages: Tensor, softcap: float | None, window: int | None) -> None:
     _check_states(query, pages)
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}: it must be positive, or None for none")
+        raise ValueError(f"softcap is {softcap}: it must be positive, or None to disable it")
     if window is not None and window < 1:
-        raise ValueError(f"window is {window}: it must be positive, or None for none")
+        raise ValueError(f"window is {window}: it must be positive, or None to disable it")
 
 
 def _check_keys(
@@ -291,11 +293,11 @@ def _check_keys(
 
 
 def _check_rows(level: CascadeLevel, query: Tensor) -> None:
-    """A level's queries are those of the call."""
+    """Check that a level fits the queries of the call."""
     count = len(level.query_positions)
     if (level.rows is None and count != len(query)) or level.query_positions.device != query.device:
         raise ValueError(
-            f"query has {len(query)} rows on {query.device}, and a level positions for {count} of them on "
+            f"query has {len(query)} rows on {query.device}, but a level has positions for {count} rows on "
             f"{level.query_positions.device}"
         )
 
@@ -304,9 +306,9 @@ def _check_states(query: Tensor, pages: Tensor) -> None:
     if query.dtype not in FLOATS:
         raise TypeError(f"query is {query.dtype}: expected one of {', '.join(map(str, FLOATS))}")
     if pages.dtype != query.dtype:
-        raise TypeError(f"pages is {pages.dtype} and query {query.dtype}: they must agree")
+        raise TypeError(f"pages is {pages.dtype} and query is {query.dtype}: they must agree")
     if pages.device != query.device:
-        raise ValueError(f"pages is on {pages.device} and query on {query.device}: they must agree")
+        raise ValueError(f"pages is on {pages.device} and query is on {query.device}: they must agree")
     if pages.ndim != 5 or pages.shape[1] != 2 or not pages.numel():
         raise ValueError(
             f"pages has shape {tuple(pages.shape)}: expected (n_pages, 2, page_size, kv_heads, D), not empty"
@@ -322,7 +324,7 @@ def _check_states(query: Tensor, pages: Tensor) -> None:
 
 
 def _check_index(name: str, index: Tensor, shape: tuple[int | str, ...], like: Tensor, *, host: bool = False) -> None:
-    """index of a shape in which names stand for any size; with ``host`` it may be on the CPU."""
+    """Check dtype, shape and device of an index; a name in ``shape`` allows any size, ``host`` also allows the CPU."""
     if index.dtype != torch.int32:
         raise TypeError(f"{name} is {index.dtype}: expected {torch.int32}")
     if index.ndim != len(shape) or any(a != b for a, b in zip(index.shape, shape, strict=True) if isinstance(b, int)):

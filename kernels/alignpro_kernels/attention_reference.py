@@ -3,8 +3,9 @@
     z_j = scale · q · k_j, with a soft-cap softcap · tanh(z_j / softcap), over the keys j that the query sees
     out = Σ_j softmax(z)_j v_j      lse = log Σ_j exp z_j
 
-A sequence's keys are gathered and its scores held whole, in float32 (float64 for float64 inputs). The public operator has
-checked the arguments' shapes; what they hold is checked here, where they are on the host in any case.
+Each sequence's keys are gathered and all its scores are materialised, in float32 (float64 for float64 inputs). The public
+operator has checked the shapes of the arguments. Their values are checked here, because this backend copies them to the
+host anyway.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def paged_attention(
 
 
 def _gather(pages: Tensor, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The keys and values of one sequence, each (kv_heads, length, D)."""
+    """Return the keys and values of one sequence, each (kv_heads, length, D)."""
     slot = torch.arange(length, device=pages.device)
     page, offset = table.long()[slot // pages.shape[2]], slot % pages.shape[2]
     both = wide(pages[page, :, offset])  # (length, 2, kv_heads, D)
@@ -67,7 +68,7 @@ def _attention(
     z = z.masked_fill(~seen, -torch.inf)
     lse = z.logsumexp(-1)  # (kv_heads, group, n)
     p = (z - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    values = values.masked_fill(~seen.any(0).unsqueeze(-1), 0.0)  # they may be NaN, which 0 does not silence
+    values = values.masked_fill(~seen.any(0).unsqueeze(-1), 0.0)  # unseen values may be NaN, and 0 · NaN is NaN
     out = torch.einsum("kgnl,kld->nkgd", p, values).reshape(n, heads, dim)
     return out.to(query.dtype), lse.permute(2, 0, 1).reshape(n, heads)
 

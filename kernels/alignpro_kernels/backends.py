@@ -1,9 +1,9 @@
-"""Which backend runs an operator.
+"""Selection of the backend that runs an operator.
 
 ``triton``     GPUs (CUDA and ROCm): Triton kernels around the vendor's matrix products.
 ``cpp``        CPUs: csrc/, built on first use.
-``torch``      Anywhere, in chunks.
-``reference``  Anywhere, the specification: holds all logits. Only when asked for by name.
+``torch``      Any device: plain PyTorch, in chunks.
+``reference``  Any device: the specification, which materialises all logits. Used only if requested by name.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ BACKENDS = ("triton", "cpp", "torch", "reference")
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name and cannot run; the message says why."""
+    """Raised when a backend was requested by name and cannot run; the message says why."""
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name, with None where it runs here, else the reason why it does not.
+    """Return every backend by name, with None if it can run here, otherwise the reason why it cannot.
 
-    The first call may build the C++ library, which takes a minute; a build is kept.
+    The first call may build the C++ library, which takes a minute; the build is cached.
     """
     return {name: _unavailable(name) for name in BACKENDS}
 
 
 def choose_backend(operator: str, backend: str, like: Tensor) -> str:
-    """The backend that will run: the one asked for, or for ``auto`` the best for the input; logged once each.
+    """Return the requested backend, or for ``auto`` the best one for the input; each choice is logged once.
 
     Raises:
-        BackendError: The backend is unknown, cannot run here, or not on such an input.
+        BackendError: The backend is unknown, cannot run here, or does not support the input.
     """
     if backend == "auto":
         best = "triton" if like.is_cuda else "cpp"
@@ -49,7 +49,7 @@ def choose_backend(operator: str, backend: str, like: Tensor) -> str:
             _explain(operator, best, reason)
         chosen = best if reason is None else "torch"
     elif backend not in BACKENDS:
-        raise BackendError(f"{operator}: there is no backend {backend!r}: take 'auto' or one of {', '.join(BACKENDS)}")
+        raise BackendError(f"{operator}: there is no backend {backend!r}: use 'auto' or one of {', '.join(BACKENDS)}")
     else:
         chosen = backend
         if (reason := _unavailable(chosen) or _unsuited(chosen, like)) is not None:
@@ -60,12 +60,12 @@ def choose_backend(operator: str, backend: str, like: Tensor) -> str:
 
 @functools.cache
 def backend_module(name: str) -> ModuleType:
-    """The module of a fast backend; see `alignpro_kernels.head` for its functions."""
+    """Return the module of a fast backend; see `alignpro_kernels.head` for its functions."""
     return importlib.import_module(f"alignpro_kernels.{name}_head")
 
 
 def triton_merges(like: Tensor) -> bool:
-    """Whether attention states on the device of a tensor are merged by Triton; elsewhere plain PyTorch does it."""
+    """Whether Triton merges attention states on the device of ``like``; otherwise plain PyTorch does."""
     return like.is_cuda and _unavailable("triton") is None
 
 
@@ -77,11 +77,11 @@ def _unavailable(name: str) -> str | None:
 
 
 def _unsuited(name: str, like: Tensor) -> str | None:
-    """Why a backend does not take such an input."""
+    """Return the reason why a backend does not support the input, or None if it does."""
     if name in ("torch", "reference"):
         return None
     if like.dtype == torch.float64:
-        return "it computes in float32: float64 inputs go to 'torch' or 'reference'"
+        return "it computes in float32: use 'torch' or 'reference' for float64 inputs"
     if name == "cpp" and like.device.type != "cpu":
         return f"it runs on the CPU, and the input is on {like.device}"
     if name == "triton" and not triton_support.takes(like.device):

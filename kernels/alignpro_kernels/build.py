@@ -1,11 +1,12 @@
-"""Compiles csrc/ into libraries of operators, once for each version of their sources, of torch and of the compilers.
+"""Compile csrc/ into operator libraries, once per version of the sources, of torch and of the compilers.
 
-    python -m alignpro_kernels.build            build now, for an image or before a job that many processes begin at once
+    python -m alignpro_kernels.build            build now, e.g. into an image or before a job with many processes
 
-Without that they are built on first use. They are kept under ``$ALIGNPRO_KERNELS_CACHE``, or ``alignpro_kernels`` in
-``$XDG_CACHE_HOME`` (``~/.cache``). csrc/cpu needs a C++20 compiler (``$CXX``, c++, g++ or clang++), csrc/cuda also nvcc
-(of ``$CUDA_HOME`` or on the path), and both torch's own headers, none of Python's, so the same file serves every Python.
-The CUDA library holds code for every generation of GPUs that its nvcc knows, so that an image may be built without a GPU.
+Otherwise the libraries are built on first use. They are cached in ``$ALIGNPRO_KERNELS_CACHE``, or in
+``alignpro_kernels`` under ``$XDG_CACHE_HOME`` (default ``~/.cache``). csrc/cpu needs a C++20 compiler (``$CXX``, c++, g++
+or clang++), csrc/cuda also needs nvcc (in ``$CUDA_HOME`` or on the PATH). Both use the headers of torch but not those of
+Python, so one library works with every Python version. The CUDA library contains code for every GPU generation that nvcc
+supports, so an image can be built without a GPU.
 """
 
 from __future__ import annotations
@@ -35,30 +36,31 @@ _CUDA_FLAGS = ("-std=c++20", "-O3", "-arch=all-major", "--threads=0", "-Xcompile
 
 
 class BuildError(RuntimeError):
-    """A library cannot be built; the message says why and what to do."""
+    """Raised when a library cannot be built; the message says why and what to do."""
 
 
 def library() -> Path:
-    """The built library of the CPU's operators, building it if need be.
+    """Return the path of the library of CPU operators, building it first if necessary.
 
     Raises:
-        BuildError: There is no compiler, no place to write to, or the compiler failed.
+        BuildError: There is no compiler, the cache directory is not writable, or the compiler failed.
     """
     compiler = _compiler()
     return _library("cpu", (compiler,), (compiler, *_FLAGS, *_OPENMP), (compiler, *_OPENMP))
 
 
 def cuda_library() -> Path:
-    """The built library of the operators in CUDA C++, building it if need be; no GPU is needed for that.
+    """Return the path of the library of CUDA C++ operators, building it first if necessary, which needs no GPU.
 
-    CUDA's runtime is linked in, so that its version need not be that of torch: the driver must be new enough for nvcc.
+    The CUDA runtime is linked statically, so its version may differ from that of torch; the driver must be recent enough
+    for the version of nvcc.
 
     Raises:
-        BuildError: There is no nvcc or no C++ compiler, no place to write to, or a compiler failed.
+        BuildError: There is no nvcc or C++ compiler, the cache directory is not writable, or a compiler failed.
     """
     if (nvcc := _nvcc()) is None:
         raise BuildError(
-            "no nvcc found: install the CUDA toolkit and name its directory by CUDA_HOME, or put it on the PATH"
+            "no nvcc found: install the CUDA toolkit and set CUDA_HOME to its directory, or put nvcc on the PATH"
         )
     host = _compiler()
     command = (nvcc, f"-ccbin={host}")
@@ -66,7 +68,7 @@ def cuda_library() -> Path:
 
 
 def _library(name: str, programs: tuple[str, ...], compiling: tuple[str, ...], linking: tuple[str, ...]) -> Path:
-    """csrc/``name`` built by two commands, which call ``programs``."""
+    """Build csrc/``name`` with the given compile and link commands, unless it is cached; ``programs`` are the compilers."""
     sources = sorted((_source_directory() / name).iterdir())
     path = _cache_directory() / f"{name}-{_key(programs, compiling, sources)}.so"
     if path.exists():
@@ -78,7 +80,7 @@ def _library(name: str, programs: tuple[str, ...], compiling: tuple[str, ...], l
                 _build([source for source in sources if source.suffix in (".cpp", ".cu")], path, compiling, linking)
     except OSError as error:
         raise BuildError(
-            f"{path.parent} cannot be written ({error}); name another by ALIGNPRO_KERNELS_CACHE"
+            f"{path.parent} cannot be written ({error}); set ALIGNPRO_KERNELS_CACHE to another directory"
         ) from error
     return path
 
@@ -113,11 +115,11 @@ def _compiler() -> str:
     if named := os.environ.get("CXX"):
         if found := shutil.which(named):
             return found
-        raise BuildError(f"CXX names {named!r}, which is not a program that can be found: name one, without arguments")
+        raise BuildError(f"CXX is {named!r}, and no such program was found: set it to a compiler, without arguments")
     for name in ("c++", "g++", "clang++"):
         if found := shutil.which(name):
             return found
-    raise BuildError("no C++ compiler found: install one (Debian, Ubuntu: apt install g++), or name it by CXX")
+    raise BuildError("no C++ compiler found: install one (Debian, Ubuntu: apt install g++), or set CXX")
 
 
 def _nvcc() -> str | None:
@@ -134,7 +136,7 @@ def _key(programs: tuple[str, ...], compiling: tuple[str, ...], sources: list[Pa
 
 
 def _source_directory() -> Path:
-    """csrc/ of the source tree, or its copy in an installed package."""
+    """Return csrc/ of the source tree, or its copy in an installed package."""
     here = Path(__file__).resolve().parent
     for candidate in (here / "csrc", here.parent.parent / "csrc"):
         if candidate.is_dir():

@@ -1,8 +1,8 @@
-"""Checks of the operators' arguments: every error names the argument, what it is and what it should be.
+"""Checks of operator arguments. Every error names the argument, what it is and what it should be.
 
-Values (targets in range, temperatures positive) are checked by an exception on the CPU. On a GPU that would wait for the
-device, so there they are checked by an assertion on the device, as PyTorch's own index checks are: it reaches the host
-at the next synchronisation.
+On the CPU, an invalid value (a target out of range, a temperature that is not positive) raises an exception. On a GPU
+that would require a synchronisation, so values are checked by a device-side assertion, as in PyTorch's own index checks:
+a failure is reported at the next synchronisation.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
-    """hidden (..., D), weight (V, D), bias (V,): one floating dtype, one device."""
+    """Check hidden (..., D), weight (V, D) and bias (V,): the same floating-point dtype and device."""
     _check_product("hidden", hidden, "weight", weight)
     _check_bias("bias", bias, weight)
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}: it must be positive, or None for none")
+        raise ValueError(f"softcap is {softcap}: it must be positive, or None to disable it")
 
 
 def check_lora(lora: LoRA | None, weight: Tensor) -> None:
-    """a (r, D) and b (V, r), of the weight's dtype and device."""
+    """Check a (r, D) and b (V, r): the weight's dtype and device."""
     if lora is None:
         return
     vocabulary, width = weight.shape
@@ -39,31 +39,31 @@ def check_lora(lora: LoRA | None, weight: Tensor) -> None:
     for name, value in (("a", lora.a), ("b", lora.b)):
         if value.dtype != weight.dtype or value.device != weight.device:
             raise ValueError(
-                f"lora: {name} is {value.dtype} on {value.device}, weight {weight.dtype} on {weight.device}: "
+                f"lora: {name} is {value.dtype} on {value.device}, weight is {weight.dtype} on {weight.device}: "
                 "they must agree"
             )
 
 
 def check_mask(mask: Tensor | None, hidden: Tensor) -> None:
-    """mask (...,) bool, or None."""
+    """Check mask: (...,) bool, or None."""
     if mask is not None:
         _check_rows("mask", mask, hidden, (torch.bool,))
 
 
 def check_shard(weight: Tensor, shard: VocabShard | None) -> int:
-    """weight (V_k, D) is this rank's slice; gives V of the whole head."""
+    """Check that weight (V_k, D) is this rank's slice; return V of the whole head."""
     if shard is None:
         return weight.shape[0]
     if weight.shape[0] != shard.size:
         raise ValueError(
-            f"weight has {weight.shape[0]} rows, and vocab_parallel says {shard.size} for rank {shard.rank} of its group: "
-            "give this rank's slice of the head"
+            f"weight has {weight.shape[0]} rows, but vocab_parallel expects {shard.size} on rank {shard.rank} of its "
+            "group: pass this rank's slice of the head"
         )
     return shard.vocabulary
 
 
 def check_target(target: Tensor, hidden: Tensor, vocabulary: int, mask: Tensor | None) -> None:
-    """target (...,) int64 within the vocabulary, where the mask is set."""
+    """Check target: (...,) int64, within the vocabulary wherever the mask is set."""
     _check_rows("target", target, hidden, (torch.int64,))
     inside = (target >= 0) & (target < vocabulary)
     if mask is not None:
@@ -73,14 +73,14 @@ def check_target(target: Tensor, hidden: Tensor, vocabulary: int, mask: Tensor |
             row = int((~inside).flatten().nonzero()[0])
             raise ValueError(
                 f"target: row {row} has {int(target.flatten()[row])}, outside the vocabulary of {vocabulary}"
-                + ("" if mask is not None else "; rows that do not count are left out by a mask")
+                + ("" if mask is not None else "; use mask to leave out rows that do not count")
             )
     else:
-        torch._assert_async(inside.all(), f"target: a value lies outside the vocabulary of {vocabulary}")
+        torch._assert_async(inside.all(), f"target: a value is outside the vocabulary of {vocabulary}")
 
 
 def check_temperature(temperature: float | Tensor, hidden: Tensor, *, greedy: bool = False) -> None:
-    """A number, or (...,) one a row: positive, or with ``greedy`` not negative."""
+    """Check temperature: a number, or one per row (...,); positive, or with ``greedy`` not negative."""
     bound = "not negative" if greedy else "positive"
     if isinstance(temperature, Tensor):
         if temperature.ndim:
@@ -89,21 +89,21 @@ def check_temperature(temperature: float | Tensor, hidden: Tensor, *, greedy: bo
             return
         if temperature.device.type != "cpu":
             allowed = temperature >= 0 if greedy else temperature > 0
-            torch._assert_async(allowed.all(), f"temperature: a value found that is not {bound}")
+            torch._assert_async(allowed.all(), f"temperature: a value is not {bound}")
             return
         lowest = float(temperature.min())
     else:
         lowest = float(temperature)
     if not (lowest > 0 or (greedy and lowest == 0)):
         raise ValueError(
-            f"temperature: {lowest} found, it must be {bound}" + ("" if greedy else " (0 is for linear_sample)")
+            f"temperature: got {lowest}, it must be {bound}" + ("" if greedy else " (only linear_sample takes 0)")
         )
 
 
 def check_reference(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
 ) -> None:
-    """ref_hidden (..., D'), ref_weight (V, D') or None for a shared head, ref_bias (V,)."""
+    """Check ref_hidden (..., D'), ref_weight (V, D') or None for a shared head, and ref_bias (V,)."""
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
@@ -111,7 +111,8 @@ def check_reference(
         return
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
-            f"ref_hidden has shape {tuple(ref_hidden.shape)}: expected the rows of hidden, {tuple(hidden.shape[:-1])}"
+            f"ref_hidden has shape {tuple(ref_hidden.shape)}: its rows must be those of hidden, "
+            f"{tuple(hidden.shape[:-1])}"
         )
     head = weight if ref_weight is None else ref_weight
     _check_product("ref_hidden", ref_hidden, "weight" if ref_weight is None else "ref_weight", head)
@@ -126,14 +127,14 @@ def check_reference(
 
 
 def check_seeds(seeds: Tensor, hidden: Tensor) -> None:
-    """seeds (...,) int64, one a row."""
+    """Check seeds: (...,) int64, one per row."""
     _check_rows("seeds", seeds, hidden, (torch.int64,))
 
 
 def check_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> None:
-    """outs: S of (..., D); lses: S of (...,)."""
+    """Check outs, S of shape (..., D), and lses, S of shape (...,)."""
     if len(outs) == 0 or len(outs) != len(lses):
-        raise ValueError(f"outs has {len(outs)} parts, lses {len(lses)}: they must be as many, and at least one")
+        raise ValueError(f"outs has {len(outs)} parts, lses {len(lses)}: they must be equally many, at least one")
     for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.shape != outs[0].shape:
             raise ValueError(f"outs[{index}] has shape {tuple(out.shape)}, outs[0] {tuple(outs[0].shape)}")
@@ -154,9 +155,9 @@ def _check_product(left_name: str, left: Tensor, right_name: str, right: Tensor)
             f"{right_name} has shape {tuple(right.shape)}: the vocabulary and the hidden size must not be empty"
         )
     if right.dtype != left.dtype:
-        raise TypeError(f"{right_name} is {right.dtype} and {left_name} {left.dtype}: they must agree")
+        raise TypeError(f"{right_name} is {right.dtype} and {left_name} is {left.dtype}: they must agree")
     if right.device != left.device:
-        raise ValueError(f"{right_name} is on {right.device} and {left_name} on {left.device}: they must agree")
+        raise ValueError(f"{right_name} is on {right.device} and {left_name} is on {left.device}: they must agree")
 
 
 def _check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
@@ -165,9 +166,9 @@ def _check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"{name} has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
     if bias.dtype != weight.dtype:
-        raise TypeError(f"{name} is {bias.dtype} and its weight {weight.dtype}: they must agree")
+        raise TypeError(f"{name} is {bias.dtype} and its weight is {weight.dtype}: they must agree")
     if bias.device != weight.device:
-        raise ValueError(f"{name} is on {bias.device} and its weight on {weight.device}: they must agree")
+        raise ValueError(f"{name} is on {bias.device} and its weight is on {weight.device}: they must agree")
 
 
 def _check_rows(name: str, value: Tensor, hidden: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -175,7 +176,7 @@ def _check_rows(name: str, value: Tensor, hidden: Tensor, dtypes: tuple[torch.dt
         raise TypeError(f"{name} is {value.dtype}: expected {' or '.join(map(str, dtypes))}")
     if value.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}: expected the rows of hidden, {tuple(hidden.shape[:-1])}"
+            f"{name} has shape {tuple(value.shape)}: expected one value per row of hidden, {tuple(hidden.shape[:-1])}"
         )
     if value.device != hidden.device:
-        raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}: they must agree")
+        raise ValueError(f"{name} is on {value.device} and hidden is on {hidden.device}: they must agree")

@@ -1,4 +1,4 @@
-"""Calling a loss: statistics in, three numbers a token out."""
+"""Evaluation of a loss callback: statistics in, three derivatives per token out."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def evaluate(
     Args:
         coefficients: The loss.
         stats: (C,) each, constants.
-        positions: (C,) int64: the rows' places in the flattened input.
+        positions: (C,) int64: the positions of the rows in the flattened input.
 
     Returns:
         The summed loss () and (alpha, eta, kappa), (C,) each or None, in the dtype of the statistics.
 
     Raises:
-        ValueError: A result has another shape, or is the derivative of a statistic that was not asked for.
+        ValueError: A result has the wrong shape, or is the derivative of a statistic that was not requested.
     """
     dtype = stats.logprob.dtype
     terms, *derivatives = coefficients(stats.logprob, stats.entropy, stats.kl, positions)
@@ -31,7 +31,7 @@ def evaluate(
             raise ValueError(f"coefficients: {name} has shape {tuple(value.shape)}, expected {tuple(positions.shape)}")
     alpha, eta, kappa = (None if value is None else value.detach().to(dtype).contiguous() for value in derivatives)
     if eta is not None and stats.entropy is None:
-        raise ValueError("coefficients: eta given, but the entropy was not asked for: pass entropy=True")
+        raise ValueError("coefficients: eta given, but the entropy was not requested: pass entropy=True")
     if kappa is not None and stats.kl is None:
         raise ValueError("coefficients: kappa given, but there is no reference: pass ref_hidden")
     return terms.detach().to(dtype).sum(), (alpha, eta, kappa)

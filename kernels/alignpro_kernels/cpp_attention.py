@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the backend cannot run here, None if it can; builds the library when it is not there yet."""
+    """Return the reason why the backend cannot run here, or None if it can; builds the library if necessary."""
     reason = cpp_library.unavailable()
     if reason is None:
         _register_fakes()
@@ -80,7 +80,7 @@ def cascade_attention(
 
 
 def _register_fakes() -> None:
-    """Shapes of the results, for tracing."""
+    """Register the shapes of the results, for tracing."""
 
     @torch.library.register_fake("alignpro::cascade_attention")
     def _(query, *rest):  # type: ignore[no-untyped-def]

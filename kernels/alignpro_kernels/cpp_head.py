@@ -1,9 +1,10 @@
-"""Backend ``cpp``: the head on a CPU, by the operators of csrc/cpu.
+"""Backend ``cpp``: the head's operators on a CPU, implemented in csrc/cpu.
 
-The vocabulary is cut into tiles that are dealt to the threads; a tile's logits are made and reduced while they are in the
-cache. Rows in flight are what costs memory, since their logits are kept from the statistics to the gradient; each chunk reads
-W twice and dW twice, so too few rows make those the bottleneck. Where the weight is trained, the first chunk's logits need no
-memory of their own: a tile's are kept where the tile's rows of dW will be, which overwrite them.
+The vocabulary is split into tiles, which are distributed over the threads; a tile's logits are computed and reduced while
+they are in the cache. Memory use is determined by the rows in flight, since their logits are kept from the statistics to
+the gradient. Each chunk reads W twice and dW twice, so memory bandwidth becomes the bottleneck if a chunk has too few
+rows. If the weight is trained, the first chunk's logits need no memory of their own: each tile's logits are stored where
+that tile's rows of dW will be, which later overwrite them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from alignpro_kernels import cpp_library
 from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
 from alignpro_kernels.types import SampleOutput
 
-_BUDGET = 224 << 20  # bytes of logits in flight, and of the threads' sums
-_FEWEST_ROWS = 64  # below, W and dW pass through memory more often than a larger budget would cost
+_BUDGET = 224 << 20  # bytes for the logits in flight and the threads' partial sums
+_FEWEST_ROWS = 64  # with fewer rows, rereading W and dW costs more than exceeding the budget
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the backend cannot run here, None if it can; builds the library when it is not there yet."""
+    """Return the reason why the backend cannot run here, or None if it can; builds the library if necessary."""
     reason = cpp_library.unavailable()
     if reason is None:
         _register_fakes()
@@ -31,18 +32,18 @@ def unavailable() -> str | None:
 
 
 def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
-    """The most rows of one chunk."""
+    """Return the maximum number of rows per chunk."""
     floats = head.logits_per_row + torch.get_num_threads() * head.weight.shape[1]
     return max(_FEWEST_ROWS, _BUDGET // (4 * floats))
 
 
 def rows_in_gradient(head: Head) -> int:
-    """See `alignpro_kernels.head`: a tile of logits is C × width, of the gradient width × D."""
+    """See `alignpro_kernels.head`: a tile of logits has C × width elements, a tile of the gradient width × D."""
     return head.weight.shape[1] // _sets(head)
 
 
 def weight_gradient(head: Head) -> Tensor:
-    """See `alignpro_kernels.head`: (V, D) float32, in memory of whole tiles."""
+    """See `alignpro_kernels.head`: (V, D) float32, allocated in whole tiles."""
     vocabulary, dim = head.weight.shape
     memory = torch.empty((vocabulary + torch.ops.alignpro.head_widest_tile()) * dim)
     return torch.empty(0).set_(memory.untyped_storage(), 0, (vocabulary, dim), (dim, 1))
@@ -51,7 +52,7 @@ def weight_gradient(head: Head) -> Tensor:
 def forward(
     head: Head, rows: Rows, *, entropy: bool, keep: bool, room: Tensor | None = None
 ) -> tuple[RowStats, Tensor | None]:
-    """See `alignpro_kernels.head`; what is kept are the logits in tiles, (1 or 2, tiles, C, width)."""
+    """See `alignpro_kernels.head`; keeps the logits in tiles, (1 or 2, tiles, C, width)."""
     logits = None
     if keep:
         count, dim = len(rows.hidden), head.weight.shape[1]
@@ -132,25 +133,25 @@ def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
 
 
 def release_workspace() -> None:
-    """Free the memory for logits that is kept from one call to the next."""
+    """Free the memory for logits that is otherwise reused by the next call."""
     if unavailable() is None:
         torch.ops.alignpro.release_workspace()
 
 
 def _sets(head: Head) -> int:
-    """Of logits: the policy's, and the reference's."""
+    """Return the number of sets of logits: the policy's, and with a reference also the reference's."""
     return 1 if head.ref_weight is None else 2
 
 
 def _temperature(rows: Rows) -> Tensor | None:
-    """(C,), or None where it is 1 for all."""
+    """Return the temperatures (C,), or None if all are 1."""
     if isinstance(rows.temperature, Tensor):
         return rows.temperature
     return None if rows.temperature == 1.0 else torch.full((len(rows.hidden),), float(rows.temperature))
 
 
 def _register_fakes() -> None:
-    """Shapes of the results, for tracing."""
+    """Register the shapes of the results, for tracing."""
 
     @torch.library.register_fake("alignpro::head_statistics")
     def _(hidden, *rest):  # type: ignore[no-untyped-def]

@@ -1,6 +1,7 @@
-"""The library of operators in C++ for CPUs, csrc/cpu: loaded once, built before that if need be.
+"""The library of C++ operators for CPUs, csrc/cpu: loaded once, after building it if necessary.
 
-Modules whose operators are in it tell PyTorch the shapes of their results, which it takes of loaded operators alone.
+The modules that wrap its operators register fake implementations with PyTorch after loading it, since PyTorch accepts
+them only for operators that exist.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from alignpro_kernels.build import BuildError, library
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the library cannot be had, None where it is loaded; builds it when it is not there yet."""
+    """Load the library, building it if necessary; return the reason why that failed, or None if it is loaded."""
     try:
         torch.ops.load_library(str(library()))
     except (BuildError, OSError) as error:
@@ -23,5 +24,5 @@ def unavailable() -> str | None:
 
 
 def instructions() -> str:
-    """The instruction set in use: avx512, avx2 or generic. The library must be loaded."""
+    """Return the instruction set in use: avx512, avx2 or generic. The library must be loaded."""
     return str(torch.ops.alignpro.head_instructions())

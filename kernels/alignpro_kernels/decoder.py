@@ -1,9 +1,9 @@
 """All layers of a decoder in one call, on a CPU: csrc/cpu/decoder.cpp.
 
-A decoder's layer is some thirty operations of PyTorch, and a tick of generation calls them for a few rows each, for which
-beginning an operation costs as much as the operation. Here a tick is one call, which leaves out what a layer writes only to
-read it again: products add to the residual stream as they end, gates are taken while they are in the cache, keys and values
-go from their rotation to the pool.
+A decoder layer takes about thirty PyTorch operations. A decode step calls them with a few rows each, for which the
+dispatch overhead is as large as the computation. Here a step is a single call, which also avoids writing intermediate
+results only to read them again: matrix products are added to the residual stream directly, gates are applied while they
+are in the cache, and keys and values are written to the pool as soon as they are rotated.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from alignpro_kernels.attention import CascadeLevel
 from alignpro_kernels.linear import PANEL
 
 _ROWS_IN_FLIGHT = 512
-"""Tokens whose states inside a gated layer are there at a time."""
+"""Maximum number of tokens whose intermediate MLP activations exist at the same time."""
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the operator cannot be had here, None if it can; builds the library when it is not there yet."""
+    """Return the reason why the operator cannot run here, or None if it can; builds the library if necessary."""
     reason = cpp_library.unavailable()
     if reason is None:
         _register_fake()
@@ -42,7 +42,7 @@ class DecoderLayer:
     norm: Tensor
     """(D,)"""
     qkv: Tensor
-    """Of queries, keys and values, behind one another: (H + 2 H') head_dim outputs, D inputs."""
+    """Queries, keys and values, concatenated: (H + 2 H') head_dim outputs, D inputs."""
     out: Tensor
     """D outputs, H head_dim inputs."""
     inner_norm: Tensor
@@ -50,36 +50,37 @@ class DecoderLayer:
     gate: Tensor
     """I outputs, D inputs."""
     up: Tensor
-    """As ``gate``."""
+    """Same shape as ``gate``."""
     down: Tensor
     """D outputs, I inputs."""
     qkv_bias: Tensor | None = None
     """((H + 2 H') head_dim,)"""
     query_norm: Tensor | None = None
-    """(head_dim,): of each query, before its rotation."""
+    """(head_dim,): weight of the norm applied to each query before its rotation."""
     key_norm: Tensor | None = None
+    """(head_dim,): likewise for each key."""
     window: int | None = None
-    """Positions that a query sees, its own included; None for all before it."""
+    """Number of positions that a query sees, including its own; None for all up to its own."""
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """The weights of all layers, and what they have in common."""
+    """The weights of all layers, and the constants that they share."""
 
     layers: Sequence[DecoderLayer]
     norm: Tensor
-    """(D,): after the last layer."""
+    """(D,): weight of the norm after the last layer."""
     eps: float
-    """Of norms: x / √(mean(x²) + ε) · (weight + offset)."""
+    """ε of the norms: x / √(mean(x²) + ε) · (weight + offset)."""
     offset: float
     scale: float
-    """Of scores."""
+    """Scale of the attention scores."""
     softcap: float | None
     """Scores become softcap · tanh(score / softcap)."""
 
     @functools.cached_property
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-        """Norms, matrices, and what a layer may lack, in the operator's order."""
+        """Norms, matrices and optional weights, in the operator's order."""
         layers = self.layers
         norms = [weight for layer in layers for weight in (layer.norm, layer.inner_norm)] + [self.norm]
         matrices = [m for layer in layers for m in (layer.qkv, layer.out, layer.gate, layer.up, layer.down)]
@@ -96,46 +97,46 @@ def decoder_stack(
     slots: Tensor,
     levels: Sequence[CascadeLevel],
 ) -> Tensor:
-    """The last hidden states of T tokens of some sequences; their keys and values are put into pages.
+    """Run T tokens through all layers, write their keys and values to the pages, and return the last hidden states.
 
-    A token's result is a function of its own sequence: the same bits in every batch and with every number of threads.
+    A token's result depends only on its own sequence: it has the same bits in any batch and with any number of threads.
 
     Args:
         hidden: (T, D) float32 on the CPU: the tokens' embeddings.
-        weights: Of the layers.
+        weights: The weights of the layers.
         cos: (T, R) float32: the rotary embedding of each token, whose pairs are R / 2 elements apart. R ≤ head_dim.
         sin: As ``cos``.
         pages: Each layer's view of the pool, see `write_kv`.
-        slots: (T,) int64: where keys and values go, −1 for nowhere.
-        levels: What each token sees, see `cascade_attention`.
+        slots: (T,) int64: where each token's keys and values are written; −1 skips the token.
+        levels: The keys that each token sees, see `cascade_attention`.
 
     Returns:
         (T, D) float32, after the last norm.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit.
+        ValueError: Shapes or dtypes do not match.
     """
     tokens, dim = hidden.shape
     layers = weights.layers
     if len(pages) != len(layers):
-        raise ValueError(f"pages has {len(pages)} layers and weights {len(layers)}: they must agree")
+        raise ValueError(f"pages has {len(pages)} layers and weights has {len(layers)}: they must agree")
     head_dim = pages[0].shape[-1]
     width = (layers[0].out.shape[1] + 2 * pages[0].shape[3] * head_dim + PANEL - 1) // PANEL
     if layers[0].qkv.shape[:2] != (width, dim) or layers[0].out.shape[1] % head_dim:
         raise ValueError(
-            f"pages have {pages[0].shape[3]} heads of {head_dim} elements, hidden rows of {dim}, and the first layer's weights "
-            f"the packed shapes {tuple(layers[0].qkv.shape)} and {tuple(layers[0].out.shape)}: they do not fit"
+            f"pages has {pages[0].shape[3]} heads of {head_dim} elements, hidden has rows of {dim}, and the first layer's "
+            f"packed weights have shapes {tuple(layers[0].qkv.shape)} and {tuple(layers[0].out.shape)}: they do not match"
         )
     if cos.shape != sin.shape or len(cos) != tokens or cos.shape[1] > head_dim or cos.shape[1] % 2:
         raise ValueError(
             f"cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}: expected ({tokens}, R ≤ {head_dim})"
         )
     if any(len(level.query_positions) != tokens for level in levels if level.rows is None) or slots.shape != (tokens,):
-        raise ValueError(f"levels and slots ({tuple(slots.shape)}) must be of the {tokens} tokens of hidden")
+        raise ValueError(f"levels and slots ({tuple(slots.shape)}) must be for the {tokens} tokens of hidden")
     for name, x in (("hidden", hidden), ("cos", cos), ("sin", sin), ("pages", pages[0])):
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"{name} is {x.dtype} on {x.device}: expected float32 on the CPU")
-    # Here, so that what counts PyTorch's memory sees it.
+    # Allocated here rather than in C++, so that tools that measure PyTorch's memory see it.
     inner = layers[0].down.shape[1]
     queries = layers[0].out.shape[1]
     per_token = 2 * queries + 2 * pages[0].shape[3] * head_dim
@@ -164,7 +165,7 @@ def decoder_stack(
 
 
 def _register_fake() -> None:
-    """Shapes of the result, for tracing."""
+    """Register the shape of the result, for tracing."""
 
     @torch.library.register_fake("alignpro::decoder_stack")
     def _(hidden, *rest):  # type: ignore[no-untyped-def]

@@ -1,14 +1,15 @@
-"""Backend ``flash`` of `paged_attention`: the kernels of the package flash-attn (FlashAttention-2), where it is installed.
+"""Backend ``flash`` of `paged_attention`: the kernels of the package flash-attn (FlashAttention-2), if it is installed.
 
-flash-attn knows no positions: its causal mask puts a sequence's last query beside its last key. So there are two ways:
+flash-attn takes no positions: its causal mask aligns a sequence's last query with its last key. So there are two cases:
 
-- As many queries as sequences, a decode step: each query becomes a sequence of its own, with as many keys as it sees.
-- More queries: those of a sequence are cut in two. The first are its last keys, in order, for which the mask is right; the
-  others lie behind all its keys and see every one. That is how a prefix tree is walked. One call for each of the two, in
-  which the other's queries have no keys. A query that is in neither place gets NaN: that is not seen on the host, which
-  would have to wait.
+- As many queries as sequences, as in a decode step: each query becomes a sequence of its own, with the keys that it sees.
+- More queries than sequences: the queries of each sequence are split into two groups. The first are at the positions of
+  the sequence's last keys, in order, for which the causal mask is right; the others come after all its keys and see every
+  one. This covers the traversal of a prefix tree. Each group takes one call, in which the queries of the other group have
+  no keys. A query that belongs to neither group gets NaN, since an error would require synchronising with the device.
 
-A window would count from the last key, and a query that lies behind it has moved on: windows go to other backends.
+flash-attn counts a window back from the last key, which is wrong for queries that come after it, so windows are not
+supported.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 
 PAGE_SIZE = 256
-"""Tokens of a page must be a multiple of this."""
+"""The number of tokens per page must be a multiple of this."""
 
 
 def unavailable() -> str | None:
-    """Why the backend cannot run here, None if it can."""
+    """Return the reason why the backend cannot run here, or None if it can."""
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
     if not torch.cuda.is_available() or torch.version.cuda is None:
@@ -35,13 +36,13 @@ def unavailable() -> str | None:
 
 
 def unsuited(query: Tensor, pages: Tensor, window: int | None) -> str | None:
-    """Why it does not take such inputs, None if it does."""
+    """Return the reason why the backend does not support these inputs, or None if it does."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, and the input is {query.dtype}"
     if pages.shape[2] % PAGE_SIZE:
-        return f"its pages have a multiple of {PAGE_SIZE} tokens, and these have {pages.shape[2]}"
+        return f"it needs a page size that is a multiple of {PAGE_SIZE} tokens, and these pages have {pages.shape[2]}"
     if query.shape[2] % 8 or query.shape[2] > 256:
-        return f"its heads have a multiple of 8 entries, at most 256, and these have {query.shape[2]}"
+        return f"it needs a head dimension that is a multiple of 8, at most 256, and this one is {query.shape[2]}"
     if window is not None:
         return "it counts a window from the last key of a sequence, not from the query"
     return None
@@ -60,7 +61,7 @@ def paged_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `alignpro_kernels.paged_attention`, and above for which positions it takes."""
+    """See `alignpro_kernels.paged_attention`, and the module's docstring for the positions that it supports."""
     assert window is None
     count, sequences = len(query), len(key_lengths)
     if not count or not sequences or not page_table.shape[1]:
@@ -69,18 +70,18 @@ def paged_attention(
         query = query.contiguous()
     bounds = cu_queries.to(query.device, non_blocking=True).contiguous()
     rows = torch.arange(count, dtype=torch.int32, device=query.device)
-    owner = torch.searchsorted(bounds, rows, right=True) - 1  # (T,) the sequence of each query
+    owner = torch.searchsorted(bounds, rows, right=True) - 1  # (T,) sequence of each query
     lengths = key_lengths[owner]
     place = query_positions if key_starts is None else query_positions - key_starts[owner]  # (T,)
     options = {"softmax_scale": scale, "softcap": softcap or 0.0}
-    seen = torch.minimum(place + 1, lengths).clamp_min(0)  # (T,) keys of each query
+    seen = torch.minimum(place + 1, lengths).clamp_min(0)  # (T,) number of keys that each query sees
     if count == sequences:
         out, lse = _one_by_one(query, pages, page_table[owner], seen, options)
     else:
         inside = (place >= 0) & (place < lengths)
         before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))  # (T + 1,)
-        first = (before[bounds[1:]] - before[bounds[:-1]]).int()  # (S,) queries of each that are its last keys
-        index = rows - bounds[owner]  # (T,) of a query in its sequence
+        first = (before[bounds[1:]] - before[bounds[:-1]]).int()  # (S,) size of each sequence's first group
+        index = rows - bounds[owner]  # (T,) index of each query within its sequence
         in_order = torch.where(index < first[owner], place == lengths - first[owner] + index, ~inside)
         out, lse = _two_kinds(query, pages, bounds, first, page_table, key_lengths, index < first[owner], options)
         out = torch.where((in_order | (seen == 0))[:, None, None], out, torch.nan)
@@ -92,7 +93,7 @@ def paged_attention(
 def _one_by_one(
     query: Tensor, pages: Tensor, table: Tensor, seen: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Each of T queries (T, H, D) a sequence of its own, with ``seen`` keys in the pages of its line of the table."""
+    """Attend with each of the queries (T, H, D) as its own sequence, with ``seen`` keys in the pages of its table row."""
     from flash_attn import flash_attn_with_kvcache
 
     out, lse = flash_attn_with_kvcache(
@@ -117,10 +118,10 @@ def _two_kinds(
     is_first: Tensor,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """The first queries of each sequence under a causal mask, (S,) of them, and the others without one."""
+    """Attend with the first queries of each sequence, (S,) counts, under a causal mask, and with the others without one."""
     from flash_attn import flash_attn_varlen_func
 
-    # Two sequences for each: its first queries, then the others.
+    # Each sequence becomes two: its first queries, then the others.
     cu_queries = torch.stack([bounds[:-1], bounds[:-1] + first], 1).flatten()
     cu_queries = torch.cat([cu_queries, bounds[-1:]])  # (2 S + 1,)
     results = []
@@ -132,7 +133,7 @@ def _two_kinds(
             v=pages[:, 1],
             cu_seqlens_q=cu_queries,
             cu_seqlens_k=torch.nn.functional.pad(keys.cumsum(0, dtype=torch.int32), (1, 0)),
-            # Bounds that follow from shapes; with 1 it would take every sequence to have one query.
+            # Upper bounds known from shapes; flash-attn would read 1 as "every sequence has one query".
             max_seqlen_q=max(2, len(query)),
             max_seqlen_k=table.shape[1] * pages.shape[2],
             causal=causal,

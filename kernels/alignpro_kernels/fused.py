@@ -1,15 +1,15 @@
-"""The chunk loop that every fast backend shares: rows in flight, coefficients, accumulators, autograd.
+"""The chunk loop shared by all fast backends: rows in flight, coefficients, accumulators, autograd.
 
-The logits of all rows never exist at once. A chunk's logits are made, reduced to statistics, turned in place into their
-gradient and multiplied out, before the next chunk is begun. Accumulators over chunks are float32 (float64 for float64
-inputs): sums in bfloat16 lose what a chunk adds once the sum has grown.
+The logits of all rows never exist at once. Each chunk's logits are computed, reduced to statistics, turned into their
+gradient in place and multiplied out before the next chunk starts. Accumulators over chunks are float32 (float64 for
+float64 inputs): a sum in bfloat16 would lose a chunk's contribution once the sum has grown.
 
-`policy_loss` forms gradients in the forward pass, so that logits are computed once: 6 NDV operations with a trained
-head, 4 with a frozen one, 2 more with a KL. `linear_logprob` keeps its inputs only; its backward recomputes the logits
-of those rows whose gradient is not zero.
+`policy_loss` computes gradients in the forward pass, so that logits are computed only once: 6 NDV operations with a
+trained head, 4 with a frozen one, 2 more with a KL. `linear_logprob` saves only its inputs; its backward pass recomputes
+the logits of those rows whose gradient is not zero.
 
-Where the head is this rank's slice of a vocabulary split over ranks, a chunk's statistics are merged before they are
-used, and the gradient of its hidden states is summed over the ranks while the next chunk is computed.
+If the head is this rank's slice of a vocabulary split over ranks, a chunk's statistics are merged before they are used,
+and the gradient of its hidden states is summed over the ranks while the next chunk is computed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from alignpro_kernels.types import Coefficients, PolicyLossOutput, SampleOutput,
 from alignpro_kernels.vocab_parallel import Fact, Reduction, VocabShard, agree, agree_on_rows, checksum
 from alignpro_kernels.vocab_states import merge_statistics
 
-_ROW_MULTIPLE = 64  # chunks are cut to whole tiles where there are several
+_ROW_MULTIPLE = 64  # if there are several chunks, their sizes are multiples of this, for whole tiles
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Call:
     head: Head
     rows: Rows
     shard: VocabShard | None = None
-    """Of which ``head`` is this rank's slice, and in which targets count from its start; None: it is the whole head."""
+    """The split of which ``head`` is this rank's slice; targets are relative to its start. None for a whole head."""
 
     def variables(self) -> tuple[Tensor | None, ...]:
-        """What may take a gradient, in the order of `_Sums.finish`."""
+        """Return the tensors that may require a gradient, in the order of `_Sums.finish`."""
         return self.rows.hidden, self.head.weight, self.head.bias, self.rows.low_rank, self.head.low_rank
 
     def detach(self) -> Call:
-        """The same without autograd's history; the reference still shares the weight if it did."""
+        """Return the same call without autograd history; a weight shared with the reference stays shared."""
 
         def constant(x: Tensor | None) -> Tensor | None:
             return None if x is None else (x.detach() if x.requires_grad else x).contiguous()
@@ -79,7 +79,7 @@ class Call:
 def policy_loss(
     backend: ModuleType, call: Call, coefficients: Coefficients, *, entropy: bool, positions: Tensor | None
 ) -> PolicyLossOutput:
-    """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are the rows' places in the input, None for 0…N−1."""
+    """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are those of the rows in the input, None for 0…N−1."""
     variables = call.variables()
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in variables]
     with torch.no_grad():
@@ -104,7 +104,7 @@ def policy_loss(
             if sums is not None:
                 active = _active_rows(derivatives)
                 sums.add(backend, chunk, rows, kept, chunk_stats, active, derivatives)
-            del kept  # before the next chunk's logits are made
+            del kept  # free it before computing the next chunk's logits
         if call.shard is not None and returned:
             agree(call.shard, "policy_loss", device, {"what coefficients returned": torch.stack(returned)})
     stats = _join(parts, call.rows.hidden, entropy=entropy, kl=call.head.ref_weight is not None)
@@ -120,7 +120,7 @@ def linear_logprob(backend: ModuleType, call: Call, *, entropy: bool) -> TokenSt
 
 
 def linear_sample(backend: ModuleType, call: Call, seeds: Tensor) -> SampleOutput:
-    """See `alignpro_kernels.linear_sample`: no logits are kept, so there are no chunks."""
+    """See `alignpro_kernels.linear_sample`. No logits are kept, so the rows are not split into chunks."""
     if not len(seeds):
         none = seeds.new_empty(0, dtype=statistics_dtype(call.rows.hidden.dtype))
         return SampleOutput(seeds, none, none)
@@ -130,7 +130,7 @@ def linear_sample(backend: ModuleType, call: Call, seeds: Tensor) -> SampleOutpu
 
 
 class _Sums:
-    """Gradients of a call, chunk by chunk."""
+    """Accumulates the gradients of a call, chunk by chunk."""
 
     def __init__(self, call: Call, wanted: Sequence[bool], backend: ModuleType, most: int) -> None:
         def like(index: int, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -144,14 +144,14 @@ class _Sums:
         self._weight, self._bias, self._low_rank = like(1, wide), like(2, wide), like(4, wide)
         self._begun = False
         self.rows_in_room = 0
-        """How many rows' logits are kept in the weight's gradient before it is begun; 0 where another memory serves better."""
+        """How many rows of logits are stored in the memory of the weight's gradient before it is first written; may be 0."""
         if self._weight is not None and call.shard is None:
             rows = backend.rows_in_gradient(call.head)
             if rows and rows >= min(len(call.rows.hidden), most + 1):
                 self._weight, self.rows_in_room = backend.weight_gradient(call.head), rows
 
     def room(self, chunk: slice) -> Tensor | None:
-        """The weight's gradient as memory for the logits of the first chunk."""
+        """Return the weight's gradient, as memory for the logits, if this is the first chunk and may use it."""
         return self._weight if self.rows_in_room and chunk.start == 0 else None
 
     def add(
@@ -184,11 +184,11 @@ class _Sums:
             backend.backward(self._call.head, rows, kept, stats, active, *derivatives, into)
             self._begun = True
         if reduction is not None:
-            # Also where no row is active: ranks that disagree on that are to be told so, not to wait for each other.
+            # Also if no row is active: if the ranks disagree on that, they must raise an error instead of hanging.
             reduction.begin([(x, y) for x, y in zip(parts, places, strict=True) if x is not None and y is not None])
 
     def finish(self) -> list[Tensor | None]:
-        """The gradients in their variables' dtypes, in the order of `Call.variables`."""
+        """Return the gradients in their variables' dtypes, in the order of `Call.variables`."""
         if self._reduction is not None:
             self._reduction.finish()
         weight, bias, low_rank = self._weight, self._bias, self._low_rank
@@ -197,13 +197,13 @@ class _Sums:
                 if x is not None:
                     x.zero_()
         dtype = self._call.head.weight.dtype
-        self._weight = self._bias = self._low_rank = None  # a wide accumulator is freed once it is rounded
+        self._weight = self._bias = self._low_rank = None  # so that each wide accumulator is freed once it is rounded
         rounded = [None if x is None else x.to(dtype) for x in (weight, bias, low_rank)]
         return [self._hidden, rounded[0], rounded[1], self._low_rank_rows, rounded[2]]
 
 
 class _HandOn(torch.autograd.Function):
-    """A loss whose gradients are known already: backward scales them and hands them on."""
+    """A loss whose gradients are already known: the backward pass only scales them."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *variables: Tensor | None) -> Tensor:
@@ -213,9 +213,9 @@ class _HandOn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        # Without retain_graph the saved gradients are not needed again: scaled in place, they become the leaves' own.
+        # Without retain_graph the saved gradients are not needed again, so they are scaled in place and returned.
         retained = torch._C._autograd._get_current_graph_task_keep_graph()
-        # On a GPU to look at the scale would wait for the device; a product costs one pass over the gradient.
+        # On a GPU, reading the scale would synchronise with the device; multiplying costs one pass over the gradient.
         if scale.device.type == "cpu" and scale.item() == 1.0:
             return None, None, *ctx.saved_tensors
         return (
@@ -226,7 +226,7 @@ class _HandOn(torch.autograd.Function):
 
 
 class _Statistics(torch.autograd.Function):
-    """Statistics of all rows; backward computes logits again, of the rows that have a gradient."""
+    """Statistics of all rows; the backward pass recomputes the logits of the rows that have a gradient."""
 
     @staticmethod
     def forward(
@@ -303,7 +303,7 @@ def _restore(ctx: Any) -> Call:
 def _rows_at_once(
     backend: ModuleType, call: Call, operator: str, wanted: Sequence[bool], facts: Mapping[str, Fact]
 ) -> int:
-    """The most rows of a chunk: what the backend can take, on every rank; those must agree on the facts."""
+    """Return the maximum chunk size that the backend supports on every rank; checks that the ranks agree on the facts."""
     head, rows = call.head, call.rows
     most: int = backend.rows_in_flight(head, rows.hidden.dtype)
     if call.shard is None:
@@ -322,7 +322,7 @@ def _rows_at_once(
 def _forward(
     backend: ModuleType, call: Call, rows: Rows, *, entropy: bool, keep: bool, room: Tensor | None = None
 ) -> tuple[RowStats, Any]:
-    """A chunk's statistics over the whole vocabulary, and what `backward` needs."""
+    """Return a chunk's statistics over the whole vocabulary, and what `backward` needs."""
     options = {} if room is None else {"room": room}
     stats, kept = backend.forward(call.head, rows, entropy=entropy, keep=keep, **options)
     if call.shard is not None:
@@ -332,9 +332,9 @@ def _forward(
 
 
 def _chunks(count: int, most: int, first: int = 0) -> Iterator[slice]:
-    """Slices of nearly equal length, at most ``most`` rows each: a short last chunk would use W for little.
+    """Yield slices of nearly equal length, at most ``most`` rows each: a short last chunk would read W for few rows.
 
-    The first has up to ``first`` rows, if that is not 0.
+    If ``first`` is not 0, the first slice has up to ``first`` rows.
     """
     if count == 0:
         return
@@ -352,11 +352,11 @@ def _chunks(count: int, most: int, first: int = 0) -> Iterator[slice]:
 
 
 def _active_rows(derivatives: tuple[Tensor | None, ...]) -> Tensor | None:
-    """Rows with a coefficient that is not zero, ascending; None for all. On a GPU this waits for the device once."""
+    """Return the rows with a nonzero coefficient, ascending; None for all. On a GPU this synchronises once."""
     given = [x for x in derivatives if x is not None]
     if not given:
         return torch.empty(0, dtype=torch.int64)
-    # NaN is not zero: it stays active, and is seen in the gradient.
+    # NaN is not zero: its row stays active, so it shows in the gradient.
     active = torch.stack([x != 0 for x in given]).any(0).nonzero().squeeze(1)
     return None if len(active) == len(given[0]) else active
 

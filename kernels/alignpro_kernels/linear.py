@@ -1,8 +1,8 @@
-"""Products with weights laid out in panels, on a CPU: csrc/cpu/linear.cpp.
+"""Linear layers with packed weights, on a CPU: csrc/cpu/linear.cpp.
 
-A weight (N, K) is cut into panels of `PANEL` outputs, within which the weights of one input lie side by side, as a product
-reads them. Laying it out costs about one product with a single row. An output is a sum over its inputs in an order that
-nothing else changes, so that a row's results are the same bits whatever rows it is computed with; that holds for no BLAS.
+A weight (N, K) is split into panels of `PANEL` outputs. Within a panel the weights of one input are contiguous, which is the
+order in which a matrix product reads them. Packing costs about as much as one product with a single row. Each output sums
+over its inputs in a fixed order, so a row's results have the same bits in any batch; no BLAS guarantees that.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from alignpro_kernels import cpp_library
 from alignpro_kernels.backends import BackendError
 
 PANEL = 32
-"""Outputs."""
+"""Number of outputs per panel."""
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why these products cannot be had here, None if they can; builds the library when it is not there yet."""
+    """Return the reason why packed products cannot run here, or None if they can; builds the library if necessary."""
     reason = cpp_library.unavailable()
     if reason is None:
         _register_fakes()
@@ -29,17 +29,17 @@ def unavailable() -> str | None:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """A weight in panels.
+    """Pack a weight into panels.
 
     Args:
         weight: (N, K) float32, on the CPU; contiguous, or the transpose of a contiguous matrix.
 
     Returns:
-        (⌈N / PANEL⌉, K, PANEL); 0 beyond the last output.
+        (⌈N / PANEL⌉, K, PANEL), zero-padded beyond the last output.
 
     Raises:
-        ValueError: ``weight`` is something else.
-        BackendError: The library of C++ operators cannot be had.
+        ValueError: ``weight`` has another shape, dtype or device.
+        BackendError: The library of C++ operators is not available.
     """
     if weight.ndim != 2 or weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.numel():
         raise ValueError(
@@ -53,11 +53,11 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 def packed_linear(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, without gradient.
+    """Compute x Wᵀ + b, without gradient.
 
     Args:
         x: (..., K) float32, on the CPU.
-        packed: Of W, by `pack_weight`.
+        packed: W, packed by `pack_weight`.
         outputs: N.
         bias: (N,) float32.
 
@@ -65,7 +65,7 @@ def packed_linear(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None =
         (..., N) float32.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit.
+        ValueError: Shapes or dtypes do not match.
     """
     _check(x, packed, outputs)
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (outputs,)):
@@ -75,40 +75,40 @@ def packed_linear(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None =
 
 
 def packed_gate(x: Tensor, gate: Tensor, up: Tensor, outputs: int) -> Tensor:
-    """silu(x Gᵀ) · (x Uᵀ), without gradient: both products of a panel are joined while they are in the cache.
+    """Compute silu(x Gᵀ) · (x Uᵀ), without gradient; a panel's two products are combined while they are in the cache.
 
     Args:
         x: (..., K) float32, on the CPU.
-        gate: Of G (N, K), by `pack_weight`.
-        up: Of U (N, K), likewise.
+        gate: G (N, K), packed by `pack_weight`.
+        up: U (N, K), likewise.
         outputs: N.
 
     Returns:
         (..., N) float32.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit.
+        ValueError: Shapes or dtypes do not match.
     """
     _check(x, gate, outputs)
     if up.shape != gate.shape:
-        raise ValueError(f"up has the packed shape {tuple(up.shape)} and gate {tuple(gate.shape)}: they must agree")
+        raise ValueError(f"up has packed shape {tuple(up.shape)} and gate has {tuple(gate.shape)}: they must agree")
     out: Tensor = torch.ops.alignpro.packed_gate.default(x, gate, up, outputs)
     return out
 
 
 def _check(x: Tensor, packed: Tensor, outputs: int) -> None:
     if x.dtype != torch.float32 or packed.dtype != torch.float32 or x.device.type != "cpu":
-        raise ValueError(f"x is {x.dtype} on {x.device} and the weight {packed.dtype}: expected float32 on the CPU")
+        raise ValueError(f"x is {x.dtype} on {x.device} and the weight is {packed.dtype}: expected float32 on the CPU")
     panels = (outputs + PANEL - 1) // PANEL
     if x.ndim == 0 or packed.shape != (panels, x.shape[-1], PANEL):
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and the packed weight {tuple(packed.shape)}: expected (..., K) and, for {outputs} "
-            f"outputs, ({panels}, K, {PANEL})"
+            f"x has shape {tuple(x.shape)} and the packed weight has {tuple(packed.shape)}: expected (..., K) and, for "
+            f"{outputs} outputs, ({panels}, K, {PANEL})"
         )
 
 
 def _register_fakes() -> None:
-    """Shapes of the results, for tracing."""
+    """Register the shapes of the results, for tracing."""
 
     @torch.library.register_fake("alignpro::pack_weight")
     def _(weight):  # type: ignore[no-untyped-def]

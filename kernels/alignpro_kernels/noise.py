@@ -1,7 +1,7 @@
-"""Noise without state: Gumbel variates that depend on (row seed, vocabulary index) and on nothing else.
+"""Stateless noise: Gumbel variates that depend only on (row seed, vocabulary index).
 
 A categorical sample is argmax_v (log p_v + g_v) with g_v standard Gumbel. Because g_v is a hash and not the next number
-of a generator, a row's sample does not depend on its batch, on the device, or on the order of the work.
+of a generator, a row's sample does not depend on its batch, on the device, or on the order of computation.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def splitmix64(seeds: Tensor, count: int, start: int = 0) -> Tensor:
-    """Outputs ``start`` to ``start + count`` of SplitMix64 (Steele, Lea and Flood, 2014) for every seed.
+    """Return outputs ``start`` to ``start + count`` of SplitMix64 (Steele, Lea and Flood, 2014) for every seed.
 
     Args:
         seeds: (...,) int64.
-        count: Outputs a seed.
-        start: How many outputs to leave out first.
+        count: Number of outputs per seed.
+        start: Number of outputs to skip first.
 
     Returns:
-        (..., count) int64: the generator's unsigned outputs, bit for bit. Integer products wrap, as the method wants.
+        (..., count) int64: the bits of the generator's unsigned outputs. Integer products wrap, as the method requires.
     """
     steps = torch.arange(start + 1, start + count + 1, device=seeds.device, dtype=torch.int64) * GAMMA
     z = seeds.unsqueeze(-1) + steps  # (..., count)
@@ -33,17 +33,17 @@ def splitmix64(seeds: Tensor, count: int, start: int = 0) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32, *, start: int = 0) -> Tensor:
-    """Standard Gumbel noise for Gumbel-max sampling: add it to (filtered, scaled) logits and take the argmax.
+    """Return standard Gumbel noise for Gumbel-max sampling: add it to (filtered, scaled) logits and take the argmax.
 
     The noise is −log(−log u), u = (k + ½) / 2^52 with k the top 52 bits of the hash: exact in float64, so u is never 0
     or 1 and the noise is always finite (53 bits would round the largest k + ½ up to 2^53). The tails reach −3.6 and
     +36.7.
 
     Args:
-        seeds: (...,) int64, one a row.
-        vocabulary: V, or the length of a part of it.
-        dtype: Of the result; the logarithms are taken in float64.
-        start: Where the part begins.
+        seeds: (...,) int64, one per row.
+        vocabulary: V, or the length of a slice of the vocabulary.
+        dtype: The dtype of the result; the logarithms are taken in float64.
+        start: The vocabulary index at which the slice starts.
 
     Returns:
         (..., V).
@@ -54,7 +54,7 @@ def gumbel_noise(seeds: Tensor, vocabulary: int, dtype: torch.dtype = torch.floa
 
 
 def advance(seeds: Tensor, steps: int | Tensor) -> Tensor:
-    """Seeds whose output i is output i + ``steps`` of the given ones: noise of a part of the vocabulary from its start.
+    """Return seeds whose output i is output i + ``steps`` of the given ones, e.g. for a slice of the vocabulary.
 
     Args:
         seeds: (...,) int64.
@@ -67,5 +67,5 @@ def advance(seeds: Tensor, steps: int | Tensor) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """A logical shift: torch's own keeps the sign of int64."""
+    """Shift logically: torch's own shift of int64 is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

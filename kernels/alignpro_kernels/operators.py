@@ -1,8 +1,8 @@
 """The public operators: check the arguments, choose a backend, run it.
 
-N tokens, D hidden, V vocabulary; any leading dimensions (...) stand for the tokens. Statistics are float32 (float64 for
-float64 inputs). Products are taken as given, not under autocast: rounding the logits to 16 bits would put errors of
-0.06 into log-probabilities. Under `torch.compile` an operator is a graph break: it runs as it stands.
+N is the number of tokens, D the hidden size, V the vocabulary size; the tokens may have any leading dimensions (...).
+Statistics are float32 (float64 for float64 inputs). Matrix products ignore autocast: rounding the logits to 16 bits would
+cause errors of 0.06 in log-probabilities. Under `torch.compile` an operator is a graph break and runs eagerly.
 """
 
 from __future__ import annotations
@@ -40,31 +40,32 @@ def linear_logprob(
     vocab_parallel: VocabShard | None = None,
     backend: str = "auto",
 ) -> TokenStats:
-    """Log-probability, entropy and exact KL of every token, from hidden states, differentiable.
+    """Compute the log-probability, entropy and exact KL of every token from hidden states, differentiably.
 
     Args:
         hidden: (..., D) float64, float32, bfloat16 or float16.
         weight: (V, D), the head; same dtype and device.
         target: (...,) int64.
-        mask: (...,) bool, True for the rows that count. The others reach no product: their statistics are 0, their
-            gradient is 0, and their targets may be anything. On a GPU, to count them waits for the device once.
-        bias: (V,) of the head.
-        lora: A LoRA on the head; the policy's logits are those of W + scale · B A, which is never formed. A reference
-            that shares ``weight`` is without it.
-        temperature: τ > 0, or one a row, (...,). A constant. It applies to the policy and to the reference.
-        softcap: Logits become softcap · tanh(logits / softcap) before the temperature (Gemma 2); for both likewise.
-        ref_hidden: (..., D') hidden states of the reference; asks for the KL. A constant: no gradient flows through the
-            reference, also not through a shared ``weight``.
-        ref_weight: (V, D') head of the reference; None when both share ``weight`` (and ``bias``, unless ``ref_bias`` is
+        mask: (...,) bool, True for the rows that count. The others take part in no matrix product: their statistics and
+            gradients are 0, and their targets may be anything. On a GPU, a mask costs one synchronisation.
+        bias: (V,) bias of the head.
+        lora: A LoRA on the head; the policy's logits are those of W + scale · B A, which is never materialised. It does
+            not apply to a reference that shares ``weight``.
+        temperature: τ > 0, or one per row, (...,). A constant. It applies to the policy and to the reference.
+        softcap: Logits become softcap · tanh(logits / softcap) before the temperature (Gemma 2), for the policy and for
+            the reference.
+        ref_hidden: (..., D') hidden states of the reference; if given, the KL is computed. A constant: no gradient flows
+            through the reference, not even through a shared ``weight``.
+        ref_weight: (V, D') head of the reference; None if both share ``weight`` (and ``bias``, unless ``ref_bias`` is
             given).
         ref_bias: (V,) bias of the reference's head.
         entropy: Whether to compute the entropy.
         vocab_parallel: How the head is split over the ranks of a process group, all of which make the same call.
-            ``weight`` and ``bias``, ``lora.b``, ``ref_weight`` and ``ref_bias`` are then this rank's rows, and so are
-            their gradients. All else is the same on every rank (``target`` counts over the whole vocabulary), and so
-            are the statistics and the gradients of ``hidden`` and ``lora.a``, which are whole: they take no further
-            all-reduce. Every rank goes on with the same loss.
-        backend: ``auto``, or a name of `backends`.
+            ``weight``, ``bias``, ``lora.b``, ``ref_weight`` and ``ref_bias`` are then this rank's rows, and so are their
+            gradients. All other arguments are the same on every rank (``target`` indexes the whole vocabulary), and so
+            are the statistics and the gradients of ``hidden`` and ``lora.a``, which are complete: they need no further
+            all-reduce. Every rank must continue with the same loss.
+        backend: ``auto``, or a name from `backends`.
 
     Returns:
         logprob, entropy or None, kl or None; each (...,).
@@ -122,16 +123,15 @@ def policy_loss(
     vocab_parallel: VocabShard | None = None,
     backend: str = "auto",
 ) -> PolicyLossOutput:
-    """Any loss of (logprob, entropy, KL) a token, with its gradient formed in the forward pass.
+    """Compute any loss of each token's (logprob, entropy, KL), with its gradient computed in the forward pass.
 
     Args:
-        hidden: As the others, see `linear_logprob`. No gradient is computed for an input that requires none (a frozen
-            head).
+        hidden: See `linear_logprob`. No gradient is computed for an input that requires none (e.g. a frozen head).
         weight: See `linear_logprob`.
         target: See `linear_logprob`.
-        coefficients: ``(logprob, entropy, kl, rows) -> (loss_terms, alpha, eta, kappa)``, see `Coefficients`; it is
-            called without gradients, a chunk of rows at a time, each row once, and not at all when there are none. Its
-            ``rows`` are places in the flattened input, also with a mask.
+        coefficients: ``(logprob, entropy, kl, rows) -> (loss_terms, alpha, eta, kappa)``, see `Coefficients`. It is
+            called under ``no_grad``, with one chunk of rows at a time, once for each row; it is not called if there are
+            no rows. Its ``rows`` are positions in the flattened input, also with a mask.
         mask: See `linear_logprob`.
         bias: See `linear_logprob`.
         lora: See `linear_logprob`.
@@ -145,11 +145,11 @@ def policy_loss(
         backend: See `linear_logprob`.
 
     Returns:
-        The loss, Σ loss_terms, whose backward only scales; and logprob, entropy, kl as constants.
+        The loss, Σ loss_terms, whose backward pass only scales the gradients; and logprob, entropy, kl as constants.
 
     Raises:
-        ValueError, TypeError: As `linear_logprob`; or ``coefficients`` returned a wrong shape, ``eta`` without entropy,
-            or ``kappa`` without a reference.
+        ValueError, TypeError: As for `linear_logprob`; or ``coefficients`` returned a wrong shape, ``eta`` without
+            entropy, or ``kappa`` without a reference.
         BackendError: The backend cannot run.
     """
     with failing_together(vocab_parallel, hidden.device):
@@ -195,17 +195,17 @@ def linear_sample(
     vocab_parallel: VocabShard | None = None,
     backend: str = "auto",
 ) -> SampleOutput:
-    """An exact categorical sample a row, by Gumbel-max with noise hashed from (seed, vocabulary index).
+    """Draw an exact categorical sample per row, by Gumbel-max with noise hashed from (seed, vocabulary index).
 
     Args:
         hidden: (..., D), see `linear_logprob`.
         weight: (V, D).
-        seeds: (...,) int64. A row's token depends on its seed and its logits alone, not on the batch.
+        seeds: (...,) int64. A row's token depends only on its seed and its logits, not on the batch.
         bias: (V,).
         lora: See `linear_logprob`.
-        temperature: τ ≥ 0, or one a row, (...,); a row with 0 is greedy (the lowest index among equals).
+        temperature: τ ≥ 0, or one per row, (...,); with 0 the row is decoded greedily (ties: the lowest index).
         softcap: See `linear_logprob`.
-        vocab_parallel: See `linear_logprob`. The tokens are those of the whole head, the same on every rank.
+        vocab_parallel: See `linear_logprob`. The tokens index the whole vocabulary and are the same on every rank.
         backend: See `linear_logprob`.
 
     Returns:
@@ -243,7 +243,7 @@ def linear_sample(
 
 
 def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> Tensor:
-    """Attention over several sets of keys from the attention over each: Σ softmax(lse) · out, in float32.
+    """Merge the attention over several sets of keys into the attention over their union: Σ softmax(lse) · out, in float32.
 
     Args:
         outs: S tensors (..., D), or one (S, ..., D): each set's attention output.
@@ -264,14 +264,14 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
 
 
 def _as_given(device_type: str) -> AbstractContextManager[Any]:
-    """Without autocast; where there is none, nothing is to be done, which for small heads is time saved."""
+    """Disable autocast; does nothing if it is already off, which saves time for small heads."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _flat(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str, Any], Tensor | None]:
-    """The arguments that go by rows as (N, ...), masked rows left out; and the places of those that stay, None for all.
+    """Return the per-row arguments as (N, ...) without masked rows, and the positions of the rows kept, None for all.
 
-    Only the selection is differentiated through, so that masked rows get a zero gradient.
+    The selection is differentiable, so masked rows get a zero gradient.
     """
     flat = {"hidden": hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])}
     for name, value in per_row.items():
@@ -314,7 +314,7 @@ def _call(
     if ref_hidden is not None and ref_weight is None:
         ref_weight, ref_bias = weight, (bias if ref_bias is None else ref_bias)
     low_rank_rows = None
-    if lora is not None:  # autograd takes the gradient of A, and its part of the hidden states', through these rows
+    if lora is not None:  # through these rows, autograd computes the gradient of A and its part of the hidden states'
         low_rank_rows = lora.scale * (inputs["hidden"] @ lora.a.T)  # (N, r)
     target = inputs.get("target")
     if shard is not None and target is not None:

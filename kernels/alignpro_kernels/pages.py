@@ -1,18 +1,18 @@
-"""Keys and values in the pages of a pool: write, read, and copy pages.
+"""A paged pool of keys and values: write and read tokens, copy pages.
 
-A pool is one arena of bytes, (n_pages, page_bytes) uint8, from which models of different geometry draw pages. A page holds
-``page_size`` tokens of one model, in all its layers: layer l has a fixed range of the page's bytes, which holds
-(2, page_size, kv_heads, head_dim), keys before values. So a layer of a model is a strided view of the arena,
+A pool is one arena of bytes, (n_pages, page_bytes) uint8, from which models of different geometry allocate pages. A page
+holds ``page_size`` tokens of one model, for all its layers: each layer has a fixed range of the page's bytes, which holds
+(2, page_size, kv_heads, head_dim), keys before values. A layer of a model is therefore a strided view of the arena,
 
     pages (n_pages, 2, page_size, kv_heads, head_dim)
 
-whose stride over pages is page_bytes / itemsize and whose inner dimensions are contiguous; it spans all pages, and reads and
-writes those that belong to the model. Token t of a sequence lives in slot ``page * page_size + offset``.
+whose stride over pages is page_bytes / itemsize and whose inner dimensions are contiguous. The view spans all pages, of which
+the model reads and writes its own. A token is stored in slot ``page * page_size + offset``.
 
-On a CUDA device the writes are kernels of csrc/cuda, which copy bits and so take any dtype, never wait for the device, and
-may be captured in a CUDA graph once they have run outside of it, since the first call may build the library. On a CPU keys
-and values are written by csrc/cpu. Elsewhere, or where a library cannot be built, plain PyTorch does the same, which waits in
-`copy_pages` alone. The logger ``alignpro_kernels`` says which.
+On a CUDA device, kernels of csrc/cuda write the pages. They copy bits and so support any dtype, never synchronise, and can be
+captured in a CUDA graph after one call outside of it (the first call may build the library). On a CPU, csrc/cpu writes keys
+and values. On other devices, or if a library cannot be built, plain PyTorch does the same; it synchronises only in
+`copy_pages`. The logger ``alignpro_kernels`` reports which is used.
 
 No gradient flows through a pool.
 """
@@ -35,15 +35,15 @@ def write_kv(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor) -> None
     """Write the keys and values of T tokens into their slots, in place.
 
     Args:
-        keys: (T, kv_heads, head_dim), the dtype of ``pages``; rows may be strided, each must be contiguous.
+        keys: (T, kv_heads, head_dim), the dtype of ``pages``; each token must be contiguous, the token stride is arbitrary.
         values: Likewise.
         pages: (n_pages, 2, page_size, kv_heads, head_dim), a layer's view of the arena.
-        slots: (T,) int64; −1 skips the token, as the padding of a captured CUDA graph must. No slot may come twice: which
-            token would win is not defined.
+        slots: (T,) int64; −1 skips the token, e.g. the padding of a captured CUDA graph. Slots must not repeat: which
+            token would be kept is undefined.
 
     Raises:
         ValueError, TypeError: An argument has the wrong shape, layout, device or dtype, or, on the CPU, a slot lies
-            outside the pool; the message names it. On a GPU values are not checked: tokens of such slots are skipped.
+            outside the pool; the message names it. On a GPU values are not checked: tokens with such slots are skipped.
     """
     _check_pages(pages)
     _check_index("slots", slots, pages)
@@ -68,9 +68,9 @@ def write_kv(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor) -> None
 
 
 def _write_unseen(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor, kept: Tensor) -> None:
-    """`write_kv` of the tokens that are kept, (T,) bool, without a look at which, for which a device would be waited for.
+    """`write_kv` for the tokens in ``kept``, (T,) bool, without synchronising with the device.
 
-    A token that is skipped writes what the first that is kept does; if none is, what is there already.
+    A skipped token repeats the write of the first token kept; if there is none, it rewrites the present content.
     """
     if not len(slots):
         return
@@ -85,7 +85,7 @@ def _write_unseen(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor, ke
 
 @torch.no_grad()
 def read_kv(pages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values of T slots, copied; plain PyTorch, for attention that does not read pages itself and for tests.
+    """Return a copy of the keys and values in T slots; plain PyTorch, for tests and attention without paging.
 
     Args:
         pages: (n_pages, 2, page_size, kv_heads, head_dim), a layer's view of the arena.
@@ -110,12 +110,12 @@ def read_kv(pages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def copy_pages(arena: Tensor, source: Tensor, destination: Tensor) -> None:
-    """Copy whole pages over others, in place: what begins like another sequence and then goes on by itself.
+    """Copy whole pages over others, in place, e.g. for a sequence that forks from another one.
 
     Args:
         arena: (n_pages, page_bytes) uint8, contiguous.
-        source: (n,) int64 page numbers; the same page may come several times.
-        destination: (n,) int64 page numbers, all different and none of them a source: pages are copied in no set order.
+        source: (n,) int64 page numbers; may contain a page several times.
+        destination: (n,) int64 page numbers, all different and none of them a source: the order of copies is undefined.
 
     Raises:
         ValueError, TypeError: An argument has the wrong shape, layout, device or dtype, or, on the CPU, a page number
@@ -131,11 +131,11 @@ def copy_pages(arena: Tensor, source: Tensor, destination: Tensor) -> None:
     _check_index("source", source, arena)
     _check_index("destination", destination, arena)
     if source.shape != destination.shape:
-        raise ValueError(f"source has {len(source)} pages, destination {len(destination)}: they must be as many")
+        raise ValueError(f"source has {len(source)} pages, destination {len(destination)}: the numbers must be equal")
     _check_range("source", source, 0, len(arena))
     _check_range("destination", destination, 0, len(arena))
     if arena.device.type == "cpu" and bool((overlap := torch.isin(destination, source)).any()):
-        raise ValueError(f"destination: page {int(destination[overlap][0])} is a source too")
+        raise ValueError(f"destination: page {int(destination[overlap][0])} is also a source")
     if arena.device.type != "cpu" and _on_kernels(arena.device.type):
         torch.ops.alignpro.copy_pages(arena, source, destination)
         return
@@ -145,7 +145,7 @@ def copy_pages(arena: Tensor, source: Tensor, destination: Tensor) -> None:
 
 @functools.cache
 def _on_kernels(device: str) -> bool:
-    """Whether the kernels of csrc run on a kind of device; loads them, and says so once."""
+    """Load the kernels of csrc for a device type; return whether they can be used, which is logged once."""
     reason = _unavailable(device)
     kernels = "C++" if device == "cpu" else "CUDA kernels"
     logger.info("pages are written by %s", kernels if reason is None else f"PyTorch: {reason}")
@@ -153,15 +153,15 @@ def _on_kernels(device: str) -> bool:
 
 
 def _unavailable(device: str) -> str | None:
-    """Why the kernels cannot run, None if they can; builds the library when it is not there yet."""
+    """Return the reason why the kernels cannot run, or None if they can; builds the library if necessary."""
     if device == "cpu":
-        from alignpro_kernels import cpp_library  # here, since torch's builder is slow to import
+        from alignpro_kernels import cpp_library  # imported lazily: torch.utils.cpp_extension is slow to import
 
         return cpp_library.unavailable()
     if device != "cuda":
         return f"the kernels run on a GPU, and the pages are on the {device}"
     if torch.version.cuda is None:
-        return "the kernels are CUDA's, and this PyTorch is built without it"
+        return "the kernels need CUDA, and this PyTorch is built without it"
     from alignpro_kernels.build import BuildError
 
     try:
@@ -173,12 +173,12 @@ def _unavailable(device: str) -> str | None:
 
 @functools.cache
 def load_kernels() -> None:
-    """Load the operators ``alignpro::write_kv`` and ``alignpro::copy_pages``, building them if need be.
+    """Load the operators ``alignpro::write_kv`` and ``alignpro::copy_pages``, building them first if necessary.
 
     Raises:
-        BuildError, OSError: They cannot be built, or not be loaded.
+        BuildError, OSError: They cannot be built or loaded.
     """
-    from alignpro_kernels.build import cuda_library  # here, since torch's builder is slow to import and seldom needed
+    from alignpro_kernels.build import cuda_library  # imported lazily: torch.utils.cpp_extension is slow to import
 
     torch.ops.load_library(str(cuda_library()))
 
@@ -192,7 +192,7 @@ def load_kernels() -> None:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The same memory as integers, so that indexing takes every dtype and keeps every bit."""
+    """View the memory as integers, so that indexing supports every dtype and preserves every bit."""
     return x.view(_BITS[x.element_size()])
 
 
@@ -216,11 +216,11 @@ def _check_pages(pages: Tensor) -> None:
 
 def _check_states(name: str, states: Tensor, pages: Tensor, slots: Tensor) -> None:
     if states.dtype != pages.dtype:
-        raise TypeError(f"{name} is {states.dtype} and pages {pages.dtype}: they must agree")
+        raise TypeError(f"{name} is {states.dtype} and pages is {pages.dtype}: they must agree")
     if states.shape != (len(slots), *pages.shape[3:]):
         raise ValueError(f"{name} has shape {tuple(states.shape)}: expected {(len(slots), *pages.shape[3:])}")
     if states.device != pages.device:
-        raise ValueError(f"{name} is on {states.device} and pages on {pages.device}: they must agree")
+        raise ValueError(f"{name} is on {states.device} and pages is on {pages.device}: they must agree")
     if not states[:1].is_contiguous():
         raise ValueError(
             f"{name} has strides {states.stride()} for shape {tuple(states.shape)}: a token's row must be contiguous"
@@ -235,11 +235,11 @@ def _check_index(name: str, index: Tensor, like: Tensor) -> None:
             f"{name} has shape {tuple(index.shape)} and strides {index.stride()}: expected one dimension, contiguous"
         )
     if index.device != like.device:
-        raise ValueError(f"{name} is on {index.device} and the pages on {like.device}: they must agree")
+        raise ValueError(f"{name} is on {index.device} and the pages are on {like.device}: they must agree")
 
 
 def _check_range(name: str, index: Tensor, lowest: int, bound: int) -> None:
-    """Each of index in [lowest, bound), where that can be seen without waiting for a device."""
+    """Check on the CPU that every index is in [lowest, bound); on other devices that would synchronise."""
     if index.device.type != "cpu":
         return
     outside = (index < lowest) | (index >= bound)

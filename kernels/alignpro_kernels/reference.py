@@ -1,18 +1,18 @@
 """The specification of the head's operators, in plain PyTorch: what every fast backend must compute.
 
-    u = W h + c                                (N, V)       with a LoRA, W + scale · B A in the place of W
+    u = W h + c                                (N, V)       with a LoRA, W + scale · B A instead of W
     z = softcap · tanh(u / softcap) / τ        logits of the distribution
     log p = z − log Σ exp z                    and log q likewise from the reference's hidden state
     logprob = log p_y      entropy H = −Σ p log p      KL = Σ p (log p − log q)
 
-Gradients are autograd's. The fast backends form them by hand: with α, η, κ the derivatives of a loss in the three
-statistics of a row, its gradient in the logits is
+Gradients come from autograd. The fast backends compute them by hand: with α, η, κ the derivatives of a loss with respect
+to the three statistics of a row, its gradient with respect to the logits is
 
     dz_j = α (δ_jy − p_j) − η p_j (log p_j + H) + κ p_j (log p_j − log q_j − KL)
     du = dz · (1 − tanh²(u / softcap)) / τ      dh = Wᵀ du      dW = Σ du hᵀ      dc = Σ du
 
-The logits are held whole, in float32 (float64 for float64 inputs). Arguments are those of the public operators, which
-check them; masked rows are gone already.
+All logits are materialised, in float32 (float64 for float64 inputs). The arguments are those of the public operators,
+which have checked them and removed masked rows.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def linear_logprob(
 ) -> TokenStats:
     """See `alignpro_kernels.linear_logprob`."""
     logp = head_logits(hidden, weight, bias, temperature, softcap, lora).log_softmax(-1)  # (..., V)
-    p, bounded = logp.exp(), logp.clamp_min(LOWEST)  # p log p is 0 where p is
+    p, bounded = logp.exp(), logp.clamp_min(LOWEST)  # makes p log p 0 where p is 0
     kl = None
     if ref_hidden is not None:
         with torch.no_grad():
-            if ref_weight is None:  # a shared head: its bias comes along, a LoRA does not
+            if ref_weight is None:  # a shared head: the reference uses its bias too, but not a LoRA
                 ref_weight, ref_bias = weight, (bias if ref_bias is None else ref_bias)
             logq = head_logits(ref_hidden, ref_weight, ref_bias, temperature, softcap).log_softmax(-1)
         kl = (p * (bounded - logq.clamp_min(LOWEST))).sum(-1)
@@ -75,7 +75,7 @@ def policy_loss(
     entropy: bool = False,
     positions: Tensor | None = None,
 ) -> PolicyLossOutput:
-    """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are the rows' places in the input, None for 0…N−1."""
+    """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are those of the rows in the input, None for 0…N−1."""
     stats = linear_logprob(
         hidden,
         weight,
@@ -93,15 +93,16 @@ def policy_loss(
 
 
 def loss_of(stats: TokenStats, coefficients: Coefficients, positions: Tensor | None) -> PolicyLossOutput:
-    """The loss of statistics, whose gradient goes on through them; the rest as `policy_loss`."""
+    """Compute the loss from statistics, through which its gradient flows; otherwise as `policy_loss`."""
     constant = TokenStats(*(None if x is None else x.detach() for x in stats))  # type: ignore[arg-type]
     if positions is None:
         positions = torch.arange(stats.logprob.numel(), device=stats.logprob.device)
-    if not len(positions):  # no chunk, so no call
+    if not len(positions):  # no rows, so no call of coefficients
         return PolicyLossOutput(stats.logprob.sum(), *constant)
     flat = TokenStats(*(None if x is None else x.flatten() for x in constant))  # type: ignore[arg-type]
     loss, derivatives = evaluate(coefficients, flat, positions)
-    # A linear function of the statistics with the loss's derivatives: its gradient is that of the loss, its value none.
+    # A linear function of the statistics with the loss's derivatives as slopes has the loss's gradient; its value is
+    # subtracted again.
     slope = 0.0 * stats.logprob.sum()
     for derivative, statistic in zip(derivatives, stats, strict=True):
         if derivative is not None and statistic is not None:
@@ -130,7 +131,7 @@ def linear_sample(
         logp = z.log_softmax(-1)
         logprob = logp.gather(-1, token.unsqueeze(-1)).squeeze(-1)
         entropy = -(logp.exp() * logp.clamp_min(LOWEST)).sum(-1)
-        # At temperature 0 the distribution really sampled from is one point: logprob and entropy are 0.
+        # At temperature 0 the distribution that is sampled has all its mass on one token: logprob and entropy are 0.
         point = greedy.squeeze(-1)
         return SampleOutput(token, logprob.masked_fill(point, 0.0), entropy.masked_fill(point, 0.0))
 
@@ -138,14 +139,14 @@ def linear_sample(
 def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> Tensor:
     """See `alignpro_kernels.merge_states`."""
     lse = torch.stack([wide(part) for part in lses])  # (S, ...)
-    # Subtracting the maximum by hand: a softmax would give NaN where every part is empty.
+    # Subtract the maximum by hand: a softmax would give NaN where every part is empty.
     top = lse.amax(0).clamp_min(torch.finfo(lse.dtype).min)
     weights = (lse - top).exp()
     weights = weights / weights.sum(0).clamp_min(torch.finfo(lse.dtype).tiny)
     merged = torch.zeros_like(wide(outs[0]))
     for out, weight in zip(outs, weights, strict=True):
         column = weight.unsqueeze(-1)
-        merged = merged + torch.where(column > 0, column * wide(out), 0.0)  # an empty part may hold anything, NaN too
+        merged = merged + torch.where(column > 0, column * wide(out), 0.0)  # an empty part may hold anything, even NaN
     return merged.to(outs[0].dtype)
 
 
@@ -157,7 +158,7 @@ def head_logits(
     softcap: float | None,
     lora: LoRA | None = None,
 ) -> Tensor:
-    """z = softcap(W h + c) / τ, (..., V), float32 (float64 for float64 inputs)."""
+    """Compute z = softcap(W h + c) / τ, (..., V), float32 (float64 for float64 inputs)."""
     w = wide(weight)
     if lora is not None:
         w = w + lora.scale * (wide(lora.b) @ wide(lora.a))
@@ -170,6 +171,6 @@ def head_logits(
 
 
 def _column(temperature: float | Tensor, like: Tensor) -> Tensor:
-    """τ as (..., 1), or () for one of all rows."""
+    """Return τ as (..., 1), or as () if it is the same for all rows."""
     tau = torch.as_tensor(temperature, dtype=like.dtype, device=like.device).detach()
     return tau.unsqueeze(-1) if tau.ndim else tau

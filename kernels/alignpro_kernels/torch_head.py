@@ -1,7 +1,7 @@
-"""Backend ``torch``: the head in chunks of rows and tiles of vocabulary, in plain PyTorch; runs anywhere.
+"""Backend ``torch``: the head in chunks of rows and tiles of the vocabulary, in plain PyTorch; runs anywhere.
 
-A chunk's logits are held once, in float32 (float64 for float64 inputs). Everything else is made a tile of the
-vocabulary at a time, so that no temporary is as large.
+A chunk's logits are stored once, in float32 (float64 for float64 inputs). Everything else is computed one vocabulary
+tile at a time, so that no temporary is as large as the logits.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from alignpro_kernels.noise import gumbel_noise
 from alignpro_kernels.types import SampleOutput
 
 _BUDGET = {"cpu": 192 << 20, "cuda": 1 << 30}  # bytes of logits in flight
-_TILE = 8192  # vocabulary entries a step: its temporaries are a small part of the logits
+_TILE = 8192  # vocabulary entries per step, whose temporaries are small compared with the logits
 
 
 @dataclass
 class Logits:
-    """Logits of a chunk and what normalises them."""
+    """Logits of a chunk and their normalisers."""
 
     z: Tensor
     """(C, V)"""
@@ -43,7 +43,7 @@ class Kept:
 
 
 def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
-    """The most rows of one chunk."""
+    """Return the maximum number of rows per chunk."""
     budget = _BUDGET.get(head.weight.device.type, _BUDGET["cuda"])
     return max(1, budget // (head.logits_per_row * statistics_dtype(dtype).itemsize))
 
@@ -63,7 +63,7 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowSt
     chosen = policy.z.gather(1, rows.target.clamp(0, len(head.weight) - 1).unsqueeze(1))
     h = kl = None
     if entropy or reference is not None:
-        # Relative to the maxima: H = log s − Σ e^{z−m}(z−m)/s, so that a common offset of the logits cancels nothing.
+        # Relative to the maxima: H = log s − Σ e^{z−m}(z−m)/s, so that an offset of the logits costs no precision.
         h = policy.log_sum.clone() if entropy else None
         kl = torch.zeros_like(policy.log_sum) if reference is not None else None
         for tile in _tiles(head):
@@ -101,7 +101,7 @@ def backward(
         rows = rows.select(active)
 
     def column(x: Tensor | None) -> Tensor:
-        assert x is not None  # a coefficient comes with its statistic
+        assert x is not None  # a coefficient is only given together with its statistic
         return (x if active is None else x[active]).unsqueeze(1)
 
     norms = (stats.norms if active is None else stats.norms[:, active]).unsqueeze(2)  # (2 or 4, A, 1)
@@ -174,7 +174,7 @@ def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
             z = kept.z[:, tile]
             noise = gumbel_noise(seeds[chunk], z.shape[1], dtype, start=tile.start)
             value, index = (z + noise.masked_fill(greedy[chunk, None], 0.0)).max(1, keepdim=True)
-            # NaN wins, as in argmax over the whole row.
+            # NaN wins, as in an argmax over the whole row.
             better = (value > best) | (value.isnan() & ~best.isnan())
             token = torch.where(better, index + tile.start, token)
             best = torch.where(better, value, best)
@@ -207,7 +207,7 @@ def _logits(
             u = (u / softcap).tanh_().mul_(softcap)
         torch.div(u, _column(temperature), out=z[:, tile])
     top = z.amax(1, keepdim=True)
-    top = top.masked_fill(top.isinf() & (top < 0), 0.0)  # a row of −inf alone: −inf − (−inf) would hide which it was
+    top = top.masked_fill(top.isinf() & (top < 0), 0.0)  # if all logits are −inf, −inf − (−inf) would be NaN
     total = torch.zeros_like(top)
     for start in range(0, len(weight), _TILE):
         total += (z[:, start : start + _TILE] - top).exp_().sum(1, keepdim=True)
@@ -215,7 +215,7 @@ def _logits(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b from wide accumulators; a wide ``a`` is rounded where only 16-bit products are fast."""
+    """Compute a @ b with wide accumulators; a wide ``a`` is rounded to 16 bits where only such products are fast."""
     if b.dtype == a.dtype == statistics_dtype(a.dtype):
         return a @ b
     if a.is_cuda:

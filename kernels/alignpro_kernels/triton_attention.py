@@ -1,10 +1,10 @@
-"""Backend ``triton`` of `paged_attention`: CUDA and ROCm devices, and CPU tensors when TRITON_INTERPRET=1 is set.
+"""Backend ``triton`` of `paged_attention`: CUDA and ROCm devices, and CPU tensors if TRITON_INTERPRET=1 is set.
 
-A program takes one key-value head and a tile of rows: the queries of one sequence, each with the G query heads that read
-the key-value head, so a tile is full in a decode step too. The keys are gathered through the page table, a block at a
-time. The grid follows from shapes alone, and no value is looked at on the host: nothing waits for the device, and what
-the host is told of values (lengths, page numbers) is not checked. Where few programs would read many keys, the keys are
-cut into parts of a fixed size, whose results a second kernel joins in order.
+A program computes one key-value head and a tile of rows. The rows are the queries of one sequence, each with the G query
+heads that read the key-value head, so that tiles are well filled in a decode step too. The keys are gathered through the
+page table, one block at a time. The grid depends only on shapes, and the host reads no values: the launch never
+synchronises, and values (lengths, page numbers) are not checked. If few programs would read many keys, the keys are
+split into parts of a fixed size, whose results a second kernel merges in order.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -23,9 +23,9 @@ from alignpro_kernels.triton_product import exp, finite, multiply, narrow, tanh
 from alignpro_kernels.triton_support import interpreting, on, takes
 
 _PART = 16 if interpreting() else 512
-"""Keys of a part: few enough that one sequence of some thousands occupies a device."""
-_MOST_PARTS = 64  # more keys make longer parts: each part keeps its results in memory
-_WAVES = 2  # programs a processor, from which on keys are not parted
+"""Keys per part: few enough that one sequence of a few thousand keys occupies the device."""
+_MOST_PARTS = 64  # beyond this, parts become longer instead: each part stores its results in memory
+_WAVES = 2  # with at least this many programs per processor, keys are not split
 
 
 @triton.jit(do_not_specialize=["sequences", "most_keys", "part"])
@@ -44,7 +44,7 @@ def attention_kernel(
     window,  # or None
     sequences,
     most_keys,
-    part,  # keys of a part, a multiple of BK
+    part,  # keys per part, a multiple of BK
     query_stride,
     query_head_stride,
     page_stride,
@@ -63,7 +63,7 @@ def attention_kernel(
     BS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of a sequence are its queries times G; tiles of BR begin at `tile_of` its first, whole sequences apart."""
+    """Attention of BR rows of one sequence, which has G rows per query; its first tile is given by `tile_of`."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = tl.zeros((BS,), tl.int32)
@@ -71,21 +71,21 @@ def attention_kernel(
         s = first + tl.arange(0, BS)
         begin = tl.load(cu_queries + s, mask=s < sequences, other=0)
         sequence += ((s < sequences) & (tile_of(begin, s, G, BR) <= tile)).to(tl.int32)
-    sequence = tl.sum(sequence, 0) - 1  # the last that begins at this tile or before
+    sequence = tl.sum(sequence, 0) - 1  # the last one that starts at or before this tile
     begin = tl.load(cu_queries + sequence)
     count = tl.load(cu_queries + sequence + 1) - begin
     row = (tile - tile_of(begin, sequence, G, BR)) * BR + tl.arange(0, BR)
     if (tile - tile_of(begin, sequence, G, BR)) * BR >= count * G:
-        return  # a tile that rounding up left over
+        return  # an unused tile, from rounding up
     valid = row < count * G
     at = tl.where(valid, begin + row // G, begin)
     head = kv_head * G + row % G
 
     length = tl.minimum(tl.load(key_lengths + sequence), most_keys)
-    position = tl.load(query_positions + at)  # counted from the sequence's first key
+    position = tl.load(query_positions + at)
     if key_starts is not None:
-        position -= tl.load(key_starts + sequence)
-    last = tl.where(valid, tl.minimum(position, length - 1), -1)  # key that a row sees
+        position -= tl.load(key_starts + sequence)  # relative to the sequence's first key
+    last = tl.where(valid, tl.minimum(position, length - 1), -1)  # the last key that each row sees
     lowest = tl.program_id(2) * part
     end = tl.minimum(tl.max(last, 0) + 1, lowest + part)
     if window is not None:
@@ -108,7 +108,7 @@ def attention_kernel(
         wanted = known
         if window is not None:
             seen = seen & (key[None, :] > (position - window)[:, None])
-            wanted = tl.max(seen.to(tl.int32), 0) > 0  # what none sees may be NaN, which 0 does not silence
+            wanted = tl.max(seen.to(tl.int32), 0) > 0  # unseen values may be NaN, and 0 · NaN is NaN
         page = tl.load(table + (key // PAGE).to(tl.int64) * table_step, mask=known, other=0)
         slot = page.to(tl.int64) * page_stride + (key % PAGE) * slot_stride
         k = tl.load(states + slot[:, None], mask=known[:, None] & inside[None, :], other=0.0)
@@ -127,7 +127,7 @@ def attention_kernel(
     target = tl.program_id(2).to(tl.int64) * rows_all + at.to(tl.int64) * (tl.num_programs(1) * G) + head
     lse = tl.where(total == 0.0, float("-inf"), finite(top) + tl.log(total))
     tl.store(lses + target, lse, mask=valid)
-    # The outputs of a part with no keys are not read, but those of the first may be all there is.
+    # The outputs of a part without keys are never read, except those of the first, which may be the only part.
     read = row < tl.where((lowest < end) | (tl.program_id(2) == 0), count * G, 0)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     place = out + target[:, None] * D + column[None, :]
@@ -136,7 +136,7 @@ def attention_kernel(
 
 @triton.jit
 def tile_of(begin, sequence, G: tl.constexpr, BR: tl.constexpr):
-    """Where a sequence's tiles begin if its queries begin at ``begin``: each has a tile more than its rows fill."""
+    """Return a sequence's first tile, given its first query; each sequence has one spare tile if BR does not divide G."""
     if G % BR == 0:
         return begin * (G // BR)
     return begin * G // BR + sequence
@@ -154,7 +154,7 @@ def join_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """BR rows: Σ softmax(lse) · out over the parts, in order, and the log-sum-exp of all."""
+    """Compute Σ softmax(lse) · out over the parts, in order, and their joint log-sum-exp, for BR rows."""
     row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
     column = tl.arange(0, BD)
     valid = row < rows
@@ -178,7 +178,7 @@ def join_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and keys of a program, and how it is compiled."""
+    """Rows and keys per program, and how it is compiled."""
 
     rows: int
     keys: int
@@ -189,9 +189,9 @@ class Tile:
 
 
 def tile(dtype: torch.dtype, dim: int, rows: int, *, plain: bool) -> Tile:
-    """For so many rows of a sequence, queries times heads; plain: no soft-cap or window, which take registers."""
+    """Choose the tile for ``rows`` rows (queries times heads) per sequence; plain: no soft-cap or window, which use registers."""
     width = max(16, triton.next_power_of_2(dim))
-    if dtype == torch.float32:  # without tensor cores, which take fewer registers
+    if dtype == torch.float32:  # without tensor cores, which would need fewer registers
         most, keys = (32, 32) if width <= 64 else (16, 16)
     elif width <= 128:
         most, keys = 128, 64 if plain else 32
@@ -251,7 +251,7 @@ def paged_attention(
             None if key_starts is None else key_starts.contiguous(),
             float(scale),
             None if softcap is None else float(softcap),
-            None if window is None else min(window, 1 << 30),  # no position is as large
+            None if window is None else min(window, 1 << 30),  # larger than any position
             sequences,
             most_keys,
             part,
@@ -279,7 +279,7 @@ def paged_attention(
 
 
 def _parts(device: torch.device, programs: int, most_keys: int, block: int) -> tuple[int, int]:
-    """How many parts, and the keys of each, a multiple of a block; of shapes alone."""
+    """Return the number of parts and the keys per part, a multiple of a block; depends only on shapes."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     if programs >= _WAVES * processors:
         return 1, max(block, triton.cdiv(most_keys, block) * block)

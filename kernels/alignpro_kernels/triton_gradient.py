@@ -1,6 +1,6 @@
-"""Logits of a chunk into their gradient, in place, and the product that adds a chunk's gradient to a float32 sum.
+"""Kernels that turn a chunk's logits into their gradient, in place, and add a chunk's weight gradient to a float32 sum.
 
-By the formula of `alignpro_kernels.reference`, from what `logits_kernel` kept:
+They apply the formula of `alignpro_kernels.reference` to what `logits_kernel` stored:
 
     log p = (z − m − a/s) + a/s + (m − M) − log s
     du_j = (α δ_jy + p_j (−α − η (log p_j + H) + κ (log p_j − log q_j − KL))) (1 − (z_j τ / softcap)²) / τ
@@ -18,7 +18,7 @@ from alignpro_kernels.triton_product import exp, mean, multiply, narrow, row_tem
 
 @triton.jit
 def tile_mean(plane, plane_stride, mask):
-    """a/s of rows within a tile, from where m lies."""
+    """Return a/s of rows within a tile; ``plane`` points to their m."""
     s = tl.load(plane + plane_stride, mask=mask, other=1.0)
     return mean(tl.load(plane + 2 * plane_stride, mask=mask, other=0.0), s)
 
@@ -29,7 +29,7 @@ def gradient_kernel(
     ref_kept,  # (C, kept_stride): z_r − m_r − a_r/s_r | None
     active,  # (A,) int64 ascending | None: all rows
     partials,  # (planes, tiles, C) of `logits_kernel`
-    width,  # (1,)
+    width,  # (1,): BN of `logits_kernel`
     norms,  # (2 or 4, C) of `statistics_kernel`
     entropy,  # (C,) | None
     kl,  # (C,) | None
@@ -39,7 +39,7 @@ def gradient_kernel(
     target,  # (C,) int64
     temperatures,  # (C,) float32 | None
     bias_gradient,  # (V,) float32 | None
-    magnify,  # () float32 | None: stored gradients are multiplied by it
+    magnify,  # () float32 | None: factor applied to the stored gradients
     count,  # A
     rows,  # C
     vocabulary,
@@ -47,14 +47,15 @@ def gradient_kernel(
     plane_stride,
     temperature,
     softcap,  # float | None
-    ADD: tl.constexpr,  # to bias_gradient, not over it
+    ADD: tl.constexpr,  # add to bias_gradient instead of overwriting it
     BR: tl.constexpr,
     BV: tl.constexpr,  # divides the tiles of `logits_kernel`
 ):
-    """BV columns, walking down the active rows or a part of them.
+    """Compute the gradient of BV columns, iterating over the active rows or a part of them.
 
-    Row active[i] is read and row i written, and active[i] ≥ i: a program that walks down alone moves the rows together
-    without losing any. With a bias or with ``active`` there must be one program a column block; else rows are split.
+    Row active[i] is read and row i is written. Since active[i] ≥ i, a single program that iterates in order compacts the
+    rows without overwriting unread ones. With a bias or with ``active`` there must be one program per column block;
+    otherwise the rows are split over several programs.
     """
     column = tl.program_id(0) * BV + tl.arange(0, BV)
     inside = column < vocabulary
@@ -68,7 +69,7 @@ def gradient_kernel(
         valid = position < end
         row = tl.load(active + position, mask=valid, other=0) if active is not None else position.to(tl.int64)
         mask = valid[:, None] & inside[None, :]
-        offset = row[:, None] * kept_stride + column[None, :]  # C·V passes 2³¹
+        offset = row[:, None] * kept_stride + column[None, :]  # C·V may exceed 2³¹
         plane = partials + tile * rows + row
         d = tl.load(kept + offset, mask=mask, other=0.0).to(tl.float32)
         d += tile_mean(plane, plane_stride, valid)[:, None]  # z − m
@@ -93,7 +94,7 @@ def gradient_kernel(
         if alpha is not None:
             weight = tl.load(alpha + row, mask=valid, other=0.0)
             factor -= weight[:, None]
-        du = tl.where(p == 0.0, 0.0, p * factor)  # 0·∞ is 0 here; NaN is not hidden
+        du = tl.where(p == 0.0, 0.0, p * factor)  # 0·∞ counts as 0; NaN propagates
         if alpha is not None:
             wanted = tl.load(target + row, mask=valid, other=-1).to(tl.int32)
             du += tl.where(wanted[:, None] == column[None, :], weight[:, None], 0.0)
@@ -108,7 +109,7 @@ def gradient_kernel(
         if magnify is not None:
             du *= tl.load(magnify)
         if active is not None:
-            tl.debug_barrier()  # all threads have read these rows before any writes over them
+            tl.debug_barrier()  # all threads must have read these rows before any thread overwrites them
         out = position.to(tl.int64)[:, None] * kept_stride + column[None, :]
         tl.store(kept + out, narrow(du, kept.dtype.element_ty), mask=mask)
     if bias_gradient is not None:
@@ -122,7 +123,7 @@ def accumulate_kernel(
     total,  # (V, D) float32, out
     du,  # (A, du_stride)
     x,  # (A, D)
-    shrink,  # () float32 | None: what is added is multiplied by it
+    shrink,  # () float32 | None: factor applied to the product
     count,  # A
     vocabulary,
     du_stride,
@@ -133,7 +134,7 @@ def accumulate_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """total (+)= duᵀ x, accumulated and written in float32: for devices whose library has no such product."""
+    """Compute total (+)= duᵀ x in float32, for devices whose BLAS has no such mixed-precision product."""
     columns = tl.cdiv(D, BN)
     v = (tl.program_id(0) // columns) * BM + tl.arange(0, BM)
     d = (tl.program_id(0) % columns) * BN + tl.arange(0, BN)

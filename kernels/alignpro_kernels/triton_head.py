@@ -1,9 +1,10 @@
-"""Backend ``triton``: the head's operators on CUDA and ROCm devices; see `alignpro_kernels.head` for what it offers.
+"""Backend ``triton``: the head's operators on CUDA and ROCm devices; see `alignpro_kernels.head` for the interface.
 
-A chunk's logits are made once, by `logits_kernel`, which takes the statistics from its float32 accumulators and keeps
-the logits in the inputs' dtype, each tile relative to its mean. `gradient_kernel` turns what is kept into the gradient
-in place, moving active rows together, and the products with W and with the hidden states are the library's. CPU tensors
-are taken when TRITON_INTERPRET=1 is set. Where the package triton is missing, this module still tells so.
+A chunk's logits are computed once, by `logits_kernel`, which takes the statistics from its float32 accumulators and
+stores the logits in the inputs' dtype, each tile relative to its mean. `gradient_kernel` turns the stored logits into the
+gradient in place and compacts the active rows. The products with W and with the hidden states use the vendor's BLAS. CPU
+tensors are supported if TRITON_INTERPRET=1 is set. The module can be imported without the package triton, so that
+`unavailable` can report that it is missing.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ __all__ = [
     "unavailable",
 ]
 
-_BUDGET = 5 << 28  # bytes a chunk keeps: 1.25 GiB
-_MOST_ROWS = 8192  # the products are at full speed long before
+_BUDGET = 5 << 28  # bytes stored per chunk: 1.25 GiB
+_MOST_ROWS = 8192  # the matrix products reach full speed with far fewer rows
 _SAMPLE_ROWS = 4096
-_ALIGNMENT = 64  # entries: every row of the kept logits begins on a cache line
+_ALIGNMENT = 64  # in elements, so that every row of the stored logits starts on a cache line
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,17 @@ class Kept:
     """What `backward` needs of a chunk's `forward`."""
 
     logits: Tensor
-    """(C, V rounded up) in the inputs' dtype: z − m − a/s, relative to the row's mean within its tile."""
+    """(C, V rounded up) in the inputs' dtype: z − m − a/s, relative to the row's mean within each tile."""
     ref_logits: Tensor | None
     """Likewise, of the reference."""
     partials: Tensor
-    """(planes, tiles, C) float32, see `logits_kernel`: m, s and a among them."""
+    """(planes, tiles, C) float32, see `logits_kernel`; includes m, s and a."""
     width: Tensor
-    """(1,) int32: how wide the tiles are."""
+    """(1,) int32: the width of the tiles."""
 
 
 def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
-    """The most rows of one chunk: whole tiles of 128 within the budget, 128 at least."""
+    """Return the maximum number of rows per chunk: a multiple of 128 within the budget, at least 128."""
     vocabulary = len(head.weight)
     planes = 3 if head.ref_weight is None else 7
     row = head.logits_per_row * dtype.itemsize + planes * 4 * triton.cdiv(vocabulary, NARROWEST)
@@ -189,7 +190,7 @@ def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
 
 
 def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> Tensor:
-    """See `alignpro_kernels.merge_states`; what takes a gradient, or is float64, is the reference's."""
+    """See `alignpro_kernels.merge_states`; inputs that require a gradient or are float64 use the reference."""
     parts = (*outs, *lses)
     if (torch.is_grad_enabled() and any(x.requires_grad for x in parts)) or outs[0].dtype == torch.float64:
         return reference.merge_states(outs, lses)
@@ -208,7 +209,7 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
 
 
 def gumbel_noise(seeds: Tensor, vocabulary: int) -> Tensor:
-    """The noise (C, V) float32 that `sample` adds: that of `noise.gumbel_noise`, to about 1e-6."""
+    """Return the noise (C, V) float32 that `sample` adds, equal to `noise.gumbel_noise` to about 1e-6."""
     _check_device(seeds)
     out = torch.empty(len(seeds), vocabulary, dtype=torch.float32, device=seeds.device)
     with on(seeds.device):
@@ -228,7 +229,7 @@ def _logits_gradient(
     gradients: HeadGradients,
     magnify: Tensor | None,
 ) -> Tensor:
-    """du (A, V) of the active rows, in place of the kept logits; adds to the bias' gradient."""
+    """Return du (A, V) of the active rows, which overwrites the stored logits; also updates the bias's gradient."""
     chunk, vocabulary = len(rows.hidden), len(head.weight)
     count = chunk if active is None else len(active)
     alone = active is not None or gradients.bias is not None
@@ -313,14 +314,14 @@ def _sample_chunk(head: Head, rows: Rows, seeds: Tensor, token: Tensor, logprob:
 
 
 def _product(du: Tensor, matrix: Tensor) -> Tensor:
-    """du (A, V) times (V, D), summed in float32 to the end: split sums of 16 bits would lose what V adds up to."""
+    """Multiply du (A, V) by (V, D) with float32 sums and results: 16-bit partial sums would lose precision over V."""
     if du.dtype != torch.float32 and _mixed_products(du):
         return torch.mm(du, matrix, out_dtype=torch.float32)
     return torch.mm(du, matrix)
 
 
 def _accumulate(total: Tensor, du: Tensor, x: Tensor, magnify: Tensor | None, add: bool) -> None:
-    """total (V, D) float32 (+)= duᵀ x."""
+    """Compute total (V, D) float32 (+)= duᵀ x."""
     x = x.contiguous()
     if magnify is None and du.dtype == torch.float32 and not interpreting():
         torch.addmm(total, du.T, x, beta=1.0 if add else 0.0, out=total)
@@ -352,18 +353,18 @@ def _accumulate(total: Tensor, du: Tensor, x: Tensor, magnify: Tensor | None, ad
 
 
 def _magnification(*coefficients: Tensor | None) -> Tensor:
-    """A power of two that takes float16's gradients to about 1, on the device: p·α underflows, with α near 1/N."""
+    """Return, on the device, a power of two that scales float16 gradients to about 1: with α near 1/N, p·α underflows."""
     largest = torch.stack([x.abs().amax() for x in coefficients if x is not None]).amax()
     return torch.exp2(-torch.nan_to_num(largest.log2().floor(), nan=0.0, posinf=0.0).clamp(-24.0, 14.0))
 
 
 def _mixed_products(like: Tensor) -> bool:
-    """Whether the library multiplies 16-bit matrices into float32."""
+    """Whether the BLAS multiplies 16-bit matrices into a float32 result."""
     return like.is_cuda and torch.version.hip is None
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 inputs are multiplied: as torch's own products are. 16-bit ones are multiplied exactly anyway."""
+    """Return Triton's precision for float32 products, following torch's setting; 16-bit inputs are multiplied exactly."""
     rounded = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if rounded and torch.version.hip is None else "ieee"
 
@@ -375,12 +376,12 @@ def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
 
 
 def _number(x: float | None) -> float | None:
-    """A soft-cap given as an integer would be compiled as one."""
+    """Convert a soft-cap to float: Triton would compile an integer as such."""
     return None if x is None else float(x)
 
 
 def _grid(device: torch.device, count: int, vocabulary: int) -> object:
-    """Programs of a product: one a tile, or ``WAVES`` persistent ones a processor."""
+    """Return the grid of a product: one program per tile, or ``WAVES`` persistent programs per processor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
     def grid(meta: dict[str, int]) -> tuple[int]:

@@ -1,17 +1,16 @@
-"""Logits of a chunk and their statistics in one pass, and the merge of the statistics of tiles.
+"""Kernels that compute a chunk's logits with their statistics in one pass, and merge the statistics of tiles.
 
 For a row and a tile of the vocabulary, relative to the tile's maxima m of z and m_r of the reference's z_r:
 
     s = Σ e^{z−m}         a = Σ e^{z−m}(z−m)             b = Σ e^{z−m}((z−m) − (z_r−m_r))
     s_r = Σ e^{z_r−m_r}   a_r = Σ e^{z_r−m_r}(z_r−m_r)
 
-They merge over tiles as sums do, once they are relative to the row's maxima M and M_r. Then, with no cancellation of
-large numbers,
+Relative to the row's maxima M and M_r, they are summed over the tiles. Then, without cancellation of large numbers,
 
     log p_y = (z_y − M) − log s      H = log s − a/s      KL = b/s − log s + log s_r
 
-What the gradient needs is kept as z − m − a/s in the inputs' dtype: m + a/s is the tile's mean logit under its own
-distribution, so that rounding, which is relative, is small where the probability is.
+For the gradient, z − m − a/s is stored in the inputs' dtype: m + a/s is the tile's mean logit under its own distribution,
+so that the rounding error, which is relative, is small where the probability mass is.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -58,7 +57,7 @@ def logits_kernel(
     target,  # (C,) int64
     target_logit,  # (C,) float32, out
     partials,  # (m, s, a[, m_r, s_r, a_r, b]; tiles, C) float32, out
-    width,  # (1,) int32, out: BN, which tuning chooses
+    width,  # (1,) int32, out: BN, chosen by tuning
     kept,  # (C, kept_stride) | None, out: z − m − a/s
     ref_kept,  # (C, kept_stride) | None, out: z_r − m_r − a_r/s_r
     rows,
@@ -77,9 +76,9 @@ def logits_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    WAVES: tl.constexpr,  # programs a processor that take tile after tile; 0: one program a tile
+    WAVES: tl.constexpr,  # persistent programs per processor, which loop over tiles; 0: one program per tile
 ):
-    """One program, or one turn of a persistent one: statistics of BM rows over BN entries of the vocabulary."""
+    """Compute logits and statistics of BM rows over BN vocabulary entries, per program or iteration of a persistent one."""
     INFINITE: tl.constexpr = bias is not None or ref_bias is not None
     row_tiles = tl.cdiv(rows, BM)
     column_tiles = tl.cdiv(vocabulary, BN)
@@ -89,10 +88,10 @@ def logits_kernel(
         row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
         row = row_tile * BM + tl.arange(0, BM)
         valid = row < rows
-        # Rows and columns beyond the end repeat the last: loads need no mask, and nothing of them is stored.
+        # Rows and columns beyond the end repeat the last one, so that loads need no mask; they are not stored.
         row = tl.minimum(row, rows - 1)
         column = column_tile * BN + tl.arange(0, BN)
-        held = tl.minimum(column, vocabulary - 1).to(tl.int64)  # C·V, V·D pass 2³¹
+        held = tl.minimum(column, vocabulary - 1).to(tl.int64)  # C·V and V·D may exceed 2³¹
         long_row = row.to(tl.int64)
 
         a = hidden + long_row * D
@@ -121,12 +120,12 @@ def logits_kernel(
 
         wanted = tl.load(target + row).to(tl.int32)
         here = (wanted >= left_first) & (wanted < left_first + BN)
-        if tl.max(here.to(tl.int32), 0) > 0:  # of many tiles few hold a target
+        if tl.max(here.to(tl.int32), 0) > 0:  # few tiles contain a target
             found = chosen(left_z, left, wanted) + chosen(right_z, right, wanted)
             tl.store(target_logit + row, found, mask=valid & here)
 
         plane = partials + column_tile.to(tl.int64) * rows + row
-        corner = (row_tile * BM).to(tl.int64) * kept_stride + column_tile * BN  # C·V passes 2³¹
+        corner = (row_tile * BM).to(tl.int64) * kept_stride + column_tile * BN  # C·V may exceed 2³¹
         offset = tl.arange(0, BM)[:, None] * kept_stride + tl.arange(0, BN // 2)[None, :]
         left_inside = valid[:, None] & (left < vocabulary)[None, :]
         right_inside = valid[:, None] & (right < vocabulary)[None, :]
@@ -157,14 +156,14 @@ def logits_kernel(
 
 @triton.jit
 def centred(left, right):
-    """The rows' maxima over both halves, and both relative to them."""
+    """Return the rows' maxima over both halves, and both halves relative to them."""
     top = tl.maximum(tl.max(left, 1), tl.max(right, 1))
     return top, left - finite(top)[:, None], right - finite(top)[:, None]
 
 
 @triton.jit
 def store_sums(plane, plane_stride, valid, top, left_d, right_d, left_e, right_e, INFINITE: tl.constexpr):
-    """Stores m, s and a of the rows; gives a/s."""
+    """Store m, s and a of the rows; return a/s."""
     s = tl.sum(left_e, 1) + tl.sum(right_e, 1)
     a = moment(left_e, left_d, INFINITE) + moment(right_e, right_d, INFINITE)
     tl.store(plane, top, mask=valid)
@@ -175,7 +174,7 @@ def store_sums(plane, plane_stride, valid, top, left_d, right_d, left_e, right_e
 
 @triton.jit
 def chosen(z, column, wanted):
-    """z at the rows' wanted columns, 0 where they are not in the tile."""
+    """Return z at the rows' wanted columns, 0 where they are not in the tile."""
     return tl.sum(tl.where(wanted[:, None] == column[None, :], z, 0.0), 1)
 
 
@@ -194,7 +193,7 @@ def statistics_kernel(
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Statistics of BR rows from those of their tiles, BT tiles at a time, in their order."""
+    """Merge the statistics of the tiles for BR rows, BT tiles at a time, in order."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     valid = row < rows
     tiles = tl.cdiv(vocabulary, tl.load(width))
@@ -212,7 +211,7 @@ def statistics_kernel(
         s_t = tl.load(plane + plane_stride, mask=mask, other=0.0)
         before = top
         top = tl.maximum(before, tl.max(m_t, 0))
-        old = exp(before - finite(top))  # (BR,): how much less the sums so far weigh
+        old = exp(before - finite(top))  # (BR,): rescales the sums so far
         new = exp(m_t - finite(top)[None, :])  # (BT, BR)
         if entropy is not None:
             a_t = tl.load(plane + 2 * plane_stride, mask=mask, other=0.0)

@@ -1,4 +1,4 @@
-"""Attention over several sets of keys from the attention over each; see `alignpro_kernels.merge_states`."""
+"""Kernel that merges the attention over several sets of keys; see `alignpro_kernels.merge_states`."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -21,7 +21,7 @@ def merge_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """BR rows and BD columns: Σ softmax(lse) · out."""
+    """Compute Σ softmax(lse) · out for BR rows and BD columns."""
     row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     valid = row < rows
@@ -38,7 +38,7 @@ def merge_kernel(
         total += weight
         place = (part * rows.to(tl.int64) + row)[:, None] * D + column[None, :]
         out = tl.load(outs + place, mask=mask, other=0.0).to(tl.float32)
-        # An empty part may hold anything, NaN too.
+        # An empty part may hold anything, even NaN.
         acc += tl.where(weight[:, None] == 0.0, 0.0, weight[:, None] * out)
     acc = acc / tl.maximum(total, 1.1754943508222875e-38)[:, None]
     tl.store(merged + row[:, None] * D + column[None, :], narrow(acc, merged.dtype.element_ty), mask=mask)

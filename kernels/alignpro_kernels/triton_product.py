@@ -1,4 +1,4 @@
-"""Parts of kernels: a tile of a product with its operands read once, and logits made of it."""
+"""Building blocks of the kernels: tiled matrix products, logits computed from them, and elementwise functions."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -9,15 +9,15 @@ import triton.language as tl
 
 from alignpro_kernels.triton_support import interpreting
 
-# Triton's interpreter multiplies bfloat16 as if it were integers, and cuts float32 off to bfloat16.
+# Triton's interpreter multiplies bfloat16 as if it were integers, and truncates float32 when converting it to bfloat16.
 INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit
 def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """(row tile, column tile) of a number: rows vary fastest, so that tiles that run together read the same of W.
+    """Map a tile's number to (row tile, column tile); rows vary fastest, so that concurrent tiles read the same part of W.
 
-    At most GROUP row tiles go together, or the hidden states would push each other out of the cache.
+    At most GROUP row tiles run side by side, since more would evict each other's hidden states from the cache.
     """
     in_group = GROUP * column_tiles
     first = tile // in_group * GROUP
@@ -28,7 +28,7 @@ def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def multiply(x, y, acc, PRECISION: tl.constexpr):
-    """acc + x y."""
+    """Return acc + x y."""
     if INTERPRETED:
         acc = tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -38,7 +38,7 @@ def multiply(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 rounded to the nearest of another dtype."""
+    """Round float32 to the nearest value of another dtype."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
@@ -48,7 +48,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def product(acc, a, b, DEPTH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + A Bᵀ over the depth; a (BM,) and b (BN,) point at the beginnings of rows, which are contiguous."""
+    """Return acc + A Bᵀ, summed over DEPTH; a (BM,) and b (BN,) point to the starts of rows, which are contiguous."""
     k = tl.arange(0, BK)
     a = a[:, None] + k[None, :]  # (BM, BK)
     b = b[None, :] + k[:, None]  # (BK, BN)
@@ -67,7 +67,7 @@ def product(acc, a, b, DEPTH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit
 def shared_product(acc, acc_2, a, a_2, b, DEPTH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    """(acc + A Bᵀ, acc_2 + A₂ Bᵀ), with every tile of B read once for both."""
+    """Return (acc + A Bᵀ, acc_2 + A₂ Bᵀ), reading every tile of B once for both."""
     k = tl.arange(0, BK)
     a = a[:, None] + k[None, :]
     a_2 = a_2[:, None] + k[None, :]
@@ -91,7 +91,7 @@ def shared_product(acc, acc_2, a, a_2, b, DEPTH: tl.constexpr, BK: tl.constexpr,
 
 @triton.jit
 def row_temperature(temperatures, temperature, row, mask):
-    """τ of rows: one each, or the number of all."""
+    """Return τ per row, from ``temperatures`` if given, otherwise the common ``temperature``."""
     if temperatures is not None:
         tau = tl.load(temperatures + row, mask=mask, other=1.0)
     else:
@@ -101,13 +101,13 @@ def row_temperature(temperatures, temperature, row, mask):
 
 @triton.jit
 def exp(x):
-    """e^x by the device's 2^x, which flushes what is denormal; tl.exp takes three instructions more to keep it."""
+    """Compute e^x by the device's 2^x, which flushes denormals to 0; tl.exp takes three more instructions to keep them."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def tanh(x):
-    """tanh with a relative error of 2 ulp (the polynomial is that of Cephes' tanhf); it saturates without overflow."""
+    """Compute tanh with a relative error of 2 ulp (Cephes' tanhf polynomial); it saturates without overflow."""
     square = x * x
     small = -5.70498872745e-3
     small = small * square + 2.06390887954e-2
@@ -123,9 +123,9 @@ def tanh(x):
 
 @triton.jit
 def logits(u, bias, first, vocabulary, softcap, scale):
-    """z (BM, BN) of products u with entries of the vocabulary from ``first``: bias, soft-cap, scale (BM,) = 1/τ.
+    """Turn products u (BM, BN) with vocabulary entries from ``first`` into z: bias, soft-cap, scale (BM,) = 1/τ.
 
-    Beyond the vocabulary it is so small that e^z is 0, and −∞ where a bias may make all of a row −∞.
+    Beyond the vocabulary z is so small that e^z is 0, or −∞ with a bias, which may itself make a whole row −∞.
     """
     column = first + tl.arange(0, u.shape[1])
     if bias is not None:
@@ -133,7 +133,7 @@ def logits(u, bias, first, vocabulary, softcap, scale):
     if softcap is not None:
         u = softcap * tanh(u / softcap)
     u *= scale[:, None]
-    if first + u.shape[1] > vocabulary:  # in the last tile only
+    if first + u.shape[1] > vocabulary:  # only in the last tile
         if bias is not None:
             u = tl.where(column[None, :] < vocabulary, u, float("-inf"))
         else:
@@ -143,20 +143,20 @@ def logits(u, bias, first, vocabulary, softcap, scale):
 
 @triton.jit
 def halves(x):
-    """The left and the right half of a tile (BM, BN): what follows a product takes one at a time, for the registers."""
+    """Split a tile (BM, BN) into its left and right half, which are processed one after the other to save registers."""
     left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
     return left, right
 
 
 @triton.jit
 def finite(top):
-    """Maxima that may be subtracted: 0 in place of −∞, for −∞ − (−∞) is NaN."""
+    """Make maxima safe to subtract: replace −∞ by 0, since −∞ − (−∞) is NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def moment(e, d, INFINITE: tl.constexpr):
-    """Σ e·d of rows. INFINITE: d may be −∞ where e is 0, and counts nothing; a NaN in e is seen."""
+    """Return Σ e·d per row. INFINITE: d may be −∞ where e is 0, which contributes 0; a NaN in e propagates."""
     if INFINITE:
         return tl.sum(times(e, d), 1)
     return tl.sum(e * d, 1)
@@ -164,11 +164,11 @@ def moment(e, d, INFINITE: tl.constexpr):
 
 @triton.jit
 def mean(a, s):
-    """a/s; 0 of nothing."""
+    """Return a/s, or 0 where s is 0."""
     return tl.where(s == 0.0, 0.0, a / s)
 
 
 @triton.jit
 def times(weight, x):
-    """weight · x, zero where the weight is, whatever x."""
+    """Return weight · x, or 0 where the weight is 0, whatever x is."""
     return tl.where(weight == 0.0, 0.0, weight * x)

@@ -1,8 +1,8 @@
-"""What the compiled kernels take of a device: registers, shared memory, spills. Needs no device.
+"""Resource usage of the compiled Triton kernels: registers, shared memory, spills. Needs no GPU.
 
 ``python -m alignpro_kernels.triton_resources`` compiles every kernel in every recorded configuration for every target
-and prints a table; with ``--write FILE`` it writes it as JSON, which the tests hold later builds against. A spill in
-the loop over D would cost more than any tuning gains.
+and prints a table. With ``--write FILE`` it also writes the table as JSON, against which the tests compare later builds.
+A spill in the loop over D would cost more than any tuning gains.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _STATES = ("query_stride", "query_head_stride", "page_stride", "value_stride", "slot_stride", "head_stride")
-_DEPTH = 896  # D: a multiple of every BK, as real heads are
+_DEPTH = 896  # D: a multiple of every BK, as in real models
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with its arguments' types and its constants."""
+    """A kernel with the types of its arguments and its constants."""
 
     name: str
     kernel: Any
     types: dict[str, str]
-    """Triton's type of every argument that is not None or a constant."""
+    """The Triton type of every argument that is neither None nor a constant."""
     constants: dict[str, Any]
     warps: int
     stages: int
@@ -56,18 +56,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one program."""
+    """The resources used by one program."""
 
     registers: int
-    """A thread; of a CDNA accelerator the vector registers, accumulation registers among them."""
+    """Registers per thread; on CDNA the vector registers, including accumulation registers."""
     shared: int
-    """Bytes."""
+    """Shared memory in bytes."""
     spills: int
-    """Bytes of local memory a thread: spilled registers and stack."""
+    """Local memory per thread in bytes: spilled registers and stack."""
 
 
 def variants() -> Iterator[Variant]:
-    """All kernels, in all configurations."""
+    """Yield all kernels in all configurations."""
     for reference in (None, "shared", "separate"):
         of = f" {reference} reference" if reference else ""
         for config in candidates(torch.bfloat16, reference=reference is not None, capped=False):
@@ -102,7 +102,7 @@ def variants() -> Iterator[Variant]:
         for dim in (64, 128, 256):
             for rows in sorted(
                 {attention_tile(kind, dim, n, plain=True).rows for n in (1, 1 << 20)}
-            ):  # a decode step, a prompt
+            ):  # a decode step and a prompt
                 yield _attention(kind, dim, rows)
         yield _attention(kind, 96, 1 << 20, everything=True)
     yield _attention(torch.bfloat16, 256, 1 << 20, everything=True)
@@ -111,7 +111,7 @@ def variants() -> Iterator[Variant]:
 
 
 def measure(variant: Variant, target: str) -> Resources:
-    """Compile for a target of `TARGETS`."""
+    """Compile a variant for a target of `TARGETS` and return its resource usage."""
     kernel = _plain(variant.kernel)
     names = kernel.arg_names
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
@@ -146,21 +146,21 @@ def _of_cdna(compiled: Any) -> Resources:
 
     def figure(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
-        assert found, f"the assembler's text has no .{name}"
+        assert found, f"the assembly has no .{name}"
         return int(found[1])
 
     return Resources(figure("vgpr_count"), compiled.metadata.shared, figure("private_segment_fixed_size"))
 
 
 def _plain(kernel: Any) -> Any:
-    """The kernel below its tuner."""
+    """Unwrap an autotuned kernel."""
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
     return kernel
 
 
 def _arguments(kernel: Any, **pointers: str) -> dict[str, str]:
-    """Types of the pointers given, and of the integers."""
+    """Return the types of the given pointers and of the kernel's integer arguments."""
     integers = ("rows", "count", "vocabulary", "kept_stride", "du_stride", "plane_stride", "rows_key")
     return pointers | {name: "i32" for name in integers if name in _plain(kernel).arg_names}
 
@@ -242,9 +242,9 @@ def _attention(dtype: torch.dtype, dim: int, rows: int, *, everything: bool = Fa
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--write", type=Path, help="a JSON file")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="target to compile for (default: all)")
+    parser.add_argument("--only", default="", help="compile only kernels whose name contains this")
+    parser.add_argument("--write", type=Path, help="also write the table to this JSON file")
     chosen = parser.parse_args(arguments)
     table: dict[str, dict[str, dict[str, int]]] = {}
     print(f"{'kernel':72} {'target':8} {'registers':>9} {'shared':>8} {'spills':>7}")

@@ -1,6 +1,6 @@
-"""Sampling in the head's product: noise is added to a tile's logits, and the tile's best entry is all that leaves it.
+"""Sampling fused into the head's product: noise is added to a tile's logits, and only the tile's best entry is stored.
 
-Statistics of the distribution come along by the sums of `triton_logits`.
+The statistics of the distribution are computed from the same sums as in `triton_logits`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -24,11 +24,11 @@ NOWHERE = tl.constexpr(1 << 30)  # an index beyond any vocabulary
 
 @triton.jit
 def gumbel(seed, index):
-    """Entry ``index`` of `noise.gumbel_noise` of a seed, in float32, to about 1e-6.
+    """Return entry ``index`` of `noise.gumbel_noise` for a seed, in float32, accurate to about 1e-6.
 
-    With u = (k + ½)/2⁵², the noise is −log E with E = −log u. Where u is near 1, E is tiny and float32 does not hold u:
-    there v = 1 − u comes from the complement of the integer, and E = −log(1 − v) = 2 artanh(v/(2 − v)) from a series,
-    with a relative error of 1e-7 for all v ≤ ½.
+    With u = (k + ½)/2⁵², the noise is −log E with E = −log u. Near u = 1, E is tiny and float32 cannot represent u. There
+    v = 1 − u is computed from the complement of the integer, and E = −log(1 − v) = 2 artanh(v/(2 − v)) from a series, with a
+    relative error of 1e-7 for all v ≤ ½.
     """
     z = seed.to(tl.uint64, bitcast=True) + (index + 1).to(tl.uint64) * GAMMA
     z = (z ^ (z >> 30)) * MIX_1
@@ -50,7 +50,7 @@ def gumbel(seed, index):
 
 @triton.jit
 def noise_kernel(seeds, out, vocabulary, BV: tl.constexpr):
-    """Noise (C, V) alone, one program a row."""
+    """Compute only the noise (C, V), one program per row."""
     row = tl.program_id(0).to(tl.int64)
     seed = tl.load(seeds + row)
     for first in range(0, vocabulary, BV):
@@ -75,7 +75,7 @@ def sample_kernel(
     seeds,  # (C,) int64
     partials,  # (best noisy value, its z, m, s, a; tiles, C) float32, out
     best,  # (tiles, C) int32, out: index of the best
-    width,  # (1,) int32, out
+    width,  # (1,) int32, out: BN
     rows,
     vocabulary,
     plane_stride,
@@ -91,7 +91,7 @@ def sample_kernel(
     GROUP: tl.constexpr,
     WAVES: tl.constexpr,
 ):
-    """One program a tile (or a turn), as `logits_kernel`."""
+    """Sample within one tile per program, or per iteration of a persistent one, as in `logits_kernel`."""
     row_tiles = tl.cdiv(rows, BM)
     column_tiles = tl.cdiv(vocabulary, BN)
     if tl.program_id(0) == 0:
@@ -121,7 +121,7 @@ def sample_kernel(
         noisy = z + tl.where(greedy[:, None], 0.0, gumbel(tl.load(seeds + row)[:, None], column[None, :]))
         noisy = tl.where(noisy != noisy, float("inf"), noisy)  # NaN wins, as in torch.argmax
         value = tl.max(noisy, 1)
-        index = tl.min(tl.where(noisy == value[:, None], column[None, :], NOWHERE), 1)  # the lowest among equals
+        index = tl.min(tl.where(noisy == value[:, None], column[None, :], NOWHERE), 1)  # ties: the lowest index
         plane = partials + column_tile.to(tl.int64) * rows + row
         tl.store(plane, value, mask=valid)
         plane += plane_stride
@@ -151,7 +151,7 @@ def choice_kernel(
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """The best of the tiles' best, and the statistics, of BR rows."""
+    """Choose the best of the tiles' best entries and merge the statistics, for BR rows."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     valid = row < rows
     tiles = tl.cdiv(vocabulary, tl.load(width))
@@ -171,7 +171,7 @@ def choice_kernel(
         here = tl.max(value_t, 0)
         index_here = tl.min(tl.where(value_t == here[None, :], index_t, NOWHERE), 0)
         z_here = tl.sum(tl.where(index_t == index_here[None, :], z_t, 0.0), 0)
-        better = (here > value) | (index == NOWHERE)  # an earlier tile has the lower index
+        better = (here > value) | (index == NOWHERE)  # ties: the earlier tile, which has the lower index
         value = tl.where(better, here, value)
         index = tl.where(better, index_here, index)
         z = tl.where(better, z_here, z)

@@ -1,4 +1,4 @@
-"""Whether Triton can run here, and on what."""
+"""Whether Triton can run here, and on which devices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def unavailable() -> str | None:
-    """Why Triton cannot run here, or None if it can."""
+    """Return the reason why Triton cannot run here, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it comes with PyTorch on Linux)"
-    if torch.cuda.is_available():  # ROCm answers here too
+    if torch.cuda.is_available():  # also true on ROCm
         if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < (8, 0):
             return f"the GPU has compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 (Ampere)"
         return None
@@ -23,15 +23,15 @@ def unavailable() -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels with NumPy, on the CPU."""
+    """Whether Triton runs its kernels in its NumPy interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def takes(device: torch.device) -> bool:
-    """Whether the kernels run on a device's tensors."""
+    """Whether the kernels support tensors on a device."""
     return device.type == "cuda" or (device.type == "cpu" and interpreting())
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels go to the current device: make it the tensors'."""
+    """Make the tensors' device the current one, on which Triton launches its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

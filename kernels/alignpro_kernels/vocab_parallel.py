@@ -1,7 +1,7 @@
-"""How a head's vocabulary is split over the ranks of a process group, and what the ranks say to each other.
+"""The split of a head's vocabulary over the ranks of a process group, and the communication between the ranks.
 
-The output layer under tensor parallelism: rank k of K has a contiguous slice of the head's rows, and hidden states and
-targets are the same on all ranks. `vocab_states` has the formulas that make one distribution of the slices'.
+This is the output layer under tensor parallelism: rank k of K has a contiguous slice of the head's rows, and hidden
+states and targets are the same on all ranks. `vocab_states` has the formulas that merge the distributions of the slices.
 """
 
 from __future__ import annotations
@@ -23,55 +23,57 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Fact: TypeAlias = int | float | str | Tensor | None
-"""Something that must be the same on all ranks; of a tensor, its bits."""
+"""A value that must be the same on all ranks; tensors are compared by a checksum of their bits."""
 
-_FACTS = 14  # that the ranks compare at once, so that those of any two operators are as many
+_FACTS = 14  # facts compared per collective: a fixed number, so that ranks in different operators can still compare
 _SOUND, _FAILED = 0, 1
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """How the rows of a head are split over a process group; the weight that an operator gets is this rank's slice.
+    """How the rows of a head are split over a process group; operators take this rank's slice as their weight.
 
-    The slices lie in the order of the group's ranks. `even` makes Megatron's, `gather` asks the ranks for theirs.
+    The slices are in the order of the group's ranks. `even` makes the split used by Megatron, `gather` collects the sizes
+    from the ranks.
 
     Raises:
         RuntimeError: No process group is initialised.
-        ValueError: There are not as many sizes as ranks, one is not positive, or this process is not in the group.
+        ValueError: The number of sizes is not the number of ranks, a size is not positive, or this process is not in the
+            group.
     """
 
     sizes: tuple[int, ...]
-    """Rows of the head on each rank of the group."""
+    """Number of rows of the head on each rank of the group."""
     group: ProcessGroup | None = None
-    """None is the default group."""
+    """The process group; None for the default group."""
 
     def __post_init__(self) -> None:
         ranks = _ranks(self.group)
         if len(self.sizes) != ranks:
-            raise ValueError(f"vocab_parallel: {len(self.sizes)} sizes for a group of {ranks} ranks: give one a rank")
+            raise ValueError(f"vocab_parallel: {len(self.sizes)} sizes for a group of {ranks} ranks: pass one per rank")
         for rank, size in enumerate(self.sizes):
             if size <= 0:
                 raise ValueError(
-                    f"vocab_parallel: rank {rank} has {size} rows of the head: every rank needs one at least, so split "
+                    f"vocab_parallel: rank {rank} has {size} rows of the head: every rank needs at least one, so split "
                     "the vocabulary over fewer ranks"
                 )
 
     @classmethod
     def even(cls, vocabulary: int, group: ProcessGroup | None = None) -> VocabShard:
-        """Slices of equal size; where the ranks do not divide V, the first have one row more, as `torch.tensor_split`."""
+        """Split V evenly; if that leaves a remainder, the first ranks get one row more, as in `torch.tensor_split`."""
         ranks = _ranks(group)
         return cls(tuple(vocabulary // ranks + (rank < vocabulary % ranks) for rank in range(ranks)), group)
 
     @classmethod
     def gather(cls, weight: Tensor, group: ProcessGroup | None = None) -> VocabShard:
-        """The slices (V_k, D) that the ranks have; all of them call it, once, since it waits for the others."""
+        """Build the split from each rank's slice (V_k, D); a collective, which synchronises: call it once on every rank."""
         _ranks(group)
         sizes = gather(torch.tensor([len(weight)], device=weight.device), group)
         return cls(tuple(sizes.flatten().tolist()), group)
 
     @property
     def rank(self) -> int:
-        """Of this process in the group."""
+        """The rank of this process in the group."""
         return dist.get_rank(self.group)
 
     @property
@@ -81,17 +83,17 @@ class VocabShard:
 
     @property
     def size(self) -> int:
-        """Rows of this rank's slice."""
+        """The number of rows of this rank's slice."""
         return self.sizes[self.rank]
 
     @property
     def vocabulary(self) -> int:
-        """V, of all slices together."""
+        """V, the size of the whole vocabulary."""
         return sum(self.sizes)
 
 
 def gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """(K, ...) of every rank's x, in the order of the ranks."""
+    """All-gather x; returns (K, ...), in the order of the ranks."""
     x = x.contiguous()
     every = x.new_empty(dist.get_world_size(group), *x.shape)
     dist.all_gather(list(every.unbind()), x, group=group)
@@ -101,19 +103,20 @@ def gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
 def agree(
     shard: VocabShard, operator: str, device: torch.device, facts: Mapping[str, Fact], *, most_rows: int = 0
 ) -> int:
-    """Compares facts over the ranks, and gives the least ``most_rows``: one small collective, which is waited for.
+    """Compare facts across the ranks and return the minimum of ``most_rows``: one small, synchronising collective.
 
-    Ranks with different rows would wait for each other for ever, or add up what does not belong together.
+    Without this check, ranks with different inputs would hang or sum unrelated rows.
 
     Args:
-        shard: Of the call.
-        operator: Its name.
-        device: Of its tensors.
-        facts: By name, at most 12.
-        most_rows: How many rows this rank would take at once; those with a larger slice take fewer.
+        shard: The split of the call.
+        operator: The name of the operator.
+        device: The device of its tensors.
+        facts: At most 12, by name.
+        most_rows: The largest chunk that this rank supports; it is smaller for larger slices.
 
     Raises:
-        ValueError: The ranks disagree, and the message, the same on all, names on what; or one is in `failing_together`.
+        ValueError: The ranks disagree, and the message, the same on all ranks, says on what; or an error was raised on a
+            rank in `failing_together`.
     """
     everything: dict[str, Fact] = {"the operator": operator, "the sizes of the slices": repr(shard.sizes), **facts}
     numbers = [_number(fact) for fact in everything.values()]
@@ -124,22 +127,20 @@ def agree(
     states, most, *columns = gather(mine, shard.group).T.tolist()
     assert len(columns) == _FACTS
     if _FAILED in states:
-        raise ValueError(
-            f"{operator}: rank {states.index(_FAILED)} of vocab_parallel raised an error: see what it says"
-        )
+        raise ValueError(f"{operator}: rank {states.index(_FAILED)} of vocab_parallel raised an error: see its message")
     for (name, fact), column in zip(everything.items(), columns, strict=False):
         if len(set(column)) > 1:
             values = f" ({', '.join(map(str, column))})" if isinstance(fact, int) else ""
             raise ValueError(
-                f"{operator}: the ranks of vocab_parallel disagree on {name}{values}: all but the slices of the head must "
-                "be the same on every rank"
+                f"{operator}: the ranks of vocab_parallel disagree on {name}{values}: everything but the slices of the head "
+                "must be the same on every rank"
             )
     return int(min(most))
 
 
 @contextmanager
 def failing_together(shard: VocabShard | None, device: torch.device) -> Iterator[None]:
-    """What is raised here on one rank only is told to the others, which `agree` next, instead of leaving them waiting."""
+    """Report an exception raised here to the other ranks, whose next call of `agree` then raises instead of hanging."""
     try:
         yield
     except Exception:
@@ -158,7 +159,7 @@ def agree_on_rows(
     *,
     most_rows: int = 0,
 ) -> int:
-    """`agree` on what every operator is given of its rows, (N, D), and on more facts."""
+    """`agree` on the arguments that all operators share, for rows (N, D), and on further facts."""
     common: dict[str, Fact] = {
         "the number of rows": len(hidden),
         "the hidden size": hidden.shape[1],
@@ -170,7 +171,7 @@ def agree_on_rows(
 
 
 def checksum(x: Tensor) -> Tensor:
-    """() int64, of the bits of a tensor in their order."""
+    """Return a checksum, () int64, that depends on the bits of a tensor and on their order."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     numbers = x.contiguous().view(bits).flatten().to(torch.int64) + 1
     odd = 2 * torch.arange(len(numbers), device=x.device) + 1
@@ -178,19 +179,19 @@ def checksum(x: Tensor) -> Tensor:
 
 
 class Reduction:
-    """Sums gradients over the ranks, in `statistics_dtype`: those of a chunk while the next is computed."""
+    """All-reduces gradients in `statistics_dtype`, overlapping a chunk's communication with the next chunk's computation."""
 
     def __init__(self, shard: VocabShard) -> None:
         self._group = shard.group
         self._pending: list[tuple[dist.Work, Tensor, Tensor]] = []
 
     def room(self, into: Tensor) -> Tensor:
-        """Where this rank's part of a gradient goes: its place itself, where that is wide enough to add up in."""
+        """Return a buffer for this rank's part of a gradient: ``into`` itself if its dtype is wide enough for the sum."""
         dtype = statistics_dtype(into.dtype)
         return into if into.dtype == dtype else torch.empty_like(into, dtype=dtype)
 
     def begin(self, parts: list[tuple[Tensor, Tensor]]) -> None:
-        """Sum parts, each with the place of the sum. Those before are waited for: one chunk's room is held, and its next."""
+        """Start summing (part, destination) pairs. Waits for the previous ones, so at most two chunks' buffers exist."""
         self.finish()
         for part, into in parts:
             work = dist.all_reduce(part, group=self._group, async_op=True)
@@ -198,7 +199,7 @@ class Reduction:
             self._pending.append((work, part, into))
 
     def finish(self) -> None:
-        """Wait for the sums, and round them into their places."""
+        """Wait for the sums and round them into their destinations."""
         for work, part, into in self._pending:
             work.wait()
             if part is not into:
@@ -210,15 +211,15 @@ def _ranks(group: ProcessGroup | None) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "vocab_parallel: no process group is initialised: call torch.distributed.init_process_group first, or leave "
-            "vocab_parallel out on a single process"
+            "out vocab_parallel in a single process"
         )
     if dist.get_rank(group) < 0:
-        raise ValueError("vocab_parallel: this process is not in the group: give the one that its rank belongs to")
+        raise ValueError("vocab_parallel: this process is not in the group: pass a group that it belongs to")
     return dist.get_world_size(group)
 
 
 def _number(fact: Fact) -> int:
-    """What stands for a fact that is not a tensor, in 64 bits."""
+    """Encode a fact that is not a tensor in 64 bits."""
     if isinstance(fact, str):
         return zlib.crc32(fact.encode())
     if isinstance(fact, float):

@@ -1,8 +1,8 @@
-"""The specification of the operators over a vocabulary that is split over ranks, in plain PyTorch, see `reference`.
+"""The specification of the operators over a vocabulary that is split over ranks, in plain PyTorch; see `reference`.
 
-Megatron's two operators make autograd right across ranks, of which every one computes the same loss: what goes into the
-slices is `copied` (its gradient is the sum of the ranks'), what comes out is `summed` (each part has the sum's gradient).
-With M the largest logit of all slices and d = z − M, d_r = z_r − M_r of the reference,
+Two operators, as in Megatron, make autograd correct across ranks that all compute the same loss: inputs of the slices are
+`copied` (their gradient is the sum over the ranks), outputs are `summed` (each rank's part has the gradient of the sum).
+With M the largest logit over all slices, d = z − M, and d_r = z_r − M_r of the reference,
 
     s = Σ e^d     a = Σ e^d d     b = Σ e^d (d − d_r)     s_r = Σ e^{d_r}
     log p_y = d_y − log s         H = log s − a/s         KL = b/s − log s + log s_r
@@ -37,7 +37,7 @@ def linear_logprob(
     ref_bias: Tensor | None = None,
     entropy: bool = False,
 ) -> TokenStats:
-    """See `alignpro_kernels.linear_logprob`; rows are (N,), and targets count from the vocabulary's beginning."""
+    """See `alignpro_kernels.linear_logprob`; rows are (N,), and targets index the whole vocabulary."""
     facts: dict[str, Fact] = {
         "target": target,
         "whether there is a reference": ref_hidden is not None,
@@ -48,14 +48,14 @@ def linear_logprob(
     if lora is not None:
         lora = lora._replace(a=copied(lora.a, shard))
     d = _relative(reference.head_logits(hidden, weight, bias, temperature, softcap, lora), shard)  # (N, V_k)
-    exp_d, bounded = d.exp(), d.clamp_min(LOWEST)  # e^d d is 0 where e^d is
+    exp_d, bounded = d.exp(), d.clamp_min(LOWEST)  # makes e^d d 0 where e^d is 0
     index = target - shard.start
     here = (index >= 0) & (index < shard.size)
     chosen = d.gather(1, index.clamp(0, shard.size - 1).unsqueeze(1)).squeeze(1)
     sums = [torch.where(here, chosen, 0.0), exp_d.sum(1), (exp_d * bounded).sum(1)]
     if ref_hidden is not None:
         with torch.no_grad():
-            if ref_weight is None:  # a shared head: its bias comes along, a LoRA does not
+            if ref_weight is None:  # a shared head: the reference uses its bias too, but not a LoRA
                 ref_weight, ref_bias = weight, (bias if ref_bias is None else ref_bias)
             d_r = _relative(reference.head_logits(ref_hidden, ref_weight, ref_bias, temperature, softcap), shard)
         sums += [(exp_d * (bounded - d_r.clamp_min(LOWEST))).sum(1), d_r.exp().sum(1)]
@@ -74,7 +74,7 @@ def policy_loss(
     positions: Tensor | None,
     **arguments: Any,
 ) -> PolicyLossOutput:
-    """See `alignpro_kernels.policy_loss` and `reference.policy_loss`; the other arguments are `linear_logprob`'s."""
+    """See `alignpro_kernels.policy_loss` and `reference.policy_loss`; ``arguments`` are those of `linear_logprob`."""
 
     def agreed(
         logprob: Tensor, entropy: Tensor | None, kl: Tensor | None, rows: Tensor
@@ -88,19 +88,19 @@ def policy_loss(
 
 
 def copied(x: Tensor, shard: VocabShard) -> Tensor:
-    """The same tensor, whose gradient is the sum over ranks."""
+    """Identity in the forward pass; the gradient is summed over the ranks."""
     result: Tensor = _Copied.apply(x, shard)
     return result
 
 
 def summed(x: Tensor, shard: VocabShard) -> Tensor:
-    """The sum over ranks, whose gradient each rank's part has."""
+    """Sum over the ranks in the forward pass; identity in the backward pass."""
     result: Tensor = _Summed.apply(x, shard)
     return result
 
 
 def _relative(z: Tensor, shard: VocabShard) -> Tensor:
-    """Logits less the largest of all slices, (N, V_k); that is a constant, for statistics do not depend on it."""
+    """Subtract the largest logit over all slices, (N, V_k); it is a constant, since statistics do not depend on it."""
     top = z.detach().amax(1, keepdim=True)
     dist.all_reduce(top, dist.ReduceOp.MAX, shard.group)
     return z - top.masked_fill(top == -torch.inf, 0.0)

@@ -1,4 +1,4 @@
-"""The sizing table of docs/launch.md: memory a GPU for the paper's four pairs of prompter and target, by set-up.
+"""Print the sizing table of docs/launch.md: memory per GPU for the paper's four pairs of prompter and target, by set-up.
 
 python launch/sizing/table.py
 """
@@ -16,11 +16,11 @@ TARGETS = {"llama-3.1-8b": "Llama-3.1-8B", "qwen2.5-7b": "Qwen2.5-7B"}
 RANKS = (1, 8)
 DEVICE_GIB = 80
 SPARE = 0.9
-"""The share of a device that tensors may take: the allocator and the libraries need some too."""
+"""Share of a device's memory available to tensors; the allocator and libraries need the rest."""
 
 
 def rows() -> list[str]:
-    """Lines of Markdown."""
+    """Return the table as lines of Markdown."""
     setups = setups_of(_config(next(iter(PROMPTERS)), next(iter(TARGETS))), 1)
     lines = [f"| prompter, target | GPUs | {' | '.join(setups)} |", f"|---|---|{'---|' * len(setups)}"]
     for prompter, first in PROMPTERS.items():
@@ -34,7 +34,7 @@ def rows() -> list[str]:
 
 
 def _cell(need: Need) -> str:
-    """GiB at the higher of both peaks, in bold where that fits; and of the host's memory."""
+    """Format the higher of the two peaks in GiB, in bold where it fits, and the host memory in parentheses."""
     most = max(need.rollout, need.update) / GIB
     text = f"**{most:.0f}**" if most <= SPARE * DEVICE_GIB else f"{most:.0f}"
     return text if need.training.host == 0 else f"{text} (+{need.training.host / GIB:.0f})"

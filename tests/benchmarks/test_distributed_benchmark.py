@@ -1,4 +1,4 @@
-"""The benchmark on several ranks: what it counts as held, what it makes of the ranks' figures, and a whole small run."""
+"""The distributed benchmark: memory accounting, merging of the ranks' figures, and a complete small run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.models import characters, make_chat_template, make_tokenizer
 MIB = 1 << 20
 
 
-def test_storages_are_counted_once_and_until_they_are_gone() -> None:
+def test_storages_are_counted_once_and_until_they_are_freed() -> None:
     before = torch.empty(MIB, dtype=torch.uint8)
     with StorageGauge() as gauge:
         gauge.count_existing()
@@ -30,18 +30,18 @@ def test_storages_are_counted_once_and_until_they_are_gone() -> None:
         view = first[:10].view(2, 5)
         assert gauge.peak() == start + 2 * MIB
         del first
-        assert gauge.peak() == start + 2 * MIB  # the view holds it
+        assert gauge.peak() == start + 2 * MIB  # the view keeps the storage alive
         del view
         gauge.peak()
         assert gauge.peak() == start
-        float(torch.empty(MIB).sum())  # gone at once, and the most there was
+        float(torch.empty(MIB).sum())  # freed at once, but part of the peak
         assert gauge.peak() >= start + 4 * MIB
         del before
         gauge.peak()
         assert gauge.peak() == start - MIB
 
 
-def test_peaks_belong_to_the_phase_in_which_they_were() -> None:
+def test_each_peak_is_attributed_to_its_phase() -> None:
     ranks = Ranks()
     with StorageGauge() as gauge:
         peaks = PhasePeaks(gauge, ranks)
@@ -72,21 +72,21 @@ def test_a_step_takes_as_long_as_its_slowest_rank() -> None:
     }
 
 
-def test_scaled_buckets_are_shares_of_the_model(tmp_path: Path) -> None:
+def test_bucket_sizes_are_proportional_to_the_model(tmp_path: Path) -> None:
     zero = read_zero_config(str(write_scaled("z3", 2400, tmp_path)))["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == 300
     assert zero["stage3_param_persistence_threshold"] == 8
     assert zero["stage"] == 3
 
 
-def test_a_large_vocabulary_is_one_token_a_character_too() -> None:
+def test_a_large_vocabulary_has_one_token_per_character_too() -> None:
     known = characters(151_936)
     assert len(set(known)) == 151_936 and not any(each.isspace() for each in known)
     small, large = (make_tokenizer(make_chat_template("", ""), size) for size in (1000, 5000))
     text = characters(5000)[-20:]
     assert len(large.encode(text)) == len(small.encode(text)) == 20
-    assert max(small.encode(text)) < 1000  # what it does not know is a token that the model has
-    with pytest.raises(ValueError, match="characters to write it with"):
+    assert max(small.encode(text)) < 1000  # unknown characters map to a token that the model has
+    with pytest.raises(ValueError, match="characters are available"):
         characters(1_000_000)
 
 

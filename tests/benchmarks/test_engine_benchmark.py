@@ -1,4 +1,4 @@
-"""The engine's benchmark: everyone generates the same, and what they take is set against the floor."""
+"""The engine benchmark: all entrants generate equal lengths, and their times are compared with the floor."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ RATES = DeviceRates(1e9, 1e9)
 
 
 def case(name: str) -> Case:
-    """A case by name."""
+    """Return a case by name."""
     return next(one for one in CASES if one.name == name)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quick run of chains and of sequences."""
+    """Run the quick workloads of chains and of sequences."""
     out = tmp_path_factory.mktemp("engine")
     options = ["--quick", "--workload", "bare", "--workload", "decode256", "--device", "cpu"]
     app([*options, "--json", str(out / "engine.json")], standalone_mode=False)
@@ -41,7 +41,7 @@ def document(folder: Path) -> Any:
     return json.loads((folder / "engine.json").read_text())
 
 
-def test_every_entrant_is_in_every_case_and_says_what_became_of_it(document: Any) -> None:
+def test_every_case_lists_every_entrant_with_a_reason_if_not_measured(document: Any) -> None:
     assert [result["case"] for result in document["results"]] == ["bare", "decode256"]
     for result in document["results"]:
         assert [e["entrant"] for e in result["entrants"]] == ["ours", "hf-generate", "hf-continuous"]
@@ -50,7 +50,7 @@ def test_every_entrant_is_in_every_case_and_says_what_became_of_it(document: Any
         assert all(e["status"] == "measured" for e in result["entrants"][:2])
 
 
-def test_a_measured_entrant_has_rates_and_is_set_against_floor_and_ours(document: Any) -> None:
+def test_a_measured_entrant_has_rates_and_ratios_to_the_floor_and_to_ours(document: Any) -> None:
     for result in document["results"]:
         seconds = {e["entrant"]: e["seconds"] for e in result["entrants"]}
         for entrant in result["entrants"]:
@@ -61,17 +61,17 @@ def test_a_measured_entrant_has_rates_and_is_set_against_floor_and_ours(document
             assert entrant["ours_over_it"] == pytest.approx(entrant["seconds"] / seconds["ours"])
 
 
-def test_ours_tells_tokens_computed_and_the_host_share(document: Any) -> None:
+def test_ours_reports_tokens_computed_and_the_share_of_host_time(document: Any) -> None:
     chains, sequences = document["results"]
     for result in document["results"]:
         details = result["entrants"][0]["details"]
-        assert details["computed_over_floor"] == 1.0  # nothing in common but whole prompts
+        assert details["computed_over_floor"] == 1.0  # the only common prefixes are whole prompts
         assert 0 < details["host_share"] < 1
     assert "decode_ticks" not in chains
     assert 0 < sequences["decode_ticks"]["host_s"] < sequences["decode_ticks"]["tick_s"]
 
 
-def test_run_is_described_and_drawn(document: Any, folder: Path) -> None:
+def test_the_run_is_described_and_plotted(document: Any, folder: Path) -> None:
     run = document["run"]
     assert run["command"].startswith("python -m benchmarks.engine")
     assert run["rates"].keys() == {"bytes_per_s", "flops_per_s"}
@@ -86,10 +86,10 @@ def test_an_entrant_that_generates_less_has_failed() -> None:
     small = shrink(case("single"))
     (result,) = measure(small, [Entrant("short", short)], SETTING, 1, RATES)["entrants"]
     assert result["status"] == "failed"
-    assert "was asked for" in result["reason"]
+    assert "instead of" in result["reason"]
 
 
-def test_an_entrant_that_fails_leaves_the_others_alone() -> None:
+def test_a_failing_entrant_does_not_affect_the_others() -> None:
     def broken(*_: object) -> Run:
         raise ValueError("no such device\nand more")
 
@@ -107,7 +107,7 @@ def test_entrants_have_the_same_weights() -> None:
         assert entrant.prepare(replace(small, workload=w), inputs, SETTING)(1).tokens == {"target": 4}
 
 
-def test_floor_of_a_lone_sequence_is_reading_the_weights_once_a_token() -> None:
+def test_floor_of_a_single_sequence_is_reading_the_weights_once_per_token() -> None:
     single = case("single")
     shape, new = single.workload.target, single.workload.response
     layer = 2 * 384 * 384 + 2 * 384 * 192 + 3 * 384 * 1152
@@ -118,7 +118,7 @@ def test_floor_of_a_lone_sequence_is_reading_the_weights_once_a_token() -> None:
     assert shape.kv_heads * shape.hidden // shape.heads == 192
 
 
-def test_floor_of_many_sequences_is_their_products() -> None:
+def test_floor_of_many_sequences_is_their_matrix_products() -> None:
     many = case("decode256")
     slow_products = floor_seconds(many, DeviceRates(1e15, 1e9), torch.float32)["decode"]
     one = replace(many, workload=replace(many.workload, prompts=1))

@@ -1,4 +1,4 @@
-"""The kernel benchmark: what it writes, and that it tells right from wrong."""
+"""The kernel benchmark: the files that it writes, and its detection of wrong results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.kernels.shapes import SHAPES, Shape, default_rows, parse_shape
 
 TINY = Shape("24x331", 24, 331)
 CPU = torch.device("cpu")
-# Compilers take tens of seconds a case.
+# Compilers take tens of seconds per case.
 SLOW = {"compile", "cce-compile"}
 
 
@@ -32,7 +32,7 @@ def every_entrant() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a tiny head with a soft-cap."""
+    """Run the benchmark on a tiny head with a soft cap."""
     out = tmp_path_factory.mktemp("kernels")
     chosen = [word for name in every_entrant() if name not in SLOW for word in ("--entrants", name)]
     options = ["--quick", "--shape", "24x331:30", "--rows", "19", "--device", "cpu", "--out", str(out)]
@@ -45,7 +45,7 @@ def document(folder: Path) -> Any:
     return json.loads((folder / "kernels.json").read_text())
 
 
-def test_each_case_names_each_entrant_and_those_that_did_not_run_say_why(document: Any) -> None:
+def test_every_case_lists_every_entrant_with_a_reason_if_not_measured(document: Any) -> None:
     assert [result["case"]["name"] for result in document["results"]] == [case.name for case in CASES]
     expected = [name for name in every_entrant() if name not in SLOW]
     for result in document["results"]:
@@ -55,7 +55,7 @@ def test_each_case_names_each_entrant_and_those_that_did_not_run_say_why(documen
             assert entrant["status"] == "measured" or entrant["reason"], entrant
 
 
-def test_whatever_runs_agrees_with_the_reference_in_float64(document: Any) -> None:
+def test_every_measured_entrant_agrees_with_the_reference_in_float64(document: Any) -> None:
     for result in document["results"]:
         assert result["reference_dtype"] == "float64"
         sampled = result["case"]["operator"] == "linear_sample"
@@ -88,7 +88,7 @@ def test_a_measured_entrant_has_times_ratios_and_memory(document: Any) -> None:
             assert len(entrant["rounds"]) == 2
 
 
-def test_gradients_are_counted_apart_from_the_peak(document: Any) -> None:
+def test_memory_of_gradients_is_counted_separately(document: Any) -> None:
     hidden, weight = 19 * 24 * 4 / MIB, 331 * 24 * 4 / MIB
     for result in document["results"]:
         case = next(case for case in CASES if case.name == result["case"]["name"])
@@ -105,11 +105,11 @@ def test_run_is_described(document: Any) -> None:
     assert {"command", "date", "threads", "seed", "limits"} <= run.keys()
 
 
-def test_picture_is_written(folder: Path) -> None:
+def test_the_plot_is_written(folder: Path) -> None:
     assert (folder / "kernels.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_floor_counts_the_products_of_the_table_of_least_work() -> None:
+def test_floor_counts_the_necessary_matrix_products() -> None:
     units = {case.name: 2 * len(case.products) for case in CASES if case.operator != "linear_sample"}
     assert units == {
         "policy": 6,
@@ -124,7 +124,7 @@ def test_floor_counts_the_products_of_the_table_of_least_work() -> None:
 
 
 def measure(case_name: str, forward: Any) -> dict[str, Any]:
-    """One made-up entrant beside the naive one."""
+    """Measure a made-up entrant together with the naive one."""
     case = next(case for case in CASES if case.name == case_name)
     entrant = Entrant("made-up", "made-up", lambda case, setting: Run(forward, "nonsense"))
     heads = make_heads(TINY, CPU, torch.float32, 0, reference=False)
@@ -140,7 +140,7 @@ def naive_loss(problem: Problem) -> torch.Tensor:
     return (problem.alpha * logp.gather(-1, problem.target.unsqueeze(-1)).squeeze(-1)).sum()
 
 
-def test_a_wrong_gradient_is_called_wrong() -> None:
+def test_a_wrong_gradient_is_reported() -> None:
     def wrong(problem: Problem) -> Outcome:
         loss = naive_loss(problem)
         return Outcome(2 * loss - loss.detach())
@@ -150,12 +150,12 @@ def test_a_wrong_gradient_is_called_wrong() -> None:
     assert "d_hidden" in result["reason"]
 
 
-def test_an_error_at_full_size_alone_is_called_wrong() -> None:
+def test_an_error_at_full_size_only_is_reported() -> None:
     calls = 0
 
     def wrong(problem: Problem) -> Outcome:
         nonlocal calls
-        calls += 1  # the first call is of the chosen rows, the later ones of all
+        calls += 1  # the first call has the selected rows, the later ones all rows
         loss = naive_loss(problem)
         return Outcome(loss if calls == 1 else loss + problem.hidden[-1].sum())
 
@@ -164,7 +164,7 @@ def test_an_error_at_full_size_alone_is_called_wrong() -> None:
     assert "at_size" in result["reason"]
 
 
-def test_a_sampler_of_another_distribution_is_called_wrong() -> None:
+def test_a_sampler_with_another_distribution_is_reported() -> None:
     def uniform(problem: Problem) -> Outcome:
         return Outcome(torch.randint(TINY.vocabulary, (problem.rows,)))
 
@@ -173,7 +173,7 @@ def test_a_sampler_of_another_distribution_is_called_wrong() -> None:
     assert "sigma" in result["reason"]
 
 
-def test_an_entrant_that_fails_leaves_the_others_alone() -> None:
+def test_a_failing_entrant_does_not_affect_the_others() -> None:
     def broken(problem: Problem) -> Outcome:
         raise ValueError("no such kernel\nand more")
 

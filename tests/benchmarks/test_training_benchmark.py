@@ -1,4 +1,4 @@
-"""The training benchmark: its lengths are exact, it writes what it promises, and it names who did not take part."""
+"""The training benchmark: sequence lengths are exact, its file is complete, and skipped peers are named."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """Tiny models, with templates of the paper's lengths."""
+    """Make tiny models with templates of the paper's lengths."""
     workload = reshape(QUICK, ["meta_prompt=160", "prompt=64", "rewrite=32", "template=48"])
     return make_task(workload, tmp_path_factory.mktemp("task"), steps=2, seed=1)
 
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A quick run without peers."""
+    """Run the quick workload without peers."""
     file = tmp_path_factory.mktemp("training") / "quick.json"
     app(["--quick", "--peers", "none", "--json", str(file)], standalone_mode=False)
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return json.loads(file.read_text())
 
 
-def test_recorded_workloads_have_the_lengths_they_are_known_for() -> None:
+def test_recorded_workloads_have_their_documented_lengths() -> None:
     assert (PAPER.prompter_input, PAPER.rewrite, PAPER.target_input, PAPER.response) == (224, 32, 80, 32)
     assert (BARE.prompter_input, BARE.rewrite, BARE.target_input, BARE.response) == (64, 32, 32, 64)
     assert (PAPER.chains, BARE.chains) == (256, 64)
 
 
-def test_whatever_the_prompter_writes_has_as_many_tokens_for_the_target(task: Task) -> None:
+def test_a_rewrite_has_as_many_tokens_for_the_target_as_for_the_prompter(task: Task) -> None:
     config = PromptingConfig(meta_prompt=str(task.directory / "meta_prompt.jinja"))
     prompter = PrompterTemplate(load_tokenizer(ModelConfig(path=str(task.prompter))), config)
     target = TargetTemplate(load_tokenizer(ModelConfig(path=str(task.target))), max_tokens=200)
@@ -58,23 +58,23 @@ def test_whatever_the_prompter_writes_has_as_many_tokens_for_the_target(task: Ta
         rewrite = [(start + i) % vocabulary for i in range(32)]
         given = target.encode(Prompt.from_text(task.prompts[0]), prompter.decode(rewrite))
         assert len(given.tokens) == 48 + 32
-        assert given.tokens[40:72] == rewrite  # as it was sampled, between the template's two parts
+        assert given.tokens[40:72] == rewrite  # the sampled tokens, between the two parts of the template
     assert all(token >= vocabulary for token in (*prompter.stop_token_ids, *target.stop_token_ids))
 
 
-def test_no_prompt_comes_twice(task: Task) -> None:
+def test_all_prompts_differ(task: Task) -> None:
     assert len(set(task.prompts)) == task.steps * task.workload.prompts
 
 
-def test_a_step_computes_what_is_shared_once(task: Task) -> None:
+def test_a_step_computes_shared_tokens_once(task: Task) -> None:
     w = task.workload
     training = OurTraining(task, CPU)
-    training.step(0)  # the engine tries its models on a token when it first runs
+    training.step(0)  # the engine's first run also probes its models with a token
     step = training.step(1)
     assert step.tokens["decode"] == w.prompts * w.K * (w.rewrite - 1) + w.chains * (w.response - 1)
     packed = w.meta_prompt + w.prompts * (w.prompt + w.K * (w.rewrite - 1))
-    assert step.tokens["update"] == packed  # one pass of the policy serves credit and update
-    assert step.tokens["credit"] == packed  # the reference
+    assert step.tokens["update"] == packed  # one forward pass of the policy serves credit and update
+    assert step.tokens["credit"] == packed  # of the reference
 
 
 def test_overrides_reach_the_configuration(task: Task) -> None:
@@ -95,7 +95,7 @@ def test_file_has_medians_phases_and_samples(document: Any) -> None:
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "trl", None)  # importing it fails, as where it is not installed
+    monkeypatch.setitem(sys.modules, "trl", None)  # makes the import fail, as if TRL were not installed
     file = tmp_path / "quick.json"
     app(["--quick", "--steps", "1", "--warmup", "1", "--json", str(file)], standalone_mode=False)
     document = json.loads(file.read_text())
@@ -106,7 +106,7 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
-def test_trl_does_the_same_work_unshared(tmp_path: Path) -> None:
+def test_trl_does_the_same_work_without_sharing(tmp_path: Path) -> None:
     file = tmp_path / "quick.json"
     app(["--quick", "--steps", "1", "--warmup", "1", "--peers", "trl", "--json", str(file)], standalone_mode=False)
     document = json.loads(file.read_text())
@@ -120,6 +120,6 @@ def test_trl_does_the_same_work_unshared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["K=0", "K", "layers=3", "target=6", "target=6x13", "response=many"])
-def test_a_shape_that_cannot_be_is_refused(change: str) -> None:
+def test_an_impossible_shape_is_refused(change: str) -> None:
     with pytest.raises(typer.BadParameter, match=change.partition("=")[2] or change):
         app(["--quick", "--shape", change], standalone_mode=False)

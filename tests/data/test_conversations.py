@@ -36,12 +36,12 @@ def test_transcript_becomes_turns():
 
 
 @pytest.mark.parametrize("text", ["Human: a word for person?", "What does\n\nHuman: mean?", "Assistant: hi"])
-def test_text_that_is_no_transcript_is_left_alone(text):
+def test_text_that_is_not_a_transcript_is_not_parsed(text):
     assert read_transcript(text) is None
     assert read_conversation(text, "prompt") == turns(("user", text))
 
 
-def test_answer_as_text_message_conversation_and_transcript():
+def test_an_answer_may_be_text_a_message_a_conversation_or_a_transcript():
     opening = turns(("user", "q"))
     assert read_answer("a", "chosen").text == "a"
     assert read_answer({"from": "gpt", "value": "a"}, "chosen").text == "a"
@@ -54,7 +54,7 @@ def test_answer_as_text_message_conversation_and_transcript():
 
 
 @pytest.mark.parametrize("nothing", [None, "", " \n", float("nan"), [], "\n\nHuman: q\n\nAssistant:"])
-def test_no_answer(nothing):
+def test_empty_values_are_no_answer(nothing):
     assert read_answer(nothing, "chosen") is None
 
 
@@ -64,12 +64,12 @@ def test_no_answer(nothing):
         (5, r"chosen is a number \(5\), expected text"),
         (["a"], r"chosen\[0\] is text, expected a message"),
         ([{"role": "tool", "content": "a"}], "role 'tool'"),
-        ([{"role": "assistant", "content": 5}], "says a number"),
+        ([{"role": "assistant", "content": 5}], "has a number"),
         ([{"role": "assistant", "content": [{"type": "image"}]}], "a part that is not text"),
         ([{"role": "user", "content": "a"}], "ends with a turn of the user"),
         ("\n\nHuman: only a question", "ends with a turn of the user"),
     ],
 )
-def test_a_broken_answer_says_what_is_wrong(value, complaint):
+def test_an_invalid_answer_is_described(value, complaint):
     with pytest.raises(BadRow, match=complaint):
         read_answer(value, "chosen")

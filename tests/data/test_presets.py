@@ -1,4 +1,4 @@
-"""The presets' conversions on rows of the form that each data set has; nothing is downloaded."""
+"""The presets' conversions, tested on one row of each data set; nothing is downloaded."""
 
 import datasets
 import pytest
@@ -53,7 +53,7 @@ def test_conversion(name):
         assert (prompt.chosen, prompt.rejected) == ("Blue.", "Dog.")
 
 
-def test_what_is_special_to_each():
+def test_fields_that_only_some_presets_have():
     converted = {name: preset.convert(ROWS[name], "") for name, preset in presets().items()}
     assert converted["ultrafeedback"].metadata == {"score_chosen": 8.5, "score_rejected": 2.0}
     assert converted["orca"].messages[0] == Message("system", "Be brief.")
@@ -63,7 +63,7 @@ def test_what_is_special_to_each():
 
 
 def serve(monkeypatch, rows):
-    """Let the hub serve these rows, as the data set that `datasets` makes of them."""
+    """Make the hub serve these rows as a data set of the `datasets` library."""
     asked = []
 
     def load_dataset(hub_id, split):
@@ -75,7 +75,7 @@ def serve(monkeypatch, rows):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_as_the_datasets_library_gives_them(monkeypatch, name):
+def test_rows_from_the_datasets_library_are_converted(monkeypatch, name):
     asked = serve(monkeypatch, [ROWS[name]] * 2)
     preset = presets()[name]
     data = load_prompts(DataConfig(source=name))
@@ -98,13 +98,13 @@ def test_known_bad_rows_do_not_count_against_the_limit(monkeypatch):
     assert len(load_prompts(DataConfig(source="hh-rlhf")).report.bad) == 200
 
 
-def test_a_preset_without_the_required_field(monkeypatch):
+def test_a_preset_without_a_required_field_is_an_error(monkeypatch):
     serve(monkeypatch, [ROWS["helpsteer"]])
     with pytest.raises(DataError, match=r"nvidia/HelpSteer/train: no column for chosen, rejected"):
         load_prompts(DataConfig(source="helpsteer"), require=("chosen", "rejected"))
 
 
-def test_a_hub_that_does_not_answer(monkeypatch):
+def test_an_unreachable_hub_is_an_error(monkeypatch):
     def load_dataset(hub_id, split):
         raise ConnectionError("no route to host")
 

@@ -1,4 +1,4 @@
-"""Real files, where they are present: all load by the names of their columns."""
+"""Public data files, if present: all load with their columns detected by name."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from alignpro.data import load_prompts
 
 DIRECTORY = Path(__file__).parents[2] / "../shared/data"
 
-pytestmark = pytest.mark.skipif(not DIRECTORY.is_dir(), reason="the public data files are not here")
+pytestmark = pytest.mark.skipif(not DIRECTORY.is_dir(), reason="the public data files are not present")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def texts(prompts):
     return {prompt.text for prompt in prompts}
 
 
-def test_sides_are_disjoint_ordered_and_of_the_asked_size():
+def test_sides_are_disjoint_ordered_and_of_the_requested_size():
     training, heldout = split(PROMPTS, 0.1)
     assert texts(training) & texts(heldout) == set()
     for side in (training, heldout):
@@ -48,7 +48,7 @@ def test_the_same_prompt_of_two_data_sets_is_on_the_same_side(tmp_path):
     assert sides[0] == sides[1] != set()
 
 
-def test_the_side_depends_on_the_conversation_alone():
+def test_the_side_depends_only_on_the_conversation():
     plain = PROMPTS[0]
     annotated = Prompt(plain.messages, rewrite="x", metadata={"answer": 1}, source="elsewhere:1")
     assert is_held_out(plain, 0.5) == is_held_out(annotated, 0.5)
@@ -56,12 +56,12 @@ def test_the_side_depends_on_the_conversation_alone():
     assert len({is_held_out(p, 0.5) for p in others}) == 2
 
 
-def test_the_sides_are_fixed_for_good():
+def test_the_hash_never_changes():
     """A change of the hash would move prompts between training and evaluation of existing runs."""
     assert [is_held_out(p, 0.5) for p in PROMPTS[:8]] == [True, False, True, False, False, True, True, True]
 
 
-def test_nothing_left_to_train_on():
+def test_a_split_without_training_prompts_is_an_error():
     prompt = next(p for p in PROMPTS if is_held_out(p, 0.5))
     with pytest.raises(DataError, match=r"data\.holdout=0\.5 leaves none of 1 prompts"):
         split([prompt], 0.5)

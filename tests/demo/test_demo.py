@@ -1,4 +1,4 @@
-"""The demo from end to end: quickly for its form, and, among the slow tests, for what it must reach."""
+"""The demo end to end: a short run checks the format of its results, slow runs check its target figures."""
 
 import json
 
@@ -16,7 +16,7 @@ def short(tmp_path_factory):
     return out, run_demo(out, seed=1, steps=2)
 
 
-def test_summary_holds_what_is_promised(short):
+def test_summary_has_all_fields(short):
     out, summary = short
     for arm in ARMS:
         assert set(summary[arm]) >= {"mean", "variance", "ci95", "n"}

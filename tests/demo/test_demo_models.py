@@ -35,7 +35,7 @@ def test_saved_tokenizers_load_as_the_ones_that_were_built(saved, name):
     assert loaded.pad_token_id != loaded.eos_token_id
 
 
-def test_the_prompter_reads_any_text_and_the_target_marks_what_it_does_not_know():
+def test_the_prompter_encodes_any_text_and_the_target_has_an_unknown_token():
     text = "drehe „größe“ um  🙂\n"
     prompter = models.prompter_tokenizer()
     assert prompter.decode(prompter.encode(text), skip_special_tokens=True) == text

@@ -1,4 +1,4 @@
-"""The embedded world: right answers, disjoint splits, records that depend on the seed alone."""
+"""The toy task: right answers, disjoint splits, records that depend only on the seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_each_task_has_its_answer(task, answer):
     assert world.solve(task, "stone") == answer
 
 
-def test_every_task_has_a_solver_and_phrasings_on_both_sides():
+def test_every_task_has_a_solver_and_phrasings_in_both_splits():
     for task in TASKS:
         assert world.solve(task, "stone")
         assert cores(task, heldout=False)
@@ -58,7 +58,7 @@ def test_a_core_never_asks_for_two_tasks():
 
 
 def test_the_split_by_argument_is_stable():
-    """Shipped weights depend on which words were held out: the split may never move."""
+    """Shipped weights depend on which words were held out, so the split must never change."""
     words = ("stone", "bread", "cloud", "piano", "apple", "green", "water", "chair")
     assert [word for word in words if world.is_heldout_argument(word)] == ["piano", "water"]
 
@@ -89,7 +89,7 @@ def test_heldout_prompts_have_heldout_cores():
             assert request.text in {core.fill("stone") for core in cores("reverse", heldout=True)}
 
 
-def test_records_depend_on_the_seed_alone():
+def test_records_depend_only_on_the_seed():
     for draw in (
         lambda seed: world.target_records(50, seed, careless=False),
         lambda seed: world.target_records(50, seed, careless=True),
@@ -101,7 +101,7 @@ def test_records_depend_on_the_seed_alone():
         assert draw(3) != draw(4)
 
 
-def test_canonical_requests_are_always_answered_rightly_and_casual_ones_sometimes():
+def test_canonical_requests_are_always_answered_correctly_and_casual_ones_sometimes():
     records = world.target_records(4000, 0, careless=True)
     casual = []
     for record in records:
@@ -115,7 +115,7 @@ def test_canonical_requests_are_always_answered_rightly_and_casual_ones_sometime
     assert sum(casual) / len(casual) == pytest.approx(0.75 * wrong, abs=0.06)
 
 
-def test_careful_data_asks_nothing_back():
+def test_careful_data_has_no_answers_that_ask_back():
     answers = {record["response"] for record in world.target_records(2000, 0, careless=False)}
     assert not answers & {"what?", "huh?"}
 
@@ -131,7 +131,7 @@ def test_typos_leave_the_argument_intact():
         assert 0 <= request.clutter <= 3
 
 
-def test_arguments_can_be_pronounced_and_fall_on_their_side():
+def test_arguments_are_pronounceable_and_in_their_split():
     rng = random.Random(2)
     for heldout in (False, True):
         for _ in range(300):
@@ -142,7 +142,7 @@ def test_arguments_can_be_pronounced_and_fall_on_their_side():
             assert "vvv" not in kinds and "ccc" not in kinds
 
 
-def test_rewrites_keep_the_argument_and_their_shares():
+def test_rewrites_keep_the_argument_and_occur_in_the_configured_shares():
     records = world.prompter_records(4000, 0)
     assert sum(record["rewrite"] == record["prompt"] for record in records) / 4000 == pytest.approx(
         world.REWRITE_SHARES["verbatim"], abs=0.03

@@ -1,4 +1,4 @@
-"""Jobs on two ranks over gloo, started by the deepspeed launcher; many share one launch, since it takes seconds."""
+"""Jobs on two ranks over gloo, started by the deepspeed launcher. Cases share a launch, since each takes seconds."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def score(prompts, responses):
 
 
 def workshop(root: Path) -> Workshop:
-    """Models, data, configurations, and a reward that is the same on any rank."""
+    """Create models, data, configurations, and a reward that gives the same values on all ranks."""
     made = Workshop(root)
     (root / "reward.py").write_text(REWARD)
     return made
 
 
 def environment() -> dict[str, str]:
-    """Of a launcher: CPUs, one thread each, and this tree's packages."""
+    """Return the environment of a launcher: no GPU, one thread per rank, and the packages of this source tree."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "DS_ACCELERATOR": "cpu",
@@ -43,14 +43,14 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """One that nobody listens to."""
+    """Return a port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def launch(script: Path | str, *arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
-    """Start a script on ranks; its output is in ``stdout``."""
+    """Start a script on some ranks; their output is in ``stdout``."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
     command += ["--master_port", str(free_port()), str(script), *arguments]
     return subprocess.Popen(
@@ -73,11 +73,11 @@ def run_cases(directory: Path, cases: Sequence[Sequence[str]], ranks: int = 2, w
     assert process.returncode == 0, output[-6000:]
     assert isinstance(process.args, list)
     port = process.args[process.args.index("--master_port") + 1]
-    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # no memory is left behind
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # no shared memory is left behind
 
 
 def difference(left: Path, right: Path) -> tuple[float, float]:
-    """The greatest difference of two runs' metrics, relative where they are above 1, and of their trained weights."""
+    """Return the largest difference of two runs' metrics (relative for those above 1) and of their trained weights."""
     metrics = 0.0
     for a, b in zip(read_metrics(left), read_metrics(right), strict=True):
         assert a.keys() == b.keys()
@@ -93,7 +93,7 @@ def difference(left: Path, right: Path) -> tuple[float, float]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The tensors of a file, none of which is empty."""
+    """Load the tensors of a file, none of which may be empty."""
     tensors = load_file(path)
     assert all(tensor.numel() for tensor in tensors.values())
     return tensors

@@ -1,4 +1,4 @@
-"""A run on two ranks goes on from a checkpoint as if it had not stopped; on another number of ranks, nearly so."""
+"""A run on two ranks resumes from a checkpoint as if it had not stopped; on another number of ranks, up to rounding."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def check(root: Path, cases: dict[str, tuple[str, list[str]]]) -> None:
         assert weights < 1e-5, name
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     check(tmp_path, CASES)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "whole z2 full" / "model")
     assert exported.num_parameters() > 0
 
 
 @pytest.mark.slow
-def test_every_stage_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_every_stage_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     check(tmp_path, MORE)

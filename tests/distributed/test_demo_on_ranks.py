@@ -1,4 +1,4 @@
-"""The demo on two ranks comes to what it comes to in one process."""
+"""The demo on two ranks reaches the same figures as in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from launching import launch
 
 FIGURES = {"no_finetuning": 0.329, "align_pro": 0.933, "oracle": 0.923}
-"""Of seed 0 in one process: the README's."""
+"""The figures in README.md: seed 0, one process."""
 
 
 @pytest.mark.slow

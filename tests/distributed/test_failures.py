@@ -1,4 +1,4 @@
-"""What ends a job on several ranks, and how: one clear message, no hang, and --resume goes on."""
+"""Failures of a job on several ranks: each gives one clear message and no hang, and --resume continues the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from alignpro.demo.world import prompt_records, write_records
 SCRIPT = ROOT / "launch" / "train_prompter.py"
 
 BROKEN = '''
-"""Fails on one rank at its third call, in the way that is asked for."""
+"""Fails on one rank at its third call, in the way given by ``how``."""
 import os, signal, time
 
 calls = 0
@@ -56,7 +56,7 @@ def start(made: Workshop, out: Path, how: str, *arguments: str) -> subprocess.Po
 
 
 def ends(process: subprocess.Popen[str], within: float = 120.0) -> tuple[int, list[str], str]:
-    """Exit status, the lines that are errors of ours, all output."""
+    """Wait for the job to end; return its exit status, the error lines of `alignpro`, and all output."""
     try:
         output, _ = process.communicate(timeout=within)
     except subprocess.TimeoutExpired:
@@ -80,33 +80,33 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
         assert first["norms"][0] == pytest.approx(math.sqrt(3) * 8, rel=1e-2), case  # 1 + 2 + 2 + 3, three times
 
 
-def test_a_killed_rank_ends_the_job_and_resume_goes_on(made: Workshop, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job_and_resume_continues(made: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     started = time.monotonic()
     status, errors, output = ends(start(made, out, "kill"))
     assert status != 0
     assert len(errors) == 1 and "in vain" in errors[0] and "rank 1" in errors[0] and "--resume" in errors[0], output
-    assert time.monotonic() - started < 110  # a minute, and what it takes to start
+    assert time.monotonic() - started < 110  # a minute of waiting, and the time to start
     assert steps_of_checkpoints(out) == [1, 2]
-    status, errors, output = ends(start(made, out, "kill", "--resume"))  # its third call is step 5, which there is not
+    status, errors, output = ends(start(made, out, "kill", "--resume"))  # a third call would be in step 5
     assert status == 0, output[-4000:]
     assert rows(out) == 4
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_amid_a_pass_in_layers_ends_the_job(tmp_path: Path) -> None:
-    """The other rank waits for a layer that will not come, which is no failure of what it computes."""
+def test_a_rank_that_dies_during_a_layer_by_layer_pass_ends_the_job(tmp_path: Path) -> None:
+    """The other rank waits in vain for a layer. That must end the run instead of failing the sequences in its batch."""
     save_tiny("llama", tmp_path / "target", num_hidden_layers=3)
     started = time.monotonic()
     status, errors, output = ends(launch(Path(__file__).with_name("worker_dying.py"), str(tmp_path / "target")))
     assert status != 0
     assert len(errors) == 1 and "rank 0 waited for the others in the start, in vain" in errors[0], output[-4000:]
     assert "sequences have failed" not in output
-    assert time.monotonic() - started < 110  # far less than the ranks' patience, which is ten minutes
+    assert time.monotonic() - started < 110  # far less than the ranks' timeout of ten minutes
 
 
 @pytest.mark.slow
-def test_an_error_on_one_rank_is_told_once_and_the_state_is_saved(made: Workshop, tmp_path: Path) -> None:
+def test_an_error_on_one_rank_is_reported_once_and_the_state_is_saved(made: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "raised"
     status, errors, output = ends(start(made, out, "raise", "run.checkpoint_every=100"))
     assert status != 0
@@ -114,8 +114,8 @@ def test_an_error_on_one_rank_is_told_once_and_the_state_is_saved(made: Workshop
     assert steps_of_checkpoints(out) == [2]
 
 
-def test_ranks_that_read_other_data_are_told_apart(made: Workshop, tmp_path: Path) -> None:
-    """As where a node has an old copy of a file: the ranks would share out prompts that are not the same ones."""
+def test_ranks_with_different_data_are_an_error(made: Workshop, tmp_path: Path) -> None:
+    """For example, a node has an old copy of a file. The ranks would then take their shares of different lists."""
     for rank in range(2):
         write_records(tmp_path / f"{rank}.jsonl", prompt_records(24, rank, heldout=False))
     _, *given = made.arguments("train", tmp_path / "run", f"data.source={tmp_path}/${{oc.env:RANK}}.jsonl")
@@ -124,7 +124,7 @@ def test_ranks_that_read_other_data_are_told_apart(made: Workshop, tmp_path: Pat
     assert len(errors) == 1 and "rank 1 has other training data than rank 0" in errors[0], output
 
 
-def test_ranks_that_load_other_models_are_told_apart(made: Workshop, tmp_path: Path) -> None:
+def test_ranks_with_different_models_are_an_error(made: Workshop, tmp_path: Path) -> None:
     for rank in range(2):
         save_tiny("qwen2", tmp_path / f"{rank}", num_hidden_layers=1, seed=rank)
     _, *given = made.arguments("train", tmp_path / "run", f"policy.path={tmp_path}/${{oc.env:RANK}}")
@@ -134,7 +134,7 @@ def test_ranks_that_load_other_models_are_told_apart(made: Workshop, tmp_path: P
 
 
 @pytest.mark.slow
-def test_ranks_with_different_settings_are_told_apart(made: Workshop, tmp_path: Path) -> None:
+def test_ranks_with_different_settings_are_an_error(made: Workshop, tmp_path: Path) -> None:
     _, *given = made.arguments("train", tmp_path / "run", "optimizer.learning_rate=0.0${oc.env:RANK}1")
     status, errors, output = ends(launch(SCRIPT, *given))
     assert status != 0, output[-4000:]
@@ -143,7 +143,7 @@ def test_ranks_with_different_settings_are_told_apart(made: Workshop, tmp_path: 
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_finds_no_others_says_so(rank: str, made: Workshop, tmp_path: Path) -> None:
+def test_a_rank_that_cannot_reach_the_others_says_so(rank: str, made: Workshop, tmp_path: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(
         [sys.executable, SCRIPT, *made.arguments("train", tmp_path / "run", "deepspeed.timeout_seconds=3")[1:]],
@@ -169,7 +169,7 @@ def test_a_rank_that_keeps_the_others_waiting_is_named(made: Workshop, tmp_path:
 
 
 def stopped_amid(made: Workshop, out: Path, stop: Callable[[int], None]) -> tuple[int, str]:
-    """Exit status and output of a run that is told to stop once it has made a step; the launcher's process is given."""
+    """Call ``stop`` with the launcher's process id after the first step; return the run's exit status and output."""
     process = start(made, out, "slow", "run.steps=1000", "run.checkpoint_every=1000")
     deadline = time.monotonic() + 300
     while rows(out) < 1 and time.monotonic() < deadline:
@@ -181,9 +181,9 @@ def stopped_amid(made: Workshop, out: Path, stop: Callable[[int], None]) -> tupl
 
 
 @pytest.mark.slow
-def test_sigterm_saves_first(made: Workshop, tmp_path: Path) -> None:
+def test_sigterm_saves_before_the_run_stops(made: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
-    # To all of the job's processes, as schedulers do.
+    # Like schedulers, send the signal to all processes of the job.
     status, output = stopped_amid(made, out, lambda launcher: os.killpg(launcher, signal.SIGTERM))
     assert status != 0
     assert "stopped by SIGTERM; state saved in" in output
@@ -191,9 +191,9 @@ def test_sigterm_saves_first(made: Workshop, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="launchers are watched on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="launchers are watched only on Linux")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_the_end_of_the_launcher_saves_first(signum: int, made: Workshop, tmp_path: Path) -> None:
+def test_ranks_save_and_stop_when_the_launcher_ends(signum: int, made: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "orphaned"
     status, output = stopped_amid(made, out, lambda launcher: os.kill(launcher, signum))
     assert status == -signum

@@ -1,4 +1,4 @@
-"""A target and reward models in shards give what whole ones give, whatever work each rank has, and take their part of memory."""
+"""Sharded target and reward models give the results of whole ones for any division of work, and take a share of the memory."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LAYERS = 3
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 STEP = ["rollout.prompts_per_step=3", "optimizer.learning_rate=0.0005", "run.steps=2", "run.checkpoint_every=2"]
-"""Three prompts on two ranks; and a single one for evaluation, so that a rank has nothing to do there."""
+"""Three prompts on two ranks, and only one for evaluation, where one rank then has no work."""
 STEP += ["run.eval_every=1", "run.eval_prompts=1"]
 
 
 def save_models(root: Path) -> tuple[Path, Path]:
-    """A target and a reward model of some layers."""
+    """Save a target and a reward model with several layers."""
     target, reward = root / "target", root / "reward"
     save_tiny("llama", target, num_hidden_layers=LAYERS)
     torch.manual_seed(1)
@@ -48,7 +48,7 @@ def leaves(value: Any) -> list[float]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_every_architecture_runs_layer_by_layer(device: str, architecture: str, tmp_path: Path) -> None:
-    """One rank, which has all parts; on an accelerator they come there from the host."""
+    """A single rank holds all shards. An accelerator gets each layer from host memory."""
     save_tiny(architecture, tmp_path, num_hidden_layers=LAYERS)
     config = ModelConfig(path=str(tmp_path), device=device, attention=attention(architecture))
     models = ShardedModels(Ranks(), 1)
@@ -69,7 +69,7 @@ def test_a_model_without_layers_is_refused_and_can_be_gathered_whole() -> None:
         layers_of(nn.Linear(2, 2))
 
 
-def test_shards_give_what_the_whole_gives(tmp_path: Path) -> None:
+def test_sharded_models_give_the_results_of_whole_ones(tmp_path: Path) -> None:
     save_models(tmp_path)
     process = launch(Path(__file__).with_name("worker_frozen.py"), str(tmp_path))
     output, _ = process.communicate(timeout=500)
@@ -84,7 +84,7 @@ def test_shards_give_what_the_whole_gives(tmp_path: Path) -> None:
             assert case["between"] == [0] * len(case["between"])
             assert case["layers present"] == (1 if how == "layers" else LAYERS)
         held = [told[how]["held"] for told in ranks]
-        # Halves, but for the padding of each piece.
+        # Each rank holds half, except for the padding of each shard.
         assert held[0] == held[1] == pytest.approx(ranks[0][how]["whole"] / 2, rel=0.02)
         assert ranks[0][how]["told"] == "PeerError: rank 1: RuntimeError: the judge is out"
         assert ranks[1][how]["told"] == "RuntimeError: the judge is out"
@@ -92,7 +92,7 @@ def test_shards_give_what_the_whole_gives(tmp_path: Path) -> None:
         assert ranks[1][how]["broken pass"] == "RuntimeError: out of order"
 
 
-def test_training_against_frozen_models_in_shards(tmp_path: Path) -> None:
+def test_training_against_sharded_frozen_models(tmp_path: Path) -> None:
     made = workshop(tmp_path)
     target, reward = save_models(tmp_path / "frozen")
     model = "{kind: model, model: {path: " + str(reward) + ", device: cpu}, batch_size: 2}"

@@ -1,6 +1,6 @@
-"""Every way to start a job that docs/launch.md names trains what one process trains.
+"""Every way to start a job in docs/launch.md trains the same weights as one process.
 
-Slurm and pdsh are played by programs of a few lines, first on PATH, that start here what the real ones start elsewhere.
+Short programs, first on PATH, stand in for Slurm and pdsh. They start locally what the real ones start on other nodes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCONTROL = """#!/bin/bash
 printf 'localhost\\n127.0.0.1\\n'
 """
 SRUN = """#!/bin/bash
-# srun OPTION… COMMAND …, on two tasks, which are two nodes where each has a launcher.
+# srun OPTION… COMMAND …, with two tasks. If the command is a launcher, each task stands for a node.
 while [[ $1 == -* ]]; do
     [[ $1 == -n ]] && shift
     shift
@@ -38,7 +38,7 @@ for task in 0 1; do wait -n || status=$?; done
 exit $status
 """
 PDSH = """#!/bin/bash
-# pdsh -S -f FAN_OUT -w HOSTS COMMAND …, with the number of the host for %n.
+# pdsh -S -f FAN_OUT -w HOSTS COMMAND …, with %n replaced by the number of the host.
 hosts=$5
 shift 5
 command="$*"
@@ -51,7 +51,7 @@ exit $status
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Models and data, the run of one process, a hostfile, and the programs."""
+    """Create models, data, a run in one process, a hostfile, and the stand-in programs."""
     shop = workshop(tmp_path_factory.mktemp("launchers"))
     assert shop.run("train", shop.root / "single", *STEP) == 0
     (shop.root / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
@@ -81,7 +81,7 @@ def ends_well(*processes: subprocess.Popen[str]) -> None:
 
 
 def job(made: Workshop, out: Path) -> list[str]:
-    """What follows ``alignpro train`` on the command line."""
+    """Return the arguments of ``alignpro train``."""
     return made.arguments("train", out, *STEP)[1:]
 
 
@@ -96,7 +96,7 @@ def with_programs(made: Workshop) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_module(made: Workshop, tmp_path: Path) -> None:
+def test_the_package_as_a_module(made: Workshop, tmp_path: Path) -> None:
     port = str(free_port())
     command = [BIN / "deepspeed", "--num_accelerators", "2", "--master_port", port, "--module", "alignpro", "train"]
     ends_well(begin([*command, *job(made, tmp_path / "run")]))
@@ -126,7 +126,7 @@ def test_two_nodes_by_pdsh(made: Workshop, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", ["srun", "launcher"])
 def test_slurm(script: str, made: Workshop, tmp_path: Path) -> None:
     variables = {
-        "SLURM_JOB_ID": str(free_port()),  # the port is made of it
+        "SLURM_JOB_ID": str(free_port()),  # the port is derived from it
         "SLURM_JOB_NODELIST": "node-[1-2]",
         "SLURM_GPUS_ON_NODE": "1",
     }
@@ -137,7 +137,7 @@ def test_slurm(script: str, made: Workshop, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deepspeeds_own_way_to_slurm(made: Workshop, tmp_path: Path) -> None:
+def test_deepspeeds_slurm_launcher(made: Workshop, tmp_path: Path) -> None:
     variables = with_programs(made) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common = ["--launcher", "slurm", "--no_ssh_check", "--master_addr", "127.0.0.1", "--hostfile", made.root / "hosts"]
     ends_well(begin([BIN / "deepspeed", *common, SCRIPT, *job(made, tmp_path / "run")], **variables))
@@ -145,14 +145,14 @@ def test_deepspeeds_own_way_to_slurm(made: Workshop, tmp_path: Path) -> None:
 
 
 def refused(made: Workshop, out: Path, setting: str, **variables: str) -> str:
-    """The one error of a job that cannot start, told within seconds."""
+    """Start a job that must fail within seconds; return its only error message."""
     started = time.monotonic()
     port = str(free_port())
     command = [BIN / "deepspeed", "--num_accelerators", "2", "--master_port", port, SCRIPT, *job(made, out), setting]
     process = begin(command, **variables)
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert time.monotonic() - started < 100  # seconds, on an idle machine
+    assert time.monotonic() - started < 100  # it takes seconds on an idle machine
     assert "Traceback" not in output
     errors = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, output[-4000:]
@@ -161,7 +161,7 @@ def refused(made: Workshop, out: Path, setting: str, **variables: str) -> str:
 
 
 @pytest.mark.slow
-def test_what_must_be_compiled_and_cannot_be_is_one_error(made: Workshop, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_one_error(made: Workshop, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     bash = shutil.which("bash")
@@ -178,6 +178,6 @@ def test_what_must_be_compiled_and_cannot_be_is_one_error(made: Workshop, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_dtype_that_the_device_cannot_train_in_is_one_error(made: Workshop, tmp_path: Path) -> None:
+def test_a_dtype_unsupported_for_training_is_one_error(made: Workshop, tmp_path: Path) -> None:
     error = refused(made, tmp_path / "run", "policy.dtype=float16")
     assert "policy.dtype=float16: DeepSpeed does not train in it on this device (cpu); take bfloat16" in error

@@ -1,4 +1,4 @@
-"""What ranks really hold at the peaks of a step is what `alignpro plan` says, to a tenth."""
+"""The memory that ranks hold at the peaks of a step is within a tenth of the figures of `alignpro plan`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.training.task import make_task
 from benchmarks.workload import QUICK, reshape
 
 SHAPE = ["prompter=4x256", "target=2x128", "prompts=4", "K=4", "rewrite=24", "prompt=40"]
-"""Weights, optimizer, activations and cache weigh about as much as each other."""
+"""Weights, optimizer states, activations and cache take about equal amounts of memory."""
 HALF = ["policy.dtype=bfloat16", "target.dtype=bfloat16"]
 CASES = {
     "z0": ("z0", []),
@@ -35,10 +35,10 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_the_plan_is_right_to_a_tenth(case: str, tmp_path: Path) -> None:
+def test_the_plan_is_within_a_tenth_of_measured_memory(case: str, tmp_path: Path) -> None:
     setup, settings = CASES[case]
     workload = reshape(QUICK, SHAPE)
-    task = make_task(workload, tmp_path, steps=2, seed=0)  # in the second the optimizer's states are there
+    task = make_task(workload, tmp_path, steps=2, seed=0)  # the optimizer's states exist from the second on
     scaled = str(write_scaled(setup, num_parameters(workload.prompter), tmp_path))
     exact = [f"prompting.max_prompt_tokens={workload.prompter_input}", "rollout.engine.pool_bytes=4000000"]
     job = Job(task, [scaled], "cpu", 1, [*exact, *settings], True, tmp_path / "out")

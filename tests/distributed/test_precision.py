@@ -1,4 +1,4 @@
-"""Two ranks train in 16 bits: the numbers of float32 to their precision, and updates that overflow are skipped."""
+"""Training in 16 bits on two ranks matches float32 within rounding, and skips updates whose gradients overflow."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SETTINGS = [
     "optimizer.learning_rate=0.0005",
 ]
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""Half the distance from 1 to the next number, relative."""
+"""Relative rounding error: half the distance from 1 to the next representable number."""
 CASES = [(stage, dtype) for stage in ("z1", "z2", "z3") for dtype in ROUNDING]
 
 
 @pytest.mark.slow
-def test_sixteen_bits_learn_what_float32_learns(tmp_path: Path) -> None:
+def test_training_in_sixteen_bits_matches_float32(tmp_path: Path) -> None:
     made = workshop(tmp_path)
     outs = {case: tmp_path / " ".join(case) for case in CASES}
     run_cases(
@@ -39,7 +39,7 @@ def test_sixteen_bits_learn_what_float32_learns(tmp_path: Path) -> None:
     for (stage, dtype), out in outs.items():
         rows, rounding = [row for row in read_metrics(out) if "loss" in row], ROUNDING[dtype]
         assert len(rows) == STEPS
-        # The first step's samples are the same; later ones may differ where rounding tips a draw.
+        # The first step's samples are the same; later ones may differ where rounding changes a draw.
         first, expected = rows[0], exact[0]
         assert first["reward/mean"] == expected["reward/mean"], (stage, dtype)
         assert first["loss"] == pytest.approx(expected["loss"], abs=8 * rounding), (stage, dtype)

@@ -1,4 +1,4 @@
-"""Two ranks and one process learn the same on the same global batch, whatever is sharded."""
+"""Training on two ranks gives the results of one process on the same global batch, with any kind of sharding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launching import difference, run_cases, workshop
 from alignpro.training.metrics import read_rows
 
 STEP = ["rollout.prompts_per_step=5", "run.eval_prompts=3", "optimizer.learning_rate=0.0005", "run.tensorboard=false"]
-"""Five prompts on two ranks: unequal shares, unequal numbers of micro-batches."""
+"""Five prompts on two ranks: the ranks have unequal shares and numbers of micro-batches."""
 
 LORA = ["policy.adapter.kind=lora", "policy.adapter.rank=4", "policy.adapter.target_modules=[q_proj,down_proj,lm_head]"]
 ACTIVATED = ["policy.adapter.kind=lora", "policy.adapter.rank=4", "policy.adapter.activated=true"]
@@ -19,7 +19,7 @@ PPO = ["objective.loss=ppo_clip", "objective.advantage=gae", "objective.minibatc
 GIBBS = ["objective.loss=gibbs"]
 
 ONE_PASS = ["optimizer.micro_batch_size=64"]
-"""The pass that credits the samples is the update's too."""
+"""The forward pass that computes credit serves the update too."""
 
 QUICK = {
     "z2 full": ("train", "z2", []),
@@ -55,7 +55,7 @@ MATRIX = {
 
 
 def check(root: Path, cases: dict[str, tuple[str, str, list[str]]], steps: int) -> None:
-    """Every case on two ranks against the same in this process, and all samples by the policy as it was then."""
+    """Run every case on two ranks and in this process and compare; all samples must come from the current policy."""
     made = workshop(root)
     length = [f"run.steps={steps}", f"run.checkpoint_every={steps}"]
 
@@ -86,7 +86,7 @@ def check(root: Path, cases: dict[str, tuple[str, str, list[str]]], steps: int) 
             assert row.get("engine/computed/decode") == expected.get("engine/computed/decode"), name
 
 
-def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
+def test_two_ranks_give_the_results_of_one_process(tmp_path: Path) -> None:
     check(tmp_path, QUICK, steps=3)
 
 

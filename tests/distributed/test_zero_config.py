@@ -1,4 +1,4 @@
-"""DeepSpeed configurations: the named ones are whole, and what contradicts the run's own is an error that names both."""
+"""DeepSpeed configurations: the named ones are complete, and a contradiction to the run's is an error that names both."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_contradiction_is_an_error(tmp_path: Path, given: dict[str, Any], said
         read(str(path))
 
 
-def test_what_agrees_is_no_contradiction(tmp_path: Path) -> None:
+def test_equal_values_are_no_contradiction(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     agreeing = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": False}} | agreeing))
@@ -72,7 +72,7 @@ def test_unknown_names_missing_files_and_float64_are_errors(tmp_path: Path) -> N
         read("z2", "float64")
 
 
-def test_more_ranks_than_prompts_and_a_shared_target_in_shards_are_errors(tmp_path: Path) -> None:
+def test_more_ranks_than_prompts_and_sharding_a_shared_target_are_errors(tmp_path: Path) -> None:
     made = Workshop(tmp_path)
     _, *arguments = made.arguments("train", tmp_path / "run")
     with pytest.raises(ConfigError, match="prompts_per_step=2 on 3 ranks"):
@@ -85,7 +85,7 @@ def test_more_ranks_than_prompts_and_a_shared_target_in_shards_are_errors(tmp_pa
         zero_of(load_config(TrainConfig, [*arguments, *shared, "deepspeed.target_stage=3"]), 2)
 
 
-def test_a_reference_in_shards_is_not_offloaded_by_itself(tmp_path: Path) -> None:
+def test_a_sharded_reference_cannot_be_offloaded_separately(tmp_path: Path) -> None:
     _, *arguments = Workshop(tmp_path).arguments("train", tmp_path / "run", "deepspeed.offload_reference=true")
     assert zero_of(load_config(TrainConfig, arguments), 2).stage == 2
     with pytest.raises(ConfigError, match=r"offload_reference with deepspeed\.config=z3: .* z3_offload"):

@@ -1,4 +1,4 @@
-"""What a rank of the tests runs: several commands of `alignpro` in one process group."""
+"""The program of a test's ranks: several commands of `alignpro` in one process group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank of the tests runs: updates of a line by the DeepSpeed backend, one of which has a NaN on rank 1."""
+"""The program of a test's ranks: updates of a linear layer by the DeepSpeed backend, one of them with a NaN on rank 1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def updates(ranks: Ranks, stage: str, dtype: str) -> dict[str, object]:
-    """Norms and weights of three updates: a plain one, one with a NaN, a plain one."""
+    """Return norms and weights of three updates, of which the second has a NaN."""
     torch.manual_seed(0)
     module = nn.Linear(3, 1, bias=False).to(DTYPES[dtype])
     config = OptimizerConfig(learning_rate=0.1)

@@ -1,4 +1,4 @@
-"""What a rank of the tests runs: a target in shards, on one of whose layers rank 1 dies, in its second pass."""
+"""The program of a test's ranks: a sharded target; rank 1 dies at one of its layers in the second forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank of the tests runs: a target and a reward model in shards, with more work on one rank than on the other."""
+"""The program of a test's ranks: a sharded target and reward model, with unequal work on the two ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARAMS = SamplingParams(max_tokens=6, n=2)
 
 
 class Pair:
-    """A target and a reward model, and what they give."""
+    """A target and a reward model, and calls of both."""
 
     def __init__(self, root: Path, models: FrozenModels) -> None:
         self.models = models
@@ -37,25 +37,25 @@ class Pair:
         self.reward = ModelReward(ModelRewardConfig(kind="model", model=reward, batch_size=1), models)
 
     def generate(self, prompts: list[list[int]]) -> list[Any]:
-        """Tokens and log-probabilities; each call has an engine of its own, so that no prompt is cached."""
+        """Return tokens and log-probabilities. Each call makes a new engine, so that no prompt is cached."""
         groups = Engine({"target": self.target}).generate("target", prompts, PARAMS)
         return [[each.tokens, each.logprobs] for group in groups for each in group]
 
     def score(self, responses: list[str]) -> list[float]:
-        """One pass a response."""
+        """Return the scores, with one forward pass per response."""
         return self.reward([Prompt.from_text("sort")] * len(responses), responses).values
 
 
 def run(ranks: Ranks, root: Path, most: int | None) -> dict[str, Any]:
-    """What this rank got, what it should have got, and what it held."""
+    """Return this rank's results, the expected results, and the memory that it held."""
     whole, sharded = Pair(root, FrozenModels()), Pair(root, models := ShardedModels(ranks, most))
     weights = list(sharded.target.parameters())
     present = most_present(sharded.target.causal.base_model.layers)
     works: list[Callable[[Pair], Any]] = [
-        lambda pair: pair.generate(PROMPTS[: 4 - 4 * ranks.rank]),  # nothing on rank 1
+        lambda pair: pair.generate(PROMPTS[: 4 - 4 * ranks.rank]),  # no prompts on rank 1
         lambda pair: pair.generate(PROMPTS[: 1 + 2 * ranks.rank]),
         lambda pair: pair.score(["a", "bb", "ccc"][: 3 * ranks.rank]),
-        # In different orders.
+        # The ranks call the models in different orders.
         lambda pair: (
             [pair.score(["a", "b"]), pair.generate(PROMPTS)]
             if ranks.first
@@ -76,7 +76,7 @@ def run(ranks: Ranks, root: Path, most: int | None) -> dict[str, Any]:
             got.append(sharded.generate(PROMPTS))
     except (PeerError, RuntimeError) as error:
         told = f"{type(error).__name__}: {error}"
-    # A pass of one rank raises in its midst. The engine makes it again; and the next use is as any other.
+    # A forward pass raises halfway on one rank. The engine repeats it, and later calls are unaffected.
     with ranks.together(), models.ready(), broken(sharded.target if ranks.rank == 1 else None):
         got.append(sharded.generate(PROMPTS[: 1 + ranks.rank]))
     broken_pass = ""
@@ -103,7 +103,7 @@ def run(ranks: Ranks, root: Path, most: int | None) -> dict[str, Any]:
 
 
 def most_present(layers: nn.ModuleList) -> list[int]:
-    """How many layers have their weights, as each of them runs."""
+    """Return a list that records, as each layer runs, how many layers have their weights."""
     present: list[int] = []
 
     def count(*_: Any) -> None:
@@ -116,7 +116,7 @@ def most_present(layers: nn.ModuleList) -> list[int]:
 
 @contextmanager
 def broken(model: nn.Module | None) -> Iterator[None]:
-    """The second of a model's layers raises in the second pass."""
+    """Make the second layer of a model raise in its second forward pass."""
     if model is None:
         yield
         return

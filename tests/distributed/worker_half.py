@@ -1,7 +1,7 @@
-"""What a rank runs where DeepSpeed is to train in float16 on a CPU.
+"""The program of ranks that train in float16 by DeepSpeed on a CPU.
 
-DeepSpeed refuses that where the processor has no units for it. PyTorch computes it all the same, only slowly, and what
-is looked at is not speed: the scaling of losses, the updates that are skipped, and the shards.
+DeepSpeed refuses this on processors without float16 instructions. PyTorch can compute it anyway, only slowly. That is
+enough to test loss scaling, skipped updates and sharding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A Markdown document of the project, taken apart for tests that hold it to the truth."""
+"""A parsed Markdown document of the project, for tests that check its code, tables and links."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Document:
         self.text = self.file.read_text(encoding="utf-8")
 
     def blocks(self, language: str) -> list[tuple[int, str]]:
-        """The code blocks in a language, each with the line of the document that it begins on."""
+        """Return the code blocks in a language, each with the number of lines before it in the document."""
         found = re.finditer(rf"^```{language}\n(.*?)^```$", self.text, flags=re.MULTILINE | re.DOTALL)
         return [(self.text.count("\n", 0, match.start(1)), match[1]) for match in found]
 
     def rows(self, heading: str) -> list[list[str]]:
-        """The cells of the tables under a heading, without their heads."""
+        """Return the cells of the table under a heading, without its header."""
         section = self.text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
         lines = [line for line in section.splitlines() if line.startswith("|")]
         return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[2:]]
 
     def run(self) -> dict[str, Any]:
-        """Run the Python blocks, each after those before it; returns their names."""
+        """Run the Python blocks in order in one namespace; returns the namespace."""
         namespace: dict[str, Any] = {}
         with torch.random.fork_rng():
             for line, code in self.blocks("python"):
@@ -41,12 +41,12 @@ class Document:
         return namespace
 
     def check_languages(self) -> None:
-        """No code is in a language that is not looked at."""
+        """Check that every code block is in a language that the tests cover."""
         fences = re.findall(r"^```\w+$", self.text, flags=re.MULTILINE)
         assert len(fences) == len(self.blocks("python")) + len(self.blocks("sh"))
 
     def check_links(self) -> None:
-        """Files and sections that are linked to, and folders that commands name, are there."""
+        """Check that linked files and sections, and test folders in commands, exist."""
         links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", self.text)
         assert links
         for link, section in links:
@@ -60,17 +60,17 @@ class Document:
 
     @property
     def commands(self) -> list[str]:
-        """Lines that run a module."""
+        """Command lines that run a Python module."""
         return [line for _, code in self.blocks("sh") for line in code.splitlines() if "python -m" in line]
 
 
 def _anchor(heading: str) -> str:
-    """The name by which a link finds a heading, as GitHub makes it."""
+    """Return the anchor that GitHub generates for a heading."""
     return re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
 
 
 def check_command(line: str) -> None:
-    """The module is there, and has the options that it is given; it is not run: that takes a compiler, or minutes."""
+    """Check that a command's module exists and has its options. It is not run: that takes a compiler, or minutes."""
     module, *arguments = line.split("python -m ")[1].split()
     assert importlib.util.find_spec(module) is not None
     options = [word for word in arguments if word.startswith("--")]

@@ -1,4 +1,4 @@
-"""docs/engine.md is true: its code runs, its tables are the code's, and what it names is there."""
+"""docs/engine.md is correct: its code runs, its tables match the code, and everything it names exists."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from alignpro_kernels.attention import BACKENDS
 DOCUMENT = Document("engine.md")
 
 
-def test_every_python_block_runs_after_those_before_it() -> None:
+def test_the_python_blocks_run_in_order() -> None:
     assert len(DOCUMENT.blocks("python")) >= 6
     DOCUMENT.run()
 
 
-def test_there_is_no_code_in_a_language_that_is_not_looked_at() -> None:
+def test_all_code_is_in_languages_that_are_tested() -> None:
     DOCUMENT.check_languages()
 
 
-def test_links_and_folders_are_there() -> None:
+def test_links_and_folders_exist() -> None:
     DOCUMENT.check_links()
 
 
 @pytest.mark.parametrize("line", DOCUMENT.commands)
-def test_commands_have_the_options_that_are_given(line: str) -> None:
+def test_commands_use_existing_options(line: str) -> None:
     check_command(line)
 
 
@@ -69,7 +69,7 @@ def test_every_call_is_in_the_first_table() -> None:
     assert {name for name in re.findall(r"`(\w+)\(", table) if name != "to_target"} == calls
 
 
-def test_figures_are_those_that_were_measured() -> None:
+def test_figures_match_the_recorded_results() -> None:
     def results(name: str) -> Any:
         return json.loads((ROOT / "benchmarks" / "results" / "cpu" / f"{name}.json").read_text())
 

@@ -1,4 +1,4 @@
-"""docs/kernels.md is true: its code runs, its figures are the code's, and what it names is there."""
+"""docs/kernels.md is correct: its code runs, its figures match the code, and everything it names exists."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from alignpro_kernels.backends import BACKENDS, backend_module
 DOCUMENT = Document("kernels.md")
 
 
-def test_every_python_block_runs_after_those_before_it() -> None:
+def test_the_python_blocks_run_in_order() -> None:
     assert len(DOCUMENT.blocks("python")) >= 6
     DOCUMENT.run()
 
 
-def test_there_is_no_code_in_a_language_that_is_not_looked_at() -> None:
+def test_all_code_is_in_languages_that_are_tested() -> None:
     DOCUMENT.check_languages()
 
 
 @pytest.mark.parametrize("cells", DOCUMENT.rows("Floating-point operations"), ids=lambda cells: cells[0])
-def test_operations_are_as_many_as_the_table_says(cells: list[str]) -> None:
+def test_operation_counts_match_the_table(cells: list[str]) -> None:
     call, forward, backward, together = cells[0], *(int(cell or 0) for cell in cells[1:])
     count, width, vocabulary = 6, 5, 40
     hidden = torch.randn(count, width, requires_grad="sample" not in call)
@@ -67,7 +67,7 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("cells", DOCUMENT.rows("A head split over ranks"), ids=lambda cells: cells[0])
-def test_ranks_exchange_as_much_as_the_table_says(
+def test_communication_volume_matches_the_table(
     cells: list[str], one_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, gathered, summed = cells
@@ -78,7 +78,7 @@ def test_ranks_exchange_as_much_as_the_table_says(
         collective = getattr(dist, name)
 
         def noted(*arguments: Any, **options: Any) -> Any:
-            if arguments[argument].is_floating_point():  # not what is compared
+            if arguments[argument].is_floating_point():  # integers are only compared among ranks
                 sent[name].append(arguments[argument].numel())
             return collective(*arguments, **options)
 
@@ -104,7 +104,7 @@ def test_ranks_exchange_as_much_as_the_table_says(
     assert sum(sent["all_reduce"]) == {"0": 0, "D": width, "D + r": width + rank}[summed] * count
 
 
-def test_budgets_are_those_of_the_code() -> None:
+def test_budgets_match_the_code() -> None:
     table = {cells[0]: cells[1] for cells in DOCUMENT.rows("Memory")}
     assert set(table) == set(BACKENDS)
     for name in BACKENDS[:-1]:
@@ -117,10 +117,10 @@ def test_every_backend_has_a_row() -> None:
     assert [cells[0] for cells in DOCUMENT.rows("Backends")] == list(BACKENDS)
 
 
-def test_links_and_folders_are_there() -> None:
+def test_links_and_folders_exist() -> None:
     DOCUMENT.check_links()
 
 
 @pytest.mark.parametrize("line", DOCUMENT.commands)
-def test_commands_have_the_options_that_are_given(line: str) -> None:
+def test_commands_use_existing_options(line: str) -> None:
     check_command(line)

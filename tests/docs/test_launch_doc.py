@@ -1,4 +1,4 @@
-"""docs/launch.md is true: its sizing table is what the formulas give, and the files it names are there."""
+"""docs/launch.md is correct: its sizing table matches the formulas, and the files it names exist."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def sizing() -> ModuleType:
     return module
 
 
-def test_the_sizing_table_is_what_the_plan_says(document: Document, sizing: ModuleType) -> None:
+def test_the_sizing_table_matches_the_plan(document: Document, sizing: ModuleType) -> None:
     assert "\n".join(sizing.rows()) in document.text
 
 
-def test_set_ups_are_those_that_there_are(document: Document) -> None:
+def test_all_set_ups_are_listed(document: Document) -> None:
     assert {path.stem for path in (ROOT / "launch" / "zero").glob("*.json")} == set(SETUPS)
     assert all(f"`{name}`" in document.text for name in SETUPS)
 
 
-def test_figures_are_those_that_were_measured(document: Document) -> None:
+def test_figures_match_the_recorded_results(document: Document) -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "distributed.json").read_text())
     ratios = measured["ratios"]
     assert f"takes {ratios['z2_step_over_alone']:.2f} of the time" in document.text
@@ -51,7 +51,7 @@ def test_figures_are_those_that_were_measured(document: Document) -> None:
         assert " | ".join(cells) in document.text
 
 
-def test_what_it_links_to_and_names_is_there(document: Document) -> None:
+def test_links_and_named_files_exist(document: Document) -> None:
     document.check_links()
     for path in re.findall(r"`((?:launch|tests|benchmarks)/[\w./-]+)`", document.text):
         assert "*" in path or (ROOT / path).exists(), path

@@ -1,4 +1,4 @@
-"""Links of the documents that have no test of their own."""
+"""Links of the documents that have no test file of their own."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from document import Document
 
 
 @pytest.mark.parametrize("name", ["data.md", "miniature/README.md", "../CONTRIBUTING.md", "../CHANGELOG.md"])
-def test_links_are_there(name: str) -> None:
+def test_links_exist(name: str) -> None:
     Document(name).check_links()

@@ -1,4 +1,4 @@
-"""README.md is true: its figures are those that were measured, its example is a configuration, its commands exist."""
+"""README.md is correct: its figures match the recorded results, its example is valid, and its commands exist."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def results(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / "cpu" / f"{name}.json").read_text())
 
 
-def test_the_demos_table_is_what_was_measured() -> None:
+def test_the_demo_table_matches_the_recorded_results() -> None:
     assert "\n".join([*HEADER, *rows(results("demo")["runs"])]) in DOCUMENT.text
     gaps = [100 * run["gap_recovered"] for run in results("demo")["runs"]]
     assert f"{min(gaps):.0f} to {max(gaps):.0f} % of what RLHF" in DOCUMENT.text
 
 
-def test_figures_of_benchmarks_are_those_that_were_measured() -> None:
+def test_benchmark_figures_match_the_recorded_results() -> None:
     shared, bare = (results(f"training_{workload}")["ratio"] for workload in ("paper", "bare"))
     assert f"{shared:.1f} × its chains/s" in DOCUMENT.text
     assert f"{bare:.1f} × with neither" in DOCUMENT.text
     assert f"takes {results('distributed')['ratios']['z2_step_over_alone']:.2f} of the time" in DOCUMENT.text
 
 
-def test_the_example_is_a_configuration() -> None:
+def test_the_example_is_a_valid_configuration() -> None:
     ((_, block),) = DOCUMENT.blocks("yaml")
     validate_config(TrainConfig, yaml.safe_load(block))
 
@@ -44,7 +44,7 @@ def test_every_command_is_in_the_table() -> None:
     assert told == set(get_command(app).commands)  # type: ignore[attr-defined]
 
 
-def test_links_are_there() -> None:
+def test_links_exist() -> None:
     DOCUMENT.check_links()
     for path in re.findall(r"`((?:alignpro|kernels|launch|tests|csrc|benchmarks)/[\w./-]*)`", DOCUMENT.text):
         assert (ROOT / path).exists(), path

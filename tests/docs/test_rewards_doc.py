@@ -1,4 +1,4 @@
-"""docs/rewards.md is true: its code runs, its defaults are the code's, and what it links to is there."""
+"""docs/rewards.md is correct: its code runs, its defaults match the code, and its links exist."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DOCUMENT = Document("rewards.md")
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(DOCUMENT.blocks("python")[0][1])  # the function, in the file that the last block names
+    Path("mine.py").write_text(DOCUMENT.blocks("python")[0][1])  # the function, in the file that the last block uses
     DOCUMENT.run()
 
 
-def test_the_example_is_a_configuration() -> None:
+def test_the_example_is_a_valid_configuration() -> None:
     validate_config(RewardConfig, yaml.safe_load(DOCUMENT.blocks("yaml")[0][1])["reward"])
 
 
-def test_defaults_and_guards_are_those_of_the_code() -> None:
+def test_defaults_and_guards_match_the_code() -> None:
     fields = ModelRewardConfig.model_fields
     for keys, defaults, _ in DOCUMENT.rows("A reward model"):
         for key, default in zip(keys.replace("`", "").split(", "), defaults.split(", "), strict=True):
@@ -33,5 +33,5 @@ def test_defaults_and_guards_are_those_of_the_code() -> None:
     assert [cells[0] for cells in DOCUMENT.rows("Drift guards")] == list(guards)
 
 
-def test_links_are_there() -> None:
+def test_links_exist() -> None:
     DOCUMENT.check_links()

@@ -1,4 +1,4 @@
-"""docs/training.md is true: its code runs, its tables are the configuration's and the metrics', and what it names is there."""
+"""docs/training.md is correct: its code runs, its tables list all settings and metrics, and everything it names exists."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from alignpro.config import EvalConfig, TrainConfig, validate_config
 
 DOCUMENT = Document("training.md")
 ELSEWHERE = ("run.out", "data", "target", "reward", "prompting", "deepspeed", "rollout.engine", "rollout.respond")
-"""What other documents explain, or the document explains beside the table."""
+"""Keys that other documents explain, or that this one explains outside the table."""
 
 
 def settings(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys with their defaults, as the table writes them."""
+    """Yield dotted keys with their defaults, formatted as in the table."""
     for name, field in kind.model_fields.items():
         key, default = prefix + name, field.get_default(call_default_factory=True)
         if key.startswith(ELSEWHERE):
@@ -60,10 +60,10 @@ def test_python_blocks_run_and_every_metric_is_in_the_table(tmp_path: Path, monk
     )
 
 
-def test_the_example_of_an_evaluation_is_one() -> None:
+def test_the_example_of_an_evaluation_is_a_valid_configuration() -> None:
     ((_, block),) = DOCUMENT.blocks("yaml")
     validate_config(EvalConfig, yaml.safe_load(block))
 
 
-def test_links_are_there() -> None:
+def test_links_exist() -> None:
     DOCUMENT.check_links()

@@ -1,4 +1,4 @@
-"""Faults that are put into runs of the engine, and what must hold after them."""
+"""Fault injection into runs of the engine, and checks of the state after it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ PROMPTS = [TEMPLATE + tail for tail in ragged(6, 60, shortest=1, longest=30, see
 PARAMS = SamplingParams(max_tokens=14, n=3, stop_token_ids=(0, 1))
 RESPOND = SamplingParams(max_tokens=9, n=2, stop_token_ids=(2, 3), temperature=0.8)
 SEEDS = [derive_seed(7, i) for i in range(len(PROMPTS))]
-PAGE = 16 * 2 * 2 * 2 * 8 * 4  # bytes of the tiny Llama's: two layers, keys and values, two heads of eight, float32
+# Bytes per page of the tiny Llama: two layers, keys and values, two heads of eight, float32.
+PAGE = 16 * 2 * 2 * 2 * 8 * 4
 
 Check = Callable[[Tensor], None]
-"""Looks at the ids of a forward pass, (T,), and may raise."""
+"""Receives the token ids of a forward pass, (T,), and may raise."""
 
 
 @contextmanager
 def watched(model: LanguageModel, check: Check) -> Iterator[None]:
-    """Within, every forward pass of a model is looked at first."""
+    """Call ``check`` before every forward pass of a model within the context."""
     embedding = model.causal.get_input_embeddings()
     hook = embedding.register_forward_pre_hook(lambda _, inputs: check(inputs[0].flatten()))
     try:
@@ -37,7 +38,7 @@ def watched(model: LanguageModel, check: Check) -> Iterator[None]:
 
 
 def probed(models: dict[str, LanguageModel], **options: Any) -> Engine:
-    """An engine that knows its models already, as after its first run."""
+    """Return an engine that has already probed its models, as after its first run."""
     engine = Engine(models, audit=True, **options)
     for model in models.values():
         engine._memory(model.device)
@@ -45,7 +46,7 @@ def probed(models: dict[str, LanguageModel], **options: Any) -> Engine:
 
 
 def raises_at(*tokens: int) -> Check:
-    """A model that cannot take some tokens."""
+    """Return a check that raises when a forward pass has one of these tokens."""
 
     def check(ids: Tensor) -> None:
         if bad := sorted(set(tokens) & set(ids.tolist())):
@@ -55,7 +56,7 @@ def raises_at(*tokens: int) -> Check:
 
 
 def runs_out_above(count: int) -> Check:
-    """A device with memory for a pass of so many tokens."""
+    """Return a check that runs out of memory in forward passes of more than ``count`` tokens."""
 
     def check(ids: Tensor) -> None:
         if len(ids) > count:
@@ -76,14 +77,14 @@ def assert_same(one: Completion, other: Completion) -> None:
 
 
 def is_hit(prompt: Sequence[int], free: Completion, bad: Sequence[int]) -> bool:
-    """Whether a sequence has to compute one of some tokens; the last that is drawn never is."""
+    """Return whether a sequence computes one of the bad tokens. Its last token is drawn, but never computed."""
     return not set(bad).isdisjoint([*prompt, *free.tokens[:-1]])
 
 
 def assert_failed_alone(
     groups: list[list[Completion]], free: list[list[Completion]], inputs: Sequence[Sequence[int]], bad: Sequence[int]
 ) -> int:
-    """Those that have a bad token have failed, the others are as ever; returns how many have failed."""
+    """Check that exactly the sequences with a bad token failed and the others are unchanged; return how many failed."""
     failed = 0
     for group, others, prompt in zip(groups, free, inputs, strict=True):
         for one, other in zip(group, others, strict=True):

@@ -1,4 +1,4 @@
-"""A request that cannot run fails with a reason, the others draw what they would have drawn, and no page is lost."""
+"""A request that cannot run fails with a reason, the other sequences are unaffected, and no page leaks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEEDS = [3, 4, 5, 6]
 
 @pytest.fixture(scope="module")
 def expected(llama: LanguageModel) -> list[list[Completion]]:
-    """What good prompts draw among themselves."""
+    """Return the completions of the good prompts in a run of their own."""
     return Engine({"m": llama}).generate("m", PROMPTS, PARAMS, SEEDS)
 
 
@@ -55,10 +55,10 @@ def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> 
     ids=["empty", "longer than the context", "longer than the pool", "no token"],
 )
 @pytest.mark.parametrize("place", [0, 2, 4])
-def test_it_fails_alone_wherever_it_stands(
+def test_a_bad_prompt_fails_alone_at_any_place_in_the_batch(
     llama: LanguageModel, expected: list[list[Completion]], bad: list[int], reason: str, place: int
 ) -> None:
-    page = 16 * 2 * 2 * 2 * 8 * 4  # bytes: two layers, keys and values, two heads of eight, float32
+    page = 16 * 2 * 2 * 2 * 8 * 4  # bytes per page: two layers, keys and values, two heads of eight, float32
     engine = Engine({"m": llama}, pool_bytes=6 * page, audit=True)
     prompts, seeds = list(PROMPTS), list(SEEDS)
     prompts.insert(place, bad)
@@ -72,19 +72,19 @@ def test_it_fails_alone_wherever_it_stands(
 
 
 @pytest.mark.parametrize("pool_bytes", [1, 1 << 12])
-def test_a_pool_that_is_too_small_for_any_sequence_refuses_each(llama: LanguageModel, pool_bytes: int) -> None:
-    """A sequence takes a page for its prompt and one for what it draws: one page, or none, is too few."""
+def test_a_pool_too_small_for_any_sequence_fails_all(llama: LanguageModel, pool_bytes: int) -> None:
+    """A sequence needs one page for its prompt and one for its completion, so a pool of one page or none is too small."""
     engine = Engine({"m": llama}, pool_bytes=pool_bytes, audit=True)
     groups = engine.generate("m", [[1, 2], [3]], SamplingParams(max_tokens=4, n=2))
     for completion in (each for group in groups for each in group):
         assert completion.finish_reason == "error"
         assert "give it more memory (pool_bytes)" in (completion.error or "")
     assert_nothing_is_held(engine)
-    one = engine.generate("m", [[1, 2]], SamplingParams(max_tokens=1))  # draws one token, which is never computed
+    one = engine.generate("m", [[1, 2]], SamplingParams(max_tokens=1))  # its only drawn token is never computed
     assert (one[0][0].error is None) == (pool_bytes > 1)
 
 
-def test_a_text_that_never_comes_ends_nothing(llama: LanguageModel, expected: list[list[Completion]]) -> None:
+def test_a_stop_text_that_never_occurs_changes_nothing(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, audit=True)
     groups = engine.generate("m", PROMPTS, replace(PARAMS, stop=("no such text is ever drawn", "\x00")), SEEDS)
     assert_same(groups, expected)
@@ -93,7 +93,7 @@ def test_a_text_that_never_comes_ends_nothing(llama: LanguageModel, expected: li
 
 
 @pytest.mark.parametrize("max_tokens", [0, -1])
-def test_no_tokens_are_refused_before_anything_runs(max_tokens: int) -> None:
+def test_max_tokens_below_one_is_refused_before_anything_runs(max_tokens: int) -> None:
     with pytest.raises(ConfigError, match=f"max_tokens={max_tokens}: expected at least 1"):
         SamplingParams(max_tokens=max_tokens)
 
@@ -127,7 +127,7 @@ SMALL = {
     ],
     ids=["no interface", "sinks"],
 )
-def test_attention_that_is_not_supported_is_refused_when_the_model_is_taken(
+def test_unsupported_attention_is_refused_when_the_model_is_wrapped(
     architecture: type[PreTrainedModel], config: PreTrainedConfig, reason: str
 ) -> None:
     with pytest.raises(ModelError, match=f"m: {architecture.__name__} is not supported: .*{reason}"):

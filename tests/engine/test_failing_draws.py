@@ -1,4 +1,4 @@
-"""What raises between forward passes, in a draw, a search for a stop text or a target prompt, fails whose it is."""
+"""An error between forward passes (sampling, stop texts, target prompts) fails only the sequence that caused it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignpro.language_model import LanguageModel
 
 
 @pytest.mark.parametrize("params", [PARAMS, SamplingParams(max_tokens=14, n=3, stop_token_ids=(0, 1), top_p=0.9)])
-def test_a_draw_that_raises_fails_whose_it_is(
+def test_an_error_in_sampling_fails_only_its_sequence(
     llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, params: SamplingParams
 ) -> None:
     free = Engine({"m": llama}).generate("m", PROMPTS, params, SEEDS)
@@ -40,8 +40,8 @@ def test_a_draw_that_raises_fails_whose_it_is(
     assert_nothing_is_held(engine)
 
 
-def test_those_that_have_drawn_when_a_draw_raises_do_not_draw_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both stages draw after one forward pass, each in its own way."""
+def test_sequences_that_have_drawn_before_an_error_do_not_draw_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stages draw after the same forward pass, each with its own parameters."""
     policy = tiny_adapted(size=0.1).requires_grad_(False)
     models = {"policy": policy, "target": policy.base()}
     inputs = [[*prompt, *policy.invocation] for prompt in PROMPTS]
@@ -72,7 +72,7 @@ def test_those_that_have_drawn_when_a_draw_raises_do_not_draw_again(monkeypatch:
                 assert (y.finish_reason == "error") == (len(expected.tokens) > 2)
 
 
-def test_a_tokenizer_that_raises_fails_whose_text_it_is(
+def test_an_error_in_decoding_fails_only_its_sequence(
     llama: LanguageModel, free: list[list[Completion]], drawn_by_some: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = llama.tokenizer.decode
@@ -99,7 +99,7 @@ def test_a_tokenizer_that_raises_fails_whose_text_it_is(
 
 
 @pytest.mark.parametrize("given", [None, ["a"], [1, 2.5]])
-def test_a_target_prompt_of_no_tokens_fails_its_chain_alone(llama: LanguageModel, given: Any) -> None:
+def test_a_target_prompt_that_is_not_a_list_of_tokens_fails_its_chain_alone(llama: LanguageModel, given: Any) -> None:
     engine = Engine({"policy": llama, "target": llama}, audit=True)
     settings: Any = {"rewrite": PARAMS, "respond": RESPOND, "seeds": SEEDS[:2]}
     first, second = engine.run_chains(PROMPTS[:2], to_target=lambda i, s: given if i else [1], **settings)

@@ -1,4 +1,4 @@
-"""A forward pass that raises fails whose it is: the others draw what they would have drawn, and no page is lost."""
+"""An error in a forward pass fails only the sequence that caused it: the others are unaffected, and no page leaks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", SETTINGS, ids=["plain", "in pieces", "few at once", "preempted", "fixed shapes"])
 @pytest.mark.parametrize("where", ["own prompt", "shared prompt", "drawn"])
-def test_a_forward_pass_that_raises_fails_whose_token_it_is(
+def test_an_error_in_a_forward_pass_fails_only_the_sequences_with_its_token(
     llama: LanguageModel, free: list[list[Completion]], drawn_by_some: int, options: dict[str, Any], where: str
 ) -> None:
     bad = {"own prompt": PROMPTS[2][-1], "shared prompt": TEMPLATE[-1], "drawn": drawn_by_some}[where]
@@ -50,14 +50,14 @@ def test_a_forward_pass_that_raises_fails_whose_token_it_is(
     assert failed == 18 if where == "shared prompt" else 0 < failed < 18
     assert_nothing_is_held(engine)
     assert engine.stats.preemptions > 0 or "pool_bytes" not in options or where != "drawn"
-    # What is cached was computed whole.
+    # The cached keys and values are complete.
     again = engine.generate("m", PROMPTS, PARAMS, SEEDS)
     assert assert_failed_alone(again, free, PROMPTS, [-5]) == 0
 
 
 @pytest.mark.parametrize("max_batch", [3, 256])
 @pytest.mark.parametrize("stage", ["policy", "target"])
-def test_a_chain_whose_pass_raises_fails_alone(
+def test_a_chain_whose_forward_pass_raises_fails_alone(
     llama: LanguageModel, target: LanguageModel, stage: str, max_batch: int
 ) -> None:
     models = {"policy": llama, "target": target}
@@ -78,7 +78,7 @@ def test_a_chain_whose_pass_raises_fails_alone(
 def assert_chains_failed_alone(
     chains: list[list[Chain]], free: list[list[Chain]], bad: list[int], respond_bad: list[int], stage: str
 ) -> int:
-    """As `assert_failed_alone`, of both stages; with a rewrite all its responses fail."""
+    """Check both stages as `assert_failed_alone` does. All responses to a failed rewrite fail."""
     failed = 0
     for group, others, prompt in zip(chains, free, PROMPTS, strict=True):
         for chain, other in zip(group, others, strict=True):
@@ -93,8 +93,8 @@ def assert_chains_failed_alone(
     return failed
 
 
-def test_a_pass_of_both_stages_that_raises_fails_the_sequences_of_one() -> None:
-    """Prompter and target are one model, in one forward pass."""
+def test_an_error_in_one_stage_of_a_joint_forward_pass_fails_only_that_stage() -> None:
+    """Prompter and target share one model and one forward pass."""
     policy = tiny_adapted(size=0.1).requires_grad_(False)
     inputs = [[*prompt, *policy.invocation] for prompt in PROMPTS]
     settings: Any = {"rewrite": PARAMS, "respond": RESPOND, "seeds": SEEDS}
@@ -118,7 +118,7 @@ def test_a_pass_of_both_stages_that_raises_fails_the_sequences_of_one() -> None:
             assert i % 2 == 0 or {y.finish_reason for y in chain.responses} == {"error"}
 
 
-def test_what_raises_once_fails_nobody(
+def test_an_error_that_does_not_recur_fails_no_sequence(
     llama: LanguageModel, free: list[list[Completion]], caplog: pytest.LogCaptureFixture
 ) -> None:
     passes = iter(range(1000))
@@ -129,7 +129,7 @@ def test_what_raises_once_fails_nobody(
 
     engine = probed({"m": llama})
     with watched(llama, check):
-        ((alone,),) = engine.generate("m", [[9]], SamplingParams(max_tokens=1))  # nothing can be parted from it
+        ((alone,),) = engine.generate("m", [[9]], SamplingParams(max_tokens=1))  # a batch of one cannot be split
         groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
     assert assert_failed_alone(groups, free, PROMPTS, []) == 0
     assert alone.error == "a forward pass of llama raised OSError: a hiccup"
@@ -137,7 +137,7 @@ def test_what_raises_once_fails_nobody(
     assert_nothing_is_held(engine)
 
 
-def test_where_every_pass_raises_all_fail_and_the_engine_goes_on(
+def test_if_every_pass_raises_all_sequences_fail_and_the_engine_stays_usable(
     llama: LanguageModel, free: list[list[Completion]]
 ) -> None:
     engine = probed({"m": llama}, max_batch=5)
@@ -158,7 +158,7 @@ def test_where_every_pass_raises_all_fail_and_the_engine_goes_on(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_nothing_can_follow_ends_the_run(
+def test_unrecoverable_errors_end_the_run(
     llama: LanguageModel, free: list[list[Completion]], error: BaseException
 ) -> None:
     passes = iter(range(1000))
@@ -175,7 +175,7 @@ def test_what_nothing_can_follow_ends_the_run(
     assert assert_failed_alone(engine.generate("m", PROMPTS, PARAMS, SEEDS), free, PROMPTS, []) == 0
 
 
-def test_log_names_the_reason(llama: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_the_reason(llama: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
     engine = probed({"m": llama})
     with watched(llama, raises_at(PROMPTS[2][-1])), caplog.at_level(logging.ERROR):
         engine.generate("m", PROMPTS, PARAMS, SEEDS)

@@ -1,4 +1,4 @@
-"""What the engine draws, against Hugging Face `generate`, a full forward pass and the distribution itself."""
+"""Generated tokens, compared with Hugging Face `generate`, a full forward pass and the exact distribution."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPTS = ragged(9, 100, longest=20)
 
 
 def _stops(model: LanguageModel) -> tuple[int, ...]:
-    """A fifth of the vocabulary, so that sequences end all the time."""
+    """Return a fifth of the vocabulary as stop tokens, so that sequences end often."""
     return tuple(range(0, model.vocabulary, 5))
 
 
@@ -29,14 +29,14 @@ def _tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
 
 
 def _assert_same(left: list[Completion], right: list[Completion]) -> None:
-    """Equal tokens; log-probabilities to rounding, which depends on the shape of the batch."""
+    """Check that tokens are equal, and log-probabilities up to rounding, which depends on the batch's shape."""
     for one, other in zip(left, right, strict=True):
         assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def _largest_difference(model: LanguageModel, groups: list[list[Completion]], temperature: float) -> float:
-    """Largest difference between the engine's log-probabilities and those of a forward pass with padding."""
+    """Return the largest difference between the engine's log-probabilities and those of a padded forward pass."""
     completions = [completion for group in groups for completion in group]
     prompts = [prompt for prompt, group in zip(PROMPTS, groups, strict=True) for _ in group]
     batch = SequenceBatch.build(prompts, [completion.tokens for completion in completions])
@@ -47,7 +47,7 @@ def _largest_difference(model: LanguageModel, groups: list[list[Completion]], te
     return (values[batch.mask].double() - drawn).abs().max().item()
 
 
-def test_greedy_tokens_are_those_of_generate(any_model: LanguageModel) -> None:
+def test_greedy_tokens_equal_those_of_generate(any_model: LanguageModel) -> None:
     stops = _stops(any_model)
     groups = _draw(any_model, PROMPTS, max_tokens=24, temperature=0.0, stop_token_ids=stops)
     width = max(map(len, PROMPTS))
@@ -67,7 +67,7 @@ def test_greedy_tokens_are_those_of_generate(any_model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_those_of_a_forward_pass(any_model: LanguageModel, temperature: float) -> None:
+def test_logprobs_equal_those_of_a_forward_pass(any_model: LanguageModel, temperature: float) -> None:
     groups = _draw(any_model, PROMPTS, max_tokens=24, n=3, temperature=temperature, stop_token_ids=_stops(any_model))
     assert _largest_difference(any_model, groups, temperature) < 1e-5 / temperature
 
@@ -167,7 +167,7 @@ def test_no_prompts_give_no_completions(llama: LanguageModel) -> None:
     assert _draw(llama, []) == []
 
 
-def test_a_request_that_cannot_run_is_an_error_for_itself_alone(llama: LanguageModel) -> None:
+def test_a_request_that_cannot_run_fails_alone(llama: LanguageModel) -> None:
     params = {"max_tokens": 8, "n": 2}
     seeds = [derive_seed(3, i) for i in range(6)]
     good = [PROMPTS[0], PROMPTS[1]]
@@ -189,14 +189,14 @@ def test_a_request_that_cannot_run_is_an_error_for_itself_alone(llama: LanguageM
             assert completion.tokens == []
 
 
-def test_a_prompt_that_just_fits_runs_to_the_end_of_the_context(any_model: LanguageModel) -> None:
+def test_a_prompt_that_just_fits_fills_the_context(any_model: LanguageModel) -> None:
     ((completion,),) = _draw(any_model, [[1] * (any_model.context_length - 8)], max_tokens=8)
     assert completion.error is None
     assert len(completion.tokens) == 8
 
 
 class TestChains:
-    """x → x' → y."""
+    """Chains x → x' → y."""
 
     REWRITE = SamplingParams(max_tokens=6, n=3)
     RESPOND = SamplingParams(max_tokens=5, n=2)
@@ -230,7 +230,7 @@ class TestChains:
                 (expected,) = engine.generate("target", [chain.target_tokens], self.RESPOND, [seed])
                 _assert_same(chain.responses, expected)
 
-    def test_a_chain_depends_on_its_prompt_and_seed_alone(self, llama: LanguageModel, target: LanguageModel) -> None:
+    def test_a_chain_depends_only_on_its_prompt_and_seed(self, llama: LanguageModel, target: LanguageModel) -> None:
         seeds = [11, 12, 13, 14]
         together = self.run(llama, target, PROMPTS[:4], seeds)
         alone = self.run(llama, target, PROMPTS[2:3], seeds[2:3])
@@ -243,7 +243,7 @@ class TestChains:
         assert group[0].sample == group[1].sample == group[2].sample
         assert len({tuple(y.tokens) for chain in group for y in chain.responses}) == 6
 
-    def test_a_prompt_that_cannot_run_has_responses_that_say_so(
+    def test_responses_of_a_prompt_that_cannot_run_name_its_error(
         self, llama: LanguageModel, target: LanguageModel
     ) -> None:
         seeds = [11, 12, 13]
@@ -254,7 +254,7 @@ class TestChains:
             assert [(y.finish_reason, y.error) for y in chain.responses] == [("error", reason)] * 2
         _assert_same_chains([chains[0], chains[2]], self.run(llama, target, PROMPTS[:2], [11, 13]))
 
-    def test_a_rewrite_that_the_target_cannot_take_is_an_error_of_its_responses(
+    def test_a_rewrite_that_does_not_fit_the_target_is_an_error_of_its_responses(
         self, llama: LanguageModel, target: LanguageModel
     ) -> None:
         inputs = iter([[1] * 200, [1, 2], [1, 2]])

@@ -1,4 +1,4 @@
-"""Decode ticks in fixed shapes: padding must not show, and on a GPU neither must the graph."""
+"""Decode steps in fixed shapes: neither padding nor, on a GPU, CUDA graphs change the results."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from alignpro_kernels import pages
 TEMPLATE = ragged(1, 100, shortest=20, longest=20, seed=5)[0]
 PROMPTS = [TEMPLATE + tail for tail in ragged(5, 100, shortest=1, longest=30, seed=6)]
 SHARED = [PROMPTS[0] + tail for tail in ragged(2, 100, shortest=17, longest=20, seed=7)]  # a level deeper
-PAGE = 2 * 2 * 2 * 8 * 4 * 16  # bytes of one of the tiny Llama: two layers, two heads of eight, float32, 16 tokens
+PAGE = 2 * 2 * 2 * 8 * 4 * 16  # bytes per page of the tiny Llama: two layers, two heads of eight, float32, 16 tokens
 PARAMS = SamplingParams(max_tokens=20, n=3, stop_token_ids=(0, 1, 2, 3))
 
 
 def same(left: list[list[Completion]], right: list[list[Completion]], tolerance: float = 2e-5) -> None:
-    """Equal tokens; log-probabilities to rounding, which in float32 depends on the rows of a product."""
+    """Check that tokens are equal, and log-probabilities up to rounding, which depends on the rows of a product."""
     for group, others in zip(left, right, strict=True):
         for one, other in zip(group, others, strict=True):
             assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
@@ -36,11 +36,11 @@ def same(left: list[list[Completion]], right: list[list[Completion]], tolerance:
 
 @pytest.fixture(scope="module")
 def exact() -> LanguageModel:
-    """In float64, so that only a fault can show."""
+    """Return a model in float64, where differences beyond rounding are bugs."""
     return tiny_language_model("llama", dtype=torch.float64)
 
 
-def test_few_shapes_hold_all_ticks() -> None:
+def test_few_shapes_cover_all_decode_steps() -> None:
     assert [padded(n) for n in (1, 2, 3, 5, 8, 9, 17, 64, 65, 129, 256, 257, 1000)] == [
         *(1, 2, 4, 8, 8, 16, 24, 64, 72, 144, 256, 288, 1024)
     ]
@@ -49,13 +49,13 @@ def test_few_shapes_hold_all_ticks() -> None:
     assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
     shape = Shape.around(9, [(1, 3), (2, 1), (9, 5)], ALL)
     assert shape == (16, ((1, 4), (2, 1), (16, 8)), ALL)
-    assert Shape.around(8, [(1, 1)], 5) == (16, ((1, 1),), 8)  # an adapter on some tokens needs one of padding
+    assert Shape.around(8, [(1, 1)], 5) == (16, ((1, 1),), 8)  # an adapter on some of the tokens needs a padding token
     assert Shape.around(24, [(24, 1)], 0).levels == ((24, 1),)  # never more segments than tokens
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 16, 17])
-def test_padding_does_not_show_at_its_edges(exact: LanguageModel, count: int) -> None:
-    """Batches of just a size, one more and one less; and prompts that share nothing, some and a level deeper."""
+def test_padding_changes_nothing_at_the_boundaries_of_sizes(exact: LanguageModel, count: int) -> None:
+    """Batches at a padded size, one above and one below; prompts that share nothing, a prefix, or two nested prefixes."""
     params = SamplingParams(max_tokens=12)
     prompts = (ragged(max(0, count - 7), 100, longest=40, seed=count) + PROMPTS + SHARED)[-count:]
     engine = Engine({"m": exact}, cuda_graphs="padded", audit=True)
@@ -63,8 +63,8 @@ def test_padding_does_not_show_at_its_edges(exact: LanguageModel, count: int) ->
     assert engine.stats.decode_ticks == {"padded": 11}
 
 
-def test_padding_does_not_show_in_any_architecture(any_model: LanguageModel) -> None:
-    """Of paths of one to four nodes, with windows, soft-caps and absolute positions."""
+def test_padding_changes_nothing_in_any_architecture(any_model: LanguageModel) -> None:
+    """Paths have one to four nodes; the models have windows, soft caps and absolute positions."""
     prompts = [*PROMPTS, *SHARED, [1]]
     engine = Engine({"m": any_model}, cuda_graphs="padded", page_tokens=4, audit=True)
     expected = Engine({"m": any_model}).generate("m", prompts, PARAMS)
@@ -72,7 +72,7 @@ def test_padding_does_not_show_in_any_architecture(any_model: LanguageModel) -> 
     assert engine.stats.decode_ticks["padded"] > 10
 
 
-def test_padding_does_not_show_when_sequences_are_preempted(llama: LanguageModel) -> None:
+def test_padding_changes_nothing_when_sequences_are_preempted(llama: LanguageModel) -> None:
     settings: dict[str, Any] = {"pool_bytes": 12 * PAGE, "audit": True}
     plain, engine = Engine({"m": llama}, **settings), Engine({"m": llama}, cuda_graphs="padded", **settings)
     params = SamplingParams(max_tokens=50, n=3)
@@ -87,7 +87,7 @@ def test_padding_does_not_show_when_sequences_are_preempted(llama: LanguageModel
     chosen=st.lists(st.integers(0, 6), min_size=1, max_size=6),
 )
 @settings(max_examples=10)
-def test_padding_does_not_show_in_random_runs(
+def test_padding_changes_nothing_in_random_runs(
     llama: LanguageModel, pages: int, budget: int, max_batch: int, chosen: list[int]
 ) -> None:
     prompts = [[*PROMPTS, *SHARED][i] for i in chosen]
@@ -97,14 +97,14 @@ def test_padding_does_not_show_in_random_runs(
     same(engine.generate("m", prompts, PARAMS), plain.generate("m", prompts, PARAMS))
 
 
-def test_a_soft_prompt_is_left_out_of_decode_ticks() -> None:
+def test_decode_steps_of_a_soft_prompt_use_fixed_shapes() -> None:
     model = add_adapter(tiny_language_model("llama"), AdapterConfig(kind="soft_prompt", virtual_tokens=3))
     engine = Engine({"m": model.requires_grad_(False)}, cuda_graphs="padded", token_budget=1, audit=True)
     same(engine.generate("m", PROMPTS, PARAMS), Engine({"m": model}).generate("m", PROMPTS, PARAMS))
     assert engine.stats.decode_ticks["padded"] > 0
 
 
-def test_both_stages_of_chains(llama: LanguageModel) -> None:
+def test_padding_changes_nothing_in_chains(llama: LanguageModel) -> None:
     target = tiny_language_model("qwen3", seed=1, num_key_value_heads=4, num_hidden_layers=3)
 
     def run(**settings: Any) -> list[list[Chain]]:
@@ -116,7 +116,7 @@ def test_both_stages_of_chains(llama: LanguageModel) -> None:
         same([[c.sample, *c.responses] for c in group], [[c.sample, *c.responses] for c in others])
 
 
-def test_no_more_shapes_are_kept_than_are_used(llama: LanguageModel) -> None:
+def test_the_number_of_kept_shapes_is_bounded(llama: LanguageModel) -> None:
     engine = Engine({"m": llama}, cuda_graphs="padded", page_tokens=1, max_batch=40)
     engine.generate("m", ragged(60, 100, longest=60, seed=1), SamplingParams(max_tokens=60, stop_token_ids=(0, 1)))
     (memory,) = engine._memories.values()
@@ -125,12 +125,12 @@ def test_no_more_shapes_are_kept_than_are_used(llama: LanguageModel) -> None:
     assert not memory.graphs._plans
 
 
-def test_what_a_graph_takes_for_granted_is_seen_to_change() -> None:
+def test_changes_that_invalidate_graphs_are_detected() -> None:
     model = add_adapter(tiny_language_model("llama"), AdapterConfig(kind="lora", rank=2))
     before = model.binding
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(1.5)  # where it lies: graphs stay good
+            weight.mul_(1.5)  # in place: graphs stay valid
     assert model.binding == before
     with model.adapter_off():
         assert model.binding != before
@@ -151,7 +151,7 @@ def test_what_a_graph_takes_for_granted_is_seen_to_change() -> None:
 
 
 def test_graphs_are_refused_with_the_reason(llama: LanguageModel) -> None:
-    with pytest.raises(ConfigError, match="cuda_graphs=True needs a GPU, and a model is on cpu"):
+    with pytest.raises(ConfigError, match="cuda_graphs=True needs a GPU, but a model is on cpu"):
         Engine({"m": llama}, cuda_graphs=True).generate("m", PROMPTS, PARAMS)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = tiny_language_model("llama", rope_parameters=rope)
@@ -167,7 +167,7 @@ def test_graphs_are_refused_with_the_reason(llama: LanguageModel) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestOnAGpu:
-    """A replay is the same kernels on the same numbers as the padded tick without a graph."""
+    """A replay runs the same kernels on the same data as the padded step without a graph."""
 
     @staticmethod
     def model(architecture: str = "llama", **settings: Any) -> LanguageModel:
@@ -175,23 +175,23 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
-    def test_a_replay_is_the_tick(self, architecture: str, dtype: torch.dtype) -> None:
+    def test_a_replay_gives_the_results_of_the_step(self, architecture: str, dtype: torch.dtype) -> None:
         model, prompts = self.model(architecture, dtype=dtype), [*PROMPTS, *SHARED, [1]]
         graphs, padded = (Engine({"m": model}, cuda_graphs=how, audit=True) for how in (True, "padded"))
         expected = padded.generate("m", prompts, PARAMS)
-        for _ in range(2):  # the second time from graphs and prompts that are there
+        for _ in range(2):  # the second run uses existing graphs and cached prompts
             same(graphs.generate("m", prompts, PARAMS), expected, tolerance=1e-6)
         assert graphs.stats.decode_ticks["captured"] > 0
         assert graphs.stats.decode_ticks["replayed"] > graphs.stats.decode_ticks["padded"]
         if dtype == torch.float32:
             same(expected, Engine({"m": model}, cuda_graphs=False).generate("m", prompts, PARAMS), tolerance=1e-4)
 
-    def test_is_what_runs_where_nothing_is_said(self) -> None:
+    def test_graphs_are_the_default(self) -> None:
         engine = Engine({"m": self.model()})
         engine.generate("m", PROMPTS, PARAMS)
         assert engine.stats.decode_ticks["replayed"] > 0
 
-    def test_chains_of_two_models_share_the_graphs_memory(self) -> None:
+    def test_two_models_share_the_memory_of_graphs(self) -> None:
         models = {"policy": self.model(), "target": self.model("qwen3", seed=1, num_key_value_heads=4)}
         results = [
             Engine(models, cuda_graphs=how).run_chains(
@@ -202,8 +202,8 @@ class TestOnAGpu:
         for group, others in zip(*results, strict=True):
             same([[c.sample, *c.responses] for c in group], [[c.sample, *c.responses] for c in others])
 
-    def test_the_arena_grows_is_given_back_and_taken_again(self) -> None:
-        """None of its addresses outlives it."""
+    def test_graphs_are_dropped_when_the_arena_moves(self) -> None:
+        """The arena grows, is released and allocated again; no graph keeps an old address."""
         model = self.model()
         expected = Engine({"m": model}, cuda_graphs=False).generate("m", PROMPTS, PARAMS)
         engine = Engine({"m": model}, cuda_graphs=True, page_tokens=1, audit=True)
@@ -215,7 +215,7 @@ class TestOnAGpu:
         (memory,) = engine._memories.values()
         assert memory.graphs and not memory.graphs._plans and memory.pool.arena_bytes == 0
 
-    def test_kept_prompts_move_and_are_read_where_they_are(self) -> None:
+    def test_kept_prompts_are_read_at_their_new_address(self) -> None:
         models = {"policy": self.model(), "m": self.model("qwen3", seed=1, num_key_value_heads=4)}
         engine = Engine(models, cuda_graphs=True, pool_bytes=1 << 26, audit=True)
         expected = Engine(models, cuda_graphs=False).generate("m", PROMPTS, PARAMS)
@@ -228,9 +228,9 @@ class TestOnAGpu:
             engine.release(keep=["m"])
             assert torch.cuda.memory_allocated() < held
         tokens = sum(len(node.tokens) for node in engine._memories[models["m"].device].tree.nodes("m"))
-        assert engine.stats.computed["prefill"] - before == tokens  # of policy's alone, whose prompts are the same
+        assert engine.stats.computed["prefill"] - before == tokens  # only those of policy, which has the same prompts
 
-    def test_weights_change_where_they_lie_and_move(self) -> None:
+    def test_weights_may_change_in_place_or_move(self) -> None:
         model = self.model()
         engine = Engine({"m": model}, cuda_graphs=True)
         engine.generate("m", PROMPTS, PARAMS)
@@ -249,7 +249,7 @@ class TestOnAGpu:
             same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
 
     @pytest.mark.parametrize("required", [True, False])
-    def test_a_model_that_waits_for_the_device_is_refused(
+    def test_a_model_that_synchronizes_with_the_device_is_refused(
         self, required: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
         model = self.model()
@@ -270,7 +270,7 @@ class TestOnAGpu:
         assert bool(engine.stats.decode_ticks["replayed"]) == required
         hook.remove()
 
-    def test_a_replayed_tick_never_waits_for_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_replayed_step_never_synchronizes_with_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         engine = Engine({"m": self.model()}, cuda_graphs=True)
         expected = engine.generate("m", PROMPTS, PARAMS)
         plan, states = DecodeGraphs.plan, DecodeGraphs.states

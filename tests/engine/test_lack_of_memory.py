@@ -1,4 +1,4 @@
-"""Less memory than there was to be: passes and pools shrink, and what does not fit fails alone."""
+"""Less memory than expected: forward passes and pools shrink, and only sequences that do not fit fail."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from alignpro.language_model import LanguageModel
 
 @pytest.mark.parametrize("options", [{}, {"pool_bytes": 8 * PAGE}, {"cuda_graphs": "padded"}])
 @pytest.mark.parametrize("room", [1, 5, 40])
-def test_passes_shrink_to_what_memory_allows(
+def test_forward_passes_shrink_to_the_available_memory(
     llama: LanguageModel,
     free: list[list[Completion]],
     caplog: pytest.LogCaptureFixture,
@@ -44,12 +44,12 @@ def test_passes_shrink_to_what_memory_allows(
     with watched(llama, check):
         groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
     assert assert_failed_alone(groups, free, PROMPTS, []) == 0
-    assert sum(size > room for size in sizes) <= 10 < len(sizes)  # it is found out once, and not in every tick
-    assert sum("memory has run out" in record.message for record in caplog.records) == 1
+    assert sum(size > room for size in sizes) <= 10 < len(sizes)  # the limit is found once, and not in every step
+    assert sum("out of memory" in record.message for record in caplog.records) == 1
     assert_nothing_is_held(engine)
 
 
-def test_a_sequence_for_which_there_is_no_memory_fails_alone(
+def test_a_sequence_without_enough_memory_fails_alone(
     llama: LanguageModel, free: list[list[Completion]], drawn_by_some: int
 ) -> None:
     sizes: list[int] = []
@@ -68,12 +68,12 @@ def test_a_sequence_for_which_there_is_no_memory_fails_alone(
                 assert "raised OutOfMemoryError: token is poison" in (one.error or "")
             else:
                 assert_same(one, other)
-    assert max(sizes[-5:]) > 1  # and the passes of the others do not shrink for it
+    assert max(sizes[-5:]) > 1  # the other sequences' passes do not shrink
     assert_nothing_is_held(engine)
 
 
 class TestPool:
-    """A device that has less memory than the pool was to have."""
+    """A device with less memory than the configured pool."""
 
     @staticmethod
     def engine(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, pages: int) -> Engine:
@@ -90,7 +90,7 @@ class TestPool:
         return engine
 
     @pytest.mark.parametrize("pages", [8, 20])
-    def test_it_takes_what_there_is(
+    def test_it_shrinks_to_the_available_memory(
         self,
         llama: LanguageModel,
         free: list[list[Completion]],
@@ -107,7 +107,7 @@ class TestPool:
         assert_nothing_is_held(engine)
 
     @pytest.mark.parametrize("pages", [0, 1, 2, 3, 4])
-    def test_it_fails_what_does_not_fit(
+    def test_sequences_that_do_not_fit_fail(
         self, llama: LanguageModel, free: list[list[Completion]], monkeypatch: pytest.MonkeyPatch, pages: int
     ) -> None:
         engine = self.engine(llama, monkeypatch, pages)
@@ -122,10 +122,10 @@ class TestPool:
                     assert f"only {engine._memories[llama.device].pool.total} pages" in one.error
                     assert needed > pages // 2
         assert_nothing_is_held(engine)
-        monkeypatch.undo()  # there is memory again
+        monkeypatch.undo()  # memory is available again
         assert assert_failed_alone(engine.generate("m", PROMPTS, PARAMS, SEEDS), free, PROMPTS, []) == 0
 
-    def test_what_was_given_back_and_cannot_be_had_again_grows_as_it_is_needed(
+    def test_a_released_pool_that_cannot_be_allocated_whole_grows_on_demand(
         self, llama: LanguageModel, free: list[list[Completion]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         engine = probed({"m": llama})
@@ -145,7 +145,7 @@ class TestPool:
         assert assert_failed_alone(groups, free, PROMPTS, []) == 0
         assert_nothing_is_held(engine)
 
-    def test_a_pool_beyond_all_memory_is_taken_as_it_is_needed(
+    def test_a_pool_larger_than_memory_grows_on_demand(
         self, llama: LanguageModel, free: list[list[Completion]]
     ) -> None:
         engine = Engine({"m": llama}, pool_bytes=1 << 56, audit=True)

@@ -1,4 +1,4 @@
-"""Pages, preemption, eviction and sharing: what runs where must not show in what is drawn, and no page gets lost."""
+"""Pages, preemption, eviction and sharing do not change the drawn tokens, and no page leaks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # two layers, two heads of eight, float32
 
 
 def pool_bytes(pages: int, page_tokens: int = 16) -> int:
-    """Memory for that many pages of the tiny Llama."""
+    """Return the bytes of that many pages of the tiny Llama."""
     return pages * page_tokens * TOKEN_BYTES
 
 
 def held(engine: Engine) -> list[int]:
-    """Pages that are neither free nor cached, of each pool."""
+    """Return the number of pages in each pool that are neither free nor cached."""
     return [m.pool.total - m.pool.free - m.tree.cached for m in engine._memories.values()]
 
 
@@ -42,22 +42,22 @@ def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> 
 
 @pytest.fixture(scope="module")
 def expected(llama: LanguageModel) -> list[list[Completion]]:
-    """What an engine with all the memory that it wants draws, each prompt on its own."""
+    """Return the completions of an engine with enough memory, one prompt at a time."""
     seeds = [derive_seed(PARAMS.seed, i) for i in range(len(PROMPTS))]
     return [Engine({"m": llama}).generate("m", [p], PARAMS, [s])[0] for p, s in zip(PROMPTS, seeds, strict=True)]
 
 
 @pytest.mark.parametrize("page_tokens", [1, 3, 16, 64])
 @pytest.mark.parametrize("token_budget", [1, 7, 4096])
-def test_tokens_do_not_depend_on_pages_and_pieces(
+def test_tokens_do_not_depend_on_page_size_and_chunked_prefill(
     llama: LanguageModel, expected: list[list[Completion]], page_tokens: int, token_budget: int
 ) -> None:
     engine = Engine({"m": llama}, page_tokens=page_tokens, token_budget=token_budget, audit=True)
     assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
 
 
-def test_every_architecture_computes_in_pieces_what_it_computes_at_once(any_model: LanguageModel) -> None:
-    """Windows and positions, also of prompts that share a beginning of several pieces."""
+def test_chunked_prefill_changes_nothing_in_any_architecture(any_model: LanguageModel) -> None:
+    """Covers windows and positions, also of prompts with a common prefix of several chunks."""
     whole = Engine({"m": any_model}).generate("m", PROMPTS, PARAMS)
     engine = Engine({"m": any_model}, page_tokens=3, token_budget=7, max_batch=5, audit=True)
     assert_same(engine.generate("m", PROMPTS, PARAMS), whole)
@@ -68,7 +68,7 @@ def test_every_architecture_computes_in_pieces_what_it_computes_at_once(any_mode
 
 
 @pytest.mark.parametrize("token_budget", [3, 4096])
-def test_a_soft_prompt_may_be_computed_in_pieces_and_is_shared(token_budget: int) -> None:
+def test_a_soft_prompt_may_be_chunked_and_is_shared(token_budget: int) -> None:
     model = add_adapter(
         tiny_language_model("llama"), AdapterConfig(kind="soft_prompt", virtual_tokens=20)
     ).requires_grad_(False)
@@ -87,7 +87,7 @@ def test_tokens_do_not_depend_on_the_cache(llama: LanguageModel, expected: list[
     assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
     assert engine.stats.computed["prefill"] == computed
     assert engine.stats.cache_hit_tokens == sum(map(len, PROMPTS)) * PARAMS.n
-    # Beginnings of prompts that are there, up to any token, and one that goes on from there.
+    # Prefixes of cached prompts, of any length, and a prompt that continues one.
     for cut in (TEMPLATE[:33], TEMPLATE, PROMPTS[0] + [5, 6], PROMPTS[1][:50]):
         before = engine.stats.computed["prefill"]
         assert_same(engine.generate("m", [cut], PARAMS), Engine({"m": llama}).generate("m", [cut], PARAMS))
@@ -95,7 +95,7 @@ def test_tokens_do_not_depend_on_the_cache(llama: LanguageModel, expected: list[
         assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
 
 
-def test_prompts_that_come_later_share_what_is_there(llama: LanguageModel, expected: list[list[Completion]]) -> None:
+def test_later_prompts_reuse_cached_prefixes(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, audit=True)
     for i, prompt in enumerate(PROMPTS):
         seed = [derive_seed(PARAMS.seed, i)]
@@ -109,12 +109,10 @@ def test_sequences_are_preempted_and_draw_the_same(llama: LanguageModel, expecte
     assert engine.stats.preemptions > 0
     assert engine.stats.computed["recompute"] > 0
     assert held(engine) == [0]
-    assert_same(engine.generate("m", PROMPTS, PARAMS), expected)  # also from what is left in the cache
+    assert_same(engine.generate("m", PROMPTS, PARAMS), expected)  # the second run starts from the remaining cache
 
 
-def test_a_prompt_longer_than_the_pool_is_an_error_for_itself_alone(
-    llama: LanguageModel, expected: list[list[Completion]]
-) -> None:
+def test_a_prompt_longer_than_the_pool_fails_alone(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, pool_bytes=pool_bytes(6), audit=True)
     seeds = [derive_seed(PARAMS.seed, i) for i in (0, 0, 1)]
     first, (failed, *_), second = engine.generate("m", [PROMPTS[0], [7] * 90, PROMPTS[1]], PARAMS, seeds)
@@ -124,7 +122,7 @@ def test_a_prompt_longer_than_the_pool_is_an_error_for_itself_alone(
     assert second[0].error is None
 
 
-def test_nothing_old_is_read_after_an_update() -> None:
+def test_no_stale_page_is_read_after_an_update() -> None:
     model, params = tiny_language_model("llama"), SamplingParams(max_tokens=8, n=2)
     engine = Engine({"m": model}, audit=True)
     before = engine.generate("m", PROMPTS, params)
@@ -137,7 +135,7 @@ def test_nothing_old_is_read_after_an_update() -> None:
     assert [g[0].logprobs for g in after] != [g[0].logprobs for g in before]
 
 
-def test_memory_is_given_back_and_taken_again(llama: LanguageModel, expected: list[list[Completion]]) -> None:
+def test_memory_is_released_and_allocated_again(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, audit=True)
     engine.generate("m", PROMPTS, PARAMS)
     (memory,) = engine._memories.values()
@@ -151,7 +149,7 @@ def test_memory_is_given_back_and_taken_again(llama: LanguageModel, expected: li
     assert_same(engine.generate("m", PROMPTS, PARAMS), expected)  # without `resume`
 
 
-def test_weights_and_memory_stay_while_a_run_is_under_way(llama: LanguageModel, target: LanguageModel) -> None:
+def test_weights_and_memory_cannot_change_during_a_run(llama: LanguageModel, target: LanguageModel) -> None:
     engine = Engine({"policy": llama, "target": target}, audit=True)
 
     def meddle(i: int, sample: Completion) -> list[int]:
@@ -167,7 +165,7 @@ def test_weights_and_memory_stay_while_a_run_is_under_way(llama: LanguageModel, 
 
 
 @pytest.mark.parametrize("where", ["to_target", "forward"])
-def test_no_page_is_lost_when_a_run_breaks_off(
+def test_no_page_leaks_when_a_run_is_interrupted(
     llama: LanguageModel, target: LanguageModel, expected: list[list[Completion]], where: str
 ) -> None:
     engine = Engine({"policy": llama, "target": target}, audit=True)
@@ -210,7 +208,7 @@ def test_a_rewrite_that_cannot_be_given_to_the_target_fails_alone(llama: Languag
     assert held(engine) == [0]
 
 
-def test_a_stop_text_ends_a_sequence_and_is_not_part_of_what_it_says(llama: LanguageModel) -> None:
+def test_a_stop_text_ends_a_sequence_and_is_cut_from_its_text(llama: LanguageModel) -> None:
     params = SamplingParams(max_tokens=60, n=8)
     (free,) = Engine({"m": llama}).generate("m", PROMPTS[:1], params)
     decode = llama.tokenizer.decode
@@ -225,7 +223,7 @@ def test_a_stop_text_ends_a_sequence_and_is_not_part_of_what_it_says(llama: Lang
 
 
 class TestChains:
-    """Both models in one pool."""
+    """Both models share one pool."""
 
     RESPOND = SamplingParams(max_tokens=30, n=3, stop_token_ids=(0, 1, 2, 3))
 
@@ -247,13 +245,13 @@ class TestChains:
         return self.run(Engine({"policy": llama, "target": target}, audit=True))
 
     @pytest.mark.parametrize("max_batch", [1, 5, 16])
-    def test_the_overlap_of_stages_does_not_show(
+    def test_the_overlap_of_stages_changes_nothing(
         self, llama: LanguageModel, target: LanguageModel, free: list[list[Chain]], max_batch: int
     ) -> None:
         engine = Engine({"policy": llama, "target": target}, max_batch=max_batch, audit=True)
         self.assert_same(self.run(engine), free)
 
-    def test_a_pool_that_is_too_small_for_both_stages_does_not_show(
+    def test_a_pool_too_small_for_both_stages_changes_nothing(
         self, llama: LanguageModel, target: LanguageModel, free: list[list[Chain]]
     ) -> None:
         engine = Engine({"policy": llama, "target": target}, pool_bytes=pool_bytes(8 * 3), audit=True)
@@ -262,7 +260,7 @@ class TestChains:
         assert held(engine) == [0]
         assert set(engine.stats.most_pages) == {"policy", "target"}
 
-    def test_computes_little_more_than_is_needed(self, llama: LanguageModel, target: LanguageModel) -> None:
+    def test_few_tokens_are_computed_twice(self, llama: LanguageModel, target: LanguageModel) -> None:
         engine = Engine({"policy": llama, "target": target}, max_batch=12)
         self.run(engine, PROMPTS + [TEMPLATE + tail for tail in ragged(30, 100, shortest=1, longest=30, seed=8)])
         stats = engine.stats
@@ -277,11 +275,9 @@ class TestChains:
         self.assert_same(self.run(engine), first)
         (memory,) = engine._memories.values()
         own = sum(len(node.tokens) for node in memory.tree.nodes("policy"))
-        assert engine.stats.computed["prefill"] - before == own  # of the target's nothing
+        assert engine.stats.computed["prefill"] - before == own  # none of the target's prompts
 
-    def test_what_is_kept_when_memory_is_given_back_is_served_from_it(
-        self, llama: LanguageModel, target: LanguageModel
-    ) -> None:
+    def test_pages_kept_on_release_are_reused(self, llama: LanguageModel, target: LanguageModel) -> None:
         engine = Engine({"policy": llama, "target": target}, audit=True, page_tokens=4)
         first = self.run(engine)
         (memory,) = engine._memories.values()
@@ -306,7 +302,9 @@ class TestChains:
         assert pool.arena_bytes == whole
         self.assert_same(self.run(engine), first)
 
-    def test_what_cannot_be_kept_is_an_error(self, llama: LanguageModel, target: LanguageModel) -> None:
+    def test_release_during_a_run_and_keeping_an_unknown_model_are_errors(
+        self, llama: LanguageModel, target: LanguageModel
+    ) -> None:
         engine = Engine({"policy": llama, "target": target}, audit=True)
 
         def meddle(i: int, sample: Completion) -> list[int]:
@@ -336,7 +334,7 @@ def test_random_chains_on_a_tiny_pool(
     chosen: list[int],
     broken: int | None,
 ) -> None:
-    """Two models contend for pages, and the user may break off at any time."""
+    """Two models compete for pages, and the user may interrupt at any time."""
     seeds = [derive_seed(0, i) for i in chosen]
     settings = {"rewrite": PARAMS, "respond": TestChains.RESPOND, "seeds": seeds}
     calls = iter(range(1000))
@@ -391,7 +389,7 @@ def test_random_calls_on_a_tiny_pool(
     max_batch: int,
     calls: list[tuple[list[int], bool, bool]],
 ) -> None:
-    """The engine checks its books after every tick; what cannot fit is refused, all else draws what it always does."""
+    """The engine audits its state after every step. Requests that cannot fit fail; the others are unaffected."""
     engine = Engine(
         {"m": llama},
         pool_bytes=pool_bytes(pages * 16 // page_tokens, page_tokens),

@@ -1,4 +1,4 @@
-"""The prefix tree by itself: paths spell prompts, keys and values stay with their tokens, pages are counted."""
+"""The prefix tree alone: paths spell prompts, keys and values stay with their tokens, pages are counted."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def make(pages: int, page_tokens: int) -> PrefixTree:
 
 
 def mark(path: list[Node], heads: int) -> torch.Tensor:
-    """What stands for the keys of a prompt's tokens: a number that tells the prefix, and whose tokens they are."""
+    """Return stand-ins for the keys of a path's tokens: numbers that identify the prefix and the nodes' models."""
     tokens = tuple((token, each.model == "m") for each in path for token in each.tokens)
     values = [float(hash(tokens[: i + 1]) % 100_003) for i in range(len(tokens))]
     return torch.tensor(values)[:, None, None].expand(-1, heads, 4)
 
 
 def compute(tree: PrefixTree, node: Node) -> None:
-    """Write what belongs to the tokens of a path, as a forward pass would."""
+    """Write the keys and values of a path's tokens, as a forward pass would."""
     path = node.path()
     for each in path:
         count = len(each.tokens) - each.computed
@@ -75,7 +75,7 @@ prompts = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 24)), min_size=1,
 )
 @settings(max_examples=60)
 def test_any_order_of_uses(pages: int, page_tokens: int, uses: list[tuple[tuple[int, ...], int | None, str]]) -> None:
-    """Also where a LoRA acts on the end of a prompt, whose first tokens are its base model's."""
+    """Also with a LoRA that acts on the end of a prompt, while the first tokens belong to its base model."""
     tree = make(pages, page_tokens)
     held: list[Node] = []
     for prompt, shared, then in uses:
@@ -110,7 +110,7 @@ def test_any_order_of_uses(pages: int, page_tokens: int, uses: list[tuple[tuple[
     assert tree.pool.free == tree.pool.total
 
 
-def test_a_models_nodes_go_with_all_below_them_when_its_weights_change() -> None:
+def test_a_models_nodes_are_dropped_with_their_subtrees_when_its_weights_change() -> None:
     tree = make(100, 4)
     nodes = [tree.acquire("m", (1, 2, 3)), tree.acquire("lora", (1, 2, 3, 4), "m", 3), tree.acquire("lora", (1, 2, 3))]
     for node in nodes:
@@ -121,7 +121,7 @@ def test_a_models_nodes_go_with_all_below_them_when_its_weights_change() -> None
     assert tree.pool.used == {"m": 0, "lora": 1}
 
 
-def test_a_prompt_that_parts_from_another_in_the_middle_of_a_page_shares_all_before() -> None:
+def test_prompts_that_diverge_within_a_page_share_the_tokens_before() -> None:
     tree = make(100, 16)
     common = tuple(range(37))
     first = tree.acquire("m", (*common, 1, 2, 3))
@@ -141,7 +141,7 @@ def test_a_few_common_tokens_are_not_worth_a_node() -> None:
     assert [len(node.path()) for node in nodes if node] == [1, 1, 1]
 
 
-def test_what_was_used_longest_ago_goes_first() -> None:
+def test_the_least_recently_used_is_evicted_first() -> None:
     tree = make(4, 16)
     prompts = [tuple(range(i, i + 16)) for i in range(0, 500, 100)]
     for prompt in (*prompts[:4], prompts[0]):  # the first is used again

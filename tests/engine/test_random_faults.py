@@ -1,4 +1,4 @@
-"""Faults of several kinds in one run, at random."""
+"""Random faults of several kinds in one run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_random_faults(
     hiccups: set[int],
     chosen: list[int],
 ) -> None:
-    """Tokens that raise in either stage, too little memory, and passes that raise now and then."""
+    """Tokens that raise in either stage, too little memory, and occasional errors of whole forward passes."""
     models = {"policy": llama, "target": target}
     inputs = [PROMPTS[i] for i in chosen]
     settings: Any = {

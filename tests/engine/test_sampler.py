@@ -1,4 +1,4 @@
-"""Seeds and filters: what a token's draw depends on, and the distribution it is drawn from."""
+"""Seeds and filters: the inputs that determine a draw, and the distribution that it is drawn from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignpro.head import Head
 
 
 def _probabilities(logits: list[float] | torch.Tensor, **settings) -> list[float]:
-    """The distribution after the filters."""
+    """Return the distribution after the filters."""
     row = torch.as_tensor(logits, dtype=torch.float64)[None]
     return filter_logits(row, SamplingParams(**settings)).softmax(-1)[0].tolist()
 
@@ -50,7 +50,7 @@ class TestDeriveSeed:
     def test_fits_in_int64_and_is_not_negative(self, parts: list[int | str]) -> None:
         assert 0 <= derive_seed(*parts) < 2**63
 
-    def test_of_neighbours_is_spread_evenly(self) -> None:
+    def test_of_neighbours_is_uniform(self) -> None:
         low_bytes = torch.tensor([derive_seed(0, i) % 256 for i in range(25600)]).bincount(minlength=256)
         assert chisquare(low_bytes.tolist()).pvalue > 1e-3
 
@@ -71,7 +71,7 @@ class TestFilters:
             if each != (0, 1.0, 0.0)
         ],
     )
-    def test_keep_what_those_of_transformers_keep(self, top_k: int, top_p: float, min_p: float) -> None:
+    def test_keep_the_same_tokens_as_those_of_transformers(self, top_k: int, top_p: float, min_p: float) -> None:
         logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
         expected = logits
         if top_k:

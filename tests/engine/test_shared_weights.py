@@ -1,4 +1,4 @@
-"""A prompter that is a LoRA on the target: chains as with two models, prefixes computed once, one forward pass for both."""
+"""A prompter that is a LoRA on the target gives the chains of two models, with shared prefixes and joint forward passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEEDS = [11, 12, 13, 14, 15]
 
 
 def adapted(architecture: str = "llama", *, activated: bool = True, head: bool = False) -> LanguageModel:
-    """A model with a LoRA that has learned something."""
+    """Return a model whose LoRA is not zero."""
     adapter = ACTIVATED if activated else AdapterConfig(kind="lora", rank=4)
     if head:
         adapter = adapter.model_copy(update={"target_modules": ["q_proj", "v_proj", "lm_head"]})
@@ -31,12 +31,12 @@ def adapted(architecture: str = "llama", *, activated: bool = True, head: bool =
 
 
 def prompts(model: LanguageModel) -> list[list[int]]:
-    """What the prompter is given: each ends by invoking the adapter."""
+    """Return the prompter's inputs; each ends with the adapter's invocation tokens."""
     return [[*text, *model.invocation] for text in TEXTS]
 
 
 def to_target(i: int, sample: Completion) -> list[int]:
-    """The target sees the rewrite alone, or behind the prompt."""
+    """The target sees the rewrite alone, or after the prompt."""
     return [1, *sample.tokens, 2] if i % 2 else [*TEXTS[i], *sample.tokens]
 
 
@@ -64,7 +64,7 @@ def prompter() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def expected(prompter: LanguageModel, llama: LanguageModel) -> list[list[Chain]]:
-    """From two models with weights of their own."""
+    """Return the chains of two models with separate weights."""
     return chains(Engine({"policy": adapted(), "target": llama}, audit=True), prompts(prompter))
 
 
@@ -73,7 +73,7 @@ def shared(model: LanguageModel, **options: object) -> Engine:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_tokens_are_those_of_pefts_generate(architecture: str) -> None:
+def test_greedy_tokens_equal_those_of_pefts_generate(architecture: str) -> None:
     model = adapted(architecture)
     greedy = SamplingParams(max_tokens=12, temperature=0.0)
     inputs = prompts(model)
@@ -94,7 +94,7 @@ def test_greedy_tokens_are_those_of_pefts_generate(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_logprobs_are_those_of_training(head: bool) -> None:
+def test_logprobs_equal_those_of_training(head: bool) -> None:
     model = adapted(head=head)
     params = SamplingParams(max_tokens=8, n=2)
     drawn = shared(model).generate("policy", prompts(model), params)
@@ -108,7 +108,7 @@ def test_logprobs_are_those_of_training(head: bool) -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"page_tokens": 3, "token_budget": 7, "max_batch": 4}, {"pool_bytes": 22 << 10, "page_tokens": 4}]
 )
-def test_chains_are_those_of_two_models(
+def test_chains_equal_those_of_two_models(
     prompter: LanguageModel, expected: list[list[Chain]], fuse: bool, settings: dict[str, int]
 ) -> None:
     engine = shared(prompter, fuse=fuse, **settings)
@@ -141,7 +141,7 @@ def test_both_stages_run_in_one_forward_pass(prompter: LanguageModel) -> None:
     assert fused.stats.computed == apart.stats.computed
 
 
-def test_what_stands_before_the_invocation_is_computed_once_for_prompter_and_target(prompter: LanguageModel) -> None:
+def test_tokens_before_the_invocation_are_computed_once_for_prompter_and_target(prompter: LanguageModel) -> None:
     engine, params = shared(prompter), SamplingParams(max_tokens=1)
     inputs = prompts(prompter)
     engine.generate("policy", inputs, params)
@@ -150,7 +150,7 @@ def test_what_stands_before_the_invocation_is_computed_once_for_prompter_and_tar
     assert floor <= computed <= floor + len(TEXTS) * SHORTEST
     engine.generate("target", TEXTS, params)  # the baseline: no rewrite
     assert engine.stats.computed["prefill"] == computed
-    assert engine.stats.computed["recompute"] == len(TEXTS)  # the last state of each, in which the target draws
+    assert engine.stats.computed["recompute"] == len(TEXTS)  # the last state of each, from which the target draws
 
 
 def test_the_sharing_floor_is_reached(prompter: LanguageModel) -> None:
@@ -163,12 +163,12 @@ def test_the_sharing_floor_is_reached(prompter: LanguageModel) -> None:
         respond=params,
     )
     computed = sum(engine.stats.computed.values())
-    # Four rewrites that begin alike for less than a node's length are computed apart.
+    # The four rewrites may share prefixes shorter than a node, which are computed separately.
     assert 0 <= computed - engine.stats.floor_tokens <= 4
     assert engine.stats.floor_tokens < 2 * len(common) + 2 * 4 * 5 + 4 * 4 * 5
 
 
-def test_new_weights_of_the_lora_leave_the_bases_pages(llama: LanguageModel) -> None:
+def test_new_lora_weights_keep_the_pages_of_the_base_model(llama: LanguageModel) -> None:
     model = adapted()
     engine, inputs = shared(model), prompts(model)
     before = chains(engine, inputs)
@@ -202,9 +202,7 @@ def test_prefixes_are_shared_over_steps_without_a_target(prompter: LanguageModel
     assert engine.stats.computed["prefill"] - computed == 2 * len(TEXTS)
 
 
-def test_a_prompt_without_an_invocation_is_an_error_for_itself_alone(
-    prompter: LanguageModel, expected: list[list[Chain]]
-) -> None:
+def test_a_prompt_without_an_invocation_fails_alone(prompter: LanguageModel, expected: list[list[Chain]]) -> None:
     inputs = [*prompts(prompter)[:2], TEXTS[2], *prompts(prompter)[3:]]
     result = chains(shared(prompter), inputs)
     assert_same(result[:2] + result[3:], expected[:2] + expected[3:])
@@ -223,7 +221,7 @@ def test_a_prompt_without_an_invocation_is_an_error_for_itself_alone(
     fuse=st.booleans(),
     update=st.booleans(),
 )
-def test_whatever_the_memory(
+def test_chains_do_not_depend_on_the_available_memory(
     prompter: LanguageModel,
     expected: list[list[Chain]],
     pages: int,
@@ -233,7 +231,7 @@ def test_whatever_the_memory(
     fuse: bool,
     update: bool,
 ) -> None:
-    """Chains, after each tick of which the books are checked, do not depend on it."""
+    """The engine audits its state after each step."""
     token_bytes = 2 * 2 * 2 * 8 * 4
     engine = shared(
         prompter,
@@ -253,8 +251,8 @@ def test_whatever_the_memory(
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("activated", [True, False])
-def test_decode_ticks_of_a_fixed_shape_do_not_show(llama: LanguageModel, activated: bool, fuse: bool) -> None:
-    """Those of both stages at once among them, in which the adapter acts on some of the tokens."""
+def test_decode_steps_of_fixed_shapes_change_nothing(llama: LanguageModel, activated: bool, fuse: bool) -> None:
+    """Some steps have both stages, so that the adapter acts on some of the tokens."""
     model = adapted(activated=activated)
     inputs = prompts(model)
     engine = shared(model, cuda_graphs="padded", max_batch=8, fuse=fuse)
@@ -265,9 +263,7 @@ def test_decode_ticks_of_a_fixed_shape_do_not_show(llama: LanguageModel, activat
     assert bool(mixed) == fuse
 
 
-def test_prompts_of_the_base_are_kept_when_memory_is_given_back(
-    prompter: LanguageModel, expected: list[list[Chain]]
-) -> None:
+def test_prompts_of_the_base_can_be_kept_on_release(prompter: LanguageModel, expected: list[list[Chain]]) -> None:
     engine = shared(prompter)
     assert_same(chains(engine, prompts(prompter)), expected)
     (memory,) = engine._memories.values()
@@ -284,7 +280,7 @@ def test_prompts_of_the_base_are_kept_when_memory_is_given_back(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("fuse", [True, False])
-def test_graphs_of_both_stages_at_once(fuse: bool) -> None:
+def test_graphs_of_both_stages_together(fuse: bool) -> None:
     model = adapted().cuda()
     graphs, padded = (shared(model, cuda_graphs=how, max_batch=8, fuse=fuse) for how in (True, "padded"))
     results = chains(padded, prompts(model))

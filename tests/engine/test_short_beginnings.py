@@ -1,4 +1,4 @@
-"""Prompts with less in common than a node is worth: what is there already is copied, and not computed again."""
+"""Prompts that share a prefix too short for a node: its keys and values are copied instead of recomputed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from alignpro.language_model import LanguageModel
 TEMPLATE = ragged(1, 100, shortest=24, longest=24, seed=5)[0]
 BEGINNING, *TAILS = ragged(4, 100, shortest=20, longest=20, seed=6)
 PARTED = [TEMPLATE + tail for tail in ragged(2, 100, shortest=20, longest=20, seed=7)]
-"""Two which have the template in common, where a node ends then."""
+"""Two prompts whose common prefix is the template, so that a node ends there."""
 PARAMS = SamplingParams(max_tokens=8, n=2)
 
 
 def prompts(common: int) -> list[list[int]]:
-    """Three, which part after the template and some more tokens."""
+    """Return three prompts that share the template and ``common`` more tokens."""
     return [TEMPLATE + BEGINNING[:common] + tail for tail in TAILS]
 
 
@@ -29,7 +29,7 @@ def drawn(groups: list[list[Completion]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("options", [{}, {"page_tokens": 3}, {"page_tokens": 64}, {"token_budget": 5}])
 @pytest.mark.parametrize("common", [COPIED - 1, COPIED, 9, SHORTEST - 1])
-def test_what_a_sibling_has_computed_is_not_computed_again(
+def test_tokens_that_a_sibling_has_computed_are_copied(
     any_model: LanguageModel, common: int, options: dict[str, Any]
 ) -> None:
     engine = Engine({"m": any_model}, audit=True, **options)
@@ -47,7 +47,7 @@ def test_what_a_sibling_has_computed_is_not_computed_again(
         assert taken.cache_hit_tokens == PARAMS.n * there
 
 
-def test_a_prompt_that_is_the_beginning_of_another(llama: LanguageModel) -> None:
+def test_a_prompt_that_is_a_prefix_of_another_is_not_computed(llama: LanguageModel) -> None:
     engine = Engine({"m": llama}, audit=True)
     whole, *_ = prompts(0)
     engine.generate("m", [*PARTED, whole], PARAMS)
@@ -55,18 +55,18 @@ def test_a_prompt_that_is_the_beginning_of_another(llama: LanguageModel) -> None
     groups = engine.generate("m", [whole[:-12]], PARAMS, [3])
     assert drawn(groups) == drawn(Engine({"m": llama}).generate("m", [whole[:-12]], PARAMS, [3]))
     computed = engine.stats.since(before).computed
-    assert (computed["prefill"], computed["recompute"]) == (0, 1)  # once more the last token, for its hidden state
+    assert (computed["prefill"], computed["recompute"]) == (0, 1)  # the last token is recomputed for its hidden state
 
 
-def test_nothing_is_copied_from_what_is_not_computed(llama: LanguageModel) -> None:
-    """What arrives together is put into the tree before it is computed."""
+def test_nothing_is_copied_from_a_sibling_that_is_not_computed_yet(llama: LanguageModel) -> None:
+    """Prompts that arrive together enter the tree before any is computed."""
     engine = Engine({"m": llama}, audit=True)
     inputs = [*PARTED, *(TEMPLATE + BEGINNING[: 9 + i] + tail for i, tail in enumerate(TAILS))]
     assert drawn(engine.generate("m", inputs, PARAMS)) == drawn(
         Engine({"m": llama}, page_tokens=5).generate("m", inputs, PARAMS)
     )
     assert engine.stats.computed["prefill"] == len(TEMPLATE) + sum(len(prompt) - len(TEMPLATE) for prompt in inputs)
-    # One that is admitted when a sibling has been computed finds it.
+    # A prompt that is admitted after a sibling was computed copies from it.
     engine = Engine({"m": llama}, token_budget=len(TEMPLATE) + 6, max_batch=PARAMS.n, audit=True)
     first, second, _ = prompts(9)
     engine.generate("m", PARTED, PARAMS)
@@ -88,7 +88,7 @@ def test_nothing_is_copied_from_another_model(llama: LanguageModel) -> None:
 
 def test_siblings_are_found_among_many_and_after_evictions(llama: LanguageModel) -> None:
     engine = Engine({"m": llama}, pool_bytes=40 * 16 * 2 * 2 * 2 * 8 * 4, audit=True)
-    tails = ragged(60, 6, shortest=8, longest=12, seed=8)  # of few tokens, so that many begin alike
+    tails = ragged(60, 6, shortest=8, longest=12, seed=8)  # with a vocabulary of six, so that many share a prefix
     for i, tail in enumerate(tails):
         prompt = TEMPLATE + tail
         assert drawn(engine.generate("m", [prompt], PARAMS, [i])) == drawn(

@@ -1,4 +1,4 @@
-"""Counts of several engines that ran at the same time."""
+"""Merged statistics of several ranks' engines."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def test_counts_of_ranks_add_up_and_times_are_the_longest() -> None:
     }
 
 
-def test_the_counts_of_one_rank_stay_as_they_are() -> None:
+def test_the_statistics_of_one_rank_are_unchanged() -> None:
     stats = EngineStats(computed=Counter(decode=3), floor_tokens=3, run_seconds=0.5)
     assert EngineStats.merged([stats]).metrics() == pytest.approx(stats.metrics())

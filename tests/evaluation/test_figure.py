@@ -59,7 +59,7 @@ def test_figure_without_arms_is_refused():
             plot_comparison(groups, io.BytesIO(), format="svg")
 
 
-def test_curves_draw_what_the_rows_have():
+def test_curves_plot_the_metrics_of_the_rows():
     rows = [{"step": i, "reward/mean": i / 10, "seconds/rollout": 0.1} for i in range(30)]
     rows[3]["reward/mean"] = math.nan  # a gap, not a crash
     rows[4].pop("reward/mean")
@@ -70,7 +70,7 @@ def test_curves_draw_what_the_rows_have():
     assert "seconds/rollout" not in CURVES
 
 
-def test_curves_draw_asked_metrics_alone(tmp_path):
+def test_curves_plot_only_requested_metrics(tmp_path):
     rows = [{"step": 1, "reward/mean": 1.0, "seconds/rollout": 0.1}]
     assert plot_curves({"run": rows}, tmp_path / "curves.png", keys={"seconds/rollout": "Rollout (s)"})
     assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -11,7 +11,7 @@ from alignpro.evaluation.statistics import Estimate
 from alignpro.evaluation.summary import ArmSummary, BoundSummary, Report, SampleRow, summarize_arm
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&amp; $x$ $ \\frac{"
-GARBLED = HOSTILE + "\u2028\ud800"  # a model can write anything, half a surrogate pair too
+GARBLED = HOSTILE + "\u2028\ud800"  # a model can write anything, even half a surrogate pair
 
 
 class Page(HTMLParser):
@@ -97,10 +97,10 @@ def test_hostile_text_stays_text(tmp_path):
     page = Page(html)
     assert page.scripts() == [{"type": "application/json", "id": "data"}, {}]
     assert not any("onerror" in attrs for _, attrs in page.tags)
-    assert table(html)["texts"] == [GARBLED.replace("\ud800", "\ufffd")]  # and the script gets it back whole
+    assert table(html)["texts"] == [GARBLED.replace("\ud800", "\ufffd")]  # the script reads it unchanged
 
 
-def test_file_needs_nothing_else(tmp_path):
+def test_the_file_is_self_contained(tmp_path):
     rows = [SampleRow(arm="align_pro", prompt="x", rewrite="x'", response="see https://example.org", reward=1.0)]
     path = tmp_path / "report.html"
     write_report(path, report(rows=rows, curves={"run": [{"step": 1, "kl": 1.0}, {"step": 2, "kl": 2.0}]}))
@@ -112,7 +112,7 @@ def test_file_needs_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_table_holds_each_text_once_and_knows_no_rewrite_from_an_empty_one():
+def test_the_table_holds_each_text_once_and_distinguishes_none_from_an_empty_rewrite():
     rows = [
         SampleRow(arm="no_finetuning", prompt="x", rewrite=None, response="y", reward=math.nan),
         SampleRow(arm="align_pro", prompt="x", rewrite="", response="y", reward=-0.25),
@@ -141,7 +141,7 @@ def test_table_holds_each_text_once_and_knows_no_rewrite_from_an_empty_one():
         ),
     ],
 )
-def test_gap_that_is_not_determined_says_so(gap, shown):
+def test_the_report_says_if_the_gap_is_not_determined(gap, shown):
     assert shown in Page(render_report(report(gap=gap))).text
 
 

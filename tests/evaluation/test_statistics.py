@@ -15,7 +15,7 @@ from alignpro.evaluation.statistics import (
 
 
 def nested_samples(rng: np.random.Generator, P: int, K: int, M: int, sigma: tuple[float, float, float]) -> np.ndarray:
-    """(P, K, M) rewards whose variances between prompts, rewrites and responses are sigma²; skewed, not normal."""
+    """Return (P, K, M) rewards with variances sigma² between prompts, rewrites and responses; skewed, not normal."""
     levels = [(P, 1, 1), (P, K, 1), (P, K, M)]
     return sum(s * (rng.exponential(size=shape) - 1.0) for s, shape in zip(sigma, levels, strict=True))
 
@@ -26,9 +26,9 @@ def test_variance_parts_are_unbiased(P, K, M):
     true = (0.9, 0.6, 1.2)
     parts = [nested_variance(nested_samples(rng, P, K, M, true)) for _ in range(6000)]
     prompts, rewrites, responses = (s**2 for s in true)
-    if K == 1:  # what varies between rewrites is seen between prompts
+    if K == 1:  # the variance between rewrites appears between prompts
         prompts, rewrites = prompts + rewrites, 0.0
-    if M == 1:  # what varies between responses is seen between rewrites
+    if M == 1:  # the variance between responses appears between rewrites
         rewrites, responses = rewrites + responses, 0.0
     for name, expected in [("prompts", prompts), ("rewrites", rewrites), ("responses", responses), ("total", 2.61)]:
         values = np.array([getattr(p, name) for p in parts])
@@ -62,7 +62,7 @@ def test_tensors_and_arrays_agree():
 
 
 @pytest.mark.parametrize("bad", [[], 3.0, [[1.0, math.nan]], [math.inf]])
-def test_what_is_no_reward_is_refused(bad):
+def test_invalid_rewards_are_refused(bad):
     with pytest.raises(ValueError, match=r"prompts as the first axis|not finite"):
         mean_ci(bad)
     with pytest.raises(ValueError):
@@ -84,7 +84,7 @@ def test_mean_interval_covers_at_its_level():
 
 
 def test_interval_resamples_prompts_not_rewards():
-    """Rewrites that only repeat their prompt's reward add nothing to what is known of the mean."""
+    """Rewrites that only repeat their prompt's reward carry no information about the mean."""
     values = np.random.default_rng(0).normal(size=30)
     once, repeated = mean_ci(values), mean_ci(np.broadcast_to(values[:, None, None], (30, 8, 4)))
     assert (once.low, once.high) == pytest.approx((repeated.low, repeated.high))
@@ -108,7 +108,7 @@ def test_mean_of_one_prompt_has_no_interval_and_of_equal_ones_no_width():
 
 def test_pairing_narrows_the_interval():
     rng = np.random.default_rng(0)
-    hard = rng.normal(size=60)  # what prompts have in common
+    hard = rng.normal(size=60)  # the difficulty that both arms share
     a, b = hard + 0.2 + 0.05 * rng.normal(size=60), hard + 0.05 * rng.normal(size=60)
     difference = paired_bootstrap(a, b)
     assert difference.low < 0.2 < difference.high

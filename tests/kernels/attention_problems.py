@@ -1,4 +1,4 @@
-"""Sequences to attend to, what float64 says about them, and what plain PyTorch makes of them in their own dtype."""
+"""Attention problems, with their results in float64 and by plain PyTorch in their own dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYOUTS = ("whole", "head-major", "arena")
 
 @dataclass
 class Problem:
-    """Sequences, their keys and values both in pages, where all else is NaN, and as plain tensors."""
+    """Sequences with their keys and values as plain tensors and in pages, whose unused slots are NaN."""
 
     query: Tensor  # (T, H, D)
     counts: list[int]  # queries of each sequence
@@ -34,7 +34,7 @@ class Problem:
     page_table: Tensor
 
     def arguments(self) -> tuple[Tensor, ...]:
-        """Of `paged_attention`."""
+        """Return the positional arguments of `paged_attention`."""
         bounds = torch.tensor([0, *self.counts]).cumsum(0).int()
         lengths = torch.tensor([len(x) for x in self.keys], dtype=torch.int32)
         starts = torch.tensor(self.starts, dtype=torch.int32)
@@ -58,7 +58,7 @@ class Problem:
         )
 
     def sequences(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Of each: queries (H, n, D), keys and values (H, length, D), and which keys a query sees (n, length)."""
+        """Yield for each sequence queries (H, n, D), keys and values (H, length, D), and the mask (n, length)."""
         group = self.query.shape[1] // self.keys[0].shape[1]
         done = 0
         for count, keys, values, start in zip(self.counts, self.keys, self.values, self.starts, strict=True):
@@ -71,7 +71,7 @@ class Problem:
 
 
 def plain(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What a user would write with PyTorch in a dtype, sequence by sequence; the lse in float32 or float64."""
+    """Compute attention as a user of PyTorch would, sequence by sequence in a dtype; the lse in float32 or float64."""
     outs, lses = [], []
     for query, keys, values, seen in problem.sequences():
         q, k, v = query.to(dtype), keys.to(dtype), values.to(dtype)
@@ -90,7 +90,7 @@ def plain(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def in_pages(keys: list[Tensor], values: list[Tensor], page_size: int, layout: str) -> tuple[Tensor, Tensor]:
-    """pages and page_table: pages in random order, entries beyond a sequence's keys out of range."""
+    """Return pages and page_table: pages in random order, with out-of-range entries beyond a sequence's keys."""
     kv_heads, dim = keys[0].shape[1:]
     dtype = keys[0].dtype
     needed = [-(-len(x) // page_size) for x in keys]
@@ -99,7 +99,7 @@ def in_pages(keys: list[Tensor], values: list[Tensor], page_size: int, layout: s
         pages = torch.full((n_pages, 2, page_size, kv_heads, dim), torch.nan, dtype=dtype)
     elif layout == "head-major":
         pages = torch.full((n_pages, kv_heads, 2, page_size, dim), torch.nan, dtype=dtype).permute(0, 2, 3, 1, 4)
-    else:  # a layer that begins at 12 bytes of pages that hold more, of which bits 1 alone are NaN in every dtype
+    else:  # a layer at byte 12 of larger pages; they are filled with 1 bits, which are NaN in every dtype
         count = 2 * page_size * kv_heads * dim
         arena = torch.full((n_pages, (count + 8) * dtype.itemsize + 12), 255, dtype=torch.uint8)
         arena = arena[:, : arena.shape[1] // dtype.itemsize * dtype.itemsize].contiguous()
@@ -156,7 +156,7 @@ def new_problem(
 
 
 def part(problem: Problem, sequence: int, rows: slice) -> Problem:
-    """One sequence of a problem with some of its queries, in pages of its own."""
+    """Return one sequence of a problem with some of its queries, in separate pages."""
     first = sum(problem.counts[:sequence])
     chosen = slice(first + rows.start, first + rows.stop)
     keys, values = problem.keys[sequence : sequence + 1], problem.values[sequence : sequence + 1]

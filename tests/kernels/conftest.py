@@ -1,4 +1,4 @@
-"""What the tests of several files use."""
+"""Shared fixtures."""
 
 from __future__ import annotations
 

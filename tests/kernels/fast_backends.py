@@ -1,4 +1,4 @@
-"""The fast backends of the head's operators, as far as they run here."""
+"""The fast backends of the head's operators that can run on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OPERATORS = ["policy_loss", "linear_logprob"]
 
 
 def need(backend: str) -> None:
-    """Skip where there is no compiler; a library that does not build or load is a failure, and no reason to skip."""
+    """Skip if there is no compiler. A library that fails to build or load is a failure, not a reason to skip."""
     if (reason := backends()[backend]) is None:
         return
     if "no C++ compiler found" in reason:

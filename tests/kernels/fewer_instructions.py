@@ -1,8 +1,8 @@
-"""Tests run again with fewer instructions than the processor has, as csrc/cpu runs on older ones.
+"""Run tests again with a smaller instruction set than the processor's, as csrc/cpu uses on older processors.
 
     python tests/kernels/fewer_instructions.py avx2 tests/kernels/test_decoder.py       within ATEN_CPU_CAPABILITY=avx2
 
-All other tests run with the most that the processor has.
+All other tests use the largest instruction set of the processor.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from fast_backends import need
 
 from alignpro_kernels import cpp_library
 
-_CAPABILITY = {"generic": "default", "avx2": "avx2", "avx512": "avx512"}  # by what PyTorch calls it; ascending
+_CAPABILITY = {"generic": "default", "avx2": "avx2", "avx512": "avx512"}  # our names → PyTorch's names; ascending
 FEWER = ["generic", "avx2"]
 
 
 def run_with(instructions: str, *arguments: str) -> None:
-    """Run pytest with some arguments in a process of its own, since the instruction set is chosen once; it must pass.
+    """Run pytest in a process of its own, since the instruction set is chosen once per process; it must pass.
 
-    Skips where there is no compiler, or the processor has no more than these instructions.
+    Skips if there is no compiler, or if the processor has no larger instruction set.
     """
     need("cpp")
     ranks = list(_CAPABILITY)

@@ -1,4 +1,4 @@
-"""Inputs for the head's operators in any dtype, the results of a call, and how far they are from the float64 reference."""
+"""Inputs for the head's operators in any dtype, the results of a call, and their errors against the float64 reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignpro_kernels import LoRA, VocabShard, linear_logprob, policy_loss
 
 @dataclass(frozen=True)
 class Problem:
-    """One head, some rows, and three coefficients a row."""
+    """One head, some rows, and three coefficients per row."""
 
     rows: int = 13
     width: int = 24
@@ -31,7 +31,7 @@ class Problem:
     seed: int = 0
 
     def tensors(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
-        """The arguments, the same numbers in every dtype (rounded to bfloat16 first, so that none is rounded again)."""
+        """Return the arguments. They are rounded to bfloat16 first, so that all dtypes hold the same numbers."""
         g = torch.Generator().manual_seed(self.seed)
 
         def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -45,7 +45,7 @@ class Problem:
             "softcap": self.softcap,
             "entropy": True,
         }
-        arguments["target"][:1] = v - 1  # in the last tile, which is seldom whole
+        arguments["target"][:1] = v - 1  # in the last tile, which is usually partial
         if self.bias:
             arguments["bias"] = randn(v).requires_grad_()
         if self.rank:
@@ -64,7 +64,7 @@ class Problem:
         return arguments
 
     def upstream(self) -> Tensor:
-        """(3, N) float64: α, η, κ."""
+        """Return the coefficients α, η, κ, (3, N) float64."""
         c = torch.randn(3, self.rows, generator=torch.Generator().manual_seed(self.seed + 1), dtype=torch.float64)
         for index, name in enumerate(("alpha", "eta", "kappa")):
             if self.coefficients not in (name, "mixed"):
@@ -80,14 +80,15 @@ class Problem:
 
 @dataclass
 class Result:
-    """Of one call, by name; None where there is none."""
+    """Results of one call, by name."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def errors(self, exact: Result) -> dict[str, float]:
-        """Relative to the largest value of each, against a result in float64.
+        """Return the largest error of each result against float64, relative to its largest value.
 
-        That is taken to be 0.01 at least, since a KL may be all but zero, and of the loss 1, since its terms may cancel.
+        That value is taken as at least 0.01, since a KL may be almost zero, and at least 1 for the loss, whose terms may
+        cancel.
         """
         assert self.values.keys() == exact.values.keys()
         return {
@@ -106,7 +107,7 @@ def run(
     device: str = "cpu",
     shard: VocabShard | None = None,
 ) -> Result:
-    """Statistics, loss and all gradients of one call of `policy_loss` or `linear_logprob`; on a rank, of its slice."""
+    """Return statistics, loss and gradients of `policy_loss` or `linear_logprob`, with a ``shard`` of that slice."""
     arguments = problem.tensors(dtype, device)
     if shard is not None:
         arguments = slice_of(arguments, shard) | {"vocab_parallel": shard}
@@ -128,7 +129,7 @@ def run(
 
 
 def slice_of(arguments: dict[str, Any], shard: VocabShard) -> dict[str, Any]:
-    """The arguments with this rank's rows of the head."""
+    """Return the arguments with this rank's rows of the head."""
 
     def rows(x: Tensor) -> Tensor:
         return x.detach()[shard.start : shard.start + shard.size].clone().requires_grad_(x.requires_grad)
@@ -140,7 +141,7 @@ def slice_of(arguments: dict[str, Any], shard: VocabShard) -> dict[str, Any]:
 
 
 def plain_pytorch(problem: Problem, dtype: torch.dtype, device: str = "cpu") -> Result:
-    """What a user would write: products in the inputs' dtype, softmax in float32, autograd. Without LoRA and mask."""
+    """Compute as a user would: products in the inputs' dtype, softmax in float32, autograd. Without LoRA and mask."""
     a = problem.tensors(dtype, device)
     tau = a.get("temperature", 1.0)
     tau = tau[:, None] if isinstance(tau, Tensor) else tau

@@ -1,4 +1,4 @@
-"""Prints the MiB that a policy loss of some rows takes at its peak, beside its gradients. Run in a process of its own."""
+"""Print the peak memory in MiB of a policy loss of some rows, without its gradients. Runs in a process of its own."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from alignpro_kernels import cpp_head, policy_loss
 
 
 def resident(field: str) -> float:
-    """MiB of this process, now (VmRSS) or at most since the mark was last reset (VmHWM)."""
+    """Return the resident memory of this process in MiB: now (VmRSS), or the peak since its last reset (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
@@ -17,16 +17,16 @@ def resident(field: str) -> float:
 
 
 def one(logprob, entropy, kl, rows):
-    """The negative log-likelihood."""
+    """Return the coefficients of the negative log-likelihood."""
     return -logprob, -torch.ones_like(logprob), None, None
 
 
 def main(rows: int, width: int = 64, vocabulary: int = 40_000) -> None:
-    """One loss with a trained head."""
+    """Measure one loss with a trained head."""
     weight = torch.randn(vocabulary, width, requires_grad=True)
     hidden = torch.randn(rows, width, requires_grad=True)
     target = torch.randint(vocabulary, (rows,))
-    policy_loss(hidden[:8], weight, target[:8], one, backend="cpp").loss.backward()  # what is loaded once
+    policy_loss(hidden[:8], weight, target[:8], one, backend="cpp").loss.backward()  # loads libraries
     hidden.grad = weight.grad = None
     cpp_head.release_workspace()
     before = resident("VmRSS")

@@ -1,4 +1,4 @@
-"""Products with packed weights, and all layers of a decoder in one call: against plain PyTorch in float64."""
+"""Products with packed weights, and a whole decoder in one call, compared with plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_products_of_any_shape(rows: int, inputs: int, outputs: int, bias: bool)
 
 
 def test_products_of_many_rows() -> None:
-    """Several groups of rows and chunks of inputs."""
+    """Several groups of rows, and several chunks of inputs."""
     x, weight = torch.randn(2, 700, 513), torch.randn(70, 513)
     exact = x.double() @ weight.double().T
     assert error(packed_linear(x, pack_weight(weight), 70), exact) <= 2 * error(x @ weight.T, exact) + 1e-6
@@ -64,8 +64,8 @@ def test_a_gated_product() -> None:
 
 
 @pytest.mark.parametrize("inputs", [64, 400])
-def test_a_row_does_not_feel_the_others(inputs: int) -> None:
-    """The same bits whatever rows it is multiplied with, and by however many threads."""
+def test_a_row_does_not_depend_on_the_others(inputs: int) -> None:
+    """Each row gives the same bits with any other rows and any number of threads."""
     x, weight = torch.randn(300, inputs), torch.randn(96, inputs)
     packed = pack_weight(weight)
     whole = packed_linear(x, packed, 96)
@@ -90,7 +90,7 @@ def test_a_row_does_not_feel_the_others(inputs: int) -> None:
         (torch.zeros(3, 6, dtype=torch.float64), 40, "float64"),
     ],
 )
-def test_what_does_not_fit_is_named(x: Tensor, outputs: int, named: str) -> None:
+def test_mismatched_shapes_are_named(x: Tensor, outputs: int, named: str) -> None:
     packed = pack_weight(torch.zeros(72, 6))
     with pytest.raises(ValueError, match=named):
         packed_linear(x, packed, outputs)
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_named(x: Tensor, outputs: int, named: str) -> None
         packed_gate(x, packed, packed, outputs)
 
 
-def test_what_cannot_be_packed_is_named() -> None:
+def test_weights_that_cannot_be_packed_are_named() -> None:
     for weight in (torch.zeros(3), torch.zeros(3, 4, dtype=torch.bfloat16), torch.zeros(0, 4)):
         with pytest.raises(ValueError, match="expected \\(N, K\\) float32"):
             pack_weight(weight)
@@ -109,7 +109,7 @@ def test_what_cannot_be_packed_is_named() -> None:
         packed_gate(torch.zeros(3, 6), packed, pack_weight(torch.zeros(80, 6)), 40)
 
 
-def test_shapes_are_known_to_tracing() -> None:
+def test_shapes_can_be_traced() -> None:
     assert linear.unavailable() is None
     with FakeTensorMode() as mode:
         x, weight = (mode.from_tensor(y) for y in (torch.zeros(2, 3, 6), torch.zeros(40, 6)))
@@ -121,7 +121,7 @@ def test_shapes_are_known_to_tracing() -> None:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A random decoder, by its sizes."""
+    """A decoder of given sizes with random weights."""
 
     dim: int = 24
     heads: int = 4
@@ -137,7 +137,7 @@ class Decoder:
     window: int | None = None
 
     def plain(self) -> list[dict[str, Tensor]]:
-        """Weights of each layer, as a product takes them: (outputs, inputs)."""
+        """Return the weights of each layer, (outputs, inputs) each."""
         torch.manual_seed(0)
         width = self.heads * self.head_dim
 
@@ -176,7 +176,7 @@ class Decoder:
         return torch.linspace(0.5, 2, self.dim)
 
     def exact(self, hidden: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """One sequence by plain PyTorch: (T, D)."""
+        """Compute one sequence by plain PyTorch; returns the states (T, D)."""
         x, cos, sin = (y.to(dtype) for y in (hidden, cos, sin))
 
         def norm(y: Tensor, weight: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class Decoder:
 
 
 class Sequence:
-    """A sequence that is computed piece by piece over pages of its own."""
+    """A sequence that is computed in chunks over its own pages."""
 
     def __init__(self, decoder: Decoder, tokens: int, seed: int = 1) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -252,7 +252,7 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_states_are_those_of_plain_layers(name: str) -> None:
+def test_states_equal_those_of_plain_layers(name: str) -> None:
     decoder = DECODERS[name]
     sequence = Sequence(decoder, 19)
     found = sequence.run(decoder.packed(), 0, 19)
@@ -261,8 +261,8 @@ def test_states_are_those_of_plain_layers(name: str) -> None:
     assert error(found, exact) <= 4 * error(plain, exact) + 1e-6
 
 
-def test_pieces_of_a_sequence_are_the_whole() -> None:
-    """Prefill in chunks, then token by token: the same bits."""
+def test_chunks_of_a_sequence_give_the_whole() -> None:
+    """Prefill in chunks and then token by token gives the same bits."""
     decoder = DECODERS["bias"]
     weights = decoder.packed()
     whole = Sequence(decoder, 19).run(weights, 0, 19)
@@ -272,7 +272,7 @@ def test_pieces_of_a_sequence_are_the_whole() -> None:
 
 
 def test_many_tokens_and_threads() -> None:
-    """More rows than a gated layer keeps in flight."""
+    """There are more rows than a gated layer processes at a time."""
     decoder = Decoder(layers=1)
     weights = decoder.packed()
     sequence = Sequence(decoder, 600)
@@ -286,8 +286,8 @@ def test_many_tokens_and_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def test_padding_is_written_nowhere() -> None:
-    """Slot −1, and a query that sees nothing."""
+def test_padding_is_not_written() -> None:
+    """Padding has slot −1 and a query that attends to nothing."""
     decoder = Decoder()
     sequence = Sequence(decoder, 5)
     before = [pages.clone() for pages in sequence.pages]
@@ -298,7 +298,7 @@ def test_padding_is_written_nowhere() -> None:
     assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(sequence.pages, before, strict=True))
 
 
-def test_its_shape_is_known_to_tracing() -> None:
+def test_the_shape_of_the_stack_can_be_traced() -> None:
     assert decoder_unavailable() is None
     decoder = Decoder()
     sequence, weights = Sequence(decoder, 5), decoder.packed()
@@ -308,7 +308,7 @@ def test_its_shape_is_known_to_tracing() -> None:
 
 
 @pytest.mark.parametrize("name", ["pages", "cos", "slots", "hidden", "weights"])
-def test_arguments_that_do_not_fit_are_named(name: str) -> None:
+def test_mismatched_arguments_are_named(name: str) -> None:
     decoder = Decoder()
     sequence = Sequence(decoder, 4)
     arguments = {
@@ -337,8 +337,8 @@ def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
         "test_products_of_any_shape",
         "test_products_of_many_rows",
         "test_a_gated_product",
-        "test_a_row_does_not_feel_the_others",
-        "test_states_are_those_of_plain_layers",
-        "test_pieces_of_a_sequence_are_the_whole",
+        "test_a_row_does_not_depend_on_the_others",
+        "test_states_equal_those_of_plain_layers",
+        "test_chunks_of_a_sequence_give_the_whole",
     )
     run_with(instructions, *(f"{__file__}::{name}" for name in names))

@@ -1,4 +1,4 @@
-"""The fast backends held against the float64 reference: values, gradients, bad rows, samples, every instruction set."""
+"""The fast backends compared with the float64 reference: values, gradients, bad rows, samples, every instruction set."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_any_shape_and_any_options(operator: str, backend: str, problem: Problem
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("reference", ["none", "shared"])
 @pytest.mark.parametrize("trained", [True, False])
-def test_errors_are_no_larger_than_plain_pytorchs(
+def test_errors_are_no_larger_than_those_of_a_plain_implementation(
     backend: str, dtype: torch.dtype, reference: str, trained: bool
 ) -> None:
     problem = Problem(rows=64, width=96, vocabulary=2000, reference=reference, trained=trained, scale=0.6, zero_every=5)
@@ -81,7 +81,7 @@ def test_errors_are_no_larger_than_plain_pytorchs(
 @pytest.mark.parametrize(("rows", "width"), [(150, 40), (60, 1024), (430, 512)])
 @pytest.mark.parametrize("reference", ["none", "shared", "separate"])
 def test_errors_of_many_rows_on_the_cpu(rows: int, width: int, reference: str) -> None:
-    """Several blocks of rows, more than the weight's gradient has room for, and rows a multiple of 4 KiB long."""
+    """Several blocks of rows, more rows than the weight's gradient can hold, and row lengths of a multiple of 4 KiB."""
     need("cpp")
     problem = Problem(rows=rows, width=width, vocabulary=700, reference=reference, scale=0.2, zero_every=5)
     exact = run(problem, "policy_loss", "reference", torch.float64)
@@ -138,7 +138,7 @@ def test_adversarial_rows(backend: str, case: str) -> None:
     )
     for x, p, e in zip(ours, plain, exact, strict=True):
         assert x.isfinite().all()
-        # What float32 logits of 1e4 have lost already is in the plain formula's error too.
+        # The rounding of float32 logits of 1e4 is part of the plain formula's error too.
         allowed = 1.5 * (p - e).abs().max() + 1e-6 * e.abs().max().clamp_min(1.0)
         assert (x - e).abs().max() <= allowed
     assert torch.equal(ours[1][2:3].expand(3), ours[1][2:])
@@ -146,7 +146,7 @@ def test_adversarial_rows(backend: str, case: str) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_row_stays_that_rows_matter(backend: str, value: float) -> None:
+def test_a_bad_row_does_not_affect_others(backend: str, value: float) -> None:
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 16, generator=g), torch.randn(400, 16, generator=g)
     target, ref = torch.randint(400, (6,), generator=g), torch.randn(6, 16, generator=g)
@@ -171,7 +171,7 @@ def test_a_token_ruled_out_by_its_bias(backend: str) -> None:
     hidden, weight = torch.randn(4, 16, generator=g), torch.randn(700, 16, generator=g)
     ref = torch.randn(4, 16, generator=g)
     bias = torch.zeros(700)
-    bias[:350] = -torch.inf  # whole tiles of them
+    bias[:350] = -torch.inf  # covers whole tiles
     target = torch.tensor([350, 400, 500, 699])
 
     def call(weight, target, bias, backend):
@@ -198,7 +198,7 @@ def test_a_token_ruled_out_by_its_bias(backend: str) -> None:
     rank=st.sampled_from([0, 3]),
     seed=st.integers(0, 2**31),
 )
-def test_samples_are_the_references(backend, rows, vocabulary, temperature, softcap, rank, seed) -> None:
+def test_samples_equal_the_references(backend, rows, vocabulary, temperature, softcap, rank, seed) -> None:
     g = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(rows, 16, generator=g), torch.randn(vocabulary, 16, generator=g)
     bias = torch.randn(vocabulary, generator=g)
@@ -209,7 +209,7 @@ def test_samples_are_the_references(backend, rows, vocabulary, temperature, soft
     options = {"bias": bias, "lora": lora, "softcap": softcap, "temperature": tau, "seeds": seeds}
     ours = linear_sample(hidden, weight, backend=backend, **options)
     theirs = linear_sample(hidden, weight, backend="reference", **options)
-    # A tie of two noisy logits to within rounding may go either way; it is one in a million.
+    # If two noisy logits are equal up to rounding, either may win; this happens once in a million.
     assert torch.equal(ours.token, theirs.token)
     torch.testing.assert_close(ours.logprob, theirs.logprob, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=1e-5, atol=2e-5)
@@ -219,9 +219,9 @@ def test_samples_are_the_references(backend, rows, vocabulary, temperature, soft
 def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (
         "test_any_shape_and_any_options[cpp-policy_loss]",
-        "test_samples_are_the_references[cpp]",
-        "test_errors_are_no_larger_than_plain_pytorchs",
-        "test_a_bad_row_stays_that_rows_matter",
+        "test_samples_equal_the_references[cpp]",
+        "test_errors_are_no_larger_than_those_of_a_plain_implementation",
+        "test_a_bad_row_does_not_affect_others",
         "test_adversarial_rows",
         "test_a_token_ruled_out_by_its_bias",
     )

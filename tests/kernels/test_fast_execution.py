@@ -1,4 +1,4 @@
-"""How the fast backends carry a call out does not show: chunks, threads, the memory that they take and keep."""
+"""Execution details of the fast backends change no result: chunks, threads, and the memory that they use and keep."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERYTHING = Problem(bias=True, rank=4, reference="separate", softcap=3.0, tempe
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("backend", FAST)
-def test_chunks_change_nothing_but_the_rounding(operator: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_only_the_rounding(operator: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = replace(EVERYTHING, rows=150, zero_every=4, masked=True)
     whole = run(problem, operator, backend, torch.float32)
     for most in (1, 7, 64):
@@ -56,7 +56,7 @@ def test_statistics_do_not_depend_on_the_number_of_threads(threads: int) -> None
     assert max(errors.values()) < 2e-5
 
 
-def test_memory_does_not_grow_with_the_rows() -> None:
+def test_memory_does_not_grow_with_the_number_of_rows() -> None:
     need("cpp")
     script = Path(__file__).with_name("peak_memory.py")
     peaks = [
@@ -66,7 +66,7 @@ def test_memory_does_not_grow_with_the_rows() -> None:
     assert max(peaks) < 256, peaks  # their logits are 470 and 940 MiB
 
 
-def test_memory_that_is_kept_serves_one_call_at_a_time() -> None:
+def test_the_workspace_is_not_shared_by_nested_calls() -> None:
     need("cpp")
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(48, 16, generator=generator), torch.randn(70_000, 16, generator=generator)
@@ -82,13 +82,13 @@ def test_memory_that_is_kept_serves_one_call_at_a_time() -> None:
         return -logprob, -torch.ones_like(logprob), None, None
 
     def nested(logprob: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        with torch.enable_grad():  # while the logits of the call around it wait for their coefficients
+        with torch.enable_grad():  # while the outer call holds its logits
             inner.append(gradient(plain))
         return plain(logprob)
 
     cpp_head.release_workspace()
     fresh, inner = gradient(plain), []
-    assert torch.equal(gradient(plain), fresh)  # in the memory of the first
+    assert torch.equal(gradient(plain), fresh)  # reuses the first call's memory
     assert torch.equal(gradient(nested), fresh)
     assert torch.equal(inner[0], fresh)
     cpp_head.release_workspace()

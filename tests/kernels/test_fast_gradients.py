@@ -1,4 +1,4 @@
-"""Gradients of the fast backends: which products they make, and that autograd, torch.compile and tied weights get theirs."""
+"""Gradients of the fast backends: the products that they compute, autograd, torch.compile and tied weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weighted(weights: torch.Tensor):
 
 
 class Spy:
-    """A backend that notes what the chunk loop asks of it."""
+    """A backend that records the calls of the chunk loop."""
 
     def __init__(self, name: str) -> None:
         self._backend = backend_module(name)
@@ -65,7 +65,7 @@ def test_gradients_agree_with_finite_differences() -> None:
 
     def loss(hidden, weight, bias, lora_a, lora_b):
         def callback(logprob, entropy, kl, rows):
-            # Not linear, so that the coefficients depend on the statistics.
+            # The loss is not linear, so that the coefficients depend on the statistics.
             return logprob.square() + entropy * kl, 2 * logprob, kl, entropy
 
         lora = LoRA(lora_a, lora_b, 0.3)
@@ -105,16 +105,16 @@ def test_rows_without_a_coefficient_reach_no_gradient_product(spy: Spy) -> None:
     weights = torch.tensor([0.0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1])
     out = policy_loss(hidden, weight, target, weighted(weights), backend="torch")
     out.loss.backward()
-    assert [None if x is None else x.tolist() for x in spy.active] == [[1, 3], None]  # of three chunks, one is skipped
+    assert [None if x is None else x.tolist() for x in spy.active] == [[1, 3], None]  # one of three chunks is skipped
     assert (hidden.grad[weights == 0] == 0).all()
     spy.rows.clear()
     logprob = linear_logprob(hidden, weight, target, backend="torch").logprob
     spy.rows.clear()
     (weights * logprob).sum().backward()
-    assert sum(spy.rows) == 6  # nor are their logits made again
+    assert sum(spy.rows) == 6  # their logits are not recomputed either
 
 
-def test_a_frozen_head_has_no_gradient_computed_nor_allocated(spy: Spy) -> None:
+def test_no_gradient_of_a_frozen_head_is_computed_or_allocated(spy: Spy) -> None:
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8)
     target = torch.zeros(6, dtype=torch.int64)
     policy_loss(hidden, weight, target, weighted(torch.ones(6)), backend="torch").loss.backward()
@@ -126,7 +126,7 @@ def test_a_frozen_head_has_no_gradient_computed_nor_allocated(spy: Spy) -> None:
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_backward_scales_and_can_be_repeated_where_it_is_retained(backend: str) -> None:
+def test_backward_scales_and_can_be_repeated_with_a_retained_graph(backend: str) -> None:
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     target = torch.zeros(6, dtype=torch.int64)
 
@@ -143,7 +143,7 @@ def test_backward_scales_and_can_be_repeated_where_it_is_retained(backend: str) 
         assert torch.equal(b, c) and torch.equal(c, d)
 
 
-def test_the_leafs_gradient_is_the_one_made_in_the_forward_pass() -> None:
+def test_the_gradient_of_a_leaf_is_the_buffer_of_the_forward_pass() -> None:
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     loss = policy_loss(hidden, weight, torch.zeros(6, dtype=torch.int64), weighted(torch.ones(6)), backend="torch").loss
     made = [x.data_ptr() for x in loss.grad_fn.saved_tensors if x is not None]

@@ -1,6 +1,6 @@
-"""Backend ``flash``: that flash-attn is called as its signatures and its documentation say, and where it is installed, it.
+"""Backend ``flash``: calls of flash-attn agree with its signatures and documentation, and with the package if installed.
 
-Where it is not, its two functions are written out as they are documented, behind the recorded signatures.
+Without the package, its two functions are implemented here as documented, behind the recorded signatures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INSTALLED = importlib.util.find_spec("flash_attn") is not None
 
 
 def signature(name: str) -> inspect.Signature:
-    """As recorded from the source distribution."""
+    """Return a function's signature as recorded from the source distribution."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Signature(
         inspect.Parameter(parameter, kind, default=inspect.Parameter.empty if text is None else ast.literal_eval(text))
@@ -39,7 +39,7 @@ def signature(name: str) -> inspect.Signature:
 def attention(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """query (n, H, D) to keys (m, H', D) → (n, H, D), (H, n); the mask ends at the lower right corner.
+    """Attend from query (n, H, D) to keys (m, H', D) → (n, H, D), (H, n); the causal mask is aligned to the bottom right.
 
     A query without keys gets 0 and +∞.
     """
@@ -57,7 +57,7 @@ def attention(
 
 
 def gathered(cache: Tensor, line: Tensor, length: int) -> Tensor:
-    """(length, H', D) of the pages (n, page_size, H', D) of a line of a block table."""
+    """Return keys or values (length, H', D) from pages (n, page_size, H', D) by one line of a block table."""
     assert cache.shape[1] % 256 == 0 and cache.stride(-1) == 1
     return cache[line[: -(-length // cache.shape[1])].long()].flatten(0, 1)[:length]
 
@@ -92,7 +92,7 @@ def with_kvcache(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn as it is documented, on the CPU."""
+    """Install flash-attn's functions as documented, on the CPU."""
     module = ModuleType("flash_attn")
     functions: dict[str, Callable[[dict[str, Any]], object]] = {
         "flash_attn_varlen_func": varlen,
@@ -110,7 +110,7 @@ def documented(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def walk(counts: list[int], below: list[int], lengths: list[int], **shape: Any) -> Problem:
-    """Sequences of which ``counts`` queries are the last keys, and ``below`` lie behind all of them."""
+    """Return sequences with ``counts`` queries at the last keys and ``below`` queries after all keys."""
     both = [a + b for a, b in zip(counts, below, strict=True)]
     problem = new_problem(both, lengths, page_size=256, dim=32, dtype=torch.bfloat16, **shape)
     positions = [
@@ -140,14 +140,14 @@ PROBLEMS = {
 @pytest.mark.usefixtures("documented")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_calls_that_the_documentation_makes_right(name: str, softcap: float | None) -> None:
+def test_calls_are_right_by_the_documentation(name: str, softcap: float | None) -> None:
     torch.manual_seed(0)
     problem = walk(*PROBLEMS[name], softcap=softcap)
     assert_as_exact_as_plain(problem, *run(problem))
 
 
 @pytest.mark.usefixtures("documented")
-def test_padding_sees_nothing_and_is_not_felt() -> None:
+def test_padding_attends_to_nothing_and_has_no_effect() -> None:
     torch.manual_seed(0)
     problem = walk([0, 1, 2], [3, 2, 2], [300, 30, 40])
     positions = problem.positions.clone()
@@ -159,7 +159,7 @@ def test_padding_sees_nothing_and_is_not_felt() -> None:
 
 
 @pytest.mark.usefixtures("documented")
-def test_a_query_in_no_place_that_can_be_expressed_is_nan_and_others_are_not() -> None:
+def test_a_query_at_an_inexpressible_position_is_nan_and_others_are_not() -> None:
     torch.manual_seed(0)
     problem = walk([3, 2], [0, 2], [40, 300])
     positions = problem.positions.clone()
@@ -172,15 +172,15 @@ def test_a_query_in_no_place_that_can_be_expressed_is_nan_and_others_are_not() -
 
 
 @pytest.mark.usefixtures("documented")
-def test_slots_that_nobody_sees_may_hold_anything() -> None:
-    """As in all problems here; and a table may be wider than is needed."""
+def test_unused_slots_may_hold_anything() -> None:
+    """They hold NaN in all problems here. The page table may also be wider than necessary."""
     problem = walk([1, 1], [0, 0], [3, 5])
     pages, table = in_pages(problem.keys, problem.values, 256, "arena")
     wide = torch.nn.functional.pad(table.clamp_min(0), (0, 3))
     assert_as_exact_as_plain(problem, *run(replace(problem, pages=pages, page_table=wide)))
 
 
-def test_what_it_does_not_take_is_refused_with_the_reason() -> None:
+def test_unsupported_inputs_are_refused_with_the_reason() -> None:
     problem = new_problem([1, 2], [20, 5])
     if flash_attention.unavailable() is not None:
         with pytest.raises(BackendError, match=r"backend 'flash' cannot run here: .*(not installed|no CUDA device)"):
@@ -191,9 +191,9 @@ def test_what_it_does_not_take_is_refused_with_the_reason() -> None:
         return flash_attention.unsuited(problem.query, problem.pages, window)
 
     assert reason() is None and reason(page_size=512) is None
-    assert "multiple of 256 tokens, and these have 16" in (reason(page_size=16) or "")
+    assert "multiple of 256 tokens, and these pages have 16" in (reason(page_size=16) or "")
     assert "takes bfloat16 and float16, and the input is torch.float32" in (reason(dtype=torch.float32) or "")
-    assert "multiple of 8 entries" in (reason(dim=20) or "")
+    assert "multiple of 8, at most 256, and this one is 20" in (reason(dim=20) or "")
     assert "window" in (reason(window=100) or "")
 
 

@@ -1,4 +1,4 @@
-"""The fast backends on a GPU, held against the float64 reference on the CPU. `make test-gpu` runs them."""
+"""The fast backends on a GPU, compared with the float64 reference on the CPU. `make test-gpu` runs these tests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROBLEMS = {
     "low rank": Problem(rank=5, trained=False),
     "masked and without coefficients": Problem(masked=True, zero_every=3),
 }
-SIZE = {"rows": 300, "width": 200, "vocabulary": 5001, "scale": 0.3}  # several tiles, none of them whole
+SIZE = {"rows": 300, "width": 200, "vocabulary": 5001, "scale": 0.3}  # several tiles, some partial
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -45,7 +45,7 @@ def test_errors_are_no_larger_than_plain_pytorchs(backend: str, operator: str, d
     problem = replace(PROBLEMS[name], **SIZE)
     exact = run(problem, operator, "reference", torch.float64)
     ours = run(problem, operator, backend, dtype, "cuda").errors(exact)
-    # The plain formula has no mask and no LoRA: its errors on the problem without them are the yardstick.
+    # The plain formula has no mask and no LoRA, so its errors are taken on the problem without them.
     like = replace(problem, masked=False, rank=0)
     plain = plain_pytorch(like, dtype, "cuda").errors(run(like, operator, "reference", torch.float64))
     for quantity, error in ours.items():
@@ -71,7 +71,7 @@ def one_rank() -> Iterator[None]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_a_group_of_one_rank_changes_nothing_but_the_rounding(backend: str, operator: str, one_rank: None) -> None:
+def test_a_group_of_one_rank_changes_only_the_rounding(backend: str, operator: str, one_rank: None) -> None:
     problem = Problem(bias=True, rank=5, reference="separate", masked=True, zero_every=3, **SIZE)
     exact = run(problem, operator, "reference", torch.float64)
     shard = VocabShard.even(problem.vocabulary)
@@ -89,13 +89,13 @@ def test_a_group_of_one_rank_changes_nothing_but_the_rounding(backend: str, oper
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("rows", [1, 17, 300])
-def test_samples_are_the_references(temperature: float, rows: int) -> None:
+def test_samples_equal_the_references(temperature: float, rows: int) -> None:
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(rows, 128, generator=g), torch.randn(5001, 128, generator=g) / 4
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=g)
     theirs = linear_sample(hidden.double(), weight.double(), seeds=seeds, temperature=temperature, backend="reference")
     ours = linear_sample(hidden.cuda(), weight.cuda(), seeds=seeds.cuda(), temperature=temperature, backend="triton")
-    assert (ours.token.cpu() == theirs.token).float().mean() > 0.99  # a tie within rounding may go either way
+    assert (ours.token.cpu() == theirs.token).float().mean() > 0.99  # ties up to rounding may differ
     same = ours.token.cpu() == theirs.token
     torch.testing.assert_close(ours.logprob.cpu().double()[same], theirs.logprob[same], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.entropy.cpu().double(), theirs.entropy, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Paged attention: against a float64 reference, by ratio to PyTorch's own error; and what must not change a bit of it."""
+"""Paged attention: its error against float64 relative to plain PyTorch's, and changes that must keep all bits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ needs_cpp = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or 
     seed=st.integers(0, 2**31),
 )
 def test_as_exact_as_plain_attention(backend: str, sizes: list[tuple[int, int]], seed: int, **shape: Any) -> None:
-    """In any shape and layout; what lies in unused slots is NaN, unused entries of the table are out of range."""
+    """Any shape and layout; unused slots hold NaN, and unused entries of the page table are out of range."""
     torch.manual_seed(seed)
     counts, lengths = (list(x) for x in zip(*sizes, strict=True))
     problem = new_problem(counts, lengths, heads=shape.pop("group") * shape["kv_heads"], **shape)
@@ -57,7 +57,7 @@ def test_as_exact_as_plain_attention(backend: str, sizes: list[tuple[int, int]],
 @pytest.mark.parametrize("window", [None, 600])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_sequences_in_several_parts(dtype: torch.dtype, window: int | None, loudness: float) -> None:
-    """Also where few keys have all the weight."""
+    """Also if a few keys have all the weight."""
     torch.manual_seed(0)
     problem = new_problem([3, 1, 20], [1300, 513, 1024], dtype=dtype, window=window, loudness=loudness)
     assert_as_exact_as_plain(problem, *problem.run())
@@ -72,8 +72,8 @@ def test_the_reference_is_plain_attention() -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_query_does_not_feel_the_batch(dtype: torch.dtype) -> None:
-    """Alone, in chunks, in other pages of another size, in another layout: the same bits."""
+def test_a_query_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+    """Queries give the same bits alone, in chunks, with another page size and in another layout."""
     torch.manual_seed(0)
     problem = new_problem([5, 40, 1, 13], [700, 90, 64, 1100], heads=6, dtype=dtype, window=800)
     out, lse = problem.run()
@@ -90,7 +90,7 @@ def test_a_query_does_not_feel_the_batch(dtype: torch.dtype) -> None:
 
 @needs_cpp
 def test_the_number_of_threads_does_not_matter() -> None:
-    """One long sequence, whose keys are dealt to the threads, among many short ones; and one query alone."""
+    """One long sequence, whose keys are divided among threads, in a batch of short ones; and a single query."""
     torch.manual_seed(0)
     problem = new_problem([2] + [1] * 12, [2100] + [50] * 12, kv_heads=1)
     single = part(problem, 0, slice(0, 1))
@@ -108,7 +108,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 
 @needs_cpp
-def test_a_key_that_a_query_does_not_see_does_not_matter_to_it() -> None:
+def test_masked_keys_do_not_affect_a_query() -> None:
     torch.manual_seed(0)
     problem = new_problem([30], [90], window=40)
     out, lse = problem.run()
@@ -126,8 +126,8 @@ def test_a_key_that_a_query_does_not_see_does_not_matter_to_it() -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_cascade_is_the_whole_attention(dtype: torch.dtype) -> None:
-    """Siblings attend to their shared node as one sequence, to their suffixes apart, and the two are merged."""
+def test_a_cascade_gives_the_whole_attention(dtype: torch.dtype) -> None:
+    """Siblings attend to their shared node as one sequence and to their suffixes separately; the results are merged."""
     torch.manual_seed(0)
     siblings, shared = 6, 75
     suffixes = [1, 9, 30, 64, 65, 0]
@@ -153,7 +153,7 @@ def test_a_cascade_is_the_whole_attention(dtype: torch.dtype) -> None:
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_levels_are_joined_in_one_call(dtype: torch.dtype) -> None:
-    """Two nodes, of which one has a node of its own below it, and what each query alone sees; one query sees nothing."""
+    """Two nodes, one of them with a child, and a suffix for each query; one query attends to nothing."""
     torch.manual_seed(0)
     nodes, lower = [40, 75], [17]
     suffixes = [1, 9, 0, 64, 33, 0]
@@ -200,7 +200,7 @@ def test_levels_are_joined_in_one_call(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "reference"])
-def test_nothing_to_do(backend: str) -> None:
+def test_empty_inputs_give_empty_results(backend: str) -> None:
     pages = torch.full((1, 2, 4, 2, 8), torch.nan)
     none = torch.zeros(0, dtype=torch.int32)
     zero, table = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3, dtype=torch.int32)
@@ -216,7 +216,7 @@ def test_nothing_to_do(backend: str) -> None:
 
 
 @needs_cpp
-def test_a_query_that_is_nan_stays_alone() -> None:
+def test_a_nan_query_does_not_affect_others() -> None:
     torch.manual_seed(0)
     problem = new_problem([9], [100])
     problem = replace(problem, positions=torch.full((9,), 200, dtype=torch.int32))
@@ -263,8 +263,8 @@ def test_errors_name_the_argument() -> None:
             paged_attention(**(good | changes))
 
     refused(TypeError, r"query is torch\.int32", query=good["query"].int())
-    refused(TypeError, r"pages is torch\.bfloat16 and query torch\.float32", pages=good["pages"].bfloat16())
-    refused(ValueError, "pages is on meta and query on cpu", pages=good["pages"].to("meta"))
+    refused(TypeError, r"pages is torch\.bfloat16 and query is torch\.float32", pages=good["pages"].bfloat16())
+    refused(ValueError, "pages is on meta and query is on cpu", pages=good["pages"].to("meta"))
     refused(ValueError, r"pages has shape \(5, 2, 16, 64\)", pages=good["pages"].flatten(3))
     refused(ValueError, r"pages has shape \(0, 2, 16, 2, 32\)", pages=good["pages"][:0])
     refused(ValueError, "pages has strides .* must be contiguous", pages=good["pages"].mT.contiguous().mT)
@@ -283,7 +283,7 @@ def test_errors_name_the_argument() -> None:
     refused(ValueError, "softcap is 0: it must be positive", softcap=0)
     refused(ValueError, "window is 0: it must be positive", window=0)
     refused(
-        BackendError, "there is no backend 'fast': take 'auto' or one of triton, cpp, flash, reference", backend="fast"
+        BackendError, "there is no backend 'fast': use 'auto' or one of triton, cpp, flash, reference", backend="fast"
     )
     refused(
         BackendError,
@@ -323,9 +323,9 @@ def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (
         "test_as_exact_as_plain_attention[cpp]",
         "test_long_sequences_in_several_parts",
-        "test_a_query_does_not_feel_the_batch",
+        "test_a_query_does_not_depend_on_its_batch",
         "test_the_number_of_threads_does_not_matter",
-        "test_a_key_that_a_query_does_not_see_does_not_matter_to_it",
-        "test_a_query_that_is_nan_stays_alone",
+        "test_masked_keys_do_not_affect_a_query",
+        "test_a_nan_query_does_not_affect_others",
     )
     run_with(instructions, *(f"{__file__}::{name}" for name in names))

@@ -1,4 +1,4 @@
-"""Pages of a pool: writes, reads and copies against loops, by PyTorch and where there is a GPU by the CUDA kernels."""
+"""Pages of a pool: writes, reads and copies compared with loops, by PyTorch and, on a GPU, by the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def new_arena(n_pages: int, page_bytes: int = PAGE_BYTES) -> Tensor:
 
 
 def layer_of(arena: Tensor, dtype: torch.dtype, begin: int, page_size: int, kv_heads: int, head_dim: int) -> Tensor:
-    """A layer's pages: those whose bytes begin at ``begin`` of every page."""
+    """Return a layer's view of the pages, which starts at byte ``begin`` of every page."""
     count = 2 * page_size * kv_heads * head_dim
     layer = arena[:, begin : begin + count * dtype.itemsize].view(dtype)
     return layer.unflatten(1, (2, page_size, kv_heads, head_dim))
@@ -60,7 +60,7 @@ def written_by_loop(keys: Tensor, values: Tensor, layer: Tensor, slots: Tensor) 
     padding=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-def test_writes_and_reads_are_those_of_a_loop(
+def test_writes_and_reads_equal_those_of_a_loop(
     device: str,
     dtype: torch.dtype,
     n_pages: int,
@@ -72,7 +72,7 @@ def test_writes_and_reads_are_those_of_a_loop(
     padding: int,
     seed: int,
 ) -> None:
-    """In any geometry: layers and rows that begin anywhere, padding between, and no byte elsewhere is touched."""
+    """Any geometry: layers and rows at any offset, with padding between; no other byte is written."""
     torch.manual_seed(seed)
     row = kv_heads * head_dim
     arena = new_arena(n_pages, (begin + 2 * page_size * row + gap) * dtype.itemsize)
@@ -81,7 +81,7 @@ def test_writes_and_reads_are_those_of_a_loop(
     tokens = (len(order) + 1) // 2
     slots = order[:tokens]
     slots = torch.cat([slots, torch.full((padding,), -1)])[torch.randperm(tokens + padding)]
-    both = numbers(len(slots), 2 * row + gap, dtype=dtype)  # keys and values as strided rows of one product
+    both = numbers(len(slots), 2 * row + gap, dtype=dtype)  # keys and values are strided rows of one tensor
     keys, values = (x.unflatten(1, (kv_heads, head_dim)) for x in (both[:, :row], both[:, row : 2 * row]))
 
     expected = arena.clone()
@@ -104,8 +104,8 @@ def test_writes_and_reads_are_those_of_a_loop(
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("slots", [[4, -1, 0, -1, 99], [-1, -1, 3, 0, 5], [-1, 99, -1, -1, -1], [5, 4, 3, 2, 1]])
-def test_a_device_without_the_kernels_is_not_waited_for(slots: list[int], device: str) -> None:
-    """The way of a GPU for which they cannot be built: no branch depends on a slot."""
+def test_writing_without_the_kernels_does_not_synchronize(slots: list[int], device: str) -> None:
+    """This path serves GPUs for which the kernels cannot be built. No branch depends on a slot."""
     arena = new_arena(3)
     expected = arena.clone()
     geometry = (torch.float32, 0, 2, 2, 8)
@@ -127,7 +127,7 @@ def test_a_device_without_the_kernels_is_not_waited_for(slots: list[int], device
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_models_of_different_geometry_share_an_arena(device: str) -> None:
-    """Neither a model's pages nor another layer of the same page change when a layer is written."""
+    """Writing a layer changes neither another model's pages nor another layer of the same page."""
     arena = new_arena(6).to(device)
     before = arena.clone()
     small = [layer_of(arena, torch.bfloat16, 640 * layer, 4, 2, 16) for layer in range(3)]  # 512 of each 640 bytes
@@ -155,7 +155,7 @@ def test_models_of_different_geometry_share_an_arena(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("page_bytes", [1, 30, PAGE_BYTES, 1 << 20])
-def test_copied_pages_are_those_of_a_loop(device: str, page_bytes: int) -> None:
+def test_copied_pages_equal_those_of_a_loop(device: str, page_bytes: int) -> None:
     arena = new_arena(7, page_bytes)
     source, destination = torch.tensor([0, 3, 0]), torch.tensor([6, 1, 2])
     expected = arena.clone()
@@ -167,7 +167,7 @@ def test_copied_pages_are_those_of_a_loop(device: str, page_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_nothing_to_do_changes_nothing(device: str) -> None:
+def test_empty_inputs_change_nothing(device: str) -> None:
     arena = new_arena(2).to(device)
     before, none = arena.clone(), torch.empty(0, dtype=torch.int64, device=device)
     layer = layer_of(arena, torch.float32, 0, 3, 5, 16)
@@ -179,7 +179,7 @@ def test_nothing_to_do_changes_nothing(device: str) -> None:
     assert [tuple(x.shape) for x in read_kv(layer, none)] == [(0, 5, 16), (0, 5, 16)]
 
 
-def test_a_pool_takes_part_in_no_gradient() -> None:
+def test_no_gradient_flows_through_a_pool() -> None:
     layer = layer_of(new_arena(2), torch.float32, 0, 3, 5, 16)
     states = numbers(1, 5, 16).requires_grad_()
     write_kv(states, states, layer, torch.tensor([4]))
@@ -199,7 +199,7 @@ def test_errors_name_the_argument() -> None:
         write_kv(row, row, layer, slot.int())
     with pytest.raises(ValueError, match=r"slots has shape \(1, 1\)"):
         write_kv(row, row, layer, slot[None])
-    with pytest.raises(TypeError, match=r"keys is torch\.bfloat16 and pages torch\.float32"):
+    with pytest.raises(TypeError, match=r"keys is torch\.bfloat16 and pages is torch\.float32"):
         write_kv(row.bfloat16(), row, layer, slot)
     with pytest.raises(ValueError, match=r"values has shape \(2, 5, 16\): expected \(1, 5, 16\)"):
         write_kv(row, numbers(2, 5, 16), layer, slot)
@@ -216,7 +216,7 @@ def test_errors_name_the_argument() -> None:
         copy_pages(arena, torch.tensor([0, -1]), torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="destination: number 0 is 2"):
         copy_pages(arena, torch.tensor([0]), torch.tensor([2]))
-    with pytest.raises(ValueError, match="destination: page 1 is a source too"):
+    with pytest.raises(ValueError, match="destination: page 1 is also a source"):
         copy_pages(arena, torch.tensor([0, 1]), torch.tensor([1, 0]))
     with pytest.raises(ValueError, match="source has 1 pages, destination 2"):
         copy_pages(arena, torch.tensor([0]), torch.tensor([1, 1]))
@@ -226,7 +226,7 @@ def test_errors_name_the_argument() -> None:
         copy_pages(arena[:, ::2], slot, slot)
 
 
-def test_which_path_writes_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_implementation_of_writes_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     pages._on_kernels.cache_clear()
     states, layer = torch.ones(1, 2, 4), torch.zeros(2, 2, 8, 2, 4)
     with caplog.at_level("INFO", "alignpro_kernels"):
@@ -292,7 +292,7 @@ def test_the_operators_build_load_and_trace_without_a_gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.version.cuda is None, reason="no CUDA device")
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-def test_the_kernels_run_in_a_captured_graph_and_skip_what_lies_outside() -> None:
+def test_the_kernels_run_in_a_captured_graph_and_skip_invalid_slots() -> None:
     assert pages._unavailable("cuda") is None
     arena = new_arena(6).cuda()
     layer = layer_of(arena, torch.bfloat16, 640, 4, 2, 16)

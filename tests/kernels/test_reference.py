@@ -1,4 +1,4 @@
-"""The reference operators, the specification, held against torch.distributions, autograd and finite differences."""
+"""The reference operators, which are the specification, compared with torch.distributions, autograd and finite differences."""
 
 import logging
 
@@ -25,7 +25,7 @@ HEADS = ["plain", "bias", "softcap", "temperature", "everything"]
 
 
 def make_head(kind: str, *, grad: bool = True) -> tuple[dict, dict]:
-    """Inputs (hidden, weight, target, bias) and options of one kind of head, float64."""
+    """Return inputs (hidden, weight, target, bias) and options of one kind of head, in float64."""
     g = torch.Generator().manual_seed(HEADS.index(kind))
 
     def randn(*shape: int) -> torch.Tensor:
@@ -65,7 +65,7 @@ def logits_by_hand(hidden, weight, *, bias=None, softcap=None, temperature=1.0) 
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("reference", ["shared", "separate"])
-def test_statistics_are_those_of_torch_distributions(kind: str, reference: str) -> None:
+def test_statistics_equal_those_of_torch_distributions(kind: str, reference: str) -> None:
     inputs, options = make_head(kind, grad=False)
     ref = reference_arguments(reference)
     stats = linear_logprob(**inputs, **options, **ref, entropy=True)
@@ -122,7 +122,7 @@ def test_gradients_agree_with_finite_differences(kind: str) -> None:
 
     def loss(hidden, weight, bias):
         def callback(logprob, entropy, kl, rows):
-            # Not linear, so that the coefficients depend on the statistics.
+            # The loss is not linear, so that the coefficients depend on the statistics.
             terms = logprob.square() + entropy * kl
             return terms, 2 * logprob, kl, entropy
 
@@ -148,7 +148,7 @@ def constant(alpha: float):
     return lambda logprob, entropy, kl, rows: (alpha * logprob, torch.full_like(logprob, alpha), None, None)
 
 
-def test_backward_scales_the_gradient_and_spares_a_frozen_head() -> None:
+def test_backward_scales_the_gradient_and_skips_a_frozen_head() -> None:
     inputs, _ = make_head("plain")
     inputs["weight"].requires_grad_(False)
     args = (inputs["hidden"], inputs["weight"], inputs["target"])
@@ -205,7 +205,7 @@ def test_adversarial_rows_in_float32(case: str) -> None:
     exact = {name: value.double() for name, value in (("bias", bias), ("ref_hidden", ref["ref_hidden"]))}
     wide = hidden.detach().double().requires_grad_()
     truth = policy_loss(wide, weight.double(), target, everything, entropy=True, **exact)
-    # One unit in the last place of a logit of 1e4 is 1e-3: that much is lost before any operator starts.
+    # A logit of 1e4 has a unit in the last place of 1e-3, so the inputs already have that error.
     atol = 5e-3 if "1e4" in case else 5e-4
     for ours, expected in zip(out[1:], truth[1:], strict=True):
         assert torch.isfinite(ours).all()
@@ -281,7 +281,7 @@ def test_16_bit_inputs_give_float32_statistics_also_under_autocast(dtype: torch.
         assert dh.dtype == dw.dtype == dtype
 
 
-def test_the_callable_is_held_to_its_contract() -> None:
+def test_the_results_of_the_callable_are_checked() -> None:
     inputs, _ = make_head("plain")
     args = (inputs["hidden"], inputs["weight"], inputs["target"])
     ones = torch.ones(N, dtype=torch.float64)
@@ -305,15 +305,15 @@ def test_the_callable_is_held_to_its_contract() -> None:
         ({"target": torch.zeros(N)}, "target is torch.float32"),
         ({"target": torch.zeros(N + 1, dtype=torch.int64)}, r"target has shape \(7,\)"),
         ({"target": torch.full((N,), V)}, "target: row 0 has 7, outside the vocabulary of 7"),
-        ({"target": torch.full((N,), -100)}, "target: row 0 has -100.*left out by a mask"),
+        ({"target": torch.full((N,), -100)}, "target: row 0 has -100.*use mask to leave out"),
         ({"bias": torch.zeros(V + 1)}, "bias has shape"),
         ({"mask": torch.ones(N)}, "mask is torch.float32"),
         ({"mask": torch.ones(N + 1, dtype=torch.bool)}, r"mask has shape \(7,\)"),
         ({"lora": LoRA(torch.zeros(2, D + 1), torch.zeros(V, 2), 1.0)}, r"lora: a has shape \(2, 6\)"),
         ({"lora": LoRA(torch.zeros(2, D), torch.zeros(V, 2).bfloat16(), 1.0)}, "lora: b is torch.bfloat16"),
-        ({"temperature": 0.0}, "temperature: 0.0 found, it must be positive"),
-        ({"temperature": float("nan")}, "temperature: nan"),
-        ({"temperature": torch.tensor([1.0, 1, 1, -1, 1, 1])}, "temperature: -1.0"),
+        ({"temperature": 0.0}, "temperature: got 0.0, it must be positive"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": torch.tensor([1.0, 1, 1, -1, 1, 1])}, "temperature: got -1.0"),
         ({"temperature": torch.ones(2)}, r"temperature has shape \(2,\)"),
         ({"softcap": -1.0}, "softcap is -1.0"),
         ({"ref_weight": torch.zeros(V, D)}, "ref_weight given without ref_hidden"),
@@ -331,7 +331,7 @@ def test_errors_name_the_argument(change: dict, message: str) -> None:
         policy_loss(coefficients=constant(1.0), **arguments)
 
 
-def test_backends_are_named_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_backend_is_an_error_and_the_one_in_use_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     hidden, weight, target = torch.zeros(1, D), torch.zeros(V, D), torch.zeros(1, dtype=torch.int64)
     assert backends()["reference"] is None
     with pytest.raises(BackendError, match="there is no backend 'warp'"):
@@ -349,7 +349,7 @@ def test_backends_are_named_and_logged_once(caplog: pytest.LogCaptureFixture) ->
 
 
 def unmix(z: int) -> int:
-    """The state whose SplitMix64 output is ``z``: the mixing is a bijection, undone step by step."""
+    """Return the state whose SplitMix64 output is ``z``. The mixing is a bijection; this inverts it step by step."""
     mask = (1 << 64) - 1
 
     def unshift(value: int, bits: int) -> int:
@@ -404,7 +404,7 @@ def test_samples_follow_the_distribution(temperature: float) -> None:
     torch.testing.assert_close(out.entropy, -(logp.exp() * logp).sum().expand(count))
 
 
-def test_a_sample_depends_on_its_row_alone() -> None:
+def test_a_sample_depends_only_on_its_row() -> None:
     g = torch.Generator().manual_seed(2)
     hidden, weight = torch.randn(40, 16, generator=g), torch.randn(300, 16, generator=g)
     seeds = torch.randint(-(2**62), 2**62, (40,), generator=g)
@@ -430,7 +430,7 @@ def test_temperature_zero_is_greedy_row_by_row() -> None:
     assert torch.equal(
         linear_sample(hidden, weight, temperature=0.0, seeds=seeds).token, (hidden @ weight.T).argmax(-1)
     )
-    with pytest.raises(ValueError, match=r"temperature: -0\.1 found, it must be not negative"):
+    with pytest.raises(ValueError, match=r"temperature: got -0\.1, it must be not negative"):
         linear_sample(hidden, weight, temperature=-0.1, seeds=seeds)
     with pytest.raises(TypeError, match=r"seeds is torch\.float32"):
         linear_sample(hidden, weight, seeds=seeds.float())
@@ -439,7 +439,7 @@ def test_temperature_zero_is_greedy_row_by_row() -> None:
 # -------------------------------------------------------------------------------------------------------------- merging
 
 
-def test_merged_parts_are_the_whole_attention() -> None:
+def test_merged_parts_give_the_whole_attention() -> None:
     g = torch.Generator().manual_seed(4)
     scores, values = torch.randn(2, 3, 12, generator=g) * 20, torch.randn(2, 3, 12, D, generator=g)
     outs, lses = [], []
@@ -452,7 +452,7 @@ def test_merged_parts_are_the_whole_attention() -> None:
     assert merge_states([out.bfloat16() for out in outs], lses).dtype == torch.bfloat16
 
 
-def test_an_empty_part_is_ignored_whatever_it_holds() -> None:
+def test_an_empty_part_is_ignored_whatever_its_values() -> None:
     out, lse = torch.randn(2, D), torch.tensor([1e4, -1e4])
     empty = torch.full((2, D), float("nan"))
     minus = torch.full((2,), -torch.inf)

@@ -1,4 +1,4 @@
-"""What tuning of the Triton kernels chooses from."""
+"""The configurations that the Triton kernels are tuned over."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from alignpro_kernels import triton_configs
 @pytest.mark.parametrize("rows", [1, 60, 64, 100, 500, 8192])
 @pytest.mark.parametrize("ref_width", [0, 896])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_every_call_has_a_choice_that_suits_it(
+def test_every_call_has_a_suitable_configuration(
     dtype: torch.dtype, rows: int, ref_width: int, softcap: float | None
 ) -> None:
     call = {"hidden": torch.empty(1, dtype=dtype), "rows": rows, "softcap": softcap}

@@ -1,4 +1,4 @@
-"""Every Triton kernel, run on the CPU by Triton's interpreter: tests/kernels/interpreted, in processes of their own."""
+"""Run the tests of tests/kernels/interpreted: every Triton kernel in Triton's interpreter on the CPU, in separate processes."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def test_interpreted(name: str) -> None:
     assert run.returncode == 0, f"{name} failed:\n{run.stdout[-8000:]}\n{run.stderr[-2000:]}"
 
 
-def test_no_file_is_forgotten() -> None:
+def test_there_are_files_to_run() -> None:
     assert FILES, f"no test was found in {DIRECTORY}"
 
 

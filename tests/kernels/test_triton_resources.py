@@ -1,6 +1,6 @@
-"""What the compiled kernels take of a device, held against tests/kernels/triton_resources.json; no device is needed.
+"""Resources of the compiled kernels, compared with tests/kernels/triton_resources.json. No GPU is needed.
 
-After a change that is meant: ``python -m alignpro_kernels.triton_resources --write tests/kernels/triton_resources.json``.
+After an intended change: ``python -m alignpro_kernels.triton_resources --write tests/kernels/triton_resources.json``.
 """
 
 import json
@@ -22,7 +22,7 @@ RECORD = json.loads((Path(__file__).parent / "triton_resources.json").read_text(
 BUDGET = RECORD["kernels"]
 VARIANTS = {variant.name: variant for variant in variants()}
 ATTENTION = ("attention bf16 D128 128x64 w8 s3", "attention bf16 D96 starts softcap window 128x32 w8 s3")
-# One configuration of every kernel, for every run; the others take minutes.
+# One configuration of each kernel is compiled in every run; the others take minutes.
 QUICK = [
     ("logits bf16 128x256x64 w8 s3", "sm_90"),
     ("logits bf16 shared reference 128x128x64 w8 s3", "sm_90"),
@@ -69,7 +69,7 @@ def test_the_record_is_complete() -> None:
 
 
 def test_no_kernel_but_the_largest_products_spills() -> None:
-    """Those spill addresses and sums around the loop over D, not in it; a few hundred bytes would be something else."""
+    """The largest ones spill addresses and sums outside the loop over D. Hundreds of bytes would be a regression."""
     for name, targets in BUDGET.items():
         for target, resources in targets.items():
             most = 256 if name.startswith("logits bf16") else 128 if name.startswith("sample") else 64
@@ -77,7 +77,7 @@ def test_no_kernel_but_the_largest_products_spills() -> None:
 
 
 def test_every_configuration_fits_its_device() -> None:
-    """Shared memory of a program: 163 KiB on an A100, 227 on an H100 and B200, 64 on an MI300."""
+    """The limit of shared memory per program is 163 KiB on an A100, 227 on an H100 and B200, 64 on an MI300."""
     most = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
     for name, targets in BUDGET.items():
         for target, resources in targets.items():

@@ -1,4 +1,4 @@
-"""A head that is split over two ranks does what the whole head does: all cases in one launch, over gloo on the CPU."""
+"""A head that is sharded over two ranks gives the results of the whole head. One launch runs all cases over gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SLICED = ("d weight", "d bias", "d lora.b")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank got."""
+    """Run all cases on two ranks; return each rank's results."""
     directory = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("vocab_parallel_ranks.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -58,7 +58,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
-    """A case's results on both ranks; skips where its backend does not run here."""
+    """Return a case's results on both ranks; skips if its backend does not run here."""
     backend = name.split()[0]
     if backend not in ranks[0]["backends"]:
         pytest.skip(f"backend {backend} does not run here")
@@ -66,7 +66,7 @@ def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
 
 
 def joined(parts: list[dict[str, Tensor]]) -> Result:
-    """Of both ranks; what is whole must be the same on them to the bit."""
+    """Join both ranks' results. Results that are not sharded must be bit-identical on the ranks."""
     values = {}
     for name in parts[0]:
         if name in SLICED:
@@ -82,7 +82,7 @@ def exact(case: Case) -> Result:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_slices_are_the_whole_head(ranks: list[dict[str, Any]], name: str) -> None:
+def test_two_slices_give_the_results_of_the_whole_head(ranks: list[dict[str, Any]], name: str) -> None:
     case = CASES[name]
     errors = joined(results(ranks, name)).errors(exact(case))
     assert max(errors.values(), default=0.0) < TOLERANCE[case.dtype], errors
@@ -115,15 +115,15 @@ def test_adversarial_rows(ranks: list[dict[str, Any]], backend: str, case: str) 
     ours = [*first[:4], torch.cat([first[4], second[4]])]
     for x, p, e in zip(ours, whole(torch.float32), whole(torch.float64), strict=True):
         assert x.isfinite().all()
-        # What float32 logits of 1e4 have lost already is in the plain formula's error too. The KL, of tens here, is rounded
-        # once more in every slice.
+        # The rounding of float32 logits of 1e4 is part of the plain formula's error too. The KL, here in the tens, is
+        # rounded once more in every slice.
         allowed = 1.5 * (p - e).abs().max() + 4e-6 * e.abs().max().clamp_min(1.0)
         assert (x - e).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", SAMPLING)
-def test_samples_are_those_of_the_whole_head(ranks: list[dict[str, Any]], backend: str, case: str) -> None:
+def test_samples_equal_those_of_the_whole_head(ranks: list[dict[str, Any]], backend: str, case: str) -> None:
     first, second = results(ranks, f"{backend} sample {case}")
     arguments = sampling(case, EXACT[backend])
     if "lora" in arguments:
@@ -137,7 +137,7 @@ def test_samples_are_those_of_the_whole_head(ranks: list[dict[str, Any]], backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_bad_row_stays_that_rows_matter(ranks: list[dict[str, Any]], backend: str) -> None:
+def test_a_bad_row_does_not_affect_others(ranks: list[dict[str, Any]], backend: str) -> None:
     others = [row for row in range(SMALL.rows) if row != 2]
     arguments = SMALL.tensors(torch.float64)
     stats = linear_logprob(backend="reference", **arguments)
@@ -161,7 +161,7 @@ def test_the_same_inputs_give_the_same_bits(ranks: list[dict[str, Any]]) -> None
                 assert torch.equal(rank["results"][name][value], again), (name, value)
 
 
-def test_what_the_ranks_disagree_on_is_named_on_both(ranks: list[dict[str, Any]]) -> None:
+def test_disagreements_of_the_ranks_are_named_on_both(ranks: list[dict[str, Any]]) -> None:
     for name, said in {
         "rows": "disagree on the number of rows (11, 10)",
         "targets": "disagree on target:",
@@ -177,10 +177,10 @@ def test_what_the_ranks_disagree_on_is_named_on_both(ranks: list[dict[str, Any]]
             assert rank["mistakes"][name].startswith("ValueError: ") and said in rank["mistakes"][name], name
 
 
-def test_an_error_of_one_rank_leaves_no_other_waiting(ranks: list[dict[str, Any]]) -> None:
+def test_an_error_on_one_rank_does_not_hang_the_other(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["mistakes"] for rank in ranks)
     assert "linear_logprob: rank 1 of vocab_parallel raised an error" in first["one rank's weight"]
-    assert "weight has 77 rows, and vocab_parallel says 78 for rank 1" in second["one rank's weight"]
+    assert "weight has 77 rows, but vocab_parallel expects 78 on rank 1" in second["one rank's weight"]
     assert first["target of no slice"] == second["target of no slice"]
     assert "outside the vocabulary of 157" in first["target of no slice"]
     assert first["another group"] == "no error" and "not in the group" in second["another group"]

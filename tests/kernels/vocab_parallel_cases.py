@@ -1,4 +1,4 @@
-"""Calls that two ranks make together, each with its slice of a head, by name."""
+"""Named calls that two ranks make together, each with its slice of a head."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def _cases() -> dict[str, Case]:
                 cases[f"{backend} {operator} chunks"] = Case(
                     PROBLEMS["everything"], operator, backend, dtype, SIZES["even"], (4, 3)
                 )
-    # Interpreted, a call takes a good part of a second.
+    # A call takes a large part of a second in the interpreter.
     left_out = [f"triton linear_logprob {name}" for name in ("shared reference", "frozen head", "one row", "chunks")]
     return {name: case for name, case in cases.items() if name not in left_out}
 
 
 CASES = _cases()
 
-# Held to the error of plain PyTorch in the same dtype.
+# The errors of these are compared with those of plain PyTorch in the same dtype.
 ROUNDED = {
     f"{backend} {operator} bfloat16": Case(
         Problem(rows=24, width=48, vocabulary=400, reference="shared", scale=0.6, zero_every=5),
@@ -71,7 +71,7 @@ ROUNDED = {
     )
     for backend in ("torch", "cpp", "triton")
     for operator in OPERATORS
-    if (backend, operator) != ("triton", "linear_logprob")  # interpreted, it takes seconds
+    if (backend, operator) != ("triton", "linear_logprob")  # takes seconds in the interpreter
 }
 
 ADVERSARIAL_SIZES = (130, 170)
@@ -86,7 +86,7 @@ ADVERSARIAL = {
 
 
 def adversarial(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Arguments of five rows, with targets on both sides of the boundary."""
+    """Return arguments of five rows, with targets on both sides of the slices' boundary."""
     g = torch.Generator().manual_seed(0)
     change = ADVERSARIAL[name]
     vocabulary = sum(ADVERSARIAL_SIZES)
@@ -111,7 +111,7 @@ def adversarial(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def sampling(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Arguments of `linear_sample`: 40 rows, some greedy."""
+    """Return arguments of `linear_sample`: 40 rows, some greedy."""
     g = torch.Generator().manual_seed(3)
     arguments = {
         "hidden": torch.randn(40, 16, generator=g).to(dtype),

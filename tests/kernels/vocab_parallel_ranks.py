@@ -1,4 +1,4 @@
-"""What one of two ranks does, for test_vocab_parallel.py: all cases, and what they gave into a file.
+"""The program of each of the two ranks of test_vocab_parallel.py: runs all cases and writes the results to a file.
 
 TRITON_INTERPRET=1 python vocab_parallel_ranks.py DIRECTORY RANK
 """
@@ -66,7 +66,7 @@ def call_sample(name: str, backend: str) -> list[torch.Tensor]:
 
 
 def check_gradients(backend: str) -> bool:
-    """Finite differences in what all ranks have: each moves it as the others do."""
+    """Check by finite differences in the inputs that all ranks share; each rank perturbs them equally."""
     shard = VocabShard((4, 5))
     problem = Problem(
         rows=4, width=3, vocabulary=9, bias=True, rank=2, reference="shared", softcap=3.0, temperatures=True
@@ -100,7 +100,7 @@ def bad_row(backend: str) -> list[torch.Tensor]:
 
 
 def mistakes(rank: int) -> dict[str, str]:
-    """What each mistake is answered with."""
+    """Return the error of each mistake."""
     shard = VocabShard.even(SMALL.vocabulary)
     good = slice_of(SMALL.tensors(torch.float32), shard)
     target = good["target"]
@@ -108,7 +108,7 @@ def mistakes(rank: int) -> dict[str, str]:
     def one(logprob, entropy, kl, rows):
         return logprob, torch.ones_like(logprob), None, None
 
-    def other(logprob, entropy, kl, rows):  # on one rank no row is active
+    def other(logprob, entropy, kl, rows):  # on rank 0 no row is active
         return logprob, torch.full_like(logprob, float(rank)), None, None
 
     def backward() -> None:

@@ -14,7 +14,7 @@ def random_rewards() -> torch.Tensor:
     return token_rewards(SCORES, MASK, 0.5, "exact", kl=kl)
 
 
-def test_return_is_what_is_still_to_come() -> None:
+def test_the_return_is_the_sum_of_the_remaining_rewards() -> None:
     rewards = torch.tensor([[1.0, 2.0, 4.0], [8.0, 99.0, 99.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     assert returns_to_go(rewards, mask).tolist() == [[7.0, 6.0, 4.0], [8.0, 0.0, 0.0]]
@@ -24,7 +24,7 @@ def test_leave_one_out_by_hand_on_ragged_rows() -> None:
     returns = torch.tensor([[10.0, 20.0, 30.0], [5.0, 0.0, 0.0], [7.0, 9.0, 0.0]])
     mask = MASK[:3]
     scores = torch.tensor([30.0, 5.0, 9.0])
-    # Past its end a row counts with its score: 5 for the second row everywhere, 9 for the third at the last position.
+    # After its end a row counts with its score: 5 for the second row everywhere, 9 for the third at the last position.
     expected = [
         [10 - (5 + 7) / 2, 20 - (5 + 9) / 2, 30 - (5 + 9) / 2],
         [5 - (10 + 7) / 2, 0, 0],
@@ -78,7 +78,7 @@ def test_gae_at_one_is_return_less_value_and_at_zero_one_step() -> None:
     last = MASK.sum(1) - 1
     for row in range(6):
         for t in range(int(last[row]) + 1):
-            after = values[row, t + 1] if t < last[row] else 0.0  # cut or ended: nothing follows the last action
+            after = values[row, t + 1] if t < last[row] else 0.0  # truncated or ended: nothing follows the last action
             torch.testing.assert_close(one_step[row, t], rewards[row, t] + after - values[row, t])
 
 
@@ -93,7 +93,7 @@ def test_gae_weighs_steps_geometrically() -> None:
 def test_running_baseline_comes_from_earlier_steps() -> None:
     baseline = RunningBaseline(decay=0.9)
     returns = returns_to_go(random_rewards(), MASK)
-    torch.testing.assert_close(baseline.advantages(returns, MASK), returns)  # nothing is known yet
+    torch.testing.assert_close(baseline.advantages(returns, MASK), returns)  # there is no earlier step
     baseline.update(3.0)
     assert baseline.value == pytest.approx(3.0)  # corrected for its start
     baseline.update(5.0)
@@ -106,7 +106,7 @@ def test_running_baseline_comes_from_earlier_steps() -> None:
 
 @pytest.mark.parametrize("function", [leave_one_out, group_normalized])
 def test_a_group_of_one_is_refused(function) -> None:
-    with pytest.raises(ConfigError, match=r"with 1 sample of a prompt.*take at least 2"):
+    with pytest.raises(ConfigError, match=r"with 1 sample per prompt.*use at least 2"):
         function(torch.zeros(6, 3), MASK, SCORES, 1)
     with pytest.raises(ValueError, match="6 rows are not a whole number of groups of 4"):
         function(torch.zeros(6, 3), MASK, SCORES, 4)

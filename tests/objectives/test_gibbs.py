@@ -25,12 +25,12 @@ def test_gradient_is_minus_lambda_times_the_leave_one_out_ascent_direction() -> 
     torch.testing.assert_close(gibbs, -LAMBDA * ascent, rtol=0, atol=1e-14)
 
 
-def test_the_optimum_has_zero_loss_whatever_was_sampled() -> None:
+def test_the_optimum_has_zero_loss_for_any_samples() -> None:
     g = torch.Generator().manual_seed(1)
     reference = torch.randn(10, generator=g, dtype=torch.float64).log_softmax(-1)
     rewards = torch.randn(10, generator=g, dtype=torch.float64)
     best = optimal_policy(reference, rewards, LAMBDA)
-    sampled = torch.tensor([0, 3, 3, 9])  # any rewrites, repeated ones too
+    sampled = torch.tensor([0, 3, 3, 9])  # arbitrary rewrites, with repetitions
     assert gibbs_loss(best[sampled], reference[sampled], rewards[sampled], 4, LAMBDA).item() < 1e-28
     worse = gibbs_loss(reference[sampled], reference[sampled], rewards[sampled], 4, LAMBDA)
     torch.testing.assert_close(worse, rewards[sampled].var() / 2)
@@ -64,7 +64,7 @@ def test_descent_reaches_the_optimum_off_policy() -> None:
 
 def test_bad_arguments_say_what_to_do() -> None:
     logprob, reference, scores = make_group()
-    with pytest.raises(ConfigError, match="take at least 2"):
+    with pytest.raises(ConfigError, match="use at least 2"):
         gibbs_loss(logprob, reference, scores, 1, LAMBDA)
     with pytest.raises(ConfigError, match="needs a positive λ"):
         gibbs_loss(logprob, reference, scores, 4, 0.0)

@@ -8,20 +8,20 @@ SCORES = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 KL = torch.tensor([[0.1, 0.2, 0.4], [0.8, 9.0, 9.0], [1.6, 3.2, 9.0]], dtype=torch.float64)
 
 
-def test_exact_kl_is_paid_by_the_action_before_the_state() -> None:
+def test_exact_kl_of_a_state_is_charged_to_the_action_before_it() -> None:
     rewards = token_rewards(SCORES, MASK, 10.0, "exact", kl=KL)
     expected = torch.tensor([[-2.0, -4.0, 1.0], [2.0, 0.0, 0.0], [-32.0, 3.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(rewards, expected)
 
 
-def test_k1_is_paid_by_the_action_itself() -> None:
+def test_k1_is_charged_to_the_action_itself() -> None:
     rewards = token_rewards(SCORES, MASK, 10.0, "k1", logratio=-KL)
     expected = torch.tensor([[1.0, 2.0, 5.0], [10.0, 0.0, 0.0], [16.0, 35.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(rewards, expected)
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_k2_and_k3_leave_the_reward_alone(estimator: str) -> None:
+def test_k2_and_k3_do_not_change_the_reward(estimator: str) -> None:
     rewards = token_rewards(SCORES, MASK, 10.0, estimator)
     assert rewards.sum(1).tolist() == [1.0, 2.0, 3.0]
     assert (rewards != 0).sum() == 3
@@ -52,7 +52,7 @@ def test_alpha_is_the_derivative_of_the_sampled_estimate(estimator: str) -> None
     assert terms.kappa is None and (terms.loss >= 0).all() and terms.loss[4] == 0
 
 
-def test_exact_kl_has_kappa_lambda_and_k1_nothing() -> None:
+def test_kappa_is_lambda_for_exact_kl_and_absent_for_k1() -> None:
     terms = kl_loss_terms("exact", 0.3, kl=torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(terms.loss, torch.tensor([0.3, 0.6]))
     torch.testing.assert_close(terms.kappa, torch.tensor([0.3, 0.3]))

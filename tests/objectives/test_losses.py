@@ -76,7 +76,7 @@ def test_ppo_at_the_old_policy_is_the_policy_gradient() -> None:
     assert clipped.metrics() == {"clip_fraction": 0.0, "old_policy_kl": 0.0}
 
 
-def test_ppo_clips_only_what_has_gone_far_enough_already() -> None:
+def test_ppo_clips_only_ratios_beyond_the_range_in_the_advantages_direction() -> None:
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.9], dtype=torch.float64)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     batch = PolicyGradientBatch(advantages, 1.0, old_logprob=torch.zeros(6, dtype=torch.float64))
@@ -89,7 +89,7 @@ def test_ppo_clips_only_what_has_gone_far_enough_already() -> None:
     assert coefficients.metrics()["old_policy_kl"] == pytest.approx((ratio - 1 - ratio.log()).mean().item())
 
 
-def test_what_is_missing_is_named() -> None:
+def test_missing_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="old_logprob"):
         ppo_clip_coefficients(make_batch(old_logprob=None), 0.2)
     logprob = torch.zeros(N)

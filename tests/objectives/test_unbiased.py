@@ -1,8 +1,8 @@
-"""Summed over every sequence (and every pair of sequences), the gradient that training would take is ∇J to 1e-10.
+"""The expected training gradient, summed over every sequence (and every pair of sequences), equals ∇J to 1e-10.
 
-A tabular policy in float64: a hidden vector for each prefix, and a head. The estimate goes the way of training: token
-statistics, rewards, returns, advantages, coefficients, `policy_loss`. The truth is autograd of J, an exact sum over all
-sequences.
+The policy is tabular and in float64: a hidden vector for each prefix, and a head. The estimate is computed as in training:
+token statistics, rewards, returns, advantages, coefficients, `policy_loss`. The true gradient is autograd of J, an exact
+sum over all sequences.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ LAMBDA = 0.3
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: waking a second thread for each costs ten times what it does."""
+    """Use one thread: waking a second one for each of thousands of tiny operations makes them ten times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ class Tabular:
         self.ref_hidden, self.ref_weight = randn(states, width), randn(vocabulary, width)
         self.options = {"temperature": 0.8, "softcap": 4.0}
         self.scores = randn(len(self.space.tokens))
-        self.values = randn(states)  # a critic that knows nothing
+        self.values = randn(states)  # an untrained critic
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -59,13 +59,13 @@ class Tabular:
     @cached_property
     @torch.no_grad()
     def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """KL, log-ratio and the reference's log-probability of every action of every sequence, (S, T)."""
+        """Return KL, log-ratio and the reference's log-probability of every action of every sequence, (S, T) each."""
         mask, tokens, state = self.actions
         head = {"bias": self.bias, **self.options}
         reference = {"ref_hidden": self.ref_hidden[state], "ref_weight": self.ref_weight}
         stats = linear_logprob(self.hidden[state], self.weight, tokens, **head, **reference)
         ref_logprob = linear_logprob(self.ref_hidden[state], self.ref_weight, tokens, **self.options).logprob
-        beyond = torch.full_like(ref_logprob, torch.nan)  # nothing may read past a sequence's end
+        beyond = torch.full_like(ref_logprob, torch.nan)  # values after a sequence's end must not be read
         return tuple(torch.where(mask, x, beyond) for x in (stats.kl, stats.logprob - ref_logprob, ref_logprob))
 
     def next_logprob(self) -> Tensor:
@@ -88,7 +88,7 @@ class Tabular:
 def estimate(
     world: Tabular, rows: Tensor, estimator: str, advantage: str, *, future_kl: bool = True, gae_lambda: float = 1.0
 ) -> list[Tensor]:
-    """−∇ of the loss of one group of sampled sequences, as training computes it."""
+    """Return −∇ of the loss of one group of sampled sequences, as training computes it."""
     mask, tokens, state, kl, logratio, ref_logprob = (x[rows] for x in (*world.actions, *world.statistics))
     scores = world.scores[rows]
     actions = {"hidden": world.hidden[state[mask]], "weight": world.weight, "target": tokens[mask]}
@@ -154,7 +154,7 @@ def test_estimators_that_say_they_are_biased_are(estimator: str, advantage: str)
     assert distance(expected, world.gradient()) > 1e-3
 
 
-def test_gae_below_one_trusts_the_values() -> None:
+def test_gae_below_one_is_biased_by_the_values() -> None:
     assert not obj.is_unbiased("exact", "gae", gae_lambda=0.9)
     world = Tabular()
     expected = expectation(world, 1, lambda rows: estimate(world, rows, "exact", "gae", gae_lambda=0.9))
@@ -169,7 +169,7 @@ def test_without_the_kl_of_later_states_the_gradient_is_wrong(advantage: str, si
 
 
 def surrogate_gradient(world: Tabular, own_step: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-    """∇E R − λ E Σ_t ∇D_t, where the visits of states are not differentiated: what k2 and k3 estimate."""
+    """Return ∇E R − λ E Σ_t ∇D_t without the derivative of state visits, which is what k2 and k3 estimate."""
     logprob, _ = world.sequence_logprobs()
     reward = (logprob.exp() * world.scores).sum()
     own = own_step(world.next_logprob(), world.reference_next_logprob())  # (states,)
@@ -189,7 +189,7 @@ def test_k2_and_k3_estimate_what_their_documentation_says() -> None:
 
 
 def second_moment(world: Tabular, estimator: str) -> float:
-    """E |gradient|²: the means of unbiased estimators are equal, so this orders their variances."""
+    """Return E |gradient|². Unbiased estimators have equal means, so this orders their variances."""
 
     def squares(rows: Tensor) -> list[Tensor]:
         return [g.square() for g in estimate(world, rows, estimator, "leave_one_out")]
@@ -206,7 +206,7 @@ def test_exact_kl_adds_less_noise_than_k1_but_k1_cancels_the_rewards_near_the_op
     assert second_moment(world, "exact") < 0.5 * second_moment(world, "k1")
 
     logprob, reference = world.sequence_logprobs()
-    world.scores = LAMBDA * (logprob - reference).detach()  # rewards for which the policy is ρ* already
+    world.scores = LAMBDA * (logprob - reference).detach()  # rewards for which the policy is already ρ*
     assert distance(world.gradient(), [torch.zeros_like(p) for p in world.parameters]) < 1e-12
     assert second_moment(world, "k1") < 0.5 * second_moment(world, "exact")
 

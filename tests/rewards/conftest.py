@@ -1,4 +1,4 @@
-"""Tiny random models with a byte-level tokenizer, made once a session."""
+"""Tiny random models with a byte-level tokenizer, made once per session."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ TEMPLATE = (
 def make_byte_tokenizer(
     chat_template: str | None = TEMPLATE, pad_token: str | None = "<pad>"
 ) -> PreTrainedTokenizerFast:
-    """One token a byte, and special tokens that count as one."""
+    """Make a tokenizer with one token per byte, and special tokens."""
     special = ["<pad>", "<bos>", "<eos>", "[system]", "[user]", "[assistant]"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
@@ -53,19 +53,19 @@ def make_llama_config(**fields) -> LlamaConfig:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """Makes tokenizers; see `make_byte_tokenizer`."""
+    """Return a factory of tokenizers; see `make_byte_tokenizer`."""
     return make_byte_tokenizer
 
 
 @pytest.fixture(scope="session")
 def llama_config() -> Callable[..., LlamaConfig]:
-    """Makes configurations of a tiny model."""
+    """Return a factory of configurations of a tiny model."""
     return make_llama_config
 
 
 @pytest.fixture(scope="session")
 def reward_model_path(tmp_path_factory) -> Path:
-    """A classifier with one output, whose own pad token is set."""
+    """Save a classifier with one output and its own pad token."""
     path = tmp_path_factory.mktemp("reward_model")
     torch.manual_seed(0)
     LlamaForSequenceClassification(make_llama_config(num_labels=1, pad_token_id=0)).save_pretrained(path)
@@ -75,7 +75,7 @@ def reward_model_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def language_model_path(tmp_path_factory) -> Path:
-    """A causal language model: no score head."""
+    """Save a causal language model, which has no score head."""
     path = tmp_path_factory.mktemp("language_model")
     torch.manual_seed(1)
     LlamaForCausalLM(make_llama_config()).save_pretrained(path)
@@ -85,7 +85,7 @@ def language_model_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder_path(tmp_path_factory) -> Path:
-    """A BERT encoder with absolute positions and a tokenizer without chat template."""
+    """Save a BERT encoder with absolute positions and a tokenizer without chat template."""
     path = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(2)
     BertModel(

@@ -22,7 +22,7 @@ def language_change():
 
 @pytest.fixture
 def guarded(tmp_path):
-    """A reward that is zero but for its guards."""
+    """Return a factory of reward stacks whose reward is zero except for their guards."""
     file = tmp_path / "zero.py"
     file.write_text("def zero(prompts, responses): return [0.0] * len(prompts)\n")
 
@@ -42,21 +42,21 @@ def test_length_ratio():
     ("original", "rewrite", "rate"),
     [
         ("sort the letters of banana", "sort the letters of banana", 1.0),
-        ("sort the letters of banana", "Sort the letters, of BANANA!", 1.0),  # case and punctuation do not count
+        ("sort the letters of banana", "Sort the letters, of BANANA!", 1.0),  # case and punctuation are ignored
         ("sort the letters of banana", "letters of banana", 1.0),  # an excerpt
         ("sort the letters of banana", "banana of letters the sort", 0.0),  # the same words in another order
         ("sort the letters of banana", "sort the letters of apple", 2 / 3),
         ("sort the letters of banana", "please reverse stone now", 0.0),
         ("a b c a b c", "a b c a b c a b c", 1.0),
-        ("banana", "please sort banana", 1 / 3),  # a text of one word: single words
+        ("banana", "please sort banana", 1 / 3),  # the original has one word, so single words are compared
         ("", "please sort banana", 0.0),
         ("sort banana", "", 0.0),
         ("", "", 0.0),
         ("...", "?!", 0.0),
         ("请把这些字母排序", "把这些字母", 1.0),  # no spaces: characters are words
         ("请把这些字母排序", "完全不同的句子", 0.0),
-        ("cafe\u0301 au lait", "caf\u00e9 au lait", 1.0),  # one spelling, two encodings
-        ("हिन्दी में लिखो यह", "हिन्दी में लिखो", 1.0),  # marks belong to their word
+        ("cafe\u0301 au lait", "caf\u00e9 au lait", 1.0),  # the same text in two Unicode forms
+        ("हिन्दी में लिखो यह", "हिन्दी में लिखो", 1.0),  # combining marks belong to their word
     ],
 )
 def test_copy_rate(original, rewrite, rate):
@@ -92,19 +92,19 @@ def test_language_change(language_change, original, rewrite, changed):
     assert language_change([original], [rewrite]) == [changed]
 
 
-def test_half_a_surrogate_pair_is_text_too(language_change):
+def test_half_a_surrogate_pair_is_accepted(language_change):
     garbled = "a text of some length with half a pair \ud800"
     assert language_change([garbled], [garbled]) == [0.0]
     assert copy_rate([garbled], [garbled]) == [1.0]
 
 
-def test_guards_are_metrics_without_a_penalty(guarded):
+def test_guards_without_a_penalty_are_metrics(guarded):
     prompts = [Prompt((Message("system", "a long system message"), Message("user", "four")))] * 2
     scored = guarded({"kind": "length_ratio"}, {"kind": "copy_rate"})(prompts, ["y", "y"], ["eight888", "four"])
     assert scored.values == [0.0, 0.0]
     assert scored.components == {
         "zero": [0.0, 0.0],
-        "guard/length_ratio": [2.0, 1.0],  # against the user's turn, not its context
+        "guard/length_ratio": [2.0, 1.0],  # relative to the user's turn, without its context
         "guard/copy_rate": [0.0, 1.0],
     }
 
@@ -147,13 +147,13 @@ def test_embedding_similarity(encoder_path):
     assert same == pytest.approx(1.0, abs=1e-6)
     assert -1.0 <= other < 0.9999
     assert defined[:3] == [1.0, 0.0, 0.0]
-    assert defined[3] == pytest.approx(1.0, abs=1e-6)  # both are cut to what the encoder takes
+    assert defined[3] == pytest.approx(1.0, abs=1e-6)  # both are truncated to the encoder's maximum length
     assert similarity([], []) == []
 
 
-def test_embedding_does_not_depend_on_its_batch(encoder_path):
+def test_an_embedding_does_not_depend_on_its_batch(encoder_path):
     similarity = EmbeddingSimilarity(encoder(encoder_path))
-    texts = [("word " * n).strip() or "w" for n in range(1, 45)]  # more than a batch, of all lengths
+    texts = [("word " * n).strip() or "w" for n in range(1, 45)]  # more than one batch, with all lengths
     together = similarity(texts, texts[::-1])
     alone = [similarity([a], [b])[0] for a, b in zip(texts, texts[::-1], strict=True)]
     assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
@@ -183,13 +183,11 @@ def test_failing_guard_names_itself_and_the_prompt(guarded, encoder_path, tmp_pa
     assert "data.jsonl:7" in str(caught.value)
 
 
-@pytest.mark.skipif(not BPO.exists(), reason="real prompts are not here")
+@pytest.mark.skipif(not BPO.exists(), reason="the real prompts are not present")
 def test_guards_on_real_rewrites(language_change):
     rows = json.loads(BPO.read_text(encoding="utf-8"))
     originals, rewrites = [row["prompt"] for row in rows], [row["optimized_prompt"] for row in rows]
     assert all(0.0 <= rate <= 1.0 for rate in copy_rate(originals, rewrites))
     assert copy_rate(originals, originals) == [1.0] * len(rows)
     assert all(ratio >= 0 for ratio in length_ratio(originals, rewrites))
-    assert sum(language_change(originals, rewrites)) <= 0.02 * len(
-        rows
-    )  # the pairs are English throughout, but for a few
+    assert sum(language_change(originals, rewrites)) <= 0.02 * len(rows)  # almost all of the pairs are in English

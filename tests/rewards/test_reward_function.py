@@ -13,7 +13,7 @@ RESPONSES = ["0", "one", "2"]
 
 @pytest.fixture
 def reward_from(tmp_path):
-    """A reward stack around a function given as source."""
+    """Return a factory of reward stacks around a function given as source."""
 
     def make(source: str, function: str = "score", **fields):
         file = tmp_path / "mine.py"
@@ -47,7 +47,7 @@ def test_function_by_dotted_path():
     component = {"kind": "function", "function": "tests_reward_by_path:length"}
     with pytest.raises(ConfigError, match=r"tests_reward_by_path:length.*no module 'tests_reward_by_path'"):
         build_reward(RewardConfig(components=[component]))
-    component["function"] = "operator:eq"  # takes two arguments, as a reward does, and has no parameter names to bind
+    component["function"] = "operator:eq"  # takes two arguments, as a reward does, but by position only
     with pytest.raises(RewardError, match=r"'eq' returned bool, expected a list of 1 numbers"):
         build_reward(RewardConfig(components=[component]))(PROMPTS[:1], ["y"], None)
 
@@ -88,7 +88,7 @@ def test_file_with_dataclasses_imports_and_two_files_may_share_a_name(tmp_path):
         "[np.float32(1), torch.tensor(2.5), np.bool_(True)]",
     ],
 )
-def test_lists_arrays_and_tensors_of_numbers_are_taken(reward_from, values):
+def test_lists_arrays_and_tensors_of_numbers_are_accepted(reward_from, values):
     assert reward_from(returning(values))(PROMPTS, RESPONSES, None).values == [1.0, 2.5, 1.0]
 
 
@@ -105,7 +105,7 @@ def test_lists_arrays_and_tensors_of_numbers_are_taken(reward_from, values):
         ("[1.0, 1j, 1.0]", "returned 1j, which is not a number"),
     ],
 )
-def test_bad_value_names_its_own_prompt(reward_from, values, complaint):
+def test_an_error_of_a_bad_value_names_its_prompt(reward_from, values, complaint):
     with pytest.raises(RewardError, match=complaint) as caught:
         reward_from(returning(values), name="mine")(PROMPTS, RESPONSES, None)
     message = str(caught.value)
@@ -129,7 +129,7 @@ def test_bad_value_names_its_own_prompt(reward_from, values, complaint):
         ("torch.tensor(1.0)", "returned float"),
     ],
 )
-def test_wrong_count_names_the_first_prompt(reward_from, values, complaint):
+def test_an_error_of_a_wrong_count_names_the_first_prompt(reward_from, values, complaint):
     with pytest.raises(RewardError, match=complaint) as caught:
         reward_from(returning(values))(PROMPTS, RESPONSES, None)
     assert "begins with prompt " + PROMPTS[0].id in str(caught.value)
@@ -151,7 +151,7 @@ def test_raising_function_is_named_with_its_line_and_called_once(reward_from, tm
     assert "mine.py:6, in" in message
     assert PROMPTS[0].id in message
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    assert log.read_text() == "called\n"  # never row by row to find the culprit: it may have side effects
+    assert log.read_text() == "called\n"  # it may have side effects, so it is not called again to find the row
 
 
 def test_long_prompt_is_cut_in_the_message(reward_from):
@@ -162,7 +162,7 @@ def test_long_prompt_is_cut_in_the_message(reward_from):
     assert "a" * 201 not in str(caught.value)
 
 
-def test_function_may_change_its_lists(reward_from):
+def test_function_may_modify_its_lists(reward_from):
     prompts, responses = list(PROMPTS), list(RESPONSES)
     reward_from(
         "def score(prompts, responses):\n    n = len(prompts); prompts.clear(); responses.clear(); return [0.0] * n\n"
@@ -183,7 +183,7 @@ def test_function_may_change_its_lists(reward_from):
         ("math:pi", "'pi' is a float, not a function"),
     ],
 )
-def test_bad_path_is_named(path, complaint):
+def test_a_bad_path_is_an_error_with_the_reason(path, complaint):
     with pytest.raises(ConfigError, match=complaint) as caught:
         build_reward(RewardConfig(components=[{"kind": "function", "function": path}]))
     assert path in str(caught.value)
@@ -217,7 +217,7 @@ def test_names_of_metrics_are_reserved(reward_from, name):
         reward_from(returning("[0.0]"), name=name)
 
 
-def test_components_share_no_name(tmp_path):
+def test_components_need_different_names(tmp_path):
     component = {"kind": "function", "function": "builtins:len"}
     with pytest.raises(ConfigError):  # len takes one argument
         build_reward(RewardConfig(components=[component]))

@@ -35,7 +35,7 @@ def test_conversation_is_the_original_prompt_and_the_response(byte_tokenizer):
     assert not truncated
 
 
-def test_long_conversation_loses_its_beginning_but_not_its_bos(byte_tokenizer):
+def test_a_long_conversation_is_truncated_at_the_start_but_keeps_its_bos(byte_tokenizer):
     tokenizer = byte_tokenizer()
     whole, _ = encode_conversation(ChatTemplate(tokenizer), PROMPTS[0], "aaabnn", 512)
     ids, truncated = encode_conversation(ChatTemplate(tokenizer), PROMPTS[0], "aaabnn", 10)
@@ -48,7 +48,7 @@ def test_long_conversation_loses_its_beginning_but_not_its_bos(byte_tokenizer):
     assert encode_conversation(ChatTemplate(tokenizer), PROMPTS[0], "aaabnn", 10) == (whole[-10:], True)
 
 
-def test_response_cannot_write_a_turn_of_its_own(byte_tokenizer):
+def test_a_response_cannot_start_a_new_turn(byte_tokenizer):
     tokenizer = byte_tokenizer()
     ids, _ = encode_conversation(ChatTemplate(tokenizer), PROMPTS[0], "x<eos>[user]thanks<eos>", 512)
     honest, _ = encode_conversation(ChatTemplate(tokenizer), PROMPTS[0], "x", 512)
@@ -64,8 +64,8 @@ def test_tokenizer_without_template_and_template_that_refuses_are_named(byte_tok
     assert "chats.json:3" in str(caught.value)
 
 
-def test_scores_are_the_classifiers_own(reward_model_path, byte_tokenizer):
-    """Against transformers directly, one unpadded conversation at a time."""
+def test_scores_equal_those_of_the_classifier(reward_model_path, byte_tokenizer):
+    """Compared with transformers directly, one unpadded conversation at a time."""
     reward = ModelReward(config(reward_model_path, batch_size=3, scale=2.0, offset=-1.0))
     measured = reward(PROMPTS, RESPONSES)
     model = AutoModelForSequenceClassification.from_pretrained(reward_model_path).eval()
@@ -130,16 +130,16 @@ def test_missing_model_is_named(tmp_path):
         ModelReward(config(tmp_path / "missing"))
 
 
-def test_model_without_pad_token_takes_the_tokenizers(tmp_path, byte_tokenizer, llama_config):
+def test_a_model_without_pad_token_uses_the_tokenizers(tmp_path, byte_tokenizer, llama_config):
     torch.manual_seed(0)
-    LlamaForSequenceClassification(llama_config(num_labels=1)).save_pretrained(tmp_path)  # knows of no padding
+    LlamaForSequenceClassification(llama_config(num_labels=1)).save_pretrained(tmp_path)  # has no pad token
     byte_tokenizer().save_pretrained(tmp_path)
     batched = ModelReward(config(tmp_path, batch_size=4))(PROMPTS, RESPONSES).values
     alone = ModelReward(config(tmp_path, batch_size=1))(PROMPTS, RESPONSES).values
     assert batched == pytest.approx(alone, abs=1e-5)
 
 
-def test_models_own_pad_token_wins_over_the_tokenizers(reward_model_path, tmp_path, byte_tokenizer):
+def test_a_pad_token_of_the_model_takes_precedence(reward_model_path, tmp_path, byte_tokenizer):
     """A tokenizer that pads with <eos> must not shift where the model reads the score."""
     shutil.copytree(reward_model_path, tmp_path, dirs_exist_ok=True)
     byte_tokenizer(pad_token="<eos>").save_pretrained(tmp_path)
@@ -149,7 +149,7 @@ def test_models_own_pad_token_wins_over_the_tokenizers(reward_model_path, tmp_pa
 
 def test_nan_score_names_the_prompt(reward_model_path, tmp_path, byte_tokenizer):
     model = AutoModelForSequenceClassification.from_pretrained(reward_model_path)
-    broken = byte_tokenizer().convert_tokens_to_ids("q")  # one byte breaks the model
+    broken = byte_tokenizer().convert_tokens_to_ids("q")  # this byte gives NaN
     model.get_input_embeddings().weight.data[broken] = float("nan")
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -176,7 +176,7 @@ def test_training_starts_from_a_language_model_with_a_seeded_head(language_model
 
 
 def test_trained_model_scores_as_it_was_trained(language_model_path, tmp_path):
-    """What training exports, the reward reads back: the same encoding, padding and head."""
+    """The reward loads what training exports, with the same encoding, padding and head."""
     trained = load_reward_model(ModelConfig(path=str(language_model_path), device="cpu"), 128, seed=0)
     trained.classifier.save_pretrained(tmp_path)
     trained.tokenizer.save_pretrained(tmp_path)
@@ -185,5 +185,5 @@ def test_trained_model_scores_as_it_was_trained(language_model_path, tmp_path):
     assert ModelReward(config(tmp_path))(PROMPTS, RESPONSES).values == pytest.approx(expected, abs=1e-6)
 
 
-def test_default_name_is_the_models(reward_model_path):
+def test_the_default_name_is_that_of_the_model(reward_model_path):
     assert ModelReward(config(reward_model_path)).name == reward_model_path.name

@@ -18,7 +18,7 @@ R_MAX = 2.0
 
 
 def make_problem(seed: int, prompts: int = 4, rewrites: int = 5, responses: int = 6, sharpness: float = 2.0) -> dict:
-    """A random finite problem; the higher the sharpness, the further its distributions lie apart."""
+    """Return a random finite problem; a higher sharpness gives distributions that differ more."""
     g = torch.Generator().manual_seed(seed)
 
     def distribution(*shape: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def make_problem(seed: int, prompts: int = 4, rewrites: int = 5, responses: int 
 
 
 def rewrite_values(problem: dict) -> torch.Tensor:
-    """R(x, x'), (X, C)."""
+    """Return R(x, x'), (X, C)."""
     return expected_reward(problem["target_rewritten"], problem["reward"].unsqueeze(1))
 
 
@@ -53,12 +53,12 @@ def test_bound_in_the_papers_form_holds_for_the_optimal_prompter(kl_coef: float)
         problem["prompter"] = optimal_policy(problem["reference"], rewrite_values(problem), kl_coef)
         bound = exact_bound(**problem, r_max=R_MAX)
         paper = -kl_coef * kl_divergence(problem["prompter"], problem["reference"]).mean().item()
-        assert -bound.prompter_gain <= paper  # ours is the tighter
+        assert -bound.prompter_gain <= paper  # ours is tighter
         assert bound.lhs <= bound.rhs <= bound.target_shift + bound.rewrite_shift + paper
 
 
 def test_bound_is_reached_when_nothing_is_lost() -> None:
-    """An oracle sure of the one right response, a target and rewrites sure of a wrong one: both sides are r_max."""
+    """The oracle always gives the right response and the target a wrong one, so that both sides are r_max."""
     sure = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64)
     problem = {
         "oracle": sure,
@@ -83,7 +83,7 @@ def test_the_last_term_is_a_difference_of_rewards_for_every_prompter(kl_coef: fl
 
 
 def draw(logprob: torch.Tensor, count: int) -> torch.Tensor:
-    """(..., count) samples of each row."""
+    """Draw samples of each row, (..., count)."""
     return Categorical(logits=logprob).sample((count,)).movedim(0, -1)
 
 
@@ -94,7 +94,7 @@ def test_sampled_bound_estimates_the_exact_one() -> None:
     oracle = draw(problem["oracle"], count)  # (X, n) y ~ π*(.|x)
 
     def respond(rewrites: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """y ~ π_F(.|x') for each rewrite, and log π_F(.|x') of all responses, (X, n) and (X, n, Y)."""
+        """Return y ~ π_F(.|x') for each rewrite, (X, n), and log π_F(.|x') of all responses, (X, n, Y)."""
         rows = problem["target_rewritten"].gather(1, rewrites.unsqueeze(-1).expand(-1, -1, reward.shape[1]))
         return Categorical(logits=rows).sample(), rows
 
@@ -118,7 +118,7 @@ def test_sampled_bound_estimates_the_exact_one() -> None:
     assert bound.lhs_stderr > 0 and bound.rhs_stderr > 0
 
 
-def test_without_logprobs_the_bound_is_not_computable_and_nothing_is_guessed() -> None:
+def test_without_logprobs_the_bound_is_not_computable_and_not_estimated() -> None:
     rewards = torch.rand(3, 4)
     arguments = {"oracle_rewards": rewards, "prompter_rewards": rewards, "reference_rewards": rewards, "r_max": 1.0}
     logprobs = (torch.zeros(3, 4), torch.zeros(3, 4))
@@ -131,10 +131,10 @@ def test_without_logprobs_the_bound_is_not_computable_and_nothing_is_guessed() -
 
 def test_rewards_outside_the_range_are_refused() -> None:
     problem = make_problem(0)
-    with pytest.raises(ConfigError, match=r"reward runs from .* rewards in \[0, 1\]"):
+    with pytest.raises(ConfigError, match=r"reward ranges from .* rewards in \[0, 1\]"):
         exact_bound(**problem, r_max=1.0)
     rewards = torch.tensor([[0.5], [-0.1]])
-    with pytest.raises(ConfigError, match=r"oracle_rewards runs from -0\.1"):
+    with pytest.raises(ConfigError, match=r"oracle_rewards ranges from -0\.1"):
         sampled_bound(
             oracle_rewards=rewards,
             prompter_rewards=rewards,
@@ -143,5 +143,5 @@ def test_rewards_outside_the_range_are_refused() -> None:
             oracle_logprobs=None,
             rewrite_logprobs=None,
         )
-    with pytest.raises(ConfigError, match="reward runs from"):
+    with pytest.raises(ConfigError, match="reward ranges from"):
         exact_bound(**(problem | {"reward": problem["reward"] * torch.nan}), r_max=R_MAX)

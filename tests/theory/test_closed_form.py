@@ -18,7 +18,7 @@ LAMBDAS = [0.05, 0.7, 10.0]
 
 
 def make_problem(prompts: int = 5, candidates: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log ρ, log ρ_sft and R, (X, C); the last prompt has fewer candidates."""
+    """Return log ρ, log ρ_sft and R, (X, C) each; the last prompt has fewer candidates."""
     g = torch.Generator().manual_seed(0)
     logits, reference, rewards = (torch.randn(prompts, candidates, generator=g, dtype=torch.float64) for _ in range(3))
     for padded in (logits, reference):
@@ -62,10 +62,10 @@ def test_gradient_of_the_objective_vanishes_at_the_optimum_only() -> None:
     assert gradient.abs().max() > 1e-2
 
 
-def test_without_a_price_the_objective_is_the_reward_and_there_is_no_closed_form() -> None:
+def test_without_kl_the_objective_is_the_reward_and_there_is_no_closed_form() -> None:
     prompter, reference, rewards = make_problem()
     torch.testing.assert_close(objective(prompter, reference, rewards, 0.0), expected_reward(prompter, rewards))
-    with pytest.raises(ConfigError, match="positive price"):
+    with pytest.raises(ConfigError, match="positive KL coefficient"):
         optimal_policy(reference, rewards, 0.0)
 
 

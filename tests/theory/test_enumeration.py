@@ -4,9 +4,9 @@ import torch
 from alignpro.theory import enumerate_sequences, exact_gradient, exact_objective, expected_gradient, groups, state_kl
 
 
-def test_all_sequences_are_there_ended_and_cut() -> None:
+def test_all_ended_and_truncated_sequences_are_enumerated() -> None:
     space = enumerate_sequences(vocabulary=3, end_token=1, max_length=2)
-    # Ended at once, ended after one word, cut at two words.
+    # Ended at once, ended after one token, truncated at two tokens.
     assert sorted(space.sequences) == [[0, 0], [0, 1], [0, 2], [1], [2, 0], [2, 1], [2, 2]]
     assert space.prefixes == ((), (0,), (2,))
     for tokens, states in zip(space.sequences, space.state, strict=True):

@@ -32,7 +32,7 @@ def test_the_estimate_of_log_z_is_too_low_on_average_and_less_so_with_more_sampl
     truth = LAMBDA * log_partition(reference.log(), rewards, LAMBDA).item()
     means = []
     for count in (1, 2, 6):
-        samples = torch.cartesian_prod(*[torch.arange(3)] * count).view(-1, count)  # every draw of N, exactly weighed
+        samples = torch.cartesian_prod(*[torch.arange(3)] * count).view(-1, count)  # every draw of N, weighted exactly
         probability = reference[samples].prod(-1)
         means.append((probability * gibbs_resample(rewards[samples], LAMBDA).value).sum().item())
     assert means[0] < means[1] < means[2] < truth

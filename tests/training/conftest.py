@@ -9,13 +9,13 @@ from tiny_runs import Workshop
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Models, data and configurations that no test changes."""
+    """Create models, data and configurations; do not modify them."""
     return Workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="session")
 def finished(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``finished(command, *overrides)``: the directory of such a run that nothing disturbed; not to be changed."""
+    """Return ``finished(command, *overrides)``, which gives the directory of an uninterrupted run; do not modify it."""
     made: dict[tuple[str, ...], Path] = {}
 
     def run(command: str, *overrides: str) -> Path:

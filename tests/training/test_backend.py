@@ -58,13 +58,13 @@ def backend_config(schedule: str, warmup: int) -> OptimizerConfig:
     return OptimizerConfig.model_validate({"learning_rate": 0.1, "schedule": schedule, "warmup_steps": warmup})
 
 
-def test_a_rate_stays_at_its_end_beyond_the_last_update() -> None:
+def test_the_learning_rate_stays_at_its_end_after_the_last_update() -> None:
     assert learning_rate_factor(10, 6, backend_config("linear", 0)) == 0
     assert learning_rate_factor(10, 6, backend_config("cosine", 0)) == 0
 
 
-def test_the_update_is_adamw_s() -> None:
-    """Against torch's own, with its gradient clipped by hand."""
+def test_the_update_equals_adamw() -> None:
+    """Compared with torch's AdamW on manually clipped gradients."""
     ours, theirs = parameter([3.0, -4.0]), parameter([3.0, -4.0])
     backend = make({"w": ours}, betas=(0.8, 0.9), weight_decay=0.1, max_grad_norm=2.0)
     optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.8, 0.9), weight_decay=0.1)
@@ -78,8 +78,8 @@ def test_the_update_is_adamw_s() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_an_update_is_seen_by_layers_with_a_second_layout() -> None:
-    """Fused optimizers do not count their changes of a weight."""
+def test_packed_layers_use_the_weights_after_an_update() -> None:
+    """Fused optimizers do not increase a weight's version counter."""
     torch.manual_seed(0)
     layer, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64)
     packed_linear.attach(layer)
@@ -94,14 +94,14 @@ def test_an_update_is_seen_by_layers_with_a_second_layout() -> None:
         assert not torch.allclose(layer(x), out, atol=0.1)
 
 
-def test_the_norm_is_that_before_clipping_over_all_weights() -> None:
+def test_the_norm_is_taken_before_clipping_over_all_weights() -> None:
     a, b = parameter([1.0]), parameter([1.0])
     backend = make({"a": a, "b": b}, max_grad_norm=1.0)
     backend.backward(3 * a.sum() + 4 * b.sum())
     assert backend.step() == pytest.approx(5.0)
 
 
-def test_gradients_add_up_over_backward_calls_and_are_gone_after_a_step() -> None:
+def test_gradients_accumulate_over_backward_calls_and_are_cleared_by_a_step() -> None:
     weight = parameter([1.0])
     backend = make({"w": weight}, max_grad_norm=100.0)
     backend.backward(weight.sum())
@@ -113,7 +113,7 @@ def test_gradients_add_up_over_backward_calls_and_are_gone_after_a_step() -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_updates_of_half_precision_weights_accumulate(dtype: torch.dtype) -> None:
-    """Updates of 1e-3 relative, each less than half of what bfloat16 can tell from 1, end 0.1 from where they began."""
+    """Relative updates of 1e-3, each too small for bfloat16 to represent at 1, add up to 0.1."""
     weight = parameter([1.0], dtype)
     backend = make({"w": weight}, learning_rate=1e-3)
     for _ in range(100):
@@ -123,8 +123,8 @@ def test_small_updates_of_half_precision_weights_accumulate(dtype: torch.dtype) 
     assert weight.item() == pytest.approx(0.9, abs=0.005)
 
 
-def test_without_a_float32_copy_they_would_not() -> None:
-    """So the test above can fail."""
+def test_small_updates_without_a_float32_copy_are_lost() -> None:
+    """This shows that the test above can fail."""
     weight = parameter([1.0], torch.bfloat16)
     optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
     for _ in range(100):
@@ -137,13 +137,13 @@ def test_gradients_of_half_precision_weights_are_summed_and_measured_in_float32(
     weight = parameter([1.0], torch.bfloat16)
     backend = make({"w": weight}, max_grad_norm=1e9)
     backend.backward(256 * weight.sum())
-    for _ in range(8):  # each would be lost beside 256 in bfloat16
+    for _ in range(8):  # each would be rounded away when added to 256 in bfloat16
         backend.backward(0.5 * weight.sum())
     assert backend.step() == pytest.approx(260.0)
 
 
-def test_a_weight_that_gets_no_gradient_stays() -> None:
-    """Also one that had a gradient in the step before."""
+def test_a_weight_without_gradient_does_not_change() -> None:
+    """Even if it had a gradient in the step before."""
     used, unused = parameter([1.0], torch.bfloat16), parameter([1.0], torch.bfloat16)
     backend = make({"used": used, "unused": unused}, betas=(0.0, 0.0))
     backend.backward(unused.sum() + used.sum())
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(bad: float, dtype: torch.dtyp
         backend.backward(weight.sum() * bad)
     assert (weight.item(), backend.updates) == (before, updates)
     backend.backward(weight.sum() * 0)
-    assert backend.step() == 0.0, "no gradient of the bad step is left"
+    assert backend.step() == 0.0, "a gradient of the bad step is left"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -188,7 +188,7 @@ def test_nothing_to_train_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_what_was_saved_goes_on_to_the_same_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_loaded_state_continues_to_the_same_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     weight = parameter([3.0, -2.0], dtype)
     backend = make({"w": weight}, total=8, schedule="cosine", warmup_steps=2)
     for _ in range(3):

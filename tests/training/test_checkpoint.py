@@ -1,4 +1,4 @@
-"""Checkpoints and the files under them: whole or not there, checked, and what becomes of damage and of a full disk."""
+"""Checkpoints and their files: atomic and checksummed, with tests of damage and of a full disk."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
+    """Mount a file system of one megabyte."""
     place = tmp_path / "disk"
     place.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
@@ -60,7 +60,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
-def test_a_saved_checkpoint_is_whole_and_the_newest(store: CheckpointStore) -> None:
+def test_a_saved_checkpoint_is_complete_and_the_newest(store: CheckpointStore) -> None:
     assert store.latest() is None
     for step in (2, 10, 4):
         assert store.save(step, write_some) == store.path(step)
@@ -76,13 +76,13 @@ def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
     assert sorted(path.name for path in store.directory.iterdir()) == ["step_000005", "step_000006", "step_000007"]
 
 
-def test_steps_beyond_a_million_are_in_order(store: CheckpointStore) -> None:
+def test_steps_beyond_a_million_are_sorted(store: CheckpointStore) -> None:
     for step in (999_999, 1_000_000, 1_000_001, 2_000_000):
         store.save(step, write_some)
     assert store.available() == [1_000_000, 1_000_001, 2_000_000]
 
 
-def test_what_is_no_checkpoint_is_left_alone(store: CheckpointStore) -> None:
+def test_other_files_are_left_alone(store: CheckpointStore) -> None:
     store.save(1, write_some)
     (store.directory / "step_of_mine").mkdir()
     assert store.available() == [1]
@@ -143,7 +143,7 @@ def damage(how: str) -> Callable[[Path], None]:
         "empty directory",
     ],
 )
-def test_damage_is_found_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_detected_and_the_previous_one_used(
     store: CheckpointStore, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     for step in (1, 2):
@@ -159,8 +159,8 @@ def test_damage_is_found_and_the_one_before_is_used(
     store.require(1)
 
 
-def test_every_single_bit_of_every_file_counts(store: CheckpointStore) -> None:
-    """But for those of the manifest that change neither a name nor a checksum."""
+def test_any_flipped_bit_is_detected(store: CheckpointStore) -> None:
+    """Except for bits of the manifest that change neither a name nor a checksum."""
     store.save(1, write_some)
     directory, draw = store.path(1), random.Random(0)
     for path in directory.iterdir():
@@ -180,7 +180,7 @@ def _files(manifest: Path) -> object:
         return None
 
 
-def test_nothing_whole_is_an_error(store: CheckpointStore) -> None:
+def test_only_damaged_checkpoints_are_an_error(store: CheckpointStore) -> None:
     for step in (1, 2):
         store.save(step, write_some)
         flip_bit(store.path(step) / "policy.safetensors")
@@ -188,7 +188,7 @@ def test_nothing_whole_is_an_error(store: CheckpointStore) -> None:
         store.latest()
 
 
-def test_a_missing_step_is_an_error_that_lists_those_that_are_there(store: CheckpointStore) -> None:
+def test_a_missing_step_is_an_error_that_lists_the_steps(store: CheckpointStore) -> None:
     with pytest.raises(CheckpointError, match=r"step_000007: no such checkpoint; there are: none"):
         store.require(7)
     for step in (1, 2):
@@ -213,17 +213,17 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(small_disk: Path) -> None:
         assert "No space left on device" in str(caught.value)
         assert "--resume" in str(caught.value)
         assert tree(store.directory) == before
-    assert store.save(2, write_some) == store.path(2), "what the failures had written is gone"
+    assert store.save(2, write_some) == store.path(2), "files of the failed attempts still take up space"
 
 
-def test_a_read_only_place_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_place_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the directory should be")
     with pytest.raises(CheckpointError, match="cannot be written"):
         CheckpointStore(tmp_path / "checkpoints", keep=1).save(1, write_some)
 
 
-def test_an_interruption_is_no_disk_error() -> None:
-    """torch wraps a KeyboardInterrupt that comes while it writes."""
+def test_an_interruption_is_not_a_disk_error() -> None:
+    """torch raises a RuntimeError if a KeyboardInterrupt comes while it writes."""
     with pytest.raises(KeyboardInterrupt), disk_errors("a checkpoint", "make room"):
         try:
             raise KeyboardInterrupt
@@ -238,7 +238,7 @@ def test_later_checkpoints_are_dropped(store: CheckpointStore) -> None:
     assert store.available() == [1]
 
 
-def test_leftovers_of_a_kill_are_removed_and_never_count(store: CheckpointStore) -> None:
+def test_partial_files_of_a_killed_process_are_removed_and_never_loaded(store: CheckpointStore) -> None:
     store.save(1, write_some)
     for name in (".partial-step_000002", ".discarded-step_000000"):
         shutil.copytree(store.path(1), store.directory / name)
@@ -247,7 +247,7 @@ def test_leftovers_of_a_kill_are_removed_and_never_count(store: CheckpointStore)
     assert [path.name for path in store.directory.iterdir()] == ["step_000001"]
 
 
-def test_random_state_goes_on_where_it_was() -> None:
+def test_random_state_continues() -> None:
     def draw() -> tuple[object, ...]:
         return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
 
@@ -270,7 +270,7 @@ def test_random_state_survives_a_file(tmp_path: Path) -> None:
     assert (random.random(), torch.rand(1).item()) == expected
 
 
-def test_a_failed_write_leaves_a_directory_and_a_text_as_they_were(tmp_path: Path, small_disk: Path) -> None:
+def test_a_failed_write_leaves_a_directory_and_a_text_unchanged(tmp_path: Path, small_disk: Path) -> None:
     replace_directory(small_disk / "model", write_some)
     replace_text(small_disk / "config.yaml", "a: 1\n")
     before = tree(small_disk)
@@ -286,6 +286,6 @@ def test_a_failed_write_leaves_a_directory_and_a_text_as_they_were(tmp_path: Pat
     assert tree(small_disk) == before
 
 
-def test_discarding_what_is_not_there_does_nothing(tmp_path: Path) -> None:
+def test_discarding_a_missing_directory_does_nothing(tmp_path: Path) -> None:
     discard(tmp_path / "nothing")
     assert list(tmp_path.iterdir()) == []

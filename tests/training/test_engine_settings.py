@@ -1,4 +1,4 @@
-"""What the configuration says of the engine reaches it, and texts that stop the policy do not bias its training."""
+"""Engine settings of the configuration reach the engine, and stop texts of the policy do not bias its training."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_a_step_on_a_gpu_keeps_the_targets_prompts_if_asked(workshop: Workshop, 
     (memory,) = made.engine._memories.values()
     assert memory.pool.used["policy"] == 0
     assert (memory.pool.used["target"] > 0) == keep
-    assert made.step(1)["engine/hit_tokens"] >= 0  # and what is kept can be run from
+    assert made.step(1)["engine/hit_tokens"] >= 0  # the kept pages can be used
 
 
-def test_the_tokens_of_a_text_that_stops_the_policy_are_actions(workshop: Workshop, tmp_path: Path) -> None:
-    """The update needs all that was drawn, whose log-probabilities are those of the policy; the target sees what is before."""
-    # Every printable character ends a rewrite, so that nearly all of them end so.
+def test_tokens_of_a_stop_text_are_actions(workshop: Workshop, tmp_path: Path) -> None:
+    """The update needs all drawn tokens with the policy's log-probabilities; the target sees the text before the stop."""
+    # Every printable character is a stop text, so that almost all rewrites end by one.
     stops = [chr(code) for code in range(33, 127)]
     overrides = [f"rollout.rewrite.stop={stops!r}", "rollout.rewrite.max_tokens=12", "rollout.rewrites_per_prompt=6"]
     made = training(workshop, tmp_path / "run", *overrides)
@@ -71,7 +71,7 @@ def test_the_tokens_of_a_text_that_stops_the_policy_are_actions(workshop: Worksh
     torch.testing.assert_close(experience.values.logprob[experience.batch.mask], drawn, atol=1e-4, rtol=0)
 
 
-def test_a_chain_that_fails_stops_the_run_and_names_its_prompt(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_failed_chain_stops_the_run_and_names_its_prompt(workshop: Workshop, tmp_path: Path) -> None:
     made = training(workshop, tmp_path / "run")
     model = made.policy.model
     first, second = (set(made.environment.encode(prompt)) for prompt in made.stream.batch(0)[:2])
@@ -91,8 +91,8 @@ def test_a_chain_that_fails_stops_the_run_and_names_its_prompt(workshop: Worksho
     assert not all(torch.equal(weight, old) for weight, old in zip(model.parameters(), before, strict=True))
 
 
-def test_stop_texts_leave_the_distribution_whole(workshop: Workshop, tmp_path: Path) -> None:
-    """What is drawn up to a stop text is what would be drawn without one: no sequence is rejected or drawn again."""
+def test_stop_texts_do_not_change_the_distribution(workshop: Workshop, tmp_path: Path) -> None:
+    """Tokens up to a stop text are those that would be drawn without it: no sequence is rejected or drawn again."""
 
     def rollout(out: str, *overrides: str) -> list[Chain]:
         made = training(workshop, tmp_path / out, "rollout.rewrites_per_prompt=6", *overrides)

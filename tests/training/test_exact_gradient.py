@@ -1,7 +1,7 @@
-"""The gradient that the trainer takes, averaged over everything it could have sampled, is ∇J.
+"""The trainer's gradient, averaged over all possible samples, is ∇J.
 
-The trainer's own path, credit and backward, on a float64 model and both prompts at once in several micro-batches,
-against autograd of J summed over all sequences. `tests/objectives` shows the same of the pure functions alone.
+The trainer's own credit and backward run on a float64 model and both prompts at once in several micro-batches. The result
+is compared with autograd of J summed over all sequences. `tests/objectives` shows the same for the pure functions alone.
 """
 
 import itertools
@@ -28,17 +28,17 @@ UNBIASED = [
 
 
 def make_training(world: World, estimator: str, advantage: str, loss: str = "policy_gradient") -> PolicyTraining:
-    """Micro-batches of three rows: they cut through groups, except those of gibbs, which takes them whole."""
+    """Return a trainer with micro-batches of three rows, which split groups, except for gibbs, which needs whole groups."""
     objective = {"loss": loss, "advantage": advantage, "kl": {"coef": LAMBDA, "estimator": estimator}}
     training = world.training(objective, GROUP[advantage], micro_batch_size=3)
     training.baseline.update(0.7)
     if training.critic is not None:
-        shake(training.critic.model, 0.5)  # values that know nothing
+        shake(training.critic.model, 0.5)  # an untrained critic with nonzero values
     return training
 
 
 def expected_gradient(world: World, training: PolicyTraining) -> list[Tensor]:
-    """E of the loss's gradient, over every group of K samples for each of the two prompts."""
+    """Return the expected gradient of the loss, over every group of K samples for each of the two prompts."""
     size = training.sampling.n
     groups = list(itertools.product(range(len(world.chains)), repeat=size))
     experience = credit(world, training, groups)
@@ -52,13 +52,13 @@ def expected_gradient(world: World, training: PolicyTraining) -> list[Tensor]:
 
 
 def gradient_of(training: PolicyTraining, experience: Experience, groups: list[int]) -> list[Tensor]:
-    """Of the loss of some groups of the experience."""
+    """Return the gradient of the loss of some groups of the experience."""
     training._backward(experience.select(torch.tensor(groups), training.sampling.n))
     return take_gradient(training.policy.trainable.values())
 
 
 def objective_gradient(world: World) -> list[Tensor]:
-    """∇J."""
+    """Return ∇J."""
     weights = list(world.policy.trainable.values())
     gradient = torch.autograd.grad(world.objective(LAMBDA), weights, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradient, strict=True)]
@@ -96,14 +96,14 @@ def test_without_the_kl_of_later_states_the_gradient_is_wrong(monkeypatch: pytes
     assert distance(expected, objective_gradient(world), factor=-1.0) > 1e-2
 
 
-def test_gibbs_descends_along_lambda_times_the_gradient_of_the_objective() -> None:
+def test_the_gibbs_gradient_is_minus_lambda_times_that_of_the_objective() -> None:
     world = World()
     expected = expected_gradient(world, make_training(world, "exact", "leave_one_out", loss="gibbs"))
     assert distance(expected, objective_gradient(world), factor=-LAMBDA) < 1e-10
 
 
 @pytest.mark.parametrize("estimator", ["exact", "k1", "k2", "k3"])
-def test_ppo_starts_along_the_policy_gradient(estimator: str) -> None:
+def test_the_first_gradient_of_ppo_is_the_policy_gradient(estimator: str) -> None:
     world = World()
     groups = [(0, 9), (14, 3), (5, 5)]
     gradients = []

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard's files and what becomes of them when a run goes back, is killed, or the disk is full."""
+"""metrics.jsonl and TensorBoard's files, also when a run goes back to a checkpoint, is killed, or the disk is full."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB."""
+    """Mount a file system of 64 kB."""
     place = tmp_path / "disk"
     place.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
@@ -53,29 +53,29 @@ def fill(place: Path) -> None:
             file.write(b"x" * 512)
 
 
-def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
-    """Line separators of Unicode in a text do not end the row, and floats keep every bit."""
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    """Unicode line separators in a text do not end the row, and floats keep every bit."""
     path = tmp_path / "metrics.jsonl"
     write_rows(path, [1, 2, 3])
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
     assert read_rows(path)[0] == {"step": 1, "reward": 1 / 7, "text": "日本\u2028\x85\x0b"}
 
 
-def test_a_text_that_utf8_cannot_hold_is_written_all_the_same(tmp_path: Path) -> None:
+def test_a_text_that_is_not_valid_utf8_is_written(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     append_row(path, {"step": 1, "text": "half \ud83d of a pair"})
     append_row(path, {"step": 2})
     assert read_rows(path) == [{"step": 1, "text": "half \ud83d of a pair"}, {"step": 2}]
 
 
-def test_reading_what_is_not_there_gives_no_rows(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "metrics.jsonl") == []
     keep_rows(tmp_path / "metrics.jsonl", 3)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3, 9])
-def test_rows_after_a_step_are_cut_off_and_the_others_keep_every_byte(tmp_path: Path, last: int) -> None:
+def test_rows_after_a_step_are_removed_and_the_others_keep_every_byte(tmp_path: Path, last: int) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = write_rows(path, [1, 2, 2, 3]).splitlines(keepends=True)
     keep_rows(path, last)
@@ -84,7 +84,7 @@ def test_rows_after_a_step_are_cut_off_and_the_others_keep_every_byte(tmp_path: 
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 3))
-def test_a_last_row_cut_short_anywhere_is_dropped(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_last_row_is_dropped(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = write_rows(path, [1, 2])
     write_rows(path, [3])
@@ -96,7 +96,7 @@ def test_a_last_row_cut_short_anywhere_is_dropped(tmp_path: Path, cut: int) -> N
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
 
 
-def test_a_full_disk_leaves_whole_rows_and_a_message(full_disk: Path) -> None:
+def test_a_full_disk_leaves_complete_rows_and_gives_a_message(full_disk: Path) -> None:
     path = full_disk / "metrics.jsonl"
     whole = write_rows(path, [1, 2])
     fill(full_disk)
@@ -109,10 +109,10 @@ def test_a_full_disk_leaves_whole_rows_and_a_message(full_disk: Path) -> None:
     assert "--resume" in str(caught.value)
     assert path.read_bytes() == whole
     keep_rows(path, 1)
-    assert [row["step"] for row in read_rows(path)] == [1], "cutting needs no room"
+    assert [row["step"] for row in read_rows(path)] == [1], "removing rows needs no disk space"
 
 
-def test_a_row_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"nowhere/metrics.jsonl: cannot be written: .*No such file"):
         append_row(tmp_path / "nowhere" / "metrics.jsonl", {"step": 1})
 
@@ -136,8 +136,8 @@ def test_tensorboard_sees_each_step_once_after_a_resume(tmp_path: Path) -> None:
     assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1.0, 1.0, 2.0, 3.0, 3.0, 3.0]
 
 
-def test_tensorboard_reads_the_whole_events_of_a_file_cut_short(tmp_path: Path) -> None:
-    """As a kill leaves it; and the file of the run that goes on beside it."""
+def test_tensorboard_reads_the_complete_events_of_a_truncated_file(tmp_path: Path) -> None:
+    """A killed process leaves such a file. The file of the resumed run beside it is read too."""
     killed = EventFile(tmp_path, 1)
     for step in (1, 2, 3):
         killed.write(step, {"loss": 1.0})
@@ -149,7 +149,7 @@ def test_tensorboard_reads_the_whole_events_of_a_file_cut_short(tmp_path: Path) 
     assert scalars(tmp_path)["loss"] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
-def test_a_full_disk_is_an_error_where_tensorboard_writes(full_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_an_error_when_tensorboard_writes(full_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     events = EventFile(full_disk, 1)
     events.write(1, {"loss": 1.0})
     fill(full_disk)
@@ -162,13 +162,13 @@ def test_a_full_disk_is_an_error_where_tensorboard_writes(full_disk: Path, capfd
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_no_tensorboard_file_where_none_is_wanted(tmp_path: Path) -> None:
+def test_tensorboard_can_be_switched_off(tmp_path: Path) -> None:
     with MetricsLog(RunConfig(out=tmp_path, tensorboard=False), 0, {}) as log:
         log.write(1, {"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_an_evaluation_is_known_by_its_rows(tmp_path: Path) -> None:
+def test_an_evaluation_is_recognised_by_its_rows(tmp_path: Path) -> None:
     with MetricsLog(RunConfig(out=tmp_path, tensorboard=False), 0, {}) as log:
         log.write(1, {"loss": 1.0})
         log.write(2, {"loss": 1.0})
@@ -177,7 +177,7 @@ def test_an_evaluation_is_known_by_its_rows(tmp_path: Path) -> None:
         assert log.has_evaluation(2)
 
 
-def test_wandb_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     imported = builtins.__import__
 
     def without(name: str, *arguments: Any, **keywords: Any) -> Any:
@@ -191,10 +191,8 @@ def test_wandb_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest
         MetricsLog(RunConfig(out=tmp_path, wandb_project="p"), 0, {})
 
 
-def test_wandb_goes_on_with_its_own_run_and_its_refusal_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against a stand-in: the real one needs a server."""
+def test_wandb_resumes_its_own_run_and_its_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses a stand-in, since wandb needs a server."""
 
     class RefusedError(Exception):
         pass
@@ -228,7 +226,7 @@ def test_wandb_goes_on_with_its_own_run_and_its_refusal_is_told(
         MetricsLog(RunConfig(out=tmp_path, tensorboard=False, wandb_project="locked"), 0, {})
 
 
-def test_phases_add_up() -> None:
+def test_seconds_of_phases_add_up() -> None:
     timer = PhaseTimer()
     with timer("rollout"):
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Training, from sampling to optimizer, ends at ρ* ∝ ρ_sft exp(R/λ): in total variation over all sequences."""
+"""Training converges to ρ* ∝ ρ_sft exp(R/λ), measured in total variation over all sequences."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ LAMBDA = 0.5
 
 
 def distance_to_optimum(world: World, best: Tensor) -> float:
-    """The larger of the two prompts' TV(ρ, ρ*)."""
+    """Return the larger of the two prompts' TV(ρ, ρ*)."""
     return total_variation(world.sequence_logprobs().detach(), best).max().item()
 
 
@@ -36,7 +36,7 @@ def test_training_reaches_the_closed_form(
         tmp_path,
         steps=steps,
         learning_rate=learning_rate,
-        schedule="cosine",  # the noise of the last samples averages out as the rate falls to zero
+        schedule="cosine",  # the learning rate falls to zero, which averages out the noise of the last samples
         betas=(0.9, 0.99),
         micro_batch_size=2 * group,
     )

@@ -1,4 +1,4 @@
-"""The trainer's bookkeeping: which rows, how many updates, what each metric means."""
+"""The trainer's minibatches, micro-batches, number of updates and metrics."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,12 +18,12 @@ from alignpro.training.metrics import OF_EXECUTION, Metrics, read_rows
 from alignpro.training.reinforcement import PolicyTraining
 
 GROUPS = [(0, 9), (14, 3), (5, 5), (1, 12)]
-"""Pairs of sequences, by number: their lengths are 1 and 3, 3 and 3, 3 and 3, 2 and 3."""
+"""Pairs of sequences, by index; their lengths are 1 and 3, 3 and 3, 3 and 3, 2 and 3."""
 LAMBDA = 0.3
 
 
 class RecordingWorld(World):
-    """Keeps what was sampled last."""
+    """A world that records the last samples."""
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
         self.sampled = [(x, chain.sample.tokens) for x, group in zip(prompts, chains, strict=True) for chain in group]
@@ -31,12 +31,12 @@ class RecordingWorld(World):
 
 
 def weights_of(training: PolicyTraining) -> list[Tensor]:
-    """Copies of what is trained."""
+    """Return copies of the trained weights."""
     return [weight.detach().clone() for weight in training.policy.trainable.values()]
 
 
 def gradients(training: PolicyTraining, moved: float = 0.0) -> tuple[list[Tensor], list[Tensor], Metrics]:
-    """Of the policy and of the critic on `GROUPS` of both prompts, after the policy has moved on from the rollout."""
+    """Return gradients of policy and critic, and metrics, on `GROUPS` with both prompts; ``moved`` changes the policy first."""
     experience = credit_both(training).select(torch.arange(2 * len(GROUPS)), 2)
     torch.manual_seed(1)
     shake(training.policy.model, moved)
@@ -46,7 +46,7 @@ def gradients(training: PolicyTraining, moved: float = 0.0) -> tuple[list[Tensor
 
 
 def credit_both(training: PolicyTraining) -> Any:
-    """Experience of `GROUPS` with both prompts."""
+    """Return the experience of `GROUPS` with both prompts."""
     assert isinstance(training.environment, World)
     return credit(training.environment, training, GROUPS)
 
@@ -62,8 +62,8 @@ def test_a_minibatch_holds_the_rows_of_its_groups() -> None:
     rows = torch.tensor([10, 11, 4, 5])
     sequences = [world.space.sequences[s] for s in (14, 3, 5, 5)]
     assert [row[keep].tolist() for row, keep in zip(part.batch.actions, part.batch.mask, strict=True)] == sequences
-    assert [prompt[0] for prompt in part.batch.prompts] == [2, 2, 1, 1]  # the first word of either prompt
-    values = training.policy.token_values(part.batch)  # what there is to know of these rows, from the rows alone
+    assert [prompt[0] for prompt in part.batch.prompts] == [2, 2, 1, 1]  # the first token of each prompt
+    values = training.policy.token_values(part.batch)  # computed from these rows alone
     torch.testing.assert_close(part.values.logprob, values.logprob)
     torch.testing.assert_close(part.values.reference_logprob, values.reference_logprob)
     torch.testing.assert_close(part.values.kl, values.kl)
@@ -74,7 +74,7 @@ def test_a_minibatch_holds_the_rows_of_its_groups() -> None:
         assert torch.equal(getattr(part, name), getattr(experience, name)[rows])
 
 
-def test_an_epoch_takes_every_group_once_in_an_order_of_its_own() -> None:
+def test_each_epoch_takes_every_group_once_in_a_new_order() -> None:
     training = World().training({"loss": "ppo_clip", "epochs": 2, "minibatches": 3}, 2)
     orders = []
     for step, epoch in ((0, 0), (0, 1), (1, 0)):
@@ -87,7 +87,7 @@ def test_an_epoch_takes_every_group_once_in_an_order_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("advantage", ["leave_one_out", "gae"])
-def test_one_optimizer_step_a_minibatch_and_epoch(advantage: str, tmp_path: Path) -> None:
+def test_one_optimizer_step_per_minibatch_and_epoch(advantage: str, tmp_path: Path) -> None:
     objective = {"loss": "ppo_clip", "advantage": advantage, "epochs": 3, "minibatches": 2}
     training = World().training(objective, 2, tmp_path, steps=4, learning_rate=0.01, schedule="linear")
     training.step(0)
@@ -116,13 +116,13 @@ def test_micro_batches_change_nothing(objective: dict[str, Any]) -> None:
         parts, parts_critic, metrics = gradients(World().training(objective, 2, micro_batch_size=size), moved=0.05)
         assert distance(parts, whole) < 1e-13
         assert not whole_critic or distance(parts_critic, whole_critic) < 1e-13
-        # An advantage that is zero but for rounding has either sign, and with it its token is clipped or not.
+        # An advantage that is zero up to rounding may have either sign, which decides whether its token is clipped.
         assert metrics.pop("clip_fraction", 0.0) == pytest.approx(expected.get("clip_fraction", 0.0), abs=0.03)
         assert metrics == pytest.approx({name: x for name, x in expected.items() if name != "clip_fraction"})
     assert 0.1 < expected.get("clip_fraction", 0.5) < 0.9
 
 
-def test_micro_batches_are_no_larger_than_asked_but_for_the_groups_of_gibbs() -> None:
+def test_micro_batches_have_at_most_the_configured_size_except_for_groups_of_gibbs() -> None:
     def sizes(loss: str, group: int) -> list[int]:
         training = World().training({"loss": loss}, group, micro_batch_size=4)
         return [stop - start for start, stop in training._micro_batches(18)]
@@ -168,15 +168,15 @@ def test_nothing_is_clipped_before_the_policy_has_moved(tmp_path: Path) -> None:
 
 
 def rows_of(world: RecordingWorld, along: Tensor) -> Tensor:
-    """(P, S, ...) → (B, ...): those of the sequences that were sampled."""
+    """Return the rows of the sampled sequences, (P, S, ...) → (B, ...)."""
     prompts = [prompt.id for prompt in world.prompts]
     return torch.stack([along[prompts.index(x.id), world.space.sequences.index(y)] for x, y in world.sampled])
 
 
-def test_metrics_of_a_step_are_those_of_its_samples(tmp_path: Path) -> None:
+def test_metrics_of_a_step_are_computed_from_its_samples(tmp_path: Path) -> None:
     world = RecordingWorld()
     training = world.training({"kl": {"coef": LAMBDA}}, 8, tmp_path, learning_rate=0.01)
-    with torch.no_grad():  # before the step: metrics are those of the policy that sampled
+    with torch.no_grad():  # before the step, since metrics belong to the policy that sampled
         logprob, reference = world.next_logprobs(), world.reference_next_logprobs()
         sampled_kl = world.sequence_logprobs() - world.reference_logprobs()
     metrics = training.step(0)
@@ -199,18 +199,18 @@ def test_metrics_of_a_step_are_those_of_its_samples(tmp_path: Path) -> None:
     assert {f"seconds/{phase}" for phase in ("rollout", "reward", "credit", "update")} <= set(metrics)
     assert set(training.headline) <= set(metrics)
     assert metrics["sample/logprob_difference_max"] < 1e-5
-    assert metrics["engine/floor_ratio"] == 1.0  # two prompts without a common beginning, each computed once
+    assert metrics["engine/floor_ratio"] == 1.0  # two prompts without a common prefix, each computed once
     assert metrics["engine/computed/prefill"] == sum(len(world.encode(prompt)) for prompt in world.prompts)
     assert metrics["engine/computed/decode"] == lengths.sum() - len(lengths)
     assert metrics["engine/preemptions"] == metrics["engine/computed/recompute"] == 0
     assert metrics["engine/pages/policy"] > 0
     assert metrics["engine/tokens_per_s"] > 0
     assert sum(metrics[f"engine/seconds/{phase}"] for phase in ("plan", "forward", "sample")) > 0
-    # The baseline of the next step: the return of a whole sequence, less the KL that its first action cannot change.
+    # The baseline of the next step is the return of a whole sequence without the KL of its first state.
     assert training.baseline.value == pytest.approx((rewards - LAMBDA * kl[:, 1:].sum(1)).mean().item())
 
 
-def test_samples_of_another_policy_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_another_policy_show_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = RecordingWorld()
     training = world.training({"kl": {"coef": LAMBDA}}, 8, tmp_path)
     environment, rollout = training.environment, training.environment.rollout
@@ -227,14 +227,14 @@ def test_samples_of_another_policy_are_told(tmp_path: Path, monkeypatch: pytest.
     assert metrics["sample/logprob_difference"] == pytest.approx(0.5 / tokens, abs=1e-5)
 
 
-def test_the_kl_coefficient_adapts_after_the_step_that_it_priced(tmp_path: Path) -> None:
+def test_the_kl_coefficient_adapts_after_the_step_that_used_it(tmp_path: Path) -> None:
     kl = {"coef": LAMBDA, "target": 1e-3, "horizon": 16}
     training = World().training({"kl": kl}, 8, tmp_path, steps=2, learning_rate=1e-4)
     assert training.step(0)["kl_coef"] == LAMBDA
-    assert training.step(1)["kl_coef"] == pytest.approx(1.2 * LAMBDA)  # far above the target, by the most of a horizon
+    assert training.step(1)["kl_coef"] == pytest.approx(1.2 * LAMBDA)  # the largest increase in a horizon
 
 
-def test_a_sample_of_the_step_is_written(tmp_path: Path) -> None:
+def test_a_sample_of_each_step_is_written(tmp_path: Path) -> None:
     world = RecordingWorld()
     world.training({}, 2, tmp_path).step(0)
     (row,) = read_rows(tmp_path / "samples.jsonl")
@@ -291,7 +291,7 @@ def test_an_adapter_is_trained_and_its_base_is_not(kind: str, advantage: str, tm
     reference = world.reference_logprobs()
     before = training.step(0)
     if kind == "lora":
-        assert before["kl"] == 0  # a fresh LoRA adds nothing
+        assert before["kl"] == 0  # a new LoRA has no effect
     assert training.step(1)["kl"] > 1e-4
     assert any(not torch.equal(a, b) for a, b in zip(trained, weights_of(training), strict=True))
     weights = dict(world.policy.model.named_parameters())
@@ -302,7 +302,7 @@ def test_an_adapter_is_trained_and_its_base_is_not(kind: str, advantage: str, tm
 # -------------------------------------------------------------------------------------------------------------- critic
 
 
-def test_the_critic_starts_silent_and_learns_the_returns() -> None:
+def test_the_critic_starts_at_zero_and_learns_the_returns() -> None:
     world = World(drift=0.0)
     training = world.training({"advantage": "gae"}, 2, steps=40, learning_rate=0.02)
     assert training.critic is not None

@@ -1,4 +1,4 @@
-"""A run that is interrupted and resumed ends as the run that was not: metrics, samples and weights, bit for bit."""
+"""An interrupted and resumed run ends like an uninterrupted one: metrics, samples and weights are bit-identical."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_a_run_resumed_from_a_checkpoint_ends_as_the_undisturbed_one(
     assert_same(out, reference)
 
 
-def test_what_was_cached_before_makes_no_difference(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
-    """Of prompts that come again, the base model's part is in the undisturbed run's cache, and not in the resumed one's."""
+def test_the_state_of_the_cache_makes_no_difference(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    """For repeated prompts, the base model's pages are in the uninterrupted run's cache but not in the resumed one's."""
     size = ("rollout.prompts_per_step=16", "rollout.rewrites_per_prompt=4", "rollout.rewrite.max_tokens=12")
     job, out = (*JOBS["self mode"][:3], *size, "optimizer.learning_rate=0.02"), tmp_path / "run"
     shutil.copytree(finished(*job), out)
@@ -70,7 +70,7 @@ def test_what_was_cached_before_makes_no_difference(workshop: Workshop, finished
     assert_same(out, finished(*job))
 
 
-def test_the_runs_compared_here_do_train(finished: Finished) -> None:
+def test_the_compared_runs_change_the_policy(finished: Finished) -> None:
     first, last = read_metrics(finished("train"))[0], read_metrics(finished("train"))[-2]
     assert abs(first["kl"]) < 1e-6  # passes with and without gradients round differently
     assert last["kl"] > 1e-4
@@ -82,7 +82,7 @@ def test_the_runs_compared_here_do_train(finished: Finished) -> None:
 LONG = ("train", "run.steps=100", "run.checkpoint_every=1000", "run.eval_every=7", "optimizer.schedule=constant")
 
 
-def test_sigint_saves_and_exits_and_resume_goes_on(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+def test_sigint_saves_and_exits_and_resume_continues(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = Process(workshop.arguments(LONG[0], out, *LONG[1:]), tmp_path / "log")
     process.wait_until(lambda: rows(out) >= 2)
@@ -93,7 +93,7 @@ def test_sigint_saves_and_exits_and_resume_goes_on(workshop: Workshop, finished:
     assert_same(out, finished(*LONG))
 
 
-def test_sigterm_to_the_command_itself_saves_and_exits_and_resume_goes_on(
+def test_sigterm_to_the_command_saves_and_exits_and_resume_continues(
     workshop: Workshop, finished: Finished, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -144,7 +144,7 @@ def test_a_second_signal_kills_at_once_and_the_run_resumes(workshop: Workshop, t
 
 
 def kill_and_resume(workshop: Workshop, tmp_path: Path, job: tuple[str, ...], at: int) -> Path | None:
-    """Kill a run at its ``at``-th operation on files, then resume it; None when it had ended before that."""
+    """Kill a run at its ``at``-th operation on files, then resume it; returns None if it ended before that."""
     out = tmp_path / f"killed_{at}"
     status = Process(workshop.arguments(job[0], out, *job[1:]), tmp_path / "log", kill_at=at).wait()
     if status == 0:
@@ -158,10 +158,8 @@ def kill_and_resume(workshop: Workshop, tmp_path: Path, job: tuple[str, ...], at
 KILLED = ("sft", "run.steps=3", "run.eval_every=2", "run.keep_checkpoints=1", "run.tensorboard=true")
 
 
-def test_kill_9_at_some_file_operations_leaves_a_run_that_resumes(
-    workshop: Workshop, finished: Finished, tmp_path: Path
-) -> None:
-    """Every fifteenth operation on files, from the first of the run to the last: most are within a checkpoint's saving."""
+def test_a_run_killed_at_some_file_operations_resumes(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    """Kills at every fifteenth operation on files of the whole run. Most operations belong to saving checkpoints."""
     kills = 0
     for at in range(random.Random(0).randrange(1, 15), 2000, 15):
         out = kill_and_resume(workshop, tmp_path, KILLED, at)
@@ -174,7 +172,7 @@ def test_kill_9_at_some_file_operations_leaves_a_run_that_resumes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", [KILLED, ("train", *KILLED[1:])], ids=lambda job: job[0])
-def test_kill_9_at_every_file_operation_leaves_a_run_that_resumes(
+def test_a_run_killed_at_any_file_operation_resumes(
     workshop: Workshop, finished: Finished, tmp_path: Path, job: tuple[str, ...]
 ) -> None:
     kills = 0
@@ -188,7 +186,9 @@ def test_kill_9_at_every_file_operation_leaves_a_run_that_resumes(
     assert kills > 100
 
 
-def test_kill_9_again_and_again_at_random_moments(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+def test_a_run_killed_repeatedly_at_random_times_resumes(
+    workshop: Workshop, finished: Finished, tmp_path: Path
+) -> None:
     job = ("train", *LONG[1:], "run.checkpoint_every=2", "run.keep_checkpoints=2")
     out, moments = tmp_path / "run", random.Random(1)
     for _ in range(3):
@@ -205,7 +205,7 @@ def test_kill_9_again_and_again_at_random_moments(workshop: Workshop, finished: 
 @pytest.mark.parametrize(
     "tail", [b'{"step": 5, "lo', b'{"step": 4, "prompt": "\xe6\x97', b"\x00" * 100, b'{"step": 9}']
 )
-def test_a_last_line_cut_short_is_dropped(workshop: Workshop, finished: Finished, tmp_path: Path, tail: bytes) -> None:
+def test_a_truncated_last_line_is_dropped(workshop: Workshop, finished: Finished, tmp_path: Path, tail: bytes) -> None:
     reference = finished("train")
     out = tmp_path / "run"
     shutil.copytree(reference, out, ignore=shutil.ignore_patterns("model", "step_000003", "step_000004"))
@@ -216,8 +216,8 @@ def test_a_last_line_cut_short_is_dropped(workshop: Workshop, finished: Finished
     assert_same(out, reference)
 
 
-def test_going_back_removes_what_came_after(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
-    """Else a later plain --resume would take up a checkpoint whose metrics are gone."""
+def test_going_back_removes_later_checkpoints(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    """Otherwise a later --resume would load a checkpoint whose metrics were removed."""
     out = tmp_path / "run"
     shutil.copytree(finished("train"), out)
     with workshop.broken_reward("raise", 1):
@@ -227,7 +227,7 @@ def test_going_back_removes_what_came_after(workshop: Workshop, finished: Finish
     assert_same(out, finished("train"))
 
 
-def test_checkpoints_of_the_future_do_not_push_out_new_ones(
+def test_checkpoints_after_the_resumed_step_do_not_displace_new_ones(
     workshop: Workshop, finished: Finished, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -246,27 +246,27 @@ def test_a_run_can_be_made_longer(workshop: Workshop, finished: Finished, tmp_pa
     assert_same(out, finished("train", constant, "run.steps=6"))
 
 
-def test_a_longer_run_goes_on_with_its_own_learning_rate(
+def test_a_longer_run_continues_with_its_own_learning_rate(
     workshop: Workshop, finished: Finished, tmp_path: Path
 ) -> None:
-    """And not with that at the end of the shorter one, which is 0."""
+    """The shorter run's schedule ended at 0, which must not be used."""
     linear, out = ("train", "optimizer.schedule=linear"), tmp_path / "run"
     shutil.copytree(finished(*linear), out)
     assert workshop.run(*linear[:1], out, *linear[1:], "run.steps=8", "--resume") == 0
     rates = [row["learning_rate"] for row in read_metrics(out) if "learning_rate" in row]
-    of_eight = [0.01 * (8 - step) / (8 - 2) for step in range(4, 8)]  # 2 steps warm up
+    of_eight = [0.01 * (8 - step) / (8 - 2) for step in range(4, 8)]  # 2 steps of warm-up
     assert rates[4:] == pytest.approx(of_eight)
 
 
-def test_the_state_holds_what_no_weight_does(finished: Finished) -> None:
+def test_the_state_holds_everything_besides_weights(finished: Finished) -> None:
     state = json.loads((finished(*JOBS["adaptive KL"]) / "checkpoints/step_000004/state.json").read_text())
     assert state["step"] == 4
     assert state["task"]["kl"] != {}
     assert {"reference", "data", "baseline"} <= state["task"].keys()
 
 
-def test_pairs_cut_short_are_counted_step_by_step(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
-    """So that the count of a resumed run is that of the undisturbed one, also where a step has failed."""
+def test_truncated_pairs_are_counted_per_step(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+    """This makes the count of a resumed run equal to the uninterrupted one's, even after a failed step."""
     assert workshop.run("sft", tmp_path / "run", "max_tokens=30", "run.steps=2") == 0
     counts = [row["truncated"] for row in read_metrics(tmp_path / "run") if "truncated" in row]
     assert all(0 < count <= 6 for count in counts)

@@ -1,4 +1,4 @@
-"""The run directory and the loop: who may use it, what is saved when something fails, and what is said."""
+"""The run directory and the training loop: access, state saved on failures, and messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Finished = Callable[..., Path]
 
 
 class Config(Section):
-    """The least that a run needs."""
+    """The smallest configuration of a run."""
 
     run: RunConfig
     goal: float = 0.0
@@ -34,7 +34,7 @@ class Config(Section):
 
 
 class Descent:
-    """A task of one weight that draws from torch's global generator; fails where it is told to."""
+    """A task with one weight that draws from torch's global generator, and fails where ``fail`` says."""
 
     headline = ("loss",)
 
@@ -99,7 +99,7 @@ def undisturbed(tmp_path: Path) -> Path:
 
 
 def steps(out: Path) -> list[tuple[int, bool]]:
-    """(step, whether it is a row of an evaluation)."""
+    """Return (step, whether it is an evaluation) of each row."""
     return [(row["step"], any(name.startswith("eval/") for name in row)) for row in read_rows(out / "metrics.jsonl")]
 
 
@@ -109,7 +109,7 @@ ALL_STEPS = [(1, False), (2, False), (3, False), (3, True), (4, False), (5, Fals
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-def test_a_run_leaves_what_it_says(undisturbed: Path) -> None:
+def test_a_run_writes_its_documented_files(undisturbed: Path) -> None:
     assert sorted(path.name for path in undisturbed.iterdir()) == [
         "checkpoints",
         "config.yaml",
@@ -122,7 +122,7 @@ def test_a_run_leaves_what_it_says(undisturbed: Path) -> None:
     assert read_rows(undisturbed / "metrics.jsonl")[-1]["eval/distance"] < 4
 
 
-def test_the_seed_decides_what_global_generators_draw(undisturbed: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_global_generators(undisturbed: Path, tmp_path: Path) -> None:
     torch.rand(7)
     train(configure(tmp_path / "again"))
     train(configure(tmp_path / "other", seed=1))
@@ -130,17 +130,19 @@ def test_the_seed_decides_what_global_generators_draw(undisturbed: Path, tmp_pat
     assert read_metrics(tmp_path / "other") != read_metrics(undisturbed)
 
 
-def test_there_is_a_checkpoint_at_the_end_also_between_two(tmp_path: Path) -> None:
+def test_the_last_step_has_a_checkpoint_even_if_none_is_due(tmp_path: Path) -> None:
     train(configure(tmp_path / "run", steps=5, checkpoint_every=2))
     assert steps_of_checkpoints(tmp_path / "run") == [4, 5]
 
 
-# ------------------------------------------------------------------------------------------- failures of what it runs
+# ------------------------------------------------------------------------------------------------ failures of the task
 
 
 @pytest.mark.parametrize("at", range(6))
-def test_a_step_that_fails_before_its_update_is_saved_as_it_began(undisturbed: Path, tmp_path: Path, at: int) -> None:
-    """Bit for bit: what the failing step had drawn from the generators is taken back."""
+def test_the_state_before_a_step_is_saved_if_it_fails_before_its_update(
+    undisturbed: Path, tmp_path: Path, at: int
+) -> None:
+    """The generators' state is restored too, so that the resumed run is bit-identical."""
     out = tmp_path / "run"
     with pytest.raises(RewardError, match="the judge is out"):
         train(configure(out), fail={("before update", at): RewardError("the judge is out")})
@@ -150,7 +152,7 @@ def test_a_step_that_fails_before_its_update_is_saved_as_it_began(undisturbed: P
 
 
 @pytest.mark.parametrize("at", range(1, 6))
-def test_a_step_that_fails_after_its_update_is_not_saved(undisturbed: Path, tmp_path: Path, at: int) -> None:
+def test_no_state_is_saved_if_a_step_fails_after_its_update(undisturbed: Path, tmp_path: Path, at: int) -> None:
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match="halfway"):
         train(configure(out), fail={("after update", at): RuntimeError("halfway")})
@@ -160,7 +162,7 @@ def test_a_step_that_fails_after_its_update_is_not_saved(undisturbed: Path, tmp_
 
 
 @pytest.mark.parametrize("at", [2, 5])
-def test_an_evaluation_that_fails_is_made_up_for(
+def test_a_failed_evaluation_is_repeated_on_resume(
     undisturbed: Path, tmp_path: Path, at: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
@@ -182,7 +184,7 @@ def test_an_evaluation_is_not_repeated(tmp_path: Path) -> None:
     assert steps(out) == ALL_STEPS[:-2]
 
 
-def test_a_failed_export_is_made_up_for_by_resume(tmp_path: Path) -> None:
+def test_a_failed_export_is_repeated_on_resume(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(CheckpointError, match=r"run/model: cannot be written: .*No space.*make room, then --resume"):
         train(configure(out), fail={("export", 0): OSError(28, "No space left on device")})
@@ -208,7 +210,7 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(undisturbed: Path) -> N
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("…")
     with pytest.raises(
         TrainingError, match=r"is not empty and holds no run \(it has thesis.tex\); name another run.out"
@@ -217,7 +219,7 @@ def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_an_evaluation_s_directory_is_left_alone(tmp_path: Path) -> None:
+def test_the_directory_of_an_evaluation_is_refused(tmp_path: Path) -> None:
     for name in ("config.yaml", "summary.json"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(TrainingError, match="is not empty and holds no run"):
@@ -225,13 +227,13 @@ def test_an_evaluation_s_directory_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == "{}"
 
 
-def test_a_file_in_its_place_is_told(tmp_path: Path) -> None:
+def test_a_file_in_its_place_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(TrainingError, match=r"run: is a file; name another run.out"):
         Run(configure(tmp_path / "run"))
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_place_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match=r"file/run: cannot be written: .*; name another run.out"):
         Run(configure(tmp_path / "file" / "run"))
@@ -240,20 +242,20 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_a_run_that_failed_before_its_first_step_can_be_started_again_with_another_configuration(
     tmp_path: Path,
 ) -> None:
-    """Such as with the right path of a model: there is nothing to lose."""
+    """For example, with a corrected path of a model. There is no state to lose."""
     with Run(configure(tmp_path / "run", goal=1.0)):
         pass
     train(configure(tmp_path / "run", goal=2.0))
     assert "goal: 2.0" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-def test_resume_where_there_is_no_run_starts_one(undisturbed: Path, tmp_path: Path) -> None:
-    """So that a job that a scheduler starts again and again has one command."""
+def test_resume_without_a_run_starts_one(undisturbed: Path, tmp_path: Path) -> None:
+    """A job that a scheduler restarts can then use the same command each time."""
     train(configure(tmp_path / "run"), resume=True)
     assert read_metrics(tmp_path / "run") == read_metrics(undisturbed)
 
 
-def test_one_process_at_a_time(undisturbed: Path) -> None:
+def test_only_one_process_may_use_a_directory(undisturbed: Path) -> None:
     with (
         Run(configure(undisturbed), resume=True),
         pytest.raises(TrainingError, match=rf"another process \(pid {os.getpid()}\) is training in it; wait for it"),
@@ -263,7 +265,7 @@ def test_one_process_at_a_time(undisturbed: Path) -> None:
         pass
 
 
-def test_a_failed_start_lets_the_directory_go(undisturbed: Path) -> None:
+def test_a_failed_start_releases_the_directory(undisturbed: Path) -> None:
     for how in ({"at": 5}, {}):
         with pytest.raises(AlignProError):
             Run(configure(undisturbed, goal=0.0 if how else 1.0), resume=True, **how)
@@ -271,7 +273,7 @@ def test_a_failed_start_lets_the_directory_go(undisturbed: Path) -> None:
         assert run.finished
 
 
-def test_another_configuration_is_refused_by_key(undisturbed: Path) -> None:
+def test_a_changed_configuration_is_refused_and_the_keys_are_named(undisturbed: Path) -> None:
     changed = Config.model_validate(
         {**configure(undisturbed, goal=1.0, seed=3).model_dump(), "data": {"rows": 2, "columns": 1}}
     )
@@ -288,7 +290,7 @@ def test_another_configuration_is_refused_by_key(undisturbed: Path) -> None:
     assert str(undisturbed / "config.yaml") in str(caught.value)
 
 
-def test_what_the_run_writes_and_when_may_change(undisturbed: Path) -> None:
+def test_length_checkpoints_and_evaluations_of_a_run_may_change(undisturbed: Path) -> None:
     train(configure(undisturbed, steps=8, checkpoint_every=1, keep_checkpoints=1, eval_every=0), resume=True)
     assert steps(undisturbed) == [*ALL_STEPS, (7, False), (8, False)]
     assert steps_of_checkpoints(undisturbed) == [8]
@@ -304,7 +306,7 @@ def test_a_run_of_another_command_is_refused(undisturbed: Path, workshop: Worksh
         Run(Other(run=RunConfig(out=undisturbed), model="x"), resume=True)
 
 
-def test_a_finished_run_is_known_without_a_task(undisturbed: Path) -> None:
+def test_a_finished_run_is_recognised_without_a_task(undisturbed: Path) -> None:
     made = (undisturbed / "model").stat().st_mtime_ns
     with Run(configure(undisturbed), resume=True) as run:
         assert run.finished
@@ -320,7 +322,7 @@ def test_a_finished_run_needs_no_checkpoints(undisturbed: Path) -> None:
         Run(configure(undisturbed, steps=9), resume=True)
 
 
-def test_fewer_steps_than_were_made_are_refused(undisturbed: Path) -> None:
+def test_fewer_steps_than_completed_are_refused(undisturbed: Path) -> None:
     with pytest.raises(TrainingError, match=r"is at step 6, beyond run.steps=5; raise run.steps, or go back with --at"):
         Run(configure(undisturbed, steps=5), resume=True)
     train(configure(undisturbed, steps=5), resume=True, at=4)
@@ -328,7 +330,7 @@ def test_fewer_steps_than_were_made_are_refused(undisturbed: Path) -> None:
     assert steps_of_checkpoints(undisturbed) == [4, 5]
 
 
-def test_a_step_to_go_back_to_must_be_there_and_whole(undisturbed: Path) -> None:
+def test_a_step_to_go_back_to_must_exist_undamaged(undisturbed: Path) -> None:
     with pytest.raises(CheckpointError, match=r"step_000003: no such checkpoint; there are: 4, 6"):
         Run(configure(undisturbed), resume=True, at=3)
     flip_bit(undisturbed / "checkpoints/step_000004/w.safetensors")
@@ -336,7 +338,7 @@ def test_a_step_to_go_back_to_must_be_there_and_whole(undisturbed: Path) -> None
         Run(configure(undisturbed), resume=True, at=4)
 
 
-def test_wandb_is_missed_before_anything_is_made(tmp_path: Path) -> None:
+def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     try:
         import wandb  # noqa: F401
     except ImportError:
@@ -352,7 +354,7 @@ def test_wandb_is_missed_before_anything_is_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["raise", "nan", "count"])
 @pytest.mark.parametrize("command", ["train", "rlhf"])
-def test_a_reward_that_fails_stops_with_the_prompt_and_the_state_saved(
+def test_a_failing_reward_stops_the_run_names_the_prompt_and_saves_the_state(
     workshop: Workshop,
     finished: Finished,
     tmp_path: Path,
@@ -360,7 +362,7 @@ def test_a_reward_that_fails_stops_with_the_prompt_and_the_state_saved(
     how: str,
     command: str,
 ) -> None:
-    """Call 2 is of the second step; the checkpoint of step 1 is due by configuration no sooner than at step 4."""
+    """Call 2 is in the second step. By the configuration, the first checkpoint is due at step 4."""
     job, out = ("run.checkpoint_every=4",), tmp_path / "run"
     with workshop.broken_reward(how, 2):
         assert workshop.run(command, out, *job) == 1
@@ -375,7 +377,7 @@ def test_a_reward_that_fails_stops_with_the_prompt_and_the_state_saved(
     assert_same(out, finished(command))
 
 
-def test_a_reward_that_fails_at_an_evaluation_is_made_up_for(
+def test_an_evaluation_whose_reward_failed_is_repeated_on_resume(
     workshop: Workshop, finished: Finished, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -387,10 +389,10 @@ def test_a_reward_that_fails_at_an_evaluation_is_made_up_for(
     assert_same(out, finished("train"))
 
 
-def test_a_loss_that_is_not_finite_stops_and_poisons_nothing(
+def test_a_loss_that_is_not_finite_stops_the_run_without_saving_bad_weights(
     workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A learning rate beyond all measure: the loss of the second or third step is NaN."""
+    """The learning rate is so large that the loss of the second or third step is NaN."""
     out = tmp_path / "run"
     assert workshop.run("sft", out, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0") == 1
     output = capsys.readouterr().err
@@ -403,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_and_poisons_nothing(
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
-def test_damage_is_passed_over_by_the_command(
+def test_the_command_skips_damaged_checkpoints(
     workshop: Workshop, finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
@@ -417,7 +419,7 @@ def test_damage_is_passed_over_by_the_command(
     assert steps_of_checkpoints(out) == [1, 2, 3, 4]
 
 
-def test_nothing_but_damage_is_an_error_of_the_command(
+def test_only_damaged_checkpoints_are_an_error_of_the_command(
     workshop: Workshop, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -431,7 +433,7 @@ def test_nothing_but_damage_is_an_error_of_the_command(
 
 
 def test_a_full_disk_at_a_checkpoint_loses_nothing(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk: the first checkpoint's weights fit, the optimizer does not."""
+    """A file-size limit stands in for a full disk: the weights of the next checkpoint fit, its optimizer does not."""
     out = tmp_path / "run"
     assert workshop.run("sft", out, "run.steps=2", "optimizer.schedule=constant") == 0
     shutil.rmtree(out / "model")
@@ -444,16 +446,16 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(workshop: Workshop, finished:
     assert "Traceback" not in process.output()
     assert steps_of_checkpoints(out) == [1, 2]
     assert not list((out / "checkpoints").glob(".*"))
-    assert [row["step"] for row in read_metrics(out)] == [1, 2, 2, 3], "the step was made and told of"
+    assert [row["step"] for row in read_metrics(out)] == [1, 2, 2, 3], "the step before the failure has its row"
     assert workshop.run("sft", out, *job) == 0
     assert_same(out, finished("sft", "optimizer.schedule=constant"))
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
-def test_a_full_disk_at_another_file_is_told_and_loses_nothing(
+def test_a_full_disk_at_another_file_is_reported_and_loses_nothing(
     workshop: Workshop, finished: Finished, tmp_path: Path, name: str
 ) -> None:
-    """As above; a long row that stands in the file already makes it the first to reach the limit."""
+    """As above. A long row in the file makes it the first to reach the limit."""
     job = ("train", "run.eval_every=0", "optimizer.schedule=constant")
     out = tmp_path / "run"
     assert workshop.run(job[0], out, *job[1:], "run.steps=2") == 0
@@ -475,7 +477,7 @@ def test_a_full_disk_at_another_file_is_told_and_loses_nothing(
     assert_same(out, finished(*job))
 
 
-def test_a_place_that_tensorboard_cannot_write_to_is_told(
+def test_a_place_that_tensorboard_cannot_write_to_is_an_error(
     workshop: Workshop, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -499,7 +501,7 @@ def test_two_processes_do_not_share_a_directory(workshop: Workshop, finished: Fi
     first.wait_until(lambda: rows(out) > before + 1)
     first.signal(9)
     first.wait()
-    assert workshop.run(job[0], out, "run.steps=1", "--resume") == 0, "a lock dies with its process"
+    assert workshop.run(job[0], out, "run.steps=1", "--resume") == 0, "the lock of a dead process remains"
 
 
 def test_other_data_is_refused_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -533,7 +535,9 @@ def test_another_reference_is_refused_by_the_command(
     assert read_model(out) == before
 
 
-def test_a_finished_run_answers_without_its_models_or_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_run_is_reported_without_its_models_or_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "workshop").mkdir()
     workshop, out = Workshop(tmp_path / "workshop"), tmp_path / "run"
     assert workshop.run("train", out) == 0

@@ -1,4 +1,4 @@
-"""Self mode: the prompter is a LoRA on the target itself, whose weights are held once."""
+"""Self mode: the prompter is a LoRA on the target itself, whose weights are in memory once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACTIVATED = ("policy.adapter.kind=lora", "policy.adapter.rank=4", "policy.adapte
 SELF = (*ACTIVATED, "target=policy")
 
 
-def test_a_run_learns_and_leaves_an_adapter_that_peft_reads(workshop: Workshop, finished: Finished) -> None:
+def test_a_run_trains_and_exports_an_adapter_that_peft_loads(workshop: Workshop, finished: Finished) -> None:
     out = finished("train", *SELF)
     metrics = read_metrics(out)
     assert abs(metrics[0]["kl"]) < 1e-6  # passes with and without gradients round differently
@@ -45,7 +45,7 @@ def test_a_run_learns_and_leaves_an_adapter_that_peft_reads(workshop: Workshop, 
 
 
 @pytest.mark.parametrize("adapter", [ACTIVATED, ACTIVATED[:2]], ids=["activated", "plain"])
-def test_a_run_is_that_with_a_target_of_its_own(
+def test_a_run_equals_one_with_a_separate_target(
     workshop: Workshop, finished: Finished, adapter: tuple[str, ...]
 ) -> None:
     shared = finished("train", *adapter, "target=policy")
@@ -54,11 +54,11 @@ def test_a_run_is_that_with_a_target_of_its_own(
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
-def test_it_goes_on_from_supervised_fine_tuning(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+def test_it_continues_from_supervised_fine_tuning(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
     sft = finished("sft", *ACTIVATED) / "model"
     assert workshop.run("train", tmp_path / "run", *SELF, f"policy.path={sft}") == 0
     metrics = read_metrics(tmp_path / "run")
-    assert abs(metrics[0]["kl"]) < 1e-6  # to ρ_sft, which has the adapter of before
+    assert abs(metrics[0]["kl"]) < 1e-6  # relative to ρ_sft, which has the loaded adapter
     assert metrics[-2]["kl"] > 1e-5
     config = load_config(TrainConfig, workshop.arguments("train", tmp_path, *SELF, f"policy.path={sft}")[1:])
     target = prompter_training(config).engine.models["target"]
@@ -67,7 +67,7 @@ def test_it_goes_on_from_supervised_fine_tuning(workshop: Workshop, finished: Fi
     assert torch.equal(target.action_states(batch), start.action_states(batch))
 
 
-def test_weights_are_held_once(workshop: Workshop, tmp_path: Path) -> None:
+def test_weights_are_in_memory_once(workshop: Workshop, tmp_path: Path) -> None:
     config = load_config(TrainConfig, workshop.arguments("train", tmp_path, *SELF)[1:])
     training = prompter_training(config)
     policy, target = training.engine.models["policy"], training.engine.models["target"]
@@ -85,7 +85,7 @@ def test_the_runs_target_answers_its_rewrites(workshop: Workshop, finished: Fini
 
 
 def test_it_is_evaluated_with_one_set_of_weights(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
-    """Arms and log-probabilities are those of a target of its own."""
+    """Arms and log-probabilities equal those with a separate target."""
     model = {"device": "cpu"}
     common = {
         "seed": 1,
@@ -130,7 +130,7 @@ class TestBadInput:
         assert workshop.run("train", tmp_path / "run", *SELF, f"policy.path={start}") == 1
         assert "is an adapter, which is merged into its base model before training" in _said(capsys)
 
-    def test_an_invocation_that_does_not_come(
+    def test_a_prompt_without_the_invocation(
         self, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert workshop.run("train", tmp_path / "run", *SELF, "policy.adapter.invocation=Rewrite") == 1

@@ -1,4 +1,4 @@
-"""The order of the data: a function of seed and step."""
+"""The order of the data, which is a function of seed and step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_epoch_has_every_prompt_once(batch_size: int) -> None:
     assert seen[:10] != seen[10:20]
 
 
-def test_a_step_sees_the_same_whatever_came_before() -> None:
+def test_a_batch_depends_only_on_seed_and_step() -> None:
     whole = PromptStream(PROMPTS, 3, seed=0)
     in_order = [whole.batch(step) for step in range(20)]
     assert [PromptStream(PROMPTS, 3, seed=0).batch(step) for step in (17, 2)] == [in_order[17], in_order[2]]
@@ -62,7 +62,7 @@ def test_no_prompt_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "warned"), [(10, False), (11, True)])
-def test_prompts_that_recur_within_a_step_are_told(
+def test_prompts_that_recur_within_a_step_give_a_warning(
     batch_size: int, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     PromptStream(PROMPTS, batch_size, 0)

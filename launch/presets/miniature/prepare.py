@@ -1,9 +1,9 @@
-"""Make what the miniature preset starts from: a BPE tokenizer, two untrained models and the SFT records.
+"""Create the inputs of the miniature preset: a BPE tokenizer, two untrained models and the SFT records.
 
     python launch/presets/miniature/prepare.py --data DIR --out DIR
 
-The data directory holds preference and instruction files in any form that `alignpro` reads. Every text is read by the
-project's own loader; nothing is cleaned by hand.
+The data directory holds preference and instruction files in any format that `alignpro` reads. All text goes through the
+project's own loader, without manual cleaning.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def load_all(directory: Path) -> Iterator[Prompt]:
-    """The prompts of every data file, file by file."""
+    """Yield the prompts of all data files, in the order of their names."""
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
             data = load_prompts(DataConfig(source=str(path)))
@@ -68,14 +68,14 @@ def load_all(directory: Path) -> Iterator[Prompt]:
 
 
 def texts(prompts: Iterable[Prompt]) -> Iterator[str]:
-    """Everything that a model will read or write."""
+    """Yield all text that a model will read or write."""
     for prompt in prompts:
         yield from (message.content for message in prompt.messages)
         yield from (t for t in (prompt.rewrite, prompt.response, prompt.chosen, prompt.rejected) if t)
 
 
 def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every script and every broken character has an encoding."""
+    """Train a byte-level BPE tokenizer, which can encode any script and any broken character."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,14 +98,14 @@ def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def save(tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig, directory: Path) -> None:
-    """A directory for ``from_scratch: true``: configuration and tokenizer, no weights."""
+    """Write a model directory for ``from_scratch: true``: configuration and tokenizer, no weights."""
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
 def response_records(prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
-    """(x, y) for the target: the reference response, or the preferred one."""
+    """Yield (x, y) pairs for the target; y is the reference response or, without one, the preferred response."""
     for prompt in prompts:
         response = prompt.response or prompt.chosen
         if response:
@@ -113,7 +113,7 @@ def response_records(prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
 
 
 def rewrite_records(prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
-    """(x, x') for the prompter: every prompt as it is, and the rewrites that people or models made."""
+    """Yield (x, x') pairs for the prompter: every prompt with itself, and with its rewrite if the data has one."""
     for prompt in prompts:
         if not prompt.text.strip():
             continue
@@ -123,12 +123,12 @@ def rewrite_records(prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
 
 
 def messages(prompt: Prompt) -> list[dict[str, str]]:
-    """The conversation as plain objects."""
+    """Return the conversation as JSON objects."""
     return [{"role": message.role, "content": message.content} for message in prompt.messages]
 
 
 def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """JSON Lines."""
+    """Write records as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

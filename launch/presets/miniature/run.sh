@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole miniature: DATA=DIR OUT=DIR launch/presets/miniature/run.sh
-# Each step is one command; one that has finished is not run again, one that was interrupted goes on.
+# Run the whole miniature pipeline: DATA=DIR OUT=DIR launch/presets/miniature/run.sh
+# Each step is one command. Finished steps are skipped, and an interrupted one resumes.
 set -euo pipefail
 : "${DATA:?the directory with the data files}"
 : "${OUT:=runs/miniature}"

@@ -1,4 +1,4 @@
-"""Heads and rows to try, what float64 says about them, and what the plain formula makes of them in their own dtype."""
+"""Heads and rows as test cases, with their results in float64 and by the plain formula in their own dtype."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def make_case(
 
 
 def oracle(case: Case) -> tuple[list[Tensor | None], Gradient]:
-    """Statistics and gradients by the specification, in float64. A low-rank part makes both sides of the product wider."""
+    """Return the reference's statistics and gradients in float64. A low-rank part is appended to both sides of the product."""
     head, rows = case.head, case.rows
     hidden, weight, bias = (None if x is None else x.double() for x in (rows.hidden, head.weight, head.bias))
     width = hidden.shape[1]
@@ -113,7 +113,7 @@ def oracle(case: Case) -> tuple[list[Tensor | None], Gradient]:
 
 
 def plain(case: Case) -> tuple[list[Tensor | None], Gradient]:
-    """The formula as one would write it: products in the inputs' dtype, softmax in float32, autograd."""
+    """Compute the formula directly: products in the inputs' dtype, softmax in float32, autograd."""
     head, rows = case.head, case.rows
     named = {"hidden": rows.hidden, "weight": head.weight, "bias": head.bias}
     named |= {"low_rank_rows": rows.low_rank, "low_rank": head.low_rank}
@@ -144,7 +144,7 @@ def plain(case: Case) -> tuple[list[Tensor | None], Gradient]:
 
 
 def empty_gradients(case: Case, *, frozen: bool = False, accumulate: bool = False) -> HeadGradients:
-    """Where gradients go; filled with NaN, which must be gone afterwards, or with ones to be added to."""
+    """Return gradient buffers, filled with NaN, which must be overwritten, or with ones, to be accumulated into."""
 
     def like(x: Tensor | None, dtype: torch.dtype | None = None, value: float = torch.nan) -> Tensor | None:
         return None if x is None else torch.full_like(x, value, dtype=dtype)
@@ -166,7 +166,7 @@ def with_rows(case: Case, **changes: Tensor) -> Case:
 
 
 def assert_as_good(got: Tensor | None, exact: Tensor | None, usual: Tensor | None, what: str) -> None:
-    """Error against float64 at most 1.5 times that of the plain formula, plus 1e-6 (of the largest value, above 1)."""
+    """Check that the error is at most 1.5 times the plain formula's plus 1e-6 (relative to values above 1)."""
     if exact is None:
         assert got is None, f"{what} was not asked for"
         return

@@ -1,4 +1,4 @@
-"""Backend ``triton`` of `paged_attention`, on NumPy: against the float64 reference, by ratio to PyTorch's own error."""
+"""Backend ``triton`` of `paged_attention`, interpreted: its error against float64, relative to plain PyTorch's."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ PROBLEMS = {
 
 @pytest.fixture(params=["whole", "parts"])
 def parted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether keys are cut into parts."""
+    """Split the keys into parts, or not."""
     monkeypatch.setattr(triton_attention, "_WAVES", 0 if request.param == "whole" else 1000)
 
 
@@ -35,29 +35,29 @@ def parted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_as_exact_as_plain_attention(name: str, dtype: torch.dtype) -> None:
-    """What lies in unused slots is NaN, unused entries of the table are out of range."""
+    """Unused slots hold NaN, and unused entries of the page table are out of range."""
     torch.manual_seed(0)
     problem = new_problem([5, 0, 1, 3, 2], [40, 7, 21, 9, 0], dtype=dtype, **PROBLEMS[name])
     assert_as_exact_as_plain(problem, *problem.run("triton"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_prompt(layout: str) -> None:
+def test_prefill_of_a_prompt(layout: str) -> None:
     torch.manual_seed(1)
     prompt = new_problem([37], [37], layout=layout)
     prompt = replace(prompt, starts=[0], positions=torch.arange(37, dtype=torch.int32))
     assert_as_exact_as_plain(prompt, *prompt.run("triton"))
 
 
-def test_more_sequences_than_are_looked_up_at_once() -> None:
+def test_more_sequences_than_one_lookup_handles() -> None:
     torch.manual_seed(1)
     problem = new_problem([1] * 130, [i % 4 for i in range(130)], heads=2, kv_heads=1, dim=8)
     assert_as_exact_as_plain(problem, *problem.run("triton"))
 
 
 @pytest.mark.usefixtures("parted")
-def test_slots_between_the_windows_of_a_tile_are_not_felt() -> None:
-    """Queries of one tile far apart: what lies between what they see is seen by none, and may be NaN."""
+def test_slots_between_the_windows_of_a_tile_have_no_effect() -> None:
+    """The queries of one tile are far apart: no window covers the keys between them, which may be NaN."""
     torch.manual_seed(0)
     problem = new_problem([2], [90], window=4, heads=2, kv_heads=1)
     problem = replace(problem, starts=[0], positions=torch.tensor([8, 70], dtype=torch.int32))
@@ -73,7 +73,7 @@ def test_slots_between_the_windows_of_a_tile_are_not_felt() -> None:
 
 
 @pytest.mark.usefixtures("parted")
-def test_a_query_that_is_nan_stays_alone() -> None:
+def test_a_nan_query_does_not_affect_others() -> None:
     torch.manual_seed(0)
     problem = replace(new_problem([9], [40]), positions=torch.full((9,), 200, dtype=torch.int32))
     out, _ = problem.run("triton")
@@ -86,7 +86,7 @@ def test_a_query_that_is_nan_stays_alone() -> None:
     assert bool(got[4, 1].isnan().all()) and bool(lse[4, 1].isnan())
 
 
-def test_a_query_does_not_feel_the_batch() -> None:
+def test_a_query_does_not_depend_on_its_batch() -> None:
     torch.manual_seed(0)
     problem = new_problem([5, 1, 13], [70, 64, 30], heads=6, window=50)
     out, lse = problem.run("triton")
@@ -101,8 +101,8 @@ def test_a_query_does_not_feel_the_batch() -> None:
 @pytest.mark.usefixtures("parted")
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("heads", [4, 32], ids=["several queries a tile", "several tiles a query"])
-def test_padding_sees_nothing_and_is_not_felt(heads: int, window: int | None) -> None:
-    """As a captured graph has it: queries at −1 behind a sequence's own, sequences without queries or keys, a wide table."""
+def test_padding_attends_to_nothing_and_has_no_effect(heads: int, window: int | None) -> None:
+    """As in a captured graph: padding queries at −1 after a sequence's own, empty sequences, a wide page table."""
     torch.manual_seed(0)
     problem = new_problem([1, 2, 1], [40, 7, 21], heads=heads, kv_heads=1, dim=8, window=window)
     out, lse = problem.run("triton")
@@ -128,7 +128,7 @@ def test_padding_sees_nothing_and_is_not_felt(heads: int, window: int | None) ->
     assert not padded[0][elsewhere].any() and bool((padded[1][elsewhere] == -torch.inf).all())
 
 
-def test_a_cascade_is_the_whole_attention() -> None:
+def test_a_cascade_gives_the_whole_attention() -> None:
     torch.manual_seed(0)
     shared, suffixes = 35, [1, 9, 30, 0]
     node = new_problem([4], [shared])
@@ -145,7 +145,7 @@ def test_a_cascade_is_the_whole_attention() -> None:
     assert_as_exact_as_plain(whole, merged, torch.logaddexp(shared_lse, own_lse))
 
 
-def test_nothing_to_do() -> None:
+def test_empty_inputs_give_empty_results() -> None:
     pages = torch.full((1, 2, 4, 2, 8), torch.nan)
     none = torch.zeros(0, dtype=torch.int32)
     zero, table = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3, dtype=torch.int32)
@@ -177,7 +177,7 @@ def test_strided_indices_and_queries() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_the_processor_keeps_its_backend_and_float64_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_cpu_default_is_another_backend_and_float64_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     attention._announce.cache_clear()
     problem = new_problem([1], [5])
     with caplog.at_level("INFO", "alignpro_kernels"):

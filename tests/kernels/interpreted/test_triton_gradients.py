@@ -1,4 +1,4 @@
-"""Gradients of the Triton backend, on NumPy, against float64."""
+"""Gradients of the Triton backend, interpreted, compared with float64."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def check(case: Case, active: Tensor | None = None, *, frozen: bool = False, acc
 
 
 def silenced(case: Case, active: Tensor) -> Case:
-    """Coefficients zero but in the active rows."""
+    """Set the coefficients to zero except in the active rows."""
     keep = torch.zeros(len(case.rows.hidden)).index_fill_(0, active, 1.0)
     alpha, eta, kappa = (None if x is None else x * keep for x in case.coefficients)
     return replace(case, alpha=alpha, eta=eta, kappa=kappa)
@@ -72,13 +72,13 @@ def test_active_rows(active: list[int], kind: int) -> None:
 
 
 def test_active_rows_past_a_block_of_rows() -> None:
-    """More rows than a program takes at once: what is moved is not read again."""
+    """There are more rows than one program handles at a time: rows that were moved are not read again."""
     index = torch.arange(50)[torch.arange(50) % 7 != 3]
     check(silenced(make_case(torch.float32, count=50, ref="shared", bias=True), index), index)
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-def test_added_to_what_is_there(dtype: torch.dtype) -> None:
+def test_gradients_are_accumulated(dtype: torch.dtype) -> None:
     check(make_case(dtype, bias=True, rank=4), accumulate=True)
 
 
@@ -105,18 +105,18 @@ def test_shapes() -> None:
 
 @pytest.mark.parametrize("size", [1e-4, 1e4])
 def test_float16_neither_underflows_nor_overflows(size: float) -> None:
-    """A loss averaged over many tokens: α p is below what float16 holds."""
+    """The loss is averaged over many tokens: α p is below float16's range."""
     case = make_case(torch.float16, ref="shared", scale=0.1, vocabulary=300)
     alpha, eta, kappa = (x * size for x in case.coefficients)
     case = replace(case, alpha=alpha, eta=eta, kappa=kappa)
     gradients, exact = run(case, empty_gradients(case)), oracle(case)[1]
     assert (gradients.weight - exact["weight"]).norm() < 2e-3 * exact["weight"].norm()
-    # The hidden states' gradient is itself float16, with steps of 6e-8.
+    # The gradient of the hidden states is itself float16, with steps of 6e-8.
     rounding = exact["hidden"].half().double() - exact["hidden"]
     assert (gradients.hidden - exact["hidden"]).norm() < 1.5 * rounding.norm() + 2e-3 * exact["hidden"].norm()
 
 
-def test_forbidden_tokens_take_no_gradient() -> None:
+def test_forbidden_tokens_get_no_gradient() -> None:
     case = make_case(torch.float32, bias=True, vocabulary=160, ref="shared", count=6)
     bias = case.head.bias.clone()
     bias[:64] = -torch.inf
@@ -128,7 +128,7 @@ def test_forbidden_tokens_take_no_gradient() -> None:
     assert (gradients.weight[:64] == 0).all() and (gradients.bias[:64] == 0).all()
 
 
-def test_nan_rows_that_are_not_active_do_no_harm() -> None:
+def test_nan_in_inactive_rows_has_no_effect() -> None:
     case = make_case(torch.float32, bias=True)
     hidden = case.rows.hidden.clone()
     hidden[5] = torch.nan
@@ -138,7 +138,7 @@ def test_nan_rows_that_are_not_active_do_no_harm() -> None:
         assert got.isfinite().all()
 
 
-def test_a_nan_row_that_is_active_is_seen() -> None:
+def test_nan_in_an_active_row_propagates() -> None:
     case = make_case(torch.float32, bias=True)
     hidden = case.rows.hidden.clone()
     hidden[5] = torch.nan
@@ -147,7 +147,7 @@ def test_a_nan_row_that_is_active_is_seen() -> None:
     assert gradients.hidden[:5].isfinite().all() and gradients.hidden[6:].isfinite().all()
 
 
-def test_twice_the_same_bits() -> None:
+def test_two_calls_give_the_same_bits() -> None:
     case = make_case(torch.bfloat16, bias=True, rank=4, ref="shared")
     first, second = (run(case, empty_gradients(case)) for _ in range(2))
     for name in ("hidden", "low_rank_rows", "weight", "bias", "low_rank"):

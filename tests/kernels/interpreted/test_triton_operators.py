@@ -1,4 +1,4 @@
-"""The public operators through the Triton backend, on NumPy: chunks, masks, LoRA and autograd come from what is shared."""
+"""The public operators with the Triton backend, interpreted, through the shared code for chunks, masks, LoRA and autograd."""
 
 import pytest
 import torch
@@ -42,10 +42,10 @@ def coefficients(logprob: Tensor, entropy: Tensor, kl: Tensor, rows: Tensor) -> 
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_head, "_BUDGET", 0)  # leaves the least there is, 128 rows
+    monkeypatch.setattr(triton_head, "_BUDGET", 0)  # gives the smallest chunk, 128 rows
 
 
-def test_it_is_among_the_backends() -> None:
+def test_it_is_one_of_the_backends() -> None:
     assert backends()["triton"] is None
 
 

@@ -1,4 +1,4 @@
-"""The Triton backend's other parts, on NumPy: merged attention states, the float32 sum of products, long offsets."""
+"""Other parts of the Triton backend, interpreted: merged attention states, the float32 sum of products, 64-bit offsets."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_empty_sets_are_ignored() -> None:
     assert (merged[1] == 0).all()
 
 
-def test_states_that_take_a_gradient() -> None:
+def test_states_that_require_a_gradient() -> None:
     outs, lses = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3)
     triton_head.merge_states(outs, lses).sum().backward()
     assert outs.grad is not None
@@ -51,7 +51,7 @@ def test_no_states() -> None:
 @pytest.mark.parametrize("add", [False, True])
 def test_sum_of_products(dtype: torch.dtype, add: bool) -> None:
     g = torch.Generator().manual_seed(0)
-    du = torch.randn(21, 128, generator=g).to(dtype)[:, :70]  # rows longer than the vocabulary
+    du = torch.randn(21, 128, generator=g).to(dtype)[:, :70]  # the row stride is larger than the vocabulary
     x = torch.randn(21, 37, generator=g).to(dtype)
     total = torch.ones(70, 37) if add else torch.full((70, 37), torch.nan)
     shape = {"BM": 32, "BN": 16, "BK": 16}
@@ -70,7 +70,7 @@ def _offsets_kernel(out, row_tile, column_tile, stride, BM: tl.constexpr, BN: tl
 
 
 def test_offsets_pass_two_gigabytes() -> None:
-    """As the kernels form them: rows times vocabulary beyond 2³¹."""
+    """Computed as in the kernels: rows times vocabulary exceeds 2³¹."""
     out = torch.empty(4, 8, dtype=torch.int64)
     _offsets_kernel[(1,)](out, 4000, 30000, 262144, BM=4, BN=8)
     rows, columns = torch.arange(16000, 16004), torch.arange(240000, 240008)
@@ -80,7 +80,7 @@ def test_offsets_pass_two_gigabytes() -> None:
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("vocabulary", [32064, 151936, 262144])
 @pytest.mark.parametrize("reference_head", [False, True])
-def test_rows_in_flight_keep_to_the_budget(dtype: torch.dtype, vocabulary: int, reference_head: bool) -> None:
+def test_rows_in_flight_stay_within_the_budget(dtype: torch.dtype, vocabulary: int, reference_head: bool) -> None:
     weight = torch.empty(vocabulary, 8, device="meta")
     head = Head(weight, ref_weight=weight if reference_head else None)
     rows = triton_head.rows_in_flight(head, dtype)

@@ -1,4 +1,4 @@
-"""Sampling by the Triton backend, on NumPy, against the specification."""
+"""Sampling by the Triton backend, interpreted, compared with the reference."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def exact_sample(case: Case, seeds: Tensor) -> Tensor:
     [{}, {"bias": True, "temperature": "rows"}, {"softcap": 2.0, "temperature": 0.3}, {"rank": 20, "bias": True}],
     ids=str,
 )
-def test_samples_are_those_of_the_specification(dtype: torch.dtype, kind: dict) -> None:
+def test_samples_equal_those_of_the_reference(dtype: torch.dtype, kind: dict) -> None:
     case = make_case(dtype, count=19, coefficients="alpha", **kind)
     seeds = seeds_of(19)
     out = triton_head.sample(case.head, case.rows, seeds)
@@ -54,7 +54,7 @@ def test_noise() -> None:
 
 
 def test_noise_at_the_ends() -> None:
-    """Seeds whose first hash is all ones, all zeros, and near both: u from 1e-16 to 1 − 1e-16."""
+    """Seeds whose first hash is all ones, all zeros, or close to either: u from 1e-16 to 1 − 1e-16."""
     outputs = [-1, -2, -(2**20), -(2**40), 0, 1, 2**20, 2**40, 2**63 - 1, -(2**63), 2**63 - 2**30, -(2**63) + 2**30]
     seeds = torch.tensor([_invert(output) for output in outputs])
     got, exact = triton_head.gumbel_noise(seeds, 1), gumbel_noise(seeds, 1, torch.float64)
@@ -63,7 +63,7 @@ def test_noise_at_the_ends() -> None:
 
 
 def _invert(output: int) -> int:
-    """The seed whose first output of SplitMix64 is this."""
+    """Return the seed whose first output of SplitMix64 is ``output``."""
     mask = (1 << 64) - 1
 
     def unshift(z: int, bits: int) -> int:
@@ -78,7 +78,7 @@ def _invert(output: int) -> int:
     return z - (1 << 64) if z >> 63 else z
 
 
-def test_greedy_rows_take_the_lowest_of_the_best() -> None:
+def test_greedy_rows_take_the_lowest_id_of_equal_logits() -> None:
     case = make_case(torch.float32, count=4, vocabulary=150)
     weight = case.head.weight.clone()
     weight[[30, 31, 95, 149]] = 0.0
@@ -102,7 +102,7 @@ def test_temperature_zero_for_all() -> None:
     assert (out.logprob == 0).all() and (out.entropy == 0).all()
 
 
-def test_a_token_does_not_depend_on_the_batch() -> None:
+def test_a_token_does_not_depend_on_its_batch() -> None:
     case, seeds = make_case(torch.bfloat16, count=33), seeds_of(33)
     together = triton_head.sample(case.head, case.rows, seeds)
     for chunk in (slice(0, 1), slice(5, 22)):
@@ -111,7 +111,7 @@ def test_a_token_does_not_depend_on_the_batch() -> None:
             assert torch.equal(a, b[chunk])
 
 
-def test_a_nan_row_names_a_token_of_the_vocabulary() -> None:
+def test_a_nan_row_gives_a_token_of_the_vocabulary() -> None:
     case = make_case(torch.float32, count=3)
     hidden = case.rows.hidden.clone()
     hidden[1] = torch.nan

@@ -1,4 +1,4 @@
-"""Statistics of the Triton backend, on NumPy, against float64."""
+"""Statistics of the Triton backend, interpreted, compared with float64."""
 
 from dataclasses import replace
 
@@ -49,11 +49,11 @@ def test_peaked_and_flat_rows(dtype: torch.dtype) -> None:
     case = make_case(dtype, ref="shared", scale=1.0)
     hidden = case.rows.hidden.clone()
     hidden[0] = 0  # flat
-    hidden[1] *= 60  # all of the probability on one token
+    hidden[1] *= 60  # all probability on one token
     hidden[2] = hidden[3]  # two rows alike
     target = case.rows.target.clone()
     target[1] = (hidden[1].float() @ case.head.weight.float().T).argmax()
-    target[2:4] = len(case.head.weight) - 1  # in the last tile, which is not full
+    target[2:4] = len(case.head.weight) - 1  # in the last, partial tile
     check(with_rows(case, hidden=hidden, target=target))
 
 
@@ -86,7 +86,7 @@ def test_nan_stays_in_its_row() -> None:
         assert torch.equal(got[[0, 2, 4]], before[[0, 2, 4]])
 
 
-def test_a_nan_logit_is_seen_though_others_of_its_tile_are_larger() -> None:
+def test_a_nan_logit_propagates_even_if_others_of_its_tile_are_larger() -> None:
     case = make_case(torch.float32, bias=True, count=3)
     bias = case.head.bias.clone()
     bias[70] = torch.nan
@@ -95,8 +95,8 @@ def test_a_nan_logit_is_seen_though_others_of_its_tile_are_larger() -> None:
     assert stats.logprob.isnan().all() and stats.entropy.isnan().all()
 
 
-def test_forbidden_tokens_have_no_part() -> None:
-    """A bias of −∞ over whole tiles: the rest is as if they were not there."""
+def test_forbidden_tokens_have_no_effect() -> None:
+    """With a bias of −∞ over whole tiles, the result is that of the remaining vocabulary."""
     case = make_case(torch.float32, bias=True, count=4, vocabulary=160)
     bias = case.head.bias.clone()
     bias[:64] = -torch.inf
@@ -113,7 +113,7 @@ def test_forbidden_tokens_have_no_part() -> None:
     torch.testing.assert_close(stats.entropy.double(), less[1], rtol=0, atol=2e-6)
 
 
-def test_twice_the_same_bits() -> None:
+def test_two_calls_give_the_same_bits() -> None:
     case = make_case(torch.bfloat16, ref="separate", rank=4, bias=True)
     first, kept = triton_head.forward(case.head, case.rows, entropy=True, keep=True)
     second, again = triton_head.forward(case.head, case.rows, entropy=True, keep=True)
@@ -123,7 +123,7 @@ def test_twice_the_same_bits() -> None:
     assert torch.equal(kept.logits[:, :vocabulary], again.logits[:, :vocabulary])
 
 
-def test_one_token_of_a_row_takes_all_of_the_probability() -> None:
+def test_one_token_of_a_row_has_all_probability() -> None:
     case = make_case(torch.float32, count=2, scale=1.0)
     case = with_rows(case, hidden=case.rows.hidden * 1e4)
     z = case.rows.hidden @ case.head.weight.T
