@@ -122,7 +122,7 @@ class TorchBackend:
         return float(self._schedule.get_last_lr()[0])
 
     def save(self, directory: Path, name: str) -> None:
-        """Write ``{name}.safetensors`` (the float32 master copies of half-precision weights) and ``{name}_optimizer.pt``."""
+        """Write ``{name}.safetensors`` (float32 master copies if there are any) and ``{name}_optimizer.pt``."""
         save_file({key: w.detach().contiguous() for key, w in self._master.items()}, directory / f"{name}.safetensors")
         state = {
             "optimizer": self._optimizer.state_dict(),

@@ -31,7 +31,7 @@ class Experience:
     """(B, T), for the critic."""
 
     def select(self, groups: Tensor, size: int) -> Experience:
-        """Select the rows of some groups of ``size``; all reference states stay, since ``state_index`` points into them."""
+        """Select the rows of some groups of ``size``; reference states stay whole: ``state_index`` points into them."""
         rows = (groups[:, None] * size + torch.arange(size)).flatten().to(self.scores.device)
         values, targets = self.values, self.value_targets
         return Experience(

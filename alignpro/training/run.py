@@ -37,7 +37,7 @@ from alignpro.training.stop_signals import stop_signals
 logger = logging.getLogger(__name__)
 
 LAUNCHER_PATIENCE = 25.0
-"""Seconds in which repeated signals to ranks under a launcher count as one; the deepspeed launcher kills ranks after 30."""
+"""Seconds in which repeated signals to launched ranks count as one; the deepspeed launcher kills its ranks after 30."""
 
 
 class Task(Protocol):

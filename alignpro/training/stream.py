@@ -52,7 +52,7 @@ class PromptStream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that identify the prompts with all their fields, and their order, but not their location."""
+        """16 hexadecimal digits that identify the prompts: all their fields and their order, but not their location."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             texts = [prompt.id, prompt.rewrite, prompt.response, prompt.chosen, prompt.rejected]

@@ -111,7 +111,7 @@ class SupervisedTraining:
         save_pretrained(self.model, directory)
 
     def _encode(self, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Return prompt and completion ids, truncated on the right to ``max_tokens``, with at least one completion token."""
+        """Return prompt and completion ids, cut on the right to ``max_tokens``, with at least one completion token."""
         if self.config.task == "rewrite":
             assert prompt.rewrite is not None
             ids, completion = self.prompter.encode(prompt), self.prompter.completion(prompt.rewrite)
