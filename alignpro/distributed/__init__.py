@@ -1,1 +1,1 @@
-"""Several processes that train one policy: who they are, what they say to each other, and how weights are sharded."""
+"""Training one policy in several processes: starting and ending them, their communication, and sharded weights."""

@@ -1,4 +1,4 @@
-"""A board on which every rank writes what it is at, so that one which waits in vain can say for whom, and where they are."""
+"""A board where ranks post their current phase, so that a rank whose collective fails can say where the others are."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from alignpro.distributed.ranks import Ranks
 
 
 class Board:
-    """Notes of all ranks, in a store beside their collectives; the first rank keeps it.
+    """The current phase of every rank, in a TCP store that is independent of their collectives and hosted by rank 0.
 
     Args:
-        ranks: All ranks; what is noted there (`Ranks.note`) is written here.
+        ranks: All ranks; the phases that they note (`Ranks.note`) are posted here.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -28,10 +28,10 @@ class Board:
         else:
             self._store = _store(ranks.exchange(0)[0], keeps=False)
         ranks.on_note = self._write
-        self._write("the start")
+        self._write("startup")
 
     def leave(self, problem: str) -> None:
-        """End this process at once, with a message unless another rank has given one: the others cannot be waited for."""
+        """End this process at once, without waiting for other ranks; print the problem if it is the first of any rank."""
         if self._first_to_tell():
             print(f"error: {problem}", file=sys.stderr)
         sys.stdout.flush()
@@ -39,7 +39,7 @@ class Board:
         os._exit(1)  # not sys.exit: taking down the process group would wait for the others
 
     def others(self) -> str:
-        """What the other ranks wrote last, and how long ago."""
+        """Describe the last phase that each other rank posted, and how long ago."""
         return "; ".join(self._read(rank) for rank in range(self._ranks.size) if rank != self._ranks.rank)
 
     def _write(self, doing: str) -> None:
@@ -48,9 +48,9 @@ class Board:
     def _read(self, rank: int) -> str:
         try:
             told = json.loads(self._store.get(str(rank)))
-        except RuntimeError:  # the rank that keeps the store is dead
-            return f"rank {rank} cannot be asked"
-        return f"rank {rank} came to {told['doing']} {time.time() - told['since']:.0f} s ago"
+        except RuntimeError:  # rank 0, which hosts the store, has ended
+            return f"the state of rank {rank} is unknown"
+        return f"rank {rank} entered {told['doing']} {time.time() - told['since']:.0f} s ago"
 
     def _first_to_tell(self) -> bool:
         try:
@@ -60,6 +60,6 @@ class Board:
 
 
 def _store(port: int, *, keeps: bool) -> dist.TCPStore:  # type: ignore[name-defined]
-    """A store at a port (0: any that is free), kept by this rank or by another."""
+    """Create the store on this rank, or connect to that of another; port 0 means any free port."""
     host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=30)
     return dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]

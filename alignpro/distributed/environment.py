@@ -1,4 +1,4 @@
-"""What a launcher tells a process of its place among others; read before anything heavy is imported."""
+"""The rank and world size that a launcher sets in the environment; read before any heavy import."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import os
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process as one of a job's."""
+    """Whether a launcher has started this process as a rank of a job."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def launched_rank() -> int:
-    """The rank that the launcher gave; 0 without one."""
+    """Return the rank that the launcher has set; 0 without a launcher."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def launched_size() -> int:
-    """How many ranks the launcher has started; 1 without one."""
+    """Return the number of ranks that the launcher has started; 1 without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def take_slurm_rank() -> None:
-    """Take this process's place from Slurm, where its tasks are the ranks and nobody has told them so.
+    """Set RANK, LOCAL_RANK and WORLD_SIZE from Slurm's variables if Slurm tasks are the ranks and these are not set.
 
-    So it is under ``deepspeed --launcher slurm``. MASTER_ADDR and MASTER_PORT say that a task is meant to be a rank: a
-    batch script has a place among tasks too, and is none.
+    This is the case under ``deepspeed --launcher slurm``. MASTER_ADDR and MASTER_PORT show that a task is meant to be a
+    rank: a batch script has Slurm's task variables, too, but is not a rank.
     """
     if launched() or not {"MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"} <= os.environ.keys():
         return
@@ -33,5 +33,5 @@ def take_slurm_rank() -> None:
 
 
 def without_local_rank(arguments: list[str]) -> list[str]:
-    """Command-line arguments without the ``--local_rank=N`` that the deepspeed launcher puts in; LOCAL_RANK says it too."""
+    """Remove the ``--local_rank=N`` that the deepspeed launcher adds to the arguments; LOCAL_RANK has the same value."""
     return [argument for argument in arguments if not argument.startswith("--local_rank=")]

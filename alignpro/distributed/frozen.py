@@ -1,7 +1,8 @@
-"""Frozen models of a job: target, reward models, reference. Whole on each rank, in shards, or in the host's memory.
+"""Frozen models of a job (target, reward models, reference): whole on each rank, sharded, or offloaded to host memory.
 
-A model in shards takes 1/n of its memory on each of n ranks between its uses. For a use it is gathered whole; or, within
-a budget, all but its layers is, and these are gathered in each pass (`layer_passes`).
+A sharded model takes 1/n of its memory on each of n ranks while it is not used. Before use it is gathered whole; or, to
+stay within a memory budget, everything but its layers is gathered, and the layers are gathered during each pass
+(`layer_passes`).
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class FrozenModels:
-    """Models that are run and not trained, whole on their device all the time."""
+    """Models that are run but not trained, and always whole on their device."""
 
     def load(self, config: ModelConfig, load: Callable[[ModelConfig], M]) -> M:
-        """Load one of them.
+        """Load a model.
 
         Args:
-            config: Where it is, and its device.
-            load: Does it.
+            config: The model's path and device.
+            load: Loads a model from its configuration.
         """
         return load(config)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """For as long as they are run: a collective where they are in shards, at its beginning and its end."""
+        """Context inside which the models may be run; a collective on entry and on exit if they are sharded."""
         yield
 
 
 class ShardedModels(FrozenModels):
-    """Models of which each rank holds a part, and which run inside `ready` alone.
+    """Models of which each rank holds a part, and which may be run only inside `ready`.
 
     Args:
         ranks: All ranks.
-        most: Bytes of a model's layers that may be gathered at a time; None for all of them, once for each `ready`.
+        most: Maximum bytes of a model's layers that are gathered at a time; None gathers all, once per `ready`.
     """
 
     def __init__(self, ranks: Ranks, most: int | None = None) -> None:
@@ -61,9 +62,9 @@ class ShardedModels(FrozenModels):
         self._passes: list[LayerPasses] = []
 
     def load(self, config: ModelConfig, load: Callable[[ModelConfig], M]) -> M:
-        """Load one of them on the host, for it may be larger than the device, and keep this rank's part on the device.
+        """Load a model on the host, since it may not fit on the device, and keep this rank's part on the device.
 
-        The ranks of a host take turns, so that it holds one such model at a time.
+        The ranks of a host take turns, so that the host holds only one whole model at a time.
         """
         device = resolve_device(config.device)
         with host_turn():
@@ -73,20 +74,20 @@ class ShardedModels(FrozenModels):
 
     @property
     def held_bytes(self) -> int:
-        """What this rank holds of all of them, outside of `ready`."""
+        """Bytes that this rank holds of all models outside `ready`."""
         partitions = [*self._resident, *(lot for model in self._passes for lot in model.partitions)]
         return sum(partition.part.nbytes for partition in partitions)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Gather what is whole throughout; the end waits until no rank has a pass in layers to make any more."""
+        """Gather the weights that stay whole; on exit, wait until no rank has a layer-wise pass left to make."""
         try:
             self._open()
             try:
                 yield
             except Exception as error:
                 if not lost_ranks(error):
-                    self._turns.attend_all()  # the others go on, and learn of it afterwards
+                    self._turns.attend_all()  # the other ranks continue, and learn of the error afterwards
                 raise
             self._turns.attend_all()
         finally:
@@ -96,7 +97,7 @@ class ShardedModels(FrozenModels):
                 model.close()
 
     def _take(self, model: nn.Module, device: torch.device, name: str) -> None:
-        """Keep a part of a whole model."""
+        """Shard a whole model, and keep this rank's part."""
         weights = list(model.parameters())
         by_layers = self._most is not None and sum(weight.nbytes for weight in weights) > self._most
         if isinstance(model, LanguageModel):
@@ -108,7 +109,7 @@ class ShardedModels(FrozenModels):
             inside = {id(weight) for layer in layers for weight in layer.parameters()}
             weights = [weight for weight in weights if id(weight) not in inside]
             self._passes.append(LayerPasses(layers, device, self._ranks, self._turns, self._most, name))
-            logger.info("%s: gathered by layers in each pass, %d MiB at a time", name, self._most >> 20)
+            logger.info("%s: layers are gathered during each pass, %d MiB at a time", name, self._most >> 20)
         for lot in lots([[weight] for weight in weights], GATHERED_BYTES):
             self._resident.append(
                 Partition([w for unit in lot for w in unit], device, self._ranks.rank, self._ranks.size)
@@ -124,11 +125,11 @@ class ShardedModels(FrozenModels):
 
 
 class OffloadedWeights(FrozenModels):
-    """Weights that are in the host's memory while they are not used, and whole on each rank's device while they are.
+    """Weights that are in host memory while they are not used, and whole on each rank's device while they are.
 
     Args:
-        weights: On the device.
-        device: Which.
+        weights: Weights on the device.
+        device: The device.
     """
 
     def __init__(self, weights: list[nn.Parameter], device: torch.device) -> None:
@@ -140,7 +141,7 @@ class OffloadedWeights(FrozenModels):
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Copy them to the device; no collective."""
+        """Copy the weights to the device; not a collective."""
         try:
             for lot in self._lots:
                 _gather(lot)
@@ -151,7 +152,7 @@ class OffloadedWeights(FrozenModels):
 
 
 def _gather(partition: Partition) -> None:
-    """Bring a partition together in memory of its own."""
+    """Gather a partition into newly allocated memory."""
     memory = torch.empty(partition.nbytes, dtype=torch.uint8, device=partition.device)
     if coming := partition.gather(memory):
         coming.wait()

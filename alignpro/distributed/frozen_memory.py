@@ -1,4 +1,4 @@
-"""Bytes that a rank holds of frozen models at the stages that a job gives them, for `alignpro plan`."""
+"""Memory that a rank needs for frozen models at their configured stages, for `alignpro plan`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from alignpro.distributed.layer_passes import layers_of
 def frozen_memory(
     stages: DeepSpeedConfig, ranks: int, target: nn.Module | None, itemsize: int, rewards: float
 ) -> tuple[float, float]:
-    """What is held all the time, and what is gathered of the target for a rollout, in bytes.
+    """Compute the bytes that are held permanently, and the bytes of the target that are gathered for a rollout.
 
-    What is gathered of reward models is there when the rollout's memory has been given back, and not counted.
+    Gathered weights of reward models are not counted: they are gathered after the rollout's memory has been freed.
 
     Args:
-        stages: Of target and reward models.
-        ranks: Over how many their parts are spread.
-        target: Without memory for its weights; None where it has none of its own.
-        itemsize: Bytes of each of its weights.
+        stages: The stages of target and reward models.
+        ranks: Number of ranks over which the models are sharded.
+        target: The target without allocated weights; None if it has no weights of its own.
+        itemsize: Bytes per element of the target's weights.
         rewards: Bytes of the reward models.
 
     Raises:
-        ModelError: The target is to be gathered layer by layer, and has no list of layers.
+        ModelError: The target's layers are to be gathered in each pass, but it has no list of layers.
     """
     held = rewards / (ranks if stages.reward_stage == 3 else 1)
     whole = 0.0 if target is None else _bytes(target, itemsize)

@@ -1,4 +1,4 @@
-"""The processes of one host one after another, for what would not fit into its memory several times."""
+"""Mutual exclusion of a host's processes, for work whose memory the host cannot provide several times at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def host_turn() -> Iterator[None]:
-    """Wait until no other process of this job and host is in here. No collective: one that fails keeps nobody waiting."""
+    """Wait until no other process of this job and host is inside; not a collective, so a failure blocks no other rank."""
     path = Path(tempfile.gettempdir(), f"alignpro-{os.getuid()}-{os.environ.get('MASTER_PORT', 0)}.lock")
     lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:

@@ -1,7 +1,7 @@
-"""A model of which only a few layers are whole at a time: gathered just before they run, in each pass.
+"""Models whose layers are gathered just before they run, in each pass, so that only a few layers are whole at a time.
 
-All ranks gather the same layers in the same order, so a pass on one rank takes a pass on every rank. One that has no work
-of its own takes part without computing anything; `Turns` decides whose pass is next.
+All ranks gather the same layers in the same order, so a forward pass on one rank involves every rank. A rank without work
+of its own takes part in the gathers without computing anything; `Turns` decides which model's pass is next.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from alignpro.errors import ModelError
 
 
 class Turns:
-    """Passes of several models on all ranks, one after another: every rank makes or attends each.
+    """Puts the passes of several models into one order on all ranks; every rank either makes or attends each pass.
+
+    To attend a pass is to take part in its gathers without computing anything.
 
     Args:
         ranks: All ranks.
@@ -30,14 +32,14 @@ class Turns:
         self._models: list[LayerPasses] = []
 
     def add(self, model: LayerPasses) -> int:
-        """Know a model; returns its number, which is the same on all ranks."""
+        """Register a model; returns its number, which is the same on all ranks."""
         self._models.append(model)
         return len(self._models)
 
     def wait(self, number: int) -> None:
-        """Come back when it is the turn of a pass of one's own; those of others are attended until then.
+        """Attend passes of other models until it is the turn of the model with this number.
 
-        Where an own pass has raised, it is finished first: the others are in it.
+        If a pass of this rank has raised an error, its remaining gathers are made first: other ranks wait in them.
         """
         self.ranks.midway = True
         for model in self._models:
@@ -46,21 +48,21 @@ class Turns:
             self._models[chosen - 1].attend()
 
     def attend_all(self) -> None:
-        """Attend the passes of others until no rank has one to make."""
+        """Attend the passes of other ranks until no rank has one left to make."""
         self.wait(0)
         self.ranks.midway = False
 
 
 class LayerPasses:
-    """Layers in shards, gathered lot by lot as a forward pass comes to them; the next lot while one computes.
+    """Sharded layers that each forward pass gathers in lots (groups of layers), the next lot while the current one runs.
 
     Args:
-        layers: Called once in a pass, one after another.
-        device: Where they run.
+        layers: The layers in the order in which a pass calls them, once each.
+        device: The device where they run.
         ranks: All ranks.
-        turns: Of all passes in layers.
-        most: Bytes that may be gathered at a time; two layers are in any case.
-        name: Of the model, for messages.
+        turns: The order of all layer-wise passes.
+        most: Maximum bytes that are gathered at a time, unless two layers take more.
+        name: Name of the model, for messages.
     """
 
     def __init__(
@@ -72,9 +74,9 @@ class LayerPasses:
         self._memory: tuple[Tensor, Tensor] | None = None
         self._coming: dist.Work | None = None
         self._next = 0
-        """The lot that a pass comes to next."""
+        """Index of the lot that the current pass runs next."""
         self._begun = 0
-        """Lots that the pass under way has begun to gather."""
+        """Number of lots that the current pass has started to gather."""
         remaining = list(layers)
         for lot in lots([list(layer.parameters()) for layer in layers], most // 2):
             first, last = remaining[0], remaining[len(lot) - 1]
@@ -86,29 +88,29 @@ class LayerPasses:
 
     @property
     def partitions(self) -> Sequence[Partition]:
-        """What is kept here of each lot."""
+        """The partition of each lot."""
         return self._lots
 
     def open(self) -> None:
-        """Take the memory of two lots."""
+        """Allocate memory for two lots."""
         size = max(lot.nbytes for lot in self._lots)
         one, other = (torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2))
         self._memory = one, other
 
     def close(self) -> None:
-        """Give it back."""
+        """Free the memory."""
         self._memory = None
         for lot in self._lots:
             lot.vacate()
 
     def attend(self) -> None:
-        """Take part in a pass that other ranks make."""
+        """Take part in the gathers of a pass that other ranks make."""
         for number, lot in enumerate(self._lots):
             if coming := lot.gather(self._half(number)):
                 coming.wait()
 
     def finish(self) -> None:
-        """Gather what an own pass that has raised did not come to; nothing is computed. After a whole pass it does nothing."""
+        """Make the remaining gathers of a pass of this rank that has raised; does nothing after a complete pass."""
         if not self._begun:
             return
         self._arrived()
@@ -125,11 +127,11 @@ class LayerPasses:
             self._next = 0
             self._begin(0)
         if number != self._next:
-            raise ModelError(f"model {self._name}: its layers do not run one after another: gather it whole")
+            raise ModelError(f"model {self._name}: its layers do not run in the order of their list: gather it whole")
         self._arrived()
         self._lots[number].place(self._half(number))
         if number + 1 < len(self._lots):
-            # Into the memory of the lot before this one, which has computed: the collective waits for what was begun.
+            # This overwrites the previous lot, which has run: the collective waits for the kernels launched before it.
             self._begin(number + 1)
 
     def _leave(self, number: int) -> None:
@@ -149,15 +151,15 @@ class LayerPasses:
             self._coming = None
 
     def _half(self, number: int) -> Tensor:
-        assert self._memory is not None  # a pass outside of `open` and `close`
+        assert self._memory is not None  # passes run only between `open` and `close`
         return self._memory[number % 2]
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The layers of a model: of all its lists of modules, those that hold the most weights.
+    """Return the layers of a model: the `ModuleList` with the most weight elements.
 
     Raises:
-        ModelError: It has no list of layers.
+        ModelError: The model has no `ModuleList`.
     """
 
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]

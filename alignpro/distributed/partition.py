@@ -1,4 +1,4 @@
-"""Frozen weights in one piece of memory, of which each rank holds an equal part."""
+"""Frozen weights in one contiguous buffer, of which each rank holds an equal part."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _ALIGNMENT = 64
-"""Bytes at whose multiples weights and parts begin."""
+"""Weights and parts start at multiples of this number of bytes."""
 
 
 class Partition:
-    """Some weights, which are there between `gather` and `vacate` and have no elements otherwise.
+    """Weights that are sharded over ranks: they hold data between `place` and `vacate`, and have no elements otherwise.
 
-    They lie one after another, so that one collective brings them together where they are used, and nothing is copied:
-    the weights are views.
+    They lie one after another in a buffer of bytes, so that one collective gathers them where they are used. Nothing is
+    copied afterwards: the weights become views of the buffer.
 
     Args:
-        weights: Whole, each once; they are empty from now on. All that they hold is taken as bytes, of any dtype.
-        device: Where they are to be used.
-        rank: Which part is kept.
-        size: How many parts there are: the ranks of the default process group; 1 keeps all of them here.
-        home: Where the part is kept; ``device`` when absent, and the only choice for more than one part.
+        weights: Whole weights of any dtype, each once; they have no elements from now on.
+        device: The device where they are used.
+        rank: Index of the part to keep.
+        size: Number of parts, one for each rank of the default process group; 1 keeps the whole buffer here.
+        home: The device where the part is kept; by default ``device``, which more than one part requires.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Partition:
             end += -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
         part = -(-end // (size * _ALIGNMENT)) * _ALIGNMENT
         self.nbytes = part * size
-        """Of the whole."""
+        """Bytes of the whole buffer."""
         home = home or device
         pinned = home.type == "cpu" and device.type == "cuda"
         self.part = torch.zeros(part, dtype=torch.uint8, device=home, pin_memory=pinned)
-        """(bytes,) uint8: what is kept here."""
+        """(bytes,) uint8: the part that is kept on this rank."""
         first = rank * part
         for weight, start, _ in self._places:
             data = weight.data.contiguous().view(-1).view(torch.uint8)
@@ -57,13 +57,13 @@ class Partition:
             weight.data = torch.empty(0, dtype=weight.dtype, device=device)
 
     def gather(self, memory: Tensor) -> dist.Work | None:
-        """Begin to bring all parts together: a collective.
+        """Start to gather all parts; a collective.
 
         Args:
             memory: (bytes,) uint8 on the device, at least ``nbytes``.
 
         Returns:
-            What to wait for before `place`; None for nothing.
+            The operation to wait for before `place`; None if there is none.
         """
         whole = memory[: self.nbytes]
         if self._size == 1:
@@ -72,19 +72,19 @@ class Partition:
         return dist.all_gather_into_tensor(whole, self.part, async_op=True)
 
     def place(self, memory: Tensor) -> None:
-        """Let the weights be what has been gathered, for as long as nothing else is written there."""
+        """Make the weights views of the gathered memory; they are valid until it is overwritten."""
         for weight, start, shape in self._places:
             stop = start + prod(shape) * weight.element_size()
             weight.data = memory[start:stop].view(weight.dtype).view(shape)
 
     def vacate(self) -> None:
-        """Let the weights have no elements again."""
+        """Make the weights empty again."""
         for weight, _, _ in self._places:
             weight.data = torch.empty(0, dtype=weight.dtype, device=self.device)
 
 
 def lots(units: Sequence[Sequence[nn.Parameter]], most: int) -> Iterator[list[Sequence[nn.Parameter]]]:
-    """Neighbours together, as many as have ``most`` bytes at most; a unit that is larger is alone."""
+    """Group consecutive units into lots of at most ``most`` bytes; a larger unit is a lot of its own."""
     lot: list[Sequence[nn.Parameter]] = []
     size = 0
     for unit in units:

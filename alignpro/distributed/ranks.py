@@ -1,6 +1,6 @@
-"""What the processes of a job say to each other beside gradients and weights: counts, metrics, errors.
+"""Communication between the processes of a job other than gradients and weights: counts, metrics, errors.
 
-All of it is small and lies on the CPU, so it goes over a group of its own (gloo), whatever carries the gradients.
+All of these are small and on the CPU, so they use a process group of their own (gloo), whatever carries the gradients.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks of a job, seen from one of them. Without a group there is one, and nothing is ever waited for.
+    """The ranks of a job, seen from one of them. Without a group there is only one rank, and no method waits.
 
-    Every method but `share`, `note` and `agreed_on` is a collective: all ranks call it, in the same order.
+    Every method except `share`, `note` and `agreed_on` is a collective: all ranks must call it, in the same order.
 
     Args:
         group: A gloo group of all ranks.
@@ -33,16 +33,16 @@ class Ranks:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
-        self.doing = "the start"
-        """What this rank is at, for messages."""
+        self.doing = "startup"
+        """This rank's current phase, for messages."""
         self.on_note: Callable[[str], None] | None = None
-        """Told of what this rank comes to next."""
+        """Called with each phase that this rank enters."""
         self.midway = False
-        """Whether the others are in collectives that this rank has yet to make: what fails now cannot be agreed on."""
+        """Whether other ranks wait in collectives that this rank has yet to join: an error now cannot be agreed on."""
         self._agreed: BaseException | None = None
 
     def note(self, doing: str) -> None:
-        """Remember what this rank is at from now on, and let others know; no collective."""
+        """Set this rank's current phase and pass it to `on_note`; not a collective."""
         self.doing = doing
         if self.on_note is not None:
             self.on_note(doing)
@@ -53,7 +53,7 @@ class Ranks:
         return self.rank == 0
 
     def exchange(self, value: T) -> list[T]:
-        """What each rank gives, in the order of ranks."""
+        """Gather a value from each rank, in rank order."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -61,30 +61,30 @@ class Ranks:
         return values
 
     def sum(self, value: float) -> float:
-        """The sum of a number over ranks."""
+        """Return the sum of a number over ranks."""
         return value if self.group is None else float(self._reduced(value, torch.float64, dist.ReduceOp.SUM))
 
     def most(self, number: int) -> int:
-        """The greatest of a number."""
+        """Return the maximum of a number over ranks."""
         return number if self.group is None else int(self._reduced(number, torch.int64, dist.ReduceOp.MAX))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Whether a flag is set on any rank."""
         return bool(self.most(int(flag)))
 
     def differing(self, value: object) -> int | None:
-        """The lowest rank that gives another value than rank 0; None where there is none."""
+        """Return the lowest rank whose value differs from rank 0's; None if all values are equal."""
         first, *others = self.exchange(value)
         return next((rank for rank, other in enumerate(others, 1) if other != first), None)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, on the device of this rank's: (n, …) → (Σ n, …)."""
+        """Concatenate the rows of all ranks, on the device of this rank's rows: (n, …) → (Σ n, …)."""
         if self.group is None:
             return rows
         return torch.cat(self.exchange(rows.detach().cpu())).to(rows.device)
 
     def mean(self, metrics: Mapping[str, float], weight: float) -> dict[str, float]:
-        """Metrics that are means, over what ``weight`` counts, as means over all ranks; a rank with weight 0 may have none."""
+        """Average metrics over ranks, each rank's with its ``weight``; a rank with weight 0 may have no metrics."""
         if self.group is None:
             return dict(metrics)
         parts = [(values, count) for values, count in self.exchange((dict(metrics), weight)) if count > 0]
@@ -93,10 +93,10 @@ class Ranks:
         return {name: sum(values[name] * count for values, count in parts) / total for name in names}
 
     def share(self, costs: Sequence[float]) -> list[int]:
-        """Which of some pieces of work are this rank's, ascending: sums of costs are nearly even, and rank 0 has piece 0.
+        """Indices of this rank's pieces of work, ascending; total costs are nearly even, and rank 0 has piece 0.
 
-        The dearest first, each to the rank with the least so far (Graham, 1969): at most 4/3 of the best possible. Every
-        rank has one, where there are enough.
+        Pieces are assigned in order of decreasing cost, each to the rank with the lowest total so far (Graham, 1969): the
+        highest total is at most 4/3 of the optimum. Every rank has a piece if there are enough.
         """
         if self.size == 1:
             return list(range(len(costs)))
@@ -105,20 +105,20 @@ class Ranks:
         for piece in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
             load, rank = heapq.heappop(loads)
             owners[piece] = rank
-            # An idle rank comes before any other, even where a piece costs nothing.
+            # The minimum cost makes a rank without a piece come first, even if pieces cost nothing.
             heapq.heappush(loads, (load + max(costs[piece], 1e-9), rank))
         swap = {0: owners[0], owners[0]: 0} if owners else {}
         return [piece for piece, rank in enumerate(owners) if swap.get(rank, rank) == self.rank]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails on one rank in here fails on all: with its own error there, as `PeerError` elsewhere.
+        """Context in which an error on one rank is raised on all: on that rank itself, elsewhere as a `PeerError`.
 
-        There may be no collective inside that a rank which fails would leave the others waiting in, but where `midway` says
-        so: such an error is this rank's alone, which can only end.
+        The context must not contain collectives in which a failing rank would leave the others waiting, unless `midway` is
+        set around them: an error in them is raised on this rank alone, and can only end the process.
 
         Raises:
-            PeerError: Another rank failed. Where several did, the lowest keeps its error.
+            PeerError: Another rank failed. If several did, the lowest of them keeps its own error.
         """
         error: Exception | None = None
         try:
@@ -136,7 +136,7 @@ class Ranks:
         failed = {rank: problem for rank, problem in enumerate(problems) if problem is not None}
         if not failed:
             return
-        # A rank that only repeats what another one said does not speak for it.
+        # A rank with a `PeerError` only repeats the error of another rank, so it is not the source.
         source = min((rank for rank, (repeats, _) in failed.items() if not repeats), default=min(failed))
         if error is None or not (self.rank == source or isinstance(error, PeerError)):
             error = PeerError(f"rank {source}: {failed[source][1]}")
@@ -144,10 +144,10 @@ class Ranks:
         raise error
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Do something on rank 0 alone; its result, or its failure, is that of all ranks.
+        """Run an action on rank 0 alone; all ranks get its result, or fail if it fails.
 
         Raises:
-            PeerError: It failed there.
+            PeerError: The action failed on rank 0.
         """
         result: T | None = None
         with self.together():
@@ -156,14 +156,14 @@ class Ranks:
         return self.exchange(result)[0]  # type: ignore[return-value]
 
     def fill(self, make: Callable[[Callable[[Path], None]], object], part: Callable[[Path], None]) -> None:
-        """Write a directory together: rank 0 makes it and puts it in place, and every rank writes its part in between.
+        """Write a directory together: rank 0 creates it, every rank writes its part, and rank 0 renames it into place.
 
         Args:
-            make: Called on rank 0 with a function that is to be called with the directory, once it is there and empty.
+            make: Called on rank 0 with a function, which it must call with the directory once that exists and is empty.
             part: Writes this rank's part; may itself be a collective.
 
         Raises:
-            PeerError: It failed on another rank. Nothing is put in place then.
+            PeerError: Another rank failed. Nothing is renamed into place then.
         """
         told = False
 
@@ -171,7 +171,7 @@ class Ranks:
             nonlocal told
             told = True
             shared = self.exchange(directory)[0]
-            if shared is not None:  # else rank 0 has failed before it was there
+            if shared is not None:  # otherwise rank 0 failed before creating it
                 with self.together():
                     part(shared)
 
@@ -184,16 +184,16 @@ class Ranks:
                     write(None)
 
     def _reduced(self, number: float, dtype: torch.dtype, operation: dist.ReduceOp.RedOpType) -> float:
-        """A number of each rank made one, in one collective of a single element."""
+        """Reduce a number over ranks, in one collective of a single element."""
         value = torch.tensor([number], dtype=dtype)
         dist.all_reduce(value, operation, group=self.group)
         return value.item()
 
     def agreed_on(self, error: BaseException) -> bool:
-        """Whether every rank has failed with this, so that all are at the same place and collectives still work."""
+        """Whether all ranks have failed with this error, so that they are at the same point and collectives still work."""
         return self.group is None or error is self._agreed or isinstance(error, PeerError)
 
 
 def lost_ranks(error: BaseException) -> bool:
-    """Whether a collective has raised this, since other ranks did not come to it: no other one will succeed."""
+    """Whether a collective raised this error because other ranks did not join it: no later collective can succeed."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

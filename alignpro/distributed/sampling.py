@@ -1,7 +1,7 @@
-"""Whole weights for sampling, where training has them in shards: gathered once a rollout, never once a token.
+"""Whole weights for sampling when training shards them: gathered once per rollout, never once per token.
 
-The engine runs a copy of the model's structure that no hook of DeepSpeed is on. Its weights are there for as long as
-`whole` lasts; the shards they are gathered from stay where they are.
+The engine runs a copy of the model's structure without DeepSpeed's hooks. Its weights exist only inside the context
+`whole`; the shards from which they are gathered stay in place.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import nn
 from alignpro.language_model import LanguageModel
 
 GATHERED_BYTES = 512 << 20
-"""What is gathered at once, beside the copy itself."""
+"""Maximum bytes that are gathered at once, besides the copy itself."""
 
 
 class SamplingModel:
-    """The model that the engine samples from: the trained one itself, whose weights are always whole.
+    """The model that the engine samples from: the trained model itself, whose weights are always whole.
 
     Args:
-        model: What is trained.
+        model: The model that is trained.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -31,16 +31,16 @@ class SamplingModel:
 
     @contextmanager
     def whole(self) -> Iterator[LanguageModel]:
-        """The model with all its weights: a collective, where they are in shards."""
+        """Yield the model with whole weights; a collective if they are sharded."""
         yield self.model
 
 
 class GatheredModel(SamplingModel):
-    """A copy whose weights are gathered; make it before the model is sharded.
+    """A copy of the model whose weights are gathered for sampling; create it before the model is sharded.
 
     Args:
-        model: What is trained.
-        gathered_bytes: The budget of one gathering.
+        model: The model that is trained.
+        gathered_bytes: Maximum bytes that are gathered at once.
     """
 
     def __init__(self, model: LanguageModel, gathered_bytes: int = GATHERED_BYTES) -> None:
@@ -51,7 +51,7 @@ class GatheredModel(SamplingModel):
 
     @contextmanager
     def whole(self) -> Iterator[LanguageModel]:
-        """The copy with all weights as they are now."""
+        """Yield the copy with the model's current weights."""
         import deepspeed
 
         try:
@@ -67,7 +67,7 @@ class GatheredModel(SamplingModel):
                 target.data = target.data.new_empty(0)
 
     def _chunks(self) -> Iterator[list[tuple[nn.Parameter, nn.Parameter]]]:
-        """The pairs in lots that the budget allows."""
+        """Group the pairs into chunks of at most ``gathered_bytes``; a larger weight is a chunk of its own."""
         chunk: list[tuple[nn.Parameter, nn.Parameter]] = []
         size = 0
         for source, target in self._pairs:

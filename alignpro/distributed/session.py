@@ -1,7 +1,7 @@
-"""A job's processes, from their first word to their last: joining them, and ending all when one ends.
+"""The lifetime of a job's process group: joining it, leaving it, and ending all processes when one fails.
 
 The ``deepspeed`` launcher (or any that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT) starts one process
-a device. It ends the others when one ends with an error, so a rank that fails alone only has to say why and go.
+per device. When one exits with an error, it ends the others, so a rank that fails alone only has to say why and exit.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @contextmanager
 def process_group(timeout_seconds: float) -> Iterator[Ranks]:
-    """Join the other ranks, for as long as the context lasts.
+    """Join the other ranks for the duration of the context.
 
-    Left by an error that all ranks share (see `Ranks.together`), by `Interrupted` or without one, it waits for all and
-    takes the group down. Left by an error of this rank alone, there is nobody to wait for: it prints the error and ends
-    the process, whereupon the launcher ends the others. A launcher that ends first is a SIGTERM to this process.
+    Without an error, on `Interrupted`, or on an error that all ranks share (see `Ranks.together`), the exit waits for all
+    ranks and destroys the group. On an error of this rank alone it does not wait: it prints the error and ends the
+    process, upon which the launcher ends the others. If the launcher ends first, this process receives a SIGTERM.
 
     Args:
         timeout_seconds: How long a collective may wait.
 
     Raises:
-        ConfigError: The launcher's environment is not whole.
-        TrainingError: This is the first rank, and it has not found the others in time; `PeerError` on one that has told so.
+        ConfigError: The launcher's environment variables are incomplete.
+        TrainingError: This is rank 0, and it has not found the others in time.
+        PeerError: This is another rank, which has not found the others in time and has printed so.
     """
     if missing := [name for name in _NEEDED if name not in os.environ]:
         raise ConfigError(
-            f"RANK and WORLD_SIZE are set, and {', '.join(missing)} not: start with the deepspeed launcher, or unset them"
+            f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}: start with the deepspeed launcher, or unset them"
         )
     stop_with_launcher()
     use_own_ninja()
-    import deepspeed  # two seconds, and not every installation has it
+    import deepspeed  # takes two seconds to import, and is optional
     from deepspeed.accelerator import get_accelerator
 
     timeout = timedelta(seconds=timeout_seconds)
@@ -74,10 +75,10 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
 
 
 def _unlink_shared_memory(ranks: Ranks) -> None:
-    """Take away the name of the memory that DeepSpeed's collectives on a CPU share, once all ranks have it mapped.
+    """Unlink the shared memory of DeepSpeed's collectives on a CPU, once all ranks have mapped it.
 
-    DeepSpeed never does: 66 MiB a rank would stay in /dev/shm when the job has ended. Without a name it goes with the
-    processes, however they end.
+    DeepSpeed never does, which would leave 66 MiB per rank in /dev/shm after the job. Unlinked, the memory is freed when
+    the processes end, however they end.
     """
     dist.barrier(ranks.group)
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -86,7 +87,7 @@ def _unlink_shared_memory(ranks: Ranks) -> None:
 
 @contextmanager
 def _joining(timeout_seconds: float) -> Iterator[None]:
-    """Say that ranks do not find each other."""
+    """Turn the error of ranks that do not find each other into one that says what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -94,23 +95,23 @@ def _joining(timeout_seconds: float) -> Iterator[None]:
             raise
         problem = (
             f"rank {os.environ['RANK']} has not found the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"within {timeout_seconds:.0f} s ({str(error).splitlines()[0]}): see that all are started and reach that address; "
-            "where they only take longer to start, raise deepspeed.timeout_seconds"
+            f"within {timeout_seconds:.0f} s ({str(error).splitlines()[0]}): check that all are started and can reach that "
+            "address; if they only take longer to start, raise deepspeed.timeout_seconds"
         )
         if os.environ["RANK"] == "0":
             raise TrainingError(problem) from error
-        print(f"error: {problem}", file=sys.stderr, flush=True)  # the command line prints those of the first rank
+        print(f"error: {problem}", file=sys.stderr, flush=True)  # the command line prints only rank 0's
         raise PeerError(problem) from error
 
 
 def _describe(error: BaseException, ranks: Ranks, board: Board) -> str:
-    """What befell this rank and no other."""
+    """Describe an error that occurred on this rank alone."""
     if isinstance(error, AlignProError):
         return f"rank {ranks.rank}: {error}"
     if lost_ranks(error):
         reason = str(error).splitlines()[0]
         return (
-            f"rank {ranks.rank} waited for the others in {ranks.doing}, in vain ({reason}): {board.others()}; "
+            f"rank {ranks.rank} waited in vain for the others during {ranks.doing} ({reason}): {board.others()}; "
             "--resume continues from the last checkpoint"
         )
     return f"rank {ranks.rank}, in {ranks.doing}:\n{''.join(traceback.format_exception(error))}"

@@ -1,7 +1,7 @@
 """The DeepSpeed configuration of a job: a named ZeRO set-up or a JSON file, checked against the run's own settings.
 
-Batch sizes, precision, clipping and the optimizer are the run's configuration to say; a JSON that says them too must
-agree. What it leaves out is filled in from there, so that no "auto" is left for anybody to forget.
+The run's configuration sets batch sizes, precision, clipping and the optimizer; a JSON file that sets them, too, must
+agree. Values that it leaves out are taken from the run, so it needs no "auto".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from alignpro.config import OptimizerConfig, PolicyConfig
 from alignpro.errors import ConfigError
 
 OLDEST = Version("0.19.8")
-"""0.18.7 to 0.18.x break ZeRO-1 and 2 on a CPU; from here on all stages skip a step whose gradient is not finite."""
+"""0.18.7 to 0.18.x break ZeRO-1 and 2 on a CPU; from 0.19.8 on all stages skip a step whose gradient is not finite."""
 
 _OURS = (
     "optimizer",
@@ -28,7 +28,7 @@ _OURS = (
     "data_types",
     "managed_gradient_accumulation",
 )
-"""Sections that the run's own configuration decides."""
+"""Sections that only the run's own configuration may set."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,27 @@ class ZeroConfig:
     """A DeepSpeed configuration that agrees with the run's."""
 
     name: str
-    """How it was asked for: a name or a path."""
+    """The name or path by which it was requested."""
     content: dict[str, Any]
-    """What `deepspeed.initialize` takes."""
+    """The configuration for `deepspeed.initialize`."""
 
     @property
     def stage(self) -> int:
-        """0 to 3: what is sharded: nothing, optimizer, gradients, weights."""
+        """The ZeRO stage: 0 shards nothing, 1 optimizer states, 2 gradients as well, 3 weights as well."""
         return int(self.content["zero_optimization"]["stage"])
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether optimizer states and updates are the CPU's."""
+        """Whether optimizer states and updates are offloaded to the CPU."""
         return self.content["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank has everything: weights, gradients, and plain AdamW."""
+        """Whether every rank holds all weights, gradients and optimizer states, and uses plain AdamW."""
         return self.stage == 0
 
     def for_other_ranks(self) -> ZeroConfig:
-        """The same, to load a checkpoint of another number of ranks."""
+        """Return the configuration for loading a checkpoint that another number of ranks wrote."""
         return (
             self if self.replicated else replace(self, content=self.content | {"checkpoint": {"load_universal": True}})
         )
@@ -65,29 +65,27 @@ class ZeroConfig:
 def load_zero_config(
     name: str, policy: PolicyConfig, optimizer: OptimizerConfig, *, samples_per_update: int, ranks: int
 ) -> ZeroConfig:
-    """Read a configuration and complete it.
+    """Read a DeepSpeed configuration and complete it from the run's.
 
     Args:
         name: ``z0``, ``z1``, ``z2``, ``z3``, ``z2_offload`` or ``z3_offload``, or the path of a JSON file.
-        policy: Precision.
-        optimizer: Micro-batches and clipping.
-        samples_per_update: Sequences of one optimizer step, over all ranks.
-        ranks: How many there are.
+        policy: Sets the precision.
+        optimizer: Sets the micro-batch size and clipping.
+        samples_per_update: Sequences per optimizer step, over all ranks.
+        ranks: Number of ranks.
 
     Raises:
-        ConfigError: There is no such file, it is no DeepSpeed configuration, or it contradicts the run's.
+        ConfigError: There is no such file, it is not a DeepSpeed configuration, or it contradicts the run's.
     """
     where = f"deepspeed.config={name}"
     given = read_zero_config(name)
     stage = given["zero_optimization"]["stage"]
     if policy.dtype == "float64":
-        raise ConfigError(
-            f"{where}: policy.dtype=float64, and DeepSpeed trains float32, bfloat16 or float16; set one of these"
-        )
+        raise ConfigError(f"{where}: DeepSpeed does not train policy.dtype=float64; set float32, bfloat16 or float16")
     if stage == 0 and policy.dtype != "float32":
         raise ConfigError(
-            f"{where}: stage 0 with policy.dtype={policy.dtype}: DeepSpeed scales gradients wrongly there; take stage 1, which "
-            "keeps weights and gradients whole too, or policy.dtype=float32"
+            f"{where}: stage 0 with policy.dtype={policy.dtype}: DeepSpeed scales gradients wrongly there; use stage 1, which "
+            "also keeps weights and gradients whole, or policy.dtype=float32"
         )
     _refuse_auto(where, given)
     for section in _OURS:
@@ -98,7 +96,7 @@ def load_zero_config(
     expected: dict[str, Any] = {
         "train_batch_size": (
             samples_per_update,
-            "samples of an optimizer step (prompts × samples a prompt / minibatches)",
+            "samples per optimizer step (prompts × samples per prompt / minibatches)",
         ),
         "train_micro_batch_size_per_gpu": (size, "optimizer.micro_batch_size"),
         "gradient_accumulation_steps": (accumulated, f"{samples_per_update} samples on {ranks} ranks by {size}"),
@@ -117,8 +115,8 @@ def load_zero_config(
     content = {key: value for key, value in given.items() if key not in expected}
     content |= {
         "train_micro_batch_size_per_gpu": size,
-        "gradient_accumulation_steps": 1,  # the trainer's own loop decides when a step's micro-batches are through
-        "managed_gradient_accumulation": stage == 0,  # there DeepSpeed leaves AdamW to torch
+        "gradient_accumulation_steps": 1,  # the trainer's own loop decides when to make a step
+        "managed_gradient_accumulation": stage == 0,  # where AdamW is torch's, not DeepSpeed's
         "gradient_clipping": optimizer.max_grad_norm,
         "bf16": given.get("bf16", {}) | {"enabled": policy.dtype == "bfloat16"},
         "fp16": given.get("fp16", {}) | {"enabled": policy.dtype == "float16"},
@@ -131,10 +129,10 @@ def load_zero_config(
 
 
 def read_zero_config(name: str) -> dict[str, Any]:
-    """A configuration as it is written, with a ZeRO stage.
+    """Read a DeepSpeed configuration as written, and check that it has a ZeRO stage.
 
     Raises:
-        ConfigError: There is no such file, or it is no DeepSpeed configuration.
+        ConfigError: There is no such file, or it is not a DeepSpeed configuration.
     """
     path, where = _find(name), f"deepspeed.config={name}"
     try:
@@ -143,16 +141,16 @@ def read_zero_config(name: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: {path} cannot be read as JSON: {error}") from error
     stage = given.get("zero_optimization", {}).get("stage") if isinstance(given, dict) else None
     if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{where}: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
+        raise ConfigError(f"{where}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
     read: dict[str, Any] = given
     return read
 
 
 def require_deepspeed() -> None:
-    """Make sure of a DeepSpeed that works.
+    """Check that a supported version of DeepSpeed is installed.
 
     Raises:
-        ConfigError: It is not installed, or too old.
+        ConfigError: DeepSpeed is not installed, or too old.
     """
     try:
         version = Version(metadata.version("deepspeed"))
@@ -167,7 +165,7 @@ def require_deepspeed() -> None:
 
 
 def _find(name: str) -> Path:
-    """The file of a name, or the path itself."""
+    """Return the file of a named set-up, or the path itself."""
     if name.endswith(".json") or "/" in name:
         return Path(name)
     here = Path(__file__).resolve().parent
@@ -183,7 +181,7 @@ def _find(name: str) -> Path:
 
 def _refuse_auto(where: str, value: Any, key: str = "") -> None:
     if value == "auto":
-        raise ConfigError(f'{where}: {key} is "auto", which nobody fills in here: give a number, or leave it out')
+        raise ConfigError(f'{where}: {key} is "auto", which is not supported: give a number, or leave it out')
     if isinstance(value, dict):
         for name, each in value.items():
             _refuse_auto(where, each, f"{key}.{name}".lstrip("."))

@@ -1,7 +1,7 @@
-"""What training takes of a rank's memory under a DeepSpeed configuration, by formula.
+"""Memory of a rank in training under a DeepSpeed configuration, by formula.
 
-Weights, gradients and optimizer states as in Rajbhandari et al. (2020, "ZeRO", section 3), with the buffers that DeepSpeed
-0.19 has beside them: buckets of gradients, weights that are gathered ahead, and the copies that a step makes.
+Weights, gradients and optimizer states follow Rajbhandari et al. (2020, "ZeRO", section 3). To these come the buffers of
+DeepSpeed 0.19: gradient buckets, prefetched weights, and the copies that an optimizer step makes.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 _MOMENTS = 8
-"""Bytes of AdamW's two moments of a weight."""
+"""Bytes per element for the two moments of AdamW."""
 _MASTER = 4
-"""Of its float32 copy, and of its gradient summed in float32."""
+"""Bytes per element of the float32 master copy, and of a gradient summed in float32."""
 _DEFAULT_BUCKET = 500_000_000
-"""Elements that DeepSpeed reduces or gathers at once where its configuration does not say."""
+"""Elements that DeepSpeed reduces or gathers at once by default."""
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of one rank."""
+    """Memory of one rank, in bytes."""
 
     weights: float
-    """Of what is trained and of its reference."""
+    """Weights of the trained model and of its reference."""
     optimizer: float
     gradients: float
-    """Summed over micro-batches."""
+    """Gradients, summed over micro-batches."""
     buffers: float
-    """Of DeepSpeed, for as long as it runs."""
+    """Permanent buffers of DeepSpeed."""
     backward: float
-    """What a backward pass has beside them: buckets, and weights that are gathered for it."""
+    """Additional memory of a backward pass: buckets, and weights that are gathered for it."""
     step: float
-    """What the optimizer's step has beside them, when activations are gone."""
+    """Additional memory of the optimizer step, when activations have been freed."""
     gradients_are_there: Literal["always", "in the backward", "as they come"]
-    """When the memory of the gradients is taken: once for all, all at once with the first of a step, or bit by bit, as
-    the activations go."""
+    """When the memory of the gradients is allocated: permanently, all at once with the first gradient of a step, or
+    gradually, while activations are freed."""
     host: float
-    """Of the host's memory: what is offloaded."""
+    """Host memory of offloaded state."""
 
     def beside(self, other: TrainingMemory) -> TrainingMemory:
-        """That of two trainings in the same set-up, whose passes and steps come one after the other."""
+        """Memory of two models trained in the same set-up, whose passes and steps do not overlap."""
         return TrainingMemory(
             weights=self.weights + other.weights,
             optimizer=self.optimizer + other.optimizer,
@@ -54,12 +54,12 @@ class TrainingMemory:
 
 
 def one_process(trained: Sequence[int], held: int, weight_bytes: int) -> TrainingMemory:
-    """Plain torch.
+    """Memory of training with plain PyTorch.
 
     Args:
-        trained: Elements of each weight with a gradient.
-        held: Bytes of all weights, those of the reference and of adapters included.
-        weight_bytes: Of one element of the policy.
+        trained: Number of elements of each weight with a gradient.
+        held: Bytes of all weights, including those of the reference and of adapters.
+        weight_bytes: Bytes per element of the policy's weights.
     """
     count, half = sum(trained), weight_bytes == 2
     return TrainingMemory(
@@ -67,7 +67,7 @@ def one_process(trained: Sequence[int], held: int, weight_bytes: int) -> Trainin
         optimizer=count * (_MOMENTS + (_MASTER if half else 0)),
         gradients=count * _MASTER,
         buffers=0.0,
-        backward=count * weight_bytes if half else 0.0,  # a micro-batch's, before they are added in float32
+        backward=count * weight_bytes if half else 0.0,  # gradients of a micro-batch, before they are summed in float32
         step=0.0,
         gradients_are_there="as they come",
         host=0.0,
@@ -82,15 +82,15 @@ def sharded(
     weight_bytes: int,
     ranks: int,
 ) -> TrainingMemory:
-    """Under DeepSpeed.
+    """Memory of training under DeepSpeed.
 
     Args:
-        zero: Its section ``zero_optimization``.
-        trained: Elements of each weight with a gradient.
-        policy: Elements of each weight of the policy, its adapter's among them.
-        reference: Likewise of the reference; none where it is the policy without its adapter.
-        weight_bytes: Of one element.
-        ranks: Over how many it is spread.
+        zero: The section ``zero_optimization`` of DeepSpeed's configuration.
+        trained: Number of elements of each weight with a gradient.
+        policy: Number of elements of each weight of the policy, including its adapter.
+        reference: Likewise for the reference; empty if it is the policy without its adapter.
+        weight_bytes: Bytes per element.
+        ranks: Number of ranks.
     """
     if zero["stage"] == 3:
         return _stage_3(zero, trained, policy, reference, weight_bytes, ranks)
@@ -104,12 +104,12 @@ def sharded(
             gradients=count * _MASTER,
             buffers=0.0,
             backward=0.0,
-            step=min(count, _DEFAULT_BUCKET) * _MASTER,  # gradients side by side, to be reduced at once
+            step=min(count, _DEFAULT_BUCKET) * _MASTER,  # flattened gradients, which are reduced at once
             gradients_are_there="as they come",
             host=0.0,
         )
     half, offloads = weight_bytes == 2, _offloads(zero, "optimizer")
-    # At stage 1 it is the float32 sum that is reduced, at stage 2 each micro-batch's gradient as it is.
+    # Stage 1 reduces the float32 sum; stage 2 reduces each micro-batch's gradient in the dtype of the weights.
     staged = _MASTER if stage == 1 else weight_bytes
     copies = 2 if zero.get("overlap_comm") else 1
     buckets = copies * bucket * staged if zero.get("contiguous_gradients", True) else 0
@@ -122,9 +122,9 @@ def sharded(
         gradients=0.0 if offloads and stage == 2 else gradients,
         buffers=2 * max(trained) * weight_bytes if offloads else 0.0,
         backward=buckets + max(trained) * weight_bytes,
-        step=0.0 if offloads or (half and stage == 2) else own,  # made one piece for the optimizer
+        step=0.0 if offloads or (half and stage == 2) else own,  # flattened gradients for the optimizer
         gradients_are_there="in the backward" if stage == 2 else "as they come",
-        # Gradients once more, and the new weights before they are copied back.
+        # A second copy of the gradients, and the new weights before they are copied back.
         host=optimizer + 2 * own + own * weight_bytes / _MASTER if offloads else 0.0,
     )
 
@@ -141,7 +141,7 @@ def _stage_3(
     held = everything * weight_bytes
     bucket = int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET))
     threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
-    small = [sum(each for each in of if each <= threshold) for of in (policy, reference)]  # stay once they are gathered
+    small = [sum(each for each in of if each <= threshold) for of in (policy, reference)]  # stay gathered
     live = min(sum(policy), int(zero.get("stage3_max_live_parameters", 1_000_000_000)))
     ahead = min(everything, int(zero.get("stage3_prefetch_bucket_size", 50_000_000)))
     own = count / ranks
@@ -152,7 +152,7 @@ def _stage_3(
         optimizer=0.0 if offloads else optimizer,
         gradients=0.0 if offloads else own * _MASTER,
         buffers=bucket * weight_bytes,
-        # Gathered weights, the pieces that the last of them are put together from, and as many gradients as go out at once.
+        # Gathered weights, the pieces from which the last of them are assembled, and the gradients reduced at once.
         backward=(max(0, live - small[0]) + ahead + min(bucket, count) + max(trained)) * weight_bytes,
         step=group * _MASTER,
         gradients_are_there="always",

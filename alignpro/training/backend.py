@@ -1,4 +1,4 @@
-"""Optimizer backends: what turns gradients into weights. Plain torch here; a sharded one has the same few methods."""
+"""Optimizer backends, which compute gradients and update weights: the interface, and the one in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from alignpro.training.checkpoint import save_torch
 
 
 class Backend(Protocol):
-    """Takes the gradients of a set of weights to their next values."""
+    """Accumulates the gradients of a set of weights and updates the weights."""
 
     updates: int
     """Optimizer steps made so far."""
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next update takes."""
+        """The learning rate of the next update."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss to what the next `step` uses."""
+        """Add the gradients of a loss to those that the next `step` uses."""
 
     def step(self) -> float:
-        """Clip, update, advance the schedule, clear the gradients; returns the gradient's norm before clipping."""
+        """Clip gradients, update weights, advance the schedule, clear gradients; returns the norm before clipping."""
 
     def save(self, directory: Path, name: str) -> None:
-        """Write weights and optimizer state to files that start with ``name``."""
+        """Write weights and optimizer state to files whose names start with ``name``."""
 
     def load(self, directory: Path, name: str) -> None:
         """Read what `save` wrote."""
 
 
 class TorchBackend:
-    """AdamW in this process.
+    """AdamW in a single process.
 
-    Half-precision weights are updated through a float32 copy, and their gradients are summed in float32: an update of
-    1e-3 relative would be rounded away in bfloat16, which keeps 8 bits.
+    Half-precision weights are updated through a float32 master copy, and their gradients are summed in float32: bfloat16
+    has 8 bits of precision, so a relative update of 1e-3 would be rounded away.
 
     Args:
         weights: Name → parameter to train.
@@ -78,7 +78,7 @@ class TorchBackend:
         """Add the gradients of a loss.
 
         Raises:
-            TrainingError: The loss is NaN or infinite; no weight has been changed by it.
+            TrainingError: The loss is NaN or infinite; the weights are unchanged.
         """
         if not torch.isfinite(loss):
             self._clear()
@@ -95,10 +95,10 @@ class TorchBackend:
                 weight.grad = None
 
     def step(self) -> float:
-        """Clip the gradient's norm, update the weights.
+        """Clip the gradient norm and update the weights.
 
         Raises:
-            TrainingError: The gradient's norm is NaN or infinite; no weight has been changed by it.
+            TrainingError: The gradient norm is NaN or infinite; the weights are unchanged.
         """
         norm = nn.utils.clip_grad_norm_(self._master.values(), self._config.max_grad_norm).item()
         if not math.isfinite(norm):
@@ -107,9 +107,9 @@ class TorchBackend:
                 f"the gradient's norm is {norm} after {self.updates} updates: lower optimizer.learning_rate, or use a "
                 "wider dtype; --resume continues from the last checkpoint"
             )
-        self.updates += 1  # before the weights: whoever sees the same count may trust that they have not changed
+        self.updates += 1  # before the weights change: as long as the count is the same, so are the weights
         self._optimizer.step()
-        # Fused kernels write weights past what PyTorch counts as a change, by which a second layout of them knows its age.
+        # Fused kernels do not increment version counters, by which a copy in another layout detects that it is stale.
         torch.autograd.graph.increment_version(list(self._master.values()))
         self._schedule.step()
         self._copy_from_master()
@@ -118,11 +118,11 @@ class TorchBackend:
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next update takes."""
+        """The learning rate of the next update."""
         return float(self._schedule.get_last_lr()[0])
 
     def save(self, directory: Path, name: str) -> None:
-        """Write ``{name}.safetensors`` (float32 copies where there are any) and ``{name}_optimizer.pt``."""
+        """Write ``{name}.safetensors`` (float32 master copies if there are any) and ``{name}_optimizer.pt``."""
         save_file({key: w.detach().contiguous() for key, w in self._master.items()}, directory / f"{name}.safetensors")
         state = {
             "optimizer": self._optimizer.state_dict(),
@@ -135,7 +135,7 @@ class TorchBackend:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: The checkpoint is of a model with other weights.
+            CheckpointError: The checkpoint belongs to a model with other weights.
         """
         saved = load_file(directory / f"{name}.safetensors")
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in self._master.items()}:
@@ -166,7 +166,7 @@ class TorchBackend:
 
 
 def learning_rate_factor(update: int, total: int, config: OptimizerConfig) -> float:
-    """The share of the learning rate at an update: linear warm-up, then constant, linear or half-cosine to zero."""
+    """The factor on the learning rate at an update: linear warm-up, then constant, or linear or cosine decay to zero."""
     if update < config.warmup_steps:
         return (update + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -176,9 +176,9 @@ def learning_rate_factor(update: int, total: int, config: OptimizerConfig) -> fl
 
 
 def follow(schedule: LambdaLR) -> None:
-    """Let the next update take the rate that a loaded schedule gives it.
+    """Set the learning rate of the next update from a restored schedule.
 
-    What a checkpoint holds is the rate in the run that made it, whose schedule ended earlier where ``run.steps`` was raised.
+    The rate in a checkpoint is that of the run that wrote it, whose schedule was shorter if ``run.steps`` has been raised.
     """
     rates = [
         base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)

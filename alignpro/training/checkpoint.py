@@ -1,7 +1,7 @@
-"""Checkpoints that survive a kill at any moment and are checked before they are trusted.
+"""Checkpoints that survive a kill at any moment and are verified before they are loaded.
 
-A checkpoint is written aside, synced to disk and renamed; its manifest holds a checksum of every file. What is found
-damaged is passed over, with a warning, for the one before.
+A checkpoint is written under a temporary name, synced to disk and renamed; its manifest holds a checksum of every file.
+A damaged checkpoint is skipped with a warning, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class CheckpointStore:
     """The checkpoints of a run.
 
     Args:
-        directory: Where they are: ``step_000050`` and so on.
-        keep: How many of the newest stay.
+        directory: The directory that contains them, as ``step_000050`` and so on.
+        keep: Number of newest checkpoints to keep.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -41,10 +41,10 @@ class CheckpointStore:
         self.keep = keep
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Write a checkpoint: ``write`` puts its files in the directory it is given.
+        """Write a checkpoint: ``write`` puts its files into the directory that it is given.
 
         Raises:
-            CheckpointError: The disk refused (full, read-only, …). Earlier checkpoints are as they were.
+            CheckpointError: It cannot be written (disk full, read-only, …). Earlier checkpoints are intact.
         """
 
         def write_checked(directory: Path) -> None:
@@ -63,19 +63,19 @@ class CheckpointStore:
         return final
 
     def available(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first; damaged ones included."""
+        """List the steps that have a checkpoint, damaged ones included, oldest first."""
         found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.directory.glob("step_*"))
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """Return the directory of a step's checkpoint."""
         return self.directory / f"step_{step:06d}"
 
     def latest(self) -> int | None:
-        """The newest step whose checkpoint is whole; None when there is no checkpoint at all.
+        """Return the newest step with an intact checkpoint; None if there are no checkpoints.
 
         Raises:
-            CheckpointError: There are checkpoints, and every one of them is damaged.
+            CheckpointError: There are checkpoints, and every one is damaged.
         """
         steps = self.available()
         for step in reversed(steps):
@@ -88,10 +88,10 @@ class CheckpointStore:
         return None
 
     def require(self, step: int) -> None:
-        """Make sure that a step has a whole checkpoint.
+        """Check that a step has an intact checkpoint.
 
         Raises:
-            CheckpointError: It has none, or a damaged one.
+            CheckpointError: The checkpoint is missing or damaged.
         """
         if step not in self.available():
             have = ", ".join(map(str, self.available())) or "none"
@@ -99,22 +99,22 @@ class CheckpointStore:
         problem = find_damage(self.path(step))
         if problem is not None:
             raise CheckpointError(
-                f"checkpoint {self.path(step)} is damaged: {problem}; leave --at out, or name another"
+                f"checkpoint {self.path(step)} is damaged: {problem}; omit --at, or name another step"
             )
 
     def discard_after(self, step: int) -> None:
-        """Remove checkpoints of later steps, which a run that goes on from ``step`` will make again."""
+        """Remove checkpoints of later steps, which a run that continues from ``step`` will write again."""
         for later in [each for each in self.available() if each > step]:
-            logger.warning("checkpoint %s is removed: the run goes on from step %d", self.path(later), step)
+            logger.warning("removing checkpoint %s: the run continues from step %d", self.path(later), step)
             discard(self.path(later))
 
     def clean(self) -> None:
-        """Remove what a kill left half written."""
+        """Remove partly written checkpoints that a kill left."""
         clean(self.directory)
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when every file is there with its checksum."""
+    """Describe what is wrong with a checkpoint; None if every file is present and matches its checksum."""
     try:
         manifest = json.loads((directory / MANIFEST).read_bytes())
         files = manifest["files"] if isinstance(manifest, dict) else None
@@ -125,7 +125,7 @@ def find_damage(directory: Path) -> str | None:
             if not path.is_file():
                 return f"{name} is missing"
             if _checksum(path) != checksum:
-                return f"{name} does not have its checksum"
+                return f"{name} does not match its checksum"
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     except KeyError:
@@ -135,33 +135,33 @@ def find_damage(directory: Path) -> str | None:
 
 @contextmanager
 def disk_errors(what: str, remedy: str) -> Iterator[None]:
-    """Tell what the disk refuses as a `CheckpointError`: what could not be written, why, and the remedy."""
+    """Turn a failure to write into a `CheckpointError` that names what could not be written, why, and the remedy."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the OSError
         causes = list(_causes(error))
         if any(isinstance(cause, KeyboardInterrupt) for cause in causes):  # torch wraps that as well
             raise KeyboardInterrupt from error
-        # The system's own words, where they are behind the error of a library.
+        # Prefer the operating system's message to that of the library that wraps it.
         reason = next((cause for cause in causes if isinstance(cause, OSError)), error)
         raise CheckpointError(f"{what}: cannot be written: {reason}; {remedy}") from error
 
 
 def save_torch(state: Any, path: Path) -> None:
-    """`torch.save`, through a Python file: so the error of a full disk is told as such."""
+    """Call `torch.save` on a Python file object, so that a full disk is reported as such."""
     with path.open("wb") as file:
         torch.save(state, file)
 
 
 def seed_random_state(seed: int) -> None:
-    """Set every global generator by one seed."""
+    """Seed every global random generator."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global generator: Python, NumPy, torch and its accelerators."""
+    """Return the state of every global random generator: Python, NumPy, torch and its accelerators."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -172,7 +172,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set every global generator to a state of `random_state`; those of devices only where there are as many."""
+    """Restore every global random generator from `random_state`; those of devices only if their number is unchanged."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
@@ -188,7 +188,7 @@ def _checksum(path: Path) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and what it was raised from."""
+    """Yield the error and the chain of errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -16,10 +16,10 @@ from alignpro.training.metrics import Metrics
 
 
 class ValueModel(nn.Module):
-    """Starts from the policy's weights as they are now; its output starts at zero, so that it says nothing at first.
+    """Starts from the policy's current weights, with a scalar output layer of zeros: all values are zero at first.
 
     Args:
-        policy: Where the decoder is copied from; an adapter is copied along, and all weights are trained.
+        policy: The policy whose decoder is copied, adapter included; all weights of the copy are trained.
     """
 
     def __init__(self, policy: LanguageModel) -> None:
@@ -32,18 +32,18 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, batch: SequenceBatch) -> Tensor:
-        """V, (B, T), zero off the mask; float32, or float64 for a float64 policy."""
+        """Compute V, (B, T), zero outside the mask; float32, or float64 for a float64 policy."""
         states = self.decoder.action_states(batch)
         values = self.output(states).squeeze(-1)
         return batch.scatter(values if values.dtype == torch.float64 else values.float())
 
 
 class Critic:
-    """A value model and what trains it.
+    """A value model and the backend that trains it.
 
     Args:
-        model: What is called: a `ValueModel`, or what a backend has put around it.
-        backend: Trains it.
+        model: A `ValueModel`, or a backend's wrapper around one.
+        backend: Trains the model.
     """
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
@@ -53,7 +53,7 @@ class Critic:
 
     @torch.no_grad()
     def values(self, batches: Iterable[SequenceBatch]) -> list[Tensor]:
-        """V of every action as constants, (B, T) for each batch."""
+        """Compute V of every action without gradients, (B, T) for each batch."""
         return [self.model(batch) for batch in batches]
 
     def backward(self, batch: SequenceBatch, targets: Tensor, scale: float) -> None:
@@ -63,7 +63,7 @@ class Critic:
         self.backend.backward(loss)
 
     def step(self) -> Metrics:
-        """One optimizer step on what `backward` added."""
+        """Make one optimizer step with the gradients that `backward` added."""
         loss, self._loss = self._loss, 0.0
         return {"value_loss": loss, "value_gradient_norm": self.backend.step()}
 

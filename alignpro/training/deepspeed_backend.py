@@ -31,35 +31,35 @@ from alignpro.training.durability import PARTIAL
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 10
-"""Updates in a row that may be skipped before the run gives up; the loss scale of float16 settles in fewer."""
+"""Number of consecutive skipped updates at which the run stops; the loss scale of float16 settles in fewer."""
 
 
 class DeepSpeedDistribution:
     """Ranks under the ``deepspeed`` launcher.
 
     Args:
-        ranks: All of them.
-        zero: What of the policy is sharded.
-        config: What of the frozen models is.
+        ranks: All ranks.
+        zero: DeepSpeed's configuration, for the policy.
+        config: The job's section ``deepspeed``, which says how the frozen models are sharded and offloaded.
     """
 
     def __init__(self, ranks: Ranks, zero: ZeroConfig, config: DeepSpeedConfig) -> None:
         self.ranks = ranks
         self.zero = zero
-        self.graphs_last = zero.stage < 3  # from there on hooks want each forward followed by its backward
-        self.equal_passes = zero.stage == 3  # each gathers weights
+        self.graphs_last = zero.stage < 3  # hooks of stage 3 require each forward to be followed by its backward
+        self.equal_passes = zero.stage == 3  # each pass gathers weights
         self._config = config
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
-        """In shards where the role's stage says so."""
+        """Shard the models if the role's stage is 3."""
         stage = {"target": self._config.target_stage, "reward": self._config.reward_stage}[role]
         return ShardedModels(self.ranks, self._config.gathered_bytes) if stage == 3 else FrozenModels()
 
     def frozen_reference(self, policy: Policy) -> FrozenModels:
-        """In the host's memory where that is asked for; what the heads read stays, since the update reads it too.
+        """Offload the reference to host memory if configured, except the weights of the heads: the update reads these too.
 
         Raises:
-            ConfigError: The reference is no model of its own.
+            ConfigError: The reference is not a separate model.
         """
         if not self._config.offload_reference:
             return FrozenModels()
@@ -69,18 +69,18 @@ class DeepSpeedDistribution:
         if not weights:
             raise ConfigError(
                 "deepspeed.offload_reference: the reference is the policy without its adapter, whose weights the policy "
-                "needs; leave it out"
+                "needs; leave the key out"
             )
-        assert policy.reference is not None  # whose weights they are
+        assert policy.reference is not None  # it has weights
         policy.reference.keep_one_layout()
         return OffloadedWeights(weights, policy.model.device)
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
-        """The model itself, but at stage 3 a copy that is gathered for each rollout."""
+        """Sample from the trained model itself, or at stage 3 from a copy that is gathered for each rollout."""
         return GatheredModel(model) if self.zero.stage == 3 else SamplingModel(model)
 
     def backend(self, module: nn.Module, optimizer: OptimizerConfig, total_updates: int) -> tuple[nn.Module, Backend]:
-        """DeepSpeed's engine around the module, and the backend that drives it."""
+        """Return DeepSpeed's engine around the module, and the backend that drives it."""
         backend = DeepSpeedBackend(module, optimizer, total_updates, self.zero, self.ranks)
         return backend.engine, backend
 
@@ -88,11 +88,11 @@ class DeepSpeedDistribution:
 class DeepSpeedBackend:
     """Drives a DeepSpeed engine; the gradient of a step is the sum over all ranks and micro-batches.
 
-    Ranks must call `backward` equally often between steps, and the forwards of the module equally often and in the same
-    order: stages 2 and 3 communicate in each.
+    Between two steps, all ranks must make the same number of `backward` calls, and the same forward passes of the module
+    in the same order: stages 2 and 3 communicate in each.
 
     Args:
-        module: What is trained, and what hangs on it: at stage 3 all its weights are sharded, frozen ones too.
+        module: The module to train; at stage 3 all its weights are sharded, including frozen ones.
         config: Learning rate, schedule and clipping.
         total_updates: Optimizer steps in the whole run, for the schedule.
         zero: DeepSpeed's configuration.
@@ -129,7 +129,7 @@ class DeepSpeedBackend:
             self.engine.set_gradient_accumulation_boundary(False)
         self._models = [part for part in module.modules() if isinstance(part, LanguageModel)]
         for model in self._models:
-            model.weights_changed()  # all have rank 0's now, written past what PyTorch counts as a change
+            model.weights_changed()  # DeepSpeed has broadcast rank 0's without incrementing version counters
         if zero.stage == 3:
             for model in self._models:
                 model.keep_one_layout()
@@ -140,7 +140,7 @@ class DeepSpeedBackend:
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next update takes."""
+        """The learning rate of the next update."""
         return float(self._schedule.get_last_lr()[0])
 
     def backward(self, loss: Tensor) -> None:
@@ -149,18 +149,18 @@ class DeepSpeedBackend:
         self.engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clip the norm of the summed gradient and update; where it is not finite on any rank, none is updated.
+        """Clip the norm of the summed gradient and update; if it is not finite on any rank, all skip the update.
 
         Returns:
-            The norm before clipping; infinite where the update was skipped.
+            The norm before clipping; infinite if the update was skipped.
 
         Raises:
-            TrainingError: Too many updates in a row were skipped.
+            TrainingError: Too many consecutive updates were skipped.
         """
         norm = self._step()
         for model in self._models:
-            if any(weight.requires_grad for weight in model.parameters()):  # the reference's have not
-                model.weights_changed()  # DeepSpeed writes them past what PyTorch counts as a change
+            if any(weight.requires_grad for weight in model.parameters()):  # not the reference
+                model.weights_changed()  # DeepSpeed does not increment version counters
         if math.isfinite(norm):
             self.updates += 1
             self._skipped = 0
@@ -178,7 +178,7 @@ class DeepSpeedBackend:
         return math.inf
 
     def save(self, directory: Path, name: str) -> None:
-        """Each rank writes its shards to the folder ``name``; frozen weights are not among them."""
+        """Write this rank's shards to the folder ``name``, without frozen weights."""
         state = {"updates": self.updates, "skipped": self._skipped}
         self.engine.save_checkpoint(
             str(directory), tag=name, client_state=state, save_latest=False, exclude_frozen_parameters=True
@@ -188,7 +188,7 @@ class DeepSpeedBackend:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: It is not there, or of another model.
+            CheckpointError: There is no checkpoint, or it cannot be converted for this number of ranks.
         """
         if self.engine.load_universal_checkpoint():
             with self._universal(directory, name) as converted:
@@ -199,16 +199,16 @@ class DeepSpeedBackend:
         self.updates, self._skipped = int(state["updates"]), int(state["skipped"])
 
     def _load(self, directory: Path, name: str) -> dict[str, Any]:
-        # Not strict: frozen weights are not in it.
+        # Not strict: the checkpoint has no frozen weights.
         path, state = self.engine.load_checkpoint(str(directory), tag=name, load_module_strict=False)
         if path is None:
-            raise CheckpointError(f"checkpoint {directory}: has no {name}/ of DeepSpeed")
+            raise CheckpointError(f"checkpoint {directory}: has no DeepSpeed checkpoint {name}/")
         loaded: dict[str, Any] = state
         return loaded
 
     @contextmanager
     def _universal(self, directory: Path, name: str) -> Iterator[Path]:
-        """The checkpoint in DeepSpeed's universal form, which any number of ranks can load, for as long as it is needed."""
+        """Convert the checkpoint to DeepSpeed's universal format, for any number of ranks; it is removed at the end."""
         converted = directory.with_name(f"{PARTIAL}universal")
         try:
             self._ranks.on_first(lambda: _convert(directory / name, converted / name))
@@ -217,9 +217,9 @@ class DeepSpeedBackend:
             self._ranks.on_first(lambda: shutil.rmtree(converted, ignore_errors=True))
 
     def _step(self) -> float:
-        """An update, and the norm; infinite where nothing was updated."""
+        """Update the weights and return the gradient norm, infinite if the update was skipped."""
         if self._replicated:
-            # DeepSpeed sums the gradients here and leaves the rest to torch's AdamW, which does not look at them.
+            # DeepSpeed only sums the gradients here. torch's AdamW does the rest and does not check that they are finite.
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
             gradients = [weight.grad for weight in self._trained if weight.grad is not None]
@@ -235,7 +235,7 @@ class DeepSpeedBackend:
 
 
 def _convert(source: Path, destination: Path) -> None:
-    """Write a checkpoint of ZeRO in its universal form, by DeepSpeed's own program."""
+    """Convert a ZeRO checkpoint to the universal format with DeepSpeed's own program."""
     shutil.rmtree(destination, ignore_errors=True)
     destination.mkdir(parents=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
@@ -244,12 +244,12 @@ def _convert(source: Path, destination: Path) -> None:
     if done.returncode:
         raise CheckpointError(
             f"checkpoint {source}: cannot be converted for another number of ranks: {done.stderr.strip()[-2000:]}; resume on "
-            "as many ranks as it was made on"
+            "the number of ranks that wrote it"
         )
 
 
 def _optimizer(trained: list[nn.Parameter], config: OptimizerConfig, zero: ZeroConfig) -> torch.optim.Optimizer:
-    """AdamW, that of DeepSpeed for the CPU where the optimizer is offloaded to it."""
+    """Create AdamW: DeepSpeed's CPU implementation if the optimizer is offloaded, otherwise that of torch."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if not zero.offloads_optimizer:
         return torch.optim.AdamW(trained, **settings, fused=True)  # one pass over a weight and its state

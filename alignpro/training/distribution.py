@@ -1,7 +1,8 @@
-"""How a job is spread over processes: what the trainer needs to know of it, and nothing else.
+"""How a job is distributed over processes: the interface that the trainer uses, and the case of one process.
 
-One process trains with plain torch. Under the ``deepspeed`` launcher each rank trains on its share of the prompts, and
-DeepSpeed shards optimizer, gradients and weights as its stage says. Same loop, same numbers.
+One process trains with plain PyTorch. Under the ``deepspeed`` launcher each rank trains on its share of the prompts, and
+DeepSpeed shards optimizer states, gradients and weights according to the ZeRO stage. The loop and its results are the
+same.
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ from alignpro.training.backend import Backend, TorchBackend
 
 
 class Distribution(Protocol):
-    """Makes what depends on how many processes there are."""
+    """Creates the objects that depend on the number of processes."""
 
     ranks: Ranks
     graphs_last: bool
-    """Whether the graph of a pass may wait while other passes run, and its backward be after them."""
+    """Whether the autograd graph of a forward pass may be kept for a backward pass after other forward passes."""
     equal_passes: bool
-    """Whether all ranks must make as many passes over the weights, whatever their sequences are."""
+    """Whether all ranks must make the same number of passes over the weights, whatever their sequences are."""
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
-        """What loads the frozen models of a role, and has them ready when they are run."""
+        """Create the object that loads the frozen models of a role and makes them ready to run."""
 
     def frozen_reference(self, policy: Policy) -> FrozenModels:
-        """What has the policy's reference ready; asked for before `backend`."""
+        """Create the object that makes the policy's reference ready to run; call it before `backend`."""
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
-        """What the engine is to sample from; asked for before `backend`, which may shard the model."""
+        """Create the model that the engine samples from; call it before `backend`, which may shard the trained one."""
 
     def backend(self, module: nn.Module, optimizer: OptimizerConfig, total_updates: int) -> tuple[nn.Module, Backend]:
-        """What is to be called in place of a module from now on, and what trains its weights."""
+        """Return the module to call in place of the given one from now on, and the backend that trains its weights."""
 
 
 class SingleProcess:
-    """Plain torch."""
+    """Training in one process with plain PyTorch."""
 
     def __init__(self) -> None:
         self.ranks = Ranks()
@@ -50,18 +51,18 @@ class SingleProcess:
         self.equal_passes = False
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
-        """Whole on their device."""
+        """Keep the models whole on their device."""
         return FrozenModels()
 
     def frozen_reference(self, policy: Policy) -> FrozenModels:
-        """It always is."""
+        """Keep the reference on its device, always ready."""
         return FrozenModels()
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
-        """The model itself."""
+        """Sample from the trained model itself."""
         return SamplingModel(model)
 
     def backend(self, module: nn.Module, optimizer: OptimizerConfig, total_updates: int) -> tuple[nn.Module, Backend]:
-        """The module itself, and AdamW."""
+        """Return the module itself, and a backend with AdamW."""
         trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         return module, TorchBackend(trained, optimizer, total_updates)

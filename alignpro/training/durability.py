@@ -1,4 +1,4 @@
-"""Files that survive a kill or a power cut: written aside, synced to disk, put in place by a rename."""
+"""Writing files so that they survive a kill or a power cut: under a temporary name, synced to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 PARTIAL = ".partial-"
-"""What the name of a thing begins with while it is being made; `clean` removes it."""
+"""Prefix of the name of a file or directory that is being written; `clean` removes those left over."""
 _DISCARDED = ".discarded-"
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names that a directory holds."""
+    """Flush the content of a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,7 +22,7 @@ def sync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file: at any moment ``path`` is as it was, or new and whole."""
+    """Write a text file atomically: at any moment ``path`` is the old file or the complete new one."""
     aside = path.with_name(f"{PARTIAL}{path.name}")
     try:
         aside.write_text(text, encoding="utf-8")
@@ -35,11 +35,11 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_directory(final: Path, write: Callable[[Path], None]) -> None:
-    """Write a directory: at any moment ``final`` is as it was, or absent, or new and whole.
+    """Write a directory: at any moment ``final`` is the old directory, absent, or the complete new one.
 
     Args:
-        final: Where it goes.
-        write: Puts its files in the directory that it is given, which is there and empty.
+        final: Path of the directory.
+        write: Writes the files into the empty directory that it is given.
     """
     aside = final.with_name(f"{PARTIAL}{final.name}")
     try:
@@ -52,12 +52,12 @@ def replace_directory(final: Path, write: Callable[[Path], None]) -> None:
         aside.rename(final)
         sync(final.parent)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # makes room, where the disk is full
+        shutil.rmtree(aside, ignore_errors=True)  # frees space if the disk is full
         raise
 
 
 def discard(directory: Path) -> None:
-    """Remove a directory, if it is there, such that its name never stands for half of it."""
+    """Remove a directory if it exists. It is renamed first, so that ``directory`` is never a partly removed one."""
     aside = directory.with_name(f"{_DISCARDED}{directory.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if directory.exists():
@@ -66,12 +66,12 @@ def discard(directory: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a kill left this behind: something half written, or half removed."""
+    """Whether this is a file or directory that a kill left partly written or partly removed."""
     return path.name.startswith((PARTIAL, _DISCARDED))
 
 
 def clean(directory: Path) -> None:
-    """Remove what a kill left behind in a directory."""
+    """Remove partly written and partly removed files and directories that a kill left in a directory."""
     for path in filter(is_leftover, directory.glob(".*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

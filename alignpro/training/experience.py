@@ -1,4 +1,4 @@
-"""A rollout with all that the update needs: joined from micro-batches, cut into minibatches, filled up with nothing."""
+"""A rollout with the values that the update needs: joined from micro-batches, split into minibatches."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from alignpro.sequences import SequenceBatch
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with all that the update needs; B = P·K rows, prompt-major, of T actions at most."""
+    """A rollout with the values that the update needs: B = P·K rows, prompt-major, of at most T actions."""
 
     batch: SequenceBatch
     scores: Tensor
     """(B,) R."""
     values: TokenValues
-    """Of the policy that sampled."""
+    """Values under the policy that generated the samples."""
     state_index: Tensor
-    """(B, T) int64: the row of ``values.reference_states`` that belongs to an action."""
+    """(B, T) int64: the row of ``values.reference_states`` for each action."""
     returns: Tensor
-    """(B, T) G_t: the score less the KL still to come (or so far as the estimator puts it in the reward)."""
+    """(B, T) G_t: the score minus the KL still to come, as far as the KL estimator makes it part of the reward."""
     advantages: Tensor
     """(B, T)."""
     value_targets: Tensor | None
     """(B, T), for the critic."""
 
     def select(self, groups: Tensor, size: int) -> Experience:
-        """The rows of some groups of ``size``; the reference's states stay whole, since ``state_index`` points into them."""
+        """Select the rows of some groups of ``size``; reference states stay whole: ``state_index`` points into them."""
         rows = (groups[:, None] * size + torch.arange(size)).flatten().to(self.scores.device)
         values, targets = self.values, self.value_targets
         return Experience(
@@ -51,13 +51,14 @@ class Experience:
         )
 
     def without_actions(self, rows: int, invocation: Sequence[int]) -> Experience:
-        """As many rows in which nothing was done: a pass over them costs next to nothing, and its gradient is zero.
+        """Return rows without actions: a pass over them costs next to nothing, and its gradient is zero.
 
-        Ranks that shard weights must make as many passes as the one with the most; this is what the others fill up with.
+        Ranks that shard weights must all make the same number of passes; a rank with fewer micro-batches than another
+        makes its remaining passes over such rows.
 
         Args:
-            rows: How many.
-            invocation: Of the policy, as for `no_actions`.
+            rows: Number of rows.
+            invocation: The policy's invocation tokens, as for `no_actions`.
         """
         none = self.returns.new_zeros(rows, 1)
         return Experience(
@@ -72,18 +73,18 @@ class Experience:
 
 
 def no_actions(rows: int, device: torch.device, invocation: Sequence[int] = ()) -> SequenceBatch:
-    """Sequences of a prompt as short as can be, and nothing after it.
+    """Build sequences with the shortest possible prompt and no actions.
 
     Args:
-        rows: How many.
-        device: Where their tensors lie.
-        invocation: Tokens that a prompt must have, for an activated LoRA to act.
+        rows: Number of sequences.
+        device: Device of the tensors.
+        invocation: Tokens that a prompt must contain to activate an activated LoRA.
     """
     return SequenceBatch.build([list(invocation) or [0]] * rows, [[]] * rows, device)
 
 
 def join_values(parts: Sequence[TokenValues], width: int) -> TokenValues:
-    """Row blocks of different widths → one, (B, T)."""
+    """Join row blocks of different widths into one, (B, T)."""
     return TokenValues(
         logprob=join_rows([part.logprob for part in parts], width),
         reference_logprob=join_rows([part.reference_logprob for part in parts], width),
@@ -94,5 +95,5 @@ def join_values(parts: Sequence[TokenValues], width: int) -> TokenValues:
 
 
 def join_rows(blocks: Sequence[Tensor], width: int) -> Tensor:
-    """(B_i, T_i) blocks → (Σ B_i, T), with zeros on the right."""
+    """Join (B_i, T_i) blocks into (Σ B_i, T), with zero padding on the right."""
     return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in blocks])

@@ -1,4 +1,4 @@
-"""A training job as one of the ranks that a launcher has started."""
+"""Running a training job as one of the ranks that a launcher has started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignpro.training.run import Run, Task
 logger = logging.getLogger(__name__)
 
 _PLACES = {"out", "source", "path", "tokenizer", "chat_template", "meta_prompt", "function"}
-"""Settings that may name a file."""
+"""Last parts of the keys whose values may be file names."""
 
 
 def train(
@@ -28,16 +28,16 @@ def train(
     """Train on all ranks together.
 
     Args:
-        config: Of `alignpro train` or `alignpro rlhf`.
-        build: Makes the task from it.
-        resume: Continue a run that is there.
+        config: Configuration of `alignpro train` or `alignpro rlhf`.
+        build: Builds the task from the configuration.
+        resume: Continue the run in the directory.
         at: The step to continue from.
 
     Raises:
         ConfigError: The job does not run on several ranks, the ranks' configurations differ, DeepSpeed is missing or
-            broken, its configuration contradicts this one, the device cannot train in the policy's dtype, or what is
-            needed cannot be compiled.
-        AlignProError: As `Run`; `PeerError` where another rank tells it.
+            broken, its configuration contradicts the job's, the device cannot train in the policy's dtype, or a DeepSpeed
+            extension cannot be compiled.
+        AlignProError: As `Run`; `PeerError` if another rank reports the error.
     """
     if not isinstance(config, TrainConfig | RLHFConfig):
         raise ConfigError(
@@ -59,7 +59,7 @@ def train_on(
     resume: bool = False,
     at: int | None = None,
 ) -> None:
-    """The same on ranks that have found each other."""
+    """Train on ranks that have already joined a process group."""
     from alignpro.training.deepspeed_backend import DeepSpeedDistribution  # takes two seconds to import
 
     _require_one_configuration(ranks, config)
@@ -74,9 +74,9 @@ def train_on(
 
 
 def _require_one_configuration(ranks: Ranks, config: Section) -> None:
-    """Raise on all ranks if one was started with other settings, from a stale file on its node for example.
+    """Raise on all ranks if one was started with different settings, for example from a stale file on its node.
 
-    Paths may differ between nodes. Whether the same data and policy lie there is checked once they are loaded.
+    Paths may differ between nodes. Data and policy are compared between ranks once they are loaded.
     """
     settings = _leaves(config.model_dump(mode="json"))
     first, *others = ranks.exchange({k: v for k, v in settings.items() if k.rpartition(".")[2] not in _PLACES})
@@ -90,7 +90,7 @@ def _require_one_configuration(ranks: Ranks, config: Section) -> None:
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted keys and their values."""
+    """Flatten nested mappings and lists to dotted keys and their values."""
     if isinstance(value, dict):
         return {name: leaf for part, each in value.items() for name, leaf in _leaves(each, f"{key}.{part}").items()}
     if isinstance(value, list):
@@ -99,8 +99,8 @@ def _leaves(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _require_dtype(dtype: str) -> None:
-    """Make sure that DeepSpeed trains in a dtype on this device."""
-    from deepspeed.accelerator import get_accelerator  # two seconds, and not every installation has it
+    """Check that DeepSpeed supports training in a dtype on this device."""
+    from deepspeed.accelerator import get_accelerator  # takes two seconds to import, and is optional
 
     accelerator = get_accelerator()
     supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
@@ -112,16 +112,16 @@ def _require_dtype(dtype: str) -> None:
 
 
 def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
-    """The job's DeepSpeed configuration, complete.
+    """Build the job's complete DeepSpeed configuration.
 
     Raises:
-        ConfigError: It contradicts the job's own, or there are more ranks than prompts in a step.
+        ConfigError: It contradicts the job's configuration, or there are more ranks than prompts per step.
     """
     rollout = config.rollout
     if ranks > rollout.prompts_per_step:
         raise ConfigError(
-            f"rollout.prompts_per_step={rollout.prompts_per_step} on {ranks} ranks: a rank takes whole prompts, at least "
-            "one; raise it, or start fewer ranks"
+            f"rollout.prompts_per_step={rollout.prompts_per_step} on {ranks} ranks: each rank needs at least one "
+            "whole prompt; raise it, or start fewer ranks"
         )
     match config:
         case TrainConfig():
@@ -137,17 +137,17 @@ def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
     )
     if isinstance(config, TrainConfig) and config.target == "policy" and zero.stage == 3:
         raise ConfigError(
-            f"target=policy with deepspeed.config={zero.name}: at stage 3 the weights that policy and target share are in "
-            "shards; take a stage from 0 to 2, or name the target's model"
+            f"target=policy with deepspeed.config={zero.name}: at stage 3 the weights that policy and target share are "
+            "sharded; use a stage from 0 to 2, or name a separate target model"
         )
     if isinstance(config, TrainConfig) and config.target == "policy" and config.deepspeed.target_stage == 3:
         raise ConfigError(
-            "target=policy with deepspeed.target_stage=3: the target's weights are the policy's, whose stage is that of "
-            "deepspeed.config; take target_stage=0, or name the target's model"
+            "target=policy with deepspeed.target_stage=3: the target shares the policy's weights, whose stage is that of "
+            "deepspeed.config; use target_stage=0, or name a separate target model"
         )
     if config.deepspeed.offload_reference and zero.stage == 3:
         raise ConfigError(
-            f"deepspeed.offload_reference with deepspeed.config={zero.name}: at stage 3 the reference is in shards beside the "
-            "policy; z3_offload has both in the host's memory"
+            f"deepspeed.offload_reference with deepspeed.config={zero.name}: at stage 3 the reference is sharded with the "
+            "policy; use z3_offload to keep both in host memory"
         )
     return zero

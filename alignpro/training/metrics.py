@@ -1,4 +1,4 @@
-"""Metrics: one JSON object a step in metrics.jsonl, and the same to TensorBoard and, if asked, Weights & Biases."""
+"""Metrics: one JSON object per step in metrics.jsonl, also logged to TensorBoard and, if configured, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ from alignpro.training.durability import sync
 Metrics = dict[str, float]
 
 OF_EXECUTION = ("seconds/", "engine/", "sample/logprob_difference")
-"""What metrics begin with that tell how a step was carried out, on which clock, with what left in the engine's cache and how
-that was rounded, and not what it did. A run that was interrupted and goes on has others there; all other metrics are the
-same, bit for bit, on a CPU.
+"""Prefixes of metrics that describe how a step was executed (timings, contents of the engine's cache, rounding), not its
+result. These may differ in a run that was interrupted and resumed; on a CPU, all other metrics are bit-identical.
 """
 
 
 class PhaseTimer:
-    """Seconds a phase of the step took, as metrics ``seconds/<phase>``.
+    """Measures the seconds that each phase of a step takes, as metrics ``seconds/<phase>``.
 
     Args:
-        begin: Told the name of each phase when it begins.
+        begin: Called with the name of each phase when it begins.
     """
 
     def __init__(self, begin: Callable[[str], None] | None = None) -> None:
@@ -51,44 +50,44 @@ class PhaseTimer:
 
 
 class MetricsSink(Protocol):
-    """Takes the metrics of steps."""
+    """Receives the metrics of each step."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of a step (counted from 1)."""
+        """Record the metrics of a step (counted from 1)."""
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the metrics on held-out data of a step are there."""
+        """Whether a step's metrics on held-out data have been recorded."""
 
     def sync(self) -> None:
-        """Have the disk hold every row."""
+        """Flush every row to disk."""
 
 
 class NoMetricsLog:
-    """Keeps nothing: for ranks whose metrics another one writes."""
+    """Discards metrics: for the ranks that do not write them."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Forget them."""
+        """Discard the metrics."""
 
     def has_evaluation(self, step: int) -> bool:
-        """Never."""
+        """Return False: nothing is recorded."""
         return False
 
     def sync(self) -> None:
-        """There is nothing to hold."""
+        """Do nothing: there is nothing to flush."""
 
 
 class MetricsLog:
     """Appends metrics to a run directory; a context manager.
 
     Args:
-        config: Where, and to what else.
-        from_step: Rows of later steps, in metrics.jsonl and samples.jsonl, are removed: they were left by a run that went
-            on after its last checkpoint.
+        config: The run directory, and the other loggers to use.
+        from_step: Rows of later steps are removed from metrics.jsonl and samples.jsonl: they come from a run that
+            continued past its last checkpoint.
         description: The resolved configuration, for Weights & Biases.
 
     Raises:
-        ConfigError: Weights & Biases is asked for and not installed.
-        TrainingError: A file cannot be written, or Weights & Biases refuses.
+        ConfigError: Weights & Biases is configured but not installed.
+        TrainingError: A file cannot be written, or Weights & Biases returns an error.
     """
 
     def __init__(self, config: RunConfig, from_step: int, description: Mapping[str, Any]) -> None:
@@ -103,7 +102,7 @@ class MetricsLog:
         """Append the metrics of a step (counted from 1).
 
         Raises:
-            TrainingError: The disk refuses; rows before this one are intact.
+            TrainingError: The row cannot be written to disk; earlier rows are intact.
         """
         append_row(self.path, {"step": step, **metrics})
         if self._tensorboard:
@@ -112,15 +111,15 @@ class MetricsLog:
             self._wandb.log(dict(metrics), step=step)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the metrics on held-out data of a step are there."""
+        """Whether a step's metrics on held-out data are in metrics.jsonl."""
         rows = (row for row in read_rows(self.path) if row["step"] == step)
         return any(name.startswith("eval/") for row in rows for name in row)
 
     def sync(self) -> None:
-        """Have the disk hold every row: a checkpoint must not outlive, in a power cut, the metrics that led to it.
+        """Flush every row to disk: a power cut must not leave a checkpoint without the metrics that precede it.
 
         Raises:
-            TrainingError: The disk refuses.
+            TrainingError: The rows cannot be written to disk.
         """
         for path in self._files:
             if path.exists():
@@ -140,24 +139,24 @@ class MetricsLog:
 
 
 class EventFile:
-    """Scalars in TensorBoard's format, by TensorBoard's own record writer.
+    """Writes scalars in TensorBoard's format with TensorBoard's own record writer.
 
-    ``SummaryWriter`` writes from a thread of its own, where a full disk is a traceback on the terminal and an error some
-    steps later; here it is an error at once.
+    ``SummaryWriter`` writes from a background thread, where a full disk causes a traceback on the terminal and an error
+    some steps later. This class raises the error at once.
 
     Args:
-        directory: What ``tensorboard --logdir`` is given.
-        from_step: What earlier files hold from this step on is void (the run was resumed from before it).
+        directory: The directory to pass to ``tensorboard --logdir``.
+        from_step: Events in earlier files are void from this step on (the run was resumed from an earlier one).
     """
 
     def __init__(self, directory: Path, from_step: int) -> None:
-        # Imported here: half a second, and not every run wants it.
+        # Imported here: it takes half a second, and not every run uses TensorBoard.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        # TensorBoard reads the files of a directory in the order of their names.
+        # TensorBoard reads the files of a directory in the order of their names, which start with the time.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.path = directory / name
         with _disk_errors(self.path):
@@ -171,14 +170,14 @@ class EventFile:
         """Add the metrics of a step.
 
         Raises:
-            TrainingError: The disk refuses.
+            TrainingError: The event cannot be written to disk.
         """
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._add(step=step, summary=self._summary(value=values))
 
     def close(self) -> None:
-        """Close the file; every event is in it by now."""
-        with suppress(OSError):  # an event that the disk refused, of which `write` has told
+        """Close the file; all events have been flushed by now."""
+        with suppress(OSError):  # caused by an event that could not be written, for which `write` has raised
             self._file.close()
 
     def _add(self, **content: Any) -> None:
@@ -191,9 +190,9 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON object as a line.
 
     Raises:
-        TrainingError: The disk refuses; the file is as it was.
+        TrainingError: The row cannot be written; the file is unchanged.
     """
-    # Lone surrogates, which UTF-8 cannot hold, become the JSON escapes that they are written with.
+    # UTF-8 cannot encode lone surrogates; "backslashreplace" turns them into JSON escapes.
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
     with _disk_errors(path):
         size = path.stat().st_size if path.exists() else 0
@@ -207,7 +206,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file that this module wrote; a last line cut short by a kill is left out."""
+    """Read the rows of a JSON Lines file that this module wrote, except a last line truncated by a kill."""
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -215,10 +214,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Cut the rows after ``last_step``, and a line cut short by a kill, off the end of a file of rows in order of steps.
+    """Remove the rows after ``last_step``, and a line truncated by a kill, from a file whose rows are in step order.
 
     Raises:
-        TrainingError: The disk refuses.
+        TrainingError: The file cannot be written.
     """
     if not path.is_file():
         return
@@ -232,7 +231,7 @@ def keep_rows(path: Path, last_step: int) -> None:
 
 
 def import_wandb() -> ModuleType:
-    """Weights & Biases.
+    """Import Weights & Biases.
 
     Raises:
         ConfigError: It is not installed.
@@ -248,7 +247,7 @@ def import_wandb() -> ModuleType:
 
 
 def _whole_rows(lines: Iterator[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(bytes of the line, row) up to the first line that is no whole row."""
+    """Yield (bytes of the line, row) up to the first line that is not a complete row."""
     for line in lines:
         try:
             row = json.loads(line)
@@ -270,7 +269,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def _start_wandb(config: RunConfig, description: Mapping[str, Any]) -> Any:
-    """A run there that a resumed run here goes on with: its id is kept beside the metrics."""
+    """Start a Weights & Biases run, or continue it after a resume: its id is stored beside the metrics."""
     wandb = import_wandb()
     path = config.out / "wandb_id"
     with _disk_errors(path):
@@ -288,7 +287,7 @@ def _start_wandb(config: RunConfig, description: Mapping[str, Any]) -> Any:
 
 
 def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:
-    """Mean of each metric; a norm that is infinite belongs to an update that was skipped, and is counted instead."""
+    """Mean of each metric. An infinite gradient norm marks a skipped update, which is counted instead of averaged."""
     metrics = weighted_mean(updates)
     for name in [each for each in metrics if each.endswith("gradient_norm")]:
         norms = [update[name] for update in updates if isfinite(update[name])]
@@ -299,7 +298,7 @@ def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:
 
 
 def weighted_mean(rows: Sequence[Metrics], weights: Sequence[int] | None = None) -> Metrics:
-    """Weighted mean of each metric; the rows have the same ones."""
+    """Weighted mean of each metric; all rows have the same metrics."""
     weights = [1] * len(rows) if weights is None else weights
     names = rows[0] if rows else ()
     return {name: sum(row[name] * w for row, w in zip(rows, weights, strict=True)) / sum(weights) for name in names}

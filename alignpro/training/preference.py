@@ -51,7 +51,7 @@ class PreferenceTraining:
         return self.backend.updates
 
     def step(self, step: int) -> Metrics:
-        """One update on one batch of pairs."""
+        """Update the model on one batch of pairs."""
         timer = PhaseTimer()
         with timer("update"):
             self.model.train()
@@ -73,7 +73,7 @@ class PreferenceTraining:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
-        """Loss and accuracy on held-out pairs."""
+        """Compute loss and accuracy on held-out pairs."""
         self.model.eval()
         pairs = self.heldout[: self.config.run.eval_prompts]
         if not pairs:
@@ -83,18 +83,18 @@ class PreferenceTraining:
         return {f"eval/{name}": value for name, value in _describe(margins).items()}
 
     def margins(self, pairs: Sequence[Prompt]) -> Tensor:
-        """r(x, y_chosen) − r(x, y_rejected), (B,)."""
+        """Compute r(x, y_chosen) − r(x, y_rejected), (B,)."""
         rewards = self.model([*pairs, *pairs], [p.chosen or "" for p in pairs] + [p.rejected or "" for p in pairs])
         chosen, rejected = rewards.chunk(2)
         return chosen - rejected
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Weights and optimizer; the rest of the state."""
+        """Write weights and optimizer; returns the rest of the state."""
         self.backend.save(directory, "model")
         return {"data": self.stream.fingerprint}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
-        """Take up what `save` left."""
+        """Restore the state that `save` wrote."""
         self.stream.check(state["data"])
         self.backend.load(directory, "model")
 

@@ -1,10 +1,10 @@
 """Reinforcement learning of a policy in an environment: the prompter against a frozen target, or RLHF of the target.
 
-prompts x → K samples each (engine) → R of each (environment) → what each action is worth (objectives)
+prompts x → K samples each (engine) → R of each (environment) → advantage of each action (objectives)
           → loss and gradient in one pass over the head (kernels) → optimizer step (backend)
 
-Several ranks each take a share of a step's prompts, with all their samples; losses, gradients and metrics are sums and
-means over all of them, so that the numbers do not depend on how many ranks there are.
+With several ranks, each takes a share of a step's prompts with all their samples. Losses, gradients and metrics are sums
+and means over all ranks, so results do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from alignpro.training.stream import PromptStream
 
 
 class PolicyTraining:
-    """One step: sample, score, credit, update. The same for every loss, policy and environment.
+    """Trains a policy in steps: sample, score, credit, update. The same for every loss, policy and environment.
 
     Args:
-        policy: What is trained.
-        environment: What scores its samples.
-        engine: Samples; its model ``policy`` is the policy's own.
-        training: Prompts to learn from.
+        policy: The policy to train.
+        environment: Scores the policy's samples.
+        engine: Generates the samples; the constructor sets its model ``policy`` to the policy's sampling model.
+        training: Prompts to train on.
         heldout: Prompts to evaluate on.
-        sampling: How the policy samples its K (``n``) samples a prompt.
+        sampling: Sampling parameters of the policy; ``n`` is K, the number of samples per prompt.
         prompts_per_step: P.
-        objective: Which loss, on which advantages.
+        objective: The loss and its advantages.
         optimizer: Learning rate, schedule, micro-batches.
         run: Steps, seed, directory.
-        distribution: Over which processes; this one alone when absent.
-        kept: Models whose cached prompts stay on an accelerator while the policy is updated: those that are frozen.
-        targets: Has the target ready for rollouts; it always is when absent.
-        rewards: Has the reward models ready to score; likewise.
+        distribution: How training is distributed over processes; by default this process trains alone.
+        kept: Frozen models of the engine, whose cached prompts stay on an accelerator while the policy is updated.
+        targets: Makes the target ready for rollouts; by default it always is.
+        rewards: Makes the reward models ready to score; by default they always are.
 
     Raises:
-        DataError: There is no prompt to learn from, or ranks have different ones.
+        DataError: There are no prompts to train on, or ranks have different prompts.
         ModelError: Ranks have different references.
     """
 
@@ -103,7 +103,7 @@ class PolicyTraining:
         self.kl = objectives.AdaptiveKL(objective.kl.coef, objective.kl.target, objective.kl.horizon)
         self.baseline = objectives.RunningBaseline(objective.baseline_decay)
         self._expected_length = float(sampling.max_tokens)
-        """Tokens of a sample: the mean of the last step, once there is one."""
+        """Expected tokens per sample: the mean of the last step, or the maximum before the first step."""
 
     @property
     def updates(self) -> int:
@@ -111,7 +111,7 @@ class PolicyTraining:
         return self.backend.updates
 
     def step(self, step: int) -> Metrics:
-        """Sample K chains of each prompt, score them, credit their actions, update the policy."""
+        """Sample K chains for each prompt, score them, compute advantages, update the policy."""
         timer = PhaseTimer(lambda phase: self.ranks.note(f"step {step + 1}, {phase}"))
         before = self.engine.stats.snapshot()
         prompts = self.stream.batch(step)
@@ -140,7 +140,7 @@ class PolicyTraining:
         return metrics | stats.metrics() | timer.seconds
 
     def credit(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]], scores: Scores) -> Experience:
-        """What each action is worth: rewards after it, less a baseline that does not depend on it."""
+        """Compute the advantage of each action: the rewards after it, minus a baseline that does not depend on it."""
         objective = self.objective
         batch = SequenceBatch.build(
             [ids for prompt in prompts for ids in [self.environment.encode(prompt)] * self.sampling.n],
@@ -150,7 +150,7 @@ class PolicyTraining:
         width = batch.mask.shape[1]
         micro_batches = list(self._micro_batches(len(batch)))
         padded = self._padded([batch.rows(*rows) for rows in micro_batches])
-        # One micro-batch is all that the first update passes over, at the weights of now: its graph is kept for that.
+        # If the first update consists of one micro-batch, its pass is this one, with the same weights: keep the graph.
         keep = len(padded) == 1 and objective.loss != "gibbs" and objective.minibatches == 1 and self._graphs_last
         with self._reference.ready():
             parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
@@ -187,12 +187,14 @@ class PolicyTraining:
         )
 
     def update(self, experience: Experience, step: int, mine: Sequence[int]) -> Metrics:
-        """Epochs over the rollout in minibatches of whole groups, shuffled anew each epoch; one optimizer step each.
+        """Update the policy in epochs over the rollout, with one optimizer step per minibatch.
+
+        Minibatches consist of whole groups, reshuffled in each epoch.
 
         Args:
-            experience: Of this rank.
-            step: Seeds the shuffle.
-            mine: The places that this rank's groups have among those of all ranks.
+            experience: This rank's rollout.
+            step: Seeds the shuffles.
+            mine: Indices of this rank's groups among those of all ranks.
         """
         updates: list[Metrics] = []
         total = int(self.ranks.sum(len(mine)))
@@ -211,11 +213,11 @@ class PolicyTraining:
         return mean_of_updates(updates)
 
     def _backward(self, minibatch: Experience, states: Tensor | None = None) -> Metrics:
-        """Gradients of a minibatch, micro-batch by micro-batch; as many passes on every rank.
+        """Add the gradients of a minibatch, one micro-batch at a time; every rank makes the same number of passes.
 
         Args:
-            minibatch: This rank's part of it.
-            states: (N, D) of all its actions, if they are known.
+            minibatch: This rank's part of the minibatch.
+            states: (N, D) hidden states of all its actions, if they have been computed already.
         """
         objective, total = self.objective, 0.0
         details: list[Metrics] = []
@@ -275,7 +277,7 @@ class PolicyTraining:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
-        """Reward and KL of one sample for each of some held-out prompts."""
+        """Compute reward and KL of one sample for each of at most ``run.eval_prompts`` held-out prompts."""
         prompts = self.heldout[: self.run.eval_prompts]
         if not prompts:
             return {}
@@ -300,7 +302,7 @@ class PolicyTraining:
         return {"eval/reward": reward, "eval/kl": self.ranks.sum(kl) / len(prompts)}
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Weights and optimizers; the rest of the state."""
+        """Write weights and optimizers; returns the rest of the state."""
         self.backend.save(directory, "policy")
         if self.critic is not None:
             self.critic.backend.save(directory, "critic")
@@ -313,10 +315,10 @@ class PolicyTraining:
         }
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
-        """Take up what `save` left.
+        """Restore the state that `save` wrote.
 
         Raises:
-            CheckpointError: The reference or the data is not what the run started with.
+            CheckpointError: The reference or the data is not that with which the run started.
         """
         reference = self.ranks.on_first(self.policy.reference_id)
         with self.ranks.together():
@@ -335,34 +337,34 @@ class PolicyTraining:
         self._expected_length = float(state["expected_length"])
 
     def export(self, directory: Path) -> None:
-        """Write the model (or its adapter) and the tokenizer, whole: rank 0 does."""
+        """Write the whole model (or its adapter) and the tokenizer from rank 0."""
         with self.sampled.whole() as model:
             if self.ranks.first:
                 save_pretrained(model, directory)
 
     def _micro_batches(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Row ranges (start, stop) of at most ``micro_batch_size`` rows; of whole groups where they fit."""
+        """Yield row ranges (start, stop) of at most ``micro_batch_size`` rows, made of whole groups if these fit."""
         size = self.optimizer.micro_batch_size
-        # A group's prompt is computed once in a micro-batch; and Gibbs compares within a group, however large it is.
+        # A group's prompt is computed once per micro-batch. The Gibbs loss needs whole groups, whatever their size.
         if size >= self.sampling.n or self.objective.loss == "gibbs":
             size = max(1, size // self.sampling.n) * self.sampling.n
         for start in range(0, rows, size):
             yield start, min(start + size, rows)
 
     def _padded(self, parts: list[SequenceBatch]) -> list[SequenceBatch]:
-        """The same, and as many without actions behind them as make every rank have as many."""
+        """Append batches without actions until all ranks have the same number of batches."""
         missing = self.ranks.most(len(parts)) - len(parts)
         return parts + [no_actions(1, self.policy.model.device, self.policy.model.invocation)] * missing
 
     def _share(self, prompts: Sequence[Prompt]) -> list[int]:
-        """The indices of the prompts that are this rank's: the tokens to be computed are nearly even."""
+        """Indices of this rank's prompts, chosen so that the ranks compute nearly the same number of tokens."""
         if self.ranks.size == 1:
             return list(range(len(prompts)))
         sampled = self.sampling.n * self._expected_length
         return self.ranks.share([len(self.environment.encode(prompt)) + sampled for prompt in prompts])
 
     def _minibatches(self, groups: int, step: int, epoch: int) -> list[Tensor]:
-        """Indices of groups, split evenly; in order when there is one minibatch, so that nothing is shuffled in vain."""
+        """Split the indices of groups evenly into minibatches; shuffled unless there is only one."""
         order = torch.arange(groups)
         if self.objective.minibatches > 1:
             generator = torch.Generator().manual_seed(derive_seed(self.run.seed, "minibatch", step, epoch))

@@ -1,7 +1,7 @@
-"""The run: its directory, and the loop that every training job shares.
+"""The run: its directory, and the training loop that all jobs share.
 
-A run directory is the only state: ``config.yaml``, ``metrics.jsonl``, ``samples.jsonl``, ``checkpoints/`` and, when the
-run has ended, ``model/``. Of several ranks the first writes it; the others add their parts of a checkpoint.
+A run directory holds all state: ``config.yaml``, ``metrics.jsonl``, ``samples.jsonl``, ``checkpoints/`` and, once the run
+has finished, ``model/``. Rank 0 writes it; the other ranks only add their parts of a checkpoint.
 """
 
 from __future__ import annotations
@@ -37,53 +37,53 @@ from alignpro.training.stop_signals import stop_signals
 logger = logging.getLogger(__name__)
 
 LAUNCHER_PATIENCE = 25.0
-"""Seconds in which signals that come by way of a launcher are one; after 30 the deepspeed launcher kills."""
+"""Seconds in which repeated signals to launched ranks count as one; the deepspeed launcher kills its ranks after 30."""
 
 
 class Task(Protocol):
-    """What a run repeats: a step of training, with its state."""
+    """A training job: the step that a run repeats, and the job's state."""
 
     @property
     def headline(self) -> Sequence[str]:
-        """Metrics that the progress bar shows."""
+        """Names of the metrics that the progress bar shows."""
 
     @property
     def updates(self) -> int:
-        """Optimizer steps begun so far: whether a step that failed can have changed anything."""
+        """Optimizer steps begun so far; a failed step that has not increased it has not changed the weights."""
 
     def step(self, step: int) -> Metrics:
         """Make training step ``step`` (counted from 0)."""
 
     def evaluate(self, step: int) -> Metrics:
-        """Metrics on held-out data after step ``step``, each named ``eval/…``; none where no data is held out."""
+        """Compute metrics on held-out data after step ``step``, named ``eval/…``; none if no data is held out."""
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Write weights and optimizers into a directory; returns the rest of the state, as JSON."""
+        """Write weights and optimizers into a directory; returns the rest of the state, serializable as JSON."""
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
-        """Take up what `save` left."""
+        """Restore the state that `save` wrote."""
 
     def export(self, directory: Path) -> None:
-        """Write the trained model for ``from_pretrained``."""
+        """Write the trained model in the format of ``from_pretrained``."""
 
 
 class Run:
-    """A run directory that is open for training; a context manager, since it keeps other processes out of it.
+    """A run directory that is open for training; a context manager, because it locks other processes out.
 
-    What can be known without the models is checked here, before they are loaded; and the global random generators are
-    set by the run's seed.
+    The constructor checks everything that it can before the models are loaded, and seeds the global random generators
+    with the run's seed.
 
     Args:
-        config: The whole configuration of the job, which has a section ``run``.
-        resume: Continue a run that is there; where there is none, start it.
-        at: The step to continue from; the newest whole checkpoint when absent.
-        ranks: The processes that train; this one alone when absent.
+        config: The job's whole configuration, which has a section ``run``.
+        resume: Continue the run in the directory; start one if there is none.
+        at: The step to continue from; by default that of the newest intact checkpoint.
+        ranks: The processes that train; by default this one alone.
 
     Raises:
-        PeerError: One of the following on the first rank, which tells it.
-        TrainingError: The directory holds a run and ``resume`` was not asked for, or another process is writing to it,
-            or the configuration is not that of the run.
-        CheckpointError: There are checkpoints and every one is damaged, or that of ``at`` is.
+        PeerError: One of the following errors occurred on rank 0, which reports it.
+        TrainingError: The directory holds a run and ``resume`` was not requested, another process is training in it, or
+            its run has another configuration.
+        CheckpointError: Every checkpoint is damaged, or that of ``at`` is missing or damaged.
     """
 
     def __init__(
@@ -97,20 +97,20 @@ class Run:
         self._directory: RunDirectory | None = None
         start = self.ranks.on_first(lambda: self._open(config, resume, at))
         self.finished = start is None
-        """Whether every step has been made and ``model/`` is in place."""
+        """Whether every step has been made and ``model/`` has been written."""
         self.start = start or 0
-        """The step to go on from."""
+        """The step to continue from."""
         if not self.finished:
-            # For what draws from the global generators: an adapter's first weights, dropout, a reward of the user.
+            # Adapter initialization, dropout and user-defined rewards draw from the global generators.
             seed_random_state(self.config.seed)
 
     def train(self, task: Task) -> None:
         """Run the task to its last step, with checkpoints, metrics and a clean stop on SIGTERM and SIGINT.
 
         Raises:
-            Interrupted: A signal came; the state is saved.
+            Interrupted: A signal was received; the state is saved.
             CheckpointError: A checkpoint cannot be read or written.
-            AlignProError: The task failed; what it had reached before the failing step is saved.
+            AlignProError: The task failed; the state before the failing step is saved.
         """
         if self.finished:
             return
@@ -139,7 +139,7 @@ class Run:
         logger.info("the trained model is in %s", self.out / "model")
 
     def close(self) -> None:
-        """Let other processes use the directory."""
+        """Unlock the directory for other processes."""
         if self._directory is not None:
             self._directory.close()
 
@@ -150,7 +150,7 @@ class Run:
         self.close()
 
     def _open(self, config: Section, resume: bool, at: int | None) -> int | None:
-        """Take the directory and find the step to go on from; None where nothing is left to do."""
+        """Lock the directory and find the step to continue from; None if the run has finished."""
         if self.config.wandb_project:
             import_wandb()
         self._directory = RunDirectory(config, self.out, resume=resume)
@@ -165,7 +165,7 @@ class Run:
 
     @contextmanager
     def _log(self) -> Iterator[MetricsSink]:
-        """Where metrics go: to files, on the first rank."""
+        """Open the metrics log, which writes files on rank 0 only."""
         log: MetricsLog | None = None
         with self.ranks.together():
             if self.ranks.first:
@@ -184,14 +184,14 @@ class Run:
         return self.config.eval_every > 0 and step > 0 and step % self.config.eval_every == 0
 
     def _evaluate(self, step: int, task: Task, log: MetricsSink) -> None:
-        """Log metrics on held-out data; a resume from a checkpoint of this step makes up for a failure here."""
+        """Log metrics on held-out data; if this fails, a resume from this step's checkpoint evaluates again."""
         with self._saved_on_failure(step, task, log):
             metrics = task.evaluate(step - 1)
         if metrics:
             self._write(log, step, metrics)
 
     def _save(self, step: int, task: Task, log: MetricsSink, randomness: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint: each rank its part, into a directory that the first one makes and puts in place."""
+        """Write a checkpoint: each rank writes its part into a directory that rank 0 creates and renames into place."""
 
         def part(directory: Path) -> None:
             state = {"step": step, "ranks": self._ranks_launched, "task": task.save(directory)}
@@ -205,24 +205,24 @@ class Run:
 
     @property
     def _randomness(self) -> str:
-        """The file that holds this rank's state of the random generators."""
+        """Name of the file with the state of this rank's random generators."""
         return f"random_{self.ranks.rank}.pt" if self.ranks.rank else "random.pt"
 
     @contextmanager
     def _saved_on_failure(self, step: int, task: Task, log: MetricsSink) -> Iterator[None]:
-        """Keep what was reached before a failure, unless the failing step may have changed weights by then."""
+        """On failure, save the state before the step, unless the failing step may have changed weights."""
         updates, randomness = task.updates, random_state()
         try:
             yield
         except Exception as error:
             if not self.ranks.agreed_on(error):
-                raise  # the other ranks are elsewhere: what there is to save, they cannot help to
+                raise  # the other ranks are elsewhere, and saving takes all ranks
             if task.updates == updates and self.ranks.on_first(lambda: step not in self.checkpoints.available()):
                 try:
                     self._save(step, task, log, randomness)
                 except PeerError:
-                    pass  # the first rank tells it
-                except AlignProError as unsaved:  # told beside the failure itself, which the user must see
+                    pass  # the rank that failed reports it
+                except AlignProError as unsaved:  # only logged, since the user must see the original failure
                     logger.warning("%s", unsaved)
             if step in self.checkpoints.available():
                 logger.warning("the state after step %d is in %s", step, self.checkpoints.path(step))
@@ -247,14 +247,14 @@ class Run:
         return step or 0
 
     def _restore(self, task: Task) -> None:
-        """Take up the checkpoint of `start`, and drop what came after it."""
+        """Load the checkpoint of `start`, and discard everything after it."""
         if self.ranks.on_first(lambda: self.start in self.checkpoints.available()):
             directory = self.checkpoints.path(self.start)
             try:
                 state = json.loads((directory / "state.json").read_text())
                 self._check_launcher(directory, state)
                 task.load(directory, state["task"])
-                if (randomness := directory / self._randomness).is_file():  # not that of a rank that there was not
+                if (randomness := directory / self._randomness).is_file():  # absent if this rank did not exist then
                     restore_random_state(torch.load(randomness, weights_only=True))
             except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
                 raise CheckpointError(f"checkpoint {directory}: cannot be read: {error}") from error
@@ -262,7 +262,7 @@ class Run:
         self.ranks.on_first(self._discard_later)
 
     def saved_ranks(self) -> int | None:
-        """How many ranks a launcher had started when the checkpoint was made that the run goes on from; None without one.
+        """Number of launched ranks that wrote the checkpoint to continue from; None without a launcher or a checkpoint.
 
         Raises:
             CheckpointError: The checkpoint cannot be read.
@@ -287,16 +287,16 @@ class Run:
     def _check_launcher(self, directory: Path, state: dict[str, Any]) -> None:
         if (state["ranks"] is None) != (self._ranks_launched is None):
             how = "without a launcher" if state["ranks"] is None else "under the deepspeed launcher"
-            raise CheckpointError(f"checkpoint {directory}: was made {how}: start --resume so too")
+            raise CheckpointError(f"checkpoint {directory}: was made {how}: resume it the same way")
 
     def _discard_later(self) -> None:
-        """Drop what came after `start`."""
-        assert self._directory is not None  # that of the first rank
+        """Discard checkpoints and models of steps after `start`."""
+        assert self._directory is not None  # on rank 0
         self.checkpoints.discard_after(self.start)
         self._directory.discard_export_after(self.start)
 
     def _export(self, task: Task) -> None:
-        """Put the trained model in place."""
+        """Write the trained model to ``model/``."""
 
         def part(directory: Path) -> None:
             task.export(directory)
@@ -304,7 +304,7 @@ class Run:
                 self._directory.mark_export(directory, self.config.steps)
 
         def make(write: Callable[[Path], None]) -> None:
-            assert self._directory is not None  # that of the first rank
+            assert self._directory is not None  # on rank 0
             with disk_errors(f"{self._directory.model}", "make room, then --resume"):
                 replace_directory(self._directory.model, write)
 

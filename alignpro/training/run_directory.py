@@ -1,4 +1,4 @@
-"""Whose a run directory is: one run with one configuration, and one process at a time."""
+"""Ownership of a run directory: it holds one run with one configuration, and one process uses it at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _LOCK = "run.lock"
 _EXPORT_MARK = "alignpro.json"
 _WORK = ("metrics.jsonl", "samples.jsonl", "checkpoints", "model")
-"""What makes it a run that is worth keeping; without any of these, it failed before its first step."""
+"""Entries that make a run worth keeping; a run without any of these failed before its first step."""
 _SCAFFOLD = (_LOCK, "config.yaml", "tensorboard", "wandb", "wandb_id")
 
 
@@ -26,13 +26,13 @@ class RunDirectory:
     """A run directory, locked for this process until `close`.
 
     Args:
-        config: The whole configuration of the job.
-        path: The directory; made if it is not there.
-        resume: Whether it may hold a run, which must have this configuration then.
+        config: The job's whole configuration.
+        path: The directory; created if it does not exist.
+        resume: Whether the directory may hold a run, which must have the same configuration.
 
     Raises:
-        TrainingError: It holds a run and ``resume`` was not asked for, or something else; another process is using it;
-            the run in it has another configuration; or it cannot be written.
+        TrainingError: The directory holds a run and ``resume`` was not requested, or files that do not belong to a run;
+            another process is using it; its run has another configuration; or it cannot be written.
     """
 
     def __init__(self, config: Section, path: Path, *, resume: bool) -> None:
@@ -64,31 +64,31 @@ class RunDirectory:
             raise
 
     def close(self) -> None:
-        """Let other processes use the directory."""
+        """Unlock the directory for other processes."""
         self._lock.close()
 
     def exported_step(self) -> int | None:
-        """The step whose model is in ``model/``; None when there is none.
+        """Return the step of the model in ``model/``; None if there is none.
 
         Raises:
-            CheckpointError: ``model/`` is there, and was not made by a run or is damaged.
+            CheckpointError: ``model/`` was not written by a run, or is damaged.
         """
         if not self.model.exists():
             return None
         try:
             return int(json.loads((self.model / _EXPORT_MARK).read_text())["step"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.model}: is not what a run leaves there ({error}); move it away") from error
+            raise CheckpointError(f"{self.model}: was not written by a run ({error}); move it away") from error
 
     def mark_export(self, model: Path, step: int) -> None:
-        """Note in a model that is about to be put in place which step it is of."""
+        """Record the step of a model in its directory, before the directory is renamed into place."""
         (model / _EXPORT_MARK).write_text(json.dumps({"step": step}) + "\n")
 
     def discard_export_after(self, step: int) -> None:
-        """Remove the model of a later step, which a run that goes on from ``step`` will make again."""
+        """Remove the model of a later step, which a run that continues from ``step`` will write again."""
         exported = self.exported_step()
         if exported is not None and exported > step:
-            logger.warning("%s is removed: the run goes on from step %d", self.model, step)
+            logger.warning("removing %s: the run continues from step %d", self.model, step)
             discard(self.model)
 
     def _has_work(self) -> bool:
@@ -125,7 +125,7 @@ class RunDirectory:
         return file
 
     def _check_same(self, config: Section) -> None:
-        """A resumed run goes on with its own configuration; of the section ``run``, only the seed may not change."""
+        """Check that a resumed run keeps its configuration; in the section ``run``, only the seed must be the same."""
         try:
             before = load_config(type(config), [str(self._config)]).model_dump(mode="json")
         except ConfigError as error:
@@ -139,8 +139,8 @@ class RunDirectory:
         ]
         if changed:
             raise TrainingError(
-                f"run directory {self.path}: --resume with another configuration than the run's: {', '.join(changed)}; "
-                f"take the values of {self._config}, or name another run.out"
+                f"run directory {self.path}: the configuration differs from that of the run to resume: "
+                f"{', '.join(changed)}; use the values in {self._config}, or name another run.out"
             )
 
     def _unwritable(self, error: OSError) -> TrainingError:
@@ -148,7 +148,7 @@ class RunDirectory:
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, before, after) of the leaves of two nested mappings that differ, in the order of the keys."""
+    """List (dotted key, before, after) of the leaves in which two nested mappings differ, in key order."""
     if isinstance(before, dict) and isinstance(after, dict):
         return [
             difference

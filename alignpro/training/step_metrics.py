@@ -1,4 +1,4 @@
-"""What a step's metrics say about its samples: means over the samples of all ranks."""
+"""Metrics of a step's samples: means over the samples of all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignpro.training.metrics import Metrics
 
 
 def sample_metrics(ranks: Ranks, experience: Experience, scores: Scores) -> Metrics:
-    """Rewards, KL to the reference, entropy and length of the samples; a collective.
+    """Compute rewards, KL to the reference, entropy and length of the samples; a collective.
 
     Args:
         ranks: All ranks.
@@ -44,8 +44,8 @@ def sample_metrics(ranks: Ranks, experience: Experience, scores: Scores) -> Metr
 def logprob_difference(ranks: Ranks, experience: Experience, chains: Sequence[Sequence[Chain]]) -> Metrics:
     """How much the engine's log-probabilities of the sampled tokens differ from the trainer's; a collective.
 
-    Both are of the same weights, so anything beyond rounding is a bug: the gradient would be computed on samples of
-    another policy.
+    Both are computed with the same weights, so any difference beyond rounding is a bug: the gradient would be computed on
+    samples of another policy.
 
     Args:
         ranks: All ranks.
@@ -53,7 +53,7 @@ def logprob_difference(ranks: Ranks, experience: Experience, chains: Sequence[Se
         chains: The same samples as the engine returned them.
 
     Returns:
-        The mean absolute difference per token, and the largest.
+        The mean absolute difference per token, and the maximum.
     """
     drawn = torch.tensor([x for group in chains for chain in group for x in chain.sample.logprobs])
     mask, logprob = experience.batch.mask.cpu(), experience.values.logprob.cpu()  # (B, T), in the order of the chains

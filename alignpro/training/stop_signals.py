@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop, which a run grants when its state can be saved."""
+"""SIGTERM and SIGINT as requests to stop, which a run follows as soon as its state can be saved."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def stop_signals(*, patience: float = 0.0) -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying; the second of a kind acts as usual.
+    """Collect SIGTERM and SIGINT in a list instead of dying; a second signal of the same kind has its usual effect.
 
     Args:
-        patience: Seconds in which another of a kind is still the first: a scheduler signals a launcher and its ranks, and
-            the launcher its ranks again.
+        patience: Seconds after the first signal in which further ones are ignored: a scheduler signals a launcher and its
+            ranks, and the launcher signals its ranks again.
     """
     received: list[int] = []
     first = time.monotonic()
@@ -37,7 +37,7 @@ def stop_signals(*, patience: float = 0.0) -> Iterator[list[int]]:
         received.append(signum)
         if not patience:
             signal.signal(signum, previous[signum])
-        # Not by logging: a handler may run amid another write to the same stream, which is no place to write again.
+        # Not by logging: the handler may interrupt another write to the same stream, and streams are not reentrant.
         with suppress(OSError):
             os.write(2, f"{signal.Signals(signum).name}: stopping after this step\n".encode())
 

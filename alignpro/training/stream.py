@@ -1,4 +1,4 @@
-"""The order in which a run sees its data: a function of (seed, step), so that a resumed run sees the same."""
+"""The order of a run's training data: a function of (seed, step), so that a resumed run sees the same order."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ class PromptStream:
     """Endless batches over shuffled epochs.
 
     Args:
-        prompts: What to draw from; each is seen once an epoch.
-        batch_size: Prompts a step.
-        seed: Of the shuffles.
+        prompts: Prompts to draw from; each is seen once per epoch.
+        batch_size: Prompts per step.
+        seed: Seed of the shuffles.
 
     Raises:
-        DataError: There is no prompt.
+        DataError: There are no prompts.
     """
 
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int) -> None:
         if not prompts:
             raise DataError(
-                "no prompt to train on: every row was filtered out or held out; look at data.source and data.holdout"
+                "no prompt to train on: every row was filtered out or held out; check data.source and data.holdout"
             )
         if batch_size > len(prompts):
             logger.warning(
-                "a step takes %d prompts and there are %d: some are in a step more than once", batch_size, len(prompts)
+                "a step takes %d prompts and there are %d: some occur more than once per step", batch_size, len(prompts)
             )
         self.prompts = prompts
         self.batch_size = batch_size
         self.seed = seed
-        self._order = lru_cache(maxsize=2)(self._shuffle)  # a batch spans two epochs at most, but for tiny data
+        self._order = lru_cache(maxsize=2)(self._shuffle)  # a batch spans at most two epochs, except for tiny data
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of a step (counted from 0)."""
+        """Return the prompts of a step (counted from 0)."""
         first = step * self.batch_size
         places = (divmod(i, len(self.prompts)) for i in range(first, first + self.batch_size))
         return [self.prompts[self._order(epoch)[i]] for epoch, i in places]
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the prompts, all that they carry, and their order; where they lie does not count."""
+        """16 hexadecimal digits that identify the prompts: all their fields and their order, but not their location."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             texts = [prompt.id, prompt.rewrite, prompt.response, prompt.chosen, prompt.rejected]
@@ -61,7 +61,7 @@ class PromptStream:
         return digest.hexdigest()[:16]
 
     def check(self, fingerprint: str) -> None:
-        """Refuse to continue on other data.
+        """Check that a run continues on the same data.
 
         Raises:
             CheckpointError: The prompts are not those that the run started with.
@@ -73,10 +73,10 @@ class PromptStream:
             )
 
     def check_ranks(self, ranks: Ranks) -> None:
-        """Refuse to share out prompts of which a rank has other ones: a collective.
+        """Check that all ranks have the same prompts; a collective.
 
         Raises:
-            DataError: So it is.
+            DataError: A rank has different prompts.
         """
         rank = ranks.differing(self.fingerprint)
         with ranks.together():

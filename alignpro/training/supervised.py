@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the prompter on (x, x') pairs, so that ρ_sft exists, or a language model on (x, y)."""
+"""Supervised fine-tuning: the prompter on (x, x') pairs, which yields ρ_sft, or a language model on (x, y) pairs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 class SupervisedTraining:
-    """Cross-entropy on completions: −log p of each token of x' (or y), averaged over the tokens of the batch.
+    """Minimizes the cross-entropy of completions: −log p of each token of x' (or y), averaged over the batch's tokens.
 
     Args:
         config: Model, data and optimizer.
 
     Raises:
-        DataError: The data has no pair of the asked kind.
+        DataError: The data has no pairs for the task.
         ModelError: The model cannot be loaded.
     """
 
@@ -52,7 +52,7 @@ class SupervisedTraining:
         self.chat = ChatTemplate(tokenizer, config.policy.chat_template)
         trainable = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
         self.backend = TorchBackend(trainable, config.optimizer, config.run.steps)
-        self._truncated = 0  # pairs of the batch at hand
+        self._truncated = 0  # pairs in the current batch
 
     @property
     def updates(self) -> int:
@@ -60,7 +60,7 @@ class SupervisedTraining:
         return self.backend.updates
 
     def step(self, step: int) -> Metrics:
-        """One update on one batch."""
+        """Update the model on one batch."""
         timer = PhaseTimer()
         with timer("update"):
             self.model.train()
@@ -85,7 +85,7 @@ class SupervisedTraining:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
-        """Cross-entropy a token on held-out pairs."""
+        """Compute cross-entropy per token and perplexity on held-out pairs."""
         self.model.eval()
         pairs = [self._encode(prompt) for prompt in self.heldout[: self.config.run.eval_prompts]]
         tokens = sum(len(completion) for _, completion in pairs)
@@ -97,12 +97,12 @@ class SupervisedTraining:
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Weights and optimizer; the rest of the state."""
+        """Write weights and optimizer; returns the rest of the state."""
         self.backend.save(directory, "model")
         return {"data": self.stream.fingerprint}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
-        """Take up what `save` left."""
+        """Restore the state that `save` wrote."""
         self.stream.check(state["data"])
         self.backend.load(directory, "model")
 
@@ -111,7 +111,7 @@ class SupervisedTraining:
         save_pretrained(self.model, directory)
 
     def _encode(self, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Prompt and completion ids, cut on the right to ``max_tokens``; at least one completion token stays."""
+        """Return prompt and completion ids, cut on the right to ``max_tokens``, with at least one completion token."""
         if self.config.task == "rewrite":
             assert prompt.rewrite is not None
             ids, completion = self.prompter.encode(prompt), self.prompter.completion(prompt.rewrite)
@@ -121,7 +121,7 @@ class SupervisedTraining:
         limit = min(self.config.max_tokens, self.model.context_length)
         if len(ids) + len(completion) > limit:
             self._truncated += 1
-            # The end of a prompt invokes an activated LoRA.
+            # The end of the prompt activates an activated LoRA, so the beginning is cut.
             ids = ids[-(limit - 1) :] if self.model.invocation else ids[: limit - 1]
             completion = completion[: limit - len(ids)]
         return ids, completion

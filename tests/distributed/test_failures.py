@@ -100,7 +100,7 @@ def test_a_rank_that_dies_during_a_layer_by_layer_pass_ends_the_job(tmp_path: Pa
     started = time.monotonic()
     status, errors, output = ends(launch(Path(__file__).with_name("worker_dying.py"), str(tmp_path / "target")))
     assert status != 0
-    assert len(errors) == 1 and "rank 0 waited for the others in the start, in vain" in errors[0], output[-4000:]
+    assert len(errors) == 1 and "rank 0 waited in vain for the others during startup" in errors[0], output[-4000:]
     assert "sequences have failed" not in output
     assert time.monotonic() - started < 110  # far less than the ranks' timeout of ten minutes
 
@@ -164,8 +164,8 @@ def test_a_rank_that_keeps_the_others_waiting_is_named(made: Workshop, tmp_path:
     status, errors, output = ends(start(made, tmp_path / "hung", "hang", "deepspeed.timeout_seconds=40"), 300)
     assert status != 0
     assert len(errors) == 1, output[-4000:]
-    assert "rank 0 waited for the others in step 3, reward" in errors[0]
-    assert "rank 1 came to step 3, reward" in errors[0]
+    assert "rank 0 waited in vain for the others during step 3, reward" in errors[0]
+    assert "rank 1 entered step 3, reward" in errors[0]
 
 
 def stopped_amid(made: Workshop, out: Path, stop: Callable[[int], None]) -> tuple[int, str]:

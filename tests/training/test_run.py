@@ -334,7 +334,7 @@ def test_a_step_to_go_back_to_must_exist_undamaged(undisturbed: Path) -> None:
     with pytest.raises(CheckpointError, match=r"step_000003: no such checkpoint; there are: 4, 6"):
         Run(configure(undisturbed), resume=True, at=3)
     flip_bit(undisturbed / "checkpoints/step_000004/w.safetensors")
-    with pytest.raises(CheckpointError, match=r"step_000004 is damaged: w.safetensors does not have its checksum"):
+    with pytest.raises(CheckpointError, match=r"step_000004 is damaged: w.safetensors does not match its checksum"):
         Run(configure(undisturbed), resume=True, at=4)
 
 
@@ -413,7 +413,7 @@ def test_the_command_skips_damaged_checkpoints(
     flip_bit(out / "checkpoints/step_000004/policy.safetensors")
     (out / "checkpoints/step_000003/random.pt").unlink()
     assert workshop.run("train", out, "--resume") == 0
-    assert "step_000004 is damaged (policy.safetensors does not have its checksum)" in caplog.text
+    assert "step_000004 is damaged (policy.safetensors does not match its checksum)" in caplog.text
     assert "step_000003 is damaged (random.pt is missing)" in caplog.text
     assert_same(out, finished("train"))
     assert steps_of_checkpoints(out) == [1, 2, 3, 4]
