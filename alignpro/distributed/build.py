@@ -2,25 +2,31 @@
 
     python -m alignpro.distributed.build [--offload]
 
-The libraries go to ``$TORCH_EXTENSIONS_DIR`` (``~/.cache/torch_extensions``). Each takes about a minute and needs a C++
-compiler and ninja.
+The libraries go to ``$TORCH_EXTENSIONS_DIR``, or to a directory of this virtual environment under
+``~/.cache/torch_extensions``. Each takes about a minute and needs a C++ compiler and ninja.
+
+PyTorch marks a build by a file ``lock``, which a killed process leaves behind, and for which all later ones would wait
+forever without a message. So processes take turns by a lock of the operating system, which ends with its process: a file
+that is there while one has the turn is stale.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alignpro.errors import ConfigError
 
-
-def use_own_ninja() -> None:
-    """Put this Python's directory first on PATH, so that its `ninja` is used: another version would rebuild everything."""
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+logger = logging.getLogger(__name__)
 
 
 def compile_operators(*, offload: bool) -> None:
@@ -32,7 +38,7 @@ def compile_operators(*, offload: bool) -> None:
     Raises:
         ConfigError: An extension cannot be compiled.
     """
-    use_own_ninja()
+    _use_own_ninja()
     from deepspeed.accelerator import get_accelerator  # takes two seconds to import, and is optional
 
     accelerator = get_accelerator()
@@ -46,12 +52,46 @@ def compile_operators(*, offload: bool) -> None:
         if name == "ShareMemCommBuilder" and not (builder and builder.is_compatible()):
             continue  # not available for this CPU, where DeepSpeed works without it
         try:
-            builder.load(verbose=False)
+            with turn_to_build(builder.name):
+                builder.load(verbose=False)  # a second load in this process does nothing
         except (OSError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
             raise ConfigError(
                 f"{purpose} must be compiled, and cannot be: {_reason(error)}; install a C++ compiler and ninja, or "
                 + ("use a set-up without offload" if name == "CPUAdamBuilder" else "train in one process")
             ) from error
+
+
+def _use_own_ninja() -> None:
+    """Put this Python's directory first on PATH, so that its `ninja` is used: another version would rebuild everything."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+@contextmanager
+def turn_to_build(extension: str) -> Iterator[None]:
+    """Wait until no other job of this environment builds, and remove the lock file of a build that was killed.
+
+    Args:
+        extension: The name of its directory.
+    """
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        # Another environment's headers are elsewhere: builds in one directory would replace each other's.
+        from torch.utils.cpp_extension import get_default_build_root
+
+        environment = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:12]
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(get_default_build_root()) / f"alignpro_{environment}")
+    directory = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "alignpro.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that compiles in %s", directory)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        lock = directory / extension / "lock"
+        if lock.exists():
+            logger.warning("%s was left by a build that was killed: removed", lock)
+            lock.unlink()
+        yield
 
 
 def _reason(error: Exception) -> str:

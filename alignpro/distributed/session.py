@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from alignpro.distributed.board import Board
-from alignpro.distributed.build import use_own_ninja
+from alignpro.distributed.build import compile_operators
 from alignpro.distributed.launcher_watch import stop_with_launcher
 from alignpro.distributed.ranks import PeerError, Ranks, lost_ranks
 from alignpro.errors import AlignProError, ConfigError, Interrupted, TrainingError
@@ -40,7 +40,7 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
         timeout_seconds: How long a collective may wait.
 
     Raises:
-        ConfigError: The launcher's environment variables are incomplete.
+        ConfigError: The launcher's environment variables are incomplete, or DeepSpeed's collectives cannot be compiled.
         TrainingError: This is rank 0, and it has not found the others in time.
         PeerError: This is another rank, which has not found the others in time and has printed so.
     """
@@ -49,7 +49,7 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
             f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}: start with the deepspeed launcher, or unset them"
         )
     stop_with_launcher()
-    use_own_ninja()
+    compile_operators(offload=False)
     import deepspeed  # takes two seconds to import, and is optional
     from deepspeed.accelerator import get_accelerator
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from alignpro.config import DeepSpeedConfig, OptimizerConfig
+from alignpro.distributed.build import compile_operators
 from alignpro.distributed.frozen import FrozenModels, OffloadedWeights, ShardedModels
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sampling import GatheredModel, SamplingModel
@@ -253,5 +254,6 @@ def _optimizer(trained: list[nn.Parameter], config: OptimizerConfig, zero: ZeroC
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if not zero.offloads_optimizer:
         return torch.optim.AdamW(trained, **settings, fused=True)  # one pass over a weight and its state
+    compile_operators(offload=True)  # does nothing where the job has begun with it
     optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(trained, adamw_mode=True, **settings)
     return optimizer
