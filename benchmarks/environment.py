@@ -26,6 +26,9 @@ PACKAGES = (
     "cut-cross-entropy",
 )
 
+OUTPUTS = ("--json", "--out")
+"""Options that say where results are written."""
+
 
 def describe(module: str, device: torch.device, dtype: torch.dtype, arguments: list[str]) -> dict[str, Any]:
     """Return the metadata for a results file; ``module`` is the module run by ``python -m``."""
@@ -60,8 +63,15 @@ def slug(device: torch.device) -> str:
 
 
 def command_line() -> list[str]:
-    """Return the command-line arguments."""
-    return sys.argv[1:]
+    """Return the command-line arguments, without the output paths, which are of one machine and change no figure."""
+    kept: list[str] = []
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument in OUTPUTS:
+            next(arguments, None)
+        elif not argument.startswith(tuple(f"{option}=" for option in OUTPUTS)):
+            kept.append(argument)
+    return kept
 
 
 def _version(package: str) -> str | None:
