@@ -215,6 +215,13 @@ def test_a_tokenizer_without_a_chat_template(
     assert workshop.run(command, tmp_path / "run", f"{key}.path={model}", f"{key}.chat_template=plain") == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "key"), [("train", "policy"), ("rlhf", "policy"), ("sft", "policy"), ("reward", "model")]
+)
+def test_float16_is_not_trained_in_a_single_process(refused: Refused, command: str, key: str) -> None:
+    refused(command, f"{key}.dtype=float16", says=["float16", "bfloat16 or float32", "deepspeed launcher"])
+
+
 def test_a_reward_models_tokenizer_without_a_pad_token(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:
     model = without_pad_token(workshop, tmp_path / "model")
     refused("reward", f"model.path={model}", says=[str(model), "no pad token", "pad_token", "</s>"])

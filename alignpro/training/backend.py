@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignpro.config import OptimizerConfig
-from alignpro.errors import CheckpointError, TrainingError
+from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.training.checkpoint import save_torch
 
 
@@ -53,11 +53,17 @@ class TorchBackend:
 
     Raises:
         TrainingError: There is nothing to train.
+        ConfigError: A weight is float16, in which small gradients underflow: only DeepSpeed scales the loss.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], config: OptimizerConfig, total_updates: int) -> None:
         if not weights:
             raise TrainingError("no weight of the model requires a gradient: check policy.adapter")
+        if any(weight.dtype == torch.float16 for weight in weights.values()):
+            raise ConfigError(
+                "dtype=float16 cannot be trained in a single process, which does not scale the loss, so that small "
+                "gradients would underflow: take bfloat16 or float32, or start with the deepspeed launcher"
+            )
         self.weights = dict(weights)
         self.updates = 0
         self._config = config
