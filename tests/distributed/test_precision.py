@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from launching import run_cases, workshop
-from tiny_runs import read_metrics
+
+from alignpro.training.metrics import read_rows
 
 STEPS = 6
 SETTINGS = [
@@ -35,9 +36,9 @@ def test_training_in_sixteen_bits_matches_float32(tmp_path: Path) -> None:
         worker="worker_half.py",
     )
     assert made.run("train", tmp_path / "single", *SETTINGS) == 0
-    exact = [row for row in read_metrics(tmp_path / "single") if "loss" in row]
+    exact = [row for row in read_rows(tmp_path / "single" / "metrics.jsonl") if "loss" in row]
     for (stage, dtype), out in outs.items():
-        rows, rounding = [row for row in read_metrics(out) if "loss" in row], ROUNDING[dtype]
+        rows, rounding = [row for row in read_rows(out / "metrics.jsonl") if "loss" in row], ROUNDING[dtype]
         assert len(rows) == STEPS
         # The first step's samples are the same; later ones may differ where rounding changes a draw.
         first, expected = rows[0], exact[0]

@@ -111,15 +111,14 @@ def test_gradients_accumulate_over_backward_calls_and_are_cleared_by_a_step() ->
     assert backend.step() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_small_updates_of_half_precision_weights_accumulate(dtype: torch.dtype) -> None:
+def test_small_updates_of_half_precision_weights_accumulate() -> None:
     """Relative updates of 1e-3, each too small for bfloat16 to represent at 1, add up to 0.1."""
-    weight = parameter([1.0], dtype)
+    weight = parameter([1.0], torch.bfloat16)
     backend = make({"w": weight}, learning_rate=1e-3)
     for _ in range(100):
         backend.backward(weight.float().sum())
         backend.step()
-    assert weight.dtype == dtype
+    assert weight.dtype == torch.bfloat16
     assert weight.item() == pytest.approx(0.9, abs=0.005)
 
 
