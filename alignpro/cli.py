@@ -30,9 +30,9 @@ from alignpro.config import (
     dump_config,
     load_config,
 )
-from alignpro.distributed.environment import launched, launched_rank
+from alignpro.distributed.launcher import launched, launched_rank
 from alignpro.errors import AlignProError, Interrupted, PeerError
-from alignpro.plan import plan
+from alignpro.planning.dry_run import plan
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def reward(arguments: Arguments, resume: Resume = False, at: At = None, dry_run:
 @app.command(no_args_is_help=True)
 def train(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Train a prompter against a frozen target (RL)."""
-    _train(TrainConfig, "alignpro.jobs:prompter_training", arguments, resume, at, dry_run)
+    _train(TrainConfig, "alignpro.training.builders:prompter_training", arguments, resume, at, dry_run)
 
 
 @app.command(no_args_is_help=True)
@@ -100,7 +100,7 @@ def rlhf(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: D
 
     This is RLHF of the target: the "oracle" of `alignpro eval`.
     """
-    _train(RLHFConfig, "alignpro.jobs:response_training", arguments, resume, at, dry_run)
+    _train(RLHFConfig, "alignpro.training.builders:response_training", arguments, resume, at, dry_run)
 
 
 @app.command("eval", no_args_is_help=True)
@@ -147,9 +147,11 @@ def rewrite(
         raise AlignProError("rewrite: give prompts as arguments, or a data source with --data and --out")
     if (data is None) != (out is None):
         raise AlignProError("rewrite: --data and --out go together")
-    rewriter = _load("alignpro.rewriting:Rewriter.from_run")(run, with_target=answer)
+    rewriter = _load("alignpro.environments.rewriter:Rewriter.from_run")(run, with_target=answer)
     if data is not None:
-        _load("alignpro.rewriting:rewrite_data")(rewriter, data, out, n=n, temperature=temperature, seed=seed)
+        _load("alignpro.environments.rewriter:rewrite_data")(
+            rewriter, data, out, n=n, temperature=temperature, seed=seed
+        )
         return
     assert text  # or an error was raised above
     for prompt, rewrites in zip(text, rewriter.rewrite(text, n=n, temperature=temperature, seed=seed), strict=True):
@@ -187,7 +189,7 @@ def memory(
     if job not in ("train", "rlhf"):
         raise AlignProError(f"--job {job}: expected train or rlhf")
     config = load_config(TrainConfig if job == "train" else RLHFConfig, arguments)
-    lines = _load("alignpro.memory_plan:memory_table")(config, ranks, None if gib is None else gib * 2**30)
+    lines = _load("alignpro.planning.memory:memory_table")(config, ranks, None if gib is None else gib * 2**30)
     typer.echo(
         f"GiB per rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
     )
@@ -241,7 +243,7 @@ def _train(kind: type[Section], task: str, arguments: list[str], resume: bool, a
     if config is None:
         return
     if launched():
-        _load("alignpro.training.launched:train")(config, _load(task), resume, at)
+        _load("alignpro.training.multi_process:train")(config, _load(task), resume, at)
         return
     run_kind = _load("alignpro.training.run:Run")
     with run_kind(

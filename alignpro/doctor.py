@@ -315,7 +315,7 @@ def _run_chains(device: torch.device) -> EngineStats:
     from alignpro.demo.models import prompter_tokenizer, target_tokenizer, untrained_prompter, untrained_target
     from alignpro.engine import Engine, SamplingParams
     from alignpro.errors import ModelError
-    from alignpro.models import LanguageModel
+    from alignpro.models.language_model import LanguageModel
 
     with torch.random.fork_rng(), device:
         policy = LanguageModel(untrained_prompter().eval(), prompter_tokenizer(), "prompter")
@@ -388,7 +388,7 @@ def _output(program: str, *arguments: str) -> str | None:
 
 
 def _meta_prompts() -> Iterator[Finding]:
-    from alignpro.prompting import available_meta_prompts
+    from alignpro.prompting.meta_prompt import available_meta_prompts
 
     for name, description in available_meta_prompts().items():
         yield Finding("Meta-prompts", name, "ok", description)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from alignpro.cli import main
-from alignpro.distributed.environment import take_slurm_rank, without_local_rank
+from alignpro.distributed.launcher import take_slurm_rank, without_local_rank
 
 if __name__ == "__main__":
     take_slurm_rank()

@@ -95,7 +95,7 @@ echo "set-up: building the kernels in csrc/, once"
 } >&2
 
 # DeepSpeed compiles this when several ranks first start on a CPU; better a minute here than in a job.
-[ "$device" != cpu ] || DS_ACCELERATOR=cpu "$venv/bin/python" -m alignpro.distributed.build || {
+[ "$device" != cpu ] || DS_ACCELERATOR=cpu "$venv/bin/python" -m alignpro.distributed.deepspeed.compilation || {
     echo "set-up: DeepSpeed's part for several processes on a CPU could not be built, see the message above."
-    echo "set-up: one process trains without it. To try again: $venv/bin/python -m alignpro.distributed.build"
+    echo "set-up: one process trains without it. To try again: $venv/bin/python -m alignpro.distributed.deepspeed.compilation"
 } >&2

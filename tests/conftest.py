@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from tiny_models import ARCHITECTURES, save_tiny, tiny_language_model
 
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 settings.register_profile("shared machine", deadline=None)  # its load makes the time of an example meaningless
 settings.load_profile("shared machine")

@@ -28,7 +28,7 @@ from alignpro.config import (
     load_config,
     validate_config,
 )
-from alignpro.plan import plan
+from alignpro.planning.dry_run import plan
 
 TRAINING = ("sft", "reward", "train", "rlhf")
 WITH_CONFIG = (*TRAINING, "eval", "optimal")

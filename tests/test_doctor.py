@@ -16,7 +16,7 @@ from rich.console import Console
 
 from alignpro import doctor
 from alignpro.doctor import Finding, diagnose, print_diagnosis
-from alignpro.prompting import available_meta_prompts
+from alignpro.prompting.meta_prompt import available_meta_prompts
 from alignpro_kernels import backends, cpp_library, flash_attention
 
 

@@ -20,12 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from alignpro.config import AdapterConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
-from alignpro.environment import Scores
-from alignpro.language_model import LanguageModel
-from alignpro.models import add_adapter
-from alignpro.policy import Policy
+from alignpro.environments.base import Scores
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.loading import add_adapter
+from alignpro.policy.policy import Policy
 from alignpro.theory import SequenceSpace, enumerate_sequences, exact_objective
-from alignpro.training.reinforcement import Experience, PolicyTraining
+from alignpro.training.experience import Experience
+from alignpro.training.reinforcement import PolicyTraining
 
 END = 0
 VOCABULARY = {"<end>": END, "a": 1, "b": 2}

@@ -1,4 +1,7 @@
-"""Prompts: the record type, loading, and the held-out split."""
+"""Prompts: the record type, loading, and the held-out split.
+
+May import `config` and `errors`.
+"""
 
 from alignpro.data.columns import available_fields
 from alignpro.data.loading import DataSet, LoadReport, load_prompts

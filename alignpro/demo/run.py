@@ -17,15 +17,15 @@ import yaml
 
 from alignpro.config import EvalConfig, RLHFConfig, TrainConfig, validate_config
 from alignpro.demo import world
-from alignpro.distributed.environment import launched
+from alignpro.distributed.deepspeed.zero_config import require_deepspeed
+from alignpro.distributed.launcher import launched
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import process_group
-from alignpro.distributed.zero_config import require_deepspeed
 from alignpro.errors import TrainingError
 from alignpro.evaluation.evaluate import evaluate
-from alignpro.jobs import prompter_training, response_training
+from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.distribution import Distribution, SingleProcess
-from alignpro.training.launched import train_on, zero_of
+from alignpro.training.multi_process import train_on, zero_of
 from alignpro.training.reinforcement import PolicyTraining
 from alignpro.training.run import Run
 

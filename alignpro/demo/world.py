@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignpro.data.prompt import Prompt
+from alignpro.data import Prompt
 from alignpro.demo.phrases import (
     CLOSERS,
     HELDOUT_CLOSERS,

@@ -1,1 +1,4 @@
-"""Training one policy in several processes: starting and ending them, their communication, and sharded weights."""
+"""The processes of a job: ranks and their session, the launcher, sharded models, DeepSpeed's configuration.
+
+May import `models`, `config` and `errors`; nothing here knows what is trained.
+"""

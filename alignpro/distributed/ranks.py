@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alignpro.errors import PeerError as PeerError
+from alignpro.errors import PeerError
 
 T = TypeVar("T")
 

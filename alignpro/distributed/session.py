@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from alignpro.distributed.board import Board
-from alignpro.distributed.build import compile_operators
+from alignpro.distributed.deepspeed.compilation import compile_operators
 from alignpro.distributed.launcher_watch import stop_with_launcher
-from alignpro.distributed.ranks import PeerError, Ranks, lost_ranks
-from alignpro.errors import AlignProError, ConfigError, Interrupted, TrainingError
+from alignpro.distributed.phases import Board
+from alignpro.distributed.ranks import Ranks, lost_ranks
+from alignpro.errors import AlignProError, ConfigError, Interrupted, PeerError, TrainingError
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""Generation: sampling parameters, completions, chains and the engine that produces them."""
+"""Generation: sampling parameters, completions, chains and the engine that produces them.
+
+May import `models`, `errors` and `alignpro_kernels`, never `distributed`: an engine is one process's own.
+"""
 
 from alignpro.engine.engine import Engine
 from alignpro.engine.sampler import derive_seed

@@ -16,10 +16,9 @@ from typing import Literal
 
 import torch
 
-from alignpro.activated_lora import invoked_at
-from alignpro.engine.attention import probe_geometry
+from alignpro.engine.attention_plan import probe_geometry
+from alignpro.engine.fault_isolation import Passes
 from alignpro.engine.graphs import DecodeGraphs
-from alignpro.engine.isolation import Passes
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import PrefixTree
 from alignpro.engine.sampler import derive_seed
@@ -27,7 +26,8 @@ from alignpro.engine.scheduler import Scheduler
 from alignpro.engine.sequence import ChainRun, SampledSequence, ToTarget, completed, siblings
 from alignpro.engine.types import Chain, Completion, EngineStats, SamplingParams
 from alignpro.errors import ConfigError, DataError
-from alignpro.models import LanguageModel
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.token_lora import invoked_at
 
 CPU_POOL = 1 << 30
 """Upper limit of the default pool size on the CPU, in bytes."""

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignpro.cascade import Cascade
 from alignpro.engine.pool import KVPool
 from alignpro.engine.scheduler import Item
 from alignpro.engine.types import EngineStats
 from alignpro.errors import ModelError
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.paged_attention import Cascade
 from alignpro_kernels import CascadeLevel
 
 logger = logging.getLogger(__name__)

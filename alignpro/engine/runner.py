@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from alignpro.engine.attention import AttentionPlan
+from alignpro.engine.attention_plan import AttentionPlan
 from alignpro.engine.faults import described
 from alignpro.engine.graphs import DecodeGraphs, StaticPlan
 from alignpro.engine.pool import KVPool
@@ -19,7 +19,7 @@ from alignpro.engine.sampler import position_seeds, sample
 from alignpro.engine.scheduler import Tick
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.types import EngineStats
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 

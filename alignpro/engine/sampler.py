@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from alignpro.engine.types import SamplingParams
-from alignpro.models import Head
+from alignpro.models.head import Head
 from alignpro_kernels import gumbel_noise, linear_sample
 from alignpro_kernels.reference import head_logits
 

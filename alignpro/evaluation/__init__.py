@@ -1,1 +1,4 @@
-"""Evaluation: statistics of nested rewards, the figure and the report."""
+"""Evaluation: the arms that are compared, statistics of nested rewards, the figure and the report.
+
+May import everything but `demo`, `doctor` and `cli`.
+"""

@@ -8,17 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from alignpro.chat_template import ChatTemplate
 from alignpro.config import EvalConfig, OptimalConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
-from alignpro.environment import Environment, PromptEnvironment, ResponseEnvironment, Scores, sampling_params
-from alignpro.jobs import prompt_environment
-from alignpro.models import LanguageModel
-from alignpro.policy import Policy, sequence_logprob
+from alignpro.environments.base import Environment, Scores, sampling_params
+from alignpro.environments.build import prompt_environment
+from alignpro.environments.prompt import PromptEnvironment
+from alignpro.environments.response import ResponseEnvironment
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.sequences import SequenceBatch
+from alignpro.objectives import GibbsResample, gibbs_resample
+from alignpro.policy.policy import Policy, sequence_logprob
+from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards import RewardStack
-from alignpro.sequences import SequenceBatch
-from alignpro.theory import GibbsResample, gibbs_resample
 
 LABELS = {
     "no_finetuning": "No fine-tuning",

@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 
-from alignpro.chat_template import ChatTemplate
 from alignpro.config import EvalConfig, ModelConfig, dump_config
 from alignpro.data import DataSet, Prompt, load_prompts, split
-from alignpro.environment import ResponseEnvironment
+from alignpro.environments.build import input_room
+from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import ConfigError, DataError, TrainingError
 from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, logprobs, sequence_kl
 from alignpro.evaluation.figure import plot_comparison
 from alignpro.evaluation.report import write_report
 from alignpro.evaluation.statistics import Estimate, gap_recovered
 from alignpro.evaluation.summary import ArmGroup, ArmSummary, BoundSummary, Report, SampleRow, summarize_arm
-from alignpro.jobs import input_room
-from alignpro.models import LanguageModel, load_language_model, load_target
-from alignpro.prompting import PrompterTemplate, drop_long_prompts
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.loading import load_language_model, load_target
+from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.length_filter import drop_long_prompts
+from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import build_reward
 from alignpro.theory import sampled_bound
 from alignpro.training.checkpoint import disk_errors

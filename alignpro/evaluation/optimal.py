@@ -8,11 +8,12 @@ from typing import Any
 
 from alignpro.config import OptimalConfig, dump_config
 from alignpro.data import load_prompts
+from alignpro.environments.build import input_room
 from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import prepare_directory
-from alignpro.jobs import input_room
-from alignpro.models import load_language_model, load_target
-from alignpro.prompting import PrompterTemplate, drop_long_prompts
+from alignpro.models.loading import load_language_model, load_target
+from alignpro.prompting.length_filter import drop_long_prompts
+from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import build_reward
 from alignpro.training.checkpoint import disk_errors
 from alignpro.training.durability import replace_text

@@ -1,4 +1,7 @@
-"""From scores to per-token loss coefficients: KL, advantages, policy losses, Gibbs. Pure functions of tensors."""
+"""From scores to per-token loss coefficients: KL, advantages, policy losses, Gibbs. Pure functions of tensors.
+
+May import `errors` only.
+"""
 
 from alignpro.objectives.advantages import (
     RunningBaseline,
@@ -18,9 +21,11 @@ from alignpro.objectives.losses import (
     ppo_clip_coefficients,
     value_loss,
 )
+from alignpro.objectives.resampling import GibbsResample, gibbs_resample
 
 __all__ = [
     "AdaptiveKL",
+    "GibbsResample",
     "KLEstimator",
     "KLLossTerms",
     "PolicyGradientBatch",
@@ -28,6 +33,7 @@ __all__ = [
     "TokenLoss",
     "gae",
     "gibbs_loss",
+    "gibbs_resample",
     "group_normalized",
     "is_unbiased",
     "kl_loss_terms",

@@ -1,4 +1,7 @@
-"""Rewards r*(x, y): functions, reward models and drift guards, combined in a weighted sum."""
+"""Rewards r*(x, y): functions, reward models and drift guards, combined in a weighted sum.
+
+May import `distributed`, `models`, `prompting`, `data`, `config` and `errors`.
+"""
 
 from alignpro.rewards.component import Measurement, Reward
 from alignpro.rewards.conversation import encode_conversation

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from alignpro.data.prompt import Prompt
+from alignpro.data import Prompt
 from alignpro.errors import RewardError
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from alignpro.chat_template import ChatTemplate
-from alignpro.data.prompt import Message, Prompt
+from alignpro.data import Message, Prompt
 from alignpro.errors import DataError, RewardError
+from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards.component import describe_prompt
 
 

@@ -10,9 +10,9 @@ from transformers import AutoModel
 
 from alignpro.config import ModelConfig
 from alignpro.errors import ModelError
-from alignpro.models import DTYPES, resolve_device
+from alignpro.models.loading import DTYPES, resolve_device
+from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.model import pad_right, usable_length
-from alignpro.tokenization import load_tokenizer
 
 _BATCH = 32
 _MAX_LENGTH = 512

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from alignpro.config import FunctionRewardConfig
-from alignpro.data.prompt import Prompt
+from alignpro.data import Prompt
 from alignpro.errors import ConfigError
 from alignpro.rewards.component import Measurement
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from alignpro.config import GuardConfig
-from alignpro.data.prompt import Prompt
+from alignpro.data import Prompt
 from alignpro.rewards.component import Measurement, guarded_call
 from alignpro.rewards.embedding import EmbeddingSimilarity
 

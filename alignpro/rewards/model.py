@@ -16,15 +16,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from alignpro.chat_template import ChatTemplate
 from alignpro.config import ModelConfig, ModelRewardConfig, TrainableModelConfig
-from alignpro.data.prompt import Prompt
-from alignpro.distributed.frozen import FrozenModels
+from alignpro.data import Prompt
+from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.errors import ModelError
-from alignpro.models import DTYPES, resolve_device
+from alignpro.models.loading import DTYPES, resolve_device
+from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.component import Measurement
 from alignpro.rewards.conversation import encode_conversation
-from alignpro.tokenization import load_tokenizer
 
 
 class SequenceRewardModel(nn.Module):

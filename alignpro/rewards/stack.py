@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from alignpro.config import FunctionRewardConfig, RewardComponentConfig, RewardConfig
-from alignpro.data.prompt import Prompt
-from alignpro.distributed.frozen import FrozenModels
+from alignpro.data import Prompt
+from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.errors import ConfigError
 from alignpro.rewards.component import Reward, checked_values, guarded_call
 from alignpro.rewards.function import FunctionReward

@@ -1,4 +1,7 @@
-"""The theory in exact form: closed form, divergences, bound, resampling, enumeration. Pure functions of tensors."""
+"""The theory in exact form: closed form, divergences, bound, enumeration. Pure functions of tensors.
+
+May import `alignpro_kernels` and `errors` only.
+"""
 
 from alignpro.theory.bound import Bound, divergence_term, exact_bound, sampled_bound
 from alignpro.theory.closed_form import expected_reward, log_partition, objective, optimal_policy
@@ -12,11 +15,9 @@ from alignpro.theory.enumeration import (
     groups,
     state_kl,
 )
-from alignpro.theory.resampling import GibbsResample, gibbs_resample
 
 __all__ = [
     "Bound",
-    "GibbsResample",
     "SequenceSpace",
     "divergence_term",
     "enumerate_sequences",
@@ -25,7 +26,6 @@ __all__ = [
     "exact_objective",
     "expected_gradient",
     "expected_reward",
-    "gibbs_resample",
     "groups",
     "kl_divergence",
     "log_partition",

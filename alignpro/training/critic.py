@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from alignpro import objectives
-from alignpro.language_model import LanguageModel
-from alignpro.sequences import SequenceBatch
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.sequences import SequenceBatch
 from alignpro.training.backend import Backend
 from alignpro.training.metrics import Metrics
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from alignpro.config import DeepSpeedConfig, OptimizerConfig
-from alignpro.distributed.build import compile_operators
-from alignpro.distributed.frozen import FrozenModels, OffloadedWeights, ShardedModels
+from alignpro.distributed.deepspeed.compilation import compile_operators
+from alignpro.distributed.deepspeed.zero_config import ZeroConfig
 from alignpro.distributed.ranks import Ranks
-from alignpro.distributed.sampling import GatheredModel, SamplingModel
-from alignpro.distributed.zero_config import ZeroConfig
+from alignpro.distributed.sharding.frozen import FrozenModels, OffloadedWeights, ShardedModels
+from alignpro.distributed.sharding.gathered_model import GatheredModel, SamplingModel
 from alignpro.errors import CheckpointError, ConfigError, TrainingError
-from alignpro.language_model import LanguageModel
-from alignpro.policy import Policy
-from alignpro.policy_module import HeadPass
+from alignpro.models.language_model import LanguageModel
+from alignpro.policy.policy import Policy
+from alignpro.policy.zero3_module import HeadPass
 from alignpro.training.backend import Backend, follow, learning_rate_factor
 from alignpro.training.durability import PARTIAL
 

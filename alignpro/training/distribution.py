@@ -12,11 +12,11 @@ from typing import Literal, Protocol
 from torch import nn
 
 from alignpro.config import OptimizerConfig
-from alignpro.distributed.frozen import FrozenModels
 from alignpro.distributed.ranks import Ranks
-from alignpro.distributed.sampling import SamplingModel
-from alignpro.language_model import LanguageModel
-from alignpro.policy import Policy
+from alignpro.distributed.sharding.frozen import FrozenModels
+from alignpro.distributed.sharding.gathered_model import SamplingModel
+from alignpro.models.language_model import LanguageModel
+from alignpro.policy.policy import Policy
 from alignpro.training.backend import Backend, TorchBackend
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from alignpro.policy import TokenValues
-from alignpro.sequences import SequenceBatch
+from alignpro.models.sequences import SequenceBatch
+from alignpro.policy.policy import TokenValues
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,16 @@ from torch import Tensor
 from alignpro import objectives
 from alignpro.config import ObjectiveConfig, OptimizerConfig, RunConfig
 from alignpro.data import Prompt
-from alignpro.distributed.frozen import FrozenModels
+from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.engine import Chain, Engine, EngineStats, SamplingParams, derive_seed
-from alignpro.environment import Environment, Scores
+from alignpro.environments.base import Environment, Scores
 from alignpro.errors import CheckpointError
-from alignpro.models import save_pretrained
-from alignpro.policy import Policy
-from alignpro.sequences import SequenceBatch
+from alignpro.models.loading import save_pretrained
+from alignpro.models.sequences import SequenceBatch
+from alignpro.policy.policy import Policy
 from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
-from alignpro.training.experience import Experience as Experience
-from alignpro.training.experience import join_rows, join_values, no_actions
+from alignpro.training.experience import Experience, join_rows, join_values, no_actions
 from alignpro.training.metrics import Metrics, PhaseTimer, append_row, mean_of_updates, weighted_mean
 from alignpro.training.step_metrics import logprob_difference, sample_metrics
 from alignpro.training.stream import PromptStream

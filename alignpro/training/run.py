@@ -18,9 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 from alignpro.config import RunConfig, Section
-from alignpro.distributed.ranks import PeerError, Ranks
-from alignpro.errors import AlignProError, CheckpointError, Interrupted, TrainingError
-from alignpro.progress import progress_bar
+from alignpro.distributed.ranks import Ranks
+from alignpro.errors import AlignProError, CheckpointError, Interrupted, PeerError, TrainingError
 from alignpro.training.checkpoint import (
     CheckpointStore,
     disk_errors,
@@ -31,6 +30,7 @@ from alignpro.training.checkpoint import (
 )
 from alignpro.training.durability import replace_directory
 from alignpro.training.metrics import Metrics, MetricsLog, MetricsSink, NoMetricsLog, import_wandb
+from alignpro.training.progress import progress_bar
 from alignpro.training.run_directory import RunDirectory
 from alignpro.training.stop_signals import stop_signals
 

@@ -8,7 +8,7 @@ import torch
 
 from alignpro.distributed.ranks import Ranks
 from alignpro.engine import Chain
-from alignpro.environment import Scores
+from alignpro.environments.base import Scores
 from alignpro.training.experience import Experience
 from alignpro.training.metrics import Metrics
 

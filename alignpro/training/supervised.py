@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignpro.chat_template import ChatTemplate
 from alignpro.config import SFTConfig
 from alignpro.data import Prompt, load_prompts, split
-from alignpro.models import LanguageModel, add_adapter, load_trainable, save_pretrained
-from alignpro.prompting import PrompterTemplate
-from alignpro.sequences import SequenceBatch
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.loading import add_adapter, load_trainable, save_pretrained
+from alignpro.models.sequences import SequenceBatch
+from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Metrics, PhaseTimer
 from alignpro.training.stream import PromptStream

@@ -18,9 +18,9 @@ import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
-from alignpro.distributed.zero_config import read_zero_config
+from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.errors import ConfigError
-from alignpro.memory_plan import memory_need
+from alignpro.planning.memory import memory_need
 from benchmarks import environment, options
 from benchmarks.distributed.buckets import write_scaled
 from benchmarks.distributed.job import ALONE, Job

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from alignpro.distributed.zero_config import read_zero_config
+from alignpro.distributed.deepspeed.zero_config import read_zero_config
 
 
 def write_scaled(setup: str, parameters: int, directory: Path) -> Path:

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import process_group
 from alignpro.training.deepspeed_backend import DeepSpeedDistribution
-from alignpro.training.launched import zero_of
+from alignpro.training.multi_process import zero_of
 from benchmarks.distributed.job import ALONE, Job
 from benchmarks.distributed.memory import DeviceGauge, PhasePeaks, StorageGauge
 from benchmarks.training.ours import OurTraining, configure

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from alignpro.memory_plan import Need
+from alignpro.planning.memory import Need
 from benchmarks.distributed.job import ALONE
 
 PLANNED = {"rollout": "rollout", "reward": "rollout", "credit": "update", "update": "update"}

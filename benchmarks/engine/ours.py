@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from alignpro.engine import Completion, Engine, EngineStats, SamplingParams
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 from benchmarks.engine.cases import Case, Inputs, make_inputs
 from benchmarks.engine.entrant import Entrant, Generated, Setting, make_models
 from benchmarks.models import make_chat_template, make_tokenizer

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from alignpro.config import TrainConfig, load_config
-from alignpro.jobs import prompter_training
+from alignpro.training.builders import prompter_training
 from alignpro.training.distribution import Distribution
 from benchmarks.tokens import TokenCounter
 from benchmarks.training.step import Step

@@ -1,4 +1,4 @@
-// RMSNorm in one pass; see alignpro/fused_layers.py.
+// RMSNorm in one pass; see alignpro/models/cpu/fused_layers.py.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignpro.config import TrainConfig, load_config
-from alignpro.memory_plan import GIB, Need, memory_needs, setups_of
+from alignpro.planning.memory import GIB, Need, memory_needs, setups_of
 
 HERE = Path(__file__).parent
 PROMPTERS = {"phi-3.5-mini": "Phi-3.5-mini", "qwen2.5-1.5b": "Qwen2.5-1.5B"}

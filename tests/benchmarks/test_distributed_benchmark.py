@@ -9,8 +9,8 @@ import pytest
 import torch
 import typer
 
+from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.distributed.ranks import Ranks
-from alignpro.distributed.zero_config import read_zero_config
 from benchmarks.distributed.__main__ import app
 from benchmarks.distributed.buckets import write_scaled
 from benchmarks.distributed.memory import PhasePeaks, StorageGauge

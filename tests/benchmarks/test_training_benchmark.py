@@ -14,8 +14,9 @@ import typer
 
 from alignpro.config import ModelConfig, PromptingConfig
 from alignpro.data import Prompt
-from alignpro.prompting import PrompterTemplate, TargetTemplate
-from alignpro.tokenization import load_tokenizer
+from alignpro.prompting.prompter_prompt import PrompterTemplate
+from alignpro.prompting.target_prompt import TargetTemplate
+from alignpro.prompting.tokenization import load_tokenizer
 from benchmarks.training.__main__ import app
 from benchmarks.training.ours import OurTraining
 from benchmarks.training.task import Task, make_task

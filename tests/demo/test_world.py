@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from alignpro.data.prompt import Prompt
+from alignpro.data import Prompt
 from alignpro.demo import world
 from alignpro.demo.phrases import FRAMES, HELDOUT_CLOSERS, HELDOUT_OPENERS, KEYS, TASKS, cores
 from alignpro.errors import RewardError

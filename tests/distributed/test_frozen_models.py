@@ -15,12 +15,12 @@ from torch import nn
 from transformers import LlamaForSequenceClassification
 
 from alignpro.config import ModelConfig
-from alignpro.distributed.frozen import ShardedModels
-from alignpro.distributed.layer_passes import layers_of
 from alignpro.distributed.ranks import Ranks
+from alignpro.distributed.sharding.frozen import ShardedModels
+from alignpro.distributed.sharding.layer_passes import layers_of
 from alignpro.engine import Engine, SamplingParams
 from alignpro.errors import ModelError
-from alignpro.models import load_language_model
+from alignpro.models.loading import load_language_model
 
 LAYERS = 3
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

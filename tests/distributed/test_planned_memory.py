@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignpro.memory_plan import memory_need
+from alignpro.planning.memory import memory_need
 from benchmarks.distributed.buckets import write_scaled
 from benchmarks.distributed.job import Job
 from benchmarks.distributed.launch import launch

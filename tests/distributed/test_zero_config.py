@@ -11,9 +11,9 @@ import pytest
 from tiny_runs import Workshop
 
 from alignpro.config import OptimizerConfig, PolicyConfig, TrainConfig, load_config
-from alignpro.distributed.zero_config import ZeroConfig, load_zero_config, require_deepspeed
+from alignpro.distributed.deepspeed.zero_config import ZeroConfig, load_zero_config, require_deepspeed
 from alignpro.errors import ConfigError
-from alignpro.training.launched import zero_of
+from alignpro.training.multi_process import zero_of
 
 NAMES = {"z0": 0, "z1": 1, "z2": 2, "z2_offload": 2, "z3": 3, "z3_offload": 3}
 

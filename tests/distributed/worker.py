@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from alignpro.config import RLHFConfig, TrainConfig, load_config
-from alignpro.distributed.environment import launched_size
+from alignpro.distributed.launcher import launched_size
 from alignpro.distributed.session import process_group
-from alignpro.jobs import prompter_training, response_training
-from alignpro.training.launched import train_on, zero_of
+from alignpro.training.builders import prompter_training, response_training
+from alignpro.training.multi_process import train_on, zero_of
 
 
 def main(path: str) -> None:

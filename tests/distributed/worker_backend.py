@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from alignpro.config import OptimizerConfig, PolicyConfig
+from alignpro.distributed.deepspeed.zero_config import load_zero_config
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import process_group
-from alignpro.distributed.zero_config import load_zero_config
 from alignpro.training.deepspeed_backend import DeepSpeedBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -7,10 +7,10 @@ import sys
 from typing import Any
 
 from alignpro.config import ModelConfig
-from alignpro.distributed.frozen import ShardedModels
 from alignpro.distributed.session import process_group
+from alignpro.distributed.sharding.frozen import ShardedModels
 from alignpro.engine import Engine, SamplingParams
-from alignpro.models import load_language_model
+from alignpro.models.loading import load_language_model
 
 passes = 0
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from alignpro.config import ModelConfig, ModelRewardConfig
-from alignpro.data.prompt import Prompt
-from alignpro.distributed.frozen import FrozenModels, ShardedModels
+from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import process_group
+from alignpro.distributed.sharding.frozen import FrozenModels, ShardedModels
 from alignpro.engine import Engine, SamplingParams
 from alignpro.errors import PeerError
-from alignpro.models import load_language_model
+from alignpro.models.loading import load_language_model
 from alignpro.rewards.model import ModelReward
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [7, 8], [9, 10, 11], [5, 6, 12]]

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from document import ROOT, Document
 
-from alignpro.memory_plan import SETUPS
+from alignpro.planning.memory import SETUPS
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from faults import PARAMS, PROMPTS, SEEDS
 from tiny_models import tiny_language_model
 
 from alignpro.engine import Completion, Engine
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 
 @pytest.fixture(scope="session")

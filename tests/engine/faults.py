@@ -12,7 +12,7 @@ from tiny_models import ragged
 from torch import Tensor
 
 from alignpro.engine import Completion, Engine, SamplingParams, derive_seed
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 TEMPLATE = ragged(1, 60, shortest=20, longest=20, seed=5)[0]
 PROMPTS = [TEMPLATE + tail for tail in ragged(6, 60, shortest=1, longest=30, seed=6)]

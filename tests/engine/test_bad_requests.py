@@ -18,7 +18,7 @@ from transformers import (
 
 from alignpro.engine import Completion, Engine, SamplingParams
 from alignpro.errors import ConfigError, ModelError
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 PROMPTS = ragged(4, 100, shortest=5, longest=20, seed=9)
 PARAMS = SamplingParams(max_tokens=12, n=3)

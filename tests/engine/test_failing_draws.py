@@ -10,7 +10,7 @@ from tiny_models import tiny_adapted
 from torch import Tensor
 
 from alignpro.engine import Completion, Engine, SamplingParams, derive_seed, runner
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 
 @pytest.mark.parametrize("params", [PARAMS, SamplingParams(max_tokens=14, n=3, stop_token_ids=(0, 1), top_p=0.9)])

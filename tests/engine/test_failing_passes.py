@@ -26,7 +26,7 @@ from torch import Tensor
 
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.errors import ModelError
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 SETTINGS: list[dict[str, Any]] = [
     {},

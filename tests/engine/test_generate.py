@@ -8,9 +8,9 @@ from scipy.stats import chisquare
 from tiny_models import ragged, tiny_language_model
 
 from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
-from alignpro.language_model import LanguageModel
-from alignpro.policy import Policy
-from alignpro.sequences import SequenceBatch
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.sequences import SequenceBatch
+from alignpro.policy.policy import Policy
 
 PROMPTS = ragged(9, 100, longest=20)
 

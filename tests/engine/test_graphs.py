@@ -15,8 +15,8 @@ from alignpro.config import AdapterConfig
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.engine.graphs import ALL, MOST, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
 from alignpro.errors import ConfigError, ModelError
-from alignpro.language_model import LanguageModel
-from alignpro.models import add_adapter
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.loading import add_adapter
 from alignpro_kernels import pages
 
 TEMPLATE = ragged(1, 100, shortest=20, longest=20, seed=5)[0]

@@ -22,7 +22,7 @@ from faults import (
 from torch import Tensor
 
 from alignpro.engine import Completion, Engine
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 
 @pytest.mark.parametrize("options", [{}, {"pool_bytes": 8 * PAGE}, {"cuda_graphs": "padded"}])

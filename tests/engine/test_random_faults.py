@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alignpro.engine import Engine
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 
 @given(

@@ -14,7 +14,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from alignpro.engine import SamplingParams, derive_seed
 from alignpro.engine.sampler import filter_logits, position_seeds, sample
 from alignpro.errors import ConfigError
-from alignpro.head import Head
+from alignpro.models.head import Head
 
 
 def _probabilities(logits: list[float] | torch.Tensor, **settings) -> list[float]:

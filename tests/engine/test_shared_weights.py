@@ -11,9 +11,9 @@ from tiny_models import ACTIVATED, ARCHITECTURES, ragged, tiny_adapted, tiny_lan
 from alignpro.config import AdapterConfig
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.engine.prefix_tree import SHORTEST
-from alignpro.language_model import LanguageModel
-from alignpro.policy import sequence_logprob
-from alignpro.sequences import SequenceBatch
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.sequences import SequenceBatch
+from alignpro.policy.policy import sequence_logprob
 
 TEMPLATE = ragged(1, 60, shortest=30, longest=30, seed=5)[0]
 TEXTS = [TEMPLATE + tail for tail in ragged(5, 60, shortest=1, longest=20, seed=6)]

@@ -9,7 +9,7 @@ from tiny_models import ragged, tiny_language_model
 
 from alignpro.engine import Completion, Engine, SamplingParams
 from alignpro.engine.prefix_tree import COPIED, SHORTEST
-from alignpro.language_model import LanguageModel
+from alignpro.models.language_model import LanguageModel
 
 TEMPLATE = ragged(1, 100, shortest=24, longest=24, seed=5)[0]
 BEGINNING, *TAILS = ragged(4, 100, shortest=20, longest=20, seed=6)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from alignpro.config import ModelConfig, RewardConfig
-from alignpro.data.prompt import Message, Prompt
+from alignpro.data import Message, Prompt
 from alignpro.errors import ConfigError, ModelError, RewardError
 from alignpro.rewards import build_reward
 from alignpro.rewards.embedding import EmbeddingSimilarity

@@ -3,7 +3,7 @@ import textwrap
 import pytest
 
 from alignpro.config import RewardConfig
-from alignpro.data.prompt import Prompt
+from alignpro.data import Prompt
 from alignpro.errors import ConfigError, RewardError
 from alignpro.rewards import build_reward
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-from alignpro.chat_template import ChatTemplate
 from alignpro.config import ModelConfig, ModelRewardConfig, RewardConfig
-from alignpro.data.prompt import Message, Prompt
+from alignpro.data import Message, Prompt
 from alignpro.errors import ModelError, RewardError
+from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards import build_reward, encode_conversation
 from alignpro.rewards.model import ModelReward, load_reward_model
 

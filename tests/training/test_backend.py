@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alignpro import packed_linear
 from alignpro.config import OptimizerConfig
 from alignpro.errors import CheckpointError, TrainingError
+from alignpro.models.cpu import packed_linear
 from alignpro.training.backend import TorchBackend, learning_rate_factor
 
 

@@ -11,7 +11,7 @@ from tiny_runs import Workshop
 from alignpro.config import RLHFConfig, TrainConfig, load_config
 from alignpro.engine import Chain
 from alignpro.errors import TrainingError
-from alignpro.jobs import prompter_training, response_training
+from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.reinforcement import PolicyTraining
 
 

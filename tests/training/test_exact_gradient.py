@@ -14,7 +14,8 @@ from torch import Tensor
 
 from alignpro import objectives
 from alignpro.config import AdapterConfig, ObjectiveConfig
-from alignpro.training.reinforcement import Experience, PolicyTraining
+from alignpro.training.experience import Experience
+from alignpro.training.reinforcement import PolicyTraining
 
 LAMBDA = 0.3
 GROUP = {"leave_one_out": 2, "running_baseline": 1, "gae": 1}

@@ -12,7 +12,7 @@ from torch import Tensor
 from alignpro.config import AdapterConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain
-from alignpro.environment import Scores
+from alignpro.environments.base import Scores
 from alignpro.training.experience import join_rows
 from alignpro.training.metrics import OF_EXECUTION, Metrics, read_rows
 from alignpro.training.reinforcement import PolicyTraining

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from alignpro.config import EvalConfig, OptimalConfig, TrainConfig, load_config, validate_config
 from alignpro.engine import Engine, SamplingParams
+from alignpro.environments.rewriter import Rewriter
 from alignpro.evaluation.evaluate import evaluate
 from alignpro.evaluation.optimal import optimal
-from alignpro.jobs import prompter_training
-from alignpro.models import load_language_model
-from alignpro.rewriting import Rewriter
-from alignpro.sequences import SequenceBatch
+from alignpro.models.loading import load_language_model
+from alignpro.models.sequences import SequenceBatch
+from alignpro.training.builders import prompter_training
 
 Finished = Callable[..., Path]
 ACTIVATED = ("policy.adapter.kind=lora", "policy.adapter.rank=4", "policy.adapter.activated=true")

@@ -1,0 +1,81 @@
+"""Whole weights for sampling when training shards them: gathered once per rollout, never once per token.
+
+The engine runs a copy of the model's structure without DeepSpeed's hooks. Its weights exist only inside the context
+`whole`; the shards from which they are gathered stay in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from alignpro.models.language_model import LanguageModel
+
+GATHERED_BYTES = 512 << 20
+"""Maximum bytes that are gathered at once, besides the copy itself."""
+
+
+class SamplingModel:
+    """The model that the engine samples from: the trained model itself, whose weights are always whole.
+
+    Args:
+        model: The model that is trained.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    @contextmanager
+    def whole(self) -> Iterator[LanguageModel]:
+        """Yield the model with whole weights; a collective if they are sharded."""
+        yield self.model
+
+
+class GatheredModel(SamplingModel):
+    """A copy of the model whose weights are gathered for sampling; create it before the model is sharded.
+
+    Args:
+        model: The model that is trained.
+        gathered_bytes: Maximum bytes that are gathered at once.
+    """
+
+    def __init__(self, model: LanguageModel, gathered_bytes: int = GATHERED_BYTES) -> None:
+        empty = {id(w): nn.Parameter(w.new_empty(0), requires_grad=False) for w in model.parameters()}
+        super().__init__(copy.deepcopy(model, {id(model.tokenizer): model.tokenizer, **empty}).eval())
+        self._pairs = [(weight, empty[id(weight)]) for weight in model.parameters()]
+        self._gathered_bytes = gathered_bytes
+
+    @contextmanager
+    def whole(self) -> Iterator[LanguageModel]:
+        """Yield the copy with the model's current weights."""
+        import deepspeed
+
+        try:
+            for chunk in self._chunks():
+                with torch.no_grad(), deepspeed.zero.GatheredParameters([source for source, _ in chunk]):
+                    for source, target in chunk:
+                        target.data = source.detach().clone()
+            self.model.weights_changed()
+            yield self.model
+        finally:
+            self.model.weights_changed()
+            for _, target in self._pairs:
+                target.data = target.data.new_empty(0)
+
+    def _chunks(self) -> Iterator[list[tuple[nn.Parameter, nn.Parameter]]]:
+        """Group the pairs into chunks of at most ``gathered_bytes``; a larger weight is a chunk of its own."""
+        chunk: list[tuple[nn.Parameter, nn.Parameter]] = []
+        size = 0
+        for source, target in self._pairs:
+            needed = source.ds_numel * source.element_size()  # type: ignore[attr-defined]
+            if chunk and size + needed > self._gathered_bytes:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append((source, target))
+            size += needed
+        if chunk:
+            yield chunk

@@ -1,0 +1,133 @@
+"""Attention of one tick over the paged pool: shared prefixes are read once, then merged with each sequence's own keys.
+
+The tokens of a tick are flattened in depth-first order of the prefix tree, so the queries below a node, including the
+node's own, are contiguous rows. Each depth of the tree is one level of `cascade_attention`. At a level, every node is a
+set of keys that its contiguous queries attend to, up to their own positions; so a prompt's keys are read once for all
+the sequences that share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignpro.engine.pool import Geometry, KVPool
+from alignpro.engine.scheduler import Item
+from alignpro.errors import ModelError
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.paged_attention import Cascade
+from alignpro_kernels import CascadeLevel
+
+
+class AttentionPlan(Cascade):
+    """The attention metadata of a tick, shared by all layers; built once, before the forward pass.
+
+    Args:
+        pool: Holds the keys and values.
+        model: Name of the model that runs.
+        items: The items to compute, in any order.
+        device: Where the index tensors are placed.
+    """
+
+    def __init__(self, pool: KVPool, model: str, items: Sequence[Item], device: torch.device) -> None:
+        self.items = sorted(items, key=lambda item: [segment.serial for segment in item.path])
+        counts = [item.count for item in self.items]
+        ends = np.cumsum(counts)
+        self.last_row = {id(item.segment): int(end) - 1 for item, end in zip(self.items, ends, strict=True)}
+        """``id`` of a segment → the row of its last computed token."""
+        self._counts = counts
+        ids = [token for item in self.items for token in item.segment.tokens[item.first : item.end]]
+        starts = [item.segment.start + item.first for item in self.items]
+        positions = np.repeat(np.array(starts) - (ends - counts), counts) + np.arange(len(ids))
+        slots: list[int] = []
+        for item in self.items:
+            slots += pool.slots(model, item.segment.pages, item.first, item.count) if item.write else [-1] * item.count
+        self.ids = torch.tensor(ids, device=device)  # (T,) int64
+        self.positions = torch.from_numpy(positions).to(device)  # (T,) int64
+        depths = range(max(len(item.path) for item in self.items))
+        super().__init__(
+            pool.layers(model),
+            torch.tensor(slots, device=device),  # (T,) int64
+            [_level(self.items, depth, positions, device) for depth in depths],
+        )
+
+    def rows_of(self, model: str) -> Tensor | bool:
+        """The rows of the tokens that belong to a model, (A,) int64; True if all of them do, False if none does."""
+        mine = [item.segment.model == model for item in self.items]
+        if all(mine) or not any(mine):
+            return mine[0]
+        return torch.from_numpy(np.repeat(mine, self._counts).nonzero()[0]).to(self.ids.device)
+
+
+def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> CascadeLevel:
+    """Build the cascade level of the segments at one depth of the items' paths. At depth 0 every token has a segment."""
+    ends = {item.segment: item.end for item in items}
+    tables: list[list[int]] = []
+    lengths: list[int] = []
+    starts: list[int] = []
+    bounds = [0]
+    rows: list[int] = []
+    at = 0
+    for serial, group in groupby(items, key=lambda item: item.path[depth].serial if len(item.path) > depth else None):
+        members = list(group)
+        count = sum(item.count for item in members)
+        if serial is not None:
+            segment = members[0].path[depth]
+            tables.append(segment.pages)
+            lengths.append(ends.get(segment, segment.computed))
+            starts.append(segment.start)
+            rows.extend(range(at, at + count))
+            bounds.append(len(rows))
+        at += count
+    table = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for line, pages in zip(table, tables, strict=True):
+        line[: len(pages)] = pages
+
+    def int32(values: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
+
+    return CascadeLevel(
+        rows=None if len(rows) == at else torch.tensor(rows, device=device),
+        query_positions=int32(positions[rows]),
+        cu_queries=int32(bounds),
+        page_table=int32(table),
+        key_lengths=int32(lengths),
+        key_starts=int32(starts),
+    )
+
+
+class _Probe:
+    """Stands in for a plan and records the shapes and dtype of each layer's keys and values.
+
+    It is run on a single token, whose attention output is simply its value.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[torch.Size, torch.Size, torch.dtype]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        self.layers[layer] = (key.shape, value.shape, key.dtype)
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+
+
+@torch.no_grad()
+def probe_geometry(model: LanguageModel) -> Geometry:
+    """Find the KV-cache geometry of a model by running it on one token.
+
+    Raises:
+        ModelError: The model's keys and values differ in shape, its layers differ in dtype, or they are not numbered
+            from 0.
+    """
+    probe, token = _Probe(), torch.zeros(1, dtype=torch.int64, device=model.device)
+    model.paged_states(token, token, probe)
+    shapes = [probe.layers[layer] for layer in sorted(probe.layers)]
+    if sorted(probe.layers) != list(range(len(shapes))) or len({dtype for _, _, dtype in shapes}) != 1:
+        raise ModelError(f"model {model.name}: its layers {sorted(probe.layers)} cannot share one pool of pages")
+    if any(key != value for key, value, _ in shapes):
+        raise ModelError(f"model {model.name}: its keys and values differ in shape, which the engine does not support")
+    return Geometry(tuple((key[1], key[3]) for key, _, _ in shapes), shapes[0][2])

@@ -1,0 +1,112 @@
+"""What every environment does: the protocol, and scores of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alignpro.config import SamplingConfig
+from alignpro.data import Prompt
+from alignpro.engine import Chain, Engine, SamplingParams
+from alignpro.errors import TrainingError
+from alignpro.rewards import RewardStack
+
+
+@dataclass
+class Scores:
+    """The rewards of P prompts × K samples × M responses."""
+
+    values: Tensor
+    """(P, K) float32: R(x, x'), the mean over the M responses, minus the penalty if the sample is truncated."""
+    rewards: Tensor
+    """(P, K, M) float32: r*(x, y), with component weights and guard penalties applied."""
+    samples: list[list[str]]
+    """[P][K]: the policy's samples, as text."""
+    responses: list[list[list[str]]]
+    """[P][K][M]: the responses that were scored, as text."""
+    metrics: dict[str, float]
+    """Means of the reward's components, of the guards, and of flags of the samples such as truncation."""
+
+
+class Environment(Protocol):
+    """Turns prompts into scored samples."""
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The policy's input for this prompt."""
+
+    def rollout(
+        self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Chain]]:
+        """Sample ``params.n`` chains per prompt."""
+
+    def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
+        """Score the chains."""
+
+
+def score_texts(
+    prompts: Sequence[Prompt],
+    rewrites: Sequence[Sequence[str]] | None,
+    responses: Sequence[Sequence[Sequence[str]]],
+    reward: RewardStack,
+    *,
+    truncated: Tensor | None = None,
+    truncation_penalty: float = 0.0,
+) -> Scores:
+    """Score P prompts × K rewrites × M responses given as text.
+
+    Args:
+        prompts: The original prompts.
+        rewrites: [P][K], for the guards; None if nothing was rewritten.
+        responses: [P][K][M].
+        reward: The reward.
+        truncated: (P, K) bool: samples that reached their token limit.
+        truncation_penalty: Subtracted from the value of truncated samples.
+
+    Raises:
+        RewardError: A component of the reward failed; the message names the prompt.
+    """
+    K, M = len(responses[0]), len(responses[0][0])
+    index = [(p, k, m) for p in range(len(prompts)) for k in range(K) for m in range(M)]
+    scored = reward(
+        [prompts[p] for p, _, _ in index],
+        [responses[p][k][m] for p, k, m in index],
+        None if rewrites is None else [rewrites[p][k] for p, k, _ in index],
+    )
+    rewards = torch.tensor(scored.values, dtype=torch.float32).view(len(prompts), K, M)
+    values = rewards.mean(-1)
+    metrics = {f"reward/{name}": sum(values) / len(values) for name, values in scored.components.items()}
+    if truncated is not None:
+        values = values - truncation_penalty * truncated
+        metrics["sample/truncated"] = truncated.float().mean().item()
+    return Scores(
+        values, rewards, [list(g) for g in rewrites or []], [[list(r) for r in g] for g in responses], metrics
+    )
+
+
+def sampling_params(config: SamplingConfig, n: int) -> SamplingParams:
+    """Convert the configuration to the engine's parameters; templates add their stop tokens."""
+    return SamplingParams(n=n, **config.model_dump())
+
+
+def truncated_samples(chains: Sequence[Sequence[Chain]]) -> Tensor:
+    """Return which samples reached their token limit, (P, K) bool."""
+    return torch.tensor([[c.sample.finish_reason == "length" for c in group] for group in chains])
+
+
+def mean_notes(chains: Sequence[Sequence[Chain]]) -> dict[str, float]:
+    """Average each note over all chains."""
+    flat = [chain.notes for group in chains for chain in group]
+    return {name: sum(notes[name] for notes in flat) / len(flat) for name in flat[0]}
+
+
+def refuse_errors(prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> None:
+    """Raise if any chain failed: failure depends on what was sampled, so an estimate from the others would be biased."""
+    for prompt, group in zip(prompts, chains, strict=True):
+        for chain in group:
+            for completion in (chain.sample, *chain.responses):
+                if completion.error:
+                    raise TrainingError(f"prompt {prompt.id} ({prompt.source or 'no source'}): {completion.error}")

@@ -1,0 +1,81 @@
+"""The project's own environment: a frozen target responds to each rewrite, and the reward scores its responses.
+
+The reward scores the response against the ORIGINAL prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from alignpro.config import PromptingConfig
+from alignpro.data import Prompt
+from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.environments.base import Scores, mean_notes, refuse_errors, score_texts, truncated_samples
+from alignpro.prompting.prompter_prompt import PrompterTemplate
+from alignpro.prompting.target_prompt import TargetInput, TargetTemplate
+from alignpro.rewards import RewardStack
+
+
+class PromptEnvironment:
+    """A frozen target responds to each rewrite, and the reward scores its responses.
+
+    Args:
+        prompter: Template of the prompter: prompt → tokens, tokens → rewrite.
+        target: Template of the target: prompt with its last turn rewritten → tokens, tokens → response.
+        reward: r*(x, y), with its guards on (x, x').
+        respond: How the target samples its M responses (``n``) per rewrite.
+        config: How empty and truncated rewrites are treated.
+    """
+
+    def __init__(
+        self,
+        prompter: PrompterTemplate,
+        target: TargetTemplate,
+        reward: RewardStack,
+        respond: SamplingParams,
+        config: PromptingConfig,
+    ) -> None:
+        self.prompter = prompter
+        self.target = target
+        self.reward = reward
+        self.respond = replace(respond, stop_token_ids=target.stop_token_ids)
+        self.config = config
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The prompter's input: meta-prompt and template around x."""
+        return self.prompter.encode(prompt)
+
+    def rollout(
+        self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Chain]]:
+        """Sample x → K rewrites → M responses to each."""
+
+        inputs: dict[int, TargetInput] = {}  # keyed by the id of the sample
+
+        def to_target(i: int, sample: Completion) -> list[int]:
+            given = self.target.encode(prompts[i], self.prompter.decode(sample.text_tokens))
+            inputs[id(sample)] = given
+            return given.tokens
+
+        encoded = [self.encode(prompt) for prompt in prompts]
+        params = replace(params, stop_token_ids=self.prompter.stop_token_ids)
+        chains = engine.run_chains(encoded, rewrite=params, to_target=to_target, respond=self.respond, seeds=seeds)
+        for chain in (chain for group in chains for chain in group if id(chain.sample) in inputs):
+            given = inputs[id(chain.sample)]
+            chain.notes = {"rewrite/empty": float(given.empty), "rewrite/over_long": float(given.dropped > 0)}
+        return chains
+
+    def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
+        """Average the rewards of the responses to each rewrite, scored against the original prompt."""
+        refuse_errors(prompts, chains)
+        rewrites = [[self.prompter.decode(c.sample.text_tokens) for c in group] for group in chains]
+        responses = [[[self.target.decode(y.text_tokens) for y in c.responses] for c in group] for group in chains]
+        scores = score_texts(
+            prompts,
+            rewrites,
+            responses,
+            self.reward,
+            truncated=truncated_samples(chains),
+            truncation_penalty=self.config.truncation_penalty,
+        )
+        return replace(scores, metrics=scores.metrics | mean_notes(chains))

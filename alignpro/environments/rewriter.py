@@ -1,0 +1,155 @@
+"""Use a trained prompter: rewrite prompts or whole data sets, and optionally let the target respond."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from alignpro.config import DataConfig, SamplingConfig, TrainConfig, load_config
+from alignpro.data import Prompt, load_prompts
+from alignpro.engine import Completion, Engine, SamplingParams, derive_seed
+from alignpro.environments.base import sampling_params
+from alignpro.errors import DataError, ModelError
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.loading import load_language_model, load_target
+from alignpro.prompting.prompter_prompt import PrompterTemplate
+from alignpro.prompting.target_prompt import TargetTemplate
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1024
+"""Number of prompts of a data set that are rewritten and saved at a time, so that an error does not lose everything."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewrite x', and the target's response to it, or None without a target."""
+
+    rewrite: str
+    response: str | None
+
+
+class Rewriter:
+    """A trained prompter, with its run's templates; optionally the target.
+
+    Args:
+        prompter: The prompter.
+        target: The target, or None.
+        config: The run's configuration, for meta-prompt, templates and sampling.
+    """
+
+    def __init__(self, prompter: LanguageModel, target: LanguageModel | None, config: TrainConfig) -> None:
+        self.config = config
+        self.prompter = PrompterTemplate(prompter.tokenizer, config.prompting)
+        self.target: TargetTemplate | None = None
+        models = {"policy": prompter}
+        if target is not None:
+            models["target"] = target
+            self.target = TargetTemplate(
+                target.tokenizer,
+                config.target_model.chat_template,
+                max_tokens=target.context_length - config.rollout.respond.max_tokens,
+                on_empty=config.prompting.on_empty,
+            )
+        self.engine = Engine(models, **config.rollout.engine.model_dump())
+
+    @classmethod
+    def from_run(cls, run: Path, *, with_target: bool = False) -> Rewriter:
+        """Load the prompter that `alignpro train` saved in a run directory.
+
+        Raises:
+            ModelError: The directory holds no finished run.
+        """
+        if not (run / "config.yaml").is_file() or not (run / "model").is_dir():
+            raise ModelError(
+                f"run directory {run}: has no config.yaml and model/: it is not a finished run of `alignpro train`"
+            )
+        config = load_config(TrainConfig, [str(run / "config.yaml")])
+        prompter = load_language_model(config.policy.model_copy(update={"path": str(run / "model"), "tokenizer": None}))
+        return cls(prompter, load_target(config.target, prompter) if with_target else None, config)
+
+    def rewrite(
+        self, texts: Sequence[str | Prompt], *, n: int = 1, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[Rewritten]]:
+        """Sample ``n`` rewrites of each prompt; the target decodes greedily.
+
+        Raises:
+            ModelError: A prompt does not fit in the prompter's context, or a rewrite cannot be given to the target.
+            DataError: A conversation does not fit in the target's context, or a chat template refuses it.
+        """
+        prompts = [text if isinstance(text, Prompt) else Prompt.from_text(text) for text in texts]
+        sampling = self.config.rollout.rewrite.model_copy(update={"temperature": temperature})
+        params = _with_stops(sampling, n, self.prompter.stop_token_ids)
+        seeds = [derive_seed(seed, i) for i in range(len(prompts))]
+        groups = self.engine.generate("policy", [self.prompter.encode(p) for p in prompts], params, seeds)
+        for prompt, group in zip(prompts, groups, strict=True):
+            _refuse_errors(prompt, group)
+        rewrites = [[self.prompter.decode(sample.text_tokens) for sample in group] for group in groups]
+        if self.target is None:
+            return [[Rewritten(text, None) for text in group] for group in rewrites]
+        target = self.target
+        pairs = [(prompt, text) for prompt, group in zip(prompts, rewrites, strict=True) for text in group]
+        greedy = self.config.rollout.respond.model_copy(update={"temperature": 0.0})
+        answers = self.engine.generate(
+            "target",
+            [target.encode(prompt, text).tokens for prompt, text in pairs],
+            _with_stops(greedy, 1, target.stop_token_ids),
+        )
+        for (prompt, _), group in zip(pairs, answers, strict=True):
+            _refuse_errors(prompt, group)
+        responses = iter(target.decode(answer.text_tokens) for (answer,) in answers)
+        return [[Rewritten(text, next(responses)) for text in group] for group in rewrites]
+
+
+def rewrite_data(
+    rewriter: Rewriter, source: str, out: Path, *, n: int = 1, temperature: float = 0.0, seed: int = 0
+) -> None:
+    """Rewrite all prompts of a data source and write JSON Lines, `CHUNK` prompts at a time.
+
+    A line has the prompt's ``id``, its text (``prompt``), the ``rewrites`` and, with a target, their ``responses``.
+    Duplicates are rewritten once.
+
+    Args:
+        rewriter: The prompter, with or without the target.
+        source: As ``data.source``: a preset, or files.
+        out: The output file; lines written before an error are kept.
+        n: Rewrites per prompt.
+        temperature: Sampling temperature of the rewrites; the target decodes greedily.
+        seed: Seed of the rewrites.
+
+    Raises:
+        DataError: The data cannot be read, or ``out`` exists.
+        ModelError: As `Rewriter.rewrite`.
+    """
+    prompts = load_prompts(DataConfig(source=source, holdout=0)).prompts
+    try:
+        file = out.open("x", encoding="utf-8", errors="surrogatepass")
+    except FileExistsError as error:
+        raise DataError(f"{out}: already exists; choose another file, or remove it") from error
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error}") from error
+    with file:
+        for start in range(0, len(prompts), CHUNK):
+            chunk = prompts[start : start + CHUNK]
+            groups = rewriter.rewrite(chunk, n=n, temperature=temperature, seed=derive_seed(seed, start))
+            for prompt, group in zip(chunk, groups, strict=True):
+                row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.text, "rewrites": [x.rewrite for x in group]}
+                if rewriter.target is not None:
+                    row["responses"] = [x.response for x in group]
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            logger.info("%d of %d prompts rewritten", start + len(chunk), len(prompts))
+
+
+def _with_stops(config: SamplingConfig, n: int, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+    return replace(sampling_params(config, n), stop_token_ids=stop_token_ids)
+
+
+def _refuse_errors(prompt: Prompt, completions: Sequence[Completion]) -> None:
+    for completion in completions:
+        if completion.error:
+            raise ModelError(f"prompt {prompt.text[:60]!r}: {completion.error}")

@@ -1,0 +1,113 @@
+"""Fused RMS norms and gated MLPs of a model on a CPU, for passes without gradients.
+
+A transformers model computes an RMS norm in six operations, each of which writes its result to memory, and the gating of
+an MLP in two more. For a few rows the cost is the launch of these operations, for many rows it is writing to fresh
+memory. A module that computes the same function (this is tested, not assumed) gets a subclass that does it in one
+operator of csrc/cpu; gating is fused into the matrix products. Layers of another kind are left as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignpro.models.cpu.packed_linear import PackedLinear, Packing
+from alignpro_kernels.linear import packed_gate
+
+
+class FusedNorm(nn.Module):
+    """A norm x / √(mean(x²) + ε) · (weight + offset)."""
+
+    weight: nn.Parameter
+    fused_eps: float
+    fused_offset: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) → (..., D)."""
+        if torch.is_grad_enabled() or not _suited(hidden_states):
+            plain: Tensor = super().forward(hidden_states)
+            return plain
+        out: Tensor = torch.ops.alignpro.rms_norm.default(hidden_states, self.weight, self.fused_eps, self.fused_offset)
+        return out
+
+
+class _FusedGate(nn.Module):
+    """A gated MLP, down(silu(gate(x)) · up(x))."""
+
+    gate_proj: PackedLinear
+    up_proj: PackedLinear
+    down_proj: PackedLinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) → (..., D)."""
+        layers = self.gate_proj, self.up_proj
+        # An adapter may have wrapped them since.
+        if torch.is_grad_enabled() or not _suited(x) or any(type(layer) is not PackedLinear for layer in layers):
+            plain: Tensor = super().forward(x)
+            return plain
+        gate, up = (layer.packing.panels(layer).weight for layer in layers)
+        inner = packed_gate(x, gate, up, self.up_proj.out_features)
+        out: Tensor = self.down_proj(inner)
+        return out
+
+
+def attach(model: nn.Module, packing: Packing | None) -> None:
+    """Fuse a model's norms and gated MLPs; does nothing without a packing of its linear layers, which requires csrc/cpu."""
+    if packing is None:
+        return
+    for module in list(model.modules()):
+        if _is_gated(module):
+            become(module, _FusedGate)
+        elif type(module).__name__.endswith("RMSNorm"):
+            _try_norm(module)
+
+
+def _suited(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+@torch.no_grad()
+def _try_norm(module: nn.Module) -> None:
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float):
+        return
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return
+    scales = torch.tensor([[1.0], [30.0], [eps**0.5]])
+    x = scales * torch.linspace(-2, 3, len(weight)).sin()  # (3, D); one row is so small that ε matters
+    expected = module(x)
+    for offset in (0.0, 1.0):  # Gemma stores weight − 1
+        if torch.allclose(torch.ops.alignpro.rms_norm.default(x, weight, eps, offset), expected, rtol=1e-5, atol=1e-6):
+            become(module, FusedNorm)
+            assert isinstance(module, FusedNorm)
+            module.fused_eps, module.fused_offset = eps, offset
+            return
+
+
+def _is_gated(module: nn.Module) -> bool:
+    layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(type(layer) is PackedLinear and layer.bias is None for layer in layers):
+        return False
+    gate, up, down = layers
+    assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and isinstance(down, PackedLinear)
+    x = torch.linspace(-3, 3, 2 * gate.in_features).sin().view(2, -1)
+    with torch.no_grad():
+        expected = down(nn.functional.silu(gate(x)) * up(x))
+        return torch.allclose(module(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def become(module: nn.Module, form: Any) -> None:
+    """Make a module an instance of ``form``, whose methods override those of its own class."""
+    plain: Any = type(module)
+    module.__class__ = _combined(form, plain)
+
+
+@functools.cache
+def _combined(form: Any, plain: Any) -> type[Any]:
+    """Return a subclass of both, so that ``isinstance`` checks for the layer's own class still hold."""
+    if issubclass(plain, form):
+        return plain
+    return type(f"{form.__name__.lstrip('_')}{plain.__name__}", (form, plain), {"__module__": __name__})

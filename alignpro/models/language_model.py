@@ -1,0 +1,368 @@
+"""A language model as a decoder (tokens → hidden states) and a head (hidden states → logits).
+
+The fused head operators need this split: they take hidden states and the head's weight, never logits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from alignpro.errors import ModelError
+from alignpro.models import admission, packed_attention
+from alignpro.models.cpu import fused_decoder, fused_layers, packed_linear
+from alignpro.models.head import Head
+from alignpro.models.sequences import PackedSequences, SequenceBatch
+from alignpro.models.token_lora import ActiveTokens, invocation_tokens, take_over
+from alignpro_kernels import LoRA
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of transformers, with or without a peft adapter, and its tokenizer.
+
+    Args:
+        model: The model. A peft LoRA is active inside it; a peft soft prompt is prepended by `hidden`.
+        tokenizer: Its tokenizer.
+        name: Its name in messages: its path.
+
+    Raises:
+        ModelError: The model's logits are not head(hidden), or its adapter is of an unsupported kind. The logits are
+            checked on two tokens, so that no architecture or adapter with a special head is silently mishandled.
+    """
+
+    invocation: tuple[int, ...]
+    """The invocation tokens, from which an activated LoRA acts; empty without an activated LoRA."""
+    is_base: bool
+    """Whether this is a view without the adapter, as `base` returns."""
+    whole_between_passes: bool
+    """Whether its weights are whole between passes; False if they are sharded and each pass gathers them."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.invocation = invocation_tokens(model) if isinstance(model, PeftModel) else ()
+        self._soft_prompt_off = False
+        self.is_base = False
+        self.whole_between_passes = True
+        self._active: ActiveTokens | None = None
+        self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        self._checkpointed: list[GradientCheckpointingLayer] = []
+        admission.check_adapter(name, self._soft_prompt)
+        if self.invocation:
+            self._active = self._take_over()
+        admission.check_layers(name, self.causal)
+        try:
+            packed_attention.attach(self.causal)
+        except ValueError as error:
+            raise ModelError(f"model {name}: {type(self.causal).__name__} is not supported: {error}") from error
+        self._packing = packed_linear.attach(self.causal.base_model)
+        fused_layers.attach(self.causal.base_model, self._packing)
+        fused_decoder.attach(self.causal.base_model, self._packing)
+        admission.check_outputs(self)
+
+    def weights_changed(self) -> None:
+        """Discard everything derived from the weights; call it after their values have changed."""
+        if self._packing is not None:
+            self._packing.forget()
+
+    def keep_one_layout(self) -> None:
+        """Keep no second layout of the weights: they are sharded and gathered anew for each pass."""
+        fused_decoder.detach(self)
+        packed_linear.detach(self)
+        self._packing = None
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The transformers model inside a peft wrapper, or the model itself."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, model)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.causal.device
+
+    @property
+    def context_length(self) -> int:
+        """Maximum number of tokens in the model's context, excluding a soft prompt."""
+        config = self.causal.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        return int(limit) - self.virtual_tokens
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids of the model: V."""
+        embedding: nn.Module = self.causal.get_input_embeddings()
+        assert isinstance(embedding.weight, Tensor)
+        return len(embedding.weight)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Length of the soft prompt; 0 without one."""
+        soft_prompt = self._soft_prompt
+        return 0 if soft_prompt is None else int(soft_prompt.num_virtual_tokens)
+
+    @property
+    def binding(self) -> tuple[object, ...]:
+        """The state that a captured CUDA graph depends on: the addresses of the weights and the state of adapters.
+
+        A graph is out of date when this changes. In-place updates of the weights do not matter.
+        """
+        addresses = [x.data_ptr() for x in (*self.parameters(), *self.buffers())]
+        adapters = [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in self._adapted]
+        low_rank = [(m.merged, tuple(m.scaling.items())) for m in self._adapted if isinstance(m, LoraLayer)]
+        return (*addresses, *adapters, *low_rank)
+
+    @property
+    def head(self) -> Head:
+        """The current output layer; a LoRA on it is kept separate from the weight."""
+        head, layer = self.base_head, self.causal.get_output_embeddings()
+        if self.is_base or not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+            return head
+        down: Any = layer.lora_A
+        up: Any = layer.lora_B
+        active = [(down[name].weight, up[name].weight, layer.scaling[name]) for name in layer.active_adapters]
+        if not active:
+            return head
+        # Adapters may be float32 with a 16-bit weight. Several adapters form one of their summed rank.
+        a = torch.cat([scale * a for a, _, scale in active]).to(head.weight.dtype)
+        b = torch.cat([b for _, b, _ in active], dim=1).to(head.weight.dtype)
+        return replace(head, lora=LoRA(a, b, 1.0))
+
+    @property
+    def base_head(self) -> Head:
+        """The output layer without a LoRA."""
+        layer = self.causal.get_output_embeddings()
+        softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
+        return Head(layer.weight, getattr(layer, "bias", None), softcap)
+
+    def base(self) -> LanguageModel:
+        """Return a view of the model without its LoRA; it shares the weights, and a pass may serve both (`paged_states`).
+
+        Raises:
+            ModelError: There is no adapter, or it is not a LoRA that can be switched off per token.
+        """
+        self._active = self._active or self._take_over()
+        view = copy.copy(self)
+        view.is_base, view.invocation = True, ()
+        return view
+
+    @property
+    def selective(self) -> bool:
+        """Whether its adapter can be switched off for a subset of the tokens of a pass."""
+        return self._active is not None
+
+    def shares_weights(self, other: LanguageModel) -> bool:
+        """Whether both are views of one model, with or without its adapter."""
+        return self.causal is other.causal
+
+    def action_states(self, batch: SequenceBatch) -> Tensor:
+        """Compute the last hidden states at which the actions were chosen; shared prompts are computed once.
+
+        Returns:
+            (N, D) in the model's dtype, in row-major order of the batch's mask.
+
+        Raises:
+            DataError: A prompt lacks the invocation tokens of an activated LoRA.
+        """
+        return self.packed_states(batch.pack(self.virtual_tokens, self.invocation))
+
+    def packed_states(self, packed: PackedSequences) -> Tensor:
+        """Compute the last hidden states at which actions were chosen, (N, D), of sequences that are packed already."""
+        active = True if packed.active is None else packed.active
+        states = self._states(packed.ids, packed.layout.positions, active, layout=packed.layout)
+        return states.index_select(0, packed.states)
+
+    def paged_states(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        plan: packed_attention.Plan,
+        active: Tensor | bool = True,
+        *,
+        soft_prompt: bool = True,
+    ) -> Tensor:
+        """Compute the last hidden states of T packed tokens, with attention computed by a plan.
+
+        Args:
+            ids: (T,) int64; −1 for the virtual tokens of a soft prompt, which come first in their sequence.
+            positions: (T,) int64: position of each token in its sequence.
+            plan: Defines which tokens attend to which, and where keys and values are stored.
+            active: (A,) int64: the tokens that the adapter acts on, if it is ``selective``; True for all, False for none.
+            soft_prompt: False if there are no virtual tokens among them; this avoids a synchronisation with the device.
+
+        Returns:
+            (T, D) in the model's dtype.
+        """
+        return self._states(ids, positions, active, soft_prompt=soft_prompt, plan=plan)
+
+    def _states(
+        self, ids: Tensor, positions: Tensor, active: Tensor | bool, *, soft_prompt: bool = True, **attended: Any
+    ) -> Tensor:
+        """Compute the states, (T, D), of packed tokens, (T,); ``attended`` holds the layout or plan of their attention."""
+        inputs: dict[str, Any] = {"input_ids": ids[None]}
+        if soft_prompt and self.virtual_tokens:
+            soft = cast(PeftModel, self.model).get_prompt(batch_size=1)[0]  # (prefix, D)
+            embedded = self.causal.get_input_embeddings()(ids.clamp_min(0))  # (T, D)
+            virtual = ids < 0
+            placed = soft.to(embedded.dtype).index_select(0, positions[virtual])
+            inputs = {"inputs_embeds": embedded.masked_scatter(virtual[:, None], placed)[None]}
+        with self._checkpointing(), self._acting(active):
+            output = self.causal.base_model(
+                **inputs,
+                # transformers takes a mask of four dimensions as it is, and so does not build one of T × T.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+                position_ids=positions[None],
+                use_cache=False,
+                **attended,
+            )
+        states: Tensor = output.last_hidden_state[0]
+        return states
+
+    def hidden(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Compute the last hidden states; an activated LoRA acts on all tokens.
+
+        Args:
+            ids: (B, L) int64, padded on either side.
+            attention_mask: (B, L) bool or int64, zero at padding. It does not cover a soft prompt, whose part is added
+                here.
+
+        Returns:
+            (B, L, D) in the model's dtype.
+        """
+        inputs: dict[str, Any] = {"input_ids": ids}
+        attention_mask = attention_mask.to(torch.int64)
+        if prefix := self.virtual_tokens:
+            source = _behind_padding(attention_mask, prefix)
+            attention_mask = nn.functional.pad(attention_mask, (prefix, 0), value=1).gather(1, source)
+            soft = cast(PeftModel, self.model).get_prompt(batch_size=len(ids))  # (B, prefix, D)
+            embedded = self.causal.get_input_embeddings()(ids)
+            both = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
+            inputs = {"inputs_embeds": both.gather(1, source.unsqueeze(-1).expand_as(both))}
+        with self._checkpointing(), self._acting(True):
+            output = self.causal.base_model(
+                **inputs,
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(-1) - 1).clamp_min(0),
+                use_cache=False,
+            )
+        return output.last_hidden_state[:, -ids.shape[1] :]
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Compute the logits by transformers' own forward pass, (B, L, V) float32; an activated LoRA acts on all tokens."""
+        whole = self.causal if self._soft_prompt is None else self.model
+        with self._acting(True):
+            logits: Tensor = whole(input_ids=ids).logits[:, -ids.shape[1] :].float()
+        return logits
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Switch the adapter off within the context.
+
+        Unlike peft's own switch, this does not traverse the whole model, which takes longer than a forward pass for small
+        models; and a frozen adapter stays frozen.
+        """
+        off = self._soft_prompt_off
+        disabled = [layer.disable_adapters for layer in self._adapted]
+        trained = [weight for layer in self._adapted for weight in layer.parameters() if weight.requires_grad]
+        self._soft_prompt_off = True
+        try:
+            for layer in self._adapted:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            self._soft_prompt_off = off
+            for layer, before in zip(self._adapted, disabled, strict=True):
+                layer.enable_adapters(not before)
+                layer.requires_grad_(False)
+            for weight in trained:
+                weight.requires_grad_(True)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the inputs of layers for the backward pass, and recompute the rest.
+
+        Raises:
+            ModelError: The architecture does not support it, or its layers have dropout. The layer's training mode
+                switches both dropout and transformers' checkpointing, so they could not be told apart.
+        """
+        try:
+            self.causal.gradient_checkpointing_enable(self.checkpoint_options)
+        except ValueError as error:
+            raise ModelError(f"model {self.name}: gradient_checkpointing: {error}") from error
+        layers = [module for module in self.causal.modules() if isinstance(module, GradientCheckpointingLayer)]
+        dropout = max((rate for m in layers if isinstance(rate := getattr(m, "dropout", 0.0), float)), default=None)
+        if dropout is None or dropout > 0:
+            raise ModelError(
+                f"model {self.name}: gradient_checkpointing is not supported for {type(self.causal).__name__}"
+                + (f", whose layers have dropout={dropout}: set it to 0 in its config" if dropout else "")
+            )
+        self._checkpointed = layers
+
+    @property
+    def checkpoint_options(self) -> dict[str, Any]:
+        """Keyword arguments of `torch.utils.checkpoint`."""
+        return {"use_reentrant": False} | ({"context_fn": self._active.again} if self._active else {})
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Put layers in training mode, which switches checkpointing on; the modules inside them keep their mode."""
+        layers = self._checkpointed if torch.is_grad_enabled() else []
+        before = [layer.training for layer in layers]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer, mode in zip(layers, before, strict=True):
+                layer.training = mode
+
+    def _acting(self, active: Tensor | bool) -> AbstractContextManager[None]:
+        return nullcontext() if self._active is None else self._active.set(False if self.is_base else active)
+
+    def _take_over(self) -> ActiveTokens:
+        try:
+            if not isinstance(self.model, PeftModel):
+                raise ValueError("it has no adapter")
+            return take_over(self.model)
+        except ValueError as error:
+            raise ModelError(f"model {self.name}: {error}") from error
+
+    @property
+    def _soft_prompt(self) -> Any:
+        """The peft configuration of the active soft prompt, or None."""
+        if not isinstance(self.model, PeftModel) or self._soft_prompt_off:
+            return None
+        config: Any = self.model.active_peft_config
+        return config if config.is_prompt_learning else None
+
+
+def _behind_padding(mask: Tensor, count: int) -> Tensor:
+    """Return gather indices that move ``count`` tokens from the front of each row to just after its left padding.
+
+    A soft prompt must be adjacent to the text: a sliding window would count the padding between them.
+
+    Args:
+        mask: (B, S), zero at padding.
+        count: Number of tokens in front of each row.
+
+    Returns:
+        (B, count + S) int64.
+    """
+    padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # (B, 1)
+    place = torch.arange(count + mask.shape[1], device=mask.device)
+    return torch.where(place < padding, place + count, torch.where(place < padding + count, place - padding, place))

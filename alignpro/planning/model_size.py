@@ -1,0 +1,120 @@
+"""Sizes of a model's weights, KV cache and activations, from its config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from alignpro.config import AdapterConfig, ModelConfig
+from alignpro.errors import ModelError
+from alignpro.models.loading import DTYPES
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The dimensions of a causal language model."""
+
+    weights: tuple[int, ...]
+    """Number of elements of each weight; a tied weight counts once."""
+    head: int
+    """Number of elements of the output layer's weight."""
+    linear: int
+    """Number of elements of the linear layers without the head, which have a second layout on a CPU."""
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_width: int
+    """Number of elements of a token's keys in one layer."""
+    dtype_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all weights."""
+        return sum(self.weights)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.parameters * self.dtype_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of one token, in all layers."""
+        return 2 * self.layers * self.kv_width * self.dtype_bytes
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes per token at the peak of a pass without gradients, which is inside a gated MLP."""
+        return (2 * self.intermediate + 4 * self.hidden) * self.dtype_bytes
+
+    def activation_bytes(self, tokens: int, *, checkpointing: bool) -> float:
+        """Bytes that a forward pass saves for the backward pass, plus what the latter needs when it begins.
+
+        Counted for a layer like Llama's (two norms, attention that stores no score matrix, a gated MLP). Per token it saves
+        four vectors of the MLP's width, about ten of the model's width, and three of the width of keys and values; in 16
+        bits its norms also save float32. Korthikanti et al. (2022, "Reducing Activation Recomputation", table 2) count
+        another layer in this way.
+
+        Args:
+            tokens: Number of tokens in the pass.
+            checkpointing: Whether only the layers' inputs are saved, and one layer at a time is recomputed.
+        """
+        b, wide, hidden = self.dtype_bytes, self.intermediate, self.hidden
+        layer = b * (4 * wide + 10.5 * hidden + 3 * self.kv_width) + (4 * hidden if b == 2 else 0)
+        kept = self.layers * b * hidden + layer if checkpointing else self.layers * layer
+        ends = 3.3 * b * hidden  # embeddings and the last norm
+        begun = 2 * b * (wide + hidden)  # gradients inside the last layer
+        return tokens * (kept + ends + begun)
+
+
+def build_empty(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """Build a model on the meta device, without memory for its weights.
+
+    Raises:
+        ModelError: The model's configuration cannot be read.
+    """
+    try:
+        architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            model: PreTrainedModel = kind.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {config.path}: its configuration cannot be read: {error}") from error
+    return model
+
+
+def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
+    """Return the size of a model in the dtype that its configuration asks for."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head: Any = model.get_output_embeddings()
+    return ModelSize(
+        weights=tuple(weight.numel() for weight in model.parameters()),
+        head=head.weight.numel(),
+        linear=sum(each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear) and each is not head),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        kv_width=heads * width,
+        dtype_bytes=DTYPES[config.dtype].itemsize,
+    )
+
+
+def trained_weights(model: PreTrainedModel, adapter: AdapterConfig) -> tuple[int, ...]:
+    """Return the number of elements of each weight that has a gradient."""
+    if adapter.kind == "full":
+        return tuple(weight.numel() for weight in model.parameters())
+    if adapter.kind == "soft_prompt":
+        return (adapter.virtual_tokens * int(model.config.get_text_config().hidden_size),)
+    head, names = model.get_output_embeddings(), adapter.target_modules
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and (layer is not head if names == "all-linear" else name.rpartition(".")[2] in names)
+    ]
+    return tuple(adapter.rank * width for layer in layers for width in (layer.in_features, layer.out_features))

@@ -1,0 +1,198 @@
+"""Forward passes under an activated LoRA that compute the tokens before the invocation once and without gradients.
+
+The frozen base model computes the tokens before the invocation. So no gradient flows through them, and the policy and its
+reference share them:
+
+    m m x x x            computed once, keys and values kept; the prefix m of all prompts only once
+             | i a a     from the invocation i on, per sequence: once for the policy,
+             | i b b     and once, without the LoRA, for the reference
+
+The price is that the invocation is computed once per sequence instead of once per prompt. If that costs more than it
+saves, sequences are packed with their prompts instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.packed_attention import Layout, attend_continuations, gather_rows, packed_attention
+from alignpro.models.sequences import PackedSequences, SequenceBatch
+from alignpro.models.token_lora import invoked_at
+
+_BACKWARD = 2
+"""Cost of a backward pass, in forward passes."""
+
+
+def policy_states(model: LanguageModel, batch: SequenceBatch) -> Tensor:
+    """Compute `LanguageModel.action_states` of an activated LoRA on a frozen model, differentiable: (N, D).
+
+    Raises:
+        DataError: A prompt lacks the invocation tokens.
+    """
+    split = _split(model, batch, passes=1)
+    if split is None:
+        return model.action_states(batch)
+    return _from_invocation(model, split, _prefix(model, split))
+
+
+def policy_and_base_states(model: LanguageModel, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """Compute the states of an activated LoRA on a frozen model, differentiable, and those without it: (N, D) each.
+
+    Raises:
+        DataError: A prompt lacks the invocation tokens.
+    """
+    split = _split(model, batch, passes=2)
+    if split is None:
+        states = model.action_states(batch)
+        with torch.no_grad(), model.adapter_off():
+            return states, model.action_states(batch)
+    prefix = _prefix(model, split)
+    states = _from_invocation(model, split, prefix)
+    with torch.no_grad():
+        return states, _from_invocation(model, split, prefix, acts=False)
+
+
+@dataclass(frozen=True)
+class SplitSequences:
+    """Two packed rows: P prefixes of at most X tokens, and the S sequences that continue them, of at most R tokens."""
+
+    prefixes: PackedSequences
+    ids: Tensor
+    """(T,) int64: the tokens of the sequences from the invocation on."""
+    positions: Tensor
+    """(T,) int64: position of each token in its sequence."""
+    chosen: Tensor
+    """(N,) int64: index of the token at which each action was chosen."""
+    layout: Layout
+    """Layout of prefixes and sequences as if packed into one row: which sequence continues which prefix."""
+    order: Tensor
+    """(S·R,) int64: token indices of the sequences, padded to R."""
+    place: Tensor
+    """(T,) int64: index of each token in ``order``."""
+
+
+class PrefixPlan:
+    """Computes the attention of prefixes and keeps their keys and values.
+
+    Args:
+        layout: Layout of the prefixes alone.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        shared = torch.arange(layout.shared, device=layout.prompt.device).expand(len(layout.prompt), -1)
+        self.tokens = torch.cat([shared, layout.prompt], dim=1)
+        """(P, X) int64: token indices of each prefix; 0 at padding."""
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        """Layer → keys and values, (P, H', X, D)."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """As `alignpro.models.packed_attention.Plan.attend`."""
+        keys, values = (x[0][:, self.tokens].transpose(0, 1) for x in (key, value))
+        self.kept[layer] = keys, values
+        return packed_attention(
+            query, key, value, self.layout, scaling=scaling, softcap=softcap, sliding_window=sliding_window
+        )
+
+
+class ContinuationPlan:
+    """Computes the attention of the sequences to their prefixes and to themselves.
+
+    Args:
+        split: The sequences.
+        prefix: The plan that has computed their prefixes.
+    """
+
+    def __init__(self, split: SplitSequences, prefix: PrefixPlan) -> None:
+        self.split, self.prefix = split, prefix
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """As `alignpro.models.packed_attention.Plan.attend`."""
+        split, layout = self.split, self.split.layout
+        S, R = layout.continuation.shape
+        q, k, v = (
+            gather_rows(x[0].transpose(0, 1), split.order, split.place).unflatten(0, (S, R)).transpose(1, 2)
+            for x in (query, key, value)
+        )  # (S, heads, R, D)
+        before = self.prefix.kept[layer]
+        rows = attend_continuations(
+            q, k, v, before, layout, scaling=scaling, softcap=softcap, sliding_window=sliding_window
+        )
+        return rows.flatten(0, 1).index_select(0, split.place).unsqueeze(0)
+
+
+def _prefix(model: LanguageModel, split: SplitSequences) -> PrefixPlan:
+    plan = PrefixPlan(split.prefixes.layout)
+    with torch.no_grad():
+        model.paged_states(split.prefixes.ids, split.prefixes.layout.positions, plan, active=False)
+    return plan
+
+
+def _from_invocation(model: LanguageModel, split: SplitSequences, prefix: PrefixPlan, *, acts: bool = True) -> Tensor:
+    """Compute the states with the LoRA, or without it: (N, D)."""
+    plan = ContinuationPlan(split, prefix)
+    return model.paged_states(split.ids, split.positions, plan, active=acts).index_select(0, split.chosen)
+
+
+def _split(model: LanguageModel, batch: SequenceBatch, *, passes: int) -> SplitSequences | None:
+    """Split sequences from their prefixes; None if that costs more, for ``passes`` forward passes and any backward pass."""
+    prefixes: list[Sequence[int]] = []
+    ids: list[int] = []
+    chosen: list[int] = []
+    continuations: list[tuple[int, int]] = []
+    sequences = zip(batch.prompts, batch.completions, strict=True)
+    for prompt, group in groupby(sequences, key=lambda sequence: list(sequence[0])):
+        before = invoked_at(prompt, model.invocation)
+        if before == 0:
+            return None
+        if not prefixes or prompt[:before] != prefixes[-1]:
+            prefixes.append(prompt[:before])
+        for _, completion in group:
+            inner = completion[:-1]  # no action follows the last token
+            first = len(ids) + len(prompt) - before - 1  # the token at which the first action is chosen
+            chosen += range(first, first + len(completion))
+            ids += [*prompt[before:], *inner]
+            continuations.append((len(prefixes) - 1, len(prompt) - before + len(inner)))
+    device = batch.mask.device
+    before_all = SequenceBatch.build(prefixes, [()] * len(prefixes), device).pack()
+    cost = passes + (_BACKWARD if torch.is_grad_enabled() else 0)
+    if len(before_all.ids) + cost * len(ids) >= cost * len(batch.pack().ids):
+        return None
+    layout = Layout.build([len(prefix) for prefix in prefixes], continuations, device)
+    behind = layout.place >= layout.prompt.numel()  # which tokens of the joint layout belong to the second row
+    line = (behind.cumsum(0) - 1).clamp_min(0)  # and their indices in that row
+    return SplitSequences(
+        prefixes=before_all,
+        ids=torch.tensor(ids, device=device),
+        positions=layout.positions[behind],
+        chosen=torch.tensor(chosen, dtype=torch.int64, device=device),
+        layout=layout,
+        order=line[layout.continuation.flatten()],
+        place=layout.place[behind] - layout.prompt.numel(),
+    )

@@ -1,0 +1,89 @@
+"""The meta-prompt: the instruction around x that asks the prompter for a rewrite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+import jinja2.meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from alignpro.data import Message, Prompt
+from alignpro.errors import ConfigError
+
+_BUILT_IN = Path(__file__).with_name("meta_prompts")
+
+
+_VARIABLES = {"prompt", "history"}
+
+
+class MetaPrompt:
+    """The instruction around x for the prompter: a Jinja template that renders the text of one user turn.
+
+    Its variables are ``prompt``, the user's last turn x, and ``history``, the turns before it, each with ``role`` and
+    ``content``. A template that uses ``history`` renders the whole input. If it does not, those turns precede the text as
+    turns of the prompter's conversation. The content of x is never interpreted as Jinja.
+
+    Args:
+        name: A built-in meta-prompt (`available_meta_prompts`), or a file.
+
+    Raises:
+        ConfigError: The meta-prompt does not exist, is not a Jinja template, uses other variables, or lacks ``prompt``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        source = _read_meta_prompt(name)
+        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
+        try:
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"prompting.meta_prompt {name}:{error.lineno}: {error.message}") from error
+        if variables - _VARIABLES:
+            unknown = ", ".join(sorted(variables - _VARIABLES))
+            raise ConfigError(f"prompting.meta_prompt {name}: unknown variable {unknown}; expected prompt or history")
+        if "prompt" not in variables:
+            raise ConfigError(f"prompting.meta_prompt {name}: never uses {{{{ prompt }}}}, the text to be rewritten")
+        self.uses_history = "history" in variables
+        self.doc = _leading_comment(environment, source)
+
+    def messages(self, prompt: Prompt) -> tuple[Message, ...]:
+        """Return the prompter's conversation for this prompt.
+
+        Raises:
+            ConfigError: The template fails on this prompt.
+        """
+        try:
+            text = self._template.render(prompt=prompt.text, history=prompt.context)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"prompting.meta_prompt {self.name}: {error} (prompt {prompt.source})") from error
+        return (*(() if self.uses_history else prompt.context), Message("user", text))
+
+
+def available_meta_prompts() -> dict[str, str]:
+    """Return the names of the built-in meta-prompts, each with its description."""
+    names = sorted(path.stem for path in _BUILT_IN.glob("*.jinja"))
+    return {name: MetaPrompt(name).doc for name in names}
+
+
+def _read_meta_prompt(name: str) -> str:
+    built_in = _BUILT_IN / f"{name}.jinja"
+    path = built_in if Path(name).name == name and built_in.is_file() else Path(name).expanduser()
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in _BUILT_IN.glob("*.jinja")))
+        raise ConfigError(f"prompting.meta_prompt {name}: no such meta-prompt; expected {names}, or a Jinja file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompting.meta_prompt {name}: not UTF-8") from error
+
+
+def _leading_comment(environment: jinja2.Environment, source: str) -> str:
+    """Return the text of the ``{# … #}`` that opens a template, on one line."""
+    for _, kind, text in environment.lex(source):
+        if kind == "comment":
+            return " ".join(text.split())
+        if kind == "data" and text.strip():
+            break
+    return ""

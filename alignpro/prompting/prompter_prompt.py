@@ -1,0 +1,50 @@
+"""The prompter's prompt: x → the prompter's tokens, and its sampled tokens → the rewrite x'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from alignpro.config import PromptingConfig
+from alignpro.data import Prompt
+from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.meta_prompt import MetaPrompt
+
+
+class PrompterTemplate:
+    """The prompter's side: x → ids, sampled ids → x'.
+
+    A rewrite is the text that the prompter wrote before the end of its turn, without surrounding whitespace. One that
+    reached its token limit first is *truncated*: it is used as it is, and `PromptingConfig.truncation_penalty` is
+    subtracted from its reward.
+
+    Args:
+        tokenizer: The prompter's tokenizer, with its chat template set (`load_tokenizer`).
+        config: Names the meta-prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptingConfig) -> None:
+        self.chat = ChatTemplate(tokenizer)
+        self.meta_prompt = MetaPrompt(config.meta_prompt)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a rewrite."""
+        return self.chat.stop_token_ids
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Encode the prompter's input: meta-prompt and chat template around x.
+
+        Raises:
+            DataError: The chat template refuses the conversation.
+        """
+        return self.chat.encode(self.meta_prompt.messages(prompt))
+
+    def completion(self, rewrite: str) -> list[int]:
+        """Encode a given rewrite with its end-of-turn token, for SFT."""
+        return self.chat.completion(rewrite)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Decode sampled ids to the rewrite x', stripped."""
+        return self.chat.decode(tokens)

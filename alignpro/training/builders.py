@@ -1,0 +1,115 @@
+"""Build the trainer of each training command of `alignpro` from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignpro.config import RLHFConfig, TrainConfig
+from alignpro.data import load_prompts, split
+from alignpro.engine import Engine
+from alignpro.environments.base import sampling_params
+from alignpro.environments.build import input_room, prompt_environment
+from alignpro.environments.response import ResponseEnvironment
+from alignpro.errors import ConfigError, DataError
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.loading import is_activated, load_language_model, load_target
+from alignpro.models.token_lora import invoked_at
+from alignpro.policy.policy import Policy
+from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.length_filter import drop_long_prompts
+from alignpro.rewards import build_reward
+from alignpro.training.distribution import Distribution, SingleProcess
+from alignpro.training.reinforcement import PolicyTraining
+
+
+def prompter_training(config: TrainConfig, distribution: Distribution | None = None) -> PolicyTraining:
+    """Build `alignpro train`: the prompter learns rewrites that make the frozen target respond better."""
+    distribution = distribution or SingleProcess()
+    with distribution.ranks.together():  # a model that one rank cannot load stops all ranks
+        if config.target == "policy":
+            _refuse_merged(config.policy.path)
+        policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
+        targets, rewards = distribution.frozen("target"), distribution.frozen("reward")
+        target = load_target(config.target, policy.model, lambda each: targets.load(each, load_language_model))
+        environment = prompt_environment(
+            policy.model,
+            target,
+            config.target_model,
+            build_reward(config.reward, rewards),
+            config.prompting,
+            config.rollout.respond,
+            responses=config.rollout.responses_per_rewrite,
+        )
+        room = input_room(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
+        prompts = drop_long_prompts(
+            load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, room)
+        )
+        answered = environment.target
+        prompts = drop_long_prompts(prompts, answered.encode_context, answered.max_tokens, what="the target's context")
+        _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
+        training, heldout = split(prompts, config.data.holdout)
+    return PolicyTraining(
+        policy,
+        environment,
+        Engine({"policy": policy.model, "target": target}, **config.rollout.engine.model_dump()),
+        training,
+        heldout,
+        sampling=sampling_params(config.rollout.rewrite, config.rollout.rewrites_per_prompt),
+        prompts_per_step=config.rollout.prompts_per_step,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        run=config.run,
+        distribution=distribution,
+        kept=("target",) if config.rollout.keep_cache else (),
+        targets=targets,
+        rewards=rewards,
+    )
+
+
+def response_training(config: RLHFConfig, distribution: Distribution | None = None) -> PolicyTraining:
+    """Build `alignpro rlhf`: the target itself learns from the same reward."""
+    distribution = distribution or SingleProcess()
+    with distribution.ranks.together():
+        policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
+        template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
+        rewards = distribution.frozen("reward")
+        environment = ResponseEnvironment(template, build_reward(config.reward, rewards))
+        room = input_room(policy.model, config.rollout.respond, "the policy", "rollout.respond")
+        prompts = drop_long_prompts(
+            load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
+        )
+        _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
+        training, heldout = split(prompts, config.data.holdout)
+    return PolicyTraining(
+        policy,
+        environment,
+        Engine({"policy": policy.model}, **config.rollout.engine.model_dump()),
+        training,
+        heldout,
+        sampling=sampling_params(config.rollout.respond, config.rollout.responses_per_prompt),
+        prompts_per_step=config.rollout.prompts_per_step,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        run=config.run,
+        distribution=distribution,
+        rewards=rewards,
+    )
+
+
+def _refuse_merged(path: str) -> None:
+    """Refuse an adapter that would be merged into the base model when the policy's base model is the target."""
+    if (Path(path) / "adapter_config.json").is_file() and not is_activated(path):
+        raise ConfigError(
+            f"target=policy: {path} is an adapter, which is merged into its base model before training; the merged model "
+            "would be the target: name the target's model, or start from an activated LoRA (policy.adapter.activated=true)"
+        )
+
+
+def _check_invocation(model: LanguageModel, prompt: Sequence[int]) -> None:
+    """Raise before the first step if an activated LoRA would not act on a prompt."""
+    if model.invocation and prompt:
+        try:
+            invoked_at(prompt, model.invocation)
+        except DataError as error:
+            raise ConfigError(f"policy.adapter.invocation: {error}") from error

@@ -1,0 +1,153 @@
+"""Running a training job as one of the ranks that a launcher has started."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from alignpro.config import RLHFConfig, Section, TrainConfig
+from alignpro.distributed.deepspeed.compilation import compile_operators
+from alignpro.distributed.deepspeed.zero_config import ZeroConfig, load_zero_config, require_deepspeed
+from alignpro.distributed.launcher import launched_size
+from alignpro.distributed.ranks import Ranks
+from alignpro.distributed.session import process_group
+from alignpro.errors import ConfigError
+from alignpro.training.distribution import Distribution
+from alignpro.training.run import Run, Task
+
+logger = logging.getLogger(__name__)
+
+_PLACES = {"out", "source", "path", "tokenizer", "chat_template", "meta_prompt", "function"}
+"""Last parts of the keys whose values may be file names."""
+
+
+def train(
+    config: Section, build: Callable[[Section, Distribution], Task], resume: bool = False, at: int | None = None
+) -> None:
+    """Train on all ranks together.
+
+    Args:
+        config: Configuration of `alignpro train` or `alignpro rlhf`.
+        build: Builds the task from the configuration.
+        resume: Continue the run in the directory.
+        at: The step to continue from.
+
+    Raises:
+        ConfigError: The job does not run on several ranks, the ranks' configurations differ, DeepSpeed is missing or
+            broken, its configuration contradicts the job's, the device cannot train in the policy's dtype, or a DeepSpeed
+            extension cannot be compiled.
+        AlignProError: As `Run`; `PeerError` if another rank reports the error.
+    """
+    if not isinstance(config, TrainConfig | RLHFConfig):
+        raise ConfigError(
+            "only `alignpro train` and `alignpro rlhf` run on several ranks: start this without a launcher"
+        )
+    require_deepspeed()
+    zero = zero_of(config, launched_size())
+    _require_dtype(config.policy.dtype)
+    compile_operators(offload=zero.offloads_optimizer)
+    with process_group(config.deepspeed.timeout_seconds) as ranks:
+        train_on(ranks, config, zero, build, resume, at)
+
+
+def train_on(
+    ranks: Ranks,
+    config: TrainConfig | RLHFConfig,
+    zero: ZeroConfig,
+    build: Callable[[Section, Distribution], Task],
+    resume: bool = False,
+    at: int | None = None,
+) -> None:
+    """Train on ranks that have already joined a process group."""
+    from alignpro.training.deepspeed_backend import DeepSpeedDistribution  # takes two seconds to import
+
+    _require_one_configuration(ranks, config)
+    logger.info("%d ranks, ZeRO stage %d (%s)", ranks.size, zero.stage, zero.name)
+    with Run(config, resume=resume, at=at, ranks=ranks) as run:
+        if run.finished:
+            logger.info("the run in %s has finished: its model is in %s", run.out, run.out / "model")
+            return
+        if run.saved_ranks() not in (None, ranks.size):
+            zero = zero.for_other_ranks()
+        run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed)))
+
+
+def _require_one_configuration(ranks: Ranks, config: Section) -> None:
+    """Raise on all ranks if one was started with different settings, for example from a stale file on its node.
+
+    Paths may differ between nodes. Data and policy are compared between ranks once they are loaded.
+    """
+    settings = _leaves(config.model_dump(mode="json"))
+    first, *others = ranks.exchange({k: v for k, v in settings.items() if _PLACES.isdisjoint(k.split("."))})
+    for rank, given in enumerate(others, 1):
+        for key in sorted(first.keys() | given.keys()):
+            if first.get(key) != given.get(key):
+                raise ConfigError(
+                    f"rank {rank} has {key}={given.get(key)}, and rank 0 {key}={first.get(key)}: start all ranks with the "
+                    "same configuration file and overrides"
+                )
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """Flatten nested mappings and lists to dotted keys and their values."""
+    if isinstance(value, dict):
+        return {name: leaf for part, each in value.items() for name, leaf in _leaves(each, f"{key}.{part}").items()}
+    if isinstance(value, list):
+        return _leaves(dict(enumerate(value)), key)
+    return {key.removeprefix("."): value}
+
+
+def _require_dtype(dtype: str) -> None:
+    """Check that DeepSpeed supports training in a dtype on this device."""
+    from deepspeed.accelerator import get_accelerator  # takes two seconds to import, and is optional
+
+    accelerator = get_accelerator()
+    supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
+    if dtype in supported and not supported[dtype]():
+        raise ConfigError(
+            f"policy.dtype={dtype}: DeepSpeed does not train in it on this device ({accelerator.device_name()}); take "
+            + ("bfloat16 or float32" if dtype == "float16" else "float16 or float32")
+        )
+
+
+def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
+    """Build the job's complete DeepSpeed configuration.
+
+    Raises:
+        ConfigError: It contradicts the job's configuration, or there are more ranks than prompts per step.
+    """
+    rollout = config.rollout
+    if ranks > rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step={rollout.prompts_per_step} on {ranks} ranks: each rank needs at least one "
+            "whole prompt; raise it, or start fewer ranks"
+        )
+    match config:
+        case TrainConfig():
+            group = config.rollout.rewrites_per_prompt
+        case RLHFConfig():
+            group = config.rollout.responses_per_prompt
+    zero = load_zero_config(
+        config.deepspeed.config,
+        config.policy,
+        config.optimizer,
+        samples_per_update=rollout.prompts_per_step * group // config.objective.minibatches,
+        ranks=ranks,
+    )
+    if isinstance(config, TrainConfig) and config.target == "policy" and zero.stage == 3:
+        raise ConfigError(
+            f"target=policy with deepspeed.config={zero.name}: at stage 3 the weights that policy and target share are "
+            "sharded; use a stage from 0 to 2, or name a separate target model"
+        )
+    if isinstance(config, TrainConfig) and config.target == "policy" and config.deepspeed.target_stage == 3:
+        raise ConfigError(
+            "target=policy with deepspeed.target_stage=3: the target shares the policy's weights, whose stage is that of "
+            "deepspeed.config; use target_stage=0, or name a separate target model"
+        )
+    if config.deepspeed.offload_reference and zero.stage == 3:
+        raise ConfigError(
+            f"deepspeed.offload_reference with deepspeed.config={zero.name}: at stage 3 the reference is sharded with the "
+            "policy; use z3_offload to keep both in host memory"
+        )
+    return zero

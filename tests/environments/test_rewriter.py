@@ -1,0 +1,131 @@
+"""Using a finished run: rewrites with the run's own templates, and the target's answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import policy_config
+
+from alignpro.config import TrainConfig, dump_config
+from alignpro.data import Message, Prompt
+from alignpro.engine import Engine, SamplingParams
+from alignpro.environments.rewriter import Rewriter, Rewritten
+from alignpro.errors import ModelError
+from alignpro.models.loading import add_adapter, load_language_model, load_trainable, save_pretrained
+from alignpro.prompting.prompter_prompt import PrompterTemplate
+from alignpro.prompting.target_prompt import TargetTemplate
+
+Directory = Callable[[str], Path]
+
+TEXTS = ["flip the word stone pls", "sort these letters: dcba"]
+
+
+def finished_run(out: Path, models: Directory, kind: str = "full", **sections: dict) -> TrainConfig:
+    """Write the files that `alignpro train` leaves, for a Qwen prompter and a Llama target."""
+    policy = policy_config(models("qwen2"), adapter={"kind": kind, "rank": 4, "virtual_tokens": 4})
+    config = TrainConfig.model_validate(
+        {
+            "run": {"out": out},
+            "data": {"source": "nowhere.jsonl"},
+            "policy": policy.model_dump(),
+            "target": {"path": str(models("llama")), "device": "cpu"},
+            "reward": {"components": [{"kind": "function", "function": "nowhere:reward"}]},
+            "rollout": {"rewrite": {"max_tokens": 12}, "respond": {"max_tokens": 10}},
+            **sections,
+        }
+    )
+    model = add_adapter(load_trainable(policy, 0), policy.adapter)
+    with torch.no_grad():
+        for index, weight in enumerate(model.parameters()):
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
+    save_pretrained(model, out / "model")
+    (out / "config.yaml").write_text(dump_config(config))
+    return config
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "soft_prompt"])
+def test_rewrites_with_the_trained_model_and_its_templates(
+    kind: str, model_directory: Directory, tmp_path: Path
+) -> None:
+    meta_prompt = tmp_path / "meta.jinja"
+    meta_prompt.write_text("Make it clear: {{ prompt }}")
+    prompting = {"meta_prompt": str(meta_prompt)}
+    config = finished_run(tmp_path, model_directory, kind, prompting=prompting)
+    rewritten = Rewriter.from_run(tmp_path).rewrite(TEXTS)
+    model = load_language_model(policy_config(tmp_path / "model"))
+    template = PrompterTemplate(model.tokenizer, config.prompting)
+    inputs = [template.encode(Prompt.from_text(text)) for text in TEXTS]
+    params = SamplingParams(max_tokens=12, temperature=0.0, stop_token_ids=template.stop_token_ids)
+    expected = Engine({"m": model}).generate("m", inputs, params)
+    assert rewritten == [[Rewritten(template.decode(c.text_tokens), None)] for (c,) in expected]
+
+
+def test_the_target_answers_the_rewrite_greedily(model_directory: Directory, tmp_path: Path) -> None:
+    finished_run(tmp_path, model_directory)
+    groups = Rewriter.from_run(tmp_path, with_target=True).rewrite(TEXTS, n=2, temperature=1.0)
+    target = load_language_model(policy_config(model_directory("llama")))
+    template = TargetTemplate(target.tokenizer, max_tokens=target.context_length - 10)
+    params = SamplingParams(max_tokens=10, temperature=0.0, stop_token_ids=template.stop_token_ids)
+    for text, group in zip(TEXTS, groups, strict=True):
+        for each in group:
+            tokens = template.encode(Prompt.from_text(text), each.rewrite).tokens
+            ((answer,),) = Engine({"m": target}).generate("m", [tokens], params)
+            assert each.response == template.decode(answer.text_tokens)
+
+
+def test_samples_differ_and_a_seed_repeats_them(model_directory: Directory, tmp_path: Path) -> None:
+    finished_run(tmp_path, model_directory)
+    rewriter = Rewriter.from_run(tmp_path)
+    groups = rewriter.rewrite(TEXTS, n=4, temperature=1.0, seed=1)
+    assert [len({each.rewrite for each in group}) for group in groups] == [4, 4]
+    assert rewriter.rewrite(TEXTS, n=4, temperature=1.0, seed=1) == groups
+    assert rewriter.rewrite(TEXTS, n=4, temperature=1.0, seed=2) != groups
+
+
+def test_prompts_may_be_conversations(model_directory: Directory, tmp_path: Path) -> None:
+    finished_run(tmp_path, model_directory)
+    rewriter = Rewriter.from_run(tmp_path, with_target=True)
+    turns = (Message("user", "hi"), Message("assistant", "hello"), Message("user", "and now?"))
+    conversation, question = rewriter.rewrite([Prompt(turns), "and now?"])
+    assert conversation != question
+    assert question == rewriter.rewrite([Prompt.from_text("and now?")])[0]
+
+
+def test_no_texts_give_no_rewrites(model_directory: Directory, tmp_path: Path) -> None:
+    finished_run(tmp_path, model_directory)
+    assert Rewriter.from_run(tmp_path, with_target=True).rewrite([]) == []
+
+
+def test_a_prompt_that_does_not_fit_is_named(model_directory: Directory, tmp_path: Path) -> None:
+    finished_run(tmp_path, model_directory)
+    with pytest.raises(ModelError, match=r"prompt 'long long .*do not fit in the context of 128 tokens"):
+        Rewriter.from_run(tmp_path).rewrite([TEXTS[0], "long " * 50])
+
+
+def test_a_failed_rewrite_is_an_error_and_not_an_empty_text(model_directory: Directory, tmp_path: Path) -> None:
+    finished_run(tmp_path, model_directory)
+    rewriter = Rewriter.from_run(tmp_path)
+    model = rewriter.engine.models["policy"]
+    (free,) = rewriter.rewrite(TEXTS[:1], n=4, temperature=1.0)
+    first, *others = (set(model.tokenizer(one.rewrite).input_ids[:-1]) for one in free)
+    bad = min(set().union(*others) - first - set(rewriter.prompter.encode(Prompt.from_text(TEXTS[0]))))
+
+    def check(_: object, inputs: tuple[torch.Tensor]) -> None:
+        if bad in inputs[0]:
+            raise ValueError("poison")
+
+    model.causal.get_input_embeddings().register_forward_pre_hook(check)
+    with pytest.raises(ModelError, match=r"prompt 'flip the word .*raised ValueError: poison"):
+        rewriter.rewrite(TEXTS[:1], n=4, temperature=1.0)
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "model"])
+def test_an_unfinished_run_is_an_error(missing: str, model_directory: Directory, tmp_path: Path) -> None:
+    finished_run(tmp_path, model_directory)
+    (tmp_path / missing).rename(tmp_path / "gone")
+    with pytest.raises(ModelError, match="not a finished run of `alignpro train`"):
+        Rewriter.from_run(tmp_path)

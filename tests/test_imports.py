@@ -1,0 +1,163 @@
+"""The plan of the package: which room may import which, no circles, and one address for each name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ROOMS = [
+    {"errors", "__init__"},
+    {"config", "versions"},
+    {"data"},
+    {"prompting"},
+    {"models"},
+    {"distributed"},
+    {"engine", "rewards", "objectives", "theory", "planning"},
+    {"policy"},
+    {"environments"},
+    {"training"},
+    {"evaluation"},
+    {"demo"},
+    {"doctor"},
+    {"cli"},
+    {"__main__"},
+]
+"""The rooms of `alignpro` from the ground up: a room may import those of lower floors, and `alignpro_kernels`."""
+
+NARROWER = {
+    "engine": {"models", "errors"},
+    "objectives": {"errors"},
+    "theory": {"errors"},
+    "config": {"errors"},
+    "distributed": {"models", "config", "errors"},
+    "planning": {"config", "models", "distributed", "errors"},
+}
+"""Rooms that may import less than their floor allows."""
+
+EXTERNAL = {"objectives": {"torch", "alignpro_kernels"}, "theory": {"torch", "alignpro_kernels"}}
+"""Pure rooms, and the libraries that they may import besides the standard library."""
+
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def sources(package: str) -> dict[str, Path]:
+    """Module name → file of a package in this repository."""
+    root = ROOT / package
+    found = {}
+    for path in root.rglob("*.py"):
+        parts = (root.name, *path.relative_to(root).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = sources("alignpro")
+
+
+def imported(path: Path) -> set[str]:
+    """Every module, or name of a module, that a file imports, by its dotted name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@cache
+def internal(module: str) -> frozenset[str]:
+    """The modules of `alignpro` that a module imports."""
+    names = imported(MODULES[module])
+    return frozenset(
+        name if name in MODULES else name.rpartition(".")[0]
+        for name in names
+        if name in MODULES or name.rpartition(".")[0] in MODULES
+    )
+
+
+def room(module: str) -> str:
+    """The room of a module: the package or module directly under `alignpro`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_room_may(module: str) -> None:
+    own = room(module)
+    for other in map(room, internal(module)):
+        if other != own:
+            assert FLOOR[other] < FLOOR[own], f"{module} imports {other}"
+            assert other in NARROWER.get(own, {other}), f"{module} imports {other}"
+
+
+def test_no_circle_of_files() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join((*path, module))
+        if module not in done:
+            for other in internal(module):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("own", EXTERNAL)
+def test_objectives_and_theory_are_pure(own: str) -> None:
+    for module, path in MODULES.items():
+        if room(module) == own:
+            packages = {name.partition(".")[0] for name in imported(path)} - {"alignpro", "__future__"}
+            standard = {"collections", "dataclasses", "enum", "itertools", "math", "typing"}
+            assert packages <= EXTERNAL[own] | standard, module
+
+
+def test_kernels_do_not_import_alignpro() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not {name for name in imported(path) if name.partition(".")[0] == "alignpro"}, path
+
+
+def test_nothing_imports_the_command_line() -> None:
+    users = {module for module in MODULES if "alignpro.cli" in internal(module)}
+    assert users <= {"alignpro.__main__"}
+
+
+def test_the_hallway_is_short() -> None:
+    entries = {room(module) for module in MODULES if module != "alignpro"}
+    assert entries <= set(FLOOR)
+    assert len(entries) <= 20
+    graph = {
+        name: {o for m in MODULES if room(m) == name for o in map(room, internal(m)) if o != name} for name in FLOOR
+    }
+
+    def longest(name: str) -> int:
+        return 1 + max(map(longest, graph[name]), default=0)
+
+    assert max(map(longest, entries)) <= 14
+
+
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if path.name == "__init__.py"])
+def test_a_package_says_what_is_in_it(module: str) -> None:
+    docstring = importlib.import_module(module).__doc__
+    assert docstring
+    if module.count(".") == 1:
+        assert "ay import" in docstring or "eads" in docstring, f"{module} does not say what it may import"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_name_has_one_address(module: str) -> None:
+    """A package's exports are imported from the package, by all modules outside it; nothing is re-exported."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.asname != alias.name for alias in node.names), f"{module}: re-export"
+            package = ".".join((node.module or "").split(".")[:2])
+            if room(module) != room(package) and package in MODULES and node.module != package:
+                exported = getattr(importlib.import_module(package), "__all__", ())
+                assert not {alias.name for alias in node.names} & set(exported), f"{module} imports from {node.module}"

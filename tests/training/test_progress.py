@@ -1,0 +1,66 @@
+"""Progress: a bar in a terminal, and otherwise a line from time to time."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from alignpro.training import progress
+from alignpro.training.progress import progress_bar
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    caplog.set_level(logging.INFO, logger="alignpro.training.progress")
+    return caplog
+
+
+def test_without_a_terminal_the_first_and_last_steps_have_a_line(lines: pytest.LogCaptureFixture) -> None:
+    with progress_bar(100, 0, ("loss", "kl")) as advance:
+        for step in range(100):
+            advance({"loss": step / 8, "other": 1.0})
+    first, last = lines.messages
+    assert first.startswith("step 1/100  ")
+    assert "steps/s  loss 0" in first
+    assert last.startswith("step 100/100  ")
+    assert last.endswith("loss 12.38"), "the headline's metrics that exist"
+
+
+def test_lines_come_at_intervals(lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 3))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress_bar(20, 0, ()) as advance:
+        for _ in range(20):
+            advance({})
+    assert [int(m.split("/")[0].removeprefix("step ")) for m in lines.messages] == [1, 5, 9, 13, 17, 20]
+    assert lines.messages[-1].split("  ")[1] == "0.33 steps/s"
+
+
+def test_a_resumed_run_continues_the_count_and_measures_its_own_rate(
+    lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((0.0, 2.0, 4.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress_bar(100, 98, ()) as advance:
+        advance({})
+        advance({})
+    assert [message.strip() for message in lines.messages] == [
+        "step 99/100  0.50 steps/s",
+        "step 100/100  0.50 steps/s",
+    ]
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar(10, 4, ("loss",)) as advance:
+        for _ in range(6):
+            advance({"loss": 0.5})
+    shown = capsys.readouterr()
+    assert "10/10" in shown.err
+    assert "loss 0.5" in shown.err
+    assert shown.out == ""
