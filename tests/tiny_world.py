@@ -26,7 +26,7 @@ from alignpro.models.loading import add_adapter
 from alignpro.policy.policy import Policy
 from alignpro.theory import SequenceSpace, enumerate_sequences, exact_objective
 from alignpro.training.experience import Experience
-from alignpro.training.reinforcement import PolicyTraining
+from alignpro.training.reinforcement import RLTrainer
 
 END = 0
 VOCABULARY = {"<end>": END, "a": 1, "b": 2}
@@ -37,7 +37,7 @@ LENGTH = 3
 class World:
     """A policy, a reference that differs from it, two prompts of different lengths, and the reward of every sequence.
 
-    It is also the environment of `PolicyTraining`, which scores samples.
+    It is also the environment of `RLTrainer`, which scores samples.
 
     Args:
         dtype: Dtype of the models.
@@ -73,7 +73,7 @@ class World:
         """Return one chain per sequence, as the engine would."""
         self._number = {tuple(chain.sample.tokens): s for s, chain in enumerate(self.chains)}
 
-    def training(self, objective: dict[str, Any], group: int, out: Path = Path(), **settings: Any) -> PolicyTraining:
+    def training(self, objective: dict[str, Any], group: int, out: Path = Path(), **settings: Any) -> RLTrainer:
         """Return a trainer of this world's policy, with both prompts in each step.
 
         Args:
@@ -82,7 +82,7 @@ class World:
             out: The run's directory.
             settings: Settings of `OptimizerConfig`, and ``steps`` of `RunConfig`.
         """
-        return PolicyTraining(
+        return RLTrainer(
             self.policy,
             self,
             Engine({"policy": self.policy.model}, max_batch=1024),
@@ -161,7 +161,7 @@ def shake(model: torch.nn.Module, size: float) -> None:
                 weight += size * torch.randn_like(weight)
 
 
-def credit(world: World, training: PolicyTraining, groups: Sequence[Sequence[int]]) -> Experience:
+def credit(world: World, training: RLTrainer, groups: Sequence[Sequence[int]]) -> Experience:
     """Compute the experience of all groups of K sequences for both prompts: first all groups of one, then of the other."""
     prompts = [prompt for prompt in world.prompts for _ in groups]
     chains = [[world.chains[s] for s in group] for _ in world.prompts for group in groups]

@@ -26,7 +26,7 @@ from alignpro.evaluation.evaluate import evaluate
 from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.multi_process import train_on, zero_of
-from alignpro.training.reinforcement import PolicyTraining
+from alignpro.training.reinforcement import RLTrainer
 from alignpro.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,13 @@ def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = 
         raise TrainingError(f"{out}: already contains a finished demo; choose another --out, or remove it")
     train, rlhf, comparison = configurations(out, seed, steps, zero)
     with _ranks(train.deepspeed.timeout_seconds) as ranks:
-        ranks.on_first(lambda: _write_prompts(out, seed))
+        ranks.on_rank_zero(lambda: _write_prompts(out, seed))
         logger.info("Align-Pro: the prompter against the frozen target")
         _train(train, prompter_training, ranks)
         logger.info("Oracle: RLHF of the target itself")
         _train(rlhf, response_training, ranks)
         logger.info("Evaluation on %d held-out prompts", HELDOUT_PROMPTS)
-        ranks.on_first(lambda: _compare(comparison, started))
+        ranks.on_rank_zero(lambda: _compare(comparison, started))
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     return summary
 
@@ -88,7 +88,7 @@ def _write_prompts(out: Path, seed: int) -> None:
     world.write_records(out / "heldout.jsonl", world.prompt_records(HELDOUT_PROMPTS, seed, heldout=True))
 
 
-def _train(config: JobT, build: Callable[[JobT, Distribution], PolicyTraining], ranks: Ranks) -> None:
+def _train(config: JobT, build: Callable[[JobT, Distribution], RLTrainer], ranks: Ranks) -> None:
     if ranks.group is not None:
         train_on(ranks, config, zero_of(config, ranks.size), build, resume=True)  # type: ignore[arg-type]
         return

@@ -22,11 +22,11 @@ class Board:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        if ranks.first:
+        if ranks.is_rank_zero:
             self._store = _store(0, keeps=True)
-            ranks.exchange(self._store.port)
+            ranks.all_gather_object(self._store.port)
         else:
-            self._store = _store(ranks.exchange(0)[0], keeps=False)
+            self._store = _store(ranks.all_gather_object(0)[0], keeps=False)
         ranks.on_note = self._write
         self._write("startup")
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Ranks:
     """The ranks of a job, seen from one of them. Without a group there is only one rank, and no method waits.
 
-    Every method except `share`, `note` and `agreed_on` is a collective: all ranks must call it, in the same order.
+    Every method except `assign_balanced`, `note` and `agreed_on` is a collective: all ranks must call it, in the same order.
 
     Args:
         group: A gloo group of all ranks.
@@ -48,11 +48,11 @@ class Ranks:
             self.on_note(doing)
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is the rank that writes files and messages."""
         return self.rank == 0
 
-    def exchange(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Gather a value from each rank, in rank order."""
         if self.group is None:
             return [value]
@@ -64,35 +64,35 @@ class Ranks:
         """Return the sum of a number over ranks."""
         return value if self.group is None else float(self._reduced(value, torch.float64, dist.ReduceOp.SUM))
 
-    def most(self, number: int) -> int:
+    def reduce_max(self, number: int) -> int:
         """Return the maximum of a number over ranks."""
         return number if self.group is None else int(self._reduced(number, torch.int64, dist.ReduceOp.MAX))
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank."""
-        return bool(self.most(int(flag)))
+        return bool(self.reduce_max(int(flag)))
 
     def differing(self, value: object) -> int | None:
         """Return the lowest rank whose value differs from rank 0's; None if all values are equal."""
-        first, *others = self.exchange(value)
+        first, *others = self.all_gather_object(value)
         return next((rank for rank, other in enumerate(others, 1) if other != first), None)
 
-    def gather(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         """Concatenate the rows of all ranks, on the device of this rank's rows: (n, …) → (Σ n, …)."""
         if self.group is None:
             return rows
-        return torch.cat(self.exchange(rows.detach().cpu())).to(rows.device)
+        return torch.cat(self.all_gather_object(rows.detach().cpu())).to(rows.device)
 
     def mean(self, metrics: Mapping[str, float], weight: float) -> dict[str, float]:
         """Average metrics over ranks, each rank's with its ``weight``; a rank with weight 0 may have no metrics."""
         if self.group is None:
             return dict(metrics)
-        parts = [(values, count) for values, count in self.exchange((dict(metrics), weight)) if count > 0]
+        parts = [(values, count) for values, count in self.all_gather_object((dict(metrics), weight)) if count > 0]
         total = sum(count for _, count in parts)
         names = parts[0][0] if parts else {}
         return {name: sum(values[name] * count for values, count in parts) / total for name in names}
 
-    def share(self, costs: Sequence[float]) -> list[int]:
+    def assign_balanced(self, costs: Sequence[float]) -> list[int]:
         """Indices of this rank's pieces of work, ascending; total costs are nearly even, and rank 0 has piece 0.
 
         Pieces are assigned in order of decreasing cost, each to the rank with the lowest total so far (Graham, 1969): the
@@ -111,7 +111,7 @@ class Ranks:
         return [piece for piece, rank in enumerate(owners) if swap.get(rank, rank) == self.rank]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """Context in which an error on one rank is raised on all: on that rank itself, elsewhere as a `PeerError`.
 
         The context must not contain collectives in which a failing rank would leave the others waiting, unless `midway` is
@@ -132,7 +132,7 @@ class Ranks:
                 raise error
             return
         told = None if error is None else (isinstance(error, PeerError), f"{type(error).__name__}: {error}")
-        problems = self.exchange(told)
+        problems = self.all_gather_object(told)
         failed = {rank: problem for rank, problem in enumerate(problems) if problem is not None}
         if not failed:
             return
@@ -143,19 +143,19 @@ class Ranks:
         self._agreed = error
         raise error
 
-    def on_first(self, action: Callable[[], T]) -> T:
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run an action on rank 0 alone; all ranks get its result, or fail if it fails.
 
         Raises:
             PeerError: The action failed on rank 0.
         """
         result: T | None = None
-        with self.together():
-            if self.first:
+        with self.raise_together():
+            if self.is_rank_zero:
                 result = action()
-        return self.exchange(result)[0]  # type: ignore[return-value]
+        return self.all_gather_object(result)[0]  # type: ignore[return-value]
 
-    def fill(self, make: Callable[[Callable[[Path], None]], object], part: Callable[[Path], None]) -> None:
+    def write_directory(self, make: Callable[[Callable[[Path], None]], object], part: Callable[[Path], None]) -> None:
         """Write a directory together: rank 0 creates it, every rank writes its part, and rank 0 renames it into place.
 
         Args:
@@ -170,14 +170,14 @@ class Ranks:
         def write(directory: Path | None) -> None:
             nonlocal told
             told = True
-            shared = self.exchange(directory)[0]
+            shared = self.all_gather_object(directory)[0]
             if shared is not None:  # otherwise rank 0 failed before creating it
-                with self.together():
+                with self.raise_together():
                     part(shared)
 
-        with self.together():
+        with self.raise_together():
             try:
-                if self.first:
+                if self.is_rank_zero:
                     make(write)
             finally:
                 if not told:

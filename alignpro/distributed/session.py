@@ -32,7 +32,7 @@ _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def process_group(timeout_seconds: float) -> Iterator[Ranks]:
     """Join the other ranks for the duration of the context.
 
-    Without an error, on `Interrupted`, or on an error that all ranks share (see `Ranks.together`), the exit waits for all
+    Without an error, on `Interrupted`, or on an error that all ranks share (see `Ranks.raise_together`), the exit waits for all
     ranks and destroys the group. On an error of this rank alone it does not wait: it prints the error and ends the
     process, upon which the launcher ends the others. If the launcher ends first, this process receives a SIGTERM.
 
@@ -65,7 +65,7 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
     except BaseException as error:
         if not isinstance(error, Interrupted) and not ranks.agreed_on(error):
             board.leave(_describe(error, ranks, board))
-        if isinstance(error, AlignProError) and not isinstance(error, PeerError) and not ranks.first:
+        if isinstance(error, AlignProError) and not isinstance(error, PeerError) and not ranks.is_rank_zero:
             print(f"error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
             raise PeerError(str(error)) from error
         raise

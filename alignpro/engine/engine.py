@@ -27,7 +27,7 @@ from alignpro.engine.sequence import ChainRun, SampledSequence, ToTarget, comple
 from alignpro.engine.types import Chain, Completion, EngineStats, SamplingParams
 from alignpro.errors import ConfigError, DataError
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.token_lora import invoked_at
+from alignpro.models.token_lora import invocation_start
 
 CPU_POOL = 1 << 30
 """Upper limit of the default pool size on the CPU, in bytes."""
@@ -251,7 +251,7 @@ class Engine:
         if problem is None and model.invocation:
             sequence.base = self._bases[sequence.model]
             try:
-                sequence.shared = invoked_at(sequence.prompt, model.invocation)
+                sequence.shared = invocation_start(sequence.prompt, model.invocation)
             except DataError as error:
                 problem = str(error)
         if problem is None:

@@ -27,7 +27,7 @@ def prompt_environment(
     Raises:
         ConfigError: The target's context has no room for a prompt in addition to the response.
     """
-    room = input_room(target, respond, "the target", "respond")
+    room = max_input_tokens(target, respond, "the target", "respond")
     return PromptEnvironment(
         PrompterTemplate(prompter.tokenizer, prompting),
         TargetTemplate(target.tokenizer, target_config.chat_template, max_tokens=room, on_empty=prompting.on_empty),
@@ -37,7 +37,7 @@ def prompt_environment(
     )
 
 
-def input_room(model: LanguageModel, sampling: SamplingConfig, whose: str, key: str) -> int:
+def max_input_tokens(model: LanguageModel, sampling: SamplingConfig, whose: str, key: str) -> int:
     """Return the number of tokens of a model's context that are left for its input.
 
     Args:

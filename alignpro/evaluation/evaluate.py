@@ -14,7 +14,7 @@ import torch
 
 from alignpro.config import EvalConfig, ModelConfig, dump_config
 from alignpro.data import DataSet, Prompt, load_prompts, split
-from alignpro.environments.build import input_room
+from alignpro.environments.build import max_input_tokens
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import ConfigError, DataError, TrainingError
 from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, logprobs, sequence_kl
@@ -125,12 +125,14 @@ def evaluation_prompts(
             "to evaluate on all of data.source"
         )
     template = ChatTemplate(target.tokenizer, config.target_model.chat_template)
-    room = input_room(target, config.respond, "the target", "respond")
+    room = max_input_tokens(target, config.respond, "the target", "respond")
     prompts = drop_long_prompts(
         prompts, lambda prompt: template.encode(prompt.messages), room, what="the target's input"
     )
     if prompter is not None:
-        room = min(config.prompting.max_prompt_tokens, input_room(prompter, config.rewrite, "the prompter", "rewrite"))
+        room = min(
+            config.prompting.max_prompt_tokens, max_input_tokens(prompter, config.rewrite, "the prompter", "rewrite")
+        )
         encode = PrompterTemplate(prompter.tokenizer, config.prompting).encode
         prompts = drop_long_prompts(prompts, encode, room)
     return prompts[: config.prompts]

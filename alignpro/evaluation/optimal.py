@@ -8,7 +8,7 @@ from typing import Any
 
 from alignpro.config import OptimalConfig, dump_config
 from alignpro.data import load_prompts
-from alignpro.environments.build import input_room
+from alignpro.environments.build import max_input_tokens
 from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.models.loading import load_language_model, load_target
@@ -34,7 +34,9 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
     prompter = load_language_model(config.prompter)
     target = load_target(config.target, prompter)
     template = PrompterTemplate(prompter.tokenizer, config.prompting)
-    room = min(config.prompting.max_prompt_tokens, input_room(prompter, config.rewrite, "the prompter", "rewrite"))
+    room = min(
+        config.prompting.max_prompt_tokens, max_input_tokens(prompter, config.rewrite, "the prompter", "rewrite")
+    )
     prompts = drop_long_prompts(load_prompts(config.data).prompts, template.encode, room)[: config.prompts]
     sampler = ArmSampler(config, prompts, target, build_reward(config.reward))
     candidates = sampler.rewrites("candidates", prompter, config.candidates)

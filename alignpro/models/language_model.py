@@ -25,7 +25,7 @@ from alignpro.models import admission, packed_attention
 from alignpro.models.cpu import fused_decoder, fused_layers, packed_linear
 from alignpro.models.head import Head
 from alignpro.models.sequences import PackedSequences, SequenceBatch
-from alignpro.models.token_lora import ActiveTokens, invocation_tokens, take_over
+from alignpro.models.token_lora import ActiveTokens, install_token_lora, invocation_tokens
 from alignpro_kernels import LoRA
 
 
@@ -64,7 +64,7 @@ class LanguageModel(nn.Module):
         self._checkpointed: list[GradientCheckpointingLayer] = []
         admission.check_adapter(name, self._soft_prompt)
         if self.invocation:
-            self._active = self._take_over()
+            self._active = self._install_token_lora()
         admission.check_layers(name, self.causal)
         try:
             packed_attention.attach(self.causal)
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         if self._packing is not None:
             self._packing.forget()
 
-    def keep_one_layout(self) -> None:
+    def disable_packing(self) -> None:
         """Keep no second layout of the weights: they are sharded and gathered anew for each pass."""
         fused_decoder.detach(self)
         packed_linear.detach(self)
@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
         Raises:
             ModelError: There is no adapter, or it is not a LoRA that can be switched off per token.
         """
-        self._active = self._active or self._take_over()
+        self._active = self._active or self._install_token_lora()
         view = copy.copy(self)
         view.is_base, view.invocation = True, ()
         return view
@@ -334,11 +334,11 @@ class LanguageModel(nn.Module):
     def _acting(self, active: Tensor | bool) -> AbstractContextManager[None]:
         return nullcontext() if self._active is None else self._active.set(False if self.is_base else active)
 
-    def _take_over(self) -> ActiveTokens:
+    def _install_token_lora(self) -> ActiveTokens:
         try:
             if not isinstance(self.model, PeftModel):
                 raise ValueError("it has no adapter")
-            return take_over(self.model)
+            return install_token_lora(self.model)
         except ValueError as error:
             raise ModelError(f"model {self.name}: {error}") from error
 

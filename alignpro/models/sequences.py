@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignpro.errors import DataError
 from alignpro.models.packed_attention import Layout
-from alignpro.models.token_lora import invoked_at
+from alignpro.models.token_lora import invocation_start
 
 _FEWEST_SHARED = 8  # tokens; a shared prefix costs two more attention calls per layer
 
@@ -105,7 +105,7 @@ class SequenceBatch:
                 whole = [-1] * virtual_tokens + list(prompt)
                 here = shared if row else 0  # number of tokens already packed
                 if invocation:
-                    acts = virtual_tokens + invoked_at(prompt, invocation)
+                    acts = virtual_tokens + invocation_start(prompt, invocation)
                     active += range(len(ids) + max(acts - here, 0), len(ids) + len(whole) - here)
                 ids += whole[here:]
                 lengths.append(len(whole))

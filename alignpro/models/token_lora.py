@@ -83,7 +83,7 @@ def invocation_tokens(model: PeftModel) -> tuple[int, ...]:
     return tuple(getattr(model.active_peft_config, "alora_invocation_tokens", None) or ())
 
 
-def take_over(model: PeftModel) -> ActiveTokens:
+def install_token_lora(model: PeftModel) -> ActiveTokens:
     """Make the model's LoRA act on the tokens that are set in the returned object.
 
     Raises:
@@ -107,7 +107,7 @@ def take_over(model: PeftModel) -> ActiveTokens:
     return active
 
 
-def invoked_at(prompt: Sequence[int], invocation: Sequence[int]) -> int:
+def invocation_start(prompt: Sequence[int], invocation: Sequence[int]) -> int:
     """Return the index of the first token that an activated LoRA acts on.
 
     As in peft, this is the start of the last occurrence of its invocation tokens.

@@ -23,7 +23,7 @@ from torch import Tensor
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.packed_attention import Layout, attend_continuations, gather_rows, packed_attention
 from alignpro.models.sequences import PackedSequences, SequenceBatch
-from alignpro.models.token_lora import invoked_at
+from alignpro.models.token_lora import invocation_start
 
 _BACKWARD = 2
 """Cost of a backward pass, in forward passes."""
@@ -168,7 +168,7 @@ def _split(model: LanguageModel, batch: SequenceBatch, *, passes: int) -> SplitS
     continuations: list[tuple[int, int]] = []
     sequences = zip(batch.prompts, batch.completions, strict=True)
     for prompt, group in groupby(sequences, key=lambda sequence: list(sequence[0])):
-        before = invoked_at(prompt, model.invocation)
+        before = invocation_start(prompt, model.invocation)
         if before == 0:
             return None
         if not prefixes or prompt[:before] != prefixes[-1]:

@@ -119,10 +119,10 @@ class Policy:
         Raises:
             ModelError: They have not. Training would silently use rank 0's weights everywhere.
         """
-        with ranks.together():
+        with ranks.raise_together():
             mine = self.reference_id()
         rank = ranks.differing(mine)
-        with ranks.together():
+        with ranks.raise_together():
             if rank is not None:
                 raise ModelError(
                     f"rank {rank} has loaded a different policy or reference than rank 0 ({self.model.name}): make the "

@@ -156,7 +156,7 @@ class TorchBackend:
         state = torch.load(directory / f"{name}_optimizer.pt", weights_only=True, map_location="cpu")
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        follow(self._schedule)
+        sync_learning_rate(self._schedule)
         self.updates = state["updates"]
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ def learning_rate_factor(update: int, total: int, config: OptimizerConfig) -> fl
     return 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def follow(schedule: LambdaLR) -> None:
+def sync_learning_rate(schedule: LambdaLR) -> None:
     """Set the learning rate of the next update from a restored schedule.
 
     The rate in a checkpoint is that of the run that wrote it, whose schedule was shorter if ``run.steps`` has been raised.

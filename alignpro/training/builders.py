@@ -9,24 +9,24 @@ from alignpro.config import RLHFConfig, TrainConfig
 from alignpro.data import load_prompts, split
 from alignpro.engine import Engine
 from alignpro.environments.base import sampling_params
-from alignpro.environments.build import input_room, prompt_environment
+from alignpro.environments.build import max_input_tokens, prompt_environment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import ConfigError, DataError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import is_activated, load_language_model, load_target
-from alignpro.models.token_lora import invoked_at
+from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import drop_long_prompts
 from alignpro.rewards import build_reward
 from alignpro.training.distribution import Distribution, SingleProcess
-from alignpro.training.reinforcement import PolicyTraining
+from alignpro.training.reinforcement import RLTrainer
 
 
-def prompter_training(config: TrainConfig, distribution: Distribution | None = None) -> PolicyTraining:
+def prompter_training(config: TrainConfig, distribution: Distribution | None = None) -> RLTrainer:
     """Build `alignpro train`: the prompter learns rewrites that make the frozen target respond better."""
     distribution = distribution or SingleProcess()
-    with distribution.ranks.together():  # a model that one rank cannot load stops all ranks
+    with distribution.ranks.raise_together():  # a model that one rank cannot load stops all ranks
         if config.target == "policy":
             _refuse_merged(config.policy.path)
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
@@ -41,7 +41,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
             config.rollout.respond,
             responses=config.rollout.responses_per_rewrite,
         )
-        room = input_room(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
+        room = max_input_tokens(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
         prompts = drop_long_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, room)
         )
@@ -49,7 +49,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         prompts = drop_long_prompts(prompts, answered.encode_context, answered.max_tokens, what="the target's context")
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout)
-    return PolicyTraining(
+    return RLTrainer(
         policy,
         environment,
         Engine({"policy": policy.model, "target": target}, **config.rollout.engine.model_dump()),
@@ -67,21 +67,21 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
     )
 
 
-def response_training(config: RLHFConfig, distribution: Distribution | None = None) -> PolicyTraining:
+def response_training(config: RLHFConfig, distribution: Distribution | None = None) -> RLTrainer:
     """Build `alignpro rlhf`: the target itself learns from the same reward."""
     distribution = distribution or SingleProcess()
-    with distribution.ranks.together():
+    with distribution.ranks.raise_together():
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
         template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
         rewards = distribution.frozen("reward")
         environment = ResponseEnvironment(template, build_reward(config.reward, rewards))
-        room = input_room(policy.model, config.rollout.respond, "the policy", "rollout.respond")
+        room = max_input_tokens(policy.model, config.rollout.respond, "the policy", "rollout.respond")
         prompts = drop_long_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
         )
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout)
-    return PolicyTraining(
+    return RLTrainer(
         policy,
         environment,
         Engine({"policy": policy.model}, **config.rollout.engine.model_dump()),
@@ -110,6 +110,6 @@ def _check_invocation(model: LanguageModel, prompt: Sequence[int]) -> None:
     """Raise before the first step if an activated LoRA would not act on a prompt."""
     if model.invocation and prompt:
         try:
-            invoked_at(prompt, model.invocation)
+            invocation_start(prompt, model.invocation)
         except DataError as error:
             raise ConfigError(f"policy.adapter.invocation: {error}") from error

@@ -26,7 +26,7 @@ from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.models.language_model import LanguageModel
 from alignpro.policy.policy import Policy
 from alignpro.policy.zero3_module import HeadPass
-from alignpro.training.backend import Backend, follow, learning_rate_factor
+from alignpro.training.backend import Backend, learning_rate_factor, sync_learning_rate
 from alignpro.training.durability import PARTIAL
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class DeepSpeedDistribution:
     def __init__(self, ranks: Ranks, zero: ZeroConfig, config: DeepSpeedConfig) -> None:
         self.ranks = ranks
         self.zero = zero
-        self.graphs_last = zero.stage < 3  # hooks of stage 3 require each forward to be followed by its backward
+        self.can_keep_graph = zero.stage < 3  # hooks of stage 3 require each forward to be followed by its backward
         self.equal_passes = zero.stage == 3  # each pass gathers weights
         self._config = config
 
@@ -73,7 +73,7 @@ class DeepSpeedDistribution:
                 "needs; leave the key out"
             )
         assert policy.reference is not None  # it has weights
-        policy.reference.keep_one_layout()
+        policy.reference.disable_packing()
         return OffloadedWeights(weights, policy.model.device)
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
@@ -133,7 +133,7 @@ class DeepSpeedBackend:
             model.weights_changed()  # DeepSpeed has broadcast rank 0's without incrementing version counters
         if zero.stage == 3:
             for model in self._models:
-                model.keep_one_layout()
+                model.disable_packing()
             for part in module.modules():
                 if isinstance(part, HeadPass):
                     for weight in part.weights():
@@ -167,10 +167,10 @@ class DeepSpeedBackend:
             self._skipped = 0
             return norm
         self._skipped += 1
-        if self._ranks.first:
+        if self._ranks.is_rank_zero:
             logger.warning("update %d skipped on all ranks: a gradient is not finite", self.updates + 1)
         if self._skipped >= MOST_SKIPPED:
-            with self._ranks.together():
+            with self._ranks.raise_together():
                 raise TrainingError(
                     f"the gradient was not finite {self._skipped} times in a row after {self.updates} updates: lower "
                     "optimizer.learning_rate, check the reward's scale, or use a wider dtype; --resume continues from the "
@@ -196,7 +196,7 @@ class DeepSpeedBackend:
                 state = self._load(converted, name)
         else:
             state = self._load(directory, name)
-        follow(self._schedule)
+        sync_learning_rate(self._schedule)
         self.updates, self._skipped = int(state["updates"]), int(state["skipped"])
 
     def _load(self, directory: Path, name: str) -> dict[str, Any]:
@@ -212,10 +212,10 @@ class DeepSpeedBackend:
         """Convert the checkpoint to DeepSpeed's universal format, for any number of ranks; it is removed at the end."""
         converted = directory.with_name(f"{PARTIAL}universal")
         try:
-            self._ranks.on_first(lambda: _convert(directory / name, converted / name))
+            self._ranks.on_rank_zero(lambda: _convert(directory / name, converted / name))
             yield converted
         finally:
-            self._ranks.on_first(lambda: shutil.rmtree(converted, ignore_errors=True))
+            self._ranks.on_rank_zero(lambda: shutil.rmtree(converted, ignore_errors=True))
 
     def _step(self) -> float:
         """Update the weights and return the gradient norm, infinite if the update was skipped."""

@@ -24,7 +24,7 @@ class Distribution(Protocol):
     """Creates the objects that depend on the number of processes."""
 
     ranks: Ranks
-    graphs_last: bool
+    can_keep_graph: bool
     """Whether the autograd graph of a forward pass may be kept for a backward pass after other forward passes."""
     equal_passes: bool
     """Whether all ranks must make the same number of passes over the weights, whatever their sequences are."""
@@ -47,7 +47,7 @@ class SingleProcess:
 
     def __init__(self) -> None:
         self.ranks = Ranks()
-        self.graphs_last = True
+        self.can_keep_graph = True
         self.equal_passes = False
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:

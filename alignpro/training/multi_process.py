@@ -79,7 +79,7 @@ def _require_one_configuration(ranks: Ranks, config: Section) -> None:
     Paths may differ between nodes. Data and policy are compared between ranks once they are loaded.
     """
     settings = _leaves(config.model_dump(mode="json"))
-    first, *others = ranks.exchange({k: v for k, v in settings.items() if _PLACES.isdisjoint(k.split("."))})
+    first, *others = ranks.all_gather_object({k: v for k, v in settings.items() if _PLACES.isdisjoint(k.split("."))})
     for rank, given in enumerate(others, 1):
         for key in sorted(first.keys() | given.keys()):
             if first.get(key) != given.get(key):

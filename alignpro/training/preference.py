@@ -32,7 +32,7 @@ class PreferenceTraining:
         ModelError: The model cannot be loaded as a sequence classifier.
     """
 
-    headline = ("loss", "accuracy")
+    progress_metrics = ("loss", "accuracy")
 
     def __init__(self, config: RewardModelConfig) -> None:
         self.config = config

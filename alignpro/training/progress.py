@@ -17,13 +17,15 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def progress_bar(total: int, completed: int, headline: Sequence[str], *, shown: bool = True) -> Iterator[Advance]:
+def progress_bar(
+    total: int, completed: int, progress_metrics: Sequence[str], *, shown: bool = True
+) -> Iterator[Advance]:
     """Show a progress bar over steps; call the yielded function with the metrics of each step.
 
     Args:
         total: Number of steps.
         completed: Number of steps completed before.
-        headline: Names of the metrics to show.
+        progress_metrics: Names of the metrics to show.
         shown: Whether this process shows the bar.
     """
     if not shown:
@@ -31,7 +33,7 @@ def progress_bar(total: int, completed: int, headline: Sequence[str], *, shown: 
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _line_writer(total, completed, headline)
+        yield _line_writer(total, completed, progress_metrics)
         return
     columns = (
         BarColumn(),
@@ -47,12 +49,12 @@ def progress_bar(total: int, completed: int, headline: Sequence[str], *, shown: 
         def advance(metrics: Mapping[str, float]) -> None:
             speed = bar.tasks[0].speed
             rate = f"{speed:.2f} steps/s" if speed else ""
-            bar.update(task, advance=1, rate=rate, shown=_show(metrics, headline))
+            bar.update(task, advance=1, rate=rate, shown=_show(metrics, progress_metrics))
 
         yield advance
 
 
-def _line_writer(total: int, completed: int, headline: Sequence[str]) -> Advance:
+def _line_writer(total: int, completed: int, progress_metrics: Sequence[str]) -> Advance:
     """Log a line at most every `_SECONDS_BETWEEN_LINES`, and at the last step."""
     done, started, last_line = completed, time.monotonic(), -_SECONDS_BETWEEN_LINES
 
@@ -62,11 +64,11 @@ def _line_writer(total: int, completed: int, headline: Sequence[str]) -> Advance
         now = time.monotonic()
         if now - last_line >= _SECONDS_BETWEEN_LINES or done == total:
             rate = (done - completed) / max(now - started, 1e-9)
-            logger.info("step %d/%d  %.2f steps/s  %s", done, total, rate, _show(metrics, headline))
+            logger.info("step %d/%d  %.2f steps/s  %s", done, total, rate, _show(metrics, progress_metrics))
             last_line = now
 
     return advance
 
 
-def _show(metrics: Mapping[str, float], headline: Sequence[str]) -> str:
-    return "  ".join(f"{name} {metrics[name]:.4g}" for name in headline if name in metrics)
+def _show(metrics: Mapping[str, float], progress_metrics: Sequence[str]) -> str:
+    return "  ".join(f"{name} {metrics[name]:.4g}" for name in progress_metrics if name in metrics)

@@ -35,7 +35,7 @@ from alignpro.training.step_metrics import logprob_difference, sample_metrics
 from alignpro.training.stream import PromptStream
 
 
-class PolicyTraining:
+class RLTrainer:
     """Trains a policy in steps: sample, score, credit, update. The same for every loss, policy and environment.
 
     Args:
@@ -59,7 +59,7 @@ class PolicyTraining:
         ModelError: Ranks have different references.
     """
 
-    headline: tuple[str, ...] = ("reward/mean", "kl", "entropy")
+    progress_metrics: tuple[str, ...] = ("reward/mean", "kl", "entropy")
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class PolicyTraining:
         rewards: FrozenModels | None = None,
     ) -> None:
         distribution = distribution or SingleProcess()
-        self.ranks, self._graphs_last = distribution.ranks, distribution.graphs_last
+        self.ranks, self._graphs_last = distribution.ranks, distribution.can_keep_graph
         self.policy, self.environment, self.engine = policy, environment, engine
         policy.splits_prompts = not distribution.equal_passes
         self._targets, self._rewards = targets or FrozenModels(), rewards or FrozenModels()
@@ -117,11 +117,11 @@ class PolicyTraining:
         mine = self._share(prompts)
         prompts = [prompts[i] for i in mine]
         seeds = [derive_seed(self.run.seed, step, i) for i in mine]
-        with timer("rollout"), self.sampled.whole(), self.ranks.together(), self._targets.ready():
+        with timer("rollout"), self.sampled.gathered(), self.ranks.raise_together(), self._targets.materialized():
             chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
             if self.policy.model.device.type != "cpu":
                 self.engine.release(keep=self.kept)  # the update needs the accelerator's memory
-        with timer("reward"), self.ranks.together(), self._rewards.ready():
+        with timer("reward"), self.ranks.raise_together(), self._rewards.materialized():
             scores = self.environment.score(prompts, chains)
         with timer("credit"):
             experience = self.credit(prompts, chains, scores)
@@ -132,10 +132,10 @@ class PolicyTraining:
         metrics |= logprob_difference(self.ranks, experience, chains)
         self._expected_length = metrics["sample/length"]
         self.kl.update(metrics["kl"], int(self.ranks.sum(len(experience.scores))))
-        self.baseline.update(self.ranks.gather(experience.returns[:, 0]).mean().item())
-        if step % self.run.sample_every == 0 and self.ranks.first:
+        self.baseline.update(self.ranks.all_gather(experience.returns[:, 0]).mean().item())
+        if step % self.run.sample_every == 0 and self.ranks.is_rank_zero:
             self._write_sample(step, prompts[0], scores)
-        stats = EngineStats.merged(self.ranks.exchange(self.engine.stats.since(before)))
+        stats = EngineStats.merged(self.ranks.all_gather_object(self.engine.stats.since(before)))
         return metrics | stats.metrics() | timer.seconds
 
     def credit(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]], scores: Scores) -> Experience:
@@ -151,7 +151,7 @@ class PolicyTraining:
         padded = self._padded([batch.rows(*rows) for rows in micro_batches])
         # If the first update consists of one micro-batch, its pass is this one, with the same weights: keep the graph.
         keep = len(padded) == 1 and objective.loss != "gibbs" and objective.minibatches == 1 and self._graphs_last
-        with self._reference.ready():
+        with self._reference.materialized():
             parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
         values = parts[0] if keep else join_values(parts[: len(micro_batches)], width)
         R = scores.values.flatten().to(values.logprob)  # (B,)
@@ -224,7 +224,7 @@ class PolicyTraining:
         scale = 1.0 / max(self.ranks.sum(objectives.loss_count(minibatch.batch.mask, objective.normalize_by)), 1.0)
         rows_of_all = self.ranks.sum(len(minibatch.batch))
         parts = [(minibatch, start, stop) for start, stop in self._micro_batches(len(minibatch.batch))]
-        missing = self.ranks.most(len(parts)) - len(parts)
+        missing = self.ranks.reduce_max(len(parts)) - len(parts)
         if missing:
             parts += [
                 (minibatch.without_actions(self.sampling.n, self.policy.model.invocation), 0, self.sampling.n)
@@ -285,19 +285,19 @@ class PolicyTraining:
         own = [prompts[i] for i in mine]
         chains: list[list[Chain]] = []
         values, parts = torch.empty(0, 1), []
-        with self.sampled.whole(), self.ranks.together(), self._targets.ready():
+        with self.sampled.gathered(), self.ranks.raise_together(), self._targets.materialized():
             if own:
                 chains = self.environment.rollout(self.engine, own, replace(self.sampling, n=1), seeds)
-        with self.ranks.together(), self._rewards.ready():
+        with self.ranks.raise_together(), self._rewards.materialized():
             if own:
                 values = self.environment.score(own, chains).values
                 encoded = [self.environment.encode(prompt) for prompt in own]
                 samples = [group[0].sample.tokens for group in chains]
                 batch = SequenceBatch.build(encoded, samples, self.policy.model.device)
                 parts = [batch.rows(*rows) for rows in self._micro_batches(len(batch))]
-        with self._reference.ready():
+        with self._reference.materialized():
             kl = sum(self.policy.token_values(part).kl.sum().item() for part in self._padded(parts))
-        reward = self.ranks.gather(values).mean().item()
+        reward = self.ranks.all_gather(values).mean().item()
         return {"eval/reward": reward, "eval/kl": self.ranks.sum(kl) / len(prompts)}
 
     def save(self, directory: Path) -> dict[str, Any]:
@@ -306,7 +306,7 @@ class PolicyTraining:
         if self.critic is not None:
             self.critic.backend.save(directory, "critic")
         return {
-            "reference": self.ranks.on_first(self.policy.reference_id),
+            "reference": self.ranks.on_rank_zero(self.policy.reference_id),
             "data": self.stream.fingerprint,
             "kl": self.kl.state_dict(),
             "baseline": self.baseline.state_dict(),
@@ -319,8 +319,8 @@ class PolicyTraining:
         Raises:
             CheckpointError: The reference or the data is not that with which the run started.
         """
-        reference = self.ranks.on_first(self.policy.reference_id)
-        with self.ranks.together():
+        reference = self.ranks.on_rank_zero(self.policy.reference_id)
+        with self.ranks.raise_together():
             self.stream.check(state["data"])
             if state["reference"] != reference:
                 raise CheckpointError(
@@ -337,8 +337,8 @@ class PolicyTraining:
 
     def export(self, directory: Path) -> None:
         """Write the whole model (or its adapter) and the tokenizer from rank 0."""
-        with self.sampled.whole() as model:
-            if self.ranks.first:
+        with self.sampled.gathered() as model:
+            if self.ranks.is_rank_zero:
                 save_pretrained(model, directory)
 
     def _micro_batches(self, rows: int) -> Iterator[tuple[int, int]]:
@@ -352,7 +352,7 @@ class PolicyTraining:
 
     def _padded(self, parts: list[SequenceBatch]) -> list[SequenceBatch]:
         """Append batches without actions until all ranks have the same number of batches."""
-        missing = self.ranks.most(len(parts)) - len(parts)
+        missing = self.ranks.reduce_max(len(parts)) - len(parts)
         return parts + [no_actions(1, self.policy.model.device, self.policy.model.invocation)] * missing
 
     def _share(self, prompts: Sequence[Prompt]) -> list[int]:
@@ -360,7 +360,7 @@ class PolicyTraining:
         if self.ranks.size == 1:
             return list(range(len(prompts)))
         sampled = self.sampling.n * self._expected_length
-        return self.ranks.share([len(self.environment.encode(prompt)) + sampled for prompt in prompts])
+        return self.ranks.assign_balanced([len(self.environment.encode(prompt)) + sampled for prompt in prompts])
 
     def _minibatches(self, groups: int, step: int, epoch: int) -> list[Tensor]:
         """Split the indices of groups evenly into minibatches; shuffled unless there is only one."""

@@ -44,7 +44,7 @@ class Task(Protocol):
     """A training job: the step that a run repeats, and the job's state."""
 
     @property
-    def headline(self) -> Sequence[str]:
+    def progress_metrics(self) -> Sequence[str]:
         """Names of the metrics that the progress bar shows."""
 
     @property
@@ -95,7 +95,7 @@ class Run:
         self.checkpoints = CheckpointStore(self.out / "checkpoints", self.config.keep_checkpoints)
         self._description = config.model_dump(mode="json")
         self._directory: RunDirectory | None = None
-        start = self.ranks.on_first(lambda: self._open(config, resume, at))
+        start = self.ranks.on_rank_zero(lambda: self._open(config, resume, at))
         self.finished = start is None
         """Whether every step has been made and ``model/`` has been written."""
         self.start = start or 0
@@ -117,10 +117,12 @@ class Run:
         self._restore(task)
         with (
             self._log() as log,
-            progress_bar(self.config.steps, self.start, task.headline, shown=self.ranks.first) as advance,
+            progress_bar(
+                self.config.steps, self.start, task.progress_metrics, shown=self.ranks.is_rank_zero
+            ) as advance,
             stop_signals(patience=0.0 if self.ranks.group is None else LAUNCHER_PATIENCE) as stop,
         ):
-            if self._evaluation_due(self.start) and not self.ranks.on_first(lambda: log.has_evaluation(self.start)):
+            if self._evaluation_due(self.start) and not self.ranks.on_rank_zero(lambda: log.has_evaluation(self.start)):
                 self._evaluate(self.start, task, log)
             for step in range(self.start, self.config.steps):
                 with self._saved_on_failure(step, task, log):
@@ -130,7 +132,7 @@ class Run:
                 if self._evaluation_due(step + 1):
                     self._evaluate(step + 1, task, log)
                 last = step + 1 == self.config.steps
-                signum = self.ranks.most(stop[0] if stop else 0)  # a signal to one rank stops all
+                signum = self.ranks.reduce_max(stop[0] if stop else 0)  # a signal to one rank stops all
                 if (step + 1) % self.config.checkpoint_every == 0 or last or signum:
                     self._save(step + 1, task, log)
                 if signum and not last:
@@ -167,8 +169,8 @@ class Run:
     def _log(self) -> Iterator[MetricsSink]:
         """Open the metrics log, which writes files on rank 0 only."""
         log: MetricsLog | None = None
-        with self.ranks.together():
-            if self.ranks.first:
+        with self.ranks.raise_together():
+            if self.ranks.is_rank_zero:
                 log = MetricsLog(self.config, self.start, self._description)
         if log is None:
             yield NoMetricsLog()
@@ -177,7 +179,7 @@ class Run:
                 yield log
 
     def _write(self, log: MetricsSink, step: int, metrics: Metrics) -> None:
-        with self.ranks.together():
+        with self.ranks.raise_together():
             log.write(step, metrics)
 
     def _evaluation_due(self, step: int) -> bool:
@@ -195,13 +197,13 @@ class Run:
 
         def part(directory: Path) -> None:
             state = {"step": step, "ranks": self._ranks_launched, "task": task.save(directory)}
-            if self.ranks.first:
+            if self.ranks.is_rank_zero:
                 (directory / "state.json").write_text(json.dumps(state, indent=1))
             save_torch(random_state() if randomness is None else randomness, directory / self._randomness)
 
-        with self.ranks.together():
+        with self.ranks.raise_together():
             log.sync()
-        self.ranks.fill(lambda write: self.checkpoints.save(step, write), part)
+        self.ranks.write_directory(lambda write: self.checkpoints.save(step, write), part)
 
     @property
     def _randomness(self) -> str:
@@ -217,7 +219,7 @@ class Run:
         except Exception as error:
             if not self.ranks.agreed_on(error):
                 raise  # the other ranks are elsewhere, and saving takes all ranks
-            if task.updates == updates and self.ranks.on_first(lambda: step not in self.checkpoints.available()):
+            if task.updates == updates and self.ranks.on_rank_zero(lambda: step not in self.checkpoints.available()):
                 try:
                     self._save(step, task, log, randomness)
                 except PeerError:
@@ -248,7 +250,7 @@ class Run:
 
     def _restore(self, task: Task) -> None:
         """Load the checkpoint of `start`, and discard everything after it."""
-        if self.ranks.on_first(lambda: self.start in self.checkpoints.available()):
+        if self.ranks.on_rank_zero(lambda: self.start in self.checkpoints.available()):
             directory = self.checkpoints.path(self.start)
             try:
                 state = json.loads((directory / "state.json").read_text())
@@ -259,7 +261,7 @@ class Run:
             except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
                 raise CheckpointError(f"checkpoint {directory}: cannot be read: {error}") from error
             logger.info("continuing from %s", directory)
-        self.ranks.on_first(self._discard_later)
+        self.ranks.on_rank_zero(self._discard_later)
 
     def saved_ranks(self) -> int | None:
         """Number of launched ranks that wrote the checkpoint to continue from; None without a launcher or a checkpoint.
@@ -278,7 +280,7 @@ class Run:
                 raise CheckpointError(f"checkpoint {path}: cannot be read: {error}") from error
             return ranks
 
-        return self.ranks.on_first(read)
+        return self.ranks.on_rank_zero(read)
 
     @property
     def _ranks_launched(self) -> int | None:
@@ -308,4 +310,4 @@ class Run:
             with disk_errors(f"{self._directory.model}", "make room, then --resume"):
                 replace_directory(self._directory.model, write)
 
-        self.ranks.fill(make, part)
+        self.ranks.write_directory(make, part)

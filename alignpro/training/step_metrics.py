@@ -24,7 +24,7 @@ def sample_metrics(ranks: Ranks, experience: Experience, scores: Scores) -> Metr
     Returns:
         ``kl`` and ``kl_sampled`` are in nats per sample, ``entropy`` in nats per token, ``sample/length`` in tokens.
     """
-    values, gather = experience.values, ranks.gather
+    values, gather = experience.values, ranks.all_gather
     lengths = gather(experience.batch.mask.sum(1))  # (B,) over all ranks, like the tensors below
     kl, entropy = gather(values.kl.sum(1)), gather(values.entropy.sum(1))
     sampled_kl = gather((values.logprob - values.reference_logprob).sum(1))
@@ -59,8 +59,8 @@ def logprob_difference(ranks: Ranks, experience: Experience, chains: Sequence[Se
     mask, logprob = experience.batch.mask.cpu(), experience.values.logprob.cpu()  # (B, T), in the order of the chains
     difference = torch.zeros_like(logprob)
     difference[mask] = (logprob[mask] - drawn.to(logprob)).abs()
-    totals, largest = ranks.gather(difference.sum(1)), ranks.gather(difference.amax(1))
+    totals, largest = ranks.all_gather(difference.sum(1)), ranks.all_gather(difference.amax(1))
     return {
-        "sample/logprob_difference": (totals.sum() / ranks.gather(mask.sum(1)).sum()).item(),
+        "sample/logprob_difference": (totals.sum() / ranks.all_gather(mask.sum(1)).sum()).item(),
         "sample/logprob_difference_max": largest.max().item(),
     }

@@ -79,7 +79,7 @@ class PromptStream:
             DataError: A rank has different prompts.
         """
         rank = ranks.differing(self.fingerprint)
-        with ranks.together():
+        with ranks.raise_together():
             if rank is not None:
                 raise DataError(
                     f"rank {rank} has other training data than rank 0: give every node the same files (data.source) "

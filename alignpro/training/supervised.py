@@ -37,7 +37,7 @@ class SupervisedTraining:
         ModelError: The model cannot be loaded.
     """
 
-    headline = ("loss",)
+    progress_metrics = ("loss",)
 
     def __init__(self, config: SFTConfig) -> None:
         self.config = config

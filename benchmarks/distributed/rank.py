@@ -45,7 +45,9 @@ def run(job: Job, ranks: Ranks, storages: StorageGauge | None) -> dict[str, Any]
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in trainings}
     for index in range(job.task.steps):
         for name in job.setups:
-            ranks.exchange(None)  # a barrier, so that set-ups do not overlap and all ranks of one start together
+            ranks.all_gather_object(
+                None
+            )  # a barrier, so that set-ups do not overlap and all ranks of one start together
             if name in trainings:
                 with peaks[name].step() if name in peaks else nullcontext():
                     steps[name].append(asdict(trainings[name].step(index)))
@@ -59,7 +61,7 @@ def _make(job: Job, name: str, device: torch.device, ranks: Ranks) -> OurTrainin
     """Return the training of a set-up, or None if this rank does not take part in it."""
     overrides = [*job.overrides, f"run.out={job.task.directory}/run_{Path(name).stem}"]
     if name == ALONE:
-        return OurTraining(job.task, device, overrides) if ranks.first else None
+        return OurTraining(job.task, device, overrides) if ranks.is_rank_zero else None
     overrides.append(f"deepspeed.config={name}")
     config = configure(job.task, device, overrides)
     return OurTraining(

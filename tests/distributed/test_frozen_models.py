@@ -56,7 +56,7 @@ def test_every_architecture_runs_layer_by_layer(device: str, architecture: str, 
     assert parts.device == whole.device
     given = [[5, 6, 7, 8], [7, 8]], SamplingParams(max_tokens=6, n=2)
     expected = Engine({"target": whole}).generate("target", *given)
-    with models.ready():
+    with models.materialized():
         got = Engine({"target": parts}).generate("target", *given)
     assert sum(weight.numel() for weight in parts.parameters()) == 0
     for one, other in zip(chain.from_iterable(got), chain.from_iterable(expected), strict=True):

@@ -23,7 +23,7 @@ def main(path: str) -> None:
             at = next((int(each.removeprefix("--at=")) for each in arguments if each.startswith("--at=")), None)
             given = [argument for argument in arguments if not argument.startswith("--at=")]
             if command == "copy":
-                ranks.on_first(lambda source=arguments[0], to=arguments[1]: shutil.copytree(source, to))  # type: ignore[misc]
+                ranks.on_rank_zero(lambda source=arguments[0], to=arguments[1]: shutil.copytree(source, to))  # type: ignore[misc]
                 continue
             kind, build = (TrainConfig, prompter_training) if command == "train" else (RLHFConfig, response_training)
             config = load_config(kind, given)

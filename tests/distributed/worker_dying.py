@@ -28,5 +28,5 @@ if __name__ == "__main__":
         target = models.load(ModelConfig(path=sys.argv[-1], device="cpu"), load_language_model)
         if ranks.rank == 1:
             target.causal.base_model.layers[1].register_forward_pre_hook(die)
-        with ranks.together(), models.ready():
+        with ranks.raise_together(), models.materialized():
             Engine({"target": target}).generate("target", [[5, 6]], SamplingParams(max_tokens=6))

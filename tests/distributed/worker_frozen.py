@@ -58,38 +58,38 @@ def run(ranks: Ranks, root: Path, most: int | None) -> dict[str, Any]:
         # The ranks call the models in different orders.
         lambda pair: (
             [pair.score(["a", "b"]), pair.generate(PROMPTS)]
-            if ranks.first
+            if ranks.is_rank_zero
             else [pair.generate(PROMPTS[:1]), pair.score(["a"])]
         ),
     ]
     between = [sum(weight.numel() for weight in weights)]
     got = []
     for work in works:
-        with ranks.together(), models.ready():
+        with ranks.raise_together(), models.materialized():
             got.append(work(sharded))
         between.append(sum(weight.numel() for weight in weights))
     told = ""
     try:
-        with ranks.together(), models.ready():
+        with ranks.raise_together(), models.materialized():
             if ranks.rank == 1:
                 raise RuntimeError("the judge is out")
             got.append(sharded.generate(PROMPTS))
     except (PeerError, RuntimeError) as error:
         told = f"{type(error).__name__}: {error}"
     # A forward pass raises halfway on one rank. The engine repeats it, and later calls are unaffected.
-    with ranks.together(), models.ready(), broken(sharded.target if ranks.rank == 1 else None):
+    with ranks.raise_together(), models.materialized(), broken(sharded.target if ranks.rank == 1 else None):
         got.append(sharded.generate(PROMPTS[: 1 + ranks.rank]))
     broken_pass = ""
     try:
-        with ranks.together(), models.ready(), broken(sharded.reward._model if ranks.rank == 1 else None):
+        with ranks.raise_together(), models.materialized(), broken(sharded.reward._model if ranks.rank == 1 else None):
             got.append(sharded.score(["a", "b"]))
     except (PeerError, RuntimeError) as error:
         broken_pass = f"{type(error).__name__}: {error}"
-    with ranks.together(), models.ready():
+    with ranks.raise_together(), models.materialized():
         got.append(sharded.score(["a"]))
-    expected = [work(whole) for work in works] + ([whole.generate(PROMPTS)] if ranks.first else [])
+    expected = [work(whole) for work in works] + ([whole.generate(PROMPTS)] if ranks.is_rank_zero else [])
     expected.append(whole.generate(PROMPTS[: 1 + ranks.rank]))
-    expected += ([whole.score(["a", "b"])] if ranks.first else []) + [whole.score(["a"])]
+    expected += ([whole.score(["a", "b"])] if ranks.is_rank_zero else []) + [whole.score(["a"])]
     return {
         "got": got,
         "expected": expected,
@@ -141,7 +141,7 @@ if __name__ == "__main__":
         odd = group.rank == 1
         result["numbers"] = {
             "sum": group.sum(2.0**40 + 0.5 * group.rank),
-            "most": group.most(-3 - group.rank),
+            "most": group.reduce_max(-3 - group.rank),
             "any": [group.any(odd), group.any(False)],
         }
         (root / f"{group.rank}.json").write_text(json.dumps(result))

@@ -27,7 +27,7 @@ from alignpro.errors import DataError, ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import add_adapter, frozen_copy, load_language_model, save_pretrained
 from alignpro.models.sequences import SequenceBatch
-from alignpro.models.token_lora import invoked_at
+from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
 from alignpro_kernels.reference import head_logits
 
@@ -154,9 +154,9 @@ def test_tokens_without_the_adapter_are_unaffected_by_those_with_it() -> None:
 
 
 def test_the_last_invocation_counts() -> None:
-    assert [invoked_at(prompt, TOKENS) for prompt in SHARED] == [len(SHARED[0]) - 3, len(BEFORE[1]), 0]
+    assert [invocation_start(prompt, TOKENS) for prompt in SHARED] == [len(SHARED[0]) - 3, len(BEFORE[1]), 0]
     with pytest.raises(DataError, match=r"does not contain the invocation tokens .* chat template"):
-        invoked_at([1, 2, TOKENS[0]], TOKENS)
+        invocation_start([1, 2, TOKENS[0]], TOKENS)
     with pytest.raises(DataError, match="does not contain the invocation tokens"):
         tiny_adapted().action_states(SequenceBatch.build([[1, 2]], [[3]]))
 

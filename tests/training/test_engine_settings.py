@@ -12,10 +12,10 @@ from alignpro.config import RLHFConfig, TrainConfig, load_config
 from alignpro.engine import Chain
 from alignpro.errors import TrainingError
 from alignpro.training.builders import prompter_training, response_training
-from alignpro.training.reinforcement import PolicyTraining
+from alignpro.training.reinforcement import RLTrainer
 
 
-def training(workshop: Workshop, out: Path, *overrides: str) -> PolicyTraining:
+def training(workshop: Workshop, out: Path, *overrides: str) -> RLTrainer:
     out.mkdir()
     return prompter_training(load_config(TrainConfig, workshop.arguments("train", out, *overrides)[1:]))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from alignpro import objectives
 from alignpro.config import AdapterConfig, ObjectiveConfig
 from alignpro.training.experience import Experience
-from alignpro.training.reinforcement import PolicyTraining
+from alignpro.training.reinforcement import RLTrainer
 
 LAMBDA = 0.3
 GROUP = {"leave_one_out": 2, "running_baseline": 1, "gae": 1}
@@ -28,7 +28,7 @@ UNBIASED = [
 ]
 
 
-def make_training(world: World, estimator: str, advantage: str, loss: str = "policy_gradient") -> PolicyTraining:
+def make_training(world: World, estimator: str, advantage: str, loss: str = "policy_gradient") -> RLTrainer:
     """Return a trainer with micro-batches of three rows, which split groups, except for gibbs, which needs whole groups."""
     objective = {"loss": loss, "advantage": advantage, "kl": {"coef": LAMBDA, "estimator": estimator}}
     training = world.training(objective, GROUP[advantage], micro_batch_size=3)
@@ -38,7 +38,7 @@ def make_training(world: World, estimator: str, advantage: str, loss: str = "pol
     return training
 
 
-def expected_gradient(world: World, training: PolicyTraining) -> list[Tensor]:
+def expected_gradient(world: World, training: RLTrainer) -> list[Tensor]:
     """Return the expected gradient of the loss, over every group of K samples for each of the two prompts."""
     size = training.sampling.n
     groups = list(itertools.product(range(len(world.chains)), repeat=size))
@@ -52,7 +52,7 @@ def expected_gradient(world: World, training: PolicyTraining) -> list[Tensor]:
     return expected
 
 
-def gradient_of(training: PolicyTraining, experience: Experience, groups: list[int]) -> list[Tensor]:
+def gradient_of(training: RLTrainer, experience: Experience, groups: list[int]) -> list[Tensor]:
     """Return the gradient of the loss of some groups of the experience."""
     training._backward(experience.select(torch.tensor(groups), training.sampling.n))
     return take_gradient(training.policy.trainable.values())

@@ -26,7 +26,7 @@ def test_without_a_terminal_the_first_and_last_steps_have_a_line(lines: pytest.L
     assert first.startswith("step 1/100  ")
     assert "steps/s  loss 0" in first
     assert last.startswith("step 100/100  ")
-    assert last.endswith("loss 12.38"), "the headline's metrics that exist"
+    assert last.endswith("loss 12.38"), "the progress_metrics's metrics that exist"
 
 
 def test_lines_come_at_intervals(lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

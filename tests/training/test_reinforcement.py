@@ -15,7 +15,7 @@ from alignpro.engine import Chain
 from alignpro.environments.base import Scores
 from alignpro.training.experience import join_rows
 from alignpro.training.metrics import OF_EXECUTION, Metrics, read_rows
-from alignpro.training.reinforcement import PolicyTraining
+from alignpro.training.reinforcement import RLTrainer
 
 GROUPS = [(0, 9), (14, 3), (5, 5), (1, 12)]
 """Pairs of sequences, by index; their lengths are 1 and 3, 3 and 3, 3 and 3, 2 and 3."""
@@ -30,12 +30,12 @@ class RecordingWorld(World):
         return super().score(prompts, chains)
 
 
-def weights_of(training: PolicyTraining) -> list[Tensor]:
+def weights_of(training: RLTrainer) -> list[Tensor]:
     """Return copies of the trained weights."""
     return [weight.detach().clone() for weight in training.policy.trainable.values()]
 
 
-def gradients(training: PolicyTraining, moved: float = 0.0) -> tuple[list[Tensor], list[Tensor], Metrics]:
+def gradients(training: RLTrainer, moved: float = 0.0) -> tuple[list[Tensor], list[Tensor], Metrics]:
     """Return gradients of policy and critic, and metrics, on `GROUPS` with both prompts; ``moved`` changes the policy first."""
     experience = credit_both(training).select(torch.arange(2 * len(GROUPS)), 2)
     torch.manual_seed(1)
@@ -45,7 +45,7 @@ def gradients(training: PolicyTraining, moved: float = 0.0) -> tuple[list[Tensor
     return take_gradient(training.policy.trainable.values()), take_gradient(critic), metrics
 
 
-def credit_both(training: PolicyTraining) -> Any:
+def credit_both(training: RLTrainer) -> Any:
     """Return the experience of `GROUPS` with both prompts."""
     assert isinstance(training.environment, World)
     return credit(training.environment, training, GROUPS)
@@ -197,7 +197,7 @@ def test_metrics_of_a_step_are_computed_from_its_samples(tmp_path: Path) -> None
     assert metrics["learning_rate"] == 0.01
     assert metrics["gradient_norm"] > 0
     assert {f"seconds/{phase}" for phase in ("rollout", "reward", "credit", "update")} <= set(metrics)
-    assert set(training.headline) <= set(metrics)
+    assert set(training.progress_metrics) <= set(metrics)
     assert metrics["sample/logprob_difference_max"] < 1e-5
     assert metrics["engine/floor_ratio"] == 1.0  # two prompts without a common prefix, each computed once
     assert metrics["engine/computed/prefill"] == sum(len(world.encode(prompt)) for prompt in world.prompts)

@@ -36,7 +36,7 @@ class Config(Section):
 class Descent:
     """A task with one weight that draws from torch's global generator, and fails where ``fail`` says."""
 
-    headline = ("loss",)
+    progress_metrics = ("loss",)
 
     def __init__(self, config: Config) -> None:
         self.weight = nn.Parameter(torch.tensor([4.0]))

@@ -20,7 +20,7 @@ from alignpro.distributed.host_lock import host_turn
 from alignpro.distributed.ranks import Ranks, lost_ranks
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.distributed.sharding.layer_passes import LayerPasses, Turns, layers_of
-from alignpro.distributed.sharding.partition import Partition, lots
+from alignpro.distributed.sharding.partition import Partition, buckets
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import resolve_device
 
@@ -42,7 +42,7 @@ class FrozenModels:
         return load(config)
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
+    def materialized(self) -> Iterator[None]:
         """Context inside which the models may be run; a collective on entry and on exit if they are sharded."""
         yield
 
@@ -75,11 +75,11 @@ class ShardedModels(FrozenModels):
     @property
     def held_bytes(self) -> int:
         """Bytes that this rank holds of all models outside `ready`."""
-        partitions = [*self._resident, *(lot for model in self._passes for lot in model.partitions)]
+        partitions = [*self._resident, *(bucket for model in self._passes for bucket in model.partitions)]
         return sum(partition.part.nbytes for partition in partitions)
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
+    def materialized(self) -> Iterator[None]:
         """Gather the weights that stay whole; on exit, wait until no rank has a layer-wise pass left to make."""
         try:
             self._open()
@@ -92,7 +92,7 @@ class ShardedModels(FrozenModels):
             self._turns.attend_all()
         finally:
             for partition in self._resident:
-                partition.vacate()
+                partition.release()
             for model in self._passes:
                 model.close()
 
@@ -101,7 +101,7 @@ class ShardedModels(FrozenModels):
         weights = list(model.parameters())
         by_layers = self._most is not None and sum(weight.nbytes for weight in weights) > self._most
         if isinstance(model, LanguageModel):
-            model.keep_one_layout()
+            model.disable_packing()
             model.whole_between_passes = not by_layers
         if by_layers:
             assert self._most is not None
@@ -110,9 +110,9 @@ class ShardedModels(FrozenModels):
             weights = [weight for weight in weights if id(weight) not in inside]
             self._passes.append(LayerPasses(layers, device, self._ranks, self._turns, self._most, name))
             logger.info("%s: layers are gathered during each pass, %d MiB at a time", name, self._most >> 20)
-        for lot in lots([[weight] for weight in weights], GATHERED_BYTES):
+        for bucket in buckets([[weight] for weight in weights], GATHERED_BYTES):
             self._resident.append(
-                Partition([w for unit in lot for w in unit], device, self._ranks.rank, self._ranks.size)
+                Partition([w for unit in bucket for w in unit], device, self._ranks.rank, self._ranks.size)
             )
 
     def _open(self) -> None:
@@ -134,21 +134,21 @@ class OffloadedWeights(FrozenModels):
 
     def __init__(self, weights: list[nn.Parameter], device: torch.device) -> None:
         host = torch.device("cpu")
-        self._lots = [
-            Partition([w for unit in lot for w in unit], device, 0, 1, home=host)
-            for lot in lots([[weight] for weight in weights], GATHERED_BYTES)
+        self._buckets = [
+            Partition([w for unit in bucket for w in unit], device, 0, 1, home=host)
+            for bucket in buckets([[weight] for weight in weights], GATHERED_BYTES)
         ]
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
+    def materialized(self) -> Iterator[None]:
         """Copy the weights to the device; not a collective."""
         try:
-            for lot in self._lots:
-                _gather(lot)
+            for bucket in self._buckets:
+                _gather(bucket)
             yield
         finally:
-            for lot in self._lots:
-                lot.vacate()
+            for bucket in self._buckets:
+                bucket.release()
 
 
 def _gather(partition: Partition) -> None:
@@ -156,4 +156,4 @@ def _gather(partition: Partition) -> None:
     memory = torch.empty(partition.nbytes, dtype=torch.uint8, device=partition.device)
     if coming := partition.gather(memory):
         coming.wait()
-    partition.place(memory)
+    partition.materialize(memory)

@@ -30,7 +30,7 @@ class SamplingModel:
         self.model = model
 
     @contextmanager
-    def whole(self) -> Iterator[LanguageModel]:
+    def gathered(self) -> Iterator[LanguageModel]:
         """Yield the model with whole weights; a collective if they are sharded."""
         yield self.model
 
@@ -50,7 +50,7 @@ class GatheredModel(SamplingModel):
         self._gathered_bytes = gathered_bytes
 
     @contextmanager
-    def whole(self) -> Iterator[LanguageModel]:
+    def gathered(self) -> Iterator[LanguageModel]:
         """Yield the copy with the model's current weights."""
         import deepspeed
 

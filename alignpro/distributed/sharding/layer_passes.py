@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alignpro.distributed.ranks import Ranks
-from alignpro.distributed.sharding.partition import Partition, lots
+from alignpro.distributed.sharding.partition import Partition, buckets
 from alignpro.errors import ModelError
 
 
@@ -44,7 +44,7 @@ class Turns:
         self.ranks.midway = True
         for model in self._models:
             model.finish()
-        while (chosen := self.ranks.most(number)) != number:
+        while (chosen := self.ranks.reduce_max(number)) != number:
             self._models[chosen - 1].attend()
 
     def attend_all(self) -> None:
@@ -54,7 +54,7 @@ class Turns:
 
 
 class LayerPasses:
-    """Sharded layers that each forward pass gathers in lots (groups of layers), the next lot while the current one runs.
+    """Sharded layers that each forward pass gathers in buckets (groups of layers), the next bucket while the current one runs.
 
     Args:
         layers: The layers in the order in which a pass calls them, once each.
@@ -70,43 +70,43 @@ class LayerPasses:
     ) -> None:
         self._turns, self._ranks, self._name, self._device = turns, ranks, name, device
         self._number = turns.add(self)
-        self._lots: list[Partition] = []
+        self._buckets: list[Partition] = []
         self._memory: tuple[Tensor, Tensor] | None = None
         self._coming: dist.Work | None = None
         self._next = 0
-        """Index of the lot that the current pass runs next."""
+        """Index of the bucket that the current pass runs next."""
         self._begun = 0
-        """Number of lots that the current pass has started to gather."""
+        """Number of buckets that the current pass has started to gather."""
         remaining = list(layers)
-        for lot in lots([list(layer.parameters()) for layer in layers], most // 2):
-            first, last = remaining[0], remaining[len(lot) - 1]
-            del remaining[: len(lot)]
-            number = len(self._lots)
-            self._lots.append(Partition(list(chain.from_iterable(lot)), device, ranks.rank, ranks.size))
+        for bucket in buckets([list(layer.parameters()) for layer in layers], most // 2):
+            first, last = remaining[0], remaining[len(bucket) - 1]
+            del remaining[: len(bucket)]
+            number = len(self._buckets)
+            self._buckets.append(Partition(list(chain.from_iterable(bucket)), device, ranks.rank, ranks.size))
             first.register_forward_pre_hook(lambda *_, n=number: self._enter(n))
             last.register_forward_hook(lambda *_, n=number: self._leave(n))
 
     @property
     def partitions(self) -> Sequence[Partition]:
-        """The partition of each lot."""
-        return self._lots
+        """The partition of each bucket."""
+        return self._buckets
 
     def open(self) -> None:
-        """Allocate memory for two lots."""
-        size = max(lot.nbytes for lot in self._lots)
+        """Allocate memory for two buckets."""
+        size = max(bucket.nbytes for bucket in self._buckets)
         one, other = (torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2))
         self._memory = one, other
 
     def close(self) -> None:
         """Free the memory."""
         self._memory = None
-        for lot in self._lots:
-            lot.vacate()
+        for bucket in self._buckets:
+            bucket.release()
 
     def attend(self) -> None:
         """Take part in the gathers of a pass that other ranks make."""
-        for number, lot in enumerate(self._lots):
-            if coming := lot.gather(self._half(number)):
+        for number, bucket in enumerate(self._buckets):
+            if coming := bucket.gather(self._half(number)):
                 coming.wait()
 
     def finish(self) -> None:
@@ -114,11 +114,11 @@ class LayerPasses:
         if not self._begun:
             return
         self._arrived()
-        while self._begun < len(self._lots):
+        while self._begun < len(self._buckets):
             self._begin(self._begun)
             self._arrived()
-        for lot in self._lots:
-            lot.vacate()
+        for bucket in self._buckets:
+            bucket.release()
         self._begun = 0
 
     def _enter(self, number: int) -> None:
@@ -129,20 +129,20 @@ class LayerPasses:
         if number != self._next:
             raise ModelError(f"model {self._name}: its layers do not run in the order of their list: gather it whole")
         self._arrived()
-        self._lots[number].place(self._half(number))
-        if number + 1 < len(self._lots):
-            # This overwrites the previous lot, which has run: the collective waits for the kernels launched before it.
+        self._buckets[number].materialize(self._half(number))
+        if number + 1 < len(self._buckets):
+            # This overwrites the previous bucket, which has run: the collective waits for the kernels launched before it.
             self._begin(number + 1)
 
     def _leave(self, number: int) -> None:
-        self._lots[number].vacate()
+        self._buckets[number].release()
         self._next = number + 1
-        if self._next == len(self._lots):
+        if self._next == len(self._buckets):
             self._begun = 0
             self._ranks.midway = False
 
     def _begin(self, number: int) -> None:
-        self._coming = self._lots[number].gather(self._half(number))
+        self._coming = self._buckets[number].gather(self._half(number))
         self._begun = number + 1
 
     def _arrived(self) -> None:

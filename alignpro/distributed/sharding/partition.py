@@ -71,28 +71,28 @@ class Partition:
             return None
         return dist.all_gather_into_tensor(whole, self.part, async_op=True)
 
-    def place(self, memory: Tensor) -> None:
+    def materialize(self, memory: Tensor) -> None:
         """Make the weights views of the gathered memory; they are valid until it is overwritten."""
         for weight, start, shape in self._places:
             stop = start + prod(shape) * weight.element_size()
             weight.data = memory[start:stop].view(weight.dtype).view(shape)
 
-    def vacate(self) -> None:
+    def release(self) -> None:
         """Make the weights empty again."""
         for weight, _, _ in self._places:
             weight.data = torch.empty(0, dtype=weight.dtype, device=self.device)
 
 
-def lots(units: Sequence[Sequence[nn.Parameter]], most: int) -> Iterator[list[Sequence[nn.Parameter]]]:
-    """Group consecutive units into lots of at most ``most`` bytes; a larger unit is a lot of its own."""
-    lot: list[Sequence[nn.Parameter]] = []
+def buckets(units: Sequence[Sequence[nn.Parameter]], most: int) -> Iterator[list[Sequence[nn.Parameter]]]:
+    """Group consecutive units into buckets of at most ``most`` bytes; a larger unit is a bucket of its own."""
+    bucket: list[Sequence[nn.Parameter]] = []
     size = 0
     for unit in units:
         needed = sum(weight.nbytes for weight in unit)
-        if lot and size + needed > most:
-            yield lot
-            lot, size = [], 0
-        lot.append(unit)
+        if bucket and size + needed > most:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(unit)
         size += needed
-    if lot:
-        yield lot
+    if bucket:
+        yield bucket
