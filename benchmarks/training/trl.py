@@ -23,10 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.tokens import TokenCounter
 from benchmarks.training.reward import variety
 from benchmarks.training.step import Step
 from benchmarks.training.task import Task
+from benchmarks.training.tokens import TokenCounter
 
 
 def missing() -> str | None:

@@ -1,4 +1,4 @@
-"""Command-line options that the benchmarks share, and their interpretation."""
+"""The command line that the benchmarks share: its options, and how they are read."""
 
 from __future__ import annotations
 
@@ -7,31 +7,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
-import torch
 import typer
-from rich.console import Console
 
-from benchmarks.environment import slug
+from benchmarks.workload import WORKLOADS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
+WorkloadName = Annotated[str, typer.Option("--workload", help=f"One of {', '.join(WORKLOADS)}.")]
 Shape = Annotated[
     list[str] | None,
     typer.Option(
         help="Change the workload: prompts=16, K=4, M=2, meta_prompt=…, prompt=…, rewrite=…, template=…, response=… "
-        "in tokens, prompter=LAYERSxHIDDEN, target=…; may be repeated.",
-        show_default=False,
+        "in tokens, prompter=LAYERSxHIDDEN, target=…; may be repeated."
     ),
 ]
 """Changes of a workload of chains; see `benchmarks.workload.reshape`."""
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Configuration overrides, as for `alignpro train`: objective.kl.estimator=k3"),
+]
 Entrants = Annotated[
     list[str] | None,
-    typer.Option(help="Names or patterns, such as 'ours*'; may be repeated. Default: all.", show_default=False),
+    typer.Option(help="Names or patterns, such as 'ours*'; may be repeated. Default: all."),
 ]
+Warmup = Annotated[int, typer.Option(min=1, help="Warm-up steps before the timed ones.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if available.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, otherwise float32.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch's CPU threads.", show_default=False)]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch's CPU threads.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+ResultsFile = Annotated[
+    Path | None, typer.Option("--json", help="Results file. Default: in benchmarks/results/DEVICE.")
+]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Smoke test: a tiny case and few rounds; the figures are not valid.")
 ]
@@ -53,30 +57,6 @@ def new_app() -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def use_threads(threads: int | None) -> None:
-    """Set the number of torch's threads, if given."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of an option."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of an option.
-
-    Raises:
-        typer.BadParameter: There is no dtype of that name.
-    """
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in DTYPES:
-        raise typer.BadParameter(f"dtype {name!r}: use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
 def matching(everything: Sequence[NamedT], patterns: Sequence[str] | None, kind: str) -> list[NamedT]:
     """Return the items whose name matches a pattern, in their original order; all of them without patterns.
 
@@ -90,16 +70,3 @@ def matching(everything: Sequence[NamedT], patterns: Sequence[str] | None, kind:
     return [
         one for one in everything if not patterns or any(fnmatch.fnmatchcase(one.name, pattern) for pattern in patterns)
     ]
-
-
-def results_folder(benchmark: str, device: torch.device, *, quick: bool) -> Path:
-    """Return the default folder for results: one per device, and a separate one for smoke tests."""
-    return Path(f"runs/{benchmark}-quick") if quick else Path(__file__).parent / "results" / slug(device)
-
-
-def new_console(width: int) -> Console:
-    """Create the console for tables, with a fixed width if the output is not a terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = width
-    return console
