@@ -21,12 +21,10 @@ Shape = Annotated[
 ]
 """Changes of a workload of chains; see `benchmarks.workload.reshape`."""
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Configuration overrides, as for `alignpro train`: objective.kl.estimator=k3"),
+    list[str] | None, typer.Argument(help="Configuration overrides, as for `alignpro train`: objective.kl.estimator=k3")
 ]
 Entrants = Annotated[
-    list[str] | None,
-    typer.Option(help="Names or patterns, such as 'ours*'; may be repeated. Default: all."),
+    list[str] | None, typer.Option(help="Names or patterns, such as 'ours*'; may be repeated. Default: all.")
 ]
 Warmup = Annotated[int, typer.Option(min=1, help="Warm-up steps before the timed ones.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if available.")]
@@ -63,10 +61,13 @@ def matching(everything: Sequence[NamedT], patterns: Sequence[str] | None, kind:
     Raises:
         typer.BadParameter: A pattern matches nothing.
     """
+    if not patterns:
+        return list(everything)
     names = [one.name for one in everything]
-    for pattern in patterns or []:
-        if not fnmatch.filter(names, pattern):
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
             raise typer.BadParameter(f"{kind} {pattern!r}: use names or patterns of {', '.join(names)}")
-    return [
-        one for one in everything if not patterns or any(fnmatch.fnmatchcase(one.name, pattern) for pattern in patterns)
-    ]
+        found.update(matches)
+    return [one for one in everything if one.name in found]

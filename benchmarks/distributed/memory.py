@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from alignpro.distributed.ranks import Ranks
-
-
-class Gauge(Protocol):
-    """Measures the memory of one device."""
-
-    def peak(self) -> int:
-        """Return the peak number of bytes since the last call."""
 
 
 class DeviceGauge:
@@ -95,7 +88,7 @@ class PhasePeaks:
         ranks: Announces the start of each phase.
     """
 
-    def __init__(self, gauge: Gauge, ranks: Ranks) -> None:
+    def __init__(self, gauge: DeviceGauge | StorageGauge, ranks: Ranks) -> None:
         self._gauge, self._ranks = gauge, ranks
         self._phase: str | None = None
         self.bytes: dict[str, int] = {}

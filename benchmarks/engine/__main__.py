@@ -42,8 +42,7 @@ def run(
     device: command.Device = "auto",
     dtype: command.Dtype = "auto",
     max_batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Maximum number of running sequences. Default: 256, on a GPU 1024."),
+        int | None, typer.Option(min=1, help="Maximum number of running sequences. Default: 256, on a GPU 1024.")
     ] = None,
     threads: command.Threads = None,
     seed: command.Seed = 0,

@@ -41,21 +41,17 @@ def run(
         ),
     ] = None,
     rows: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Tokens N; may be repeated. Default: depends on device and shape."),
+        list[int] | None, typer.Option(min=1, help="Tokens N; may be repeated. Default: depends on device and shape.")
     ] = None,
     entrants: command.Entrants = None,
     cases: Annotated[
-        list[str] | None,
-        typer.Option(help="Names or patterns, such as 'policy*'; may be repeated. Default: all."),
+        list[str] | None, typer.Option(help="Names or patterns, such as 'policy*'; may be repeated. Default: all.")
     ] = None,
     without: Annotated[
-        list[str] | None,
-        typer.Option(help="Entrants to leave out, names or patterns; may be repeated."),
+        list[str] | None, typer.Option(help="Entrants to leave out, names or patterns; may be repeated.")
     ] = None,
     rounds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Maximum rounds per case. Default: 3 on a CPU, 20 on a GPU."),
+        int | None, typer.Option(min=1, help="Maximum rounds per case. Default: 3 on a CPU, 20 on a GPU.")
     ] = None,
     case_seconds: Annotated[
         float | None,

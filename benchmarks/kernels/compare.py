@@ -15,8 +15,16 @@ from benchmarks import measure
 from benchmarks.clock import Clock
 from benchmarks.device import dtype_name, empty_cache
 from benchmarks.kernels.cases import Case
-from benchmarks.kernels.correctness import Expected, ExpectedSample, check, check_at_size, expect, gradients
-from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting, Skip
+from benchmarks.kernels.correctness import (
+    Expected,
+    ExpectedSample,
+    check,
+    check_at_size,
+    describe_error,
+    expect,
+    gradients,
+)
+from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting
 from benchmarks.kernels.floor import Floor, flops
 from benchmarks.kernels.memory import MIB, peak_extra_bytes
 from benchmarks.kernels.problem import Heads, Problem, make_problem
@@ -66,14 +74,11 @@ def compare(
     results = [Result(entrant.name, title=entrant.title) for entrant in entrants]
     runs: dict[str, Run] = {}
     for entrant, result in zip(entrants, results, strict=True):
-        prepared = entrant.prepare(case, setting)
-        if isinstance(prepared, Skip):
-            result.status, result.reason = "skipped", prepared.reason
-            continue
-        result.quantity = prepared.quantity
         with result.record_failure():
-            _examine(case, prepared, problem, expected, result)
-            runs[entrant.name] = prepared
+            run = entrant.prepare(case, setting)
+            result.quantity = run.quantity
+            _examine(case, run, problem, expected, result)
+            runs[entrant.name] = run
         empty_cache(setting.device)
 
     by_name = {result.entrant: result for result in results}
@@ -105,8 +110,7 @@ def _examine(case: Case, run: Run, problem: Problem, expected: Expected | Expect
         outcome = run.forward(problem)
         outputs.append((outcome, gradients(case, problem, outcome)))
 
-    deviation = check(case, run, problem, expected)
-    result.deviation, result.reason = dict(deviation.values), deviation.wrong
+    result.deviation = check(case, run, problem, expected)
     step()  # warm-up: compilation and tuning for this size use memory of their own
     outputs.clear()
     peak = peak_extra_bytes(step, problem.hidden.device)
@@ -115,9 +119,8 @@ def _examine(case: Case, run: Run, problem: Problem, expected: Expected | Expect
     result.gradients_mib = gradient_bytes / MIB
     result.peak_extra_mib = None if peak is None else max(0, peak - gradient_bytes) / MIB
     if isinstance(expected, Expected):
-        deviation = check_at_size(case, problem, outcome, grads, expected)
-        result.deviation |= deviation.values
-        result.reason = result.reason or deviation.wrong
+        result.deviation |= check_at_size(case, problem, outcome, grads, expected)
+    result.reason = describe_error(result.deviation, problem.hidden.dtype)
     result.status = "wrong" if result.reason else "measured"
 
 

@@ -11,8 +11,9 @@ import torch._dynamo
 from torch import Tensor
 
 from benchmarks.kernels.cases import Case
-from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting, Skip
+from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting
 from benchmarks.kernels.problem import Problem
+from benchmarks.measure import SkippedError
 
 RECOMPILE_LIMIT = 256
 
@@ -60,13 +61,13 @@ def _compute(
     return (loss + (kappa * (logp.exp() * (logp - logq)).sum(-1)).sum(),)
 
 
-def _prepare(case: Case, setting: Setting) -> Run | Skip:
+def _prepare(case: Case, setting: Setting) -> Run:
     return _run(functools.partial(_compute, case.operator, setting.shape.softcap), _quantity(case))
 
 
-def _prepare_token(case: Case, setting: Setting) -> Run | Skip:
+def _prepare_token(case: Case, setting: Setting) -> Run:
     if case.operator != "linear_sample":
-        return Skip("samples only")
+        raise SkippedError("samples only")
 
     def sample(problem: Problem) -> Outcome:
         p = _logits(problem.hidden, problem.weight, problem.softcap).softmax(-1)
@@ -75,7 +76,7 @@ def _prepare_token(case: Case, setting: Setting) -> Run | Skip:
     return Run(sample, "token only")
 
 
-def _prepare_compiled(case: Case, setting: Setting) -> Run | Skip:
+def _prepare_compiled(case: Case, setting: Setting) -> Run:
     compiled = _compiled(case.name, case.operator, setting.shape.softcap)
     return _run(compiled, f"{_quantity(case)}; dynamic=True")
 

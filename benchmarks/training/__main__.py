@@ -32,8 +32,7 @@ def run(
     workload: command.WorkloadName = PAPER.name,
     shape: command.Shape = None,
     peers: Annotated[
-        list[str] | None,
-        typer.Option(help=f"{', '.join(PEERS)} or none; may be repeated. Default: all."),
+        list[str] | None, typer.Option(help=f"{', '.join(PEERS)} or none; may be repeated. Default: all.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Timed steps. Default: 7; with --quick 2.")] = None,
     warmup: command.Warmup = 2,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import SkippedError
 from benchmarks.training import trl
 from benchmarks.training.ours import OurTraining
 from benchmarks.training.step import Step, median_step
@@ -24,22 +25,21 @@ def compare(
     """
     ours = OurTraining(task, device, overrides)
     steps: dict[str, list[Step]] = {name: [] for name in ("ours", *peers)}
-    skipped = {name: reason for name in peers if (reason := trl.missing()) is not None}
+    skipped: dict[str, dict[str, Any]] = {}
 
     def take_turn(step: Step) -> None:
         steps["trl"].append(step)
         steps["ours"].append(ours.step(len(steps["ours"])))
 
-    if "trl" in peers and not skipped:
-        trl.train(task, device, take_turn)
-    else:
-        steps["ours"] = [ours.step(index) for index in range(task.steps)]
-    return {
-        name: {"status": "skipped", "reason": skipped[name]}
-        if name in skipped
-        else _summary(measured, task.workload.chains, warmup)
-        for name, measured in steps.items()
-    }
+    if "trl" in peers:
+        try:
+            trl.train(task, device, take_turn)
+        except SkippedError as error:
+            skipped["trl"] = {"status": "skipped", "reason": str(error)}
+    for index in range(len(steps["ours"]), task.steps):  # without a peer to take turns with
+        steps["ours"].append(ours.step(index))
+    chains = task.workload.chains
+    return {name: _summary(measured, chains, warmup) for name, measured in steps.items() if measured} | skipped
 
 
 def _summary(steps: Sequence[Step], chains: int, warmup: int) -> dict[str, Any]:
