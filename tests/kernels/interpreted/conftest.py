@@ -1,10 +1,34 @@
-"""These tests run in separate processes (see `test_triton_interpreter`): Triton reads TRITON_INTERPRET on import."""
+"""These tests run in separate processes (see `test_triton_interpreter`): Triton reads TRITON_INTERPRET on import.
+
+Triton's interpreter computes `tl.dot` with `numpy.matmul`. A BLAS chooses the order of the sum by processor and shape, so
+the same row may have other bits in a product of another shape. On a GPU the tile alone determines the order. Therefore
+one product with a fixed order takes the place of `numpy.matmul`, and the tests can require equal bits on every processor.
+"""
 
 import sys
+from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 from alignpro_kernels.triton_support import interpreting
 
 collect_ignore_glob = [] if interpreting() else ["test_*.py"]
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # problems shared with other tests
+
+
+def product_in_order(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return (..., M, K) times (..., K, N) in ``dtype``; the terms are rounded, then added from the first to the last."""
+    a, b = a.astype(dtype), b.astype(dtype)
+    return reduce(np.add, (a[..., k, None] * b[..., k, None, :] for k in range(a.shape[-1])))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def products_in_order() -> Iterator[None]:
+    """Let Triton's interpreter multiply by `product_in_order`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "matmul", product_in_order)
+        yield

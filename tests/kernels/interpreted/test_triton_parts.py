@@ -1,10 +1,11 @@
-"""Other parts of the Triton backend, interpreted: merged attention states, the float32 sum of products, 64-bit offsets."""
+"""Other parts of the Triton backend, interpreted: products, merged attention states, 64-bit offsets."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from cases import HALF_AND_SINGLE
+from torch import Tensor
 
 from alignpro_kernels import reference, triton_head
 from alignpro_kernels.head import Head
@@ -45,6 +46,27 @@ def test_states_that_require_a_gradient() -> None:
 
 def test_no_states() -> None:
     assert triton_head.merge_states(torch.empty(2, 0, 8), torch.empty(2, 0)).shape == (0, 8)
+
+
+@triton.jit
+def _dot_kernel(a, b, out, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+    m, k, n = tl.arange(0, M)[:, None], tl.arange(0, K), tl.arange(0, N)[None, :]
+    x, y = tl.load(a + m * K + k[None, :]), tl.load(b + k[:, None] * N + n)
+    tl.store(out + m * N + n, tl.dot(x, y, input_precision="ieee"))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 64), (64, 1), (2, 16), (16, 8)])
+def test_products_have_the_same_bits_in_every_shape(rows: int, columns: int) -> None:
+    """The interpreter's own product does not: see conftest."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(64, 32, generator=g), torch.randn(32, 64, generator=g)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        out = torch.empty(len(a), b.shape[1])
+        _dot_kernel[(1,)](a.contiguous(), b.contiguous(), out, M=len(a), K=32, N=b.shape[1])
+        return out
+
+    assert torch.equal(product(a[:rows], b[:, :columns]), product(a, b)[:rows, :columns])
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
