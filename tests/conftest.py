@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,3 +49,12 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return written[architecture]
 
     return directory
+
+
+@pytest.fixture
+def old_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a copy of what tests/old_runs/README.md describes the working directory, since its paths are relative."""
+    with tarfile.open(Path(__file__).with_name("old_runs") / "old_runs.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

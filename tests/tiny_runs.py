@@ -19,6 +19,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from tiny_models import save_tiny
@@ -161,6 +162,31 @@ def assert_same(out: Path, reference: Path) -> None:
     assert (out / samples).exists() == (reference / samples).exists()
     if (reference / samples).exists():
         assert (out / samples).read_bytes() == (reference / samples).read_bytes()
+
+
+def assert_near(out: Path, reference: Path) -> None:
+    """Check that metrics and samples are equal up to the rounding of another processor."""
+    assert_near_values(read_metrics(out), read_metrics(reference))
+    samples = [each / "samples.jsonl" for each in (out, reference)]
+    assert samples[0].exists() == samples[1].exists()
+    if samples[0].exists():
+        assert_near_values(*([json.loads(line) for line in path.read_text().splitlines()] for path in samples))
+
+
+def assert_near_values(made: Any, expected: Any, place: str = "") -> None:
+    """Check that nested lists and mappings hold the expected values, numbers up to rounding; other keys may be new."""
+    if isinstance(expected, dict):
+        assert expected.keys() <= made.keys(), place
+        for key in expected:
+            assert_near_values(made[key], expected[key], f"{place}.{key}")
+    elif isinstance(expected, list):
+        assert len(made) == len(expected), place
+        for i, pair in enumerate(zip(made, expected, strict=True)):
+            assert_near_values(*pair, f"{place}.{i}")
+    elif isinstance(expected, float):
+        assert made == pytest.approx(expected, rel=1e-4, abs=1e-5), place
+    else:
+        assert made == expected, place
 
 
 def rows(out: Path) -> int:

@@ -49,8 +49,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(script: Path | str, *arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
-    """Start a script on some ranks; their output is in ``stdout``."""
+def launch(script: Path | str, *arguments: str, ranks: int = 2, directory: Path = ROOT) -> subprocess.Popen[str]:
+    """Start a script in a directory on some ranks; their output is in ``stdout``."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
     command += ["--master_port", str(free_port()), str(script), *arguments]
     return subprocess.Popen(
@@ -59,7 +59,7 @@ def launch(script: Path | str, *arguments: str, ranks: int = 2) -> subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=ROOT,
+        cwd=directory,
         start_new_session=True,
     )
 
