@@ -23,8 +23,8 @@ from transformers import (
 
 from alignpro.config import AdapterConfig, PolicyConfig
 from alignpro.demo.models import prompter_tokenizer, target_tokenizer
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter
 
 CONTEXT = 128
 WINDOW = 8

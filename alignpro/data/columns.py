@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from alignpro.data.conversations import (
+from alignpro.data.conversation_formats import (
     BadRow,
     read_answer,
     read_conversation,

@@ -9,10 +9,10 @@ from typing import Any
 
 from alignpro.config import DataConfig
 from alignpro.data.columns import MISSING, check_columns, detect_columns, lookup, may_provide, to_prompt
-from alignpro.data.conversations import BadRow
+from alignpro.data.conversation_formats import BadRow
+from alignpro.data.file_formats import Table, expand_paths, read_table
 from alignpro.data.presets import presets, read_preset
 from alignpro.data.prompt import Prompt
-from alignpro.data.sources import Table, expand_paths, read_table
 from alignpro.errors import DataError
 
 logger = logging.getLogger(__name__)

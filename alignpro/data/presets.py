@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.data.columns import to_prompt
+from alignpro.data.file_formats import Row, Table
 from alignpro.data.prompt import Prompt
-from alignpro.data.sources import Row, Table
 from alignpro.errors import DataError
 
 

@@ -11,7 +11,7 @@ from alignpro.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def drop_long_prompts(
+def filter_overlong_prompts(
     prompts: Iterable[Prompt],
     encode: Callable[[Prompt], Sequence[int]],
     max_tokens: int,

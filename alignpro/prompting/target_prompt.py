@@ -16,7 +16,7 @@ from alignpro.prompting.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)
-class TargetInput:
+class TargetPrompt:
     """A rewrite as the target receives it."""
 
     tokens: list[int]
@@ -63,7 +63,7 @@ class TargetTemplate:
         """Ids that end a response."""
         return self.chat.stop_token_ids
 
-    def encode(self, prompt: Prompt, rewrite: str) -> TargetInput:
+    def encode(self, prompt: Prompt, rewrite: str) -> TargetPrompt:
         """Encode the target's input for a rewrite of ``prompt``; pass ``prompt.text`` for the prompt itself.
 
         Raises:
@@ -74,9 +74,9 @@ class TargetTemplate:
         text = prompt.text if empty and self.on_empty == "original" else "" if empty else rewrite
         tokens = self._tokens(prompt, text)
         if len(tokens) <= self.max_tokens:
-            return TargetInput(tokens, text, empty, dropped=0)
+            return TargetPrompt(tokens, text, empty, dropped=0)
         kept = self._longest_beginning(prompt, text)
-        return TargetInput(self._tokens(prompt, kept), kept, empty, dropped=len(text) - len(kept))
+        return TargetPrompt(self._tokens(prompt, kept), kept, empty, dropped=len(text) - len(kept))
 
     def encode_context(self, prompt: Prompt) -> list[int]:
         """Encode the target's input without the last turn's text; a prompt for which this is too long cannot be used."""

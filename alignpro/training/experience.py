@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignpro.models.sequences import SequenceBatch
-from alignpro.policy.policy import TokenValues
+from alignpro.policy.reference_logprobs import TokenStats
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Experience:
     batch: SequenceBatch
     scores: Tensor
     """(B,) R."""
-    values: TokenValues
+    values: TokenStats
     """Values under the policy that generated the samples."""
     state_index: Tensor
     """(B, T) int64: the row of ``values.reference_states`` for each action."""
@@ -64,7 +64,7 @@ class Experience:
         return Experience(
             batch=no_actions(rows, self.scores.device, invocation),
             scores=self.scores.new_zeros(rows),
-            values=TokenValues(none, none, none, none, self.values.reference_states),
+            values=TokenStats(none, none, none, none, self.values.reference_states),
             state_index=torch.zeros_like(none, dtype=torch.int64),
             returns=none,
             advantages=none,
@@ -83,9 +83,9 @@ def no_actions(rows: int, device: torch.device, invocation: Sequence[int] = ()) 
     return SequenceBatch.build([list(invocation) or [0]] * rows, [[]] * rows, device)
 
 
-def join_values(parts: Sequence[TokenValues], width: int) -> TokenValues:
+def join_values(parts: Sequence[TokenStats], width: int) -> TokenStats:
     """Join row blocks of different widths into one, (B, T)."""
-    return TokenValues(
+    return TokenStats(
         logprob=join_rows([part.logprob for part in parts], width),
         reference_logprob=join_rows([part.reference_logprob for part in parts], width),
         kl=join_rows([part.kl for part in parts], width),

@@ -24,7 +24,7 @@ from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.engine import Chain, Engine, EngineStats, SamplingParams, derive_seed
 from alignpro.environments.base import Environment, Scores
 from alignpro.errors import CheckpointError
-from alignpro.models.loading import save_pretrained
+from alignpro.models.saving import save_pretrained
 from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.policy import Policy
 from alignpro.training.critic import Critic, ValueModel
@@ -81,8 +81,7 @@ class RLTrainer:
     ) -> None:
         distribution = distribution or SingleProcess()
         self.ranks, self._graphs_last = distribution.ranks, distribution.can_keep_graph
-        self.policy, self.environment, self.engine = policy, environment, engine
-        policy.splits_prompts = not distribution.equal_passes
+        self.environment, self.engine = environment, engine
         self._targets, self._rewards = targets or FrozenModels(), rewards or FrozenModels()
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.heldout, self.kept = heldout, kept
@@ -95,7 +94,8 @@ class RLTrainer:
         value_model = ValueModel(policy.model) if objective.advantage == "gae" else None
         self.sampled = distribution.sampling_model(policy.model)
         engine.models["policy"] = self.sampled.model
-        policy.wrapped, self.backend = distribution.backend(policy.module, optimizer, updates)
+        wrapper, self.backend = distribution.backend(policy.module, optimizer, updates)
+        self.policy = policy.wrapped_by(wrapper, split_prompts=not distribution.equal_passes)
         self.critic: Critic | None = None
         if value_model is not None:
             self.critic = Critic(*distribution.backend(value_model, optimizer, updates))
@@ -152,7 +152,7 @@ class RLTrainer:
         # If the first update consists of one micro-batch, its pass is this one, with the same weights: keep the graph.
         keep = len(padded) == 1 and objective.loss != "gibbs" and objective.minibatches == 1 and self._graphs_last
         with self._reference.materialized():
-            parts = [self.policy.token_values(part, keep_states=keep) for part in padded]
+            parts = [self.policy.token_stats(part, keep_states=keep) for part in padded]
         values = parts[0] if keep else join_values(parts[: len(micro_batches)], width)
         R = scores.values.flatten().to(values.logprob)  # (B,)
         rewards = objectives.token_rewards(
@@ -296,7 +296,7 @@ class RLTrainer:
                 batch = SequenceBatch.build(encoded, samples, self.policy.model.device)
                 parts = [batch.rows(*rows) for rows in self._micro_batches(len(batch))]
         with self._reference.materialized():
-            kl = sum(self.policy.token_values(part).kl.sum().item() for part in self._padded(parts))
+            kl = sum(self.policy.token_stats(part).kl.sum().item() for part in self._padded(parts))
         reward = self.ranks.all_gather(values).mean().item()
         return {"eval/reward": reward, "eval/kl": self.ranks.sum(kl) / len(prompts)}
 

@@ -40,16 +40,11 @@ from transformers import (
 from alignpro.config import AdapterConfig
 from alignpro.engine import Engine, SamplingParams
 from alignpro.errors import ModelError
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import (
-    BASE,
-    add_adapter,
-    fingerprint,
-    frozen_copy,
-    load_language_model,
-    load_trainable,
-    save_pretrained,
-)
+from alignpro.models.loading import load_language_model, load_trainable
+from alignpro.models.saving import BASE_DIRECTORY, save_pretrained
+from alignpro.policy.reference import fingerprint, frozen_copy
 from alignpro_kernels.reference import head_logits
 
 Directory = Callable[[str], Path]
@@ -276,9 +271,9 @@ class TestAdapters:
         names = trainable(model)
         on = logits(model)
         assert (on - base).abs().max() > 0.1
-        with model.adapter_off():
+        with model.disable_adapter():
             assert torch.equal(logits(model), base)
-            with model.adapter_off():
+            with model.disable_adapter():
                 pass
             assert torch.equal(logits(model), base)  # leaving the inner block does not switch it on again
         assert torch.equal(logits(model), on)
@@ -286,7 +281,7 @@ class TestAdapters:
 
     def test_switched_off_in_a_frozen_model_stays_frozen(self) -> None:
         model = add_adapter(tiny_language_model("llama"), LORA).requires_grad_(False)
-        with model.adapter_off():
+        with model.disable_adapter():
             pass
         assert not trainable(model)
 
@@ -350,7 +345,7 @@ class TestAdapters:
         fits, too_long = Engine({"m": model}).generate("m", [prompt, [*prompt, 1]], SamplingParams(max_tokens=4))
         assert len(fits[0].tokens) == 4
         assert too_long[0].error is not None
-        with model.adapter_off():
+        with model.disable_adapter():
             assert model.context_length == CONTEXT
 
     def test_lora_on_layers_that_are_not_there(self) -> None:
@@ -376,7 +371,7 @@ class TestSaving:
         assert not trainable(loaded)
         assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
         assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
-        assert not (tmp_path / BASE).exists()  # the base model stays where it is
+        assert not (tmp_path / BASE_DIRECTORY).exists()  # the base model stays where it is
 
     def test_in_bfloat16_and_loading_gives_the_same_model(self, model_directory: Directory, tmp_path: Path) -> None:
         start = load_trainable(policy_config(model_directory("llama"), dtype="bfloat16"), 0)
@@ -392,7 +387,7 @@ class TestSaving:
         start = load_trainable(policy_config(tmp_path / "first"), 0)
         assert torch.equal(logits(start), logits(first))
         model = add_adapter(start, second)
-        with model.adapter_off():
+        with model.disable_adapter():
             assert torch.allclose(logits(model), logits(first), atol=1e-4)
         shake(model, seed=1)
         # The merged weights exist nowhere else, so they are saved with the new adapter and move with the directory.
@@ -400,7 +395,7 @@ class TestSaving:
         (tmp_path / "partial").rename(tmp_path / "second")
         again = load_language_model(policy_config(tmp_path / "second"))
         assert torch.allclose(logits(again), logits(model), atol=1e-5)
-        with again.adapter_off(), model.adapter_off():
+        with again.disable_adapter(), model.disable_adapter():
             assert torch.allclose(logits(again), logits(model), atol=1e-5)
 
     @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -499,7 +494,7 @@ class TestFrozenCopy:
         copy, before = frozen_copy(model), logits(model).detach()
         shake(model)
         assert torch.equal(logits(copy), before)
-        assert copy.head.same_as(model.head)
+        assert copy.head.shares_storage_with(model.head)
         assert trainable(model)
 
 

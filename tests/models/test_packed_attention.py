@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from alignpro.config import AdapterConfig
 from alignpro.errors import ModelError
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter
 from alignpro.models.sequences import SequenceBatch
 
 SHARED = [[3, 5, 7, 2, 9, 11, 4, 6, 8, 10], [12], [13, 14, 15]]
@@ -83,7 +83,7 @@ def test_with_an_adapter(architecture: str, adapter: AdapterConfig) -> None:
             if weight.requires_grad:
                 weight.normal_(0, 0.1)
     assert_shared_as_apart(model)
-    with model.adapter_off():
+    with model.disable_adapter():
         batch = SequenceBatch.build(PROMPTS, COMPLETIONS)
         close(model.action_states(batch), apart(model, PROMPTS))
 

@@ -24,11 +24,14 @@ from transformers import AutoModelForCausalLM
 
 from alignpro.config import AdapterConfig
 from alignpro.errors import DataError, ModelError
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter, frozen_copy, load_language_model, save_pretrained
+from alignpro.models.loading import load_language_model
+from alignpro.models.saving import save_pretrained
 from alignpro.models.sequences import SequenceBatch
 from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
+from alignpro.policy.reference import frozen_copy
 from alignpro_kernels.reference import head_logits
 
 TOKENS = tokenizer("llama").encode(INVOCATION, add_special_tokens=False)
@@ -85,7 +88,7 @@ def test_packed_logits_equal_those_of_pefts_own_forward_pass(architecture: str) 
     sequences = batch(model)
     ours, truth = packed(model, sequences), by_peft(model, sequences)
     assert torch.allclose(ours, truth, atol=1e-5, rtol=1e-5)
-    with model.adapter_off():
+    with model.disable_adapter():
         assert (packed(model, sequences) - truth).abs().max() > 0.1
 
 
@@ -124,7 +127,7 @@ def test_before_the_invocation_keys_and_values_are_the_base_models_bit_for_bit(d
     with torch.no_grad():
         model.action_states(sequences)
         ours, seen[:] = list(seen), []
-        with model.adapter_off():
+        with model.disable_adapter():
             model.action_states(sequences)
     active = sequences.pack(0, TOKENS).active
     assert active is not None
@@ -172,7 +175,7 @@ class TestBase:
         sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
         own = batch(model) if adapter.activated else sequences
         states = model.action_states(own)
-        base = model.base()
+        base = model.without_adapter()
         assert torch.equal(base.action_states(sequences), before.action_states(sequences))
         assert torch.equal(model.action_states(own), states)
         assert base.shares_weights(model)
@@ -183,23 +186,23 @@ class TestBase:
         adapter = AdapterConfig(kind="lora", rank=4, target_modules=["q_proj", "lm_head"])
         model = tiny_adapted(adapter=adapter)
         assert model.head.lora is not None
-        assert model.base().head.lora is None
+        assert model.without_adapter().head.lora is None
 
     def test_does_not_change_pefts_own_forward_pass(self) -> None:
         ids = torch.tensor([[1, 2, 3, *TOKENS, 4, 5]])
         for adapter in (ACTIVATED, AdapterConfig(kind="lora", rank=4)):
             model = tiny_adapted(adapter=adapter)
             expected = model.model(input_ids=ids).logits
-            model.base().action_states(SequenceBatch.build([[1, 2]], [[3, 4]]))
+            model.without_adapter().action_states(SequenceBatch.build([[1, 2]], [[3, 4]]))
             assert torch.equal(model.model(input_ids=ids).logits, expected)
 
     def test_there_is_none_for_a_full_model_or_a_soft_prompt(self) -> None:
         with pytest.raises(ModelError, match="it has no adapter"):
-            tiny_language_model("llama").base()
+            tiny_language_model("llama").without_adapter()
         with pytest.raises(
             ModelError, match=r"its adapter \(PROMPT_TUNING\) cannot be restricted to a subset of the tokens"
         ):
-            add_adapter(tiny_language_model("llama"), AdapterConfig(kind="soft_prompt")).base()
+            add_adapter(tiny_language_model("llama"), AdapterConfig(kind="soft_prompt")).without_adapter()
 
     @pytest.mark.parametrize(
         "settings",
@@ -216,7 +219,7 @@ class TestBase:
         wrapped = get_peft_model(tiny_language_model("llama").causal, config)
         model = LanguageModel(wrapped, tokenizer("llama"), "llama")
         with pytest.raises(ModelError, match=r"its adapter \(LORA\) cannot be restricted to a subset of the tokens"):
-            model.base()
+            model.without_adapter()
 
 
 class TestFiles:
@@ -257,10 +260,10 @@ class TestFiles:
         assert policy.reference is not None
         assert all(".lora_" in name for name in policy.trainable) and policy.trainable
         sequences = SequenceBatch.build([[1, 2, 3, 257, 261]] * 2, [[4, 5, 6], [7, 8]])
-        assert policy.token_values(sequences).kl.abs().max() == 0
+        assert policy.token_stats(sequences).kl.abs().max() == 0
         with torch.no_grad():
             next(w for n, w in policy.trainable.items() if "lora_B" in n).normal_()
-        values = policy.token_values(sequences)
+        values = policy.token_stats(sequences)
         assert (values.kl.sum(1) > 1e-3).all()
         truth = packed(model, sequences).log_softmax(-1).gather(1, sequences.targets[:, None]).squeeze(1)
         assert torch.allclose(values.reference_logprob, sequences.scatter(truth.detach()), atol=1e-5)
@@ -275,7 +278,7 @@ class TestFiles:
 def test_a_policys_reference_is_the_base_and_its_values_are_pefts() -> None:
     policy = Policy(tiny_adapted(), None)
     sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
-    values = policy.token_values(sequences)
+    values = policy.token_stats(sequences)
     base = tiny_language_model("llama")
     for given, logits in (
         (values.logprob, by_peft(policy.model, sequences)),

@@ -59,7 +59,7 @@ def test_values_and_gradients_equal_those_of_peft_row_by_row(architecture: str, 
     truth = by_peft(policy.model, sequences)
     summed = sequences.scatter(truth).sum(1)
     expected = gradients(policy, summed)
-    with torch.no_grad(), policy.model.adapter_off():
+    with torch.no_grad(), policy.model.disable_adapter():
         reference = by_peft(policy.model, sequences)
     if checkpointing:
         policy.model.enable_gradient_checkpointing()
@@ -69,7 +69,7 @@ def test_values_and_gradients_equal_those_of_peft_row_by_row(architecture: str, 
     assert torch.allclose(ours, summed, atol=1e-4)  # rotary angles and norms are float32 in transformers
     for name, gradient in gradients(policy, ours).items():
         assert (gradient - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
-    values = policy.token_values(sequences)
+    values = policy.token_stats(sequences)
     assert torch.allclose(values.logprob, sequences.scatter(truth.detach()), atol=1e-4)
     assert torch.allclose(values.reference_logprob, sequences.scatter(reference), atol=1e-4)
     assert (values.logprob - values.reference_logprob).abs().max() > 0.1
@@ -84,7 +84,7 @@ def test_prefixes_are_computed_once() -> None:
     policy.sequence_logprob(batch(model))
     assert computed == [X, own]
     computed.clear()
-    policy.token_values(batch(model))
+    policy.token_stats(batch(model))
     assert computed == [X, own, own]  # the policy and the reference
     computed.clear()
     # A common prefix of all prompts is computed once.
@@ -95,7 +95,7 @@ def test_prefixes_are_computed_once() -> None:
     # If prefixes are short, computing the invocation per sequence would cost more than the prefixes.
     short = batch(model, kept=3)
     policy.sequence_logprob(short)
-    policy.token_values(short)
+    policy.token_stats(short)
     assert computed == 3 * [3 * (3 + invocation) + R]
 
 
@@ -135,14 +135,14 @@ def test_prompts_of_every_kind(prompts: list[list[int]], passes: int) -> None:
     assert len(computed) == passes
     assert acting.shape == base.shape == (6, 32)
     assert torch.allclose(acting, model.action_states(sequences), atol=1e-5)
-    assert torch.allclose(base, model.base().action_states(sequences), atol=1e-5)
+    assert torch.allclose(base, model.without_adapter().action_states(sequences), atol=1e-5)
     assert torch.allclose(policy_states(model, sequences), acting, atol=1e-5)
 
 
 def test_kept_states_have_gradients_of_the_weights() -> None:
     policy = Policy(tiny_adapted(dtype=torch.float64), None)
     sequences = batch(policy.model)
-    values = policy.token_values(sequences, keep_states=True)
+    values = policy.token_stats(sequences, keep_states=True)
     assert values.states is not None and not values.reference_states.requires_grad
     truth = gradients(policy, policy.model.action_states(sequences))
     for name, gradient in gradients(policy, values.states).items():

@@ -25,10 +25,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from alignpro.config import AdapterConfig
 from alignpro.errors import ModelError
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter, frozen_copy, load_trainable, save_pretrained
+from alignpro.models.loading import load_trainable
+from alignpro.models.saving import save_pretrained
 from alignpro.models.sequences import SequenceBatch
-from alignpro.policy.policy import Policy, sequence_logprob
+from alignpro.policy.policy import Policy
+from alignpro.policy.reference import frozen_copy
+from alignpro.policy.reference_logprobs import sequence_logprob
 
 Directory = Callable[[str], Path]
 
@@ -80,7 +84,7 @@ def exact(policy: Policy, prompt: list[int], completion: list[int]) -> Exact:
         return all_logits[-len(completion) - 1 : -1] / policy.temperature  # (T, V)
 
     logp = logits(policy.model).log_softmax(-1)
-    with torch.no_grad(), policy.model.adapter_off() if policy.reference is None else nullcontext():
+    with torch.no_grad(), policy.model.disable_adapter() if policy.reference is None else nullcontext():
         logq = logits(policy.reference or policy.model).log_softmax(-1)
     taken = torch.tensor(completion)[:, None]
     p = logp.exp()
@@ -93,7 +97,7 @@ def exact(policy: Policy, prompt: list[int], completion: list[int]) -> Exact:
 
 
 def assert_exact(policy: Policy, batch: SequenceBatch, tolerance: float) -> None:
-    values = policy.token_values(batch)
+    values = policy.token_stats(batch)
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         expected = exact(policy, prompt, completion)
         for name, truth in expected._asdict().items():
@@ -117,7 +121,7 @@ class TestTokenValues:
     def test_with_every_adapter_and_temperature(self, adapter: str, temperature: float, batch: SequenceBatch) -> None:
         policy = tiny_policy("gpt2", adapter, temperature=temperature, dtype=torch.float64)
         assert_exact(policy, batch, 1e-10)
-        assert policy.token_values(batch).kl.sum() > 0.1
+        assert policy.token_stats(batch).kl.sum() > 0.1
 
     def test_with_a_bias_and_an_untied_head(self, batch: SequenceBatch) -> None:
         torch.manual_seed(0)
@@ -139,19 +143,19 @@ class TestTokenValues:
 
     def test_do_not_depend_on_the_micro_batch(self, batch: SequenceBatch) -> None:
         policy = tiny_policy("mistral", "lora")
-        whole, part = policy.token_values(batch), policy.token_values(batch.rows(2, 5))
+        whole, part = policy.token_stats(batch), policy.token_stats(batch.rows(2, 5))
         width = part.kl.shape[1]
         for name in Exact._fields:
             assert torch.allclose(getattr(whole, name)[2:5, :width], getattr(part, name), atol=1e-5)
 
     def test_of_sequences_without_actions_are_empty(self) -> None:
-        values = tiny_policy("llama", "lora").token_values(SequenceBatch.build([[1, 2], [3]], [[], []]))
+        values = tiny_policy("llama", "lora").token_stats(SequenceBatch.build([[1, 2], [3]], [[], []]))
         assert values.logprob.tolist() == [[0.0], [0.0]]
 
     @pytest.mark.parametrize("adapter", ADAPTERS)
     def test_kl_is_zero_if_policy_and_reference_are_equal(self, adapter: str, batch: SequenceBatch) -> None:
         policy = tiny_policy("qwen2", adapter, drift=0.0)
-        values = policy.token_values(batch)
+        values = policy.token_stats(batch)
         if adapter == "soft prompt":  # any soft prompt differs from none
             assert values.kl.sum() > 0
         else:
@@ -174,7 +178,7 @@ class TestGradients:
             terms = alpha[rows] * logprob + eta[rows] * entropy + kappa[rows] * kl
             return terms, alpha[rows], eta[rows], kappa[rows]
 
-        states = policy.token_values(batch).reference_states
+        states = policy.token_stats(batch).reference_states
         output = policy.loss(batch, coefficients, reference_states=states, entropy=True)
         output.loss.backward()
         gradients = {name: weight.grad for name, weight in policy.trainable.items()}
@@ -213,7 +217,7 @@ class TestGradients:
 
     def test_of_one_model_need_no_reference(self, batch: SequenceBatch) -> None:
         model = tiny_language_model("gpt2", dtype=torch.float64)
-        values = Policy(model, model, temperature=0.7).token_values(batch).logprob.sum(1)
+        values = Policy(model, model, temperature=0.7).token_stats(batch).logprob.sum(1)
         assert torch.allclose(sequence_logprob(model, batch, 0.7), values, atol=1e-12)
 
 
@@ -224,11 +228,11 @@ class TestReference:
         self, adapter: str, architecture: str, batch: SequenceBatch
     ) -> None:
         policy = tiny_policy(architecture, adapter, drift=0.0)
-        before = policy.token_values(batch)
+        before = policy.token_stats(batch)
         optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.05)
         (-policy.sequence_logprob(batch).sum()).backward()
         optimizer.step()
-        after = policy.token_values(batch)
+        after = policy.token_stats(batch)
         assert torch.equal(after.reference_logprob, before.reference_logprob)
         assert after.logprob.sum() > before.logprob.sum() + 1
         if adapter != "soft prompt":  # which differs from its reference from the start
@@ -246,7 +250,7 @@ class TestReference:
     def test_may_be_another_model(self, model_directory: Directory, tmp_path: Path, batch: SequenceBatch) -> None:
         other = save_tiny("llama", tmp_path, seed=5)
         config = policy_config(model_directory("llama"), reference=str(other), adapter={"kind": "lora"})
-        values = Policy.load(config, seed=0).token_values(batch)
+        values = Policy.load(config, seed=0).token_stats(batch)
         expected = sequence_logprob(tiny_language_model("llama", seed=5), batch, 1.0)
         assert torch.allclose(values.reference_logprob.sum(1), expected, atol=1e-4)
         assert (values.kl.sum(1) > 0.1).all()
@@ -275,7 +279,7 @@ class TestReference:
         sft = shake(add_adapter(start, ADAPTERS["lora"])).eval()
         save_pretrained(sft, tmp_path)
         policy = Policy.load(policy_config(tmp_path, adapter={"kind": kind}), seed=0)
-        values = policy.token_values(batch)
+        values = policy.token_stats(batch)
         assert torch.allclose(values.reference_logprob.sum(1), sequence_logprob(sft, batch, 1.0), atol=1e-3)
         assert values.kl.abs().max() < 1e-5
 
@@ -286,12 +290,12 @@ class TestReference:
         sft = shake(add_adapter(start, ADAPTERS["soft prompt"])).eval()
         save_pretrained(sft, tmp_path)
         policy = Policy.load(policy_config(tmp_path, adapter={"kind": "soft_prompt"}), seed=0)
-        assert policy.token_values(batch).kl.abs().max() == 0
+        assert policy.token_stats(batch).kl.abs().max() == 0
         assert policy.reference is not None
-        assert policy.reference.head.same_as(policy.model.head)  # the base model is in memory once
+        assert policy.reference.head.shares_storage_with(policy.model.head)  # the base model is in memory once
         expected = sequence_logprob(sft, batch, 1.0)
         shake(policy.model)
-        values = policy.token_values(batch)
+        values = policy.token_stats(batch)
         assert torch.allclose(values.reference_logprob.sum(1), expected, atol=1e-4)
         assert (values.kl.sum(1) > 1e-3).all()
 
@@ -350,10 +354,10 @@ class TestLoad:
         self, model_directory: Directory, batch: SequenceBatch
     ) -> None:
         policy = Policy.load(policy_config(model_directory("llama"), dtype="bfloat16"), seed=0)
-        values = policy.token_values(batch)
+        values = policy.token_stats(batch)
         assert values.logprob.dtype == torch.float32
         assert values.kl.abs().max() == 0
-        precise = Policy.load(policy_config(model_directory("llama")), seed=0).token_values(batch)
+        precise = Policy.load(policy_config(model_directory("llama")), seed=0).token_stats(batch)
         assert (values.logprob - precise.logprob).abs().max() < 0.2
 
 

@@ -11,7 +11,7 @@ from alignpro.config import PromptingConfig
 from alignpro.data import Message, Prompt
 from alignpro.errors import ConfigError, DataError, ModelError
 from alignpro.prompting.chat_template import ChatTemplate
-from alignpro.prompting.length_filter import drop_long_prompts
+from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.meta_prompt import MetaPrompt, available_meta_prompts
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.target_prompt import TargetTemplate
@@ -376,18 +376,18 @@ def test_long_prompts_are_dropped_and_counted(qwen, llama, caplog):
     encode = PrompterTemplate(qwen, PromptingConfig()).encode
     short, long = prompt("fox"), prompt("quick brown " * 100)
     with caplog.at_level(logging.WARNING):
-        assert drop_long_prompts([short, long], encode, 50) == [short]
+        assert filter_overlong_prompts([short, long], encode, 50) == [short]
     assert "1 of 2 prompts do not fit in the 50 tokens of the policy's input" in caplog.text
     assert "file:7: " in caplog.text
     exact = len(encode(short))
-    assert drop_long_prompts([short], encode, exact) == [short]
+    assert filter_overlong_prompts([short], encode, exact) == [short]
     with pytest.raises(
         DataError, match=rf"1 of 1 prompts do not fit in the {exact - 1} tokens.*file:7: {exact} tokens"
     ):
-        drop_long_prompts([short], encode, exact - 1)
+        filter_overlong_prompts([short], encode, exact - 1)
     refused = prompt("x", Message("system", "s"))
-    assert drop_long_prompts([short, refused], PrompterTemplate(llama, PromptingConfig()).encode, 50) == [short]
-    assert drop_long_prompts([], encode, 50) == []
+    assert filter_overlong_prompts([short, refused], PrompterTemplate(llama, PromptingConfig()).encode, 50) == [short]
+    assert filter_overlong_prompts([], encode, 50) == []
 
 
 def test_lone_surrogates_and_unknown_characters_can_be_encoded(qwen, llama):
