@@ -18,7 +18,7 @@ from alignpro.errors import DataError
 logger = logging.getLogger(__name__)
 
 TEXT_FIELDS = ("rewrite", "response", "chosen", "rejected")
-_SHOWN = 5
+_MAX_QUOTED = 5
 """Maximum number of bad rows quoted in a message."""
 
 
@@ -197,5 +197,5 @@ def _too_many(bad: Sequence[str], limit: int) -> str:
 
 
 def _quoted(bad: Sequence[str]) -> str:
-    more = [f"  … and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
-    return "\n".join([*(f"  {message}" for message in bad[:_SHOWN]), *more])
+    more = [f"  … and {len(bad) - _MAX_QUOTED} more"] if len(bad) > _MAX_QUOTED else []
+    return "\n".join([*(f"  {message}" for message in bad[:_MAX_QUOTED]), *more])

@@ -127,7 +127,7 @@ def evaluation_prompts(
     template = ChatTemplate(target.tokenizer, config.target_model.chat_template)
     room = max_input_tokens(target, config.respond, "the target", "respond")
     prompts = filter_overlong_prompts(
-        prompts, lambda prompt: template.encode(prompt.messages), room, what="the target's input"
+        prompts, lambda prompt: template.encode(prompt.messages), room, input_name="the target's input"
     )
     if prompter is not None:
         room = min(

@@ -47,7 +47,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         )
         answered = environment.target
         prompts = filter_overlong_prompts(
-            prompts, answered.encode_context, answered.max_tokens, what="the target's context"
+            prompts, answered.encode_context, answered.max_tokens, input_name="the target's context"
         )
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout)
