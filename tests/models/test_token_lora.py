@@ -12,6 +12,10 @@ from tiny_models import (
     ACTIVATED,
     ARCHITECTURES,
     INVOCATION,
+    apply_head,
+    gradients,
+    logits_by_peft,
+    perturb,
     policy_config,
     ragged,
     save_tiny,
@@ -32,7 +36,6 @@ from alignpro.models.sequences import SequenceBatch
 from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
 from alignpro.policy.reference import frozen_copy
-from alignpro_kernels.reference import head_logits
 
 TOKENS = tokenizer("llama").encode(INVOCATION, add_special_tokens=False)
 BEFORE = [[token + 5 for token in row] for row in ragged(3, 50, shortest=2, longest=20, seed=1)]
@@ -50,27 +53,9 @@ def batch(model: LanguageModel) -> SequenceBatch:
     return SequenceBatch.build([prompts[i] for i in (0, 0, 0, 1, 1, 2)], COMPLETIONS)
 
 
-def by_peft(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
-    """Return the logits of each action, (N, V), by peft's own forward pass, row by row."""
-    rows = []
-    for prompt, completion in zip(sequences.prompts, sequences.completions, strict=True):
-        logits = model.model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
-        rows.append(logits[len(prompt) - 1 : len(prompt) - 1 + len(completion)])
-    return torch.cat(rows)
-
-
 def packed(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
-    """Return the same logits from the packed sequences."""
-    head = model.head
-    return head_logits(model.action_states(sequences), head.weight, head.bias, 1.0, head.softcap, head.lora)
-
-
-def gradients(model: LanguageModel, values: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of a randomly weighted sum, by name."""
-    weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
-    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    found = torch.autograd.grad((weights * values).sum(), list(named.values()))
-    return dict(zip(named, found, strict=True))
+    """Return the logits of each action, (N, V), from the packed sequences."""
+    return apply_head(model, model.action_states(sequences))
 
 
 def keys_and_values(model: LanguageModel) -> list[Tensor]:
@@ -86,7 +71,7 @@ def keys_and_values(model: LanguageModel) -> list[Tensor]:
 def test_packed_logits_equal_those_of_pefts_own_forward_pass(architecture: str) -> None:
     model = tiny_adapted(architecture)
     sequences = batch(model)
-    ours, truth = packed(model, sequences), by_peft(model, sequences)
+    ours, truth = packed(model, sequences), logits_by_peft(model, sequences)
     assert torch.allclose(ours, truth, atol=1e-5, rtol=1e-5)
     with model.disable_adapter():
         assert (packed(model, sequences) - truth).abs().max() > 0.1
@@ -97,7 +82,7 @@ def test_with_a_lora_on_the_head() -> None:
         adapter=ACTIVATED.model_copy(update={"target_modules": ["q_proj", "lm_head"]}), dtype=torch.float64
     )
     sequences = batch(model)
-    truth = by_peft(model, sequences)
+    truth = logits_by_peft(model, sequences)
     again = LanguageModel(model.model, model.tokenizer, "again")  # its checks run with the trained weights
     for each in (model, again):
         assert torch.allclose(packed(each, sequences), truth, atol=1e-12, rtol=1e-12)
@@ -108,7 +93,7 @@ def test_with_a_lora_on_the_head() -> None:
 def test_packed_gradients_equal_those_of_pefts_rows(architecture: str, checkpointing: bool) -> None:
     model = tiny_adapted(architecture, dtype=torch.float64)
     sequences = batch(model)
-    truth = gradients(model, by_peft(model, sequences))
+    truth = gradients(model, logits_by_peft(model, sequences))
     if checkpointing:
         model.enable_gradient_checkpointing()
     ours = gradients(model, packed(model, sequences))
@@ -134,9 +119,9 @@ def test_before_the_invocation_keys_and_values_are_the_base_models_bit_for_bit(d
     acted = torch.zeros(len(ours[0]), dtype=torch.bool).index_fill(0, active, True)
     assert not acted[: len(SHARED[0]) - 3].any() and acted[len(SHARED[0]) - 3 :][:3].all()
     assert len(ours) == len(seen) == 4
-    for mine, base in zip(ours, seen, strict=True):
-        assert torch.equal(mine[~acted], base[~acted])
-        assert (mine[acted] != base[acted]).any(1).all()
+    for own, base in zip(ours, seen, strict=True):
+        assert torch.equal(own[~acted], base[~acted])
+        assert (own[acted] != base[acted]).any(1).all()
 
 
 def test_tokens_without_the_adapter_are_unaffected_by_those_with_it() -> None:
@@ -228,11 +213,7 @@ class TestFiles:
     @pytest.fixture
     def saved(self, tmp_path: Path) -> tuple[LanguageModel, Path]:
         start = load_language_model(policy_config(save_tiny("qwen2", tmp_path / "start"), architecture="qwen2"))
-        model = add_adapter(start, AdapterConfig(kind="lora", rank=4, activated=True))
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.requires_grad:
-                    weight.normal_(0, 0.2)
+        model = perturb(add_adapter(start, AdapterConfig(kind="lora", rank=4, activated=True)))
         save_pretrained(model, tmp_path / "adapter")
         return model, tmp_path / "adapter"
 
@@ -241,7 +222,7 @@ class TestFiles:
         assert model.invocation == (257, 261)  # the tokens that open the assistant's turn
         theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path.parent / "start"), path)
         sequences = SequenceBatch.build([[1, 2, 3, 257, 261]] * 2, [[4, 5, 6], [7, 8]])
-        truth = by_peft(LanguageModel(theirs, model.tokenizer, "theirs"), sequences)
+        truth = logits_by_peft(LanguageModel(theirs, model.tokenizer, "theirs"), sequences)
         assert torch.allclose(packed(model, sequences), truth, atol=1e-5)
 
     def test_loading_restores_it(self, saved: tuple[LanguageModel, Path]) -> None:
@@ -281,7 +262,7 @@ def test_a_policys_reference_is_the_base_and_its_values_are_pefts() -> None:
     values = policy.token_stats(sequences)
     base = tiny_language_model("llama")
     for given, logits in (
-        (values.logprob, by_peft(policy.model, sequences)),
+        (values.logprob, logits_by_peft(policy.model, sequences)),
         (values.reference_logprob, packed(base, sequences)),
     ):
         truth = logits.detach().log_softmax(-1).gather(1, sequences.targets[:, None]).squeeze(1)
