@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.policy import Policy
 from alignpro.policy.reference import frozen_copy
 from alignpro_kernels import reference
+
+Directory = Callable[[str], Path]
+"""The fixture `model_directory`: architecture → directory with its model and tokenizer."""
 
 CONTEXT = 128
 WINDOW = 8

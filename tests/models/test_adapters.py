@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_models import (
@@ -15,6 +12,7 @@ from tiny_models import (
     LORA,
     LORA_HEAD,
     SOFT,
+    Directory,
     head_logits,
     perturb,
     policy_config,
@@ -29,8 +27,6 @@ from alignpro.errors import ModelError
 from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_trainable
-
-Directory = Callable[[str], Path]
 
 
 class TestAdapters:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 from peft import PrefixTuningConfig, get_peft_model
 from tiny_models import (
+    Directory,
     policy_config,
     tiny_transformer,
     tokenizer,
@@ -26,9 +24,6 @@ from transformers import (
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
-
-Directory = Callable[[str], Path]
-
 
 SMALL = {
     "vocab_size": 50,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tiny_models import (
     IDS,
     LORA,
     SOFT,
+    Directory,
     head_logits,
     policy_config,
     save_tiny,
@@ -30,8 +30,6 @@ from alignpro.config import AdapterConfig
 from alignpro.errors import ModelError
 from alignpro.models.adapters import add_adapter
 from alignpro.models.loading import load_language_model, load_trainable
-
-Directory = Callable[[str], Path]
 
 
 class TestLoading:

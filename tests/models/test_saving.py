@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tiny_models import (
     IDS,
     LORA,
     SOFT,
+    Directory,
     head_logits,
     perturb,
     policy_config,
@@ -30,8 +30,6 @@ from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_trainable
 from alignpro.models.saving import BASE_DIRECTORY, save_pretrained
-
-Directory = Callable[[str], Path]
 
 
 class TestSaving:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +13,7 @@ from peft import PeftModel
 from tiny_models import (
     ADAPTERS,
     ARCHITECTURES,
+    Directory,
     perturb,
     policy_config,
     tiny_language_model,
@@ -29,8 +29,6 @@ from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.policy import Policy
 from alignpro.policy.reference import frozen_copy
 from alignpro.policy.reference_logprobs import sequence_logprob
-
-Directory = Callable[[str], Path]
 
 
 class Exact(NamedTuple):

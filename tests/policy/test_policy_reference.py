@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from tiny_models import (
     ADAPTERS,
     FULL,
     SOFT,
+    Directory,
     head_logits,
     perturb,
     policy_config,
@@ -32,8 +32,6 @@ from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.policy import Policy
 from alignpro.policy.reference import fingerprint, frozen_copy
 from alignpro.policy.reference_logprobs import sequence_logprob
-
-Directory = Callable[[str], Path]
 
 
 class TestReference:
