@@ -6,13 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from alignpro.data.conversation_formats import (
-    BadRow,
-    read_answer,
-    read_conversation,
-    read_text,
-    shared_opening,
-)
+from alignpro.data.conversation_formats import BadRow, read_answer, read_conversation, read_text, shared_opening
 from alignpro.data.prompt import Message, Prompt
 from alignpro.errors import ConfigError, DataError
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 from peft import PrefixTuningConfig, get_peft_model
-from tiny_models import (
-    Directory,
-    policy_config,
-    tiny_transformer,
-    tokenizer,
-)
+from tiny_models import Directory, policy_config, tiny_transformer, tokenizer
 from transformers import (
     BertConfig,
     BertLMHeadModel,

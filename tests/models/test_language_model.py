@@ -4,21 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import (
-    ARCHITECTURES,
-    CONTEXT,
-    FULL,
-    IDS,
-    SOFT,
-    head_logits,
-    ragged,
-    tiny_language_model,
-    tokenizer,
-)
-from transformers import (
-    OPTConfig,
-    OPTForCausalLM,
-)
+from tiny_models import ARCHITECTURES, CONTEXT, FULL, IDS, SOFT, head_logits, ragged, tiny_language_model, tokenizer
+from transformers import OPTConfig, OPTForCausalLM
 
 from alignpro.config import AdapterConfig
 from alignpro.engine import Engine, SamplingParams

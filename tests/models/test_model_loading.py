@@ -20,11 +20,7 @@ from tiny_models import (
     tokenizer,
     trainable,
 )
-from transformers import (
-    AutoModelForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from alignpro.config import AdapterConfig
 from alignpro.errors import ModelError

@@ -20,9 +20,7 @@ from tiny_models import (
     tiny_transformer,
     trainable,
 )
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from alignpro.config import AdapterConfig
 from alignpro.errors import ModelError
