@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,8 +25,15 @@ from transformers import (
 
 from alignpro.config import AdapterConfig, PolicyConfig
 from alignpro.demo.models import prompter_tokenizer, target_tokenizer
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter
+from alignpro.models.sequences import SequenceBatch
+from alignpro.policy.policy import Policy
+from alignpro.policy.reference import frozen_copy
+from alignpro_kernels import reference
+
+Directory = Callable[[str], Path]
+"""The fixture `model_directory`: architecture → directory with its model and tokenizer."""
 
 CONTEXT = 128
 WINDOW = 8
@@ -32,6 +41,15 @@ WINDOW = 8
 
 INVOCATION = "YZ"
 ACTIVATED = AdapterConfig(kind="lora", rank=4, activated=True, invocation=INVOCATION)
+
+IDS = torch.tensor([[5, 17, 3, 88, 41, 20]])
+"""The input of models whose logits are compared."""
+
+FULL = AdapterConfig()
+LORA = AdapterConfig(kind="lora", rank=4, alpha=8)
+LORA_HEAD = AdapterConfig(kind="lora", rank=4, alpha=8, target_modules=["q_proj", "c_attn", "lm_head"])
+SOFT = AdapterConfig(kind="soft_prompt", virtual_tokens=5)
+ADAPTERS = {"full": FULL, "lora": LORA, "lora on the head": LORA_HEAD, "soft prompt": SOFT}
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma2", "mistral", "phi3")
 
@@ -106,13 +124,61 @@ def tiny_adapted(
 ) -> LanguageModel:
     """Return a model with a nonzero LoRA, which holds all trainable weights."""
     model = add_adapter(tiny_language_model(architecture, **settings), adapter)
-    model.to(settings.get("dtype", torch.float32))
-    generator = torch.Generator().manual_seed(9)
+    return perturb(model.to(settings.get("dtype", torch.float32)), size)
+
+
+def tiny_policy(
+    architecture: str, adapter: str, *, temperature: float = 1.0, dtype: torch.dtype = torch.float32, drift: float = 0.2
+) -> Policy:
+    """Return a policy that differs from its reference, unless ``drift`` is 0."""
+    model = add_adapter(tiny_language_model(architecture, dtype=dtype), ADAPTERS[adapter]).to(dtype)
+    frozen = frozen_copy(model) if adapter == "full" else None
+    return Policy(perturb(model, drift), frozen, temperature=temperature)
+
+
+def perturb(model: LanguageModel, size: float = 0.2, seed: int = 9) -> LanguageModel:
+    """Change the trained weights, as training does; a new LoRA has no effect before."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
                 weight += size * torch.randn(weight.shape, generator=generator).to(weight.dtype)
-    return model
+    return model.eval()
+
+
+def trainable(model: LanguageModel) -> list[str]:
+    """Return the names of the trained weights."""
+    return [name for name, weight in model.named_parameters() if weight.requires_grad]
+
+
+def head_logits(model: LanguageModel, ids: Tensor = IDS, mask: Tensor | None = None) -> Tensor:
+    """Return head(hidden), as the operators compute it: (B, L) → (B, L, V)."""
+    return apply_head(model, model.hidden(ids, torch.ones_like(ids) if mask is None else mask))
+
+
+def apply_head(model: LanguageModel, states: Tensor) -> Tensor:
+    """Return the logits of hidden states: (..., D) → (..., V)."""
+    head = model.head
+    return reference.head_logits(states, head.weight, head.bias, 1.0, head.softcap, head.lora)
+
+
+def gradients(model: LanguageModel, values: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of a randomly weighted sum of the values, by name of the trained weight."""
+    weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
+    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    found = torch.autograd.grad((weights * values).sum(), list(named.values()), allow_unused=True)
+    used = {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
+    assert used
+    return used
+
+
+def logits_by_peft(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
+    """Return the logits of each action, (N, V), by peft's own forward pass, row by row."""
+    rows = []
+    for prompt, completion in zip(sequences.prompts, sequences.completions, strict=True):
+        logits = model.model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
+        rows.append(logits[len(prompt) - 1 : len(prompt) - 1 + len(completion)])
+    return torch.cat(rows)
 
 
 def attention(architecture: str) -> str:

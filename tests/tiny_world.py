@@ -21,8 +21,8 @@ from alignpro.config import AdapterConfig, ObjectiveConfig, OptimizerConfig, Run
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.environments.base import Scores
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter
 from alignpro.policy.policy import Policy
 from alignpro.theory import SequenceSpace, enumerate_sequences, exact_objective
 from alignpro.training.experience import Experience

@@ -1,5 +1,15 @@
 """Prompts: the record type, loading, and the held-out split.
 
+| file | subject |
+|---|---|
+| `prompt` | the record that is passed through the project |
+| `file_formats` | JSON, JSON Lines, CSV, Parquet → rows |
+| `conversation_formats` | messages, ShareGPT, transcripts → the turns of a conversation |
+| `columns` | which column is which field of a record |
+| `presets` | public data sets by name |
+| `loading` | all of it: `data.source` → prompts, without duplicates and bad rows |
+| `splits` | training and held-out prompts |
+
 May import `config` and `errors`.
 """
 

@@ -6,13 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from alignpro.data.conversations import (
-    BadRow,
-    read_answer,
-    read_conversation,
-    read_text,
-    shared_opening,
-)
+from alignpro.data.conversation_formats import BadRow, read_answer, read_conversation, read_text, shared_opening
 from alignpro.data.prompt import Message, Prompt
 from alignpro.errors import ConfigError, DataError
 
@@ -188,11 +182,11 @@ def _checked(turns: tuple[Message, ...], system: str | None) -> tuple[Message, .
 
 
 def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
-    whole = values.get("metadata")
-    if whole is not None and not isinstance(whole, Mapping):
-        whole = {"metadata": whole}
+    mapped = values.get("metadata")
+    if mapped is not None and not isinstance(mapped, Mapping):
+        mapped = {"metadata": mapped}
     single = {key.removeprefix("metadata."): value for key, value in values.items() if key.startswith("metadata.")}
-    return {**(whole or {}), **{key: value for key, value in single.items() if value is not None}}
+    return {**(mapped or {}), **{key: value for key, value in single.items() if value is not None}}
 
 
 def _listed(columns: Collection[str]) -> str:

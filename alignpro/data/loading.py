@@ -9,16 +9,16 @@ from typing import Any
 
 from alignpro.config import DataConfig
 from alignpro.data.columns import MISSING, check_columns, detect_columns, lookup, may_provide, to_prompt
-from alignpro.data.conversations import BadRow
+from alignpro.data.conversation_formats import BadRow
+from alignpro.data.file_formats import Table, expand_paths, read_table
 from alignpro.data.presets import presets, read_preset
 from alignpro.data.prompt import Prompt
-from alignpro.data.sources import Table, expand_paths, read_table
 from alignpro.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 TEXT_FIELDS = ("rewrite", "response", "chosen", "rejected")
-_SHOWN = 5
+_MAX_QUOTED = 5
 """Maximum number of bad rows quoted in a message."""
 
 
@@ -197,5 +197,5 @@ def _too_many(bad: Sequence[str], limit: int) -> str:
 
 
 def _quoted(bad: Sequence[str]) -> str:
-    more = [f"  … and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
-    return "\n".join([*(f"  {message}" for message in bad[:_SHOWN]), *more])
+    more = [f"  … and {len(bad) - _MAX_QUOTED} more"] if len(bad) > _MAX_QUOTED else []
+    return "\n".join([*(f"  {message}" for message in bad[:_MAX_QUOTED]), *more])

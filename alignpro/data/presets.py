@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.data.columns import to_prompt
+from alignpro.data.file_formats import Row, Table
 from alignpro.data.prompt import Prompt
-from alignpro.data.sources import Row, Table
 from alignpro.errors import DataError
 
 
@@ -22,7 +22,7 @@ class Preset:
     hub_id: str
     split: str
     columns: Mapping[str, str]
-    about: str
+    description: str
     known_bad: int = 0
     """Number of rows known to be broken in the data set, allowed in addition to ``data.max_bad_rows``."""
 
@@ -84,7 +84,7 @@ def presets() -> dict[str, Preset]:
 
 def available_presets() -> dict[str, str]:
     """The presets with their descriptions."""
-    return {name: f"{preset.hub_id} ({preset.split}): {preset.about}" for name, preset in presets().items()}
+    return {name: f"{preset.hub_id} ({preset.split}): {preset.description}" for name, preset in presets().items()}
 
 
 def read_preset(name: str, preset: Preset, split: str | None) -> Table:

@@ -19,12 +19,13 @@ from torch import Tensor
 from alignpro.engine.pool import Geometry, KVPool
 from alignpro.engine.scheduler import Item
 from alignpro.errors import ModelError
+from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.paged_attention import Cascade
+from alignpro.models.paged_attention import PagedAttention
 from alignpro_kernels import CascadeLevel
 
 
-class AttentionPlan(Cascade):
+class AttentionPlan(PagedAttention):
     """The attention metadata of a tick, shared by all layers; built once, before the forward pass.
 
     Args:
@@ -110,7 +111,7 @@ class _Probe:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[torch.Size, torch.Size, torch.dtype]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         self.layers[layer] = (key.shape, value.shape, key.dtype)
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
 
@@ -124,7 +125,7 @@ def probe_geometry(model: LanguageModel) -> Geometry:
             from 0.
     """
     probe, token = _Probe(), torch.zeros(1, dtype=torch.int64, device=model.device)
-    model.paged_states(token, token, probe)
+    model.token_states(token, token, probe)
     shapes = [probe.layers[layer] for layer in sorted(probe.layers)]
     if sorted(probe.layers) != list(range(len(shapes))) or len({dtype for _, _, dtype in shapes}) != 1:
         raise ModelError(f"model {model.name}: its layers {sorted(probe.layers)} cannot share one pool of pages")

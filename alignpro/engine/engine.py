@@ -153,7 +153,7 @@ class Engine:
         Raises:
             RuntimeError: The model is generating.
         """
-        self.models[name].weights_changed()
+        self.models[name].weights_updated()
         for memory in self._memories.values():
             memory.tree.drop(name)
 

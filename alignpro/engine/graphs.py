@@ -6,14 +6,14 @@ of a few `Shape`s, and the inputs of each tick are copied into static buffers.
 
 | owns | does not own |
 |---|---|
-| shapes, their buffers, the captured graphs | attention (`cascade.Cascade`), the head and sampling |
+| shapes, their buffers, the captured graphs | attention (`paged_attention.PagedAttention`), the head and sampling |
 
 A padding row attends to no key (its position is −1), and its own key is not written (slot −1). The head is not captured:
 there is one pass for each set of sampling parameters, these sets differ between ticks, and the few kernels involved are
 autotuned on first use.
 
 A graph holds the addresses of its buffers, the arena and the weights. It is dropped when the arena moves
-(`KVPool.generation`), or when weights move or adapters are switched (`LanguageModel.binding`).
+(`KVPool.generation`), or when weights move or adapters are switched (`LanguageModel.graph_key`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from alignpro.engine.scheduler import Item
 from alignpro.engine.types import EngineStats
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.paged_attention import Cascade
+from alignpro.models.paged_attention import PagedAttention
 from alignpro_kernels import CascadeLevel
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 MOST = 64
 """Maximum number of graphs kept, least recently used dropped first. Each holds an output and some MB of driver memory."""
 ALL = -1
-"""Value of `Shape.active` if a selective adapter acts on all tokens."""
+"""Value of `Shape.active` if a token LoRA acts on all tokens."""
 
 
 class Shape(NamedTuple):
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
     levels: tuple[tuple[int, int], ...]
     """For each depth, the number of segments S and the maximum number of pages per segment, including padding."""
     active: int
-    """Number of tokens that a selective adapter acts on, including padding; `ALL` for all of them."""
+    """Number of tokens that a token LoRA acts on, including padding; `ALL` for all of them."""
 
     @classmethod
     def around(cls, tokens: int, levels: Sequence[tuple[int, int]], active: int) -> Shape:
@@ -96,7 +96,7 @@ class _Buffers(NamedTuple):
     slots: Tensor
     """(T,) int64."""
     active: Tensor
-    """(A,) int64: rows that a selective adapter acts on; padded with the last row, which is itself padding."""
+    """(A,) int64: rows that a token LoRA acts on; padded with the last row, which is itself padding."""
     levels: list[CascadeLevel]
 
     @classmethod
@@ -112,7 +112,7 @@ class _Buffers(NamedTuple):
         return cls(ids, positions, slots, active, levels)
 
 
-class StaticPlan(Cascade):
+class StaticPlan(PagedAttention):
     """The attention metadata of a tick in static buffers, and the graph that reads them."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
@@ -138,7 +138,7 @@ class StaticPlan(Cascade):
             model: Name of the model that runs.
             items: Items of one token each, in depth-first order of the prefix tree.
             depths: The segments at each depth of the items' paths.
-            active: The rows that a selective adapter acts on; empty if it acts on all or on none.
+            active: The rows that a token LoRA acts on; empty if it acts on all or on none.
         """
         # Allocated anew for each tick: the host may run ahead of the asynchronous copy. The caching allocator of pinned
         # memory does not reuse a block before its copy is done.
@@ -222,7 +222,7 @@ class DecodeGraphs:
     def __init__(self, pool: KVPool, device: torch.device, *, capture: bool = True, required: bool = False) -> None:
         self.pool, self.device, self.capture, self.required = pool, device, capture, required
         self._plans: OrderedDict[tuple[str, Shape], StaticPlan] = OrderedDict()  # least recently used first
-        self._bindings: dict[str, tuple[object, ...]] = {}
+        self._graph_keys: dict[str, tuple[object, ...]] = {}
         self._generation = pool.generation
         self._refused: set[str] = set()
         self._memory: Any = None  # handle of the memory pool that all graphs share: only one of them runs at a time
@@ -236,10 +236,10 @@ class DecodeGraphs:
             ModelError: Graphs are required, but a model cannot be captured.
         """
         for name, model in models.items():
-            if self._bindings.get(name) != (binding := model.binding):
+            if self._graph_keys.get(name) != (graph_key := model.graph_key):
                 for key in [key for key in self._plans if key[0] == name]:
                     del self._plans[key]
-                self._bindings[name] = binding
+                self._graph_keys[name] = graph_key
             if self.capture and name not in self._refused and (reason := _unsuited(model)) is not None:
                 self._refuse(name, model, reason, None)
 
@@ -257,8 +257,8 @@ class DecodeGraphs:
             self._generation = self.pool.generation
         items = sorted(items, key=lambda item: [segment.serial for segment in item.path])
         depths = _depths(items)
-        active = [row for row, item in enumerate(items) if item.path[-1].model == name] if model.selective else []
-        whole = not model.selective or len(active) == len(items)
+        active = [row for row, item in enumerate(items) if item.path[-1].model == name] if model.has_token_lora else []
+        whole = not model.has_token_lora or len(active) == len(items)
         levels = [(len(d.begins), max(map(len, d.pages))) for d in depths]
         shape = Shape.around(len(items), levels, ALL if whole else len(active))
         plan = self._plans.pop((name, shape), None) or StaticPlan(shape, self.device)
@@ -294,7 +294,7 @@ class DecodeGraphs:
     def _forward(self, name: str, model: LanguageModel, plan: StaticPlan) -> Tensor:
         plan.layers = self.pool.layers(name)
         try:
-            return model.paged_states(plan.ids, plan.positions, plan, plan.active, soft_prompt=False)
+            return model.token_states(plan.ids, plan.positions, plan, plan.active, soft_prompt=False)
         finally:
             plan.layers = ()  # these views would keep a released arena alive
 

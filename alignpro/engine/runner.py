@@ -44,8 +44,8 @@ def compute(
             assert graphs is not None
             hidden = graphs.states(tick.model, model, plan, stats)  # (T, D), padding included
         else:
-            active = plan.rows_of(tick.model) if model.selective else True
-            hidden = model.paged_states(plan.ids, plan.positions, plan, active)  # (T, D)
+            active = plan.rows_of(tick.model) if model.has_token_lora else True
+            hidden = model.token_states(plan.ids, plan.positions, plan, active)  # (T, D)
         for node in {s.node: None for s in tick.drawing if not s.drawn}:
             assert node is not None
             if id(node) in plan.last_row:

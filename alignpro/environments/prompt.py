@@ -12,7 +12,7 @@ from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.environments.base import ResponseScores, mean_notes, refuse_errors, score_texts, truncated_samples
 from alignpro.prompting.prompter_prompt import PrompterTemplate
-from alignpro.prompting.target_prompt import TargetInput, TargetTemplate
+from alignpro.prompting.target_prompt import TargetPrompt, TargetTemplate
 from alignpro.rewards import RewardStack
 
 
@@ -50,7 +50,7 @@ class PromptEnvironment:
     ) -> list[list[Chain]]:
         """Sample x → K rewrites → M responses to each."""
 
-        inputs: dict[int, TargetInput] = {}  # keyed by the id of the sample
+        inputs: dict[int, TargetPrompt] = {}  # keyed by the id of the sample
 
         def to_target(i: int, sample: Completion) -> list[int]:
             given = self.target.encode(prompts[i], self.prompter.decode(sample.text_tokens))

@@ -18,7 +18,8 @@ from alignpro.environments.response import ResponseEnvironment
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
 from alignpro.objectives import GibbsResample, gibbs_resample
-from alignpro.policy.policy import Policy, sequence_logprob
+from alignpro.policy.policy import Policy
+from alignpro.policy.reference_logprobs import sequence_logprob
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards import RewardStack
 
@@ -133,7 +134,7 @@ def sequence_kl(
     samples = [chain.sample.tokens for group in arm.chains for chain in group]
     total = 0.0
     for batch in batches(prompts, samples, model):
-        total += policy.token_values(batch).kl.sum().item()
+        total += policy.token_stats(batch).kl.sum().item()
     return total / len(samples)
 
 

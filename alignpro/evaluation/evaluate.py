@@ -25,7 +25,7 @@ from alignpro.evaluation.summary import ArmGroup, ArmSummary, BoundSummary, Repo
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_target
 from alignpro.prompting.chat_template import ChatTemplate
-from alignpro.prompting.length_filter import drop_long_prompts
+from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import build_reward
 from alignpro.theory import sampled_bound
@@ -126,15 +126,15 @@ def evaluation_prompts(
         )
     template = ChatTemplate(target.tokenizer, config.target_model.chat_template)
     room = max_input_tokens(target, config.respond, "the target", "respond")
-    prompts = drop_long_prompts(
-        prompts, lambda prompt: template.encode(prompt.messages), room, what="the target's input"
+    prompts = filter_overlong_prompts(
+        prompts, lambda prompt: template.encode(prompt.messages), room, input_name="the target's input"
     )
     if prompter is not None:
         room = min(
             config.prompting.max_prompt_tokens, max_input_tokens(prompter, config.rewrite, "the prompter", "rewrite")
         )
         encode = PrompterTemplate(prompter.tokenizer, config.prompting).encode
-        prompts = drop_long_prompts(prompts, encode, room)
+        prompts = filter_overlong_prompts(prompts, encode, room)
     return prompts[: config.prompts]
 
 

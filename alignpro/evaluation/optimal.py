@@ -12,7 +12,7 @@ from alignpro.environments.build import max_input_tokens
 from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.models.loading import load_language_model, load_target
-from alignpro.prompting.length_filter import drop_long_prompts
+from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import build_reward
 from alignpro.training.checkpoint import disk_errors
@@ -37,7 +37,7 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
     room = min(
         config.prompting.max_prompt_tokens, max_input_tokens(prompter, config.rewrite, "the prompter", "rewrite")
     )
-    prompts = drop_long_prompts(load_prompts(config.data).prompts, template.encode, room)[: config.prompts]
+    prompts = filter_overlong_prompts(load_prompts(config.data).prompts, template.encode, room)[: config.prompts]
     sampler = ArmSampler(config, prompts, target, build_reward(config.reward))
     candidates = sampler.rewrites("candidates", prompter, config.candidates)
     weighed = sampler.weigh(candidates, config.kl_coef)

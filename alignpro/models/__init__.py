@@ -1,5 +1,14 @@
 """A transformers model as this project runs it: loading, output head, adapters, packed sequences and their attention.
 
-`language_model` splits a model into decoder and head; `admission` refuses what it would compute wrongly. What replaces
-modules on a CPU is in `cpu`. May import `prompting`, `data`, `config`, `errors` and `alignpro_kernels`.
+| file | subject |
+|---|---|
+| `loading`, `saving` | a model in files: devices and dtypes, adapters with their base model |
+| `adapters`, `token_lora` | which weights are trained; a LoRA that acts on a subset of the tokens |
+| `language_model`, `head` | a model as decoder (tokens → hidden states) and head (hidden states → logits) |
+| `admission` | refuses what the project would compute wrongly |
+| `sequences` | batches of prompts and completions, and their packing into one row |
+| `attention_interface`, `packed_attention`, `paged_attention` | attention in unmodified models, and its two backends |
+| `cpu` | everything that replaces modules on a CPU |
+
+May import `prompting`, `data`, `config`, `errors` and `alignpro_kernels`.
 """

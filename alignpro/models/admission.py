@@ -39,7 +39,7 @@ class Candidate(Protocol):
     def logits(self, ids: Tensor) -> Tensor: ...
     def hidden(self, ids: Tensor, attention_mask: Tensor) -> Tensor: ...
     def packed_states(self, packed: PackedSequences) -> Tensor: ...
-    def adapter_off(self) -> AbstractContextManager[None]: ...
+    def disable_adapter(self) -> AbstractContextManager[None]: ...
 
 
 def check_adapter(name: str, soft_prompt: Any) -> None:
@@ -90,7 +90,7 @@ def check_outputs(model: Candidate) -> None:
     modes = {module: module.training for module in model.model.modules()}
     model.model.eval()
     kind = type(model.causal).__name__
-    for adapter in (model.adapter_off, nullcontext) if isinstance(model.model, PeftModel) else (nullcontext,):
+    for adapter in (model.disable_adapter, nullcontext) if isinstance(model.model, PeftModel) else (nullcontext,):
         with adapter():
             try:
                 expected = model.logits(ids)

@@ -31,7 +31,7 @@ class Head:
             return self.weight
         return self.weight + self.lora.scale * (self.lora.b @ self.lora.a)
 
-    def same_as(self, other: Head) -> bool:
+    def shares_storage_with(self, other: Head) -> bool:
         """Whether both heads, apart from a LoRA, read the same storage, so that a fused kernel may load the weight once."""
         return (
             self.weight.data_ptr() == other.weight.data_ptr()

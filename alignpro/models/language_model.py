@@ -21,9 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignpro.errors import ModelError
-from alignpro.models import admission, packed_attention
-from alignpro.models.cpu import fused_decoder, fused_layers, packed_linear
+from alignpro.models import admission
+from alignpro.models.attention_interface import AttentionBackend, install_attention
+from alignpro.models.cpu.replacement import replace_modules, restore_modules
 from alignpro.models.head import Head
+from alignpro.models.packed_attention import PackedAttention
 from alignpro.models.sequences import PackedSequences, SequenceBatch
 from alignpro.models.token_lora import ActiveTokens, install_token_lora, invocation_tokens
 from alignpro_kernels import LoRA
@@ -67,24 +69,21 @@ class LanguageModel(nn.Module):
             self._active = self._install_token_lora()
         admission.check_layers(name, self.causal)
         try:
-            packed_attention.attach(self.causal)
+            install_attention(self.causal)
         except ValueError as error:
             raise ModelError(f"model {name}: {type(self.causal).__name__} is not supported: {error}") from error
-        self._packing = packed_linear.attach(self.causal.base_model)
-        fused_layers.attach(self.causal.base_model, self._packing)
-        fused_decoder.attach(self.causal.base_model, self._packing)
+        self._packed_weights = replace_modules(self.causal.base_model)
         admission.check_outputs(self)
 
-    def weights_changed(self) -> None:
-        """Discard everything derived from the weights; call it after their values have changed."""
-        if self._packing is not None:
-            self._packing.forget()
+    def weights_updated(self) -> None:
+        """Discard everything derived from the weights; to be called after their values have changed."""
+        if self._packed_weights is not None:
+            self._packed_weights.invalidate()
 
     def disable_packing(self) -> None:
         """Keep no second layout of the weights: they are sharded and gathered anew for each pass."""
-        fused_decoder.detach(self)
-        packed_linear.detach(self)
-        self._packing = None
+        restore_modules(self)
+        self._packed_weights = None
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -118,7 +117,7 @@ class LanguageModel(nn.Module):
         return 0 if soft_prompt is None else int(soft_prompt.num_virtual_tokens)
 
     @property
-    def binding(self) -> tuple[object, ...]:
+    def graph_key(self) -> tuple[object, ...]:
         """The state that a captured CUDA graph depends on: the addresses of the weights and the state of adapters.
 
         A graph is out of date when this changes. In-place updates of the weights do not matter.
@@ -151,8 +150,8 @@ class LanguageModel(nn.Module):
         softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
         return Head(layer.weight, getattr(layer, "bias", None), softcap)
 
-    def base(self) -> LanguageModel:
-        """Return a view of the model without its LoRA; it shares the weights, and a pass may serve both (`paged_states`).
+    def without_adapter(self) -> LanguageModel:
+        """Return a view of the model without its LoRA; it shares the weights, and a pass may serve both (`token_states`).
 
         Raises:
             ModelError: There is no adapter, or it is not a LoRA that can be switched off per token.
@@ -163,8 +162,8 @@ class LanguageModel(nn.Module):
         return view
 
     @property
-    def selective(self) -> bool:
-        """Whether its adapter can be switched off for a subset of the tokens of a pass."""
+    def has_token_lora(self) -> bool:
+        """Whether its adapter is a LoRA that can be switched off for a subset of the tokens of a pass."""
         return self._active is not None
 
     def shares_weights(self, other: LanguageModel) -> bool:
@@ -185,51 +184,46 @@ class LanguageModel(nn.Module):
     def packed_states(self, packed: PackedSequences) -> Tensor:
         """Compute the last hidden states at which actions were chosen, (N, D), of sequences that are packed already."""
         active = True if packed.active is None else packed.active
-        states = self._states(packed.ids, packed.layout.positions, active, layout=packed.layout)
-        return states.index_select(0, packed.states)
+        attention = PackedAttention(packed.layout)
+        states = self.token_states(packed.ids, packed.layout.positions, attention, active)
+        return states.index_select(0, packed.state_indices)
 
-    def paged_states(
+    def token_states(
         self,
         ids: Tensor,
         positions: Tensor,
-        plan: packed_attention.Plan,
+        attention: AttentionBackend,
         active: Tensor | bool = True,
         *,
         soft_prompt: bool = True,
     ) -> Tensor:
-        """Compute the last hidden states of T packed tokens, with attention computed by a plan.
+        """Compute the last hidden states of T tokens that are packed into one row.
 
         Args:
             ids: (T,) int64; −1 for the virtual tokens of a soft prompt, which come first in their sequence.
             positions: (T,) int64: position of each token in its sequence.
-            plan: Defines which tokens attend to which, and where keys and values are stored.
-            active: (A,) int64: the tokens that the adapter acts on, if it is ``selective``; True for all, False for none.
+            attention: Defines which tokens attend to which, and where keys and values are stored.
+            active: (A,) int64: the tokens that a token LoRA (`has_token_lora`) acts on; True for all, False for none.
             soft_prompt: False if there are no virtual tokens among them; this avoids a synchronisation with the device.
 
         Returns:
             (T, D) in the model's dtype.
         """
-        return self._states(ids, positions, active, soft_prompt=soft_prompt, plan=plan)
-
-    def _states(
-        self, ids: Tensor, positions: Tensor, active: Tensor | bool, *, soft_prompt: bool = True, **attended: Any
-    ) -> Tensor:
-        """Compute the states, (T, D), of packed tokens, (T,); ``attended`` holds the layout or plan of their attention."""
         inputs: dict[str, Any] = {"input_ids": ids[None]}
         if soft_prompt and self.virtual_tokens:
             soft = cast(PeftModel, self.model).get_prompt(batch_size=1)[0]  # (prefix, D)
             embedded = self.causal.get_input_embeddings()(ids.clamp_min(0))  # (T, D)
             virtual = ids < 0
-            placed = soft.to(embedded.dtype).index_select(0, positions[virtual])
-            inputs = {"inputs_embeds": embedded.masked_scatter(virtual[:, None], placed)[None]}
-        with self._checkpointing(), self._acting(active):
+            prompt = soft.to(embedded.dtype).index_select(0, positions[virtual])
+            inputs = {"inputs_embeds": embedded.masked_scatter(virtual[:, None], prompt)[None]}
+        with self._checkpointing(), self._with_active(active):
             output = self.causal.base_model(
                 **inputs,
                 # transformers takes a mask of four dimensions as it is, and so does not build one of T × T.
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
                 position_ids=positions[None],
                 use_cache=False,
-                **attended,
+                attention_backend=attention,
             )
         states: Tensor = output.last_hidden_state[0]
         return states
@@ -248,13 +242,13 @@ class LanguageModel(nn.Module):
         inputs: dict[str, Any] = {"input_ids": ids}
         attention_mask = attention_mask.to(torch.int64)
         if prefix := self.virtual_tokens:
-            source = _behind_padding(attention_mask, prefix)
+            source = _after_padding(attention_mask, prefix)
             attention_mask = nn.functional.pad(attention_mask, (prefix, 0), value=1).gather(1, source)
             soft = cast(PeftModel, self.model).get_prompt(batch_size=len(ids))  # (B, prefix, D)
             embedded = self.causal.get_input_embeddings()(ids)
             both = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
             inputs = {"inputs_embeds": both.gather(1, source.unsqueeze(-1).expand_as(both))}
-        with self._checkpointing(), self._acting(True):
+        with self._checkpointing(), self._with_active(True):
             output = self.causal.base_model(
                 **inputs,
                 attention_mask=attention_mask,
@@ -265,13 +259,13 @@ class LanguageModel(nn.Module):
 
     def logits(self, ids: Tensor) -> Tensor:
         """Compute the logits by transformers' own forward pass, (B, L, V) float32; an activated LoRA acts on all tokens."""
-        whole = self.causal if self._soft_prompt is None else self.model
-        with self._acting(True):
-            logits: Tensor = whole(input_ids=ids).logits[:, -ids.shape[1] :].float()
+        model = self.causal if self._soft_prompt is None else self.model
+        with self._with_active(True):
+            logits: Tensor = model(input_ids=ids).logits[:, -ids.shape[1] :].float()
         return logits
 
     @contextmanager
-    def adapter_off(self) -> Iterator[None]:
+    def disable_adapter(self) -> Iterator[None]:
         """Switch the adapter off within the context.
 
         Unlike peft's own switch, this does not traverse the whole model, which takes longer than a forward pass for small
@@ -316,7 +310,7 @@ class LanguageModel(nn.Module):
     @property
     def checkpoint_options(self) -> dict[str, Any]:
         """Keyword arguments of `torch.utils.checkpoint`."""
-        return {"use_reentrant": False} | ({"context_fn": self._active.again} if self._active else {})
+        return {"use_reentrant": False} | ({"context_fn": self._active.checkpoint_contexts} if self._active else {})
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
@@ -331,7 +325,7 @@ class LanguageModel(nn.Module):
             for layer, mode in zip(layers, before, strict=True):
                 layer.training = mode
 
-    def _acting(self, active: Tensor | bool) -> AbstractContextManager[None]:
+    def _with_active(self, active: Tensor | bool) -> AbstractContextManager[None]:
         return nullcontext() if self._active is None else self._active.set(False if self.is_base else active)
 
     def _install_token_lora(self) -> ActiveTokens:
@@ -351,7 +345,7 @@ class LanguageModel(nn.Module):
         return config if config.is_prompt_learning else None
 
 
-def _behind_padding(mask: Tensor, count: int) -> Tensor:
+def _after_padding(mask: Tensor, count: int) -> Tensor:
     """Return gather indices that move ``count`` tokens from the front of each row to just after its left padding.
 
     A soft prompt must be adjacent to the text: a sliding window would count the padding between them.
@@ -364,5 +358,5 @@ def _behind_padding(mask: Tensor, count: int) -> Tensor:
         (B, count + S) int64.
     """
     padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # (B, 1)
-    place = torch.arange(count + mask.shape[1], device=mask.device)
-    return torch.where(place < padding, place + count, torch.where(place < padding + count, place - padding, place))
+    index = torch.arange(count + mask.shape[1], device=mask.device)
+    return torch.where(index < padding, index + count, torch.where(index < padding + count, index - padding, index))

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from alignpro.models.attention_interface import AttentionSettings
 from alignpro_kernels import CascadeLevel, cascade_attention, write_kv
 
 
 @dataclass
-class Cascade:
-    """Cascade attention of T tokens, in every layer of a model."""
+class PagedAttention:
+    """An `AttentionBackend` that writes the keys and values of T tokens to the pool, then attends over cascade levels."""
 
     layers: Sequence[Tensor]
     """Each layer's pages, (n_pages, 2, page_size, kv_heads, head_dim)."""
@@ -21,18 +22,8 @@ class Cascade:
     levels: Sequence[CascadeLevel]
     """One per depth of the prefix tree."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        softcap: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
-        """See `alignpro.models.packed_attention.Plan.attend`: write keys and values to the pool, then attend over all levels."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """See `AttentionBackend.attend`."""
         queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         pages = self.layers[layer]
         write_kv(keys.contiguous(), values.contiguous(), pages, self.slots)
@@ -40,8 +31,8 @@ class Cascade:
             queries,
             pages,
             self.levels,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=softcap,
-            window=sliding_window,
+            scale=settings.scale,
+            softcap=settings.softcap,
+            window=settings.sliding_window,
         )
         return out.unsqueeze(0)

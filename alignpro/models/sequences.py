@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from alignpro.errors import DataError
-from alignpro.models.packed_attention import Layout
+from alignpro.models.packed_attention import PackedLayout
 from alignpro.models.token_lora import invocation_start
 
-_FEWEST_SHARED = 8  # tokens; a shared prefix costs two more attention calls per layer
+_MIN_SHARED_PREFIX = 8  # tokens; a shared prefix costs two more attention calls per layer
 
 
 @dataclass(frozen=True)
@@ -93,44 +93,44 @@ class SequenceBatch:
         Raises:
             DataError: The invocation tokens do not occur in a prompt.
         """
-        shared = self._shared_tokens(virtual_tokens)
+        prefix_length = self._shared_prefix_length(virtual_tokens)
         ids: list[int] = []
         active: list[int] = []
         lengths: list[int] = []
         continuations: list[tuple[int, int]] = []
-        states: list[int] = []
-        last = 0  # the state at the end of the current prompt
+        state_indices: list[int] = []
+        last = 0  # index of the last token of the current prompt
         for row, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
             if row == 0 or list(prompt) != list(self.prompts[row - 1]):
-                whole = [-1] * virtual_tokens + list(prompt)
-                here = shared if row else 0  # number of tokens already packed
+                tokens = [-1] * virtual_tokens + list(prompt)
+                packed = prefix_length if row else 0  # number of its tokens that are packed already
                 if invocation:
-                    acts = virtual_tokens + invocation_start(prompt, invocation)
-                    active += range(len(ids) + max(acts - here, 0), len(ids) + len(whole) - here)
-                ids += whole[here:]
-                lengths.append(len(whole))
+                    start = virtual_tokens + invocation_start(prompt, invocation)
+                    active += range(len(ids) + max(start - packed, 0), len(ids) + len(tokens) - packed)
+                ids += tokens[packed:]
+                lengths.append(len(tokens))
                 last = len(ids) - 1
-            inner = completion[:-1]  # no action follows the last token
-            own = range(len(ids), len(ids) + len(inner))
-            states += [last, *own][: len(completion)]
-            active += own
-            ids += inner
-            continuations.append((len(lengths) - 1, len(inner)))
+            inputs = completion[:-1]  # no action follows the last token
+            indices = range(len(ids), len(ids) + len(inputs))
+            state_indices += [last, *indices][: len(completion)]
+            active += indices
+            ids += inputs
+            continuations.append((len(lengths) - 1, len(inputs)))
         device = self.mask.device
         return PackedSequences(
             torch.tensor(ids, device=device),
-            torch.tensor(states, dtype=torch.int64, device=device),
-            Layout.build(lengths, continuations, device, shared if len(lengths) > 1 else 0),
+            torch.tensor(state_indices, dtype=torch.int64, device=device),
+            PackedLayout.build(lengths, continuations, device, prefix_length if len(lengths) > 1 else 0),
             torch.tensor(active, dtype=torch.int64, device=device) if invocation else None,
         )
 
-    def _shared_tokens(self, virtual_tokens: int) -> int:
+    def _shared_prefix_length(self, virtual_tokens: int) -> int:
         """Return the length of the prefix that all prompts share, short of their last token; 0 if too short to pay off."""
         first, last = min(self.prompts, key=list), max(self.prompts, key=list)  # these differ the earliest
-        most = min(map(len, self.prompts)) - 1
-        common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
-        shared = virtual_tokens + min(common, most)
-        return shared if shared >= _FEWEST_SHARED else 0
+        limit = min(map(len, self.prompts)) - 1
+        common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
+        length = virtual_tokens + min(common, limit)
+        return length if length >= _MIN_SHARED_PREFIX else 0
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class PackedSequences:
 
     ids: Tensor
     """(T,) int64; −1 for the virtual tokens of a soft prompt."""
-    states: Tensor
+    state_indices: Tensor
     """(N,) int64: index of the token at which each action was chosen, row by row."""
-    layout: Layout
+    layout: PackedLayout
     active: Tensor | None = None
     """(A,) int64: the tokens that an activated LoRA acts on; None without one."""

@@ -40,8 +40,8 @@ class ActiveTokens:
         finally:
             self.rows = before
 
-    def again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts for `torch.utils.checkpoint`, so that recomputation uses the active tokens of the forward pass."""
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The ``context_fn`` of `torch.utils.checkpoint`, so that recomputation uses the active tokens of the forward pass."""
         return nullcontext(), nullcontext() if self.rows is None else self.set(self.rows)
 
 
@@ -93,10 +93,10 @@ def install_token_lora(model: PeftModel) -> ActiveTokens:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     lora = [layer for layer in layers if isinstance(layer, Linear) and layer.active_adapters == [name]]
     variants = [layer.lora_variant.get(name) for layer in lora]
-    if taken := [variant for variant in variants if isinstance(variant, TokenLora)]:
-        return taken[0].active
-    alone = len(lora) == len(layers) and all(isinstance(each, ALoraLinearVariant | None) for each in variants)
-    if not lora or not alone or config.bias != "none":
+    if installed := [variant for variant in variants if isinstance(variant, TokenLora)]:
+        return installed[0].active
+    only_lora = len(lora) == len(layers) and all(isinstance(each, ALoraLinearVariant | None) for each in variants)
+    if not lora or not only_lora or config.bias != "none":
         raise ValueError(
             f"its adapter ({config.peft_type.value}) cannot be restricted to a subset of the tokens: this requires a single "
             "LoRA on linear layers, without trained biases or other trained modules, and not a variant such as DoRA"

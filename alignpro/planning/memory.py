@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from alignpro.config import ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
 from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
-from alignpro.models.cpu.packed_linear import LARGEST
+from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES
 from alignpro.models.loading import DTYPES
 from alignpro.planning.frozen_memory import frozen_memory
 from alignpro.planning.model_size import ModelSize, build_empty, measure, trained_weights
@@ -279,4 +279,4 @@ def _layouts(models: _Models, *, full: bool, whole: bool, target: bool) -> tuple
 
 def _layout(size: ModelSize) -> float:
     laid_out = size.linear * size.dtype_bytes
-    return float(laid_out) if size.dtype_bytes == 4 and laid_out <= LARGEST else 0.0
+    return float(laid_out) if size.dtype_bytes == 4 and laid_out <= MAX_PACKED_BYTES else 0.0

@@ -20,12 +20,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.packed_attention import Layout, attend_continuations, gather_rows, packed_attention
+from alignpro.models.packed_attention import PackedAttention, PackedLayout, continuation_attention, gather_rows
 from alignpro.models.sequences import PackedSequences, SequenceBatch
 from alignpro.models.token_lora import invocation_start
 
-_BACKWARD = 2
+_BACKWARD_COST = 2
 """Cost of a backward pass, in forward passes."""
 
 
@@ -38,7 +39,7 @@ def policy_states(model: LanguageModel, batch: SequenceBatch) -> Tensor:
     split = _split(model, batch, passes=1)
     if split is None:
         return model.action_states(batch)
-    return _from_invocation(model, split, _prefix(model, split))
+    return _continuation_states(model, split, _run_prefixes(model, split))
 
 
 def policy_and_base_states(model: LanguageModel, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
@@ -50,12 +51,12 @@ def policy_and_base_states(model: LanguageModel, batch: SequenceBatch) -> tuple[
     split = _split(model, batch, passes=2)
     if split is None:
         states = model.action_states(batch)
-        with torch.no_grad(), model.adapter_off():
+        with torch.no_grad(), model.disable_adapter():
             return states, model.action_states(batch)
-    prefix = _prefix(model, split)
-    states = _from_invocation(model, split, prefix)
+    prefix = _run_prefixes(model, split)
+    states = _continuation_states(model, split, prefix)
     with torch.no_grad():
-        return states, _from_invocation(model, split, prefix, acts=False)
+        return states, _continuation_states(model, split, prefix, active=False)
 
 
 @dataclass(frozen=True)
@@ -67,104 +68,83 @@ class SplitSequences:
     """(T,) int64: the tokens of the sequences from the invocation on."""
     positions: Tensor
     """(T,) int64: position of each token in its sequence."""
-    chosen: Tensor
+    state_indices: Tensor
     """(N,) int64: index of the token at which each action was chosen."""
-    layout: Layout
+    layout: PackedLayout
     """Layout of prefixes and sequences as if packed into one row: which sequence continues which prefix."""
-    order: Tensor
+    pad_indices: Tensor
     """(S·R,) int64: token indices of the sequences, padded to R."""
-    place: Tensor
-    """(T,) int64: index of each token in ``order``."""
+    unpad_indices: Tensor
+    """(T,) int64: index of each token in the padded sequences."""
 
 
-class PrefixPlan:
-    """Computes the attention of prefixes and keeps their keys and values.
+class PrefixAttention(PackedAttention):
+    """Computes the attention of prefixes and saves their keys and values.
 
     Args:
         layout: Layout of the prefixes alone.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        shared = torch.arange(layout.shared, device=layout.prompt.device).expand(len(layout.prompt), -1)
+    def __init__(self, layout: PackedLayout) -> None:
+        super().__init__(layout)
+        shared = torch.arange(layout.prefix_length, device=layout.prompt.device).expand(len(layout.prompt), -1)
         self.tokens = torch.cat([shared, layout.prompt], dim=1)
         """(P, X) int64: token indices of each prefix; 0 at padding."""
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         """Layer → keys and values, (P, H', X, D)."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        softcap: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
-        """As `alignpro.models.packed_attention.Plan.attend`."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """See `alignpro.models.attention_interface.AttentionBackend.attend`."""
         keys, values = (x[0][:, self.tokens].transpose(0, 1) for x in (key, value))
-        self.kept[layer] = keys, values
-        return packed_attention(
-            query, key, value, self.layout, scaling=scaling, softcap=softcap, sliding_window=sliding_window
-        )
+        self.saved[layer] = keys, values
+        return super().attend(layer, query, key, value, settings)
 
 
-class ContinuationPlan:
+class ContinuationAttention:
     """Computes the attention of the sequences to their prefixes and to themselves.
 
     Args:
         split: The sequences.
-        prefix: The plan that has computed their prefixes.
+        prefix: The attention that has computed their prefixes.
     """
 
-    def __init__(self, split: SplitSequences, prefix: PrefixPlan) -> None:
+    def __init__(self, split: SplitSequences, prefix: PrefixAttention) -> None:
         self.split, self.prefix = split, prefix
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        softcap: float | None,
-        sliding_window: int | None,
-    ) -> Tensor:
-        """As `alignpro.models.packed_attention.Plan.attend`."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """See `alignpro.models.attention_interface.AttentionBackend.attend`."""
         split, layout = self.split, self.split.layout
         S, R = layout.continuation.shape
         q, k, v = (
-            gather_rows(x[0].transpose(0, 1), split.order, split.place).unflatten(0, (S, R)).transpose(1, 2)
+            gather_rows(x[0].transpose(0, 1), split.pad_indices, split.unpad_indices)
+            .unflatten(0, (S, R))
+            .transpose(1, 2)
             for x in (query, key, value)
         )  # (S, heads, R, D)
-        before = self.prefix.kept[layer]
-        rows = attend_continuations(
-            q, k, v, before, layout, scaling=scaling, softcap=softcap, sliding_window=sliding_window
-        )
-        return rows.flatten(0, 1).index_select(0, split.place).unsqueeze(0)
+        rows = continuation_attention(q, k, v, self.prefix.saved[layer], layout, settings)
+        return rows.flatten(0, 1).index_select(0, split.unpad_indices).unsqueeze(0)
 
 
-def _prefix(model: LanguageModel, split: SplitSequences) -> PrefixPlan:
-    plan = PrefixPlan(split.prefixes.layout)
+def _run_prefixes(model: LanguageModel, split: SplitSequences) -> PrefixAttention:
+    attention = PrefixAttention(split.prefixes.layout)
     with torch.no_grad():
-        model.paged_states(split.prefixes.ids, split.prefixes.layout.positions, plan, active=False)
-    return plan
+        model.token_states(split.prefixes.ids, split.prefixes.layout.positions, attention, active=False)
+    return attention
 
 
-def _from_invocation(model: LanguageModel, split: SplitSequences, prefix: PrefixPlan, *, acts: bool = True) -> Tensor:
-    """Compute the states with the LoRA, or without it: (N, D)."""
-    plan = ContinuationPlan(split, prefix)
-    return model.paged_states(split.ids, split.positions, plan, active=acts).index_select(0, split.chosen)
+def _continuation_states(
+    model: LanguageModel, split: SplitSequences, prefix: PrefixAttention, *, active: bool = True
+) -> Tensor:
+    """Compute the states with the LoRA, or without it if it is not ``active``: (N, D)."""
+    attention = ContinuationAttention(split, prefix)
+    return model.token_states(split.ids, split.positions, attention, active).index_select(0, split.state_indices)
 
 
 def _split(model: LanguageModel, batch: SequenceBatch, *, passes: int) -> SplitSequences | None:
     """Split sequences from their prefixes; None if that costs more, for ``passes`` forward passes and any backward pass."""
     prefixes: list[Sequence[int]] = []
     ids: list[int] = []
-    chosen: list[int] = []
+    state_indices: list[int] = []
     continuations: list[tuple[int, int]] = []
     sequences = zip(batch.prompts, batch.completions, strict=True)
     for prompt, group in groupby(sequences, key=lambda sequence: list(sequence[0])):
@@ -174,25 +154,27 @@ def _split(model: LanguageModel, batch: SequenceBatch, *, passes: int) -> SplitS
         if not prefixes or prompt[:before] != prefixes[-1]:
             prefixes.append(prompt[:before])
         for _, completion in group:
-            inner = completion[:-1]  # no action follows the last token
+            inputs = completion[:-1]  # no action follows the last token
             first = len(ids) + len(prompt) - before - 1  # the token at which the first action is chosen
-            chosen += range(first, first + len(completion))
-            ids += [*prompt[before:], *inner]
-            continuations.append((len(prefixes) - 1, len(prompt) - before + len(inner)))
+            state_indices += range(first, first + len(completion))
+            ids += [*prompt[before:], *inputs]
+            continuations.append((len(prefixes) - 1, len(prompt) - before + len(inputs)))
     device = batch.mask.device
-    before_all = SequenceBatch.build(prefixes, [()] * len(prefixes), device).pack()
-    cost = passes + (_BACKWARD if torch.is_grad_enabled() else 0)
-    if len(before_all.ids) + cost * len(ids) >= cost * len(batch.pack().ids):
+    packed_prefixes = SequenceBatch.build(prefixes, [()] * len(prefixes), device).pack()
+    cost = passes + (_BACKWARD_COST if torch.is_grad_enabled() else 0)
+    if len(packed_prefixes.ids) + cost * len(ids) >= cost * len(batch.pack().ids):
         return None
-    layout = Layout.build([len(prefix) for prefix in prefixes], continuations, device)
-    behind = layout.place >= layout.prompt.numel()  # which tokens of the joint layout belong to the second row
-    line = (behind.cumsum(0) - 1).clamp_min(0)  # and their indices in that row
+    layout = PackedLayout.build([len(prefix) for prefix in prefixes], continuations, device)
+    continues = (
+        layout.unpad_indices >= layout.prompt.numel()
+    )  # which tokens of the joint layout belong to the second row
+    index = (continues.cumsum(0) - 1).clamp_min(0)  # and their indices in that row
     return SplitSequences(
-        prefixes=before_all,
+        prefixes=packed_prefixes,
         ids=torch.tensor(ids, device=device),
-        positions=layout.positions[behind],
-        chosen=torch.tensor(chosen, dtype=torch.int64, device=device),
+        positions=layout.positions[continues],
+        state_indices=torch.tensor(state_indices, dtype=torch.int64, device=device),
         layout=layout,
-        order=line[layout.continuation.flatten()],
-        place=layout.place[behind] - layout.prompt.numel(),
+        pad_indices=index[layout.continuation.flatten()],
+        unpad_indices=layout.unpad_indices[continues] - layout.prompt.numel(),
     )

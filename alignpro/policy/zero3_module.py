@@ -18,13 +18,13 @@ Outputs = TypeVar("Outputs")
 
 
 class HeadPass(nn.Module):
-    """Runs work on output layers that it does not own: ``head(states, work)`` is ``work(states)``, surrounded by hooks.
+    """Runs a function of output layers that it does not own: ``head(states, function)`` is ``function(states)`` amid hooks.
 
     The states are an argument and the result is a tensor or a tuple of tensors, because hooks locate the beginning and
     the end of the module's backward by its inputs and outputs.
 
     Args:
-        layers: The layers whose parameters the work reads.
+        layers: The layers whose parameters the function reads.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
@@ -32,13 +32,13 @@ class HeadPass(nn.Module):
         self._layers = tuple(layers)  # a tuple does not register them as children: each weight has one owner
 
     def weights(self) -> list[nn.Parameter]:
-        """Return the parameters that the work reads, each once."""
+        """Return the parameters that the function reads, each once."""
         found = {id(weight): weight for layer in self._layers for weight in layer.parameters()}
         return list(found.values())
 
-    def forward(self, states: Tensor, work: Callable[[Tensor], Outputs]) -> Outputs:
-        """Run the work on states, (N, D)."""
-        return work(states)
+    def forward(self, states: Tensor, function: Callable[[Tensor], Outputs]) -> Outputs:
+        """Run the function on states, (N, D)."""
+        return function(states)
 
 
 class PolicyModule(nn.Module):
@@ -57,6 +57,6 @@ class PolicyModule(nn.Module):
         models = [model] if reference is None else [model, reference]
         self.head = HeadPass([each.causal.get_output_embeddings() for each in models])
 
-    def forward(self, work: Callable[[], Outputs]) -> Outputs:
-        """Run work that uses the weights; it returns a tensor or a tuple of tensors."""
-        return work()
+    def forward(self, function: Callable[[], Outputs]) -> Outputs:
+        """Run a function that uses the weights; it returns a tensor or a tuple of tensors."""
+        return function()

@@ -1,5 +1,13 @@
 """Prompts as the two models see them: meta-prompts, chat templates and tokenizers.
 
-x → the prompter's ids (`prompter_prompt`), and the rewrite x' → the target's ids (`target_prompt`). May import
-`data`, `config` and `errors`.
+| file | subject |
+|---|---|
+| `prompter_prompt` | x → the prompter's tokens, and its tokens → the rewrite x' |
+| `target_prompt` | a rewrite x' → the target's tokens, and its tokens → the response y |
+| `meta_prompt`, `meta_prompts/` | the instruction around x that asks for a rewrite |
+| `chat_template` | a conversation ↔ tokens, with no special tokens from user text |
+| `tokenization` | loading tokenizers |
+| `length_filter` | leaving out prompts that are too long |
+
+May import `data`, `config` and `errors`.
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,12 +20,19 @@ from transformers import PreTrainedTokenizerBase
 
 from alignpro.data import Message, replace_lone_surrogates
 from alignpro.errors import DataError, ModelError
-from alignpro.prompting.tokenization import read_chat_template
 
 ROLES = ("system", "user", "assistant")
 
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{{- {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message['role']] }}: {{ message['content'] -}}
+{{- (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}Assistant:{% endif -%}"""
+"""``chat_template: plain``, for base models: ``User: …`` and ``Assistant: …`` on separate lines."""
+
 _MARK = "\ufdd0"  # a noncharacter: Unicode reserves it for a program's own use
-_PROBE = "probe"
+_PROBE_TEXT = "probe"
 
 _TEMPLATE_VARIABLES: dict[str, Any] = {
     # Llama 3 writes the current date into its system turn; a fixed date keeps runs reproducible.
@@ -32,6 +40,23 @@ _TEMPLATE_VARIABLES: dict[str, Any] = {
     # Qwen 3 and others: a sample is the rewrite (or the response) itself, without reasoning before it.
     "enable_thinking": False,
 }
+
+
+def read_chat_template(name: str) -> str:
+    """Return the Jinja source of a chat template: ``plain``, or the content of a file.
+
+    Raises:
+        ModelError: There is no such file, or it is not UTF-8 text.
+    """
+    if name == "plain":
+        return PLAIN_TEMPLATE
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelError(f"chat_template {name}: no such file; expected `plain` or a Jinja file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"chat_template {name}: not UTF-8") from error
 
 
 class ChatTemplate:
@@ -62,7 +87,7 @@ class ChatTemplate:
         self.template: str = tokenizer.get_chat_template() if template is None else read_chat_template(template)
         self._structural = _structural_tokens(tokenizer, self.template)
         try:
-            self._lead, ending = self._probe()
+            self._leading_space, ending = self._probe()
         except TemplateError as error:
             raise ModelError(
                 f"{self.name}: its chat template refuses a user turn followed by an assistant turn: {error}"
@@ -80,19 +105,19 @@ class ChatTemplate:
         Raises:
             DataError: The template refuses the conversation (a role it does not know, turns that do not alternate).
         """
-        strange = [message.role for message in messages if message.role not in ROLES]
-        if strange:
-            raise DataError(f"a conversation has a turn of role {strange[0]!r}; expected {', '.join(ROLES)}")
-        marked = [Message(message.role, self._marked(message.content)) for message in messages]
+        unknown = [message.role for message in messages if message.role not in ROLES]
+        if unknown:
+            raise DataError(f"a conversation has a turn of role {unknown[0]!r}; expected {', '.join(ROLES)}")
+        escaped = [Message(message.role, self._escaped(message.content)) for message in messages]
         try:
-            return self._encode_pieces(self._render(marked, add_generation_prompt))
+            return self._encode_pieces(self._render(escaped, add_generation_prompt))
         except TemplateError as error:
             roles = ", ".join(message.role for message in messages)
             raise DataError(f"{self.name}: its chat template refuses a conversation of {roles}: {error}") from error
 
     def completion(self, text: str) -> list[int]:
         """Encode ``text`` as the model's completion of `encode`'s ids: its tokens and the end-of-turn token."""
-        return [*self._encode_pieces(self._lead + self._marked(text)), self.end_token_id]
+        return [*self._encode_pieces(self._leading_space + self._escaped(text)), self.end_token_id]
 
     @property
     def generation_prompt(self) -> list[int]:
@@ -112,8 +137,8 @@ class ChatTemplate:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Decode sampled ids, without special and stop tokens, stripped; invalid UTF-8 becomes U+FFFD."""
-        said = [token for token in tokens if token not in self.stop_token_ids]
-        text = self.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        content = [token for token in tokens if token not in self.stop_token_ids]
+        text = self.tokenizer.decode(content, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text.strip()
 
@@ -134,9 +159,9 @@ class ChatTemplate:
     def _encode_pieces(self, text: str) -> list[int]:
         return [token for piece in text.split(_MARK) if piece for token in self._encode_text(piece)]
 
-    def _marked(self, content: str) -> str:
+    def _escaped(self, content: str) -> str:
         """Insert a mark after the first character of every structural token's text in ``content``."""
-        content = replace_lone_surrogates(content).replace(_MARK, "\ufffd").translate(self._unwritable)
+        content = replace_lone_surrogates(content).replace(_MARK, "\ufffd").translate(self._replacements)
         cuts = [match.start() + 1 for match in self._pattern.finditer(content)]
         pieces = [content[start:end] for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True)]
         if self._hides_tokens(pieces):
@@ -145,7 +170,7 @@ class ChatTemplate:
 
     def _hides_tokens(self, pieces: Sequence[str]) -> bool:
         """Whether normalisation (NFKC, lower case) turns text that did not look like a structural token into one."""
-        if not self._normalized:
+        if not self._is_normalized:
             return False
         forbidden = self._structural.keys() - {self.tokenizer.unk_token_id}
         return any(token in forbidden for piece in pieces if piece for token in self._encode_text(piece))
@@ -157,7 +182,7 @@ class ChatTemplate:
         return re.compile(f"(?={'|'.join(map(re.escape, texts))})" if texts else r"(?!)")
 
     @cached_property
-    def _unwritable(self) -> dict[int, str]:
+    def _replacements(self) -> dict[int, str]:
         """Special tokens of one character → U+FFFD: they cannot be cut, so they cannot be encoded as plain text."""
         added = self.tokenizer.added_tokens_decoder
         return {
@@ -167,7 +192,7 @@ class ChatTemplate:
         }
 
     @cached_property
-    def _normalized(self) -> bool:
+    def _is_normalized(self) -> bool:
         added = self.tokenizer.added_tokens_decoder
         return any(token in added and added[token].normalized for token in self._structural)
 
@@ -175,7 +200,7 @@ class ChatTemplate:
         """Return what the template writes between the generation prompt and the assistant's text, and after that text."""
         question = [Message("user", "x")]
         opening = self._render(question, True)
-        before, _, ending = self._render([*question, Message("assistant", _PROBE)], False).rpartition(_PROBE)
+        before, _, ending = self._render([*question, Message("assistant", _PROBE_TEXT)], False).rpartition(_PROBE_TEXT)
         lead = before.removeprefix(opening) if before.startswith(opening) else ""
         return (lead if lead.isspace() else ""), ending
 

@@ -11,12 +11,12 @@ from alignpro.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def drop_long_prompts(
+def filter_overlong_prompts(
     prompts: Iterable[Prompt],
     encode: Callable[[Prompt], Sequence[int]],
     max_tokens: int,
     *,
-    what: str = "the policy's input",
+    input_name: str = "the policy's input",
 ) -> list[Prompt]:
     """Keep prompts whose input has at most ``max_tokens`` ids; log how many were dropped, and the first of them.
 
@@ -26,12 +26,12 @@ def drop_long_prompts(
         prompts: The data set.
         encode: Prompt → input ids: `PrompterTemplate.encode`, `TargetTemplate.encode_context`, ….
         max_tokens: Maximum length of the input.
-        what: The name of the input in messages.
+        input_name: The name of the input in messages.
 
     Raises:
         DataError: All prompts were dropped.
     """
-    kept: list[Prompt] = []
+    fitting: list[Prompt] = []
     dropped: list[str] = []
     for prompt in prompts:
         try:
@@ -40,15 +40,17 @@ def drop_long_prompts(
             dropped.append(f"{prompt.source or prompt.id}: {error}")
             continue
         if length <= max_tokens:
-            kept.append(prompt)
+            fitting.append(prompt)
         else:
             dropped.append(f"{prompt.source or prompt.id}: {length} tokens")
     if not dropped:
-        return kept
-    count = f"{len(dropped)} of {len(dropped) + len(kept)} prompts do not fit in the {max_tokens} tokens of {what}"
-    if not kept:
+        return fitting
+    count = (
+        f"{len(dropped)} of {len(dropped) + len(fitting)} prompts do not fit in the {max_tokens} tokens of {input_name}"
+    )
+    if not fitting:
         raise DataError(
             f"{count} (the first: {dropped[0]}); raise max_prompt_tokens, sample fewer tokens, or use shorter prompts"
         )
     logger.warning("%s and were dropped (the first: %s)", count, dropped[0])
-    return kept
+    return fitting

@@ -16,7 +16,7 @@ from alignpro.prompting.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)
-class TargetInput:
+class TargetPrompt:
     """A rewrite as the target receives it."""
 
     tokens: list[int]
@@ -63,7 +63,7 @@ class TargetTemplate:
         """Ids that end a response."""
         return self.chat.stop_token_ids
 
-    def encode(self, prompt: Prompt, rewrite: str) -> TargetInput:
+    def encode(self, prompt: Prompt, rewrite: str) -> TargetPrompt:
         """Encode the target's input for a rewrite of ``prompt``; pass ``prompt.text`` for the prompt itself.
 
         Raises:
@@ -74,9 +74,9 @@ class TargetTemplate:
         text = prompt.text if empty and self.on_empty == "original" else "" if empty else rewrite
         tokens = self._tokens(prompt, text)
         if len(tokens) <= self.max_tokens:
-            return TargetInput(tokens, text, empty, dropped=0)
-        kept = self._longest_beginning(prompt, text)
-        return TargetInput(self._tokens(prompt, kept), kept, empty, dropped=len(text) - len(kept))
+            return TargetPrompt(tokens, text, empty, dropped=0)
+        sent = self._longest_fitting(prompt, text)
+        return TargetPrompt(self._tokens(prompt, sent), sent, empty, dropped=len(text) - len(sent))
 
     def encode_context(self, prompt: Prompt) -> list[int]:
         """Encode the target's input without the last turn's text; a prompt for which this is too long cannot be used."""
@@ -89,8 +89,11 @@ class TargetTemplate:
     def _tokens(self, prompt: Prompt, text: str) -> list[int]:
         return self.chat.encode((*prompt.context, Message("user", text)))
 
-    def _longest_beginning(self, prompt: Prompt, text: str) -> str:
-        """Bisect over characters, since a cut between ids may change how the tokenizer merges the text."""
+    def _longest_fitting(self, prompt: Prompt, text: str) -> str:
+        """Return the longest prefix of the text that fits.
+
+        It is bisected over characters, since a cut between ids may change how the tokenizer merges the text.
+        """
         fits, too_long = 0, len(text)
         while too_long - fits > 1:
             middle = (fits + too_long) // 2

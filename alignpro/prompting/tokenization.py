@@ -9,14 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignpro.config import ModelConfig
 from alignpro.errors import ModelError
-
-PLAIN_TEMPLATE = """\
-{%- for message in messages -%}
-{{- {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message['role']] }}: {{ message['content'] -}}
-{{- (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt %}Assistant:{% endif -%}"""
-"""``chat_template: plain``, for base models: ``User: …`` and ``Assistant: …`` on separate lines."""
+from alignpro.prompting.chat_template import read_chat_template
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer*.py")
 
@@ -61,23 +54,6 @@ def load_tokenizer(
         hint = f" (its end token would do: {tokenizer.eos_token})" if tokenizer.eos_token else ""
         raise ModelError(f"{name}: its tokenizer has no pad token; set pad_token to a token of its vocabulary{hint}")
     return tokenizer
-
-
-def read_chat_template(name: str) -> str:
-    """Return the Jinja source of a chat template: ``plain``, or the content of a file.
-
-    Raises:
-        ModelError: There is no such file, or it is not UTF-8 text.
-    """
-    if name == "plain":
-        return PLAIN_TEMPLATE
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ModelError(f"chat_template {name}: no such file; expected `plain` or a Jinja file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ModelError(f"chat_template {name}: not UTF-8") from error
 
 
 def _check_directory(name: str, key: str) -> None:

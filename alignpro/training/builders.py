@@ -14,11 +14,11 @@ from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import ConfigError, DataError
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import is_activated, load_language_model, load_target
+from alignpro.models.loading import is_activated_lora, load_language_model, load_target
 from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
 from alignpro.prompting.chat_template import ChatTemplate
-from alignpro.prompting.length_filter import drop_long_prompts
+from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.rewards import build_reward
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.reinforcement import RLTrainer
@@ -44,11 +44,13 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
             kind=environment_kind(config.environment, config.environment_params, PromptEnvironment),
         )
         room = max_input_tokens(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
-        prompts = drop_long_prompts(
+        prompts = filter_overlong_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, room)
         )
         answered = environment.target
-        prompts = drop_long_prompts(prompts, answered.encode_context, answered.max_tokens, what="the target's context")
+        prompts = filter_overlong_prompts(
+            prompts, answered.encode_context, answered.max_tokens, input_name="the target's context"
+        )
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout)
     sampled = distribution.sampling_model(policy.model)
@@ -81,7 +83,7 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
         kind = environment_kind(config.environment, config.environment_params, ResponseEnvironment)
         environment = kind(template, build_reward(config.reward, rewards.load))
         room = max_input_tokens(policy.model, config.rollout.respond, "the policy", "rollout.respond")
-        prompts = drop_long_prompts(
+        prompts = filter_overlong_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
         )
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
@@ -106,7 +108,7 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
 
 def _refuse_merged(path: str) -> None:
     """Refuse an adapter that would be merged into the base model when the policy's base model is the target."""
-    if (Path(path) / "adapter_config.json").is_file() and not is_activated(path):
+    if (Path(path) / "adapter_config.json").is_file() and not is_activated_lora(path):
         raise ConfigError(
             f"target=policy: {path} is an adapter, which is merged into its base model before training; the merged model "
             "would be the target: name the target's model, or start from an activated LoRA (policy.adapter.activated=true)"

@@ -130,7 +130,7 @@ class DeepSpeedBackend:
             self.engine.set_gradient_accumulation_boundary(False)
         self._models = [part for part in module.modules() if isinstance(part, LanguageModel)]
         for model in self._models:
-            model.weights_changed()  # DeepSpeed has broadcast rank 0's without incrementing version counters
+            model.weights_updated()  # DeepSpeed has broadcast rank 0's without incrementing version counters
         if zero.stage == 3:
             for model in self._models:
                 model.disable_packing()
@@ -161,7 +161,7 @@ class DeepSpeedBackend:
         norm = self._step()
         for model in self._models:
             if any(weight.requires_grad for weight in model.parameters()):  # not the reference
-                model.weights_changed()  # DeepSpeed does not increment version counters
+                model.weights_updated()  # DeepSpeed does not increment version counters
         if math.isfinite(norm):
             self.updates += 1
             self._skipped = 0

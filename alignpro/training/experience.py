@@ -11,7 +11,7 @@ from torch import Tensor
 from alignpro.data import Prompt
 from alignpro.engine import Chain
 from alignpro.models.sequences import SequenceBatch
-from alignpro.policy.policy import TokenValues
+from alignpro.policy.reference_logprobs import TokenStats
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Experience:
     batch: SequenceBatch
     scores: Tensor
     """(B,) R."""
-    values: TokenValues
+    values: TokenStats
     """Values under the policy that generated the samples."""
     state_index: Tensor
     """(B, T) int64: the row of ``values.reference_states`` for each action."""
@@ -66,7 +66,7 @@ class Experience:
         return Experience(
             batch=no_actions(rows, self.scores.device, invocation),
             scores=self.scores.new_zeros(rows),
-            values=TokenValues(none, none, none, none, self.values.reference_states),
+            values=TokenStats(none, none, none, none, self.values.reference_states),
             state_index=torch.zeros_like(none, dtype=torch.int64),
             returns=none,
             advantages=none,
@@ -103,9 +103,9 @@ def no_actions(rows: int, device: torch.device, invocation: Sequence[int] = ()) 
     return SequenceBatch.build([list(invocation) or [0]] * rows, [[]] * rows, device)
 
 
-def join_values(parts: Sequence[TokenValues], rows: int, width: int) -> TokenValues:
+def join_values(parts: Sequence[TokenStats], rows: int, width: int) -> TokenStats:
     """Join row blocks of different widths into one, (B, T); rows beyond B are dropped: passes without actions."""
-    return TokenValues(
+    return TokenStats(
         logprob=join_rows([part.logprob for part in parts], rows, width),
         reference_logprob=join_rows([part.reference_logprob for part in parts], rows, width),
         kl=join_rows([part.kl for part in parts], rows, width),

@@ -23,7 +23,7 @@ from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.distributed.sharding.gathered_model import SamplingModel
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import Environment, Scores
-from alignpro.models.loading import save_pretrained
+from alignpro.models.saving import save_pretrained
 from alignpro.policy.policy import Policy
 from alignpro.training.assignment import PromptAssignment
 from alignpro.training.critic import Critic, ValueModel
@@ -100,9 +100,8 @@ class RLTrainer:
         reference = distribution.frozen_reference(policy)
         value_model = ValueModel(policy.model) if self.advantage.needs_critic else None
         self.sampled = sampling_model or SamplingModel(policy.model)
-        policy.splits_prompts = not distribution.equal_passes
-        policy.wrapped, self.backend = distribution.backend(policy.module, optimizer, updates)
-        self.policy = policy
+        module, self.backend = distribution.backend(policy.module, optimizer, updates)
+        self.policy = policy.wrapped_by(module, split_prompts=not distribution.equal_passes)
         self._backends, self.critic = {"policy": self.backend}, None
         if value_model is not None:
             self.critic = Critic(*distribution.backend(value_model, optimizer, updates), ranks)
@@ -164,7 +163,7 @@ class RLTrainer:
         passes = self.accumulate.passes(batch)
         # If the first update consists of one micro-batch, its pass is this one, with the same weights: keep the graph.
         keep = len(passes) == 1 and self._can_keep_graph
-        parts = [self.policy.token_values(part, keep_states=keep) for part in passes]
+        parts = [self.policy.token_stats(part, keep_states=keep) for part in passes]
         values = parts[0] if keep else join_values(parts, len(batch), width)
         R = scores.values.flatten().to(values.logprob)  # (B,)
         logratio = values.logprob - values.reference_logprob
@@ -228,7 +227,7 @@ class RLTrainer:
                 values = self.environment.score(local_prompts, chains).values
                 batch = sample_batch(self.environment.encode, local_prompts, chains, self.policy.model.device)
         with self.phase("credit"):
-            kl = sum(self.policy.token_values(part).kl.sum().item() for part in self.accumulate.passes(batch))
+            kl = sum(self.policy.token_stats(part).kl.sum().item() for part in self.accumulate.passes(batch))
         return self.measure.evaluation(values, kl, len(prompts))
 
     def save(self, directory: Path) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from alignpro.config import SFTConfig
 from alignpro.data import Prompt, load_prompts, split
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter, load_trainable, save_pretrained
+from alignpro.models.loading import load_trainable
+from alignpro.models.saving import save_pretrained
 from alignpro.models.sequences import SequenceBatch
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.prompter_prompt import PrompterTemplate

@@ -43,7 +43,7 @@ def test_an_error_in_sampling_fails_only_its_sequence(
 def test_sequences_that_have_drawn_before_an_error_do_not_draw_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both stages draw after the same forward pass, each with its own parameters."""
     policy = tiny_adapted(size=0.1).requires_grad_(False)
-    models = {"policy": policy, "target": policy.base()}
+    models = {"policy": policy, "target": policy.without_adapter()}
     inputs = [[*prompt, *policy.invocation] for prompt in PROMPTS]
     settings: Any = {"rewrite": PARAMS, "to_target": to_target, "respond": RESPOND, "seeds": SEEDS}
     free = Engine(models).run_chains(inputs, **settings)

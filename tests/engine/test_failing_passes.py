@@ -104,7 +104,7 @@ def test_an_error_in_one_stage_of_a_joint_forward_pass_fails_only_that_stage() -
     def only_targets(i: int, sample: Completion) -> list[int]:
         return [*PROMPTS[i], bad, *sample.tokens] if i % 2 else to_target(i, sample)
 
-    models = {"policy": policy, "target": policy.base()}
+    models = {"policy": policy, "target": policy.without_adapter()}
     free = Engine(models).run_chains(inputs, to_target=only_targets, **settings)
     engine = probed(models, max_batch=6)
     with watched(policy, raises_at(bad)):

@@ -40,7 +40,7 @@ def _largest_difference(model: LanguageModel, groups: list[list[Completion]], te
     completions = [completion for group in groups for completion in group]
     prompts = [prompt for prompt, group in zip(PROMPTS, groups, strict=True) for _ in group]
     batch = SequenceBatch.build(prompts, [completion.tokens for completion in completions])
-    values = Policy(model, model, temperature=temperature).token_values(batch).logprob
+    values = Policy(model, model, temperature=temperature).token_stats(batch).logprob
     drawn = torch.tensor(
         [logprob for completion in completions for logprob in completion.logprobs], dtype=torch.float64
     )

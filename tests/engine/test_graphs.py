@@ -15,8 +15,8 @@ from alignpro.config import AdapterConfig
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.engine.graphs import ALL, MOST, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
 from alignpro.errors import ConfigError, ModelError
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter
 from alignpro_kernels import pages
 
 TEMPLATE = ragged(1, 100, shortest=20, longest=20, seed=5)[0]
@@ -127,17 +127,17 @@ def test_the_number_of_kept_shapes_is_bounded(llama: LanguageModel) -> None:
 
 def test_changes_that_invalidate_graphs_are_detected() -> None:
     model = add_adapter(tiny_language_model("llama"), AdapterConfig(kind="lora", rank=2))
-    before = model.binding
+    before = model.graph_key
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.5)  # in place: graphs stay valid
-    assert model.binding == before
-    with model.adapter_off():
-        assert model.binding != before
-    assert model.binding == before
+    assert model.graph_key == before
+    with model.disable_adapter():
+        assert model.graph_key != before
+    assert model.graph_key == before
     weight = model.causal.get_input_embeddings().weight
     weight.data = weight.data.clone()
-    assert model.binding != before
+    assert model.graph_key != before
     engine = Engine({"m": model.requires_grad_(False)}, cuda_graphs="padded")
     engine.generate("m", PROMPTS, PARAMS)
     (memory,) = engine._memories.values()

@@ -14,8 +14,8 @@ from alignpro.config import AdapterConfig
 from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
 from alignpro.engine.prefix_tree import SHORTEST
 from alignpro.errors import DataError
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter
 
 TEMPLATE = ragged(1, 100, shortest=40, longest=40, seed=5)[0]
 PROMPTS = [TEMPLATE + tail for tail in ragged(6, 100, shortest=1, longest=30, seed=6)]

@@ -13,7 +13,7 @@ from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.engine.prefix_tree import SHORTEST
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
-from alignpro.policy.policy import sequence_logprob
+from alignpro.policy.reference_logprobs import sequence_logprob
 
 TEMPLATE = ragged(1, 60, shortest=30, longest=30, seed=5)[0]
 TEXTS = [TEMPLATE + tail for tail in ragged(5, 60, shortest=1, longest=20, seed=6)]
@@ -69,7 +69,7 @@ def expected(prompter: LanguageModel, llama: LanguageModel) -> list[list[Chain]]
 
 
 def shared(model: LanguageModel, **options: object) -> Engine:
-    return Engine({"policy": model, "target": model.base()}, audit=True, **options)  # type: ignore[arg-type]
+    return Engine({"policy": model, "target": model.without_adapter()}, audit=True, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -89,7 +89,7 @@ def test_greedy_tokens_equal_those_of_pefts_generate(architecture: str) -> None:
             pad_token_id=0,
         )
         assert truth[0, len(prompt) :].tolist() == completion.tokens
-    with model.adapter_off():
+    with model.disable_adapter():
         assert Engine({"policy": model}).generate("policy", inputs, greedy) != drawn
 
 

@@ -14,7 +14,9 @@ from alignpro.data import Message, Prompt
 from alignpro.engine import Engine, SamplingParams
 from alignpro.environments.rewriter import Rewriter, Rewritten
 from alignpro.errors import ModelError
-from alignpro.models.loading import add_adapter, load_language_model, load_trainable, save_pretrained
+from alignpro.models.adapters import add_adapter
+from alignpro.models.loading import load_language_model, load_trainable
+from alignpro.models.saving import save_pretrained
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.target_prompt import TargetTemplate
 

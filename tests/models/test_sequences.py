@@ -27,25 +27,25 @@ def test_actions_are_left_aligned(batch: SequenceBatch) -> None:
 def test_the_state_of_an_action_is_at_the_token_before_it(batch: SequenceBatch) -> None:
     packed = batch.pack()
     assert packed.ids.tolist() == [1, 2, 3, 10, 4, 12, 13, 5, 6]  # no state is needed at the last action
-    assert packed.ids[packed.states].tolist() == [3, 10, 4, 12, 13]
+    assert packed.ids[packed.state_indices].tolist() == [3, 10, 4, 12, 13]
     assert packed.layout.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
 
 
 def test_neighbours_share_their_prompt() -> None:
     packed = SequenceBatch.build([[1, 2], [1, 2], [1, 2], [3], [1, 2]], [[7, 8], [9], [], [7], [5, 6]]).pack()
     assert packed.ids.tolist() == [1, 2, 7, 3, 1, 2, 5]
-    assert packed.ids[packed.states].tolist() == [2, 7, 2, 3, 2, 5]
+    assert packed.ids[packed.state_indices].tolist() == [2, 7, 2, 3, 2, 5]
     layout = packed.layout
     assert layout.parent.tolist() == [0, 0, 0, 1, 2]
     assert layout.prompt_lengths.tolist() == [2, 1, 2] and layout.continuation_lengths.tolist() == [1, 0, 0, 0, 1]
-    assert torch.equal(layout.order[layout.place], torch.arange(7))
+    assert torch.equal(layout.pad_indices[layout.unpad_indices], torch.arange(7))
 
 
 def test_a_soft_prompt_takes_positions_before_each_prompt() -> None:
     packed = SequenceBatch.build([[1, 2], [1, 2], [3]], [[7, 8], [9], [7]]).pack(virtual_tokens=2)
     assert packed.ids.tolist() == [-1, -1, 1, 2, 7, -1, -1, 3]
     assert packed.layout.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
-    assert packed.ids[packed.states].tolist() == [2, 7, 2, 3]
+    assert packed.ids[packed.state_indices].tolist() == [2, 7, 2, 3]
 
 
 def test_a_common_prefix_is_packed_once() -> None:
@@ -53,9 +53,9 @@ def test_a_common_prefix_is_packed_once() -> None:
     batch = SequenceBatch.build([[*begin, 1], [*begin, 1], [*begin, 1, 2], [*begin, 3]], [[7, 8], [9], [7, 6], [5]])
     packed = batch.pack(invocation=[17])
     assert packed.ids.tolist() == [*begin, 1, 7, 1, 2, 7, 3]
-    assert packed.layout.shared == 8
+    assert packed.layout.prefix_length == 8
     assert packed.layout.positions.tolist() == [*range(8), 8, 9, 8, 9, 10, 8]
-    assert packed.ids[packed.states].tolist() == [1, 7, 1, 2, 7, 3]
+    assert packed.ids[packed.state_indices].tolist() == [1, 7, 1, 2, 7, 3]
     assert packed.active is not None and packed.active.tolist() == list(range(7, 14))  # includes the last common token
     assert batch.pack(invocation=[10]).active.tolist() == list(range(14))  # type: ignore[union-attr]
 
@@ -63,9 +63,9 @@ def test_a_common_prefix_is_packed_once() -> None:
 def test_a_prompt_that_is_a_prefix_of_all_others_keeps_a_token() -> None:
     begin = list(range(10, 20))
     packed = SequenceBatch.build([begin, [*begin, 1]], [[7], [8]]).pack()
-    assert packed.layout.shared == 9
+    assert packed.layout.prefix_length == 9
     assert packed.ids.tolist() == [*begin[:-1], 19, 19, 1]
-    assert packed.ids[packed.states].tolist() == [19, 1]
+    assert packed.ids[packed.state_indices].tolist() == [19, 1]
 
 
 def test_scatter_puts_values_back(batch: SequenceBatch) -> None:
@@ -82,7 +82,7 @@ def test_every_action_follows_its_state() -> None:
     batch = SequenceBatch.build(prompts, completions)
     packed = batch.pack()
     expected = [token for p, c in zip(prompts, completions, strict=True) for token in [*p, *c][len(p) - 1 : -1] if c]
-    assert packed.ids[packed.states].tolist() == expected
+    assert packed.ids[packed.state_indices].tolist() == expected
     assert batch.mask.sum(1).tolist() == [len(completion) for completion in completions]
 
 
@@ -94,7 +94,7 @@ def test_rows_equal_a_separately_built_batch(start: int, stop: int) -> None:
     assert torch.equal(part.mask, alone.mask) and torch.equal(part.actions, alone.actions)
     assert torch.equal(part.pack().ids, alone.pack().ids)
     picked = SequenceBatch.build(prompts, completions).select(torch.arange(start, stop))
-    assert torch.equal(picked.pack().states, alone.pack().states)
+    assert torch.equal(picked.pack().state_indices, alone.pack().state_indices)
 
 
 def test_rows_without_actions_keep_one_column(batch: SequenceBatch) -> None:

@@ -12,6 +12,10 @@ from tiny_models import (
     ACTIVATED,
     ARCHITECTURES,
     INVOCATION,
+    apply_head,
+    gradients,
+    logits_by_peft,
+    perturb,
     policy_config,
     ragged,
     save_tiny,
@@ -24,12 +28,14 @@ from transformers import AutoModelForCausalLM
 
 from alignpro.config import AdapterConfig
 from alignpro.errors import DataError, ModelError
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter, frozen_copy, load_language_model, save_pretrained
+from alignpro.models.loading import load_language_model
+from alignpro.models.saving import save_pretrained
 from alignpro.models.sequences import SequenceBatch
 from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
-from alignpro_kernels.reference import head_logits
+from alignpro.policy.reference import frozen_copy
 
 TOKENS = tokenizer("llama").encode(INVOCATION, add_special_tokens=False)
 BEFORE = [[token + 5 for token in row] for row in ragged(3, 50, shortest=2, longest=20, seed=1)]
@@ -47,27 +53,9 @@ def batch(model: LanguageModel) -> SequenceBatch:
     return SequenceBatch.build([prompts[i] for i in (0, 0, 0, 1, 1, 2)], COMPLETIONS)
 
 
-def by_peft(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
-    """Return the logits of each action, (N, V), by peft's own forward pass, row by row."""
-    rows = []
-    for prompt, completion in zip(sequences.prompts, sequences.completions, strict=True):
-        logits = model.model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
-        rows.append(logits[len(prompt) - 1 : len(prompt) - 1 + len(completion)])
-    return torch.cat(rows)
-
-
 def packed(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
-    """Return the same logits from the packed sequences."""
-    head = model.head
-    return head_logits(model.action_states(sequences), head.weight, head.bias, 1.0, head.softcap, head.lora)
-
-
-def gradients(model: LanguageModel, values: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of a randomly weighted sum, by name."""
-    weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
-    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    found = torch.autograd.grad((weights * values).sum(), list(named.values()))
-    return dict(zip(named, found, strict=True))
+    """Return the logits of each action, (N, V), from the packed sequences."""
+    return apply_head(model, model.action_states(sequences))
 
 
 def keys_and_values(model: LanguageModel) -> list[Tensor]:
@@ -83,9 +71,9 @@ def keys_and_values(model: LanguageModel) -> list[Tensor]:
 def test_packed_logits_equal_those_of_pefts_own_forward_pass(architecture: str) -> None:
     model = tiny_adapted(architecture)
     sequences = batch(model)
-    ours, truth = packed(model, sequences), by_peft(model, sequences)
+    ours, truth = packed(model, sequences), logits_by_peft(model, sequences)
     assert torch.allclose(ours, truth, atol=1e-5, rtol=1e-5)
-    with model.adapter_off():
+    with model.disable_adapter():
         assert (packed(model, sequences) - truth).abs().max() > 0.1
 
 
@@ -94,7 +82,7 @@ def test_with_a_lora_on_the_head() -> None:
         adapter=ACTIVATED.model_copy(update={"target_modules": ["q_proj", "lm_head"]}), dtype=torch.float64
     )
     sequences = batch(model)
-    truth = by_peft(model, sequences)
+    truth = logits_by_peft(model, sequences)
     again = LanguageModel(model.model, model.tokenizer, "again")  # its checks run with the trained weights
     for each in (model, again):
         assert torch.allclose(packed(each, sequences), truth, atol=1e-12, rtol=1e-12)
@@ -105,7 +93,7 @@ def test_with_a_lora_on_the_head() -> None:
 def test_packed_gradients_equal_those_of_pefts_rows(architecture: str, checkpointing: bool) -> None:
     model = tiny_adapted(architecture, dtype=torch.float64)
     sequences = batch(model)
-    truth = gradients(model, by_peft(model, sequences))
+    truth = gradients(model, logits_by_peft(model, sequences))
     if checkpointing:
         model.enable_gradient_checkpointing()
     ours = gradients(model, packed(model, sequences))
@@ -124,16 +112,16 @@ def test_before_the_invocation_keys_and_values_are_the_base_models_bit_for_bit(d
     with torch.no_grad():
         model.action_states(sequences)
         ours, seen[:] = list(seen), []
-        with model.adapter_off():
+        with model.disable_adapter():
             model.action_states(sequences)
     active = sequences.pack(0, TOKENS).active
     assert active is not None
     acted = torch.zeros(len(ours[0]), dtype=torch.bool).index_fill(0, active, True)
     assert not acted[: len(SHARED[0]) - 3].any() and acted[len(SHARED[0]) - 3 :][:3].all()
     assert len(ours) == len(seen) == 4
-    for mine, base in zip(ours, seen, strict=True):
-        assert torch.equal(mine[~acted], base[~acted])
-        assert (mine[acted] != base[acted]).any(1).all()
+    for own, base in zip(ours, seen, strict=True):
+        assert torch.equal(own[~acted], base[~acted])
+        assert (own[acted] != base[acted]).any(1).all()
 
 
 def test_tokens_without_the_adapter_are_unaffected_by_those_with_it() -> None:
@@ -172,7 +160,7 @@ class TestBase:
         sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
         own = batch(model) if adapter.activated else sequences
         states = model.action_states(own)
-        base = model.base()
+        base = model.without_adapter()
         assert torch.equal(base.action_states(sequences), before.action_states(sequences))
         assert torch.equal(model.action_states(own), states)
         assert base.shares_weights(model)
@@ -183,23 +171,23 @@ class TestBase:
         adapter = AdapterConfig(kind="lora", rank=4, target_modules=["q_proj", "lm_head"])
         model = tiny_adapted(adapter=adapter)
         assert model.head.lora is not None
-        assert model.base().head.lora is None
+        assert model.without_adapter().head.lora is None
 
     def test_does_not_change_pefts_own_forward_pass(self) -> None:
         ids = torch.tensor([[1, 2, 3, *TOKENS, 4, 5]])
         for adapter in (ACTIVATED, AdapterConfig(kind="lora", rank=4)):
             model = tiny_adapted(adapter=adapter)
             expected = model.model(input_ids=ids).logits
-            model.base().action_states(SequenceBatch.build([[1, 2]], [[3, 4]]))
+            model.without_adapter().action_states(SequenceBatch.build([[1, 2]], [[3, 4]]))
             assert torch.equal(model.model(input_ids=ids).logits, expected)
 
     def test_there_is_none_for_a_full_model_or_a_soft_prompt(self) -> None:
         with pytest.raises(ModelError, match="it has no adapter"):
-            tiny_language_model("llama").base()
+            tiny_language_model("llama").without_adapter()
         with pytest.raises(
             ModelError, match=r"its adapter \(PROMPT_TUNING\) cannot be restricted to a subset of the tokens"
         ):
-            add_adapter(tiny_language_model("llama"), AdapterConfig(kind="soft_prompt")).base()
+            add_adapter(tiny_language_model("llama"), AdapterConfig(kind="soft_prompt")).without_adapter()
 
     @pytest.mark.parametrize(
         "settings",
@@ -216,7 +204,7 @@ class TestBase:
         wrapped = get_peft_model(tiny_language_model("llama").causal, config)
         model = LanguageModel(wrapped, tokenizer("llama"), "llama")
         with pytest.raises(ModelError, match=r"its adapter \(LORA\) cannot be restricted to a subset of the tokens"):
-            model.base()
+            model.without_adapter()
 
 
 class TestFiles:
@@ -225,11 +213,7 @@ class TestFiles:
     @pytest.fixture
     def saved(self, tmp_path: Path) -> tuple[LanguageModel, Path]:
         start = load_language_model(policy_config(save_tiny("qwen2", tmp_path / "start"), architecture="qwen2"))
-        model = add_adapter(start, AdapterConfig(kind="lora", rank=4, activated=True))
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.requires_grad:
-                    weight.normal_(0, 0.2)
+        model = perturb(add_adapter(start, AdapterConfig(kind="lora", rank=4, activated=True)))
         save_pretrained(model, tmp_path / "adapter")
         return model, tmp_path / "adapter"
 
@@ -238,7 +222,7 @@ class TestFiles:
         assert model.invocation == (257, 261)  # the tokens that open the assistant's turn
         theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path.parent / "start"), path)
         sequences = SequenceBatch.build([[1, 2, 3, 257, 261]] * 2, [[4, 5, 6], [7, 8]])
-        truth = by_peft(LanguageModel(theirs, model.tokenizer, "theirs"), sequences)
+        truth = logits_by_peft(LanguageModel(theirs, model.tokenizer, "theirs"), sequences)
         assert torch.allclose(packed(model, sequences), truth, atol=1e-5)
 
     def test_loading_restores_it(self, saved: tuple[LanguageModel, Path]) -> None:
@@ -257,10 +241,10 @@ class TestFiles:
         assert policy.reference is not None
         assert all(".lora_" in name for name in policy.trainable) and policy.trainable
         sequences = SequenceBatch.build([[1, 2, 3, 257, 261]] * 2, [[4, 5, 6], [7, 8]])
-        assert policy.token_values(sequences).kl.abs().max() == 0
+        assert policy.token_stats(sequences).kl.abs().max() == 0
         with torch.no_grad():
             next(w for n, w in policy.trainable.items() if "lora_B" in n).normal_()
-        values = policy.token_values(sequences)
+        values = policy.token_stats(sequences)
         assert (values.kl.sum(1) > 1e-3).all()
         truth = packed(model, sequences).log_softmax(-1).gather(1, sequences.targets[:, None]).squeeze(1)
         assert torch.allclose(values.reference_logprob, sequences.scatter(truth.detach()), atol=1e-5)
@@ -275,10 +259,10 @@ class TestFiles:
 def test_a_policys_reference_is_the_base_and_its_values_are_pefts() -> None:
     policy = Policy(tiny_adapted(), None)
     sequences = SequenceBatch.build(PROMPTS, COMPLETIONS)
-    values = policy.token_values(sequences)
+    values = policy.token_stats(sequences)
     base = tiny_language_model("llama")
     for given, logits in (
-        (values.logprob, by_peft(policy.model, sequences)),
+        (values.logprob, logits_by_peft(policy.model, sequences)),
         (values.reference_logprob, packed(base, sequences)),
     ):
         truth = logits.detach().log_softmax(-1).gather(1, sequences.targets[:, None]).squeeze(1)

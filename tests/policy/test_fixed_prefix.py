@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, INVOCATION, ragged, tiny_adapted, tokenizer
+from tiny_models import ARCHITECTURES, INVOCATION, gradients, logits_by_peft, ragged, tiny_adapted, tokenizer
 from torch import Tensor
 
 from alignpro.models.language_model import LanguageModel
@@ -20,20 +20,16 @@ TEXTS = [[token + 5 for token in row] for row in ragged(3, 50, shortest=25, long
 COMPLETIONS = [*ragged(2 * K, 50, longest=6, seed=2), [], [7], [8, 9]]
 
 
-def batch(model: LanguageModel, *, before: Sequence[int] = (), kept: int = 99) -> SequenceBatch:
-    """Return K sequences per prompt; a prompt is a text, truncated to ``kept`` tokens, and the invocation."""
-    prompts = [[*before, *text[:kept], *model.invocation] for text in TEXTS for _ in range(K)]
+def batch(model: LanguageModel, *, before: Sequence[int] = (), length: int = 99) -> SequenceBatch:
+    """Return K sequences per prompt; a prompt is a text, truncated to ``length`` tokens, and the invocation."""
+    prompts = [[*before, *text[:length], *model.invocation] for text in TEXTS for _ in range(K)]
     return SequenceBatch.build(prompts, COMPLETIONS)
 
 
 def by_peft(model: LanguageModel, sequences: SequenceBatch) -> Tensor:
     """Return log p of each action, (N,), by peft's own forward pass, row by row."""
-    rows = []
-    for prompt, completion in zip(sequences.prompts, sequences.completions, strict=True):
-        logp = model.model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0].log_softmax(-1)
-        taken = torch.tensor(completion, dtype=torch.int64)[:, None]
-        rows.append(logp[len(prompt) - 1 : len(prompt) - 1 + len(completion)].gather(1, taken).squeeze(1))
-    return torch.cat(rows)
+    logp = logits_by_peft(model, sequences).log_softmax(-1)
+    return logp.gather(1, sequences.targets[:, None]).squeeze(1)
 
 
 def tokens_computed(model: LanguageModel) -> list[int]:
@@ -44,13 +40,6 @@ def tokens_computed(model: LanguageModel) -> list[int]:
     return seen
 
 
-def gradients(policy: Policy, values: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of a randomly weighted sum, by name."""
-    weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
-    found = torch.autograd.grad((weights * values).sum(), list(policy.trainable.values()))
-    return dict(zip(policy.trainable, found, strict=True))
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_values_and_gradients_equal_those_of_peft_row_by_row(architecture: str, checkpointing: bool) -> None:
@@ -58,8 +47,8 @@ def test_values_and_gradients_equal_those_of_peft_row_by_row(architecture: str, 
     sequences = batch(policy.model)
     truth = by_peft(policy.model, sequences)
     summed = sequences.scatter(truth).sum(1)
-    expected = gradients(policy, summed)
-    with torch.no_grad(), policy.model.adapter_off():
+    expected = gradients(policy.model, summed)
+    with torch.no_grad(), policy.model.disable_adapter():
         reference = by_peft(policy.model, sequences)
     if checkpointing:
         policy.model.enable_gradient_checkpointing()
@@ -67,9 +56,9 @@ def test_values_and_gradients_equal_those_of_peft_row_by_row(architecture: str, 
     ours = policy.sequence_logprob(sequences)
     assert computed[0] == sum(map(len, TEXTS))  # the prefixes, in a pass of their own
     assert torch.allclose(ours, summed, atol=1e-4)  # rotary angles and norms are float32 in transformers
-    for name, gradient in gradients(policy, ours).items():
+    for name, gradient in gradients(policy.model, ours).items():
         assert (gradient - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
-    values = policy.token_values(sequences)
+    values = policy.token_stats(sequences)
     assert torch.allclose(values.logprob, sequences.scatter(truth.detach()), atol=1e-4)
     assert torch.allclose(values.reference_logprob, sequences.scatter(reference), atol=1e-4)
     assert (values.logprob - values.reference_logprob).abs().max() > 0.1
@@ -84,7 +73,7 @@ def test_prefixes_are_computed_once() -> None:
     policy.sequence_logprob(batch(model))
     assert computed == [X, own]
     computed.clear()
-    policy.token_values(batch(model))
+    policy.token_stats(batch(model))
     assert computed == [X, own, own]  # the policy and the reference
     computed.clear()
     # A common prefix of all prompts is computed once.
@@ -93,9 +82,9 @@ def test_prefixes_are_computed_once() -> None:
     assert computed == [20 + X, own]
     computed.clear()
     # If prefixes are short, computing the invocation per sequence would cost more than the prefixes.
-    short = batch(model, kept=3)
+    short = batch(model, length=3)
     policy.sequence_logprob(short)
-    policy.token_values(short)
+    policy.token_stats(short)
     assert computed == 3 * [3 * (3 + invocation) + R]
 
 
@@ -113,8 +102,8 @@ def test_trained_weights_of_the_base_get_gradients() -> None:
     model = tiny_adapted(dtype=torch.float64).requires_grad_(True)
     policy = Policy(model, tiny_adapted(dtype=torch.float64))
     sequences = batch(model)
-    expected = gradients(policy, sequences.scatter(by_peft(model, sequences)).sum(1))
-    for name, gradient in gradients(policy, policy.sequence_logprob(sequences)).items():
+    expected = gradients(policy.model, sequences.scatter(by_peft(model, sequences)).sum(1))
+    for name, gradient in gradients(policy.model, policy.sequence_logprob(sequences)).items():
         assert (gradient - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
 
 
@@ -135,15 +124,15 @@ def test_prompts_of_every_kind(prompts: list[list[int]], passes: int) -> None:
     assert len(computed) == passes
     assert acting.shape == base.shape == (6, 32)
     assert torch.allclose(acting, model.action_states(sequences), atol=1e-5)
-    assert torch.allclose(base, model.base().action_states(sequences), atol=1e-5)
+    assert torch.allclose(base, model.without_adapter().action_states(sequences), atol=1e-5)
     assert torch.allclose(policy_states(model, sequences), acting, atol=1e-5)
 
 
 def test_kept_states_have_gradients_of_the_weights() -> None:
     policy = Policy(tiny_adapted(dtype=torch.float64), None)
     sequences = batch(policy.model)
-    values = policy.token_values(sequences, keep_states=True)
+    values = policy.token_stats(sequences, keep_states=True)
     assert values.states is not None and not values.reference_states.requires_grad
-    truth = gradients(policy, policy.model.action_states(sequences))
-    for name, gradient in gradients(policy, values.states).items():
+    truth = gradients(policy.model, policy.model.action_states(sequences))
+    for name, gradient in gradients(policy.model, values.states).items():
         assert (gradient - truth[name]).norm() <= 2e-6 * truth[name].norm(), name

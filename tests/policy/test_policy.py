@@ -3,61 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from peft import PeftModel
 from tiny_models import (
+    ADAPTERS,
     ARCHITECTURES,
+    Directory,
+    perturb,
     policy_config,
-    ragged,
-    save_tiny,
     tiny_language_model,
-    tiny_transformer,
+    tiny_policy,
     tokenizer,
 )
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
-from alignpro.config import AdapterConfig
-from alignpro.errors import ModelError
+from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import add_adapter, frozen_copy, load_trainable, save_pretrained
 from alignpro.models.sequences import SequenceBatch
-from alignpro.policy.policy import Policy, sequence_logprob
-
-Directory = Callable[[str], Path]
-
-PROMPTS = ragged(6, 100, longest=12, seed=1)
-COMPLETIONS = ragged(6, 100, longest=9, seed=2)
-ADAPTERS = {
-    "full": AdapterConfig(),
-    "lora": AdapterConfig(kind="lora", rank=4),
-    "lora on the head": AdapterConfig(kind="lora", rank=4, target_modules=["q_proj", "c_attn", "lm_head"]),
-    "soft prompt": AdapterConfig(kind="soft_prompt", virtual_tokens=4),
-}
-
-
-def shake(model: LanguageModel, size: float = 0.2) -> LanguageModel:
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight += size * torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
-    return model
-
-
-def tiny_policy(
-    architecture: str, adapter: str, *, temperature: float = 1.0, dtype: torch.dtype = torch.float32, drift: float = 0.2
-) -> Policy:
-    """Return a policy that differs from its reference."""
-    model = add_adapter(tiny_language_model(architecture, dtype=dtype), ADAPTERS[adapter]).to(dtype)
-    reference = frozen_copy(model) if adapter == "full" else None
-    return Policy(shake(model, drift), reference, temperature=temperature)
+from alignpro.policy.policy import Policy
+from alignpro.policy.reference import frozen_copy
+from alignpro.policy.reference_logprobs import sequence_logprob
 
 
 class Exact(NamedTuple):
@@ -69,18 +40,18 @@ class Exact(NamedTuple):
     entropy: Tensor
 
 
-def exact(policy: Policy, prompt: list[int], completion: list[int]) -> Exact:
+def exact(policy: Policy, prompt: Sequence[int], completion: Sequence[int]) -> Exact:
     """Compute the values by definition from the logits of peft and transformers; differentiable in the policy."""
 
-    def whole(model: LanguageModel) -> PreTrainedModel | PeftModel:
+    def complete(model: LanguageModel) -> PreTrainedModel | PeftModel:
         return model.model if model.virtual_tokens else model.causal  # peft prepends a soft prompt
 
     def logits(model: LanguageModel) -> Tensor:
-        all_logits = whole(model)(input_ids=torch.tensor([prompt + completion])).logits[0]
+        all_logits = complete(model)(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
         return all_logits[-len(completion) - 1 : -1] / policy.temperature  # (T, V)
 
     logp = logits(policy.model).log_softmax(-1)
-    with torch.no_grad(), policy.model.adapter_off() if policy.reference is None else nullcontext():
+    with torch.no_grad(), policy.model.disable_adapter() if policy.reference is None else nullcontext():
         logq = logits(policy.reference or policy.model).log_softmax(-1)
     taken = torch.tensor(completion)[:, None]
     p = logp.exp()
@@ -93,8 +64,8 @@ def exact(policy: Policy, prompt: list[int], completion: list[int]) -> Exact:
 
 
 def assert_exact(policy: Policy, batch: SequenceBatch, tolerance: float) -> None:
-    values = policy.token_values(batch)
-    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+    values = policy.token_stats(batch)
+    for row, (prompt, completion) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
         expected = exact(policy, prompt, completion)
         for name, truth in expected._asdict().items():
             given = getattr(values, name)[row]
@@ -102,12 +73,7 @@ def assert_exact(policy: Policy, batch: SequenceBatch, tolerance: float) -> None
             assert not given[len(completion) :].any(), (row, name)
 
 
-@pytest.fixture(scope="module")
-def batch() -> SequenceBatch:
-    return SequenceBatch.build(PROMPTS, COMPLETIONS)
-
-
-class TestTokenValues:
+class TestTokenStats:
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
     def test_equal_those_of_the_models_logits(self, architecture: str, batch: SequenceBatch) -> None:
         assert_exact(tiny_policy(architecture, "full"), batch, 2e-5)
@@ -117,7 +83,7 @@ class TestTokenValues:
     def test_with_every_adapter_and_temperature(self, adapter: str, temperature: float, batch: SequenceBatch) -> None:
         policy = tiny_policy("gpt2", adapter, temperature=temperature, dtype=torch.float64)
         assert_exact(policy, batch, 1e-10)
-        assert policy.token_values(batch).kl.sum() > 0.1
+        assert policy.token_stats(batch).kl.sum() > 0.1
 
     def test_with_a_bias_and_an_untied_head(self, batch: SequenceBatch) -> None:
         torch.manual_seed(0)
@@ -131,7 +97,7 @@ class TestTokenValues:
             model = add_adapter(LanguageModel(copy.deepcopy(start), tokenizer("llama"), "phi"), ADAPTERS[adapter])
             reference = frozen_copy(model) if adapter == "full" else None
             assert model.head.bias is not None
-            assert_exact(Policy(shake(model), reference), batch, 2e-5)
+            assert_exact(Policy(perturb(model), reference), batch, 2e-5)
 
     def test_of_a_reference_of_another_size(self, batch: SequenceBatch) -> None:
         reference = tiny_language_model("llama", hidden_size=16, head_dim=4)
@@ -139,19 +105,19 @@ class TestTokenValues:
 
     def test_do_not_depend_on_the_micro_batch(self, batch: SequenceBatch) -> None:
         policy = tiny_policy("mistral", "lora")
-        whole, part = policy.token_values(batch), policy.token_values(batch.rows(2, 5))
+        full, part = policy.token_stats(batch), policy.token_stats(batch.rows(2, 5))
         width = part.kl.shape[1]
         for name in Exact._fields:
-            assert torch.allclose(getattr(whole, name)[2:5, :width], getattr(part, name), atol=1e-5)
+            assert torch.allclose(getattr(full, name)[2:5, :width], getattr(part, name), atol=1e-5)
 
     def test_of_sequences_without_actions_are_empty(self) -> None:
-        values = tiny_policy("llama", "lora").token_values(SequenceBatch.build([[1, 2], [3]], [[], []]))
+        values = tiny_policy("llama", "lora").token_stats(SequenceBatch.build([[1, 2], [3]], [[], []]))
         assert values.logprob.tolist() == [[0.0], [0.0]]
 
     @pytest.mark.parametrize("adapter", ADAPTERS)
     def test_kl_is_zero_if_policy_and_reference_are_equal(self, adapter: str, batch: SequenceBatch) -> None:
         policy = tiny_policy("qwen2", adapter, drift=0.0)
-        values = policy.token_values(batch)
+        values = policy.token_stats(batch)
         if adapter == "soft prompt":  # any soft prompt differs from none
             assert values.kl.sum() > 0
         else:
@@ -174,12 +140,15 @@ class TestGradients:
             terms = alpha[rows] * logprob + eta[rows] * entropy + kappa[rows] * kl
             return terms, alpha[rows], eta[rows], kappa[rows]
 
-        states = policy.token_values(batch).reference_states
+        states = policy.token_stats(batch).reference_states
         output = policy.loss(batch, coefficients, reference_states=states, entropy=True)
         output.loss.backward()
         gradients = {name: weight.grad for name, weight in policy.trainable.items()}
         policy.model.zero_grad()
-        rows = [exact(policy, prompt, completion) for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
+        rows = [
+            exact(policy, prompt, completion)
+            for prompt, completion in zip(batch.prompts, batch.completions, strict=True)
+        ]
         logprob, _, kl, entropy = (torch.cat(parts) for parts in zip(*rows, strict=True))
         expected = (alpha * logprob + eta * entropy + kappa * kl).sum()
         expected.backward()
@@ -199,7 +168,7 @@ class TestGradients:
         (weights * total).sum().backward()
         gradients = {name: weight.grad for name, weight in policy.trainable.items()}
         policy.model.zero_grad()
-        rows = [exact(policy, p, c).logprob.sum() for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+        rows = [exact(policy, p, c).logprob.sum() for p, c in zip(batch.prompts, batch.completions, strict=True)]
         assert torch.allclose(total, torch.stack(rows), atol=1e-10)
         (weights * torch.stack(rows)).sum().backward()
         for name, weight in policy.trainable.items():
@@ -213,109 +182,8 @@ class TestGradients:
 
     def test_of_one_model_need_no_reference(self, batch: SequenceBatch) -> None:
         model = tiny_language_model("gpt2", dtype=torch.float64)
-        values = Policy(model, model, temperature=0.7).token_values(batch).logprob.sum(1)
+        values = Policy(model, model, temperature=0.7).token_stats(batch).logprob.sum(1)
         assert torch.allclose(sequence_logprob(model, batch, 0.7), values, atol=1e-12)
-
-
-class TestReference:
-    @pytest.mark.parametrize("architecture", ["qwen2", "llama"], ids=["tied", "untied"])
-    @pytest.mark.parametrize("adapter", ADAPTERS)
-    def test_does_not_change_while_the_policy_is_trained(
-        self, adapter: str, architecture: str, batch: SequenceBatch
-    ) -> None:
-        policy = tiny_policy(architecture, adapter, drift=0.0)
-        before = policy.token_values(batch)
-        optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.05)
-        (-policy.sequence_logprob(batch).sum()).backward()
-        optimizer.step()
-        after = policy.token_values(batch)
-        assert torch.equal(after.reference_logprob, before.reference_logprob)
-        assert after.logprob.sum() > before.logprob.sum() + 1
-        if adapter != "soft prompt":  # which differs from its reference from the start
-            assert before.kl.sum() < 1e-5
-        assert ((after.kl - before.kl).abs().sum(1) > 1e-3).all()
-
-    def test_is_the_adapter_off_unless_all_weights_are_trained(self, model_directory: Directory) -> None:
-        def load(kind: str) -> Policy:
-            return Policy.load(policy_config(model_directory("llama"), adapter={"kind": kind}), seed=0)
-
-        assert load("lora").reference is None
-        assert load("soft_prompt").reference is None
-        assert load("full").reference is not None
-
-    def test_may_be_another_model(self, model_directory: Directory, tmp_path: Path, batch: SequenceBatch) -> None:
-        other = save_tiny("llama", tmp_path, seed=5)
-        config = policy_config(model_directory("llama"), reference=str(other), adapter={"kind": "lora"})
-        values = Policy.load(config, seed=0).token_values(batch)
-        expected = sequence_logprob(tiny_language_model("llama", seed=5), batch, 1.0)
-        assert torch.allclose(values.reference_logprob.sum(1), expected, atol=1e-4)
-        assert (values.kl.sum(1) > 0.1).all()
-
-    def test_equal_to_the_policys_start_is_not_loaded_twice(self, model_directory: Directory) -> None:
-        path = str(model_directory("llama"))
-        assert Policy.load(policy_config(path, reference=path, adapter={"kind": "lora"}), seed=0).reference is None
-
-    def test_of_another_vocabulary_is_refused(self, model_directory: Directory) -> None:
-        config = policy_config(model_directory("llama"), reference=str(model_directory("qwen2")))
-        with pytest.raises(ModelError, match=r"262 vocabulary entries, policy .* has 103"):
-            Policy.load(config, seed=0)
-
-    def test_with_another_cap_on_its_logits_is_refused(self, model_directory: Directory) -> None:
-        """The exact KL computes both distributions with one soft cap."""
-        reference = str(model_directory("gemma2"))
-        config = policy_config(model_directory("llama"), reference=reference, attention="eager")
-        with pytest.raises(ModelError, match=r"has final_logit_softcapping=3.0, policy .* None"):
-            Policy.load(config, seed=0)
-
-    @pytest.mark.parametrize("kind", ["full", "lora"])
-    def test_of_a_policy_that_starts_from_a_lora_includes_it(
-        self, kind: str, model_directory: Directory, tmp_path: Path, batch: SequenceBatch
-    ) -> None:
-        start = load_trainable(policy_config(model_directory("llama")), 0)
-        sft = shake(add_adapter(start, ADAPTERS["lora"])).eval()
-        save_pretrained(sft, tmp_path)
-        policy = Policy.load(policy_config(tmp_path, adapter={"kind": kind}), seed=0)
-        values = policy.token_values(batch)
-        assert torch.allclose(values.reference_logprob.sum(1), sequence_logprob(sft, batch, 1.0), atol=1e-3)
-        assert values.kl.abs().max() < 1e-5
-
-    def test_of_a_policy_that_starts_from_a_soft_prompt_includes_it(
-        self, model_directory: Directory, tmp_path: Path, batch: SequenceBatch
-    ) -> None:
-        start = load_trainable(policy_config(model_directory("llama")), 0)
-        sft = shake(add_adapter(start, ADAPTERS["soft prompt"])).eval()
-        save_pretrained(sft, tmp_path)
-        policy = Policy.load(policy_config(tmp_path, adapter={"kind": "soft_prompt"}), seed=0)
-        assert policy.token_values(batch).kl.abs().max() == 0
-        assert policy.reference is not None
-        assert policy.reference.head.same_as(policy.model.head)  # the base model is in memory once
-        expected = sequence_logprob(sft, batch, 1.0)
-        shake(policy.model)
-        values = policy.token_values(batch)
-        assert torch.allclose(values.reference_logprob.sum(1), expected, atol=1e-4)
-        assert (values.kl.sum(1) > 1e-3).all()
-
-
-class TestReferenceId:
-    @staticmethod
-    def of(path: Path, kind: str, **settings: object) -> str:
-        return Policy.load(policy_config(path, adapter={"kind": kind}, **settings), seed=0).reference_id()
-
-    @pytest.mark.parametrize("kind", ["full", "lora", "soft_prompt"])
-    def test_depends_on_the_weights(self, kind: str, model_directory: Directory, tmp_path: Path) -> None:
-        one = self.of(model_directory("llama"), kind)
-        assert self.of(model_directory("llama"), kind) == one
-        changed = tiny_transformer("llama")
-        with torch.no_grad():
-            changed.model.layers[1].mlp.up_proj.weight[[0, 1]] = changed.model.layers[1].mlp.up_proj.weight[[1, 0]]
-        changed.save_pretrained(tmp_path)
-        tokenizer("llama").save_pretrained(tmp_path)
-        assert self.of(tmp_path, kind) != one
-
-    @pytest.mark.parametrize("adapter", ADAPTERS)
-    def test_does_not_change_with_training(self, adapter: str) -> None:
-        fresh, trained = tiny_policy("llama", adapter, drift=0.0), tiny_policy("llama", adapter)
-        assert fresh.reference_id() == trained.reference_id()
 
 
 class TestLoad:
@@ -337,7 +205,7 @@ class TestLoad:
     def test_has_no_dropout(self, model_directory: Directory, batch: SequenceBatch) -> None:
         config = policy_config(model_directory("gpt2"), adapter={"kind": "lora", "dropout": 0.5})
         policy = Policy.load(config, seed=0)
-        shake(policy.model)
+        perturb(policy.model)
         assert torch.equal(policy.sequence_logprob(batch), policy.sequence_logprob(batch))
 
     def test_draws_an_adapter_from_the_seed(self, model_directory: Directory) -> None:
@@ -350,10 +218,10 @@ class TestLoad:
         self, model_directory: Directory, batch: SequenceBatch
     ) -> None:
         policy = Policy.load(policy_config(model_directory("llama"), dtype="bfloat16"), seed=0)
-        values = policy.token_values(batch)
+        values = policy.token_stats(batch)
         assert values.logprob.dtype == torch.float32
         assert values.kl.abs().max() == 0
-        precise = Policy.load(policy_config(model_directory("llama")), seed=0).token_values(batch)
+        precise = Policy.load(policy_config(model_directory("llama")), seed=0).token_stats(batch)
         assert (values.logprob - precise.logprob).abs().max() < 0.2
 
 

@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from alignpro.config import ModelConfig
 from alignpro.errors import ModelError
-from alignpro.prompting.tokenization import PLAIN_TEMPLATE, load_tokenizer
+from alignpro.prompting.chat_template import PLAIN_TEMPLATE
+from alignpro.prompting.tokenization import load_tokenizer
 
 TEMPLATE = "{% for message in messages %}<u>{{ message.content }}</s>{% endfor %}"
 

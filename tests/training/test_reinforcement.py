@@ -65,7 +65,7 @@ def test_a_minibatch_holds_the_rows_of_its_groups() -> None:
     sequences = [world.space.sequences[s] for s in (14, 3, 5, 5)]
     assert [row[keep].tolist() for row, keep in zip(part.batch.actions, part.batch.mask, strict=True)] == sequences
     assert [prompt[0] for prompt in part.batch.prompts] == [2, 2, 1, 1]  # the first token of each prompt
-    values = training.policy.token_values(part.batch)  # computed from these rows alone
+    values = training.policy.token_stats(part.batch)  # computed from these rows alone
     torch.testing.assert_close(part.values.logprob, values.logprob)
     torch.testing.assert_close(part.values.reference_logprob, values.reference_logprob)
     torch.testing.assert_close(part.values.kl, values.kl)

@@ -59,10 +59,10 @@ class GatheredModel(SamplingModel):
                 with torch.no_grad(), deepspeed.zero.GatheredParameters([source for source, _ in chunk]):
                     for source, target in chunk:
                         target.data = source.detach().clone()
-            self.model.weights_changed()
+            self.model.weights_updated()
             yield self.model
         finally:
-            self.model.weights_changed()
+            self.model.weights_updated()
             for _, target in self._pairs:
                 target.data = target.data.new_empty(0)
 

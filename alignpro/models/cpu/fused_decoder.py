@@ -17,127 +17,128 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from alignpro.models.cpu.fused_layers import FusedNorm, become
-from alignpro.models.cpu.packed_linear import PackedLinear, Packing, Panels
-from alignpro.models.paged_attention import Cascade
+from alignpro.models.attention_interface import AttentionSettings
+from alignpro.models.cpu.fused_layers import FusedRMSNorm, mix_in
+from alignpro.models.cpu.packed_linear import PackedLinear, PackedWeights, Panels
+from alignpro.models.paged_attention import PagedAttention
 from alignpro_kernels import CascadeLevel, decoder
 from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = 5  # on which both implementations are compared
+_PROBE_TOKENS = 5  # on which both implementations are compared
 
 
 class _FusedDecoder(nn.Module):
     """A transformers model without its head, whose layers may run as one call."""
 
-    fused_layers: _Layers
+    fused_layers: _DecoderLayers
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """See the model's own forward pass, which also runs when the fused one does not apply."""
-        plan = options.get("plan")
-        if args or torch.is_grad_enabled() or not isinstance(plan, Cascade) or self.fused_layers.changed():
+        attention = options.get("attention_backend")
+        if args or torch.is_grad_enabled() or not isinstance(attention, PagedAttention) or self.fused_layers.is_stale():
             return super().forward(*args, **options)
         states = self.fused_layers.states(
-            options.get("input_ids"), options.get("inputs_embeds"), options["position_ids"], plan
+            options.get("input_ids"), options.get("inputs_embeds"), options["position_ids"], attention
         )
         return BaseModelOutputWithPast(last_hidden_state=states)
 
 
-def attach(model: nn.Module, packing: Packing | None) -> None:
+def fuse_decoder(model: nn.Module, packed_weights: PackedWeights) -> None:
     """Run a model's layers as one call in the passes of generation, if they are of the supported kind.
 
     Args:
-        model: The model without its head, after `fused_layers.attach`.
-        packing: The packing of its linear layers; None leaves the model as it is.
+        model: The model without its head, after `fuse_layers`.
+        packed_weights: The packed weights of its linear layers.
     """
-    if packing is None or isinstance(model, _FusedDecoder) or decoder.unavailable() is not None:
+    if isinstance(model, _FusedDecoder) or decoder.unavailable() is not None:
         return
     name = type(model).__name__
     try:
-        layers = _try(model, packing)
-    except _UnlikeError as reason:
+        layers = _probe(model, packed_weights)
+    except _UnsupportedError as reason:
         logger.info("layers of %s run as separate operations on the CPU: %s", name, reason)
         return
-    become(model, _FusedDecoder)
+    mix_in(model, _FusedDecoder)
     assert isinstance(model, _FusedDecoder)
     model.fused_layers = layers
     logger.info("layers of %s run as one operation in generation on the CPU", name)
 
 
-def detach(model: nn.Module) -> None:
-    """Undo `attach`."""
+def unfuse_decoder(model: nn.Module) -> None:
+    """Undo `fuse_decoder`."""
     for module in model.modules():
         if isinstance(module, _FusedDecoder):
             module.__class__ = type(module).__mro__[2]
             del module.fused_layers
 
 
-class _UnlikeError(Exception):
+class _UnsupportedError(Exception):
     """A model is not of the supported kind."""
 
 
 @dataclass(frozen=True)
-class _Call:
+class _AttentionCall:
     """How a layer calls its attention."""
 
     pages: Tensor
     """(1, 2, page_size, kv_heads, head_dim): the keys and values that were written."""
-    scale: float
-    softcap: float | None
-    window: int | None
+    settings: AttentionSettings
 
 
-class _Recorder:
+class _AttentionRecorder:
     """Computes the attention of a few tokens to themselves and records how it is called."""
 
     def __init__(self, tokens: int) -> None:
-        self.calls: dict[int, _Call] = {}
+        self.calls: dict[int, _AttentionCall] = {}
         self._tokens = tokens
 
-    def cascade(self, pages: Sequence[Tensor]) -> Cascade:
+    def over(self, pages: Sequence[Tensor]) -> PagedAttention:
         """Return the same attention over the given pages."""
         count = torch.tensor([self._tokens], dtype=torch.int32)
         positions = torch.arange(self._tokens, dtype=torch.int32)
         first = torch.zeros(1, dtype=torch.int32)
         level = CascadeLevel(None, positions, torch.cat([first, count]), first[None], count, first)
-        return Cascade(pages, positions.long(), [level])
+        return PagedAttention(pages, positions.long(), [level])
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """See `alignpro.models.packed_attention.Plan.attend`; records the arguments of the call."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """See `AttentionBackend.attend`; records the arguments of the call."""
         if key.shape != value.shape:
-            raise _UnlikeError("its keys and values differ in shape")
+            raise _UnsupportedError("its keys and values differ in shape")
         pages = torch.zeros(1, 2, self._tokens, key.shape[1], key.shape[3])
-        scale = options["scaling"]
-        self.calls[layer] = _Call(
-            pages, key.shape[3] ** -0.5 if scale is None else scale, options["softcap"], options["sliding_window"]
-        )
-        return self.cascade([pages]).attend(0, query, key, value, **options)
+        self.calls[layer] = _AttentionCall(pages, settings)
+        return self.over([pages]).attend(0, query, key, value, settings)
 
 
 @torch.no_grad()
-def _try(model: Any, packing: Packing) -> _Layers:
-    parts = [_Parts.of(layer) for layer in getattr(model, "layers", ())]
-    ids, recorder = torch.arange(_TOKENS)[None], _Recorder(_TOKENS)
+def _probe(model: Any, packed_weights: PackedWeights) -> _DecoderLayers:
+    """Return the model's layers after comparing the operator with the model's own forward pass on a few tokens.
+
+    Raises:
+        _UnsupportedError: They are of another kind.
+    """
+    parts = [_LayerModules.of(layer) for layer in getattr(model, "layers", ())]
+    ids, recorder = torch.arange(_PROBE_TOKENS)[None], _AttentionRecorder(_PROBE_TOKENS)
     if not parts or not all(hasattr(model, name) for name in ("embed_tokens", "rotary_emb", "norm")):
-        raise _UnlikeError("its modules have other names")
+        raise _UnsupportedError("its modules have other names")
     expected = model(
         input_ids=ids,
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
         position_ids=ids,
         use_cache=False,
-        plan=recorder,
+        attention_backend=recorder,
     ).last_hidden_state
     calls = [recorder.calls.get(layer) for layer in range(len(parts))]
-    layers = _Layers(model, packing, parts, calls)
-    states = layers.states(ids, None, ids, recorder.cascade([call.pages.clone() for call in calls if call is not None]))
+    layers = _DecoderLayers(model, packed_weights, parts, calls)
+    states = layers.states(ids, None, ids, recorder.over([call.pages.clone() for call in calls if call is not None]))
     if not torch.allclose(states, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
-        raise _UnlikeError("their outputs differ from the fused operator's")
+        raise _UnsupportedError("their outputs differ from the fused operator's")
     return layers
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _LayerModules:
     """The modules of a layer."""
 
     projections: tuple[nn.Linear, nn.Linear, nn.Linear]
@@ -145,11 +146,11 @@ class _Parts:
     gate: nn.Linear
     up: nn.Linear
     down: nn.Linear
-    norms: tuple[FusedNorm, FusedNorm]
-    head_norms: tuple[FusedNorm, FusedNorm] | None
+    norms: tuple[FusedRMSNorm, FusedRMSNorm]
+    head_norms: tuple[FusedRMSNorm, FusedRMSNorm] | None
 
     @classmethod
-    def of(cls, layer: nn.Module) -> _Parts:
+    def of(cls, layer: nn.Module) -> _LayerModules:
         modules = dict(layer.named_modules())
         linear = [modules.get(f"self_attn.{name}_proj") for name in "qkvo"]
         linear += [modules.get(f"mlp.{name}_proj") for name in ("gate", "up", "down")]
@@ -157,79 +158,89 @@ class _Parts:
         head_norms = [modules.get("self_attn.q_norm"), modules.get("self_attn.k_norm")]
         known = {*linear, *norms, *head_norms, None}
         if any(next(m.parameters(recurse=False), None) is not None for m in modules.values() if m not in known):
-            raise _UnlikeError("they have other weights, such as an adapter's")
+            raise _UnsupportedError("they have other weights, such as an adapter's")
         if any(type(m) not in (nn.Linear, PackedLinear) for m in linear):
-            raise _UnlikeError("their linear layers have other names or types")
+            raise _UnsupportedError("their linear layers have other names or types")
         query, key, value, out, gate, up, down = (m for m in linear if isinstance(m, nn.Linear))
         if (
             any(m.bias is not None for m in (out, gate, up, down))
             or len({m.bias is None for m in (query, key, value)}) > 1
         ):
-            raise _UnlikeError("linear layers other than the query, key and value projections have biases")
-        fused = [m for m in (*norms, *head_norms) if isinstance(m, FusedNorm)]
+            raise _UnsupportedError("linear layers other than the query, key and value projections have biases")
+        fused = [m for m in (*norms, *head_norms) if isinstance(m, FusedRMSNorm)]
         if len(fused) not in (2, 4) or any(
-            m is not None and not isinstance(m, FusedNorm) for m in (*norms, *head_norms)
+            m is not None and not isinstance(m, FusedRMSNorm) for m in (*norms, *head_norms)
         ):
-            raise _UnlikeError("their norms are of another kind")
+            raise _UnsupportedError("their norms are of another kind")
         return cls(
             (query, key, value), out, gate, up, down, (fused[0], fused[1]), (fused[2], fused[3]) if fused[2:] else None
         )
 
 
-class _Layers:
+class _DecoderLayers:
     """The layers of a model in the form that `decoder_stack` takes.
 
     Args:
         model: The model without its head.
-        packing: The packing of its linear layers.
+        packed_weights: The packed weights of its linear layers.
         parts: The modules of each layer.
         calls: How each layer calls its attention.
     """
 
-    def __init__(self, model: Any, packing: Packing, parts: Sequence[_Parts], calls: Sequence[_Call | None]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        packed_weights: PackedWeights,
+        parts: Sequence[_LayerModules],
+        calls: Sequence[_AttentionCall | None],
+    ) -> None:
         self._embedding, self._rotary, self._norm = model.embed_tokens, model.rotary_emb, model.norm
-        self._packing, self._parts, self._calls = packing, parts, [call for call in calls if call is not None]
+        self._packed_weights, self._parts = packed_weights, parts
+        self._calls = [call for call in calls if call is not None]
         norms = [self._norm, *(norm for part in parts for norm in (*part.norms, *(part.head_norms or ())))]
-        forms = {(norm.fused_eps, norm.fused_offset) for norm in norms if isinstance(norm, FusedNorm)}
+        forms = {(norm.fused_eps, norm.fused_offset) for norm in norms if isinstance(norm, FusedRMSNorm)}
         if (
-            not isinstance(self._norm, FusedNorm)
+            not isinstance(self._norm, FusedRMSNorm)
             or len(forms) != 1
             or any(norm.weight.dtype != torch.float32 for norm in norms)
         ):
-            raise _UnlikeError("their norms differ from one another")
+            raise _UnsupportedError("their norms differ from one another")
         if (
             len(self._calls) != len(parts)
-            or len({(call.scale, call.softcap, call.pages.shape) for call in self._calls}) != 1
+            or len({(call.settings.scale, call.settings.softcap, call.pages.shape) for call in self._calls}) != 1
         ):
-            raise _UnlikeError("their attention differs from layer to layer")
+            raise _UnsupportedError("their attention differs from layer to layer")
         head_dim = self._calls[0].pages.shape[-1]
         if any(norm.weight.shape != (head_dim,) for part in parts for norm in part.head_norms or ()):
-            raise _UnlikeError("their norms of queries and keys are not per head")
+            raise _UnsupportedError("their norms of queries and keys are not per head")
         inside = [*model.layers.modules(), self._norm]
         self._hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         # The model's own children are included: an adapter may wrap its embedding alone.
         self._children = [(m._modules, name, child) for m in (model, *inside) for name, child in m.named_children()]
 
-    def changed(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether a module now has an adapter or a hook, which the operator would ignore, or unsupported weights."""
         weight = self._norm.weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             return True
         return any(self._hooks) or any(children.get(name) is not child for children, name, child in self._children)
 
-    def states(self, ids: Tensor | None, embedded: Tensor | None, positions: Tensor, plan: Cascade) -> Tensor:
+    def states(
+        self, ids: Tensor | None, embedded: Tensor | None, positions: Tensor, attention: PagedAttention
+    ) -> Tensor:
         """Compute the last hidden states, (1, T, D), of token ids (1, T) or of their embeddings (1, T, D)."""
         hidden = self._embedding(ids) if embedded is None else embedded
         cos, sin = self._rotary(hidden, positions)
-        states = decoder_stack(hidden[0], self._current(), cos[0], sin[0], plan.layers, plan.slots, plan.levels)
+        weights = self._weights()
+        states = decoder_stack(hidden[0], weights, cos[0], sin[0], attention.layers, attention.slots, attention.levels)
         return states.unsqueeze(0)
 
-    def _current(self) -> DecoderWeights:
+    def _weights(self) -> DecoderWeights:
         """Return the current weights, packed again if they have changed."""
-        of = self._packing.panels
+        of = self._packed_weights.panels
         packed = [x for p in self._parts for x in (of(*p.projections), of(p.out), of(p.gate), of(p.up), of(p.down))]
-        known: tuple[list[Panels], DecoderWeights] | None = self._packing.derived.get(self)
-        if known is None or any(a is not b for a, b in zip(packed, known[0], strict=True)):
+        cached: tuple[list[Panels], DecoderWeights] | None = self._packed_weights.derived.get(self)
+        if cached is None or any(a is not b for a, b in zip(packed, cached[0], strict=True)):
             layers = [
                 DecoderLayer(
                     norm=part.norms[0].weight,
@@ -242,13 +253,13 @@ class _Layers:
                     qkv_bias=packed[5 * i].bias,
                     query_norm=part.head_norms[0].weight if part.head_norms else None,
                     key_norm=part.head_norms[1].weight if part.head_norms else None,
-                    window=self._calls[i].window,
+                    window=self._calls[i].settings.sliding_window,
                 )
                 for i, part in enumerate(self._parts)
             ]
-            form, call = self._parts[0].norms[0], self._calls[0]
+            norm, settings = self._parts[0].norms[0], self._calls[0].settings
             weights = DecoderWeights(
-                layers, self._norm.weight, form.fused_eps, form.fused_offset, call.scale, call.softcap
+                layers, self._norm.weight, norm.fused_eps, norm.fused_offset, settings.scale, settings.softcap
             )
-            known = self._packing.derived[self] = packed, weights
-        return known[1]
+            cached = self._packed_weights.derived[self] = packed, weights
+        return cached[1]

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignpro.models.cpu.packed_linear import PackedLinear, Packing
+from alignpro.models.cpu.packed_linear import PackedLinear
 from alignpro_kernels.linear import packed_gate
 
 
-class FusedNorm(nn.Module):
+class FusedRMSNorm(nn.Module):
     """A norm x / √(mean(x²) + ε) · (weight + offset)."""
 
     weight: nn.Parameter
@@ -27,14 +27,14 @@ class FusedNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        if torch.is_grad_enabled() or not _suited(hidden_states):
+        if torch.is_grad_enabled() or not _is_supported(hidden_states):
             plain: Tensor = super().forward(hidden_states)
             return plain
         out: Tensor = torch.ops.alignpro.rms_norm.default(hidden_states, self.weight, self.fused_eps, self.fused_offset)
         return out
 
 
-class _FusedGate(nn.Module):
+class _FusedGatedMLP(nn.Module):
     """A gated MLP, down(silu(gate(x)) · up(x))."""
 
     gate_proj: PackedLinear
@@ -45,32 +45,31 @@ class _FusedGate(nn.Module):
         """(..., D) → (..., D)."""
         layers = self.gate_proj, self.up_proj
         # An adapter may have wrapped them since.
-        if torch.is_grad_enabled() or not _suited(x) or any(type(layer) is not PackedLinear for layer in layers):
+        if torch.is_grad_enabled() or not _is_supported(x) or any(type(layer) is not PackedLinear for layer in layers):
             plain: Tensor = super().forward(x)
             return plain
-        gate, up = (layer.packing.panels(layer).weight for layer in layers)
+        gate, up = (layer.packed_weights.panels(layer).weight for layer in layers)
         inner = packed_gate(x, gate, up, self.up_proj.out_features)
         out: Tensor = self.down_proj(inner)
         return out
 
 
-def attach(model: nn.Module, packing: Packing | None) -> None:
-    """Fuse a model's norms and gated MLPs; does nothing without a packing of its linear layers, which requires csrc/cpu."""
-    if packing is None:
-        return
+def fuse_layers(model: nn.Module) -> None:
+    """Fuse the norms and gated MLPs of a model whose linear layers are packed."""
     for module in list(model.modules()):
-        if _is_gated(module):
-            become(module, _FusedGate)
+        if _is_gated_mlp(module):
+            mix_in(module, _FusedGatedMLP)
         elif type(module).__name__.endswith("RMSNorm"):
-            _try_norm(module)
+            _fuse_norm(module)
 
 
-def _suited(x: Tensor) -> bool:
+def _is_supported(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
 
 @torch.no_grad()
-def _try_norm(module: nn.Module) -> None:
+def _fuse_norm(module: nn.Module) -> None:
+    """Fuse an RMS norm, if the operator computes what the module computes."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float):
         return
@@ -81,13 +80,13 @@ def _try_norm(module: nn.Module) -> None:
     expected = module(x)
     for offset in (0.0, 1.0):  # Gemma stores weight − 1
         if torch.allclose(torch.ops.alignpro.rms_norm.default(x, weight, eps, offset), expected, rtol=1e-5, atol=1e-6):
-            become(module, FusedNorm)
-            assert isinstance(module, FusedNorm)
+            mix_in(module, FusedRMSNorm)
+            assert isinstance(module, FusedRMSNorm)
             module.fused_eps, module.fused_offset = eps, offset
             return
 
 
-def _is_gated(module: nn.Module) -> bool:
+def _is_gated_mlp(module: nn.Module) -> bool:
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(type(layer) is PackedLinear and layer.bias is None for layer in layers):
         return False
@@ -99,15 +98,15 @@ def _is_gated(module: nn.Module) -> bool:
         return torch.allclose(module(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def become(module: nn.Module, form: Any) -> None:
-    """Make a module an instance of ``form``, whose methods override those of its own class."""
-    plain: Any = type(module)
-    module.__class__ = _combined(form, plain)
+def mix_in(module: nn.Module, mixin: Any) -> None:
+    """Make a module an instance of ``mixin`` as well, whose methods override those of its own class."""
+    original: Any = type(module)
+    module.__class__ = _mixed_class(mixin, original)
 
 
 @functools.cache
-def _combined(form: Any, plain: Any) -> type[Any]:
-    """Return a subclass of both, so that ``isinstance`` checks for the layer's own class still hold."""
-    if issubclass(plain, form):
-        return plain
-    return type(f"{form.__name__.lstrip('_')}{plain.__name__}", (form, plain), {"__module__": __name__})
+def _mixed_class(mixin: Any, original: Any) -> type[Any]:
+    """Return a subclass of both, so that ``isinstance`` checks for the module's own class still hold."""
+    if issubclass(original, mixin):
+        return original
+    return type(f"{mixin.__name__.lstrip('_')}{original.__name__}", (mixin, original), {"__module__": __name__})

@@ -21,11 +21,11 @@ from alignpro_kernels.linear import PANEL, pack_weight, packed_linear
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 1 << 30
+MAX_PACKED_BYTES = 1 << 30
 """Models whose linear weights have more bytes than this are not packed."""
-_PACKING = "weight_packing"
-"""The attribute of a model that holds its `Packing`."""
-_NARROWEST = 64
+_ATTRIBUTE = "packed_weights"
+"""The attribute of a model that holds its `PackedWeights`."""
+_MIN_FEATURES = 64
 """Smallest number of inputs and outputs for which packing pays off; the products of a LoRA are narrower."""
 
 
@@ -39,7 +39,7 @@ class Panels:
     """(N,)"""
 
 
-class Packing:
+class PackedWeights:
     """Cache of the packed weights of a model's linear layers."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Packing:
         self.derived: dict[object, Any] = {}
         """Objects that other modules have derived from panels; discarded with them."""
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Discard the packed weights and free their memory, because the weights have changed."""
         # In-place changes are detected without this; a partitioned weight that is rebuilt in the same memory is not.
         self._panels.clear()
@@ -55,34 +55,34 @@ class Packing:
 
     def panels(self, *layers: nn.Linear) -> Panels:
         """Return the current weights of layers with the same input, concatenated; a new object after they change."""
-        known, state = self._panels.get(layers), _state(layers)
-        if known is None or known[0] != state:
+        cached, version = self._panels.get(layers), _version(layers)
+        if cached is None or cached[0] != version:
             weights = [layer.weight.detach() for layer in layers]
             biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-            whole = pack_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
-            known = state, Panels(whole, torch.cat(biases) if biases else None)
-            self._panels[layers] = known
+            packed = pack_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
+            cached = version, Panels(packed, torch.cat(biases) if biases else None)
+            self._panels[layers] = cached
             if len(layers) > 1 and all(layer.out_features % PANEL == 0 for layer in layers):
-                parts = whole.split([layer.out_features // PANEL for layer in layers])
+                parts = packed.split([layer.out_features // PANEL for layer in layers])
                 for layer, part in zip(layers, parts, strict=True):  # views of the same memory
-                    self._panels[layer,] = _state((layer,)), Panels(part, layer.bias)
-        return known[1]
+                    self._panels[layer,] = _version((layer,)), Panels(part, layer.bias)
+        return cached[1]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Packing:
-        """Return an empty packing: a copied model has its own weights."""
-        return Packing()
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
+        """Return an empty cache: a copied model has its own weights."""
+        return PackedWeights()
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies by the packed weight of a `Packing`."""
+    """A linear layer that multiplies by the packed weight of a `PackedWeights`."""
 
-    packing: Packing
+    packed_weights: PackedWeights
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
         if input.dtype != torch.float32 or self.weight.device.type != "cpu" or not input.numel():
             return super().forward(input)
-        panels = self.packing.panels(self)
+        panels = self.packed_weights.panels(self)
         if not torch.is_grad_enabled():
             return packed_linear(input, panels.weight, self.out_features, panels.bias)
         out: Tensor = _Product.apply(input, self.weight, panels.weight)
@@ -101,55 +101,55 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        # Packing it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.
+        # PackedWeights it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.
         d_x = packed_linear(gradient, pack_weight(weight.T), weight.shape[1]) if ctx.needs_input_grad[0] else None
         return d_x, None if x is None else gradient.flatten(0, -2).T @ x.flatten(0, -2), None
 
 
-def attach(model: nn.Module) -> Packing | None:
+def pack_linear_layers(model: nn.Module) -> PackedWeights | None:
     """Pack the linear layers of a float32 model on a CPU; return None if they cannot or should not be packed.
 
-    A model has one `Packing`, however often it is attached, so that `Packing.forget` reaches all users of its weights.
+    A model has one `PackedWeights`, however often it is packed, so that `PackedWeights.invalidate` reaches all users of its
+    weights.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_packable(module)]
     weights = [layer.weight for layer in layers]
     if not all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights):
         return None
-    if (reason := _unsuited(sum(weight.nbytes for weight in weights))) is not None:
+    if (reason := _unsupported_reason(sum(weight.nbytes for weight in weights))) is not None:
         logger.info("linear layers run on PyTorch's BLAS: %s", reason)
         return None
-    packing = getattr(model, _PACKING, None)
-    if packing is None:
-        packing = Packing()
-        setattr(model, _PACKING, packing)
-    assert isinstance(packing, Packing)
-    packing.forget()  # merging an adapter changes weights without changing their version counters
+    packed_weights = getattr(model, _ATTRIBUTE, None)
+    if packed_weights is None:
+        packed_weights = PackedWeights()
+        setattr(model, _ATTRIBUTE, packed_weights)
+    assert isinstance(packed_weights, PackedWeights)
+    packed_weights.invalidate()  # merging an adapter changes weights without changing their version counters
     for layer in layers:
         # The class is changed in place, as PyTorch's parametrizations do, so that references to the layer stay valid.
         layer.__class__ = PackedLinear
-        layer.packing = packing  # type: ignore[assignment]
-    return packing
+        layer.packed_weights = packed_weights  # type: ignore[assignment]
+    return packed_weights
 
 
-def detach(model: nn.Module) -> None:
-    """Undo `attach`, for a model whose weights are gathered for each pass and would be packed anew each time."""
-    for layer in model.modules():
-        layer.__dict__.pop(_PACKING, None)
-        if type(layer) is PackedLinear:
-            layer.__class__ = nn.Linear  # type: ignore[assignment]
-            del layer.packing
+def unpack_linear_layers(model: nn.Module) -> None:
+    """Undo `pack_linear_layers`, for a model whose weights are gathered for each pass and would be packed anew each time."""
+    for module in model.modules():
+        module.__dict__.pop(_ATTRIBUTE, None)
+        if type(module) is PackedLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _state(layers: tuple[nn.Linear, ...]) -> tuple[int, ...]:
+def _version(layers: tuple[nn.Linear, ...]) -> tuple[int, ...]:
     """Return addresses and version counters, which reveal a change of the weights."""
     return tuple(
         x for layer in layers for p in (layer.weight, layer.bias) if p is not None for x in (p.data_ptr(), p._version)
     )
 
 
-def _unsuited(size: int) -> str | None:
+def _unsupported_reason(size: int) -> str | None:
     """Return why weights of ``size`` bytes should not be packed, or None if they should."""
-    if size > LARGEST:
+    if size > MAX_PACKED_BYTES:
         return f"{size >> 20} MiB of weights are too many to keep a second copy in panels"
     if (reason := linear.unavailable()) is not None:
         return reason
@@ -158,6 +158,6 @@ def _unsuited(size: int) -> str | None:
     return None
 
 
-def _is_plain(layer: nn.Linear) -> bool:
+def _is_packable(layer: nn.Linear) -> bool:
     """Whether the layer is a plain linear layer, wide enough to be packed."""
-    return type(layer) in (nn.Linear, PackedLinear) and min(layer.weight.shape) >= _NARROWEST
+    return type(layer) in (nn.Linear, PackedLinear) and min(layer.weight.shape) >= _MIN_FEATURES

@@ -11,10 +11,11 @@ from tiny_models import ARCHITECTURES, tiny_transformer, tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignpro.models import packed_attention
-from alignpro.models.cpu import fused_decoder, fused_layers, packed_linear
+from alignpro.models.attention_interface import install_attention
+from alignpro.models.cpu.fused_decoder import unfuse_decoder
+from alignpro.models.cpu.replacement import replace_modules
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.paged_attention import Cascade
+from alignpro.models.paged_attention import PagedAttention
 from alignpro_kernels import CascadeLevel, backends
 
 pytestmark = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
@@ -41,7 +42,7 @@ def states(model: PreTrainedModel) -> Tensor:
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
             position_ids=span[None],
             use_cache=False,
-            plan=Cascade(pages, span, [level]),
+            attention_backend=PagedAttention(pages, span, [level]),
         ).last_hidden_state[0]
     return out
 
@@ -51,14 +52,12 @@ def plain_and_fused(architecture: str, **settings: object) -> tuple[PreTrainedMo
     for name, weight in plain.named_parameters():
         if "norm" in name or "bias" in name:
             nn.init.normal_(weight, 1.0, 0.3)
-    packed_attention.attach(plain)
+    install_attention(plain)
     return plain, fuse(copy.deepcopy(plain))
 
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
-    packing = packed_linear.attach(model.base_model)
-    fused_layers.attach(model.base_model, packing)
-    fused_decoder.attach(model.base_model, packing)
+    replace_modules(model.base_model)
     return model
 
 
@@ -97,7 +96,7 @@ def test_changes_that_pytorch_does_not_count_take_effect_after_notification(arch
     for name, weight in model.named_parameters():
         weight.data.mul_(1.5)
         plain.get_parameter(name).data.mul_(1.5)
-    trained.weights_changed()
+    trained.weights_updated()
     torch.testing.assert_close(states(model), states(plain), rtol=1e-4, atol=1e-4)
 
 
@@ -166,7 +165,7 @@ def test_a_model_in_another_dtype_runs_layer_by_layer() -> None:
 
 def test_fusing_can_be_undone() -> None:
     plain, model = plain_and_fused("llama")
-    fused_decoder.detach(model)
+    unfuse_decoder(model)
     assert type(model.base_model) is type(plain.base_model)
     torch.testing.assert_close(states(model), states(plain), rtol=1e-5, atol=2e-5)
     assert is_fused(fuse(model))

@@ -11,7 +11,7 @@ from tiny_models import ARCHITECTURES, tiny_transformer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from alignpro.models.cpu import fused_layers, packed_linear
+from alignpro.models.cpu.replacement import replace_modules
 from alignpro_kernels import backends
 
 needs_cpp = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
@@ -37,8 +37,9 @@ def wide_llama() -> LlamaForCausalLM:
 
 def fused(model: PreTrainedModel) -> list[str]:
     """Return the names of the replaced layers."""
-    fused_layers.attach(model.base_model, packed_linear.attach(model.base_model))
-    return [name for name, module in model.named_modules() if type(module).__name__.startswith("Fused")]
+    replace_modules(model.base_model)
+    kinds = ("FusedRMSNorm", "FusedGatedMLP")
+    return [name for name, module in model.named_modules() if type(module).__name__.startswith(kinds)]
 
 
 @needs_cpp

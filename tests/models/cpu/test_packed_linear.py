@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from alignpro.models.cpu import packed_linear
-from alignpro.models.cpu.packed_linear import PackedLinear
+from alignpro.models.cpu.packed_linear import PackedLinear, pack_linear_layers
 from alignpro_kernels import backends
 
 needs_cpp = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
@@ -24,7 +24,7 @@ def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 @pytest.mark.parametrize("rows", [1, 8, 300])
 def test_products_equal_those_of_plain_layers(rows: int) -> None:
     plain, packed = layers(), layers()
-    assert packed_linear.attach(packed) is not None
+    assert pack_linear_layers(packed) is not None
     assert [type(layer) for layer in packed] == [PackedLinear, PackedLinear, nn.Linear]  # the last is too narrow
     x = torch.randn(2, rows, 96)
     with torch.no_grad():
@@ -35,8 +35,8 @@ def test_products_equal_those_of_plain_layers(rows: int) -> None:
 @needs_cpp
 def test_changes_of_weights_are_detected() -> None:
     packed = layers()
-    packing = packed_linear.attach(packed)
-    assert packing is not None
+    packed_weights = pack_linear_layers(packed)
+    assert packed_weights is not None
     x = torch.randn(20, 96)
     layer = packed[0]
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_changes_of_weights_are_detected() -> None:
         doubled = layer(x)
         torch.testing.assert_close(doubled - layer.bias, 2 * (before - layer.bias), rtol=1e-5, atol=1e-5)
         layer.weight.data.copy_(layer.weight / 2)  # bypasses autograd's version counter, as a sharding optimizer does
-        packing.forget()
+        packed_weights.invalidate()
         torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
 
 
@@ -53,7 +53,7 @@ def test_changes_of_weights_are_detected() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_equal_those_of_plain_layers(frozen: bool) -> None:
     plain, packed = layers(), layers()
-    packed_linear.attach(packed)
+    pack_linear_layers(packed)
     x = torch.randn(3, 20, 96)
     found = []
     for model in (plain, packed):
@@ -70,7 +70,7 @@ def test_gradients_equal_those_of_plain_layers(frozen: bool) -> None:
 @needs_cpp
 def test_a_copy_has_its_own_weights() -> None:
     packed = layers()
-    packed_linear.attach(packed)
+    pack_linear_layers(packed)
     x = torch.randn(20, 96)
     with torch.no_grad():
         expected = packed(x)
@@ -81,10 +81,10 @@ def test_a_copy_has_its_own_weights() -> None:
 
 
 def test_unsupported_dtypes_and_large_models_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert packed_linear.attach(layers(torch.bfloat16)) is None
-    assert packed_linear.attach(layers(torch.float64)) is None
-    monkeypatch.setattr(packed_linear, "LARGEST", 1000)
-    assert packed_linear.attach(layers()) is None
+    assert pack_linear_layers(layers(torch.bfloat16)) is None
+    assert pack_linear_layers(layers(torch.float64)) is None
+    monkeypatch.setattr(packed_linear, "MAX_PACKED_BYTES", 1000)
+    assert pack_linear_layers(layers()) is None
 
 
 @needs_cpp
@@ -92,15 +92,15 @@ def test_layers_packed_together_are_stored_once() -> None:
     torch.manual_seed(0)
     query, key = nn.Linear(64, 96), nn.Linear(64, 64)
     model = nn.ModuleList([query, key])
-    packing = packed_linear.attach(model)
-    assert packing is not None
-    both = packing.panels(query, key)
-    alone = packing.panels(key)
+    packed_weights = pack_linear_layers(model)
+    assert packed_weights is not None
+    both = packed_weights.panels(query, key)
+    alone = packed_weights.panels(key)
     assert alone.weight.untyped_storage().data_ptr() == both.weight.untyped_storage().data_ptr()
     x = torch.randn(3, 64)
     with torch.no_grad():
         torch.testing.assert_close(key(x), nn.functional.linear(x, key.weight, key.bias), rtol=1e-5, atol=1e-5)
         key.weight.mul_(2)
-    assert packing.panels(query, key) is not both
-    packing.forget()
-    assert packing.panels(query, key) is not both
+    assert packed_weights.panels(query, key) is not both
+    packed_weights.invalidate()
+    assert packed_weights.panels(query, key) is not both

@@ -52,7 +52,7 @@ def read_text(value: Any, field: str) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, str):
-        raise BadRow(f"{field} is {_kind(value)}, expected text")
+        raise BadRow(f"{field} is {_type_name(value)}, expected text")
     text = replace_lone_surrogates(value)
     return text if text.strip() else None
 
@@ -86,10 +86,12 @@ def read_transcript(text: str) -> tuple[Message, ...] | None:
     if not body.startswith("Human:") or not (text.startswith("\n\n") or "\n\nAssistant:" in text):
         return None
     parts = _TURN.split(body)
-    said = [(ROLES[role.lower()], text.strip()) for role, text in zip(parts[1::2], parts[2::2], strict=True)]
-    if said[-1] == ("assistant", ""):
-        said.pop()
-    grouped = ((role, [text for _, text in group]) for role, group in itertools.groupby(said, key=lambda turn: turn[0]))
+    turns = [(ROLES[role.lower()], text.strip()) for role, text in zip(parts[1::2], parts[2::2], strict=True)]
+    if turns[-1] == ("assistant", ""):
+        turns.pop()
+    grouped = (
+        (role, [text for _, text in group]) for role, group in itertools.groupby(turns, key=lambda turn: turn[0])
+    )
     return tuple(Message(role, "\n\n".join(texts)) for role, texts in grouped)
 
 
@@ -141,14 +143,14 @@ def _read_messages(value: list[Any] | dict[str, Any], field: str) -> tuple[Messa
 def _read_message(turn: Any, where: str) -> Message:
     key = _role_key(turn) if isinstance(turn, dict) else None
     if key is None:
-        raise BadRow(f"{where} is {_kind(turn)}, expected a message with role and content, or from and value")
+        raise BadRow(f"{where} is {_type_name(turn)}, expected a message with role and content, or from and value")
     role, content = turn[key], turn.get("content" if key == "role" else "value")
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise BadRow(f"{where} has the role {role!r}, expected one of {', '.join(ROLES)}")
     if isinstance(content, list):
         content = "".join(_read_part(part, where) for part in content)
     if content is not None and not isinstance(content, str):
-        raise BadRow(f"{where} has {_kind(content)} as its content, expected text")
+        raise BadRow(f"{where} has {_type_name(content)} as its content, expected text")
     return Message(ROLES[role.lower()], replace_lone_surrogates(content or ""))
 
 
@@ -170,6 +172,6 @@ def _parse_json(text: str) -> Any:
         return None
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "nothing"}
     return names.get(type(value), f"a number ({value!r})" if isinstance(value, (int, float)) else type(value).__name__)

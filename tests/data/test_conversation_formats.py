@@ -1,7 +1,7 @@
 import pytest
 
 from alignpro.data import Message
-from alignpro.data.conversations import BadRow, read_answer, read_conversation, read_transcript
+from alignpro.data.conversation_formats import BadRow, read_answer, read_conversation, read_transcript
 
 
 def turns(*pairs):

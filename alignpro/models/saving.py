@@ -1,0 +1,38 @@
+"""Save language models in the format of transformers and peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from alignpro.models.language_model import LanguageModel
+
+BASE_DIRECTORY = "base"
+"""Subdirectory of a saved adapter with its base model, if that exists nowhere else: a merged or a random model."""
+
+
+def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
+    """Write a directory that ``from_pretrained`` (and `load_language_model`) reads: weights or adapter, and tokenizer.
+
+    An adapter whose base model exists nowhere else is saved with it, in ``base/``.
+
+    Raises:
+        OSError: The files cannot be written.
+    """
+    model, causal = language_model.model, language_model.causal
+    try:
+        if isinstance(model, PeftModel):
+            # Embeddings are never trained together with an adapter; by default peft would query the hub to find out.
+            model.save_pretrained(str(directory), save_embedding_layers=False)
+            adapter: Any = model.active_peft_config
+            if adapter.base_model_name_or_path == BASE_DIRECTORY:
+                weights = {n.replace(".base_layer", ""): w for n, w in causal.state_dict().items() if ".lora_" not in n}
+                causal.save_pretrained(directory / BASE_DIRECTORY, state_dict=weights)
+        else:
+            model.save_pretrained(directory)
+        language_model.tokenizer.save_pretrained(directory)
+    except SafetensorError as error:  # raised, for example, when the disk is full
+        raise OSError(f"{directory}: {error}") from error
