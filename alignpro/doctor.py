@@ -336,7 +336,7 @@ def _run_chains(device: torch.device) -> EngineStats:
 
 def _describe(stats: EngineStats) -> str:
     computed = ", ".join(f"{kind} {count}" for kind, count in stats.computed.items())
-    pages = ", ".join(f"{model} {count}" for model, count in stats.most_pages.items())
+    pages = ", ".join(f"{model} {count}" for model, count in stats.peak_pages.items())
     ticks = ", ".join(f"{how} {count}" for how, count in stats.decode_ticks.items())
     seconds = ", ".join(f"{phase} {spent:.3f} s" for phase, spent in stats.seconds.items())
     return (

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from alignpro.engine.attention_plan import probe_geometry
-from alignpro.engine.fault_isolation import Passes
+from alignpro.engine.fault_isolation import Executor
 from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import PrefixTree
@@ -170,12 +170,12 @@ class Engine:
         """
         if unknown := set(keep) - set(self.models):
             raise ValueError(f"release: keep names {min(unknown)!r}, and the models are {', '.join(self.models)}")
-        if locked := sum(memory.tree.locked for memory in self._memories.values()):
+        if locked := sum(memory.tree.num_locked for memory in self._memories.values()):
             raise RuntimeError(f"{locked} pages are in use: the pools cannot be given back while a run is under way")
         for device, memory in self._memories.items():
             memory.tree.evict_all(keep)
             # On a second release in a row, the size before the first one counts.
-            before = memory.pool.shrink(memory.tree.pages())
+            before = memory.pool.compact(memory.tree.pages())
             self._released[device] = max(before, self._released.get(device, 0))
             if memory.graphs:
                 memory.graphs.clear()
@@ -183,7 +183,7 @@ class Engine:
     def resume(self) -> None:
         """Allocate the memory that `release` freed now, rather than during the next run."""
         for device, pages in self._released.items():
-            self._memories[device].pool.take(pages)
+            self._memories[device].pool.resize(pages)
         self._released.clear()
 
     def _run(self, stages: Sequence[str], sequences: Iterable[SampledSequence], follow: _Follow) -> None:
@@ -205,8 +205,8 @@ class Engine:
         lanes = list(dict.fromkeys(self._lanes[name] for name in stages))
         scheduler = Scheduler(memory.pool, memory.tree, lanes, max_batch=self.max_batch, token_budget=self.token_budget)
         if memory.graphs:
-            memory.graphs.begin({name: self.models[name] for name in lanes})
-        passes = Passes(self.models, memory.pool, scheduler, self.stats, memory.graphs)
+            memory.graphs.prepare({name: self.models[name] for name in lanes})
+        executor = Executor(self.models, memory.pool, scheduler, self.stats, memory.graphs)
         elsewhere: list[SampledSequence] = []
         ran: list[SampledSequence] = []
         new = deque(sequences)
@@ -223,12 +223,12 @@ class Engine:
                         scheduler.add(sequence)
                     else:
                         new.extend(follow(sequence))
-                tick = scheduler.next_tick()
+                batch = scheduler.schedule()
                 ended = scheduler.take_refused()
-                if tick is None and not ended:
+                if batch is None and not ended:
                     break
-                if tick is not None:
-                    ended += passes.carry_out(tick)
+                if batch is not None:
+                    ended += executor.execute(batch)
                 self.stats.note_pages(memory.pool.used)
                 for sequence in ended:
                     scheduler.finish(sequence)
@@ -239,25 +239,25 @@ class Engine:
             scheduler.abort()
         self.stats.preemptions += scheduler.preemptions
         self.stats.cache_hit_tokens += scheduler.hits
-        self.stats.note_floor([(*sequence.cache_key, len(sequence.drawn)) for sequence in ran])
+        self.stats.note_floor([(*sequence.cache_key, len(sequence.output_ids)) for sequence in ran])
         return elsewhere
 
     def _refuse_or_prepare(self, pool: KVPool, sequence: SampledSequence) -> None:
         """Fail a sequence that cannot run; otherwise prepend placeholders for a soft prompt to its prompt."""
         if sequence.completion is not None:
             return
-        model, sequence.lane = self.models[sequence.model], self._lanes[sequence.model]
+        model, sequence.forward_model = self.models[sequence.model], self._lanes[sequence.model]
         problem = _refusal(model, sequence.prompt, sequence.params)
         if problem is None and model.invocation:
             sequence.base = self._bases[sequence.model]
             try:
-                sequence.shared = invocation_start(sequence.prompt, model.invocation)
+                sequence.num_base_tokens = invocation_start(sequence.prompt, model.invocation)
             except DataError as error:
                 problem = str(error)
         if problem is None:
             sequence.prompt = (-1,) * model.virtual_tokens + sequence.prompt
-            pages = pool.pages_for(sequence.model, sequence.shared)
-            pages += pool.pages_for(sequence.model, len(sequence.prompt) - sequence.shared)
+            pages = pool.pages_for(sequence.model, sequence.num_base_tokens)
+            pages += pool.pages_for(sequence.model, len(sequence.prompt) - sequence.num_base_tokens)
             pages += pool.pages_for(sequence.model, sequence.params.max_tokens - 1)
             if pages > pool.total:
                 problem = (
@@ -284,7 +284,7 @@ class Engine:
         memory = self._memories[device]
         memory.pool.total = memory.pages  # memory that an earlier run could not get may be free now
         if device in self._released:  # all at once: growing page by page would move the arena and invalidate graphs
-            memory.pool.try_take([self._released.pop(device)])
+            memory.pool.try_resize([self._released.pop(device)])
         return memory
 
     def _decode_graphs(self, pool: KVPool, device: torch.device) -> DecodeGraphs | None:

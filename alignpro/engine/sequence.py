@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import Literal
 
-from alignpro.engine.faults import described
+from alignpro.engine.faults import describe
 from alignpro.engine.pool import Segment
 from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import derive_seed
@@ -43,18 +43,18 @@ class SampledSequence:
     seed: int
     origin: tuple[int, ...] = ()
     """Indices of its prompt, sample and response, as far as they apply."""
-    drawn: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     completion: Completion | None = None
     """Set once the sequence has ended."""
-    lane: str = ""
+    forward_model: str = ""
     """The model in whose forward passes it runs: its own, or one that differs only in an adapter."""
     base: str | None = None
-    """The model that computes the first ``shared`` tokens of the prompt, if it is a different one."""
-    shared: int = 0
+    """The model that computes the first ``num_base_tokens`` tokens of the prompt, if it is a different one."""
+    num_base_tokens: int = 0
     node: Node | None = None
     """The prefix-tree node at which its prompt ends, while it runs."""
-    own: Segment | None = None
+    output: Segment | None = None
     """Its drawn tokens and their pages, while it runs."""
     preempted: bool = False
     """Whether it has been preempted, so that its tokens are recomputed."""
@@ -66,12 +66,12 @@ class SampledSequence:
         """Model and prompt tokens, encoded so that two prompts share a cached prefix exactly if their keys do."""
         if self.base is None:
             return self.model, self.prompt
-        own = tuple(token + _OF_ADAPTER for token in self.prompt[self.shared :])
-        return self.base, self.prompt[: self.shared] + own
+        own = tuple(token + _OF_ADAPTER for token in self.prompt[self.num_base_tokens :])
+        return self.base, self.prompt[: self.num_base_tokens] + own
 
-    def end(self, reason: Literal["stop", "length"], kept: int | None = None) -> None:
+    def end(self, reason: Literal["stop", "length"], num_text_tokens: int | None = None) -> None:
         """Complete the sequence with the tokens drawn so far."""
-        self.completion = Completion(self.drawn, self.logprobs, reason, kept=kept)
+        self.completion = Completion(self.output_ids, self.logprobs, reason, num_text_tokens=num_text_tokens)
 
     def fail(self, error: str) -> None:
         """Complete the sequence with an error, discarding its tokens."""
@@ -128,7 +128,7 @@ class ChainRun:
                 problem = f"the sample cannot be given to {self.target}: {error}"
             except Exception as error:  # a bug in the callback also fails only this chain
                 logger.exception("to_target failed on a sample of prompt %d", i)
-                problem = f"the sample cannot be given to {self.target}: {described('to_target', error)}"
+                problem = f"the sample cannot be given to {self.target}: {describe('to_target', error)}"
         seed = derive_seed(self.seeds[i], "respond", k)
         responses = siblings(self.target, chain.target_tokens, self.respond, seed, (i, k))
         if problem:

@@ -58,14 +58,14 @@ class Completion:
     """Log-probability of each token under the distribution it was drawn from, in nats."""
     finish_reason: Literal["stop", "length", "error"]
     error: str | None = None
-    kept: int | None = None
+    num_text_tokens: int | None = None
     """Number of tokens before the stop text that ended the sequence; None if no stop text did."""
 
     @property
     def text_tokens(self) -> list[int]:
         """The ids without the stop token or the tokens of a stop text."""
-        if self.kept is not None:
-            return self.tokens[: self.kept]
+        if self.num_text_tokens is not None:
+            return self.tokens[: self.num_text_tokens]
         return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
 
 
@@ -105,7 +105,7 @@ class EngineStats:
     decode_ticks: Counter[str] = field(default_factory=Counter)
     """Decode ticks padded to a fixed shape: ``replayed`` as a CUDA graph, or ``padded`` and run without one. ``captured``
     counts the graphs captured."""
-    most_pages: Counter[str] = field(default_factory=Counter)
+    peak_pages: Counter[str] = field(default_factory=Counter)
     """Model → maximum number of pages it held."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds spent in ticks, by `PHASES`."""
@@ -117,7 +117,7 @@ class EngineStats:
         return copy.deepcopy(self)
 
     def since(self, earlier: EngineStats) -> EngineStats:
-        """The difference to an earlier snapshot; ``most_pages`` is the maximum since the engine was created."""
+        """The difference to an earlier snapshot; ``peak_pages`` is the maximum since the engine was created."""
         seconds = {phase: spent - earlier.seconds.get(phase, 0.0) for phase, spent in self.seconds.items()}
         return EngineStats(
             computed=self.computed - earlier.computed,
@@ -128,7 +128,7 @@ class EngineStats:
             preemptions=self.preemptions - earlier.preemptions,
             ticks=self.ticks - earlier.ticks,
             decode_ticks=self.decode_ticks - earlier.decode_ticks,
-            most_pages=self.most_pages.copy(),
+            peak_pages=self.peak_pages.copy(),
             seconds=defaultdict(float, seconds),
             run_seconds=self.run_seconds - earlier.run_seconds,
         )
@@ -148,7 +148,7 @@ class EngineStats:
         for stats in ranks:
             merged.computed += stats.computed
             merged.decode_ticks += stats.decode_ticks
-            merged.most_pages |= stats.most_pages
+            merged.peak_pages |= stats.peak_pages
             for phase, spent in stats.seconds.items():
                 merged.seconds[phase] = max(merged.seconds[phase], spent)
         return merged
@@ -165,16 +165,16 @@ class EngineStats:
             "engine/floor_ratio": self.floor_ratio,
             "engine/hit_tokens": float(self.cache_hit_tokens),
             "engine/preemptions": float(self.preemptions),
-            **{f"engine/pages/{model}": float(pages) for model, pages in sorted(self.most_pages.items())},
+            **{f"engine/pages/{model}": float(pages) for model, pages in sorted(self.peak_pages.items())},
             **{f"engine/decode_ticks/{how}": float(count) for how, count in sorted(self.decode_ticks.items())},
             "engine/tokens_per_s": self.computed.total() / self.run_seconds if self.run_seconds else 0.0,
             **{f"engine/seconds/{phase}": self.seconds[phase] for phase in PHASES},
         }
 
     def note_pages(self, used: Mapping[str, int]) -> None:
-        """Update ``most_pages`` with the number of pages that each model holds."""
+        """Update ``peak_pages`` with the number of pages that each model holds."""
         for model, pages in used.items():
-            self.most_pages[model] = max(self.most_pages[model], pages)
+            self.peak_pages[model] = max(self.peak_pages[model], pages)
 
     def note_floor(self, ran: Sequence[tuple[str, tuple[int, ...], int]]) -> None:
         """Count the sequences of a run, (model, prompt, tokens drawn); the last drawn token is never computed."""

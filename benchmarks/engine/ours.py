@@ -73,7 +73,7 @@ class _OurRun:
             "floor_tokens": stats.floor_tokens,
             "computed_over_floor": computed / stats.floor_tokens,
             "ticks": stats.ticks,
-            "most_pages": dict(stats.most_pages),
+            "most_pages": dict(stats.peak_pages),
             "preemptions": stats.preemptions,
         } | _host(stats)
 

@@ -67,8 +67,8 @@ def runs_out_above(count: int) -> Check:
 
 def assert_nothing_is_held(engine: Engine) -> None:
     for memory in engine._memories.values():
-        assert memory.tree.locked == 0
-        assert memory.pool.free + memory.tree.cached == memory.pool.total
+        assert memory.tree.num_locked == 0
+        assert memory.pool.num_free + memory.tree.num_cached == memory.pool.total
 
 
 def assert_same(one: Completion, other: Completion) -> None:

@@ -33,8 +33,8 @@ def expected(llama: LanguageModel) -> list[list[Completion]]:
 
 def assert_nothing_is_held(engine: Engine) -> None:
     for memory in engine._memories.values():
-        assert memory.tree.locked == 0
-        assert memory.pool.free + memory.tree.cached == memory.pool.total
+        assert memory.tree.num_locked == 0
+        assert memory.pool.num_free + memory.tree.num_cached == memory.pool.total
 
 
 def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> None:

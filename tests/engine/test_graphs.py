@@ -13,7 +13,7 @@ from tiny_models import ARCHITECTURES, ragged, tiny_language_model
 
 from alignpro.config import AdapterConfig
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
-from alignpro.engine.graphs import ALL, MOST, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
+from alignpro.engine.graphs import ALL_ROWS, MAX_GRAPHS, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
 from alignpro.errors import ConfigError, ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import add_adapter
@@ -47,10 +47,11 @@ def test_few_shapes_cover_all_decode_steps() -> None:
     assert len({padded(n) for n in range(1, 257)}) <= 28
     assert all(n <= padded(n) <= max(8, 9 * n // 8 + 8) for n in range(1, 2000))
     assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
-    shape = Shape.around(9, [(1, 3), (2, 1), (9, 5)], ALL)
-    assert shape == (16, ((1, 4), (2, 1), (16, 8)), ALL)
-    assert Shape.around(8, [(1, 1)], 5) == (16, ((1, 1),), 8)  # an adapter on some of the tokens needs a padding token
-    assert Shape.around(24, [(24, 1)], 0).levels == ((24, 1),)  # never more segments than tokens
+    shape = Shape.for_batch(9, [(1, 3), (2, 1), (9, 5)], ALL_ROWS)
+    assert shape == (16, ((1, 4), (2, 1), (16, 8)), ALL_ROWS)
+    # An adapter on some of the tokens needs a padding token.
+    assert Shape.for_batch(8, [(1, 1)], 5) == (16, ((1, 1),), 8)
+    assert Shape.for_batch(24, [(24, 1)], 0).levels == ((24, 1),)  # never more segments than tokens
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 16, 17])
@@ -120,7 +121,7 @@ def test_the_number_of_kept_shapes_is_bounded(llama: LanguageModel) -> None:
     engine = Engine({"m": llama}, cuda_graphs="padded", page_tokens=1, max_batch=40)
     engine.generate("m", ragged(60, 100, longest=60, seed=1), SamplingParams(max_tokens=60, stop_token_ids=(0, 1)))
     (memory,) = engine._memories.values()
-    assert memory.graphs and 0 < len(memory.graphs._plans) <= MOST
+    assert memory.graphs and 0 < len(memory.graphs._plans) <= MAX_GRAPHS
     engine.release()
     assert not memory.graphs._plans
 
@@ -143,10 +144,10 @@ def test_changes_that_invalidate_graphs_are_detected() -> None:
     (memory,) = engine._memories.values()
     assert memory.graphs
     kept = dict(memory.graphs._plans)
-    memory.graphs.begin({"m": model})
+    memory.graphs.prepare({"m": model})
     assert dict(memory.graphs._plans) == kept
     weight.data = weight.data.clone()
-    memory.graphs.begin({"m": model})
+    memory.graphs.prepare({"m": model})
     assert not memory.graphs._plans
 
 
@@ -161,7 +162,7 @@ def test_graphs_are_refused_with_the_reason(llama: LanguageModel) -> None:
     assert memory.graphs
     memory.graphs.capture = memory.graphs.required = True
     with pytest.raises(ModelError, match=r"model llama: .*rope_type dynamic.*cuda_graphs=False"):
-        memory.graphs.begin({"m": model})
+        memory.graphs.prepare({"m": model})
 
 
 @pytest.mark.gpu

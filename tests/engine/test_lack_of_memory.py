@@ -79,14 +79,14 @@ class TestPool:
     def engine(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, pages: int) -> Engine:
         engine = Engine({"m": model}, audit=True)
         pool = engine._memory(model.device).pool
-        take = pool.take
+        resize = pool.resize
 
         def limited(count: int) -> None:
             if count > pages:
                 raise torch.OutOfMemoryError("no memory for the arena")
-            take(count)
+            resize(count)
 
-        monkeypatch.setattr(pool, "take", limited)
+        monkeypatch.setattr(pool, "resize", limited)
         return engine
 
     @pytest.mark.parametrize("pages", [8, 20])
@@ -132,15 +132,15 @@ class TestPool:
         engine.generate("m", PROMPTS, PARAMS, SEEDS)
         (memory,) = engine._memories.values()
         engine.release(keep=["m"])
-        pool, take = memory.pool, memory.pool.take
-        kept = pool.total - pool.free
+        pool, resize = memory.pool, memory.pool.resize
+        kept = pool.total - pool.num_free
 
         def limited(count: int) -> None:
             if count > 2 * kept:
                 raise torch.OutOfMemoryError("no memory for the arena")
-            take(count)
+            resize(count)
 
-        monkeypatch.setattr(pool, "take", limited)
+        monkeypatch.setattr(pool, "resize", limited)
         groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
         assert assert_failed_alone(groups, free, PROMPTS, []) == 0
         assert_nothing_is_held(engine)

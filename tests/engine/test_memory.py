@@ -12,7 +12,7 @@ from tiny_models import ragged, tiny_language_model
 
 from alignpro.config import AdapterConfig
 from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
-from alignpro.engine.prefix_tree import SHORTEST
+from alignpro.engine.prefix_tree import MIN_NODE_TOKENS
 from alignpro.errors import DataError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import add_adapter
@@ -30,7 +30,7 @@ def pool_bytes(pages: int, page_tokens: int = 16) -> int:
 
 def held(engine: Engine) -> list[int]:
     """Return the number of pages in each pool that are neither free nor cached."""
-    return [m.pool.total - m.pool.free - m.tree.cached for m in engine._memories.values()]
+    return [m.pool.total - m.pool.num_free - m.tree.num_cached for m in engine._memories.values()]
 
 
 def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> None:
@@ -91,7 +91,7 @@ def test_tokens_do_not_depend_on_the_cache(llama: LanguageModel, expected: list[
     for cut in (TEMPLATE[:33], TEMPLATE, PROMPTS[0] + [5, 6], PROMPTS[1][:50]):
         before = engine.stats.computed["prefill"]
         assert_same(engine.generate("m", [cut], PARAMS), Engine({"m": llama}).generate("m", [cut], PARAMS))
-        assert engine.stats.computed["prefill"] - before < SHORTEST
+        assert engine.stats.computed["prefill"] - before < MIN_NODE_TOKENS
         assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
 
 
@@ -141,7 +141,7 @@ def test_memory_is_released_and_allocated_again(llama: LanguageModel, expected: 
     (memory,) = engine._memories.values()
     engine.release()
     assert memory.pool.arena_bytes == 0
-    assert (memory.pool.free, memory.tree.cached) == (memory.pool.total, 0)
+    assert (memory.pool.num_free, memory.tree.num_cached) == (memory.pool.total, 0)
     engine.resume()
     assert memory.pool.arena_bytes > 0
     assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
@@ -258,7 +258,7 @@ class TestChains:
         self.assert_same(self.run(engine), free)
         assert engine.stats.preemptions > 0
         assert held(engine) == [0]
-        assert set(engine.stats.most_pages) == {"policy", "target"}
+        assert set(engine.stats.peak_pages) == {"policy", "target"}
 
     def test_few_tokens_are_computed_twice(self, llama: LanguageModel, target: LanguageModel) -> None:
         engine = Engine({"policy": llama, "target": target}, max_batch=12)
@@ -289,7 +289,7 @@ class TestChains:
             assert not list(tree.nodes("policy")) and pool.used["policy"] == 0
             pages = [page for node in tree.nodes("target") for page in node.pages]
             assert sorted(pages) == list(range(len(pages)))
-            assert tree.cached == len(pages) == pool.used["target"] == pool.total - pool.free > 0
+            assert tree.num_cached == len(pages) == pool.used["target"] == pool.total - pool.num_free > 0
             assert pool.arena_bytes == len(pages) * pool.page_bytes < whole
             before = engine.stats.computed["prefill"]
             self.assert_same(self.run(engine), first)
@@ -297,7 +297,7 @@ class TestChains:
             assert pool.arena_bytes == whole
         engine.release(keep=["target"])
         engine.release()
-        assert pool.arena_bytes == 0 and pool.free == pool.total
+        assert pool.arena_bytes == 0 and pool.num_free == pool.total
         engine.resume()
         assert pool.arena_bytes == whole
         self.assert_same(self.run(engine), first)

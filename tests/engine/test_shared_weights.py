@@ -10,7 +10,7 @@ from tiny_models import ACTIVATED, ARCHITECTURES, ragged, tiny_adapted, tiny_lan
 
 from alignpro.config import AdapterConfig
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
-from alignpro.engine.prefix_tree import SHORTEST
+from alignpro.engine.prefix_tree import MIN_NODE_TOKENS
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.policy import sequence_logprob
@@ -147,7 +147,7 @@ def test_tokens_before_the_invocation_are_computed_once_for_prompter_and_target(
     engine.generate("policy", inputs, params)
     computed = engine.stats.computed["prefill"]
     floor = len(TEMPLATE) + sum(len(text) - len(TEMPLATE) for text in TEXTS) + 2 * len(TEXTS)
-    assert floor <= computed <= floor + len(TEXTS) * SHORTEST
+    assert floor <= computed <= floor + len(TEXTS) * MIN_NODE_TOKENS
     engine.generate("target", TEXTS, params)  # the baseline: no rewrite
     assert engine.stats.computed["prefill"] == computed
     assert engine.stats.computed["recompute"] == len(TEXTS)  # the last state of each, from which the target draws
@@ -189,7 +189,7 @@ def test_new_lora_weights_keep_the_pages_of_the_base_model(llama: LanguageModel)
     assert_same(after, chains(Engine({"policy": model, "target": llama}), inputs))
     assert [c.sample.tokens for g in after for c in g] != [c.sample.tokens for g in before for c in g]
     engine.weights_updated("target")
-    assert memory.pool.free == memory.pool.total
+    assert memory.pool.num_free == memory.pool.total
 
 
 def test_prefixes_are_shared_over_steps_without_a_target(prompter: LanguageModel) -> None:
@@ -246,7 +246,7 @@ def test_chains_do_not_depend_on_the_available_memory(
         if update:
             engine.weights_updated("policy")
     (memory,) = engine._memories.values()
-    assert memory.pool.total - memory.pool.free == memory.tree.cached
+    assert memory.pool.total - memory.pool.num_free == memory.tree.num_cached
 
 
 @pytest.mark.parametrize("fuse", [True, False])

@@ -58,7 +58,7 @@ def test_tokens_of_a_stop_text_are_actions(workshop: Workshop, tmp_path: Path) -
     prompts = made.stream.batch(0)
     chains = made.environment.rollout(made.engine, prompts, made.sampling, [1, 2])
     samples = [chain.sample for group in chains for chain in group]
-    stopped = [sample for sample in samples if sample.kept is not None]
+    stopped = [sample for sample in samples if sample.num_text_tokens is not None]
     assert len(stopped) > len(samples) // 2
     tokenizer = made.policy.model.tokenizer
     for sample in stopped:
@@ -103,4 +103,4 @@ def test_stop_texts_do_not_change_the_distribution(workshop: Workshop, tmp_path:
     whole = rollout("whole")
     for one, other in zip(cut, whole, strict=True):
         assert one.sample.tokens == other.sample.tokens[: len(one.sample.tokens)]
-    assert any(one.sample.kept is not None for one in cut)
+    assert any(one.sample.num_text_tokens is not None for one in cut)
