@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from benchmarks import environment, options
+from benchmarks import command
+from benchmarks.session import Session
 
 HEADER = (
     "| seed | no fine-tuning | SFT prompter | Gibbs, N = 16 | Align-Pro | oracle (RLHF) | gap recovered "
@@ -23,7 +23,7 @@ HEADER = (
     "|---|---|---|---|---|---|---|---|---|",
 )
 
-app = options.new_app()
+app = command.new_app()
 
 
 @app.command(help=__doc__)
@@ -32,28 +32,20 @@ def run(
     out: Annotated[Path, typer.Option(help="Directory with one demo run per seed; finished runs are reused.")] = Path(
         "runs/bench-demo"
     ),
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="Results file: benchmarks/results/DEVICE/demo.json.", show_default=False),
-    ] = None,
+    json_file: command.ResultsFile = None,
 ) -> None:
     """See the module."""
-    where = options.find_device("auto")  # as the demo does
-    file = json_file or options.results_folder("demo", where, quick=False) / "demo.json"
-    document: dict[str, Any] = {
-        "runs": [],
-        "run": environment.describe("benchmarks.demo", where, torch.float32, environment.command_line()),
-    }
+    session = Session("demo", device="auto", file=json_file)  # the device that the demo uses
+    document: dict[str, Any] = {"runs": [], "run": session.describe()}
     for seed in range(seeds):
         summary = out / f"seed_{seed}" / "summary.json"
         if not summary.exists():
-            command = [sys.executable, "-m", "alignpro", "demo", "--out", str(summary.parent), "--seed", str(seed)]
-            subprocess.run(command, check=True)
+            demo = [sys.executable, "-m", "alignpro", "demo", "--out", str(summary.parent), "--seed", str(seed)]
+            subprocess.run(demo, check=True)
         document["runs"].append({"seed": seed} | json.loads(summary.read_text()))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(document, indent=1) + "\n")
+        session.save(document)
     typer.echo("\n".join([*HEADER, *rows(document["runs"])]))
-    typer.echo(f"seconds: {', '.join(format(each['seconds'], '.0f') for each in document['runs'])}  {file}")
+    typer.echo(f"seconds: {', '.join(format(each['seconds'], '.0f') for each in document['runs'])}  {session.file}")
 
 
 def rows(runs: Sequence[Mapping[str, Any]]) -> list[str]:

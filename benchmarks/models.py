@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -109,9 +108,3 @@ def _config(shape: ModelShape, context: int) -> PreTrainedConfig:
         pad_token_id=None,
     )
     return config
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Save model and tokenizer so that ``from_pretrained`` can load them."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

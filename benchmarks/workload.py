@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import typer
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -96,18 +98,17 @@ PAPER = Workload(
     K=8,
     M=4,
 )
-BARE = Workload(
-    "bare",
-    SMALL_PROMPTER,
-    SMALL_TARGET,
-    meta_prompt=0,
-    prompt=64,
-    rewrite=32,
-    template=0,
-    response=64,
-    prompts=8,
-    K=8,
-    M=1,
+BARE = replace(PAPER, name="bare", meta_prompt=0, template=0, response=64, M=1)
+GPU = replace(
+    BARE,
+    name="gpu",
+    prompter=ModelShape(28, 1536, 8960, 12, 2, 151936, architecture="qwen2", tied=True),  # of Qwen2.5-1.5B
+    target=ModelShape(32, 4096, 14336, 32, 8, 128256),  # of Llama-3.1-8B
+    prompt=256,
+    rewrite=128,
+    response=256,
+    prompts=32,
+    M=4,
 )
 QUICK = Workload(
     "quick",
@@ -122,25 +123,25 @@ QUICK = Workload(
     K=2,
     M=2,
 )
-WORKLOADS = {workload.name: workload for workload in (PAPER, BARE)}
+WORKLOADS = {workload.name: workload for workload in (PAPER, BARE, GPU)}
 
 
-def find_workload(name: str) -> Workload:
-    """Return a workload by name.
+def find_workload(name: str, changes: Sequence[str] | None, *, quick: bool) -> Workload:
+    """Return a workload by name, or the smoke test's, with some of its numbers changed.
 
     Raises:
-        ValueError: There is no such workload.
+        typer.BadParameter: There is no such workload, or a change is invalid; see `reshape`.
     """
     if name not in WORKLOADS:
-        raise ValueError(f"workload {name!r}: use one of {', '.join(WORKLOADS)}")
-    return WORKLOADS[name]
+        raise typer.BadParameter(f"workload {name!r}: use one of {', '.join(WORKLOADS)}")
+    return reshape(QUICK if quick else WORKLOADS[name], changes or [])
 
 
 def reshape(workload: Workload, changes: Sequence[str]) -> Workload:
     """Return a workload with some of its numbers changed (``K=4``) or its models (``target=6x384``).
 
     Raises:
-        ValueError: A change cannot be parsed, names an unknown field, or has an invalid value.
+        typer.BadParameter: A change cannot be parsed, names an unknown field, or has an invalid value.
     """
     numbers = [field.name for field in fields(Workload) if field.type == "int"]
     values: dict[str, Any] = {}
@@ -149,9 +150,11 @@ def reshape(workload: Workload, changes: Sequence[str]) -> Workload:
         if key in ("prompter", "target"):
             values[key] = _model(value)
         elif key not in numbers:
-            raise ValueError(f"shape {change!r}: expected prompter=LxD, target=LxD or one of {', '.join(numbers)} = N")
+            raise typer.BadParameter(
+                f"shape {change!r}: expected prompter=LxD, target=LxD or one of {', '.join(numbers)} = N"
+            )
         elif not value.isdecimal() or (int(value) == 0 and key not in ("meta_prompt", "template")):
-            raise ValueError(f"shape {change!r}: expected a number")
+            raise typer.BadParameter(f"shape {change!r}: expected a number")
         else:
             values[key] = int(value)
     return replace(workload, **values)
@@ -160,5 +163,5 @@ def reshape(workload: Workload, changes: Sequence[str]) -> Workload:
 def _model(text: str) -> ModelShape:
     layers, _, hidden = text.partition("x")
     if not (layers.isdecimal() and hidden.isdecimal() and int(layers) and int(hidden) and int(hidden) % 8 == 0):
-        raise ValueError(f"model {text!r}: expected LAYERSxHIDDEN, such as 6x384, HIDDEN a multiple of 8")
+        raise typer.BadParameter(f"model {text!r}: expected LAYERSxHIDDEN, such as 6x384, HIDDEN a multiple of 8")
     return ModelShape(int(layers), int(hidden), 3 * int(hidden), 4, 2, BYTES)

@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[1]
 
 ROOMS = [
     {"errors", "__init__"},
+    {"objectives", "theory"},
     {"config", "versions"},
     {"data"},
     {"prompting"},
     {"models"},
     {"distributed"},
-    {"engine", "rewards", "objectives", "theory", "planning"},
+    {"engine", "rewards", "planning"},
     {"policy"},
     {"environments"},
     {"training"},
@@ -34,7 +35,8 @@ NARROWER = {
     "engine": {"models", "errors"},
     "objectives": {"errors"},
     "theory": {"errors"},
-    "config": {"errors"},
+    "config": {"objectives", "errors"},
+    "rewards": {"models", "prompting", "data", "config", "errors"},
     "distributed": {"models", "config", "errors"},
     "planning": {"config", "models", "distributed", "errors"},
 }

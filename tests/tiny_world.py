@@ -113,7 +113,7 @@ class World:
         drawn = [[self._number[tuple(chain.sample.tokens)] for chain in group] for group in chains]
         values = torch.stack([self.rewards[row[x.id], group] for x, group in zip(prompts, drawn, strict=True)])
         texts = [[" ".join(map(str, chain.sample.tokens)) for chain in group] for group in chains]
-        return Scores(values, values.unsqueeze(-1), texts, [[[text] for text in group] for group in texts], {})
+        return Scores(values, texts)
 
     # Exact values.
 
@@ -165,7 +165,7 @@ def credit(world: World, training: RLTrainer, groups: Sequence[Sequence[int]]) -
     """Compute the experience of all groups of K sequences for both prompts: first all groups of one, then of the other."""
     prompts = [prompt for prompt in world.prompts for _ in groups]
     chains = [[world.chains[s] for s in group] for _ in world.prompts for group in groups]
-    return training.credit(prompts, chains, world.score(prompts, chains))
+    return training.compute_advantages(prompts, chains, world.score(prompts, chains))
 
 
 def take_gradient(weights: Iterable[Tensor]) -> list[Tensor]:

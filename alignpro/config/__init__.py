@@ -3,7 +3,7 @@
 A run is described by YAML files and dotted overrides (``optimizer.learning_rate=1e-4``), merged left to right.
 OmegaConf merges and interpolates, pydantic types and validates. An unknown key or a bad value is an error that names the
 key. The sections are defined here by subject; `loading` reads and writes configurations, and `messages` formats errors.
-May import `errors`.
+May import `errors`, and `objectives` to check what a loss needs.
 """
 
 from alignpro.config.data import DataConfig, PromptingConfig

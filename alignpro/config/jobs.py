@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -36,6 +36,10 @@ class TrainConfig(Section):
     reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
     rollout: RolloutConfig = RolloutConfig()
+    environment: str | None = None
+    """A class of the user's own in place of `PromptEnvironment`, which it extends, as package.module:Class or file.py:Class."""
+    environment_params: dict[str, Any] = Field(default_factory=dict)
+    """Its further arguments."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -66,6 +70,9 @@ class RLHFConfig(Section):
     policy: PolicyConfig
     reward: RewardConfig
     rollout: ResponseRolloutConfig = ResponseRolloutConfig()
+    environment: str | None = None
+    """Likewise, in place of `ResponseEnvironment`."""
+    environment_params: dict[str, Any] = Field(default_factory=dict)
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -180,13 +187,11 @@ class OptimalConfig(Section):
 
 
 def _check_group(objective: ObjectiveConfig, group: int, key: str) -> None:
-    needs_group = objective.loss == "gibbs" or objective.advantage in ("leave_one_out", "group_normalized")
-    if needs_group and group < 2:
-        what = "loss=gibbs" if objective.loss == "gibbs" else f"advantage={objective.advantage}"
-        raise ValueError(
-            f"{key}={group} with objective.{what}: a baseline from the same prompt's other samples needs at least 2; "
-            "raise it, or use objective.advantage=running_baseline"
-        )
+    if group < 2:
+        from alignpro.objectives import ADVANTAGES, LOSSES  # imports torch, for which larger groups need not wait
+
+        if objective.loss in LOSSES and objective.advantage in ADVANTAGES:  # the user's own are checked when loaded
+            objective.check_group(LOSSES[objective.loss], ADVANTAGES[objective.advantage], group, key)
 
 
 def _check_on_policy(sampling: SamplingConfig, key: str) -> None:

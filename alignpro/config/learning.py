@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from alignpro.config.section import Section
+
+if TYPE_CHECKING:
+    from alignpro.objectives import Advantage, Loss
 
 
 class KLConfig(Section):
@@ -27,11 +30,30 @@ class KLConfig(Section):
         return self
 
 
+def _name_or_path(*names: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names and ":" not in value:
+            raise ValueError(
+                f"expected {', '.join(names)}, or a class as package.module:Class or path/to/file.py:Class"
+            )
+        return value
+
+    return AfterValidator(check)
+
+
 class ObjectiveConfig(Section):
     """The loss and the advantages."""
 
-    loss: Literal["policy_gradient", "ppo_clip", "gibbs"] = "policy_gradient"
-    advantage: Literal["leave_one_out", "group_normalized", "running_baseline", "gae"] = "leave_one_out"
+    loss: Annotated[str, _name_or_path("policy_gradient", "ppo_clip", "gibbs")] = "policy_gradient"
+    """A name, or a class of the user's own that extends `alignpro.objectives.Loss`."""
+    loss_params: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the user's own loss."""
+    advantage: Annotated[str, _name_or_path("leave_one_out", "group_normalized", "running_baseline", "gae")] = (
+        "leave_one_out"
+    )
+    """A name, or a class of the user's own that extends `alignpro.objectives.Advantage`."""
+    advantage_params: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the user's own advantage."""
     kl: KLConfig = KLConfig()
     entropy_coef: float = Field(0.0, ge=0)
     clip_range: float = Field(0.2, gt=0)
@@ -47,21 +69,63 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
-        if self.loss == "policy_gradient" and self.epochs * self.minibatches > 1:
+        for key, name, params in (
+            ("loss", self.loss, self.loss_params),
+            ("advantage", self.advantage, self.advantage_params),
+        ):
+            if params and ":" not in name:
+                raise ValueError(f"{key}_params are the arguments of a class of your own, and {key} is {name}")
+        plain = ObjectiveConfig.model_fields["advantage"].default, 0.0, "sequence", 1
+        unusual = (self.advantage, self.entropy_coef, self.normalize_by, self.epochs * self.minibatches) != plain
+        if unusual or self.kl.coef == 0:
+            from alignpro.objectives import LOSSES  # imports torch, for which other configurations need not wait
+
+            if self.loss in LOSSES:  # one of the user's own is checked when it is loaded
+                self.check_loss(LOSSES[self.loss])
+        return self
+
+    def check_loss(self, loss: type[Loss]) -> None:
+        """Check that the settings fit the class of the loss.
+
+        Raises:
+            ValueError: They do not.
+        """
+        if loss.on_policy and self.epochs * self.minibatches > 1:
             raise ValueError(
-                "policy_gradient is on-policy: it requires epochs=1 and minibatches=1 "
+                f"{self.loss} is on-policy: it requires epochs=1 and minibatches=1 "
                 "(ppo_clip and gibbs may reuse a rollout)"
             )
-        if self.loss == "gibbs" and self.kl.coef == 0:
-            raise ValueError("gibbs regresses on R/λ: kl.coef must be positive")
-        if self.loss == "gibbs" and self.advantage != "leave_one_out":
-            raise ValueError("gibbs centres within the group and uses no advantage: leave `advantage` at its default")
-        if self.loss == "gibbs" and (self.entropy_coef > 0 or self.normalize_by != "sequence"):
+        if loss.needs_kl and self.kl.coef == 0:
+            raise ValueError(f"{self.loss} regresses on R/λ: kl.coef must be positive")
+        if not loss.uses_advantage and self.advantage != "leave_one_out":
             raise ValueError(
-                "gibbs compares whole sequences of a prompt and supports neither an entropy bonus nor a mean over tokens: "
-                "leave `entropy_coef` and `normalize_by` at their defaults"
+                f"{self.loss} centres within the group and uses no advantage: leave `advantage` at its default"
             )
-        return self
+        if not loss.per_token and (self.entropy_coef > 0 or self.normalize_by != "sequence"):
+            raise ValueError(
+                f"{self.loss} compares whole sequences of a prompt and supports neither an entropy bonus nor a mean over "
+                "tokens: leave `entropy_coef` and `normalize_by` at their defaults"
+            )
+
+    def check_group(self, loss: type[Loss], advantage: type[Advantage], group: int, key: str) -> None:
+        """Check that there are enough samples per prompt.
+
+        Args:
+            loss: The class of the loss.
+            advantage: The class of the advantage.
+            group: Samples per prompt, K.
+            key: Its key in the configuration.
+
+        Raises:
+            ValueError: There are not.
+        """
+        if group >= 2 or not (loss.needs_group or (loss.uses_advantage and advantage.needs_group)):
+            return
+        what = f"loss={self.loss}" if loss.needs_group else f"advantage={self.advantage}"
+        raise ValueError(
+            f"{key}={group} with objective.{what}: a baseline from the same prompt's other samples needs at least 2; "
+            "raise it, or use objective.advantage=running_baseline"
+        )
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

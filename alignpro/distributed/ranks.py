@@ -68,6 +68,10 @@ class Ranks:
         """Return the maximum of a number over ranks."""
         return number if self.group is None else int(self._reduced(number, torch.int64, dist.ReduceOp.MAX))
 
+    def lockstep(self, passes: Sequence[T], empty: T) -> list[T]:
+        """Append empty passes until all ranks have the same number: with sharded weights each pass is a collective."""
+        return [*passes, *[empty] * (self.reduce_max(len(passes)) - len(passes))]
+
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank."""
         return bool(self.reduce_max(int(flag)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,18 +18,32 @@ from alignpro.rewards import RewardStack
 
 @dataclass
 class Scores:
-    """The rewards of P prompts × K samples × M responses."""
+    """The scores of P prompts × K samples."""
 
     values: Tensor
-    """(P, K) float32: R(x, x'), the mean over the M responses, minus the penalty if the sample is truncated."""
-    rewards: Tensor
-    """(P, K, M) float32: r*(x, y), with component weights and guard penalties applied."""
+    """(P, K) float32: R of each sample, which the policy is trained to raise."""
     samples: list[list[str]]
     """[P][K]: the policy's samples, as text."""
-    responses: list[list[list[str]]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Means over the samples, to be logged: such as the reward's components, or the share of truncated samples."""
+
+    def texts(self, p: int, k: int) -> dict[str, Any]:
+        """Return what is logged of one sample, serializable as JSON."""
+        return {"sample": self.samples[p][k]}
+
+
+@dataclass
+class ResponseScores(Scores):
+    """Scores that are means over M responses y to each sample; in RLHF the sample is its own response."""
+
+    rewards: Tensor = field(kw_only=True)
+    """(P, K, M) float32: r*(x, y), with component weights and guard penalties applied."""
+    responses: list[list[list[str]]] = field(kw_only=True)
     """[P][K][M]: the responses that were scored, as text."""
-    metrics: dict[str, float]
-    """Means of the reward's components, of the guards, and of flags of the samples such as truncation."""
+
+    def texts(self, p: int, k: int) -> dict[str, Any]:
+        """Return what is logged of one sample."""
+        return super().texts(p, k) | {"responses": self.responses[p][k]}
 
 
 class Environment(Protocol):
@@ -55,7 +69,7 @@ def score_texts(
     *,
     truncated: Tensor | None = None,
     truncation_penalty: float = 0.0,
-) -> Scores:
+) -> ResponseScores:
     """Score P prompts × K rewrites × M responses given as text.
 
     Args:
@@ -82,8 +96,12 @@ def score_texts(
     if truncated is not None:
         values = values - truncation_penalty * truncated
         metrics["sample/truncated"] = truncated.float().mean().item()
-    return Scores(
-        values, rewards, [list(g) for g in rewrites or []], [[list(r) for r in g] for g in responses], metrics
+    return ResponseScores(
+        values,
+        [list(group) for group in rewrites or []],
+        metrics,
+        rewards=rewards,
+        responses=[[list(each) for each in group] for group in responses],
     )
 
 

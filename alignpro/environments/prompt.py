@@ -10,7 +10,7 @@ from dataclasses import replace
 from alignpro.config import PromptingConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
-from alignpro.environments.base import Scores, mean_notes, refuse_errors, score_texts, truncated_samples
+from alignpro.environments.base import ResponseScores, mean_notes, refuse_errors, score_texts, truncated_samples
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.target_prompt import TargetInput, TargetTemplate
 from alignpro.rewards import RewardStack
@@ -65,7 +65,7 @@ class PromptEnvironment:
             chain.notes = {"rewrite/empty": float(given.empty), "rewrite/over_long": float(given.dropped > 0)}
         return chains
 
-    def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
+    def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Average the rewards of the responses to each rewrite, scored against the original prompt."""
         refuse_errors(prompts, chains)
         rewrites = [[self.prompter.decode(c.sample.text_tokens) for c in group] for group in chains]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams
-from alignpro.environments.base import Scores, refuse_errors, score_texts, truncated_samples
+from alignpro.environments.base import ResponseScores, refuse_errors, score_texts, truncated_samples
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards import RewardStack
 
@@ -36,7 +36,7 @@ class ResponseEnvironment:
         groups = engine.generate("policy", [self.encode(prompt) for prompt in prompts], params, seeds)
         return [[Chain(sample) for sample in group] for group in groups]
 
-    def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
+    def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Score each response."""
         refuse_errors(prompts, chains)
         texts = [[self.template.decode(c.sample.text_tokens) for c in group] for group in chains]

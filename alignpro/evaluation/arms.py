@@ -11,7 +11,7 @@ from torch import Tensor
 from alignpro.config import EvalConfig, OptimalConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
-from alignpro.environments.base import Environment, Scores, sampling_params
+from alignpro.environments.base import ResponseScores, sampling_params
 from alignpro.environments.build import prompt_environment
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
@@ -38,7 +38,7 @@ class ArmSamples:
     name: str
     chains: list[list[Chain]]
     """[P][K]; in an arm without rewrites, the samples are the responses."""
-    scores: Scores
+    scores: ResponseScores
 
     @property
     def rewards(self) -> Tensor:
@@ -116,7 +116,9 @@ class ArmSampler:
         """The closed-form weights of the candidates, with λ log Ẑ and the effective sample size."""
         return gibbs_resample(candidates.scores.values.double(), kl_coef)
 
-    def _draw(self, name: str, environment: Environment, engine: Engine, params: SamplingParams) -> ArmSamples:
+    def _draw(
+        self, name: str, environment: PromptEnvironment | ResponseEnvironment, engine: Engine, params: SamplingParams
+    ) -> ArmSamples:
         seeds = [derive_seed(self.config.seed, "evaluation", i) for i in range(len(self.prompts))]
         chains = environment.rollout(engine, self.prompts, params, seeds)
         return ArmSamples(name, chains, environment.score(self.prompts, chains))

@@ -1,47 +1,72 @@
 """From scores to per-token loss coefficients: KL, advantages, policy losses, Gibbs. Pure functions of tensors.
 
-May import `errors` only.
+May import `errors` and `alignpro_kernels` only.
 """
 
 from alignpro.objectives.advantages import (
+    GAE,
+    Advantage,
+    GroupNormalized,
+    LeaveOneOut,
     RunningBaseline,
-    gae,
-    group_normalized,
+    SampledReturns,
     is_unbiased,
-    leave_one_out,
     returns_to_go,
 )
-from alignpro.objectives.gibbs import gibbs_loss
+from alignpro.objectives.gibbs import Gibbs, gibbs_loss
 from alignpro.objectives.kl import AdaptiveKL, KLEstimator, KLLossTerms, kl_loss_terms, last_action, token_rewards
 from alignpro.objectives.losses import (
+    Loss,
+    LossInputs,
+    LossOutput,
+    Passes,
+    PolicyGradient,
     PolicyGradientBatch,
+    PPOClip,
     TokenLoss,
     loss_count,
-    policy_gradient_coefficients,
-    ppo_clip_coefficients,
     value_loss,
 )
 from alignpro.objectives.resampling import GibbsResample, gibbs_resample
 
+ADVANTAGES: dict[str, type[Advantage]] = {
+    "leave_one_out": LeaveOneOut,
+    "group_normalized": GroupNormalized,
+    "running_baseline": RunningBaseline,
+    "gae": GAE,
+}
+"""``objective.advantage`` → class."""
+LOSSES: dict[str, type[Loss]] = {"policy_gradient": PolicyGradient, "ppo_clip": PPOClip, "gibbs": Gibbs}
+"""``objective.loss`` → class."""
+
 __all__ = [
+    "ADVANTAGES",
+    "GAE",
+    "LOSSES",
     "AdaptiveKL",
+    "Advantage",
+    "Gibbs",
     "GibbsResample",
+    "GroupNormalized",
     "KLEstimator",
     "KLLossTerms",
+    "LeaveOneOut",
+    "Loss",
+    "LossInputs",
+    "LossOutput",
+    "PPOClip",
+    "Passes",
+    "PolicyGradient",
     "PolicyGradientBatch",
     "RunningBaseline",
+    "SampledReturns",
     "TokenLoss",
-    "gae",
     "gibbs_loss",
     "gibbs_resample",
-    "group_normalized",
     "is_unbiased",
     "kl_loss_terms",
     "last_action",
-    "leave_one_out",
     "loss_count",
-    "policy_gradient_coefficients",
-    "ppo_clip_coefficients",
     "returns_to_go",
     "token_rewards",
     "value_loss",

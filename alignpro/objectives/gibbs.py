@@ -15,6 +15,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from alignpro.errors import ConfigError
+from alignpro.objectives.losses import Loss, LossInputs, LossOutput, Passes
+
+
+class Gibbs(Loss):
+    """The Gibbs loss, whose minimum is ρ* for any samples."""
+
+    needs_group = True
+    needs_kl = True
+    uses_advantage = False
+    per_token = False
+
+    def __call__(self, inputs: LossInputs, passes: Passes) -> LossOutput:
+        """Compute the loss of a micro-batch of whole groups."""
+        reference = inputs.reference_logprob.sum(1)
+        loss = gibbs_loss(passes.sequence_logprob(), reference, inputs.scores, inputs.group, inputs.kl_coef)
+        return LossOutput(loss * inputs.share, {}, 0)
 
 
 def gibbs_loss(

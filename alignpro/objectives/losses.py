@@ -1,4 +1,4 @@
-"""Policy losses as three coefficients per token, for `alignpro_kernels.policy_loss`.
+"""Policy losses: one class each. A loss of single tokens is three coefficients per token, for `alignpro_kernels.policy_loss`.
 
     L = Σ_t scale · [ surrogate(logp_t; A_t) + (the KL term, see `kl`) − c · H_t ]
     α = ∂L/∂logp_t        η = ∂L/∂H_t = −scale · c        κ = ∂L/∂KL_t = scale · λ for the exact KL, else 0
@@ -9,17 +9,18 @@ N actions, flattened row-major: ``x[mask]`` of a (B, T) tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from alignpro.objectives.kl import KLEstimator, kl_loss_terms
+from alignpro_kernels import Coefficients
 
 
 @dataclass(frozen=True)
 class PolicyGradientBatch:
-    """The inputs of the loss for N actions; all tensors are treated as constants."""
+    """The inputs of a loss of single tokens, for N actions; all tensors are treated as constants."""
 
     advantages: Tensor
     """(N,) float."""
@@ -39,6 +40,83 @@ class PolicyGradientBatch:
     of higher entropy."""
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """What a loss is computed from, for B = P·K rows of at most T actions; all tensors are treated as constants."""
+
+    mask: Tensor
+    """(B, T) bool, True at the actions."""
+    advantages: Tensor
+    """(B, T)."""
+    reference_logprob: Tensor
+    """(B, T) log ρ_sft(a_t|s_t), nats."""
+    old_logprob: Tensor
+    """(B, T) log-probability under the policy that drew the rollout, nats."""
+    scores: Tensor
+    """(B,) R of each row."""
+    group: int
+    """K: rows per prompt."""
+    scale: float
+    """1 / `loss_count` of the whole optimizer step."""
+    share: float
+    """Share of these rows in those of the whole optimizer step."""
+    kl_coef: float
+    """λ, in units of reward per nat."""
+    kl_estimator: KLEstimator
+    entropy_coef: float
+
+    def actions(self) -> PolicyGradientBatch:
+        """Flatten the inputs to the actions alone, (N,)."""
+        return PolicyGradientBatch(
+            advantages=self.advantages[self.mask],
+            scale=self.scale,
+            kl_coef=self.kl_coef,
+            kl_estimator=self.kl_estimator,
+            reference_logprob=self.reference_logprob[self.mask],
+            old_logprob=self.old_logprob[self.mask],
+            entropy_coef=self.entropy_coef,
+        )
+
+
+class LossOutput(NamedTuple):
+    """A loss, and metrics that are means over tokens."""
+
+    loss: Tensor
+    """(), differentiable."""
+    metrics: dict[str, float]
+    tokens: int
+    """Number of tokens that ``metrics`` are means over."""
+
+
+class Passes(Protocol):
+    """The passes of the policy that a loss may ask for, over the rows of its inputs."""
+
+    def token_loss(self, coefficients: Coefficients) -> Tensor:
+        """Sum a loss of single tokens over all actions; see `alignpro_kernels.Coefficients`."""
+
+    def sequence_logprob(self) -> Tensor:
+        """Compute log ρ(x'|x) of each row, (B,), differentiable."""
+
+
+class Loss:
+    """A policy's loss. Subclasses say what they need, and implement ``__call__``."""
+
+    on_policy: ClassVar[bool] = False
+    """Whether it is valid for one update on each rollout only."""
+    needs_group: ClassVar[bool] = False
+    """Whether it compares the samples of one prompt, of which there must be at least 2, all in one micro-batch."""
+    needs_kl: ClassVar[bool] = False
+    """Whether λ must be positive."""
+    uses_advantage: ClassVar[bool] = True
+    """Whether it reads `LossInputs.advantages`."""
+    per_token: ClassVar[bool] = True
+    """Whether it is a sum over tokens, with an entropy bonus and a choice of `loss_count`."""
+
+    def __call__(self, inputs: LossInputs, passes: Passes) -> LossOutput:
+        """Compute the loss of a micro-batch; over all micro-batches of a step the losses add up."""
+        raise NotImplementedError
+
+
 def loss_count(mask: Tensor, normalize_by: Literal["sequence", "token"]) -> int:
     """The normaliser of the loss for a mask (B, T).
 
@@ -53,7 +131,9 @@ def loss_count(mask: Tensor, normalize_by: Literal["sequence", "token"]) -> int:
 class TokenLoss:
     """The coefficients callable of `alignpro_kernels.policy_loss`; accumulates metrics over the chunks it is called on.
 
-    Build it with `policy_gradient_coefficients` or `ppo_clip_coefficients`.
+    Args:
+        batch: The actions.
+        clip_range: ε of PPO's clipped surrogate; None for the surrogate −A·logp.
     """
 
     def __init__(self, batch: PolicyGradientBatch, clip_range: float | None) -> None:
@@ -102,7 +182,7 @@ class TokenLoss:
         """The loss (C,) and its derivative with respect to logprob (C,), before scaling."""
         if self.clip_range is None:
             return -advantages * logprob, -advantages
-        assert self.batch.old_logprob is not None  # the builder checks it
+        assert self.batch.old_logprob is not None  # `PPOClip.coefficients` checks it
         change = logprob - self.batch.old_logprob[rows].to(logprob.dtype)
         ratio = change.exp()
         bounded = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
@@ -115,16 +195,28 @@ class TokenLoss:
         return -gain, torch.where(clipped, 0.0, -advantages * ratio)
 
 
-def policy_gradient_coefficients(batch: PolicyGradientBatch) -> TokenLoss:
+class PolicyGradient(Loss):
     """REINFORCE: the surrogate −A·logp, whose gradient −A·∇logp is the score-function estimate. On policy only.
 
     The value of the loss has no meaning by itself. With an unbiased advantage (`is_unbiased`) the expectation of its
     gradient is −∇J.
     """
-    return TokenLoss(batch, clip_range=None)
+
+    on_policy = True
+
+    def coefficients(self, batch: PolicyGradientBatch) -> TokenLoss:
+        """Return the loss of single tokens."""
+        return TokenLoss(batch, clip_range=None)
+
+    def __call__(self, inputs: LossInputs, passes: Passes) -> LossOutput:
+        """Compute the loss of a micro-batch."""
+        batch = inputs.actions()
+        coefficients = self.coefficients(batch)
+        loss = passes.token_loss(coefficients)
+        return LossOutput(loss, coefficients.metrics(), len(batch.advantages))
 
 
-def ppo_clip_coefficients(batch: PolicyGradientBatch, clip_range: float) -> TokenLoss:
+class PPOClip(PolicyGradient):
     """PPO's clipped surrogate (Schulman et al., 2017, arXiv 1707.06347, eq. 7).
 
         −min(r·A, clip(r, 1 − ε, 1 + ε)·A)        r = ρ(a_t|s_t) / ρ_old(a_t|s_t)
@@ -132,12 +224,24 @@ def ppo_clip_coefficients(batch: PolicyGradientBatch, clip_range: float) -> Toke
     At ρ = ρ_old its gradient is the policy gradient's. Off policy it is a local bound on improvement, not an estimate
     of ∇J.
 
-    Raises:
-        ValueError: The batch has no ``old_logprob``.
+    Args:
+        clip_range: ε.
     """
-    if batch.old_logprob is None:
-        raise ValueError("ppo_clip needs old_logprob in its batch: the log-probabilities from the rollout")
-    return TokenLoss(batch, clip_range)
+
+    on_policy = False
+
+    def __init__(self, clip_range: float = 0.2) -> None:
+        self.clip_range = clip_range
+
+    def coefficients(self, batch: PolicyGradientBatch) -> TokenLoss:
+        """Return the loss of single tokens.
+
+        Raises:
+            ValueError: The batch has no ``old_logprob``.
+        """
+        if batch.old_logprob is None:
+            raise ValueError("ppo_clip needs old_logprob in its batch: the log-probabilities from the rollout")
+        return TokenLoss(batch, self.clip_range)
 
 
 def value_loss(values: Tensor, targets: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Rewards r*(x, y): functions, reward models and drift guards, combined in a weighted sum.
 
-May import `distributed`, `models`, `prompting`, `data`, `config` and `errors`.
+May import `models`, `prompting`, `data`, `config` and `errors`.
 """
 
 from alignpro.rewards.component import Measurement, Reward

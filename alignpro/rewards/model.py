@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from transformers import (
 
 from alignpro.config import ModelConfig, ModelRewardConfig, TrainableModelConfig
 from alignpro.data import Prompt
-from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.errors import ModelError
 from alignpro.models.loading import DTYPES, resolve_device
 from alignpro.prompting.chat_template import ChatTemplate
@@ -60,23 +60,26 @@ class SequenceRewardModel(nn.Module):
         return rewards
 
 
+LoadRewardModel = Callable[[ModelConfig, Callable[[ModelConfig], SequenceRewardModel]], SequenceRewardModel]
+"""Loads a reward model, given its configuration and the function that loads it whole."""
+
+
 class ModelReward:
     """Reward component: ``scale * r + offset`` of a frozen `SequenceRewardModel` on (original prompt, response).
 
     Args:
         config: The model and the scaling of its scores.
-        models: Loads the model and controls when it can be run; without it, the model can always be run.
+        load: Loads the model in place of `load_reward_model`, for example sharded over ranks.
 
     Raises:
         ModelError: The model cannot be loaded, has no trained score head of one output, or no chat template.
     """
 
-    def __init__(self, config: ModelRewardConfig, models: FrozenModels | None = None) -> None:
+    def __init__(self, config: ModelRewardConfig, load: LoadRewardModel | None = None) -> None:
         self.name = config.name or Path(config.model.path).name
         self._config = config
-        self._model = (models or FrozenModels()).load(
-            config.model, lambda each: load_reward_model(each, config.max_length)
-        )
+        plainly = partial(load_reward_model, max_length=config.max_length)
+        self._model = plainly(config.model) if load is None else load(config.model, plainly)
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:

@@ -9,12 +9,11 @@ from functools import partial
 
 from alignpro.config import FunctionRewardConfig, RewardComponentConfig, RewardConfig
 from alignpro.data import Prompt
-from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.errors import ConfigError
 from alignpro.rewards.component import Reward, checked_values, guarded_call
 from alignpro.rewards.function import FunctionReward
 from alignpro.rewards.guards import Guard
-from alignpro.rewards.model import ModelReward
+from alignpro.rewards.model import LoadRewardModel, ModelReward
 
 RESERVED = frozenset({"mean", "std", "guard"})
 """Names used by metrics of the whole reward: ``reward/mean``, ``reward/std``, ``reward/guard/…``."""
@@ -73,19 +72,19 @@ class RewardStack:
         return Scored(checked_values("reward: the weighted sum", prompts, totals), scores)
 
 
-def build_reward(config: RewardConfig, models: FrozenModels | None = None) -> RewardStack:
+def build_reward(config: RewardConfig, load: LoadRewardModel | None = None) -> RewardStack:
     """Load every component and guard of the configuration.
 
     Args:
         config: The components and guards.
-        models: Loads the reward models and controls when they can be run; without it, they can always be run.
+        load: Loads the reward models, for example sharded over ranks; see `ModelReward`.
 
     Raises:
         ConfigError: A function cannot be found or called as configured, two components have the same name, or one has a
             name in `RESERVED`.
         ModelError: A reward model or encoder cannot be used.
     """
-    components = [(component.weight, _component(component, models)) for component in config.components]
+    components = [(component.weight, _component(component, load)) for component in config.components]
     reserved = RESERVED.intersection(reward.name for _, reward in components)
     if reserved:
         raise ConfigError(f"reward.components: the name {min(reserved)!r} is taken by a metric: give it another `name`")
@@ -94,8 +93,8 @@ def build_reward(config: RewardConfig, models: FrozenModels | None = None) -> Re
     return RewardStack(components, [Guard(guard) for guard in config.guards])
 
 
-def _component(config: RewardComponentConfig, models: FrozenModels | None) -> Reward:
-    return FunctionReward(config) if isinstance(config, FunctionRewardConfig) else ModelReward(config, models)
+def _component(config: RewardComponentConfig, load: LoadRewardModel | None) -> Reward:
+    return FunctionReward(config) if isinstance(config, FunctionRewardConfig) else ModelReward(config, load)
 
 
 def _refuse_repeats(names: Sequence[str], key: str, remedy: str) -> None:

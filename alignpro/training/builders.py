@@ -9,7 +9,8 @@ from alignpro.config import RLHFConfig, TrainConfig
 from alignpro.data import load_prompts, split
 from alignpro.engine import Engine
 from alignpro.environments.base import sampling_params
-from alignpro.environments.build import max_input_tokens, prompt_environment
+from alignpro.environments.build import environment_kind, max_input_tokens, prompt_environment
+from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import ConfigError, DataError
 from alignpro.models.language_model import LanguageModel
@@ -36,10 +37,11 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
             policy.model,
             target,
             config.target_model,
-            build_reward(config.reward, rewards),
+            build_reward(config.reward, rewards.load),
             config.prompting,
             config.rollout.respond,
             responses=config.rollout.responses_per_rewrite,
+            kind=environment_kind(config.environment, config.environment_params, PromptEnvironment),
         )
         room = max_input_tokens(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
         prompts = drop_long_prompts(
@@ -49,10 +51,11 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         prompts = drop_long_prompts(prompts, answered.encode_context, answered.max_tokens, what="the target's context")
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout)
+    sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
         policy,
         environment,
-        Engine({"policy": policy.model, "target": target}, **config.rollout.engine.model_dump()),
+        Engine({"policy": sampled.model, "target": target}, **config.rollout.engine.model_dump()),
         training,
         heldout,
         sampling=sampling_params(config.rollout.rewrite, config.rollout.rewrites_per_prompt),
@@ -61,7 +64,8 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         optimizer=config.optimizer,
         run=config.run,
         distribution=distribution,
-        kept=("target",) if config.rollout.keep_cache else (),
+        sampling_model=sampled,
+        keep_cached=("target",) if config.rollout.keep_cache else (),
         targets=targets,
         rewards=rewards,
     )
@@ -74,17 +78,19 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
         template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
         rewards = distribution.frozen("reward")
-        environment = ResponseEnvironment(template, build_reward(config.reward, rewards))
+        kind = environment_kind(config.environment, config.environment_params, ResponseEnvironment)
+        environment = kind(template, build_reward(config.reward, rewards.load))
         room = max_input_tokens(policy.model, config.rollout.respond, "the policy", "rollout.respond")
         prompts = drop_long_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
         )
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout)
+    sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
         policy,
         environment,
-        Engine({"policy": policy.model}, **config.rollout.engine.model_dump()),
+        Engine({"policy": sampled.model}, **config.rollout.engine.model_dump()),
         training,
         heldout,
         sampling=sampling_params(config.rollout.respond, config.rollout.responses_per_prompt),
@@ -93,6 +99,7 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
         optimizer=config.optimizer,
         run=config.run,
         distribution=distribution,
+        sampling_model=sampled,
         rewards=rewards,
     )
 

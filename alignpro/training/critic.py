@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alignpro import objectives
+from alignpro.distributed.ranks import Ranks
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
 from alignpro.training.backend import Backend
@@ -44,11 +45,13 @@ class Critic:
     Args:
         model: A `ValueModel`, or a backend's wrapper around one.
         backend: Trains the model.
+        ranks: All ranks.
     """
 
-    def __init__(self, model: nn.Module, backend: Backend) -> None:
+    def __init__(self, model: nn.Module, backend: Backend, ranks: Ranks) -> None:
         self.model = model
         self.backend = backend
+        self._ranks = ranks
         self._loss = 0.0
 
     @torch.no_grad()
@@ -63,9 +66,10 @@ class Critic:
         self.backend.backward(loss)
 
     def step(self) -> Metrics:
-        """Make one optimizer step with the gradients that `backward` added."""
+        """Make one optimizer step with the gradients that `backward` added on all ranks."""
         loss, self._loss = self._loss, 0.0
-        return {"value_loss": loss, "value_gradient_norm": self.backend.step()}
+        norm = self.backend.step()
+        return {"value_loss": self._ranks.sum(loss), "value_gradient_norm": norm}
 
 
 def _is_tied(model: LanguageModel) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from alignpro.data import Prompt
+from alignpro.engine import Chain
 from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.policy import TokenValues
 
@@ -72,6 +74,24 @@ class Experience:
         )
 
 
+def sample_batch(
+    encode: Callable[[Prompt], Sequence[int]],
+    prompts: Sequence[Prompt],
+    chains: Sequence[Sequence[Chain]],
+    device: torch.device,
+) -> SequenceBatch:
+    """Build the batch of P·K samples with their prompts, prompt-major.
+
+    Args:
+        encode: The policy's input for a prompt.
+        prompts: P prompts.
+        chains: [P][K].
+        device: Device of the tensors.
+    """
+    inputs = [ids for prompt, group in zip(prompts, chains, strict=True) for ids in [encode(prompt)] * len(group)]
+    return SequenceBatch.build(inputs, [chain.sample.tokens for group in chains for chain in group], device)
+
+
 def no_actions(rows: int, device: torch.device, invocation: Sequence[int] = ()) -> SequenceBatch:
     """Build sequences with the shortest possible prompt and no actions.
 
@@ -83,17 +103,17 @@ def no_actions(rows: int, device: torch.device, invocation: Sequence[int] = ()) 
     return SequenceBatch.build([list(invocation) or [0]] * rows, [[]] * rows, device)
 
 
-def join_values(parts: Sequence[TokenValues], width: int) -> TokenValues:
-    """Join row blocks of different widths into one, (B, T)."""
+def join_values(parts: Sequence[TokenValues], rows: int, width: int) -> TokenValues:
+    """Join row blocks of different widths into one, (B, T); rows beyond B are dropped: passes without actions."""
     return TokenValues(
-        logprob=join_rows([part.logprob for part in parts], width),
-        reference_logprob=join_rows([part.reference_logprob for part in parts], width),
-        kl=join_rows([part.kl for part in parts], width),
-        entropy=join_rows([part.entropy for part in parts], width),
+        logprob=join_rows([part.logprob for part in parts], rows, width),
+        reference_logprob=join_rows([part.reference_logprob for part in parts], rows, width),
+        kl=join_rows([part.kl for part in parts], rows, width),
+        entropy=join_rows([part.entropy for part in parts], rows, width),
         reference_states=torch.cat([part.reference_states for part in parts]),
     )
 
 
-def join_rows(blocks: Sequence[Tensor], width: int) -> Tensor:
-    """Join (B_i, T_i) blocks into (Σ B_i, T), with zero padding on the right."""
-    return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in blocks])
+def join_rows(blocks: Sequence[Tensor], rows: int, width: int) -> Tensor:
+    """Join (B_i, T_i) blocks into (B, T), with zero padding on the right; rows beyond B are dropped."""
+    return torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in blocks])[:rows]

@@ -3,64 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
-from alignpro.engine import Chain
+from alignpro.engine import Chain, EngineStats
 from alignpro.environments.base import Scores
 from alignpro.training.experience import Experience
-from alignpro.training.metrics import Metrics
+from alignpro.training.metrics import Metrics, append_row
 
 
-def sample_metrics(ranks: Ranks, experience: Experience, scores: Scores) -> Metrics:
-    """Compute rewards, KL to the reference, entropy and length of the samples; a collective.
-
-    Args:
-        ranks: All ranks.
-        experience: This rank's samples.
-        scores: Their scores.
-
-    Returns:
-        ``kl`` and ``kl_sampled`` are in nats per sample, ``entropy`` in nats per token, ``sample/length`` in tokens.
-    """
-    values, gather = experience.values, ranks.all_gather
-    lengths = gather(experience.batch.mask.sum(1))  # (B,) over all ranks, like the tensors below
-    kl, entropy = gather(values.kl.sum(1)), gather(values.entropy.sum(1))
-    sampled_kl = gather((values.logprob - values.reference_logprob).sum(1))
-    rewards = gather(scores.values)
-    rows, tokens = len(lengths), lengths.sum()
-    return {
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std().item() if rewards.numel() > 1 else 0.0,
-        "kl": (kl.sum() / rows).item(),
-        "kl_sampled": (sampled_kl.sum() / rows).item(),
-        "entropy": (entropy.sum() / tokens).item(),
-        "sample/length": (tokens / rows).item(),
-        **ranks.mean(scores.metrics, len(scores.values)),
-    }
-
-
-def logprob_difference(ranks: Ranks, experience: Experience, chains: Sequence[Sequence[Chain]]) -> Metrics:
-    """How much the engine's log-probabilities of the sampled tokens differ from the trainer's; a collective.
-
-    Both are computed with the same weights, so any difference beyond rounding is a bug: the gradient would be computed on
-    samples of another policy.
+class StepMetrics:
+    """Computes the metrics of each step; every method is a collective.
 
     Args:
         ranks: All ranks.
-        experience: This rank's samples, with the log-probabilities that the trainer computed.
-        chains: The same samples as the engine returned them.
-
-    Returns:
-        The mean absolute difference per token, and the maximum.
     """
-    drawn = torch.tensor([x for group in chains for chain in group for x in chain.sample.logprobs])
-    mask, logprob = experience.batch.mask.cpu(), experience.values.logprob.cpu()  # (B, T), in the order of the chains
-    difference = torch.zeros_like(logprob)
-    difference[mask] = (logprob[mask] - drawn.to(logprob)).abs()
-    totals, largest = ranks.all_gather(difference.sum(1)), ranks.all_gather(difference.amax(1))
-    return {
-        "sample/logprob_difference": (totals.sum() / ranks.all_gather(mask.sum(1)).sum()).item(),
-        "sample/logprob_difference_max": largest.max().item(),
-    }
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def __call__(
+        self, experience: Experience, scores: Scores, chains: Sequence[Sequence[Chain]], stats: EngineStats
+    ) -> Metrics:
+        """Compute all metrics of a step.
+
+        Args:
+            experience: This rank's samples, with the log-probabilities that the trainer computed.
+            scores: Their scores.
+            chains: The same samples as the engine returned them.
+            stats: The engine's counters of the step.
+        """
+        merged = EngineStats.merged(self._ranks.all_gather_object(stats))
+        return self._samples(experience, scores) | self._logprob_difference(experience, chains) | merged.metrics()
+
+    def mean_return(self, experience: Experience) -> float:
+        """Return the mean of G_0, the return of whole sequences."""
+        return self._ranks.all_gather(experience.returns[:, 0]).mean().item()
+
+    def evaluation(self, values: Tensor, kl: float, count: int) -> Metrics:
+        """Compute the metrics of an evaluation.
+
+        Args:
+            values: (P, 1) R of this rank's prompts.
+            kl: Sum of the sequence KL of its samples, in nats.
+            count: Number of prompts of all ranks.
+        """
+        reward = self._ranks.all_gather(values).mean().item()
+        return {"eval/reward": reward, "eval/kl": self._ranks.sum(kl) / count}
+
+    def write_sample(self, path: Path, step: int, prompts: Sequence[Prompt], scores: Scores) -> None:
+        """Append the first prompt's first sample to a JSON Lines file, on rank 0."""
+        if self._ranks.is_rank_zero:
+            value = scores.values[0][0].item()
+            append_row(path, {"step": step + 1, "prompt": prompts[0].text, **scores.texts(0, 0), "value": value})
+
+    def _samples(self, experience: Experience, scores: Scores) -> Metrics:
+        """Compute rewards, KL to the reference, entropy and length of the samples.
+
+        Returns:
+            ``kl`` and ``kl_sampled`` are in nats per sample, ``entropy`` in nats per token, ``sample/length`` in tokens.
+        """
+        values, all_gather = experience.values, self._ranks.all_gather
+        lengths = all_gather(experience.batch.mask.sum(1))  # (B,) over all ranks, like the tensors below
+        kl, entropy = all_gather(values.kl.sum(1)), all_gather(values.entropy.sum(1))
+        sampled_kl = all_gather((values.logprob - values.reference_logprob).sum(1))
+        rewards = all_gather(scores.values)
+        rows, tokens = len(lengths), lengths.sum()
+        return {
+            "reward/mean": rewards.mean().item(),
+            "reward/std": rewards.std().item() if rewards.numel() > 1 else 0.0,
+            "kl": (kl.sum() / rows).item(),
+            "kl_sampled": (sampled_kl.sum() / rows).item(),
+            "entropy": (entropy.sum() / tokens).item(),
+            "sample/length": (tokens / rows).item(),
+            **self._ranks.mean(scores.metrics, len(scores.values)),
+        }
+
+    def _logprob_difference(self, experience: Experience, chains: Sequence[Sequence[Chain]]) -> Metrics:
+        """How much the engine's log-probabilities of the sampled tokens differ from the trainer's.
+
+        Both are computed with the same weights, so any difference beyond rounding is a bug: the gradient would be computed
+        on samples of another policy.
+
+        Returns:
+            The mean absolute difference per token, and the maximum.
+        """
+        sampled = torch.tensor([x for group in chains for chain in group for x in chain.sample.logprobs])
+        mask, logprob = (
+            experience.batch.mask.cpu(),
+            experience.values.logprob.cpu(),
+        )  # (B, T), in the order of the chains
+        difference = torch.zeros_like(logprob)
+        difference[mask] = (logprob[mask] - sampled.to(logprob)).abs()
+        all_gather = self._ranks.all_gather
+        totals, largest = all_gather(difference.sum(1)), all_gather(difference.amax(1))
+        return {
+            "sample/logprob_difference": (totals.sum() / all_gather(mask.sum(1)).sum()).item(),
+            "sample/logprob_difference_max": largest.max().item(),
+        }

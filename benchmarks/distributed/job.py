@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+import pickle
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.training.task import Task
-from benchmarks.workload import ModelShape, Workload
 
 ALONE = "alone"
 """The set-up without DeepSpeed: plain torch in one process, on the same global batch."""
@@ -32,13 +30,10 @@ class Job:
 
     def save(self, path: Path) -> None:
         """Write the job for the ranks."""
-        path.write_text(json.dumps(asdict(self), default=str))
+        path.write_bytes(pickle.dumps(self))
 
-    @classmethod
-    def load(cls, path: Path) -> Job:
+    @staticmethod
+    def load(path: Path) -> Job:
         """Read a job written by `save`."""
-        given: dict[str, Any] = json.loads(path.read_text())
-        workload = given["task"]["workload"]
-        shapes = {name: ModelShape(**workload[name]) for name in ("prompter", "target")}
-        task = Task(**given["task"] | {"workload": Workload(**workload | shapes)})
-        return cls(**given | {"task": replace(task, directory=Path(task.directory)), "out": Path(given["out"])})
+        job: Job = pickle.loads(path.read_bytes())
+        return job

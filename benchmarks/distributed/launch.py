@@ -29,14 +29,14 @@ def launch(job: Job, ranks: int) -> list[dict[str, Any]]:
         LaunchError: A rank failed; the message contains the end of the ranks' output.
     """
     job.out.mkdir(parents=True)
-    file = job.out / "job.json"
+    file = job.out / "job.pickle"
     job.save(file)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     command += ["--master_port", str(_free_port()), "--module", "benchmarks.distributed.rank", str(file)]
     done = subprocess.run(command, env=_environment(job), cwd=ROOT, text=True, capture_output=True)
     if done.returncode:
-        said = (done.stdout + done.stderr).strip()
-        raise LaunchError(f"{', '.join(job.setups)} on {ranks} ranks failed:\n{said[-4000:]}")
+        output = (done.stdout + done.stderr).strip()
+        raise LaunchError(f"{', '.join(job.setups)} on {ranks} ranks failed:\n{output[-4000:]}")
     return [json.loads((job.out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from alignpro.distributed.ranks import Ranks
-
-
-class Gauge(Protocol):
-    """Measures the memory of one device."""
-
-    def peak(self) -> int:
-        """Return the peak number of bytes since the last call."""
 
 
 class DeviceGauge:
@@ -36,9 +29,9 @@ class DeviceGauge:
 
     def peak(self) -> int:
         """Return the peak number of tensor bytes since the last call."""
-        most = int(torch.accelerator.max_memory_allocated(self._device))
+        peak = int(torch.accelerator.max_memory_allocated(self._device))
         torch.accelerator.reset_peak_memory_stats(self._device)
-        return most
+        return peak
 
 
 class StorageGauge(TorchDispatchMode):
@@ -51,19 +44,19 @@ class StorageGauge(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._live: dict[int, weakref.ref[Any]] = {}
-        self._held = self._most = 0
+        self._bytes = self._peak = 0
 
     def count_existing(self) -> None:
         """Count tensors created before the mode was active, or by other threads."""
         for thing in gc.get_objects():
             if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
                 self._count(thing)
-        self._most = self._held
+        self._peak = self._bytes
 
     def peak(self) -> int:
         """Return the peak number of bytes since the last call."""
-        most, self._most = self._most, self._held
-        return most
+        peak, self._peak = self._peak, self._bytes
+        return peak
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -79,12 +72,12 @@ class StorageGauge(TorchDispatchMode):
         size = owner.nbytes()
         if size and id(owner) not in self._live:
             self._live[id(owner)] = weakref.ref(owner, partial(self._forget, id(owner), size))
-            self._held += size
-            self._most = max(self._most, self._held)
+            self._bytes += size
+            self._peak = max(self._peak, self._bytes)
 
     def _forget(self, identity: int, size: int, _: weakref.ref[Any]) -> None:
         del self._live[identity]
-        self._held -= size
+        self._bytes -= size
 
 
 class PhasePeaks:
@@ -95,7 +88,7 @@ class PhasePeaks:
         ranks: Announces the start of each phase.
     """
 
-    def __init__(self, gauge: Gauge, ranks: Ranks) -> None:
+    def __init__(self, gauge: DeviceGauge | StorageGauge, ranks: Ranks) -> None:
         self._gauge, self._ranks = gauge, ranks
         self._phase: str | None = None
         self.bytes: dict[str, int] = {}
@@ -120,7 +113,7 @@ class PhasePeaks:
             self._ranks.on_note = told
 
     def _end(self) -> None:
-        most = self._gauge.peak()
+        peak = self._gauge.peak()
         if self._phase is not None:
-            self.bytes[self._phase] = max(most, self.bytes.get(self._phase, 0))
+            self.bytes[self._phase] = max(peak, self.bytes.get(self._phase, 0))
         self._phase = None

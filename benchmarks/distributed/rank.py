@@ -1,4 +1,4 @@
-"""The program of a rank: deepspeed benchmarks/distributed/rank.py JOB.json"""
+"""The program of a rank: deepspeed benchmarks/distributed/rank.py JOB.pickle"""
 
 from __future__ import annotations
 

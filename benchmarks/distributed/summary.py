@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from alignpro.planning.memory import Need
 from benchmarks.distributed.job import ALONE
+from benchmarks.training.step import Step, median_step
 
 PLANNED = {"rollout": "rollout", "reward": "rollout", "credit": "update", "update": "update"}
 """Phase → the peak in the plan to which it belongs."""
@@ -24,25 +23,14 @@ def times(ranks: Sequence[Mapping[str, Any]], setup: str, warmup: int, chains: i
         warmup: Number of steps to leave out.
         chains: Number of chains per step.
     """
-    seen = [rank[setup]["steps"] for rank in ranks if setup in rank]
-    steps = list(zip(*seen, strict=True))
-    timed = steps[warmup:]
-    step_s = statistics.median(max(step["seconds"] for step in together) for together in timed)
-    phases = {
-        name: statistics.median(max(step["phases"][name] for step in together) for together in timed)
-        for name in timed[0][0]["phases"]
-    }
-    tokens: Counter[str] = Counter()
-    for step in timed[-1]:
-        tokens.update(step["tokens"])
+    taking_part = [[Step(**step) for step in rank[setup]["steps"]] for rank in ranks if setup in rank]
+    steps = list(zip(*taking_part, strict=True))
+    medians = median_step(steps[warmup:], chains)
     return {
-        "ranks": len(seen),
-        "step_s": step_s,
-        "chains_per_s": chains / step_s,
-        "tokens_per_s": tokens.total() / step_s,
-        "phases": phases,
-        "tokens": dict(tokens),
-        "samples": [[step["seconds"] for step in together] for together in steps],
+        "ranks": len(taking_part),
+        **medians,
+        "tokens_per_s": sum(medians["tokens"].values()) / medians["step_s"],
+        "samples": [[rank.seconds for rank in step] for step in steps],
     }
 
 
@@ -51,9 +39,9 @@ def peaks(ranks: Sequence[Mapping[str, Any]], setup: str, need: Need) -> dict[st
     measured = dict.fromkeys(PLANNED.values(), 0)
     phases: dict[str, int] = {}
     for rank in ranks:
-        for phase, most in rank[setup]["peaks"].items():
-            phases[phase] = max(most, phases.get(phase, 0))
-            measured[PLANNED[phase]] = max(most, measured[PLANNED[phase]])
+        for phase, peak in rank[setup]["peaks"].items():
+            phases[phase] = max(peak, phases.get(phase, 0))
+            measured[PLANNED[phase]] = max(peak, measured[PLANNED[phase]])
     planned = {"rollout": need.rollout, "update": need.update}
     return {
         "measured": measured,

@@ -6,12 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.workload import BARE, PAPER, QUICK, ModelShape, Workload, reshape
-
-QWEN_1_5B = ModelShape(28, 1536, 8960, 12, 2, 151936, architecture="qwen2", tied=True)
-"""The shape of Qwen2.5-1.5B."""
-LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128256)
-"""The shape of Llama-3.1-8B."""
+from benchmarks.workload import BARE, GPU, PAPER, QUICK, ModelShape, Workload
 
 
 @dataclass(frozen=True)
@@ -61,52 +56,21 @@ def _alone(name: str, prompts: int, response: int) -> Workload:
     return replace(BARE, name=name, prompts=prompts, prompt=64, response=response, K=1, M=1)
 
 
-GPU_WORKLOAD = Workload(
-    "gpu",
-    QWEN_1_5B,
-    LLAMA_8B,
-    meta_prompt=0,
-    prompt=256,
-    rewrite=128,
-    template=0,
-    response=256,
-    prompts=32,
-    K=8,
-    M=4,
-)
-
 CASES = (
     Case(PAPER, "paper: chains with a meta-prompt and a template", chain=True),
     Case(BARE, "bare: chains of prompts alone", chain=True),
     Case(_alone("unshared", 64, 64), "unshared: 64 prompts that have nothing in common", chain=False),
     Case(_alone("single", 1, 64), "single: one sequence", chain=False),
     Case(_alone("decode256", 256, 32), "decode256: 256 sequences at once", chain=False),
-    Case(GPU_WORKLOAD, "gpu: chains of a 1.5B prompter and an 8B target", chain=True, needs_gpu=True),
+    Case(GPU, "gpu: chains of a 1.5B prompter and an 8B target", chain=True, needs_gpu=True),
 )
 
 
 def shrink(case: Case) -> Case:
     """Return a tiny version of a case, for a smoke test."""
-    w = case.workload
-    small = replace(
-        w,
-        prompter=QUICK.prompter,
-        target=QUICK.target,
-        meta_prompt=min(w.meta_prompt, 12),
-        template=min(w.template, 12),
-        prompt=8,
-        rewrite=6,
-        response=5,
-        prompts=min(w.prompts, 3),
-        K=min(w.K, 2),
-        M=min(w.M, 2),
-    )
-    return replace(case, workload=small, needs_gpu=False)
-
-
-def reshaped(case: Case, changes: Sequence[str]) -> Case:
-    """Return a case with some numbers of its workload changed; see `reshape`."""
-    return replace(case, workload=reshape(case.workload, changes))
+    counts = ("meta_prompt", "template", "prompts", "K", "M")
+    limited = {name: min(getattr(case.workload, name), getattr(QUICK, name)) for name in counts}
+    return replace(case, workload=replace(QUICK, name=case.name, **limited), needs_gpu=False)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ the matrix products of the prompts.
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from benchmarks.clock import Clock
 from benchmarks.engine.cases import Case
 from benchmarks.workload import ModelShape
 
@@ -34,22 +33,19 @@ class DeviceRates:
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     """Measure the best rates of several copies and matrix products."""
-    rates = DeviceRates(_copy_rate(device), _product_rate(device, dtype))
-    release(device)
-    return rates
+    clock = Clock(device)
 
+    def shortest(call: Callable[[], object]) -> float:
+        return min(clock.time(call, calls=1).total for _ in range(REPEATS))
 
-def _copy_rate(device: torch.device) -> float:
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _best(lambda: target.copy_(source), device)
-
-
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    copy = torch.empty_like(source)
+    copying = shortest(lambda: copy.copy_(source))
     size = MATMUL_SIZE[device.type]
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     product = torch.empty_like(left)
-    return 2 * size**3 / _best(lambda: torch.mm(left, right, out=product), device)
+    multiplying = shortest(lambda: torch.mm(left, right, out=product))
+    return DeviceRates(2 * source.numel() / copying, 2 * size**3 / multiplying)
 
 
 @dataclass(frozen=True)
@@ -106,27 +102,3 @@ def _decode_seconds(stage: _Stage, rates: DeviceRates, itemsize: int) -> float:
         flops = stage.sequences * (2.0 * weights + attention)
         seconds += max(read / rates.bytes_per_s, flops / rates.flops_per_s)
     return seconds
-
-
-def _best(call: Callable[[], object], device: torch.device) -> float:
-    best = float("inf")
-    for _ in range(REPEATS):
-        synchronize(device)
-        started = time.perf_counter()
-        call()
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def release(device: torch.device) -> None:
-    """Release an accelerator's unused memory."""
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has finished its queued work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -6,20 +6,19 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from benchmarks import measure
+from benchmarks.device import empty_cache, synchronize
 from benchmarks.engine.cases import Case, make_inputs
 from benchmarks.engine.entrant import Entrant, Generated, Run, Setting
-from benchmarks.engine.floor import DeviceRates, floor_seconds, release, synchronize
+from benchmarks.engine.floor import DeviceRates, floor_seconds
 
 
 @dataclass
-class Result:
+class Result(measure.Result):
     """The result of an entrant in a case."""
 
-    entrant: str
-    status: Literal["measured", "failed"] = "measured"
-    reason: str | None = None
     seconds: float | None = None
     """Median of the rounds."""
     sequences_per_s: float | None = None
@@ -34,7 +33,7 @@ class Result:
     rounds: list[float] = field(default_factory=list)
 
 
-def measure(
+def compare(
     case: Case, entrants: Sequence[Entrant], setting: Setting, rounds: int, rates: DeviceRates
 ) -> dict[str, Any]:
     """Measure one case and return the result, ready for JSON.
@@ -43,10 +42,10 @@ def measure(
     its memory is needed by one at a time.
     """
     results = {entrant.name: Result(entrant.name) for entrant in entrants}
-    together = setting.device.type == "cpu"
-    for group in [list(entrants)] if together else [[entrant] for entrant in entrants]:
-        _rounds(case, group, setting, rounds, results)
-        release(setting.device)
+    take_turns = setting.device.type == "cpu"
+    for group in [list(entrants)] if take_turns else [[entrant] for entrant in entrants]:
+        _time(case, group, setting, rounds, results)
+        empty_cache(setting.device)
     floor = floor_seconds(case, rates, setting.dtype)
     _summarise(case, results, floor["prefill"] + floor["decode"])
     return {
@@ -60,20 +59,16 @@ def measure(
     }
 
 
-def _rounds(case: Case, entrants: Sequence[Entrant], setting: Setting, rounds: int, results: dict[str, Result]) -> None:
+def _time(case: Case, entrants: Sequence[Entrant], setting: Setting, rounds: int, results: dict[str, Result]) -> None:
     inputs = make_inputs(case, setting.seed)
     runs: dict[str, Run] = {}
     for entrant in entrants:
-        try:
+        with results[entrant.name].record_failure():
             run = entrant.prepare(case, inputs, setting)
             _check(case, run(0))  # the warm-up
             runs[entrant.name] = run
-        except Exception as error:  # a peer may fail in any way; the reason goes into the results
-            results[entrant.name].status = "failed"
-            results[entrant.name].reason = f"{type(error).__name__}: {_first_line(error)}"
-    names = list(runs)
     for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
+        for name in measure.rotated(list(runs), turn):
             synchronize(setting.device)
             started = time.perf_counter()
             generated = runs[name](turn + 1)
@@ -98,7 +93,3 @@ def _summarise(case: Case, results: dict[str, Result], floor: float) -> None:
             result.ratio_to_floor = result.seconds / floor
             if ours is not None and ours.seconds is not None:
                 result.ours_over_it = result.seconds / ours.seconds
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from alignpro_kernels import BackendError
+from benchmarks import measure
+from benchmarks.clock import Clock
+from benchmarks.device import dtype_name, empty_cache
 from benchmarks.kernels.cases import Case
-from benchmarks.kernels.clock import Clock, Seconds
-from benchmarks.kernels.correctness import Expected, ExpectedSample, check, check_at_size, expect, gradients
-from benchmarks.kernels.entrant import Entrant, Run, Setting, Skip
+from benchmarks.kernels.correctness import (
+    Expected,
+    ExpectedSample,
+    check,
+    check_at_size,
+    describe_error,
+    expect,
+    gradients,
+)
+from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting
 from benchmarks.kernels.floor import Floor, flops
 from benchmarks.kernels.memory import MIB, peak_extra_bytes
 from benchmarks.kernels.problem import Heads, Problem, make_problem
 
-LEAST_ROUNDS = 3
+MIN_ROUNDS = 3
 MEASUREMENT_SECONDS = 5e-3  # a measurement repeats a shorter case, so that the start-up time is negligible
-MOST_CALLS = 50
+MAX_CALLS = 50
 
 
 @dataclass
-class Result:
+class Result(measure.Result):
     """The result of an entrant in a case. Ratios are taken within a round, to the floor measured next to the entrant."""
 
-    entrant: str
-    title: str
-    status: Literal["measured", "wrong", "failed", "skipped"]
-    reason: str | None = None
+    title: str = ""
     quantity: str | None = None
     forward_seconds: float | None = None
     total_seconds: float | None = None
@@ -62,35 +68,29 @@ def compare(
     rows = case.batch or rows
     problem = make_problem(case, setting.shape, heads, rows, seed)
     clock = Clock(setting.device)
-    results = [Result(e.name, e.title, "skipped") for e in entrants]
+    expected = expect(case, problem, setting)
+    empty_cache(setting.device)
+    floor = Floor(case, problem, clock)
+    results = [Result(entrant.name, title=entrant.title) for entrant in entrants]
     runs: dict[str, Run] = {}
     for entrant, result in zip(entrants, results, strict=True):
-        prepared = entrant.prepare(case, setting)
-        if isinstance(prepared, Skip):
-            result.reason = prepared.reason
-        else:
-            result.quantity = prepared.quantity
-            runs[entrant.name] = prepared
+        with result.record_failure():
+            run = entrant.prepare(case, setting)
+            result.quantity = run.quantity
+            _examine(case, run, problem, expected, result)
+            runs[entrant.name] = run
+        empty_cache(setting.device)
 
-    expected = expect(case, problem, setting)
-    _release(setting.device)
-    floor = Floor(case, problem, clock)
     by_name = {result.entrant: result for result in results}
-    for name, run in list(runs.items()):
-        _examine(case, run, problem, expected, by_name[name])
-        if by_name[name].status in ("failed", "skipped"):
-            del runs[name]
-        _release(setting.device)
-
     floor_seconds = _rounds(case, runs, problem, clock, floor, by_name, limits)
     _summarise(results)
     median = statistics.median(floor_seconds)
     return {
         "shape": asdict(setting.shape),
         "rows": rows,
-        "dtype": str(setting.dtype).removeprefix("torch."),
+        "dtype": dtype_name(setting.dtype),
         "case": {"name": case.name, "title": case.title, "operator": case.operator, "products": case.products},
-        "reference_dtype": str(expected.dtype).removeprefix("torch."),
+        "reference_dtype": dtype_name(expected.dtype),
         "floor": {
             "seconds": median,
             "teraflops": flops(case, problem) / median / 1e12,
@@ -104,35 +104,24 @@ def compare(
 
 def _examine(case: Case, run: Run, problem: Problem, expected: Expected | ExpectedSample, result: Result) -> None:
     """Check correctness on a few rows, then memory and correctness on all rows."""
+    outputs: list[tuple[Outcome, tuple[Tensor, ...]]] = []
 
-    def whole() -> None:
+    def step() -> None:
         outcome = run.forward(problem)
-        grads = gradients(case, problem, outcome)
-        kept.append((outcome, grads))
+        outputs.append((outcome, gradients(case, problem, outcome)))
 
-    device = problem.hidden.device
-    kept: list[Any] = []
-    try:
-        deviation = check(case, run, problem, expected)
-        result.deviation, result.reason = dict(deviation.values), deviation.wrong
-        whole()  # warm-up: compilation and tuning for this size use memory of their own
-        kept.clear()
-        peak = peak_extra_bytes(whole, device)
-        outcome, grads = kept.pop()
-        held = sum(g.numel() * g.element_size() for g in grads)
-        result.gradients_mib = held / MIB
-        result.peak_extra_mib = None if peak is None else max(0, peak - held) / MIB
-        if isinstance(expected, Expected):
-            deviation = check_at_size(case, problem, outcome, grads, expected)
-            result.deviation |= deviation.values
-            result.reason = result.reason or deviation.wrong
-        result.status = "wrong" if result.reason else "measured"
-    except BackendError as error:  # runs on this machine, but not on this device or dtype
-        result.status, result.reason = "skipped", str(error)
-    except torch.OutOfMemoryError:
-        result.status, result.reason = "failed", "out of memory"
-    except Exception as error:  # a peer may fail in any way; the reason goes into the results
-        result.status, result.reason = "failed", f"{type(error).__name__}: {_first_line(error)}"
+    result.deviation = check(case, run, problem, expected)
+    step()  # warm-up: compilation and tuning for this size use memory of their own
+    outputs.clear()
+    peak = peak_extra_bytes(step, problem.hidden.device)
+    outcome, grads = outputs.pop()
+    gradient_bytes = sum(grad.nbytes for grad in grads)
+    result.gradients_mib = gradient_bytes / MIB
+    result.peak_extra_mib = None if peak is None else max(0, peak - gradient_bytes) / MIB
+    if isinstance(expected, Expected):
+        result.deviation |= check_at_size(case, problem, outcome, grads, expected)
+    result.reason = describe_error(result.deviation, problem.hidden.dtype)
+    result.status = "wrong" if result.reason else "measured"
 
 
 def _rounds(
@@ -148,30 +137,21 @@ def _rounds(
 
     If the machine's speed drifts, it affects a floor and the entrants next to it alike.
     """
-    names = list(runs)
-    calls = _calls(min(floor.candidates.values()))
+    calls = max(1, min(MAX_CALLS, round(MEASUREMENT_SECONDS / max(min(floor.candidates.values()), 1e-9))))
     floors: list[float] = []
     began = time.monotonic()
     for turn in range(limits.rounds):
-        if turn >= LEAST_ROUNDS and time.monotonic() - began > limits.seconds:
+        if turn >= MIN_ROUNDS and time.monotonic() - began > limits.seconds:
             break
-        if not names:
+        names = measure.rotated(list(runs), turn)
+        for start in range(0, max(len(names), 1), 2):
             floors.append(clock.time(floor.run, calls=calls).total)
-        for pair in _pairs(names[turn % len(names) :] + names[: turn % len(names)] if names else []):
-            base = clock.time(floor.run, calls=calls).total
-            floors.append(base)
-            for name in pair:
-                spent = _time(case, runs[name], problem, clock, calls)
-                results[name].rounds.append({"forward": spent.forward, "total": spent.total, "floor": base})
+            for name in names[start : start + 2]:
+                forward = partial(runs[name].forward, problem)
+                backward = partial(gradients, case, problem) if case.backward else None
+                seconds = clock.time(forward, backward, calls=calls)
+                results[name].rounds.append(seconds._asdict() | {"floor": floors[-1]})
     return floors
-
-
-def _time(case: Case, run: Run, problem: Problem, clock: Clock, calls: int) -> Seconds:
-    return clock.time(
-        lambda: run.forward(problem),
-        (lambda outcome: gradients(case, problem, outcome)) if case.backward else None,
-        calls=calls,
-    )
 
 
 def _summarise(results: Sequence[Result]) -> None:
@@ -185,24 +165,4 @@ def _summarise(results: Sequence[Result]) -> None:
         result.ratio_to_floor = statistics.median(r["total"] / r["floor"] for r in result.rounds)
         if naive is not None:
             pairs = zip(result.rounds, naive, strict=True)
-            result.ratio_to_naive = statistics.median(mine["total"] / other["total"] for mine, other in pairs)
-
-
-def _calls(seconds: float) -> int:
-    return max(1, min(MOST_CALLS, round(MEASUREMENT_SECONDS / max(seconds, 1e-9))))
-
-
-def _pairs(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(names), 2):
-        yield names[start : start + 2]
-
-
-def _release(device: torch.device) -> None:
-    """Release unused memory, so that one entrant's leftovers do not reduce another's memory."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
+            result.ratio_to_naive = statistics.median(own["total"] / other["total"] for own, other in pairs)

@@ -22,6 +22,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 WIDE_BYTES = 3 << 30  # if a float64 head takes more than this on a CPU, the reference runs in float32
 MISMATCHES = 0.02  # share of sampled tokens that may differ from the reference's with the same seeds, due to near ties
 SIGMAS = 5.0  # largest deviation of a sampler's mean log-probability from the distribution's
+LIMITS = {"tokens_that_differ": MISMATCHES, "sigmas": SIGMAS}  # of the deviations that are not relative
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,6 @@ class ExpectedSample:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Deviation:
-    """The deviation of an entrant from the reference."""
-
-    values: dict[str, float]
-    wrong: str | None
-    """What is wrong, if anything."""
-
-
 def gradients(case: Case, problem: Problem, outcome: Outcome) -> tuple[Tensor, ...]:
     """Run the backward pass of the loss, or of the log-probabilities with the coefficients as their gradient."""
     if not case.backward:
@@ -74,34 +66,32 @@ def expect(case: Case, problem: Problem, setting: Setting) -> Expected | Expecte
         return ExpectedSample(rows, problem.select(rows), wide, sample.token, dtype)
     rows = _spaced(problem, ROWS)
     run = ours.prepare("reference", None, case, setting)
-    assert isinstance(run, Run)
     wide = problem.select(rows).to(dtype)
     outcome = run.forward(wide)
     grads = gradients(case, wide, outcome)
     return Expected(rows, problem.select(rows), outcome.value.detach(), grads, _terms(case, problem), dtype)
 
 
-def check(case: Case, run: Run, problem: Problem, expected: Expected | ExpectedSample) -> Deviation:
-    """Run an entrant on the chosen rows and compare.
+def check(case: Case, run: Run, problem: Problem, expected: Expected | ExpectedSample) -> dict[str, float]:
+    """Run an entrant on the chosen rows and return its deviations from the reference.
 
     Raises:
         Exception: Whatever the entrant raises.
     """
-    tolerance = TOLERANCE[problem.hidden.dtype]
     if isinstance(expected, ExpectedSample):
-        return _check_sample(run, expected, tolerance)
+        return _check_sample(run, expected)
     outcome = run.forward(expected.problem)
     grads = gradients(case, expected.problem, outcome)
     share = expected.terms[expected.rows] * (problem.rows / expected.rows.numel())
     found = {"value": _value_deviation(outcome.value, expected.value, share)}
     for name, got, want in zip(("d_hidden", "d_weight"), grads, expected.gradients, strict=False):
         found[name] = _relative(got, want)
-    return Deviation(found, _verdict(found, tolerance))
+    return found
 
 
 def check_at_size(
     case: Case, problem: Problem, outcome: Outcome, grads: tuple[Tensor, ...], expected: Expected
-) -> Deviation:
+) -> dict[str, float]:
     """Compare a run on all rows: its values, and the chosen rows of the gradient of the hidden states."""
     terms = expected.terms
     want = terms if case.operator == "linear_logprob" else terms.sum()
@@ -109,10 +99,18 @@ def check_at_size(
     if grads:
         scale = problem.rows / expected.rows.numel()  # the sample is normalised by its own number of rows
         found["d_hidden_at_size"] = _relative(grads[0][expected.rows].double() * scale, expected.gradients[0])
-    return Deviation(found, _verdict(found, TOLERANCE[problem.hidden.dtype]))
+    return found
 
 
-def _check_sample(run: Run, expected: ExpectedSample, tolerance: float) -> Deviation:
+def describe_error(deviations: dict[str, float], dtype: torch.dtype) -> str | None:
+    """Describe the first deviation that is too large or NaN, if any; ``dtype`` is that of the entrant."""
+    for name, value in deviations.items():
+        if not abs(value) <= LIMITS.get(name, TOLERANCE[dtype]):
+            return f"{name} is off by {value:.1e}"
+    return None
+
+
+def _check_sample(run: Run, expected: ExpectedSample) -> dict[str, float]:
     """Check a sampler's statistics of its tokens, its tokens if it takes seeds, and, with enough rows, its distribution."""
     outcome = run.forward(expected.problem)
     wide = expected.wide
@@ -125,18 +123,13 @@ def _check_sample(run: Run, expected: ExpectedSample, tolerance: float) -> Devia
         found["logprob"] = _relative(outcome.logprob, stats.logprob)
     if outcome.entropy is not None:
         found["entropy"] = _relative(outcome.entropy, stats.entropy)
-    wrong = _verdict(found, tolerance)
     if run.seeded:
         found["tokens_that_differ"] = float((outcome.value != expected.token).double().mean())
-        if found["tokens_that_differ"] > MISMATCHES:
-            wrong = f"{found['tokens_that_differ']:.0%} of the tokens differ from the reference's"
     # E log p(token) = −H, so the expected mean of log p + H over the rows is zero.
     surprise = (stats.logprob + stats.entropy).double()
     if len(surprise) == SAMPLE_ROWS:
         found["sigmas"] = float(surprise.mean() / surprise.std() * math.sqrt(len(surprise)))
-        if not abs(found["sigmas"]) < SIGMAS:
-            wrong = f"the tokens' mean log-probability is {found['sigmas']:.1f} sigma from that of the distribution"
-    return Deviation(found, wrong)
+    return found
 
 
 def _terms(case: Case, problem: Problem) -> Tensor:
@@ -183,15 +176,9 @@ def _relative(found: Tensor, expected: Tensor, block: int = 4096) -> float:
     return math.sqrt(off / size) if size else math.sqrt(off)
 
 
-def _verdict(found: dict[str, float], tolerance: float) -> str | None:
-    """Describe the first deviation that is too large or NaN, if any."""
-    off = [f"{name} is off by {value:.1e}" for name, value in found.items() if not value <= tolerance]
-    return off[0] if off else None
-
-
-def _spaced(problem: Problem, most: int) -> Tensor:
+def _spaced(problem: Problem, limit: int) -> Tensor:
     """Return evenly spaced rows, including the first and the last."""
-    count = min(most, problem.rows)
+    count = min(limit, problem.rows)
     return torch.linspace(0, problem.rows - 1, count, device=problem.hidden.device, dtype=torch.float64).round().long()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,12 +35,6 @@ class Run(NamedTuple):
     """Whether its samples depend only on the problem's seeds, as the reference's do."""
 
 
-class Skip(NamedTuple):
-    """The reason why an entrant does not run a case."""
-
-    reason: str
-
-
 class Setting(NamedTuple):
     """The device, dtype and shape of a case."""
 
@@ -49,13 +43,10 @@ class Setting(NamedTuple):
     shape: Shape
 
 
-Prepare: TypeAlias = Callable[[Case, Setting], "Run | Skip"]
-
-
 @dataclass(frozen=True)
 class Entrant:
-    """A named implementation."""
+    """A named implementation; ``prepare`` raises `SkippedError` for a case that it does not run."""
 
     name: str
     title: str
-    prepare: Prepare
+    prepare: Callable[[Case, Setting], Run]

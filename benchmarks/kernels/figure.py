@@ -6,14 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.style import STYLE
+from benchmarks.figure import new_figure
 
 # Ours in one hue, dark to light; the others in the remaining colours of Okabe and Ito's palette (2008), some with hatches.
 COLOURS: dict[str, tuple[str, str]] = {
@@ -41,47 +38,39 @@ def draw(document: dict[str, Any], path: Path) -> None:
     run = document["runs"][-1]
     results = [result for result in document["results"] if result["dtype"] == run["dtype"]]
     panels = _panels(results)
-    names = _entrants(results)
-    with style.context(["default", STYLE]):
-        groups = max(len(panel) for panel in panels.values())
-        figure = Figure(figsize=(max(10.0, 3.0 + 2.6 * groups), 1.4 + 2.2 * len(panels)))
-        FigureCanvasAgg(figure)
+    titles = _entrants(results)
+    width = max(10.0, 3.0 + 2.6 * max(len(panel) for panel in panels.values()))
+    columns = max(1, int(width / 2.4))
+    legend = 0.2 * math.ceil(len(titles) / columns) + 0.15  # inches
+    title = (
+        f"{run['device']['name']}, {run['dtype']}, torch {run['versions']['torch']}: time over that of the bare matrix "
+        "products (floor),\nand peak memory beyond inputs and gradients"
+    )
+    with new_figure(path, (width, 1.4 + 2.2 * len(panels)), title, bottom=legend) as figure:
         grid = figure.subplots(len(panels), 2, squeeze=False)
-        for row, (title, panel) in enumerate(panels.items()):
-            _bars(grid[row][0], panel, names, "ratio_to_floor")
-            _bars(grid[row][1], panel, names, "peak_extra_mib")
-            grid[row][0].set_title(title)
-            grid[row][0].set_ylabel("time / floor")
-            grid[row][1].set_ylabel("extra memory, MiB")
-        titles = {e["entrant"]: e["title"] for r in results for e in r["entrants"]}
-        handles = [Patch(facecolor=_look(n)[0], hatch=_look(n)[1], edgecolor="white", label=titles[n]) for n in names]
-        width, height = figure.get_size_inches()
-        columns = max(1, int(width / 2.4))
+        for (ratios, memory), (case, panel) in zip(grid, panels.items(), strict=True):
+            _bars(ratios, panel, list(titles), "ratio_to_floor")
+            _bars(memory, panel, list(titles), "peak_extra_mib")
+            ratios.set_title(case)
+            ratios.set_ylabel("time / floor")
+            memory.set_ylabel("extra memory, MiB")
+        handles = []
+        for name, label in titles.items():
+            colour, hatch = COLOURS.get(name, OTHER)
+            handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=label))
         figure.legend(handles=handles, loc="lower left", ncols=columns)
-        figure.suptitle(
-            f"{run['device']['name']}, {run['dtype']}, torch {run['versions']['torch']}: time over that of the bare matrix "
-            "products (floor),\nand peak memory beyond inputs and gradients",
-            x=0.06 / width,
-            y=1 - 0.06 / height,
-            ha="left",
-            va="top",
-            fontsize=10,
-        )
-        legend = 0.2 * math.ceil(len(handles) / columns) + 0.15
-        figure.tight_layout(rect=(0, legend / height, 1, 1 - 0.1 / height))
-        figure.savefig(path)
 
 
 def _panels(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """Return title → (label, result) per group of bars; all batch sizes of sampling share one panel."""
-    most: dict[tuple[str, str], int] = {}
+    largest: dict[tuple[str, str], int] = {}
     for result in results:
         key = (result["case"]["name"], result["shape"]["name"])
-        most[key] = max(result["rows"], most.get(key, 0))
+        largest[key] = max(result["rows"], largest.get(key, 0))
     panels: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for result in results:
         case, shape = result["case"], result["shape"]["name"]
-        if result["rows"] != most[case["name"], shape]:
+        if result["rows"] != largest[case["name"], shape]:
             continue
         sampled = case["operator"] == "linear_sample"
         label = f"{shape}\n{'batch' if sampled else 'N'} {result['rows']}"
@@ -89,16 +78,16 @@ def _panels(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str
     return panels
 
 
-def _entrants(results: list[dict[str, Any]]) -> list[str]:
-    """Return the entrants with results, in the order of `COLOURS`."""
-    names = [e["entrant"] for r in results for e in r["entrants"] if e["total_seconds"] is not None]
-    order = list(COLOURS)
-    return sorted(dict.fromkeys(names), key=lambda n: order.index(n) if n in order else len(order))
+def _entrants(results: list[dict[str, Any]]) -> dict[str, str]:
+    """Return name → title of the entrants with results, in the order of `COLOURS`."""
+    entrants = [e for result in results for e in result["entrants"] if e["total_seconds"] is not None]
+    titles = {e["entrant"]: e["title"] for e in entrants}
+    return {name: titles[name] for name in dict.fromkeys([*COLOURS, *titles]) if name in titles}
 
 
 def _bars(axes: Axes, results: list[tuple[str, dict[str, Any]]], names: list[str], quantity: str) -> None:
     ratio = quantity == "ratio_to_floor"
-    drawn: list[float] = []
+    heights: list[float] = []
     crowded = sum(e[quantity] is not None for _, result in results for e in result["entrants"]) > 14
     for group, (_, result) in enumerate(results):
         entrants = {e["entrant"]: e for e in result["entrants"] if e[quantity] is not None}
@@ -106,30 +95,20 @@ def _bars(axes: Axes, results: list[tuple[str, dict[str, Any]]], names: list[str
         width = 0.86 / max(len(present), 1)
         for place, name in enumerate(present):
             value = entrants[name][quantity]
-            height = value if ratio else max(value, 1.0)  # less than 1 MiB is within the measurement error
-            drawn.append(height)
+            heights.append(value if ratio else max(value, 1.0))  # less than 1 MiB is within the measurement error
             x = group + (place - (len(present) - 1) / 2) * width
-            colour, hatch = _look(name)
-            axes.bar(x, height, 0.94 * width, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+            colour, hatch = COLOURS.get(name, OTHER)
+            bar = axes.bar(x, heights[-1], 0.94 * width, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
             text = _label(value, ratio) + (" wrong" if entrants[name]["status"] == "wrong" else "")
-            axes.annotate(
-                text,
-                (x, height),
-                (0, 1.5),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=6,
-                rotation=90 if crowded else 0,
-            )
+            axes.bar_label(bar, [text], padding=1.5, fontsize=6, rotation=90 if crowded else 0)
     axes.set_yscale("log")
     axes.set_xticks(range(len(results)), [label for label, _ in results])
     axes.set_xlim(-0.5, len(results) - 0.5)
-    if not drawn:
+    if not heights:
         return
-    top = max(drawn)
+    top = max(heights)
     if ratio:
-        axes.set_ylim(min(0.7, 0.9 * min(drawn)), 1.7 * max(top, 2))
+        axes.set_ylim(min(0.7, 0.9 * min(heights)), 1.7 * max(top, 2))
         axes.axhline(1, color="#333333", linewidth=1)
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(FixedLocator([t for t in RATIO_TICKS if low <= t <= high]))
@@ -137,10 +116,6 @@ def _bars(axes: Axes, results: list[tuple[str, dict[str, Any]]], names: list[str
     else:
         axes.set_ylim(0.8, 6 * max(top, 10))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _look(name: str) -> tuple[str, str]:
-    return COLOURS.get(name, OTHER)
 
 
 def _label(value: float, ratio: bool) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.clock import Clock
 from benchmarks.kernels.cases import Case
-from benchmarks.kernels.clock import Clock
 from benchmarks.kernels.problem import Problem
 
 CHUNKS = {"cpu": (128, 512), "cuda": (1024, 2048, 4096, 8192)}

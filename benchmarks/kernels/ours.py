@@ -8,8 +8,9 @@ from torch import Tensor
 
 from alignpro_kernels import backends, linear_logprob, linear_sample, policy_loss
 from benchmarks.kernels.cases import Case
-from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting, Skip
+from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting
 from benchmarks.kernels.problem import Problem
+from benchmarks.measure import SkippedError
 
 
 def entrants() -> list[Entrant]:
@@ -20,10 +21,10 @@ def entrants() -> list[Entrant]:
     ]
 
 
-def prepare(backend: str, reason: str | None, case: Case, setting: Setting) -> Run | Skip:
+def prepare(backend: str, reason: str | None, case: Case, setting: Setting) -> Run:
     """Prepare the operator of a case on one backend; skip it if there is a ``reason`` why the backend cannot run."""
     if reason is not None:
-        return Skip(reason)
+        raise SkippedError(reason)
     if case.operator == "linear_sample":
         return Run(functools.partial(_sample, backend), "token, log-probability, entropy", seeded=True)
     if case.operator == "linear_logprob":

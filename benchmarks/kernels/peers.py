@@ -7,7 +7,6 @@ unless noted; those of cut-cross-entropy include skipping small gradients.
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from benchmarks.kernels.cases import Case
-from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting, Skip
+from benchmarks.kernels.entrant import Entrant, Outcome, Run, Setting
 from benchmarks.kernels.problem import Problem
+from benchmarks.measure import SkippedError, import_peer
 
 TRL_VOCABULARY_CHUNK = 32768  # the value that TRL's trainers pass
 # Rows per chunk of torch's operator. Its default, at most N·D/V, is meant for much larger N: here it would be one or two.
@@ -36,13 +36,13 @@ def entrants() -> list[Entrant]:
     ]
 
 
-def _torch_lce(case: Case, setting: Setting) -> Run | Skip:
+def _torch_lce(case: Case, setting: Setting) -> Run:
     function = getattr(F, "linear_cross_entropy", None)
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or options is None:
-        return Skip(f"torch {torch.__version__} has no chunked linear_cross_entropy (2.13 does)")
+        raise SkippedError(f"torch {torch.__version__} has no chunked linear_cross_entropy (2.13 does)")
     if setting.shape.softcap is not None:
-        return Skip("has no soft-cap")
+        raise SkippedError("has no soft-cap")
     rows = TORCH_ROWS[setting.device.type]
     chosen = options(batch_chunk_size=rows)
 
@@ -51,15 +51,13 @@ def _torch_lce(case: Case, setting: Setting) -> Run | Skip:
         return loss
 
     run = _from_cross_entropy(case, losses)
-    return run._replace(quantity=f"{run.quantity}; chunks of {rows}") if isinstance(run, Run) else run
+    return run._replace(quantity=f"{run.quantity}; chunks of {rows}")
 
 
-def _cce(implementation: str, case: Case, setting: Setting) -> Run | Skip:
-    module = _load("cut_cross_entropy")
-    if isinstance(module, Skip):
-        return module
+def _cce(implementation: str, case: Case, setting: Setting) -> Run:
+    module: Any = import_peer("cut_cross_entropy")
     if implementation == "cce" and setting.device.type == "cpu":
-        return Skip("its Triton kernels need a GPU")
+        raise SkippedError("its Triton kernels need a GPU")
 
     def losses(problem: Problem, reduction: str) -> Tensor:
         loss: Tensor = module.linear_cross_entropy(
@@ -75,12 +73,12 @@ def _cce(implementation: str, case: Case, setting: Setting) -> Run | Skip:
     return _from_cross_entropy(case, losses)
 
 
-def _from_cross_entropy(case: Case, losses: Any) -> Run | Skip:
+def _from_cross_entropy(case: Case, losses: Any) -> Run:
     """Prepare a cross-entropy; with per-token losses it serves a policy loss too, whose coefficients autograd applies."""
     if case.operator == "linear_sample":
-        return Skip("does not sample")
+        raise SkippedError("does not sample")
     if case.kl:
-        return Skip("has no KL")
+        raise SkippedError("has no KL")
     if case.operator == "linear_logprob":
         return Run(lambda problem: Outcome(-losses(problem, "none")), "log-probability; reduction='none'")
     if case.cross_entropy:
@@ -88,16 +86,14 @@ def _from_cross_entropy(case: Case, losses: Any) -> Run | Skip:
     return Run(lambda problem: Outcome(-(problem.alpha * losses(problem, "none")).sum()), "loss; reduction='none'")
 
 
-def _liger_ce(sums: torch.dtype | None, case: Case, setting: Setting) -> Run | Skip:
+def _liger_ce(sums: torch.dtype | None, case: Case, setting: Setting) -> Run:
     if not case.cross_entropy:
-        return Skip("CE only: takes no per-token coefficients")
+        raise SkippedError("CE only: takes no per-token coefficients")
     if setting.device.type == "cpu":
-        return Skip("its Triton kernels need a GPU")
+        raise SkippedError("its Triton kernels need a GPU")
     if sums is not None and setting.dtype == sums:
-        return Skip("the same as liger-ce in float32")
-    module = _load("liger_kernel.transformers.fused_linear_cross_entropy")
-    if isinstance(module, Skip):
-        return module
+        raise SkippedError("the same as liger-ce in float32")
+    module: Any = import_peer("liger_kernel.transformers.fused_linear_cross_entropy")
     # Without accum_dtype the head's gradient is summed over the chunks in the head's dtype.
     loss = module.LigerFusedLinearCrossEntropyLoss(
         softcap=setting.shape.softcap, **({} if sums is None else {"accum_dtype": sums})
@@ -108,16 +104,14 @@ def _liger_ce(sums: torch.dtype | None, case: Case, setting: Setting) -> Run | S
     )
 
 
-def _liger_grpo(case: Case, setting: Setting) -> Run | Skip:
+def _liger_grpo(case: Case, setting: Setting) -> Run:
     if case.operator != "policy_loss":
-        return Skip("returns only the loss, no log-probabilities")
+        raise SkippedError("returns only the loss, no log-probabilities")
     if case.kl:
-        return Skip("has no exact KL: its KL is the k3 estimate from the sampled token")
+        raise SkippedError("has no exact KL: its KL is the k3 estimate from the sampled token")
     if setting.shape.softcap is not None:
-        return Skip("has no soft-cap")
-    module = _load("liger_kernel.chunked_loss")
-    if isinstance(module, Skip):
-        return module
+        raise SkippedError("has no soft-cap")
+    module: Any = import_peer("liger_kernel.chunked_loss")
 
     def forward(problem: Problem) -> Outcome:
         rows = problem.rows
@@ -143,15 +137,11 @@ def _liger_grpo(case: Case, setting: Setting) -> Run | Skip:
     return Run(forward, "loss; CISPO, one chunk")
 
 
-def _trl(case: Case, setting: Setting) -> Run | Skip:
+def _trl(case: Case, setting: Setting) -> Run:
     if case.operator == "linear_sample":
-        return Skip("does not sample")
-    module = _load("trl.kernels.chunked_logprob")
-    divergence = _load("trl.kernels.chunked_divergence")
-    if isinstance(module, Skip):
-        return module
-    if isinstance(divergence, Skip) and case.kl:
-        return divergence
+        raise SkippedError("does not sample")
+    module: Any = import_peer("trl.kernels.chunked_logprob")
+    divergence: Any = import_peer("trl.kernels.chunked_divergence") if case.kl else None
 
     def logprob(problem: Problem) -> Tensor:
         outputs = module.ChunkedLogProbFunction.apply(
@@ -162,20 +152,11 @@ def _trl(case: Case, setting: Setting) -> Run | Skip:
 
     def kl(problem: Problem) -> Tensor:
         ref_weight = problem.weight.detach() if problem.ref_weight is None else problem.ref_weight
-        reverse, temperature, scale = 1.0, 1.0, 1.0
+        policy, reference = (problem.hidden, problem.weight, None), (problem.ref_hidden, ref_weight, None)
+        reverse, temperature = 1.0, 1.0
+        scale_and_cap = (1.0, problem.softcap)
         values, _ = divergence.ChunkedDivergenceFunction.apply(
-            problem.hidden,
-            problem.weight,
-            None,
-            problem.ref_hidden,
-            ref_weight,
-            None,
-            reverse,
-            temperature,
-            scale,
-            problem.softcap,
-            scale,
-            problem.softcap,
+            *policy, *reference, reverse, temperature, *scale_and_cap, *scale_and_cap
         )
         result: Tensor = values
         return result
@@ -187,17 +168,3 @@ def _trl(case: Case, setting: Setting) -> Run | Skip:
     if case.operator == "linear_logprob":
         return Run(lambda problem: Outcome(logprob(problem)), "log-probability")
     return Run(policy, "loss" + (", exact KL by a second function" if case.kl else ""))
-
-
-@functools.cache
-def _load(name: str) -> Any:
-    """Import a peer's module, or return the reason why that fails."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        if error.name == package:
-            return Skip("not installed")
-        return Skip(f"import of {name} failed: {error}")
-    except Exception as error:  # a peer's import may fail in any way; the reason goes into the results
-        return Skip(f"import of {name} failed: {type(error).__name__}: {error}")

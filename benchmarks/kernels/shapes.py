@@ -54,8 +54,8 @@ def default_rows(shape: Shape, device: str) -> tuple[int, ...]:
     """Return the default numbers of tokens: several on a GPU; on a CPU one power of two between 32 and 1024."""
     if device != "cpu":
         return GPU_ROWS
-    most = CPU_PRODUCT / (shape.hidden * shape.vocabulary)
+    limit = CPU_PRODUCT / (shape.hidden * shape.vocabulary)
     rows = 32
-    while rows * 2 <= min(most, 1024):
+    while rows * 2 <= min(limit, 1024):
         rows *= 2
     return (rows,)

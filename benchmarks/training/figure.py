@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from benchmarks.style import STYLE
+from benchmarks.figure import describe_run, new_figure
 from benchmarks.training.step import PHASES, TOKEN_KINDS
 
 COLOURS = {
@@ -28,10 +25,9 @@ COLOURS = {
 def draw(document: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
     """Write the PNG; entrants that did not run are left out."""
     entrants = {name: document[name] for name in names if document[name]["status"] == "measured"}
-    run = document["run"]
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(10.0, 3.4))
-        FigureCanvasAgg(figure)
+    workload = document["workload"]["name"]
+    title = f"{workload}: a whole step of reinforcement learning. {describe_run(document['run'])}"
+    with new_figure(path, (10.0, 3.4), title) as figure:
         speed, seconds, tokens = figure.subplots(1, 3)
         bars = speed.bar(list(entrants), [e["chains_per_s"] for e in entrants.values()], 0.6, color="#0072B2")
         speed.bar_label(bars, fmt="%.1f", padding=2)
@@ -40,15 +36,6 @@ def draw(document: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
         seconds.set_title("seconds per step")
         _stack(tokens, {name: e["tokens"] for name, e in entrants.items()}, TOKEN_KINDS)
         tokens.set_title("tokens computed per step")
-        figure.suptitle(
-            f"{document['workload']['name']}: a whole step of reinforcement learning. {run['device']['name']}, "
-            f"{run['threads']} threads, {run['dtype']}, torch {run['versions']['torch']}",
-            x=0.01,
-            ha="left",
-            fontsize=9,
-        )
-        figure.tight_layout()
-        figure.savefig(path)
 
 
 def _stack(axes: Axes, parts: Mapping[str, Mapping[str, float]], order: Sequence[str]) -> None:

@@ -14,9 +14,9 @@ import yaml
 from alignpro.config import TrainConfig, load_config
 from alignpro.training.builders import prompter_training
 from alignpro.training.distribution import Distribution
-from benchmarks.tokens import TokenCounter
 from benchmarks.training.step import Step
 from benchmarks.training.task import REWARD, Task
+from benchmarks.training.tokens import TokenCounter
 
 
 class OurTraining:

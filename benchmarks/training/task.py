@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import make_chat_template, make_model, make_tokenizer, random_text, save_model
+from benchmarks.device import empty_cache
+from benchmarks.models import make_chat_template, make_model, make_tokenizer, random_text
 from benchmarks.workload import Workload
 
 REWARD = "benchmarks.training.reward:variety"
@@ -67,10 +68,11 @@ def make_task(
         (task.target, workload.target, make_chat_template(before, after)),
     ):
         model = make_model(shape, context=context, seed=seed, dtype=dtype, device=device)
-        save_model(model, make_tokenizer(template, shape.vocabulary), place)
+        model.save_pretrained(place)
+        make_tokenizer(template, shape.vocabulary).save_pretrained(place)
         del model  # free its memory before creating the next model
-        if device is not None and device.type != "cpu":
-            torch.accelerator.empty_cache()
+        if device is not None:
+            empty_cache(device)
     (directory / "meta_prompt.jinja").write_text(meta_prompt + "{{ prompt }}", encoding="utf-8")
     with (directory / "prompts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"prompt": text}) + "\n" for text in prompts)

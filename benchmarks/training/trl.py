@@ -6,7 +6,6 @@ by default, and slower) and the floating-point format (bfloat16 by default). Log
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,32 +22,28 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.tokens import TokenCounter
+from benchmarks.measure import import_peer
 from benchmarks.training.reward import variety
 from benchmarks.training.step import Step
 from benchmarks.training.task import Task
-
-
-def missing() -> str | None:
-    """Return the reason why TRL cannot take part, or None if it can."""
-    try:
-        importlib.import_module("trl")
-    except ImportError as error:
-        return f"TRL is not installed or does not import ({error}): pip install 'alignpro[benchmarks]'"
-    return None
+from benchmarks.training.tokens import TokenCounter
 
 
 def train(task: Task, device: torch.device, after_step: Callable[[Step], None]) -> None:
-    """Run all steps of a task; ``after_step`` is called after each step, outside of the measured time."""
-    from trl import GRPOConfig, GRPOTrainer
+    """Run all steps of a task; ``after_step`` is called after each step, outside of the measured time.
+
+    Raises:
+        SkippedError: TRL is not installed, or its import fails.
+    """
+    trl: Any = import_peer("trl")
 
     workload = task.workload
     reward = _TargetReward(task, device)
     policy = AutoModelForCausalLM.from_pretrained(task.prompter, dtype=torch.float32, attn_implementation="sdpa")
-    trainer = GRPOTrainer(
+    trainer = trl.GRPOTrainer(
         model=policy,
         reward_funcs=reward.score,
-        args=GRPOConfig(
+        args=trl.GRPOConfig(
             output_dir=str(task.directory / "trl"),
             per_device_train_batch_size=workload.prompts * workload.K,
             num_generations=workload.K,

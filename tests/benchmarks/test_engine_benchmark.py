@@ -16,7 +16,7 @@ from benchmarks.engine.__main__ import app
 from benchmarks.engine.cases import CASES, Case, make_inputs, shrink
 from benchmarks.engine.entrant import Entrant, Generated, Run, Setting
 from benchmarks.engine.floor import DeviceRates, floor_seconds
-from benchmarks.engine.measure import measure
+from benchmarks.engine.measure import compare
 
 SETTING = Setting(torch.device("cpu"), torch.float32, max_batch=256, seed=0)
 RATES = DeviceRates(1e9, 1e9)
@@ -84,7 +84,7 @@ def test_an_entrant_that_generates_less_has_failed() -> None:
         return lambda turn: Generated({"target": case.expected["target"] - 1})
 
     small = shrink(case("single"))
-    (result,) = measure(small, [Entrant("short", short)], SETTING, 1, RATES)["entrants"]
+    (result,) = compare(small, [Entrant("short", short)], SETTING, 1, RATES)["entrants"]
     assert result["status"] == "failed"
     assert "instead of" in result["reason"]
 
@@ -94,7 +94,7 @@ def test_a_failing_entrant_does_not_affect_the_others() -> None:
         raise ValueError("no such device\nand more")
 
     small = shrink(case("single"))
-    results = measure(small, [Entrant("broken", broken), ours.entrant()], SETTING, 1, RATES)["entrants"]
+    results = compare(small, [Entrant("broken", broken), ours.entrant()], SETTING, 1, RATES)["entrants"]
     assert [result["status"] for result in results] == ["failed", "measured"]
     assert results[0]["reason"] == "ValueError: no such device"
 

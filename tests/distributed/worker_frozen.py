@@ -34,7 +34,7 @@ class Pair:
         target = ModelConfig(path=str(root / "target"), device="cpu")
         reward = ModelConfig(path=str(root / "reward"), device="cpu")
         self.target = models.load(target, load_language_model)
-        self.reward = ModelReward(ModelRewardConfig(kind="model", model=reward, batch_size=1), models)
+        self.reward = ModelReward(ModelRewardConfig(kind="model", model=reward, batch_size=1), models.load)
 
     def generate(self, prompts: list[list[int]]) -> list[Any]:
         """Return tokens and log-probabilities. Each call makes a new engine, so that no prompt is cached."""

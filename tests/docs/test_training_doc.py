@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from tiny_runs import Workshop
 
 from alignpro.config import EvalConfig, TrainConfig, validate_config
+from alignpro.objectives import ADVANTAGES, Advantage, is_unbiased
 
 DOCUMENT = Document("training.md")
 ELSEWHERE = ("run.out", "data", "target", "reward", "prompting", "deepspeed", "rollout.engine", "rollout.respond")
@@ -37,6 +38,11 @@ def settings(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
             yield key, "" if default is None or field.is_required() else str(default)
 
 
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
 def test_every_setting_is_in_the_table_with_its_default() -> None:
     told = {cells[0]: cells[1] for cells in DOCUMENT.rows("Settings")}
     of_responses = {f"rollout.rewrite.{name}" for name in ("top_k", "top_p", "min_p")}
@@ -58,6 +64,32 @@ def test_python_blocks_run_and_every_metric_is_in_the_table(tmp_path: Path, monk
     assert (
         found - told - {"step", "reward/score", "reward/guard/length_ratio", "sample/logprob_difference_max"} == set()
     )
+
+
+def test_the_table_of_advantages_says_what_the_classes_say() -> None:
+    def words(advantage: Advantage) -> list[str]:
+        unbiased = is_unbiased("exact", advantage) and is_unbiased("k1", advantage)
+        return ["yes" if each else "no" for each in (advantage.needs_group, advantage.needs_critic, unbiased)]
+
+    told = {name: [cell.partition(",")[0] for cell in cells] for name, *cells in DOCUMENT.rows("Algorithms")}
+    assert told == {name: words(kind()) for name, kind in ADVANTAGES.items()}
+
+
+def test_an_advantage_and_an_environment_of_the_users_own_train(workshop: Workshop, tmp_path: Path) -> None:
+    for name in ("max_rl.py", "worst_case.py"):
+        (code,) = [code for _, code in DOCUMENT.blocks("python") if code.startswith(f"# {name}\n")]
+        (tmp_path / name).write_text(code)
+    out = tmp_path / "run"
+    settings = [
+        f"objective.advantage={tmp_path / 'max_rl.py'}:MaxRL",
+        f"environment={tmp_path / 'worst_case.py'}:WorstCase",
+        "environment_params.quantile=0.25",
+        "rollout.responses_per_rewrite=4",
+    ]
+    assert workshop.run("train", out, *settings) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["reward/gap"] > 0 for row in rows if "reward/mean" in row)
+    assert workshop.run("train", tmp_path / "alone", settings[0], "rollout.rewrites_per_prompt=1") == 1
 
 
 def test_the_example_of_an_evaluation_is_a_valid_configuration() -> None:

@@ -2,7 +2,16 @@ import pytest
 import torch
 
 from alignpro.errors import ConfigError
-from alignpro.objectives import RunningBaseline, gae, group_normalized, leave_one_out, returns_to_go, token_rewards
+from alignpro.objectives import (
+    GAE,
+    Advantage,
+    GroupNormalized,
+    LeaveOneOut,
+    RunningBaseline,
+    SampledReturns,
+    returns_to_go,
+    token_rewards,
+)
 
 # Two prompts of three rewrites each, of lengths 3, 1, 2 and 2, 2, 3.
 MASK = torch.arange(3) < torch.tensor([3, 1, 2, 2, 2, 3])[:, None]
@@ -12,6 +21,14 @@ SCORES = torch.tensor([1.0, 2.0, 4.0, 0.0, 8.0, 3.0], dtype=torch.float64)
 def random_rewards() -> torch.Tensor:
     kl = torch.rand(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return token_rewards(SCORES, MASK, 0.5, "exact", kl=kl)
+
+
+def compute(advantage: Advantage, returns: torch.Tensor, mask: torch.Tensor, scores: torch.Tensor, group: int):
+    return advantage(SampledReturns(returns, returns, mask, scores, group))
+
+
+def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, lam: float):
+    return GAE(lam)(SampledReturns(rewards, returns_to_go(rewards, mask), mask, SCORES[: len(mask)], 3, values))
 
 
 def test_the_return_is_the_sum_of_the_remaining_rewards() -> None:
@@ -30,16 +47,16 @@ def test_leave_one_out_by_hand_on_ragged_rows() -> None:
         [5 - (10 + 7) / 2, 0, 0],
         [7 - (10 + 5) / 2, 9 - (20 + 5) / 2, 0],
     ]
-    assert leave_one_out(returns, mask, scores, 3).tolist() == expected
+    assert compute(LeaveOneOut(), returns, mask, scores, 3).tolist() == expected
 
 
 def test_the_baseline_does_not_depend_on_the_row_itself() -> None:
     returns = returns_to_go(random_rewards(), MASK)
-    base = returns - leave_one_out(returns, MASK, SCORES, 3)
+    base = returns - compute(LeaveOneOut(), returns, MASK, SCORES, 3)
     changed, scores = returns.clone(), SCORES.clone()
     changed[1, 0] += 100  # the second row has one action
     scores[1] += 100
-    moved = changed - leave_one_out(changed, MASK, scores, 3)
+    moved = changed - compute(LeaveOneOut(), changed, MASK, scores, 3)
     torch.testing.assert_close(moved[1], base[1])
     assert (moved[0][MASK[0]] != base[0][MASK[0]]).all()
     torch.testing.assert_close(moved[3:], base[3:])  # another prompt
@@ -47,14 +64,14 @@ def test_the_baseline_does_not_depend_on_the_row_itself() -> None:
 
 def test_without_kl_leave_one_out_is_the_score_less_the_others_mean() -> None:
     returns = returns_to_go(token_rewards(SCORES, MASK, 0.0, "k2"), MASK)
-    advantages = leave_one_out(returns, MASK, SCORES, 3)
+    advantages = compute(LeaveOneOut(), returns, MASK, SCORES, 3)
     expected = torch.tensor([1 - 3.0, 2 - 2.5, 4 - 1.5, 0 - 5.5, 8 - 1.5, 3 - 4.0], dtype=torch.float64)
     torch.testing.assert_close(advantages, torch.where(MASK, expected[:, None], 0.0))
 
 
 def test_group_normalized_is_grpo() -> None:
     returns = returns_to_go(token_rewards(SCORES, MASK, 0.0, "k3"), MASK)
-    advantages = group_normalized(returns, MASK, SCORES, 3)
+    advantages = compute(GroupNormalized(), returns, MASK, SCORES, 3)
     groups = SCORES.view(2, 3)
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(advantages, torch.where(MASK, expected.flatten()[:, None], 0.0))
@@ -63,18 +80,18 @@ def test_group_normalized_is_grpo() -> None:
 def test_a_group_of_equal_scores_has_no_advantage() -> None:
     same = torch.full((6,), 2.5, dtype=torch.float64)
     returns = returns_to_go(token_rewards(same, MASK, 0.0, "k2"), MASK)
-    assert (group_normalized(returns, MASK, same, 3) == 0).all()
-    assert (leave_one_out(returns, MASK, same, 3) == 0).all()
+    assert (compute(GroupNormalized(), returns, MASK, same, 3) == 0).all()
+    assert (compute(LeaveOneOut(), returns, MASK, same, 3) == 0).all()
 
 
 def test_gae_at_one_is_return_less_value_and_at_zero_one_step() -> None:
     rewards = random_rewards()
     values = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    full, targets = gae(rewards, values, MASK, 1.0)
+    full = gae(rewards, values, MASK, 1.0)
     returns = returns_to_go(rewards, MASK)
     torch.testing.assert_close(full, torch.where(MASK, returns - values, 0.0))
-    torch.testing.assert_close(targets, returns)
-    one_step, _ = gae(rewards, values, MASK, 0.0)
+    torch.testing.assert_close(full + torch.where(MASK, values, 0.0), returns)  # the critic's targets
+    one_step = gae(rewards, values, MASK, 0.0)
     last = MASK.sum(1) - 1
     for row in range(6):
         for t in range(int(last[row]) + 1):
@@ -86,27 +103,29 @@ def test_gae_weighs_steps_geometrically() -> None:
     rewards, values = random_rewards()[:1], torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64)
     mask, lam = MASK[:1], 0.6
     deltas = rewards + torch.tensor([[-0.2, 0.5, 0.0]], dtype=torch.float64) - values
-    advantages, _ = gae(rewards, values, mask, lam)
+    advantages = gae(rewards, values, mask, lam)
     torch.testing.assert_close(advantages[0, 0], deltas[0, 0] + lam * deltas[0, 1] + lam**2 * deltas[0, 2])
 
 
 def test_running_baseline_comes_from_earlier_steps() -> None:
     baseline = RunningBaseline(decay=0.9)
     returns = returns_to_go(random_rewards(), MASK)
-    torch.testing.assert_close(baseline.advantages(returns, MASK), returns)  # there is no earlier step
+    torch.testing.assert_close(compute(baseline, returns, MASK, SCORES, 3), returns)  # there is no earlier step
     baseline.update(3.0)
     assert baseline.value == pytest.approx(3.0)  # corrected for its start
     baseline.update(5.0)
     assert baseline.value == pytest.approx((0.9 * 3 + 5) / 1.9)
-    torch.testing.assert_close(baseline.advantages(returns, MASK), torch.where(MASK, returns - baseline.value, 0.0))
+    torch.testing.assert_close(
+        compute(baseline, returns, MASK, SCORES, 3), torch.where(MASK, returns - baseline.value, 0.0)
+    )
     restored = RunningBaseline(decay=0.9)
     restored.load_state_dict(baseline.state_dict())
     assert restored.value == baseline.value
 
 
-@pytest.mark.parametrize("function", [leave_one_out, group_normalized])
-def test_a_group_of_one_is_refused(function) -> None:
+@pytest.mark.parametrize("advantage", [LeaveOneOut(), GroupNormalized()])
+def test_a_group_of_one_is_refused(advantage) -> None:
     with pytest.raises(ConfigError, match=r"with 1 sample per prompt.*use at least 2"):
-        function(torch.zeros(6, 3), MASK, SCORES, 1)
+        compute(advantage, torch.zeros(6, 3), MASK, SCORES, 1)
     with pytest.raises(ValueError, match="6 rows are not a whole number of groups of 4"):
-        function(torch.zeros(6, 3), MASK, SCORES, 4)
+        compute(advantage, torch.zeros(6, 3), MASK, SCORES, 4)

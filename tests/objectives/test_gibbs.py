@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from alignpro.errors import ConfigError
-from alignpro.objectives import gibbs_loss, leave_one_out
+from alignpro.objectives import LeaveOneOut, SampledReturns, gibbs_loss
 from alignpro.theory import optimal_policy
 
 LAMBDA = 0.4
@@ -20,7 +20,8 @@ def test_gradient_is_minus_lambda_times_the_leave_one_out_ascent_direction() -> 
     # RLOO on whole sequences, with the sampled KL in the reward.
     rewards = scores - LAMBDA * (logprob.detach() - reference)
     mask = torch.ones(8, 1, dtype=torch.bool)
-    advantages = leave_one_out(rewards.unsqueeze(-1), mask, rewards, 4).squeeze(-1)
+    returns = rewards.unsqueeze(-1)
+    advantages = LeaveOneOut()(SampledReturns(returns, returns, mask, rewards, 4)).squeeze(-1)
     ascent = advantages / 8  # ∂/∂logprob of the mean of advantage · logprob
     torch.testing.assert_close(gibbs, -LAMBDA * ascent, rtol=0, atol=1e-14)
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from alignpro.objectives import (
+    PolicyGradient,
     PolicyGradientBatch,
+    PPOClip,
     loss_count,
-    policy_gradient_coefficients,
-    ppo_clip_coefficients,
     value_loss,
 )
 
@@ -41,9 +41,9 @@ def make_statistics() -> list[torch.Tensor]:
 @pytest.mark.parametrize("estimator", ["exact", "k1", "k2", "k3"])
 def test_coefficients_are_the_derivatives_of_the_loss(loss: str, estimator: str) -> None:
     batch = make_batch(estimator)
-    build = policy_gradient_coefficients if loss == "policy_gradient" else lambda b: ppo_clip_coefficients(b, 0.2)
+    kind = PolicyGradient() if loss == "policy_gradient" else PPOClip(0.2)
     statistics = make_statistics()
-    terms, *coefficients = build(batch)(*statistics, torch.arange(N))
+    terms, *coefficients = kind.coefficients(batch)(*statistics, torch.arange(N))
     truth = torch.autograd.grad(terms.sum(), statistics, allow_unused=True)
     for ours, expected in zip(coefficients, truth, strict=True):
         if ours is None:
@@ -54,7 +54,7 @@ def test_coefficients_are_the_derivatives_of_the_loss(loss: str, estimator: str)
 
 def test_chunks_add_up_to_the_whole() -> None:
     batch, statistics = make_batch("k3"), [s.detach() for s in make_statistics()]
-    whole, parts = ppo_clip_coefficients(batch, 0.2), ppo_clip_coefficients(batch, 0.2)
+    whole, parts = PPOClip(0.2).coefficients(batch), PPOClip(0.2).coefficients(batch)
     expected = whole(*statistics, torch.arange(N))
     pieces = [
         parts(*[s[rows] for s in statistics], rows) for rows in (torch.tensor([5, 1, 7]), torch.tensor([0, 2, 3, 4, 6]))
@@ -68,9 +68,9 @@ def test_chunks_add_up_to_the_whole() -> None:
 def test_ppo_at_the_old_policy_is_the_policy_gradient() -> None:
     logprob, entropy, kl = (s.detach() for s in make_statistics())
     batch = make_batch(old_logprob=logprob)
-    clipped = ppo_clip_coefficients(batch, 0.2)
+    clipped = PPOClip(0.2).coefficients(batch)
     ours = clipped(logprob, entropy, kl, torch.arange(N))
-    plain = policy_gradient_coefficients(batch)(logprob, entropy, kl, torch.arange(N))
+    plain = PolicyGradient().coefficients(batch)(logprob, entropy, kl, torch.arange(N))
     for left, right in zip(ours[1:], plain[1:], strict=True):
         torch.testing.assert_close(left, right)
     assert clipped.metrics() == {"clip_fraction": 0.0, "old_policy_kl": 0.0}
@@ -80,7 +80,7 @@ def test_ppo_clips_only_ratios_beyond_the_range_in_the_advantages_direction() ->
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.9], dtype=torch.float64)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     batch = PolicyGradientBatch(advantages, 1.0, old_logprob=torch.zeros(6, dtype=torch.float64))
-    coefficients = ppo_clip_coefficients(batch, 0.2)
+    coefficients = PPOClip(0.2).coefficients(batch)
     terms, alpha, eta, kappa = coefficients(ratio.log(), None, None, torch.arange(6))
     torch.testing.assert_close(alpha, torch.tensor([0.0, 1.5, -0.5, 0.0, -1.1, 0.9], dtype=torch.float64))
     torch.testing.assert_close(terms, -torch.tensor([1.2, -1.5, 0.5, -0.8, 1.1, -0.9], dtype=torch.float64))
@@ -91,12 +91,12 @@ def test_ppo_clips_only_ratios_beyond_the_range_in_the_advantages_direction() ->
 
 def test_missing_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="old_logprob"):
-        ppo_clip_coefficients(make_batch(old_logprob=None), 0.2)
+        PPOClip(0.2).coefficients(make_batch(old_logprob=None))
     logprob = torch.zeros(N)
     with pytest.raises(ValueError, match="entropy=True"):
-        policy_gradient_coefficients(make_batch())(logprob, None, logprob, torch.arange(N))
+        PolicyGradient().coefficients(make_batch())(logprob, None, logprob, torch.arange(N))
     with pytest.raises(ValueError, match="reference_logprob"):
-        policy_gradient_coefficients(make_batch("k3", reference_logprob=None))(logprob, logprob, None, torch.arange(N))
+        PolicyGradient().coefficients(make_batch("k3", reference_logprob=None))(logprob, logprob, None, torch.arange(N))
 
 
 def test_scale_and_value_loss() -> None:

@@ -7,6 +7,7 @@ sum over all sequences.
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import get_args
 
 import pytest
 import torch
@@ -85,6 +86,10 @@ class Tabular:
         return exact_gradient(exact_objective(*self.sequence_logprobs(), self.scores, LAMBDA), self.parameters)
 
 
+def make(advantage: str, gae_lambda: float = 1.0) -> obj.Advantage:
+    return obj.GAE(gae_lambda) if advantage == "gae" else obj.ADVANTAGES[advantage]()
+
+
 def estimate(
     world: Tabular, rows: Tensor, estimator: str, advantage: str, *, future_kl: bool = True, gae_lambda: float = 1.0
 ) -> list[Tensor]:
@@ -96,16 +101,10 @@ def estimate(
     reference = {"ref_hidden": world.ref_hidden[state[mask]], "ref_weight": world.ref_weight}
     rewards = obj.token_rewards(scores, mask, LAMBDA, estimator, kl=kl if future_kl else 0 * kl, logratio=logratio)
     returns = obj.returns_to_go(rewards, mask)
-    if advantage == "leave_one_out":
-        advantages = obj.leave_one_out(returns, mask, scores, len(rows))
-    elif advantage == "group_normalized":
-        advantages = obj.group_normalized(returns, mask, scores, len(rows))
-    elif advantage == "gae":
-        advantages, _ = obj.gae(rewards, world.values[state], mask, gae_lambda)
-    else:
-        baseline = obj.RunningBaseline()
-        baseline.update(0.7)
-        advantages = baseline.advantages(returns, mask)
+    baseline = make(advantage, gae_lambda)
+    baseline.update(0.7)
+    sampled = obj.SampledReturns(rewards, returns, mask, scores, len(rows), world.values[state])
+    advantages = baseline(sampled)
 
     batch = obj.PolicyGradientBatch(
         advantages=advantages[mask],
@@ -114,7 +113,7 @@ def estimate(
         kl_estimator=estimator,
         reference_logprob=ref_logprob[mask],
     )
-    out = policy_loss(coefficients=obj.policy_gradient_coefficients(batch), **actions, **head, **reference)
+    out = policy_loss(coefficients=obj.PolicyGradient().coefficients(batch), **actions, **head, **reference)
     return [-g for g in torch.autograd.grad(out.loss, world.parameters)]
 
 
@@ -126,14 +125,15 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
 
 
-UNBIASED = [(e, a) for e in ("exact", "k1") for a in ("leave_one_out", "running_baseline", "gae")]
+UNBIASED = [(e, a) for e in get_args(obj.KLEstimator) for a in obj.ADVANTAGES if obj.is_unbiased(e, make(a))]
+assert {*UNBIASED} == {(e, a) for e in ("exact", "k1") for a in ("leave_one_out", "running_baseline", "gae")}
 BIASED = [("k2", "running_baseline"), ("k3", "running_baseline"), ("exact", "group_normalized")]
 
 
 @pytest.mark.parametrize(("estimator", "advantage"), UNBIASED)
 def test_expected_gradient_is_the_gradient_of_the_objective(estimator: str, advantage: str) -> None:
-    assert obj.is_unbiased(estimator, advantage)
-    size = 2 if advantage == "leave_one_out" else 1
+    assert obj.is_unbiased(estimator, make(advantage))
+    size = 2 if make(advantage).needs_group else 1
     world = Tabular(vocabulary=3 if size == 2 else 4)
     expected = expectation(world, size, lambda rows: estimate(world, rows, estimator, advantage))
     assert distance(expected, world.gradient()) < 1e-10
@@ -147,15 +147,15 @@ def test_leave_one_out_is_unbiased_for_three_samples_too() -> None:
 
 @pytest.mark.parametrize(("estimator", "advantage"), BIASED)
 def test_estimators_that_say_they_are_biased_are(estimator: str, advantage: str) -> None:
-    assert not obj.is_unbiased(estimator, advantage)
+    assert not obj.is_unbiased(estimator, make(advantage))
     world = Tabular(max_length=2)
-    size = 2 if advantage == "group_normalized" else 1
+    size = 2 if make(advantage).needs_group else 1
     expected = expectation(world, size, lambda rows: estimate(world, rows, estimator, advantage))
     assert distance(expected, world.gradient()) > 1e-3
 
 
 def test_gae_below_one_is_biased_by_the_values() -> None:
-    assert not obj.is_unbiased("exact", "gae", gae_lambda=0.9)
+    assert not obj.is_unbiased("exact", make("gae", 0.9))
     world = Tabular()
     expected = expectation(world, 1, lambda rows: estimate(world, rows, "exact", "gae", gae_lambda=0.9))
     assert distance(expected, world.gradient()) > 1e-3

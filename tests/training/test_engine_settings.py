@@ -30,10 +30,10 @@ def test_settings_reach_the_engine(workshop: Workshop, tmp_path: Path) -> None:
 
 
 def test_only_frozen_models_keep_their_cache_while_the_policy_is_updated(workshop: Workshop, tmp_path: Path) -> None:
-    assert training(workshop, tmp_path / "kept").kept == ("target",)
-    assert training(workshop, tmp_path / "dropped", "rollout.keep_cache=false").kept == ()
+    assert training(workshop, tmp_path / "kept").keep_cached == ("target",)
+    assert training(workshop, tmp_path / "dropped", "rollout.keep_cache=false").keep_cached == ()
     oracle = load_config(RLHFConfig, workshop.arguments("rlhf", tmp_path)[1:])
-    assert response_training(oracle).kept == ()
+    assert response_training(oracle).keep_cached == ()
 
 
 @pytest.mark.gpu
@@ -64,7 +64,7 @@ def test_tokens_of_a_stop_text_are_actions(workshop: Workshop, tmp_path: Path) -
     for sample in stopped:
         assert any(stop in tokenizer.decode(sample.tokens) for stop in stops)
         assert not any(stop in tokenizer.decode(sample.text_tokens) for stop in stops)
-    experience = made.credit(prompts, chains, made.environment.score(prompts, chains))
+    experience = made.compute_advantages(prompts, chains, made.environment.score(prompts, chains))
     rows = zip(experience.batch.actions, experience.batch.mask, samples, strict=True)
     assert all(actions[mask].tolist() == sample.tokens for actions, mask, sample in rows)
     drawn = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])

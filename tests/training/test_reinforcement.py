@@ -11,9 +11,11 @@ from torch import Tensor
 
 from alignpro.config import AdapterConfig
 from alignpro.data import Prompt
-from alignpro.engine import Chain
+from alignpro.engine import Chain, derive_seed
 from alignpro.environments.base import Scores
+from alignpro.objectives import RunningBaseline
 from alignpro.training.experience import join_rows
+from alignpro.training.gradient_accumulation import split_minibatches
 from alignpro.training.metrics import OF_EXECUTION, Metrics, read_rows
 from alignpro.training.reinforcement import RLTrainer
 
@@ -40,7 +42,7 @@ def gradients(training: RLTrainer, moved: float = 0.0) -> tuple[list[Tensor], li
     experience = credit_both(training).select(torch.arange(2 * len(GROUPS)), 2)
     torch.manual_seed(1)
     shake(training.policy.model, moved)
-    metrics = training._backward(experience)
+    metrics = training.accumulate(experience, training.kl.coef)
     critic = training.critic.model.parameters() if training.critic else ()
     return take_gradient(training.policy.trainable.values()), take_gradient(critic), metrics
 
@@ -75,14 +77,15 @@ def test_a_minibatch_holds_the_rows_of_its_groups() -> None:
 
 
 def test_each_epoch_takes_every_group_once_in_a_new_order() -> None:
-    training = World().training({"loss": "ppo_clip", "epochs": 2, "minibatches": 3}, 2)
     orders = []
     for step, epoch in ((0, 0), (0, 1), (1, 0)):
-        parts = training._minibatches(10, step, epoch)
+        parts = split_minibatches(10, 3, derive_seed(0, "minibatch", step, epoch))
         assert [len(part) for part in parts] == [4, 3, 3]
         orders.append(torch.cat(parts).tolist())
         assert sorted(orders[-1]) == list(range(10))
-        assert torch.equal(torch.cat(training._minibatches(10, step, epoch)), torch.tensor(orders[-1]))
+        assert torch.equal(
+            torch.cat(split_minibatches(10, 3, derive_seed(0, "minibatch", step, epoch))), torch.tensor(orders[-1])
+        )
     assert len({tuple(order) for order in orders}) == 3
 
 
@@ -125,7 +128,7 @@ def test_micro_batches_change_nothing(objective: dict[str, Any]) -> None:
 def test_micro_batches_have_at_most_the_configured_size_except_for_groups_of_gibbs() -> None:
     def sizes(loss: str, group: int) -> list[int]:
         training = World().training({"loss": loss}, group, micro_batch_size=4)
-        return [stop - start for start, stop in training._micro_batches(18)]
+        return [stop - start for start, stop in training.accumulate.micro_batches(18)]
 
     assert sizes("policy_gradient", 6) == [4, 4, 4, 4, 2]
     assert sizes("gibbs", 6) == [6, 6, 6]
@@ -175,7 +178,9 @@ def rows_of(world: RecordingWorld, along: Tensor) -> Tensor:
 
 def test_metrics_of_a_step_are_computed_from_its_samples(tmp_path: Path) -> None:
     world = RecordingWorld()
-    training = world.training({"kl": {"coef": LAMBDA}}, 8, tmp_path, learning_rate=0.01)
+    training = world.training(
+        {"advantage": "running_baseline", "kl": {"coef": LAMBDA}}, 8, tmp_path, learning_rate=0.01
+    )
     with torch.no_grad():  # before the step, since metrics belong to the policy that sampled
         logprob, reference = world.next_logprobs(), world.reference_next_logprobs()
         sampled_kl = world.sequence_logprobs() - world.reference_logprobs()
@@ -207,7 +212,8 @@ def test_metrics_of_a_step_are_computed_from_its_samples(tmp_path: Path) -> None
     assert metrics["engine/tokens_per_s"] > 0
     assert sum(metrics[f"engine/seconds/{phase}"] for phase in ("plan", "forward", "sample")) > 0
     # The baseline of the next step is the return of a whole sequence without the KL of its first state.
-    assert training.baseline.value == pytest.approx((rewards - LAMBDA * kl[:, 1:].sum(1)).mean().item())
+    assert isinstance(training.advantage, RunningBaseline)
+    assert training.advantage.value == pytest.approx((rewards - LAMBDA * kl[:, 1:].sum(1)).mean().item())
 
 
 def test_samples_of_another_policy_show_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +324,7 @@ def test_the_critic_starts_at_zero_and_learns_the_returns() -> None:
     assert losses[0] == pytest.approx((targets[mask].square().sum() / 32).item())
     assert losses[-1] < 0.2 * losses[0]
     after = join_rows(
-        training.critic.values([experience.batch.rows(0, 3), experience.batch.rows(3, 16)]), mask.shape[1]
+        training.critic.values([experience.batch.rows(0, 3), experience.batch.rows(3, 16)]), 16, mask.shape[1]
     )
     assert (after - targets)[mask].square().mean() < 0.2 * (before - targets)[mask].square().mean()
     assert (after[~mask] == 0).all()

@@ -8,6 +8,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from benchmarks.device import synchronize
+
 T = TypeVar("T")
 
 
@@ -22,7 +24,7 @@ class Clock:
     """Times calls on one device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
 
     def time(self, forward: Callable[[], T], backward: Callable[[T], object] | None = None, *, calls: int) -> Seconds:
         """Return the mean over ``calls`` consecutive calls, which on a GPU hides the launch overhead of all but the first.
@@ -30,7 +32,7 @@ class Clock:
         The result of a call is freed before the next one.
         """
         marks: list[float | torch.cuda.Event] = []
-        self._synchronize()
+        synchronize(self._device)
         for _ in range(calls):
             marks.append(self._mark())
             result = forward()
@@ -38,19 +40,15 @@ class Clock:
             gradients = backward(result) if backward else None
             marks.append(self._mark())
             del result, gradients
-        self._synchronize()
+        synchronize(self._device)
         spent = [
             Seconds(self._between(marks[i], marks[i + 1]), self._between(marks[i], marks[i + 2]))
             for i in range(0, len(marks), 3)
         ]
         return Seconds(sum(s.forward for s in spent) / calls, sum(s.total for s in spent) / calls)
 
-    def _synchronize(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
-
     def _mark(self) -> float | torch.cuda.Event:
-        if not self._cuda:
+        if self._device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
