@@ -28,20 +28,19 @@ from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.runner import forward, sample_tokens
 from alignpro.engine.scheduler import Batch, Chunk, Scheduler
 from alignpro.engine.sequence import SampledSequence
-from alignpro.engine.types import EngineStats
+from alignpro.engine.stats import EngineStats
 from alignpro.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 
 
 class Executor:
-    """The forward passes and draws of one run.
+    """The forward passes and draws of a device.
 
     Args:
         models: Name → model.
         pool: Holds the keys and values.
         scheduler: Source of the batches; its token budget is reduced when memory runs out.
-        stats: Counters to update.
         graphs: If given, they run decode batches; the parts of a batch that has raised run without them.
     """
 
@@ -50,44 +49,49 @@ class Executor:
         models: Mapping[str, LanguageModel],
         pool: KVPool,
         scheduler: Scheduler,
-        stats: EngineStats,
         graphs: DecodeGraphs | None = None,
     ) -> None:
-        self.models, self.pool, self.scheduler, self.stats, self.graphs = models, pool, scheduler, stats, graphs
+        self.models, self.pool, self.scheduler, self.graphs = models, pool, scheduler, graphs
         self.max_tokens: int | None = None
         """Maximum number of tokens in a pass; None until memory has run out."""
+        self._token_budget = scheduler.token_budget
 
-    def execute(self, batch: Batch) -> list[SampledSequence]:
+    def start_run(self) -> None:
+        """Forget how much memory there was: there may be more now."""
+        self.max_tokens, self.scheduler.token_budget = None, self._token_budget
+
+    def execute(self, batch: Batch, stats: EngineStats) -> list[SampledSequence]:
         """Compute a batch and draw tokens for its sequences. Returns the sequences that have ended or failed.
 
         Raises:
             Exception: No sequence can be computed after this error (`faults.is_fatal`).
         """
         if self.max_tokens is None or _num_tokens(batch) <= self.max_tokens:
-            error = self._try(batch, self.graphs)
+            error = self._try(batch, stats, self.graphs)
             if error is None:
                 return [sequence for sequence in batch.to_sample if sequence.completion is not None]
-            self._isolate([batch], error)
+            self._isolate([batch], stats, error)
         else:
-            self._isolate(_split_to_size(batch, self.max_tokens))
+            self._isolate(_split_to_size(batch, self.max_tokens), stats)
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
-    def _try(self, batch: Batch, graphs: DecodeGraphs | None = None) -> Exception | None:
+    def _try(self, batch: Batch, stats: EngineStats, graphs: DecodeGraphs | None = None) -> Exception | None:
         """Compute a batch and draw. Returns the exception that the computation raised, if any."""
         try:
-            states = forward(self.models[batch.model], self.pool, batch, self.stats, graphs)
+            states = forward(self.models[batch.model], self.pool, batch, stats, graphs)
         except Exception as error:
             if is_fatal(error):
                 raise
             return error
-        self._sample(batch.to_sample, states)
+        self._sample(batch.to_sample, states, stats)
         return None
 
-    def _isolate(self, parts: Sequence[Batch], known: Exception | None = None) -> None:
+    def _isolate(self, parts: Sequence[Batch], stats: EngineStats, known: Exception | None = None) -> None:
         """Compute the parts of a batch one by one, halving those that raise; fail the sequences that need a bad chunk.
 
         Args:
             parts: The parts in order of dependency: prefixes come first.
+            stats: Counters to update.
             known: The exception that the only part has raised, if it was computed already.
         """
         failed: set[Segment] = set()
@@ -102,7 +106,7 @@ class Executor:
             if not failed and enough < too_many <= tokens and (halves := _bisect(part, finer=True)):
                 waiting += reversed(halves)
                 continue
-            error, known = (known, None) if known is not None else (self._try(part), None)
+            error, known = (known, None) if known is not None else (self._try(part, stats), None)
             if error is None:
                 enough = max(enough, tokens)
                 continue
@@ -138,10 +142,10 @@ class Executor:
         self.max_tokens = tokens
         self.scheduler.token_budget = min(self.scheduler.token_budget, tokens)
 
-    def _sample(self, sequences: Sequence[SampledSequence], states: Tensor) -> None:
+    def _sample(self, sequences: Sequence[SampledSequence], states: Tensor, stats: EngineStats) -> None:
         """Draw one token per sequence from (B, D) states; a sequence whose draw raises even alone fails."""
         try:
-            sample_tokens(self.models, sequences, states, self.stats)
+            sample_tokens(self.models, sequences, states, stats)
             return
         except Exception as error:
             if is_fatal(error):
@@ -156,7 +160,7 @@ class Executor:
         rows = [row for row, s in pending if s.completion is None and s.output is not None and s.output.complete]
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             if half:
-                self._sample([sequences[row] for row in half], states[half])
+                self._sample([sequences[row] for row in half], states[half], stats)
 
 
 def _num_tokens(batch: Batch) -> int:

@@ -31,6 +31,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and _NO_HOST_MEMORY in str(error)
 
 
-def describe(what: str, error: Exception) -> str:
+def describe(what: str, error: BaseException) -> str:
     """Describe an exception as the reason for a sequence's failure."""
     return f"{what} raised {type(error).__name__}: {error}"

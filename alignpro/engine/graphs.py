@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from alignpro.engine.pool import KVPool
 from alignpro.engine.scheduler import Chunk
-from alignpro.engine.types import EngineStats
+from alignpro.engine.stats import EngineStats
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.paged_attention import Cascade
@@ -229,19 +229,18 @@ class DecodeGraphs:
         self._stream: torch.cuda.Stream | None = None
         self._failed: list[torch.cuda.CUDAGraph] = []
 
-    def prepare(self, models: Mapping[str, LanguageModel]) -> None:
-        """Prepare for a run: drop the graphs of models whose weights have moved or whose adapters were switched.
+    def prepare(self, name: str, model: LanguageModel) -> None:
+        """Prepare for a run of a model: drop its graphs if its weights have moved or its adapters were switched.
 
         Raises:
-            ModelError: Graphs are required, but a model cannot be captured.
+            ModelError: Graphs are required, but the model cannot be captured.
         """
-        for name, model in models.items():
-            if self._bindings.get(name) != (binding := model.binding):
-                for key in [key for key in self._plans if key[0] == name]:
-                    del self._plans[key]
-                self._bindings[name] = binding
-            if self.capture and name not in self._refused and (reason := _unsuited(model)) is not None:
-                self._refuse(name, model, reason, None)
+        if self._bindings.get(name) != (binding := model.binding):
+            for key in [key for key in self._plans if key[0] == name]:
+                del self._plans[key]
+            self._bindings[name] = binding
+        if self.capture and name not in self._refused and (reason := _unsuited(model)) is not None:
+            self._refuse(name, model, reason, None)
 
     def clear(self) -> None:
         """Drop all graphs and free their memory."""

@@ -74,7 +74,7 @@ class KVPool:
     """
 
     def __init__(
-        self, geometries: dict[str, Geometry], device: torch.device, *, total: int = 0, page_tokens: int = 16
+        self, geometries: dict[str, Geometry], device: torch.device, *, page_tokens: int, total: int = 0
     ) -> None:
         self.geometries = geometries
         largest = max(geometry.token_bytes for geometry in geometries.values())

@@ -149,15 +149,9 @@ class PrefixTree:
                 self._evict(node)
 
     def drop(self, model: str) -> None:
-        """Drop all nodes of a model.
-
-        Raises:
-            RuntimeError: A sequence of the model is running.
-        """
+        """Drop all nodes of a model, of which no sequence may be running."""
         roots = {model, self._root_models.get(model, model)}
         nodes = [node for root in roots for node in self.nodes(root) if model in (root, node.model)]
-        if any(node.locks for node in nodes):
-            raise RuntimeError(f"model {model}: its weights cannot change while it generates")
         for node in reversed(nodes):  # children first
             self._evict(node)
 

@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from alignpro.engine.attention_plan import AttentionPlan
 from alignpro.engine.faults import describe
@@ -18,7 +19,8 @@ from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import position_seeds, sample
 from alignpro.engine.scheduler import Batch
 from alignpro.engine.sequence import SampledSequence
-from alignpro.engine.types import EngineStats
+from alignpro.engine.stats import EngineStats
+from alignpro.engine.stopping import find_end
 from alignpro.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -104,37 +106,18 @@ def _sample_tokens(models: Mapping[str, LanguageModel], sequences: Sequence[Samp
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.double().tolist(), strict=True):
             sequences[row].output_ids.append(token)
             sequences[row].logprobs.append(logprob)
-            try:
-                _end(models[sequences[row].model], sequences[row])
-            except Exception as error:  # raised by the tokenizer on this sequence's tokens
-                logger.exception("the search for a stop text raised an exception")
-                sequences[row].fail(describe("the search for a stop text", error))
+            _end_if_stopped(sequences[row], models[sequences[row].model].tokenizer)
 
 
-def _end(model: LanguageModel, sequence: SampledSequence) -> None:
-    """Complete a sequence if the token just drawn is its last."""
-    params, output_ids = sequence.params, sequence.output_ids
-    if output_ids[-1] in params.stop_token_ids:
-        sequence.end("stop")
-    elif params.stop and (num_text_tokens := _stop_text(model, output_ids, params.stop)) is not None:
-        sequence.end("stop", num_text_tokens)
-    elif len(output_ids) == params.max_tokens:
-        sequence.end("length")
-
-
-def _stop_text(model: LanguageModel, output_ids: list[int], stops: Sequence[str]) -> int | None:
-    """The number of tokens before a stop text; None if the last tokens do not contain one."""
-
-    def text(start: int, end: int) -> str:
-        return str(model.tokenizer.decode(output_ids[start:end]))
-
-    # Each token decodes to at least one byte, except for a few that decode to nothing; hence the margin of 4.
-    start = max(0, len(output_ids) - max(len(stop.encode()) for stop in stops) - 4)
-    tail = text(start, len(output_ids))
-    places = [place for stop in stops if (place := tail.find(stop)) >= 0]
-    if not places:
-        return None
-    return next(end for end in range(len(output_ids), start - 1, -1) if len(text(start, end)) <= min(places))
+def _end_if_stopped(sequence: SampledSequence, tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        end = find_end(sequence.output_ids, sequence.params, tokenizer)
+    except Exception as error:  # raised by the tokenizer on this sequence's tokens
+        logger.exception("the search for a stop text raised an exception")
+        sequence.fail(describe("the search for a stop text", error))
+    else:
+        if end is not None:
+            sequence.end(end.reason, end.num_text_tokens)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def test_siblings_are_found_among_many_and_after_evictions(llama: LanguageModel)
         assert drawn(engine.generate("m", [prompt], PARAMS, [i])) == drawn(
             Engine({"m": llama}).generate("m", [prompt], PARAMS, [i])
         )
-    (memory,) = engine._memories.values()
-    for node in memory.tree.nodes("m"):
+    (worker,) = engine.workers.values()
+    for node in worker.tree.nodes("m"):
         assert node.sorted_keys == sorted(node.children)
     assert engine.stats.computed["prefill"] < len(TEMPLATE) + sum(map(len, tails)) + 200

@@ -26,7 +26,7 @@ def test_settings_reach_the_engine(workshop: Workshop, tmp_path: Path) -> None:
     assert (engine.page_tokens, engine.pool_bytes, engine.max_batch) == (4, 262144, 3)
     metrics = made.step(0)
     assert metrics["engine/pages/target"] > 0
-    assert all(memory.pool.total * memory.pool.page_bytes <= 262144 for memory in engine._memories.values())
+    assert all(pool.total * pool.page_bytes <= 262144 for pool in engine.pools.values())
 
 
 def test_only_frozen_models_keep_their_cache_while_the_policy_is_updated(workshop: Workshop, tmp_path: Path) -> None:
@@ -43,9 +43,9 @@ def test_a_step_on_a_gpu_keeps_the_targets_prompts_if_asked(workshop: Workshop, 
     where = ("policy.device=cuda", "target.device=cuda", f"rollout.keep_cache={str(keep).lower()}")
     made = training(workshop, tmp_path / "run", *where)
     made.step(0)
-    (memory,) = made.engine._memories.values()
-    assert memory.pool.used["policy"] == 0
-    assert (memory.pool.used["target"] > 0) == keep
+    (pool,) = made.engine.pools.values()
+    assert pool.used["policy"] == 0
+    assert (pool.used["target"] > 0) == keep
     assert made.step(1)["engine/hit_tokens"] >= 0  # the kept pages can be used
 
 
