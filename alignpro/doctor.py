@@ -313,7 +313,7 @@ def _run_chains(device: torch.device) -> EngineStats:
     import torch
 
     from alignpro.demo.models import prompter_tokenizer, target_tokenizer, untrained_prompter, untrained_target
-    from alignpro.engine import Engine, SamplingParams
+    from alignpro.engine import Engine, SamplingParams, TokenPrompt
     from alignpro.errors import ModelError
     from alignpro.models.language_model import LanguageModel
 
@@ -325,7 +325,7 @@ def _run_chains(device: torch.device) -> EngineStats:
     chains = engine.run_chains(
         [[*template, i] for i in range(4)],
         rewrite=SamplingParams(max_tokens=8, n=4),
-        to_target=lambda _, sample: template + [token % target.vocabulary for token in sample.tokens],
+        to_target=lambda _, sample: TokenPrompt(template + [token % target.vocabulary for token in sample.tokens]),
         respond=SamplingParams(max_tokens=8, n=2),
     )
     for completion in (c for group in chains for chain in group for c in (chain.sample, *chain.responses)):
@@ -336,7 +336,7 @@ def _run_chains(device: torch.device) -> EngineStats:
 
 def _describe(stats: EngineStats) -> str:
     computed = ", ".join(f"{kind} {count}" for kind, count in stats.computed.items())
-    pages = ", ".join(f"{model} {count}" for model, count in stats.most_pages.items())
+    pages = ", ".join(f"{model} {count}" for model, count in stats.peak_pages.items())
     ticks = ", ".join(f"{how} {count}" for how, count in stats.decode_ticks.items())
     seconds = ", ".join(f"{phase} {spent:.3f} s" for phase, spent in stats.seconds.items())
     return (

@@ -32,7 +32,7 @@ ROOMS = [
 """The rooms of `alignpro` from the ground up: a room may import those of lower floors, and `alignpro_kernels`."""
 
 NARROWER = {
-    "engine": {"models", "errors"},
+    "engine": {"models", "config", "errors"},
     "objectives": {"errors"},
     "theory": {"errors"},
     "config": {"objectives", "errors"},

@@ -1,10 +1,22 @@
 """Generation: sampling parameters, completions, chains and the engine that produces them.
 
-May import `models`, `errors` and `alignpro_kernels`, never `distributed`: an engine is one process's own.
+May import `models`, `config`, `errors` and `alignpro_kernels`, never `distributed`: an engine is one process's own.
 """
 
 from alignpro.engine.engine import Engine
 from alignpro.engine.sampler import derive_seed
-from alignpro.engine.types import Chain, Completion, EngineStats, SamplingParams
+from alignpro.engine.sequence import Request
+from alignpro.engine.stats import EngineStats
+from alignpro.engine.types import Chain, Completion, HasTokens, SamplingParams, TokenPrompt
 
-__all__ = ["Chain", "Completion", "Engine", "EngineStats", "SamplingParams", "derive_seed"]
+__all__ = [
+    "Chain",
+    "Completion",
+    "Engine",
+    "EngineStats",
+    "HasTokens",
+    "Request",
+    "SamplingParams",
+    "TokenPrompt",
+    "derive_seed",
+]

@@ -1,6 +1,6 @@
-"""Attention of one tick over the paged pool: shared prefixes are read once, then merged with each sequence's own keys.
+"""Attention of one batch over the paged pool: shared prefixes are read once, then merged with each sequence's own keys.
 
-The tokens of a tick are flattened in depth-first order of the prefix tree, so the queries below a node, including the
+The tokens of a batch are flattened in depth-first order of the prefix tree, so the queries below a node, including the
 node's own, are contiguous rows. Each depth of the tree is one level of `cascade_attention`. At a level, every node is a
 set of keys that its contiguous queries attend to, up to their own positions; so a prompt's keys are read once for all
 the sequences that share it.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alignpro.engine.pool import Geometry, KVPool
-from alignpro.engine.scheduler import Item
+from alignpro.engine.scheduler import Chunk
 from alignpro.errors import ModelError
 from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.language_model import LanguageModel
@@ -26,57 +26,58 @@ from alignpro_kernels import CascadeLevel
 
 
 class AttentionPlan(PagedAttention):
-    """The attention metadata of a tick, shared by all layers; built once, before the forward pass.
+    """The attention metadata of a batch, shared by all layers; built once, before the forward pass.
 
     Args:
         pool: Holds the keys and values.
         model: Name of the model that runs.
-        items: The items to compute, in any order.
+        chunks: The chunks to compute, in any order.
         device: Where the index tensors are placed.
     """
 
-    def __init__(self, pool: KVPool, model: str, items: Sequence[Item], device: torch.device) -> None:
-        self.items = sorted(items, key=lambda item: [segment.serial for segment in item.path])
-        counts = [item.count for item in self.items]
+    def __init__(self, pool: KVPool, model: str, chunks: Sequence[Chunk], device: torch.device) -> None:
+        self.chunks = sorted(chunks, key=lambda chunk: [segment.serial for segment in chunk.path])
+        counts = [chunk.count for chunk in self.chunks]
         ends = np.cumsum(counts)
-        self.last_row = {id(item.segment): int(end) - 1 for item, end in zip(self.items, ends, strict=True)}
+        self.last_row = {id(chunk.segment): int(end) - 1 for chunk, end in zip(self.chunks, ends, strict=True)}
         """``id`` of a segment → the row of its last computed token."""
         self._counts = counts
-        ids = [token for item in self.items for token in item.segment.tokens[item.first : item.end]]
-        starts = [item.segment.start + item.first for item in self.items]
+        ids = [token for chunk in self.chunks for token in chunk.segment.tokens[chunk.first : chunk.end]]
+        starts = [chunk.segment.start + chunk.first for chunk in self.chunks]
         positions = np.repeat(np.array(starts) - (ends - counts), counts) + np.arange(len(ids))
         slots: list[int] = []
-        for item in self.items:
-            slots += pool.slots(model, item.segment.pages, item.first, item.count) if item.write else [-1] * item.count
+        for chunk in self.chunks:
+            pages, first, count = chunk.segment.pages, chunk.first, chunk.count
+            slots += pool.slots(model, pages, first, count) if chunk.write else [-1] * count
         self.ids = torch.tensor(ids, device=device)  # (T,) int64
         self.positions = torch.from_numpy(positions).to(device)  # (T,) int64
-        depths = range(max(len(item.path) for item in self.items))
+        depths = range(max(len(chunk.path) for chunk in self.chunks))
         super().__init__(
             pool.layers(model),
             torch.tensor(slots, device=device),  # (T,) int64
-            [_level(self.items, depth, positions, device) for depth in depths],
+            [_level(self.chunks, depth, positions, device) for depth in depths],
         )
 
     def rows_of(self, model: str) -> Tensor | bool:
         """The rows of the tokens that belong to a model, (A,) int64; True if all of them do, False if none does."""
-        mine = [item.segment.model == model for item in self.items]
-        if all(mine) or not any(mine):
-            return mine[0]
-        return torch.from_numpy(np.repeat(mine, self._counts).nonzero()[0]).to(self.ids.device)
+        owned = [chunk.segment.model == model for chunk in self.chunks]
+        if all(owned) or not any(owned):
+            return owned[0]
+        return torch.from_numpy(np.repeat(owned, self._counts).nonzero()[0]).to(self.ids.device)
 
 
-def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> CascadeLevel:
-    """Build the cascade level of the segments at one depth of the items' paths. At depth 0 every token has a segment."""
-    ends = {item.segment: item.end for item in items}
+def _level(chunks: Sequence[Chunk], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> CascadeLevel:
+    """Build the cascade level of the segments at one depth of the chunks' paths. At depth 0 every token has a segment."""
+    ends = {chunk.segment: chunk.end for chunk in chunks}
     tables: list[list[int]] = []
     lengths: list[int] = []
     starts: list[int] = []
     bounds = [0]
     rows: list[int] = []
     at = 0
-    for serial, group in groupby(items, key=lambda item: item.path[depth].serial if len(item.path) > depth else None):
+    for serial, group in groupby(chunks, key=lambda c: c.path[depth].serial if len(c.path) > depth else None):
         members = list(group)
-        count = sum(item.count for item in members)
+        count = sum(chunk.count for chunk in members)
         if serial is not None:
             segment = members[0].path[depth]
             tables.append(segment.pages)

@@ -1,51 +1,36 @@
 """The generation engine: sampling from one model, and chains of two (prompter → target), on one KV pool per device.
 
 A prefix is computed once for all sequences that share it, whether they arrive together, later, or in another call.
-Batching is continuous: sequences join and leave between any two steps. The parts are in `scheduler`, `prefix_tree`,
-`attention` and `pool`.
+Batching is continuous: requests are submitted and cancelled between any two steps, and `Engine.step` runs one batch.
+`Engine.generate` and `Engine.run_chains` submit requests and step until they have finished. The parts are in `worker`,
+`scheduler`, `prefix_tree`, `attention_plan` and `pool`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 
-from alignpro.engine.attention_plan import probe_geometry
-from alignpro.engine.fault_isolation import Passes
-from alignpro.engine.graphs import DecodeGraphs
+from alignpro.config import EngineConfig
+from alignpro.engine.chains import ChainRun, ToTarget
+from alignpro.engine.faults import describe
 from alignpro.engine.pool import KVPool
-from alignpro.engine.prefix_tree import PrefixTree
 from alignpro.engine.sampler import derive_seed
-from alignpro.engine.scheduler import Scheduler
-from alignpro.engine.sequence import ChainRun, SampledSequence, ToTarget, completed, siblings
-from alignpro.engine.types import Chain, Completion, EngineStats, SamplingParams
-from alignpro.errors import ConfigError, DataError
+from alignpro.engine.sequence import OnCompletion, Request, SampledSequence
+from alignpro.engine.stats import EngineStats
+from alignpro.engine.types import Chain, Completion, SamplingParams, token_ids
+from alignpro.engine.worker import Worker
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.token_lora import invocation_start
 
-CPU_POOL = 1 << 30
-"""Upper limit of the default pool size on the CPU, in bytes."""
-GPU_SHARE = 0.4
-"""Upper limit of the default pool size on an accelerator, as a share of its free memory."""
-
-_Follow = Callable[[SampledSequence], list[SampledSequence]]
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """The pages on one device, the prompts cached in them, and the CUDA graphs that read them."""
-
-    pool: KVPool
-    pages: int
-    """Configured size of the pool; ``pool.total`` is smaller if the device has too little memory."""
-    tree: PrefixTree
-    graphs: DecodeGraphs | None
+_DEFAULTS = EngineConfig()
 
 
 class Engine:
@@ -58,13 +43,13 @@ class Engine:
     invocation of an activated LoRA are computed once for both models, and stay cached when the LoRA's weights change.
 
     Args:
-        models: Name → model. These are the trainer's own modules, never copies.
+        models: Name → model, in the order in which chains pass through them. These are the trainer's own modules, never
+            copies.
         max_batch: Maximum number of sequences of a model that run at the same time.
         pool_bytes: Memory for keys and values on each device. By default, enough for ``max_batch`` sequences of the full
             context length, but at most 1 GiB on a CPU and 40 % of the free memory on an accelerator.
         page_tokens: Page size in tokens of the largest model.
         token_budget: Maximum number of tokens per forward pass; the rest of a long prompt waits for the next pass.
-        fuse: Whether models that differ only in an adapter run in one forward pass. The sampled tokens are the same.
         cuda_graphs: Whether decode-only passes are captured as CUDA graphs and replayed. None enables this where CUDA is
             available and the model can be captured. ``padded`` pads passes as for capture but runs them eagerly, on any
             device.
@@ -75,17 +60,14 @@ class Engine:
         self,
         models: Mapping[str, LanguageModel],
         *,
-        max_batch: int = 256,
-        pool_bytes: int | None = None,
-        page_tokens: int = 16,
-        token_budget: int = 4096,
-        fuse: bool = True,
-        cuda_graphs: bool | Literal["padded"] | None = None,
+        max_batch: int = _DEFAULTS.max_batch,
+        pool_bytes: int | None = _DEFAULTS.pool_bytes,
+        page_tokens: int = _DEFAULTS.page_tokens,
+        token_budget: int = _DEFAULTS.token_budget,
+        cuda_graphs: bool | Literal["padded"] | None = _DEFAULTS.cuda_graphs,
         audit: bool = False,
     ) -> None:
-        self.models = dict(models)
-        self._lanes = {name: _lane(name, self.models) if fuse else name for name in models}
-        self._bases = {name: _base(name, self.models) for name, model in models.items() if model.invocation}
+        self.models = MappingProxyType(dict(models))
         self.max_batch = max_batch
         self.pool_bytes = pool_bytes
         self.page_tokens = page_tokens
@@ -93,8 +75,77 @@ class Engine:
         self.cuda_graphs = cuda_graphs
         self.audit = audit
         self.stats = EngineStats()
-        self._memories: dict[torch.device, _Memory] = {}
-        self._released: dict[torch.device, int] = {}
+        self._workers: dict[torch.device, Worker] = {}
+        self._arrivals = itertools.count()
+        self._ended: deque[SampledSequence] = deque()  # their callbacks have not been called yet
+        self._submitted: dict[Request, None] = {}  # by `submit`, unfinished
+        self._finished: list[Request] = []  # to be returned by `step`
+
+    @property
+    def workers(self) -> Mapping[torch.device, Worker]:
+        """What generates on each device. Made on first use, which runs each model on one token to learn its geometry."""
+        if not self._workers:
+            devices = dict.fromkeys(model.device for model in self.models.values())
+            self._workers = {device: self._new_worker(device) for device in devices}
+        return self._workers
+
+    @property
+    def pools(self) -> dict[torch.device, KVPool]:
+        """The pages of each device, for keys and values."""
+        return {device: worker.pool for device, worker in self.workers.items()}
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        """Requests submitted by `submit` that `step` has not returned yet, without cancelled ones."""
+        return len(self._submitted) + len(self._finished)
+
+    def submit(self, name: str, prompt: Sequence[int], params: SamplingParams, seed: int = 0) -> Request:
+        """Queue a request, which runs in the next calls of `step`, together with all others.
+
+        Args:
+            name: Name of the model.
+            prompt: Token ids.
+            params: Sampling parameters; its ``seed`` is not used.
+            seed: Completion k draws from (seed, k), whatever else runs at the same time.
+
+        Returns:
+            The request. Its ``completions`` can be read once it has ``finished``. If it cannot run, or its computation
+            raises, the ``finish_reason`` of its completions is ``error``, and the other requests are not affected.
+        """
+        request = self._submit(name, token_ids(prompt), params, seed, next(self._arrivals))
+        if request.finished:
+            self._finished.append(request)
+        else:
+            self._submitted[request] = None
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request now and free its pages, in whatever state it is.
+
+        Its sequences that have not ended get the ``finish_reason`` ``cancelled`` and keep the tokens sampled so far.
+        `step` does not return it. If the request has finished, nothing happens.
+        """
+        if not request.finished:
+            self._submitted.pop(request, None)
+            self._worker(request.model).cancel(request)
+            self._worker(request.model).count(self.stats)
+
+    def step(self) -> list[Request]:
+        """Run one batch: the next token of each running sequence of a model, and parts of prompts up to the budget.
+
+        Returns:
+            The submitted requests that have finished since the last call, each exactly once; an empty list, immediately,
+            if none is pending.
+
+        Raises:
+            Exception: The device has failed, or the engine is misconfigured, so that nothing can be computed. All pending
+                requests have failed then, with the reason in their completions, and their pages are free; the next call
+                returns them. An interrupt (`BaseException`) has the same effect.
+        """
+        with self._running():
+            self._step()
+        finished, self._finished = self._finished, []
+        return finished
 
     def generate(
         self,
@@ -117,13 +168,14 @@ class Engine:
             whose ``finish_reason`` is ``error``; the other prompts are not affected.
 
         Raises:
-            Exception: The device has failed, or the engine is misconfigured, so that nothing can be computed. All pages
-                have been freed then.
+            Exception: As for `step`.
         """
-        seeds = _seeds(params, len(prompts)) if seeds is None else seeds
-        groups = [siblings(name, prompt, params, seeds[i], (i,)) for i, prompt in enumerate(prompts)]
-        self._run([name], itertools.chain.from_iterable(groups), lambda _: [])
-        return [[completed(sequence) for sequence in group] for group in groups]
+        tokens, seeds = list(map(token_ids, prompts)), _seeds(params, len(prompts)) if seeds is None else seeds
+        arrival = next(self._arrivals)
+        with self._running():
+            requests = [self._submit(name, each, params, seeds[i], arrival) for i, each in enumerate(tokens)]
+            self._finish(requests)
+        return [request.completions for request in requests]
 
     def run_chains(
         self,
@@ -140,25 +192,38 @@ class Engine:
 
         A rewrite is passed to the target as soon as it ends. Response m to rewrite k of a prompt draws from (the prompt's
         seed, "respond", k, m). If a rewrite fails or ``to_target`` raises, the responses of that chain are errors that
-        state the reason.
+        state the reason. ``to_target`` gets the prompt's index and the rewrite, and returns an object whose ``tokens``
+        are the target's prompt; the chain carries that object as ``target_prompt``.
+
+        Raises:
+            Exception: As for `step`.
         """
-        seeds = _seeds(rewrite, len(prompts)) if seeds is None else seeds
-        run = ChainRun(policy, target, rewrite, respond, to_target, seeds)
-        self._run([policy, target], run.first(prompts), run.after)
+        tokens, seeds = list(map(token_ids, prompts)), _seeds(rewrite, len(prompts)) if seeds is None else seeds
+        arrival = next(self._arrivals)
+        run = ChainRun(target, respond, to_target, seeds, partial(self._submit, arrival=arrival))
+        with self._running():
+            self._finish(
+                [
+                    self._submit(policy, each, rewrite, seeds[i], arrival, partial(run.add_sample, i))
+                    for i, each in enumerate(tokens)
+                ]
+            )
+            self._finish(run.responses)
         return run.result()
 
     def weights_updated(self, name: str) -> None:
         """Drop everything cached for a model whose weights have changed.
 
         Raises:
-            RuntimeError: The model is generating.
+            RuntimeError: Requests to the model are pending.
         """
-        self.models[name].weights_updated()
-        for memory in self._memories.values():
-            memory.tree.drop(name)
+        if self._workers:
+            self._worker(name).weights_updated(name)
+        else:
+            self.models[name].weights_updated()
 
     def release(self, keep: Collection[str] = ()) -> None:
-        """Free the memory of the pools, including the cached prompts; the next run allocates it again.
+        """Free the memory of the pools, including the cached prompts; the next request allocates it again.
 
         Args:
             keep: Models whose cached prompts stay, in just the memory they need. Meant for models whose weights do not
@@ -166,172 +231,89 @@ class Engine:
 
         Raises:
             ValueError: ``keep`` names a model that the engine does not have.
-            RuntimeError: A run is in progress.
+            RuntimeError: Requests are pending.
         """
         if unknown := set(keep) - set(self.models):
             raise ValueError(f"release: keep names {min(unknown)!r}, and the models are {', '.join(self.models)}")
-        if locked := sum(memory.tree.locked for memory in self._memories.values()):
-            raise RuntimeError(f"{locked} pages are in use: the pools cannot be given back while a run is under way")
-        for device, memory in self._memories.items():
-            memory.tree.evict_all(keep)
-            # On a second release in a row, the size before the first one counts.
-            before = memory.pool.shrink(memory.tree.pages())
-            self._released[device] = max(before, self._released.get(device, 0))
-            if memory.graphs:
-                memory.graphs.clear()
+        if pending := sum(len(worker.scheduler.pending) for worker in self._workers.values()):
+            raise RuntimeError(f"{pending} sequences are pending: the memory of the pools is in use")
+        for worker in self._workers.values():
+            worker.release(keep)
 
-    def resume(self) -> None:
-        """Allocate the memory that `release` freed now, rather than during the next run."""
-        for device, pages in self._released.items():
-            self._memories[device].pool.take(pages)
-        self._released.clear()
+    def _worker(self, name: str) -> Worker:
+        return self.workers[self.models[name].device]
 
-    def _run(self, stages: Sequence[str], sequences: Iterable[SampledSequence], follow: _Follow) -> None:
-        """Run sequences and their follow-ups until all have ended. Stages on different devices run one after the other."""
+    def _new_worker(self, device: torch.device) -> Worker:
+        return Worker(
+            {name: model for name, model in self.models.items() if model.device == device},
+            max_batch=self.max_batch,
+            pool_bytes=self.pool_bytes,
+            page_tokens=self.page_tokens,
+            token_budget=self.token_budget,
+            cuda_graphs=self.cuda_graphs,
+            audit=self.audit,
+        )
+
+    def _submit(
+        self,
+        name: str,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        seed: int,
+        arrival: int,
+        on_completion: OnCompletion | None = None,
+    ) -> Request:
+        request = self._worker(name).submit(name, prompt, params, seed, arrival, on_completion)
+        self._ended += [sequence for sequence in request.sequences if sequence.completion is not None]
+        return request
+
+    def _finish(self, requests: Iterable[Request]) -> None:
+        """Step until the requests have finished; more may be appended in the meantime."""
+        for request in requests:
+            while not request.finished:
+                self._step()
+
+    def _step(self) -> None:
+        """Run one batch on the device whose requests arrived first; then call back for the sequences that have ended."""
+        self._call_back()
+        workers = [worker for worker in self._workers.values() if not worker.scheduler.idle]
+        if workers:
+            worker = min(workers, key=lambda each: each.scheduler.oldest)
+            self._ended += worker.step(self.stats)
+            self._call_back()
+            worker.count(self.stats)
+
+    def _call_back(self) -> None:
+        while self._ended:
+            sequence = self._ended.popleft()
+            request, completion = sequence.request, sequence.completion
+            assert completion is not None
+            if request.on_completion is not None:
+                request.on_completion(sequence.index, completion)
+            if request in self._submitted and request.finished:
+                del self._submitted[request]
+                self._finished.append(request)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Measure the time. If an exception escapes, all pending requests fail and their pages are freed."""
         started = perf_counter()
-        waiting = list(sequences)
-        while waiting:
-            device = self.models[waiting[0].model].device
-            here = [name for name in stages if self.models[name].device == device]
-            batch = [sequence for sequence in waiting if sequence.model in here]
-            waiting = [sequence for sequence in waiting if sequence.model not in here]
-            waiting += self._run_here(self._memory(device), here, batch, follow)
-        self.stats.run_seconds += perf_counter() - started
-
-    def _run_here(
-        self, memory: _Memory, stages: Sequence[str], sequences: Sequence[SampledSequence], follow: _Follow
-    ) -> list[SampledSequence]:
-        """Run the sequences of the models on one device. Returns the follow-up sequences that run on other devices."""
-        lanes = list(dict.fromkeys(self._lanes[name] for name in stages))
-        scheduler = Scheduler(memory.pool, memory.tree, lanes, max_batch=self.max_batch, token_budget=self.token_budget)
-        if memory.graphs:
-            memory.graphs.begin({name: self.models[name] for name in lanes})
-        passes = Passes(self.models, memory.pool, scheduler, self.stats, memory.graphs)
-        elsewhere: list[SampledSequence] = []
-        ran: list[SampledSequence] = []
-        new = deque(sequences)
         try:
-            while True:
-                while new:
-                    sequence = new.popleft()
-                    if sequence.model not in stages:
-                        elsewhere.append(sequence)
-                        continue
-                    self._refuse_or_prepare(memory.pool, sequence)
-                    if sequence.completion is None:
-                        ran.append(sequence)
-                        scheduler.add(sequence)
-                    else:
-                        new.extend(follow(sequence))
-                tick = scheduler.next_tick()
-                ended = scheduler.take_refused()
-                if tick is None and not ended:
-                    break
-                if tick is not None:
-                    ended += passes.carry_out(tick)
-                self.stats.note_pages(memory.pool.used)
-                for sequence in ended:
-                    scheduler.finish(sequence)
-                    new.extend(follow(sequence))
-                if self.audit:
-                    scheduler.audit()
+            yield
+        except BaseException as error:
+            self._abort(error)
+            raise
         finally:
-            scheduler.abort()
-        self.stats.preemptions += scheduler.preemptions
-        self.stats.cache_hit_tokens += scheduler.hits
-        self.stats.note_floor([(*sequence.cache_key, len(sequence.drawn)) for sequence in ran])
-        return elsewhere
+            self.stats.run_seconds += perf_counter() - started
 
-    def _refuse_or_prepare(self, pool: KVPool, sequence: SampledSequence) -> None:
-        """Fail a sequence that cannot run; otherwise prepend placeholders for a soft prompt to its prompt."""
-        if sequence.completion is not None:
-            return
-        model, sequence.lane = self.models[sequence.model], self._lanes[sequence.model]
-        problem = _refusal(model, sequence.prompt, sequence.params)
-        if problem is None and model.invocation:
-            sequence.base = self._bases[sequence.model]
-            try:
-                sequence.shared = invocation_start(sequence.prompt, model.invocation)
-            except DataError as error:
-                problem = str(error)
-        if problem is None:
-            sequence.prompt = (-1,) * model.virtual_tokens + sequence.prompt
-            pages = pool.pages_for(sequence.model, sequence.shared)
-            pages += pool.pages_for(sequence.model, len(sequence.prompt) - sequence.shared)
-            pages += pool.pages_for(sequence.model, sequence.params.max_tokens - 1)
-            if pages > pool.total:
-                problem = (
-                    f"{len(sequence.prompt)} prompt tokens and {sequence.params.max_tokens} new ones take {pages} pages, "
-                    f"and the engine's pool has {pool.total}: give it more memory (pool_bytes)"
-                )
-        if problem is not None:
-            sequence.fail(problem)
-
-    def _memory(self, device: torch.device) -> _Memory:
-        """The memory of a device, created on first use."""
-        if device not in self._memories:
-            models = {name: model for name, model in self.models.items() if model.device == device}
-            geometries = {name: probe_geometry(model) for name, model in models.items()}
-            geometries |= {base: geometries[name] for name, base in self._bases.items() if name in models}
-            pool = KVPool(geometries, device, page_tokens=self.page_tokens)
-            longest = max(pool.pages_for(n, m.context_length + m.virtual_tokens) for n, m in models.items())
-            available = _default_bytes(device) if self.pool_bytes is None else self.pool_bytes
-            pool.total = available // pool.page_bytes
-            if self.pool_bytes is None:
-                pool.total = min(pool.total, self.max_batch * (longest + 1))
-            graphs = self._decode_graphs(pool, device)
-            self._memories[device] = _Memory(pool, pool.total, PrefixTree(pool), graphs)
-        memory = self._memories[device]
-        memory.pool.total = memory.pages  # memory that an earlier run could not get may be free now
-        if device in self._released:  # all at once: growing page by page would move the arena and invalidate graphs
-            memory.pool.try_take([self._released.pop(device)])
-        return memory
-
-    def _decode_graphs(self, pool: KVPool, device: torch.device) -> DecodeGraphs | None:
-        if self.cuda_graphs == "padded":
-            return DecodeGraphs(pool, device, capture=False)
-        if self.cuda_graphs and device.type != "cuda":
-            raise ConfigError(
-                f"engine: cuda_graphs=True needs a GPU, but a model is on {device}: leave cuda_graphs unset"
-            )
-        if self.cuda_graphs or (self.cuda_graphs is None and device.type == "cuda" and torch.version.cuda):
-            return DecodeGraphs(pool, device, required=self.cuda_graphs is True)
-        return None
-
-
-def _lane(name: str, models: Mapping[str, LanguageModel]) -> str:
-    """The model in whose forward passes a model runs: for a base, the model with the adapter; otherwise itself."""
-    model = models[name]
-    whole = (other for other, each in models.items() if not each.is_base and each.shares_weights(model))
-    return next(whole, name) if model.is_base else name
-
-
-def _base(name: str, models: Mapping[str, LanguageModel]) -> str:
-    """The name of the base of an activated LoRA, which need not be one of the engine's models."""
-    model = models[name]
-    bases = (other for other, each in models.items() if each.is_base and each.shares_weights(model))
-    return next(bases, f"base of {name}")
-
-
-def _default_bytes(device: torch.device) -> int:
-    if device.type == "cpu":
-        return CPU_POOL
-    free, _ = torch.accelerator.get_memory_info(device)
-    return int(GPU_SHARE * free)
+    def _abort(self, error: BaseException) -> None:
+        for worker in self._workers.values():
+            for sequence in worker.abort():
+                sequence.fail(describe("generation", error))
+        self._ended.clear()
+        self._finished += self._submitted
+        self._submitted.clear()
 
 
 def _seeds(params: SamplingParams, count: int) -> list[int]:
     return [derive_seed(params.seed, i) for i in range(count)]
-
-
-def _refusal(model: LanguageModel, prompt: Sequence[int], params: SamplingParams) -> str | None:
-    if not prompt:
-        return "the prompt is empty"
-    if unknown := [token for token in (min(prompt), max(prompt)) if not 0 <= token < model.vocabulary]:
-        return f"token {unknown[0]} is not in the vocabulary of {model.vocabulary} of {model.name}"
-    if len(prompt) + params.max_tokens > model.context_length:
-        return (
-            f"{len(prompt)} prompt tokens and {params.max_tokens} new ones do not fit in the context of "
-            f"{model.context_length} tokens of {model.name}: drop the prompt (max_prompt_tokens), or lower max_tokens"
-        )
-    return None

@@ -1,15 +1,15 @@
-"""Decode ticks in a few fixed shapes, each captured once as a CUDA graph and replayed.
+"""Decode batches in a few fixed shapes, each captured once as a CUDA graph and replayed.
 
-A decode tick consists of hundreds of small kernels, which a GPU runs faster than Python can launch them. A CUDA graph
-needs a single launch, but fixes all addresses and grid sizes. So a tick in which every item is one token is padded to one
-of a few `Shape`s, and the inputs of each tick are copied into static buffers.
+A decode batch consists of hundreds of small kernels, which a GPU runs faster than Python can launch them. A CUDA graph
+needs a single launch, but fixes all addresses and grid sizes. So a batch in which every chunk is one token is padded to
+one of a few `Shape`s, and the inputs of each batch are copied into static buffers.
 
 | owns | does not own |
 |---|---|
 | shapes, their buffers, the captured graphs | attention (`paged_attention.PagedAttention`), the head and sampling |
 
 A padding row attends to no key (its position is −1), and its own key is not written (slot −1). The head is not captured:
-there is one pass for each set of sampling parameters, these sets differ between ticks, and the few kernels involved are
+there is one pass for each set of sampling parameters, these sets differ between batches, and the few kernels involved are
 autotuned on first use.
 
 A graph holds the addresses of its buffers, the arena and the weights. It is dropped when the arena moves
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from alignpro.engine.pool import KVPool
-from alignpro.engine.scheduler import Item
-from alignpro.engine.types import EngineStats
+from alignpro.engine.scheduler import Chunk
+from alignpro.engine.stats import EngineStats
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.paged_attention import PagedAttention
@@ -38,25 +38,25 @@ from alignpro_kernels import CascadeLevel
 
 logger = logging.getLogger(__name__)
 
-MOST = 64
+MAX_GRAPHS = 64
 """Maximum number of graphs kept, least recently used dropped first. Each holds an output and some MB of driver memory."""
-ALL = -1
+ALL_ROWS = -1
 """Value of `Shape.active` if a token LoRA acts on all tokens."""
 
 
 class Shape(NamedTuple):
-    """The sizes of a tick that a graph fixes."""
+    """The sizes of a batch that a graph fixes."""
 
     rows: int
     """T: the number of tokens, including padding."""
     levels: tuple[tuple[int, int], ...]
     """For each depth, the number of segments S and the maximum number of pages per segment, including padding."""
     active: int
-    """Number of tokens that a token LoRA acts on, including padding; `ALL` for all of them."""
+    """Number of tokens that a token LoRA acts on, including padding; `ALL_ROWS` for all of them."""
 
     @classmethod
-    def around(cls, tokens: int, levels: Sequence[tuple[int, int]], active: int) -> Shape:
-        """The smallest shape for a tick of ``tokens`` tokens, where the adapter acts on ``active`` of them or on `ALL`."""
+    def for_batch(cls, tokens: int, levels: Sequence[tuple[int, int]], active: int) -> Shape:
+        """The smallest shape for ``tokens`` tokens, where the adapter acts on ``active`` of them or on `ALL_ROWS`."""
         some = active > 0
         rows = padded(tokens + some)  # an adapter that acts on some tokens needs a padding row to act on as well
         sizes = tuple((min(rows, power_of_two(s)), power_of_two(pages)) for s, pages in levels)
@@ -113,13 +113,13 @@ class _Buffers(NamedTuple):
 
 
 class StaticPlan(PagedAttention):
-    """The attention metadata of a tick in static buffers, and the graph that reads them."""
+    """The attention metadata of a batch in static buffers, and the graph that reads them."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape = shape
         self.memory = torch.zeros(sum(shape.spaces), dtype=torch.int32, device=device)
         self.ids, self.positions, slots, active, levels = _Buffers.within(self.memory, shape)
-        self.active = active if shape.active > 0 else shape.active == ALL
+        self.active = active if shape.active > 0 else shape.active == ALL_ROWS
         super().__init__((), slots, levels)
         self.last_row: dict[int, int] = {}
         """``id`` of a segment → the row of its token."""
@@ -129,23 +129,23 @@ class StaticPlan(PagedAttention):
         """(T, D): the buffer into which the graph writes the last hidden states."""
 
     def fill(
-        self, pool: KVPool, model: str, items: Sequence[Item], depths: Sequence[_Depth], active: Sequence[int]
+        self, pool: KVPool, model: str, chunks: Sequence[Chunk], depths: Sequence[_Depth], active: Sequence[int]
     ) -> None:
-        """Copy a tick that fits into the buffers.
+        """Copy a batch that fits into the buffers.
 
         Args:
             pool: Holds the keys and values.
             model: Name of the model that runs.
-            items: Items of one token each, in depth-first order of the prefix tree.
-            depths: The segments at each depth of the items' paths.
+            chunks: Chunks of one token each, in depth-first order of the prefix tree.
+            depths: The segments at each depth of the chunks' paths.
             active: The rows that a token LoRA acts on; empty if it acts on all or on none.
         """
-        # Allocated anew for each tick: the host may run ahead of the asynchronous copy. The caching allocator of pinned
+        # Allocated anew for each batch: the host may run ahead of the asynchronous copy. The caching allocator of pinned
         # memory does not reuse a block before its copy is done.
         memory = torch.zeros(len(self.memory), dtype=torch.int32, pin_memory=self.memory.is_cuda)
         buffers = _Buffers.within(memory, self.shape)
-        count, page_size = len(items), pool.page_size[model]
-        own = [(item.path[-1], item.first, item.write) for item in items]
+        count, page_size = len(chunks), pool.page_size[model]
+        own = [(chunk.path[-1], chunk.first, chunk.write) for chunk in chunks]
         positions = np.array([segment.start + first for segment, first, _ in own])
         buffers.ids.numpy()[:count] = [segment.tokens[first] for segment, first, _ in own]
         buffers.positions.numpy()[:count] = positions
@@ -174,10 +174,10 @@ class StaticPlan(PagedAttention):
 
 
 class _Depth(NamedTuple):
-    """The segments at one depth of N items' paths, in order."""
+    """The segments at one depth of N chunks' paths, in order."""
 
     reached: list[bool]
-    """(N,) whether an item's path reaches this depth."""
+    """(N,) whether a chunk's path reaches this depth."""
     begins: list[int]
     """The first row of each segment."""
     pages: list[list[int]]
@@ -185,11 +185,11 @@ class _Depth(NamedTuple):
     starts: list[int]
 
 
-def _depths(items: Sequence[Item]) -> list[_Depth]:
-    ends = {item.segment: item.end for item in items}
+def _depths(chunks: Sequence[Chunk]) -> list[_Depth]:
+    ends = {chunk.segment: chunk.end for chunk in chunks}
     depths = []
-    for d in range(max(len(item.path) for item in items)):
-        there = [item.path[d] if len(item.path) > d else None for item in items]
+    for d in range(max(len(chunk.path) for chunk in chunks)):
+        there = [chunk.path[d] if len(chunk.path) > d else None for chunk in chunks]
         rows = [row for row, (one, other) in enumerate(zip([None, *there], there, strict=False)) if one is not other]
         begun = [(row, segment) for row in rows if (segment := there[row]) is not None]
         begins, segments = [row for row, _ in begun], [segment for _, segment in begun]
@@ -207,14 +207,14 @@ def _depths(items: Sequence[Item]) -> list[_Depth]:
 
 
 class DecodeGraphs:
-    """The static plans and graphs of decode ticks on one device, by model and shape.
+    """The static plans and graphs of decode batches on one device, by model and shape.
 
-    The first tick of a shape runs eagerly, which compiles and loads the kernels it needs; the second is captured.
+    The first batch of a shape runs eagerly, which compiles and loads the kernels it needs; the second is captured.
 
     Args:
         pool: Holds the keys and values.
         device: Device of the pool.
-        capture: False to pad ticks but run them eagerly, on any device; graphs are compared with this.
+        capture: False to pad batches but run them eagerly, on any device; graphs are compared with this.
         required: Whether a model that cannot be captured is an error. If not, a warning is logged once and the model runs
             without graphs.
     """
@@ -229,47 +229,48 @@ class DecodeGraphs:
         self._stream: torch.cuda.Stream | None = None
         self._failed: list[torch.cuda.CUDAGraph] = []
 
-    def begin(self, models: Mapping[str, LanguageModel]) -> None:
-        """Prepare for a run: drop the graphs of models whose weights have moved or whose adapters were switched.
+    def prepare(self, name: str, model: LanguageModel) -> None:
+        """Prepare for a run of a model: drop its graphs if its weights have moved or its adapters were switched.
 
         Raises:
-            ModelError: Graphs are required, but a model cannot be captured.
+            ModelError: Graphs are required, but the model cannot be captured.
         """
-        for name, model in models.items():
-            if self._graph_keys.get(name) != (graph_key := model.graph_key):
-                for key in [key for key in self._plans if key[0] == name]:
-                    del self._plans[key]
-                self._graph_keys[name] = graph_key
-            if self.capture and name not in self._refused and (reason := _unsuited(model)) is not None:
-                self._refuse(name, model, reason, None)
+        if self._graph_keys.get(name) != (graph_key := model.graph_key):
+            for key in [key for key in self._plans if key[0] == name]:
+                del self._plans[key]
+            self._graph_keys[name] = graph_key
+        if self.capture and name not in self._refused and (reason := _unsuited(model)) is not None:
+            self._refuse(name, model, reason, None)
 
     def clear(self) -> None:
         """Drop all graphs and free their memory."""
         self._plans.clear()
         self._memory = None
 
-    def plan(self, name: str, model: LanguageModel, items: Sequence[Item]) -> StaticPlan | None:
-        """The plan of a tick, valid until the next one; None if it is not a decode tick or the model is not captured."""
-        if name in self._refused or any(item.count != 1 or item.path[-1].tokens[item.first] < 0 for item in items):
+    def plan(self, name: str, model: LanguageModel, chunks: Sequence[Chunk]) -> StaticPlan | None:
+        """The plan of a batch, valid until the next one; None if it is not a decode batch or the model is not captured."""
+        if name in self._refused or any(chunk.count != 1 or chunk.path[-1].tokens[chunk.first] < 0 for chunk in chunks):
             return None  # a negative token is a placeholder of a soft prompt
         if self._generation != self.pool.generation:
             self.clear()
             self._generation = self.pool.generation
-        items = sorted(items, key=lambda item: [segment.serial for segment in item.path])
-        depths = _depths(items)
-        active = [row for row, item in enumerate(items) if item.path[-1].model == name] if model.has_token_lora else []
-        whole = not model.has_token_lora or len(active) == len(items)
+        chunks = sorted(chunks, key=lambda chunk: [segment.serial for segment in chunk.path])
+        depths = _depths(chunks)
+        active = (
+            [row for row, chunk in enumerate(chunks) if chunk.path[-1].model == name] if model.has_token_lora else []
+        )
+        whole = not model.has_token_lora or len(active) == len(chunks)
         levels = [(len(d.begins), max(map(len, d.pages))) for d in depths]
-        shape = Shape.around(len(items), levels, ALL if whole else len(active))
+        shape = Shape.for_batch(len(chunks), levels, ALL_ROWS if whole else len(active))
         plan = self._plans.pop((name, shape), None) or StaticPlan(shape, self.device)
         self._plans[name, shape] = plan
-        if len(self._plans) > MOST:
+        if len(self._plans) > MAX_GRAPHS:
             self._plans.popitem(last=False)
-        plan.fill(self.pool, name, items, depths, [] if whole else active)
+        plan.fill(self.pool, name, chunks, depths, [] if whole else active)
         return plan
 
     def states(self, name: str, model: LanguageModel, plan: StaticPlan, stats: EngineStats) -> Tensor:
-        """The last hidden states of a plan's tokens, (T, D), including padding; valid until the next tick.
+        """The last hidden states of a plan's tokens, (T, D), including padding; valid until the next batch.
 
         Raises:
             ModelError: Graphs are required, but the model cannot be captured.

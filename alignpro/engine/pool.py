@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alignpro.engine.faults import out_of_memory
+from alignpro.engine.faults import is_out_of_memory
 from alignpro_kernels import copy_pages, read_kv, write_kv
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class KVPool:
     """
 
     def __init__(
-        self, geometries: dict[str, Geometry], device: torch.device, *, total: int = 0, page_tokens: int = 16
+        self, geometries: dict[str, Geometry], device: torch.device, *, page_tokens: int, total: int = 0
     ) -> None:
         self.geometries = geometries
         largest = max(geometry.token_bytes for geometry in geometries.values())
@@ -88,13 +88,13 @@ class KVPool:
         """Incremented when the arena moves, which invalidates views of it."""
         self._arena = torch.empty(0, self.page_bytes, dtype=torch.uint8, device=device)
         self._views: dict[str, list[Tensor]] = {}
-        self._returned: list[int] = []
-        self._fresh = 0  # pages from here on were never used
+        self._freed: list[int] = []
+        self._first_unused = 0  # pages from here on were never used
 
     @property
-    def free(self) -> int:
+    def num_free(self) -> int:
         """Number of pages that have no holder."""
-        return self.total - self._fresh + len(self._returned)
+        return self.total - self._first_unused + len(self._freed)
 
     @property
     def arena_bytes(self) -> int:
@@ -110,15 +110,15 @@ class KVPool:
 
         Returns False if the device does not have enough memory; `total` is then lowered to the pages that have memory.
         """
-        least = self._fresh + count - min(count, len(self._returned))
+        least = self._first_unused + count - min(count, len(self._freed))
         if least <= len(self._arena):
             return True
         sizes = [2 * least, least]
-        if self.try_take([self.total, *sizes] if self._arena.device.type == "cpu" else sizes):
+        if self.try_resize([self.total, *sizes] if self._arena.device.type == "cpu" else sizes):
             return True
-        most = len(self._arena)
-        logger.warning("%s has memory for %d of the %d pages of the pool", self._arena.device, most, self.total)
-        self.total = most
+        backed = len(self._arena)
+        logger.warning("%s has memory for %d of the %d pages of the pool", self._arena.device, backed, self.total)
+        self.total = backed
         return False
 
     def allocate(self, model: str, count: int) -> list[int]:
@@ -127,40 +127,40 @@ class KVPool:
         Raises:
             ValueError: Fewer pages are free.
         """
-        if count > self.free:
-            raise ValueError(f"{count} pages were requested, but only {self.free} are free")
-        again = min(count, len(self._returned))
-        pages = [self._returned.pop() for _ in range(again)]
-        pages += range(self._fresh, self._fresh + count - again)
-        self._fresh += count - again
+        if count > self.num_free:
+            raise ValueError(f"{count} pages were requested, but only {self.num_free} are free")
+        reused = min(count, len(self._freed))
+        pages = [self._freed.pop() for _ in range(reused)]
+        pages += range(self._first_unused, self._first_unused + count - reused)
+        self._first_unused += count - reused
         self.used[model] += count
         return pages
 
-    def give_back(self, model: str, pages: list[int]) -> None:
+    def free(self, model: str, pages: list[int]) -> None:
         """Free the pages in a list and clear the list."""
         self.used[model] -= len(pages)
-        self._returned.extend(reversed(pages))
+        self._freed.extend(reversed(pages))
         pages.clear()
 
-    def take(self, count: int) -> None:
+    def resize(self, count: int) -> None:
         """Reallocate the arena with memory for the first ``count`` pages, keeping the contents of the pages."""
         arena = torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self._arena.device)
         arena[: len(self._arena)] = self._arena
         self._move_to(arena)
 
-    def try_take(self, counts: Sequence[int]) -> bool:
-        """`take` the first of ``counts``, capped at `total`, that fits in the device's memory; False if none fits."""
+    def try_resize(self, counts: Sequence[int]) -> bool:
+        """`resize` the first of ``counts``, capped at `total`, that fits in the device's memory; False if none fits."""
         for count in counts:
             try:
-                self.take(min(self.total, count))
+                self.resize(min(self.total, count))
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             else:
                 return True
         return False
 
-    def shrink(self, kept: Sequence[list[int]]) -> int:
+    def compact(self, keep: Sequence[list[int]]) -> int:
         """Free the arena's memory except for the given lists of pages, which are compacted; the lists are updated.
 
         Returns:
@@ -169,15 +169,15 @@ class KVPool:
         Raises:
             RuntimeError: Other pages are held.
         """
-        before, old = len(self._arena), [page for pages in kept for page in pages]
-        if (others := self.total - self.free - len(old)) != 0:
+        before, old = len(self._arena), [page for pages in keep for page in pages]
+        if (others := self.total - self.num_free - len(old)) != 0:
             raise RuntimeError(f"{others} pages of the pool are in use: its memory cannot be freed now")
         index = torch.tensor(old, dtype=torch.int64, device=self._arena.device)
         # Copied as int64: uint8 elements would be copied byte by byte.
         self._move_to(self._arena.view(torch.int64).index_select(0, index).view(torch.uint8))
-        self._returned, self._fresh = [], len(old)
+        self._freed, self._first_unused = [], len(old)
         new = itertools.count()
-        for pages in kept:
+        for pages in keep:
             pages[:] = [next(new) for _ in pages]
         return before
 

@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from alignpro.engine.faults import out_of_memory
+from alignpro.engine.faults import is_out_of_memory
 from alignpro.engine.pool import KVPool, Segment
 
-SHORTEST = 16
+MIN_NODE_TOKENS = 16
 """Minimum length of a common prefix to get a node: each level of nodes adds a pass of attention."""
-COPIED = 4
+MIN_COPIED_TOKENS = 4
 """Minimum length of a common prefix to have its pages copied; a shorter one is recomputed."""
 
 Tokens = tuple[int, ...]
@@ -44,8 +44,8 @@ class Node(Segment):
     tokens: Tokens
     parent: Node | None = None
     children: dict[tuple[str, Tokens], Node] = field(default_factory=dict)
-    """Keyed by model and first tokens: `SHORTEST` of them, or all tokens of a shorter node."""
-    order: list[tuple[str, Tokens]] = field(default_factory=list)
+    """Keyed by model and first tokens: `MIN_NODE_TOKENS` of them, or all tokens of a shorter node."""
+    sorted_keys: list[tuple[str, Tokens]] = field(default_factory=list)
     """The keys of `children`, sorted: neighbours have the longest common prefixes."""
     locks: int = 0
     """Number of running sequences whose path contains this node."""
@@ -55,7 +55,7 @@ class Node(Segment):
     @property
     def key(self) -> tuple[str, Tokens]:
         """Its key among its parent's children."""
-        return self.model, self.tokens[:SHORTEST]
+        return self.model, self.tokens[:MIN_NODE_TOKENS]
 
     def path(self) -> list[Node]:
         """The nodes from the start of the prompt to this node, without the empty root."""
@@ -71,19 +71,20 @@ class PrefixTree:
     """The nodes of all models, by model name. A model's nodes are dropped when its weights change.
 
     Args:
-        pool: Source of the pages. ``pool.free + cached + locked`` plus the pages of running sequences is ``pool.total``.
+        pool: Source of the pages. ``pool.num_free + num_cached + num_locked`` plus the pages of running sequences
+            is ``pool.total``.
     """
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
-        self.cached = 0
+        self.num_cached = 0
         """Number of pages in unlocked nodes, all of which can be evicted."""
-        self.locked = 0
+        self.num_locked = 0
         """Number of pages in nodes locked by a sequence."""
         self.serials = itertools.count()
         """Source of `Segment.serial` for every segment that has pages of the pool."""
         self._roots: dict[str, Node] = {}
-        self._hosts: dict[str, str] = {}  # model → the model whose root its nodes descend from
+        self._root_models: dict[str, str] = {}  # model → the model whose root its nodes descend from
         self._idle: OrderedDict[Node, None] = OrderedDict()  # unlocked leaves, least recently used first
 
     def acquire(self, model: str, tokens: Tokens, base: str | None = None, shared: int = 0) -> Node | None:
@@ -92,7 +93,7 @@ class PrefixTree:
         If ``base`` is given, the first ``shared`` tokens belong to that model.
         """
         root = base or model
-        self._hosts[model] = root
+        self._root_models[model] = root
         node: Node | None = self._roots.setdefault(root, Node((), 0, next(self.serials), model=root))
         assert node is not None
         if base and shared:
@@ -115,11 +116,11 @@ class PrefixTree:
 
     def _step(self, node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
         """Lock the child that continues with ``tokens[at:]``, creating it if needed; None if there is no memory for it."""
-        child = _child(node, model, tokens, at)
+        child = _find_child(node, model, tokens, at)
         if child is None:
             return self._insert(node, model, tokens[at:])
         self._lock(child)
-        common = _common(child.tokens, tokens, at)
+        common = _common_length(child.tokens, tokens, at)
         if common == len(child.tokens):
             return child
         try:
@@ -134,8 +135,8 @@ class PrefixTree:
 
     def allocate(self, model: str, count: int) -> list[int] | None:
         """Allocate ``count`` pages, evicting unlocked nodes as needed; None if even that is not enough."""
-        while count <= self.pool.free + self.cached:
-            while self.pool.free < count:
+        while count <= self.pool.num_free + self.num_cached:
+            while self.pool.num_free < count:
                 self._evict(next(iter(self._idle)))
             if self.pool.reserve(count):
                 return self.pool.allocate(model, count)
@@ -148,15 +149,9 @@ class PrefixTree:
                 self._evict(node)
 
     def drop(self, model: str) -> None:
-        """Drop all nodes of a model.
-
-        Raises:
-            RuntimeError: A sequence of the model is running.
-        """
-        roots = {model, self._hosts.get(model, model)}
+        """Drop all nodes of a model, of which no sequence may be running."""
+        roots = {model, self._root_models.get(model, model)}
         nodes = [node for root in roots for node in self.nodes(root) if model in (root, node.model)]
-        if any(node.locks for node in nodes):
-            raise RuntimeError(f"model {model}: its weights cannot change while it generates")
         for node in reversed(nodes):  # children first
             self._evict(node)
 
@@ -178,28 +173,29 @@ class PrefixTree:
         if pages is None:
             return None
         try:
-            computed = self._copy_beginning(parent, model, tokens, pages)
+            computed = self._copy_common_prefix(parent, model, tokens, pages)
         except Exception:  # of the device
-            self.pool.give_back(model, pages)
+            self.pool.free(model, pages)
             raise
         start = parent.start + len(parent.tokens)
         node = Node(tokens, start, next(self.serials), pages, computed, model=model, parent=parent, locks=1)
         parent.children[node.key] = node
-        insort(parent.order, node.key)
-        self.locked += len(pages)
+        insort(parent.sorted_keys, node.key)
+        self.num_locked += len(pages)
         return node
 
-    def _copy_beginning(self, parent: Node, model: str, tokens: Tokens, pages: Sequence[int]) -> int:
+    def _copy_common_prefix(self, parent: Node, model: str, tokens: Tokens, pages: Sequence[int]) -> int:
         """Copy the computed common prefix with a sibling into a new child's pages. Returns its number of tokens.
 
-        The prefix is shorter than `SHORTEST`; otherwise both would be below a common node. The rest of the last copied page
-        holds the sibling's tokens until the child's own are computed.
+        The prefix is shorter than `MIN_NODE_TOKENS`; otherwise both would be below a common node. The rest of the last copied
+        page holds the sibling's tokens until the child's own are computed.
         """
-        place = bisect_left(parent.order, (model, tokens[:SHORTEST]))
-        siblings = [parent.children[key] for key in parent.order[max(0, place - 1) : place + 1] if key[0] == model]
-        common = [min(_common(sibling.tokens, tokens, 0), sibling.computed) for sibling in siblings]
+        place = bisect_left(parent.sorted_keys, (model, tokens[:MIN_NODE_TOKENS]))
+        neighbours = parent.sorted_keys[max(0, place - 1) : place + 1]
+        siblings = [parent.children[key] for key in neighbours if key[0] == model]
+        common = [min(_common_length(sibling.tokens, tokens, 0), sibling.computed) for sibling in siblings]
         count = max(common, default=0)
-        if count < COPIED:
+        if count < MIN_COPIED_TOKENS:
             return 0
         held = self.pool.pages_for(model, count)
         self.pool.copy(siblings[common.index(count)].pages[:held], pages[:held])
@@ -221,8 +217,8 @@ class PrefixTree:
             try:
                 pool.move(model, pool.slots(model, pages, at, count), pool.slots(model, pages[above:], 0, count))
             except Exception as error:
-                pool.give_back(model, extra)
-                if out_of_memory(error):
+                pool.free(model, extra)
+                if is_out_of_memory(error):
                     return None
                 raise
         upper = Node(
@@ -233,56 +229,56 @@ class PrefixTree:
             min(at, lower.computed),
             model=model,
             parent=lower.parent,
-            children={(model, lower.tokens[at : at + SHORTEST]): lower},
-            order=[(model, lower.tokens[at : at + SHORTEST])],
+            children={(model, lower.tokens[at : at + MIN_NODE_TOKENS]): lower},
+            sorted_keys=[(model, lower.tokens[at : at + MIN_NODE_TOKENS])],
             locks=lower.locks,
         )
         assert lower.parent is not None
         lower.parent.children[lower.key] = upper
         lower.tokens, lower.start, lower.parent = lower.tokens[at:], lower.start + at, upper
         lower.pages, lower.computed = pages[above:], max(0, lower.computed - at)
-        self.locked += len(extra)
+        self.num_locked += len(extra)
         return upper
 
     def _lock(self, node: Node) -> None:
         if node.locks == 0:
             self._idle.pop(node, None)
-            self.cached -= len(node.pages)
-            self.locked += len(node.pages)
+            self.num_cached -= len(node.pages)
+            self.num_locked += len(node.pages)
         node.locks += 1
 
     def _unlock(self, node: Node) -> None:
         node.locks -= 1
         if node.locks == 0:
-            self.locked -= len(node.pages)
-            self.cached += len(node.pages)
+            self.num_locked -= len(node.pages)
+            self.num_cached += len(node.pages)
             if not node.children:
                 self._idle[node] = None
 
     def _evict(self, node: Node) -> None:
         del self._idle[node]
-        self.cached -= len(node.pages)
-        self.pool.give_back(node.model, node.pages)
+        self.num_cached -= len(node.pages)
+        self.pool.free(node.model, node.pages)
         parent = node.parent
         assert parent is not None
         del parent.children[node.key]
-        del parent.order[bisect_left(parent.order, node.key)]
+        del parent.sorted_keys[bisect_left(parent.sorted_keys, node.key)]
         if parent.parent is not None and parent.locks == 0 and not parent.children:
             self._idle[parent] = None
 
 
-def _child(node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
-    """The child that shares at least `SHORTEST` tokens with ``tokens[at:]``, or all of its own if it has fewer."""
+def _find_child(node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
+    """The child that shares at least `MIN_NODE_TOKENS` tokens with ``tokens[at:]``, or all of its own if it has fewer."""
     if not node.children:
         return None
-    longest = min(SHORTEST, len(tokens) - at)
+    longest = min(MIN_NODE_TOKENS, len(tokens) - at)
     found = (node.children.get((model, tokens[at : at + length])) for length in range(longest, 0, -1))
     return next((child for child in found if child is not None), None)
 
 
-def _common(mine: Tokens, tokens: Tokens, at: int) -> int:
-    """The length of the common prefix of ``mine`` and ``tokens[at:]``."""
-    if tokens[at : at + len(mine)] == mine:
-        return len(mine)
-    pairs = enumerate(zip(mine, tokens[at:], strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(tokens) - at))
+def _common_length(own: Tokens, tokens: Tokens, at: int) -> int:
+    """The length of the common prefix of ``own`` and ``tokens[at:]``."""
+    if tokens[at : at + len(own)] == own:
+        return len(own)
+    pairs = enumerate(zip(own, tokens[at:], strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(own), len(tokens) - at))

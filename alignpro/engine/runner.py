@@ -1,4 +1,4 @@
-"""Execute a tick: one forward pass, then one draw for each sequence whose tokens are all computed."""
+"""Execute a batch: one forward pass, then one draw for each sequence whose tokens are all computed."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from alignpro.engine.attention_plan import AttentionPlan
-from alignpro.engine.faults import described
+from alignpro.engine.faults import describe
 from alignpro.engine.graphs import DecodeGraphs, StaticPlan
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import position_seeds, sample
-from alignpro.engine.scheduler import Tick
+from alignpro.engine.scheduler import Batch
 from alignpro.engine.sequence import SampledSequence
-from alignpro.engine.types import EngineStats
+from alignpro.engine.stats import EngineStats
+from alignpro.engine.stopping import find_end
 from alignpro.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def compute(
-    model: LanguageModel, pool: KVPool, tick: Tick, stats: EngineStats, graphs: DecodeGraphs | None = None
+def forward(
+    model: LanguageModel, pool: KVPool, batch: Batch, stats: EngineStats, graphs: DecodeGraphs | None = None
 ) -> Tensor:
-    """Compute the tick's items. Returns the hidden states from which its sequences draw, (B, D).
+    """Compute the batch's chunks. Returns the hidden states from which its sequences draw, (B, D).
 
-    If this raises, no item counts as computed. With ``graphs``, they run decode ticks.
+    If this raises, no chunk counts as computed. With ``graphs``, they run decode batches.
     """
     stats.ticks += 1
-    ends = [s.own if s.drawn else s.node for s in tick.drawing]
-    if not tick.items:
+    ends = [s.output if s.output_ids else s.node for s in batch.to_sample]
+    if not batch.chunks:
         return _known(ends)
     with _timed(stats, "plan"):
-        static = graphs.plan(tick.model, model, tick.items) if graphs else None
-        plan = static or AttentionPlan(pool, tick.model, tick.items, model.device)
+        static = graphs.plan(batch.model, model, batch.chunks) if graphs else None
+        plan = static or AttentionPlan(pool, batch.model, batch.chunks, model.device)
     with _timed(stats, "forward"):
         if isinstance(plan, StaticPlan):
             assert graphs is not None
-            hidden = graphs.states(tick.model, model, plan, stats)  # (T, D), padding included
+            hidden = graphs.states(batch.model, model, plan, stats)  # (T, D), padding included
         else:
-            active = plan.rows_of(tick.model) if model.has_token_lora else True
+            active = plan.rows_of(batch.model) if model.has_token_lora else True
             hidden = model.token_states(plan.ids, plan.positions, plan, active)  # (T, D)
-        for node in {s.node: None for s in tick.drawing if not s.drawn}:
+        for node in {s.node: None for s in batch.to_sample if not s.output_ids}:
             assert node is not None
             if id(node) in plan.last_row:
                 node.state = hidden[plan.last_row[id(node)]].clone()
@@ -56,10 +58,10 @@ def compute(
         rows = plan.last_row | {id(end): len(plan.ids) + i for i, end in enumerate(known)}
         index = torch.tensor([rows[id(end)] for end in ends], dtype=torch.int64, device=model.device)
         states = hidden.index_select(0, index)
-        for item in tick.items:
-            if item.write:
-                item.segment.computed = item.end
-            stats.computed[item.kind] += item.count
+        for chunk in batch.chunks:
+            if chunk.write:
+                chunk.segment.computed = chunk.end
+            stats.computed[chunk.kind] += chunk.count
         return states
 
 
@@ -71,7 +73,7 @@ def _known(ends: Sequence[object]) -> Tensor:
 
 
 @torch.no_grad()
-def draw(
+def sample_tokens(
     models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor, stats: EngineStats
 ) -> None:
     """Draw one token per sequence from (B, D) states, and give a completion to each sequence that ends.
@@ -81,16 +83,17 @@ def draw(
     """
     if sequences:
         with _timed(stats, "sample"):
-            _draw(models, sequences, states)
+            _sample_tokens(models, sequences, states)
 
 
-def _draw(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor) -> None:
-    drawn = position_seeds([sequence.seed for sequence in sequences], [len(sequence.drawn) for sequence in sequences])
-    seeds = torch.from_numpy(drawn).to(states.device)  # (B,)
+def _sample_tokens(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor) -> None:
+    positions = [len(sequence.output_ids) for sequence in sequences]
+    noise = position_seeds([sequence.seed for sequence in sequences], positions)
+    seeds = torch.from_numpy(noise).to(states.device)  # (B,)
     heads = {name: models[name].head for name in {sequence.model: None for sequence in sequences}}
     alike: dict[tuple[str | float, ...], list[int]] = {}
     for row, sequence in enumerate(sequences):
-        params, lora = sequence.params, heads[sequence.model].lora  # heads of one tick differ only in their LoRA
+        params, lora = sequence.params, heads[sequence.model].lora  # heads of one batch differ only in their LoRA
         head_name = sequence.model if lora else ""
         alike.setdefault((head_name, params.temperature, params.top_k, params.top_p, params.min_p), []).append(row)
     for rows in alike.values():
@@ -101,39 +104,20 @@ def _draw(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequen
             index = torch.tensor(rows, device=states.device)
             tokens, logprobs = sample(states.index_select(0, index), head, params, seeds.index_select(0, index))
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.double().tolist(), strict=True):
-            sequences[row].drawn.append(token)
+            sequences[row].output_ids.append(token)
             sequences[row].logprobs.append(logprob)
-            try:
-                _end(models[sequences[row].model], sequences[row])
-            except Exception as error:  # raised by the tokenizer on this sequence's tokens
-                logger.exception("the search for a stop text raised an exception")
-                sequences[row].fail(described("the search for a stop text", error))
+            _end_if_stopped(sequences[row], models[sequences[row].model].tokenizer)
 
 
-def _end(model: LanguageModel, sequence: SampledSequence) -> None:
-    """Complete a sequence if the token just drawn is its last."""
-    params, drawn = sequence.params, sequence.drawn
-    if drawn[-1] in params.stop_token_ids:
-        sequence.end("stop")
-    elif params.stop and (kept := _stop_text(model, drawn, params.stop)) is not None:
-        sequence.end("stop", kept)
-    elif len(drawn) == params.max_tokens:
-        sequence.end("length")
-
-
-def _stop_text(model: LanguageModel, drawn: list[int], stops: Sequence[str]) -> int | None:
-    """The number of tokens before a stop text; None if the last tokens do not contain one."""
-
-    def text(start: int, end: int) -> str:
-        return str(model.tokenizer.decode(drawn[start:end]))
-
-    # Each token decodes to at least one byte, except for a few that decode to nothing; hence the margin of 4.
-    start = max(0, len(drawn) - max(len(stop.encode()) for stop in stops) - 4)
-    tail = text(start, len(drawn))
-    places = [place for stop in stops if (place := tail.find(stop)) >= 0]
-    if not places:
-        return None
-    return next(end for end in range(len(drawn), start - 1, -1) if len(text(start, end)) <= min(places))
+def _end_if_stopped(sequence: SampledSequence, tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        end = find_end(sequence.output_ids, sequence.params, tokenizer)
+    except Exception as error:  # raised by the tokenizer on this sequence's tokens
+        logger.exception("the search for a stop text raised an exception")
+        sequence.fail(describe("the search for a stop text", error))
+    else:
+        if end is not None:
+            sequence.end(end.reason, end.num_text_tokens)
 
 
 @contextmanager

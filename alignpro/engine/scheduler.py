@@ -1,6 +1,6 @@
-"""Plan ticks: one model, the next token of each of its running sequences, and as much prefill as the budget allows.
+"""Plan batches: one model, the next token of each of its running sequences, and as much prefill as the budget allows.
 
-Models that differ only in an adapter share a lane and run together.
+Models that differ only in an adapter run together, in the forward passes of one of them.
 
 | owns | does not own |
 |---|---|
@@ -15,17 +15,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from math import inf
 
 from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.prefix_tree import Node, PrefixTree
 from alignpro.engine.sequence import SampledSequence
 
-TAIL = 4
-"""A stage with no waiting sequences that runs fewer than ``max_batch`` / TAIL alternates with the next stage."""
+TAIL_FRACTION = 1 / 4
+"""A model with no waiting sequences and fewer than ``TAIL_FRACTION * max_batch`` running alternates with the next one."""
 
 
 @dataclass(frozen=True)
-class Item:
+class Chunk:
     """Tokens ``first``..``first + count`` of the last segment of a path, to be computed."""
 
     path: tuple[Segment, ...]
@@ -43,18 +45,18 @@ class Item:
 
     @property
     def end(self) -> int:
-        """Number of computed tokens of the segment after the tick."""
+        """Number of computed tokens of the segment after the batch."""
         return self.first + self.count
 
 
 @dataclass
-class Tick:
+class Batch:
     """The work of one forward pass, and the sequences that draw a token after it."""
 
     model: str
     """Name of the model whose forward pass is run."""
-    items: list[Item] = field(default_factory=list)
-    drawing: list[SampledSequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    to_sample: list[SampledSequence] = field(default_factory=list)
 
 
 class Scheduler:
@@ -62,57 +64,66 @@ class Scheduler:
 
     Args:
         pool: Source of the pages.
-        tree: The prefix cache; it may hold prompts from earlier runs.
-        stages: Names of the lanes, in the order in which their sequences are created.
-        max_batch: Maximum number of sequences of a lane that run at the same time.
-        token_budget: Tokens per tick. The next token of every running sequence is computed even beyond it.
+        tree: The prefix cache.
+        models: Names of the models whose forward passes are run, in the order in which chains pass through them.
+        max_batch: Maximum number of sequences in a model's batch.
+        token_budget: Tokens per batch. The next token of every running sequence is computed even beyond it.
     """
 
     def __init__(
-        self, pool: KVPool, tree: PrefixTree, stages: Sequence[str], *, max_batch: int, token_budget: int
+        self, pool: KVPool, tree: PrefixTree, models: Sequence[str], *, max_batch: int, token_budget: int
     ) -> None:
-        self.pool, self.tree, self.stages = pool, tree, stages
+        self.pool, self.tree, self.models = pool, tree, models
         self.max_batch, self.token_budget = max_batch, token_budget
-        self.waiting: dict[str, deque[SampledSequence]] = {name: deque() for name in stages}
+        self.waiting: dict[str, deque[SampledSequence]] = {name: deque() for name in models}
         self.running: list[SampledSequence] = []  # in the order in which they were admitted
-        self.preemptions = 0
-        self.hits = 0
-        """Prompt tokens that were already computed when their sequence was first admitted."""
-        self._refused: list[SampledSequence] = []
+        self._failed: list[SampledSequence] = []
         self._last = ""
 
-    def add(self, sequence: SampledSequence) -> None:
-        """Append a sequence to the queue of its lane."""
-        self.waiting[sequence.lane].append(sequence)
+    @property
+    def pending(self) -> list[SampledSequence]:
+        """All sequences that have not ended."""
+        return [*self.running, *chain.from_iterable(self.waiting.values())]
 
-    def next_tick(self) -> Tick | None:
-        """The next tick to compute; None when all sequences have ended."""
+    @property
+    def idle(self) -> bool:
+        """Whether all sequences have ended."""
+        return not self.running and not any(self.waiting.values())
+
+    @property
+    def oldest(self) -> float:
+        """The earliest arrival of a sequence that has not ended."""
+        return min(map(self._oldest, self.models))
+
+    def add(self, sequence: SampledSequence) -> None:
+        """Append a sequence to the queue of its model."""
+        self.waiting[sequence.forward_model].append(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next batch to compute; None when all sequences have ended, some of which may have failed (`take_failed`)."""
         while order := self._order():
             for model in order:
                 self._admit(model)
                 self._grow(model)
-                tick = self._work(model)
-                if tick.items or tick.drawing:
+                batch = self._build_batch(model)
+                if batch.chunks or batch.to_sample:
                     self._last = model
-                    return tick
+                    return batch
                 # None of its sequences could be admitted, or all had to be preempted.
         return None
 
-    def take_refused(self) -> list[SampledSequence]:
+    def take_failed(self) -> list[SampledSequence]:
         """Return the sequences that have failed since the last call because the pool got less memory than planned."""
-        refused, self._refused = self._refused, []
-        return refused
+        failed, self._failed = self._failed, []
+        return failed
 
-    def finish(self, sequence: SampledSequence) -> None:
-        """Free the pages and locks of a sequence that has ended."""
-        if sequence.own is not None:
+    def remove(self, sequence: SampledSequence) -> None:
+        """Free the pages and locks of a sequence that has ended or is cancelled, or take it out of its queue."""
+        if sequence.output is not None:
             self.running.remove(sequence)
             self._release(sequence)
-
-    def abort(self) -> None:
-        """Free the pages and locks of all sequences."""
-        while self.running:
-            self._release(self.running.pop())
+        elif sequence.completion is None:
+            self.waiting[sequence.forward_model].remove(sequence)
 
     def audit(self) -> None:
         """Check that every page is in exactly one place: free, in the tree, or held by a running sequence.
@@ -122,33 +133,40 @@ class Scheduler:
         """
         pool, tree = self.pool, self.tree
         nodes = [node for name in pool.page_size for node in tree.nodes(name)]
-        own = sum(len(sequence.own.pages) for sequence in self.running if sequence.own)
-        assert pool.free + tree.cached + tree.locked + own == pool.total
-        assert tree.cached == sum(len(node.pages) for node in nodes if not node.locks)
-        assert tree.locked == sum(len(node.pages) for node in nodes if node.locks)
+        own = sum(len(sequence.output.pages) for sequence in self.running if sequence.output)
+        assert pool.num_free + tree.num_cached + tree.num_locked + own == pool.total
+        assert tree.num_cached == sum(len(node.pages) for node in nodes if not node.locks)
+        assert tree.num_locked == sum(len(node.pages) for node in nodes if node.locks)
         held = [page for node in nodes for page in node.pages]
-        held += [page for sequence in self.running if sequence.own for page in sequence.own.pages]
-        assert len(set(held)) == len(held) == sum(pool.used.values()) == pool.total - pool.free
+        held += [page for sequence in self.running if sequence.output for page in sequence.output.pages]
+        assert len(set(held)) == len(held) == sum(pool.used.values()) == pool.total - pool.num_free
         locks = [node for sequence in self.running if sequence.node for node in sequence.node.path()]
         assert len(locks) == sum(node.locks for node in nodes)
 
     def _order(self) -> list[str]:
-        """Lanes that have work, the one to run first at the front.
+        """Models that have work, the one to run first at the front.
 
-        A tick of few sequences costs nearly as much as one of many, because each tick reads all of the model's weights.
-        So the earliest stage goes first; when it runs low, it and the next stage take turns.
+        A batch of few sequences costs nearly as much as one of many, because each batch reads all of the model's weights.
+        So the first stage of a chain goes first; when it runs low, it and the next stage take turns. The model of the
+        sequence that arrived first precedes all others, so that none waits forever while new ones keep arriving.
         """
-        running = {name: sum(s.lane == name for s in self.running) for name in self.stages}
-        busy = [name for name in self.stages if running[name] or self.waiting[name]]
-        running_out = busy and not self.waiting[busy[0]] and running[busy[0]] * TAIL < self.max_batch
+        running = {name: sum(s.forward_model == name for s in self.running) for name in self.models}
+        busy = [name for name in self.models if running[name] or self.waiting[name]]
+        busy.sort(key=self._oldest)
+        running_out = busy and not self.waiting[busy[0]] and running[busy[0]] < TAIL_FRACTION * self.max_batch
         return busy[::-1] if running_out and self._last == busy[0] else busy
+
+    def _oldest(self, model: str) -> float:
+        """The earliest arrival of a model's sequences; infinite if it has none."""
+        running = (s.request.arrival for s in self.running if s.forward_model == model)
+        return min(chain(running, (s.request.arrival for s in islice(self.waiting[model], 1))), default=inf)
 
     def _admit(self, model: str) -> None:
         """Admit waiting sequences while the batch has room and there are pages for them and for growth of the others."""
         waiting = self.waiting[model]
         if any(sequence.needs_empty_pool for sequence in self.running):
             return
-        places = self.max_batch - sum(s.lane == model for s in self.running)
+        places = self.max_batch - sum(s.forward_model == model for s in self.running)
         while waiting and places:
             sequence = waiting[0]
             if sequence.needs_empty_pool and not self.running:
@@ -159,7 +177,7 @@ class Scheduler:
                 self.tree.evict_all()  # cached prompts keep the only sequence that could run from starting
                 if not self._start(sequence):
                     waiting.popleft()
-                    self._refuse(sequence)
+                    self._fail(sequence)
                     continue
             waiting.popleft()
             places -= 1
@@ -168,32 +186,33 @@ class Scheduler:
 
     def _start(self, sequence: SampledSequence) -> bool:
         """Lock a sequence's prompt and allocate pages for its drawn tokens; False if there are too few pages."""
-        model, drawn = sequence.model, sequence.drawn
-        node = self.tree.acquire(model, sequence.prompt, sequence.base, sequence.shared)
+        request, model = sequence.request, sequence.model
+        node = self.tree.acquire(model, request.prompt, request.base, request.num_base_tokens)
         if node is None:
             return False
         try:
-            pages = self.tree.allocate(model, self.pool.pages_for(model, len(drawn)))
+            pages = self.tree.allocate(model, self.pool.pages_for(model, len(sequence.output_ids)))
         except Exception:  # raised by the device
             self.tree.release(node)
             raise
-        if pages is None or (self.running and self.pool.free + self.tree.cached <= len(self.running)):
+        if pages is None or (self.running and self.pool.num_free + self.tree.num_cached <= len(self.running)):
             if pages is not None:
-                self.pool.give_back(model, pages)
+                self.pool.free(model, pages)
             self.tree.release(node)
             return False
-        if not sequence.preempted:
-            self.hits += sum(each.computed for each in node.path())
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sum(each.computed for each in node.path())
         sequence.node = node
-        sequence.own = Segment(drawn, len(sequence.prompt), next(self.tree.serials), pages, model=model)
+        start, serial = len(request.prompt), next(self.tree.serials)
+        sequence.output = Segment(sequence.output_ids, start, serial, pages, model=model)
         self.running.append(sequence)
         return True
 
-    def _grow(self, lane: str) -> None:
+    def _grow(self, model: str) -> None:
         """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
-        for sequence in [s for s in self.running if s.lane == lane]:
-            while sequence.own is not None:  # None if it was preempted in favour of an older one
-                own = sequence.own
+        for sequence in [s for s in self.running if s.forward_model == model]:
+            while sequence.output is not None:  # None if it was preempted in favour of an older one
+                own = sequence.output
                 missing = self.pool.pages_for(own.model, len(own.tokens)) - len(own.pages)
                 if missing == 0:
                     break
@@ -203,77 +222,76 @@ class Scheduler:
                     break
                 youngest = self.running[-1]
                 if youngest.needs_empty_pool and len(self.running) == 1:  # it has the pool to itself already
-                    self.finish(youngest)
-                    self._refuse(youngest)
+                    self.remove(youngest)
+                    self._fail(youngest)
                 else:
                     self._preempt(youngest)
 
-    def _refuse(self, sequence: SampledSequence) -> None:
+    def _fail(self, sequence: SampledSequence) -> None:
         """Fail a sequence that no longer fits because the pool got less memory than planned."""
         sequence.fail(
             f"the device has memory for only {self.pool.total} pages of the engine's pool: too few for this sequence"
         )
-        self._refused.append(sequence)
+        self._failed.append(sequence)
 
     def _preempt(self, sequence: SampledSequence) -> None:
         sequence.needs_empty_pool = len(self.running) == 1
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.preempted = True
-        self.waiting[sequence.lane].appendleft(sequence)
-        self.preemptions += 1
+        sequence.num_preemptions += 1
+        self.waiting[sequence.forward_model].appendleft(sequence)
 
     def _release(self, sequence: SampledSequence) -> None:
-        assert sequence.node is not None and sequence.own is not None
+        assert sequence.node is not None and sequence.output is not None
         self.tree.release(sequence.node)
-        self.pool.give_back(sequence.model, sequence.own.pages)
-        sequence.node = sequence.own = None
+        self.pool.free(sequence.model, sequence.output.pages)
+        sequence.node = sequence.output = None
 
-    def _work(self, model: str) -> Tick:
-        """Build the tick of a lane: next tokens first, then chunks of prefill and recomputation up to the token budget."""
-        tick = Tick(model)
-        ends: dict[Segment, int] = {}  # segment → its number of computed tokens after the tick
-        mine = [sequence for sequence in self.running if sequence.lane == model]
-        mine.sort(key=_pending)
-        room = self.token_budget
-        for sequence in mine:
-            node, own = sequence.node, sequence.own
+    def _build_batch(self, model: str) -> Batch:
+        """Build a model's batch: next tokens first, then chunks of prefill and recomputation up to the token budget."""
+        batch = Batch(model)
+        ends: dict[Segment, int] = {}  # segment → its number of computed tokens after the batch
+        running = [sequence for sequence in self.running if sequence.forward_model == model]
+        running.sort(key=_num_pending_tokens)
+        budget = self.token_budget
+        for sequence in running:
+            node, own = sequence.node, sequence.output
             assert node is not None and own is not None
             path = (*node.path(), own)
             # If the last segment has computed tokens, everything before it is complete.
             for depth, segment in enumerate(path[-1:] if own.computed else path, len(path) - 1 if own.computed else 0):
                 if segment not in ends:
                     missing = len(segment.tokens) - segment.computed
-                    count = missing if missing == 1 else min(missing, room)
+                    count = missing if missing == 1 else min(missing, budget)
                     if count:
                         kind = _kind(sequence, segment)
-                        tick.items.append(Item(path[: depth + 1], segment.computed, count, kind))
-                        room -= min(count, room)
+                        batch.chunks.append(Chunk(path[: depth + 1], segment.computed, count, kind))
+                        budget -= min(count, budget)
                     ends[segment] = segment.computed + count
                 if ends[segment] < len(segment.tokens):
                     break
             else:
-                tick.drawing.append(sequence)
+                batch.to_sample.append(sequence)
                 if (
                     not own.tokens
                     and node.complete
                     and node.state is None
-                    and node not in (i.segment for i in tick.items)
+                    and node not in (i.segment for i in batch.chunks)
                 ):
-                    tick.items.append(Item(path[:-1], node.computed - 1, 1, "recompute", write=False))
-        return tick
+                    batch.chunks.append(Chunk(path[:-1], node.computed - 1, 1, "recompute", write=False))
+        return batch
 
 
-def _pending(sequence: SampledSequence) -> int:
+def _num_pending_tokens(sequence: SampledSequence) -> int:
     """Number of tokens to compute before the sequence can draw."""
-    assert sequence.node is not None and sequence.own is not None
-    if sequence.own.computed:  # then everything before it is complete
-        return len(sequence.own.tokens) - sequence.own.computed
-    path: list[Segment] = [*sequence.node.path(), sequence.own]
+    assert sequence.node is not None and sequence.output is not None
+    if sequence.output.computed:  # then everything before it is complete
+        return len(sequence.output.tokens) - sequence.output.computed
+    path: list[Segment] = [*sequence.node.path(), sequence.output]
     return sum(len(segment.tokens) - segment.computed for segment in path)
 
 
 def _kind(sequence: SampledSequence, segment: Segment) -> str:
     if isinstance(segment, Node):
-        return "recompute" if sequence.preempted else "prefill"
+        return "recompute" if sequence.num_preemptions else "prefill"
     return "decode" if len(segment.tokens) - segment.computed == 1 else "recompute"

@@ -1,32 +1,78 @@
-"""A sampled sequence and the chain it is part of: prompt x → K rewrites → M responses to each.
+"""A request and the sequences sampled for it.
 
 | owns | does not own |
 |---|---|
-| drawn tokens, the follow-ups of a finished sequence | memory, scheduling |
+| what was asked for, the tokens sampled so far | memory, scheduling, what follows a finished sequence |
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import index
 from typing import Literal
 
-from alignpro.engine.faults import described
 from alignpro.engine.pool import Segment
 from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import derive_seed
-from alignpro.engine.types import Chain, Completion, SamplingParams
-from alignpro.errors import AlignProError
-
-logger = logging.getLogger(__name__)
+from alignpro.engine.types import Completion, SamplingParams
 
 _OF_ADAPTER = 1 << 40
 """Offset of the tokens that an adapter acts on, which keeps them distinct from the base model's tokens."""
 
-ToTarget = Callable[[int, Completion], list[int]]
-"""(prompt index, the policy's sample) → the target's prompt tokens."""
+OnCompletion = Callable[[int, Completion], None]
+"""(index of the sequence in its request, its completion)"""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and the ``params.n`` sequences sampled from it: the handle that `Engine.submit` returns.
+
+    Sequence k draws from (``seed``, k), so what is sampled depends neither on when it runs nor on other requests.
+    """
+
+    model: str
+    prompt: tuple[int, ...]
+    """Token ids; −1 for the placeholders of a soft prompt."""
+    params: SamplingParams
+    seed: int
+    arrival: int
+    """Position in the order of arrival; the follow-ups of a request have the same."""
+    forward_model: str
+    """The model in whose forward passes it runs: its own, or one that differs only in an adapter."""
+    base: str | None = None
+    """The model that computes the first ``num_base_tokens`` tokens of the prompt, if it is a different one."""
+    num_base_tokens: int = 0
+    on_completion: OnCompletion | None = None
+    """Called with each completion, within the step in which its sequence ends."""
+    sequences: list[SampledSequence] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sequences = [SampledSequence(self, k, derive_seed(self.seed, k)) for k in range(self.params.n)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its sequences have ended."""
+        return all(sequence.completion is not None for sequence in self.sequences)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The n completions.
+
+        Raises:
+            ValueError: It has not finished.
+        """
+        completions = [sequence.completion for sequence in self.sequences if sequence.completion is not None]
+        if len(completions) < len(self.sequences):
+            raise ValueError("the request has not finished: call Engine.step until it has")
+        return completions
+
+    @property
+    def cache_key(self) -> tuple[str, tuple[int, ...]]:
+        """Model and prompt tokens, encoded so that two prompts share a cached prefix exactly if their keys do."""
+        if self.base is None:
+            return self.model, self.prompt
+        own = tuple(token + _OF_ADAPTER for token in self.prompt[self.num_base_tokens :])
+        return self.base, self.prompt[: self.num_base_tokens] + own
 
 
 @dataclass(eq=False)
@@ -37,116 +83,43 @@ class SampledSequence:
     (seed, t).
     """
 
-    model: str
-    prompt: tuple[int, ...]
-    params: SamplingParams
+    request: Request
+    index: int
+    """Its place among the sequences of the request."""
     seed: int
-    origin: tuple[int, ...] = ()
-    """Indices of its prompt, sample and response, as far as they apply."""
-    drawn: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     completion: Completion | None = None
     """Set once the sequence has ended."""
-    lane: str = ""
-    """The model in whose forward passes it runs: its own, or one that differs only in an adapter."""
-    base: str | None = None
-    """The model that computes the first ``shared`` tokens of the prompt, if it is a different one."""
-    shared: int = 0
     node: Node | None = None
     """The prefix-tree node at which its prompt ends, while it runs."""
-    own: Segment | None = None
-    """Its drawn tokens and their pages, while it runs."""
-    preempted: bool = False
-    """Whether it has been preempted, so that its tokens are recomputed."""
+    output: Segment | None = None
+    """Its sampled tokens and their pages, while it runs."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were already computed when it was first admitted."""
+    num_preemptions: int = 0
     needs_empty_pool: bool = False
     """Whether it was the only running sequence when pages ran out."""
 
     @property
-    def cache_key(self) -> tuple[str, tuple[int, ...]]:
-        """Model and prompt tokens, encoded so that two prompts share a cached prefix exactly if their keys do."""
-        if self.base is None:
-            return self.model, self.prompt
-        own = tuple(token + _OF_ADAPTER for token in self.prompt[self.shared :])
-        return self.base, self.prompt[: self.shared] + own
+    def model(self) -> str:
+        """Name of the model that it is sampled from."""
+        return self.request.model
 
-    def end(self, reason: Literal["stop", "length"], kept: int | None = None) -> None:
-        """Complete the sequence with the tokens drawn so far."""
-        self.completion = Completion(self.drawn, self.logprobs, reason, kept=kept)
+    @property
+    def forward_model(self) -> str:
+        """The model in whose forward passes it runs."""
+        return self.request.forward_model
+
+    @property
+    def params(self) -> SamplingParams:
+        """How it is sampled, and where it ends."""
+        return self.request.params
+
+    def end(self, reason: Literal["stop", "length", "cancelled"], num_text_tokens: int | None = None) -> None:
+        """Complete the sequence with the tokens sampled so far."""
+        self.completion = Completion(self.output_ids, self.logprobs, reason, num_text_tokens=num_text_tokens)
 
     def fail(self, error: str) -> None:
         """Complete the sequence with an error, discarding its tokens."""
         self.completion = Completion([], [], "error", error)
-
-
-def siblings(
-    model: str, prompt: Sequence[int], params: SamplingParams, seed: int, origin: tuple[int, ...]
-) -> list[SampledSequence]:
-    """The ``params.n`` sequences of a prompt; sequence k draws from (seed, k)."""
-    tokens = tuple(map(index, prompt))
-    return [SampledSequence(model, tokens, params, derive_seed(seed, k), (*origin, k)) for k in range(params.n)]
-
-
-@dataclass
-class ChainRun:
-    """Two-stage chains: each rewrite becomes a prompt of the target as soon as it ends.
-
-    Response m to rewrite k of a prompt draws from (the prompt's seed, "respond", k, m).
-    """
-
-    policy: str
-    target: str
-    rewrite: SamplingParams
-    respond: SamplingParams
-    to_target: ToTarget
-    seeds: Sequence[int]
-    chains: dict[tuple[int, int], Chain] = field(default_factory=dict)
-    responses: dict[tuple[int, int], list[SampledSequence]] = field(default_factory=dict)
-
-    def first(self, prompts: Sequence[Sequence[int]]) -> list[SampledSequence]:
-        """The sequences of the first stage."""
-        return [
-            sequence
-            for i, prompt in enumerate(prompts)
-            for sequence in siblings(self.policy, prompt, self.rewrite, self.seeds[i], (i,))
-        ]
-
-    def after(self, sequence: SampledSequence) -> list[SampledSequence]:
-        """The follow-ups of a finished sequence: for a rewrite its M responses, some of which may have failed already."""
-        sample = sequence.completion
-        assert sample is not None
-        if len(sequence.origin) != 2:  # a response
-            return []
-        i, k = sequence.origin
-        chain = self.chains[i, k] = Chain(sample)
-        problem = None
-        if sample.error is not None:
-            problem = f"there is no sample to respond to: {sample.error}"
-        else:
-            try:
-                chain.target_tokens = [index(token) for token in self.to_target(i, sample)]
-            except AlignProError as error:
-                problem = f"the sample cannot be given to {self.target}: {error}"
-            except Exception as error:  # a bug in the callback also fails only this chain
-                logger.exception("to_target failed on a sample of prompt %d", i)
-                problem = f"the sample cannot be given to {self.target}: {described('to_target', error)}"
-        seed = derive_seed(self.seeds[i], "respond", k)
-        responses = siblings(self.target, chain.target_tokens, self.respond, seed, (i, k))
-        if problem:
-            for response in responses:
-                response.fail(problem)
-        self.responses[i, k] = responses
-        return responses
-
-    def result(self) -> list[list[Chain]]:
-        """The chains of each prompt with their completions."""
-        groups: list[list[Chain]] = [[] for _ in self.seeds]
-        for (i, k), chain in sorted(self.chains.items(), key=lambda item: item[0]):
-            chain.responses = [completed(response) for response in self.responses[i, k]]
-            groups[i].append(chain)
-        return groups
-
-
-def completed(sequence: SampledSequence) -> Completion:
-    """The completion of a sequence that has ended."""
-    assert sequence.completion is not None
-    return sequence.completion

@@ -1,13 +1,11 @@
-"""Inputs and outputs of the engine: sampling parameters, completions, chains and statistics."""
+"""Inputs and outputs of the engine: sampling parameters, completions, target prompts and chains."""
 
 from __future__ import annotations
 
-import copy
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
-from typing import Literal
+from operator import index
+from typing import Literal, Protocol
 
 from alignpro.errors import ConfigError
 
@@ -56,17 +54,32 @@ class Completion:
     """The sampled ids, including the stop token if one was drawn."""
     logprobs: list[float]
     """Log-probability of each token under the distribution it was drawn from, in nats."""
-    finish_reason: Literal["stop", "length", "error"]
+    finish_reason: Literal["stop", "length", "error", "cancelled"]
     error: str | None = None
-    kept: int | None = None
+    num_text_tokens: int | None = None
     """Number of tokens before the stop text that ended the sequence; None if no stop text did."""
 
     @property
     def text_tokens(self) -> list[int]:
         """The ids without the stop token or the tokens of a stop text."""
-        if self.kept is not None:
-            return self.tokens[: self.kept]
+        if self.num_text_tokens is not None:
+            return self.tokens[: self.num_text_tokens]
         return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
+
+
+class HasTokens(Protocol):
+    """What the policy's sample becomes for the target, with anything that the caller wants back in the chain."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The target's prompt: x' in the target's chat template."""
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """A target prompt of which nothing but the tokens is wanted."""
+
+    tokens: Sequence[int]
 
 
 @dataclass
@@ -74,117 +87,22 @@ class Chain:
     """One sample of the policy with the target's responses to it (none in a one-stage chain)."""
 
     sample: Completion
-    target_tokens: list[int] = field(default_factory=list)
-    """The target's prompt: x' in the target's chat template."""
+    target_prompt: HasTokens | None = None
+    """What ``to_target`` returned for the sample; None if it failed, or in a one-stage chain."""
     responses: list[Completion] = field(default_factory=list)
     notes: dict[str, float] = field(default_factory=dict)
     """Observations of the environment (such as 1.0 for an empty rewrite), which are averaged into metrics."""
 
-
-KINDS = ("prefill", "decode", "recompute")
-"""Kinds of computed tokens: prompt tokens, next tokens, and tokens recomputed after a preemption."""
-PHASES = ("plan", "forward", "sample")
-"""Phases of a tick."""
-
-
-@dataclass
-class EngineStats:
-    """Counters since the engine was created."""
-
-    computed: Counter[str] = field(default_factory=Counter)
-    """Tokens computed by a model, by `KINDS`."""
-    floor_tokens: int = 0
-    """Tokens that would have been computed if each prefix shared by prompts of a run had been computed exactly once."""
-    cache_hit_tokens: int = 0
-    """Prompt tokens that were already computed when their sequence was first admitted."""
-    sequences: int = 0
-    sampled_tokens: int = 0
-    preemptions: int = 0
-    ticks: int = 0
-    """Forward passes."""
-    decode_ticks: Counter[str] = field(default_factory=Counter)
-    """Decode ticks padded to a fixed shape: ``replayed`` as a CUDA graph, or ``padded`` and run without one. ``captured``
-    counts the graphs captured."""
-    most_pages: Counter[str] = field(default_factory=Counter)
-    """Model → maximum number of pages it held."""
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Seconds spent in ticks, by `PHASES`."""
-    run_seconds: float = 0.0
-    """Total seconds spent in `generate` and `run_chains`."""
-
-    def snapshot(self) -> EngineStats:
-        """A copy of the current counters."""
-        return copy.deepcopy(self)
-
-    def since(self, earlier: EngineStats) -> EngineStats:
-        """The difference to an earlier snapshot; ``most_pages`` is the maximum since the engine was created."""
-        seconds = {phase: spent - earlier.seconds.get(phase, 0.0) for phase, spent in self.seconds.items()}
-        return EngineStats(
-            computed=self.computed - earlier.computed,
-            floor_tokens=self.floor_tokens - earlier.floor_tokens,
-            cache_hit_tokens=self.cache_hit_tokens - earlier.cache_hit_tokens,
-            sequences=self.sequences - earlier.sequences,
-            sampled_tokens=self.sampled_tokens - earlier.sampled_tokens,
-            preemptions=self.preemptions - earlier.preemptions,
-            ticks=self.ticks - earlier.ticks,
-            decode_ticks=self.decode_ticks - earlier.decode_ticks,
-            most_pages=self.most_pages.copy(),
-            seconds=defaultdict(float, seconds),
-            run_seconds=self.run_seconds - earlier.run_seconds,
-        )
-
-    @classmethod
-    def merged(cls, ranks: Sequence[EngineStats]) -> EngineStats:
-        """The counters of several engines that ran at the same time: sums of counts, maxima of pages and times."""
-        merged = cls(
-            floor_tokens=sum(stats.floor_tokens for stats in ranks),
-            cache_hit_tokens=sum(stats.cache_hit_tokens for stats in ranks),
-            sequences=sum(stats.sequences for stats in ranks),
-            sampled_tokens=sum(stats.sampled_tokens for stats in ranks),
-            preemptions=sum(stats.preemptions for stats in ranks),
-            ticks=sum(stats.ticks for stats in ranks),
-            run_seconds=max(stats.run_seconds for stats in ranks),
-        )
-        for stats in ranks:
-            merged.computed += stats.computed
-            merged.decode_ticks += stats.decode_ticks
-            merged.most_pages |= stats.most_pages
-            for phase, spent in stats.seconds.items():
-                merged.seconds[phase] = max(merged.seconds[phase], spent)
-        return merged
-
     @property
-    def floor_ratio(self) -> float:
-        """Ratio of computed tokens to `floor_tokens`: below 1 if earlier runs left prompts in the cache; 0 if none ran."""
-        return self.computed.total() / self.floor_tokens if self.floor_tokens else 0.0
+    def target_tokens(self) -> list[int]:
+        """The tokens of the target's prompt; empty without one."""
+        return [] if self.target_prompt is None else list(token_ids(self.target_prompt.tokens))
 
-    def metrics(self) -> dict[str, float]:
-        """Metrics for logging, by name. ``engine/decode_ticks/…`` exist only if decode ticks are padded to a fixed shape."""
-        return {
-            **{f"engine/computed/{kind}": float(self.computed[kind]) for kind in KINDS},
-            "engine/floor_ratio": self.floor_ratio,
-            "engine/hit_tokens": float(self.cache_hit_tokens),
-            "engine/preemptions": float(self.preemptions),
-            **{f"engine/pages/{model}": float(pages) for model, pages in sorted(self.most_pages.items())},
-            **{f"engine/decode_ticks/{how}": float(count) for how, count in sorted(self.decode_ticks.items())},
-            "engine/tokens_per_s": self.computed.total() / self.run_seconds if self.run_seconds else 0.0,
-            **{f"engine/seconds/{phase}": self.seconds[phase] for phase in PHASES},
-        }
 
-    def note_pages(self, used: Mapping[str, int]) -> None:
-        """Update ``most_pages`` with the number of pages that each model holds."""
-        for model, pages in used.items():
-            self.most_pages[model] = max(self.most_pages[model], pages)
+def token_ids(tokens: Iterable[int]) -> tuple[int, ...]:
+    """Tokens as plain integers.
 
-    def note_floor(self, ran: Sequence[tuple[str, tuple[int, ...], int]]) -> None:
-        """Count the sequences of a run, (model, prompt, tokens drawn); the last drawn token is never computed."""
-        self.sequences += len(ran)
-        self.sampled_tokens += sum(drawn for *_, drawn in ran)
-        prompts = sorted({(model, prompt) for model, prompt, _ in ran})
-        shared = (
-            sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-            for (first, one), (second, other) in pairwise(prompts)
-            if first == second
-        )
-        self.floor_tokens += sum(len(prompt) for _, prompt in prompts) - sum(shared)
-        self.floor_tokens += sum(max(0, drawn - 1) for *_, drawn in ran)  # a failed sequence may have drawn none
+    Raises:
+        TypeError: They are not integers.
+    """
+    return tuple(map(index, tokens))

@@ -50,19 +50,15 @@ class PromptEnvironment:
     ) -> list[list[Chain]]:
         """Sample x → K rewrites → M responses to each."""
 
-        inputs: dict[int, TargetPrompt] = {}  # keyed by the id of the sample
-
-        def to_target(i: int, sample: Completion) -> list[int]:
-            given = self.target.encode(prompts[i], self.prompter.decode(sample.text_tokens))
-            inputs[id(sample)] = given
-            return given.tokens
+        def to_target(i: int, sample: Completion) -> TargetPrompt:
+            return self.target.encode(prompts[i], self.prompter.decode(sample.text_tokens))
 
         encoded = [self.encode(prompt) for prompt in prompts]
         params = replace(params, stop_token_ids=self.prompter.stop_token_ids)
         chains = engine.run_chains(encoded, rewrite=params, to_target=to_target, respond=self.respond, seeds=seeds)
-        for chain in (chain for group in chains for chain in group if id(chain.sample) in inputs):
-            given = inputs[id(chain.sample)]
-            chain.notes = {"rewrite/empty": float(given.empty), "rewrite/over_long": float(given.dropped > 0)}
+        for chain in (chain for group in chains for chain in group):
+            if isinstance(given := chain.target_prompt, TargetPrompt):  # it is None if the rewrite failed
+                chain.notes = {"rewrite/empty": float(given.empty), "rewrite/over_long": float(given.dropped > 0)}
         return chains
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from alignpro.engine import Completion, Engine, EngineStats, SamplingParams
+from alignpro.engine import Completion, Engine, EngineStats, SamplingParams, TokenPrompt
 from alignpro.models.language_model import LanguageModel
 from benchmarks.engine.cases import Case, Inputs, make_inputs
 from benchmarks.engine.entrant import Entrant, Generated, Setting, make_models
@@ -41,7 +41,7 @@ class _OurRun:
         chains = engine.run_chains(
             prompts,
             rewrite=SamplingParams(max_tokens=w.rewrite, n=w.K, seed=turn),
-            to_target=lambda _, sample: self._inputs.to_target(sample.tokens),
+            to_target=lambda _, sample: TokenPrompt(self._inputs.to_target(sample.tokens)),
             respond=SamplingParams(max_tokens=w.response, n=w.M),
         )
         flat = [chain for group in chains for chain in group]
@@ -73,7 +73,7 @@ class _OurRun:
             "floor_tokens": stats.floor_tokens,
             "computed_over_floor": computed / stats.floor_tokens,
             "ticks": stats.ticks,
-            "most_pages": dict(stats.most_pages),
+            "most_pages": dict(stats.peak_pages),
             "preemptions": stats.preemptions,
         } | _host(stats)
 

@@ -47,7 +47,7 @@ def test_every_backend_of_attention_is_in_the_table() -> None:
 
 def test_every_metric_is_in_the_table() -> None:
     stats = EngineStats()
-    stats.most_pages["<model>"] = stats.decode_ticks["<how>"] = 1
+    stats.peak_pages["<model>"] = stats.decode_ticks["<how>"] = 1
     told = [name.strip("` ") for cells in DOCUMENT.rows("Statistics") for name in cells[0].split(",")]
     assert told == list(stats.metrics())
 

@@ -11,7 +11,7 @@ import torch
 from tiny_models import ragged
 from torch import Tensor
 
-from alignpro.engine import Completion, Engine, SamplingParams, derive_seed
+from alignpro.engine import Completion, Engine, SamplingParams, TokenPrompt, derive_seed
 from alignpro.models.language_model import LanguageModel
 
 TEMPLATE = ragged(1, 60, shortest=20, longest=20, seed=5)[0]
@@ -40,8 +40,7 @@ def watched(model: LanguageModel, check: Check) -> Iterator[None]:
 def probed(models: dict[str, LanguageModel], **options: Any) -> Engine:
     """Return an engine that has already probed its models, as after its first run."""
     engine = Engine(models, audit=True, **options)
-    for model in models.values():
-        engine._memory(model.device)
+    assert engine.workers
     return engine
 
 
@@ -66,9 +65,9 @@ def runs_out_above(count: int) -> Check:
 
 
 def assert_nothing_is_held(engine: Engine) -> None:
-    for memory in engine._memories.values():
-        assert memory.tree.locked == 0
-        assert memory.pool.free + memory.tree.cached == memory.pool.total
+    for worker in engine.workers.values():
+        assert worker.tree.num_locked == 0
+        assert worker.pool.num_free + worker.tree.num_cached == worker.pool.total
 
 
 def assert_same(one: Completion, other: Completion) -> None:
@@ -97,5 +96,5 @@ def assert_failed_alone(
     return failed
 
 
-def to_target(i: int, sample: Completion) -> list[int]:
-    return [*TEMPLATE[::-1], *sample.tokens, 2]
+def to_target(i: int, sample: Completion) -> TokenPrompt:
+    return TokenPrompt([*TEMPLATE[::-1], *sample.tokens, 2])

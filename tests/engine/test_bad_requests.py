@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from alignpro.engine import Completion, Engine, SamplingParams
+from alignpro.engine import Completion, Engine, SamplingParams, TokenPrompt
 from alignpro.errors import ConfigError, ModelError
 from alignpro.models.language_model import LanguageModel
 
@@ -32,9 +32,9 @@ def expected(llama: LanguageModel) -> list[list[Completion]]:
 
 
 def assert_nothing_is_held(engine: Engine) -> None:
-    for memory in engine._memories.values():
-        assert memory.tree.locked == 0
-        assert memory.pool.free + memory.tree.cached == memory.pool.total
+    for worker in engine.workers.values():
+        assert worker.tree.num_locked == 0
+        assert worker.pool.num_free + worker.tree.num_cached == worker.pool.total
 
 
 def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> None:
@@ -137,14 +137,14 @@ def test_unsupported_attention_is_refused_when_the_model_is_wrapped(
 def test_a_callback_that_raises_fails_its_chain_alone(llama: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
     target = tiny_language_model("qwen3", seed=1)
 
-    def to_target(i: int, sample: Completion) -> list[int]:
-        return [1, *sample.tokens]
+    def to_target(i: int, sample: Completion) -> TokenPrompt:
+        return TokenPrompt([1, *sample.tokens])
 
     calls = iter(range(1000))
 
-    def broken(i: int, sample: Completion) -> list[int]:
+    def broken(i: int, sample: Completion) -> TokenPrompt:
         if i == 2:
-            return to_target(i, sample)[:: next(calls) % 2]  # a step of 0 is a ValueError
+            return TokenPrompt(to_target(i, sample).tokens[:: next(calls) % 2])  # a step of 0 is a ValueError
         return to_target(i, sample)
 
     engine = Engine({"policy": llama, "target": target}, audit=True)

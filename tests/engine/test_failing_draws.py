@@ -9,7 +9,7 @@ from faults import PARAMS, PROMPTS, RESPOND, SEEDS, assert_nothing_is_held, asse
 from tiny_models import tiny_adapted
 from torch import Tensor
 
-from alignpro.engine import Completion, Engine, SamplingParams, derive_seed, runner
+from alignpro.engine import Completion, Engine, SamplingParams, TokenPrompt, derive_seed, runner
 from alignpro.models.language_model import LanguageModel
 
 
@@ -102,7 +102,7 @@ def test_an_error_in_decoding_fails_only_its_sequence(
 def test_a_target_prompt_that_is_not_a_list_of_tokens_fails_its_chain_alone(llama: LanguageModel, given: Any) -> None:
     engine = Engine({"policy": llama, "target": llama}, audit=True)
     settings: Any = {"rewrite": PARAMS, "respond": RESPOND, "seeds": SEEDS[:2]}
-    first, second = engine.run_chains(PROMPTS[:2], to_target=lambda i, s: given if i else [1], **settings)
+    first, second = engine.run_chains(PROMPTS[:2], to_target=lambda i, s: TokenPrompt(given if i else [1]), **settings)
     assert [y.error for chain in first for y in chain.responses] == [None] * 6
     for chain in second:
         assert chain.sample.error is None

@@ -24,7 +24,7 @@ from faults import (
 from tiny_models import tiny_adapted
 from torch import Tensor
 
-from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.engine import Chain, Completion, Engine, SamplingParams, TokenPrompt
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 
@@ -101,8 +101,8 @@ def test_an_error_in_one_stage_of_a_joint_forward_pass_fails_only_that_stage() -
 
     bad = next(token for token in range(60, 90) if all(token not in prompt for prompt in inputs))
 
-    def only_targets(i: int, sample: Completion) -> list[int]:
-        return [*PROMPTS[i], bad, *sample.tokens] if i % 2 else to_target(i, sample)
+    def only_targets(i: int, sample: Completion) -> TokenPrompt:
+        return TokenPrompt([*PROMPTS[i], bad, *sample.tokens]) if i % 2 else to_target(i, sample)
 
     models = {"policy": policy, "target": policy.without_adapter()}
     free = Engine(models).run_chains(inputs, to_target=only_targets, **settings)

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare
 from tiny_models import ragged, tiny_language_model
 
-from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
+from alignpro.engine import Chain, Completion, Engine, SamplingParams, TokenPrompt, derive_seed
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.policy import Policy
@@ -17,7 +17,7 @@ PROMPTS = ragged(9, 100, longest=20)
 
 def _stops(model: LanguageModel) -> tuple[int, ...]:
     """Return a fifth of the vocabulary as stop tokens, so that sequences end often."""
-    return tuple(range(0, model.vocabulary, 5))
+    return tuple(range(0, model.vocab_size, 5))
 
 
 def _draw(model: LanguageModel, prompts: list[list[int]], max_batch: int = 256, **settings) -> list[list[Completion]]:
@@ -202,8 +202,8 @@ class TestChains:
     RESPOND = SamplingParams(max_tokens=5, n=2)
 
     @staticmethod
-    def to_target(i: int, sample: Completion) -> list[int]:
-        return [1, *sample.tokens, 2]
+    def to_target(i: int, sample: Completion) -> TokenPrompt:
+        return TokenPrompt([1, *sample.tokens, 2])
 
     def run(
         self, prompter: LanguageModel, target: LanguageModel, prompts: list[list[int]], seeds: list[int]
@@ -225,7 +225,7 @@ class TestChains:
         for i, group in enumerate(chains):
             _assert_same([chain.sample for chain in group], rewrites[i])
             for k, chain in enumerate(group):
-                assert chain.target_tokens == self.to_target(i, chain.sample)
+                assert chain.target_tokens == self.to_target(i, chain.sample).tokens
                 seed = derive_seed(seeds[i], "respond", k)
                 (expected,) = engine.generate("target", [chain.target_tokens], self.RESPOND, [seed])
                 _assert_same(chain.responses, expected)
@@ -260,7 +260,10 @@ class TestChains:
         inputs = iter([[1] * 200, [1, 2], [1, 2]])
         engine = Engine({"policy": llama, "target": target})
         ((first, second, _),) = engine.run_chains(
-            PROMPTS[:1], rewrite=self.REWRITE, to_target=lambda i, sample: next(inputs), respond=self.RESPOND
+            PROMPTS[:1],
+            rewrite=self.REWRITE,
+            to_target=lambda i, sample: TokenPrompt(next(inputs)),
+            respond=self.RESPOND,
         )
         assert [y.finish_reason for y in first.responses] == ["error", "error"]
         assert [y.error for y in second.responses] == [None, None]

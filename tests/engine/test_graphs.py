@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, ragged, tiny_language_model
 
 from alignpro.config import AdapterConfig
-from alignpro.engine import Chain, Completion, Engine, SamplingParams
-from alignpro.engine.graphs import ALL, MOST, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
+from alignpro.engine import Chain, Completion, Engine, SamplingParams, TokenPrompt
+from alignpro.engine.graphs import ALL_ROWS, MAX_GRAPHS, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
 from alignpro.errors import ConfigError, ModelError
 from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
@@ -47,10 +47,11 @@ def test_few_shapes_cover_all_decode_steps() -> None:
     assert len({padded(n) for n in range(1, 257)}) <= 28
     assert all(n <= padded(n) <= max(8, 9 * n // 8 + 8) for n in range(1, 2000))
     assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
-    shape = Shape.around(9, [(1, 3), (2, 1), (9, 5)], ALL)
-    assert shape == (16, ((1, 4), (2, 1), (16, 8)), ALL)
-    assert Shape.around(8, [(1, 1)], 5) == (16, ((1, 1),), 8)  # an adapter on some of the tokens needs a padding token
-    assert Shape.around(24, [(24, 1)], 0).levels == ((24, 1),)  # never more segments than tokens
+    shape = Shape.for_batch(9, [(1, 3), (2, 1), (9, 5)], ALL_ROWS)
+    assert shape == (16, ((1, 4), (2, 1), (16, 8)), ALL_ROWS)
+    # An adapter on some of the tokens needs a padding token.
+    assert Shape.for_batch(8, [(1, 1)], 5) == (16, ((1, 1),), 8)
+    assert Shape.for_batch(24, [(24, 1)], 0).levels == ((24, 1),)  # never more segments than tokens
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 16, 17])
@@ -109,7 +110,10 @@ def test_padding_changes_nothing_in_chains(llama: LanguageModel) -> None:
 
     def run(**settings: Any) -> list[list[Chain]]:
         return Engine({"policy": llama, "target": target}, **settings).run_chains(
-            PROMPTS, rewrite=PARAMS, to_target=lambda i, sample: [*TEMPLATE, *sample.tokens], respond=PARAMS
+            PROMPTS,
+            rewrite=PARAMS,
+            to_target=lambda i, sample: TokenPrompt([*TEMPLATE, *sample.tokens]),
+            respond=PARAMS,
         )
 
     for group, others in zip(run(cuda_graphs="padded", audit=True), run(), strict=True):
@@ -119,10 +123,10 @@ def test_padding_changes_nothing_in_chains(llama: LanguageModel) -> None:
 def test_the_number_of_kept_shapes_is_bounded(llama: LanguageModel) -> None:
     engine = Engine({"m": llama}, cuda_graphs="padded", page_tokens=1, max_batch=40)
     engine.generate("m", ragged(60, 100, longest=60, seed=1), SamplingParams(max_tokens=60, stop_token_ids=(0, 1)))
-    (memory,) = engine._memories.values()
-    assert memory.graphs and 0 < len(memory.graphs._plans) <= MOST
+    (worker,) = engine.workers.values()
+    assert worker.graphs and 0 < len(worker.graphs._plans) <= MAX_GRAPHS
     engine.release()
-    assert not memory.graphs._plans
+    assert not worker.graphs._plans
 
 
 def test_changes_that_invalidate_graphs_are_detected() -> None:
@@ -140,14 +144,14 @@ def test_changes_that_invalidate_graphs_are_detected() -> None:
     assert model.graph_key != before
     engine = Engine({"m": model.requires_grad_(False)}, cuda_graphs="padded")
     engine.generate("m", PROMPTS, PARAMS)
-    (memory,) = engine._memories.values()
-    assert memory.graphs
-    kept = dict(memory.graphs._plans)
-    memory.graphs.begin({"m": model})
-    assert dict(memory.graphs._plans) == kept
+    (worker,) = engine.workers.values()
+    assert worker.graphs
+    kept = dict(worker.graphs._plans)
+    worker.graphs.prepare("m", model)
+    assert dict(worker.graphs._plans) == kept
     weight.data = weight.data.clone()
-    memory.graphs.begin({"m": model})
-    assert not memory.graphs._plans
+    worker.graphs.prepare("m", model)
+    assert not worker.graphs._plans
 
 
 def test_graphs_are_refused_with_the_reason(llama: LanguageModel) -> None:
@@ -157,11 +161,11 @@ def test_graphs_are_refused_with_the_reason(llama: LanguageModel) -> None:
     model = tiny_language_model("llama", rope_parameters=rope)
     engine = Engine({"m": model}, cuda_graphs="padded")
     engine.generate("m", PROMPTS[:1], PARAMS)
-    (memory,) = engine._memories.values()
-    assert memory.graphs
-    memory.graphs.capture = memory.graphs.required = True
+    (worker,) = engine.workers.values()
+    assert worker.graphs
+    worker.graphs.capture = worker.graphs.required = True
     with pytest.raises(ModelError, match=r"model llama: .*rope_type dynamic.*cuda_graphs=False"):
-        memory.graphs.begin({"m": model})
+        worker.graphs.prepare("m", model)
 
 
 @pytest.mark.gpu
@@ -195,7 +199,10 @@ class TestOnAGpu:
         models = {"policy": self.model(), "target": self.model("qwen3", seed=1, num_key_value_heads=4)}
         results = [
             Engine(models, cuda_graphs=how).run_chains(
-                PROMPTS, rewrite=PARAMS, to_target=lambda i, sample: [*TEMPLATE, *sample.tokens], respond=PARAMS
+                PROMPTS,
+                rewrite=PARAMS,
+                to_target=lambda i, sample: TokenPrompt([*TEMPLATE, *sample.tokens]),
+                respond=PARAMS,
             )
             for how in (True, "padded")
         ]
@@ -212,8 +219,8 @@ class TestOnAGpu:
         for _ in range(2):
             same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
             engine.release()
-        (memory,) = engine._memories.values()
-        assert memory.graphs and not memory.graphs._plans and memory.pool.arena_bytes == 0
+        (worker,) = engine.workers.values()
+        assert worker.graphs and not worker.graphs._plans and worker.pool.arena_bytes == 0
 
     def test_kept_prompts_are_read_at_their_new_address(self) -> None:
         models = {"policy": self.model(), "m": self.model("qwen3", seed=1, num_key_value_heads=4)}
@@ -227,7 +234,7 @@ class TestOnAGpu:
             engine.weights_updated("policy")
             engine.release(keep=["m"])
             assert torch.cuda.memory_allocated() < held
-        tokens = sum(len(node.tokens) for node in engine._memories[models["m"].device].tree.nodes("m"))
+        tokens = sum(len(node.tokens) for node in engine.workers[models["m"].device].tree.nodes("m"))
         assert engine.stats.computed["prefill"] - before == tokens  # only those of policy, which has the same prompts
 
     def test_weights_may_change_in_place_or_move(self) -> None:

@@ -78,15 +78,15 @@ class TestPool:
     @staticmethod
     def engine(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, pages: int) -> Engine:
         engine = Engine({"m": model}, audit=True)
-        pool = engine._memory(model.device).pool
-        take = pool.take
+        pool = engine.pools[model.device]
+        resize = pool.resize
 
         def limited(count: int) -> None:
             if count > pages:
                 raise torch.OutOfMemoryError("no memory for the arena")
-            take(count)
+            resize(count)
 
-        monkeypatch.setattr(pool, "take", limited)
+        monkeypatch.setattr(pool, "resize", limited)
         return engine
 
     @pytest.mark.parametrize("pages", [8, 20])
@@ -101,8 +101,8 @@ class TestPool:
         engine = self.engine(llama, monkeypatch, pages)
         groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
         assert assert_failed_alone(groups, free, PROMPTS, []) == 0
-        (memory,) = engine._memories.values()
-        assert pages // 2 <= memory.pool.total <= pages
+        (worker,) = engine.workers.values()
+        assert pages // 2 <= worker.pool.total <= pages
         assert sum("has memory for" in record.message for record in caplog.records) == 1
         assert_nothing_is_held(engine)
 
@@ -119,7 +119,7 @@ class TestPool:
                     assert_same(one, other)
                     assert needed <= pages
                 else:
-                    assert f"only {engine._memories[llama.device].pool.total} pages" in one.error
+                    assert f"only {engine.pools[llama.device].total} pages" in one.error
                     assert needed > pages // 2
         assert_nothing_is_held(engine)
         monkeypatch.undo()  # memory is available again
@@ -130,17 +130,17 @@ class TestPool:
     ) -> None:
         engine = probed({"m": llama})
         engine.generate("m", PROMPTS, PARAMS, SEEDS)
-        (memory,) = engine._memories.values()
+        (worker,) = engine.workers.values()
         engine.release(keep=["m"])
-        pool, take = memory.pool, memory.pool.take
-        kept = pool.total - pool.free
+        pool, resize = worker.pool, worker.pool.resize
+        kept = pool.total - pool.num_free
 
         def limited(count: int) -> None:
             if count > 2 * kept:
                 raise torch.OutOfMemoryError("no memory for the arena")
-            take(count)
+            resize(count)
 
-        monkeypatch.setattr(pool, "take", limited)
+        monkeypatch.setattr(pool, "resize", limited)
         groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
         assert assert_failed_alone(groups, free, PROMPTS, []) == 0
         assert_nothing_is_held(engine)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny_models import ragged, tiny_language_model
 
 from alignpro.config import AdapterConfig
-from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
-from alignpro.engine.prefix_tree import SHORTEST
+from alignpro.engine import Chain, Completion, Engine, SamplingParams, TokenPrompt, derive_seed
+from alignpro.engine.prefix_tree import MIN_NODE_TOKENS
 from alignpro.errors import DataError
 from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
@@ -30,7 +30,7 @@ def pool_bytes(pages: int, page_tokens: int = 16) -> int:
 
 def held(engine: Engine) -> list[int]:
     """Return the number of pages in each pool that are neither free nor cached."""
-    return [m.pool.total - m.pool.free - m.tree.cached for m in engine._memories.values()]
+    return [w.pool.total - w.pool.num_free - w.tree.num_cached for w in engine.workers.values()]
 
 
 def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> None:
@@ -61,7 +61,7 @@ def test_chunked_prefill_changes_nothing_in_any_architecture(any_model: Language
     whole = Engine({"m": any_model}).generate("m", PROMPTS, PARAMS)
     engine = Engine({"m": any_model}, page_tokens=3, token_budget=7, max_batch=5, audit=True)
     assert_same(engine.generate("m", PROMPTS, PARAMS), whole)
-    pool = engine._memories[any_model.device].pool
+    pool = engine.pools[any_model.device]
     small = Engine({"m": any_model}, pool_bytes=35 * pool.page_bytes, page_tokens=3, audit=True)
     assert_same(small.generate("m", PROMPTS, PARAMS), whole)
     assert small.stats.preemptions > 0
@@ -91,7 +91,7 @@ def test_tokens_do_not_depend_on_the_cache(llama: LanguageModel, expected: list[
     for cut in (TEMPLATE[:33], TEMPLATE, PROMPTS[0] + [5, 6], PROMPTS[1][:50]):
         before = engine.stats.computed["prefill"]
         assert_same(engine.generate("m", [cut], PARAMS), Engine({"m": llama}).generate("m", [cut], PARAMS))
-        assert engine.stats.computed["prefill"] - before < SHORTEST
+        assert engine.stats.computed["prefill"] - before < MIN_NODE_TOKENS
         assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
 
 
@@ -138,30 +138,28 @@ def test_no_stale_page_is_read_after_an_update() -> None:
 def test_memory_is_released_and_allocated_again(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, audit=True)
     engine.generate("m", PROMPTS, PARAMS)
-    (memory,) = engine._memories.values()
+    (worker,) = engine.workers.values()
     engine.release()
-    assert memory.pool.arena_bytes == 0
-    assert (memory.pool.free, memory.tree.cached) == (memory.pool.total, 0)
-    engine.resume()
-    assert memory.pool.arena_bytes > 0
+    assert worker.pool.arena_bytes == 0
+    assert (worker.pool.num_free, worker.tree.num_cached) == (worker.pool.total, 0)
     assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
-    engine.release()
-    assert_same(engine.generate("m", PROMPTS, PARAMS), expected)  # without `resume`
+    assert worker.pool.arena_bytes > 0
 
 
 def test_weights_and_memory_cannot_change_during_a_run(llama: LanguageModel, target: LanguageModel) -> None:
     engine = Engine({"policy": llama, "target": target}, audit=True)
 
-    def meddle(i: int, sample: Completion) -> list[int]:
-        with pytest.raises(RuntimeError, match="in use"):
-            engine.release()
-        with pytest.raises(RuntimeError, match="while it generates"):
-            engine.weights_updated("policy")
-        return [1]
+    def meddle(i: int, sample: Completion) -> TokenPrompt:
+        if i == 0:
+            with pytest.raises(RuntimeError, match="in use"):
+                engine.release()
+            with pytest.raises(RuntimeError, match="while it generates"):
+                engine.weights_updated("policy")
+        return TokenPrompt([1])
 
     rewrite = SamplingParams(max_tokens=4, n=2)
     prompts = [PROMPTS[0], PROMPTS[1]]
-    engine.run_chains(prompts, rewrite=rewrite, to_target=lambda i, s: meddle(i, s) if i == 0 else [1], respond=rewrite)
+    engine.run_chains(prompts, rewrite=rewrite, to_target=meddle, respond=rewrite)
 
 
 @pytest.mark.parametrize("where", ["to_target", "forward"])
@@ -171,12 +169,12 @@ def test_no_page_leaks_when_a_run_is_interrupted(
     engine = Engine({"policy": llama, "target": target}, audit=True)
     calls = 0
 
-    def broken(*_: object) -> list[int]:
+    def broken(*_: object) -> TokenPrompt:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return [1, 2, 3]
+        return TokenPrompt([1, 2, 3])
 
     hook = llama.causal.base_model.layers[1].register_forward_pre_hook(
         lambda *_: None if where == "to_target" else broken() and None
@@ -185,7 +183,7 @@ def test_no_page_leaks_when_a_run_is_interrupted(
         engine.run_chains(
             PROMPTS,
             rewrite=PARAMS,
-            to_target=broken if where == "to_target" else lambda i, s: [1],
+            to_target=broken if where == "to_target" else lambda i, s: TokenPrompt([1]),
             respond=PARAMS,
         )
     hook.remove()
@@ -194,10 +192,10 @@ def test_no_page_leaks_when_a_run_is_interrupted(
 
 
 def test_a_rewrite_that_cannot_be_given_to_the_target_fails_alone(llama: LanguageModel, target: LanguageModel) -> None:
-    def to_target(i: int, sample: Completion) -> list[int]:
+    def to_target(i: int, sample: Completion) -> TokenPrompt:
         if i == 1:
             raise DataError("no room for the conversation")
-        return [1, *sample.tokens]
+        return TokenPrompt([1, *sample.tokens])
 
     engine = Engine({"policy": llama, "target": target}, audit=True)
     first, second = engine.run_chains(PROMPTS[:2], rewrite=PARAMS, to_target=to_target, respond=PARAMS)
@@ -228,8 +226,8 @@ class TestChains:
     RESPOND = SamplingParams(max_tokens=30, n=3, stop_token_ids=(0, 1, 2, 3))
 
     @staticmethod
-    def to_target(i: int, sample: Completion) -> list[int]:
-        return [*TEMPLATE[::-1], *sample.tokens, 2]
+    def to_target(i: int, sample: Completion) -> TokenPrompt:
+        return TokenPrompt([*TEMPLATE[::-1], *sample.tokens, 2])
 
     def run(self, engine: Engine, prompts: list[list[int]] = PROMPTS) -> list[list[Chain]]:
         return engine.run_chains(prompts, rewrite=PARAMS, to_target=self.to_target, respond=self.RESPOND)
@@ -258,7 +256,7 @@ class TestChains:
         self.assert_same(self.run(engine), free)
         assert engine.stats.preemptions > 0
         assert held(engine) == [0]
-        assert set(engine.stats.most_pages) == {"policy", "target"}
+        assert set(engine.stats.peak_pages) == {"policy", "target"}
 
     def test_few_tokens_are_computed_twice(self, llama: LanguageModel, target: LanguageModel) -> None:
         engine = Engine({"policy": llama, "target": target}, max_batch=12)
@@ -273,15 +271,15 @@ class TestChains:
         engine.weights_updated("policy")
         before = engine.stats.computed["prefill"]
         self.assert_same(self.run(engine), first)
-        (memory,) = engine._memories.values()
-        own = sum(len(node.tokens) for node in memory.tree.nodes("policy"))
+        (worker,) = engine.workers.values()
+        own = sum(len(node.tokens) for node in worker.tree.nodes("policy"))
         assert engine.stats.computed["prefill"] - before == own  # none of the target's prompts
 
     def test_pages_kept_on_release_are_reused(self, llama: LanguageModel, target: LanguageModel) -> None:
         engine = Engine({"policy": llama, "target": target}, audit=True, page_tokens=4)
         first = self.run(engine)
-        (memory,) = engine._memories.values()
-        pool, tree = memory.pool, memory.tree
+        (worker,) = engine.workers.values()
+        pool, tree = worker.pool, worker.tree
         whole = pool.arena_bytes
         for _ in range(2):
             engine.weights_updated("policy")
@@ -289,7 +287,7 @@ class TestChains:
             assert not list(tree.nodes("policy")) and pool.used["policy"] == 0
             pages = [page for node in tree.nodes("target") for page in node.pages]
             assert sorted(pages) == list(range(len(pages)))
-            assert tree.cached == len(pages) == pool.used["target"] == pool.total - pool.free > 0
+            assert tree.num_cached == len(pages) == pool.used["target"] == pool.total - pool.num_free > 0
             assert pool.arena_bytes == len(pages) * pool.page_bytes < whole
             before = engine.stats.computed["prefill"]
             self.assert_same(self.run(engine), first)
@@ -297,17 +295,16 @@ class TestChains:
             assert pool.arena_bytes == whole
         engine.release(keep=["target"])
         engine.release()
-        assert pool.arena_bytes == 0 and pool.free == pool.total
-        engine.resume()
-        assert pool.arena_bytes == whole
+        assert pool.arena_bytes == 0 and pool.num_free == pool.total
         self.assert_same(self.run(engine), first)
+        assert pool.arena_bytes == whole
 
     def test_release_during_a_run_and_keeping_an_unknown_model_are_errors(
         self, llama: LanguageModel, target: LanguageModel
     ) -> None:
         engine = Engine({"policy": llama, "target": target}, audit=True)
 
-        def meddle(i: int, sample: Completion) -> list[int]:
+        def meddle(i: int, sample: Completion) -> TokenPrompt:
             with pytest.raises(RuntimeError, match="in use"):
                 engine.release(keep=["target", "policy"])
             return self.to_target(i, sample)
@@ -339,7 +336,7 @@ def test_random_chains_on_a_tiny_pool(
     settings = {"rewrite": PARAMS, "respond": TestChains.RESPOND, "seeds": seeds}
     calls = iter(range(1000))
 
-    def to_target(i: int, sample: Completion) -> list[int]:
+    def to_target(i: int, sample: Completion) -> TokenPrompt:
         if next(calls) == broken:
             raise KeyboardInterrupt
         return TestChains.to_target(i, sample)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignpro.engine.pool import Geometry, KVPool
-from alignpro.engine.prefix_tree import SHORTEST, Node, PrefixTree
+from alignpro.engine.prefix_tree import MIN_NODE_TOKENS, Node, PrefixTree
 from alignpro_kernels import read_kv, write_kv
 
 GEOMETRY = Geometry(((2, 4), (1, 4)), torch.float32)
@@ -43,8 +43,8 @@ def compute(tree: PrefixTree, node: Node) -> None:
 
 def check(tree: PrefixTree, held: list[Node]) -> None:
     nodes = list(tree.nodes("m"))
-    assert tree.pool.free + tree.cached + tree.locked == tree.pool.total
-    assert tree.cached == sum(len(node.pages) for node in nodes if not node.locks)
+    assert tree.pool.num_free + tree.num_cached + tree.num_locked == tree.pool.total
+    assert tree.num_cached == sum(len(node.pages) for node in nodes if not node.locks)
     locks = Counter(each for node in held for each in node.path())
     for node in nodes:
         assert node.locks == locks[node]
@@ -86,7 +86,7 @@ def test_any_order_of_uses(pages: int, page_tokens: int, uses: list[tuple[tuple[
             node = tree.acquire("lora", prompt, "m", shared)
             assert node is None or sum(len(each.tokens) for each in node.path() if each.model == "m") == shared
         if node is None:
-            assert tree.pool.free + tree.cached < tree.pool.pages_for("m", len(prompt)) + 2
+            assert tree.pool.num_free + tree.num_cached < tree.pool.pages_for("m", len(prompt)) + 2
         else:
             assert tuple(token for each in node.path() for token in each.tokens) == prompt
             held.append(node)
@@ -97,7 +97,7 @@ def test_any_order_of_uses(pages: int, page_tokens: int, uses: list[tuple[tuple[
             tree.release(held.pop(0))
         if then == "evict":
             tree.evict_all()
-            assert tree.cached == 0
+            assert tree.num_cached == 0
         check(tree, held)
     while held:
         tree.release(held.pop())
@@ -107,7 +107,7 @@ def test_any_order_of_uses(pages: int, page_tokens: int, uses: list[tuple[tuple[
     check(tree, held)
     assert list(tree.nodes("m")) == base
     tree.evict_all()
-    assert tree.pool.free == tree.pool.total
+    assert tree.pool.num_free == tree.pool.total
 
 
 def test_a_models_nodes_are_dropped_with_their_subtrees_when_its_weights_change() -> None:
@@ -136,7 +136,7 @@ def test_prompts_that_diverge_within_a_page_share_the_tokens_before() -> None:
 
 def test_a_few_common_tokens_are_not_worth_a_node() -> None:
     tree = make(100, 16)
-    common = tuple(range(SHORTEST - 1))
+    common = tuple(range(MIN_NODE_TOKENS - 1))
     nodes = [tree.acquire("m", (*common, 100 + i, *range(20))) for i in range(3)]
     assert [len(node.path()) for node in nodes if node] == [1, 1, 1]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny_models import ACTIVATED, ARCHITECTURES, ragged, tiny_adapted, tiny_language_model
 
 from alignpro.config import AdapterConfig
-from alignpro.engine import Chain, Completion, Engine, SamplingParams
-from alignpro.engine.prefix_tree import SHORTEST
+from alignpro.engine import Chain, Completion, Engine, SamplingParams, TokenPrompt
+from alignpro.engine.prefix_tree import MIN_NODE_TOKENS
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.reference_logprobs import sequence_logprob
@@ -35,9 +35,9 @@ def prompts(model: LanguageModel) -> list[list[int]]:
     return [[*text, *model.invocation] for text in TEXTS]
 
 
-def to_target(i: int, sample: Completion) -> list[int]:
+def to_target(i: int, sample: Completion) -> TokenPrompt:
     """The target sees the rewrite alone, or after the prompt."""
-    return [1, *sample.tokens, 2] if i % 2 else [*TEXTS[i], *sample.tokens]
+    return TokenPrompt([1, *sample.tokens, 2] if i % 2 else [*TEXTS[i], *sample.tokens])
 
 
 def chains(engine: Engine, inputs: list[list[int]]) -> list[list[Chain]]:
@@ -104,25 +104,23 @@ def test_logprobs_equal_those_of_training(head: bool) -> None:
     assert [sum(c.logprobs) for _, c in rows] == pytest.approx(truth.tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize(
     "settings", [{}, {"page_tokens": 3, "token_budget": 7, "max_batch": 4}, {"pool_bytes": 22 << 10, "page_tokens": 4}]
 )
 def test_chains_equal_those_of_two_models(
-    prompter: LanguageModel, expected: list[list[Chain]], fuse: bool, settings: dict[str, int]
+    prompter: LanguageModel, expected: list[list[Chain]], settings: dict[str, int]
 ) -> None:
-    engine = shared(prompter, fuse=fuse, **settings)
+    engine = shared(prompter, **settings)
     assert_same(chains(engine, prompts(prompter)), expected)
     assert (engine.stats.preemptions > 0) == ("pool_bytes" in settings)
     assert_same(chains(engine, prompts(prompter)), expected)  # from the cache
 
 
-@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("head", [False, True])
-def test_chains_of_a_plain_lora_too(llama: LanguageModel, head: bool, fuse: bool) -> None:
+def test_chains_of_a_plain_lora_too(llama: LanguageModel, head: bool) -> None:
     model = adapted(activated=False, head=head)
     apart = Engine({"policy": adapted(activated=False, head=head), "target": llama})
-    assert_same(chains(shared(model, fuse=fuse), TEXTS), chains(apart, TEXTS))
+    assert_same(chains(shared(model), TEXTS), chains(apart, TEXTS))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -133,10 +131,11 @@ def test_chains_of_every_architecture(architecture: str) -> None:
     assert_same(chains(shared(model), inputs), chains(apart, inputs))
 
 
-def test_both_stages_run_in_one_forward_pass(prompter: LanguageModel) -> None:
-    fused, apart = shared(prompter), shared(prompter, fuse=False)
+def test_both_stages_run_in_one_forward_pass(llama: LanguageModel) -> None:
+    model = adapted(activated=False)  # a plain LoRA shares no keys and values with its base
+    fused, apart = shared(model), Engine({"policy": model, "target": llama})
     for engine in (fused, apart):
-        chains(engine, prompts(prompter))
+        chains(engine, TEXTS)
     assert fused.stats.ticks < apart.stats.ticks
     assert fused.stats.computed == apart.stats.computed
 
@@ -147,7 +146,7 @@ def test_tokens_before_the_invocation_are_computed_once_for_prompter_and_target(
     engine.generate("policy", inputs, params)
     computed = engine.stats.computed["prefill"]
     floor = len(TEMPLATE) + sum(len(text) - len(TEMPLATE) for text in TEXTS) + 2 * len(TEXTS)
-    assert floor <= computed <= floor + len(TEXTS) * SHORTEST
+    assert floor <= computed <= floor + len(TEXTS) * MIN_NODE_TOKENS
     engine.generate("target", TEXTS, params)  # the baseline: no rewrite
     assert engine.stats.computed["prefill"] == computed
     assert engine.stats.computed["recompute"] == len(TEXTS)  # the last state of each, from which the target draws
@@ -159,7 +158,7 @@ def test_the_sharing_floor_is_reached(prompter: LanguageModel) -> None:
     engine.run_chains(
         [[*common, *prompter.invocation]],
         rewrite=params,
-        to_target=lambda i, sample: [*common, *sample.tokens],
+        to_target=lambda i, sample: TokenPrompt([*common, *sample.tokens]),
         respond=params,
     )
     computed = sum(engine.stats.computed.values())
@@ -178,8 +177,8 @@ def test_new_lora_weights_keep_the_pages_of_the_base_model(llama: LanguageModel)
             if ".lora_" in name:
                 weight.mul_(-1.5)
     engine.weights_updated("policy")
-    (memory,) = engine._memories.values()
-    assert memory.pool.used["policy"] == 0 < memory.pool.used["target"]
+    (worker,) = engine.workers.values()
+    assert worker.pool.used["policy"] == 0 < worker.pool.used["target"]
     params = SamplingParams(max_tokens=4, n=2)
     again = engine.generate("policy", inputs, params, SEEDS)
     assert engine.stats.computed["prefill"] - computed == 2 * len(inputs)  # the invocations
@@ -189,7 +188,7 @@ def test_new_lora_weights_keep_the_pages_of_the_base_model(llama: LanguageModel)
     assert_same(after, chains(Engine({"policy": model, "target": llama}), inputs))
     assert [c.sample.tokens for g in after for c in g] != [c.sample.tokens for g in before for c in g]
     engine.weights_updated("target")
-    assert memory.pool.free == memory.pool.total
+    assert worker.pool.num_free == worker.pool.total
 
 
 def test_prefixes_are_shared_over_steps_without_a_target(prompter: LanguageModel) -> None:
@@ -218,7 +217,6 @@ def test_a_prompt_without_an_invocation_fails_alone(prompter: LanguageModel, exp
     page_tokens=st.sampled_from([1, 4, 16]),
     budget=st.integers(1, 60),
     batch=st.integers(1, 30),
-    fuse=st.booleans(),
     update=st.booleans(),
 )
 def test_chains_do_not_depend_on_the_available_memory(
@@ -228,14 +226,12 @@ def test_chains_do_not_depend_on_the_available_memory(
     page_tokens: int,
     budget: int,
     batch: int,
-    fuse: bool,
     update: bool,
 ) -> None:
     """The engine audits its state after each step."""
     token_bytes = 2 * 2 * 2 * 8 * 4
     engine = shared(
         prompter,
-        fuse=fuse,
         pool_bytes=max(pages * page_tokens, 130 + 3 * page_tokens) * token_bytes,
         page_tokens=page_tokens,
         token_budget=budget,
@@ -245,44 +241,41 @@ def test_chains_do_not_depend_on_the_available_memory(
         assert_same(chains(engine, prompts(prompter)), expected)
         if update:
             engine.weights_updated("policy")
-    (memory,) = engine._memories.values()
-    assert memory.pool.total - memory.pool.free == memory.tree.cached
+    (worker,) = engine.workers.values()
+    assert worker.pool.total - worker.pool.num_free == worker.tree.num_cached
 
 
-@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("activated", [True, False])
-def test_decode_steps_of_fixed_shapes_change_nothing(llama: LanguageModel, activated: bool, fuse: bool) -> None:
+def test_decode_steps_of_fixed_shapes_change_nothing(activated: bool) -> None:
     """Some steps have both stages, so that the adapter acts on some of the tokens."""
     model = adapted(activated=activated)
     inputs = prompts(model)
-    engine = shared(model, cuda_graphs="padded", max_batch=8, fuse=fuse)
-    assert_same(chains(engine, inputs), chains(shared(model, max_batch=8, fuse=fuse), inputs))
-    (memory,) = engine._memories.values()
-    assert memory.graphs and engine.stats.decode_ticks["padded"] > 10
-    mixed = [plan for plan in memory.graphs._plans.values() if plan.shape.active > 0]
-    assert bool(mixed) == fuse
+    engine = shared(model, cuda_graphs="padded", max_batch=8)
+    assert_same(chains(engine, inputs), chains(shared(model, max_batch=8), inputs))
+    (worker,) = engine.workers.values()
+    assert worker.graphs and engine.stats.decode_ticks["padded"] > 10
+    assert [plan for plan in worker.graphs._plans.values() if plan.shape.active > 0]
 
 
 def test_prompts_of_the_base_can_be_kept_on_release(prompter: LanguageModel, expected: list[list[Chain]]) -> None:
     engine = shared(prompter)
     assert_same(chains(engine, prompts(prompter)), expected)
-    (memory,) = engine._memories.values()
+    (worker,) = engine.workers.values()
     engine.release(keep=["target"])
-    nodes = list(memory.tree.nodes("target"))
+    nodes = list(worker.tree.nodes("target"))
     assert nodes and {node.model for node in nodes} == {"target"}
-    assert memory.pool.arena_bytes == sum(len(node.pages) for node in nodes) * memory.pool.page_bytes
+    assert worker.pool.arena_bytes == sum(len(node.pages) for node in nodes) * worker.pool.page_bytes
     before = engine.stats.computed["prefill"]
     assert_same(chains(engine, prompts(prompter)), expected)
-    acted_on = sum(len(node.tokens) for node in memory.tree.nodes("target") if node.model == "policy")
+    acted_on = sum(len(node.tokens) for node in worker.tree.nodes("target") if node.model == "policy")
     assert engine.stats.computed["prefill"] - before == acted_on
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("fuse", [True, False])
-def test_graphs_of_both_stages_together(fuse: bool) -> None:
+def test_graphs_of_both_stages_together() -> None:
     model = adapted().cuda()
-    graphs, padded = (shared(model, cuda_graphs=how, max_batch=8, fuse=fuse) for how in (True, "padded"))
+    graphs, padded = (shared(model, cuda_graphs=how, max_batch=8) for how in (True, "padded"))
     results = chains(padded, prompts(model))
     for _ in range(2):
         assert_same(chains(graphs, prompts(model)), results)

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import ragged, tiny_language_model
 
 from alignpro.engine import Completion, Engine, SamplingParams
-from alignpro.engine.prefix_tree import COPIED, SHORTEST
+from alignpro.engine.prefix_tree import MIN_COPIED_TOKENS, MIN_NODE_TOKENS
 from alignpro.models.language_model import LanguageModel
 
 TEMPLATE = ragged(1, 100, shortest=24, longest=24, seed=5)[0]
@@ -28,13 +28,13 @@ def drawn(groups: list[list[Completion]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"page_tokens": 3}, {"page_tokens": 64}, {"token_budget": 5}])
-@pytest.mark.parametrize("common", [COPIED - 1, COPIED, 9, SHORTEST - 1])
+@pytest.mark.parametrize("common", [MIN_COPIED_TOKENS - 1, MIN_COPIED_TOKENS, 9, MIN_NODE_TOKENS - 1])
 def test_tokens_that_a_sibling_has_computed_are_copied(
     any_model: LanguageModel, common: int, options: dict[str, Any]
 ) -> None:
     engine = Engine({"m": any_model}, audit=True, **options)
     engine.generate("m", PARTED, PARAMS)
-    copied = common if common >= COPIED else 0
+    copied = common if common >= MIN_COPIED_TOKENS else 0
     for i, prompt in enumerate(prompts(common)):
         before = engine.stats.snapshot()
         groups = engine.generate("m", [prompt], PARAMS, [i])
@@ -94,7 +94,7 @@ def test_siblings_are_found_among_many_and_after_evictions(llama: LanguageModel)
         assert drawn(engine.generate("m", [prompt], PARAMS, [i])) == drawn(
             Engine({"m": llama}).generate("m", [prompt], PARAMS, [i])
         )
-    (memory,) = engine._memories.values()
-    for node in memory.tree.nodes("m"):
-        assert node.order == sorted(node.children)
+    (worker,) = engine.workers.values()
+    for node in worker.tree.nodes("m"):
+        assert node.sorted_keys == sorted(node.children)
     assert engine.stats.computed["prefill"] < len(TEMPLATE) + sum(map(len, tails)) + 200

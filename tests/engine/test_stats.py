@@ -16,14 +16,14 @@ def test_counts_of_ranks_add_up_and_times_are_the_longest() -> None:
         cache_hit_tokens=5,
         preemptions=1,
         decode_ticks=Counter(replayed=3),
-        most_pages=Counter(policy=7, target=2),
+        peak_pages=Counter(policy=7, target=2),
         seconds=defaultdict(float, forward=2.0),
         run_seconds=4.0,
     )
     other = EngineStats(
         computed=Counter(decode=60),
         floor_tokens=30,
-        most_pages=Counter(policy=3, target=4),
+        peak_pages=Counter(policy=3, target=4),
         seconds=defaultdict(float, forward=1.0, plan=0.5),
         run_seconds=5.0,
     )

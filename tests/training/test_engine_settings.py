@@ -26,7 +26,7 @@ def test_settings_reach_the_engine(workshop: Workshop, tmp_path: Path) -> None:
     assert (engine.page_tokens, engine.pool_bytes, engine.max_batch) == (4, 262144, 3)
     metrics = made.step(0)
     assert metrics["engine/pages/target"] > 0
-    assert all(memory.pool.total * memory.pool.page_bytes <= 262144 for memory in engine._memories.values())
+    assert all(pool.total * pool.page_bytes <= 262144 for pool in engine.pools.values())
 
 
 def test_only_frozen_models_keep_their_cache_while_the_policy_is_updated(workshop: Workshop, tmp_path: Path) -> None:
@@ -43,9 +43,9 @@ def test_a_step_on_a_gpu_keeps_the_targets_prompts_if_asked(workshop: Workshop, 
     where = ("policy.device=cuda", "target.device=cuda", f"rollout.keep_cache={str(keep).lower()}")
     made = training(workshop, tmp_path / "run", *where)
     made.step(0)
-    (memory,) = made.engine._memories.values()
-    assert memory.pool.used["policy"] == 0
-    assert (memory.pool.used["target"] > 0) == keep
+    (pool,) = made.engine.pools.values()
+    assert pool.used["policy"] == 0
+    assert (pool.used["target"] > 0) == keep
     assert made.step(1)["engine/hit_tokens"] >= 0  # the kept pages can be used
 
 
@@ -58,7 +58,7 @@ def test_tokens_of_a_stop_text_are_actions(workshop: Workshop, tmp_path: Path) -
     prompts = made.stream.batch(0)
     chains = made.environment.rollout(made.engine, prompts, made.sampling, [1, 2])
     samples = [chain.sample for group in chains for chain in group]
-    stopped = [sample for sample in samples if sample.kept is not None]
+    stopped = [sample for sample in samples if sample.num_text_tokens is not None]
     assert len(stopped) > len(samples) // 2
     tokenizer = made.policy.model.tokenizer
     for sample in stopped:
@@ -103,4 +103,4 @@ def test_stop_texts_do_not_change_the_distribution(workshop: Workshop, tmp_path:
     whole = rollout("whole")
     for one, other in zip(cut, whole, strict=True):
         assert one.sample.tokens == other.sample.tokens[: len(one.sample.tokens)]
-    assert any(one.sample.kept is not None for one in cut)
+    assert any(one.sample.num_text_tokens is not None for one in cut)
