@@ -90,8 +90,6 @@ class Chain:
     target_prompt: HasTokens | None = None
     """What ``to_target`` returned for the sample; None if it failed, or in a one-stage chain."""
     responses: list[Completion] = field(default_factory=list)
-    notes: dict[str, float] = field(default_factory=dict)
-    """Observations of the environment (such as 1.0 for an empty rewrite), which are averaged into metrics."""
 
     @property
     def target_tokens(self) -> list[int]:

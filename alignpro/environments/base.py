@@ -12,7 +12,7 @@ from torch import Tensor
 from alignpro.config import SamplingConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams
-from alignpro.errors import TrainingError
+from alignpro.errors import AlignProError, TrainingError
 from alignpro.rewards import RewardStack
 
 
@@ -115,16 +115,12 @@ def truncated_samples(chains: Sequence[Sequence[Chain]]) -> Tensor:
     return torch.tensor([[c.sample.finish_reason == "length" for c in group] for group in chains])
 
 
-def mean_notes(chains: Sequence[Sequence[Chain]]) -> dict[str, float]:
-    """Average each note over all chains."""
-    flat = [chain.notes for group in chains for chain in group]
-    return {name: sum(notes[name] for notes in flat) / len(flat) for name in flat[0]}
-
-
-def refuse_errors(prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> None:
+def refuse_errors(
+    prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]], kind: type[AlignProError] = TrainingError
+) -> None:
     """Raise if any chain failed: failure depends on what was sampled, so an estimate from the others would be biased."""
     for prompt, group in zip(prompts, chains, strict=True):
-        for chain in group:
-            for completion in (chain.sample, *chain.responses):
-                if completion.error:
-                    raise TrainingError(f"prompt {prompt.id} ({prompt.source or 'no source'}): {completion.error}")
+        for completion in (each for chain in group for each in (chain.sample, *chain.responses)):
+            if completion.error:
+                name = f"{prompt.id} ({prompt.source})" if prompt.source else repr(prompt.text[:60])
+                raise kind(f"prompt {name}: {completion.error}")

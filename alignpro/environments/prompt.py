@@ -10,7 +10,7 @@ from dataclasses import replace
 from alignpro.config import PromptingConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
-from alignpro.environments.base import ResponseScores, mean_notes, refuse_errors, score_texts, truncated_samples
+from alignpro.environments.base import ResponseScores, refuse_errors, score_texts, truncated_samples
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.target_prompt import TargetPrompt, TargetTemplate
 from alignpro.rewards import RewardStack
@@ -55,11 +55,7 @@ class PromptEnvironment:
 
         encoded = [self.encode(prompt) for prompt in prompts]
         params = replace(params, stop_token_ids=self.prompter.stop_token_ids)
-        chains = engine.run_chains(encoded, rewrite=params, to_target=to_target, respond=self.respond, seeds=seeds)
-        for chain in (chain for group in chains for chain in group):
-            if isinstance(given := chain.target_prompt, TargetPrompt):  # it is None if the rewrite failed
-                chain.notes = {"rewrite/empty": float(given.empty), "rewrite/over_long": float(given.dropped > 0)}
-        return chains
+        return engine.run_chains(encoded, rewrite=params, to_target=to_target, respond=self.respond, seeds=seeds)
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Average the rewards of the responses to each rewrite, scored against the original prompt."""
@@ -74,4 +70,9 @@ class PromptEnvironment:
             truncated=truncated_samples(chains),
             truncation_penalty=self.config.truncation_penalty,
         )
-        return replace(scores, metrics=scores.metrics | mean_notes(chains))
+        given = [chain.target_prompt for group in chains for chain in group]
+        flags = {
+            "rewrite/empty": [each.empty for each in given if isinstance(each, TargetPrompt)],
+            "rewrite/over_long": [each.dropped > 0 for each in given if isinstance(each, TargetPrompt)],
+        }
+        return replace(scores, metrics=scores.metrics | {name: sum(each) / len(each) for name, each in flags.items()})

@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import DataConfig, SamplingConfig, TrainConfig, load_config
+from alignpro.config import DataConfig, TrainConfig, load_config
 from alignpro.data import Prompt, load_prompts
-from alignpro.engine import Completion, Engine, SamplingParams, derive_seed
-from alignpro.environments.base import sampling_params
+from alignpro.engine import Chain, Engine, derive_seed
+from alignpro.environments.base import refuse_errors, sampling_params
+from alignpro.environments.build import prompt_environment
+from alignpro.environments.prompt import PromptEnvironment
 from alignpro.errors import DataError, ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_target
 from alignpro.prompting.prompter_prompt import PrompterTemplate
-from alignpro.prompting.target_prompt import TargetTemplate
+from alignpro.rewards import RewardStack
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +47,13 @@ class Rewriter:
     def __init__(self, prompter: LanguageModel, target: LanguageModel | None, config: TrainConfig) -> None:
         self.config = config
         self.prompter = PrompterTemplate(prompter.tokenizer, config.prompting)
-        self.target: TargetTemplate | None = None
+        self.environment: PromptEnvironment | None = None
         models = {"policy": prompter}
         if target is not None:
             models["target"] = target
-            self.target = TargetTemplate(
-                target.tokenizer,
-                config.target_model.chat_template,
-                max_tokens=target.context_length - config.rollout.respond.max_tokens,
-                on_empty=config.prompting.on_empty,
+            greedy = config.rollout.respond.model_copy(update={"temperature": 0.0})
+            self.environment = prompt_environment(
+                prompter, target, config.target_model, RewardStack([], []), config.prompting, greedy, responses=1
             )
         self.engine = Engine(models, **config.rollout.engine.model_dump())
 
@@ -79,30 +79,25 @@ class Rewriter:
 
         Raises:
             ModelError: A prompt does not fit in the prompter's context, or a rewrite cannot be given to the target.
-            DataError: A conversation does not fit in the target's context, or a chat template refuses it.
+            DataError: The prompter's chat template refuses a conversation.
         """
         prompts = [text if isinstance(text, Prompt) else Prompt.from_text(text) for text in texts]
         sampling = self.config.rollout.rewrite.model_copy(update={"temperature": temperature})
-        params = _with_stops(sampling, n, self.prompter.stop_token_ids)
+        params = replace(sampling_params(sampling, n), stop_token_ids=self.prompter.stop_token_ids)
         seeds = [derive_seed(seed, i) for i in range(len(prompts))]
-        groups = self.engine.generate("policy", [self.prompter.encode(p) for p in prompts], params, seeds)
-        for prompt, group in zip(prompts, groups, strict=True):
-            _refuse_errors(prompt, group)
-        rewrites = [[self.prompter.decode(sample.text_tokens) for sample in group] for group in groups]
-        if self.target is None:
-            return [[Rewritten(text, None) for text in group] for group in rewrites]
-        target = self.target
-        pairs = [(prompt, text) for prompt, group in zip(prompts, rewrites, strict=True) for text in group]
-        greedy = self.config.rollout.respond.model_copy(update={"temperature": 0.0})
-        answers = self.engine.generate(
-            "target",
-            [target.encode(prompt, text).tokens for prompt, text in pairs],
-            _with_stops(greedy, 1, target.stop_token_ids),
-        )
-        for (prompt, _), group in zip(pairs, answers, strict=True):
-            _refuse_errors(prompt, group)
-        responses = iter(target.decode(answer.text_tokens) for (answer,) in answers)
-        return [[Rewritten(text, next(responses)) for text in group] for group in rewrites]
+        if self.environment is None:
+            groups = self.engine.generate("policy", [self.prompter.encode(p) for p in prompts], params, seeds)
+            chains = [[Chain(sample) for sample in group] for group in groups]
+        else:
+            chains = self.environment.rollout(self.engine, prompts, params, seeds)
+        refuse_errors(prompts, chains, ModelError)
+        return [[self._decode(chain) for chain in group] for group in chains]
+
+    def _decode(self, chain: Chain) -> Rewritten:
+        response: str | None = None
+        if self.environment is not None:
+            response = self.environment.target.decode(chain.responses[0].text_tokens)
+        return Rewritten(self.prompter.decode(chain.sample.text_tokens), response)
 
 
 def rewrite_data(
@@ -138,18 +133,8 @@ def rewrite_data(
             groups = rewriter.rewrite(chunk, n=n, temperature=temperature, seed=derive_seed(seed, start))
             for prompt, group in zip(chunk, groups, strict=True):
                 row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.text, "rewrites": [x.rewrite for x in group]}
-                if rewriter.target is not None:
+                if rewriter.environment is not None:
                     row["responses"] = [x.response for x in group]
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             logger.info("%d of %d prompts rewritten", start + len(chunk), len(prompts))
-
-
-def _with_stops(config: SamplingConfig, n: int, stop_token_ids: tuple[int, ...]) -> SamplingParams:
-    return replace(sampling_params(config, n), stop_token_ids=stop_token_ids)
-
-
-def _refuse_errors(prompt: Prompt, completions: Sequence[Completion]) -> None:
-    for completion in completions:
-        if completion.error:
-            raise ModelError(f"prompt {prompt.text[:60]!r}: {completion.error}")

@@ -272,7 +272,7 @@ def test_a_request_can_be_cancelled_while_chains_run(llama: LanguageModel, targe
 
 def test_both_models_of_a_shared_forward_pass_can_be_cancelled() -> None:
     policy = tiny_adapted(size=0.1).requires_grad_(False)
-    models = {"policy": policy, "target": policy.base()}
+    models = {"policy": policy, "target": policy.without_adapter()}
     inputs = {"policy": [*PROMPTS[0], *policy.invocation], "target": PROMPTS[0]}
     expected = {name: Engine(models).generate(name, [tokens], LONG, [5])[0] for name, tokens in inputs.items()}
     for gone, stays in (("policy", "target"), ("target", "policy")):
