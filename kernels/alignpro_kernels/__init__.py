@@ -6,7 +6,6 @@ from alignpro_kernels.noise import gumbel_noise, splitmix64
 from alignpro_kernels.operators import linear_logprob, linear_sample, merge_states, policy_loss
 from alignpro_kernels.pages import copy_pages, read_kv, write_kv
 from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleOutput, TokenStats
-from alignpro_kernels.vocab_parallel import VocabShard
 
 __all__ = [
     "BackendError",
@@ -16,7 +15,6 @@ __all__ = [
     "PolicyLossOutput",
     "SampleOutput",
     "TokenStats",
-    "VocabShard",
     "backends",
     "cascade_attention",
     "copy_pages",

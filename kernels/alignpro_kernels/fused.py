@@ -7,14 +7,11 @@ float64 inputs): a sum in bfloat16 would lose a chunk's contribution once the su
 `policy_loss` computes gradients in the forward pass, so that logits are computed only once: 6 NDV operations with a
 trained head, 4 with a frozen one, 2 more with a KL. `linear_logprob` saves only its inputs; its backward pass recomputes
 the logits of those rows whose gradient is not zero.
-
-If the head is this rank's slice of a vocabulary split over ranks, a chunk's statistics are merged before they are used,
-and the gradient of its hidden states is summed over the ranks while the next chunk is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -26,8 +23,6 @@ from torch.autograd.function import once_differentiable
 from alignpro_kernels.coefficients import evaluate
 from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats, statistics_dtype
 from alignpro_kernels.types import Coefficients, PolicyLossOutput, SampleOutput, TokenStats
-from alignpro_kernels.vocab_parallel import Fact, Reduction, VocabShard, agree, agree_on_rows, checksum
-from alignpro_kernels.vocab_states import merge_statistics
 
 _ROW_MULTIPLE = 64  # if there are several chunks, their sizes are multiples of this, for whole tiles
 
@@ -38,8 +33,6 @@ class Call:
 
     head: Head
     rows: Rows
-    shard: VocabShard | None = None
-    """The split of which ``head`` is this rank's slice; targets are relative to its start. None for a whole head."""
 
     def variables(self) -> tuple[Tensor | None, ...]:
         """Return the tensors that may require a gradient, in the order of `_Sums.finish`."""
@@ -72,7 +65,6 @@ class Call:
                 constant(rows.low_rank),
                 constant(rows.ref_hidden),
             ),
-            self.shard,
         )
 
 
@@ -88,25 +80,20 @@ def policy_loss(
         if positions is None:
             positions = torch.arange(count, device=device)
         total = torch.zeros((), dtype=statistics_dtype(call.rows.hidden.dtype), device=device)
-        most = _rows_at_once(backend, call, "policy_loss", wanted, {"entropy": entropy, "mask": positions})
+        most = backend.rows_in_flight(call.head, call.rows.hidden.dtype)
         sums = _Sums(call, wanted, backend, most) if any(wanted) else None
         parts: list[TokenStats] = []
-        returned: list[Tensor] = []
         for chunk in _chunks(count, most, 0 if sums is None else sums.rows_in_room):
             rows = call.rows.select(chunk)
             room = None if sums is None else sums.room(chunk)
-            chunk_stats, kept = _forward(backend, call, rows, entropy=entropy, keep=sums is not None, room=room)
+            chunk_stats, kept = _forward(backend, call.head, rows, entropy=entropy, keep=sums is not None, room=room)
             parts.append(TokenStats(chunk_stats.logprob, chunk_stats.entropy, chunk_stats.kl))
             loss, derivatives = evaluate(coefficients, parts[-1], positions[chunk])
             total += loss
-            if call.shard is not None:
-                returned.extend(checksum(x) for x in (loss, *derivatives) if x is not None)
             if sums is not None:
                 active = _active_rows(derivatives)
                 sums.add(backend, chunk, rows, kept, chunk_stats, active, derivatives)
             del kept  # free it before computing the next chunk's logits
-        if call.shard is not None and returned:
-            agree(call.shard, "policy_loss", device, {"what coefficients returned": torch.stack(returned)})
     stats = _join(parts, call.rows.hidden, entropy=entropy, kl=call.head.ref_weight is not None)
     if sums is None:
         return PolicyLossOutput(total, *stats)
@@ -139,13 +126,12 @@ class _Sums:
 
         wide = statistics_dtype(call.rows.hidden.dtype)
         self._call = call
-        self._reduction = None if call.shard is None else Reduction(call.shard)
         self._hidden, self._low_rank_rows = like(0), like(3)
         self._weight, self._bias, self._low_rank = like(1, wide), like(2, wide), like(4, wide)
         self._begun = False
         self.rows_in_room = 0
         """How many rows of logits are stored in the memory of the weight's gradient before it is first written; may be 0."""
-        if self._weight is not None and call.shard is None:
+        if self._weight is not None:
             rows = backend.rows_in_gradient(call.head)
             if rows and rows >= min(len(call.rows.hidden), most + 1):
                 self._weight, self.rows_in_room = backend.weight_gradient(call.head), rows
@@ -165,32 +151,24 @@ class _Sums:
         derivatives: tuple[Tensor | None, Tensor | None, Tensor | None],
     ) -> None:
         """Add a chunk's gradient; ``active`` may be empty."""
-        places = [None if x is None else x[chunk] for x in (self._hidden, self._low_rank_rows)]
-        reduction = self._reduction
-        parts = [x if x is None or reduction is None else reduction.room(x) for x in places]
         into = HeadGradients(
-            hidden=parts[0],
-            low_rank_rows=parts[1],
+            hidden=None if self._hidden is None else self._hidden[chunk],
+            low_rank_rows=None if self._low_rank_rows is None else self._low_rank_rows[chunk],
             weight=self._weight,
             bias=self._bias,
             low_rank=self._low_rank,
             accumulate=self._begun,
         )
         if active is not None and not len(active):
-            for x in parts:
+            for x in (into.hidden, into.low_rank_rows):
                 if x is not None:
                     x.zero_()
         else:
             backend.backward(self._call.head, rows, kept, stats, active, *derivatives, into)
             self._begun = True
-        if reduction is not None:
-            # Also if no row is active: if the ranks disagree on that, they must raise an error instead of hanging.
-            reduction.begin([(x, y) for x, y in zip(parts, places, strict=True) if x is not None and y is not None])
 
     def finish(self) -> list[Tensor | None]:
         """Return the gradients in their variables' dtypes, in the order of `Call.variables`."""
-        if self._reduction is not None:
-            self._reduction.finish()
         weight, bias, low_rank = self._weight, self._bias, self._low_rank
         if not self._begun:
             for x in (weight, bias, low_rank):
@@ -235,9 +213,8 @@ class _Statistics(torch.autograd.Function):
         call = call.detach()
         parts = []
         hidden = call.rows.hidden
-        most = _rows_at_once(backend, call, "linear_logprob", ctx.needs_input_grad[3:], {"entropy": entropy})
-        for chunk in _chunks(len(hidden), most):
-            chunk_stats, _ = _forward(backend, call, call.rows.select(chunk), entropy=entropy, keep=False)
+        for chunk in _chunks(len(hidden), backend.rows_in_flight(call.head, hidden.dtype)):
+            chunk_stats, _ = backend.forward(call.head, call.rows.select(chunk), entropy=entropy, keep=False)
             parts.append(TokenStats(chunk_stats.logprob, chunk_stats.entropy, chunk_stats.kl))
         stats = _join(parts, hidden, entropy=entropy, kl=call.head.ref_weight is not None)
         ctx.backend, ctx.entropy = backend, entropy
@@ -254,12 +231,11 @@ class _Statistics(torch.autograd.Function):
         selected = call.rows if active is None else call.rows.select(active)
         upstream = [None if x is None else (x if active is None else x[active]).contiguous() for x in derivatives]
         call, wanted = replace(call, rows=selected), list(ctx.needs_input_grad[3:])
-        gradients_of = dict(zip(("d logprob", "d entropy", "d kl"), upstream, strict=True))
-        most = _rows_at_once(backend, call, "linear_logprob's backward", wanted, gradients_of)
+        most = backend.rows_in_flight(call.head, selected.hidden.dtype)
         sums = _Sums(call, wanted, backend, most)
         for chunk in _chunks(len(selected.hidden), most, sums.rows_in_room):
             rows, room = selected.select(chunk), sums.room(chunk)
-            stats, kept = _forward(backend, call, rows, entropy=upstream[1] is not None, keep=True, room=room)
+            stats, kept = _forward(backend, call.head, rows, entropy=upstream[1] is not None, keep=True, room=room)
             alpha, eta, kappa = (None if x is None else x[chunk] for x in upstream)
             sums.add(backend, chunk, rows, kept, stats, None, (alpha, eta, kappa))
             del kept
@@ -275,7 +251,7 @@ class _Statistics(torch.autograd.Function):
 def _save(ctx: Any, call: Call) -> None:
     head, rows = call.head, call.rows
     tau = rows.temperature
-    ctx.shared, ctx.softcap, ctx.shard = head.shared, head.softcap, call.shard
+    ctx.shared, ctx.softcap = head.shared, head.softcap
     ctx.number = None if isinstance(tau, Tensor) else tau
     ctx.save_for_backward(
         head.weight,
@@ -296,39 +272,16 @@ def _restore(ctx: Any) -> Call:
     return Call(
         Head(weight, bias, ctx.softcap, low_rank, weight if ctx.shared else ref_weight, ref_bias),
         Rows(hidden, target, ctx.number if tau is None else tau, low_rank_rows, ref_hidden),
-        ctx.shard,
     )
 
 
-def _rows_at_once(
-    backend: ModuleType, call: Call, operator: str, wanted: Sequence[bool], facts: Mapping[str, Fact]
-) -> int:
-    """Return the maximum chunk size that the backend supports on every rank; checks that the ranks agree on the facts."""
-    head, rows = call.head, call.rows
-    most: int = backend.rows_in_flight(head, rows.hidden.dtype)
-    if call.shard is None:
-        return most
-    assert rows.target is not None
-    everything: dict[str, Fact] = {
-        "target": rows.target + call.shard.start,
-        "the rank of the LoRA": 0 if rows.low_rank is None else rows.low_rank.shape[1],
-        "whether there is a reference": head.ref_weight is not None,
-        "what takes a gradient": sum(wants << index for index, wants in enumerate(wanted)),
-        **facts,
-    }
-    return agree_on_rows(call.shard, operator, rows.hidden, rows.temperature, head.softcap, everything, most_rows=most)
-
-
 def _forward(
-    backend: ModuleType, call: Call, rows: Rows, *, entropy: bool, keep: bool, room: Tensor | None = None
+    backend: ModuleType, head: Head, rows: Rows, *, entropy: bool, keep: bool, room: Tensor | None
 ) -> tuple[RowStats, Any]:
-    """Return a chunk's statistics over the whole vocabulary, and what `backward` needs."""
+    """Return a chunk's statistics, and what `backward` needs."""
     options = {} if room is None else {"room": room}
-    stats, kept = backend.forward(call.head, rows, entropy=entropy, keep=keep, **options)
-    if call.shard is not None:
-        assert rows.target is not None
-        stats = merge_statistics(call.shard, stats, rows.target)
-    return stats, kept
+    result: tuple[RowStats, Any] = backend.forward(head, rows, entropy=entropy, keep=keep, **options)
+    return result
 
 
 def _chunks(count: int, most: int, first: int = 0) -> Iterator[slice]:

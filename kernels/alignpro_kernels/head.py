@@ -12,9 +12,8 @@ A backend is a module with these functions. C is the number of rows in a chunk, 
     Statistics (C,) from float32 accumulators. ``kept`` is what ``backward`` needs, or None without ``keep``. ``room``, passed
     only if ``rows_in_gradient`` is used, is the ``weight_gradient`` in which to store the logits.
 ``backward(head, rows, kept, stats, active, alpha, eta, kappa, gradients) -> None``
-    Fills or adds to ``gradients``. ``stats`` are over the whole vocabulary, even if ``head`` is a slice of it. ``active``
-    (A,) int64, ascending, are the rows with a nonzero coefficient, at least one; None means all rows. A coefficient is
-    (C,), or None for zero. ``kept`` may be overwritten.
+    Fills or adds to ``gradients``. ``active`` (A,) int64, ascending, are the rows with a nonzero coefficient, at least
+    one; None means all rows. A coefficient is (C,), or None for zero. ``kept`` may be overwritten.
 ``sample(head, rows, seeds) -> SampleOutput``
     One token per row, (C,); ``seeds`` (C,) int64; a temperature may be 0.
 """
@@ -66,8 +65,7 @@ class Rows:
     hidden: Tensor
     """(C, D) in the head's dtype."""
     target: Tensor | None
-    """(C,) int64; None when sampling. If the head is a slice that does not contain the target, it lies outside [0, V) and
-    its log-probability over the slice is meaningless."""
+    """(C,) int64 in [0, V); None when sampling."""
     temperature: float | Tensor
     """τ: a number, or (C,) in `statistics_dtype`."""
     low_rank: Tensor | None = None
@@ -110,7 +108,7 @@ class HeadGradients:
     """The tensors that receive a chunk's gradients; a gradient that is None is not computed."""
 
     hidden: Tensor | None
-    """(C, D) in the dtype of the hidden states or in `statistics_dtype`: every row is written, inactive ones with zero."""
+    """(C, D) in the dtype of the hidden states: every row is written, inactive ones with zero."""
     low_rank_rows: Tensor | None
     """(C, r), likewise: the gradient of `Rows.low_rank`."""
     weight: Tensor | None

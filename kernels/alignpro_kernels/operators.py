@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignpro_kernels import checks, fused, reference, vocab_reference
+from alignpro_kernels import checks, fused, reference
 from alignpro_kernels.backends import backend_module, choose_backend, triton_merges
 from alignpro_kernels.head import Head, Rows
 from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleOutput, TokenStats
-from alignpro_kernels.vocab_parallel import VocabShard, agree_on_rows, failing_together
-from alignpro_kernels.vocab_states import merge_samples, seeds_of_slice
 
 
 @torch.compiler.disable
@@ -37,7 +35,6 @@ def linear_logprob(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     entropy: bool = False,
-    vocab_parallel: VocabShard | None = None,
     backend: str = "auto",
 ) -> TokenStats:
     """Compute the log-probability, entropy and exact KL of every token from hidden states, differentiably.
@@ -60,29 +57,22 @@ def linear_logprob(
             given).
         ref_bias: (V,) bias of the reference's head.
         entropy: Whether to compute the entropy.
-        vocab_parallel: How the head is split over the ranks of a process group, all of which make the same call.
-            ``weight``, ``bias``, ``lora.b``, ``ref_weight`` and ``ref_bias`` are then this rank's rows, and so are their
-            gradients. All other arguments are the same on every rank (``target`` indexes the whole vocabulary), and so
-            are the statistics and the gradients of ``hidden`` and ``lora.a``, which are complete: they need no further
-            all-reduce. Every rank must continue with the same loss.
         backend: ``auto``, or a name from `backends`.
 
     Returns:
         logprob, entropy or None, kl or None; each (...,).
 
     Raises:
-        ValueError, TypeError: An argument has the wrong shape, device, value or dtype, or is not the same on the ranks of
-            ``vocab_parallel``; the message names it.
+        ValueError, TypeError: An argument has the wrong shape, device, value or dtype; the message names it.
         BackendError: The backend cannot run.
     """
-    with failing_together(vocab_parallel, hidden.device):
-        checks.check_head(hidden, weight, bias, softcap)
-        checks.check_lora(lora, weight)
-        checks.check_mask(mask, hidden)
-        checks.check_target(target, hidden, checks.check_shard(weight, vocab_parallel), mask)
-        checks.check_temperature(temperature, hidden)
-        checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-        chosen = choose_backend("linear_logprob", backend, hidden)
+    checks.check_head(hidden, weight, bias, softcap)
+    checks.check_lora(lora, weight)
+    checks.check_mask(mask, hidden)
+    checks.check_target(target, hidden, len(weight), mask)
+    checks.check_temperature(temperature, hidden)
+    checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    chosen = choose_backend("linear_logprob", backend, hidden)
     with _as_given(hidden.device.type):
         inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
         layer: dict[str, Any] = {
@@ -94,12 +84,9 @@ def linear_logprob(
         }
         if chosen == "reference":
             given = {"weight": weight, **inputs, **layer, "entropy": entropy}
-            if vocab_parallel is None:
-                stats = reference.linear_logprob(**given)
-            else:
-                stats = vocab_reference.linear_logprob(vocab_parallel, **given)
+            stats = reference.linear_logprob(**given)
         else:
-            call = _call(weight, inputs, vocab_parallel, **layer)
+            call = _call(weight, inputs, **layer)
             stats = fused.linear_logprob(backend_module(chosen), call, entropy=entropy)
         return TokenStats(*(_rows_back(x, positions, target.shape) for x in stats))  # type: ignore[arg-type]
 
@@ -120,7 +107,6 @@ def policy_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     entropy: bool = False,
-    vocab_parallel: VocabShard | None = None,
     backend: str = "auto",
 ) -> PolicyLossOutput:
     """Compute any loss of each token's (logprob, entropy, KL), with its gradient computed in the forward pass.
@@ -141,7 +127,6 @@ def policy_loss(
         ref_weight: See `linear_logprob`.
         ref_bias: See `linear_logprob`.
         entropy: Whether ``coefficients`` gets the entropy; needed for ``eta``.
-        vocab_parallel: See `linear_logprob`. ``coefficients`` must return the same bits on every rank.
         backend: See `linear_logprob`.
 
     Returns:
@@ -152,14 +137,13 @@ def policy_loss(
             entropy, or ``kappa`` without a reference.
         BackendError: The backend cannot run.
     """
-    with failing_together(vocab_parallel, hidden.device):
-        checks.check_head(hidden, weight, bias, softcap)
-        checks.check_lora(lora, weight)
-        checks.check_mask(mask, hidden)
-        checks.check_target(target, hidden, checks.check_shard(weight, vocab_parallel), mask)
-        checks.check_temperature(temperature, hidden)
-        checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-        chosen = choose_backend("policy_loss", backend, hidden)
+    checks.check_head(hidden, weight, bias, softcap)
+    checks.check_lora(lora, weight)
+    checks.check_mask(mask, hidden)
+    checks.check_target(target, hidden, len(weight), mask)
+    checks.check_temperature(temperature, hidden)
+    checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    chosen = choose_backend("policy_loss", backend, hidden)
     with _as_given(hidden.device.type):
         inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
         layer: dict[str, Any] = {
@@ -171,12 +155,9 @@ def policy_loss(
         }
         if chosen == "reference":
             given = {"weight": weight, "coefficients": coefficients, **inputs, **layer, "entropy": entropy}
-            if vocab_parallel is None:
-                out = reference.policy_loss(**given, positions=positions)
-            else:
-                out = vocab_reference.policy_loss(vocab_parallel, **given, positions=positions)
+            out = reference.policy_loss(**given, positions=positions)
         else:
-            call = _call(weight, inputs, vocab_parallel, **layer)
+            call = _call(weight, inputs, **layer)
             out = fused.policy_loss(backend_module(chosen), call, coefficients, entropy=entropy, positions=positions)
         stats = (_rows_back(x, positions, target.shape) for x in out[1:])
         return PolicyLossOutput(out.loss, *stats)  # type: ignore[arg-type]
@@ -192,7 +173,6 @@ def linear_sample(
     lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    vocab_parallel: VocabShard | None = None,
     backend: str = "auto",
 ) -> SampleOutput:
     """Draw an exact categorical sample per row, by Gumbel-max with noise hashed from (seed, vocabulary index).
@@ -205,7 +185,6 @@ def linear_sample(
         lora: See `linear_logprob`.
         temperature: τ ≥ 0, or one per row, (...,); with 0 the row is decoded greedily (ties: the lowest index).
         softcap: See `linear_logprob`.
-        vocab_parallel: See `linear_logprob`. The tokens index the whole vocabulary and are the same on every rank.
         backend: See `linear_logprob`.
 
     Returns:
@@ -213,32 +192,21 @@ def linear_sample(
         rows).
 
     Raises:
-        ValueError, TypeError: An argument has the wrong shape, device, value or dtype, or is not the same on the ranks of
-            ``vocab_parallel``; the message names it.
+        ValueError, TypeError: An argument has the wrong shape, device, value or dtype; the message names it.
         BackendError: The backend cannot run.
     """
-    with failing_together(vocab_parallel, hidden.device):
-        checks.check_head(hidden, weight, bias, softcap)
-        checks.check_lora(lora, weight)
-        checks.check_shard(weight, vocab_parallel)
-        checks.check_seeds(seeds, hidden)
-        checks.check_temperature(temperature, hidden, greedy=True)
-        chosen = choose_backend("linear_sample", backend, hidden)
+    checks.check_head(hidden, weight, bias, softcap)
+    checks.check_lora(lora, weight)
+    checks.check_seeds(seeds, hidden)
+    checks.check_temperature(temperature, hidden, greedy=True)
+    chosen = choose_backend("linear_sample", backend, hidden)
     with torch.no_grad(), _as_given(hidden.device.type):
         inputs, _ = _flat(hidden, None, temperature=temperature)
         layer: dict[str, Any] = {"bias": bias, "lora": lora, "softcap": softcap}
-        call = _call(weight, inputs, vocab_parallel, **layer)
-        given = seeds.flatten()
-        own = given if vocab_parallel is None else seeds_of_slice(vocab_parallel, given)
-        if vocab_parallel is not None:
-            rows = call.rows
-            agree_on_rows(vocab_parallel, "linear_sample", rows.hidden, rows.temperature, softcap, {"seeds": given})
         if chosen == "reference":
-            out = reference.linear_sample(weight=weight, seeds=own, **inputs, **layer)
+            out = reference.linear_sample(weight=weight, seeds=seeds.flatten(), **inputs, **layer)
         else:
-            out = fused.linear_sample(backend_module(chosen), call, own)
-        if vocab_parallel is not None:
-            out = merge_samples(vocab_parallel, call.head, call.rows, given, out)
+            out = fused.linear_sample(backend_module(chosen), _call(weight, inputs, **layer), seeds.flatten())
         return out if seeds.ndim == 1 else SampleOutput(*(x.view(seeds.shape) for x in out))
 
 
@@ -302,7 +270,6 @@ def _rows_back(x: Tensor | None, positions: Tensor | None, shape: torch.Size) ->
 def _call(
     weight: Tensor,
     inputs: dict[str, Any],
-    shard: VocabShard | None,
     *,
     bias: Tensor | None,
     lora: LoRA | None,
@@ -316,11 +283,7 @@ def _call(
     low_rank_rows = None
     if lora is not None:  # through these rows, autograd computes the gradient of A and its part of the hidden states'
         low_rank_rows = lora.scale * (inputs["hidden"] @ lora.a.T)  # (N, r)
-    target = inputs.get("target")
-    if shard is not None and target is not None:
-        target = target - shard.start
     return fused.Call(
         Head(weight, bias, softcap, None if lora is None else lora.b, ref_weight, ref_bias),
-        Rows(inputs["hidden"], target, inputs["temperature"], low_rank_rows, ref_hidden),
-        shard,
+        Rows(inputs["hidden"], inputs.get("target"), inputs["temperature"], low_rank_rows, ref_hidden),
     )

@@ -60,7 +60,7 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowSt
     reference = None
     if head.ref_weight is not None and rows.ref_hidden is not None:
         reference = _logits(rows.ref_hidden, head.ref_weight, head.ref_bias, head.softcap, rows.temperature)
-    chosen = policy.z.gather(1, rows.target.clamp(0, len(head.weight) - 1).unsqueeze(1))
+    chosen = policy.z.gather(1, rows.target.unsqueeze(1))
     h = kl = None
     if entropy or reference is not None:
         # Relative to the maxima: H = log s − Σ e^{z−m}(z−m)/s, so that an offset of the logits costs no precision.
