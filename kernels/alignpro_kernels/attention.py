@@ -200,18 +200,20 @@ def cascade_attention(
     whole = parts[0]
     if levels[0].rows is not None:
         nothing = torch.zeros_like(query), whole[1].new_full(query.shape[:2], -torch.inf)
-        whole = _join(nothing, whole, levels[0].rows)
+        whole = _concatenate(nothing, whole, levels[0].rows)
     for level, part in zip(levels[1:], parts[1:], strict=True):
-        whole = _join(whole, part, level.rows)
+        whole = _concatenate(whole, part, level.rows)
     return whole[0]
 
 
-def _join(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+def _concatenate(
+    whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Merge the attention so far, (T, H, D) and its log-sum-exp (T, H), with that of ``rows`` to further keys."""
     if rows is None:
         return merge_states((whole[0], part[0]), (whole[1], part[1])), torch.logaddexp(whole[1], part[1])
     before = (whole[0].index_select(0, rows), whole[1].index_select(0, rows))
-    both = _join(before, part, None)
+    both = _concatenate(before, part, None)
     return whole[0].index_copy(0, rows, both[0]), whole[1].index_copy(0, rows, both[1])
 
 
@@ -224,13 +226,13 @@ def _choose(backend: str, query: Tensor, pages: Tensor, window: int | None) -> s
     name = backend
     if backend == "auto":
         name = {"cpu": "cpp", "cuda": "triton"}.get(query.device.type, "reference")  # ROCm devices are "cuda" too
-    reason = _unsuited(name, query, pages, window)
+    reason = _unsupported(name, query, pages, window)
     if reason is not None:
         if backend != "auto":
             raise BackendError(f"paged_attention: backend {name!r} cannot run here: {reason}")
-        _announce("reference", f"{name} cannot run: {reason}")
+        _log_choice("reference", f"{name} cannot run: {reason}")
         return "reference"
-    _announce(name, None)
+    _log_choice(name, None)
     return name
 
 
@@ -240,7 +242,7 @@ def _module(name: str) -> ModuleType:
     return attention_reference if name == "reference" else import_module(f"alignpro_kernels.{name}_attention")
 
 
-def _unsuited(name: str, query: Tensor, pages: Tensor, window: int | None) -> str | None:
+def _unsupported(name: str, query: Tensor, pages: Tensor, window: int | None) -> str | None:
     """Return the reason why a backend cannot run on this query, or None if it can."""
     if name == "reference":
         return None
@@ -253,7 +255,7 @@ def _unsuited(name: str, query: Tensor, pages: Tensor, window: int | None) -> st
             return None
         return f"it runs on CUDA and ROCm devices, and the input is on {query.device}"
     if name == "flash":
-        return flash_attention.unavailable() or flash_attention.unsuited(query, pages, window)
+        return flash_attention.unavailable() or flash_attention.unsupported(query, pages, window)
     if query.device.type != "cpu":
         return f"it runs on the CPU, and the input is on {query.device}"
     from alignpro_kernels import cpp_attention
@@ -262,7 +264,7 @@ def _unsuited(name: str, query: Tensor, pages: Tensor, window: int | None) -> st
 
 
 @functools.cache
-def _announce(backend: str, reason: str | None) -> None:
+def _log_choice(backend: str, reason: str | None) -> None:
     logger.info("paged_attention runs on backend %s%s", backend, "" if reason is None else f", because {reason}")
 
 

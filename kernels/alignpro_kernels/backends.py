@@ -44,17 +44,17 @@ def choose_backend(operator: str, backend: str, like: Tensor) -> str:
     """
     if backend == "auto":
         best = "triton" if like.is_cuda else "cpp"
-        reason = _unsuited(best, like) or _unavailable(best)
+        reason = _unsupported(best, like) or _unavailable(best)
         if reason is not None:
-            _explain(operator, best, reason)
+            _log_fallback(operator, best, reason)
         chosen = best if reason is None else "torch"
     elif backend not in BACKENDS:
         raise BackendError(f"{operator}: there is no backend {backend!r}: use 'auto' or one of {', '.join(BACKENDS)}")
     else:
         chosen = backend
-        if (reason := _unavailable(chosen) or _unsuited(chosen, like)) is not None:
+        if (reason := _unavailable(chosen) or _unsupported(chosen, like)) is not None:
             raise BackendError(f"{operator}: backend {backend!r} cannot run here: {reason}")
-    _announce(operator, chosen)
+    _log_choice(operator, chosen)
     return chosen
 
 
@@ -64,7 +64,7 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"alignpro_kernels.{name}_head")
 
 
-def triton_merges(like: Tensor) -> bool:
+def merges_with_triton(like: Tensor) -> bool:
     """Whether Triton merges attention states on the device of ``like``; otherwise plain PyTorch does."""
     return like.is_cuda and _unavailable("triton") is None
 
@@ -76,7 +76,7 @@ def _unavailable(name: str) -> str | None:
     return None if reason is None else str(reason)
 
 
-def _unsuited(name: str, like: Tensor) -> str | None:
+def _unsupported(name: str, like: Tensor) -> str | None:
     """Return the reason why a backend does not support the input, or None if it does."""
     if name in ("torch", "reference"):
         return None
@@ -90,10 +90,10 @@ def _unsuited(name: str, like: Tensor) -> str | None:
 
 
 @functools.cache
-def _announce(operator: str, backend: str) -> None:
+def _log_choice(operator: str, backend: str) -> None:
     logger.info("%s runs on backend %s", operator, backend)
 
 
 @functools.cache
-def _explain(operator: str, backend: str, reason: str) -> None:
+def _log_fallback(operator: str, backend: str, reason: str) -> None:
     logger.info("%s does not run on backend %s: %s", operator, backend, reason)

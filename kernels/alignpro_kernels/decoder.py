@@ -19,7 +19,7 @@ from alignpro_kernels import cpp_library
 from alignpro_kernels.attention import CascadeLevel
 from alignpro_kernels.linear import PANEL
 
-_ROWS_IN_FLIGHT = 512
+_MAX_MLP_ROWS = 512
 """Maximum number of tokens whose intermediate MLP activations exist at the same time."""
 
 
@@ -45,7 +45,7 @@ class DecoderLayer:
     """Queries, keys and values, concatenated: (H + 2 H') head_dim outputs, D inputs."""
     out: Tensor
     """D outputs, H head_dim inputs."""
-    inner_norm: Tensor
+    mlp_norm: Tensor
     """(D,)"""
     gate: Tensor
     """I outputs, D inputs."""
@@ -82,7 +82,7 @@ class DecoderWeights:
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
         """Norms, matrices and optional weights, in the operator's order."""
         layers = self.layers
-        norms = [weight for layer in layers for weight in (layer.norm, layer.inner_norm)] + [self.norm]
+        norms = [weight for layer in layers for weight in (layer.norm, layer.mlp_norm)] + [self.norm]
         matrices = [m for layer in layers for m in (layer.qkv, layer.out, layer.gate, layer.up, layer.down)]
         return norms, matrices, [x for layer in layers for x in (layer.qkv_bias, layer.query_norm, layer.key_norm)]
 
@@ -140,7 +140,7 @@ def decoder_stack(
     inner = layers[0].down.shape[1]
     queries = layers[0].out.shape[1]
     per_token = 2 * queries + 2 * pages[0].shape[3] * head_dim
-    scratch = torch.empty(tokens * per_token + min(tokens, _ROWS_IN_FLIGHT) * inner)
+    scratch = torch.empty(tokens * per_token + min(tokens, _MAX_MLP_ROWS) * inner)
     out: Tensor = torch.ops.alignpro.decoder_stack.default(
         hidden,
         *weights.tensors,

@@ -35,7 +35,7 @@ def unavailable() -> str | None:
     return None
 
 
-def unsuited(query: Tensor, pages: Tensor, window: int | None) -> str | None:
+def unsupported(query: Tensor, pages: Tensor, window: int | None) -> str | None:
     """Return the reason why the backend does not support these inputs, or None if it does."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, and the input is {query.dtype}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels import checks, fused, reference
-from alignpro_kernels.backends import backend_module, choose_backend, triton_merges
+from alignpro_kernels.backends import backend_module, choose_backend, merges_with_triton
 from alignpro_kernels.head import Head, Rows
 from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleOutput, TokenStats
 
@@ -73,8 +73,8 @@ def linear_logprob(
     checks.check_temperature(temperature, hidden)
     checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     chosen = choose_backend("linear_logprob", backend, hidden)
-    with _as_given(hidden.device.type):
-        inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
+    with _without_autocast(hidden.device.type):
+        inputs, positions = _flatten(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
         layer: dict[str, Any] = {
             "bias": bias,
             "lora": lora,
@@ -88,7 +88,7 @@ def linear_logprob(
         else:
             call = _call(weight, inputs, **layer)
             stats = fused.linear_logprob(backend_module(chosen), call, entropy=entropy)
-        return TokenStats(*(_rows_back(x, positions, target.shape) for x in stats))  # type: ignore[arg-type]
+        return TokenStats(*(_unflatten(x, positions, target.shape) for x in stats))  # type: ignore[arg-type]
 
 
 @torch.compiler.disable
@@ -144,8 +144,8 @@ def policy_loss(
     checks.check_temperature(temperature, hidden)
     checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     chosen = choose_backend("policy_loss", backend, hidden)
-    with _as_given(hidden.device.type):
-        inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
+    with _without_autocast(hidden.device.type):
+        inputs, positions = _flatten(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
         layer: dict[str, Any] = {
             "bias": bias,
             "lora": lora,
@@ -159,7 +159,7 @@ def policy_loss(
         else:
             call = _call(weight, inputs, **layer)
             out = fused.policy_loss(backend_module(chosen), call, coefficients, entropy=entropy, positions=positions)
-        stats = (_rows_back(x, positions, target.shape) for x in out[1:])
+        stats = (_unflatten(x, positions, target.shape) for x in out[1:])
         return PolicyLossOutput(out.loss, *stats)  # type: ignore[arg-type]
 
 
@@ -200,8 +200,8 @@ def linear_sample(
     checks.check_seeds(seeds, hidden)
     checks.check_temperature(temperature, hidden, greedy=True)
     chosen = choose_backend("linear_sample", backend, hidden)
-    with torch.no_grad(), _as_given(hidden.device.type):
-        inputs, _ = _flat(hidden, None, temperature=temperature)
+    with torch.no_grad(), _without_autocast(hidden.device.type):
+        inputs, _ = _flatten(hidden, None, temperature=temperature)
         layer: dict[str, Any] = {"bias": bias, "lora": lora, "softcap": softcap}
         if chosen == "reference":
             out = reference.linear_sample(weight=weight, seeds=seeds.flatten(), **inputs, **layer)
@@ -225,18 +225,18 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
         ValueError: The parts do not match.
     """
     checks.check_states(outs, lses)
-    if not triton_merges(outs[0]):
+    if not merges_with_triton(outs[0]):
         return reference.merge_states(outs, lses)
     merged: Tensor = backend_module("triton").merge_states(outs, lses)
     return merged
 
 
-def _as_given(device_type: str) -> AbstractContextManager[Any]:
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Disable autocast; does nothing if it is already off, which saves time for small heads."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _flat(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str, Any], Tensor | None]:
+def _flatten(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str, Any], Tensor | None]:
     """Return the per-row arguments as (N, ...) without masked rows, and the positions of the rows kept, None for all.
 
     The selection is differentiable, so masked rows get a zero gradient.
@@ -258,7 +258,7 @@ def _flat(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str
     }, positions
 
 
-def _rows_back(x: Tensor | None, positions: Tensor | None, shape: torch.Size) -> Tensor | None:
+def _unflatten(x: Tensor | None, positions: Tensor | None, shape: torch.Size) -> Tensor | None:
     """(N,) → (...), zero at masked rows."""
     if x is None:
         return None
@@ -280,10 +280,10 @@ def _call(
     ref_hidden = inputs.get("ref_hidden")
     if ref_hidden is not None and ref_weight is None:
         ref_weight, ref_bias = weight, (bias if ref_bias is None else ref_bias)
-    low_rank_rows = None
+    lora_hidden = None
     if lora is not None:  # through these rows, autograd computes the gradient of A and its part of the hidden states'
-        low_rank_rows = lora.scale * (inputs["hidden"] @ lora.a.T)  # (N, r)
+        lora_hidden = lora.scale * (inputs["hidden"] @ lora.a.T)  # (N, r)
     return fused.Call(
         Head(weight, bias, softcap, None if lora is None else lora.b, ref_weight, ref_bias),
-        Rows(inputs["hidden"], inputs.get("target"), inputs["temperature"], low_rank_rows, ref_hidden),
+        Rows(inputs["hidden"], inputs.get("target"), inputs["temperature"], lora_hidden, ref_hidden),
     )

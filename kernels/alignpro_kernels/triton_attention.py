@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alignpro_kernels.triton_configs import FUSED, most_stages
-from alignpro_kernels.triton_product import exp, finite, multiply, narrow, tanh
+from alignpro_kernels.triton_configs import COMPILE_OPTIONS, max_stages
+from alignpro_kernels.triton_product import downcast, exp, finite, multiply, tanh
 from alignpro_kernels.triton_support import interpreting, on, takes
 
 _PART = 16 if interpreting() else 512
@@ -93,8 +93,8 @@ def attention_kernel(
 
     column = tl.arange(0, BD)
     inside = column < D
-    place = at.to(tl.int64) * query_stride + head * query_head_stride
-    q = tl.load(query + place[:, None] + column[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+    pointers = at.to(tl.int64) * query_stride + head * query_head_stride
+    q = tl.load(query + pointers[:, None] + column[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
     table = page_table + sequence.to(tl.int64) * table_stride
     states = pages + kv_head.to(tl.int64) * head_stride + column[None, :]
 
@@ -121,7 +121,7 @@ def attention_kernel(
         decay = exp(top - finite(higher))
         p = exp(z - finite(higher)[:, None])
         total = total * decay + tl.sum(p, 1)
-        acc = multiply(narrow(p, pages.dtype.element_ty), v, acc * decay[:, None], PRECISION)
+        acc = multiply(downcast(p, pages.dtype.element_ty), v, acc * decay[:, None], PRECISION)
         top = higher
 
     target = tl.program_id(2).to(tl.int64) * rows_all + at.to(tl.int64) * (tl.num_programs(1) * G) + head
@@ -130,8 +130,8 @@ def attention_kernel(
     # The outputs of a part without keys are never read, except those of the first, which may be the only part.
     read = row < tl.where((lowest < end) | (tl.program_id(2) == 0), count * G, 0)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = out + target[:, None] * D + column[None, :]
-    tl.store(place, narrow(acc, out.dtype.element_ty), mask=read[:, None] & inside[None, :])
+    pointers = out + target[:, None] * D + column[None, :]
+    tl.store(pointers, downcast(acc, out.dtype.element_ty), mask=read[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -164,16 +164,16 @@ def join_kernel(
     total = tl.zeros((BR,), tl.float32)
     acc = tl.zeros((BR, BD), tl.float32)
     for i in range(parts):
-        place = rows.to(tl.int64) * i + row
-        lse = tl.load(partial_lses + place, mask=valid, other=float("-inf"))
+        pointers = rows.to(tl.int64) * i + row
+        lse = tl.load(partial_lses + pointers, mask=valid, other=float("-inf"))
         weight = exp(lse - finite(top))
         mask = (valid & (lse != float("-inf")))[:, None] & (column < D)[None, :]
-        acc += weight[:, None] * tl.load(partial_outs + place[:, None] * D + column[None, :], mask=mask, other=0.0)
+        acc += weight[:, None] * tl.load(partial_outs + pointers[:, None] * D + column[None, :], mask=mask, other=0.0)
         total += weight
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(lses + row, tl.where(total == 0.0, float("-inf"), finite(top) + tl.log(total)), mask=valid)
-    place = out + row[:, None] * D + column[None, :]
-    tl.store(place, narrow(acc, out.dtype.element_ty), mask=valid[:, None] & (column < D)[None, :])
+    pointers = out + row[:, None] * D + column[None, :]
+    tl.store(pointers, downcast(acc, out.dtype.element_ty), mask=valid[:, None] & (column < D)[None, :])
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ def tile(dtype: torch.dtype, dim: int, rows: int, *, plain: bool) -> Tile:
         most, keys = 16, 16
     if interpreting():
         most, keys = 16, 16
-    chosen = min(most, max(16, triton.next_power_of_2(rows)))
-    return Tile(chosen, keys, width, 8 if chosen >= 64 else 4, 2 if dtype == torch.float32 else 3)
+    select_column = min(most, max(16, triton.next_power_of_2(rows)))
+    return Tile(select_column, keys, width, 8 if select_column >= 64 else 4, 2 if dtype == torch.float32 else 3)
 
 
 def paged_attention(
@@ -237,7 +237,7 @@ def paged_attention(
     if parts > 1:
         partial_out = torch.empty(parts, count, heads, dim, dtype=torch.float32, device=device)
         partial_lse = torch.empty(parts, count, heads, dtype=torch.float32, device=device)
-    stages = min(shape.stages, most_stages(torch.version.hip is not None))
+    stages = min(shape.stages, max_stages(torch.version.hip is not None))
     with on(device):
         attention_kernel[(tiles, kv_heads, parts)](
             query,
@@ -269,11 +269,11 @@ def paged_attention(
             PRECISION="ieee",
             num_warps=shape.warps,
             num_stages=stages,
-            **FUSED,
+            **COMPILE_OPTIONS,
         )
         if parts > 1:
             join_kernel[(triton.cdiv(count * heads, 4),)](
-                partial_out, partial_lse, out, lse, count * heads, parts, D=dim, BR=4, BD=shape.width, **FUSED
+                partial_out, partial_lse, out, lse, count * heads, parts, D=dim, BR=4, BD=shape.width, **COMPILE_OPTIONS
             )
     return out, lse
 

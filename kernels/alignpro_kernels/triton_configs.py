@@ -13,21 +13,21 @@ import triton
 
 from alignpro_kernels.triton_support import interpreting
 
-NARROWEST = 32 if interpreting() else 64
+MIN_TILE_WIDTH = 32 if interpreting() else 64
 """Divides every BN: partial sums are allocated for tiles this narrow, and a program of the gradient has this many columns."""
 
-FUSED = {"enable_fp_fusion": True}
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 """Compile option of every kernel: a·b + c is rounded once. Set explicitly because Triton 3.10 changes the default."""
 
 
-def most_stages(hip: bool) -> int:
+def max_stages(hip: bool) -> int:
     """Return the maximum number of pipeline stages: CDNA has only 64 KiB of shared memory; tiles take up to 160 elsewhere."""
     return 2 if hip else 8
 
 
 def _config(bm: int, bn: int, bk: int, group: int, waves: int, warps: int, stages: int) -> triton.Config:
     tile = {"BM": bm, "BN": bn, "BK": bk, "GROUP": group, "WAVES": waves}
-    stages = min(stages, most_stages(torch.version.hip is not None))
+    stages = min(stages, max_stages(torch.version.hip is not None))
     return triton.Config(tile, num_warps=warps, num_stages=stages)
 
 
@@ -70,14 +70,18 @@ LOGITS = INTERPRETED if interpreting() else list(dict.fromkeys(HALF + HALF_WITH_
 SAMPLES = INTERPRETED if interpreting() else SAMPLE
 
 
-def fitting(configs: list[triton.Config], named_args: dict[str, Any], **options: Any) -> list[triton.Config]:
+def prune_logits_configs(
+    configs: list[triton.Config], named_args: dict[str, Any], **options: Any
+) -> list[triton.Config]:
     """Select from `LOGITS` the configurations for the call's dtype, reference, soft-cap and number of rows."""
     call = {**named_args, **options}
     table = candidates(call["hidden"].dtype, reference=call["REF_D"] > 0, capped=call["softcap"] is not None)
     return _by_rows([c for c in configs if c in table], call["rows"])
 
 
-def sample_fitting(configs: list[triton.Config], named_args: dict[str, Any], **options: Any) -> list[triton.Config]:
+def prune_sample_configs(
+    configs: list[triton.Config], named_args: dict[str, Any], **options: Any
+) -> list[triton.Config]:
     """Select from `SAMPLES` the configurations that cover the rows with few tiles, none much taller than the rows."""
     call = {**named_args, **options}
     return _by_rows([c for c in configs if 8 * c.kwargs["BM"] >= min(call["rows"], 1024)], call["rows"])

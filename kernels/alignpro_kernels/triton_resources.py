@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from alignpro_kernels.triton_attention import attention_kernel, join_kernel
 from alignpro_kernels.triton_attention import tile as attention_tile
-from alignpro_kernels.triton_configs import FUSED, NARROWEST, SAMPLE, candidates, most_stages
+from alignpro_kernels.triton_configs import COMPILE_OPTIONS, MIN_TILE_WIDTH, SAMPLE, candidates, max_stages
 from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
 from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
 from alignpro_kernels.triton_merge import merge_kernel
@@ -88,7 +88,7 @@ def variants() -> Iterator[Variant]:
         arguments = _arguments(accumulate_kernel, total="*fp32", du=f"*{dtype}", x=f"*{dtype}")
         constants = {"D": _DEPTH, "ADD": True, "PRECISION": "ieee", **tile}
         yield Variant(f"accumulate {dtype}", accumulate_kernel, arguments, constants, 8, 3)
-    everything = dict.fromkeys(("norms", "logprob", "entropy", "kl", "target_logit", "partials"), "*fp32")
+    everything = dict.fromkeys(("softmax_stats", "logprob", "entropy", "kl", "target_logit", "partials"), "*fp32")
     arguments = _arguments(statistics_kernel, width="*i32", **everything)
     yield Variant("statistics", statistics_kernel, arguments, {"BR": 16, "BT": 64}, 4, 3)
     arguments = _arguments(
@@ -117,15 +117,15 @@ def measure(variant: Variant, target: str) -> Resources:
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     constants |= {(names.index(name),): None for name in names if name not in variant.types | variant.constants}
     signature = {name: variant.types.get(name, "constexpr") for name in names}
-    aligned = {"vocabulary", "kept_stride", "du_stride", "plane_stride", *_STATES}
+    aligned = {"vocabulary", "saved_stride", "du_stride", "plane_stride", *_STATES}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
         if signature[name].startswith("*") or (signature[name] == "i32" and name in aligned)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    stages = min(variant.stages, most_stages(TARGETS[target].backend == "hip"))
-    options = {"num_warps": variant.warps, "num_stages": stages, **FUSED}
+    stages = min(variant.stages, max_stages(TARGETS[target].backend == "hip"))
+    options = {"num_warps": variant.warps, "num_stages": stages, **COMPILE_OPTIONS}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     return _of_cdna(compiled) if TARGETS[target].backend == "hip" else _of_cuda(compiled)
 
@@ -161,7 +161,7 @@ def _plain(kernel: Any) -> Any:
 
 def _arguments(kernel: Any, **pointers: str) -> dict[str, str]:
     """Return the types of the given pointers and of the kernel's integer arguments."""
-    integers = ("rows", "count", "vocabulary", "kept_stride", "du_stride", "plane_stride", "rows_key")
+    integers = ("rows", "count", "vocabulary", "saved_stride", "du_stride", "plane_stride", "rows_key")
     return pointers | {name: "i32" for name in integers if name in _plain(kernel).arg_names}
 
 
@@ -175,10 +175,10 @@ def _logits(
     reference: str | None = None,
     rank: int = 0,
 ) -> Variant:
-    inputs = ["hidden", "weight", "kept"]
+    inputs = ["hidden", "weight", "saved"]
     inputs += ["bias"] if bias else []
-    inputs += ["low_rank", "low_rank_rows"] if rank else []
-    inputs += ["ref_hidden", "ref_weight", "ref_kept"] if reference else []
+    inputs += ["lora_b", "lora_hidden"] if rank else []
+    inputs += ["ref_hidden", "ref_weight", "ref_saved"] if reference else []
     inputs += ["ref_bias"] if reference and bias else []
     pointers = dict.fromkeys(inputs, f"*{dtype}") | {"target": "*i64", "width": "*i32"}
     pointers |= {"target_logit": "*fp32", "partials": "*fp32"}
@@ -211,15 +211,15 @@ def _tiled(
 
 
 def _gradient(name: str, dtype: str, *, everything: bool = False) -> Variant:
-    figures = ["partials", "norms", "alpha"]
-    pointers = {"kept": f"*{dtype}", "target": "*i64", "width": "*i32"}
+    figures = ["partials", "softmax_stats", "alpha"]
+    pointers = {"saved": f"*{dtype}", "target": "*i64", "width": "*i32"}
     if everything:
         figures += ["entropy", "kl", "eta", "kappa", "temperatures", "bias_gradient"]
-        pointers |= {"ref_kept": f"*{dtype}", "active": "*i64"}
+        pointers |= {"ref_saved": f"*{dtype}", "active": "*i64"}
     arguments = _arguments(gradient_kernel, **pointers, **dict.fromkeys(figures, "*fp32")) | {"temperature": "fp32"}
     if everything:
         arguments["softcap"] = "fp32"
-    constants = {"ADD": True, "BR": 64, "BV": NARROWEST}
+    constants = {"ADD": True, "BR": 64, "BV": MIN_TILE_WIDTH}
     return Variant(name, gradient_kernel, arguments, constants, 4, 3)
 
 

@@ -149,7 +149,7 @@ class Decoder:
                 "norm": torch.randn(self.dim),
                 "qkv": matrix(width + 2 * self.kv_heads * self.head_dim, self.dim),
                 "out": matrix(self.dim, width),
-                "inner_norm": torch.randn(self.dim),
+                "mlp_norm": torch.randn(self.dim),
                 "gate": matrix(self.inner, self.dim),
                 "up": matrix(self.inner, self.dim),
                 "down": matrix(self.dim, self.inner),
@@ -203,7 +203,7 @@ class Decoder:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
             x = x + out.transpose(0, 1).flatten(1) @ w["out"].T
-            h = norm(x, w["inner_norm"])
+            h = norm(x, w["mlp_norm"])
             x = x + (functional.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
         return norm(x, self.last_norm())
 

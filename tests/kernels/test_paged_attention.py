@@ -296,7 +296,7 @@ def test_errors_name_the_argument() -> None:
 
 @needs_cpp
 def test_which_backend_runs_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    attention._announce.cache_clear()
+    attention._log_choice.cache_clear()
     problem = new_problem([1], [5])
     with caplog.at_level("INFO", "alignpro_kernels"):
         for _ in range(2):

@@ -178,7 +178,7 @@ def test_strided_indices_and_queries() -> None:
 
 
 def test_the_cpu_default_is_another_backend_and_float64_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    attention._announce.cache_clear()
+    attention._log_choice.cache_clear()
     problem = new_problem([1], [5])
     with caplog.at_level("INFO", "alignpro_kernels"):
         problem.run("triton")
