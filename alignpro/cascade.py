@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from alignpro_kernels import CascadeLevel, cascade_attention, write_kv
+from alignpro_kernels import PagedKeys, cascade_attention, write_kv
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Cascade:
     """Each layer's pages, (n_pages, 2, page_size, kv_heads, head_dim)."""
     slots: Tensor
     """(T,) int64: the slot each token's key and value are written to; −1 to write nothing."""
-    levels: Sequence[CascadeLevel]
+    levels: Sequence[PagedKeys]
     """One per depth of the prefix tree."""
 
     def attend(

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from alignpro.cascade import Cascade
 from alignpro.fused_layers import FusedNorm, become
 from alignpro.packed_linear import PackedLinear, Packing, Panels
-from alignpro_kernels import CascadeLevel, decoder
+from alignpro_kernels import PagedKeys, cpp_library
 from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def attach(model: nn.Module, packing: Packing | None) -> None:
         model: The model without its head, after `fused_layers.attach`.
         packing: The packing of its linear layers; None leaves the model as it is.
     """
-    if packing is None or isinstance(model, _FusedDecoder) or decoder.unavailable() is not None:
+    if packing is None or isinstance(model, _FusedDecoder) or cpp_library.unavailable() is not None:
         return
     name = type(model).__name__
     try:
@@ -100,7 +100,7 @@ class _Recorder:
         count = torch.tensor([self._tokens], dtype=torch.int32)
         positions = torch.arange(self._tokens, dtype=torch.int32)
         first = torch.zeros(1, dtype=torch.int32)
-        level = CascadeLevel(None, positions, torch.cat([first, count]), first[None], count, first)
+        level = PagedKeys(torch.cat([first, count]), first[None], count, positions, first)
         return Cascade(pages, positions.long(), [level])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -232,10 +232,10 @@ class _Layers:
         if known is None or any(a is not b for a, b in zip(packed, known[0], strict=True)):
             layers = [
                 DecoderLayer(
-                    norm=part.norms[0].weight,
+                    attention_norm=part.norms[0].weight,
                     qkv=packed[5 * i].weight,
                     out=packed[5 * i + 1].weight,
-                    inner_norm=part.norms[1].weight,
+                    mlp_norm=part.norms[1].weight,
                     gate=packed[5 * i + 2].weight,
                     up=packed[5 * i + 3].weight,
                     down=packed[5 * i + 4].weight,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from alignpro import attention, fused_decoder, fused_layers, packed_linear
 from alignpro.cascade import Cascade
 from alignpro.language_model import LanguageModel
-from alignpro_kernels import CascadeLevel, backends
+from alignpro_kernels import PagedKeys, backends
 
 pytestmark = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
 
@@ -33,7 +33,7 @@ def states(model: PreTrainedModel) -> Tensor:
         return torch.tensor(values, dtype=torch.int32)
 
     span = torch.arange(TOKENS)
-    level = CascadeLevel(None, span.int(), int32(0, TOKENS), int32(0, 1, 2, 3)[None], int32(TOKENS), int32(0))
+    level = PagedKeys(int32(0, TOKENS), int32(0, 1, 2, 3)[None], int32(TOKENS), span.int(), int32(0))
     with torch.no_grad():
         out: Tensor = model.base_model(
             input_ids=span[None],

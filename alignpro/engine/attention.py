@@ -21,7 +21,7 @@ from alignpro.engine.pool import Geometry, KVPool
 from alignpro.engine.scheduler import Item
 from alignpro.errors import ModelError
 from alignpro.language_model import LanguageModel
-from alignpro_kernels import CascadeLevel
+from alignpro_kernels import PagedKeys
 
 
 class AttentionPlan(Cascade):
@@ -64,7 +64,7 @@ class AttentionPlan(Cascade):
         return torch.from_numpy(np.repeat(mine, self._counts).nonzero()[0]).to(self.ids.device)
 
 
-def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> CascadeLevel:
+def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> PagedKeys:
     """Build the cascade level of the segments at one depth of the items' paths. At depth 0 every token has a segment."""
     ends = {item.segment: item.end for item in items}
     tables: list[list[int]] = []
@@ -91,7 +91,7 @@ def _level(items: Sequence[Item], depth: int, positions: np.ndarray[Any, Any], d
     def int32(values: Any) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
 
-    return CascadeLevel(
+    return PagedKeys(
         rows=None if len(rows) == at else torch.tensor(rows, device=device),
         query_positions=int32(positions[rows]),
         cu_queries=int32(bounds),

@@ -1,15 +1,13 @@
 """Backend ``cpp``: the head's operators on a CPU, implemented in csrc/cpu.
 
 The vocabulary is split into tiles, which are distributed over the threads; a tile's logits are computed and reduced while
-they are in the cache. Memory use is determined by the rows in flight, since their logits are kept from the statistics to
-the gradient. Each chunk reads W twice and dW twice, so memory bandwidth becomes the bottleneck if a chunk has too few
+they are in the cache. Memory use is determined by the rows of a chunk, whose logits are saved from the statistics to the
+gradient. Each chunk reads W twice and dW twice, so memory bandwidth becomes the bottleneck if a chunk has too few
 rows. If the weight is trained, the first chunk's logits need no memory of their own: each tile's logits are stored where
 that tile's rows of dW will be, which later overwrite them.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -18,17 +16,8 @@ from alignpro_kernels import cpp_library
 from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
 from alignpro_kernels.types import SampleOutput
 
-_BUDGET = 224 << 20  # bytes for the logits in flight and the threads' partial sums
+_BUDGET = 224 << 20  # bytes for a chunk's logits and the threads' partial sums
 _MIN_ROWS = 64  # with fewer rows, rereading W and dW costs more than exceeding the budget
-
-
-@functools.cache
-def unavailable() -> str | None:
-    """Return the reason why the backend cannot run here, or None if it can; builds the library if necessary."""
-    reason = cpp_library.unavailable()
-    if reason is None:
-        _register_fakes()
-    return reason
 
 
 def max_chunk_rows(head: Head, dtype: torch.dtype) -> int:
@@ -134,7 +123,7 @@ def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
 
 def release_workspace() -> None:
     """Free the memory for logits that is otherwise reused by the next call."""
-    if unavailable() is None:
+    if cpp_library.unavailable() is None:
         torch.ops.alignpro.release_workspace()
 
 
@@ -148,23 +137,3 @@ def _temperature(rows: Rows) -> Tensor | None:
     if isinstance(rows.temperature, Tensor):
         return rows.temperature
     return None if rows.temperature == 1.0 else torch.full((len(rows.hidden),), float(rows.temperature))
-
-
-def _register_fakes() -> None:
-    """Register the shapes of the results, for tracing."""
-
-    @torch.library.register_fake("alignpro::head_statistics")
-    def _(hidden, *rest):  # type: ignore[no-untyped-def]
-        count, reference = hidden.shape[0], rest[8] is not None
-        row = hidden.new_empty(count, dtype=torch.float32)
-        kl = hidden.new_empty(count if reference else 0, dtype=torch.float32)
-        return row, torch.empty_like(row), kl, hidden.new_empty(4, count, dtype=torch.float32)
-
-    @torch.library.register_fake("alignpro::head_gradient")
-    def _(*arguments):  # type: ignore[no-untyped-def]
-        return None
-
-    @torch.library.register_fake("alignpro::head_sample")
-    def _(hidden, *rest):  # type: ignore[no-untyped-def]
-        row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        return hidden.new_empty(hidden.shape[0], dtype=torch.int64), row, torch.empty_like(row)

@@ -1,4 +1,4 @@
-"""The chunk loop shared by all fast backends: rows in flight, coefficients, accumulators, autograd.
+"""The chunk loop shared by all fast backends: chunks of rows, coefficients, accumulators, autograd.
 
 The logits of all rows never exist at once. Each chunk's logits are computed, reduced to statistics, turned into their
 gradient in place and multiplied out before the next chunk starts. Accumulators over chunks are float32 (float64 for

@@ -66,28 +66,15 @@ def linear_logprob(
         ValueError, TypeError: An argument has the wrong shape, device, value or dtype; the message names it.
         BackendError: The backend cannot run.
     """
-    checks.check_head(hidden, weight, bias, softcap)
-    checks.check_lora(lora, weight)
-    checks.check_mask(mask, hidden)
-    checks.check_target(target, hidden, len(weight), mask)
-    checks.check_temperature(temperature, hidden)
-    checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    chosen = choose_backend("linear_logprob", backend, hidden)
+    head = {"bias": bias, "lora": lora, "softcap": softcap, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    chosen, arguments, positions = _prepare(
+        "linear_logprob", backend, hidden, weight, target, mask, temperature=temperature, ref_hidden=ref_hidden, **head
+    )
     with _without_autocast(hidden.device.type):
-        inputs, positions = _flatten(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
-        layer: dict[str, Any] = {
-            "bias": bias,
-            "lora": lora,
-            "softcap": softcap,
-            "ref_weight": ref_weight,
-            "ref_bias": ref_bias,
-        }
         if chosen == "reference":
-            given = {"weight": weight, **inputs, **layer, "entropy": entropy}
-            stats = reference.linear_logprob(**given)
+            stats = reference.linear_logprob(**arguments, entropy=entropy)
         else:
-            call = _call(weight, inputs, **layer)
-            stats = fused.linear_logprob(backend_module(chosen), call, entropy=entropy)
+            stats = fused.linear_logprob(backend_module(chosen), _call(**arguments), entropy=entropy)
         return TokenStats(*(_unflatten(x, positions, target.shape) for x in stats))  # type: ignore[arg-type]
 
 
@@ -137,28 +124,16 @@ def policy_loss(
             entropy, or ``kappa`` without a reference.
         BackendError: The backend cannot run.
     """
-    checks.check_head(hidden, weight, bias, softcap)
-    checks.check_lora(lora, weight)
-    checks.check_mask(mask, hidden)
-    checks.check_target(target, hidden, len(weight), mask)
-    checks.check_temperature(temperature, hidden)
-    checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    chosen = choose_backend("policy_loss", backend, hidden)
+    head = {"bias": bias, "lora": lora, "softcap": softcap, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    chosen, arguments, positions = _prepare(
+        "policy_loss", backend, hidden, weight, target, mask, temperature=temperature, ref_hidden=ref_hidden, **head
+    )
+    options: dict[str, Any] = {"coefficients": coefficients, "positions": positions, "entropy": entropy}
     with _without_autocast(hidden.device.type):
-        inputs, positions = _flatten(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
-        layer: dict[str, Any] = {
-            "bias": bias,
-            "lora": lora,
-            "softcap": softcap,
-            "ref_weight": ref_weight,
-            "ref_bias": ref_bias,
-        }
         if chosen == "reference":
-            given = {"weight": weight, "coefficients": coefficients, **inputs, **layer, "entropy": entropy}
-            out = reference.policy_loss(**given, positions=positions)
+            out = reference.policy_loss(**arguments, **options)
         else:
-            call = _call(weight, inputs, **layer)
-            out = fused.policy_loss(backend_module(chosen), call, coefficients, entropy=entropy, positions=positions)
+            out = fused.policy_loss(backend_module(chosen), _call(**arguments), **options)
         stats = (_unflatten(x, positions, target.shape) for x in out[1:])
         return PolicyLossOutput(out.loss, *stats)  # type: ignore[arg-type]
 
@@ -201,12 +176,12 @@ def linear_sample(
     checks.check_temperature(temperature, hidden, greedy=True)
     chosen = choose_backend("linear_sample", backend, hidden)
     with torch.no_grad(), _without_autocast(hidden.device.type):
-        inputs, _ = _flatten(hidden, None, temperature=temperature)
-        layer: dict[str, Any] = {"bias": bias, "lora": lora, "softcap": softcap}
+        rows, _ = _flatten(hidden, None, temperature=temperature)
+        arguments = {"weight": weight, "bias": bias, "lora": lora, "softcap": softcap, **rows}
         if chosen == "reference":
-            out = reference.linear_sample(weight=weight, seeds=seeds.flatten(), **inputs, **layer)
+            out = reference.linear_sample(seeds=seeds.flatten(), **arguments)
         else:
-            out = fused.linear_sample(backend_module(chosen), _call(weight, inputs, **layer), seeds.flatten())
+            out = fused.linear_sample(backend_module(chosen), _call(**arguments), seeds.flatten())
         return out if seeds.ndim == 1 else SampleOutput(*(x.view(seeds.shape) for x in out))
 
 
@@ -229,6 +204,30 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
         return reference.merge_states(outs, lses)
     merged: Tensor = backend_module("triton").merge_states(outs, lses)
     return merged
+
+
+def _prepare(
+    operator: str,
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    ref_hidden: Tensor | None,
+    **head: Any,
+) -> tuple[str, dict[str, Any], Tensor | None]:
+    """Check the arguments; return the backend, the arguments for N rows, and the positions of the rows, as `_flatten`."""
+    checks.check_head(hidden, weight, head["bias"], head["softcap"])
+    checks.check_lora(head["lora"], weight)
+    checks.check_mask(mask, hidden)
+    checks.check_target(target, hidden, len(weight), mask)
+    checks.check_temperature(temperature, hidden)
+    checks.check_reference(hidden, weight, ref_hidden, head["ref_weight"], head["ref_bias"])
+    chosen = choose_backend(operator, backend, hidden)
+    rows, positions = _flatten(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
+    return chosen, {"weight": weight, **head, **rows}, positions
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -269,21 +268,23 @@ def _unflatten(x: Tensor | None, positions: Tensor | None, shape: torch.Size) ->
 
 def _call(
     weight: Tensor,
-    inputs: dict[str, Any],
+    hidden: Tensor,
+    temperature: float | Tensor,
     *,
     bias: Tensor | None,
     lora: LoRA | None,
     softcap: float | None,
+    target: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> fused.Call:
-    ref_hidden = inputs.get("ref_hidden")
     if ref_hidden is not None and ref_weight is None:
         ref_weight, ref_bias = weight, (bias if ref_bias is None else ref_bias)
     lora_hidden = None
     if lora is not None:  # through these rows, autograd computes the gradient of A and its part of the hidden states'
-        lora_hidden = lora.scale * (inputs["hidden"] @ lora.a.T)  # (N, r)
+        lora_hidden = lora.scale * (hidden @ lora.a.T)  # (N, r)
     return fused.Call(
         Head(weight, bias, softcap, None if lora is None else lora.b, ref_weight, ref_bias),
-        Rows(inputs["hidden"], inputs.get("target"), inputs["temperature"], lora_hidden, ref_hidden),
+        Rows(hidden, target, temperature, lora_hidden, ref_hidden),
     )

@@ -18,6 +18,7 @@ which have checked them and removed masked rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,35 +66,14 @@ def policy_loss(
     target: Tensor,
     coefficients: Coefficients,
     *,
-    bias: Tensor | None = None,
-    lora: LoRA | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    entropy: bool = False,
     positions: Tensor | None = None,
+    **options: Any,
 ) -> PolicyLossOutput:
-    """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are those of the rows in the input, None for 0…N−1."""
-    stats = linear_logprob(
-        hidden,
-        weight,
-        target,
-        bias=bias,
-        lora=lora,
-        temperature=temperature,
-        softcap=softcap,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        entropy=entropy,
-    )
-    return loss_of(stats, coefficients, positions)
+    """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are those of the rows in the input, None for 0…N−1.
 
-
-def loss_of(stats: TokenStats, coefficients: Coefficients, positions: Tensor | None) -> PolicyLossOutput:
-    """Compute the loss from statistics, through which its gradient flows; otherwise as `policy_loss`."""
+    Other arguments are those of `linear_logprob`.
+    """
+    stats = linear_logprob(hidden, weight, target, **options)
     constant = TokenStats(*(None if x is None else x.detach() for x in stats))  # type: ignore[arg-type]
     if positions is None:
         positions = torch.arange(stats.logprob.numel(), device=stats.logprob.device)

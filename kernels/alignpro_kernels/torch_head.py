@@ -16,7 +16,7 @@ from alignpro_kernels.head import MIN_LOGPROB, Head, HeadGradients, Rows, RowSta
 from alignpro_kernels.noise import gumbel_noise
 from alignpro_kernels.types import SampleOutput
 
-_BUDGET = {"cpu": 192 << 20, "cuda": 1 << 30}  # bytes of logits in flight
+_BUDGET = {"cpu": 192 << 20, "cuda": 1 << 30}  # bytes of a chunk's logits
 _TILE = 8192  # vocabulary entries per step, whose temporaries are small compared with the logits
 
 

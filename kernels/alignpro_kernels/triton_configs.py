@@ -1,11 +1,13 @@
-"""Tile configurations of the matrix products that the autotuner tries, by dtype, device and number of rows.
+"""The tiles of all Triton kernels: how many rows, columns and keys a program computes, with how many warps and stages.
 
+For the matrix products with W these are the configurations that the autotuner tries, by dtype, device and number of rows.
 Tuning runs once per shape (rows rounded up to a power of two), and Triton caches its choice on disk. The order of
 summation depends on the choice: results are bitwise reproducible for one choice, hence within one process.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,60 @@ MIN_TILE_WIDTH = 32 if interpreting() else 64
 
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 """Compile option of every kernel: a·b + c is rounded once. Set explicitly because Triton 3.10 changes the default."""
+
+
+STATISTICS = {"BR": 16, "BT": 64}
+"""Rows, and tiles at a time, of `statistics_kernel`."""
+CHOICE = {"BR": 8, "BT": 64}
+"""Likewise of `choice_kernel`."""
+GRADIENT = {"BR": 8 if interpreting() else 64, "BV": MIN_TILE_WIDTH}
+GRADIENT_ROWS = 128
+"""Rows per program of `gradient_kernel` where the rows are split over several programs."""
+ACCUMULATE = {"BM": 32, "BN": 32, "BK": 16} if interpreting() else {"BM": 128, "BN": 128, "BK": 32}
+ACCUMULATE_WARPS = 1 if interpreting() else 8
+NOISE = {"BV": 1024}
+MERGE = {"BR": 8}
+MERGE_COLUMNS = 256
+"""Maximum number of columns per program of `merge_kernel`."""
+COMBINE = {"BR": 4}
+SEQUENCE_BLOCK = 128
+"""Sequences that a program of `attention_kernel` looks through at a time to find its own."""
+SPLIT_KEYS = 16 if interpreting() else 512
+"""Keys per split: few enough that one sequence of a few thousand keys occupies the device."""
+MAX_SPLITS = 64
+"""Beyond this, splits become longer instead: each one stores its results in memory."""
+SPLIT_WAVES = 2
+"""With at least this many programs per processor, keys are not split."""
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Rows and keys per program of `attention_kernel`, and how it is compiled."""
+
+    rows: int
+    keys: int
+    width: int
+    """D rounded up to a power of two."""
+    warps: int
+    stages: int
+
+
+def attention_tile(dtype: torch.dtype, dim: int, rows: int, *, plain: bool) -> AttentionTile:
+    """Choose the tile for ``rows`` rows (queries times heads) per sequence; plain: no soft-cap or window, which use registers."""
+    width = max(16, triton.next_power_of_2(dim))
+    if interpreting():
+        max_rows, keys = 16, 16
+    elif dtype == torch.float32:  # without tensor cores, which would need fewer registers
+        max_rows, keys = (32, 32) if width <= 64 else (16, 16)
+    elif width <= 128:
+        max_rows, keys = 128, 64 if plain else 32
+    elif width <= 256:
+        max_rows, keys = 64 if plain else 32, 32
+    else:
+        max_rows, keys = 16, 16
+    tile_rows = min(max_rows, max(16, triton.next_power_of_2(rows)))
+    stages = min(2 if dtype == torch.float32 else 3, max_stages(torch.version.hip is not None))
+    return AttentionTile(tile_rows, keys, width, 8 if tile_rows >= 64 else 4, stages)
 
 
 def max_stages(hip: bool) -> int:

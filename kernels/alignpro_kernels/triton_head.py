@@ -3,44 +3,39 @@
 A chunk's logits are computed once, by `logits_kernel`, which takes the statistics from its float32 accumulators and
 stores the logits in the inputs' dtype, each tile relative to its mean. `gradient_kernel` turns the stored logits into the
 gradient in place and compacts the active rows. The products with W and with the hidden states use the vendor's BLAS. CPU
-tensors are supported if TRITON_INTERPRET=1 is set. The module can be imported without the package triton, so that
-`unavailable` can report that it is missing.
+tensors are supported if TRITON_INTERPRET=1 is set.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from alignpro_kernels import reference
 from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
-from alignpro_kernels.triton_support import interpreting, on, takes, unavailable
+from alignpro_kernels.triton_configs import (
+    ACCUMULATE,
+    ACCUMULATE_WARPS,
+    CHOICE,
+    COMPILE_OPTIONS,
+    GRADIENT,
+    GRADIENT_ROWS,
+    MERGE,
+    MERGE_COLUMNS,
+    MIN_TILE_WIDTH,
+    NOISE,
+    STATISTICS,
+)
+from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
+from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
+from alignpro_kernels.triton_merge import merge_kernel
+from alignpro_kernels.triton_sample import choice_kernel, noise_kernel, sample_kernel
+from alignpro_kernels.triton_support import device_guard, interpreting, supports
 from alignpro_kernels.types import SampleOutput
-
-if importlib.util.find_spec("triton") is not None:
-    import triton
-
-    from alignpro_kernels.triton_configs import COMPILE_OPTIONS, MIN_TILE_WIDTH
-    from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
-    from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
-    from alignpro_kernels.triton_merge import merge_kernel
-    from alignpro_kernels.triton_sample import choice_kernel, noise_kernel, sample_kernel
-
-__all__ = [
-    "backward",
-    "forward",
-    "gumbel_noise",
-    "logits_buffer_rows",
-    "max_chunk_rows",
-    "merge_states",
-    "sample",
-    "takes",
-    "unavailable",
-]
 
 _BUDGET = 5 << 28  # bytes stored per chunk: 1.25 GiB
 _MAX_ROWS = 8192  # the matrix products reach full speed with far fewer rows
@@ -96,7 +91,7 @@ def forward(head: Head, rows: Rows, *, entropy: bool, save_logits: bool) -> tupl
         softmax_stats,
     )
     temperatures, temperature = _temperature(rows.temperature)
-    with on(device):
+    with device_guard(device):
         logits_kernel[_grid(device, count, vocabulary)](
             rows.hidden,
             head.weight.contiguous(),
@@ -127,7 +122,7 @@ def forward(head: Head, rows: Rows, *, entropy: bool, save_logits: bool) -> tupl
             PRECISION=_precision(rows.hidden.dtype),
             **COMPILE_OPTIONS,
         )
-        statistics_kernel[(triton.cdiv(count, 16),)](
+        statistics_kernel[(triton.cdiv(count, STATISTICS["BR"]),)](
             partials,
             width,
             target_logit,
@@ -138,8 +133,7 @@ def forward(head: Head, rows: Rows, *, entropy: bool, save_logits: bool) -> tupl
             count,
             vocabulary,
             partials.stride(0),
-            BR=16,
-            BT=64,
+            **STATISTICS,
             **COMPILE_OPTIONS,
         )
     if logits is None:
@@ -162,7 +156,7 @@ def backward(
     device, dtype = rows.hidden.device, rows.hidden.dtype
     grad_scale = _grad_scale(alpha, eta, kappa) if dtype == torch.float16 else None
     du = _logits_gradient(head, rows, saved, stats, active, alpha, eta, kappa, gradients, grad_scale)  # (A, V)
-    with on(device):
+    with device_guard(device):
         for matrix, row_gradient in ((head.weight, gradients.hidden), (head.lora_b, gradients.lora_hidden)):
             if row_gradient is None or matrix is None:
                 continue
@@ -185,7 +179,7 @@ def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
     count, device = len(rows.hidden), rows.hidden.device
     token = torch.empty(count, dtype=torch.int64, device=device)
     logprob, entropy = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
-    with on(device):
+    with device_guard(device):
         for start in range(0, count, _SAMPLE_ROWS):
             chunk = slice(start, start + _SAMPLE_ROWS)
             _sample_chunk(head, rows.select(chunk), seeds[chunk], token[chunk], logprob[chunk], entropy[chunk])
@@ -204,10 +198,10 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
     merged = stacked_outs.new_empty(stacked_outs.shape[1:])
     if merged.numel():
         count = merged.numel() // width
-        columns = min(256, triton.next_power_of_2(width))
-        grid = (triton.cdiv(count, 8), triton.cdiv(width, columns))
-        with on(merged.device):
-            merge_kernel[grid](stacked_outs, stacked_lses, merged, count, D=width, S=len(outs), BR=8, BD=columns)
+        columns = min(MERGE_COLUMNS, triton.next_power_of_2(width))
+        grid = (triton.cdiv(count, MERGE["BR"]), triton.cdiv(width, columns))
+        with device_guard(merged.device):
+            merge_kernel[grid](stacked_outs, stacked_lses, merged, count, D=width, S=len(outs), BD=columns, **MERGE)
     return merged
 
 
@@ -215,8 +209,8 @@ def gumbel_noise(seeds: Tensor, vocabulary: int) -> Tensor:
     """Return the noise (C, V) float32 that `sample` adds, equal to `noise.gumbel_noise` to about 1e-6."""
     _check_device(seeds)
     out = torch.empty(len(seeds), vocabulary, dtype=torch.float32, device=seeds.device)
-    with on(seeds.device):
-        noise_kernel[(len(seeds),)](seeds, out, vocabulary, BV=1024)
+    with device_guard(seeds.device):
+        noise_kernel[(len(seeds),)](seeds, out, vocabulary, **NOISE)
     return out
 
 
@@ -237,8 +231,8 @@ def _logits_gradient(
     count = chunk if active is None else len(active)
     alone = active is not None or gradients.bias is not None
     temperatures, temperature = _temperature(rows.temperature)
-    with on(rows.hidden.device):
-        gradient_kernel[(triton.cdiv(vocabulary, MIN_TILE_WIDTH), 1 if alone else triton.cdiv(count, 128))](
+    with device_guard(rows.hidden.device):
+        gradient_kernel[(triton.cdiv(vocabulary, MIN_TILE_WIDTH), 1 if alone else triton.cdiv(count, GRADIENT_ROWS))](
             saved.logits,
             saved.ref_logits,
             active,
@@ -262,8 +256,7 @@ def _logits_gradient(
             temperature,
             _as_float(head.softcap),
             ADD=gradients.accumulate,
-            BR=8 if interpreting() else 64,
-            BV=MIN_TILE_WIDTH,
+            **GRADIENT,
             **COMPILE_OPTIONS,
         )
     return saved.logits[:count, :vocabulary]
@@ -298,7 +291,7 @@ def _sample_chunk(head: Head, rows: Rows, seeds: Tensor, token: Tensor, logprob:
         PRECISION=_precision(rows.hidden.dtype),
         **COMPILE_OPTIONS,
     )
-    choice_kernel[(triton.cdiv(count, 8),)](
+    choice_kernel[(triton.cdiv(count, CHOICE["BR"]),)](
         partials,
         best,
         width,
@@ -310,8 +303,7 @@ def _sample_chunk(head: Head, rows: Rows, seeds: Tensor, token: Tensor, logprob:
         vocabulary,
         partials.stride(0),
         temperature,
-        BR=8,
-        BT=64,
+        **CHOICE,
         **COMPILE_OPTIONS,
     )
 
@@ -335,8 +327,8 @@ def _accumulate(total: Tensor, du: Tensor, x: Tensor, grad_scale: Tensor | None,
             torch.mm(du.T, x, out_dtype=torch.float32, out=total)
     else:
         vocabulary, width = total.shape
-        bm, bn, bk, warps = (32, 32, 16, 1) if interpreting() else (128, 128, 32, 8)
-        accumulate_kernel[(triton.cdiv(vocabulary, bm) * triton.cdiv(width, bn),)](
+        grid = (triton.cdiv(vocabulary, ACCUMULATE["BM"]) * triton.cdiv(width, ACCUMULATE["BN"]),)
+        accumulate_kernel[grid](
             total,
             du,
             x,
@@ -347,10 +339,8 @@ def _accumulate(total: Tensor, du: Tensor, x: Tensor, grad_scale: Tensor | None,
             D=width,
             ADD=add,
             PRECISION=_precision(du.dtype),
-            BM=bm,
-            BN=bn,
-            BK=bk,
-            num_warps=warps,
+            **ACCUMULATE,
+            num_warps=ACCUMULATE_WARPS,
             **COMPILE_OPTIONS,
         )
 
@@ -395,5 +385,5 @@ def _grid(device: torch.device, count: int, vocabulary: int) -> object:
 
 
 def _check_device(x: Tensor) -> None:
-    if not takes(x.device):
+    if not supports(x.device):
         raise RuntimeError(f"backend 'triton' runs on CUDA and ROCm devices, and the input is on {x.device}")

@@ -122,9 +122,9 @@ def walk(counts: list[int], below: list[int], lengths: list[int], **shape: Any) 
 
 
 def run(problem: Problem, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    arguments = [x.to(device) for x in problem.arguments()]
+    arguments = problem.arguments(device)
     if device == "cpu":
-        return flash_attention.paged_attention(*arguments, scale=problem.scale, softcap=problem.softcap)
+        return flash_attention.paged_attention(*arguments, scale=problem.scale, softcap=problem.softcap, window=None)
     return paged_attention(*arguments, scale=problem.scale, softcap=problem.softcap, backend="flash")
 
 

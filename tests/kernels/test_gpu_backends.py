@@ -140,7 +140,7 @@ def test_paged_attention(
 ) -> None:
     torch.manual_seed(0)
     problem = new_problem(counts, [1300, 70, 0], heads=6, dim=dim, dtype=dtype, softcap=softcap, window=window)
-    arguments = [x.cuda() for x in problem.arguments()]
+    arguments = problem.arguments("cuda")
     torch.cuda.synchronize()
     options = {"scale": problem.scale, "softcap": softcap, "window": window, "backend": "triton"}
     out, lse = paged_attention(*arguments, **options)
