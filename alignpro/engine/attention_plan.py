@@ -22,7 +22,7 @@ from alignpro.errors import ModelError
 from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.paged_attention import PagedAttention
-from alignpro_kernels import CascadeLevel
+from alignpro_kernels import PagedKeys
 
 
 class AttentionPlan(PagedAttention):
@@ -66,7 +66,7 @@ class AttentionPlan(PagedAttention):
         return torch.from_numpy(np.repeat(owned, self._counts).nonzero()[0]).to(self.ids.device)
 
 
-def _level(chunks: Sequence[Chunk], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> CascadeLevel:
+def _level(chunks: Sequence[Chunk], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> PagedKeys:
     """Build the cascade level of the segments at one depth of the chunks' paths. At depth 0 every token has a segment."""
     ends = {chunk.segment: chunk.end for chunk in chunks}
     tables: list[list[int]] = []
@@ -93,7 +93,7 @@ def _level(chunks: Sequence[Chunk], depth: int, positions: np.ndarray[Any, Any],
     def int32(values: Any) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
 
-    return CascadeLevel(
+    return PagedKeys(
         rows=None if len(rows) == at else torch.tensor(rows, device=device),
         query_positions=int32(positions[rows]),
         cu_queries=int32(bounds),

@@ -34,7 +34,7 @@ from alignpro.engine.stats import EngineStats
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.paged_attention import PagedAttention
-from alignpro_kernels import CascadeLevel
+from alignpro_kernels import PagedKeys
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class _Buffers(NamedTuple):
     """(T,) int64."""
     active: Tensor
     """(A,) int64: rows that a token LoRA acts on; padded with the last row, which is itself padding."""
-    levels: list[CascadeLevel]
+    levels: list[PagedKeys]
 
     @classmethod
     def within(cls, memory: Tensor, shape: Shape) -> _Buffers:
@@ -107,7 +107,7 @@ class _Buffers(NamedTuple):
         levels = []
         for i, (s, pages) in enumerate(shape.levels):
             seen_from, bounds, table, lengths, starts = rest[5 * i : 5 * i + 5]
-            levels.append(CascadeLevel(None, seen_from, bounds, table.view(s, pages), lengths, starts))
+            levels.append(PagedKeys(bounds, table.view(s, pages), lengths, seen_from, starts))
         ids, positions, slots, active = (x.view(torch.int64) for x in (ids, positions, slots, active))
         return cls(ids, positions, slots, active, levels)
 

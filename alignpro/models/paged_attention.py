@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from alignpro.models.attention_interface import AttentionSettings
-from alignpro_kernels import CascadeLevel, cascade_attention, write_kv
+from alignpro_kernels import PagedKeys, cascade_attention, write_kv
 
 
 @dataclass
@@ -19,7 +19,7 @@ class PagedAttention:
     """Each layer's pages, (n_pages, 2, page_size, kv_heads, head_dim)."""
     slots: Tensor
     """(T,) int64: the slot each token's key and value are written to; −1 to write nothing."""
-    levels: Sequence[CascadeLevel]
+    levels: Sequence[PagedKeys]
     """One per depth of the prefix tree."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:

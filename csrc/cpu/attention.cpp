@@ -14,24 +14,12 @@
 #include <tuple>
 #include <vector>
 
-#include "attention.h"
 #include "attention_plan.h"
-#include "cascade.h"
-#include "instructions.h"
+#include "cpu_kernels.h"
+#include "paged_kv.h"
 
 namespace alignpro {
 namespace {
-
-const AttentionKernels& attention_kernels() {
-#if defined(__x86_64__)
-  switch (instructions()) {
-    case Instructions::kAvx512: return attention_kernels_avx512;
-    case Instructions::kAvx2: return attention_kernels_avx2;
-    case Instructions::kGeneric: break;
-  }
-#endif
-  return attention_kernels_generic;
-}
 
 Element element_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -63,19 +51,19 @@ void check_values(const Problem& p, int64_t sequences) {
   }
 }
 
-int64_t floats_of_sums(int64_t rows, int64_t stride) { return rounded_up(rows * (stride + 2), kLanes); }
+int64_t state_floats(int64_t rows, int64_t stride) { return round_up(rows * (stride + 2), kLanes); }
 
-Sums sums_at(float* memory, int64_t rows, int64_t stride) {
+SoftmaxState state_at(float* memory, int64_t rows, int64_t stride) {
   return {memory, memory + rows * stride, memory + rows * (stride + 1)};
 }
 
-void clear(const Sums& sums, int64_t rows, int64_t stride) {
+void clear(const SoftmaxState& sums, int64_t rows, int64_t stride) {
   std::fill(sums.o, sums.o + rows * stride, 0.0f);
   std::fill(sums.m, sums.m + rows, -std::numeric_limits<float>::infinity());
   std::fill(sums.l, sums.l + rows, 0.0f);
 }
 
-void write_rows(const Problem& p, const Item& item, const Sums& sums) {
+void write_rows(const Problem& p, const WorkItem& item, const SoftmaxState& sums) {
   const int64_t dim = p.head_dim(), stride = p.stride();
   float* outs = p.out.mutable_data_ptr<float>();
   float* lses = p.lse.mutable_data_ptr<float>();
@@ -111,40 +99,40 @@ void write_rows(const Problem& p, const Item& item, const Sums& sums) {
 class Worker {
  public:
   explicit Worker(const Problem& p)
-      : p_(p), stride_(p.stride()), rows_(p.rows_per_item()), keys_(paged_keys(p)),
+      : p_(p), stride_(p.stride()), rows_(p.rows_per_item()), keys_(head_keys(p)),
         head_bytes_(p.pages.stride(3) * p.pages.element_size()),
-        memory_(at::empty({rows_ * stride_ + 2 * floats_of_sums(rows_, stride_) +
-                           attention_kernels().scratch(rows_, stride_)}, at::kFloat)),
+        memory_(at::empty({rows_ * stride_ + 2 * state_floats(rows_, stride_) +
+                           cpu_kernels().attention.scratch(rows_, stride_)}, at::kFloat)),
         first_(static_cast<size_t>(rows_)), last_(static_cast<size_t>(rows_)) {
     query_ = memory_.mutable_data_ptr<float>();
     sums_ = query_ + rows_ * stride_;
-    scratch_ = sums_ + 2 * floats_of_sums(rows_, stride_);
+    scratch_ = sums_ + 2 * state_floats(rows_, stride_);
   }
 
   // `next` is the item to process afterwards, whose keys are prefetched, or null.
-  void take(const Item& item, const Item* next, float* parts_memory) {
+  void process(const WorkItem& item, const WorkItem* next, float* parts_memory) {
     gather(item);
     if (item.part >= 0) {
-      float* at = parts_memory + item.part * floats_of_sums(rows_, stride_);
-      attend(item, next, sums_at(at, rows_, stride_), item.first_part());
+      float* at = parts_memory + item.part * state_floats(rows_, stride_);
+      attend(item, next, state_at(at, rows_, stride_), item.first_part());
       return;
     }
-    const Sums sums = sums_at(sums_, rows_, stride_);
-    const Sums part = sums_at(sums_ + floats_of_sums(rows_, stride_), rows_, stride_);
+    const SoftmaxState sums = state_at(sums_, rows_, stride_);
+    const SoftmaxState part = state_at(sums_ + state_floats(rows_, stride_), rows_, stride_);
     int64_t begin = item.first_part();
     attend(item, next, sums, begin);
     for (begin += kPart; begin < item.key_end; begin += kPart) {
       attend(item, next, part, begin);
-      attention_kernels().merge(sums, part, item.heads() * rows_of_head(item), stride_);
+      cpu_kernels().attention.merge(sums, part, item.heads() * rows_of_head(item), stride_);
     }
     write_rows(p_, item, sums);
   }
 
  private:
-  int64_t rows_of_head(const Item& item) const { return item.queries() * p_.group(); }
+  int64_t rows_of_head(const WorkItem& item) const { return item.queries() * p_.group(); }
 
   // Converts the queries to (rows, stride) floats, and collects the range of keys that each row of a head sees.
-  void gather(const Item& item) {
+  void gather(const WorkItem& item) {
     const int64_t size = p_.query.element_size();
     const char* from = static_cast<const char*>(p_.query.const_data_ptr());
     float* to = query_;
@@ -152,7 +140,7 @@ class Worker {
       for (int64_t t = item.query_begin; t < item.query_end; ++t) {
         for (int64_t g = 0; g < p_.group(); ++g, to += stride_) {
           const int64_t at = p_.row(t) * p_.query.stride(0) + (head + g) * p_.query.stride(1);
-          attention_kernels().widen(from + at * size, element_of(p_.query), to, p_.head_dim(), stride_);
+          cpu_kernels().attention.upcast_row(from + at * size, element_of(p_.query), to, p_.head_dim(), stride_);
         }
       }
     }
@@ -163,7 +151,7 @@ class Worker {
   }
 
   // Computes attention to the part that starts at `begin`, into sums that are reset first.
-  void attend(const Item& item, const Item* next, const Sums& sums, int64_t begin) {
+  void attend(const WorkItem& item, const WorkItem* next, const SoftmaxState& sums, int64_t begin) {
     const int64_t rows = rows_of_head(item), end = std::min<int64_t>(begin + kPart, item.key_end);
     clear(sums, item.heads() * rows, stride_);
     for (int64_t key = std::max<int64_t>(begin, item.key_begin / kKeyBlock * kKeyBlock); key < end; key += kKeyBlock) {
@@ -174,7 +162,7 @@ class Worker {
           prefetch(*next, next->key_begin / kKeyBlock * kKeyBlock, head, item.heads());
         }
         const int64_t row = head * rows;
-        attention_kernels().attend(
+        cpu_kernels().attention.attend(
             keys_of(item, item.head_begin + head),
             {rows, stride_, query_ + row * stride_, first_.data(), last_.data(), p_.scale, p_.softcap},
             {sums.o + row * stride_, sums.m + row, sums.l + row}, key, std::min(key + kKeyBlock, end), scratch_);
@@ -184,11 +172,11 @@ class Worker {
 
   // Prefetches one of `shares` parts of the block at `begin` while another block is processed: the keys and values of all
   // heads, in memory order. The hardware prefetcher cannot predict where the next page is.
-  void prefetch(const Item& item, int64_t begin, int64_t share, int64_t shares) const {
+  void prefetch(const WorkItem& item, int64_t begin, int64_t share, int64_t shares) const {
     const int64_t end = std::min<int64_t>(begin + kKeyBlock * (share + 1) / shares, item.key_end);
     begin += kKeyBlock * share / shares;
     if (begin >= end) return;
-    const PagedKeys keys = keys_of(item, item.head_begin);
+    const HeadKeys keys = keys_of(item, item.head_begin);
     const int64_t bytes = p_.head_dim() * p_.pages.element_size();
     int64_t page = begin / keys.page_size, slot = begin % keys.page_size;
     for (; begin < end; ++begin) {
@@ -206,15 +194,15 @@ class Worker {
     }
   }
 
-  PagedKeys keys_of(const Item& item, int64_t head) const {
-    PagedKeys keys = keys_;
+  HeadKeys keys_of(const WorkItem& item, int64_t head) const {
+    HeadKeys keys = keys_;
     keys.pages += head * head_bytes_;
     keys.table += item.sequence * p_.page_table.stride(0);
     return keys;
   }
 
   // Returns the keys of the first head and sequence.
-  static PagedKeys paged_keys(const Problem& p) {
+  static HeadKeys head_keys(const Problem& p) {
     const auto bytes = [&](int64_t dimension) { return p.pages.stride(dimension) * p.pages.element_size(); };
     return {static_cast<const char*>(p.pages.const_data_ptr()), p.page_table.const_data_ptr<int32_t>(), p.pages.size(2),
             bytes(0), bytes(2), bytes(1), p.head_dim(), element_of(p.pages)};
@@ -222,7 +210,7 @@ class Worker {
 
   const Problem& p_;
   int64_t stride_, rows_;
-  PagedKeys keys_;
+  HeadKeys keys_;
   int64_t head_bytes_;
   Tensor memory_;
   std::vector<int64_t> first_, last_;  // (rows of a head)
@@ -232,7 +220,7 @@ class Worker {
 void run(const Problem& p, int64_t sequences) {
   const Plan plan = plan_of(p, sequences);
   const std::vector<size_t> runs = runs_of(plan.items, plan.threads == 1 ? 1 : plan.threads * kRunsPerThread);
-  const int64_t rows = p.rows_per_item(), stride = p.stride(), floats = floats_of_sums(rows, stride);
+  const int64_t rows = p.rows_per_item(), stride = p.stride(), floats = state_floats(rows, stride);
   const Tensor parts_memory = at::empty({plan.parts * floats}, at::kFloat);
   float* sums = parts_memory.mutable_data_ptr<float>();
   std::atomic<size_t> next{0};
@@ -241,14 +229,14 @@ void run(const Problem& p, int64_t sequences) {
     Worker worker(p);
     for (size_t run = next++; run + 1 < runs.size(); run = next++) {
       for (size_t i = runs[run]; i < runs[run + 1]; ++i) {
-        worker.take(plan.items[i], i + 1 < runs[run + 1] ? &plan.items[i + 1] : nullptr, sums);
+        worker.process(plan.items[i], i + 1 < runs[run + 1] ? &plan.items[i + 1] : nullptr, sums);
       }
     }
   });
   for (const Split& split : plan.splits) {
-    const Sums whole = sums_at(sums + split.part * floats, rows, stride);
+    const SoftmaxState whole = state_at(sums + split.part * floats, rows, stride);
     for (int64_t i = 1; i < split.item.parts(); ++i) {
-      attention_kernels().merge(whole, sums_at(sums + (split.part + i) * floats, rows, stride),
+      cpu_kernels().attention.merge(whole, state_at(sums + (split.part + i) * floats, rows, stride),
                                 split.item.queries() * p.group(), stride);
     }
     write_rows(p, split.item, whole);
@@ -257,20 +245,20 @@ void run(const Problem& p, int64_t sequences) {
 
 Tensor unit_stride(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-// Writes the attention of some queries to `out` (T, H, D) float32 and `lse` (T, H).
-void attend_to(const Tensor& query, const Tensor& pages, const OptionalTensor& rows, const Tensor& cu_queries,
-               const Tensor& page_table, const Tensor& key_lengths, const Tensor& query_positions,
-               const OptionalTensor& key_starts, double scale, double softcap, int64_t window, const Tensor& out,
-               const Tensor& lse, bool merge) {
-  const int64_t sequences = key_lengths.size(0);
-  const Tensor cu = cu_queries.contiguous(), lengths = key_lengths.contiguous(), positions = query_positions.contiguous();
-  const Tensor starts = key_starts ? key_starts->contiguous() : Tensor(), which = rows ? rows->contiguous() : Tensor();
+// Writes or merges the attention of a level's queries to `out` (T, H, D) float32 and `lse` (T, H).
+void attend_level(const Tensor& query, const Tensor& pages, const CascadeLevels& levels, size_t level, double scale,
+                  double softcap, int64_t window, const Tensor& out, const Tensor& lse, bool merge) {
+  const OptionalTensor chosen = levels.rows.get(level);
+  const Tensor rows = chosen ? chosen->contiguous() : Tensor(), cu_queries = levels.cu_queries[level].contiguous();
+  const Tensor lengths = levels.key_lengths[level].contiguous(), starts = levels.key_starts[level].contiguous();
+  const Tensor positions = levels.query_positions[level].contiguous();
+  const int64_t sequences = lengths.size(0);
   Problem p{unit_stride(query),
             pages,
-            unit_stride(page_table),
+            unit_stride(levels.page_tables[level]),
             positions.size(0),
-            rows ? which.const_data_ptr<int64_t>() : nullptr,
-            cu.const_data_ptr<int32_t>(),
+            chosen ? rows.const_data_ptr<int64_t>() : nullptr,
+            cu_queries.const_data_ptr<int32_t>(),
             lengths.const_data_ptr<int32_t>(),
             {},
             {},
@@ -280,67 +268,48 @@ void attend_to(const Tensor& query, const Tensor& pages, const OptionalTensor& r
             lse,
             merge};
   check_values(p, sequences);
-  find_seen(p, sequences, positions.const_data_ptr<int32_t>(), key_starts ? starts.const_data_ptr<int32_t>() : nullptr, window);
+  find_visible(p, sequences, positions.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(), window);
   if (p.count > 0) run(p, sequences);
-}
-
-// -> out (T, H, D) in the query's dtype, lse (T, H) float32. softcap 0 and window 0 disable them.
-std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& pages, const Tensor& cu_queries,
-                                           const Tensor& page_table, const Tensor& key_lengths,
-                                           const Tensor& query_positions, const OptionalTensor& key_starts, double scale,
-                                           double softcap, int64_t window) {
-  const at::AutoDispatchBelowAutograd no_autograd;
-  const Tensor out = at::empty(query.sizes(), at::kFloat), lse = at::empty({query.size(0), query.size(1)}, at::kFloat);
-  attend_to(query, pages, {}, cu_queries, page_table, key_lengths, query_positions, key_starts, scale, softcap, window, out,
-            lse, false);
-  return {out.to(query.scalar_type()), lse};
 }
 
 }  // namespace
 
-void attend_to_levels(const Tensor& query, const Tensor& pages, const CascadeLevels& levels, double scale, double softcap,
-                      int64_t window, const Tensor& out, const Tensor& lse) {
+void attend_levels(const Tensor& query, const Tensor& pages, const CascadeLevels& levels, double scale, double softcap,
+                   int64_t window, const Tensor& out, const Tensor& lse) {
+  const bool some_rows = levels.rows.get(0).has_value();
+  if (some_rows) {
+    out.zero_();
+    lse.fill_(-std::numeric_limits<float>::infinity());
+  }
   for (size_t level = 0; level < levels.cu_queries.size(); ++level) {
-    const OptionalTensor chosen = levels.rows.get(level);
-    const bool first = level == 0;
-    if (first && chosen) {
-      out.zero_();
-      lse.fill_(-std::numeric_limits<float>::infinity());
-    }
-    attend_to(query, pages, chosen, levels.cu_queries[level], levels.page_tables[level], levels.key_lengths[level],
-              levels.query_positions[level], levels.key_starts[level], scale, softcap, window, out, lse,
-              !first || chosen.has_value());
+    attend_level(query, pages, levels, level, scale, softcap, window, out, lse, level > 0 || some_rows);
   }
 }
 
 namespace {
 
-// -> out (T, H, D) in the query's dtype: attention to several levels, each seen by some of the queries.
-Tensor cascade_attention(const Tensor& query, const Tensor& pages, const c10::List<OptionalTensor>& rows,
-                         at::TensorList cu_queries, at::TensorList page_tables, at::TensorList key_lengths,
-                         at::TensorList query_positions, at::TensorList key_starts, double scale, double softcap,
-                         int64_t window) {
+// -> out (T, H, D) in the query's dtype, lse (T, H) float32: attention to several levels, each seen by some of the queries.
+// softcap 0 and window 0 disable them.
+std::tuple<Tensor, Tensor> cascade_attention(const Tensor& query, const Tensor& pages, const c10::List<OptionalTensor>& rows,
+                                             at::TensorList cu_queries, at::TensorList page_tables,
+                                             at::TensorList key_lengths, at::TensorList query_positions,
+                                             at::TensorList key_starts, double scale, double softcap, int64_t window) {
   const at::AutoDispatchBelowAutograd no_autograd;
   const Tensor out = at::empty(query.sizes(), at::kFloat), lse = at::empty({query.size(0), query.size(1)}, at::kFloat);
-  attend_to_levels(query, pages, {rows, cu_queries, page_tables, key_lengths, query_positions, key_starts}, scale, softcap,
-                   window, out, lse);
-  return out.to(query.scalar_type());
+  attend_levels(query, pages, {rows, cu_queries, page_tables, key_lengths, query_positions, key_starts}, scale, softcap,
+                window, out, lse);
+  return {out.to(query.scalar_type()), lse};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(alignpro, m) {
   m.def(
-      "paged_attention(Tensor query, Tensor pages, Tensor cu_queries, Tensor page_table, Tensor key_lengths, "
-      "Tensor query_positions, Tensor? key_starts, float scale, float softcap, int window) -> (Tensor, Tensor)");
-  m.def(
       "cascade_attention(Tensor query, Tensor pages, Tensor?[] rows, Tensor[] cu_queries, Tensor[] page_tables, "
-      "Tensor[] key_lengths, Tensor[] query_positions, Tensor[] key_starts, float scale, float softcap, int window) -> Tensor");
+      "Tensor[] key_lengths, Tensor[] query_positions, Tensor[] key_starts, float scale, float softcap, int window) "
+      "-> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(alignpro, CPU, m) {
-  m.impl("paged_attention", &paged_attention);
-  m.impl("cascade_attention", &cascade_attention);
-}
+TORCH_LIBRARY_IMPL(alignpro, CPU, m) { m.impl("cascade_attention", &cascade_attention); }
 
 }  // namespace alignpro

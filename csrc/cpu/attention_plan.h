@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "attention.h"
+#include "attention_kernels.h"
 
 namespace alignpro {
 namespace {
@@ -21,9 +21,9 @@ using at::Tensor;
 constexpr int64_t kPart = 512;           // keys, a multiple of kKeyBlock
 constexpr int64_t kRows = 32;            // approximate rows per item: their queries and sums stay in L1
 constexpr int64_t kRunsPerThread = 8;    // items are scheduled in runs; several per thread balance the load
-constexpr int64_t kLeastWork = 1 << 17;  // minimum multiplications per thread
+constexpr int64_t kMinThreadWork = 1 << 17;  // minimum multiplications per thread
 
-int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 struct Problem {
   Tensor query, pages, page_table;         // (T, H, D), (n_pages, 2, page_size, kv_heads, D), (S, max_pages)
@@ -40,12 +40,12 @@ struct Problem {
   int64_t kv_heads() const { return pages.size(3); }
   int64_t group() const { return heads() / kv_heads(); }
   int64_t head_dim() const { return query.size(2); }
-  int64_t stride() const { return rounded_up(head_dim(), kLanes); }
+  int64_t stride() const { return round_up(head_dim(), kLanes); }
   int64_t queries_per_item() const { return std::max<int64_t>(1, kRows / group()); }
   int64_t rows_per_item() const { return queries_per_item() * group(); }
 };
 
-struct Item {
+struct WorkItem {
   int32_t sequence;
   int32_t head_begin, head_end;    // key-value heads
   int32_t query_begin, query_end;
@@ -60,22 +60,22 @@ struct Item {
 
 // An item that is split into parts, which are numbered from `part`.
 struct Split {
-  Item item;
+  WorkItem item;
   int64_t part;
 };
 
 struct Plan {
-  std::vector<Item> items;
+  std::vector<WorkItem> items;
   std::vector<Split> splits;
   int64_t parts = 0;
   int64_t threads;
 };
 
-void find_seen(Problem& p, int64_t sequences, const int32_t* positions, const int32_t* key_starts, int64_t window) {
+void find_visible(Problem& p, int64_t sequences, const int32_t* positions, const int32_t* key_starts, int64_t window) {
   p.first.resize(static_cast<size_t>(p.count));
   p.last.resize(p.first.size());
   for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t start = key_starts == nullptr ? 0 : key_starts[s], length = p.key_lengths[s];
+    const int64_t start = key_starts[s], length = p.key_lengths[s];
     for (int64_t t = p.cu_queries[s]; t < p.cu_queries[s + 1]; ++t) {
       const int64_t after = positions[t] - start + 1;  // the first key after the query
       p.last[t] = std::clamp<int64_t>(after, 0, length);
@@ -84,22 +84,22 @@ void find_seen(Problem& p, int64_t sequences, const int32_t* positions, const in
   }
 }
 
-Item block_of(const Problem& p, int64_t sequence, int64_t begin, int64_t end) {
+WorkItem block_of(const Problem& p, int64_t sequence, int64_t begin, int64_t end) {
   int64_t first = p.key_lengths[sequence], last = 0;
   for (int64_t t = begin; t < end; ++t) {
     if (p.first[t] == p.last[t]) continue;
     first = std::min(first, p.first[t]);
     last = std::max(last, p.last[t]);
   }
-  const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
-  return {narrow(sequence), 0, narrow(p.kv_heads()), narrow(begin), narrow(end), narrow(std::min(first, last)),
-          narrow(last)};
+  const auto int32 = [](int64_t x) { return static_cast<int32_t>(x); };
+  return {int32(sequence), 0, int32(p.kv_heads()), int32(begin), int32(end), int32(std::min(first, last)),
+          int32(last)};
 }
 
 // With few queries, heads are processed together, since they are adjacent in memory. An item that is too long for one
 // thread is split by head, and if necessary also into parts; few items are, so the sums of parts need little memory.
 Plan plan_of(const Problem& p, int64_t sequences) {
-  std::vector<Item> blocks;
+  std::vector<WorkItem> blocks;
   int64_t total = 0;
   for (int64_t s = 0; s < sequences; ++s) {
     for (int64_t begin = p.cu_queries[s]; begin < p.cu_queries[s + 1]; begin += p.queries_per_item()) {
@@ -108,9 +108,9 @@ Plan plan_of(const Problem& p, int64_t sequences) {
     }
   }
   Plan plan;
-  plan.threads = std::clamp<int64_t>(total * p.group() * p.stride() / kLeastWork, 1, at::get_num_threads());
-  const auto too_long = [&](const Item& item) { return plan.threads > 1 && item.work() * plan.threads * 4 > total; };
-  for (Item item : blocks) {
+  plan.threads = std::clamp<int64_t>(total * p.group() * p.stride() / kMinThreadWork, 1, at::get_num_threads());
+  const auto too_long = [&](const WorkItem& item) { return plan.threads > 1 && item.work() * plan.threads * 4 > total; };
+  for (WorkItem item : blocks) {
     int64_t heads = std::clamp<int64_t>(kRows / (item.queries() * p.group()), 1, p.kv_heads());
     item.head_end = static_cast<int32_t>(heads);
     if (too_long(item)) heads = 1;
@@ -123,7 +123,7 @@ Plan plan_of(const Problem& p, int64_t sequences) {
       }
       plan.splits.push_back({item, plan.parts});
       for (int64_t begin = item.first_part(); begin < item.key_end; begin += kPart) {
-        Item part = item;
+        WorkItem part = item;
         part.key_begin = static_cast<int32_t>(std::max<int64_t>(begin, item.key_begin));
         part.key_end = static_cast<int32_t>(std::min<int64_t>(begin + kPart, item.key_end));
         part.part = plan.parts++;
@@ -135,9 +135,9 @@ Plan plan_of(const Problem& p, int64_t sequences) {
 }
 
 // Returns the starts of runs of items with nearly equal work, followed by the end of the last run.
-std::vector<size_t> runs_of(const std::vector<Item>& items, int64_t count) {
+std::vector<size_t> runs_of(const std::vector<WorkItem>& items, int64_t count) {
   int64_t total = 0, done = 0;
-  for (const Item& item : items) total += item.work();
+  for (const WorkItem& item : items) total += item.work();
   std::vector<size_t> starts;
   for (size_t i = 0; i < items.size(); ++i) {
     if (done * count >= total * static_cast<int64_t>(starts.size())) starts.push_back(i);

@@ -7,47 +7,38 @@
 
 #include <tuple>
 
-#include "cascade.h"
-#include "panels.h"
+#include "paged_kv.h"
+#include "panel_products.h"
 
 namespace alignpro {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 1 << 14;  // minimum elements per thread
-
 float* data(const Tensor& x) { return x.mutable_data_ptr<float>(); }
 const float* values(const Tensor& x) { return x.const_data_ptr<float>(); }
 
-template <typename Work>
-void for_rows(int64_t rows, int64_t width, const Work& work) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) work(row);
-  });
-}
-
 // The weights of one layer; matrices are packed.
 struct Layer {
-  Tensor norm, qkv, out, inner_norm, gate, up, down;
+  Tensor attention_norm, qkv, out, mlp_norm, gate, up, down;
   OptionalTensor qkv_bias, query_norm, key_norm;
 };
 
-struct Shape {
+struct Dimensions {
   int64_t tokens, dim, heads, kv_heads, head_dim, inner;
   float eps, offset;  // of the norms
   int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
-void normalise(const Tensor& x, const Tensor& weight, const Shape& s, float* out) {
+void rms_norm(const Tensor& x, const Tensor& weight, const Dimensions& s, float* out) {
   const float *from = values(x), *scales = values(weight);
   for_rows(s.tokens, s.dim, [&](int64_t row) {
-    layer_kernels().normalise(from + row * s.dim, scales, s.dim, s.eps, s.offset, out + row * s.dim);
+    cpu_kernels().panels.rms_norm(from + row * s.dim, scales, s.dim, s.eps, s.offset, out + row * s.dim);
   });
 }
 
 // Computes queries, keys and values, (T, (H + 2 H') head_dim), before rotation.
-void project(const float* x, const Layer& layer, const Shape& s, float* qkv) {
+void project(const float* x, const Layer& layer, const Dimensions& s, float* qkv) {
   const float* bias = layer.qkv_bias ? values(*layer.qkv_bias) : nullptr;
   multiply(x, s.tokens, layer.qkv, s.qkv(), [&](int64_t row, int64_t column, int64_t width, const float* product) {
     float* to = qkv + row * s.qkv() + column;
@@ -55,15 +46,15 @@ void project(const float* x, const Layer& layer, const Shape& s, float* qkv) {
   });
 }
 
-void rotate(const Layer& layer, const Shape& s, const Tensor& cos, const Tensor& sin, float* qkv) {
+void rotate(const Layer& layer, const Dimensions& s, const Tensor& cos, const Tensor& sin, float* qkv) {
   const float *c = values(cos), *n = values(sin);
   const int64_t dim = cos.size(1);
   for_rows(s.tokens, s.qkv(), [&](int64_t row) {
     float* x = qkv + row * s.qkv();
     for (int64_t head = 0; head < s.heads + s.kv_heads; ++head, x += s.head_dim) {
       const OptionalTensor& norm = head < s.heads ? layer.query_norm : layer.key_norm;
-      if (norm) layer_kernels().normalise(x, values(*norm), s.head_dim, s.eps, s.offset, x);
-      layer_kernels().rotate(x, c + row * dim, n + row * dim, dim);
+      if (norm) cpu_kernels().panels.rms_norm(x, values(*norm), s.head_dim, s.eps, s.offset, x);
+      cpu_kernels().panels.rotate(x, c + row * dim, n + row * dim, dim);
     }
   });
 }
@@ -86,7 +77,7 @@ Tensor decoder_stack(const Tensor& hidden, at::TensorList norms, at::TensorList 
   const at::AutoDispatchBelowAutograd no_autograd;
   const int64_t layers = static_cast<int64_t>(pages.size());
   const int64_t head_dim = pages[0].size(4), kv_heads = pages[0].size(3), query_width = weights[1].size(1);
-  const Shape s{hidden.size(0), hidden.size(1),      query_width / head_dim, kv_heads, head_dim, weights[4].size(1),
+  const Dimensions s{hidden.size(0), hidden.size(1),      query_width / head_dim, kv_heads, head_dim, weights[4].size(1),
                 static_cast<float>(eps), static_cast<float>(offset)};
   const CascadeLevels levels{rows, cu_queries, page_tables, key_lengths, query_positions, key_starts};
   const Tensor x = hidden.clone(at::MemoryFormat::Contiguous), normed = at::empty_like(x);
@@ -105,20 +96,20 @@ Tensor decoder_stack(const Tensor& hidden, at::TensorList norms, at::TensorList 
   for (int64_t l = 0; l < layers; ++l) {
     const Layer layer{norms[2 * l],       weights[5 * l],     weights[5 * l + 1], norms[2 * l + 1],      weights[5 * l + 2],
                       weights[5 * l + 3], weights[5 * l + 4], extras.get(3 * l),  extras.get(3 * l + 1), extras.get(3 * l + 2)};
-    normalise(x, layer.norm, s, data(normed));
+    rms_norm(x, layer.attention_norm, s, data(normed));
     project(values(normed), layer, s, data(qkv));
     rotate(layer, s, cos, sin, data(qkv));
     write_kv(keys, value, pages[l], slots);
-    attend_to_levels(queries, pages[l], levels, scale, softcap, windows[l], attended, lse);
+    attend_levels(queries, pages[l], levels, scale, softcap, windows[l], attended, lse);
     add_product(values(attended), s.tokens, layer.out, s.dim, data(x));
-    normalise(x, layer.inner_norm, s, data(normed));
+    rms_norm(x, layer.mlp_norm, s, data(normed));
     for (int64_t first = 0; first < s.tokens; first += in_flight) {
       const int64_t count = std::min(in_flight, s.tokens - first);
       multiply_gated(values(normed) + first * s.dim, count, layer.gate, layer.up, s.inner, inner);
       add_product(inner, count, layer.down, s.dim, data(x) + first * s.dim);
     }
   }
-  normalise(x, norms[2 * layers], s, data(normed));
+  rms_norm(x, norms[2 * layers], s, data(normed));
   return normed;
 }
 
@@ -128,7 +119,8 @@ TORCH_LIBRARY_FRAGMENT(alignpro, m) {
   m.def(
       "decoder_stack(Tensor hidden, Tensor[] norms, Tensor[] weights, Tensor?[] extras, Tensor cos, Tensor sin, "
       "Tensor[] pages, Tensor slots, Tensor?[] rows, Tensor[] cu_queries, Tensor[] page_tables, Tensor[] key_lengths, "
-      "Tensor[] query_positions, Tensor[] key_starts, float eps, float offset, float scale, float softcap, int[] windows, Tensor(a!) scratch) -> Tensor");
+      "Tensor[] query_positions, Tensor[] key_starts, float eps, float offset, float scale, float softcap, int[] windows, "
+      "Tensor(a!) scratch) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(alignpro, CPU, m) { m.impl("decoder_stack", &decoder_stack); }

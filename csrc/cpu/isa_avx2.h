@@ -1,7 +1,7 @@
 // Eight lanes with AVX2, FMA and F16C. All code up to isa_end.h is compiled for these.
 #pragma once
 
-#include "outside_target.h"
+#include "shared_includes.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

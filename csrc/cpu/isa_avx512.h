@@ -1,7 +1,7 @@
 // Sixteen lanes with AVX-512 (F, DQ). All code up to isa_end.h is compiled for these.
 #pragma once
 
-#include "outside_target.h"
+#include "shared_includes.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma"))), apply_to = function)

@@ -6,14 +6,12 @@
 
 #include <optional>
 
-#include "panels.h"
+#include "panel_products.h"
 
 namespace alignpro {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kGrain = 1 << 14;  // minimum elements per thread
 
 // weight (N, K) float32, contiguous or transposed -> (ceil(N / kPanel), K, kPanel), zero-padded beyond the last output
 Tensor pack_weight(const Tensor& weight) {
@@ -21,7 +19,7 @@ Tensor pack_weight(const Tensor& weight) {
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kFloat, "weight must be (N, K) float32");
   const bool transposed = weight.stride(0) == 1 && weight.size(0) > 1;
   const Tensor from = transposed ? weight.t().contiguous() : weight.contiguous();
-  const int64_t outputs = weight.size(0), inputs = weight.size(1), panels = (outputs + kPanel - 1) / kPanel;
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), panels = ceil_div(outputs, kPanel);
   const Tensor packed = at::empty({panels, inputs, kPanel}, weight.options());
   const float* source = from.const_data_ptr<float>();
   float* target = packed.mutable_data_ptr<float>();
@@ -30,7 +28,7 @@ Tensor pack_weight(const Tensor& weight) {
       float* to = target + panel * inputs * kPanel;
       const int64_t first = panel * kPanel, width = std::min(kPanel, outputs - first);
       if (!transposed) {
-        layer_kernels().pack(source + first * inputs, inputs, width, inputs, to);
+        cpu_kernels().panels.pack(source + first * inputs, inputs, width, inputs, to);
         continue;
       }
       for (int64_t k = 0; k < inputs; ++k, to += kPanel) {

@@ -1,20 +1,15 @@
-// RMSNorm in one pass; see alignpro/models/cpu/fused_layers.py.
+// RMSNorm in one pass.
 
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
-#include "panels.h"
+#include "panel_products.h"
 
 namespace alignpro {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kGrain = 1 << 14;  // minimum elements per thread
 
 // x (..., D) float32, weight (D) -> x / sqrt(mean(x^2) + eps) * (weight + offset)
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
@@ -24,11 +19,9 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat, "x and weight must be float32");
   const Tensor rows = x.contiguous(), scales = weight.contiguous(), out = at::empty_like(rows);
   const float* w = scales.const_data_ptr<float>();
-  at::parallel_for(0, rows.numel() / dim, std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      layer_kernels().normalise(rows.const_data_ptr<float>() + row * dim, w, dim, static_cast<float>(eps),
-                                static_cast<float>(offset), out.mutable_data_ptr<float>() + row * dim);
-    }
+  for_rows(rows.numel() / dim, dim, [&](int64_t row) {
+    cpu_kernels().panels.rms_norm(rows.const_data_ptr<float>() + row * dim, w, dim, static_cast<float>(eps),
+                                  static_cast<float>(offset), out.mutable_data_ptr<float>() + row * dim);
   });
   return out;
 }

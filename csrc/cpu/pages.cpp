@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "cascade.h"
+#include "paged_kv.h"
 
 namespace alignpro {
 

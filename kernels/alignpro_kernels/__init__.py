@@ -1,22 +1,26 @@
-"""Operators for a language model's head (log-probability, entropy, exact KL, policy loss, sampling) and a paged KV pool."""
+"""Operators for language models: the output head without its logits, and attention over a paged key-value pool.
 
-from alignpro_kernels.attention import CascadeLevel, cascade_attention, paged_attention
+The head's operators compute log-probability, entropy, exact KL, policy losses and samples. This package can be used
+without alignpro: it imports only torch and, for its GPU kernels, triton. Layers of a decoder on a CPU are in `decoder` and
+`linear`.
+"""
+
+from alignpro_kernels.attention import cascade_attention, paged_attention
 from alignpro_kernels.backends import BackendError, backends
 from alignpro_kernels.noise import gumbel_noise, splitmix64
 from alignpro_kernels.operators import linear_logprob, linear_sample, merge_states, policy_loss
+from alignpro_kernels.paged_keys import PagedKeys
 from alignpro_kernels.pages import copy_pages, read_kv, write_kv
 from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleOutput, TokenStats
-from alignpro_kernels.vocab_parallel import VocabShard
 
 __all__ = [
     "BackendError",
-    "CascadeLevel",
     "Coefficients",
     "LoRA",
+    "PagedKeys",
     "PolicyLossOutput",
     "SampleOutput",
     "TokenStats",
-    "VocabShard",
     "backends",
     "cascade_attention",
     "copy_pages",

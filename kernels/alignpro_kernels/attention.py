@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels import attention_reference, flash_attention, triton_support
-from alignpro_kernels.backends import BackendError
+from alignpro_kernels.backends import BackendError, unavailable
 from alignpro_kernels.checks import FLOATS
 from alignpro_kernels.operators import merge_states
+from alignpro_kernels.paged_keys import PagedKeys
 
 logger = logging.getLogger("alignpro_kernels")
 
@@ -31,11 +31,7 @@ BACKENDS = ("triton", "cpp", "flash", "reference")
 def paged_attention(
     query: Tensor,
     pages: Tensor,
-    cu_queries: Tensor,
-    page_table: Tensor,
-    key_lengths: Tensor,
-    query_positions: Tensor,
-    key_starts: Tensor | None = None,
+    keys: PagedKeys,
     *,
     scale: float,
     softcap: float | None = None,
@@ -57,13 +53,7 @@ def paged_attention(
         pages: (n_pages, 2, page_size, kv_heads, D), one layer's view of the arena, keys before values; same dtype as
             ``query``. The last dimension must be contiguous, the other strides are arbitrary. H must be a multiple of
             kv_heads: query head h reads head h // (H / kv_heads). Slots that no query sees may hold anything, even NaN.
-        cu_queries: (S + 1,) int32: sequence s has the query rows cu_queries[s] to cu_queries[s + 1]. On the device of
-            ``query`` or on the CPU.
-        page_table: (S, max_pages) int32: key j of sequence s is in page page_table[s, j // page_size] at j % page_size.
-            Entries beyond a sequence's keys may be anything.
-        key_lengths: (S,) int32: the number of keys of each sequence; may be 0.
-        query_positions: (T,) int32. A query sees the keys whose position is at most its own.
-        key_starts: (S,) int32: key j of sequence s has position key_starts[s] + j; None for 0.
+        keys: The S sequences of keys, and the queries that see each. Its ``rows`` must be None.
         scale: Scores are scale · q · k.
         softcap: Scores become softcap · tanh(scores / softcap) (Gemma 2).
         window: A query sees only the last ``window`` positions, including its own.
@@ -80,58 +70,12 @@ def paged_attention(
         ValueError, TypeError: An argument has the wrong shape, layout, device, value or dtype; the message names it.
         BackendError: The backend cannot run.
     """
-    _check_call(query, pages, softcap, window)
-    _check_keys(query, len(query), cu_queries, page_table, key_lengths, query_positions, key_starts)
-    out, lse = _module(_choose(backend, query, pages, window)).paged_attention(
-        query,
-        pages,
-        cu_queries,
-        page_table,
-        key_lengths,
-        query_positions,
-        key_starts,
-        scale=scale,
-        softcap=softcap,
-        window=window,
-    )
+    _check_call(query, pages, [keys], softcap, window)
+    if keys.rows is not None:
+        raise ValueError("keys has rows: only cascade_attention takes keys that some of the queries do not see")
+    module = _module(_choose(backend, query, pages, window))
+    out, lse = module.paged_attention(query, pages, keys, scale=scale, softcap=softcap, window=window)
     return out, lse
-
-
-@dataclass(frozen=True)
-class CascadeLevel:
-    """S sets of keys, each seen by a contiguous range of this level's R queries, out of the T of `cascade_attention`."""
-
-    rows: Tensor | None
-    """(R,) int64: indices of this level's queries, ascending; None for all T queries."""
-    query_positions: Tensor
-    """(R,) int32."""
-    cu_queries: Tensor
-    """(S + 1,) int32: set s is seen by rows cu_queries[s] to cu_queries[s + 1]."""
-    page_table: Tensor
-    """(S, max_pages) int32."""
-    key_lengths: Tensor
-    """(S,) int32."""
-    key_starts: Tensor
-    """(S,) int32: position of the first key."""
-
-    def __post_init__(self) -> None:
-        """Check that the fields are consistent, once for the calls of all layers.
-
-        Raises:
-            ValueError, TypeError: A field has the wrong shape, device or dtype; the message names it.
-        """
-        rows, positions = self.rows, self.query_positions
-        if rows is not None and (rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != positions.device):
-            raise ValueError(f"rows is {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: expected (R,) int64")
-        _check_keys(
-            positions,
-            len(positions) if rows is None else len(rows),
-            self.cu_queries,
-            self.page_table,
-            self.key_lengths,
-            positions,
-            self.key_starts,
-        )
 
 
 @torch.compiler.disable
@@ -139,7 +83,7 @@ class CascadeLevel:
 def cascade_attention(
     query: Tensor,
     pages: Tensor,
-    levels: Sequence[CascadeLevel],
+    levels: Sequence[PagedKeys],
     *,
     scale: float,
     softcap: float | None = None,
@@ -155,7 +99,8 @@ def cascade_attention(
     Args:
         query: (T, H, D), see `paged_attention`.
         pages: See `paged_attention`.
-        levels: At least one, the keys shared by most queries first; a query appears at most once in each level.
+        levels: At least one, the keys shared by most queries first. A query appears at most once in each level; ``rows``
+            of a level say which ones do.
         scale: See `paged_attention`.
         softcap: See `paged_attention`.
         window: See `paged_attention`.
@@ -169,50 +114,39 @@ def cascade_attention(
     """
     if not levels:
         raise ValueError("levels is empty: at least one set of keys is needed")
-    _check_call(query, pages, softcap, window)
-    for level in levels:
-        _check_rows(level, query)
+    _check_call(query, pages, levels, softcap, window)
     chosen = _choose(backend, query, pages, window)
+    module, options = _module(chosen), {"scale": scale, "softcap": softcap, "window": window}
     if chosen == "cpp":
-        out: Tensor = _module(chosen).cascade_attention(
-            query, pages, levels, scale=scale, softcap=softcap, window=window
-        )
+        out: Tensor = module.cascade_attention(query, pages, levels, **options)[0]
         return out
     parts = [
-        paged_attention(
-            query if level.rows is None else query.index_select(0, level.rows),
-            pages,
-            level.cu_queries,
-            level.page_table,
-            level.key_lengths,
-            level.query_positions,
-            level.key_starts,
-            scale=scale,
-            softcap=softcap,
-            window=window,
-            backend=chosen,
+        module.paged_attention(
+            query if level.rows is None else query.index_select(0, level.rows), pages, level, **options
         )
         for level in levels
     ]
     if len(parts) > 1 and all(level.rows is None for level in levels):
         outs, lses = zip(*parts, strict=True)
         return merge_states(outs, lses)
-    whole = parts[0]
+    merged = parts[0]
     if levels[0].rows is not None:
-        nothing = torch.zeros_like(query), whole[1].new_full(query.shape[:2], -torch.inf)
-        whole = _join(nothing, whole, levels[0].rows)
+        nothing = torch.zeros_like(query), merged[1].new_full(query.shape[:2], -torch.inf)
+        merged = _merge_level(nothing, merged, levels[0].rows)
     for level, part in zip(levels[1:], parts[1:], strict=True):
-        whole = _join(whole, part, level.rows)
-    return whole[0]
+        merged = _merge_level(merged, part, level.rows)
+    return merged[0]
 
 
-def _join(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+def _merge_level(
+    merged: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Merge the attention so far, (T, H, D) and its log-sum-exp (T, H), with that of ``rows`` to further keys."""
     if rows is None:
-        return merge_states((whole[0], part[0]), (whole[1], part[1])), torch.logaddexp(whole[1], part[1])
-    before = (whole[0].index_select(0, rows), whole[1].index_select(0, rows))
-    both = _join(before, part, None)
-    return whole[0].index_copy(0, rows, both[0]), whole[1].index_copy(0, rows, both[1])
+        return merge_states((merged[0], part[0]), (merged[1], part[1])), torch.logaddexp(merged[1], part[1])
+    before = (merged[0].index_select(0, rows), merged[1].index_select(0, rows))
+    both = _merge_level(before, part, None)
+    return merged[0].index_copy(0, rows, both[0]), merged[1].index_copy(0, rows, both[1])
 
 
 def _choose(backend: str, query: Tensor, pages: Tensor, window: int | None) -> str:
@@ -224,13 +158,13 @@ def _choose(backend: str, query: Tensor, pages: Tensor, window: int | None) -> s
     name = backend
     if backend == "auto":
         name = {"cpu": "cpp", "cuda": "triton"}.get(query.device.type, "reference")  # ROCm devices are "cuda" too
-    reason = _unsuited(name, query, pages, window)
+    reason = _unsupported(name, query, pages, window)
     if reason is not None:
         if backend != "auto":
             raise BackendError(f"paged_attention: backend {name!r} cannot run here: {reason}")
-        _announce("reference", f"{name} cannot run: {reason}")
+        _log_choice("reference", f"{name} cannot run: {reason}")
         return "reference"
-    _announce(name, None)
+    _log_choice(name, None)
     return name
 
 
@@ -240,66 +174,40 @@ def _module(name: str) -> ModuleType:
     return attention_reference if name == "reference" else import_module(f"alignpro_kernels.{name}_attention")
 
 
-def _unsuited(name: str, query: Tensor, pages: Tensor, window: int | None) -> str | None:
+def _unsupported(name: str, query: Tensor, pages: Tensor, window: int | None) -> str | None:
     """Return the reason why a backend cannot run on this query, or None if it can."""
     if name == "reference":
         return None
     if query.dtype == torch.float64:
         return "it computes in float32, and the input is float64"
     if name == "triton":
-        if (reason := triton_support.unavailable()) is not None:
+        if (reason := unavailable("triton")) is not None:
             return reason
-        if triton_support.takes(query.device):
+        if triton_support.supports(query.device):
             return None
         return f"it runs on CUDA and ROCm devices, and the input is on {query.device}"
     if name == "flash":
-        return flash_attention.unavailable() or flash_attention.unsuited(query, pages, window)
+        return flash_attention.unavailable() or flash_attention.unsupported(query, pages, window)
     if query.device.type != "cpu":
         return f"it runs on the CPU, and the input is on {query.device}"
-    from alignpro_kernels import cpp_attention
-
-    return cpp_attention.unavailable()
+    return unavailable("cpp")
 
 
 @functools.cache
-def _announce(backend: str, reason: str | None) -> None:
+def _log_choice(backend: str, reason: str | None) -> None:
     logger.info("paged_attention runs on backend %s%s", backend, "" if reason is None else f", because {reason}")
 
 
-def _check_call(query: Tensor, pages: Tensor, softcap: float | None, window: int | None) -> None:
+def _check_call(
+    query: Tensor, pages: Tensor, levels: Sequence[PagedKeys], softcap: float | None, window: int | None
+) -> None:
     _check_states(query, pages)
+    for level in levels:
+        level.check_queries(query)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: it must be positive, or None to disable it")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}: it must be positive, or None to disable it")
-
-
-def _check_keys(
-    like: Tensor,
-    count: int,
-    cu_queries: Tensor,
-    page_table: Tensor,
-    key_lengths: Tensor,
-    query_positions: Tensor,
-    key_starts: Tensor | None,
-) -> None:
-    _check_index("key_lengths", key_lengths, ("S",), like)
-    sequences = len(key_lengths)
-    _check_index("cu_queries", cu_queries, (sequences + 1,), like, host=True)
-    _check_index("page_table", page_table, (sequences, "max_pages"), like)
-    _check_index("query_positions", query_positions, (count,), like)
-    if key_starts is not None:
-        _check_index("key_starts", key_starts, (sequences,), like)
-
-
-def _check_rows(level: CascadeLevel, query: Tensor) -> None:
-    """Check that a level fits the queries of the call."""
-    count = len(level.query_positions)
-    if (level.rows is None and count != len(query)) or level.query_positions.device != query.device:
-        raise ValueError(
-            f"query has {len(query)} rows on {query.device}, but a level has positions for {count} rows on "
-            f"{level.query_positions.device}"
-        )
 
 
 def _check_states(query: Tensor, pages: Tensor) -> None:
@@ -321,13 +229,3 @@ def _check_states(query: Tensor, pages: Tensor) -> None:
             f"query has shape {tuple(query.shape)}: expected (T, H, {dim}) with H a multiple of the {kv_heads} heads of "
             "pages"
         )
-
-
-def _check_index(name: str, index: Tensor, shape: tuple[int | str, ...], like: Tensor, *, host: bool = False) -> None:
-    """Check dtype, shape and device of an index; a name in ``shape`` allows any size, ``host`` also allows the CPU."""
-    if index.dtype != torch.int32:
-        raise TypeError(f"{name} is {index.dtype}: expected {torch.int32}")
-    if index.ndim != len(shape) or any(a != b for a, b in zip(index.shape, shape, strict=True) if isinstance(b, int)):
-        raise ValueError(f"{name} has shape {tuple(index.shape)}: expected ({', '.join(map(str, shape))})")
-    if index.device != like.device and not (host and index.device.type == "cpu"):
-        raise ValueError(f"{name} is on {index.device} and query on {like.device}: they must agree")

@@ -13,37 +13,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alignpro_kernels.head import wide
+from alignpro_kernels.head import upcast
+from alignpro_kernels.paged_keys import PagedKeys
 
 
 def paged_attention(
-    query: Tensor,
-    pages: Tensor,
-    cu_queries: Tensor,
-    page_table: Tensor,
-    key_lengths: Tensor,
-    query_positions: Tensor,
-    key_starts: Tensor | None = None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
+    query: Tensor, pages: Tensor, keys: PagedKeys, *, scale: float, softcap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """See `alignpro_kernels.paged_attention`."""
-    bounds, lengths = cu_queries.tolist(), key_lengths.tolist()
-    _check_values(query, pages, bounds, page_table, lengths)
-    starts = [0] * len(lengths) if key_starts is None else key_starts.tolist()
+    bounds, lengths, starts = keys.cu_queries.tolist(), keys.key_lengths.tolist(), keys.key_starts.tolist()
+    _check_values(query, pages, bounds, keys.page_table, lengths)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)  # (T, H, D)
-    lse = wide(query).new_full(query.shape[:2], -torch.inf)  # (T, H)
+    lse = upcast(query).new_full(query.shape[:2], -torch.inf)  # (T, H)
     for s, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         rows = slice(bounds[s], bounds[s + 1])
         if rows.start == rows.stop or length == 0:
             continue
-        keys, values = _gather(pages, page_table[s], length)  # (kv_heads, length, D)
+        k, v = _gather(pages, keys.page_table[s], length)  # (kv_heads, length, D)
         positions = torch.arange(start, start + length, device=query.device)
-        distance = query_positions[rows, None].long() - positions  # (rows, length)
+        distance = keys.query_positions[rows, None].long() - positions  # (rows, length)
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        out[rows], lse[rows] = _attention(query[rows], keys, values, seen, scale, softcap)
+        out[rows], lse[rows] = _attention(query[rows], k, v, seen, scale, softcap)
     return out, lse
 
 
@@ -51,7 +41,7 @@ def _gather(pages: Tensor, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Return the keys and values of one sequence, each (kv_heads, length, D)."""
     slot = torch.arange(length, device=pages.device)
     page, offset = table.long()[slot // pages.shape[2]], slot % pages.shape[2]
-    both = wide(pages[page, :, offset])  # (length, 2, kv_heads, D)
+    both = upcast(pages[page, :, offset])  # (length, 2, kv_heads, D)
     keys, values = both.permute(1, 2, 0, 3)
     return keys, values
 
@@ -61,7 +51,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """query (n, H, D), keys and values (kv_heads, length, D), seen (n, length) -> (n, H, D), (n, H)."""
     n, heads, dim = query.shape
-    grouped = wide(query).view(n, len(keys), -1, dim)  # (n, kv_heads, group, D)
+    grouped = upcast(query).view(n, len(keys), -1, dim)  # (n, kv_heads, group, D)
     z = scale * torch.einsum("nkgd,kld->kgnl", grouped, keys)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

@@ -12,7 +12,6 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def backends() -> dict[str, str | None]:
 
     The first call may build the C++ library, which takes a minute; the build is cached.
     """
-    return {name: _unavailable(name) for name in BACKENDS}
+    return {name: unavailable(name) for name in BACKENDS}
 
 
 def choose_backend(operator: str, backend: str, like: Tensor) -> str:
@@ -44,17 +43,17 @@ def choose_backend(operator: str, backend: str, like: Tensor) -> str:
     """
     if backend == "auto":
         best = "triton" if like.is_cuda else "cpp"
-        reason = _unsuited(best, like) or _unavailable(best)
+        reason = _unsupported(best, like) or unavailable(best)
         if reason is not None:
-            _explain(operator, best, reason)
+            _log_fallback(operator, best, reason)
         chosen = best if reason is None else "torch"
     elif backend not in BACKENDS:
         raise BackendError(f"{operator}: there is no backend {backend!r}: use 'auto' or one of {', '.join(BACKENDS)}")
     else:
         chosen = backend
-        if (reason := _unavailable(chosen) or _unsuited(chosen, like)) is not None:
+        if (reason := unavailable(chosen) or _unsupported(chosen, like)) is not None:
             raise BackendError(f"{operator}: backend {backend!r} cannot run here: {reason}")
-    _announce(operator, chosen)
+    _log_choice(operator, chosen)
     return chosen
 
 
@@ -64,19 +63,23 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"alignpro_kernels.{name}_head")
 
 
-def triton_merges(like: Tensor) -> bool:
+def merges_with_triton(like: Tensor) -> bool:
     """Whether Triton merges attention states on the device of ``like``; otherwise plain PyTorch does."""
-    return like.is_cuda and _unavailable("triton") is None
+    return like.is_cuda and unavailable("triton") is None
 
 
-def _unavailable(name: str) -> str | None:
-    if name in ("torch", "reference"):
-        return None
-    reason: Any = backend_module(name).unavailable()
-    return None if reason is None else str(reason)
+def unavailable(name: str) -> str | None:
+    """Return the reason why a backend cannot run here, or None if it can."""
+    if name == "triton":
+        return triton_support.unavailable()
+    if name == "cpp":
+        from alignpro_kernels import cpp_library  # imported lazily: torch.utils.cpp_extension is slow to import
+
+        return cpp_library.unavailable()
+    return None
 
 
-def _unsuited(name: str, like: Tensor) -> str | None:
+def _unsupported(name: str, like: Tensor) -> str | None:
     """Return the reason why a backend does not support the input, or None if it does."""
     if name in ("torch", "reference"):
         return None
@@ -84,16 +87,16 @@ def _unsuited(name: str, like: Tensor) -> str | None:
         return "it computes in float32: use 'torch' or 'reference' for float64 inputs"
     if name == "cpp" and like.device.type != "cpu":
         return f"it runs on the CPU, and the input is on {like.device}"
-    if name == "triton" and not triton_support.takes(like.device):
+    if name == "triton" and not triton_support.supports(like.device):
         return f"it runs on a GPU, and the input is on {like.device}"
     return None
 
 
 @functools.cache
-def _announce(operator: str, backend: str) -> None:
+def _log_choice(operator: str, backend: str) -> None:
     logger.info("%s runs on backend %s", operator, backend)
 
 
 @functools.cache
-def _explain(operator: str, backend: str, reason: str) -> None:
+def _log_fallback(operator: str, backend: str, reason: str) -> None:
     logger.info("%s does not run on backend %s: %s", operator, backend, reason)

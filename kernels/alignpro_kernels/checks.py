@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels.types import LoRA
-from alignpro_kernels.vocab_parallel import VocabShard
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,18 +47,6 @@ def check_mask(mask: Tensor | None, hidden: Tensor) -> None:
     """Check mask: (...,) bool, or None."""
     if mask is not None:
         _check_rows("mask", mask, hidden, (torch.bool,))
-
-
-def check_shard(weight: Tensor, shard: VocabShard | None) -> int:
-    """Check that weight (V_k, D) is this rank's slice; return V of the whole head."""
-    if shard is None:
-        return weight.shape[0]
-    if weight.shape[0] != shard.size:
-        raise ValueError(
-            f"weight has {weight.shape[0]} rows, but vocab_parallel expects {shard.size} on rank {shard.rank} of its "
-            "group: pass this rank's slice of the head"
-        )
-    return shard.vocabulary
 
 
 def check_target(target: Tensor, hidden: Tensor, vocabulary: int, mask: Tensor | None) -> None:

@@ -1,15 +1,13 @@
 """Backend ``cpp``: the head's operators on a CPU, implemented in csrc/cpu.
 
 The vocabulary is split into tiles, which are distributed over the threads; a tile's logits are computed and reduced while
-they are in the cache. Memory use is determined by the rows in flight, since their logits are kept from the statistics to
-the gradient. Each chunk reads W twice and dW twice, so memory bandwidth becomes the bottleneck if a chunk has too few
+they are in the cache. Memory use is determined by the rows of a chunk, whose logits are saved from the statistics to the
+gradient. Each chunk reads W twice and dW twice, so memory bandwidth becomes the bottleneck if a chunk has too few
 rows. If the weight is trained, the first chunk's logits need no memory of their own: each tile's logits are stored where
 that tile's rows of dW will be, which later overwrite them.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -18,31 +16,22 @@ from alignpro_kernels import cpp_library
 from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
 from alignpro_kernels.types import SampleOutput
 
-_BUDGET = 224 << 20  # bytes for the logits in flight and the threads' partial sums
-_FEWEST_ROWS = 64  # with fewer rows, rereading W and dW costs more than exceeding the budget
+_BUDGET = 224 << 20  # bytes for a chunk's logits and the threads' partial sums
+_MIN_ROWS = 64  # with fewer rows, rereading W and dW costs more than exceeding the budget
 
 
-@functools.cache
-def unavailable() -> str | None:
-    """Return the reason why the backend cannot run here, or None if it can; builds the library if necessary."""
-    reason = cpp_library.unavailable()
-    if reason is None:
-        _register_fakes()
-    return reason
-
-
-def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
+def max_chunk_rows(head: Head, dtype: torch.dtype) -> int:
     """Return the maximum number of rows per chunk."""
     floats = head.logits_per_row + torch.get_num_threads() * head.weight.shape[1]
-    return max(_FEWEST_ROWS, _BUDGET // (4 * floats))
+    return max(_MIN_ROWS, _BUDGET // (4 * floats))
 
 
-def rows_in_gradient(head: Head) -> int:
+def logits_buffer_rows(head: Head) -> int:
     """See `alignpro_kernels.head`: a tile of logits has C × width elements, a tile of the gradient width × D."""
-    return head.weight.shape[1] // _sets(head)
+    return head.weight.shape[1] // _logits_sets(head)
 
 
-def weight_gradient(head: Head) -> Tensor:
+def empty_weight_gradient(head: Head) -> Tensor:
     """See `alignpro_kernels.head`: (V, D) float32, allocated in whole tiles."""
     vocabulary, dim = head.weight.shape
     memory = torch.empty((vocabulary + torch.ops.alignpro.head_widest_tile()) * dim)
@@ -50,39 +39,39 @@ def weight_gradient(head: Head) -> Tensor:
 
 
 def forward(
-    head: Head, rows: Rows, *, entropy: bool, keep: bool, room: Tensor | None = None
+    head: Head, rows: Rows, *, entropy: bool, save_logits: bool, logits_buffer: Tensor | None = None
 ) -> tuple[RowStats, Tensor | None]:
     """See `alignpro_kernels.head`; keeps the logits in tiles, (1 or 2, tiles, C, width)."""
     logits = None
-    if keep:
+    if save_logits:
         count, dim = len(rows.hidden), head.weight.shape[1]
-        tiles, width = torch.ops.alignpro.head_tiling(len(head.weight), 0 if room is None else count)
-        if room is None:
-            logits = torch.ops.alignpro.workspace([_sets(head), tiles, count, width])
+        tiles, width = torch.ops.alignpro.head_tiling(len(head.weight), 0 if logits_buffer is None else count)
+        if logits_buffer is None:
+            logits = torch.ops.alignpro.workspace([_logits_sets(head), tiles, count, width])
         else:
-            sizes, strides = (_sets(head), tiles, count, width), (count * width, width * dim, width, 1)
-            logits = torch.empty(0).set_(room.untyped_storage(), 0, sizes, strides)
-    logprob, h, kl, norms = torch.ops.alignpro.head_statistics(
+            sizes, strides = (_logits_sets(head), tiles, count, width), (count * width, width * dim, width, 1)
+            logits = torch.empty(0).set_(logits_buffer.untyped_storage(), 0, sizes, strides)
+    logprob, h, kl, softmax_stats = torch.ops.alignpro.head_statistics(
         rows.hidden,
         head.weight,
         head.bias,
         rows.target,
         _temperature(rows),
         head.softcap or 0.0,
-        rows.low_rank,
-        head.low_rank,
+        rows.lora_hidden,
+        head.lora_b,
         rows.ref_hidden,
         head.ref_weight,
         head.ref_bias,
         logits,
     )
-    return RowStats(logprob, h if entropy else None, kl if head.ref_weight is not None else None, norms), logits
+    return RowStats(logprob, h if entropy else None, kl if head.ref_weight is not None else None, softmax_stats), logits
 
 
 def backward(
     head: Head,
     rows: Rows,
-    kept: Tensor,
+    saved: Tensor,
     stats: RowStats,
     active: Tensor | None,
     alpha: Tensor | None,
@@ -92,8 +81,8 @@ def backward(
 ) -> None:
     """See `alignpro_kernels.head`."""
     torch.ops.alignpro.head_gradient(
-        kept,
-        stats.norms,
+        saved,
+        stats.softmax_stats,
         stats.entropy,
         stats.kl,
         rows.hidden,
@@ -101,17 +90,17 @@ def backward(
         rows.target,
         _temperature(rows),
         head.softcap or 0.0,
-        rows.low_rank,
-        head.low_rank,
+        rows.lora_hidden,
+        head.lora_b,
         active,
         alpha,
         eta,
         kappa,
         gradients.hidden,
-        gradients.low_rank_rows,
+        gradients.lora_hidden,
         gradients.weight,
         gradients.bias,
-        gradients.low_rank,
+        gradients.lora_b,
         gradients.accumulate,
     )
 
@@ -126,19 +115,19 @@ def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
             _temperature(rows),
             head.softcap or 0.0,
             seeds,
-            rows.low_rank,
-            head.low_rank,
+            rows.lora_hidden,
+            head.lora_b,
         )
     )
 
 
 def release_workspace() -> None:
     """Free the memory for logits that is otherwise reused by the next call."""
-    if unavailable() is None:
+    if cpp_library.unavailable() is None:
         torch.ops.alignpro.release_workspace()
 
 
-def _sets(head: Head) -> int:
+def _logits_sets(head: Head) -> int:
     """Return the number of sets of logits: the policy's, and with a reference also the reference's."""
     return 1 if head.ref_weight is None else 2
 
@@ -148,23 +137,3 @@ def _temperature(rows: Rows) -> Tensor | None:
     if isinstance(rows.temperature, Tensor):
         return rows.temperature
     return None if rows.temperature == 1.0 else torch.full((len(rows.hidden),), float(rows.temperature))
-
-
-def _register_fakes() -> None:
-    """Register the shapes of the results, for tracing."""
-
-    @torch.library.register_fake("alignpro::head_statistics")
-    def _(hidden, *rest):  # type: ignore[no-untyped-def]
-        count, reference = hidden.shape[0], rest[8] is not None
-        row = hidden.new_empty(count, dtype=torch.float32)
-        kl = hidden.new_empty(count if reference else 0, dtype=torch.float32)
-        return row, torch.empty_like(row), kl, hidden.new_empty(4, count, dtype=torch.float32)
-
-    @torch.library.register_fake("alignpro::head_gradient")
-    def _(*arguments):  # type: ignore[no-untyped-def]
-        return None
-
-    @torch.library.register_fake("alignpro::head_sample")
-    def _(hidden, *rest):  # type: ignore[no-untyped-def]
-        row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        return hidden.new_empty(hidden.shape[0], dtype=torch.int64), row, torch.empty_like(row)

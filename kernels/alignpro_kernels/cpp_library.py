@@ -1,8 +1,6 @@
-"""The library of C++ operators for CPUs, csrc/cpu: loaded once, after building it if necessary.
+"""The library of C++ operators for CPUs, csrc/cpu: loaded once, after building it if necessary."""
 
-The modules that wrap its operators register fake implementations with PyTorch after loading it, since PyTorch accepts
-them only for operators that exist.
-"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
 
@@ -20,9 +18,50 @@ def unavailable() -> str | None:
         torch.ops.load_library(str(library()))
     except (BuildError, OSError) as error:
         return str(error)
+    _register_fakes()
     return None
 
 
 def instructions() -> str:
     """Return the instruction set in use: avx512, avx2 or generic. The library must be loaded."""
-    return str(torch.ops.alignpro.head_instructions())
+    return str(torch.ops.alignpro.cpu_instructions())
+
+
+def _register_fakes() -> None:
+    """Register the shapes of the operators' results, for tracing; PyTorch accepts them only for operators that exist."""
+    fake = torch.library.register_fake
+
+    @fake("alignpro::head_statistics")
+    def _(hidden, *rest):
+        row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        kl = hidden.new_empty(0 if rest[8] is None else hidden.shape[0], dtype=torch.float32)
+        return row, torch.empty_like(row), kl, row.new_empty(4, hidden.shape[0])
+
+    @fake("alignpro::head_gradient")
+    def _(*arguments):
+        return None
+
+    @fake("alignpro::head_sample")
+    def _(hidden, *rest):
+        row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        return hidden.new_empty(hidden.shape[0], dtype=torch.int64), row, torch.empty_like(row)
+
+    @fake("alignpro::cascade_attention")
+    def _(query, *rest):
+        return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+    @fake("alignpro::pack_weight")
+    def _(weight):
+        return weight.new_empty((weight.shape[0] + 31) // 32, weight.shape[1], 32)
+
+    @fake("alignpro::packed_linear")
+    def _(x, packed, bias, outputs):
+        return x.new_empty(*x.shape[:-1], outputs)
+
+    @fake("alignpro::packed_gate")
+    def _(x, gate, up, outputs):
+        return x.new_empty(*x.shape[:-1], outputs)
+
+    @fake("alignpro::decoder_stack")
+    def _(hidden, *rest):
+        return torch.empty_like(hidden)

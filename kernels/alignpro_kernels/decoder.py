@@ -15,21 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignpro_kernels import cpp_library
-from alignpro_kernels.attention import CascadeLevel
 from alignpro_kernels.linear import PANEL
+from alignpro_kernels.paged_keys import PagedKeys, by_field
 
-_ROWS_IN_FLIGHT = 512
+_MAX_MLP_ROWS = 512
 """Maximum number of tokens whose intermediate MLP activations exist at the same time."""
-
-
-@functools.cache
-def unavailable() -> str | None:
-    """Return the reason why the operator cannot run here, or None if it can; builds the library if necessary."""
-    reason = cpp_library.unavailable()
-    if reason is None:
-        _register_fake()
-    return reason
 
 
 @dataclass(frozen=True)
@@ -39,13 +29,13 @@ class DecoderLayer:
     h = x + out(attention(rotate(qkv(norm(x)))))        x' = h + down(silu(gate(norm'(h))) · up(norm'(h)))
     """
 
-    norm: Tensor
+    attention_norm: Tensor
     """(D,)"""
     qkv: Tensor
     """Queries, keys and values, concatenated: (H + 2 H') head_dim outputs, D inputs."""
     out: Tensor
     """D outputs, H head_dim inputs."""
-    inner_norm: Tensor
+    mlp_norm: Tensor
     """(D,)"""
     gate: Tensor
     """I outputs, D inputs."""
@@ -82,7 +72,7 @@ class DecoderWeights:
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
         """Norms, matrices and optional weights, in the operator's order."""
         layers = self.layers
-        norms = [weight for layer in layers for weight in (layer.norm, layer.inner_norm)] + [self.norm]
+        norms = [weight for layer in layers for weight in (layer.attention_norm, layer.mlp_norm)] + [self.norm]
         matrices = [m for layer in layers for m in (layer.qkv, layer.out, layer.gate, layer.up, layer.down)]
         return norms, matrices, [x for layer in layers for x in (layer.qkv_bias, layer.query_norm, layer.key_norm)]
 
@@ -95,7 +85,7 @@ def decoder_stack(
     sin: Tensor,
     pages: Sequence[Tensor],
     slots: Tensor,
-    levels: Sequence[CascadeLevel],
+    levels: Sequence[PagedKeys],
 ) -> Tensor:
     """Run T tokens through all layers, write their keys and values to the pages, and return the last hidden states.
 
@@ -140,7 +130,7 @@ def decoder_stack(
     inner = layers[0].down.shape[1]
     queries = layers[0].out.shape[1]
     per_token = 2 * queries + 2 * pages[0].shape[3] * head_dim
-    scratch = torch.empty(tokens * per_token + min(tokens, _ROWS_IN_FLIGHT) * inner)
+    scratch = torch.empty(tokens * per_token + min(tokens, _MAX_MLP_ROWS) * inner)
     out: Tensor = torch.ops.alignpro.decoder_stack.default(
         hidden,
         *weights.tensors,
@@ -148,12 +138,7 @@ def decoder_stack(
         sin.contiguous(),
         pages,
         slots,
-        [level.rows for level in levels],
-        [level.cu_queries for level in levels],
-        [level.page_table for level in levels],
-        [level.key_lengths for level in levels],
-        [level.query_positions for level in levels],
-        [level.key_starts for level in levels],
+        *by_field(levels),
         weights.eps,
         weights.offset,
         weights.scale,
@@ -162,11 +147,3 @@ def decoder_stack(
         scratch,
     )
     return out
-
-
-def _register_fake() -> None:
-    """Register the shape of the result, for tracing."""
-
-    @torch.library.register_fake("alignpro::decoder_stack")
-    def _(hidden, *rest):  # type: ignore[no-untyped-def]
-        return torch.empty_like(hidden)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignpro_kernels.paged_keys import PagedKeys
+
 PAGE_SIZE = 256
 """The number of tokens per page must be a multiple of this."""
 
@@ -35,7 +37,7 @@ def unavailable() -> str | None:
     return None
 
 
-def unsuited(query: Tensor, pages: Tensor, window: int | None) -> str | None:
+def unsupported(query: Tensor, pages: Tensor, window: int | None) -> str | None:
     """Return the reason why the backend does not support these inputs, or None if it does."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, and the input is {query.dtype}"
@@ -49,41 +51,31 @@ def unsuited(query: Tensor, pages: Tensor, window: int | None) -> str | None:
 
 
 def paged_attention(
-    query: Tensor,
-    pages: Tensor,
-    cu_queries: Tensor,
-    page_table: Tensor,
-    key_lengths: Tensor,
-    query_positions: Tensor,
-    key_starts: Tensor | None = None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
+    query: Tensor, pages: Tensor, keys: PagedKeys, *, scale: float, softcap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """See `alignpro_kernels.paged_attention`, and the module's docstring for the positions that it supports."""
     assert window is None
-    count, sequences = len(query), len(key_lengths)
-    if not count or not sequences or not page_table.shape[1]:
+    count, sequences, table = len(query), len(keys.key_lengths), keys.page_table
+    if not count or not sequences or not table.shape[1]:
         return torch.zeros_like(query), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
     if query.stride(2) != 1:
         query = query.contiguous()
-    bounds = cu_queries.to(query.device, non_blocking=True).contiguous()
+    bounds = keys.cu_queries.to(query.device, non_blocking=True).contiguous()
     rows = torch.arange(count, dtype=torch.int32, device=query.device)
     owner = torch.searchsorted(bounds, rows, right=True) - 1  # (T,) sequence of each query
-    lengths = key_lengths[owner]
-    place = query_positions if key_starts is None else query_positions - key_starts[owner]  # (T,)
+    lengths = keys.key_lengths[owner]
+    place = keys.query_positions - keys.key_starts[owner]  # (T,) relative to the sequence's first key
     options = {"softmax_scale": scale, "softcap": softcap or 0.0}
     seen = torch.minimum(place + 1, lengths).clamp_min(0)  # (T,) number of keys that each query sees
     if count == sequences:
-        out, lse = _one_by_one(query, pages, page_table[owner], seen, options)
+        out, lse = _one_by_one(query, pages, table[owner], seen, options)
     else:
         inside = (place >= 0) & (place < lengths)
         before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))  # (T + 1,)
         first = (before[bounds[1:]] - before[bounds[:-1]]).int()  # (S,) size of each sequence's first group
         index = rows - bounds[owner]  # (T,) index of each query within its sequence
         in_order = torch.where(index < first[owner], place == lengths - first[owner] + index, ~inside)
-        out, lse = _two_kinds(query, pages, bounds, first, page_table, key_lengths, index < first[owner], options)
+        out, lse = _two_kinds(query, pages, bounds, first, table, keys.key_lengths, index < first[owner], options)
         out = torch.where((in_order | (seen == 0))[:, None, None], out, torch.nan)
         lse = torch.where((in_order | (seen == 0))[:, None], lse, torch.nan)
     some = seen > 0

@@ -1,4 +1,4 @@
-"""The chunk loop shared by all fast backends: rows in flight, coefficients, accumulators, autograd.
+"""The chunk loop shared by all fast backends: chunks of rows, coefficients, accumulators, autograd.
 
 The logits of all rows never exist at once. Each chunk's logits are computed, reduced to statistics, turned into their
 gradient in place and multiplied out before the next chunk starts. Accumulators over chunks are float32 (float64 for
@@ -7,14 +7,11 @@ float64 inputs): a sum in bfloat16 would lose a chunk's contribution once the su
 `policy_loss` computes gradients in the forward pass, so that logits are computed only once: 6 NDV operations with a
 trained head, 4 with a frozen one, 2 more with a KL. `linear_logprob` saves only its inputs; its backward pass recomputes
 the logits of those rows whose gradient is not zero.
-
-If the head is this rank's slice of a vocabulary split over ranks, a chunk's statistics are merged before they are used,
-and the gradient of its hidden states is summed over the ranks while the next chunk is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -24,10 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignpro_kernels.coefficients import evaluate
-from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats, statistics_dtype
+from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats, stats_dtype
 from alignpro_kernels.types import Coefficients, PolicyLossOutput, SampleOutput, TokenStats
-from alignpro_kernels.vocab_parallel import Fact, Reduction, VocabShard, agree, agree_on_rows, checksum
-from alignpro_kernels.vocab_states import merge_statistics
 
 _ROW_MULTIPLE = 64  # if there are several chunks, their sizes are multiples of this, for whole tiles
 
@@ -38,12 +33,10 @@ class Call:
 
     head: Head
     rows: Rows
-    shard: VocabShard | None = None
-    """The split of which ``head`` is this rank's slice; targets are relative to its start. None for a whole head."""
 
     def variables(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors that may require a gradient, in the order of `_Sums.finish`."""
-        return self.rows.hidden, self.head.weight, self.head.bias, self.rows.low_rank, self.head.low_rank
+        """Return the tensors that may require a gradient, in the order of `_GradientAccumulator.finish`."""
+        return self.rows.hidden, self.head.weight, self.head.bias, self.rows.lora_hidden, self.head.lora_b
 
     def detach(self) -> Call:
         """Return the same call without autograd history; a weight shared with the reference stays shared."""
@@ -54,14 +47,14 @@ class Call:
         head, rows = self.head, self.rows
         weight, hidden = constant(head.weight), constant(rows.hidden)
         assert weight is not None and hidden is not None
-        dtype = statistics_dtype(hidden.dtype)
+        dtype = stats_dtype(hidden.dtype)
         tau = rows.temperature
         return Call(
             Head(
                 weight,
                 constant(head.bias),
                 head.softcap,
-                constant(head.low_rank),
+                constant(head.lora_b),
                 weight if head.shared else constant(head.ref_weight),
                 constant(head.ref_bias),
             ),
@@ -69,10 +62,9 @@ class Call:
                 hidden,
                 constant(rows.target),
                 tau.detach().to(dtype).contiguous() if isinstance(tau, Tensor) else tau,
-                constant(rows.low_rank),
+                constant(rows.lora_hidden),
                 constant(rows.ref_hidden),
             ),
-            self.shard,
         )
 
 
@@ -81,128 +73,121 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are those of the rows in the input, None for 0…N−1."""
     variables = call.variables()
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in variables]
+    needs_grad = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in variables]
     with torch.no_grad():
         call = call.detach()
         count, device = len(call.rows.hidden), call.rows.hidden.device
         if positions is None:
             positions = torch.arange(count, device=device)
-        total = torch.zeros((), dtype=statistics_dtype(call.rows.hidden.dtype), device=device)
-        most = _rows_at_once(backend, call, "policy_loss", wanted, {"entropy": entropy, "mask": positions})
-        sums = _Sums(call, wanted, backend, most) if any(wanted) else None
+        total = torch.zeros((), dtype=stats_dtype(call.rows.hidden.dtype), device=device)
+        max_rows = backend.max_chunk_rows(call.head, call.rows.hidden.dtype)
+        accumulator = _GradientAccumulator(call, needs_grad, backend, max_rows) if any(needs_grad) else None
         parts: list[TokenStats] = []
-        returned: list[Tensor] = []
-        for chunk in _chunks(count, most, 0 if sums is None else sums.rows_in_room):
+        for chunk in _chunks(count, max_rows, 0 if accumulator is None else accumulator.first_chunk_rows):
             rows = call.rows.select(chunk)
-            room = None if sums is None else sums.room(chunk)
-            chunk_stats, kept = _forward(backend, call, rows, entropy=entropy, keep=sums is not None, room=room)
+            logits_buffer = None if accumulator is None else accumulator.logits_buffer(chunk)
+            chunk_stats, saved = _forward(
+                backend,
+                call.head,
+                rows,
+                entropy=entropy,
+                save_logits=accumulator is not None,
+                logits_buffer=logits_buffer,
+            )
             parts.append(TokenStats(chunk_stats.logprob, chunk_stats.entropy, chunk_stats.kl))
             loss, derivatives = evaluate(coefficients, parts[-1], positions[chunk])
             total += loss
-            if call.shard is not None:
-                returned.extend(checksum(x) for x in (loss, *derivatives) if x is not None)
-            if sums is not None:
+            if accumulator is not None:
                 active = _active_rows(derivatives)
-                sums.add(backend, chunk, rows, kept, chunk_stats, active, derivatives)
-            del kept  # free it before computing the next chunk's logits
-        if call.shard is not None and returned:
-            agree(call.shard, "policy_loss", device, {"what coefficients returned": torch.stack(returned)})
-    stats = _join(parts, call.rows.hidden, entropy=entropy, kl=call.head.ref_weight is not None)
-    if sums is None:
+                accumulator.add(backend, chunk, rows, saved, chunk_stats, active, derivatives)
+            del saved  # free it before computing the next chunk's logits
+    stats = _concatenate(parts, call.rows.hidden, entropy=entropy, kl=call.head.ref_weight is not None)
+    if accumulator is None:
         return PolicyLossOutput(total, *stats)
-    return PolicyLossOutput(_HandOn.apply(total, sums.finish(), *variables), *stats)
+    return PolicyLossOutput(_PrecomputedGradient.apply(total, accumulator.finish(), *variables), *stats)
 
 
 def linear_logprob(backend: ModuleType, call: Call, *, entropy: bool) -> TokenStats:
     """See `alignpro_kernels.linear_logprob`."""
-    logprob, h, kl = _Statistics.apply(backend, call, entropy, *call.variables())
+    logprob, h, kl = _LinearLogprob.apply(backend, call, entropy, *call.variables())
     return TokenStats(logprob, h if entropy else None, kl if call.head.ref_weight is not None else None)
 
 
 def linear_sample(backend: ModuleType, call: Call, seeds: Tensor) -> SampleOutput:
     """See `alignpro_kernels.linear_sample`. No logits are kept, so the rows are not split into chunks."""
     if not len(seeds):
-        none = seeds.new_empty(0, dtype=statistics_dtype(call.rows.hidden.dtype))
+        none = seeds.new_empty(0, dtype=stats_dtype(call.rows.hidden.dtype))
         return SampleOutput(seeds, none, none)
     call = call.detach()
     sampled: SampleOutput = backend.sample(call.head, call.rows, seeds.contiguous())
     return sampled
 
 
-class _Sums:
+class _GradientAccumulator:
     """Accumulates the gradients of a call, chunk by chunk."""
 
-    def __init__(self, call: Call, wanted: Sequence[bool], backend: ModuleType, most: int) -> None:
+    def __init__(self, call: Call, needs_grad: Sequence[bool], backend: ModuleType, max_rows: int) -> None:
         def like(index: int, dtype: torch.dtype | None = None) -> Tensor | None:
             x = call.variables()[index]
-            return torch.empty_like(x, dtype=dtype) if wanted[index] and x is not None else None
+            return torch.empty_like(x, dtype=dtype) if needs_grad[index] and x is not None else None
 
-        wide = statistics_dtype(call.rows.hidden.dtype)
+        dtype = stats_dtype(call.rows.hidden.dtype)
         self._call = call
-        self._reduction = None if call.shard is None else Reduction(call.shard)
-        self._hidden, self._low_rank_rows = like(0), like(3)
-        self._weight, self._bias, self._low_rank = like(1, wide), like(2, wide), like(4, wide)
-        self._begun = False
-        self.rows_in_room = 0
+        self._hidden, self._lora_hidden = like(0), like(3)
+        self._weight, self._bias, self._lora_b = like(1, dtype), like(2, dtype), like(4, dtype)
+        self._written = False
+        self.first_chunk_rows = 0
         """How many rows of logits are stored in the memory of the weight's gradient before it is first written; may be 0."""
-        if self._weight is not None and call.shard is None:
-            rows = backend.rows_in_gradient(call.head)
-            if rows and rows >= min(len(call.rows.hidden), most + 1):
-                self._weight, self.rows_in_room = backend.weight_gradient(call.head), rows
+        if self._weight is not None:
+            rows = backend.logits_buffer_rows(call.head)
+            if rows and rows >= min(len(call.rows.hidden), max_rows + 1):
+                self._weight, self.first_chunk_rows = backend.empty_weight_gradient(call.head), rows
 
-    def room(self, chunk: slice) -> Tensor | None:
+    def logits_buffer(self, chunk: slice) -> Tensor | None:
         """Return the weight's gradient, as memory for the logits, if this is the first chunk and may use it."""
-        return self._weight if self.rows_in_room and chunk.start == 0 else None
+        return self._weight if self.first_chunk_rows and chunk.start == 0 else None
 
     def add(
         self,
         backend: ModuleType,
         chunk: slice,
         rows: Rows,
-        kept: Any,
+        saved: Any,
         stats: RowStats,
         active: Tensor | None,
         derivatives: tuple[Tensor | None, Tensor | None, Tensor | None],
     ) -> None:
         """Add a chunk's gradient; ``active`` may be empty."""
-        places = [None if x is None else x[chunk] for x in (self._hidden, self._low_rank_rows)]
-        reduction = self._reduction
-        parts = [x if x is None or reduction is None else reduction.room(x) for x in places]
         into = HeadGradients(
-            hidden=parts[0],
-            low_rank_rows=parts[1],
+            hidden=None if self._hidden is None else self._hidden[chunk],
+            lora_hidden=None if self._lora_hidden is None else self._lora_hidden[chunk],
             weight=self._weight,
             bias=self._bias,
-            low_rank=self._low_rank,
-            accumulate=self._begun,
+            lora_b=self._lora_b,
+            accumulate=self._written,
         )
         if active is not None and not len(active):
-            for x in parts:
+            for x in (into.hidden, into.lora_hidden):
                 if x is not None:
                     x.zero_()
         else:
-            backend.backward(self._call.head, rows, kept, stats, active, *derivatives, into)
-            self._begun = True
-        if reduction is not None:
-            # Also if no row is active: if the ranks disagree on that, they must raise an error instead of hanging.
-            reduction.begin([(x, y) for x, y in zip(parts, places, strict=True) if x is not None and y is not None])
+            backend.backward(self._call.head, rows, saved, stats, active, *derivatives, into)
+            self._written = True
 
     def finish(self) -> list[Tensor | None]:
         """Return the gradients in their variables' dtypes, in the order of `Call.variables`."""
-        if self._reduction is not None:
-            self._reduction.finish()
-        weight, bias, low_rank = self._weight, self._bias, self._low_rank
-        if not self._begun:
-            for x in (weight, bias, low_rank):
+        weight, bias, lora_b = self._weight, self._bias, self._lora_b
+        if not self._written:
+            for x in (weight, bias, lora_b):
                 if x is not None:
                     x.zero_()
         dtype = self._call.head.weight.dtype
-        self._weight = self._bias = self._low_rank = None  # so that each wide accumulator is freed once it is rounded
-        rounded = [None if x is None else x.to(dtype) for x in (weight, bias, low_rank)]
-        return [self._hidden, rounded[0], rounded[1], self._low_rank_rows, rounded[2]]
+        self._weight = self._bias = self._lora_b = None  # so that each wide accumulator is freed once it is rounded
+        rounded = [None if x is None else x.to(dtype) for x in (weight, bias, lora_b)]
+        return [self._hidden, rounded[0], rounded[1], self._lora_hidden, rounded[2]]
 
 
-class _HandOn(torch.autograd.Function):
+class _PrecomputedGradient(torch.autograd.Function):
     """A loss whose gradients are already known: the backward pass only scales them."""
 
     @staticmethod
@@ -225,7 +210,7 @@ class _HandOn(torch.autograd.Function):
         )
 
 
-class _Statistics(torch.autograd.Function):
+class _LinearLogprob(torch.autograd.Function):
     """Statistics of all rows; the backward pass recomputes the logits of the rows that have a gradient."""
 
     @staticmethod
@@ -235,11 +220,10 @@ class _Statistics(torch.autograd.Function):
         call = call.detach()
         parts = []
         hidden = call.rows.hidden
-        most = _rows_at_once(backend, call, "linear_logprob", ctx.needs_input_grad[3:], {"entropy": entropy})
-        for chunk in _chunks(len(hidden), most):
-            chunk_stats, _ = _forward(backend, call, call.rows.select(chunk), entropy=entropy, keep=False)
+        for chunk in _chunks(len(hidden), backend.max_chunk_rows(call.head, hidden.dtype)):
+            chunk_stats, _ = backend.forward(call.head, call.rows.select(chunk), entropy=entropy, save_logits=False)
             parts.append(TokenStats(chunk_stats.logprob, chunk_stats.entropy, chunk_stats.kl))
-        stats = _join(parts, hidden, entropy=entropy, kl=call.head.ref_weight is not None)
+        stats = _concatenate(parts, hidden, entropy=entropy, kl=call.head.ref_weight is not None)
         ctx.backend, ctx.entropy = backend, entropy
         _save(ctx, call)
         ctx.set_materialize_grads(False)
@@ -253,20 +237,21 @@ class _Statistics(torch.autograd.Function):
         count = len(call.rows.hidden)
         selected = call.rows if active is None else call.rows.select(active)
         upstream = [None if x is None else (x if active is None else x[active]).contiguous() for x in derivatives]
-        call, wanted = replace(call, rows=selected), list(ctx.needs_input_grad[3:])
-        gradients_of = dict(zip(("d logprob", "d entropy", "d kl"), upstream, strict=True))
-        most = _rows_at_once(backend, call, "linear_logprob's backward", wanted, gradients_of)
-        sums = _Sums(call, wanted, backend, most)
-        for chunk in _chunks(len(selected.hidden), most, sums.rows_in_room):
-            rows, room = selected.select(chunk), sums.room(chunk)
-            stats, kept = _forward(backend, call, rows, entropy=upstream[1] is not None, keep=True, room=room)
+        call, needs_grad = replace(call, rows=selected), list(ctx.needs_input_grad[3:])
+        max_rows = backend.max_chunk_rows(call.head, selected.hidden.dtype)
+        accumulator = _GradientAccumulator(call, needs_grad, backend, max_rows)
+        for chunk in _chunks(len(selected.hidden), max_rows, accumulator.first_chunk_rows):
+            rows, logits_buffer = selected.select(chunk), accumulator.logits_buffer(chunk)
+            stats, saved = _forward(
+                backend, call.head, rows, entropy=upstream[1] is not None, save_logits=True, logits_buffer=logits_buffer
+            )
             alpha, eta, kappa = (None if x is None else x[chunk] for x in upstream)
-            sums.add(backend, chunk, rows, kept, stats, None, (alpha, eta, kappa))
-            del kept
-        gradients = sums.finish()
+            accumulator.add(backend, chunk, rows, saved, stats, None, (alpha, eta, kappa))
+            del saved
+        gradients = accumulator.finish()
         if active is not None:
             gradients = [
-                _spread(x, active, count) if index in (0, 3) and x is not None else x
+                _scatter_rows(x, active, count) if index in (0, 3) and x is not None else x
                 for index, x in enumerate(gradients)
             ]
         return None, None, None, *gradients
@@ -275,64 +260,41 @@ class _Statistics(torch.autograd.Function):
 def _save(ctx: Any, call: Call) -> None:
     head, rows = call.head, call.rows
     tau = rows.temperature
-    ctx.shared, ctx.softcap, ctx.shard = head.shared, head.softcap, call.shard
+    ctx.shared, ctx.softcap = head.shared, head.softcap
     ctx.number = None if isinstance(tau, Tensor) else tau
     ctx.save_for_backward(
         head.weight,
         head.bias,
-        head.low_rank,
+        head.lora_b,
         None if head.shared else head.ref_weight,
         head.ref_bias,
         rows.hidden,
         rows.target,
         tau if isinstance(tau, Tensor) else None,
-        rows.low_rank,
+        rows.lora_hidden,
         rows.ref_hidden,
     )
 
 
 def _restore(ctx: Any) -> Call:
-    weight, bias, low_rank, ref_weight, ref_bias, hidden, target, tau, low_rank_rows, ref_hidden = ctx.saved_tensors
+    weight, bias, lora_b, ref_weight, ref_bias, hidden, target, tau, lora_hidden, ref_hidden = ctx.saved_tensors
     return Call(
-        Head(weight, bias, ctx.softcap, low_rank, weight if ctx.shared else ref_weight, ref_bias),
-        Rows(hidden, target, ctx.number if tau is None else tau, low_rank_rows, ref_hidden),
-        ctx.shard,
+        Head(weight, bias, ctx.softcap, lora_b, weight if ctx.shared else ref_weight, ref_bias),
+        Rows(hidden, target, ctx.number if tau is None else tau, lora_hidden, ref_hidden),
     )
 
 
-def _rows_at_once(
-    backend: ModuleType, call: Call, operator: str, wanted: Sequence[bool], facts: Mapping[str, Fact]
-) -> int:
-    """Return the maximum chunk size that the backend supports on every rank; checks that the ranks agree on the facts."""
-    head, rows = call.head, call.rows
-    most: int = backend.rows_in_flight(head, rows.hidden.dtype)
-    if call.shard is None:
-        return most
-    assert rows.target is not None
-    everything: dict[str, Fact] = {
-        "target": rows.target + call.shard.start,
-        "the rank of the LoRA": 0 if rows.low_rank is None else rows.low_rank.shape[1],
-        "whether there is a reference": head.ref_weight is not None,
-        "what takes a gradient": sum(wants << index for index, wants in enumerate(wanted)),
-        **facts,
-    }
-    return agree_on_rows(call.shard, operator, rows.hidden, rows.temperature, head.softcap, everything, most_rows=most)
-
-
 def _forward(
-    backend: ModuleType, call: Call, rows: Rows, *, entropy: bool, keep: bool, room: Tensor | None = None
+    backend: ModuleType, head: Head, rows: Rows, *, entropy: bool, save_logits: bool, logits_buffer: Tensor | None
 ) -> tuple[RowStats, Any]:
-    """Return a chunk's statistics over the whole vocabulary, and what `backward` needs."""
-    options = {} if room is None else {"room": room}
-    stats, kept = backend.forward(call.head, rows, entropy=entropy, keep=keep, **options)
-    if call.shard is not None:
-        assert rows.target is not None
-        stats = merge_statistics(call.shard, stats, rows.target)
-    return stats, kept
+    """Return a chunk's statistics, and what `backward` needs."""
+    options = {} if logits_buffer is None else {"logits_buffer": logits_buffer}
+    result: tuple[RowStats, Any] = backend.forward(head, rows, entropy=entropy, save_logits=save_logits, **options)
+    return result
 
 
-def _chunks(count: int, most: int, first: int = 0) -> Iterator[slice]:
-    """Yield slices of nearly equal length, at most ``most`` rows each: a short last chunk would read W for few rows.
+def _chunks(count: int, max_rows: int, first: int = 0) -> Iterator[slice]:
+    """Yield slices of nearly equal length, at most ``max_rows`` rows each: a short last chunk would read W for few rows.
 
     If ``first`` is not 0, the first slice has up to ``first`` rows.
     """
@@ -343,10 +305,10 @@ def _chunks(count: int, most: int, first: int = 0) -> Iterator[slice]:
         yield slice(0, begin)
     if begin == count:
         return
-    pieces = -(-(count - begin) // max(1, most))
+    pieces = -(-(count - begin) // max(1, max_rows))
     size = -(-(count - begin) // pieces)
-    if pieces > 1 and most >= _ROW_MULTIPLE:
-        size = min(-(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE, most)
+    if pieces > 1 and max_rows >= _ROW_MULTIPLE:
+        size = min(-(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE, max_rows)
     for start in range(begin, count, size):
         yield slice(start, min(start + size, count))
 
@@ -361,15 +323,15 @@ def _active_rows(derivatives: tuple[Tensor | None, ...]) -> Tensor | None:
     return None if len(active) == len(given[0]) else active
 
 
-def _spread(x: Tensor, index: Tensor, count: int) -> Tensor:
+def _scatter_rows(x: Tensor, index: Tensor, count: int) -> Tensor:
     return x.new_zeros(count, *x.shape[1:]).index_copy_(0, index, x)
 
 
-def _join(parts: list[TokenStats], hidden: Tensor, *, entropy: bool, kl: bool) -> TokenStats:
+def _concatenate(parts: list[TokenStats], hidden: Tensor, *, entropy: bool, kl: bool) -> TokenStats:
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        none = hidden.new_empty(0, dtype=statistics_dtype(hidden.dtype))
+        none = hidden.new_empty(0, dtype=stats_dtype(hidden.dtype))
         return TokenStats(none, none.clone() if entropy else None, none.clone() if kl else None)
     columns = zip(*parts, strict=True)
     return TokenStats(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]

@@ -2,19 +2,19 @@
 
 A backend is a module with these functions. C is the number of rows in a chunk, A the number of active rows.
 
-``rows_in_flight(head, dtype) -> int``
+``max_chunk_rows(head, dtype) -> int``
     The maximum number of rows per chunk, from a memory budget.
-``rows_in_gradient(head) -> int``
+``logits_buffer_rows(head) -> int``
     How many rows of logits fit into the memory of the weight's gradient before it is first written; 0 if unsupported.
-``weight_gradient(head) -> Tensor``
-    That memory, (V, D) in `statistics_dtype`; required if ``rows_in_gradient`` is not 0.
-``forward(head, rows, *, entropy, keep, room) -> (RowStats, kept)``
-    Statistics (C,) from float32 accumulators. ``kept`` is what ``backward`` needs, or None without ``keep``. ``room``, passed
-    only if ``rows_in_gradient`` is used, is the ``weight_gradient`` in which to store the logits.
-``backward(head, rows, kept, stats, active, alpha, eta, kappa, gradients) -> None``
-    Fills or adds to ``gradients``. ``stats`` are over the whole vocabulary, even if ``head`` is a slice of it. ``active``
-    (A,) int64, ascending, are the rows with a nonzero coefficient, at least one; None means all rows. A coefficient is
-    (C,), or None for zero. ``kept`` may be overwritten.
+``empty_weight_gradient(head) -> Tensor``
+    That memory, (V, D) in `stats_dtype`; required if ``logits_buffer_rows`` is not 0.
+``forward(head, rows, *, entropy, save_logits, logits_buffer) -> (RowStats, saved)``
+    Statistics (C,) from float32 accumulators. ``saved`` is what ``backward`` needs, or None without ``save_logits``.
+    ``logits_buffer``, passed only if ``logits_buffer_rows`` is used, is the ``empty_weight_gradient`` in which to store
+    the logits.
+``backward(head, rows, saved, stats, active, alpha, eta, kappa, gradients) -> None``
+    Fills or adds to ``gradients``. ``active`` (A,) int64, ascending, are the rows with a nonzero coefficient, at least
+    one; None means all rows. A coefficient is (C,), or None for zero. ``saved`` may be overwritten.
 ``sample(head, rows, seeds) -> SampleOutput``
     One token per row, (C,); ``seeds`` (C,) int64; a temperature may be 0.
 """
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LOWEST = -1e30
+MIN_LOGPROB = -1e30
 """Replaces a log-probability of −∞ before it is multiplied by its probability: 0 · −∞ is NaN, 0 · LOWEST is 0."""
 
 
@@ -41,7 +41,7 @@ class Head:
     """(V,)"""
     softcap: float | None = None
     """Logits become softcap · tanh(logits / softcap), for policy and reference."""
-    low_rank: Tensor | None = None
+    lora_b: Tensor | None = None
     """(V, r): B of a LoRA, which applies to the policy only."""
     ref_weight: Tensor | None = None
     """(V, D'); the same tensor as ``weight`` when the head is shared; None without a reference."""
@@ -66,11 +66,10 @@ class Rows:
     hidden: Tensor
     """(C, D) in the head's dtype."""
     target: Tensor | None
-    """(C,) int64; None when sampling. If the head is a slice that does not contain the target, it lies outside [0, V) and
-    its log-probability over the slice is meaningless."""
+    """(C,) int64 in [0, V); None when sampling."""
     temperature: float | Tensor
-    """τ: a number, or (C,) in `statistics_dtype`."""
-    low_rank: Tensor | None = None
+    """τ: a number, or (C,) in `stats_dtype`."""
+    lora_hidden: Tensor | None = None
     """(C, r) in the head's dtype: scale · h Aᵀ of a LoRA."""
     ref_hidden: Tensor | None = None
     """(C, D') in the head's dtype."""
@@ -85,13 +84,13 @@ class Rows:
             hidden=self.hidden[index],
             target=pick(self.target),
             temperature=self.temperature[index] if isinstance(self.temperature, Tensor) else self.temperature,
-            low_rank=pick(self.low_rank),
+            lora_hidden=pick(self.lora_hidden),
             ref_hidden=pick(self.ref_hidden),
         )
 
 
 class RowStats(NamedTuple):
-    """Statistics of a chunk's rows, constants in `statistics_dtype`."""
+    """Statistics of a chunk's rows, constants in `stats_dtype`."""
 
     logprob: Tensor
     """(C,)"""
@@ -99,7 +98,7 @@ class RowStats(NamedTuple):
     """(C,) if requested."""
     kl: Tensor | None
     """(C,) with a reference."""
-    norms: Tensor
+    softmax_stats: Tensor
     """(2 or more, C): m, the largest logit, and log Σ e^{z−m}; with a reference, the third and fourth row are its own. They
     are stored separately so that an offset of the logits costs no precision. If all logits of a row are −∞, m may be −∞
     or 0."""
@@ -110,24 +109,24 @@ class HeadGradients:
     """The tensors that receive a chunk's gradients; a gradient that is None is not computed."""
 
     hidden: Tensor | None
-    """(C, D) in the dtype of the hidden states or in `statistics_dtype`: every row is written, inactive ones with zero."""
-    low_rank_rows: Tensor | None
-    """(C, r), likewise: the gradient of `Rows.low_rank`."""
+    """(C, D) in the dtype of the hidden states: every row is written, inactive ones with zero."""
+    lora_hidden: Tensor | None
+    """(C, r), likewise: the gradient of `Rows.lora_hidden`."""
     weight: Tensor | None
-    """(V, D) in `statistics_dtype`, summed over all chunks."""
+    """(V, D) in `stats_dtype`, summed over all chunks."""
     bias: Tensor | None
     """(V,), likewise."""
-    low_rank: Tensor | None
+    lora_b: Tensor | None
     """(V, r), likewise."""
     accumulate: bool
-    """Whether ``weight``, ``bias`` and ``low_rank`` hold the sum of earlier chunks; otherwise they are overwritten."""
+    """Whether ``weight``, ``bias`` and ``lora_b`` hold the sum of earlier chunks; otherwise they are overwritten."""
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of statistics and accumulators for inputs of a dtype: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def wide(x: Tensor) -> Tensor:
-    """Convert to `statistics_dtype`."""
-    return x.to(statistics_dtype(x.dtype))
+def upcast(x: Tensor) -> Tensor:
+    """Convert to `stats_dtype`."""
+    return x.to(stats_dtype(x.dtype))

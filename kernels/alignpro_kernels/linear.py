@@ -7,25 +7,13 @@ over its inputs in a fixed order, so a row's results have the same bits in any b
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from alignpro_kernels import cpp_library
-from alignpro_kernels.backends import BackendError
+from alignpro_kernels.backends import BackendError, unavailable
 
 PANEL = 32
 """Number of outputs per panel."""
-
-
-@functools.cache
-def unavailable() -> str | None:
-    """Return the reason why packed products cannot run here, or None if they can; builds the library if necessary."""
-    reason = cpp_library.unavailable()
-    if reason is None:
-        _register_fakes()
-    return reason
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -46,7 +34,7 @@ def pack_weight(weight: Tensor) -> Tensor:
             f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}: expected (N, K) float32 on the "
             "CPU, not empty"
         )
-    if (reason := unavailable()) is not None:
+    if (reason := unavailable("cpp")) is not None:
         raise BackendError(f"pack_weight: {reason}")
     packed: Tensor = torch.ops.alignpro.pack_weight(weight.detach())
     return packed
@@ -105,19 +93,3 @@ def _check(x: Tensor, packed: Tensor, outputs: int) -> None:
             f"x has shape {tuple(x.shape)} and the packed weight has {tuple(packed.shape)}: expected (..., K) and, for "
             f"{outputs} outputs, ({panels}, K, {PANEL})"
         )
-
-
-def _register_fakes() -> None:
-    """Register the shapes of the results, for tracing."""
-
-    @torch.library.register_fake("alignpro::pack_weight")
-    def _(weight):  # type: ignore[no-untyped-def]
-        return weight.new_empty((weight.shape[0] + 31) // 32, weight.shape[1], 32)
-
-    @torch.library.register_fake("alignpro::packed_linear")
-    def _(x, packed, bias, outputs):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], outputs)
-
-    @torch.library.register_fake("alignpro::packed_gate")
-    def _(x, gate, up, outputs):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], outputs)

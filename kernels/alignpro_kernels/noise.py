@@ -53,19 +53,6 @@ def gumbel_noise(seeds: Tensor, vocabulary: int, dtype: torch.dtype = torch.floa
     return uniform.log_().neg_().log_().neg_().to(dtype)
 
 
-def advance(seeds: Tensor, steps: int | Tensor) -> Tensor:
-    """Return seeds whose output i is output i + ``steps`` of the given ones, e.g. for a slice of the vocabulary.
-
-    Args:
-        seeds: (...,) int64.
-        steps: A number, or (...,) int64.
-
-    Returns:
-        (...,) int64.
-    """
-    return seeds + torch.as_tensor(steps, dtype=torch.int64, device=seeds.device) * GAMMA
-
-
 def _shift_right(z: Tensor, bits: int) -> Tensor:
     """Shift logically: torch's own shift of int64 is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

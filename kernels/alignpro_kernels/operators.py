@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignpro_kernels import checks, fused, reference, vocab_reference
-from alignpro_kernels.backends import backend_module, choose_backend, triton_merges
+from alignpro_kernels import checks, fused, reference
+from alignpro_kernels.backends import backend_module, choose_backend, merges_with_triton
 from alignpro_kernels.head import Head, Rows
 from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleOutput, TokenStats
-from alignpro_kernels.vocab_parallel import VocabShard, agree_on_rows, failing_together
-from alignpro_kernels.vocab_states import merge_samples, seeds_of_slice
 
 
 @torch.compiler.disable
@@ -37,7 +35,6 @@ def linear_logprob(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     entropy: bool = False,
-    vocab_parallel: VocabShard | None = None,
     backend: str = "auto",
 ) -> TokenStats:
     """Compute the log-probability, entropy and exact KL of every token from hidden states, differentiably.
@@ -60,48 +57,25 @@ def linear_logprob(
             given).
         ref_bias: (V,) bias of the reference's head.
         entropy: Whether to compute the entropy.
-        vocab_parallel: How the head is split over the ranks of a process group, all of which make the same call.
-            ``weight``, ``bias``, ``lora.b``, ``ref_weight`` and ``ref_bias`` are then this rank's rows, and so are their
-            gradients. All other arguments are the same on every rank (``target`` indexes the whole vocabulary), and so
-            are the statistics and the gradients of ``hidden`` and ``lora.a``, which are complete: they need no further
-            all-reduce. Every rank must continue with the same loss.
         backend: ``auto``, or a name from `backends`.
 
     Returns:
         logprob, entropy or None, kl or None; each (...,).
 
     Raises:
-        ValueError, TypeError: An argument has the wrong shape, device, value or dtype, or is not the same on the ranks of
-            ``vocab_parallel``; the message names it.
+        ValueError, TypeError: An argument has the wrong shape, device, value or dtype; the message names it.
         BackendError: The backend cannot run.
     """
-    with failing_together(vocab_parallel, hidden.device):
-        checks.check_head(hidden, weight, bias, softcap)
-        checks.check_lora(lora, weight)
-        checks.check_mask(mask, hidden)
-        checks.check_target(target, hidden, checks.check_shard(weight, vocab_parallel), mask)
-        checks.check_temperature(temperature, hidden)
-        checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-        chosen = choose_backend("linear_logprob", backend, hidden)
-    with _as_given(hidden.device.type):
-        inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
-        layer: dict[str, Any] = {
-            "bias": bias,
-            "lora": lora,
-            "softcap": softcap,
-            "ref_weight": ref_weight,
-            "ref_bias": ref_bias,
-        }
+    head = {"bias": bias, "lora": lora, "softcap": softcap, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    chosen, arguments, positions = _prepare(
+        "linear_logprob", backend, hidden, weight, target, mask, temperature=temperature, ref_hidden=ref_hidden, **head
+    )
+    with _without_autocast(hidden.device.type):
         if chosen == "reference":
-            given = {"weight": weight, **inputs, **layer, "entropy": entropy}
-            if vocab_parallel is None:
-                stats = reference.linear_logprob(**given)
-            else:
-                stats = vocab_reference.linear_logprob(vocab_parallel, **given)
+            stats = reference.linear_logprob(**arguments, entropy=entropy)
         else:
-            call = _call(weight, inputs, vocab_parallel, **layer)
-            stats = fused.linear_logprob(backend_module(chosen), call, entropy=entropy)
-        return TokenStats(*(_rows_back(x, positions, target.shape) for x in stats))  # type: ignore[arg-type]
+            stats = fused.linear_logprob(backend_module(chosen), _call(**arguments), entropy=entropy)
+        return TokenStats(*(_unflatten(x, positions, target.shape) for x in stats))  # type: ignore[arg-type]
 
 
 @torch.compiler.disable
@@ -120,7 +94,6 @@ def policy_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     entropy: bool = False,
-    vocab_parallel: VocabShard | None = None,
     backend: str = "auto",
 ) -> PolicyLossOutput:
     """Compute any loss of each token's (logprob, entropy, KL), with its gradient computed in the forward pass.
@@ -141,7 +114,6 @@ def policy_loss(
         ref_weight: See `linear_logprob`.
         ref_bias: See `linear_logprob`.
         entropy: Whether ``coefficients`` gets the entropy; needed for ``eta``.
-        vocab_parallel: See `linear_logprob`. ``coefficients`` must return the same bits on every rank.
         backend: See `linear_logprob`.
 
     Returns:
@@ -152,33 +124,17 @@ def policy_loss(
             entropy, or ``kappa`` without a reference.
         BackendError: The backend cannot run.
     """
-    with failing_together(vocab_parallel, hidden.device):
-        checks.check_head(hidden, weight, bias, softcap)
-        checks.check_lora(lora, weight)
-        checks.check_mask(mask, hidden)
-        checks.check_target(target, hidden, checks.check_shard(weight, vocab_parallel), mask)
-        checks.check_temperature(temperature, hidden)
-        checks.check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-        chosen = choose_backend("policy_loss", backend, hidden)
-    with _as_given(hidden.device.type):
-        inputs, positions = _flat(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
-        layer: dict[str, Any] = {
-            "bias": bias,
-            "lora": lora,
-            "softcap": softcap,
-            "ref_weight": ref_weight,
-            "ref_bias": ref_bias,
-        }
+    head = {"bias": bias, "lora": lora, "softcap": softcap, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    chosen, arguments, positions = _prepare(
+        "policy_loss", backend, hidden, weight, target, mask, temperature=temperature, ref_hidden=ref_hidden, **head
+    )
+    options: dict[str, Any] = {"coefficients": coefficients, "positions": positions, "entropy": entropy}
+    with _without_autocast(hidden.device.type):
         if chosen == "reference":
-            given = {"weight": weight, "coefficients": coefficients, **inputs, **layer, "entropy": entropy}
-            if vocab_parallel is None:
-                out = reference.policy_loss(**given, positions=positions)
-            else:
-                out = vocab_reference.policy_loss(vocab_parallel, **given, positions=positions)
+            out = reference.policy_loss(**arguments, **options)
         else:
-            call = _call(weight, inputs, vocab_parallel, **layer)
-            out = fused.policy_loss(backend_module(chosen), call, coefficients, entropy=entropy, positions=positions)
-        stats = (_rows_back(x, positions, target.shape) for x in out[1:])
+            out = fused.policy_loss(backend_module(chosen), _call(**arguments), **options)
+        stats = (_unflatten(x, positions, target.shape) for x in out[1:])
         return PolicyLossOutput(out.loss, *stats)  # type: ignore[arg-type]
 
 
@@ -192,7 +148,6 @@ def linear_sample(
     lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    vocab_parallel: VocabShard | None = None,
     backend: str = "auto",
 ) -> SampleOutput:
     """Draw an exact categorical sample per row, by Gumbel-max with noise hashed from (seed, vocabulary index).
@@ -205,7 +160,6 @@ def linear_sample(
         lora: See `linear_logprob`.
         temperature: τ ≥ 0, or one per row, (...,); with 0 the row is decoded greedily (ties: the lowest index).
         softcap: See `linear_logprob`.
-        vocab_parallel: See `linear_logprob`. The tokens index the whole vocabulary and are the same on every rank.
         backend: See `linear_logprob`.
 
     Returns:
@@ -213,32 +167,21 @@ def linear_sample(
         rows).
 
     Raises:
-        ValueError, TypeError: An argument has the wrong shape, device, value or dtype, or is not the same on the ranks of
-            ``vocab_parallel``; the message names it.
+        ValueError, TypeError: An argument has the wrong shape, device, value or dtype; the message names it.
         BackendError: The backend cannot run.
     """
-    with failing_together(vocab_parallel, hidden.device):
-        checks.check_head(hidden, weight, bias, softcap)
-        checks.check_lora(lora, weight)
-        checks.check_shard(weight, vocab_parallel)
-        checks.check_seeds(seeds, hidden)
-        checks.check_temperature(temperature, hidden, greedy=True)
-        chosen = choose_backend("linear_sample", backend, hidden)
-    with torch.no_grad(), _as_given(hidden.device.type):
-        inputs, _ = _flat(hidden, None, temperature=temperature)
-        layer: dict[str, Any] = {"bias": bias, "lora": lora, "softcap": softcap}
-        call = _call(weight, inputs, vocab_parallel, **layer)
-        given = seeds.flatten()
-        own = given if vocab_parallel is None else seeds_of_slice(vocab_parallel, given)
-        if vocab_parallel is not None:
-            rows = call.rows
-            agree_on_rows(vocab_parallel, "linear_sample", rows.hidden, rows.temperature, softcap, {"seeds": given})
+    checks.check_head(hidden, weight, bias, softcap)
+    checks.check_lora(lora, weight)
+    checks.check_seeds(seeds, hidden)
+    checks.check_temperature(temperature, hidden, greedy=True)
+    chosen = choose_backend("linear_sample", backend, hidden)
+    with torch.no_grad(), _without_autocast(hidden.device.type):
+        rows, _ = _flatten(hidden, None, temperature=temperature)
+        arguments = {"weight": weight, "bias": bias, "lora": lora, "softcap": softcap, **rows}
         if chosen == "reference":
-            out = reference.linear_sample(weight=weight, seeds=own, **inputs, **layer)
+            out = reference.linear_sample(seeds=seeds.flatten(), **arguments)
         else:
-            out = fused.linear_sample(backend_module(chosen), call, own)
-        if vocab_parallel is not None:
-            out = merge_samples(vocab_parallel, call.head, call.rows, given, out)
+            out = fused.linear_sample(backend_module(chosen), _call(**arguments), seeds.flatten())
         return out if seeds.ndim == 1 else SampleOutput(*(x.view(seeds.shape) for x in out))
 
 
@@ -257,18 +200,42 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
         ValueError: The parts do not match.
     """
     checks.check_states(outs, lses)
-    if not triton_merges(outs[0]):
+    if not merges_with_triton(outs[0]):
         return reference.merge_states(outs, lses)
     merged: Tensor = backend_module("triton").merge_states(outs, lses)
     return merged
 
 
-def _as_given(device_type: str) -> AbstractContextManager[Any]:
+def _prepare(
+    operator: str,
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    ref_hidden: Tensor | None,
+    **head: Any,
+) -> tuple[str, dict[str, Any], Tensor | None]:
+    """Check the arguments; return the backend, the arguments for N rows, and the positions of the rows, as `_flatten`."""
+    checks.check_head(hidden, weight, head["bias"], head["softcap"])
+    checks.check_lora(head["lora"], weight)
+    checks.check_mask(mask, hidden)
+    checks.check_target(target, hidden, len(weight), mask)
+    checks.check_temperature(temperature, hidden)
+    checks.check_reference(hidden, weight, ref_hidden, head["ref_weight"], head["ref_bias"])
+    chosen = choose_backend(operator, backend, hidden)
+    rows, positions = _flatten(hidden, mask, target=target, temperature=temperature, ref_hidden=ref_hidden)
+    return chosen, {"weight": weight, **head, **rows}, positions
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Disable autocast; does nothing if it is already off, which saves time for small heads."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _flat(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str, Any], Tensor | None]:
+def _flatten(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str, Any], Tensor | None]:
     """Return the per-row arguments as (N, ...) without masked rows, and the positions of the rows kept, None for all.
 
     The selection is differentiable, so masked rows get a zero gradient.
@@ -290,7 +257,7 @@ def _flat(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str
     }, positions
 
 
-def _rows_back(x: Tensor | None, positions: Tensor | None, shape: torch.Size) -> Tensor | None:
+def _unflatten(x: Tensor | None, positions: Tensor | None, shape: torch.Size) -> Tensor | None:
     """(N,) → (...), zero at masked rows."""
     if x is None:
         return None
@@ -301,26 +268,23 @@ def _rows_back(x: Tensor | None, positions: Tensor | None, shape: torch.Size) ->
 
 def _call(
     weight: Tensor,
-    inputs: dict[str, Any],
-    shard: VocabShard | None,
+    hidden: Tensor,
+    temperature: float | Tensor,
     *,
     bias: Tensor | None,
     lora: LoRA | None,
     softcap: float | None,
+    target: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> fused.Call:
-    ref_hidden = inputs.get("ref_hidden")
     if ref_hidden is not None and ref_weight is None:
         ref_weight, ref_bias = weight, (bias if ref_bias is None else ref_bias)
-    low_rank_rows = None
+    lora_hidden = None
     if lora is not None:  # through these rows, autograd computes the gradient of A and its part of the hidden states'
-        low_rank_rows = lora.scale * (inputs["hidden"] @ lora.a.T)  # (N, r)
-    target = inputs.get("target")
-    if shard is not None and target is not None:
-        target = target - shard.start
+        lora_hidden = lora.scale * (hidden @ lora.a.T)  # (N, r)
     return fused.Call(
         Head(weight, bias, softcap, None if lora is None else lora.b, ref_weight, ref_bias),
-        Rows(inputs["hidden"], target, inputs["temperature"], low_rank_rows, ref_hidden),
-        shard,
+        Rows(hidden, target, temperature, lora_hidden, ref_hidden),
     )

@@ -49,38 +49,38 @@ def write_kv(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor) -> None
     _check_index("slots", slots, pages)
     _check_states("keys", keys, pages, slots)
     _check_states("values", values, pages, slots)
-    if _on_kernels(pages.device.type):
+    if _has_kernels(pages.device.type):
         write = torch.ops.alignpro.write_kv_cpu if pages.device.type == "cpu" else torch.ops.alignpro.write_kv
         write(keys, values, pages, slots)
         return
     capacity = pages.shape[0] * pages.shape[2]
     _check_range("slots", slots, -1, capacity)
-    kept = _inside(slots, capacity)
+    valid = _in_range(slots, capacity)
     if pages.device.type != "cpu":
-        _write_unseen(keys, values, pages, slots, kept)
+        _write_without_sync(keys, values, pages, slots, valid)
         return
-    if not bool(kept.all()):
-        keys, values, slots = keys[kept], values[kept], slots[kept]
+    if not bool(valid.all()):
+        keys, values, slots = keys[valid], values[valid], slots[valid]
     page, offset = slots // pages.shape[2], slots % pages.shape[2]
     bits = _bits(pages)
     bits[page, 0, offset] = _bits(keys)
     bits[page, 1, offset] = _bits(values)
 
 
-def _write_unseen(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor, kept: Tensor) -> None:
-    """`write_kv` for the tokens in ``kept``, (T,) bool, without synchronising with the device.
+def _write_without_sync(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor, valid: Tensor) -> None:
+    """`write_kv` for the tokens in ``valid``, (T,) bool, without synchronising with the device.
 
     A skipped token repeats the write of the first token kept; if there is none, it rewrites the present content.
     """
     if not len(slots):
         return
-    token = torch.where(kept, torch.arange(len(slots), device=slots.device), kept.int().argmax())  # (T,)
+    token = torch.where(valid, torch.arange(len(slots), device=slots.device), valid.int().argmax())  # (T,)
     at = slots.index_select(0, token).clamp(0, pages.shape[0] * pages.shape[2] - 1)
     page, offset = at // pages.shape[2], at % pages.shape[2]
     bits = _bits(pages)
     for which, states in enumerate((keys, values)):
         written = _bits(states).index_select(0, token)
-        bits[page, which, offset] = torch.where(kept.any(), written, bits[page, which, offset])
+        bits[page, which, offset] = torch.where(valid.any(), written, bits[page, which, offset])
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def read_kv(pages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     _check_range("slots", slots, -1, capacity)
     at = slots.clamp(0, capacity - 1)
     states = _bits(pages)[at // pages.shape[2], :, at % pages.shape[2]]  # (T, 2, kv_heads, head_dim)
-    states.masked_fill_(~_inside(slots, capacity)[:, None, None, None], 0)
+    states.masked_fill_(~_in_range(slots, capacity)[:, None, None, None], 0)
     keys, values = states.view(pages.dtype).unbind(1)
     return keys, values
 
@@ -136,15 +136,15 @@ def copy_pages(arena: Tensor, source: Tensor, destination: Tensor) -> None:
     _check_range("destination", destination, 0, len(arena))
     if arena.device.type == "cpu" and bool((overlap := torch.isin(destination, source)).any()):
         raise ValueError(f"destination: page {int(destination[overlap][0])} is also a source")
-    if arena.device.type != "cpu" and _on_kernels(arena.device.type):
+    if arena.device.type != "cpu" and _has_kernels(arena.device.type):
         torch.ops.alignpro.copy_pages(arena, source, destination)
         return
-    kept = _inside(source, len(arena)) & _inside(destination, len(arena))
-    arena.index_copy_(0, destination[kept], arena.index_select(0, source[kept]))
+    valid = _in_range(source, len(arena)) & _in_range(destination, len(arena))
+    arena.index_copy_(0, destination[valid], arena.index_select(0, source[valid]))
 
 
 @functools.cache
-def _on_kernels(device: str) -> bool:
+def _has_kernels(device: str) -> bool:
     """Load the kernels of csrc for a device type; return whether they can be used, which is logged once."""
     reason = _unavailable(device)
     kernels = "C++" if device == "cpu" else "CUDA kernels"
@@ -196,7 +196,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(_BITS[x.element_size()])
 
 
-def _inside(index: Tensor, bound: int) -> Tensor:
+def _in_range(index: Tensor, bound: int) -> Tensor:
     return (index >= 0) & (index < bound)
 
 

@@ -18,12 +18,13 @@ which have checked them and removed masked rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignpro_kernels.coefficients import evaluate
-from alignpro_kernels.head import LOWEST, wide
+from alignpro_kernels.head import MIN_LOGPROB, upcast
 from alignpro_kernels.noise import gumbel_noise
 from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleOutput, TokenStats
 
@@ -44,14 +45,14 @@ def linear_logprob(
 ) -> TokenStats:
     """See `alignpro_kernels.linear_logprob`."""
     logp = head_logits(hidden, weight, bias, temperature, softcap, lora).log_softmax(-1)  # (..., V)
-    p, bounded = logp.exp(), logp.clamp_min(LOWEST)  # makes p log p 0 where p is 0
+    p, bounded = logp.exp(), logp.clamp_min(MIN_LOGPROB)  # makes p log p 0 where p is 0
     kl = None
     if ref_hidden is not None:
         with torch.no_grad():
             if ref_weight is None:  # a shared head: the reference uses its bias too, but not a LoRA
                 ref_weight, ref_bias = weight, (bias if ref_bias is None else ref_bias)
             logq = head_logits(ref_hidden, ref_weight, ref_bias, temperature, softcap).log_softmax(-1)
-        kl = (p * (bounded - logq.clamp_min(LOWEST))).sum(-1)
+        kl = (p * (bounded - logq.clamp_min(MIN_LOGPROB))).sum(-1)
     return TokenStats(
         logprob=logp.gather(-1, target.unsqueeze(-1)).squeeze(-1),
         entropy=-(p * bounded).sum(-1) if entropy else None,
@@ -65,35 +66,14 @@ def policy_loss(
     target: Tensor,
     coefficients: Coefficients,
     *,
-    bias: Tensor | None = None,
-    lora: LoRA | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    entropy: bool = False,
     positions: Tensor | None = None,
+    **options: Any,
 ) -> PolicyLossOutput:
-    """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are those of the rows in the input, None for 0…N−1."""
-    stats = linear_logprob(
-        hidden,
-        weight,
-        target,
-        bias=bias,
-        lora=lora,
-        temperature=temperature,
-        softcap=softcap,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        entropy=entropy,
-    )
-    return loss_of(stats, coefficients, positions)
+    """See `alignpro_kernels.policy_loss`; ``positions`` (N,) are those of the rows in the input, None for 0…N−1.
 
-
-def loss_of(stats: TokenStats, coefficients: Coefficients, positions: Tensor | None) -> PolicyLossOutput:
-    """Compute the loss from statistics, through which its gradient flows; otherwise as `policy_loss`."""
+    Other arguments are those of `linear_logprob`.
+    """
+    stats = linear_logprob(hidden, weight, target, **options)
     constant = TokenStats(*(None if x is None else x.detach() for x in stats))  # type: ignore[arg-type]
     if positions is None:
         positions = torch.arange(stats.logprob.numel(), device=stats.logprob.device)
@@ -130,7 +110,7 @@ def linear_sample(
         token = (z + noise).argmax(-1)
         logp = z.log_softmax(-1)
         logprob = logp.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-        entropy = -(logp.exp() * logp.clamp_min(LOWEST)).sum(-1)
+        entropy = -(logp.exp() * logp.clamp_min(MIN_LOGPROB)).sum(-1)
         # At temperature 0 the distribution that is sampled has all its mass on one token: logprob and entropy are 0.
         point = greedy.squeeze(-1)
         return SampleOutput(token, logprob.masked_fill(point, 0.0), entropy.masked_fill(point, 0.0))
@@ -138,15 +118,17 @@ def linear_sample(
 
 def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> Tensor:
     """See `alignpro_kernels.merge_states`."""
-    lse = torch.stack([wide(part) for part in lses])  # (S, ...)
+    lse = torch.stack([upcast(part) for part in lses])  # (S, ...)
     # Subtract the maximum by hand: a softmax would give NaN where every part is empty.
     top = lse.amax(0).clamp_min(torch.finfo(lse.dtype).min)
     weights = (lse - top).exp()
     weights = weights / weights.sum(0).clamp_min(torch.finfo(lse.dtype).tiny)
-    merged = torch.zeros_like(wide(outs[0]))
+    merged = torch.zeros_like(upcast(outs[0]))
     for out, weight in zip(outs, weights, strict=True):
         column = weight.unsqueeze(-1)
-        merged = merged + torch.where(column > 0, column * wide(out), 0.0)  # an empty part may hold anything, even NaN
+        merged = merged + torch.where(
+            column > 0, column * upcast(out), 0.0
+        )  # an empty part may hold anything, even NaN
     return merged.to(outs[0].dtype)
 
 
@@ -159,12 +141,12 @@ def head_logits(
     lora: LoRA | None = None,
 ) -> Tensor:
     """Compute z = softcap(W h + c) / τ, (..., V), float32 (float64 for float64 inputs)."""
-    w = wide(weight)
+    w = upcast(weight)
     if lora is not None:
-        w = w + lora.scale * (wide(lora.b) @ wide(lora.a))
-    u = wide(hidden) @ w.T
+        w = w + lora.scale * (upcast(lora.b) @ upcast(lora.a))
+    u = upcast(hidden) @ w.T
     if bias is not None:
-        u = u + wide(bias)
+        u = u + upcast(bias)
     if softcap is not None:
         u = softcap * torch.tanh(u / softcap)
     return u / _column(temperature, u)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignpro_kernels.head import LOWEST, Head, HeadGradients, Rows, RowStats, statistics_dtype, wide
+from alignpro_kernels.head import MIN_LOGPROB, Head, HeadGradients, Rows, RowStats, stats_dtype, upcast
 from alignpro_kernels.noise import gumbel_noise
 from alignpro_kernels.types import SampleOutput
 
-_BUDGET = {"cpu": 192 << 20, "cuda": 1 << 30}  # bytes of logits in flight
+_BUDGET = {"cpu": 192 << 20, "cuda": 1 << 30}  # bytes of a chunk's logits
 _TILE = 8192  # vocabulary entries per step, whose temporaries are small compared with the logits
 
 
@@ -33,7 +33,7 @@ class Logits:
 
 
 @dataclass
-class Kept:
+class SavedLogits:
     """What `backward` needs of a chunk's `forward`."""
 
     z: Tensor
@@ -42,52 +42,52 @@ class Kept:
     """Likewise, of the reference."""
 
 
-def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
+def max_chunk_rows(head: Head, dtype: torch.dtype) -> int:
     """Return the maximum number of rows per chunk."""
     budget = _BUDGET.get(head.weight.device.type, _BUDGET["cuda"])
-    return max(1, budget // (head.logits_per_row * statistics_dtype(dtype).itemsize))
+    return max(1, budget // (head.logits_per_row * stats_dtype(dtype).itemsize))
 
 
-def rows_in_gradient(head: Head) -> int:
+def logits_buffer_rows(head: Head) -> int:
     """See `alignpro_kernels.head`."""
     return 0
 
 
-def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowStats, Kept | None]:
+def forward(head: Head, rows: Rows, *, entropy: bool, save_logits: bool) -> tuple[RowStats, SavedLogits | None]:
     """See `alignpro_kernels.head`."""
     assert rows.target is not None
-    policy = _logits(rows.hidden, head.weight, head.bias, head.softcap, rows.temperature, rows.low_rank, head.low_rank)
+    policy = _logits(rows.hidden, head.weight, head.bias, head.softcap, rows.temperature, rows.lora_hidden, head.lora_b)
     reference = None
     if head.ref_weight is not None and rows.ref_hidden is not None:
         reference = _logits(rows.ref_hidden, head.ref_weight, head.ref_bias, head.softcap, rows.temperature)
-    chosen = policy.z.gather(1, rows.target.clamp(0, len(head.weight) - 1).unsqueeze(1))
+    chosen = policy.z.gather(1, rows.target.unsqueeze(1))
     h = kl = None
     if entropy or reference is not None:
         # Relative to the maxima: H = log s − Σ e^{z−m}(z−m)/s, so that an offset of the logits costs no precision.
         h = policy.log_sum.clone() if entropy else None
         kl = torch.zeros_like(policy.log_sum) if reference is not None else None
         for tile in _tiles(head):
-            logp = (policy.z[:, tile] - policy.top - policy.log_sum).clamp_min_(LOWEST)
+            logp = (policy.z[:, tile] - policy.top - policy.log_sum).clamp_min_(MIN_LOGPROB)
             p = logp.exp()
             if h is not None:
                 h -= (p * (logp + policy.log_sum)).sum(1, keepdim=True)
             if kl is not None and reference is not None:
-                logp -= (reference.z[:, tile] - reference.top - reference.log_sum).clamp_min_(LOWEST)
+                logp -= (reference.z[:, tile] - reference.top - reference.log_sum).clamp_min_(MIN_LOGPROB)
                 kl += p.mul_(logp).sum(1, keepdim=True)
-    norms = [policy.top, policy.log_sum] + ([] if reference is None else [reference.top, reference.log_sum])
+    softmax_stats = [policy.top, policy.log_sum] + ([] if reference is None else [reference.top, reference.log_sum])
     stats = RowStats(
         (chosen - policy.top - policy.log_sum).squeeze(1),
         None if h is None else h.squeeze(1),
         None if kl is None else kl.squeeze(1),
-        torch.cat(norms, 1).T.contiguous(),
+        torch.cat(softmax_stats, 1).T.contiguous(),
     )
-    return stats, Kept(policy.z, None if reference is None else reference.z) if keep else None
+    return stats, SavedLogits(policy.z, None if reference is None else reference.z) if save_logits else None
 
 
 def backward(
     head: Head,
     rows: Rows,
-    kept: Kept,
+    saved: SavedLogits,
     stats: RowStats,
     active: Tensor | None,
     alpha: Tensor | None,
@@ -104,27 +104,29 @@ def backward(
         assert x is not None  # a coefficient is only given together with its statistic
         return (x if active is None else x[active]).unsqueeze(1)
 
-    norms = (stats.norms if active is None else stats.norms[:, active]).unsqueeze(2)  # (2 or 4, A, 1)
-    top, log_sum = norms[0], norms[1]
+    softmax_stats = (stats.softmax_stats if active is None else stats.softmax_stats[:, active]).unsqueeze(
+        2
+    )  # (2 or 4, A, 1)
+    top, log_sum = softmax_stats[0], softmax_stats[1]
     tau = _column(rows.temperature)
     assert rows.target is not None
     d_hidden = None if gradients.hidden is None else torch.zeros_like(rows.hidden, dtype=log_sum.dtype)
-    d_low_rank_rows = None
-    if gradients.low_rank_rows is not None and rows.low_rank is not None:
-        d_low_rank_rows = torch.zeros_like(rows.low_rank, dtype=log_sum.dtype)
+    d_lora_hidden = None
+    if gradients.lora_hidden is not None and rows.lora_hidden is not None:
+        d_lora_hidden = torch.zeros_like(rows.lora_hidden, dtype=log_sum.dtype)
 
     for tile in _tiles(head):
-        z = kept.z[:, tile] if active is None else kept.z[:, tile].index_select(0, active)  # (A, tile)
-        logp = (z - top - log_sum).clamp_min_(LOWEST)
+        z = saved.z[:, tile] if active is None else saved.z[:, tile].index_select(0, active)  # (A, tile)
+        logp = (z - top - log_sum).clamp_min_(MIN_LOGPROB)
         p = logp.exp()
         factor = torch.zeros_like(p)  # dz = α δ − p · factor
         if alpha is not None:
             factor += column(alpha)
         if eta is not None:
             factor += column(eta) * (logp + column(stats.entropy))
-        if kappa is not None and kept.ref_z is not None:
-            ref_z = kept.ref_z[:, tile] if active is None else kept.ref_z[:, tile].index_select(0, active)
-            logq = (ref_z - norms[2] - norms[3]).clamp_min_(LOWEST)
+        if kappa is not None and saved.ref_z is not None:
+            ref_z = saved.ref_z[:, tile] if active is None else saved.ref_z[:, tile].index_select(0, active)
+            logq = (ref_z - softmax_stats[2] - softmax_stats[3]).clamp_min_(MIN_LOGPROB)
             factor -= column(kappa) * (logp - logq - column(stats.kl))
         du = factor.mul_(p).neg_()
         if alpha is not None:
@@ -136,15 +138,15 @@ def backward(
         du /= tau
         if d_hidden is not None:
             d_hidden += _product(du, head.weight[tile])
-        if d_low_rank_rows is not None and head.low_rank is not None:
-            d_low_rank_rows += _product(du, head.low_rank[tile])
-        for into, other_side in ((gradients.weight, rows.hidden), (gradients.low_rank, rows.low_rank)):
+        if d_lora_hidden is not None and head.lora_b is not None:
+            d_lora_hidden += _product(du, head.lora_b[tile])
+        for into, other_side in ((gradients.weight, rows.hidden), (gradients.lora_b, rows.lora_hidden)):
             if into is not None and other_side is not None:
                 _add(into[tile], _product(du.T, other_side), gradients.accumulate)
         if gradients.bias is not None:
             _add(gradients.bias[tile], du.sum(0), gradients.accumulate)
 
-    for result, into in ((d_hidden, gradients.hidden), (d_low_rank_rows, gradients.low_rank_rows)):
+    for result, into in ((d_hidden, gradients.hidden), (d_lora_hidden, gradients.lora_hidden)):
         if result is None or into is None:
             continue
         if active is None:
@@ -155,32 +157,32 @@ def backward(
 
 def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
     """See `alignpro_kernels.head`."""
-    count, dtype = len(rows.hidden), statistics_dtype(rows.hidden.dtype)
+    count, dtype = len(rows.hidden), stats_dtype(rows.hidden.dtype)
     tau = rows.temperature
     if not isinstance(tau, Tensor):
         tau = torch.full((count,), tau, dtype=dtype, device=seeds.device)
     greedy = tau == 0
     tau = tau.masked_fill(greedy, 1.0)
     parts = []
-    most = max(1, rows_in_flight(head, rows.hidden.dtype))
-    for start in range(0, count, most):
-        chunk = slice(start, start + most)
-        low_rank = None if rows.low_rank is None else rows.low_rank[chunk]
-        kept = _logits(rows.hidden[chunk], head.weight, head.bias, head.softcap, tau[chunk], low_rank, head.low_rank)
-        best = torch.full_like(kept.top, -torch.inf)
+    max_rows = max(1, max_chunk_rows(head, rows.hidden.dtype))
+    for start in range(0, count, max_rows):
+        chunk = slice(start, start + max_rows)
+        lora_b = None if rows.lora_hidden is None else rows.lora_hidden[chunk]
+        saved = _logits(rows.hidden[chunk], head.weight, head.bias, head.softcap, tau[chunk], lora_b, head.lora_b)
+        best = torch.full_like(saved.top, -torch.inf)
         token = torch.zeros_like(best, dtype=torch.int64)
-        h = kept.log_sum.clone()
+        h = saved.log_sum.clone()
         for tile in _tiles(head):
-            z = kept.z[:, tile]
+            z = saved.z[:, tile]
             noise = gumbel_noise(seeds[chunk], z.shape[1], dtype, start=tile.start)
             value, index = (z + noise.masked_fill(greedy[chunk, None], 0.0)).max(1, keepdim=True)
             # NaN wins, as in an argmax over the whole row.
             better = (value > best) | (value.isnan() & ~best.isnan())
             token = torch.where(better, index + tile.start, token)
             best = torch.where(better, value, best)
-            logp = (z - kept.top - kept.log_sum).clamp_min_(LOWEST)
-            h -= (logp.exp() * (logp + kept.log_sum)).sum(1, keepdim=True)
-        logprob = kept.z.gather(1, token) - kept.top - kept.log_sum
+            logp = (z - saved.top - saved.log_sum).clamp_min_(MIN_LOGPROB)
+            h -= (logp.exp() * (logp + saved.log_sum)).sum(1, keepdim=True)
+        logprob = saved.z.gather(1, token) - saved.top - saved.log_sum
         point = greedy[chunk, None]
         parts.append((token, logprob.masked_fill(point, 0.0), h.masked_fill(point, 0.0)))
     return SampleOutput(*(torch.cat(column).squeeze(1) for column in zip(*parts, strict=True)))
@@ -192,15 +194,15 @@ def _logits(
     bias: Tensor | None,
     softcap: float | None,
     temperature: float | Tensor,
-    low_rank_rows: Tensor | None = None,
-    low_rank: Tensor | None = None,
+    lora_hidden: Tensor | None = None,
+    lora_b: Tensor | None = None,
 ) -> Logits:
-    z = torch.empty(len(hidden), len(weight), dtype=statistics_dtype(hidden.dtype), device=hidden.device)
+    z = torch.empty(len(hidden), len(weight), dtype=stats_dtype(hidden.dtype), device=hidden.device)
     for start in range(0, len(weight), _TILE):
         tile = slice(start, min(start + _TILE, len(weight)))
         u = _product(hidden, weight[tile].T)
-        if low_rank is not None and low_rank_rows is not None:
-            u += _product(low_rank_rows, low_rank[tile].T)
+        if lora_b is not None and lora_hidden is not None:
+            u += _product(lora_hidden, lora_b[tile].T)
         if bias is not None:
             u += bias[tile].to(u.dtype)
         if softcap is not None:
@@ -216,11 +218,11 @@ def _logits(
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Compute a @ b with wide accumulators; a wide ``a`` is rounded to 16 bits where only such products are fast."""
-    if b.dtype == a.dtype == statistics_dtype(a.dtype):
+    if b.dtype == a.dtype == stats_dtype(a.dtype):
         return a @ b
     if a.is_cuda:
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    return wide(a) @ wide(b)
+    return upcast(a) @ upcast(b)
 
 
 def _add(into: Tensor, value: Tensor, accumulate: bool) -> None:

@@ -1,11 +1,13 @@
-"""Tile configurations of the matrix products that the autotuner tries, by dtype, device and number of rows.
+"""The tiles of all Triton kernels: how many rows, columns and keys a program computes, with how many warps and stages.
 
+For the matrix products with W these are the configurations that the autotuner tries, by dtype, device and number of rows.
 Tuning runs once per shape (rows rounded up to a power of two), and Triton caches its choice on disk. The order of
 summation depends on the choice: results are bitwise reproducible for one choice, hence within one process.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,21 +15,75 @@ import triton
 
 from alignpro_kernels.triton_support import interpreting
 
-NARROWEST = 32 if interpreting() else 64
+MIN_TILE_WIDTH = 32 if interpreting() else 64
 """Divides every BN: partial sums are allocated for tiles this narrow, and a program of the gradient has this many columns."""
 
-FUSED = {"enable_fp_fusion": True}
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 """Compile option of every kernel: a·b + c is rounded once. Set explicitly because Triton 3.10 changes the default."""
 
 
-def most_stages(hip: bool) -> int:
+STATISTICS = {"BR": 16, "BT": 64}
+"""Rows, and tiles at a time, of `statistics_kernel`."""
+CHOICE = {"BR": 8, "BT": 64}
+"""Likewise of `choice_kernel`."""
+GRADIENT = {"BR": 8 if interpreting() else 64, "BV": MIN_TILE_WIDTH}
+GRADIENT_ROWS = 128
+"""Rows per program of `gradient_kernel` where the rows are split over several programs."""
+ACCUMULATE = {"BM": 32, "BN": 32, "BK": 16} if interpreting() else {"BM": 128, "BN": 128, "BK": 32}
+ACCUMULATE_WARPS = 1 if interpreting() else 8
+NOISE = {"BV": 1024}
+MERGE = {"BR": 8}
+MERGE_COLUMNS = 256
+"""Maximum number of columns per program of `merge_kernel`."""
+COMBINE = {"BR": 4}
+SEQUENCE_BLOCK = 128
+"""Sequences that a program of `attention_kernel` looks through at a time to find its own."""
+SPLIT_KEYS = 16 if interpreting() else 512
+"""Keys per split: few enough that one sequence of a few thousand keys occupies the device."""
+MAX_SPLITS = 64
+"""Beyond this, splits become longer instead: each one stores its results in memory."""
+SPLIT_WAVES = 2
+"""With at least this many programs per processor, keys are not split."""
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Rows and keys per program of `attention_kernel`, and how it is compiled."""
+
+    rows: int
+    keys: int
+    width: int
+    """D rounded up to a power of two."""
+    warps: int
+    stages: int
+
+
+def attention_tile(dtype: torch.dtype, dim: int, rows: int, *, plain: bool) -> AttentionTile:
+    """Choose the tile for ``rows`` rows (queries times heads) per sequence; plain: no soft-cap or window, which use registers."""
+    width = max(16, triton.next_power_of_2(dim))
+    if interpreting():
+        max_rows, keys = 16, 16
+    elif dtype == torch.float32:  # without tensor cores, which would need fewer registers
+        max_rows, keys = (32, 32) if width <= 64 else (16, 16)
+    elif width <= 128:
+        max_rows, keys = 128, 64 if plain else 32
+    elif width <= 256:
+        max_rows, keys = 64 if plain else 32, 32
+    else:
+        max_rows, keys = 16, 16
+    tile_rows = min(max_rows, max(16, triton.next_power_of_2(rows)))
+    stages = min(2 if dtype == torch.float32 else 3, max_stages(torch.version.hip is not None))
+    return AttentionTile(tile_rows, keys, width, 8 if tile_rows >= 64 else 4, stages)
+
+
+def max_stages(hip: bool) -> int:
     """Return the maximum number of pipeline stages: CDNA has only 64 KiB of shared memory; tiles take up to 160 elsewhere."""
     return 2 if hip else 8
 
 
 def _config(bm: int, bn: int, bk: int, group: int, waves: int, warps: int, stages: int) -> triton.Config:
     tile = {"BM": bm, "BN": bn, "BK": bk, "GROUP": group, "WAVES": waves}
-    stages = min(stages, most_stages(torch.version.hip is not None))
+    stages = min(stages, max_stages(torch.version.hip is not None))
     return triton.Config(tile, num_warps=warps, num_stages=stages)
 
 
@@ -70,14 +126,18 @@ LOGITS = INTERPRETED if interpreting() else list(dict.fromkeys(HALF + HALF_WITH_
 SAMPLES = INTERPRETED if interpreting() else SAMPLE
 
 
-def fitting(configs: list[triton.Config], named_args: dict[str, Any], **options: Any) -> list[triton.Config]:
+def prune_logits_configs(
+    configs: list[triton.Config], named_args: dict[str, Any], **options: Any
+) -> list[triton.Config]:
     """Select from `LOGITS` the configurations for the call's dtype, reference, soft-cap and number of rows."""
     call = {**named_args, **options}
     table = candidates(call["hidden"].dtype, reference=call["REF_D"] > 0, capped=call["softcap"] is not None)
     return _by_rows([c for c in configs if c in table], call["rows"])
 
 
-def sample_fitting(configs: list[triton.Config], named_args: dict[str, Any], **options: Any) -> list[triton.Config]:
+def prune_sample_configs(
+    configs: list[triton.Config], named_args: dict[str, Any], **options: Any
+) -> list[triton.Config]:
     """Select from `SAMPLES` the configurations that cover the rows with few tiles, none much taller than the rows."""
     call = {**named_args, **options}
     return _by_rows([c for c in configs if 8 * c.kwargs["BM"] >= min(call["rows"], 1024)], call["rows"])

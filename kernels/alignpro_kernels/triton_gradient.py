@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alignpro_kernels.triton_product import exp, mean, multiply, narrow, row_temperature
+from alignpro_kernels.triton_product import downcast, exp, mean, multiply, row_temperature
 
 
 @triton.jit
@@ -25,12 +25,12 @@ def tile_mean(plane, plane_stride, mask):
 
 @triton.jit(do_not_specialize=["rows", "count"])
 def gradient_kernel(
-    kept,  # (C, kept_stride): z − m − a/s; out: du of the active rows, in the first A rows
-    ref_kept,  # (C, kept_stride): z_r − m_r − a_r/s_r | None
+    saved,  # (C, kept_stride): z − m − a/s; out: du of the active rows, in the first A rows
+    ref_saved,  # (C, kept_stride): z_r − m_r − a_r/s_r | None
     active,  # (A,) int64 ascending | None: all rows
     partials,  # (planes, tiles, C) of `logits_kernel`
     width,  # (1,): BN of `logits_kernel`
-    norms,  # (2 or 4, C) of `statistics_kernel`
+    softmax_stats,  # (2 or 4, C) of `statistics_kernel`
     entropy,  # (C,) | None
     kl,  # (C,) | None
     alpha,  # (C,) | None
@@ -39,11 +39,11 @@ def gradient_kernel(
     target,  # (C,) int64
     temperatures,  # (C,) float32 | None
     bias_gradient,  # (V,) float32 | None
-    magnify,  # () float32 | None: factor applied to the stored gradients
+    grad_scale,  # () float32 | None: factor applied to the stored gradients
     count,  # A
     rows,  # C
     vocabulary,
-    kept_stride,
+    saved_stride,
     plane_stride,
     temperature,
     softcap,  # float | None
@@ -69,12 +69,16 @@ def gradient_kernel(
         valid = position < end
         row = tl.load(active + position, mask=valid, other=0) if active is not None else position.to(tl.int64)
         mask = valid[:, None] & inside[None, :]
-        offset = row[:, None] * kept_stride + column[None, :]  # C·V may exceed 2³¹
+        offset = row[:, None] * saved_stride + column[None, :]  # C·V may exceed 2³¹
         plane = partials + tile * rows + row
-        d = tl.load(kept + offset, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(saved + offset, mask=mask, other=0.0).to(tl.float32)
         d += tile_mean(plane, plane_stride, valid)[:, None]  # z − m
         top = tl.load(plane, mask=valid, other=0.0)
-        shift = top - tl.load(norms + row, mask=valid, other=0.0) - tl.load(norms + rows + row, mask=valid, other=0.0)
+        shift = (
+            top
+            - tl.load(softmax_stats + row, mask=valid, other=0.0)
+            - tl.load(softmax_stats + rows + row, mask=valid, other=0.0)
+        )
         logp = d + shift[:, None]
         p = exp(logp)
 
@@ -84,11 +88,13 @@ def gradient_kernel(
             factor -= weight[:, None] * (logp + tl.load(entropy + row, mask=valid, other=0.0)[:, None])
         if kappa is not None:
             weight = tl.load(kappa + row, mask=valid, other=0.0)
-            ref_d = tl.load(ref_kept + offset, mask=mask, other=0.0).to(tl.float32)
+            ref_d = tl.load(ref_saved + offset, mask=mask, other=0.0).to(tl.float32)
             plane += 3 * plane_stride
-            ref_shift = tl.load(plane, mask=valid, other=0.0) - tl.load(norms + 2 * rows + row, mask=valid, other=0.0)
+            ref_shift = tl.load(plane, mask=valid, other=0.0) - tl.load(
+                softmax_stats + 2 * rows + row, mask=valid, other=0.0
+            )
             ref_shift += tile_mean(plane, plane_stride, valid)
-            ref_shift -= tl.load(norms + 3 * rows + row, mask=valid, other=0.0)
+            ref_shift -= tl.load(softmax_stats + 3 * rows + row, mask=valid, other=0.0)
             centre = tl.load(kl + row, mask=valid, other=0.0)
             factor += weight[:, None] * (logp - (ref_d + ref_shift[:, None]) - centre[:, None])
         if alpha is not None:
@@ -106,12 +112,12 @@ def gradient_kernel(
         du *= (1.0 / tau)[:, None]
         if bias_gradient is not None:
             bias_sum += tl.sum(tl.where(mask, du, 0.0), 0)
-        if magnify is not None:
-            du *= tl.load(magnify)
+        if grad_scale is not None:
+            du *= tl.load(grad_scale)
         if active is not None:
             tl.debug_barrier()  # all threads must have read these rows before any thread overwrites them
-        out = position.to(tl.int64)[:, None] * kept_stride + column[None, :]
-        tl.store(kept + out, narrow(du, kept.dtype.element_ty), mask=mask)
+        out = position.to(tl.int64)[:, None] * saved_stride + column[None, :]
+        tl.store(saved + out, downcast(du, saved.dtype.element_ty), mask=mask)
     if bias_gradient is not None:
         if ADD:
             bias_sum += tl.load(bias_gradient + column, mask=inside, other=0.0)
@@ -123,7 +129,7 @@ def accumulate_kernel(
     total,  # (V, D) float32, out
     du,  # (A, du_stride)
     x,  # (A, D)
-    shrink,  # () float32 | None: factor applied to the product
+    inverse_grad_scale,  # () float32 | None: factor applied to the product
     count,  # A
     vocabulary,
     du_stride,
@@ -149,8 +155,8 @@ def accumulate_kernel(
         )
         a += BK * du_stride
         b += BK * D
-    if shrink is not None:
-        acc *= tl.load(shrink)
+    if inverse_grad_scale is not None:
+        acc *= tl.load(inverse_grad_scale)
     out = total + v.to(tl.int64)[:, None] * D + d[None, :]
     mask = (v < vocabulary)[:, None] & (d < D)[None, :]
     if ADD:

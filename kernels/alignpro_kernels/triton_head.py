@@ -3,53 +3,48 @@
 A chunk's logits are computed once, by `logits_kernel`, which takes the statistics from its float32 accumulators and
 stores the logits in the inputs' dtype, each tile relative to its mean. `gradient_kernel` turns the stored logits into the
 gradient in place and compacts the active rows. The products with W and with the hidden states use the vendor's BLAS. CPU
-tensors are supported if TRITON_INTERPRET=1 is set. The module can be imported without the package triton, so that
-`unavailable` can report that it is missing.
+tensors are supported if TRITON_INTERPRET=1 is set.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from alignpro_kernels import reference
 from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
-from alignpro_kernels.triton_support import interpreting, on, takes, unavailable
+from alignpro_kernels.triton_configs import (
+    ACCUMULATE,
+    ACCUMULATE_WARPS,
+    CHOICE,
+    COMPILE_OPTIONS,
+    GRADIENT,
+    GRADIENT_ROWS,
+    MERGE,
+    MERGE_COLUMNS,
+    MIN_TILE_WIDTH,
+    NOISE,
+    STATISTICS,
+)
+from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
+from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
+from alignpro_kernels.triton_merge import merge_kernel
+from alignpro_kernels.triton_sample import choice_kernel, noise_kernel, sample_kernel
+from alignpro_kernels.triton_support import device_guard, interpreting, supports
 from alignpro_kernels.types import SampleOutput
 
-if importlib.util.find_spec("triton") is not None:
-    import triton
-
-    from alignpro_kernels.triton_configs import FUSED, NARROWEST
-    from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
-    from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
-    from alignpro_kernels.triton_merge import merge_kernel
-    from alignpro_kernels.triton_sample import choice_kernel, noise_kernel, sample_kernel
-
-__all__ = [
-    "backward",
-    "forward",
-    "gumbel_noise",
-    "merge_states",
-    "rows_in_flight",
-    "rows_in_gradient",
-    "sample",
-    "takes",
-    "unavailable",
-]
-
 _BUDGET = 5 << 28  # bytes stored per chunk: 1.25 GiB
-_MOST_ROWS = 8192  # the matrix products reach full speed with far fewer rows
+_MAX_ROWS = 8192  # the matrix products reach full speed with far fewer rows
 _SAMPLE_ROWS = 4096
 _ALIGNMENT = 64  # in elements, so that every row of the stored logits starts on a cache line
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedLogits:
     """What `backward` needs of a chunk's `forward`."""
 
     logits: Tensor
@@ -62,44 +57,47 @@ class Kept:
     """(1,) int32: the width of the tiles."""
 
 
-def rows_in_flight(head: Head, dtype: torch.dtype) -> int:
+def max_chunk_rows(head: Head, dtype: torch.dtype) -> int:
     """Return the maximum number of rows per chunk: a multiple of 128 within the budget, at least 128."""
     vocabulary = len(head.weight)
     planes = 3 if head.ref_weight is None else 7
-    row = head.logits_per_row * dtype.itemsize + planes * 4 * triton.cdiv(vocabulary, NARROWEST)
-    return max(128, min(_MOST_ROWS, _BUDGET // row) // 128 * 128)
+    row = head.logits_per_row * dtype.itemsize + planes * 4 * triton.cdiv(vocabulary, MIN_TILE_WIDTH)
+    return max(128, min(_MAX_ROWS, _BUDGET // row) // 128 * 128)
 
 
-def rows_in_gradient(head: Head) -> int:
+def logits_buffer_rows(head: Head) -> int:
     """See `alignpro_kernels.head`."""
     return 0
 
 
-def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowStats, Kept | None]:
+def forward(head: Head, rows: Rows, *, entropy: bool, save_logits: bool) -> tuple[RowStats, SavedLogits | None]:
     """See `alignpro_kernels.head`."""
     assert rows.target is not None
     _check_device(rows.hidden)
     count, vocabulary, device = len(rows.hidden), len(head.weight), rows.hidden.device
     paired = head.ref_weight is not None and rows.ref_hidden is not None  # policy and reference
     stride = triton.cdiv(vocabulary, _ALIGNMENT) * _ALIGNMENT
-    logits = rows.hidden.new_empty(count, stride) if keep else None
-    ref_logits = rows.hidden.new_empty(count, stride) if keep and paired else None
-    tiles = triton.cdiv(vocabulary, NARROWEST)
+    logits = rows.hidden.new_empty(count, stride) if save_logits else None
+    ref_logits = rows.hidden.new_empty(count, stride) if save_logits and paired else None
+    tiles = triton.cdiv(vocabulary, MIN_TILE_WIDTH)
     partials = torch.empty(7 if paired else 3, tiles, count, dtype=torch.float32, device=device)
     width = torch.empty(1, dtype=torch.int32, device=device)
-    norms = torch.empty(4 if paired else 2, count, dtype=torch.float32, device=device)
+    softmax_stats = torch.empty(4 if paired else 2, count, dtype=torch.float32, device=device)
     target_logit, logprob = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
     stats = RowStats(
-        logprob, torch.empty_like(logprob) if entropy else None, torch.empty_like(logprob) if paired else None, norms
+        logprob,
+        torch.empty_like(logprob) if entropy else None,
+        torch.empty_like(logprob) if paired else None,
+        softmax_stats,
     )
     temperatures, temperature = _temperature(rows.temperature)
-    with on(device):
+    with device_guard(device):
         logits_kernel[_grid(device, count, vocabulary)](
             rows.hidden,
             head.weight.contiguous(),
             head.bias,
-            rows.low_rank,
-            head.low_rank,
+            rows.lora_hidden,
+            head.lora_b,
             rows.ref_hidden if paired else None,
             None if head.ref_weight is None else head.ref_weight.contiguous(),
             head.ref_bias,
@@ -115,39 +113,38 @@ def forward(head: Head, rows: Rows, *, entropy: bool, keep: bool) -> tuple[RowSt
             stride,
             partials.stride(0),
             temperature,
-            _number(head.softcap),
+            _as_float(head.softcap),
             triton.next_power_of_2(count),
             D=rows.hidden.shape[1],
             REF_D=0 if rows.ref_hidden is None else rows.ref_hidden.shape[1],
             SHARED=head.shared,
-            R=0 if rows.low_rank is None else rows.low_rank.shape[1],
+            R=0 if rows.lora_hidden is None else rows.lora_hidden.shape[1],
             PRECISION=_precision(rows.hidden.dtype),
-            **FUSED,
+            **COMPILE_OPTIONS,
         )
-        statistics_kernel[(triton.cdiv(count, 16),)](
+        statistics_kernel[(triton.cdiv(count, STATISTICS["BR"]),)](
             partials,
             width,
             target_logit,
-            stats.norms,
+            stats.softmax_stats,
             stats.logprob,
             stats.entropy,
             stats.kl,
             count,
             vocabulary,
             partials.stride(0),
-            BR=16,
-            BT=64,
-            **FUSED,
+            **STATISTICS,
+            **COMPILE_OPTIONS,
         )
     if logits is None:
         return stats, None
-    return stats, Kept(logits, ref_logits, partials, width)
+    return stats, SavedLogits(logits, ref_logits, partials, width)
 
 
 def backward(
     head: Head,
     rows: Rows,
-    kept: Kept,
+    saved: SavedLogits,
     stats: RowStats,
     active: Tensor | None,
     alpha: Tensor | None,
@@ -157,23 +154,23 @@ def backward(
 ) -> None:
     """See `alignpro_kernels.head`."""
     device, dtype = rows.hidden.device, rows.hidden.dtype
-    magnify = _magnification(alpha, eta, kappa) if dtype == torch.float16 else None
-    du = _logits_gradient(head, rows, kept, stats, active, alpha, eta, kappa, gradients, magnify)  # (A, V)
-    with on(device):
-        for matrix, row_gradient in ((head.weight, gradients.hidden), (head.low_rank, gradients.low_rank_rows)):
+    grad_scale = _grad_scale(alpha, eta, kappa) if dtype == torch.float16 else None
+    du = _logits_gradient(head, rows, saved, stats, active, alpha, eta, kappa, gradients, grad_scale)  # (A, V)
+    with device_guard(device):
+        for matrix, row_gradient in ((head.weight, gradients.hidden), (head.lora_b, gradients.lora_hidden)):
             if row_gradient is None or matrix is None:
                 continue
             product = _product(du, matrix)
-            if magnify is not None:
-                product = product / magnify
+            if grad_scale is not None:
+                product = product / grad_scale
             if active is None:
                 row_gradient.copy_(product)
             else:
                 row_gradient.zero_().index_copy_(0, active, product.to(row_gradient.dtype))
-        for x, total in ((rows.hidden, gradients.weight), (rows.low_rank, gradients.low_rank)):
+        for x, total in ((rows.hidden, gradients.weight), (rows.lora_hidden, gradients.lora_b)):
             if total is None or x is None:
                 continue
-            _accumulate(total, du, x if active is None else x[active], magnify, gradients.accumulate)
+            _accumulate(total, du, x if active is None else x[active], grad_scale, gradients.accumulate)
 
 
 def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
@@ -182,7 +179,7 @@ def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
     count, device = len(rows.hidden), rows.hidden.device
     token = torch.empty(count, dtype=torch.int64, device=device)
     logprob, entropy = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
-    with on(device):
+    with device_guard(device):
         for start in range(0, count, _SAMPLE_ROWS):
             chunk = slice(start, start + _SAMPLE_ROWS)
             _sample_chunk(head, rows.select(chunk), seeds[chunk], token[chunk], logprob[chunk], entropy[chunk])
@@ -201,10 +198,10 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
     merged = stacked_outs.new_empty(stacked_outs.shape[1:])
     if merged.numel():
         count = merged.numel() // width
-        columns = min(256, triton.next_power_of_2(width))
-        grid = (triton.cdiv(count, 8), triton.cdiv(width, columns))
-        with on(merged.device):
-            merge_kernel[grid](stacked_outs, stacked_lses, merged, count, D=width, S=len(outs), BR=8, BD=columns)
+        columns = min(MERGE_COLUMNS, triton.next_power_of_2(width))
+        grid = (triton.cdiv(count, MERGE["BR"]), triton.cdiv(width, columns))
+        with device_guard(merged.device):
+            merge_kernel[grid](stacked_outs, stacked_lses, merged, count, D=width, S=len(outs), BD=columns, **MERGE)
     return merged
 
 
@@ -212,36 +209,36 @@ def gumbel_noise(seeds: Tensor, vocabulary: int) -> Tensor:
     """Return the noise (C, V) float32 that `sample` adds, equal to `noise.gumbel_noise` to about 1e-6."""
     _check_device(seeds)
     out = torch.empty(len(seeds), vocabulary, dtype=torch.float32, device=seeds.device)
-    with on(seeds.device):
-        noise_kernel[(len(seeds),)](seeds, out, vocabulary, BV=1024)
+    with device_guard(seeds.device):
+        noise_kernel[(len(seeds),)](seeds, out, vocabulary, **NOISE)
     return out
 
 
 def _logits_gradient(
     head: Head,
     rows: Rows,
-    kept: Kept,
+    saved: SavedLogits,
     stats: RowStats,
     active: Tensor | None,
     alpha: Tensor | None,
     eta: Tensor | None,
     kappa: Tensor | None,
     gradients: HeadGradients,
-    magnify: Tensor | None,
+    grad_scale: Tensor | None,
 ) -> Tensor:
     """Return du (A, V) of the active rows, which overwrites the stored logits; also updates the bias's gradient."""
     chunk, vocabulary = len(rows.hidden), len(head.weight)
     count = chunk if active is None else len(active)
     alone = active is not None or gradients.bias is not None
     temperatures, temperature = _temperature(rows.temperature)
-    with on(rows.hidden.device):
-        gradient_kernel[(triton.cdiv(vocabulary, NARROWEST), 1 if alone else triton.cdiv(count, 128))](
-            kept.logits,
-            kept.ref_logits,
+    with device_guard(rows.hidden.device):
+        gradient_kernel[(triton.cdiv(vocabulary, MIN_TILE_WIDTH), 1 if alone else triton.cdiv(count, GRADIENT_ROWS))](
+            saved.logits,
+            saved.ref_logits,
             active,
-            kept.partials,
-            kept.width,
-            stats.norms,
+            saved.partials,
+            saved.width,
+            stats.softmax_stats,
             stats.entropy,
             stats.kl,
             alpha,
@@ -250,25 +247,24 @@ def _logits_gradient(
             rows.target,
             temperatures,
             gradients.bias,
-            magnify,
+            grad_scale,
             count,
             chunk,
             vocabulary,
-            kept.logits.stride(0),
-            kept.partials.stride(0),
+            saved.logits.stride(0),
+            saved.partials.stride(0),
             temperature,
-            _number(head.softcap),
+            _as_float(head.softcap),
             ADD=gradients.accumulate,
-            BR=8 if interpreting() else 64,
-            BV=NARROWEST,
-            **FUSED,
+            **GRADIENT,
+            **COMPILE_OPTIONS,
         )
-    return kept.logits[:count, :vocabulary]
+    return saved.logits[:count, :vocabulary]
 
 
 def _sample_chunk(head: Head, rows: Rows, seeds: Tensor, token: Tensor, logprob: Tensor, entropy: Tensor) -> None:
     count, vocabulary, device = len(rows.hidden), len(head.weight), rows.hidden.device
-    tiles = triton.cdiv(vocabulary, NARROWEST)
+    tiles = triton.cdiv(vocabulary, MIN_TILE_WIDTH)
     partials = torch.empty(5, tiles, count, dtype=torch.float32, device=device)
     best = torch.empty(tiles, count, dtype=torch.int32, device=device)
     width = torch.empty(1, dtype=torch.int32, device=device)
@@ -277,8 +273,8 @@ def _sample_chunk(head: Head, rows: Rows, seeds: Tensor, token: Tensor, logprob:
         rows.hidden,
         head.weight.contiguous(),
         head.bias,
-        rows.low_rank,
-        head.low_rank,
+        rows.lora_hidden,
+        head.lora_b,
         temperatures,
         seeds,
         partials,
@@ -288,14 +284,14 @@ def _sample_chunk(head: Head, rows: Rows, seeds: Tensor, token: Tensor, logprob:
         vocabulary,
         partials.stride(0),
         temperature,
-        _number(head.softcap),
+        _as_float(head.softcap),
         triton.next_power_of_2(count),
         D=rows.hidden.shape[1],
-        R=0 if rows.low_rank is None else rows.low_rank.shape[1],
+        R=0 if rows.lora_hidden is None else rows.lora_hidden.shape[1],
         PRECISION=_precision(rows.hidden.dtype),
-        **FUSED,
+        **COMPILE_OPTIONS,
     )
-    choice_kernel[(triton.cdiv(count, 8),)](
+    choice_kernel[(triton.cdiv(count, CHOICE["BR"]),)](
         partials,
         best,
         width,
@@ -307,58 +303,55 @@ def _sample_chunk(head: Head, rows: Rows, seeds: Tensor, token: Tensor, logprob:
         vocabulary,
         partials.stride(0),
         temperature,
-        BR=8,
-        BT=64,
-        **FUSED,
+        **CHOICE,
+        **COMPILE_OPTIONS,
     )
 
 
 def _product(du: Tensor, matrix: Tensor) -> Tensor:
     """Multiply du (A, V) by (V, D) with float32 sums and results: 16-bit partial sums would lose precision over V."""
-    if du.dtype != torch.float32 and _mixed_products(du):
+    if du.dtype != torch.float32 and _has_mixed_precision_matmul(du):
         return torch.mm(du, matrix, out_dtype=torch.float32)
     return torch.mm(du, matrix)
 
 
-def _accumulate(total: Tensor, du: Tensor, x: Tensor, magnify: Tensor | None, add: bool) -> None:
+def _accumulate(total: Tensor, du: Tensor, x: Tensor, grad_scale: Tensor | None, add: bool) -> None:
     """Compute total (V, D) float32 (+)= duᵀ x."""
     x = x.contiguous()
-    if magnify is None and du.dtype == torch.float32 and not interpreting():
+    if grad_scale is None and du.dtype == torch.float32 and not interpreting():
         torch.addmm(total, du.T, x, beta=1.0 if add else 0.0, out=total)
-    elif magnify is None and _mixed_products(du):
+    elif grad_scale is None and _has_mixed_precision_matmul(du):
         if add:
             torch.addmm(total, du.T, x, out_dtype=torch.float32, out=total)
         else:
             torch.mm(du.T, x, out_dtype=torch.float32, out=total)
     else:
         vocabulary, width = total.shape
-        bm, bn, bk, warps = (32, 32, 16, 1) if interpreting() else (128, 128, 32, 8)
-        accumulate_kernel[(triton.cdiv(vocabulary, bm) * triton.cdiv(width, bn),)](
+        grid = (triton.cdiv(vocabulary, ACCUMULATE["BM"]) * triton.cdiv(width, ACCUMULATE["BN"]),)
+        accumulate_kernel[grid](
             total,
             du,
             x,
-            None if magnify is None else 1.0 / magnify,
+            None if grad_scale is None else 1.0 / grad_scale,
             len(du),
             vocabulary,
             du.stride(0),
             D=width,
             ADD=add,
             PRECISION=_precision(du.dtype),
-            BM=bm,
-            BN=bn,
-            BK=bk,
-            num_warps=warps,
-            **FUSED,
+            **ACCUMULATE,
+            num_warps=ACCUMULATE_WARPS,
+            **COMPILE_OPTIONS,
         )
 
 
-def _magnification(*coefficients: Tensor | None) -> Tensor:
+def _grad_scale(*coefficients: Tensor | None) -> Tensor:
     """Return, on the device, a power of two that scales float16 gradients to about 1: with α near 1/N, p·α underflows."""
     largest = torch.stack([x.abs().amax() for x in coefficients if x is not None]).amax()
     return torch.exp2(-torch.nan_to_num(largest.log2().floor(), nan=0.0, posinf=0.0).clamp(-24.0, 14.0))
 
 
-def _mixed_products(like: Tensor) -> bool:
+def _has_mixed_precision_matmul(like: Tensor) -> bool:
     """Whether the BLAS multiplies 16-bit matrices into a float32 result."""
     return like.is_cuda and torch.version.hip is None
 
@@ -375,7 +368,7 @@ def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     return None, float(temperature)
 
 
-def _number(x: float | None) -> float | None:
+def _as_float(x: float | None) -> float | None:
     """Convert a soft-cap to float: Triton would compile an integer as such."""
     return None if x is None else float(x)
 
@@ -392,5 +385,5 @@ def _grid(device: torch.device, count: int, vocabulary: int) -> object:
 
 
 def _check_device(x: Tensor) -> None:
-    if not takes(x.device):
+    if not supports(x.device):
         raise RuntimeError(f"backend 'triton' runs on CUDA and ROCm devices, and the input is on {x.device}")

@@ -20,27 +20,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alignpro_kernels.triton_configs import LOGITS, fitting
+from alignpro_kernels.triton_configs import LOGITS, prune_logits_configs
 from alignpro_kernels.triton_product import (
+    downcast,
     exp,
     finite,
-    halves,
     logits,
     mean,
     moment,
-    narrow,
+    mul_or_zero,
     product,
     row_temperature,
     shared_product,
+    split_columns,
     tile_position,
-    times,
 )
 
 
 @triton.autotune(
     LOGITS,
     key=["rows_key", "vocabulary", "softcap", "D", "REF_D", "SHARED", "R"],
-    prune_configs_by={"early_config_prune": fitting},
+    prune_configs_by={"early_config_prune": prune_logits_configs},
     cache_results=True,
 )
 @triton.jit(do_not_specialize=["rows", "rows_key"])
@@ -48,8 +48,8 @@ def logits_kernel(
     hidden,  # (C, D)
     weight,  # (V, D)
     bias,  # (V,) | None
-    low_rank_rows,  # (C, R) | None
-    low_rank,  # (V, R) | None
+    lora_hidden,  # (C, R) | None
+    lora_b,  # (V, R) | None
     ref_hidden,  # (C, REF_D) | None
     ref_weight,  # (V, REF_D) | None
     ref_bias,  # (V,) | None
@@ -58,11 +58,11 @@ def logits_kernel(
     target_logit,  # (C,) float32, out
     partials,  # (m, s, a[, m_r, s_r, a_r, b]; tiles, C) float32, out
     width,  # (1,) int32, out: BN, chosen by tuning
-    kept,  # (C, kept_stride) | None, out: z − m − a/s
-    ref_kept,  # (C, kept_stride) | None, out: z_r − m_r − a_r/s_r
+    saved,  # (C, kept_stride) | None, out: z − m − a/s
+    ref_saved,  # (C, kept_stride) | None, out: z_r − m_r − a_r/s_r
     rows,
     vocabulary,
-    kept_stride,
+    saved_stride,
     plane_stride,
     temperature,
     softcap,  # float | None
@@ -91,11 +91,11 @@ def logits_kernel(
         # Rows and columns beyond the end repeat the last one, so that loads need no mask; they are not stored.
         row = tl.minimum(row, rows - 1)
         column = column_tile * BN + tl.arange(0, BN)
-        held = tl.minimum(column, vocabulary - 1).to(tl.int64)  # C·V and V·D may exceed 2³¹
+        clamped = tl.minimum(column, vocabulary - 1).to(tl.int64)  # C·V and V·D may exceed 2³¹
         long_row = row.to(tl.int64)
 
         a = hidden + long_row * D
-        b = weight + held * D
+        b = weight + clamped * D
         u = tl.zeros((BM, BN), tl.float32)
         if SHARED:
             u_ref = tl.zeros((BM, BN), tl.float32)
@@ -104,58 +104,60 @@ def logits_kernel(
             u = product(u, a, b, D, BK, PRECISION)
         if R > 0:
             RANK: tl.constexpr = 16 if R <= 16 else 32
-            u = product(u, low_rank_rows + long_row * R, low_rank + held * R, R, RANK, PRECISION)
+            u = product(u, lora_hidden + long_row * R, lora_b + clamped * R, R, RANK, PRECISION)
 
         if REF_D > 0 and not SHARED:
             u_ref = tl.zeros((BM, BN), tl.float32)
-            u_ref = product(u_ref, ref_hidden + long_row * REF_D, ref_weight + held * REF_D, REF_D, BK, PRECISION)
+            u_ref = product(u_ref, ref_hidden + long_row * REF_D, ref_weight + clamped * REF_D, REF_D, BK, PRECISION)
         scale = 1.0 / row_temperature(temperatures, temperature, row, valid)
         left_first = column_tile * BN
         right_first = left_first + BN // 2
         left = left_first + tl.arange(0, BN // 2)
         right = right_first + tl.arange(0, BN // 2)
-        left_u, right_u = halves(u)
+        left_u, right_u = split_columns(u)
         left_z = logits(left_u, bias, left_first, vocabulary, softcap, scale)
         right_z = logits(right_u, bias, right_first, vocabulary, softcap, scale)
 
         wanted = tl.load(target + row).to(tl.int32)
         here = (wanted >= left_first) & (wanted < left_first + BN)
         if tl.max(here.to(tl.int32), 0) > 0:  # few tiles contain a target
-            found = chosen(left_z, left, wanted) + chosen(right_z, right, wanted)
+            found = select_column(left_z, left, wanted) + select_column(right_z, right, wanted)
             tl.store(target_logit + row, found, mask=valid & here)
 
         plane = partials + column_tile.to(tl.int64) * rows + row
-        corner = (row_tile * BM).to(tl.int64) * kept_stride + column_tile * BN  # C·V may exceed 2³¹
-        offset = tl.arange(0, BM)[:, None] * kept_stride + tl.arange(0, BN // 2)[None, :]
+        corner = (row_tile * BM).to(tl.int64) * saved_stride + column_tile * BN  # C·V may exceed 2³¹
+        offset = tl.arange(0, BM)[:, None] * saved_stride + tl.arange(0, BN // 2)[None, :]
         left_inside = valid[:, None] & (left < vocabulary)[None, :]
         right_inside = valid[:, None] & (right < vocabulary)[None, :]
-        top, left_d, right_d = centred(left_z, right_z)
+        top, left_d, right_d = subtract_max(left_z, right_z)
         left_e = exp(left_d)
         right_e = exp(right_d)
         middle = store_sums(plane, plane_stride, valid, top, left_d, right_d, left_e, right_e, INFINITE)
-        if kept is not None:
-            place = kept + corner + offset
-            tl.store(place, narrow(left_d - middle[:, None], kept.dtype.element_ty), mask=left_inside)
-            tl.store(place + BN // 2, narrow(right_d - middle[:, None], kept.dtype.element_ty), mask=right_inside)
+        if saved is not None:
+            pointers = saved + corner + offset
+            tl.store(pointers, downcast(left_d - middle[:, None], saved.dtype.element_ty), mask=left_inside)
+            tl.store(pointers + BN // 2, downcast(right_d - middle[:, None], saved.dtype.element_ty), mask=right_inside)
         if REF_D > 0:
-            left_u, right_u = halves(u_ref)
+            left_u, right_u = split_columns(u_ref)
             left_z = logits(left_u, ref_bias, left_first, vocabulary, softcap, scale)
             right_z = logits(right_u, ref_bias, right_first, vocabulary, softcap, scale)
-            top, left_ref, right_ref = centred(left_z, right_z)
+            top, left_ref, right_ref = subtract_max(left_z, right_z)
             b = moment(left_e, left_d - left_ref, INFINITE) + moment(right_e, right_d - right_ref, INFINITE)
             tl.store(plane + 6 * plane_stride, b, mask=valid)
             left_e = exp(left_ref)
             right_e = exp(right_ref)
             plane += 3 * plane_stride
             middle = store_sums(plane, plane_stride, valid, top, left_ref, right_ref, left_e, right_e, INFINITE)
-            if ref_kept is not None:
-                place = ref_kept + corner + offset
-                tl.store(place, narrow(left_ref - middle[:, None], kept.dtype.element_ty), mask=left_inside)
-                tl.store(place + BN // 2, narrow(right_ref - middle[:, None], kept.dtype.element_ty), mask=right_inside)
+            if ref_saved is not None:
+                pointers = ref_saved + corner + offset
+                tl.store(pointers, downcast(left_ref - middle[:, None], saved.dtype.element_ty), mask=left_inside)
+                tl.store(
+                    pointers + BN // 2, downcast(right_ref - middle[:, None], saved.dtype.element_ty), mask=right_inside
+                )
 
 
 @triton.jit
-def centred(left, right):
+def subtract_max(left, right):
     """Return the rows' maxima over both halves, and both halves relative to them."""
     top = tl.maximum(tl.max(left, 1), tl.max(right, 1))
     return top, left - finite(top)[:, None], right - finite(top)[:, None]
@@ -173,7 +175,7 @@ def store_sums(plane, plane_stride, valid, top, left_d, right_d, left_e, right_e
 
 
 @triton.jit
-def chosen(z, column, wanted):
+def select_column(z, column, wanted):
     """Return z at the rows' wanted columns, 0 where they are not in the tile."""
     return tl.sum(tl.where(wanted[:, None] == column[None, :], z, 0.0), 1)
 
@@ -183,7 +185,7 @@ def statistics_kernel(
     partials,  # (planes, tiles, C) of `logits_kernel`
     width,  # (1,)
     target_logit,  # (C,)
-    norms,  # (2 or 4, C) float32, out: M, log s[, M_r, log s_r]
+    softmax_stats,  # (2 or 4, C) float32, out: M, log s[, M_r, log s_r]
     logprob,  # (C,) out
     entropy,  # (C,) | None, out
     kl,  # (C,) | None, out
@@ -215,8 +217,8 @@ def statistics_kernel(
         new = exp(m_t - finite(top)[None, :])  # (BT, BR)
         if entropy is not None:
             a_t = tl.load(plane + 2 * plane_stride, mask=mask, other=0.0)
-            a = times(old, a + times(s, before - finite(top)))
-            a += tl.sum(times(new, a_t + times(s_t, m_t - finite(top)[None, :])), 0)
+            a = mul_or_zero(old, a + mul_or_zero(s, before - finite(top)))
+            a += tl.sum(mul_or_zero(new, a_t + mul_or_zero(s_t, m_t - finite(top)[None, :])), 0)
         if kl is not None:
             ref_m_t = tl.load(plane + 3 * plane_stride, mask=mask, other=float("-inf"))
             ref_s_t = tl.load(plane + 4 * plane_stride, mask=mask, other=0.0)
@@ -224,21 +226,21 @@ def statistics_kernel(
             ref_before = ref_top
             ref_top = tl.maximum(ref_before, tl.max(ref_m_t, 0))
             moved = (before - finite(top)) - (ref_before - finite(ref_top))
-            b = times(old, b + times(s, moved))
+            b = mul_or_zero(old, b + mul_or_zero(s, moved))
             moved_t = (m_t - finite(top)[None, :]) - (ref_m_t - finite(ref_top)[None, :])
-            b += tl.sum(times(new, b_t + times(s_t, moved_t)), 0)
-            ref_s = times(exp(ref_before - finite(ref_top)), ref_s)
-            ref_s += tl.sum(times(exp(ref_m_t - finite(ref_top)[None, :]), ref_s_t), 0)
+            b += tl.sum(mul_or_zero(new, b_t + mul_or_zero(s_t, moved_t)), 0)
+            ref_s = mul_or_zero(exp(ref_before - finite(ref_top)), ref_s)
+            ref_s += tl.sum(mul_or_zero(exp(ref_m_t - finite(ref_top)[None, :]), ref_s_t), 0)
         s = old * s + tl.sum(new * s_t, 0)
 
     log_s = tl.log(s)
-    tl.store(norms + row, top, mask=valid)
-    tl.store(norms + rows + row, log_s, mask=valid)
+    tl.store(softmax_stats + row, top, mask=valid)
+    tl.store(softmax_stats + rows + row, log_s, mask=valid)
     tl.store(logprob + row, tl.load(target_logit + row, mask=valid) - finite(top) - log_s, mask=valid)
     if entropy is not None:
         tl.store(entropy + row, log_s - a / s, mask=valid)
     if kl is not None:
         ref_log_s = tl.log(ref_s)
-        tl.store(norms + 2 * rows + row, ref_top, mask=valid)
-        tl.store(norms + 3 * rows + row, ref_log_s, mask=valid)
+        tl.store(softmax_stats + 2 * rows + row, ref_top, mask=valid)
+        tl.store(softmax_stats + 3 * rows + row, ref_log_s, mask=valid)
         tl.store(kl + row, b / s - log_s + ref_log_s, mask=valid)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alignpro_kernels.triton_product import exp, narrow
+from alignpro_kernels.triton_product import downcast, exp
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,9 +36,9 @@ def merge_kernel(
         lse = tl.load(lses + part * rows.to(tl.int64) + row, mask=valid, other=float("-inf")).to(tl.float32)
         weight = exp(lse - top)
         total += weight
-        place = (part * rows.to(tl.int64) + row)[:, None] * D + column[None, :]
-        out = tl.load(outs + place, mask=mask, other=0.0).to(tl.float32)
+        pointers = (part * rows.to(tl.int64) + row)[:, None] * D + column[None, :]
+        out = tl.load(outs + pointers, mask=mask, other=0.0).to(tl.float32)
         # An empty part may hold anything, even NaN.
         acc += tl.where(weight[:, None] == 0.0, 0.0, weight[:, None] * out)
     acc = acc / tl.maximum(total, 1.1754943508222875e-38)[:, None]
-    tl.store(merged + row[:, None] * D + column[None, :], narrow(acc, merged.dtype.element_ty), mask=mask)
+    tl.store(merged + row[:, None] * D + column[None, :], downcast(acc, merged.dtype.element_ty), mask=mask)

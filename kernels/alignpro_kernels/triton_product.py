@@ -37,7 +37,7 @@ def multiply(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
+def downcast(x, dtype: tl.constexpr):
     """Round float32 to the nearest value of another dtype."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -142,7 +142,7 @@ def logits(u, bias, first, vocabulary, softcap, scale):
 
 
 @triton.jit
-def halves(x):
+def split_columns(x):
     """Split a tile (BM, BN) into its left and right half, which are processed one after the other to save registers."""
     left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
     return left, right
@@ -158,7 +158,7 @@ def finite(top):
 def moment(e, d, INFINITE: tl.constexpr):
     """Return Σ e·d per row. INFINITE: d may be −∞ where e is 0, which contributes 0; a NaN in e propagates."""
     if INFINITE:
-        return tl.sum(times(e, d), 1)
+        return tl.sum(mul_or_zero(e, d), 1)
     return tl.sum(e * d, 1)
 
 
@@ -169,6 +169,6 @@ def mean(a, s):
 
 
 @triton.jit
-def times(weight, x):
+def mul_or_zero(weight, x):
     """Return weight · x, or 0 where the weight is 0, whatever x is."""
     return tl.where(weight == 0.0, 0.0, weight * x)

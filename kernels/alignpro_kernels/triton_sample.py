@@ -11,8 +11,17 @@ import triton
 import triton.language as tl
 
 from alignpro_kernels import noise
-from alignpro_kernels.triton_configs import SAMPLES, sample_fitting
-from alignpro_kernels.triton_product import exp, finite, logits, moment, product, row_temperature, tile_position, times
+from alignpro_kernels.triton_configs import SAMPLES, prune_sample_configs
+from alignpro_kernels.triton_product import (
+    exp,
+    finite,
+    logits,
+    moment,
+    mul_or_zero,
+    product,
+    row_temperature,
+    tile_position,
+)
 
 GAMMA = tl.constexpr(noise.GAMMA + (1 << 64))
 MIX_1 = tl.constexpr(noise.MIX_1 + (1 << 64))
@@ -61,7 +70,7 @@ def noise_kernel(seeds, out, vocabulary, BV: tl.constexpr):
 @triton.autotune(
     SAMPLES,
     key=["rows_key", "vocabulary", "D", "R"],
-    prune_configs_by={"early_config_prune": sample_fitting},
+    prune_configs_by={"early_config_prune": prune_sample_configs},
     cache_results=True,
 )
 @triton.jit(do_not_specialize=["rows", "rows_key"])
@@ -69,8 +78,8 @@ def sample_kernel(
     hidden,  # (C, D)
     weight,  # (V, D)
     bias,  # (V,) | None
-    low_rank_rows,  # (C, R) | None
-    low_rank,  # (V, R) | None
+    lora_hidden,  # (C, R) | None
+    lora_b,  # (V, R) | None
     temperatures,  # (C,) float32 | None; 0 is greedy
     seeds,  # (C,) int64
     partials,  # (best noisy value, its z, m, s, a; tiles, C) float32, out
@@ -102,13 +111,13 @@ def sample_kernel(
         valid = row < rows
         row = tl.minimum(row, rows - 1)
         column = column_tile * BN + tl.arange(0, BN)
-        held = tl.minimum(column, vocabulary - 1).to(tl.int64)
+        clamped = tl.minimum(column, vocabulary - 1).to(tl.int64)
         long_row = row.to(tl.int64)
         u = tl.zeros((BM, BN), tl.float32)
-        u = product(u, hidden + long_row * D, weight + held * D, D, BK, PRECISION)
+        u = product(u, hidden + long_row * D, weight + clamped * D, D, BK, PRECISION)
         if R > 0:
             RANK: tl.constexpr = 16 if R <= 16 else 32
-            u = product(u, low_rank_rows + long_row * R, low_rank + held * R, R, RANK, PRECISION)
+            u = product(u, lora_hidden + long_row * R, lora_b + clamped * R, R, RANK, PRECISION)
         tau = row_temperature(temperatures, temperature, row, valid)
         greedy = tau == 0.0
         z = logits(u, bias, column_tile * BN, vocabulary, softcap, 1.0 / tl.where(greedy, 1.0, tau))
@@ -164,10 +173,10 @@ def choice_kernel(
     for first in range(0, tiles, BT):
         tile = first + tl.arange(0, BT)
         mask = (tile < tiles)[:, None] & valid[None, :]
-        place = tile.to(tl.int64)[:, None] * rows + row[None, :]
-        value_t = tl.load(partials + place, mask=mask, other=float("-inf"))
-        z_t = tl.load(partials + plane_stride + place, mask=mask, other=0.0)
-        index_t = tl.load(best + place, mask=mask, other=NOWHERE)
+        pointers = tile.to(tl.int64)[:, None] * rows + row[None, :]
+        value_t = tl.load(partials + pointers, mask=mask, other=float("-inf"))
+        z_t = tl.load(partials + plane_stride + pointers, mask=mask, other=0.0)
+        index_t = tl.load(best + pointers, mask=mask, other=NOWHERE)
         here = tl.max(value_t, 0)
         index_here = tl.min(tl.where(value_t == here[None, :], index_t, NOWHERE), 0)
         z_here = tl.sum(tl.where(index_t == index_here[None, :], z_t, 0.0), 0)
@@ -176,15 +185,15 @@ def choice_kernel(
         index = tl.where(better, index_here, index)
         z = tl.where(better, z_here, z)
 
-        m_t = tl.load(partials + 2 * plane_stride + place, mask=mask, other=float("-inf"))
-        s_t = tl.load(partials + 3 * plane_stride + place, mask=mask, other=0.0)
-        a_t = tl.load(partials + 4 * plane_stride + place, mask=mask, other=0.0)
+        m_t = tl.load(partials + 2 * plane_stride + pointers, mask=mask, other=float("-inf"))
+        s_t = tl.load(partials + 3 * plane_stride + pointers, mask=mask, other=0.0)
+        a_t = tl.load(partials + 4 * plane_stride + pointers, mask=mask, other=0.0)
         before = top
         top = tl.maximum(before, tl.max(m_t, 0))
         old = exp(before - finite(top))
         new = exp(m_t - finite(top)[None, :])
-        a = times(old, a + times(s, before - finite(top)))
-        a += tl.sum(times(new, a_t + times(s_t, m_t - finite(top)[None, :])), 0)
+        a = mul_or_zero(old, a + mul_or_zero(s, before - finite(top)))
+        a += tl.sum(mul_or_zero(new, a_t + mul_or_zero(s_t, m_t - finite(top)[None, :])), 0)
         s = old * s + tl.sum(new * s_t, 0)
     point = row_temperature(temperatures, temperature, row, valid) == 0.0
     log_s = tl.log(s)

@@ -27,11 +27,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def takes(device: torch.device) -> bool:
+def supports(device: torch.device) -> bool:
     """Whether the kernels support tensors on a device."""
     return device.type == "cuda" or (device.type == "cpu" and interpreting())
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
     """Make the tensors' device the current one, on which Triton launches its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

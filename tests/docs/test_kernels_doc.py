@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from document import Document, check_command
 from torch.utils.flop_counter import FlopCounterMode
 
-from alignpro_kernels import LoRA, VocabShard, linear_logprob, linear_sample, policy_loss
+from alignpro_kernels import linear_logprob, linear_sample, policy_loss
 from alignpro_kernels.backends import BACKENDS, backend_module
 
 DOCUMENT = Document("kernels.md")
@@ -57,51 +54,6 @@ def test_operation_counts_match_the_table(cells: list[str]) -> None:
             value.backward()
     assert flops.get_total_flops() == backward * unit
     assert together == forward + backward
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("cells", DOCUMENT.rows("A head split over ranks"), ids=lambda cells: cells[0])
-def test_communication_volume_matches_the_table(
-    cells: list[str], one_rank: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call, gathered, summed = cells
-    count, width, vocabulary, rank = 6, 5, 40, 3
-    sent: dict[str, list[int]] = {"all_gather": [], "all_reduce": []}
-
-    def watch(name: str, argument: int) -> None:
-        collective = getattr(dist, name)
-
-        def noted(*arguments: Any, **options: Any) -> Any:
-            if arguments[argument].is_floating_point():  # integers are only compared among ranks
-                sent[name].append(arguments[argument].numel())
-            return collective(*arguments, **options)
-
-        monkeypatch.setattr(dist, name, noted)
-
-    watch("all_gather", 1)
-    watch("all_reduce", 0)
-    hidden, weight = torch.randn(count, width, requires_grad=True), torch.randn(vocabulary, width)
-    options: dict[str, Any] = {"vocab_parallel": VocabShard.even(vocabulary), "backend": "torch"}
-    if "LoRA" in call:
-        options["lora"] = LoRA(torch.randn(rank, width, requires_grad=True), torch.randn(vocabulary, rank), 1.0)
-    if "sample" in call:
-        linear_sample(hidden, weight, seeds=torch.arange(count), **options)
-    else:
-        if "KL" in call:
-            options["ref_hidden"] = torch.randn(count, width)
-
-        def loss(logprob, entropy, kl, rows):
-            return logprob, torch.ones_like(logprob), None, None
-
-        policy_loss(hidden, weight, torch.zeros(count).long(), loss, entropy="entropy" in call, **options)
-    assert sum(sent["all_gather"]) == int(gathered) * count and len(sent["all_gather"]) == 1
-    assert sum(sent["all_reduce"]) == {"0": 0, "D": width, "D + r": width + rank}[summed] * count
 
 
 def test_budgets_match_the_code() -> None:

@@ -311,5 +311,5 @@ class TestOnAGpu:
     def test_without_the_kernels_that_write_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = self.model()
         expected = Engine({"m": model}, cuda_graphs=True).generate("m", PROMPTS, PARAMS)
-        monkeypatch.setattr(pages, "_on_kernels", lambda device: False)
+        monkeypatch.setattr(pages, "_has_kernels", lambda device: False)
         same(Engine({"m": model}, cuda_graphs=True).generate("m", PROMPTS, PARAMS), expected)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alignpro_kernels import paged_attention
+from alignpro_kernels import PagedKeys, paged_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("whole", "head-major", "arena")
@@ -33,12 +33,20 @@ class Problem:
     pages: Tensor
     page_table: Tensor
 
-    def arguments(self) -> tuple[Tensor, ...]:
+    def indices(self, device: str = "cpu") -> dict[str, Tensor]:
+        """Return the fields of `PagedKeys`."""
+        fields = {
+            "cu_queries": torch.tensor([0, *self.counts]).cumsum(0).int(),
+            "page_table": self.page_table,
+            "key_lengths": torch.tensor([len(x) for x in self.keys], dtype=torch.int32),
+            "query_positions": self.positions,
+            "key_starts": torch.tensor(self.starts, dtype=torch.int32),
+        }
+        return {name: x.to(device) for name, x in fields.items()}
+
+    def arguments(self, device: str = "cpu") -> tuple[Tensor, Tensor, PagedKeys]:
         """Return the positional arguments of `paged_attention`."""
-        bounds = torch.tensor([0, *self.counts]).cumsum(0).int()
-        lengths = torch.tensor([len(x) for x in self.keys], dtype=torch.int32)
-        starts = torch.tensor(self.starts, dtype=torch.int32)
-        return self.query, self.pages, bounds, self.page_table, lengths, self.positions, starts
+        return self.query.to(device), self.pages.to(device), PagedKeys(**self.indices(device))
 
     def run(self, backend: str = "cpp") -> tuple[Tensor, Tensor]:
         return paged_attention(
@@ -46,11 +54,11 @@ class Problem:
         )
 
     def exact(self) -> tuple[Tensor, Tensor]:
-        query, pages, *rest = self.arguments()
+        query, pages, keys = self.arguments()
         return paged_attention(
             query.double(),
             pages.double(),
-            *rest,
+            keys,
             scale=self.scale,
             softcap=self.softcap,
             window=self.window,

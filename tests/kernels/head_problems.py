@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignpro_kernels import LoRA, VocabShard, linear_logprob, policy_loss
+from alignpro_kernels import LoRA, linear_logprob, policy_loss
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,9 @@ class Result:
         }
 
 
-def run(
-    problem: Problem,
-    operator: str,
-    backend: str,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    shard: VocabShard | None = None,
-) -> Result:
-    """Return statistics, loss and gradients of `policy_loss` or `linear_logprob`, with a ``shard`` of that slice."""
+def run(problem: Problem, operator: str, backend: str, dtype: torch.dtype, device: str = "cpu") -> Result:
+    """Return statistics, loss and gradients of `policy_loss` or `linear_logprob`."""
     arguments = problem.tensors(dtype, device)
-    if shard is not None:
-        arguments = slice_of(arguments, shard) | {"vocab_parallel": shard}
     upstream = problem.upstream().to(device)
     if operator == "policy_loss":
 
@@ -126,18 +117,6 @@ def run(
         terms = zip(upstream.to(stats.logprob.dtype), stats, strict=True)
         loss = sum((c * s).sum() for c, s in terms if s is not None)
     return _result(loss, stats, arguments)
-
-
-def slice_of(arguments: dict[str, Any], shard: VocabShard) -> dict[str, Any]:
-    """Return the arguments with this rank's rows of the head."""
-
-    def rows(x: Tensor) -> Tensor:
-        return x.detach()[shard.start : shard.start + shard.size].clone().requires_grad_(x.requires_grad)
-
-    sliced = {name: rows(arguments[name]) for name in ("weight", "bias", "ref_weight", "ref_bias") if name in arguments}
-    if "lora" in arguments:
-        sliced["lora"] = arguments["lora"]._replace(b=rows(arguments["lora"].b))
-    return arguments | sliced
 
 
 def plain_pytorch(problem: Problem, dtype: torch.dtype, device: str = "cpu") -> Result:

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from alignpro_kernels import CascadeLevel, backends, linear
+from alignpro_kernels import PagedKeys, backends, cpp_library
 from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
-from alignpro_kernels.decoder import unavailable as decoder_unavailable
 from alignpro_kernels.linear import pack_weight, packed_gate, packed_linear
 
 needs_cpp = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
@@ -110,7 +109,7 @@ def test_weights_that_cannot_be_packed_are_named() -> None:
 
 
 def test_shapes_can_be_traced() -> None:
-    assert linear.unavailable() is None
+    assert cpp_library.unavailable() is None
     with FakeTensorMode() as mode:
         x, weight = (mode.from_tensor(y) for y in (torch.zeros(2, 3, 6), torch.zeros(40, 6)))
         packed = torch.ops.alignpro.pack_weight(weight)
@@ -146,10 +145,10 @@ class Decoder:
 
         return [
             {
-                "norm": torch.randn(self.dim),
+                "attention_norm": torch.randn(self.dim),
                 "qkv": matrix(width + 2 * self.kv_heads * self.head_dim, self.dim),
                 "out": matrix(self.dim, width),
-                "inner_norm": torch.randn(self.dim),
+                "mlp_norm": torch.randn(self.dim),
                 "gate": matrix(self.inner, self.dim),
                 "up": matrix(self.inner, self.dim),
                 "down": matrix(self.dim, self.inner),
@@ -191,7 +190,7 @@ class Decoder:
         seen = (distance >= 0) & (distance < (self.window or 1 << 30))
         for weights in self.plain():
             w = {name: y.to(dtype) for name, y in weights.items()}
-            qkv = norm(x, w["norm"]) @ w["qkv"].T + (w["qkv_bias"] if self.bias else 0)
+            qkv = norm(x, w["attention_norm"]) @ w["qkv"].T + (w["qkv_bias"] if self.bias else 0)
             heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
             q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads])
             if self.head_norms:
@@ -203,7 +202,7 @@ class Decoder:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
             x = x + out.transpose(0, 1).flatten(1) @ w["out"].T
-            h = norm(x, w["inner_norm"])
+            h = norm(x, w["mlp_norm"])
             x = x + (functional.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
         return norm(x, self.last_norm())
 
@@ -225,12 +224,12 @@ class Sequence:
             for _ in range(decoder.layers)
         ]
 
-    def level(self, first: int, last: int) -> CascadeLevel:
+    def level(self, first: int, last: int) -> PagedKeys:
         def int32(*values: int) -> Tensor:
             return torch.tensor(values, dtype=torch.int32)
 
         positions = torch.arange(first, last, dtype=torch.int32)
-        return CascadeLevel(None, positions, int32(0, last - first), self.table[None], int32(last), int32(0))
+        return PagedKeys(int32(0, last - first), self.table[None], int32(last), positions, int32(0))
 
     def run(self, weights: DecoderWeights, first: int, last: int) -> Tensor:
         at = torch.arange(first, last)
@@ -299,7 +298,7 @@ def test_padding_is_not_written() -> None:
 
 
 def test_the_shape_of_the_stack_can_be_traced() -> None:
-    assert decoder_unavailable() is None
+    assert cpp_library.unavailable() is None
     decoder = Decoder()
     sequence, weights = Sequence(decoder, 5), decoder.packed()
     with FakeTensorMode(allow_non_fake_inputs=True):

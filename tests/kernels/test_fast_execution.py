@@ -25,7 +25,7 @@ def test_chunks_change_only_the_rounding(operator: str, backend: str, monkeypatc
     problem = replace(EVERYTHING, rows=150, zero_every=4, masked=True)
     whole = run(problem, operator, backend, torch.float32)
     for most in (1, 7, 64):
-        monkeypatch.setattr(backend_module(backend), "rows_in_flight", lambda head, dtype, most=most: most)
+        monkeypatch.setattr(backend_module(backend), "max_chunk_rows", lambda head, dtype, most=most: most)
         parts = run(problem, operator, backend, torch.float32)
         for name, value in parts.values.items():
             torch.testing.assert_close(value, whole.values[name], rtol=2e-5, atol=2e-5)

@@ -31,20 +31,20 @@ class Spy:
         self.gradients: list[fused.HeadGradients] = []
         self.active: list[torch.Tensor | None] = []
 
-    def rows_in_flight(self, head, dtype) -> int:
+    def max_chunk_rows(self, head, dtype) -> int:
         return 4
 
-    def rows_in_gradient(self, head) -> int:
+    def logits_buffer_rows(self, head) -> int:
         return 0
 
-    def forward(self, head, rows, *, entropy, keep):
+    def forward(self, head, rows, *, entropy, save_logits):
         self.rows.append(len(rows.hidden))
-        return self._backend.forward(head, rows, entropy=entropy, keep=keep)
+        return self._backend.forward(head, rows, entropy=entropy, save_logits=save_logits)
 
-    def backward(self, head, rows, kept, stats, active, alpha, eta, kappa, gradients) -> None:
+    def backward(self, head, rows, saved, stats, active, alpha, eta, kappa, gradients) -> None:
         self.active.append(active)
         self.gradients.append(gradients)
-        self._backend.backward(head, rows, kept, stats, active, alpha, eta, kappa, gradients)
+        self._backend.backward(head, rows, saved, stats, active, alpha, eta, kappa, gradients)
 
 
 @pytest.fixture

@@ -122,9 +122,9 @@ def walk(counts: list[int], below: list[int], lengths: list[int], **shape: Any) 
 
 
 def run(problem: Problem, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    arguments = [x.to(device) for x in problem.arguments()]
+    arguments = problem.arguments(device)
     if device == "cpu":
-        return flash_attention.paged_attention(*arguments, scale=problem.scale, softcap=problem.softcap)
+        return flash_attention.paged_attention(*arguments, scale=problem.scale, softcap=problem.softcap, window=None)
     return paged_attention(*arguments, scale=problem.scale, softcap=problem.softcap, backend="flash")
 
 
@@ -188,7 +188,7 @@ def test_unsupported_inputs_are_refused_with_the_reason() -> None:
 
     def reason(window: int | None = None, **shape: Any) -> str | None:
         problem = new_problem([1], [5], **{"page_size": 256, "dtype": torch.bfloat16} | shape)
-        return flash_attention.unsuited(problem.query, problem.pages, window)
+        return flash_attention.unsupported(problem.query, problem.pages, window)
 
     assert reason() is None and reason(page_size=512) is None
     assert "multiple of 256 tokens, and these pages have 16" in (reason(page_size=16) or "")

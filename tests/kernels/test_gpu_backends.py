@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from attention_problems import assert_as_exact_as_plain, new_problem
 from head_problems import Problem, plain_pytorch, run
 
-from alignpro_kernels import (
-    VocabShard,
-    linear_logprob,
-    linear_sample,
-    merge_states,
-    paged_attention,
-    policy_loss,
-)
+from alignpro_kernels import linear_logprob, linear_sample, merge_states, paged_attention, policy_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -60,31 +51,6 @@ def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
         first, second = (run(problem, operator, "triton", dtype, "cuda") for _ in range(2))
         for name, value in first.values.items():
             assert torch.equal(value, second.values[name]), name
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_a_group_of_one_rank_changes_only_the_rounding(backend: str, operator: str, one_rank: None) -> None:
-    problem = Problem(bias=True, rank=5, reference="separate", masked=True, zero_every=3, **SIZE)
-    exact = run(problem, operator, "reference", torch.float64)
-    shard = VocabShard.even(problem.vocabulary)
-    split = run(problem, operator, backend, torch.bfloat16, "cuda", shard).errors(exact)
-    whole = run(problem, operator, backend, torch.bfloat16, "cuda").errors(exact)
-    for quantity, error in split.items():
-        assert error <= 1.5 * whole[quantity] + 1e-6, (quantity, error, whole[quantity])
-    arguments = problem.tensors(torch.bfloat16, "cuda")
-    hidden, weight, seeds = arguments["hidden"], arguments["weight"], torch.arange(problem.rows, device="cuda")
-    tokens = [
-        linear_sample(hidden, weight, seeds=seeds, vocab_parallel=part, backend=backend).token for part in (None, shard)
-    ]
-    assert torch.equal(*tokens)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -174,7 +140,7 @@ def test_paged_attention(
 ) -> None:
     torch.manual_seed(0)
     problem = new_problem(counts, [1300, 70, 0], heads=6, dim=dim, dtype=dtype, softcap=softcap, window=window)
-    arguments = [x.cuda() for x in problem.arguments()]
+    arguments = problem.arguments("cuda")
     torch.cuda.synchronize()
     options = {"scale": problem.scale, "softcap": softcap, "window": window, "backend": "triton"}
     out, lse = paged_attention(*arguments, **options)

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignpro_kernels import (
     BackendError,
-    CascadeLevel,
+    PagedKeys,
     attention,
     backends,
     cascade_attention,
-    cpp_attention,
+    cpp_library,
     merge_states,
     paged_attention,
 )
@@ -170,9 +170,9 @@ def test_levels_are_joined_in_one_call(dtype: torch.dtype) -> None:
 
     first, second = torch.arange(5), torch.tensor([3, 4])
     levels = [
-        CascadeLevel(first, positions[first], int32(0, 3, 5), table[:2], int32(*nodes), int32(0, 0)),
-        CascadeLevel(second, positions[second], int32(0, 2), table[2:3], int32(*lower), int32(75)),
-        CascadeLevel(None, positions, torch.arange(7).int(), table[3:], int32(*suffixes), starts),
+        PagedKeys(int32(0, 3, 5), table[:2], int32(*nodes), positions[first], int32(0, 0), first),
+        PagedKeys(int32(0, 2), table[2:3], int32(*lower), positions[second], int32(75), second),
+        PagedKeys(torch.arange(7).int(), table[3:], int32(*suffixes), positions, starts),
     ]
     above = [[0], [0], [0], [1, 2], [1, 2], []]
     whole = [torch.cat([*(keys[i] for i in nodes_above), k]) for nodes_above, k in zip(above, keys[3:], strict=True)]
@@ -204,13 +204,13 @@ def test_empty_inputs_give_empty_results(backend: str) -> None:
     pages = torch.full((1, 2, 4, 2, 8), torch.nan)
     none = torch.zeros(0, dtype=torch.int32)
     zero, table = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3, dtype=torch.int32)
-    out, lse = paged_attention(torch.zeros(0, 4, 8), pages, zero, table, none, none, scale=1.0, backend=backend)
+    keys = PagedKeys(zero, table, none, none, none)
+    out, lse = paged_attention(torch.zeros(0, 4, 8), pages, keys, scale=1.0, backend=backend)
     assert out.shape == (0, 4, 8) and lse.shape == (0, 4)
     bounds, table = torch.tensor([0, 2, 2], dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)
-    lengths = positions = torch.zeros(2, dtype=torch.int32)
-    out, lse = paged_attention(
-        torch.ones(2, 4, 8), pages, bounds, table, lengths, positions, scale=1.0, backend=backend
-    )
+    zeros = torch.zeros(2, dtype=torch.int32)
+    keys = PagedKeys(bounds, table, zeros, zeros, zeros)
+    out, lse = paged_attention(torch.ones(2, 4, 8), pages, keys, scale=1.0, backend=backend)
     assert torch.equal(out, torch.zeros(2, 4, 8))
     assert torch.equal(lse, torch.full((2, 4), -torch.inf))
 
@@ -236,9 +236,8 @@ def test_values_out_of_range_are_errors(backend: str) -> None:
 
     def refused(message: str, **changes: Any) -> None:
         with pytest.raises(ValueError, match=message):
-            names = ("query", "pages", "cu_queries", "page_table", "key_lengths", "query_positions", "key_starts")
-            arguments = dict(zip(names, problem.arguments(), strict=True)) | changes
-            paged_attention(**arguments, scale=1.0, backend=backend)  # type: ignore[arg-type]
+            keys = PagedKeys(**(problem.indices() | changes))
+            paged_attention(problem.query, problem.pages, keys, scale=1.0, backend=backend)
 
     def ints(*x: int) -> Tensor:
         return torch.tensor(x, dtype=torch.int32)
@@ -255,12 +254,14 @@ def test_values_out_of_range_are_errors(backend: str) -> None:
 
 def test_errors_name_the_argument() -> None:
     problem = new_problem([1, 2], [20, 5])
-    names = ("query", "pages", "cu_queries", "page_table", "key_lengths", "query_positions", "key_starts")
-    good: dict[str, Any] = dict(zip(names, problem.arguments(), strict=True)) | {"scale": 1.0}
+    indices = problem.indices()
+    good: dict[str, Any] = {"query": problem.query, "pages": problem.pages, "scale": 1.0} | indices
 
     def refused(error: type[Exception], message: str, **changes: Any) -> None:
         with pytest.raises(error, match=message):
-            paged_attention(**(good | changes))
+            arguments = good | changes
+            keys = PagedKeys(**{name: arguments.pop(name) for name in indices})
+            paged_attention(keys=keys, **arguments)
 
     refused(TypeError, r"query is torch\.int32", query=good["query"].int())
     refused(TypeError, r"pages is torch\.bfloat16 and query is torch\.float32", pages=good["pages"].bfloat16())
@@ -287,6 +288,7 @@ def test_errors_name_the_argument() -> None:
     )
     refused(
         BackendError,
+        PagedKeys,
         "backend 'cpp' cannot run here: it computes in float32, and the input is float64",
         query=good["query"].double(),
         pages=good["pages"].double(),
@@ -296,7 +298,7 @@ def test_errors_name_the_argument() -> None:
 
 @needs_cpp
 def test_which_backend_runs_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    attention._announce.cache_clear()
+    attention._log_choice.cache_clear()
     problem = new_problem([1], [5])
     with caplog.at_level("INFO", "alignpro_kernels"):
         for _ in range(2):
@@ -308,10 +310,13 @@ def test_which_backend_runs_is_logged_once(caplog: pytest.LogCaptureFixture) -> 
 @needs_cpp
 def test_shapes_can_be_traced_and_no_gradient_flows() -> None:
     problem = new_problem([1, 2], [20, 5], dtype=torch.bfloat16)
-    assert cpp_attention.unavailable() is None
+    assert cpp_library.unavailable() is None
     with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(x) for x in problem.arguments()]
-        out, lse = torch.ops.alignpro.paged_attention(*fakes, 1.0, 0.0, 0)
+        query, pages, *indices = (
+            mode.from_tensor(x) for x in (problem.query, problem.pages, *problem.indices().values())
+        )
+        lists = [[None], *([x] for x in indices)]
+        out, lse = torch.ops.alignpro.cascade_attention(query, pages, *lists, 1.0, 0.0, 0)
     assert out.shape == problem.query.shape and out.dtype == torch.bfloat16
     assert lse.shape == out.shape[:2] and lse.dtype == torch.float32
     query, *rest = problem.arguments()

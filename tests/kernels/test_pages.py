@@ -118,7 +118,7 @@ def test_writing_without_the_kernels_does_not_synchronize(slots: list[int], devi
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        pages._write_unseen(*arguments[:2], layer_of(moved, *geometry), *arguments[2:])
+        pages._write_without_sync(*arguments[:2], layer_of(moved, *geometry), *arguments[2:])
     finally:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -227,7 +227,7 @@ def test_errors_name_the_argument() -> None:
 
 
 def test_the_implementation_of_writes_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    pages._on_kernels.cache_clear()
+    pages._has_kernels.cache_clear()
     states, layer = torch.ones(1, 2, 4), torch.zeros(2, 2, 8, 2, 4)
     with caplog.at_level("INFO", "alignpro_kernels"):
         for _ in range(2):
@@ -241,7 +241,7 @@ def test_plain_pytorch_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, values, slots = torch.randn(5, 2, 4), torch.randn(5, 2, 4), torch.tensor([9, -1, 0, 15, 4])
     layers = torch.zeros(2, 2, 2, 8, 2, 4)
     write_kv(keys, values, layers[0], slots)
-    monkeypatch.setattr(pages, "_on_kernels", lambda device: False)
+    monkeypatch.setattr(pages, "_has_kernels", lambda device: False)
     write_kv(keys, values, layers[1], slots)
     assert torch.equal(layers[0], layers[1]) and layers[0].any()
     with pytest.raises(ValueError, match=r"slots: number 0 is 16, outside of -1 to 15"):

@@ -336,9 +336,9 @@ def test_an_unknown_backend_is_an_error_and_the_one_in_use_is_logged_once(caplog
     assert backends()["reference"] is None
     with pytest.raises(BackendError, match="there is no backend 'warp'"):
         linear_logprob(hidden, weight, target, backend="warp")
-    from alignpro_kernels.backends import _announce
+    from alignpro_kernels.backends import _log_choice
 
-    _announce.cache_clear()
+    _log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="alignpro_kernels"):
         for _ in range(3):
             linear_logprob(hidden, weight, target, backend="reference")

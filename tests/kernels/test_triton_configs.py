@@ -17,14 +17,14 @@ def test_every_call_has_a_suitable_configuration(
     dtype: torch.dtype, rows: int, ref_width: int, softcap: float | None
 ) -> None:
     call = {"hidden": torch.empty(1, dtype=dtype), "rows": rows, "softcap": softcap}
-    found = triton_configs.fitting(triton_configs.LOGITS, call, REF_D=ref_width)
+    found = triton_configs.prune_logits_configs(triton_configs.LOGITS, call, REF_D=ref_width)
     assert found
     assert all(c.kwargs["BM"] <= max(64, 2 * rows) for c in found)
-    assert all(c.kwargs["BN"] % triton_configs.NARROWEST == 0 for c in found)
-    sampling = triton_configs.sample_fitting(triton_configs.SAMPLES, call)
+    assert all(c.kwargs["BN"] % triton_configs.MIN_TILE_WIDTH == 0 for c in found)
+    sampling = triton_configs.prune_sample_configs(triton_configs.SAMPLES, call)
     assert sampling
     assert all(c.kwargs["BM"] <= max(16, 2 * rows) for c in sampling)
-    assert all(c.kwargs["BN"] % triton_configs.NARROWEST == 0 for c in sampling)
+    assert all(c.kwargs["BN"] % triton_configs.MIN_TILE_WIDTH == 0 for c in sampling)
 
 
 def test_tiles_narrower_than_the_partial_sums_are_not_offered() -> None:

@@ -33,6 +33,6 @@ def test_there_are_files_to_run() -> None:
 
 
 def test_without_the_package_it_says_so() -> None:
-    code = "import sys; sys.modules['triton'] = None; from alignpro_kernels import triton_head as t; print(t.unavailable())"
+    code = "import sys; sys.modules['triton'] = None; from alignpro_kernels import triton_support as t; print(t.unavailable())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "triton is not installed" in run.stdout, run.stderr

@@ -1,6 +1,6 @@
 """Resources of the compiled kernels, compared with tests/kernels/triton_resources.json. No GPU is needed.
 
-After an intended change: ``python -m alignpro_kernels.triton_resources --write tests/kernels/triton_resources.json``.
+After an intended change: ``python tests/kernels/triton_resources.py --write tests/kernels/triton_resources.json``.
 """
 
 import json
@@ -16,12 +16,12 @@ from alignpro_kernels import triton_support  # noqa: E402
 if triton_support.interpreting():
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from alignpro_kernels.triton_resources import TARGETS, measure, variants  # noqa: E402
+from triton_resources import TARGETS, measure, variants  # noqa: E402
 
 RECORD = json.loads((Path(__file__).parent / "triton_resources.json").read_text())
 BUDGET = RECORD["kernels"]
 VARIANTS = {variant.name: variant for variant in variants()}
-ATTENTION = ("attention bf16 D128 128x64 w8 s3", "attention bf16 D96 starts softcap window 128x32 w8 s3")
+ATTENTION = ("attention bf16 D128 128x64 w8 s3", "attention bf16 D96 softcap window 128x32 w8 s3")
 # One configuration of each kernel is compiled in every run; the others take minutes.
 QUICK = [
     ("logits bf16 128x256x64 w8 s3", "sm_90"),
@@ -35,7 +35,7 @@ QUICK = [
     ("choice", "sm_90"),
     ("merge", "sm_90"),
     *((name, target) for name in ATTENTION for target in ("sm_80", "sm_90", "gfx942")),
-    ("join", "sm_90"),
+    ("combine", "sm_90"),
 ]
 
 

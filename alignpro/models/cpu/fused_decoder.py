@@ -21,7 +21,7 @@ from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.cpu.fused_layers import FusedRMSNorm, mix_in
 from alignpro.models.cpu.packed_linear import PackedLinear, PackedWeights, Panels
 from alignpro.models.paged_attention import PagedAttention
-from alignpro_kernels import CascadeLevel, decoder
+from alignpro_kernels import PagedKeys, cpp_library
 from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def fuse_decoder(model: nn.Module, packed_weights: PackedWeights) -> None:
         model: The model without its head, after `fuse_layers`.
         packed_weights: The packed weights of its linear layers.
     """
-    if isinstance(model, _FusedDecoder) or decoder.unavailable() is not None:
+    if isinstance(model, _FusedDecoder) or cpp_library.unavailable() is not None:
         return
     name = type(model).__name__
     try:
@@ -99,7 +99,7 @@ class _AttentionRecorder:
         count = torch.tensor([self._tokens], dtype=torch.int32)
         positions = torch.arange(self._tokens, dtype=torch.int32)
         first = torch.zeros(1, dtype=torch.int32)
-        level = CascadeLevel(None, positions, torch.cat([first, count]), first[None], count, first)
+        level = PagedKeys(torch.cat([first, count]), first[None], count, positions, first)
         return PagedAttention(pages, positions.long(), [level])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
@@ -243,10 +243,10 @@ class _DecoderLayers:
         if cached is None or any(a is not b for a, b in zip(packed, cached[0], strict=True)):
             layers = [
                 DecoderLayer(
-                    norm=part.norms[0].weight,
+                    attention_norm=part.norms[0].weight,
                     qkv=packed[5 * i].weight,
                     out=packed[5 * i + 1].weight,
-                    inner_norm=part.norms[1].weight,
+                    mlp_norm=part.norms[1].weight,
                     gate=packed[5 * i + 2].weight,
                     up=packed[5 * i + 3].weight,
                     down=packed[5 * i + 4].weight,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alignpro_kernels import cpp_library, linear
+from alignpro_kernels import cpp_library
 from alignpro_kernels.linear import PANEL, pack_weight, packed_linear
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def _unsupported_reason(size: int) -> str | None:
     """Return why weights of ``size`` bytes should not be packed, or None if they should."""
     if size > MAX_PACKED_BYTES:
         return f"{size >> 20} MiB of weights are too many to keep a second copy in panels"
-    if (reason := linear.unavailable()) is not None:
+    if (reason := cpp_library.unavailable()) is not None:
         return reason
     if cpp_library.instructions() == "generic":
         return "the C++ operators have no version for this processor's vector instructions"

@@ -83,9 +83,9 @@ def oracle(case: Case) -> tuple[list[Tensor | None], Gradient]:
     head, rows = case.head, case.rows
     hidden, weight, bias = (None if x is None else x.double() for x in (rows.hidden, head.weight, head.bias))
     width = hidden.shape[1]
-    if rows.low_rank is not None:
-        hidden = torch.cat((hidden, rows.low_rank.double()), 1)
-        weight = torch.cat((weight, head.low_rank.double()), 1)
+    if rows.lora_hidden is not None:
+        hidden = torch.cat((hidden, rows.lora_hidden.double()), 1)
+        weight = torch.cat((weight, head.lora_b.double()), 1)
     variables = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
     tau = rows.temperature
     zero = torch.zeros(len(hidden), dtype=torch.float64)
@@ -105,8 +105,8 @@ def oracle(case: Case) -> tuple[list[Tensor | None], Gradient]:
     )
     grads = torch.autograd.grad(out.loss, variables)
     gradient = {"hidden": grads[0][:, :width], "weight": grads[1][:, :width]}
-    if rows.low_rank is not None:
-        gradient |= {"low_rank_rows": grads[0][:, width:], "low_rank": grads[1][:, width:]}
+    if rows.lora_hidden is not None:
+        gradient |= {"lora_hidden": grads[0][:, width:], "lora_b": grads[1][:, width:]}
     if bias is not None:
         gradient["bias"] = grads[2]
     return [out.logprob, out.entropy, out.kl], gradient
@@ -116,7 +116,7 @@ def plain(case: Case) -> tuple[list[Tensor | None], Gradient]:
     """Compute the formula directly: products in the inputs' dtype, softmax in float32, autograd."""
     head, rows = case.head, case.rows
     named = {"hidden": rows.hidden, "weight": head.weight, "bias": head.bias}
-    named |= {"low_rank_rows": rows.low_rank, "low_rank": head.low_rank}
+    named |= {"lora_hidden": rows.lora_hidden, "lora_b": head.lora_b}
     leaf = {name: x.clone().requires_grad_() for name, x in named.items() if x is not None}
     tau = rows.temperature.unsqueeze(1) if isinstance(rows.temperature, Tensor) else rows.temperature
 
@@ -127,8 +127,8 @@ def plain(case: Case) -> tuple[list[Tensor | None], Gradient]:
         return (u / tau).log_softmax(-1)
 
     u = torch.nn.functional.linear(leaf["hidden"], leaf["weight"], leaf.get("bias"))
-    if "low_rank" in leaf:
-        u = u + leaf["low_rank_rows"] @ leaf["low_rank"].T
+    if "lora_b" in leaf:
+        u = u + leaf["lora_hidden"] @ leaf["lora_b"].T
     policy = logp(u)
     p = policy.exp()
     stats: list[Tensor | None] = [policy.gather(1, rows.target.unsqueeze(1)).squeeze(1), None, None]
@@ -153,10 +153,10 @@ def empty_gradients(case: Case, *, frozen: bool = False, accumulate: bool = Fals
     value = 1.0 if accumulate else torch.nan
     return HeadGradients(
         like(rows.hidden),
-        like(rows.low_rank),
+        like(rows.lora_hidden),
         None if frozen else like(head.weight, torch.float32, value),
         None if frozen else like(head.bias, torch.float32, value),
-        like(head.low_rank, torch.float32, value),
+        like(head.lora_b, torch.float32, value),
         accumulate,
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_problems import DTYPES, LAYOUTS, Problem, assert_as_exact_as_plain, in_pages, new_problem, part
 
-from alignpro_kernels import BackendError, attention, merge_states, paged_attention, triton_attention
+from alignpro_kernels import BackendError, PagedKeys, attention, merge_states, paged_attention, triton_configs
 
 torch.set_num_threads(1)
 
@@ -28,7 +28,7 @@ PROBLEMS = {
 @pytest.fixture(params=["whole", "parts"])
 def parted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Split the keys into parts, or not."""
-    monkeypatch.setattr(triton_attention, "_WAVES", 0 if request.param == "whole" else 1000)
+    monkeypatch.setattr(triton_configs, "SPLIT_WAVES", 0 if request.param == "whole" else 1000)
 
 
 @pytest.mark.usefixtures("parted")
@@ -106,17 +106,20 @@ def test_padding_attends_to_nothing_and_has_no_effect(heads: int, window: int | 
     torch.manual_seed(0)
     problem = new_problem([1, 2, 1], [40, 7, 21], heads=heads, kv_heads=1, dim=8, window=window)
     out, lse = problem.run("triton")
-    query, pages, _, table, lengths, positions, starts = problem.arguments()
+    query, pages, keys = problem.arguments()
     nothing = torch.zeros(5, dtype=torch.int32)
     rows = torch.tensor([4, 0, 4, 1, 2, 3, 4, 4])  # a sequence without keys first; two queries of padding at the end
+    padded_keys = PagedKeys(
+        torch.tensor([0, 1, 3, 5, 8, 8, 8, 8], dtype=torch.int32),
+        torch.nn.functional.pad(keys.page_table, (0, 4, 1, 3)),
+        torch.cat([nothing[:1], keys.key_lengths, nothing[:3]]),
+        torch.cat([keys.query_positions, -torch.ones(1, dtype=torch.int32)])[rows],
+        torch.cat([nothing[:1], keys.key_starts, nothing[:3]]),
+    )
     padded = paged_attention(
         torch.cat([query, torch.full((1, heads, 8), 7.0)])[rows],
         pages,
-        torch.tensor([0, 1, 3, 5, 8, 8, 8, 8], dtype=torch.int32),
-        torch.nn.functional.pad(table, (0, 4, 1, 3)),
-        torch.cat([nothing[:1], lengths, nothing[:3]]),
-        torch.cat([positions, -torch.ones(1, dtype=torch.int32)])[rows],
-        torch.cat([nothing[:1], starts, nothing[:3]]),
+        padded_keys,
         scale=problem.scale,
         window=window,
         backend="triton",
@@ -149,13 +152,13 @@ def test_empty_inputs_give_empty_results() -> None:
     pages = torch.full((1, 2, 4, 2, 8), torch.nan)
     none = torch.zeros(0, dtype=torch.int32)
     zero, table = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3, dtype=torch.int32)
-    out, lse = paged_attention(torch.zeros(0, 4, 8), pages, zero, table, none, none, scale=1.0, backend="triton")
+    keys = PagedKeys(zero, table, none, none, none)
+    out, lse = paged_attention(torch.zeros(0, 4, 8), pages, keys, scale=1.0, backend="triton")
     assert out.shape == (0, 4, 8) and lse.shape == (0, 4)
     bounds, table = torch.tensor([0, 2, 2], dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)
-    lengths = positions = torch.zeros(2, dtype=torch.int32)
-    out, lse = paged_attention(
-        torch.ones(2, 4, 8), pages, bounds, table, lengths, positions, scale=1.0, backend="triton"
-    )
+    zeros = torch.zeros(2, dtype=torch.int32)
+    keys = PagedKeys(bounds, table, zeros, zeros, zeros)
+    out, lse = paged_attention(torch.ones(2, 4, 8), pages, keys, scale=1.0, backend="triton")
     assert torch.equal(out, torch.zeros(2, 4, 8))
     assert torch.equal(lse, torch.full((2, 4), -torch.inf))
 
@@ -164,13 +167,11 @@ def test_strided_indices_and_queries() -> None:
     torch.manual_seed(0)
     problem = new_problem([3, 2], [30, 20])
     expected = problem.run("triton")
-    query, pages, bounds, table, *rest = problem.arguments()
+    indices = {name: torch.stack([x, x], -1)[..., 0] for name, x in problem.indices().items()}
     got = paged_attention(
-        query.transpose(1, 2).contiguous().transpose(1, 2),
-        pages,
-        bounds,
-        table.T.contiguous().T,
-        *(torch.stack([x, x], 1)[:, 0] for x in rest),
+        problem.query.transpose(1, 2).contiguous().transpose(1, 2),
+        problem.pages,
+        PagedKeys(**indices | {"page_table": problem.page_table.T.contiguous().T}),
         scale=problem.scale,
         backend="triton",
     )
@@ -178,7 +179,7 @@ def test_strided_indices_and_queries() -> None:
 
 
 def test_the_cpu_default_is_another_backend_and_float64_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    attention._announce.cache_clear()
+    attention._log_choice.cache_clear()
     problem = new_problem([1], [5])
     with caplog.at_level("INFO", "alignpro_kernels"):
         problem.run("triton")

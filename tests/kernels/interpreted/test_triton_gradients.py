@@ -20,9 +20,9 @@ HEADS = [
 
 
 def run(case: Case, gradients: HeadGradients, active: Tensor | None = None) -> HeadGradients:
-    stats, kept = triton_head.forward(case.head, case.rows, entropy=case.entropy, keep=True)
-    assert kept is not None
-    triton_head.backward(case.head, case.rows, kept, stats, active, *case.coefficients, gradients)
+    stats, saved = triton_head.forward(case.head, case.rows, entropy=case.entropy, save_logits=True)
+    assert saved is not None
+    triton_head.backward(case.head, case.rows, saved, stats, active, *case.coefficients, gradients)
     return gradients
 
 
@@ -33,7 +33,7 @@ def check(case: Case, active: Tensor | None = None, *, frozen: bool = False, acc
         got = getattr(gradients, name)
         if got is None:
             continue
-        if accumulate and name in ("weight", "bias", "low_rank"):
+        if accumulate and name in ("weight", "bias", "lora_b"):
             got = got - 1.0
         assert_as_good(got, expected, usual[name], name)
 
@@ -150,5 +150,5 @@ def test_nan_in_an_active_row_propagates() -> None:
 def test_two_calls_give_the_same_bits() -> None:
     case = make_case(torch.bfloat16, bias=True, rank=4, ref="shared")
     first, second = (run(case, empty_gradients(case)) for _ in range(2))
-    for name in ("hidden", "low_rank_rows", "weight", "bias", "low_rank"):
+    for name in ("hidden", "lora_hidden", "weight", "bias", "lora_b"):
         assert torch.equal(getattr(first, name), getattr(second, name))

@@ -102,9 +102,9 @@ def test_offsets_pass_two_gigabytes() -> None:
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("vocabulary", [32064, 151936, 262144])
 @pytest.mark.parametrize("reference_head", [False, True])
-def test_rows_in_flight_stay_within_the_budget(dtype: torch.dtype, vocabulary: int, reference_head: bool) -> None:
+def test_chunks_stay_within_the_budget(dtype: torch.dtype, vocabulary: int, reference_head: bool) -> None:
     weight = torch.empty(vocabulary, 8, device="meta")
     head = Head(weight, ref_weight=weight if reference_head else None)
-    rows = triton_head.rows_in_flight(head, dtype)
+    rows = triton_head.max_chunk_rows(head, dtype)
     assert rows % 128 == 0 and 512 <= rows <= 8192
     assert rows * head.logits_per_row * dtype.itemsize <= 1.25 * 2**30

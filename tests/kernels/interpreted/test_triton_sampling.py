@@ -16,9 +16,9 @@ def seeds_of(count: int) -> Tensor:
 def exact_sample(case: Case, seeds: Tensor) -> Tensor:
     head, rows = case.head, case.rows
     hidden, weight = rows.hidden.double(), head.weight.double()
-    if rows.low_rank is not None:
-        hidden = torch.cat((hidden, rows.low_rank.double()), 1)
-        weight = torch.cat((weight, head.low_rank.double()), 1)
+    if rows.lora_hidden is not None:
+        hidden = torch.cat((hidden, rows.lora_hidden.double()), 1)
+        weight = torch.cat((weight, head.lora_b.double()), 1)
     tau = rows.temperature
     return reference.linear_sample(
         hidden,

@@ -19,8 +19,8 @@ HEADS = [
 
 
 def check(case: Case) -> None:
-    stats, kept = triton_head.forward(case.head, case.rows, entropy=case.entropy, keep=False)
-    assert kept is None
+    stats, saved = triton_head.forward(case.head, case.rows, entropy=case.entropy, save_logits=False)
+    assert saved is None
     for name, got, exact, usual in zip(NAMES, stats[:3], oracle(case)[0], plain(case)[0], strict=True):
         assert_as_good(got, exact, usual, name)
 
@@ -67,7 +67,7 @@ def test_a_common_offset_changes_nothing(offset: float) -> None:
 def test_equal_policies_have_no_kl() -> None:
     case = make_case(torch.bfloat16, ref="shared", scale=4.0)
     case = with_rows(case, ref_hidden=case.rows.hidden)
-    stats, _ = triton_head.forward(case.head, case.rows, entropy=False, keep=False)
+    stats, _ = triton_head.forward(case.head, case.rows, entropy=False, save_logits=False)
     assert torch.equal(stats.kl, torch.zeros_like(stats.kl))
 
 
@@ -76,9 +76,9 @@ def test_nan_stays_in_its_row() -> None:
     hidden, ref_hidden = case.rows.hidden.clone(), case.rows.ref_hidden.clone()
     hidden[1, 3] = torch.nan
     ref_hidden[3, 0] = torch.nan
-    clean, _ = triton_head.forward(case.head, case.rows, entropy=True, keep=False)
+    clean, _ = triton_head.forward(case.head, case.rows, entropy=True, save_logits=False)
     case = with_rows(case, hidden=hidden, ref_hidden=ref_hidden)
-    stats, _ = triton_head.forward(case.head, case.rows, entropy=True, keep=False)
+    stats, _ = triton_head.forward(case.head, case.rows, entropy=True, save_logits=False)
     assert stats.logprob.isnan().tolist() == [False, True, False, False, False]
     assert stats.entropy.isnan().tolist() == [False, True, False, False, False]
     assert stats.kl.isnan().tolist() == [False, True, False, True, False]
@@ -91,7 +91,7 @@ def test_a_nan_logit_propagates_even_if_others_of_its_tile_are_larger() -> None:
     bias = case.head.bias.clone()
     bias[70] = torch.nan
     head = type(case.head)(case.head.weight, bias)
-    stats, _ = triton_head.forward(head, case.rows, entropy=True, keep=False)
+    stats, _ = triton_head.forward(head, case.rows, entropy=True, save_logits=False)
     assert stats.logprob.isnan().all() and stats.entropy.isnan().all()
 
 
@@ -104,7 +104,7 @@ def test_forbidden_tokens_have_no_effect() -> None:
     keep = bias.isfinite().nonzero().squeeze(1)
     target = torch.tensor([64, 159, 99, 101])
     stats, _ = triton_head.forward(
-        type(case.head)(case.head.weight, bias), with_rows(case, target=target).rows, entropy=True, keep=False
+        type(case.head)(case.head.weight, bias), with_rows(case, target=target).rows, entropy=True, save_logits=False
     )
     head = type(case.head)(case.head.weight[keep].contiguous(), bias[keep])
     position = torch.searchsorted(keep, target)
@@ -115,17 +115,17 @@ def test_forbidden_tokens_have_no_effect() -> None:
 
 def test_two_calls_give_the_same_bits() -> None:
     case = make_case(torch.bfloat16, ref="separate", rank=4, bias=True)
-    first, kept = triton_head.forward(case.head, case.rows, entropy=True, keep=True)
-    second, again = triton_head.forward(case.head, case.rows, entropy=True, keep=True)
+    first, saved = triton_head.forward(case.head, case.rows, entropy=True, save_logits=True)
+    second, again = triton_head.forward(case.head, case.rows, entropy=True, save_logits=True)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     vocabulary = len(case.head.weight)
-    assert torch.equal(kept.logits[:, :vocabulary], again.logits[:, :vocabulary])
+    assert torch.equal(saved.logits[:, :vocabulary], again.logits[:, :vocabulary])
 
 
 def test_one_token_of_a_row_has_all_probability() -> None:
     case = make_case(torch.float32, count=2, scale=1.0)
     case = with_rows(case, hidden=case.rows.hidden * 1e4)
     z = case.rows.hidden @ case.head.weight.T
-    stats, _ = triton_head.forward(case.head, with_rows(case, target=z.argmax(1)).rows, entropy=True, keep=False)
+    stats, _ = triton_head.forward(case.head, with_rows(case, target=z.argmax(1)).rows, entropy=True, save_logits=False)
     assert stats.logprob.abs().max() == 0 and stats.entropy.abs().max() == 0

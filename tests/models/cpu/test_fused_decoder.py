@@ -16,7 +16,7 @@ from alignpro.models.cpu.fused_decoder import unfuse_decoder
 from alignpro.models.cpu.replacement import replace_modules
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.paged_attention import PagedAttention
-from alignpro_kernels import CascadeLevel, backends
+from alignpro_kernels import PagedKeys, backends
 
 pytestmark = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
 
@@ -35,7 +35,7 @@ def states(model: PreTrainedModel) -> Tensor:
         return torch.tensor(values, dtype=torch.int32)
 
     span = torch.arange(TOKENS)
-    level = CascadeLevel(None, span.int(), int32(0, TOKENS), int32(0, 1, 2, 3)[None], int32(TOKENS), int32(0))
+    level = PagedKeys(int32(0, TOKENS), int32(0, 1, 2, 3)[None], int32(TOKENS), span.int(), int32(0))
     with torch.no_grad():
         out: Tensor = model.base_model(
             input_ids=span[None],

@@ -1,4 +1,4 @@
-// The layer kernels, written once in terms of the vector lanes of `Isa`. Included by one file per instruction set.
+// The layer kernels, written once in terms of the vector lanes of `Isa`. See cpu_kernels_impl.h.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 #endif
 
 #include "exponential.h"
-#include "layer.h"
+#include "panel_kernels.h"
 
 namespace alignpro {
 namespace {
@@ -82,7 +82,7 @@ void pack(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, 
   }
 }
 
-void normalise(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out) {
+void rms_norm(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out) {
   F squares = Isa::set(0);
   int64_t d = 0;
   for (; d + Isa::width <= dim; d += Isa::width) squares = Isa::fma(Isa::load(x + d), Isa::load(x + d), squares);
@@ -121,6 +121,8 @@ void gate(float* gate, const float* up, int64_t count) {
     Isa::store(gate + j, Isa::mul(Isa::div(g, Isa::add(one, e)), Isa::load(up + j)));
   }
 }
+
+constexpr PanelKernels kPanelKernels = {multiply<false>, multiply<true>, pack, rms_norm, rotate, gate};
 
 }  // namespace
 }  // namespace alignpro

@@ -11,7 +11,7 @@
 namespace alignpro {
 
 // A hint, which systems without large pages ignore. It is useful for fresh memory of many pages.
-inline void prefer_large_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
+inline void advise_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{2} << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;

@@ -18,7 +18,7 @@ constexpr int64_t kKeyBlock = 64;
 enum class Element { kFloat, kBFloat16, kHalf };
 
 // A head's keys and values in the pages. Strides are in bytes; the elements of a key or value are contiguous.
-struct PagedKeys {
+struct HeadKeys {
   const char* pages;        // at the head's first key of the first page
   const int32_t* table;     // the sequence's pages
   int64_t page_size;
@@ -30,13 +30,13 @@ struct PagedKeys {
 };
 
 // The running state of each row.
-struct Sums {
+struct SoftmaxState {
   float* o;                 // (count, stride)
   float* m;                 // (count)
   float* l;                 // (count)
 };
 
-struct AttentionRows {
+struct AttentionQueries {
   int64_t count;
   int64_t stride;           // head_dim rounded up to kLanes, zero-padded
   const float* query;       // (count, stride)
@@ -50,19 +50,13 @@ struct AttentionKernels {
   // Number of floats of scratch memory that `attend` needs, aligned to 64 bytes.
   int64_t (*scratch)(int64_t count, int64_t stride);
   // Adds keys [begin, end) to the sums; begin is a multiple of kKeyBlock.
-  void (*attend)(const PagedKeys&, const AttentionRows&, const Sums&, int64_t begin, int64_t end, float* scratch);
+  void (*attend)(const HeadKeys&, const AttentionQueries&, const SoftmaxState&, int64_t begin, int64_t end, float* scratch);
   // Merges sums over other keys. A row that saw none of those keys is unchanged.
-  void (*merge)(const Sums& into, const Sums& from, int64_t count, int64_t stride);
+  void (*merge)(const SoftmaxState& into, const SoftmaxState& from, int64_t count, int64_t stride);
   // Converts `count` elements to floats and pads them with zeros up to `stride`.
-  void (*widen)(const void* from, Element, float* to, int64_t count, int64_t stride);
+  void (*upcast_row)(const void* from, Element, float* to, int64_t count, int64_t stride);
 };
 
 constexpr int64_t kLanes = 16;  // a multiple of the lanes of every instruction set
-
-extern const AttentionKernels attention_kernels_generic;
-#if defined(__x86_64__)
-extern const AttentionKernels attention_kernels_avx2;
-extern const AttentionKernels attention_kernels_avx512;
-#endif
 
 }  // namespace alignpro

@@ -1,6 +1,6 @@
 """Resource usage of the compiled Triton kernels: registers, shared memory, spills. Needs no GPU.
 
-``python -m alignpro_kernels.triton_resources`` compiles every kernel in every recorded configuration for every target
+``python tests/kernels/triton_resources.py`` compiles every kernel in every recorded configuration for every target
 and prints a table. With ``--write FILE`` it also writes the table as JSON, against which the tests compare later builds.
 A spill in the loop over D would cost more than any tuning gains.
 """
@@ -23,9 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alignpro_kernels.triton_attention import attention_kernel, join_kernel
-from alignpro_kernels.triton_attention import tile as attention_tile
-from alignpro_kernels.triton_configs import FUSED, NARROWEST, SAMPLE, candidates, most_stages
+from alignpro_kernels import triton_configs
+from alignpro_kernels.triton_attention import attention_kernel, combine_kernel
+from alignpro_kernels.triton_configs import COMPILE_OPTIONS, SAMPLE, attention_tile, candidates, max_stages
 from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
 from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
 from alignpro_kernels.triton_merge import merge_kernel
@@ -84,20 +84,20 @@ def variants() -> Iterator[Variant]:
     for dtype in ("bf16", "fp32"):
         yield _gradient(f"gradient {dtype} alpha", dtype)
         yield _gradient(f"gradient {dtype} alpha eta kappa active softcap bias", dtype, everything=True)
-        tile = {"BM": 128, "BN": 128, "BK": 32}
         arguments = _arguments(accumulate_kernel, total="*fp32", du=f"*{dtype}", x=f"*{dtype}")
-        constants = {"D": _DEPTH, "ADD": True, "PRECISION": "ieee", **tile}
-        yield Variant(f"accumulate {dtype}", accumulate_kernel, arguments, constants, 8, 3)
-    everything = dict.fromkeys(("norms", "logprob", "entropy", "kl", "target_logit", "partials"), "*fp32")
+        constants = {"D": _DEPTH, "ADD": True, "PRECISION": "ieee", **triton_configs.ACCUMULATE}
+        warps = triton_configs.ACCUMULATE_WARPS
+        yield Variant(f"accumulate {dtype}", accumulate_kernel, arguments, constants, warps, 3)
+    everything = dict.fromkeys(("softmax_stats", "logprob", "entropy", "kl", "target_logit", "partials"), "*fp32")
     arguments = _arguments(statistics_kernel, width="*i32", **everything)
-    yield Variant("statistics", statistics_kernel, arguments, {"BR": 16, "BT": 64}, 4, 3)
+    yield Variant("statistics", statistics_kernel, arguments, triton_configs.STATISTICS, 4, 3)
     arguments = _arguments(
         choice_kernel, partials="*fp32", best="*i32", width="*i32", token="*i64", logprob="*fp32", entropy="*fp32"
     )
     arguments["temperature"] = "fp32"
-    yield Variant("choice", choice_kernel, arguments, {"BR": 8, "BT": 64}, 4, 3)
+    yield Variant("choice", choice_kernel, arguments, triton_configs.CHOICE, 4, 3)
     arguments = _arguments(merge_kernel, outs="*bf16", lses="*fp32", merged="*bf16")
-    yield Variant("merge", merge_kernel, arguments, {"D": 128, "S": 2, "BR": 8, "BD": 128}, 4, 3)
+    yield Variant("merge", merge_kernel, arguments, {"D": 128, "S": 2, "BD": 128, **triton_configs.MERGE}, 4, 3)
     for kind in (torch.bfloat16, torch.float32):
         for dim in (64, 128, 256):
             for rows in sorted(
@@ -106,8 +106,11 @@ def variants() -> Iterator[Variant]:
                 yield _attention(kind, dim, rows)
         yield _attention(kind, 96, 1 << 20, everything=True)
     yield _attention(torch.bfloat16, 256, 1 << 20, everything=True)
-    arguments = _arguments(join_kernel, **dict.fromkeys(("partial_outs", "partial_lses", "lses"), "*fp32"), out="*bf16")
-    yield Variant("join", join_kernel, arguments | {"parts": "i32"}, {"D": 128, "BR": 4, "BD": 128}, 4, 3)
+    arguments = _arguments(
+        combine_kernel, **dict.fromkeys(("partial_outs", "partial_lses", "lses"), "*fp32"), out="*bf16"
+    )
+    constants = {"D": 128, "BD": 128, **triton_configs.COMBINE}
+    yield Variant("combine", combine_kernel, arguments | {"splits": "i32"}, constants, 4, 3)
 
 
 def measure(variant: Variant, target: str) -> Resources:
@@ -117,15 +120,15 @@ def measure(variant: Variant, target: str) -> Resources:
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     constants |= {(names.index(name),): None for name in names if name not in variant.types | variant.constants}
     signature = {name: variant.types.get(name, "constexpr") for name in names}
-    aligned = {"vocabulary", "kept_stride", "du_stride", "plane_stride", *_STATES}
+    aligned = {"vocabulary", "saved_stride", "du_stride", "plane_stride", *_STATES}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
         if signature[name].startswith("*") or (signature[name] == "i32" and name in aligned)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    stages = min(variant.stages, most_stages(TARGETS[target].backend == "hip"))
-    options = {"num_warps": variant.warps, "num_stages": stages, **FUSED}
+    stages = min(variant.stages, max_stages(TARGETS[target].backend == "hip"))
+    options = {"num_warps": variant.warps, "num_stages": stages, **COMPILE_OPTIONS}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     return _of_cdna(compiled) if TARGETS[target].backend == "hip" else _of_cuda(compiled)
 
@@ -161,7 +164,7 @@ def _plain(kernel: Any) -> Any:
 
 def _arguments(kernel: Any, **pointers: str) -> dict[str, str]:
     """Return the types of the given pointers and of the kernel's integer arguments."""
-    integers = ("rows", "count", "vocabulary", "kept_stride", "du_stride", "plane_stride", "rows_key")
+    integers = ("rows", "count", "vocabulary", "saved_stride", "du_stride", "plane_stride", "rows_key")
     return pointers | {name: "i32" for name in integers if name in _plain(kernel).arg_names}
 
 
@@ -175,10 +178,10 @@ def _logits(
     reference: str | None = None,
     rank: int = 0,
 ) -> Variant:
-    inputs = ["hidden", "weight", "kept"]
+    inputs = ["hidden", "weight", "saved"]
     inputs += ["bias"] if bias else []
-    inputs += ["low_rank", "low_rank_rows"] if rank else []
-    inputs += ["ref_hidden", "ref_weight", "ref_kept"] if reference else []
+    inputs += ["lora_b", "lora_hidden"] if rank else []
+    inputs += ["ref_hidden", "ref_weight", "ref_saved"] if reference else []
     inputs += ["ref_bias"] if reference and bias else []
     pointers = dict.fromkeys(inputs, f"*{dtype}") | {"target": "*i64", "width": "*i32"}
     pointers |= {"target_logit": "*fp32", "partials": "*fp32"}
@@ -211,15 +214,15 @@ def _tiled(
 
 
 def _gradient(name: str, dtype: str, *, everything: bool = False) -> Variant:
-    figures = ["partials", "norms", "alpha"]
-    pointers = {"kept": f"*{dtype}", "target": "*i64", "width": "*i32"}
+    figures = ["partials", "softmax_stats", "alpha"]
+    pointers = {"saved": f"*{dtype}", "target": "*i64", "width": "*i32"}
     if everything:
         figures += ["entropy", "kl", "eta", "kappa", "temperatures", "bias_gradient"]
-        pointers |= {"ref_kept": f"*{dtype}", "active": "*i64"}
+        pointers |= {"ref_saved": f"*{dtype}", "active": "*i64"}
     arguments = _arguments(gradient_kernel, **pointers, **dict.fromkeys(figures, "*fp32")) | {"temperature": "fp32"}
     if everything:
         arguments["softcap"] = "fp32"
-    constants = {"ADD": True, "BR": 64, "BV": NARROWEST}
+    constants = {"ADD": True, **triton_configs.GRADIENT}
     return Variant(name, gradient_kernel, arguments, constants, 4, 3)
 
 
@@ -227,14 +230,21 @@ def _attention(dtype: torch.dtype, dim: int, rows: int, *, everything: bool = Fa
     shape = attention_tile(dtype, dim, rows, plain=not everything)
     name = "fp32" if dtype == torch.float32 else "bf16"
     pointers = dict.fromkeys(("query", "pages", "out"), f"*{name}") | {"lses": "*fp32"}
-    indices = ["cu_queries", "page_table", "key_lengths", "query_positions"] + ["key_starts"] * everything
+    indices = ["cu_queries", "page_table", "key_lengths", "query_positions", "key_starts"]
     pointers |= dict.fromkeys(indices, "*i32")
-    integers = ["sequences", "most_keys", "part", *_STATES, "table_stride", "rows_all"] + ["window"] * everything
+    integers = ["sequences", "max_keys", "split_keys", *_STATES, "table_stride", "rows_all"] + ["window"] * everything
     floats = ["scale"] + ["softcap"] * everything
     types = pointers | dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
-    constants = {"table_step": 1, "D": dim, "G": 7, "PAGE": 16, "BS": 128, "PRECISION": "ieee"}
+    constants = {
+        "table_step": 1,
+        "D": dim,
+        "G": 7,
+        "PAGE": 16,
+        "BS": triton_configs.SEQUENCE_BLOCK,
+        "PRECISION": "ieee",
+    }
     constants |= {"BR": shape.rows, "BK": shape.keys, "BD": shape.width}
-    name += f" D{dim}" + (" starts softcap window" if everything else "") + f" {shape.rows}x{shape.keys}"
+    name += f" D{dim}" + (" softcap window" if everything else "") + f" {shape.rows}x{shape.keys}"
     full = f"attention {name} w{shape.warps} s{shape.stages}"
     return Variant(full, attention_kernel, types, constants, shape.warps, shape.stages)
 

@@ -1,4 +1,4 @@
-// The attention kernels, written once in terms of the vector lanes of `Isa`. Included by one file per instruction set.
+// The attention kernels, written once in terms of the vector lanes of `Isa`. See cpu_kernels_impl.h.
 //
 // Products are computed in tiles of 4, 2 or 1 rows, with the lanes along the head dimension. For the scores, a tile has
 // `width` (row, key) pairs and ends in one reduction of that many sums. The order of additions for a pair is the same in
@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "attention.h"
+#include "attention_kernels.h"
 #include "exponential.h"
 
 namespace alignpro {
@@ -20,12 +20,12 @@ namespace {
 constexpr int kRowTile = 4;
 constexpr int64_t kScoreStride = kKeyBlock + kLanes;  // a tile may write past the last key
 
-inline float widened(uint16_t x, Element element) {
+inline float upcast(uint16_t x, Element element) {
   return element == Element::kBFloat16 ? static_cast<float>(c10::BFloat16(x, c10::BFloat16::from_bits()))
                                        : static_cast<float>(c10::Half(x, c10::Half::from_bits()));
 }
 
-void widen(const void* from, Element element, float* to, int64_t count, int64_t stride) {
+void upcast_row(const void* from, Element element, float* to, int64_t count, int64_t stride) {
   int64_t i = 0;
   if (element == Element::kFloat) {
     std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
@@ -37,16 +37,16 @@ void widen(const void* from, Element element, float* to, int64_t count, int64_t 
     } else {
       for (; i + Isa::width <= count; i += Isa::width) Isa::store(to + i, Isa::load_half(bits + i));
     }
-    for (; i < count; ++i) to[i] = widened(bits[i], element);
+    for (; i < count; ++i) to[i] = upcast(bits[i], element);
   }
   for (; i < stride; ++i) to[i] = 0;
 }
 
 // Pointers to a block's keys or values, indexed relative to the block: entries [first, last), then the last one repeated.
-class Entries {
+class BlockRows {
  public:
   // `wide` is a buffer (kKeyBlock, stride) for entries that cannot be read directly as whole vectors of floats.
-  Entries(const PagedKeys& keys, int64_t begin, int64_t first, int64_t last, int64_t stride, float* wide)
+  BlockRows(const HeadKeys& keys, int64_t begin, int64_t first, int64_t last, int64_t stride, float* wide)
       : keys_(keys), first_(first), last_(last), stride_(stride), wide_(wide),
         direct_(keys.element == Element::kFloat && keys.head_dim % Isa::width == 0) {
     int64_t page = (begin + first) / keys.page_size, slot = (begin + first) % keys.page_size;
@@ -67,7 +67,7 @@ class Entries {
       if (direct_) {
         at_[j] = reinterpret_cast<const float*>(from_[j] + offset);
       } else {
-        widen(from_[j] + offset, keys_.element, wide_ + j * stride_, keys_.head_dim, stride_);
+        upcast_row(from_[j] + offset, keys_.element, wide_ + j * stride_, keys_.head_dim, stride_);
         at_[j] = wide_ + j * stride_;
       }
     }
@@ -75,7 +75,7 @@ class Entries {
     return at_;
   }
 
-  const PagedKeys& keys_;
+  const HeadKeys& keys_;
   int64_t first_, last_, stride_;
   float* wide_;
   bool direct_;
@@ -144,7 +144,7 @@ void value_tile(const float* const* values, int64_t first, int64_t last, const f
 }
 
 // The keys of a block that the rows see, relative to the start of the block.
-struct Seen {
+struct VisibleKeys {
   const int64_t* first;
   const int64_t* last;
   int64_t begin, end;
@@ -153,7 +153,8 @@ struct Seen {
 };
 
 template <int R>
-void score_rows(const float* const* keys, const Seen& seen, int64_t row, const AttentionRows& rows, int64_t dim, float* s) {
+void score_rows(const float* const* keys, const VisibleKeys& seen, int64_t row, const AttentionQueries& rows, int64_t dim,
+                float* s) {
   int64_t first = kKeyBlock, last = 0;
   for (int64_t r = row; r < row + R; ++r) {
     if (seen.from(r) == seen.to(r)) continue;
@@ -165,8 +166,8 @@ void score_rows(const float* const* keys, const Seen& seen, int64_t row, const A
 
 // Keys that only some of the rows see are processed row by row: 0 times a non-finite value would be NaN.
 template <int R>
-void value_rows(const float* const* values, const Seen& seen, int64_t row, const Sums& sums, int64_t dim, int64_t stride,
-                const float* p) {
+void value_rows(const float* const* values, const VisibleKeys& seen, int64_t row, const SoftmaxState& sums, int64_t dim,
+                int64_t stride, const float* p) {
   int64_t first = 0, last = kKeyBlock;
   for (int64_t r = row; r < row + R; ++r) {
     first = std::max(first, seen.from(r));
@@ -184,12 +185,13 @@ void value_rows(const float* const* values, const Seen& seen, int64_t row, const
   for (int64_t r = row; r < row + R; ++r) one(r, last, seen.to(r));
 }
 
-// Turns scores into e^(score - m), 0 for unseen keys. Writes each row's e^(m - m') to `shrink` (count) and updates l.
-void normalise(const Seen& seen, const AttentionRows& rows, const Sums& sums, float* s, float* shrink, float* added) {
+// Turns scores into e^(score - m), 0 for unseen keys. Writes each row's e^(m - m') to `rescale` (count) and updates l.
+void online_softmax(const VisibleKeys& seen, const AttentionQueries& rows, const SoftmaxState& sums, float* s, float* rescale,
+                    float* added) {
   const F scale = Isa::set(rows.scale);
   for (int64_t r = 0; r < rows.count; ++r, s += kScoreStride) {
     const int64_t from = seen.from(r), to = seen.to(r);
-    shrink[r] = added[r] = 0;
+    rescale[r] = added[r] = 0;
     if (from == to) continue;
     const int64_t begin = from / Isa::width * Isa::width, end = (to + Isa::width - 1) / Isa::width * Isa::width;
     for (int64_t j = begin; j < end; j += Isa::width) {
@@ -208,25 +210,25 @@ void normalise(const Seen& seen, const AttentionRows& rows, const Sums& sums, fl
       Isa::store(s + j, e);
       sum = Isa::add(sum, e);
     }
-    shrink[r] = sums.m[r] - finite(largest);
+    rescale[r] = sums.m[r] - finite(largest);
     added[r] = Isa::sum(sum);
     sums.m[r] = largest;
   }
-  for (int64_t r = 0; r < rows.count; r += Isa::width) Isa::store(shrink + r, exponential(Isa::load(shrink + r)));
+  for (int64_t r = 0; r < rows.count; r += Isa::width) Isa::store(rescale + r, exponential(Isa::load(rescale + r)));
   // An explicit fma, so that there is exactly one rounding however the compiler schedules it.
-  for (int64_t r = 0; r < rows.count; ++r) sums.l[r] = __builtin_fmaf(sums.l[r], shrink[r], added[r]);
+  for (int64_t r = 0; r < rows.count; ++r) sums.l[r] = __builtin_fmaf(sums.l[r], rescale[r], added[r]);
 }
 
-void shrink_rows(const Sums& sums, int64_t count, int64_t stride, const float* shrink) {
+void rescale_rows(const SoftmaxState& sums, int64_t count, int64_t stride, const float* rescale) {
   for (int64_t r = 0; r < count; ++r) {
-    if (shrink[r] == 1) continue;
-    const F by = Isa::set(shrink[r]);
+    if (rescale[r] == 1) continue;
+    const F by = Isa::set(rescale[r]);
     float* o = sums.o + r * stride;
     for (int64_t d = 0; d < stride; d += Isa::width) Isa::store(o + d, Isa::mul(Isa::load(o + d), by));
   }
 }
 
-void merge(const Sums& into, const Sums& from, int64_t count, int64_t stride) {
+void merge(const SoftmaxState& into, const SoftmaxState& from, int64_t count, int64_t stride) {
   for (int64_t r = 0; r < count; ++r) {
     if (from.l[r] == 0) continue;
     const float m = into.m[r] > from.m[r] ? into.m[r] : from.m[r];
@@ -249,15 +251,16 @@ int64_t scratch(int64_t count, int64_t stride) {
   return padded_rows(count) * (kScoreStride + 2) + kKeyBlock * stride;
 }
 
-void attend(const PagedKeys& keys, const AttentionRows& rows, const Sums& sums, int64_t begin, int64_t end, float* space) {
+void attend(const HeadKeys& keys, const AttentionQueries& rows, const SoftmaxState& sums, int64_t begin, int64_t end,
+            float* space) {
   const int64_t dim = (keys.head_dim + Isa::width - 1) / Isa::width * Isa::width;
   float* wide = space;
-  float* shrink = wide + kKeyBlock * rows.stride;
-  float* added = shrink + padded_rows(rows.count);
+  float* rescale = wide + kKeyBlock * rows.stride;
+  float* added = rescale + padded_rows(rows.count);
   float* s = added + padded_rows(rows.count);
-  std::fill(shrink, added, 0.0f);
+  std::fill(rescale, added, 0.0f);
   for (; begin < end; begin += kKeyBlock) {
-    const Seen seen{rows.first, rows.last, begin, std::min(begin + kKeyBlock, end)};
+    const VisibleKeys seen{rows.first, rows.last, begin, std::min(begin + kKeyBlock, end)};
     int64_t first = kKeyBlock, last = 0;
     for (int64_t r = 0; r < rows.count; ++r) {
       if (seen.from(r) == seen.to(r)) continue;
@@ -265,15 +268,15 @@ void attend(const PagedKeys& keys, const AttentionRows& rows, const Sums& sums, 
       last = std::max(last, seen.to(r));
     }
     if (first >= last) continue;
-    Entries entries(keys, begin, first, last, rows.stride, wide);
+    BlockRows entries(keys, begin, first, last, rows.stride, wide);
     const float* const* at = entries.keys();
     int64_t r = 0;
     for (; r + kRowTile <= rows.count; r += kRowTile) score_rows<kRowTile>(at, seen, r, rows, dim, s);
     for (; r + 2 <= rows.count; r += 2) score_rows<2>(at, seen, r, rows, dim, s);
     if (r < rows.count) score_rows<1>(at, seen, r, rows, dim, s);
 
-    normalise(seen, rows, sums, s, shrink, added);
-    shrink_rows(sums, rows.count, rows.stride, shrink);
+    online_softmax(seen, rows, sums, s, rescale, added);
+    rescale_rows(sums, rows.count, rows.stride, rescale);
 
     at = entries.values();
     for (r = 0; r + kRowTile <= rows.count; r += kRowTile) value_rows<kRowTile>(at, seen, r, sums, dim, rows.stride, s);
@@ -281,6 +284,8 @@ void attend(const PagedKeys& keys, const AttentionRows& rows, const Sums& sums, 
     if (r < rows.count) value_rows<1>(at, seen, r, sums, dim, rows.stride, s);
   }
 }
+
+constexpr AttentionKernels kAttentionKernels = {scratch, attend, merge, upcast_row};
 
 }  // namespace
 }  // namespace alignpro

@@ -7,7 +7,7 @@
 namespace alignpro {
 
 // How logits u = W h become z = softcap tanh((u + bias) / softcap) / tau.
-struct Shape {
+struct LogitsTile {
   int64_t rows;
   int64_t columns;             // of the vocabulary; a row of the tile has `stride` elements
   int64_t stride;              // a multiple of 16
@@ -48,24 +48,17 @@ struct Best {
 };
 
 struct TileKernels {
-  const char* name;
   // Turns u into z in place (columns beyond the vocabulary become -inf) and computes the sums. `reference` may be null.
-  void (*statistics)(float* logits, float* reference, const Shape&, const float* bias, const float* reference_bias,
+  void (*statistics)(float* logits, float* reference, const LogitsTile&, const float* bias, const float* reference_bias,
                      const Partials&);
   // Writes the gradient of rows active[0..rows) of the chunk (null: 0..rows) to `du`, (rows, stride), contiguously.
   // `shape.inverse_tau` and the upstream inputs are indexed by the chunk's rows; target (chunk) is relative to the tile's
   // first column. Adds column sums to `bias_gradient` unless it is null.
-  void (*gradient)(const float* logits, const float* reference, const Shape&, const int64_t* active, const int64_t* target,
+  void (*gradient)(const float* logits, const float* reference, const LogitsTile&, const int64_t* active, const int64_t* target,
                    const Upstream&, float* du, float* bias_gradient);
   // Samples by Gumbel-max among the columns, which start at vocabulary index `first`; greedy rows get no noise.
-  void (*sample)(float* logits, const Shape&, const float* bias, const int64_t* seeds, const bool* greedy, int64_t first,
+  void (*sample)(float* logits, const LogitsTile&, const float* bias, const int64_t* seeds, const bool* greedy, int64_t first,
                  const Partials&, const Best&);
 };
-
-extern const TileKernels tile_kernels_generic;
-#if defined(__x86_64__)
-extern const TileKernels tile_kernels_avx2;
-extern const TileKernels tile_kernels_avx512;
-#endif
 
 }  // namespace alignpro

@@ -1,19 +1,19 @@
-// The tile kernels, written once in terms of the vector lanes of `Isa`. Included by one file per instruction set.
+// The tile kernels, written once in terms of the vector lanes of `Isa`. See cpu_kernels_impl.h.
 #pragma once
 
 #include <cstdint>
 
 #include "exponential.h"
-#include "tiles.h"
+#include "tile_kernels.h"
 
 namespace alignpro {
 namespace {
 
 // Finite, so that 0 * (z - m) is 0 and not NaN where z is -inf: in columns beyond the vocabulary or for masked tokens.
-constexpr float kLowest = -1e30f;
+constexpr float kMinLogit = -1e30f;
 
 // Turns u into z in place for one row; returns the maximum, which may miss a NaN: the sums propagate it.
-inline float transform(float* z, const Shape& shape, float inverse_tau, const float* bias) {
+inline float transform(float* z, const LogitsTile& shape, float inverse_tau, const float* bias) {
   for (int64_t j = shape.columns; j < shape.stride; ++j) z[j] = -kInfinity;
   F top = Isa::set(-kInfinity);
   if (bias == nullptr && shape.softcap == 0 && inverse_tau == 1) {
@@ -32,9 +32,9 @@ inline float transform(float* z, const Shape& shape, float inverse_tau, const fl
   return Isa::largest(top);
 }
 
-inline F relative(const float* z, F m) { return Isa::max(Isa::set(kLowest), Isa::sub(Isa::load(z), m)); }
+inline F relative(const float* z, F m) { return Isa::max(Isa::set(kMinLogit), Isa::sub(Isa::load(z), m)); }
 
-void statistics(float* logits, float* reference, const Shape& shape, const float* bias, const float* reference_bias,
+void statistics(float* logits, float* reference, const LogitsTile& shape, const float* bias, const float* reference_bias,
                 const Partials& out) {
   for (int64_t i = 0; i < shape.rows; ++i) {
     float* z = logits + i * shape.stride;
@@ -67,7 +67,7 @@ void statistics(float* logits, float* reference, const Shape& shape, const float
   }
 }
 
-void gradient(const float* logits, const float* reference, const Shape& shape, const int64_t* active,
+void gradient(const float* logits, const float* reference, const LogitsTile& shape, const int64_t* active,
               const int64_t* target, const Upstream& up, float* du, float* bias_gradient) {
   for (int64_t i = 0; i < shape.rows; ++i) {
     const int64_t row = active == nullptr ? i : active[i];
@@ -92,11 +92,11 @@ void gradient(const float* logits, const float* reference, const Shape& shape, c
     const F v_alpha = Isa::set(alpha), v_eta = Isa::set(eta), v_kappa = Isa::set(-kappa);
     for (int64_t j = 0; j < shape.stride; j += Isa::width) {
       const F zj = Isa::load(z + j);
-      const F logp = Isa::max(Isa::set(kLowest), Isa::sub(Isa::sub(zj, m), log_s));
+      const F logp = Isa::max(Isa::set(kMinLogit), Isa::sub(Isa::sub(zj, m), log_s));
       F factor = v_alpha;
       if (eta != 0) factor = Isa::fma(v_eta, Isa::add(logp, entropy), factor);
       if (with_reference) {
-        const F logq = Isa::max(Isa::set(kLowest), Isa::sub(Isa::sub(Isa::load(w + j), m_r), log_s_r));
+        const F logq = Isa::max(Isa::set(kMinLogit), Isa::sub(Isa::sub(Isa::load(w + j), m_r), log_s_r));
         factor = Isa::fma(v_kappa, Isa::sub(Isa::sub(logp, logq), kl), factor);
       }
       Isa::store(d + j, Isa::mul(factor, exponential(logp)));
@@ -107,7 +107,7 @@ void gradient(const float* logits, const float* reference, const Shape& shape, c
     for (int64_t j = 0; j < shape.stride; j += Isa::width) {
       F g = Isa::mul(Isa::load(d + j), Isa::sub(Isa::set(0.0f), slope));
       if (shape.softcap != 0) {
-        const F t = Isa::mul(Isa::max(Isa::set(kLowest), Isa::load(z + j)), per_cap);
+        const F t = Isa::mul(Isa::max(Isa::set(kMinLogit), Isa::load(z + j)), per_cap);
         g = Isa::mul(g, Isa::sub(one, Isa::mul(t, t)));
       }
       Isa::store(d + j, g);
@@ -126,7 +126,7 @@ inline F noise_bound(uint64_t seed, int64_t first) {
   return Isa::fma(Isa::bits(v), Isa::set(-0.69314718f * 0x1p-23f), Isa::set(127 * 0.69314718f + 1e-4f));
 }
 
-void sample(float* logits, const Shape& shape, const float* bias, const int64_t* seeds, const bool* greedy, int64_t first,
+void sample(float* logits, const LogitsTile& shape, const float* bias, const int64_t* seeds, const bool* greedy, int64_t first,
             const Partials& out, const Best& best) {
   for (int64_t i = 0; i < shape.rows; ++i) {
     float* z = logits + i * shape.stride;
@@ -137,7 +137,7 @@ void sample(float* logits, const Shape& shape, const float* bias, const int64_t*
     const uint64_t seed = static_cast<uint64_t>(seeds[i]);
     for (int64_t j = 0; j < shape.stride; j += Isa::width) {
       const F zj = Isa::load(z + j);
-      const F t = Isa::max(Isa::set(kLowest), Isa::sub(zj, m)), e = exponential(t);
+      const F t = Isa::max(Isa::set(kMinLogit), Isa::sub(zj, m)), e = exponential(t);
       s = Isa::add(s, e);
       a = Isa::fma(e, t, a);
       unsigned candidates =
@@ -158,6 +158,8 @@ void sample(float* logits, const Shape& shape, const float* bias, const int64_t*
     out.a[i] = Isa::sum(a);
   }
 }
+
+constexpr TileKernels kTileKernels = {statistics, gradient, sample};
 
 }  // namespace
 }  // namespace alignpro

@@ -2,8 +2,8 @@
 //
 //     logits (C, columns) = h w^T        d_h (C, D) += du w        d_w (columns, D) = du^T h
 //
-// They use panels (layer.h), into which each thread packs its tile while it is in the cache. For few rows, and on processors
-// without vectorised kernels, PyTorch's BLAS is used. Included only by head.cpp.
+// They use panels (panel_kernels.h), into which each thread packs its tile while it is in the cache. For few rows, and on
+// processors without vectorised kernels, PyTorch's BLAS is used. Included only by head.h.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -11,23 +11,23 @@
 
 #include <algorithm>
 
-#include "panels.h"
+#include "panel_products.h"
 
 namespace alignpro {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kFewestPacked = 48;  // with fewer rows, packing a tile does not pay off
+constexpr int64_t kMinPackedRows = 48;  // with fewer rows, packing a tile does not pay off
 
-inline bool packs(int64_t rows) { return rows >= kFewestPacked && instructions() != Instructions::kGeneric; }
+inline bool worth_packing(int64_t rows) { return rows >= kMinPackedRows && cpu_kernels().vectorised; }
 
-inline int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
+inline int64_t panels_of(int64_t outputs) { return ceil_div(outputs, kPanel); }
 
 // Calls take(first, count) for chunks of a depth, of nearly equal size.
 template <typename Take>
 void for_chunks(int64_t depth, const Take& take) {
-  const int64_t chunks = (depth + kDepthChunk - 1) / kDepthChunk;
+  const int64_t chunks = ceil_div(depth, kDepthChunk);
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t first = i * depth / chunks;
     take(first, (i + 1) * depth / chunks - first);
@@ -35,9 +35,9 @@ void for_chunks(int64_t depth, const Take& take) {
 }
 
 // Rows at a stride that is a multiple of 4 KiB map to the same L1 cache sets; if so, returns a copy with another stride.
-inline Tensor spread(const Tensor& rows) {
+inline Tensor avoid_cache_aliasing(const Tensor& rows) {
   const int64_t dim = rows.size(1);
-  if (dim * 4 % 4096 != 0 || !packs(rows.size(0))) return rows;
+  if (dim * 4 % 4096 != 0 || !worth_packing(rows.size(0))) return rows;
   const Tensor copy = at::empty({rows.size(0), dim + kPanel / 2}, rows.options()).narrow(1, 0, dim);
   copy.copy_(rows);
   return copy;
@@ -73,7 +73,7 @@ class TileProducts {
     const float *x = h.const_data_ptr<float>(), *from = packed_.const_data_ptr<float>();
     for_chunks(dim_, [&](int64_t first, int64_t depth) {
       for (int64_t panel = 0; panel < panels_of(w.size(0)); ++panel) {
-        layer_kernels().multiply(x + first, h.stride(0), h.size(0), from + (panel * dim_ + first) * kPanel, depth,
+        cpu_kernels().panels.multiply(x + first, h.stride(0), h.size(0), from + (panel * dim_ + first) * kPanel, depth,
                                  out + panel * kPanel, width, first > 0);
       }
     });
@@ -97,7 +97,7 @@ class TileProducts {
       for (int64_t panel = 0; panel < panels_of(dim_); ++panel) {
         const float* weights = from + (panel * columns + first) * kPanel;
         multiply_within(panel, out, into.stride(0), count, true, [&](float* to, int64_t stride, bool add) {
-          layer_kernels().multiply(du + first, width, count, weights, depth, to, stride, add);
+          cpu_kernels().panels.multiply(du + first, width, count, weights, depth, to, stride, add);
         });
       }
     });
@@ -112,21 +112,21 @@ class TileProducts {
       for_chunks(count, [&](int64_t first, int64_t depth) {
         const float* states = h + (panel * rows_of_h + first_row + first) * kPanel;
         multiply_within(panel, out, into.stride(0), columns, add || first > 0, [&](float* to, int64_t stride, bool more) {
-          layer_kernels().multiply_transposed(du + first * width, width, columns, states, depth, to, stride, more);
+          cpu_kernels().panels.multiply_transposed(du + first * width, width, columns, states, depth, to, stride, more);
         });
       });
     }
   }
 
   // Invalidates the packed tile: the memory of the weights now holds another one.
-  void forget() { packed_for_ = nullptr; }
+  void invalidate() { packed_for_ = nullptr; }
 
  private:
   void pack_columns(const Tensor& w) {
     if (packed_for_ == w.const_data_ptr() && by_columns_) return;
     float* to = packed_.mutable_data_ptr<float>();
     for (int64_t panel = 0; panel < panels_of(w.size(0)); ++panel) {
-      layer_kernels().pack(w.const_data_ptr<float>() + panel * kPanel * w.stride(0), w.stride(0),
+      cpu_kernels().panels.pack(w.const_data_ptr<float>() + panel * kPanel * w.stride(0), w.stride(0),
                            std::min(kPanel, w.size(0) - panel * kPanel), dim_, to + panel * dim_ * kPanel);
     }
     packed_for_ = w.const_data_ptr();

@@ -10,7 +10,7 @@ namespace alignpro {
 
 constexpr int64_t kPanel = 32;  // outputs, a multiple of twice every instruction set's lanes
 
-struct LayerKernels {
+struct PanelKernels {
   // out = x panel, or out += x panel with `add`: x (rows, depth) with row stride `stride`; panel (depth, kPanel); out (rows,
   // kPanel) with row stride `out_stride`.
   void (*multiply)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
@@ -21,17 +21,11 @@ struct LayerKernels {
   // Packs weights (outputs, inputs) with row stride `stride` into a panel (inputs, kPanel), zero-padded beyond the outputs.
   void (*pack)(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel);
   // out = x / sqrt(mean(x^2) + eps) (weight + offset), for a row of `dim` elements; out may alias x.
-  void (*normalise)(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out);
+  void (*rms_norm)(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out);
   // Applies the rotary position embedding in place to the first `dim` elements of a head; pairs are dim / 2 apart.
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t dim);
   // gate = silu(gate) up
   void (*gate)(float* gate, const float* up, int64_t count);
 };
-
-extern const LayerKernels layer_kernels_generic;
-#if defined(__x86_64__)
-extern const LayerKernels layer_kernels_avx2;
-extern const LayerKernels layer_kernels_avx512;
-#endif
 
 }  // namespace alignpro

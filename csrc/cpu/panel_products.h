@@ -6,26 +6,25 @@
 
 #include <algorithm>
 
-#include "instructions.h"
-#include "layer.h"
+#include "cpu_kernels.h"
 
 namespace alignpro {
 
-inline const LayerKernels& layer_kernels() {
-#if defined(__x86_64__)
-  switch (instructions()) {
-    case Instructions::kAvx512: return layer_kernels_avx512;
-    case Instructions::kAvx2: return layer_kernels_avx2;
-    case Instructions::kGeneric: break;
-  }
-#endif
-  return layer_kernels_generic;
-}
+constexpr int64_t kRowChunk = 96;            // rows per work item: their products with a panel stay in L1
+constexpr int64_t kDepthChunk = 192;         // inputs per partial sum, which keeps rounding errors small
+constexpr int64_t kGroupFloats = 96 << 10;   // elements of x in a group of rows: they stay in L2
+constexpr int64_t kMinThreadWork = 1 << 16;  // minimum multiplications per thread
+constexpr int64_t kGrain = 1 << 14;          // minimum elements per thread in row-wise work
 
-constexpr int64_t kRowChunk = 96;           // rows per work item: their products with a panel stay in L1
-constexpr int64_t kDepthChunk = 192;        // inputs per partial sum, which keeps rounding errors small
-constexpr int64_t kGroupFloats = 96 << 10;  // elements of x in a group of rows: they stay in L2
-constexpr int64_t kLeastProduct = 1 << 16;  // minimum multiplications per thread
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls work(row) for all rows of `width` elements, on as many threads as pay off.
+template <typename Work>
+void for_rows(int64_t rows, int64_t width, const Work& work) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) work(row);
+  });
+}
 
 // (panels, inputs, kPanel)
 struct Panels {
@@ -38,8 +37,8 @@ struct Panels {
 inline void multiply_panel(const float* x, int64_t stride, int64_t rows, const Panels& weight, int64_t panel, float* out) {
   const float* from = weight.data + panel * weight.inputs * kPanel;
   for (int64_t k = 0; k < weight.inputs; k += kDepthChunk) {
-    layer_kernels().multiply(x + k, stride, rows, from + k * kPanel, std::min(kDepthChunk, weight.inputs - k), out,
-                             kPanel, k > 0);
+    cpu_kernels().panels.multiply(x + k, stride, rows, from + k * kPanel, std::min(kDepthChunk, weight.inputs - k), out,
+                                  kPanel, k > 0);
   }
 }
 
@@ -48,12 +47,12 @@ inline void multiply_panel(const float* x, int64_t stride, int64_t rows, const P
 template <typename Work>
 void for_panels(int64_t rows, int64_t panels, int64_t inputs, const Work& work) {
   if (rows == 0) return;
-  const int64_t in_group = std::max(kRowChunk, kGroupFloats / inputs), groups = (rows + in_group - 1) / in_group;
+  const int64_t in_group = std::max(kRowChunk, kGroupFloats / inputs), groups = ceil_div(rows, in_group);
   const int64_t work_of_one = std::max<int64_t>(1, rows / groups * inputs * kPanel);
-  at::parallel_for(0, groups * panels, std::max<int64_t>(1, kLeastProduct / work_of_one), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, groups * panels, std::max<int64_t>(1, kMinThreadWork / work_of_one), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / panels, first = group * rows / groups, count = (group + 1) * rows / groups - first;
-      const int64_t chunks = (count + kRowChunk - 1) / kRowChunk;
+      const int64_t chunks = ceil_div(count, kRowChunk);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t from = chunk * count / chunks, to = (chunk + 1) * count / chunks;
         work(first + from, to - from, i % panels);
@@ -62,15 +61,15 @@ void for_panels(int64_t rows, int64_t panels, int64_t inputs, const Work& work) 
   });
 }
 
-// Computes x (rows, inputs) times a packed weight and calls take(row, first output, outputs, products).
-template <typename Take>
-void multiply(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const Take& take) {
+// Computes x (rows, inputs) times a packed weight and calls epilogue(row, first output, outputs, products).
+template <typename Epilogue>
+void multiply(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const Epilogue& epilogue) {
   const Panels weight(packed);
   for_panels(rows, weight.count, weight.inputs, [&](int64_t first, int64_t count, int64_t panel) {
     alignas(64) float tile[kRowChunk * kPanel];
     multiply_panel(x + first * weight.inputs, weight.inputs, count, weight, panel, tile);
     const int64_t column = panel * kPanel, width = std::min(kPanel, outputs - column);
-    for (int64_t r = 0; r < count; ++r) take(first + r, column, width, tile + r * kPanel);
+    for (int64_t r = 0; r < count; ++r) epilogue(first + r, column, width, tile + r * kPanel);
   });
 }
 
@@ -82,7 +81,7 @@ inline void multiply_gated(const float* x, int64_t rows, const at::Tensor& gate,
     alignas(64) float g[kRowChunk * kPanel], u[kRowChunk * kPanel];
     multiply_panel(x + first * gates.inputs, gates.inputs, count, gates, panel, g);
     multiply_panel(x + first * gates.inputs, gates.inputs, count, ups, panel, u);
-    layer_kernels().gate(g, u, count * kPanel);
+    cpu_kernels().panels.gate(g, u, count * kPanel);
     const int64_t column = panel * kPanel, width = std::min(kPanel, outputs - column);
     for (int64_t r = 0; r < count; ++r) std::copy_n(g + r * kPanel, width, out + (first + r) * outputs + column);
   });

@@ -1,0 +1,10 @@
+#if defined(__x86_64__)
+#include "isa_avx2.h"
+#include "cpu_kernels_impl.h"
+
+namespace alignpro {
+extern const CpuKernels cpu_kernels_avx2 = {"avx2", true, kAttentionKernels, kPanelKernels, kTileKernels};
+}
+
+#include "isa_end.h"
+#endif

@@ -1,0 +1,6 @@
+#include "isa_generic.h"
+#include "cpu_kernels_impl.h"
+
+namespace alignpro {
+extern const CpuKernels cpu_kernels_generic = {"generic", false, kAttentionKernels, kPanelKernels, kTileKernels};
+}
