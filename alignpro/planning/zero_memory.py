@@ -33,13 +33,13 @@ class TrainingMemory:
     """Additional memory of a backward pass: buckets, and weights that are gathered for it."""
     step: float
     """Additional memory of the optimizer step, when activations have been freed."""
-    gradients_are_there: Literal["always", "in the backward", "as they come"]
-    """When the memory of the gradients is allocated: permanently, all at once with the first gradient of a step, or
-    gradually, while activations are freed."""
+    gradient_allocation: Literal["permanent", "first_backward", "gradual"]
+    """When the memory of the gradients is allocated: for good, all at once with the first gradient of a step, or gradually,
+    while activations are freed."""
     host: float
     """Host memory of offloaded state."""
 
-    def beside(self, other: TrainingMemory) -> TrainingMemory:
+    def combined_with(self, other: TrainingMemory) -> TrainingMemory:
         """Memory of two models trained in the same set-up, whose passes and steps do not overlap."""
         return TrainingMemory(
             weights=self.weights + other.weights,
@@ -48,12 +48,12 @@ class TrainingMemory:
             buffers=self.buffers + other.buffers,
             backward=max(self.backward, other.backward),
             step=max(self.step, other.step),
-            gradients_are_there=self.gradients_are_there,
+            gradient_allocation=self.gradient_allocation,
             host=self.host + other.host,
         )
 
 
-def one_process(trained: Sequence[int], held: int, weight_bytes: int) -> TrainingMemory:
+def torch_memory(trained: Sequence[int], held: int, weight_bytes: int) -> TrainingMemory:
     """Memory of training with plain PyTorch.
 
     Args:
@@ -69,12 +69,12 @@ def one_process(trained: Sequence[int], held: int, weight_bytes: int) -> Trainin
         buffers=0.0,
         backward=count * weight_bytes if half else 0.0,  # gradients of a micro-batch, before they are summed in float32
         step=0.0,
-        gradients_are_there="as they come",
+        gradient_allocation="gradual",
         host=0.0,
     )
 
 
-def sharded(
+def zero_memory(
     zero: dict[str, Any],
     trained: Sequence[int],
     policy: Sequence[int],
@@ -105,7 +105,7 @@ def sharded(
             buffers=0.0,
             backward=0.0,
             step=min(count, _DEFAULT_BUCKET) * _MASTER,  # flattened gradients, which are reduced at once
-            gradients_are_there="as they come",
+            gradient_allocation="gradual",
             host=0.0,
         )
     half, offloads = weight_bytes == 2, _offloads(zero, "optimizer")
@@ -123,7 +123,7 @@ def sharded(
         buffers=2 * max(trained) * weight_bytes if offloads else 0.0,
         backward=buckets + max(trained) * weight_bytes,
         step=0.0 if offloads or (half and stage == 2) else own,  # flattened gradients for the optimizer
-        gradients_are_there="in the backward" if stage == 2 else "as they come",
+        gradient_allocation="first_backward" if stage == 2 else "gradual",
         # A second copy of the gradients, and the new weights before they are copied back.
         host=optimizer + 2 * own + own * weight_bytes / _MASTER if offloads else 0.0,
     )
@@ -155,7 +155,7 @@ def _stage_3(
         # Gathered weights, the pieces from which the last of them are assembled, and the gradients reduced at once.
         backward=(max(0, live - small[0]) + ahead + min(bucket, count) + max(trained)) * weight_bytes,
         step=group * _MASTER,
-        gradients_are_there="always",
+        gradient_allocation="permanent",
         host=(optimizer + own * _MASTER if offloads else 0.0) + (held / ranks if waits else 0.0),
     )
 

@@ -82,7 +82,7 @@ class RLTrainer:
         distribution = distribution or SingleProcess()
         self.ranks, self._graphs_last = distribution.ranks, distribution.can_keep_graph
         self.policy, self.environment, self.engine = policy, environment, engine
-        policy.splits_prompts = not distribution.equal_passes
+        policy.splits_prompts = not distribution.lockstep
         self._targets, self._rewards = targets or FrozenModels(), rewards or FrozenModels()
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.heldout, self.kept = heldout, kept
@@ -111,17 +111,17 @@ class RLTrainer:
 
     def step(self, step: int) -> Metrics:
         """Sample K chains for each prompt, score them, compute advantages, update the policy."""
-        timer = PhaseTimer(lambda phase: self.ranks.note(f"step {step + 1}, {phase}"))
+        timer = PhaseTimer(lambda phase: self.ranks.enter_phase(f"step {step + 1}, {phase}"))
         before = self.engine.stats.snapshot()
         prompts = self.stream.batch(step)
         mine = self._share(prompts)
         prompts = [prompts[i] for i in mine]
         seeds = [derive_seed(self.run.seed, step, i) for i in mine]
-        with timer("rollout"), self.sampled.gathered(), self.ranks.raise_together(), self._targets.materialized():
+        with timer("rollout"), self.sampled.gathered(), self._targets.materialized(), self.ranks.raise_together():
             chains = self.environment.rollout(self.engine, prompts, self.sampling, seeds)
             if self.policy.model.device.type != "cpu":
                 self.engine.release(keep=self.kept)  # the update needs the accelerator's memory
-        with timer("reward"), self.ranks.raise_together(), self._rewards.materialized():
+        with timer("reward"), self._rewards.materialized(), self.ranks.raise_together():
             scores = self.environment.score(prompts, chains)
         with timer("credit"):
             experience = self.credit(prompts, chains, scores)
@@ -285,10 +285,10 @@ class RLTrainer:
         own = [prompts[i] for i in mine]
         chains: list[list[Chain]] = []
         values, parts = torch.empty(0, 1), []
-        with self.sampled.gathered(), self.ranks.raise_together(), self._targets.materialized():
+        with self.sampled.gathered(), self._targets.materialized(), self.ranks.raise_together():
             if own:
                 chains = self.environment.rollout(self.engine, own, replace(self.sampling, n=1), seeds)
-        with self.ranks.raise_together(), self._rewards.materialized():
+        with self._rewards.materialized(), self.ranks.raise_together():
             if own:
                 values = self.environment.score(own, chains).values
                 encoded = [self.environment.encode(prompt) for prompt in own]

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.errors import ConfigError
-from alignpro.planning.memory import memory_need
+from alignpro.planning.memory import estimate_memory
 from benchmarks import environment, options
 from benchmarks.distributed.buckets import write_scaled
 from benchmarks.distributed.job import ALONE, Job
@@ -133,7 +133,7 @@ def run(
 def _memory(job: Job, found: list[dict[str, Any]], ranks: int) -> dict[str, Any]:
     (setup,) = job.setups
     config = configure(job.task, torch.device(job.device), job.overrides)
-    return peaks(found, setup, memory_need(config, setup, ranks)) | {"zero": read_zero_config(setup)}
+    return peaks(found, setup, estimate_memory(config, setup, ranks)) | {"zero": read_zero_config(setup)}
 
 
 def _workload(name: str, changes: list[str], quick: bool) -> Workload:
