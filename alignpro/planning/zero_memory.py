@@ -7,7 +7,7 @@ DeepSpeed 0.19: gradient buckets, prefetched weights, and the copies that an opt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 _MOMENTS = 8
@@ -27,28 +27,28 @@ class TrainingMemory:
     optimizer: float
     gradients: float
     """Gradients, summed over micro-batches."""
-    buffers: float
-    """Permanent buffers of DeepSpeed."""
-    backward: float
-    """Additional memory of a backward pass: buckets, and weights that are gathered for it."""
-    step: float
-    """Additional memory of the optimizer step, when activations have been freed."""
-    gradient_allocation: Literal["permanent", "first_backward", "gradual"]
+    gradient_allocation: Literal["permanent", "first_backward", "gradual"] = "gradual"
     """When the memory of the gradients is allocated: for good, all at once with the first gradient of a step, or gradually,
     while activations are freed."""
-    host: float
+    buffers: float = 0.0
+    """Permanent buffers of DeepSpeed."""
+    backward: float = 0.0
+    """Additional memory of a backward pass: buckets, and weights that are gathered for it."""
+    step: float = 0.0
+    """Additional memory of the optimizer step, when activations have been freed."""
+    host: float = 0.0
     """Host memory of offloaded state."""
 
     def combined_with(self, other: TrainingMemory) -> TrainingMemory:
         """Memory of two models trained in the same set-up, whose passes and steps do not overlap."""
-        return TrainingMemory(
+        return replace(
+            self,
             weights=self.weights + other.weights,
             optimizer=self.optimizer + other.optimizer,
             gradients=self.gradients + other.gradients,
             buffers=self.buffers + other.buffers,
             backward=max(self.backward, other.backward),
             step=max(self.step, other.step),
-            gradient_allocation=self.gradient_allocation,
             host=self.host + other.host,
         )
 
@@ -66,11 +66,7 @@ def torch_memory(trained: Sequence[int], held: int, weight_bytes: int) -> Traini
         weights=held,
         optimizer=count * (_MOMENTS + (_MASTER if half else 0)),
         gradients=count * _MASTER,
-        buffers=0.0,
         backward=count * weight_bytes if half else 0.0,  # gradients of a micro-batch, before they are summed in float32
-        step=0.0,
-        gradient_allocation="gradual",
-        host=0.0,
     )
 
 
@@ -102,11 +98,7 @@ def zero_memory(
             weights=held,
             optimizer=count * _MOMENTS,
             gradients=count * _MASTER,
-            buffers=0.0,
-            backward=0.0,
             step=min(count, _DEFAULT_BUCKET) * _MASTER,  # flattened gradients, which are reduced at once
-            gradient_allocation="gradual",
-            host=0.0,
         )
     half, offloads = weight_bytes == 2, _offloads(zero, "optimizer")
     # Stage 1 reduces the float32 sum; stage 2 reduces each micro-batch's gradient in the dtype of the weights.
