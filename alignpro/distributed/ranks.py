@@ -67,10 +67,6 @@ class Ranks:
         """Return the maximum of a number over ranks."""
         return number if self.group is None else int(self._all_reduce(number, torch.int64, dist.ReduceOp.MAX))
 
-    def any(self, flag: bool) -> bool:
-        """Whether a flag is set on any rank."""
-        return bool(self.reduce_max(int(flag)))
-
     def all_gather(self, rows: Tensor) -> Tensor:
         """Concatenate the rows of all ranks, on the device of this rank's rows: (n, …) → (Σ n, …)."""
         if self.group is None:
@@ -162,12 +158,14 @@ class Ranks:
                 result = action()
         return self.all_gather_object(result)[0]  # type: ignore[return-value]
 
-    def write_directory(self, make: Callable[[Callable[[Path], None]], object], part: Callable[[Path], None]) -> None:
+    def write_directory(
+        self, create: Callable[[Callable[[Path], None]], object], write_part: Callable[[Path], None]
+    ) -> None:
         """Write a directory together: rank 0 creates it, every rank writes its part, and rank 0 renames it into place.
 
         Args:
-            make: Called on rank 0 with a function, which it must call with the directory once that exists and is empty.
-            part: Writes this rank's part; may itself be a collective.
+            create: Called on rank 0 with a function, which it must call with the directory once that exists and is empty.
+            write_part: Writes this rank's part; may itself be a collective.
 
         Raises:
             PeerError: Another rank failed. Nothing is renamed into place then.
@@ -180,12 +178,12 @@ class Ranks:
             shared = self.all_gather_object(directory)[0]
             if shared is not None:  # otherwise rank 0 failed before creating it
                 with self.raise_together():
-                    part(shared)
+                    write_part(shared)
 
         with self.raise_together():
             try:
                 if self.is_rank_zero:
-                    make(write)
+                    create(write)
             finally:
                 if not announced:
                     write(None)
