@@ -32,7 +32,7 @@ from alignpro.config import (
 )
 from alignpro.distributed.launcher import launched, launched_rank
 from alignpro.errors import AlignProError, Interrupted, PeerError
-from alignpro.planning.dry_run import plan
+from alignpro.planning.dry_run import describe_work
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +173,8 @@ def demo(
     _load("alignpro.demo.run:run_demo")(out, seed, zero=zero)
 
 
-@app.command("plan", no_args_is_help=True)
-def memory(
+@app.command(no_args_is_help=True)
+def plan(
     arguments: Arguments,
     job: Annotated[str, typer.Option(help="Which command the configuration is for: train or rlhf.")] = "train",
     ranks: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
@@ -259,7 +259,7 @@ def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool) -> Conf
     """Load and check the configuration; in a dry run, print it as YAML with the plan as comments and return None."""
     config = load_config(kind, arguments)
     if dry_run:
-        typer.echo(dump_config(config) + "".join(f"# {line}\n" for line in plan(config)), nl=False)
+        typer.echo(dump_config(config) + "".join(f"# {line}\n" for line in describe_work(config)), nl=False)
         return None
     return config
 

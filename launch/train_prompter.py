@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 from alignpro.cli import main
-from alignpro.distributed.launcher import take_slurm_rank, without_local_rank
+from alignpro.distributed.launcher import drop_local_rank, set_rank_from_slurm
 
 if __name__ == "__main__":
-    take_slurm_rank()
-    main(["train", *without_local_rank(sys.argv[1:])])
+    set_rank_from_slurm()
+    main(["train", *drop_local_rank(sys.argv[1:])])

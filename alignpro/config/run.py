@@ -32,12 +32,9 @@ class DeepSpeedConfig(Section):
     config: str = "z2"
     """``z0``, ``z1``, ``z2``, ``z3``, ``z2_offload`` or ``z3_offload`` (launch/zero/), or the path of a JSON file."""
     target_stage: Literal[0, 3] = 0
-    """0: every rank holds the whole frozen target. 3: it is sharded over the ranks and gathered for each rollout."""
+    """0: every rank holds the whole frozen target. 3: it is sharded over the ranks and gathered whole for each rollout."""
     reward_stage: Literal[0, 3] = 0
     """The same for the reward models; stage 3 gathers them for scoring."""
-    gathered_bytes: int | None = Field(None, ge=1)
-    """A sharded target or reward model larger than this is not gathered whole, but layer by layer in each forward pass,
-    about this many bytes of its layers at a time. By default it is gathered whole, regardless of its size."""
     offload_reference: bool = False
     """Whether the reference, if it is a separate, unsharded model, is kept in host memory while it is not used."""
     timeout_seconds: float = Field(1800.0, gt=0)

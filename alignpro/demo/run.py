@@ -20,12 +20,12 @@ from alignpro.demo import world
 from alignpro.distributed.deepspeed.zero_config import require_deepspeed
 from alignpro.distributed.launcher import launched
 from alignpro.distributed.ranks import Ranks
-from alignpro.distributed.session import process_group
+from alignpro.distributed.session import distributed_session
 from alignpro.errors import TrainingError
 from alignpro.evaluation.evaluate import evaluate
 from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.distribution import Distribution, SingleProcess
-from alignpro.training.multi_process import train_on, zero_of
+from alignpro.training.multi_process import resolve_zero_config, train_on
 from alignpro.training.reinforcement import RLTrainer
 from alignpro.training.run import Run
 
@@ -79,7 +79,7 @@ def _ranks(timeout_seconds: float) -> Iterator[Ranks]:
         yield Ranks()
         return
     require_deepspeed()
-    with process_group(timeout_seconds) as ranks:
+    with distributed_session(timeout_seconds) as ranks:
         yield ranks
 
 
@@ -90,7 +90,7 @@ def _write_prompts(out: Path, seed: int) -> None:
 
 def _train(config: JobT, build: Callable[[JobT, Distribution], RLTrainer], ranks: Ranks) -> None:
     if ranks.group is not None:
-        train_on(ranks, config, zero_of(config, ranks.size), build, resume=True)  # type: ignore[arg-type]
+        train_on(ranks, config, resolve_zero_config(config, ranks.size), build, resume=True)  # type: ignore[arg-type]
         return
     with Run(config, resume=True) as run:
         run.train(build(config, SingleProcess()))

@@ -1,4 +1,5 @@
-"""The processes of a job: ranks and their session, the launcher, sharded models, DeepSpeed's configuration.
+"""The processes of a job: `Ranks`, their session and phases, and what the launcher has set.
 
-May import `models`, `config` and `errors`; nothing here knows what is trained.
+`sharding` holds models of which each rank keeps a part, `deepspeed` the configuration and extensions of that library; the
+backend that trains by it is in `training`. Nothing here knows what is trained. May import `models`, `config` and `errors`.
 """

@@ -11,12 +11,12 @@ from pathlib import Path
 
 
 @contextmanager
-def host_turn() -> Iterator[None]:
+def host_lock() -> Iterator[None]:
     """Wait until no other process of this job and host is inside; not a collective, so a failure blocks no other rank."""
     path = Path(tempfile.gettempdir(), f"alignpro-{os.getuid()}-{os.environ.get('MASTER_PORT', 0)}.lock")
-    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(lock)
+        os.close(file)

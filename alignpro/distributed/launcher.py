@@ -15,12 +15,12 @@ def launched_rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
-def launched_size() -> int:
+def launched_world_size() -> int:
     """Return the number of ranks that the launcher has started; 1 without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def take_slurm_rank() -> None:
+def set_rank_from_slurm() -> None:
     """Set RANK, LOCAL_RANK and WORLD_SIZE from Slurm's variables if Slurm tasks are the ranks and these are not set.
 
     This is the case under ``deepspeed --launcher slurm``. MASTER_ADDR and MASTER_PORT show that a task is meant to be a
@@ -28,10 +28,10 @@ def take_slurm_rank() -> None:
     """
     if launched() or not {"MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"} <= os.environ.keys():
         return
-    for name, told in {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}.items():
-        os.environ[name] = os.environ[told]
+    for name, variable in {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}.items():
+        os.environ[name] = os.environ[variable]
 
 
-def without_local_rank(arguments: list[str]) -> list[str]:
+def drop_local_rank(arguments: list[str]) -> list[str]:
     """Remove the ``--local_rank=N`` that the deepspeed launcher adds to the arguments; LOCAL_RANK has the same value."""
     return [argument for argument in arguments if not argument.startswith("--local_rank=")]

@@ -1,4 +1,4 @@
-"""A board where ranks post their current phase, so that a rank whose collective fails can say where the others are."""
+"""A store of every rank's current phase, so that a rank whose collective fails can say where the others are."""
 
 from __future__ import annotations
 
@@ -13,53 +13,55 @@ import torch.distributed as dist
 from alignpro.distributed.ranks import Ranks
 
 
-class Board:
+class PhaseStore:
     """The current phase of every rank, in a TCP store that is independent of their collectives and hosted by rank 0.
 
     Args:
-        ranks: All ranks; the phases that they note (`Ranks.note`) are posted here.
+        ranks: All ranks; each phase that they enter (`Ranks.enter_phase`) is written to the store.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         if ranks.is_rank_zero:
-            self._store = _store(0, keeps=True)
+            self._store = _tcp_store(0, is_master=True)
             ranks.all_gather_object(self._store.port)
         else:
-            self._store = _store(ranks.all_gather_object(0)[0], keeps=False)
-        ranks.on_note = self._write
-        self._write("startup")
+            self._store = _tcp_store(ranks.all_gather_object(0)[0], is_master=False)
+        ranks.on_phase = self._write
+        self._write(ranks.phase)
 
-    def leave(self, problem: str) -> None:
-        """End this process at once, without waiting for other ranks; print the problem if it is the first of any rank."""
-        if self._first_to_tell():
+    def abort(self, problem: str) -> None:
+        """End this process at once, without waiting for other ranks; print the problem if no other rank has printed one."""
+        if self._is_first_to_abort():
             print(f"error: {problem}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # not sys.exit: taking down the process group would wait for the others
 
-    def others(self) -> str:
-        """Describe the last phase that each other rank posted, and how long ago."""
-        return "; ".join(self._read(rank) for rank in range(self._ranks.size) if rank != self._ranks.rank)
+    def describe_peers(self) -> str:
+        """Describe the last phase that each other rank entered, and how long ago."""
+        return "; ".join(self._describe(rank) for rank in range(self._ranks.size) if rank != self._ranks.rank)
 
-    def _write(self, doing: str) -> None:
-        self._store.set(str(self._ranks.rank), json.dumps({"doing": doing, "since": time.time()}))
+    def _write(self, phase: str) -> None:
+        self._store.set(str(self._ranks.rank), json.dumps({"phase": phase, "entered": time.time()}))
 
-    def _read(self, rank: int) -> str:
+    def _describe(self, rank: int) -> str:
         try:
-            told = json.loads(self._store.get(str(rank)))
+            found = json.loads(self._store.get(str(rank)))
         except RuntimeError:  # rank 0, which hosts the store, has ended
             return f"the state of rank {rank} is unknown"
-        return f"rank {rank} entered {told['doing']} {time.time() - told['since']:.0f} s ago"
+        return f"rank {rank} entered {found['phase']} {time.time() - found['entered']:.0f} s ago"
 
-    def _first_to_tell(self) -> bool:
+    def _is_first_to_abort(self) -> bool:
         try:
-            return int(self._store.add("told", 1)) == 1
+            return int(self._store.add("aborted", 1)) == 1
         except RuntimeError:
             return True
 
 
-def _store(port: int, *, keeps: bool) -> dist.TCPStore:  # type: ignore[name-defined]
-    """Create the store on this rank, or connect to that of another; port 0 means any free port."""
+def _tcp_store(port: int, *, is_master: bool) -> dist.TCPStore:  # type: ignore[name-defined]
+    """Host the store on this rank, or connect to it; port 0 means any free port."""
     host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=30)
-    return dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=is_master, wait_for_workers=False, timeout=timeout
+    )

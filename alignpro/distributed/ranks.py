@@ -23,7 +23,8 @@ T = TypeVar("T")
 class Ranks:
     """The ranks of a job, seen from one of them. Without a group there is only one rank, and no method waits.
 
-    Every method except `assign_balanced`, `note` and `agreed_on` is a collective: all ranks must call it, in the same order.
+    Every method except `assign_balanced`, `enter_phase` and `raised_on_all` is a collective: all ranks must call it, in the
+    same order.
 
     Args:
         group: A gloo group of all ranks.
@@ -33,19 +34,17 @@ class Ranks:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
-        self.doing = "startup"
+        self.phase = "startup"
         """This rank's current phase, for messages."""
-        self.on_note: Callable[[str], None] | None = None
+        self.on_phase: Callable[[str], None] | None = None
         """Called with each phase that this rank enters."""
-        self.midway = False
-        """Whether other ranks wait in collectives that this rank has yet to join: an error now cannot be agreed on."""
-        self._agreed: BaseException | None = None
+        self._raised_on_all: BaseException | None = None
 
-    def note(self, doing: str) -> None:
-        """Set this rank's current phase and pass it to `on_note`; not a collective."""
-        self.doing = doing
-        if self.on_note is not None:
-            self.on_note(doing)
+    def enter_phase(self, phase: str) -> None:
+        """Set this rank's current phase and pass it to `on_phase`."""
+        self.phase = phase
+        if self.on_phase is not None:
+            self.on_phase(phase)
 
     @property
     def is_rank_zero(self) -> bool:
@@ -62,24 +61,15 @@ class Ranks:
 
     def sum(self, value: float) -> float:
         """Return the sum of a number over ranks."""
-        return value if self.group is None else float(self._reduced(value, torch.float64, dist.ReduceOp.SUM))
+        return value if self.group is None else float(self._all_reduce(value, torch.float64, dist.ReduceOp.SUM))
 
     def reduce_max(self, number: int) -> int:
         """Return the maximum of a number over ranks."""
-        return number if self.group is None else int(self._reduced(number, torch.int64, dist.ReduceOp.MAX))
+        return number if self.group is None else int(self._all_reduce(number, torch.int64, dist.ReduceOp.MAX))
 
     def lockstep(self, passes: Sequence[T], empty: T) -> list[T]:
         """Append empty passes until all ranks have the same number: with sharded weights each pass is a collective."""
         return [*passes, *[empty] * (self.reduce_max(len(passes)) - len(passes))]
-
-    def any(self, flag: bool) -> bool:
-        """Whether a flag is set on any rank."""
-        return bool(self.reduce_max(int(flag)))
-
-    def differing(self, value: object) -> int | None:
-        """Return the lowest rank whose value differs from rank 0's; None if all values are equal."""
-        first, *others = self.all_gather_object(value)
-        return next((rank for rank, other in enumerate(others, 1) if other != first), None)
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """Concatenate the rows of all ranks, on the device of this rank's rows: (n, …) → (Σ n, …)."""
@@ -118,8 +108,7 @@ class Ranks:
     def raise_together(self) -> Iterator[None]:
         """Context in which an error on one rank is raised on all: on that rank itself, elsewhere as a `PeerError`.
 
-        The context must not contain collectives in which a failing rank would leave the others waiting, unless `midway` is
-        set around them: an error in them is raised on this rank alone, and can only end the process.
+        The context must not contain collectives in which a failing rank would leave the others waiting.
 
         Raises:
             PeerError: Another rank failed. If several did, the lowest of them keeps its own error.
@@ -128,27 +117,41 @@ class Ranks:
         try:
             yield
         except Exception as caught:
-            if self.midway:
-                raise
             error = caught
         if self.group is None:
             if error is not None:
                 raise error
             return
-        told = None if error is None else (isinstance(error, PeerError), f"{type(error).__name__}: {error}")
-        problems = self.all_gather_object(told)
-        failed = {rank: problem for rank, problem in enumerate(problems) if problem is not None}
+        report = None if error is None else (isinstance(error, PeerError), f"{type(error).__name__}: {error}")
+        failed = {rank: each for rank, each in enumerate(self.all_gather_object(report)) if each is not None}
         if not failed:
             return
         # A rank with a `PeerError` only repeats the error of another rank, so it is not the source.
         source = min((rank for rank, (repeats, _) in failed.items() if not repeats), default=min(failed))
         if error is None or not (self.rank == source or isinstance(error, PeerError)):
             error = PeerError(f"rank {source}: {failed[source][1]}")
-        self._agreed = error
+        self._raised_on_all = error
         raise error
 
+    def require_equal(self, value: T, error: Callable[[int, T, T], Exception]) -> None:
+        """Raise an error on all ranks unless all have the same value.
+
+        Args:
+            value: This rank's value.
+            error: Called with the lowest rank whose value differs from rank 0's, its value, and rank 0's value; returns the
+                error to raise.
+
+        Raises:
+            PeerError: On all ranks but rank 0, which raises the error itself.
+        """
+        first, *others = self.all_gather_object(value)
+        with self.raise_together():
+            for rank, other in enumerate(others, 1):
+                if other != first:
+                    raise error(rank, other, first)
+
     def on_rank_zero(self, action: Callable[[], T]) -> T:
-        """Run an action on rank 0 alone; all ranks get its result, or fail if it fails.
+        """Run an action on rank 0 alone; all ranks get its result, or an error if it fails.
 
         Raises:
             PeerError: The action failed on rank 0.
@@ -159,45 +162,47 @@ class Ranks:
                 result = action()
         return self.all_gather_object(result)[0]  # type: ignore[return-value]
 
-    def write_directory(self, make: Callable[[Callable[[Path], None]], object], part: Callable[[Path], None]) -> None:
+    def write_directory(
+        self, create: Callable[[Callable[[Path], None]], object], write_part: Callable[[Path], None]
+    ) -> None:
         """Write a directory together: rank 0 creates it, every rank writes its part, and rank 0 renames it into place.
 
         Args:
-            make: Called on rank 0 with a function, which it must call with the directory once that exists and is empty.
-            part: Writes this rank's part; may itself be a collective.
+            create: Called on rank 0 with a function, which it must call with the directory once that exists and is empty.
+            write_part: Writes this rank's part; may itself be a collective.
 
         Raises:
             PeerError: Another rank failed. Nothing is renamed into place then.
         """
-        told = False
+        announced = False
 
         def write(directory: Path | None) -> None:
-            nonlocal told
-            told = True
+            nonlocal announced
+            announced = True
             shared = self.all_gather_object(directory)[0]
             if shared is not None:  # otherwise rank 0 failed before creating it
                 with self.raise_together():
-                    part(shared)
+                    write_part(shared)
 
         with self.raise_together():
             try:
                 if self.is_rank_zero:
-                    make(write)
+                    create(write)
             finally:
-                if not told:
+                if not announced:
                     write(None)
 
-    def _reduced(self, number: float, dtype: torch.dtype, operation: dist.ReduceOp.RedOpType) -> float:
+    def _all_reduce(self, number: float, dtype: torch.dtype, operation: dist.ReduceOp.RedOpType) -> float:
         """Reduce a number over ranks, in one collective of a single element."""
         value = torch.tensor([number], dtype=dtype)
         dist.all_reduce(value, operation, group=self.group)
         return value.item()
 
-    def agreed_on(self, error: BaseException) -> bool:
-        """Whether all ranks have failed with this error, so that they are at the same point and collectives still work."""
-        return self.group is None or error is self._agreed or isinstance(error, PeerError)
+    def raised_on_all(self, error: BaseException) -> bool:
+        """Whether all ranks have raised this error together, so that they are at the same point and collectives still work."""
+        return self.group is None or error is self._raised_on_all or isinstance(error, PeerError)
 
 
-def lost_ranks(error: BaseException) -> bool:
+def is_collective_failure(error: BaseException) -> bool:
     """Whether a collective raised this error because other ranks did not join it: no later collective can succeed."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

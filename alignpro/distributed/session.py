@@ -19,20 +19,20 @@ import torch.distributed as dist
 
 from alignpro.distributed.deepspeed.compilation import compile_operators
 from alignpro.distributed.launcher_watch import stop_with_launcher
-from alignpro.distributed.phases import Board
-from alignpro.distributed.ranks import Ranks, lost_ranks
+from alignpro.distributed.phases import PhaseStore
+from alignpro.distributed.ranks import Ranks, is_collective_failure
 from alignpro.errors import AlignProError, ConfigError, Interrupted, PeerError, TrainingError
 
 logger = logging.getLogger(__name__)
 
-_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
-def process_group(timeout_seconds: float) -> Iterator[Ranks]:
+def distributed_session(timeout_seconds: float) -> Iterator[Ranks]:
     """Join the other ranks for the duration of the context.
 
-    Without an error, on `Interrupted`, or on an error that all ranks share (see `Ranks.raise_together`), the exit waits for all
+    Without an error, on `Interrupted`, or on an error that all ranks raise (see `Ranks.raise_together`), the exit waits for all
     ranks and destroys the group. On an error of this rank alone it does not wait: it prints the error and ends the
     process, upon which the launcher ends the others. If the launcher ends first, this process receives a SIGTERM.
 
@@ -44,7 +44,7 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
         TrainingError: This is rank 0, and it has not found the others in time.
         PeerError: This is another rank, which has not found the others in time and has printed so.
     """
-    if missing := [name for name in _NEEDED if name not in os.environ]:
+    if missing := [name for name in _REQUIRED_VARIABLES if name not in os.environ]:
         raise ConfigError(
             f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}: start with the deepspeed launcher, or unset them"
         )
@@ -58,13 +58,13 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
     with _joining(timeout_seconds):
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
         ranks = Ranks(dist.new_group(backend="gloo", timeout=timeout))
-        board = Board(ranks)
+        phases = PhaseStore(ranks)
         _unlink_shared_memory(ranks)
     try:
         yield ranks
     except BaseException as error:
-        if not isinstance(error, Interrupted) and not ranks.agreed_on(error):
-            board.leave(_describe(error, ranks, board))
+        if not isinstance(error, Interrupted) and not ranks.raised_on_all(error):
+            phases.abort(_describe(error, ranks, phases))
         if isinstance(error, AlignProError) and not isinstance(error, PeerError) and not ranks.is_rank_zero:
             print(f"error: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
             raise PeerError(str(error)) from error
@@ -91,7 +91,7 @@ def _joining(timeout_seconds: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not lost_ranks(error):
+        if not is_collective_failure(error):
             raise
         problem = (
             f"rank {os.environ['RANK']} has not found the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
@@ -104,14 +104,14 @@ def _joining(timeout_seconds: float) -> Iterator[None]:
         raise PeerError(problem) from error
 
 
-def _describe(error: BaseException, ranks: Ranks, board: Board) -> str:
+def _describe(error: BaseException, ranks: Ranks, phases: PhaseStore) -> str:
     """Describe an error that occurred on this rank alone."""
     if isinstance(error, AlignProError):
         return f"rank {ranks.rank}: {error}"
-    if lost_ranks(error):
+    if is_collective_failure(error):
         reason = str(error).splitlines()[0]
         return (
-            f"rank {ranks.rank} waited in vain for the others during {ranks.doing} ({reason}): {board.others()}; "
+            f"rank {ranks.rank} waited in vain for the others during {ranks.phase} ({reason}): {phases.describe_peers()}; "
             "--resume continues from the last checkpoint"
         )
-    return f"rank {ranks.rank}, in {ranks.doing}:\n{''.join(traceback.format_exception(error))}"
+    return f"rank {ranks.rank}, in {ranks.phase}:\n{''.join(traceback.format_exception(error))}"

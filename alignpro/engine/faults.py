@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from alignpro.distributed.ranks import lost_ranks
 from alignpro.errors import AlignProError
 
 _DEVICE_LOST = ("CUDA error", "HIP error", "Triton Error")
@@ -15,10 +14,9 @@ def is_fatal(error: Exception) -> bool:
     """Whether nothing more can be computed after an error.
 
     A device that has raised an asynchronous error rejects all further work, and the error cannot be traced to a sequence.
-    An `AlignProError` means that the engine is misconfigured, which affects all sequences. A model whose layers are
-    gathered from other ranks cannot run once one of them is lost.
+    An `AlignProError` means that the engine is misconfigured, which affects all sequences.
     """
-    if isinstance(error, torch.AcceleratorError | AlignProError) or lost_ranks(error):
+    if isinstance(error, torch.AcceleratorError | AlignProError):
         return True
     # Libraries other than PyTorch raise a plain RuntimeError.
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _DEVICE_LOST)

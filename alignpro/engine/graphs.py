@@ -337,8 +337,6 @@ class DecodeGraphs:
 
 def _unsuited(model: LanguageModel) -> str | None:
     """The reason why a model cannot be captured, as far as its configuration shows; None if there is none."""
-    if not model.whole_between_passes:
-        return "its layers are gathered from other ranks in each forward pass"
     rope = getattr(model.causal.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [each.get("rope_type") or "" for each in (rope, *rope.values()) if isinstance(each, dict)]
     if any("dynamic" in kind for kind in kinds):

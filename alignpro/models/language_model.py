@@ -48,8 +48,6 @@ class LanguageModel(nn.Module):
     """The invocation tokens, from which an activated LoRA acts; empty without an activated LoRA."""
     is_base: bool
     """Whether this is a view without the adapter, as `base` returns."""
-    whole_between_passes: bool
-    """Whether its weights are whole between passes; False if they are sharded and each pass gathers them."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         super().__init__()
@@ -60,7 +58,6 @@ class LanguageModel(nn.Module):
         self.invocation = invocation_tokens(model) if isinstance(model, PeftModel) else ()
         self._soft_prompt_off = False
         self.is_base = False
-        self.whole_between_passes = True
         self._active: ActiveTokens | None = None
         self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         self._checkpointed: list[GradientCheckpointingLayer] = []

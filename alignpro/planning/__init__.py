@@ -1,4 +1,5 @@
-"""What a run would do and need: the dry run, and memory by formula.
+"""What a run would do and need: the amount of work (`dry_run`), and memory by formula (`memory`).
 
-Reads `config`, `distributed` and `models`; nothing is loaded. The command line and `training` read it.
+No weights are loaded, only the models' config.json files. May import `config`, `models`, `distributed` and `errors`; the
+command line, launch/sizing and the benchmarks read it.
 """

@@ -15,16 +15,13 @@ from alignpro.config import (
 )
 
 
-def plan(config: Section) -> list[str]:
+def describe_work(config: Section) -> list[str]:
     """Return lines that describe a job's amount of work: steps, samples per step, totals, and what is written when."""
     match config:
         case TrainConfig():
-            P, K, M = (
-                config.rollout.prompts_per_step,
-                config.rollout.rewrites_per_prompt,
-                config.rollout.responses_per_rewrite,
-            )
-            chains, steps = P * K, config.run.steps
+            rollout, steps = config.rollout, config.run.steps
+            P, K, M = rollout.prompts_per_step, rollout.rewrites_per_prompt, rollout.responses_per_rewrite
+            chains = P * K
             return [
                 f"train {config.policy.path} ({config.policy.adapter.kind}) against the frozen {config.target_model.path}",
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'rewrite')} × {_count(M, 'response')}: "
@@ -69,8 +66,8 @@ def plan(config: Section) -> list[str]:
 
 
 def _updates(objective: ObjectiveConfig, steps: int) -> list[str]:
-    a_step = objective.epochs * objective.minibatches
-    return [f"{_count(a_step * steps, 'optimizer update')} ({a_step} per step), loss {objective.loss}"]
+    per_step = objective.epochs * objective.minibatches
+    return [f"{_count(per_step * steps, 'optimizer update')} ({per_step} per step), loss {objective.loss}"]
 
 
 def _batches(run: RunConfig, size: int) -> list[str]:

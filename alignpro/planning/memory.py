@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from alignpro.config import ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
@@ -18,9 +17,8 @@ from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES
 from alignpro.models.loading import DTYPES
-from alignpro.planning.frozen_memory import frozen_memory
 from alignpro.planning.model_size import ModelSize, build_empty, measure, trained_weights
-from alignpro.planning.zero_memory import TrainingMemory, one_process, sharded
+from alignpro.planning.zero_memory import TrainingMemory, torch_memory, zero_memory
 
 GIB = float(1 << 30)
 ONE_PROCESS = "one"
@@ -30,7 +28,7 @@ SETUPS = ("z0", "z1", "z2", "z3", "z2_offload", "z3_offload")
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Memory of one rank, in bytes."""
 
     training: TrainingMemory
@@ -39,12 +37,13 @@ class Need:
     sampling_copy: float
     """The policy's full weights, gathered for the rollout at stage 3."""
     gathered_frozen: float
-    """The target's gathered weights, if it has a ZeRO stage of its own."""
-    gathered: float
-    """Weights being gathered at a time for these two, before sampling begins."""
+    """The target's gathered weights, if it has a ZeRO stage of its own. Reward models are not counted: they are gathered
+    when the rollout's memory has been freed."""
+    gather_buffer: float
+    """Weights that are gathered at a time for the sampling copy, before sampling begins."""
     cache: float
     """Keys and values of all sequences that run at once, each at its maximum length."""
-    kept_cache: float
+    retained_cache: float
     """The part of ``cache`` that stays during the update: the frozen target's; on a CPU all of it."""
     sampling_pass: float
     """Activations of the largest forward pass of a rollout."""
@@ -52,34 +51,38 @@ class Need:
     """Activations of a micro-batch, and what all samples of the step keep for the update."""
     head: float
     """The output layer's gradient in float32 and in the weights' dtype; both exist before the backward pass begins."""
-    layouts: tuple[float, float]
-    """Second layouts of weights on a CPU: of the policy, for the rollout, and of frozen models."""
-    several_passes: bool
+    packed_policy: float
+    """Packed copies of the policy's linear layers on a CPU, for the rollout."""
+    packed_frozen: float
+    """Packed copies of the linear layers of target and reference on a CPU."""
+    several_micro_batches: bool
     """Whether a step has more than one micro-batch."""
 
     @property
     def rollout(self) -> float:
         """Bytes at the peak of the rollout."""
-        kept = self.training.gradients if self.training.gradients_are_there == "always" else 0.0
-        own, frozen = self.layouts
-        sampling = max(self.gathered + self.kept_cache, self.cache + own + self.sampling_pass)
-        return self._always + kept + self.sampling_copy + self.gathered_frozen + frozen + sampling
+        gradients = self.training.gradients if self.training.gradient_allocation == "permanent" else 0.0
+        sampling = max(self.gather_buffer + self.retained_cache, self.cache + self.packed_policy + self.sampling_pass)
+        return self._resident + gradients + self.sampling_copy + self.gathered_frozen + self.packed_frozen + sampling
 
     @property
     def update(self) -> float:
         """Bytes at the peak of the update: when a backward pass begins, when the last one ends, or in the optimizer step."""
         training = self.training
-        early = self.several_passes or training.gradients_are_there != "as they come"
-        waiting = training.gradients if early else 0.0
-        begins = self.activations + self.head + waiting + training.backward
+        allocated_early = self.several_micro_batches or training.gradient_allocation != "gradual"
+        begins = self.activations + self.head + (training.gradients if allocated_early else 0.0) + training.backward
         ends = training.gradients + training.backward
-        own, frozen = self.layouts
-        laid_out = frozen + (0.0 if self.sampling_copy else own)  # a sampling copy's layout was freed with it
-        most = max(begins, ends, training.gradients + training.step)
-        return self._always + self.kept_cache + laid_out + most
+        # The packed copy of a sampling copy has been freed with it.
+        packed = self.packed_frozen + (0.0 if self.sampling_copy else self.packed_policy)
+        return self._resident + self.retained_cache + packed + max(begins, ends, training.gradients + training.step)
 
     @property
-    def _always(self) -> float:
+    def peak(self) -> float:
+        """Bytes at the higher of the two peaks."""
+        return max(self.rollout, self.update)
+
+    @property
+    def _resident(self) -> float:
         return self.training.weights + self.training.optimizer + self.training.buffers + self.frozen
 
 
@@ -98,14 +101,14 @@ def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: flo
     states = ("weights", "optimizer", "gradients", "buffers", "frozen", "copy", "KV", "activations")
     columns = ("set-up", *states, "rollout", "update", "host")
     lines = ["  ".join(f"{column:>11}" for column in columns) + ("" if device_bytes is None else "  fits")]
-    for setup, need in memory_needs(config, ranks).items():
+    for setup, need in estimate_setups(config, ranks).items():
         of = need.training
         values = [of.weights, of.optimizer, of.gradients, of.buffers + of.backward, need.frozen]
         values += [need.sampling_copy + need.gathered_frozen]
         values += [need.cache, need.activations + need.head, need.rollout, need.update, of.host]
         line = f"{setup:>11}  " + "  ".join(f"{value / GIB:>11.2f}" for value in values)
         if device_bytes is not None:
-            line += "  yes" if max(need.rollout, need.update) < device_bytes else "  no"
+            line += "  yes" if need.peak < device_bytes else "  no"
         lines.append(line)
     return lines
 
@@ -117,13 +120,13 @@ def setups_of(config: TrainConfig | RLHFConfig, ranks: int) -> list[str]:
     return ([ONE_PROCESS] if ranks == 1 else []) + named + own
 
 
-def memory_needs(config: TrainConfig | RLHFConfig, ranks: int) -> dict[str, Need]:
-    """Return the memory of one rank for each set-up that the job can use; see `memory_need`."""
+def estimate_setups(config: TrainConfig | RLHFConfig, ranks: int) -> dict[str, MemoryEstimate]:
+    """Return the memory of one rank for each set-up that the job can use; see `estimate_memory`."""
     models = _Models.of(config)
-    return {setup: _need(config, models, setup, ranks) for setup in setups_of(config, ranks)}
+    return {setup: _estimate(config, models, setup, ranks) for setup in setups_of(config, ranks)}
 
 
-def memory_need(config: TrainConfig | RLHFConfig, setup: str, ranks: int) -> Need:
+def estimate_memory(config: TrainConfig | RLHFConfig, setup: str, ranks: int) -> MemoryEstimate:
     """Return the memory of one rank.
 
     Args:
@@ -135,7 +138,7 @@ def memory_need(config: TrainConfig | RLHFConfig, setup: str, ranks: int) -> Nee
         ModelError: A model's configuration cannot be read.
         ConfigError: The DeepSpeed configuration cannot be read.
     """
-    return _need(config, _Models.of(config), setup, ranks)
+    return _estimate(config, _Models.of(config), setup, ranks)
 
 
 @dataclass(frozen=True)
@@ -149,71 +152,85 @@ class _Models:
     """Whether the policy's output layer is tied to its embeddings."""
     target: ModelSize | None
     """None if the policy's base model is the target."""
-    target_module: nn.Module | None
-    """On the meta device."""
-    rewards: float
-    """Bytes of the reward models."""
+    reward_bytes: float
 
     @classmethod
     def of(cls, config: TrainConfig | RLHFConfig) -> _Models:
         policy = build_empty(config.policy)
         target: ModelSize | None = None
-        module: Any = None
         if isinstance(config, TrainConfig) and config.target != "policy":
-            module = build_empty(config.target_model)
-            target = measure(module, config.target_model)
+            target = measure(build_empty(config.target_model), config.target_model)
         rewards = [each.model for each in config.reward.components if isinstance(each, ModelRewardConfig)]
         return cls(
             policy=measure(policy, config.policy),
             trained=trained_weights(policy, config.policy.adapter),
             tied=policy.get_output_embeddings().weight is policy.get_input_embeddings().weight,
             target=target,
-            target_module=module,
-            rewards=float(sum(_reward_bytes(model) for model in rewards)),
+            reward_bytes=float(sum(_reward_bytes(model) for model in rewards)),
         )
 
+    @property
+    def generating(self) -> list[ModelSize]:
+        """The models that the engine runs."""
+        return [self.policy] if self.target is None else [self.policy, self.target]
 
-def _need(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: int) -> Need:
-    size, trained, full = models.policy, models.trained, config.policy.adapter.kind == "full"
+
+def _estimate(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: int) -> MemoryEstimate:
+    policy, full = models.policy, config.policy.adapter.kind == "full"
     zero = {"stage": 0} if setup == ONE_PROCESS else read_zero_config(setup)["zero_optimization"]
+    sharded = zero["stage"] == 3
+    rollout = _Rollout.of(config, models, ranks)
+    on_cpu = config.policy.device == "cpu"
+    target_bytes = 0.0 if models.target is None else float(models.target.bytes)
+    target_sharded = config.deepspeed.target_stage == 3
+    packed_policy = _packed_bytes(policy) if on_cpu else 0.0
+    packed_target = _packed_bytes(models.target) if on_cpu and not target_sharded and models.target is not None else 0.0
+    return MemoryEstimate(
+        training=_training(config, models, setup, zero, ranks),
+        frozen=(
+            target_bytes / (ranks if target_sharded else 1)
+            + models.reward_bytes / (ranks if config.deepspeed.reward_stage == 3 else 1)
+        ),
+        gathered_frozen=target_bytes if target_sharded else 0.0,
+        sampling_copy=policy.bytes if sharded else 0.0,
+        gather_buffer=min(policy.bytes, GATHERED_BYTES) if sharded else 0.0,
+        cache=rollout.cache,
+        retained_cache=rollout.cache if on_cpu or rollout.keeps_cache else 0.0,
+        sampling_pass=rollout.pass_tokens * max(model.pass_bytes for model in models.generating),
+        activations=(
+            policy.activation_bytes(rollout.micro_batch_tokens, checkpointing=config.policy.gradient_checkpointing)
+            + rollout.state_bytes(policy)
+        ),
+        head=policy.head * (4 if policy.dtype_bytes == 4 else 4 + policy.dtype_bytes) if full else 0.0,
+        packed_policy=packed_policy,
+        packed_frozen=packed_target + (packed_policy if full and not sharded else 0.0),
+        several_micro_batches=rollout.samples > rollout.micro_batch_rows,
+    )
 
-    def training_of(trained: Sequence[int], weights: Sequence[int], reference: Sequence[int]) -> TrainingMemory:
+
+def _training(
+    config: TrainConfig | RLHFConfig, models: _Models, setup: str, zero: dict[str, Any], ranks: int
+) -> TrainingMemory:
+    """Memory of the policy, its reference and the critic."""
+    size, trained, full = models.policy, models.trained, config.policy.adapter.kind == "full"
+
+    def memory(trained: Sequence[int], weights: Sequence[int], reference: Sequence[int]) -> TrainingMemory:
         if setup == ONE_PROCESS:
-            return one_process(trained, (sum(weights) + sum(reference)) * size.dtype_bytes, size.dtype_bytes)
-        return sharded(zero, trained, weights, reference, size.dtype_bytes, ranks)
+            return torch_memory(trained, (sum(weights) + sum(reference)) * size.dtype_bytes, size.dtype_bytes)
+        return zero_memory(zero, trained, weights, reference, size.dtype_bytes, ranks)
 
     # The reference is a separate model, or the policy without its adapter.
-    training = training_of(trained, *((size.weights, size.weights) if full else ((*size.weights, *trained), ())))
+    total = memory(trained, *((size.weights, size.weights) if full else ((*size.weights, *trained), ())))
     if config.objective.advantage == "gae":  # the critic: a copy with its own output; its LM head is not trained
         held = [*size.weights, *(() if full else trained), size.hidden, 1]
         learned = list(held)
         if not models.tied:
             learned.remove(size.head)
-        training = training.beside(training_of(learned, held, ()))
-    stages = config.deepspeed
-    if stages.offload_reference and full and zero["stage"] < 3:  # in host memory, except for its head
+        total = total.combined_with(memory(learned, held, ()))
+    if config.deepspeed.offload_reference and full and zero["stage"] < 3:  # in host memory, except for its head
         offloaded = (sum(size.weights) - size.head) * size.dtype_bytes
-        training = replace(training, weights=training.weights - offloaded, host=training.host + offloaded)
-    item = 0 if models.target is None else models.target.dtype_bytes
-    frozen, gathered_frozen = frozen_memory(stages, ranks, models.target_module, item, models.rewards)
-    rollout = _Rollout.of(config, models, ranks)
-    whole = zero["stage"] < 3
-    on_cpu = config.policy.device == "cpu"
-    checkpointing = config.policy.gradient_checkpointing
-    return Need(
-        training=training,
-        frozen=frozen,
-        gathered_frozen=gathered_frozen,
-        sampling_copy=0.0 if whole else size.bytes,
-        gathered=0.0 if whole else min(size.bytes, GATHERED_BYTES),
-        cache=rollout.cache,
-        kept_cache=rollout.cache if on_cpu or rollout.keeps_cache else 0.0,
-        sampling_pass=rollout.widest * max(model.pass_bytes for model in (size, models.target) if model is not None),
-        activations=size.activation_bytes(rollout.tokens, checkpointing=checkpointing) + rollout.states(size),
-        head=size.head * (4 if size.dtype_bytes == 4 else 4 + size.dtype_bytes) if full else 0.0,
-        layouts=_layouts(models, full=full, whole=whole, target=stages.target_stage == 0) if on_cpu else (0.0, 0.0),
-        several_passes=rollout.samples > rollout.rows,
-    )
+        total = replace(total, weights=total.weights - offloaded, host=total.host + offloaded)
+    return total
 
 
 @dataclass(frozen=True)
@@ -222,45 +239,45 @@ class _Rollout:
 
     samples: int
     """Samples of the policy."""
-    sampled: int
+    sample_tokens: int
     """Tokens per sample."""
-    rows: int
+    micro_batch_rows: int
     """Samples per micro-batch."""
-    tokens: int
+    micro_batch_tokens: int
     """Tokens per micro-batch; samples of one prompt share it."""
-    widest: int
+    pass_tokens: int
     """Tokens per forward pass of the engine."""
     cache: float
     keeps_cache: bool
 
-    def states(self, policy: ModelSize) -> float:
+    def state_bytes(self, policy: ModelSize) -> float:
         """Bytes of the reference's hidden states of all actions, from which the update computes its KL."""
-        return self.samples * self.sampled * policy.hidden * policy.dtype_bytes
+        return self.samples * self.sample_tokens * policy.hidden * policy.dtype_bytes
 
     @classmethod
     def of(cls, config: TrainConfig | RLHFConfig, models: _Models, ranks: int) -> _Rollout:
         groups, engine = -(-config.rollout.prompts_per_step // ranks), config.rollout.engine
-        token_bytes = max(model.cache_bytes for model in (models.policy, models.target) if model is not None)
         if isinstance(config, TrainConfig):
-            size, running = config.rollout.rewrites_per_prompt, config.rollout.responses_per_rewrite
-            sampled, prompt = config.rollout.rewrite.max_tokens, config.prompting.max_prompt_tokens
-            longest = prompt + max(sampled, config.rollout.respond.max_tokens)
-            keeps = config.rollout.keep_cache and models.target is not None
+            group_size, responses = config.rollout.rewrites_per_prompt, config.rollout.responses_per_rewrite
+            sample, prompt = config.rollout.rewrite.max_tokens, config.prompting.max_prompt_tokens
+            longest = prompt + max(sample, config.rollout.respond.max_tokens)
+            keeps_cache = config.rollout.keep_cache and models.target is not None
         else:
-            size, running = config.rollout.responses_per_prompt, 1
-            sampled, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens
-            longest, keeps = prompt + sampled, False
-        samples = groups * size
-        rows = min(samples, max(1, config.optimizer.micro_batch_size // size) * size)
-        at_once = min(engine.max_batch, samples * running)
+            group_size, responses = config.rollout.responses_per_prompt, 1
+            sample, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens
+            longest, keeps_cache = prompt + sample, False
+        samples = groups * group_size
+        rows = min(samples, max(1, config.optimizer.micro_batch_size // group_size) * group_size)
+        token_bytes = max(model.cache_bytes for model in models.generating)
+        running = min(engine.max_batch, samples * responses)
         return cls(
             samples=samples,
-            sampled=sampled,
-            rows=rows,
-            tokens=-(-rows // size) * prompt + rows * sampled,
-            widest=min(engine.token_budget, groups * prompt + samples * sampled),
-            cache=float(token_bytes * at_once * longest if engine.pool_bytes is None else engine.pool_bytes),
-            keeps_cache=keeps,
+            sample_tokens=sample,
+            micro_batch_rows=rows,
+            micro_batch_tokens=-(-rows // group_size) * prompt + rows * sample,
+            pass_tokens=min(engine.token_budget, groups * prompt + samples * sample),
+            cache=float(token_bytes * running * longest if engine.pool_bytes is None else engine.pool_bytes),
+            keeps_cache=keeps_cache,
         )
 
 
@@ -269,14 +286,7 @@ def _reward_bytes(config: ModelConfig) -> int:
     return sum(weight.numel() for weight in model.parameters()) * DTYPES[config.dtype].itemsize
 
 
-def _layouts(models: _Models, *, full: bool, whole: bool, target: bool) -> tuple[float, float]:
-    """Return the bytes of second layouts of linear layers, of the policy and of frozen models; see `packed_linear`."""
-    own = _layout(models.policy)
-    return own, (_layout(models.target) if target and models.target is not None else 0.0) + (
-        own if full and whole else 0.0
-    )
-
-
-def _layout(size: ModelSize) -> float:
-    laid_out = size.linear * size.dtype_bytes
-    return float(laid_out) if size.dtype_bytes == 4 and laid_out <= MAX_PACKED_BYTES else 0.0
+def _packed_bytes(size: ModelSize) -> float:
+    """Bytes of the packed copies of a model's linear layers; see `packed_linear`."""
+    linear_bytes = size.linear * size.dtype_bytes
+    return float(linear_bytes) if size.dtype_bytes == 4 and linear_bytes <= MAX_PACKED_BYTES else 0.0

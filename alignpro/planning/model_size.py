@@ -65,10 +65,10 @@ class ModelSize:
         """
         b, wide, hidden = self.dtype_bytes, self.intermediate, self.hidden
         layer = b * (4 * wide + 10.5 * hidden + 3 * self.kv_width) + (4 * hidden if b == 2 else 0)
-        kept = self.layers * b * hidden + layer if checkpointing else self.layers * layer
+        layers = self.layers * b * hidden + layer if checkpointing else self.layers * layer
         ends = 3.3 * b * hidden  # embeddings and the last norm
-        begun = 2 * b * (wide + hidden)  # gradients inside the last layer
-        return tokens * (kept + ends + begun)
+        gradients = 2 * b * (wide + hidden)  # inside the last layer
+        return tokens * (layers + ends + gradients)
 
 
 def build_empty(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:

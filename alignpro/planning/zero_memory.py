@@ -7,7 +7,7 @@ DeepSpeed 0.19: gradient buckets, prefetched weights, and the copies that an opt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 _MOMENTS = 8
@@ -27,33 +27,33 @@ class TrainingMemory:
     optimizer: float
     gradients: float
     """Gradients, summed over micro-batches."""
-    buffers: float
+    gradient_allocation: Literal["permanent", "first_backward", "gradual"] = "gradual"
+    """When the memory of the gradients is allocated: for good, all at once with the first gradient of a step, or gradually,
+    while activations are freed."""
+    buffers: float = 0.0
     """Permanent buffers of DeepSpeed."""
-    backward: float
+    backward: float = 0.0
     """Additional memory of a backward pass: buckets, and weights that are gathered for it."""
-    step: float
+    step: float = 0.0
     """Additional memory of the optimizer step, when activations have been freed."""
-    gradients_are_there: Literal["always", "in the backward", "as they come"]
-    """When the memory of the gradients is allocated: permanently, all at once with the first gradient of a step, or
-    gradually, while activations are freed."""
-    host: float
+    host: float = 0.0
     """Host memory of offloaded state."""
 
-    def beside(self, other: TrainingMemory) -> TrainingMemory:
+    def combined_with(self, other: TrainingMemory) -> TrainingMemory:
         """Memory of two models trained in the same set-up, whose passes and steps do not overlap."""
-        return TrainingMemory(
+        return replace(
+            self,
             weights=self.weights + other.weights,
             optimizer=self.optimizer + other.optimizer,
             gradients=self.gradients + other.gradients,
             buffers=self.buffers + other.buffers,
             backward=max(self.backward, other.backward),
             step=max(self.step, other.step),
-            gradients_are_there=self.gradients_are_there,
             host=self.host + other.host,
         )
 
 
-def one_process(trained: Sequence[int], held: int, weight_bytes: int) -> TrainingMemory:
+def torch_memory(trained: Sequence[int], held: int, weight_bytes: int) -> TrainingMemory:
     """Memory of training with plain PyTorch.
 
     Args:
@@ -66,15 +66,11 @@ def one_process(trained: Sequence[int], held: int, weight_bytes: int) -> Trainin
         weights=held,
         optimizer=count * (_MOMENTS + (_MASTER if half else 0)),
         gradients=count * _MASTER,
-        buffers=0.0,
         backward=count * weight_bytes if half else 0.0,  # gradients of a micro-batch, before they are summed in float32
-        step=0.0,
-        gradients_are_there="as they come",
-        host=0.0,
     )
 
 
-def sharded(
+def zero_memory(
     zero: dict[str, Any],
     trained: Sequence[int],
     policy: Sequence[int],
@@ -102,11 +98,7 @@ def sharded(
             weights=held,
             optimizer=count * _MOMENTS,
             gradients=count * _MASTER,
-            buffers=0.0,
-            backward=0.0,
             step=min(count, _DEFAULT_BUCKET) * _MASTER,  # flattened gradients, which are reduced at once
-            gradients_are_there="as they come",
-            host=0.0,
         )
     half, offloads = weight_bytes == 2, _offloads(zero, "optimizer")
     # Stage 1 reduces the float32 sum; stage 2 reduces each micro-batch's gradient in the dtype of the weights.
@@ -123,7 +115,7 @@ def sharded(
         buffers=2 * max(trained) * weight_bytes if offloads else 0.0,
         backward=buckets + max(trained) * weight_bytes,
         step=0.0 if offloads or (half and stage == 2) else own,  # flattened gradients for the optimizer
-        gradients_are_there="in the backward" if stage == 2 else "as they come",
+        gradient_allocation="first_backward" if stage == 2 else "gradual",
         # A second copy of the gradients, and the new weights before they are copied back.
         host=optimizer + 2 * own + own * weight_bytes / _MASTER if offloads else 0.0,
     )
@@ -155,7 +147,7 @@ def _stage_3(
         # Gathered weights, the pieces from which the last of them are assembled, and the gradients reduced at once.
         backward=(max(0, live - small[0]) + ahead + min(bucket, count) + max(trained)) * weight_bytes,
         step=group * _MASTER,
-        gradients_are_there="always",
+        gradient_allocation="permanent",
         host=(optimizer + own * _MASTER if offloads else 0.0) + (held / ranks if waits else 0.0),
     )
 

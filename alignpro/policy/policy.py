@@ -102,14 +102,14 @@ class Policy:
             ModelError: They have not. Training would silently use rank 0's weights everywhere.
         """
         with ranks.raise_together():
-            mine = self.reference_id()
-        rank = ranks.differing(mine)
-        with ranks.raise_together():
-            if rank is not None:
-                raise ModelError(
-                    f"rank {rank} has loaded a different policy or reference than rank 0 ({self.model.name}): make the "
-                    "files the same on every node"
-                )
+            reference = self.reference_id()
+        ranks.require_equal(
+            reference,
+            lambda rank, *_: ModelError(
+                f"rank {rank} has loaded a different policy or reference than rank 0 ({self.model.name}): make the files "
+                "the same on every node"
+            ),
+        )
 
     def token_stats(self, batch: SequenceBatch, *, keep_states: bool = False) -> TokenStats:
         """Compute log-probabilities, exact KL and entropy of every action at the current weights.

@@ -31,7 +31,7 @@ from alignpro.training.durability import PARTIAL
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 10
+MAX_CONSECUTIVE_SKIPS = 10
 """Number of consecutive skipped updates at which the run stops; the loss scale of float16 settles in fewer."""
 
 
@@ -48,13 +48,13 @@ class DeepSpeedDistribution:
         self.ranks = ranks
         self.zero = zero
         self.can_keep_graph = zero.stage < 3  # hooks of stage 3 require each forward to be followed by its backward
-        self.equal_passes = zero.stage == 3  # each pass gathers weights
+        self.lockstep = zero.stage == 3  # each pass gathers weights
         self._config = config
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
         """Shard the models if the role's stage is 3."""
         stage = {"target": self._config.target_stage, "reward": self._config.reward_stage}[role]
-        return ShardedModels(self.ranks, self._config.gathered_bytes) if stage == 3 else FrozenModels()
+        return ShardedModels(self.ranks) if stage == 3 else FrozenModels()
 
     def frozen_reference(self, policy: Policy) -> FrozenModels:
         """Offload the reference to host memory if configured, except the weights of the heads: the update reads these too.
@@ -64,16 +64,15 @@ class DeepSpeedDistribution:
         """
         if not self._config.offload_reference:
             return FrozenModels()
-        kept = {id(weight) for weight in (*policy.model.parameters(), *policy.module.head.weights())}
-        weights = [] if policy.reference is None else list(policy.reference.parameters())
-        weights = [weight for weight in weights if id(weight) not in kept]
-        if not weights:
+        on_device = {id(weight) for weight in (*policy.model.parameters(), *policy.module.head.weights())}
+        reference = policy.reference
+        weights = [] if reference is None else [each for each in reference.parameters() if id(each) not in on_device]
+        if reference is None or not weights:
             raise ConfigError(
                 "deepspeed.offload_reference: the reference is the policy without its adapter, whose weights the policy "
                 "needs; leave the key out"
             )
-        assert policy.reference is not None  # it has weights
-        policy.reference.disable_packing()
+        reference.disable_packing()
         return OffloadedWeights(weights, policy.model.device)
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
@@ -158,7 +157,7 @@ class DeepSpeedBackend:
         Raises:
             TrainingError: Too many consecutive updates were skipped.
         """
-        norm = self._step()
+        norm = self._clip_and_update()
         for model in self._models:
             if any(weight.requires_grad for weight in model.parameters()):  # not the reference
                 model.weights_updated()  # DeepSpeed does not increment version counters
@@ -169,7 +168,7 @@ class DeepSpeedBackend:
         self._skipped += 1
         if self._ranks.is_rank_zero:
             logger.warning("update %d skipped on all ranks: a gradient is not finite", self.updates + 1)
-        if self._skipped >= MOST_SKIPPED:
+        if self._skipped >= MAX_CONSECUTIVE_SKIPS:
             with self._ranks.raise_together():
                 raise TrainingError(
                     f"the gradient was not finite {self._skipped} times in a row after {self.updates} updates: lower "
@@ -192,7 +191,7 @@ class DeepSpeedBackend:
             CheckpointError: There is no checkpoint, or it cannot be converted for this number of ranks.
         """
         if self.engine.load_universal_checkpoint():
-            with self._universal(directory, name) as converted:
+            with self._converted_to_universal(directory, name) as converted:
                 state = self._load(converted, name)
         else:
             state = self._load(directory, name)
@@ -208,7 +207,7 @@ class DeepSpeedBackend:
         return loaded
 
     @contextmanager
-    def _universal(self, directory: Path, name: str) -> Iterator[Path]:
+    def _converted_to_universal(self, directory: Path, name: str) -> Iterator[Path]:
         """Convert the checkpoint to DeepSpeed's universal format, for any number of ranks; it is removed at the end."""
         converted = directory.with_name(f"{PARTIAL}universal")
         try:
@@ -217,7 +216,7 @@ class DeepSpeedBackend:
         finally:
             self._ranks.on_rank_zero(lambda: shutil.rmtree(converted, ignore_errors=True))
 
-    def _step(self) -> float:
+    def _clip_and_update(self) -> float:
         """Update the weights and return the gradient norm, infinite if the update was skipped."""
         if self._replicated:
             # DeepSpeed only sums the gradients here. torch's AdamW does the rest and does not check that they are finite.

@@ -26,7 +26,7 @@ class Distribution(Protocol):
     ranks: Ranks
     can_keep_graph: bool
     """Whether the autograd graph of a forward pass may be kept for a backward pass after other forward passes."""
-    equal_passes: bool
+    lockstep: bool
     """Whether all ranks must make the same number of passes over the weights, whatever their sequences are."""
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
@@ -48,7 +48,7 @@ class SingleProcess:
     def __init__(self) -> None:
         self.ranks = Ranks()
         self.can_keep_graph = True
-        self.equal_passes = False
+        self.lockstep = False
 
     def frozen(self, role: Literal["target", "reward"]) -> FrozenModels:
         """Keep the models whole on their device."""

@@ -9,16 +9,16 @@ from typing import Any
 from alignpro.config import RLHFConfig, Section, TrainConfig
 from alignpro.distributed.deepspeed.compilation import compile_operators
 from alignpro.distributed.deepspeed.zero_config import ZeroConfig, load_zero_config, require_deepspeed
-from alignpro.distributed.launcher import launched_size
+from alignpro.distributed.launcher import launched_world_size
 from alignpro.distributed.ranks import Ranks
-from alignpro.distributed.session import process_group
+from alignpro.distributed.session import distributed_session
 from alignpro.errors import ConfigError
 from alignpro.training.distribution import Distribution
 from alignpro.training.run import Run, Task
 
 logger = logging.getLogger(__name__)
 
-_PLACES = {"out", "source", "path", "tokenizer", "chat_template", "meta_prompt", "function"}
+_PATH_KEYS = {"out", "source", "path", "tokenizer", "chat_template", "meta_prompt", "function"}
 """Last parts of the keys whose values may be file names."""
 
 
@@ -44,10 +44,10 @@ def train(
             "only `alignpro train` and `alignpro rlhf` run on several ranks: start this without a launcher"
         )
     require_deepspeed()
-    zero = zero_of(config, launched_size())
+    zero = resolve_zero_config(config, launched_world_size())
     _require_dtype(config.policy.dtype)
     compile_operators(offload=zero.offloads_optimizer)
-    with process_group(config.deepspeed.timeout_seconds) as ranks:
+    with distributed_session(config.deepspeed.timeout_seconds) as ranks:
         train_on(ranks, config, zero, build, resume, at)
 
 
@@ -62,39 +62,40 @@ def train_on(
     """Train on ranks that have already joined a process group."""
     from alignpro.training.deepspeed_backend import DeepSpeedDistribution  # takes two seconds to import
 
-    _require_one_configuration(ranks, config)
+    _require_equal_configurations(ranks, config)
     logger.info("%d ranks, ZeRO stage %d (%s)", ranks.size, zero.stage, zero.name)
     with Run(config, resume=resume, at=at, ranks=ranks) as run:
         if run.finished:
             logger.info("the run in %s has finished: its model is in %s", run.out, run.out / "model")
             return
-        if run.saved_ranks() not in (None, ranks.size):
-            zero = zero.for_other_ranks()
+        if run.checkpoint_world_size() not in (None, ranks.size):
+            zero = zero.loading_universal_checkpoint()
         run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed)))
 
 
-def _require_one_configuration(ranks: Ranks, config: Section) -> None:
+def _require_equal_configurations(ranks: Ranks, config: Section) -> None:
     """Raise on all ranks if one was started with different settings, for example from a stale file on its node.
 
     Paths may differ between nodes. Data and policy are compared between ranks once they are loaded.
     """
-    settings = _leaves(config.model_dump(mode="json"))
-    first, *others = ranks.all_gather_object({k: v for k, v in settings.items() if _PLACES.isdisjoint(k.split("."))})
-    for rank, given in enumerate(others, 1):
-        for key in sorted(first.keys() | given.keys()):
-            if first.get(key) != given.get(key):
-                raise ConfigError(
-                    f"rank {rank} has {key}={given.get(key)}, and rank 0 {key}={first.get(key)}: start all ranks with the "
-                    "same configuration file and overrides"
-                )
+
+    def describe(rank: int, settings: dict[str, Any], first: dict[str, Any]) -> ConfigError:
+        key = min(key for key in first.keys() | settings.keys() if first.get(key) != settings.get(key))
+        return ConfigError(
+            f"rank {rank} has {key}={settings.get(key)}, and rank 0 {key}={first.get(key)}: start all ranks with the same "
+            "configuration file and overrides"
+        )
+
+    settings = _flatten(config.model_dump(mode="json"))
+    ranks.require_equal({k: v for k, v in settings.items() if _PATH_KEYS.isdisjoint(k.split("."))}, describe)
 
 
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
     """Flatten nested mappings and lists to dotted keys and their values."""
     if isinstance(value, dict):
-        return {name: leaf for part, each in value.items() for name, leaf in _leaves(each, f"{key}.{part}").items()}
+        return {name: leaf for part, each in value.items() for name, leaf in _flatten(each, f"{key}.{part}").items()}
     if isinstance(value, list):
-        return _leaves(dict(enumerate(value)), key)
+        return _flatten(dict(enumerate(value)), key)
     return {key.removeprefix("."): value}
 
 
@@ -111,7 +112,7 @@ def _require_dtype(dtype: str) -> None:
         )
 
 
-def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
+def resolve_zero_config(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
     """Build the job's complete DeepSpeed configuration.
 
     Raises:
@@ -125,26 +126,27 @@ def zero_of(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroConfig:
         )
     match config:
         case TrainConfig():
-            group = config.rollout.rewrites_per_prompt
+            samples_per_prompt = config.rollout.rewrites_per_prompt
         case RLHFConfig():
-            group = config.rollout.responses_per_prompt
+            samples_per_prompt = config.rollout.responses_per_prompt
     zero = load_zero_config(
         config.deepspeed.config,
         config.policy,
         config.optimizer,
-        samples_per_update=rollout.prompts_per_step * group // config.objective.minibatches,
+        samples_per_update=rollout.prompts_per_step * samples_per_prompt // config.objective.minibatches,
         ranks=ranks,
     )
-    if isinstance(config, TrainConfig) and config.target == "policy" and zero.stage == 3:
-        raise ConfigError(
-            f"target=policy with deepspeed.config={zero.name}: at stage 3 the weights that policy and target share are "
-            "sharded; use a stage from 0 to 2, or name a separate target model"
-        )
-    if isinstance(config, TrainConfig) and config.target == "policy" and config.deepspeed.target_stage == 3:
-        raise ConfigError(
-            "target=policy with deepspeed.target_stage=3: the target shares the policy's weights, whose stage is that of "
-            "deepspeed.config; use target_stage=0, or name a separate target model"
-        )
+    if isinstance(config, TrainConfig) and config.target == "policy":
+        if zero.stage == 3:
+            raise ConfigError(
+                f"target=policy with deepspeed.config={zero.name}: at stage 3 the weights that policy and target share are "
+                "sharded; use a stage from 0 to 2, or name a separate target model"
+            )
+        if config.deepspeed.target_stage == 3:
+            raise ConfigError(
+                "target=policy with deepspeed.target_stage=3: the target shares the policy's weights, whose stage is that of "
+                "deepspeed.config; use target_stage=0, or name a separate target model"
+            )
     if config.deepspeed.offload_reference and zero.stage == 3:
         raise ConfigError(
             f"deepspeed.offload_reference with deepspeed.config={zero.name}: at stage 3 the reference is sharded with the "

@@ -101,7 +101,7 @@ class RLTrainer:
         value_model = ValueModel(policy.model) if self.advantage.needs_critic else None
         self.sampled = sampling_model or SamplingModel(policy.model)
         module, self.backend = distribution.backend(policy.module, optimizer, updates)
-        self.policy = policy.wrapped_by(module, split_prompts=not distribution.equal_passes)
+        self.policy = policy.wrapped_by(module, split_prompts=not distribution.lockstep)
         self._backends, self.critic = {"policy": self.backend}, None
         if value_model is not None:
             self.critic = Critic(*distribution.backend(value_model, optimizer, updates), ranks)
@@ -111,8 +111,8 @@ class RLTrainer:
         )
         targets, rewards = targets or FrozenModels(), rewards or FrozenModels()
         contexts = {
-            "rollout": (self.sampled.gathered, ranks.raise_together, targets.materialized),
-            "reward": (ranks.raise_together, rewards.materialized),
+            "rollout": (self.sampled.gathered, targets.materialized, ranks.raise_together),
+            "reward": (rewards.materialized, ranks.raise_together),
             "credit": (reference.materialized,),
             "update": (),
         }

@@ -217,7 +217,7 @@ class Run:
         try:
             yield
         except Exception as error:
-            if not self.ranks.agreed_on(error):
+            if not self.ranks.raised_on_all(error):
                 raise  # the other ranks are elsewhere, and saving takes all ranks
             if task.updates == updates and self.ranks.on_rank_zero(lambda: step not in self.checkpoints.available()):
                 try:
@@ -263,7 +263,7 @@ class Run:
             logger.info("continuing from %s", directory)
         self.ranks.on_rank_zero(self._discard_later)
 
-    def saved_ranks(self) -> int | None:
+    def checkpoint_world_size(self) -> int | None:
         """Number of launched ranks that wrote the checkpoint to continue from; None without a launcher or a checkpoint.
 
         Raises:

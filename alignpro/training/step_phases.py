@@ -34,7 +34,7 @@ class StepPhases:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Run a phase inside its contexts."""
-        self._ranks.note(f"{self._label}, {phase}")
+        self._ranks.enter_phase(f"{self._label}, {phase}")
         started = time.perf_counter()
         try:
             with ExitStack() as stack:

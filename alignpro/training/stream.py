@@ -78,13 +78,13 @@ class PromptStream:
         Raises:
             DataError: A rank has different prompts.
         """
-        rank = ranks.differing(self.fingerprint)
-        with ranks.raise_together():
-            if rank is not None:
-                raise DataError(
-                    f"rank {rank} has other training data than rank 0: give every node the same files (data.source) "
-                    "and the same configuration"
-                )
+        ranks.require_equal(
+            self.fingerprint,
+            lambda rank, *_: DataError(
+                f"rank {rank} has other training data than rank 0: give every node the same files (data.source) and the "
+                "same configuration"
+            ),
+        )
 
     def _shuffle(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.errors import ConfigError
-from alignpro.planning.memory import memory_need
+from alignpro.planning.memory import estimate_memory
 from benchmarks import command
 from benchmarks.device import dtype_name
 from benchmarks.distributed.buckets import write_scaled
@@ -115,7 +115,7 @@ def run(
 def _memory(job: Job, found: list[dict[str, Any]]) -> dict[str, Any]:
     (setup,) = job.setups
     config = configure(job.task, torch.device(job.device), job.overrides)
-    return peaks(found, setup, memory_need(config, setup, len(found))) | {"zero": read_zero_config(setup)}
+    return peaks(found, setup, estimate_memory(config, setup, len(found))) | {"zero": read_zero_config(setup)}
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class PhasePeaks:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Record one step."""
-        told = self._ranks.on_note
+        told = self._ranks.on_phase
 
         def begin(doing: str) -> None:
             self._end()
@@ -104,13 +104,13 @@ class PhasePeaks:
             if told is not None:
                 told(doing)
 
-        self._ranks.on_note = begin
+        self._ranks.on_phase = begin
         self._gauge.peak()
         try:
             yield
         finally:
             self._end()
-            self._ranks.on_note = told
+            self._ranks.on_phase = told
 
     def _end(self) -> None:
         peak = self._gauge.peak()

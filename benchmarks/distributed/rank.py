@@ -13,9 +13,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from alignpro.distributed.ranks import Ranks
-from alignpro.distributed.session import process_group
+from alignpro.distributed.session import distributed_session
 from alignpro.training.deepspeed_backend import DeepSpeedDistribution
-from alignpro.training.multi_process import zero_of
+from alignpro.training.multi_process import resolve_zero_config
 from benchmarks.distributed.job import ALONE, Job
 from benchmarks.distributed.memory import DeviceGauge, PhasePeaks, StorageGauge
 from benchmarks.training.ours import OurTraining, configure
@@ -27,7 +27,7 @@ def main(path: Path) -> None:
     """Run the job; each rank writes its results."""
     job = Job.load(path)
     torch.set_num_threads(job.threads)
-    with process_group(TIMEOUT) as ranks:
+    with distributed_session(TIMEOUT) as ranks:
         counting = StorageGauge() if job.memory and job.device == "cpu" else nullcontext()
         with counting as storages:
             result = run(job, ranks, storages)
@@ -65,7 +65,10 @@ def _make(job: Job, name: str, device: torch.device, ranks: Ranks) -> OurTrainin
     overrides.append(f"deepspeed.config={name}")
     config = configure(job.task, device, overrides)
     return OurTraining(
-        job.task, device, overrides, DeepSpeedDistribution(ranks, zero_of(config, ranks.size), config.deepspeed)
+        job.task,
+        device,
+        overrides,
+        DeepSpeedDistribution(ranks, resolve_zero_config(config, ranks.size), config.deepspeed),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from alignpro.planning.memory import Need
+from alignpro.planning.memory import MemoryEstimate
 from benchmarks.distributed.job import ALONE
 from benchmarks.training.step import Step, median_step
 
@@ -34,7 +34,7 @@ def times(ranks: Sequence[Mapping[str, Any]], setup: str, warmup: int, chains: i
     }
 
 
-def peaks(ranks: Sequence[Mapping[str, Any]], setup: str, need: Need) -> dict[str, Any]:
+def peaks(ranks: Sequence[Mapping[str, Any]], setup: str, need: MemoryEstimate) -> dict[str, Any]:
     """Compare the peak bytes of any rank with the peaks of the plan; includes the parts of the plan."""
     measured = dict.fromkeys(PLANNED.values(), 0)
     phases: dict[str, int] = {}

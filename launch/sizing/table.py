@@ -8,14 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignpro.config import TrainConfig, load_config
-from alignpro.planning.memory import GIB, Need, memory_needs, setups_of
+from alignpro.planning.memory import GIB, MemoryEstimate, estimate_setups, setups_of
 
 HERE = Path(__file__).parent
 PROMPTERS = {"phi-3.5-mini": "Phi-3.5-mini", "qwen2.5-1.5b": "Qwen2.5-1.5B"}
 TARGETS = {"llama-3.1-8b": "Llama-3.1-8B", "qwen2.5-7b": "Qwen2.5-7B"}
 RANKS = (1, 8)
 DEVICE_GIB = 80
-SPARE = 0.9
+USABLE_SHARE = 0.9
 """Share of a device's memory available to tensors; the allocator and libraries need the rest."""
 
 
@@ -27,16 +27,16 @@ def rows() -> list[str]:
         for target, second in TARGETS.items():
             config = _config(prompter, target)
             for ranks in RANKS:
-                needs = memory_needs(config, ranks)
+                needs = estimate_setups(config, ranks)
                 cells = [_cell(needs[setup]) if setup in needs else "—" for setup in setups]
                 lines.append(f"| {first}, {second} | {ranks} | {' | '.join(cells)} |")
     return lines
 
 
-def _cell(need: Need) -> str:
+def _cell(need: MemoryEstimate) -> str:
     """Format the higher of the two peaks in GiB, in bold where it fits, and the host memory in parentheses."""
-    most = max(need.rollout, need.update) / GIB
-    text = f"**{most:.0f}**" if most <= SPARE * DEVICE_GIB else f"{most:.0f}"
+    peak = need.peak / GIB
+    text = f"**{peak:.0f}**" if peak <= USABLE_SHARE * DEVICE_GIB else f"{peak:.0f}"
     return text if need.training.host == 0 else f"{text} (+{need.training.host / GIB:.0f})"
 
 

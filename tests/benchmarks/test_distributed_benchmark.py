@@ -46,12 +46,12 @@ def test_each_peak_is_attributed_to_its_phase() -> None:
     with StorageGauge() as gauge:
         peaks = PhasePeaks(gauge, ranks)
         with peaks.step():
-            ranks.note("step 1, rollout")
+            ranks.enter_phase("step 1, rollout")
             torch.empty(3 * MIB, dtype=torch.uint8)
-            ranks.note("step 1, update")
+            ranks.enter_phase("step 1, update")
             torch.empty(MIB, dtype=torch.uint8)
     assert peaks.bytes["rollout"] - peaks.bytes["update"] == 2 * MIB
-    assert ranks.on_note is None
+    assert ranks.on_phase is None
 
 
 def test_a_step_takes_as_long_as_its_slowest_rank() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_runs import Workshop, read_metrics
 
 ROOT = Path(__file__).parents[2]
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
 REWARD = '''
 """Depends on every letter of the response, and on nothing else."""
@@ -49,13 +51,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(script: Path | str, *arguments: str, ranks: int = 2, directory: Path = ROOT) -> subprocess.Popen[str]:
+def launch(
+    script: Path | str, *arguments: str, ranks: int = 2, directory: Path = ROOT, **variables: str
+) -> subprocess.Popen[str]:
     """Start a script in a directory on some ranks; their output is in ``stdout``."""
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(free_port()), str(script), *arguments]
+    common = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    return begin([DEEPSPEED, *common, script, *arguments], directory, **variables)
+
+
+def begin(command: Sequence[str | Path], directory: Path = ROOT, **variables: str) -> subprocess.Popen[str]:
+    """Start a launcher in a process group of its own."""
     return subprocess.Popen(
-        command,
-        env=environment(),
+        [str(part) for part in command],
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -64,32 +72,59 @@ def launch(script: Path | str, *arguments: str, ranks: int = 2, directory: Path 
     )
 
 
-def run_cases(directory: Path, cases: Sequence[Sequence[str]], ranks: int = 2, worker: str = "worker.py") -> None:
-    """Run commands of `alignpro` one after another on the same ranks."""
-    path = directory / f"cases_{ranks}.json"
-    path.write_text(json.dumps([list(case) for case in cases]))
-    process = launch(Path(__file__).with_name(worker), str(path), ranks=ranks)
-    output, _ = process.communicate(timeout=1800)
-    assert process.returncode == 0, output[-6000:]
+def ends(process: subprocess.Popen[str], within: float = 120.0) -> tuple[int, list[str], str]:
+    """Wait for a job; return its exit status, the error lines of `alignpro`, and all output."""
+    try:
+        output, _ = process.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, [line for line in output.splitlines() if line.startswith("error:")], output
+
+
+def ends_well(process: subprocess.Popen[str], within: float = 1800.0) -> None:
+    """Wait for a job, which must succeed."""
+    status, _, output = ends(process, within)
+    assert status == 0, output[-6000:]
+
+
+def ends_badly(process: subprocess.Popen[str], within: float = 120.0) -> tuple[str, str]:
+    """Wait for a job, which must fail with one error message; return that, and all output."""
+    status, errors, output = ends(process, within)
+    assert status != 0, output[-4000:]
+    assert len(errors) == 1, output[-4000:]
+    return errors[0], output
+
+
+def run_to_end(worker: str, *arguments: str, ranks: int = 2) -> None:
+    """Run a worker's program on some ranks, which must succeed."""
+    process = launch(Path(__file__).with_name(worker), *arguments, ranks=ranks)
+    ends_well(process)
     assert isinstance(process.args, list)
     port = process.args[process.args.index("--master_port") + 1]
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # no shared memory is left behind
 
 
-def difference(left: Path, right: Path) -> tuple[float, float]:
-    """Return the largest difference of two runs' metrics (relative for those above 1) and of their trained weights."""
-    metrics = 0.0
+def run_cases(directory: Path, cases: Sequence[Sequence[str]], ranks: int = 2, worker: str = "worker.py") -> None:
+    """Run commands of `alignpro` one after another on the same ranks."""
+    path = directory / f"cases_{ranks}.json"
+    path.write_text(json.dumps([list(case) for case in cases]))
+    run_to_end(worker, str(path), ranks=ranks)
+
+
+def assert_close_runs(left: Path, right: Path) -> None:
+    """Check that two runs have the same metrics (relative for those above 1) and trained weights, up to 1e-5."""
     for a, b in zip(read_metrics(left), read_metrics(right), strict=True):
         assert a.keys() == b.keys()
-        metrics = max([metrics, *(abs(a[name] - b[name]) / max(1.0, abs(a[name])) for name in a)])
-    weights = 0.0
+        for name in a:
+            assert abs(a[name] - b[name]) / max(1.0, abs(a[name])) < 1e-5, (right.name, name)
     files = sorted(path.name for path in (left / "model").glob("*.safetensors"))
     assert files and files == sorted(path.name for path in (right / "model").glob("*.safetensors"))
-    for name in files:
-        one, other = load(left / "model" / name), load(right / "model" / name)
+    for file in files:
+        one, other = load(left / "model" / file), load(right / "model" / file)
         assert one.keys() == other.keys()
-        weights = max([weights, *((one[key] - other[key]).abs().max().item() for key in one)])
-    return metrics, weights
+        for name in one:
+            assert (one[name] - other[name]).abs().max().item() < 1e-5, (right.name, name)
 
 
 def load(path: Path) -> dict[str, Any]:

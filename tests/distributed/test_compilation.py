@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from alignpro.distributed.deepspeed.compilation import turn_to_build
+from alignpro.distributed.deepspeed.compilation import build_lock
 
 HOLDER = """
 import sys, time
-from alignpro.distributed.deepspeed.compilation import turn_to_build
-with turn_to_build("extension"):
+from alignpro.distributed.deepspeed.compilation import build_lock
+with build_lock("extension"):
     print("building", flush=True)
     time.sleep(float(sys.argv[1]))
 """
@@ -30,7 +30,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def building(seconds: float) -> subprocess.Popen[str]:
-    """A process that has its turn, and goes on for so long."""
+    """A process that holds the lock for so long."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(seconds)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "building\n"
     return process
@@ -40,7 +40,7 @@ def test_the_lock_file_of_a_killed_build_is_removed(directory: Path, caplog: pyt
     (directory / "extension" / "lock").touch()
     (directory / "another").mkdir()
     (directory / "another" / "lock").touch()  # may be held by a program that is none of ours
-    with turn_to_build("extension"):
+    with build_lock("extension"):
         assert not (directory / "extension" / "lock").exists()
     assert (directory / "another" / "lock").exists()
     assert "was left by a build that was killed" in caplog.text
@@ -49,7 +49,7 @@ def test_the_lock_file_of_a_killed_build_is_removed(directory: Path, caplog: pyt
 def test_a_process_waits_for_its_turn(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     process = building(1.0)
     started = time.monotonic()
-    with caplog.at_level("INFO"), turn_to_build("extension"):
+    with caplog.at_level("INFO"), build_lock("extension"):
         assert time.monotonic() - started > 0.5
     assert process.wait() == 0
     assert "waiting for another process that compiles" in caplog.text
@@ -58,7 +58,7 @@ def test_a_process_waits_for_its_turn(directory: Path, caplog: pytest.LogCapture
 def test_the_turn_of_a_killed_process_ends(directory: Path) -> None:
     process = building(600.0)
     os.kill(process.pid, signal.SIGKILL)
-    with turn_to_build("extension"):
+    with build_lock("extension"):
         assert process.wait() == -signal.SIGKILL
 
 
@@ -70,7 +70,7 @@ def test_each_environment_builds_in_a_directory_of_its_own(tmp_path: Path, monke
     for prefix in ("one", "other", "one"):
         monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
         monkeypatch.setattr(sys, "prefix", prefix)
-        with turn_to_build("extension"):
+        with build_lock("extension"):
             found.add(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     assert len(found) == 2
     assert all(path.is_relative_to(tmp_path) for path in found)

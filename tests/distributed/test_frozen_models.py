@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from launching import difference, launch, run_cases, workshop
+from launching import assert_close_runs, run_cases, run_to_end, workshop
 from tiny_models import ARCHITECTURES, attention, save_tiny, tiny_config, tokenizer
-from torch import nn
 from transformers import LlamaForSequenceClassification
 
 from alignpro.config import ModelConfig
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sharding.frozen import ShardedModels
-from alignpro.distributed.sharding.layer_passes import layers_of
 from alignpro.engine import Engine, SamplingParams
-from alignpro.errors import ModelError
 from alignpro.models.loading import load_language_model
 
 LAYERS = 3
@@ -47,11 +44,11 @@ def leaves(value: Any) -> list[float]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_every_architecture_runs_layer_by_layer(device: str, architecture: str, tmp_path: Path) -> None:
-    """A single rank holds all shards. An accelerator gets each layer from host memory."""
+def test_every_architecture_runs_gathered(device: str, architecture: str, tmp_path: Path) -> None:
+    """A single rank holds the only shard. An accelerator gets it from host memory."""
     save_tiny(architecture, tmp_path, num_hidden_layers=LAYERS)
     config = ModelConfig(path=str(tmp_path), device=device, attention=attention(architecture))
-    models = ShardedModels(Ranks(), 1)
+    models = ShardedModels(Ranks())
     whole, parts = load_language_model(config), models.load(config, load_language_model)
     assert parts.device == whole.device
     given = [[5, 6, 7, 8], [7, 8]], SamplingParams(max_tokens=6, n=2)
@@ -64,32 +61,23 @@ def test_every_architecture_runs_layer_by_layer(device: str, architecture: str, 
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-def test_a_model_without_layers_is_refused_and_can_be_gathered_whole() -> None:
-    with pytest.raises(ModelError, match="Linear has no list of layers: it can only be gathered whole"):
-        layers_of(nn.Linear(2, 2))
-
-
 def test_sharded_models_give_the_results_of_whole_ones(tmp_path: Path) -> None:
     save_models(tmp_path)
-    process = launch(Path(__file__).with_name("worker_frozen.py"), str(tmp_path))
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output[-4000:]
+    run_to_end("worker_frozen.py", str(tmp_path))
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for told in ranks:
-        assert told["numbers"] == {"sum": 2.0**41 + 0.5, "most": -3, "any": [True, False]}
-    for how in ("whole", "layers"):
-        for rank, told in enumerate(ranks):
-            case = told[how]
-            assert leaves(case["got"]) == pytest.approx(leaves(case["expected"]), abs=1e-5), (how, rank)
-            assert case["between"] == [0] * len(case["between"])
-            assert case["layers present"] == (1 if how == "layers" else LAYERS)
-        held = [told[how]["held"] for told in ranks]
-        # Each rank holds half, except for the padding of each shard.
-        assert held[0] == held[1] == pytest.approx(ranks[0][how]["whole"] / 2, rel=0.02)
-        assert ranks[0][how]["told"] == "PeerError: rank 1: RuntimeError: the judge is out"
-        assert ranks[1][how]["told"] == "RuntimeError: the judge is out"
-        assert ranks[0][how]["broken pass"] == "PeerError: rank 1: RuntimeError: out of order"
-        assert ranks[1][how]["broken pass"] == "RuntimeError: out of order"
+    for rank, told in enumerate(ranks):
+        assert told["numbers"] == {"sum": 2.0**41 + 0.5, "max": -3}
+        assert leaves(told["got"]) == pytest.approx(leaves(told["expected"]), abs=1e-5), rank
+        assert told["between"] == [0] * len(told["between"])
+        assert told["layers present"] == LAYERS
+    # Each rank holds half, except for the padding of each shard.
+    assert ranks[0]["held"] == ranks[1]["held"] == pytest.approx(ranks[0]["whole"] / 2, rel=0.02)
+    assert ranks[0]["told"] == "PeerError: rank 1: RuntimeError: the judge is out"
+    assert ranks[1]["told"] == "RuntimeError: the judge is out"
+    assert ranks[0]["broken pass"] == "PeerError: rank 1: RuntimeError: out of order"
+    assert ranks[1]["broken pass"] == "RuntimeError: out of order"
+    assert ranks[0]["too big"] == f"PeerError: rank 1: {ranks[1]['too big']}"
+    assert ranks[1]["too big"].startswith("TrainingError: big: 0.1 GiB do not fit in memory once gathered")
 
 
 def test_training_against_sharded_frozen_models(tmp_path: Path) -> None:
@@ -100,13 +88,11 @@ def test_training_against_sharded_frozen_models(tmp_path: Path) -> None:
     stages = ["deepspeed.target_stage=3", "deepspeed.reward_stage=3"]
     cases = {
         "whole": ["deepspeed.config=z2", *stages],
-        "by layers": ["deepspeed.config=z3", *stages, "deepspeed.gathered_bytes=1"],
+        "whole, with a sharded policy": ["deepspeed.config=z3", *stages],
         "reference offloaded": ["deepspeed.config=z1", "deepspeed.offload_reference=true"],
     }
     single = tmp_path / "single"
     assert made.run("train", single, *settings) == 0
     run_cases(tmp_path, [made.arguments("train", tmp_path / name, *settings, *each) for name, each in cases.items()])
     for name in cases:
-        metrics, weights = difference(single, tmp_path / name)
-        assert metrics < 1e-5, name
-        assert weights < 1e-5, name
+        assert_close_runs(single, tmp_path / name)

@@ -10,16 +10,24 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from launching import ROOT, difference, environment, free_port, workshop
+from launching import (
+    DEEPSPEED,
+    ROOT,
+    assert_close_runs,
+    begin,
+    ends_badly,
+    ends_well,
+    free_port,
+    launch,
+    workshop,
+)
 from tiny_runs import Workshop
 
 STEP = ["run.steps=2", "run.checkpoint_every=2", "run.eval_every=0", "optimizer.learning_rate=0.0005"]
 SCRIPT = str(ROOT / "launch" / "train_prompter.py")
-BIN = Path(sys.executable).parent
 
 SCONTROL = """#!/bin/bash
 printf 'localhost\\n127.0.0.1\\n'
@@ -63,101 +71,80 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return shop
 
 
-def begin(command: Sequence[str | Path], **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env=environment() | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
-
-
-def ends_well(*processes: subprocess.Popen[str]) -> None:
-    for process in processes:
-        output, _ = process.communicate(timeout=500)
-        assert process.returncode == 0, output[-4000:]
-
-
 def job(made: Workshop, out: Path) -> list[str]:
     """Return the arguments of ``alignpro train``."""
     return made.arguments("train", out, *STEP)[1:]
 
 
-def same_as_single(made: Workshop, out: Path) -> None:
-    metrics, weights = difference(made.root / "single", out)
-    assert metrics < 1e-5
-    assert weights < 1e-5
+def check(made: Workshop, out: Path, *processes: subprocess.Popen[str]) -> None:
+    """Wait for the launchers of a job, which must give the results of one process."""
+    for process in processes:
+        ends_well(process, within=500.0)
+    assert_close_runs(made.root / "single", out)
 
 
 def with_programs(made: Workshop) -> dict[str, str]:
     return {"PATH": os.pathsep.join([str(made.root / "bin"), os.environ["PATH"]]), "PYTHON": sys.executable}
 
 
+def nodes(made: Workshop, *options: str) -> list[str | Path]:
+    """Return the command of the launcher on the nodes of the hostfile."""
+    common = ["--hostfile", made.root / "hosts", "--master_addr", "127.0.0.1"]
+    return [DEEPSPEED, *common, *options]
+
+
 @pytest.mark.slow
 def test_the_package_as_a_module(made: Workshop, tmp_path: Path) -> None:
-    port = str(free_port())
-    command = [BIN / "deepspeed", "--num_accelerators", "2", "--master_port", port, "--module", "alignpro", "train"]
-    ends_well(begin([*command, *job(made, tmp_path / "run")]))
-    same_as_single(made, tmp_path / "run")
+    out = tmp_path / "run"
+    check(made, out, launch("--module", "alignpro", "train", *job(made, out)))
 
 
 @pytest.mark.slow
 def test_two_nodes_without_ssh(made: Workshop, tmp_path: Path) -> None:
-    common = ["--no_ssh", "--hostfile", made.root / "hosts", "--master_addr", "127.0.0.1"]
-    common += ["--master_port", str(free_port())]
-    nodes = [
-        begin([BIN / "deepspeed", *common, "--node_rank", n, SCRIPT, *job(made, tmp_path / "run")]) for n in ("0", "1")
+    out, port = tmp_path / "run", str(free_port())
+    commands = [
+        nodes(made, "--no_ssh", "--master_port", port, "--node_rank", rank, SCRIPT, *job(made, out)) for rank in "01"
     ]
-    ends_well(*nodes)
-    same_as_single(made, tmp_path / "run")
+    check(made, out, *map(begin, commands))
 
 
 @pytest.mark.slow
 def test_two_nodes_by_pdsh(made: Workshop, tmp_path: Path) -> None:
-    common = ["--no_ssh_check", "--hostfile", made.root / "hosts", "--master_addr", "127.0.0.1"]
-    common += ["--master_port", str(free_port())]
-    ends_well(begin([BIN / "deepspeed", *common, SCRIPT, *job(made, tmp_path / "run")], **with_programs(made)))
-    same_as_single(made, tmp_path / "run")
+    out, port = tmp_path / "run", str(free_port())
+    command = nodes(made, "--no_ssh_check", "--master_port", port, SCRIPT, *job(made, out))
+    check(made, out, begin(command, **with_programs(made)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["srun", "launcher"])
 def test_slurm(script: str, made: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "run"
     variables = {
         "SLURM_JOB_ID": str(free_port()),  # the port is derived from it
         "SLURM_JOB_NODELIST": "node-[1-2]",
         "SLURM_GPUS_ON_NODE": "1",
     }
     path = ROOT / "launch" / "slurm" / f"{script}.sbatch"
-    ends_well(begin(["bash", path, *job(made, tmp_path / "run")], **with_programs(made), **variables))
-    same_as_single(made, tmp_path / "run")
+    check(made, out, begin(["bash", path, *job(made, out)], **with_programs(made), **variables))
     assert not list(ROOT.glob(".hostfile-*"))
 
 
 @pytest.mark.slow
 def test_deepspeeds_slurm_launcher(made: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "run"
     variables = with_programs(made) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common = ["--launcher", "slurm", "--no_ssh_check", "--master_addr", "127.0.0.1", "--hostfile", made.root / "hosts"]
-    ends_well(begin([BIN / "deepspeed", *common, SCRIPT, *job(made, tmp_path / "run")], **variables))
-    same_as_single(made, tmp_path / "run")
+    command = nodes(made, "--launcher", "slurm", "--no_ssh_check", SCRIPT, *job(made, out))
+    check(made, out, begin(command, **variables))
 
 
 def refused(made: Workshop, out: Path, setting: str, **variables: str) -> str:
     """Start a job that must fail within seconds; return its only error message."""
     started = time.monotonic()
-    port = str(free_port())
-    command = [BIN / "deepspeed", "--num_accelerators", "2", "--master_port", port, SCRIPT, *job(made, out), setting]
-    process = begin(command, **variables)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
+    error, output = ends_badly(launch(SCRIPT, *job(made, out), setting, **variables), within=300.0)
     assert time.monotonic() - started < 100  # it takes seconds on an idle machine
     assert "Traceback" not in output
-    errors = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, output[-4000:]
     assert not (out / "metrics.jsonl").exists()
-    return errors[0]
+    return error
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import launch
+from launching import ends_well, launch
 from tiny_runs import assert_near, steps_of_checkpoints
 
 
@@ -14,9 +14,7 @@ def test_a_run_of_two_ranks_goes_on_as_the_undisturbed_one(old_runs: Path) -> No
     out = old_runs / "runs" / "zero2"
     begun = (out / "metrics.jsonl").read_bytes()
     arguments = ["train", "runs/zero2/config.yaml", "run.steps=4", "--resume"]
-    process = launch("--module", "alignpro", *arguments, directory=old_runs)
-    output, _ = process.communicate(timeout=1800)
-    assert process.returncode == 0, output[-6000:]
+    ends_well(launch("--module", "alignpro", *arguments, directory=old_runs))
     assert steps_of_checkpoints(out) == [4]
     assert (out / "metrics.jsonl").read_bytes().startswith(begun), "it began anew"
     assert_near(out, old_runs / "expected" / "zero2")

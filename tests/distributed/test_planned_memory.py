@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignpro.planning.memory import memory_need
+from alignpro.planning.memory import estimate_memory
 from benchmarks.distributed.buckets import write_scaled
 from benchmarks.distributed.job import Job
 from benchmarks.distributed.launch import launch
@@ -43,6 +43,6 @@ def test_the_plan_is_within_a_tenth_of_measured_memory(case: str, tmp_path: Path
     exact = [f"prompting.max_prompt_tokens={workload.prompter_input}", "rollout.engine.pool_bytes=4000000"]
     job = Job(task, [scaled], "cpu", 1, [*exact, *settings], True, tmp_path / "out")
     found = launch(job, 2)
-    need = memory_need(configure(task, torch.device("cpu"), job.overrides), scaled, 2)
+    need = estimate_memory(configure(task, torch.device("cpu"), job.overrides), scaled, 2)
     shares = peaks(found, scaled, need)["planned_over_measured"]
     assert shares == pytest.approx({"rollout": 1.0, "update": 1.0}, rel=0.1), case

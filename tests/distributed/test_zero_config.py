@@ -13,7 +13,7 @@ from tiny_runs import Workshop
 from alignpro.config import OptimizerConfig, PolicyConfig, TrainConfig, load_config
 from alignpro.distributed.deepspeed.zero_config import ZeroConfig, load_zero_config, require_deepspeed
 from alignpro.errors import ConfigError
-from alignpro.training.multi_process import zero_of
+from alignpro.training.multi_process import resolve_zero_config
 
 NAMES = {"z0": 0, "z1": 1, "z2": 2, "z2_offload": 2, "z3": 3, "z3_offload": 3}
 
@@ -76,20 +76,20 @@ def test_more_ranks_than_prompts_and_sharding_a_shared_target_are_errors(tmp_pat
     made = Workshop(tmp_path)
     _, *arguments = made.arguments("train", tmp_path / "run")
     with pytest.raises(ConfigError, match="prompts_per_step=2 on 3 ranks"):
-        zero_of(load_config(TrainConfig, arguments), 3)
+        resolve_zero_config(load_config(TrainConfig, arguments), 3)
     shared = ["target=policy", "policy.adapter.kind=lora"]
-    assert zero_of(load_config(TrainConfig, [*arguments, *shared]), 2).stage == 2
+    assert resolve_zero_config(load_config(TrainConfig, [*arguments, *shared]), 2).stage == 2
     with pytest.raises(ConfigError, match=r"target=policy with deepspeed\.config=z3"):
-        zero_of(load_config(TrainConfig, [*arguments, *shared, "deepspeed.config=z3"]), 2)
+        resolve_zero_config(load_config(TrainConfig, [*arguments, *shared, "deepspeed.config=z3"]), 2)
     with pytest.raises(ConfigError, match=r"target=policy with deepspeed\.target_stage=3"):
-        zero_of(load_config(TrainConfig, [*arguments, *shared, "deepspeed.target_stage=3"]), 2)
+        resolve_zero_config(load_config(TrainConfig, [*arguments, *shared, "deepspeed.target_stage=3"]), 2)
 
 
 def test_a_sharded_reference_cannot_be_offloaded_separately(tmp_path: Path) -> None:
     _, *arguments = Workshop(tmp_path).arguments("train", tmp_path / "run", "deepspeed.offload_reference=true")
-    assert zero_of(load_config(TrainConfig, arguments), 2).stage == 2
+    assert resolve_zero_config(load_config(TrainConfig, arguments), 2).stage == 2
     with pytest.raises(ConfigError, match=r"offload_reference with deepspeed\.config=z3: .* z3_offload"):
-        zero_of(load_config(TrainConfig, [*arguments, "deepspeed.config=z3"]), 2)
+        resolve_zero_config(load_config(TrainConfig, [*arguments, "deepspeed.config=z3"]), 2)
 
 
 @pytest.mark.parametrize(("version", "said"), [("0.18.8", "break ZeRO"), ("0.17.0", "oldest that works"), ("", "pip")])

@@ -13,7 +13,7 @@ from torch import nn
 from alignpro.config import OptimizerConfig, PolicyConfig
 from alignpro.distributed.deepspeed.zero_config import load_zero_config
 from alignpro.distributed.ranks import Ranks
-from alignpro.distributed.session import process_group
+from alignpro.distributed.session import distributed_session
 from alignpro.training.deepspeed_backend import DeepSpeedBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,7 +41,7 @@ def updates(ranks: Ranks, stage: str, dtype: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     out = Path(sys.argv[-1])
-    with process_group(60.0) as group:
+    with distributed_session(60.0) as group:
         cases = [(f"z{stage}", dtype) for stage in range(4) for dtype in DTYPES if (stage, dtype) != (0, "bfloat16")]
         result = {f"{stage} {dtype}": updates(group, stage, dtype) for stage, dtype in cases}
         (out / f"{group.rank}.json").write_text(json.dumps(result))

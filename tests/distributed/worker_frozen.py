@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import nn
 from alignpro.config import ModelConfig, ModelRewardConfig
 from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
-from alignpro.distributed.session import process_group
+from alignpro.distributed.session import distributed_session
 from alignpro.distributed.sharding.frozen import FrozenModels, ShardedModels
 from alignpro.engine import Engine, SamplingParams
-from alignpro.errors import PeerError
+from alignpro.errors import AlignProError
 from alignpro.models.loading import load_language_model
 from alignpro.rewards.model import ModelReward
 
@@ -46,11 +47,20 @@ class Pair:
         return self.reward([Prompt.from_text("sort")] * len(responses), responses).values
 
 
-def run(ranks: Ranks, root: Path, most: int | None) -> dict[str, Any]:
+def raised(call: Callable[[], object]) -> str:
+    """Return the error that a call raises."""
+    try:
+        call()
+    except (AlignProError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("it must raise an error")
+
+
+def run(ranks: Ranks, root: Path) -> dict[str, Any]:
     """Return this rank's results, the expected results, and the memory that it held."""
-    whole, sharded = Pair(root, FrozenModels()), Pair(root, models := ShardedModels(ranks, most))
+    whole, sharded = Pair(root, FrozenModels()), Pair(root, models := ShardedModels(ranks))
     weights = list(sharded.target.parameters())
-    present = most_present(sharded.target.causal.base_model.layers)
+    present = count_present(sharded.target.causal.base_model.layers)
     works: list[Callable[[Pair], Any]] = [
         lambda pair: pair.generate(PROMPTS[: 4 - 4 * ranks.rank]),  # no prompts on rank 1
         lambda pair: pair.generate(PROMPTS[: 1 + 2 * ranks.rank]),
@@ -64,29 +74,26 @@ def run(ranks: Ranks, root: Path, most: int | None) -> dict[str, Any]:
     ]
     between = [sum(weight.numel() for weight in weights)]
     got = []
-    for work in works:
-        with ranks.raise_together(), models.materialized():
+
+    def use(work: Callable[[Pair], Any], broken: nn.Module | None = None) -> None:
+        with models.materialized(), ranks.raise_together(), raising(broken):
             got.append(work(sharded))
+
+    for work in works:
+        use(work)
         between.append(sum(weight.numel() for weight in weights))
-    told = ""
-    try:
-        with ranks.raise_together(), models.materialized():
-            if ranks.rank == 1:
-                raise RuntimeError("the judge is out")
-            got.append(sharded.generate(PROMPTS))
-    except (PeerError, RuntimeError) as error:
-        told = f"{type(error).__name__}: {error}"
+
+    def fail_on_rank_1(pair: Pair) -> Any:
+        if ranks.rank == 1:
+            raise RuntimeError("the judge is out")
+        return pair.generate(PROMPTS)
+
+    told = raised(lambda: use(fail_on_rank_1))
     # A forward pass raises halfway on one rank. The engine repeats it, and later calls are unaffected.
-    with ranks.raise_together(), models.materialized(), broken(sharded.target if ranks.rank == 1 else None):
-        got.append(sharded.generate(PROMPTS[: 1 + ranks.rank]))
-    broken_pass = ""
-    try:
-        with ranks.raise_together(), models.materialized(), broken(sharded.reward._model if ranks.rank == 1 else None):
-            got.append(sharded.score(["a", "b"]))
-    except (PeerError, RuntimeError) as error:
-        broken_pass = f"{type(error).__name__}: {error}"
-    with ranks.raise_together(), models.materialized():
-        got.append(sharded.score(["a"]))
+    use(lambda pair: pair.generate(PROMPTS[: 1 + ranks.rank]), sharded.target if ranks.rank == 1 else None)
+    failing = sharded.reward._model if ranks.rank == 1 else None
+    broken_pass = raised(lambda: use(lambda pair: pair.score(["a", "b"]), failing))
+    use(lambda pair: pair.score(["a"]))
     expected = [work(whole) for work in works] + ([whole.generate(PROMPTS)] if ranks.is_rank_zero else [])
     expected.append(whole.generate(PROMPTS[: 1 + ranks.rank]))
     expected += ([whole.score(["a", "b"])] if ranks.is_rank_zero else []) + [whole.score(["a"])]
@@ -102,7 +109,20 @@ def run(ranks: Ranks, root: Path, most: int | None) -> dict[str, Any]:
     }
 
 
-def most_present(layers: nn.ModuleList) -> list[int]:
+def too_big(ranks: Ranks) -> str:
+    """Return the error where rank 1 lacks the memory for a whole model."""
+    models = ShardedModels(ranks)
+    models.load(ModelConfig(path="big", device="cpu"), lambda _: nn.Linear(4096, 4096))  # 64 MiB
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if ranks.rank == 1:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), limits[1]))
+    message = raised(lambda: ExitStack().enter_context(models.materialized()))
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    return message
+
+
+def count_present(layers: nn.ModuleList) -> list[int]:
     """Return a list that records, as each layer runs, how many layers have their weights."""
     present: list[int] = []
 
@@ -115,7 +135,7 @@ def most_present(layers: nn.ModuleList) -> list[int]:
 
 
 @contextmanager
-def broken(model: nn.Module | None) -> Iterator[None]:
+def raising(model: nn.Module | None) -> Iterator[None]:
     """Make the second layer of a model raise in its second forward pass."""
     if model is None:
         yield
@@ -136,12 +156,11 @@ def broken(model: nn.Module | None) -> Iterator[None]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     root = Path(sys.argv[-1])
-    with process_group(60.0) as group:
-        result = {name: run(group, root, most) for name, most in {"whole": None, "layers": 1}.items()}
-        odd = group.rank == 1
+    with distributed_session(60.0) as group:
+        result = run(group, root)
+        result["too big"] = too_big(group)
         result["numbers"] = {
             "sum": group.sum(2.0**40 + 0.5 * group.rank),
-            "most": group.reduce_max(-3 - group.rank),
-            "any": [group.any(odd), group.any(False)],
+            "max": group.reduce_max(-3 - group.rank),
         }
         (root / f"{group.rank}.json").write_text(json.dumps(result))

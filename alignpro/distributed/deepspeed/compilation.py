@@ -6,8 +6,8 @@ The libraries go to ``$TORCH_EXTENSIONS_DIR``, or to a directory of this virtual
 ``~/.cache/torch_extensions``. Each takes about a minute and needs a C++ compiler and ninja.
 
 PyTorch marks a build by a file ``lock``, which a killed process leaves behind, and for which all later ones would wait
-forever without a message. So processes take turns by a lock of the operating system, which ends with its process: a file
-that is there while one has the turn is stale.
+forever without a message. So builds hold a lock of the operating system as well, which ends with its process: a
+file that is there while this one holds it is stale.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compile_operators(*, offload: bool) -> None:
     Raises:
         ConfigError: An extension cannot be compiled.
     """
-    _use_own_ninja()
+    _prefer_own_ninja()
     from deepspeed.accelerator import get_accelerator  # takes two seconds to import, and is optional
 
     accelerator = get_accelerator()
@@ -52,7 +52,7 @@ def compile_operators(*, offload: bool) -> None:
         if name == "ShareMemCommBuilder" and not (builder and builder.is_compatible()):
             continue  # not available for this CPU, where DeepSpeed works without it
         try:
-            with turn_to_build(builder.name):
+            with build_lock(builder.name):
                 builder.load(verbose=False)  # a second load in this process does nothing
         except (OSError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
             raise ConfigError(
@@ -61,13 +61,13 @@ def compile_operators(*, offload: bool) -> None:
             ) from error
 
 
-def _use_own_ninja() -> None:
+def _prefer_own_ninja() -> None:
     """Put this Python's directory first on PATH, so that its `ninja` is used: another version would rebuild everything."""
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 @contextmanager
-def turn_to_build(extension: str) -> Iterator[None]:
+def build_lock(extension: str) -> Iterator[None]:
     """Wait until no other job of this environment builds, and remove the lock file of a build that was killed.
 
     Args:

@@ -17,10 +17,10 @@ from packaging.version import Version
 from alignpro.config import OptimizerConfig, PolicyConfig
 from alignpro.errors import ConfigError
 
-OLDEST = Version("0.19.8")
+MIN_VERSION = Version("0.19.8")
 """0.18.7 to 0.18.x break ZeRO-1 and 2 on a CPU; from 0.19.8 on all stages skip a step whose gradient is not finite."""
 
-_OURS = (
+_RUN_SECTIONS = (
     "optimizer",
     "scheduler",
     "activation_checkpointing",
@@ -55,11 +55,11 @@ class ZeroConfig:
         """Whether every rank holds all weights, gradients and optimizer states, and uses plain AdamW."""
         return self.stage == 0
 
-    def for_other_ranks(self) -> ZeroConfig:
+    def loading_universal_checkpoint(self) -> ZeroConfig:
         """Return the configuration for loading a checkpoint that another number of ranks wrote."""
-        return (
-            self if self.replicated else replace(self, content=self.content | {"checkpoint": {"load_universal": True}})
-        )
+        if self.replicated:
+            return self
+        return replace(self, content=self.content | {"checkpoint": {"load_universal": True}})
 
 
 def load_zero_config(
@@ -88,7 +88,7 @@ def load_zero_config(
             "also keeps weights and gradients whole, or policy.dtype=float32"
         )
     _refuse_auto(where, given)
-    for section in _OURS:
+    for section in _RUN_SECTIONS:
         if section in given:
             raise ConfigError(f"{where}: {section} is decided by the run's configuration: leave it out of the JSON")
     size = optimizer.micro_batch_size
@@ -134,7 +134,7 @@ def read_zero_config(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such file, or it is not a DeepSpeed configuration.
     """
-    path, where = _find(name), f"deepspeed.config={name}"
+    path, where = _path_of(name), f"deepspeed.config={name}"
     try:
         given = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -156,15 +156,15 @@ def require_deepspeed() -> None:
         version = Version(metadata.version("deepspeed"))
     except metadata.PackageNotFoundError as error:
         raise ConfigError("training on several ranks needs DeepSpeed: pip install 'alignpro[deepspeed]'") from error
-    if version < OLDEST:
+    if version < MIN_VERSION:
         broken = "; 0.18.7 to 0.18.x break ZeRO on the CPU" if Version("0.18.7") <= version < Version("0.19") else ""
         raise ConfigError(
-            f"DeepSpeed {version} is installed, and {OLDEST} is the oldest that works{broken}: "
+            f"DeepSpeed {version} is installed, and {MIN_VERSION} is the oldest that works{broken}: "
             "pip install --upgrade 'alignpro[deepspeed]'"
         )
 
 
-def _find(name: str) -> Path:
+def _path_of(name: str) -> Path:
     """Return the file of a named set-up, or the path itself."""
     if name.endswith(".json") or "/" in name:
         return Path(name)

@@ -1,1 +1,4 @@
-"""Models of which each rank holds a part: how they are partitioned, and gathered to run."""
+"""Models of which each rank holds a part, and which are gathered whole to run: frozen ones, and the policy for sampling.
+
+May import what `alignpro.distributed` may.
+"""

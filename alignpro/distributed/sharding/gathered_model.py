@@ -1,7 +1,7 @@
 """Whole weights for sampling when training shards them: gathered once per rollout, never once per token.
 
 The engine runs a copy of the model's structure without DeepSpeed's hooks. Its weights exist only inside the context
-`whole`; the shards from which they are gathered stay in place.
+`gathered`; the shards from which they are gathered stay in place.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from alignpro.distributed.sharding.partition import buckets
 from alignpro.models.language_model import LanguageModel
 
 GATHERED_BYTES = 512 << 20
-"""Maximum bytes that are gathered at once, besides the copy itself."""
+"""Maximum bytes that one collective gathers."""
 
 
 class SamplingModel:
@@ -40,14 +41,12 @@ class GatheredModel(SamplingModel):
 
     Args:
         model: The model that is trained.
-        gathered_bytes: Maximum bytes that are gathered at once.
     """
 
-    def __init__(self, model: LanguageModel, gathered_bytes: int = GATHERED_BYTES) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         empty = {id(w): nn.Parameter(w.new_empty(0), requires_grad=False) for w in model.parameters()}
         super().__init__(copy.deepcopy(model, {id(model.tokenizer): model.tokenizer, **empty}).eval())
         self._pairs = [(weight, empty[id(weight)]) for weight in model.parameters()]
-        self._gathered_bytes = gathered_bytes
 
     @contextmanager
     def gathered(self) -> Iterator[LanguageModel]:
@@ -55,9 +54,9 @@ class GatheredModel(SamplingModel):
         import deepspeed
 
         try:
-            for chunk in self._chunks():
-                with torch.no_grad(), deepspeed.zero.GatheredParameters([source for source, _ in chunk]):
-                    for source, target in chunk:
+            for bucket in buckets(self._pairs, _whole_bytes, GATHERED_BYTES):
+                with torch.no_grad(), deepspeed.zero.GatheredParameters([source for source, _ in bucket]):
+                    for source, target in bucket:
                         target.data = source.detach().clone()
             self.model.weights_updated()
             yield self.model
@@ -66,16 +65,8 @@ class GatheredModel(SamplingModel):
             for _, target in self._pairs:
                 target.data = target.data.new_empty(0)
 
-    def _chunks(self) -> Iterator[list[tuple[nn.Parameter, nn.Parameter]]]:
-        """Group the pairs into chunks of at most ``gathered_bytes``; a larger weight is a chunk of its own."""
-        chunk: list[tuple[nn.Parameter, nn.Parameter]] = []
-        size = 0
-        for source, target in self._pairs:
-            needed = source.ds_numel * source.element_size()  # type: ignore[attr-defined]
-            if chunk and size + needed > self._gathered_bytes:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append((source, target))
-            size += needed
-        if chunk:
-            yield chunk
+
+def _whole_bytes(pair: tuple[nn.Parameter, nn.Parameter]) -> int:
+    """Bytes of a weight that DeepSpeed has sharded and its empty copy, once it is gathered."""
+    source: nn.Parameter = pair[0]
+    return int(source.ds_numel * source.element_size())  # type: ignore[attr-defined]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 _ALIGNMENT = 64
-"""Weights and parts start at multiples of this number of bytes."""
+"""Weights and shards start at multiples of this number of bytes."""
+
+T = TypeVar("T")
 
 
 class Partition:
-    """Weights that are sharded over ranks: they hold data between `place` and `vacate`, and have no elements otherwise.
+    """Weights that are sharded over ranks: they hold data between `gather` and `release`, and have no elements otherwise.
 
     They lie one after another in a buffer of bytes, so that one collective gathers them where they are used. Nothing is
     copied afterwards: the weights become views of the buffer.
@@ -22,9 +25,9 @@ class Partition:
     Args:
         weights: Whole weights of any dtype, each once; they have no elements from now on.
         device: The device where they are used.
-        rank: Index of the part to keep.
-        size: Number of parts, one for each rank of the default process group; 1 keeps the whole buffer here.
-        home: The device where the part is kept; by default ``device``, which more than one part requires.
+        rank: Index of the shard to keep.
+        size: Number of shards, one for each rank of the default process group; 1 keeps the whole buffer here.
+        shard_device: The device where the shard is kept; by default ``device``, which more than one shard requires.
     """
 
     def __init__(
@@ -33,66 +36,57 @@ class Partition:
         device: torch.device,
         rank: int,
         size: int,
-        home: torch.device | None = None,
+        shard_device: torch.device | None = None,
     ) -> None:
-        self._size, self.device = size, device
-        self._places: list[tuple[nn.Parameter, int, torch.Size]] = []
+        self._size, self._device = size, device
+        self._layout: list[tuple[nn.Parameter, int, torch.Size]] = []
         end = 0
         for weight in weights:
-            self._places.append((weight, end, weight.shape))
+            self._layout.append((weight, end, weight.shape))
             end += -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
-        part = -(-end // (size * _ALIGNMENT)) * _ALIGNMENT
-        self.nbytes = part * size
-        """Bytes of the whole buffer."""
-        home = home or device
-        pinned = home.type == "cpu" and device.type == "cuda"
-        self.part = torch.zeros(part, dtype=torch.uint8, device=home, pin_memory=pinned)
-        """(bytes,) uint8: the part that is kept on this rank."""
-        first = rank * part
-        for weight, start, _ in self._places:
+        shard_bytes = -(-end // (size * _ALIGNMENT)) * _ALIGNMENT
+        shard_device = shard_device or device
+        pinned = shard_device.type == "cpu" and device.type == "cuda"
+        self.shard = torch.zeros(shard_bytes, dtype=torch.uint8, device=shard_device, pin_memory=pinned)
+        """(bytes,) uint8: the part of the buffer that is kept on this rank."""
+        first = rank * shard_bytes
+        for weight, start, _ in self._layout:
             data = weight.data.contiguous().view(-1).view(torch.uint8)
-            begin, stop = max(start, first), min(start + len(data), first + part)
+            begin, stop = max(start, first), min(start + len(data), first + shard_bytes)
             if begin < stop:
-                self.part[begin - first : stop - first].copy_(data[begin - start : stop - start])
+                self.shard[begin - first : stop - first].copy_(data[begin - start : stop - start])
             weight.data = torch.empty(0, dtype=weight.dtype, device=device)
 
-    def gather(self, memory: Tensor) -> dist.Work | None:
-        """Start to gather all parts; a collective.
+    def allocate(self) -> Tensor:
+        """Allocate the whole buffer where the weights are used: (bytes,) uint8."""
+        return torch.empty(self._size * len(self.shard), dtype=torch.uint8, device=self._device)
 
-        Args:
-            memory: (bytes,) uint8 on the device, at least ``nbytes``.
-
-        Returns:
-            The operation to wait for before `place`; None if there is none.
-        """
-        whole = memory[: self.nbytes]
+    def gather(self, buffer: Tensor) -> None:
+        """Gather all shards into a buffer and make the weights views of it; a collective of all shards' ranks."""
         if self._size == 1:
-            whole.copy_(self.part, non_blocking=True)
-            return None
-        return dist.all_gather_into_tensor(whole, self.part, async_op=True)
-
-    def materialize(self, memory: Tensor) -> None:
-        """Make the weights views of the gathered memory; they are valid until it is overwritten."""
-        for weight, start, shape in self._places:
+            buffer.copy_(self.shard, non_blocking=True)
+        else:
+            dist.all_gather_into_tensor(buffer, self.shard)
+        for weight, start, shape in self._layout:
             stop = start + prod(shape) * weight.element_size()
-            weight.data = memory[start:stop].view(weight.dtype).view(shape)
+            weight.data = buffer[start:stop].view(weight.dtype).view(shape)
 
     def release(self) -> None:
         """Make the weights empty again."""
-        for weight, _, _ in self._places:
-            weight.data = torch.empty(0, dtype=weight.dtype, device=self.device)
+        for weight, _, _ in self._layout:
+            weight.data = torch.empty(0, dtype=weight.dtype, device=self._device)
 
 
-def buckets(units: Sequence[Sequence[nn.Parameter]], most: int) -> Iterator[list[Sequence[nn.Parameter]]]:
-    """Group consecutive units into buckets of at most ``most`` bytes; a larger unit is a bucket of its own."""
-    bucket: list[Sequence[nn.Parameter]] = []
+def buckets(items: Iterable[T], nbytes: Callable[[T], int], max_bytes: int) -> Iterator[list[T]]:
+    """Group consecutive items into buckets of at most ``max_bytes``; a larger item is a bucket of its own."""
+    bucket: list[T] = []
     size = 0
-    for unit in units:
-        needed = sum(weight.nbytes for weight in unit)
-        if bucket and size + needed > most:
+    for item in items:
+        needed = nbytes(item)
+        if bucket and size + needed > max_bytes:
             yield bucket
             bucket, size = [], 0
-        bucket.append(unit)
+        bucket.append(item)
         size += needed
     if bucket:
         yield bucket
