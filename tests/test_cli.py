@@ -28,7 +28,7 @@ from alignpro.config import (
     load_config,
     validate_config,
 )
-from alignpro.planning.dry_run import plan
+from alignpro.planning.dry_run import describe
 
 TRAINING = ("sft", "reward", "train", "rlhf")
 WITH_CONFIG = (*TRAINING, "eval", "optimal")
@@ -194,7 +194,7 @@ PPO = {"loss": "ppo_clip", "epochs": 2, "minibatches": 4}
     ],
 )
 def test_the_plan_counts_right(kind: type[Section], given: dict[str, object], lines: Sequence[str]) -> None:
-    assert plan(validate_config(kind, given))[: len(lines)] == list(lines)
+    assert describe(validate_config(kind, given))[: len(lines)] == list(lines)
 
 
 def test_the_dry_run_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

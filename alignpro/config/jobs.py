@@ -12,7 +12,7 @@ from alignpro.config.generation import EngineConfig, ResponseRolloutConfig, Roll
 from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
 from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.rewards import RewardConfig
-from alignpro.config.run import DeepSpeedConfig, RunConfig
+from alignpro.config.run import DeepSpeedConfig, RunSection
 from alignpro.config.section import Section
 
 _MODEL_OR_NAME = Discriminator(lambda value: "name" if isinstance(value, str) else "model")
@@ -26,10 +26,9 @@ PrompterOrModel = Annotated[
 """A model, or ``prompter``: the base model of the prompter's LoRA, likewise."""
 
 
-class TrainConfig(Section):
+class TrainConfig(RunSection):
     """`alignpro train`: train a prompter against a frozen target."""
 
-    run: RunConfig
     data: DataConfig
     policy: PolicyConfig
     target: PolicyOrModel
@@ -58,10 +57,9 @@ class TrainConfig(Section):
         return self
 
 
-class RLHFConfig(Section):
+class RLHFConfig(RunSection):
     """`alignpro rlhf`: fine-tune the target itself on the same reward (the oracle)."""
 
-    run: RunConfig
     data: DataConfig
     policy: PolicyConfig
     reward: RewardConfig
@@ -79,10 +77,9 @@ class RLHFConfig(Section):
         return self
 
 
-class SFTConfig(Section):
+class SFTConfig(RunSection):
     """`alignpro sft`: fine-tune the prompter on (x, x') pairs, or a plain language model on (x, y) pairs."""
 
-    run: RunConfig
     data: DataConfig
     policy: PolicyConfig
     task: Literal["rewrite", "response"] = "rewrite"
@@ -93,10 +90,9 @@ class SFTConfig(Section):
     """Maximum length of prompt plus completion; longer sequences are truncated on the right and counted."""
 
 
-class RewardModelConfig(Section):
+class RewardModelConfig(RunSection):
     """`alignpro reward`: train a Bradley-Terry reward model on preference pairs."""
 
-    run: RunConfig
     data: DataConfig
     model: TrainableModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()

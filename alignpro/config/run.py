@@ -1,4 +1,4 @@
-"""The run directory, and the distribution over processes."""
+"""The run directory, the base of the configurations that have one, and the distribution over processes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ class RunConfig(Section):
     """Number of steps between rows of samples.jsonl."""
     tensorboard: bool = True
     wandb_project: str | None = None
+
+
+class RunSection(Section):
+    """The base class of the configurations of jobs that train: they have a section ``run``."""
+
+    run: RunConfig
 
 
 class DeepSpeedConfig(Section):

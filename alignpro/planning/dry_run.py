@@ -15,7 +15,7 @@ from alignpro.config import (
 )
 
 
-def plan(config: Section) -> list[str]:
+def describe(config: Section) -> list[str]:
     """Return lines that describe a job's amount of work: steps, samples per step, totals, and what is written when."""
     match config:
         case TrainConfig():

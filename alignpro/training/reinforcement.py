@@ -23,14 +23,15 @@ from alignpro.data import Prompt
 from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.engine import Chain, Engine, EngineStats, SamplingParams, derive_seed
 from alignpro.environments.base import Environment, Scores
-from alignpro.errors import CheckpointError
 from alignpro.models.loading import save_pretrained
 from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.policy import Policy
 from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.experience import Experience, join_rows, join_values, no_actions
-from alignpro.training.metrics import Metrics, PhaseTimer, append_row, mean_of_updates, weighted_mean
+from alignpro.training.loggers.jsonl import append_row
+from alignpro.training.metrics import Metrics, PhaseTimer, mean_of_updates, weighted_mean
+from alignpro.training.resume import check_data, check_reference
 from alignpro.training.step_metrics import logprob_difference, sample_metrics
 from alignpro.training.stream import PromptStream
 
@@ -321,12 +322,8 @@ class RLTrainer:
         """
         reference = self.ranks.on_rank_zero(self.policy.reference_id)
         with self.ranks.raise_together():
-            self.stream.check(state["data"])
-            if state["reference"] != reference:
-                raise CheckpointError(
-                    f"checkpoint {directory}: the reference model has changed since this run started; its KL would be to "
-                    "another model: restore it, or start a new run"
-                )
+            check_data(state["data"], self.stream.fingerprint)
+            check_reference(directory, state["reference"], reference)
         self.backend.load(directory, "policy")
         self.engine.weights_updated("policy")
         if self.critic is not None:
