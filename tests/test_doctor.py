@@ -184,7 +184,7 @@ def test_nothing_is_raised_without_torch() -> None:
     [
         ("triton", "Devices", "triton", "off"),
         ("alignpro_kernels", "Kernels", "kernels", "problem"),
-        ("alignpro.prompting", "Meta-prompts", "meta_prompts", "problem"),
+        ("alignpro.prompting.meta_prompt", "Meta-prompts", "meta_prompts", "problem"),
     ],
 )
 def test_a_part_that_cannot_be_imported_is_reported(

@@ -19,11 +19,6 @@ from alignpro.demo.world import reward
 from alignpro.errors import AlignProError, ConfigError
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
 def configuration(workshop: Workshop, out: Path, function: Any, **run: Any) -> dict[str, Any]:
     """Return the configuration of `alignpro train` as a program would write it, with `Path` objects."""
     config: dict[str, Any] = yaml.safe_load((workshop.root / "train.yaml").read_text())

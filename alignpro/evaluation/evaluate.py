@@ -173,7 +173,7 @@ def _compare(
     return Evaluation(summaries, gap, kl.get("align_pro"), bound, gibbs, _sample_rows(sampler.prompts, arms), seconds)
 
 
-def _sample_rows(prompts: Sequence[Prompt], arms: dict[str, ArmSamples]) -> list[SampleRow]:
+def _sample_rows(prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples]) -> list[SampleRow]:
     """One row per sample of each arm, with its first response. Arms are interleaved, so that truncation keeps all arms."""
     rows: list[SampleRow] = []
     for i, prompt in enumerate(prompts):
