@@ -79,19 +79,19 @@ def sft(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: Dr
     The data are (prompt, rewrite) pairs, to initialise a prompter, or, with task=response, (prompt, response) pairs, for
     any language model.
     """
-    _train(SFTConfig, "alignpro.training.supervised:SupervisedTraining", arguments, resume, at, dry_run)
+    _train(SFTConfig, arguments, resume, at, dry_run)
 
 
 @app.command(no_args_is_help=True)
 def reward(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Train a Bradley-Terry reward model on preference pairs."""
-    _train(RewardModelConfig, "alignpro.training.preference:PreferenceTraining", arguments, resume, at, dry_run)
+    _train(RewardModelConfig, arguments, resume, at, dry_run)
 
 
 @app.command(no_args_is_help=True)
 def train(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Train a prompter against a frozen target (RL)."""
-    _train(TrainConfig, "alignpro.training.builders:prompter_training", arguments, resume, at, dry_run)
+    _train(TrainConfig, arguments, resume, at, dry_run)
 
 
 @app.command(no_args_is_help=True)
@@ -100,7 +100,7 @@ def rlhf(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: D
 
     This is RLHF of the target: the "oracle" of `alignpro eval`.
     """
-    _train(RLHFConfig, "alignpro.training.builders:response_training", arguments, resume, at, dry_run)
+    _train(RLHFConfig, arguments, resume, at, dry_run)
 
 
 @app.command("eval", no_args_is_help=True)
@@ -147,7 +147,7 @@ def rewrite(
         raise AlignProError("rewrite: give prompts as arguments, or a data source with --data and --out")
     if (data is None) != (out is None):
         raise AlignProError("rewrite: --data and --out go together")
-    rewriter = _load("alignpro.environments.rewriter:Rewriter.from_run")(run, with_target=answer)
+    rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(run, with_target=answer)
     if data is not None:
         _load("alignpro.environments.rewriter:rewrite_data")(
             rewriter, data, out, n=n, temperature=temperature, seed=seed
@@ -236,27 +236,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(stop.exit_code)
 
 
-def _train(kind: type[Section], task: str, arguments: list[str], resume: bool, at: int | None, dry_run: bool) -> None:
+def _train(kind: type[Section], arguments: list[str], resume: bool, at: int | None, dry_run: bool) -> None:
     if at is not None and not resume:
         raise AlignProError("--at names the checkpoint to continue from: it requires --resume")
     config = _configure(kind, arguments, dry_run)
-    if config is None:
-        return
-    if launched():
-        _load("alignpro.training.multi_process:train")(config, _load(task), resume, at)
-        return
-    run_kind = _load("alignpro.training.run:Run")
-    with run_kind(
-        config, resume=resume, at=at
-    ) as run:  # before any model is loaded, so that a directory in use is reported at once
-        if run.finished:
-            logger.info("the run in %s has finished: its model is in %s", run.out, run.out / "model")
-            return
-        run.train(_load(task)(config))
+    if config is not None:
+        _load("alignpro.training.jobs:train")(config, resume=resume, from_step=at)
 
 
 def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool) -> ConfigT | None:
-    """Load and check the configuration; in a dry run, print it as YAML with the plan as comments and return None."""
+    """Load and check the configuration; in a dry run, print it as YAML with the amount of work as comments and return None."""
     config = load_config(kind, arguments)
     if dry_run:
         typer.echo(dump_config(config) + "".join(f"# {line}\n" for line in describe_work(config)), nl=False)

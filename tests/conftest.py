@@ -1,7 +1,10 @@
-"""Fixtures for all tests: a single thread, and tiny models in memory and on disk."""
+"""Fixtures for all tests: a single thread, tiny models in memory and on disk, runs of them, and a disk that fills up."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 from tiny_models import ARCHITECTURES, save_tiny, tiny_language_model
+from tiny_runs import Workshop
 
 from alignpro.models.language_model import LanguageModel
 
@@ -58,3 +62,45 @@ def old_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Create models, data and configurations; do not modify them."""
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="session")
+def finished(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return ``finished(command, *overrides)``, which gives the directory of an uninterrupted run; do not modify it."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run(command: str, *overrides: str) -> Path:
+        key = (command, *overrides)
+        if key not in made:
+            out = tmp_path_factory.mktemp("finished") / "run"
+            assert workshop.run(command, out, *overrides) == 0
+            made[key] = out
+        return made[key]
+
+    return run
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Return ``mount_disk(size)``, which mounts an empty file system of that size, such as ``64k``."""
+    place = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        place.mkdir()
+        if os.geteuid() != 0 or shutil.which("mount") is None:
+            pytest.skip("mounting a file system needs root")
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], capture_output=True
+        ).returncode:
+            pytest.skip("no file system can be mounted here")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", place], check=True)

@@ -18,11 +18,6 @@ from alignpro.cli import main
 Refused = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
 @pytest.fixture
 def refused(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Return ``refused(command, *overrides, says=[…])``, which runs a command that must fail and leave no files."""

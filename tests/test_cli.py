@@ -34,11 +34,6 @@ TRAINING = ("sft", "reward", "train", "rlhf")
 WITH_CONFIG = (*TRAINING, "eval", "optimal")
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignpro import doctor
 from alignpro.doctor import Finding, diagnose, print_diagnosis
+from alignpro.doctor.findings import first_error
+from alignpro.doctor.packages import EXTRAS
 from alignpro.prompting.meta_prompt import available_meta_prompts
 from alignpro_kernels import backends, cpp_library, flash_attention
 
@@ -104,7 +105,7 @@ def test_an_engine_that_cannot_run_is_a_problem(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_reason_of_several_lines_is_shortened_to_one(reason: str, told: str) -> None:
-    assert doctor._in_short(reason) == ("g++ failed: " if "\n" in reason else "") + told
+    assert first_error(reason) == ("g++ failed: " if "\n" in reason else "") + told
 
 
 def test_a_failed_build_is_reported_and_operators_still_run(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_failed_build_is_reported_and_operators_still_run(tmp_path: Path) -> N
 
 def test_every_extra_has_a_purpose_and_a_line_that_installs_it() -> None:
     declared = set(metadata.metadata("alignpro").get_all("Provides-Extra") or [])
-    assert declared == set(doctor._EXTRAS)
+    assert declared == set(EXTRAS)
     for finding in (each for each in diagnose() if each.section == "Extras"):
         assert finding.status == "ok" or finding.remedy == f"pip install 'alignpro[{finding.name}]'"
 
@@ -183,7 +184,7 @@ def test_nothing_is_raised_without_torch() -> None:
     [
         ("triton", "Devices", "triton", "off"),
         ("alignpro_kernels", "Kernels", "kernels", "problem"),
-        ("alignpro.prompting", "Meta-prompts", "meta_prompts", "problem"),
+        ("alignpro.prompting.meta_prompt", "Meta-prompts", "meta_prompts", "problem"),
     ],
 )
 def test_a_part_that_cannot_be_imported_is_reported(

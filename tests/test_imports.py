@@ -75,7 +75,9 @@ def imported(path: Path) -> set[str]:
 
 @cache
 def internal(module: str) -> frozenset[str]:
-    """The modules of `alignpro` that a module imports."""
+    """The modules of `alignpro` that a module imports; the package itself imports what it offers only on demand."""
+    if module == "alignpro":
+        return frozenset()
     names = imported(MODULES[module])
     return frozenset(
         name if name in MODULES else name.rpartition(".")[0]

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 INSTALLED_AS = {"alignpro": "alignpro", "kernels/alignpro_kernels": "alignpro_kernels", "csrc": "alignpro_kernels/csrc"}
-INSTALLED_AS["launch/zero"] = "alignpro/distributed/zero"
+INSTALLED_AS["launch/zero"] = "alignpro/distributed/deepspeed/zero"
 """Folders of the source tree → their places in the wheel."""
 
 

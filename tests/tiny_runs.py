@@ -26,7 +26,7 @@ from tiny_models import save_tiny
 
 from alignpro.cli import main
 from alignpro.demo.world import prompt_records, prompter_records, target_records, write_records
-from alignpro.training.metrics import OF_EXECUTION
+from alignpro.training.metrics import EXECUTION_METRICS
 
 REWARD = '''
 """Depends on every letter and on the global random generator, and fails as the file `broken` says."""
@@ -146,7 +146,7 @@ class Workshop:
 def read_metrics(out: Path) -> list[dict[str, float]]:
     """Return the rows of metrics.jsonl without the metrics that depend on the clock or the cache."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(OF_EXECUTION)} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(EXECUTION_METRICS)} for row in rows]
 
 
 def read_model(out: Path) -> dict[str, bytes]:
@@ -252,9 +252,7 @@ class Process:
 
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["alignpro.jobs", "alignpro.training.supervised", "alignpro.training.run", "tiny_runs"]
-    )
+    context.set_forkserver_preload(["alignpro.training.jobs", "tiny_runs"])
     before = dict(os.environ)
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     try:

@@ -19,7 +19,7 @@ from alignpro.config.jobs import (
     TrainConfig,
 )
 from alignpro.config.learning import KLConfig, ObjectiveConfig, OptimizerConfig
-from alignpro.config.loading import dump_config, load_config, validate_config
+from alignpro.config.loading import ConfigSource, dump_config, load_config, resolve_config, validate_config
 from alignpro.config.models import AdapterConfig, ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.rewards import (
     FunctionRewardConfig,
@@ -28,11 +28,12 @@ from alignpro.config.rewards import (
     RewardComponentConfig,
     RewardConfig,
 )
-from alignpro.config.run import DeepSpeedConfig, RunConfig
+from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
 
 __all__ = [
     "AdapterConfig",
+    "ConfigSource",
     "DataConfig",
     "DeepSpeedConfig",
     "EngineConfig",
@@ -56,6 +57,7 @@ __all__ = [
     "RewardModelConfig",
     "RolloutConfig",
     "RunConfig",
+    "RunSection",
     "SFTConfig",
     "SamplingConfig",
     "Section",
@@ -63,5 +65,6 @@ __all__ = [
     "TrainableModelConfig",
     "dump_config",
     "load_config",
+    "resolve_config",
     "validate_config",
 ]

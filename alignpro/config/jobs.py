@@ -12,7 +12,7 @@ from alignpro.config.generation import EngineConfig, ResponseRolloutConfig, Roll
 from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
 from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.rewards import RewardConfig
-from alignpro.config.run import DeepSpeedConfig, RunConfig
+from alignpro.config.run import DeepSpeedConfig, RunSection
 from alignpro.config.section import Section
 
 _MODEL_OR_NAME = Discriminator(lambda value: "name" if isinstance(value, str) else "model")
@@ -26,10 +26,9 @@ PrompterOrModel = Annotated[
 """A model, or ``prompter``: the base model of the prompter's LoRA, likewise."""
 
 
-class TrainConfig(Section):
+class TrainConfig(RunSection):
     """`alignpro train`: train a prompter against a frozen target."""
 
-    run: RunConfig
     data: DataConfig
     policy: PolicyConfig
     target: PolicyOrModel
@@ -62,10 +61,9 @@ class TrainConfig(Section):
         return self
 
 
-class RLHFConfig(Section):
+class RLHFConfig(RunSection):
     """`alignpro rlhf`: fine-tune the target itself on the same reward (the oracle)."""
 
-    run: RunConfig
     data: DataConfig
     policy: PolicyConfig
     reward: RewardConfig
@@ -86,10 +84,9 @@ class RLHFConfig(Section):
         return self
 
 
-class SFTConfig(Section):
+class SFTConfig(RunSection):
     """`alignpro sft`: fine-tune the prompter on (x, x') pairs, or a plain language model on (x, y) pairs."""
 
-    run: RunConfig
     data: DataConfig
     policy: PolicyConfig
     task: Literal["rewrite", "response"] = "rewrite"
@@ -100,10 +97,9 @@ class SFTConfig(Section):
     """Maximum length of prompt plus completion; longer sequences are truncated on the right and counted."""
 
 
-class RewardModelConfig(Section):
+class RewardModelConfig(RunSection):
     """`alignpro reward`: train a Bradley-Terry reward model on preference pairs."""
 
-    run: RunConfig
     data: DataConfig
     model: TrainableModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -111,8 +107,8 @@ class RewardModelConfig(Section):
     max_length: int = Field(2048, ge=2)
 
 
-class EvalConfig(Section):
-    """`alignpro eval`: compare arms on held-out prompts."""
+class ComparisonConfig(Section):
+    """What `alignpro eval` and `alignpro optimal` have in common: prompts, target and reward, and how they are sampled."""
 
     out: Path
     seed: int = Field(0, ge=0)
@@ -121,25 +117,9 @@ class EvalConfig(Section):
     reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
     prompter: ModelConfig | None = None
-    """The trained prompter: arm ``align_pro``."""
-    reference: ModelConfig | None = None
-    """ρ_sft: arm ``sft_prompter``; needed for KL, Gibbs and the bound."""
-    oracle: ModelConfig | None = None
-    """The target after RLHF: arm ``oracle``."""
-    prompts: int = Field(128, ge=2)
-    rewrites_per_prompt: int = Field(4, ge=2)
-    responses_per_rewrite: int = Field(2, ge=2)
     rewrite: SamplingConfig = SamplingConfig()
     respond: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
-    gibbs_candidates: int = Field(0, ge=0)
-    """Number N of rewrites of ρ_sft to resample from; 0 omits the arm ``gibbs``."""
-    kl_coef: float = Field(0.05, ge=0)
-    bound: bool = False
-    r_max: float = Field(1.0, gt=0)
-    """Upper end of the reward's range [0, r_max], for the bound."""
-    bootstrap: int = Field(2000, ge=100)
-    title: str = "Align-Pro"
 
     @property
     def target_model(self) -> ModelConfig:
@@ -150,9 +130,35 @@ class EvalConfig(Section):
         return self.target
 
     @model_validator(mode="after")
-    def _check(self) -> EvalConfig:
+    def _check_target(self) -> ComparisonConfig:
         if self.target == "prompter" and self.prompter is None:
             raise ValueError("target=prompter: the target is the model below the prompter's LoRA: name the `prompter`")
+        return self
+
+
+class EvalConfig(ComparisonConfig):
+    """`alignpro eval`: compare arms on held-out prompts."""
+
+    prompter: ModelConfig | None = None
+    """The trained prompter: arm ``align_pro``."""
+    reference: ModelConfig | None = None
+    """ρ_sft: arm ``sft_prompter``; needed for KL, Gibbs and the bound."""
+    oracle: ModelConfig | None = None
+    """The target after RLHF: arm ``oracle``."""
+    prompts: int = Field(128, ge=2)
+    rewrites_per_prompt: int = Field(4, ge=2)
+    responses_per_rewrite: int = Field(2, ge=2)
+    gibbs_candidates: int = Field(0, ge=0)
+    """Number N of rewrites of ρ_sft to resample from; 0 omits the arm ``gibbs``."""
+    kl_coef: float = Field(0.05, ge=0)
+    bound: bool = False
+    r_max: float = Field(1.0, gt=0)
+    """Upper end of the reward's range [0, r_max], for the bound."""
+    bootstrap: int = Field(2000, ge=100)
+    title: str = "Align-Pro"
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
         if self.gibbs_candidates > 0 and self.reference is None:
             raise ValueError(
                 "gibbs_candidates are rewrites of ρ_sft: they need `reference`, the prompter before training"
@@ -162,28 +168,14 @@ class EvalConfig(Section):
         return self
 
 
-class OptimalConfig(Section):
+class OptimalConfig(ComparisonConfig):
     """`alignpro optimal`: training-free Gibbs resampling of N rewrites of ρ_sft."""
 
-    out: Path
-    seed: int = Field(0, ge=0)
-    data: DataConfig
-    target: PrompterOrModel
-    reward: RewardConfig
     prompter: ModelConfig
-    prompting: PromptingConfig = PromptingConfig()
     prompts: int = Field(128, ge=1)
     candidates: int = Field(16, ge=2)
     responses_per_rewrite: int = Field(2, ge=1)
-    rewrite: SamplingConfig = SamplingConfig()
-    respond: SamplingConfig = SamplingConfig()
-    engine: EngineConfig = EngineConfig()
     kl_coef: float = Field(0.05, gt=0)
-
-    @property
-    def target_model(self) -> ModelConfig:
-        """The target's configuration; the prompter's if the target is the prompter's base model."""
-        return self.prompter if isinstance(self.target, str) else self.target
 
 
 def _check_group(objective: ObjectiveConfig, group: int, key: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +17,10 @@ from alignpro.config.messages import explain
 from alignpro.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+StrPath: TypeAlias = str | os.PathLike[str]
+ConfigSource: TypeAlias = ConfigT | Mapping[str, Any] | StrPath | Sequence[StrPath]
+"""What `resolve_config` takes."""
 
 
 def load_config(kind: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
@@ -41,6 +46,27 @@ def load_config(kind: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
     return validate_config(kind, raw)
 
 
+def resolve_config(kind: type[ConfigT], given: ConfigSource[ConfigT]) -> ConfigT:
+    """Return a configuration that is given in one of several ways.
+
+    Args:
+        kind: The configuration to build.
+        given: A configuration of this kind; a mapping of its sections, in which paths may be `Path` objects; the path of a
+            YAML file; or a sequence of YAML files and overrides, as `load_config` takes them.
+
+    Raises:
+        ConfigError: As `load_config`; or it is the configuration of something else.
+    """
+    if isinstance(given, kind):
+        return given
+    if isinstance(given, BaseModel):
+        raise ConfigError(f"configuration: expected a {kind.__name__}, got a {type(given).__name__}")
+    if isinstance(given, Mapping):
+        return validate_config(kind, _plain_paths(given))
+    arguments = [given] if isinstance(given, str | os.PathLike) else given
+    return load_config(kind, [os.fspath(argument) for argument in arguments])
+
+
 def validate_config(kind: type[ConfigT], raw: Any) -> ConfigT:
     """Validate a plain mapping against ``kind``; all problems are reported together, by key."""
     try:
@@ -53,6 +79,15 @@ def dump_config(config: BaseModel) -> str:
     """The resolved configuration as YAML, which `load_config` reads back to an equal configuration."""
     # Written by OmegaConf, because it quotes strings that its own reader would parse as numbers (`1e3`).
     return OmegaConf.to_yaml(OmegaConf.create(_escape(config.model_dump(mode="json"))))
+
+
+def _plain_paths(value: Any) -> Any:
+    """Replace `Path` objects by strings."""
+    if isinstance(value, Mapping):
+        return {key: _plain_paths(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_paths(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 _OVERRIDE = re.compile(r"[\w.\[\]-]+=")

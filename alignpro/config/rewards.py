@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
+import operator
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from alignpro.config.models import ModelConfig
 from alignpro.config.section import Section
 
+NOT_IMPORTABLE = "not importable, give the function again: "
+"""What `function_name` writes before the name of a function that no configuration file can name."""
+
 
 class FunctionRewardConfig(Section):
-    """A Python function ``fn(prompts, responses, **params) -> list[float]``, as ``package.module:name`` or
-    ``path/to/file.py:name``."""
+    """A Python function ``fn(prompts, responses, **params) -> list[float]``."""
 
     kind: Literal["function"]
-    function: str
+    function: str | Callable[..., Any]
+    """``package.module:name`` or ``path/to/file.py:name``; from Python also the function itself, which is written as
+    `function_name`."""
     name: str | None = None
     weight: float = 1.0
     params: dict[str, Any] = Field(default_factory=dict)
+
+    @field_serializer("function")
+    def _serialize(self, function: str | Callable[..., Any]) -> str:
+        return function_name(function)
 
 
 class ModelRewardConfig(Section):
@@ -68,3 +79,20 @@ class RewardConfig(Section):
 
     components: list[RewardComponentConfig] = Field(min_length=1)
     guards: list[GuardConfig] = Field(default_factory=list)
+
+
+def function_name(function: str | Callable[..., Any]) -> str:
+    """The name of a function in a configuration file: ``package.module:name`` if it can be imported by that.
+
+    A function of a script, a notebook or another function, or an object that is called, cannot: its name comes after
+    `NOT_IMPORTABLE`. A run with it is resumed from Python, with the same function.
+    """
+    if isinstance(function, str):
+        return function
+    module = getattr(function, "__module__", None) or "__main__"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    try:
+        importable = module != "__main__" and operator.attrgetter(name)(importlib.import_module(module)) is function
+    except (ImportError, AttributeError):
+        importable = False
+    return f"{'' if importable else NOT_IMPORTABLE}{module}:{name}"

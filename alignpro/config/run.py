@@ -1,11 +1,11 @@
-"""The run directory, and the distribution over processes."""
+"""The run directory, the base of the configurations that have one, and the distribution over processes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignpro.config.section import Section
 
@@ -26,6 +26,12 @@ class RunConfig(Section):
     wandb_project: str | None = None
 
 
+class RunSection(Section):
+    """The base class of the configurations of jobs that train: they have a section ``run``."""
+
+    run: RunConfig
+
+
 class DeepSpeedConfig(Section):
     """How a job is distributed over the ranks started by the ``deepspeed`` launcher; ignored without the launcher."""
 
@@ -39,3 +45,11 @@ class DeepSpeedConfig(Section):
     """Whether the reference, if it is a separate, unsharded model, is kept in host memory while it is not used."""
     timeout_seconds: float = Field(1800.0, gt=0)
     """How long a rank waits for the others before the job ends."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_retired_key(cls, given: Any) -> Any:
+        """Ignore ``gathered_bytes`` without a value, which is in the config.yaml of runs made before it was removed."""
+        if isinstance(given, dict) and given.get("gathered_bytes", ...) is None:
+            return {key: value for key, value in given.items() if key != "gathered_bytes"}
+        return given

@@ -14,12 +14,10 @@ from typing import Any
 
 import yaml
 
-from alignpro.config import SFTConfig, validate_config
 from alignpro.demo import world
 from alignpro.demo.models import save_untrained
 from alignpro.demo.run import HERE, WEIGHTS
-from alignpro.training.run import Run
-from alignpro.training.supervised import SupervisedTraining
+from alignpro.training.jobs import train
 
 RECORD_COUNT = 150_000
 STAGES = {"target": 3, "prompter": 2}
@@ -57,9 +55,7 @@ def build(name: str, out: Path) -> None:
         config["policy"] |= {"path": str(start)}
         config["data"]["source"] = str(source)
         world.write_records(source, records(name, stage))
-        sft = validate_config(SFTConfig, config)
-        with Run(sft, resume=True) as run:
-            run.train(SupervisedTraining(sft))
+        train(config, job="sft", resume=True)
         start = run_out / "model"
     shutil.rmtree(WEIGHTS / name, ignore_errors=True)
     shutil.copytree(start, WEIGHTS / name, ignore=shutil.ignore_patterns("alignpro.json"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -81,44 +82,30 @@ def prompter_tokenizer() -> Qwen2Tokenizer:
 
 def untrained_target(seed: int = 0) -> LlamaForCausalLM:
     """The target before training: 0.6 million parameters, tied embeddings, grouped-query attention."""
-    tokenizer = target_tokenizer()
+    shape = _shape(target_tokenizer(), hidden_size=128, intermediate_size=384, num_attention_heads=4)
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
 
 
 def untrained_prompter(seed: int = 0) -> Qwen2ForCausalLM:
     """The prompter before SFT: 0.26 million parameters, tied embeddings."""
-    tokenizer = prompter_tokenizer()
+    shape = _shape(prompter_tokenizer(), hidden_size=96, intermediate_size=192, num_attention_heads=3)
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=3,
-            num_attention_heads=3,
-            num_key_value_heads=3,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=3))
+
+
+def _shape(tokenizer: PreTrainedTokenizerBase, **sizes: int) -> dict[str, Any]:
+    """What the configurations of both models have in common, and their sizes."""
+    return {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 3,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **sizes,
+    }
 
 
 def save_untrained(directory: Path, *, seed: int = 0) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -23,11 +23,7 @@ from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import distributed_session
 from alignpro.errors import TrainingError
 from alignpro.evaluation.evaluate import evaluate
-from alignpro.training.builders import prompter_training, response_training
-from alignpro.training.distribution import Distribution, SingleProcess
-from alignpro.training.multi_process import resolve_zero_config, train_on
-from alignpro.training.reinforcement import RLTrainer
-from alignpro.training.run import Run
+from alignpro.training.jobs import train
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +31,6 @@ HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
 TRAINING_PROMPTS = 4000
 HELDOUT_PROMPTS = 210
-
-JobT = TypeVar("JobT", TrainConfig, RLHFConfig)
 
 
 def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = "z2") -> dict[str, Any]:
@@ -59,13 +53,13 @@ def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = 
     started = time.perf_counter()
     if (out / "summary.json").exists():
         raise TrainingError(f"{out}: already contains a finished demo; choose another --out, or remove it")
-    train, rlhf, comparison = configurations(out, seed, steps, zero)
-    with _ranks(train.deepspeed.timeout_seconds) as ranks:
+    prompter, oracle, comparison = configurations(out, seed, steps, zero)
+    with _ranks(prompter.deepspeed.timeout_seconds) as ranks:
         ranks.on_rank_zero(lambda: _write_prompts(out, seed))
         logger.info("Align-Pro: the prompter against the frozen target")
-        _train(train, prompter_training, ranks)
+        train(prompter, resume=True, ranks=ranks)
         logger.info("Oracle: RLHF of the target itself")
-        _train(rlhf, response_training, ranks)
+        train(oracle, resume=True, ranks=ranks)
         logger.info("Evaluation on %d held-out prompts", HELDOUT_PROMPTS)
         ranks.on_rank_zero(lambda: _compare(comparison, started))
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
@@ -86,14 +80,6 @@ def _ranks(timeout_seconds: float) -> Iterator[Ranks]:
 def _write_prompts(out: Path, seed: int) -> None:
     world.write_records(out / "prompts.jsonl", world.prompt_records(TRAINING_PROMPTS, seed, heldout=False))
     world.write_records(out / "heldout.jsonl", world.prompt_records(HELDOUT_PROMPTS, seed, heldout=True))
-
-
-def _train(config: JobT, build: Callable[[JobT, Distribution], RLTrainer], ranks: Ranks) -> None:
-    if ranks.group is not None:
-        train_on(ranks, config, resolve_zero_config(config, ranks.size), build, resume=True)  # type: ignore[arg-type]
-        return
-    with Run(config, resume=True) as run:
-        run.train(build(config, SingleProcess()))
 
 
 def _compare(config: EvalConfig, started: float) -> None:

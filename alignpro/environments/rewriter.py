@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,12 +59,17 @@ class Rewriter:
         self.engine = Engine(models, **config.rollout.engine.model_dump())
 
     @classmethod
-    def from_run(cls, run: Path, *, with_target: bool = False) -> Rewriter:
+    def load(cls, run: str | os.PathLike[str], *, with_target: bool = False) -> Rewriter:
         """Load the prompter that `alignpro train` saved in a run directory.
+
+        Args:
+            run: The run directory, or the finished run.
+            with_target: Whether to load the target too, which then responds to the rewrites.
 
         Raises:
             ModelError: The directory holds no finished run.
         """
+        run = Path(run)
         if not (run / "config.yaml").is_file() or not (run / "model").is_dir():
             raise ModelError(
                 f"run directory {run}: has no config.yaml and model/: it is not a finished run of `alignpro train`"

@@ -10,17 +10,16 @@ from torch import Tensor
 
 from alignpro.config import EvalConfig, OptimalConfig
 from alignpro.data import Prompt
-from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
+from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import ResponseScores, sampling_params
-from alignpro.environments.build import prompt_environment
+from alignpro.environments.build import max_input_tokens, prompt_environment
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.sequences import SequenceBatch
 from alignpro.objectives import GibbsResample, gibbs_resample
-from alignpro.policy.policy import Policy
-from alignpro.policy.reference_logprobs import sequence_logprob
 from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.length_filter import filter_overlong_prompts
+from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import RewardStack
 
 LABELS = {
@@ -65,19 +64,19 @@ class ArmSampler:
     target: LanguageModel
     reward: RewardStack
 
-    def responses(self, name: str, model: LanguageModel, count: int) -> ArmSamples:
+    def sample_responses(self, name: str, model: LanguageModel, count: int) -> ArmSamples:
         """Draw ``count`` responses of a model to each original prompt: for no fine-tuning, or for the oracle."""
         environment = ResponseEnvironment(
             ChatTemplate(model.tokenizer, self.config.target_model.chat_template), self.reward
         )
         engine = Engine({"policy": model}, **self.config.engine.model_dump())
-        return self._draw(name, environment, engine, sampling_params(self.config.respond, count))
+        return self._sample(name, environment, engine, sampling_params(self.config.respond, count))
 
-    def rewrites(self, name: str, prompter: LanguageModel, count: int) -> ArmSamples:
+    def sample_rewrites(self, name: str, prompter: LanguageModel, count: int) -> ArmSamples:
         """Draw ``count`` rewrites per prompt from a prompter, with the target's responses to each."""
         engine = Engine({"policy": prompter, "target": self.target}, **self.config.engine.model_dump())
         params = sampling_params(self.config.rewrite, count)
-        return self._draw(name, self.environment(prompter), engine, params)
+        return self._sample(name, self.environment(prompter), engine, params)
 
     def environment(self, prompter: LanguageModel) -> PromptEnvironment:
         """The environment of the chain prompter → target → reward."""
@@ -92,32 +91,32 @@ class ArmSampler:
             responses=config.responses_per_rewrite,
         )
 
-    def gibbs(self, candidates: ArmSamples, prompter: LanguageModel, kl_coef: float, count: int) -> ArmSamples:
+    def resample(self, candidates: ArmSamples, prompter: LanguageModel, kl_coef: float, count: int) -> ArmSamples:
         """Resample ``count`` candidates per prompt with weights softmax(R/λ) and draw new responses of the target.
 
         The resampled rewrites are not scored with the responses that selected them, which would favour lucky ones.
         """
-        weights = self.weigh(candidates, kl_coef).weights  # (P, N)
+        weights = self.gibbs_weights(candidates, kl_coef).weights  # (P, N)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "gibbs"))
         chosen = torch.multinomial(weights.double(), count, replacement=True, generator=generator).tolist()
         environment = self.environment(prompter)
-        picked = [[group[j] for j in row] for group, row in zip(candidates.chains, chosen, strict=True)]
+        chosen_chains = [[group[j] for j in row] for group, row in zip(candidates.chains, chosen, strict=True)]
         engine = Engine({"target": self.target}, **self.config.engine.model_dump())
         fresh = engine.generate(
             "target",
-            [chain.target_tokens for group in picked for chain in group],
+            [chain.target_tokens for group in chosen_chains for chain in group],
             environment.respond,
-            [derive_seed(self.config.seed, "fresh", i, k) for i in range(len(picked)) for k in range(count)],
+            [derive_seed(self.config.seed, "fresh", i, k) for i in range(len(chosen_chains)) for k in range(count)],
         )
         answers = iter(fresh)
-        chains = [[replace(chain, responses=next(answers)) for chain in group] for group in picked]
+        chains = [[replace(chain, responses=next(answers)) for chain in group] for group in chosen_chains]
         return ArmSamples("gibbs", chains, environment.score(self.prompts, chains))
 
-    def weigh(self, candidates: ArmSamples, kl_coef: float) -> GibbsResample:
+    def gibbs_weights(self, candidates: ArmSamples, kl_coef: float) -> GibbsResample:
         """The closed-form weights of the candidates, with λ log Ẑ and the effective sample size."""
         return gibbs_resample(candidates.scores.values.double(), kl_coef)
 
-    def _draw(
+    def _sample(
         self, name: str, environment: PromptEnvironment | ResponseEnvironment, engine: Engine, params: SamplingParams
     ) -> ArmSamples:
         seeds = [derive_seed(self.config.seed, "evaluation", i) for i in range(len(self.prompts))]
@@ -125,34 +124,14 @@ class ArmSampler:
         return ArmSamples(name, chains, environment.score(self.prompts, chains))
 
 
-def sequence_kl(
-    model: LanguageModel, reference: LanguageModel, inputs: Sequence[Sequence[int]], arm: ArmSamples, temperature: float
-) -> float:
-    """Mean exact KL(model ‖ reference) on an arm's samples, in nats per sequence; both models share one vocabulary."""
-    policy = Policy(model, reference, temperature=temperature)
-    prompts = [ids for ids, group in zip(inputs, arm.chains, strict=True) for _ in group]
-    samples = [chain.sample.tokens for group in arm.chains for chain in group]
-    total = 0.0
-    for batch in batches(prompts, samples, model):
-        total += policy.token_stats(batch).kl.sum().item()
-    return total / len(samples)
+def drop_prompts_too_long_for_prompter(
+    prompts: Sequence[Prompt], prompter: LanguageModel, config: EvalConfig | OptimalConfig
+) -> list[Prompt]:
+    """The prompts whose input fits in the prompter's context, beside the rewrite.
 
-
-@torch.no_grad()
-def logprobs(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float
-) -> Tensor:
-    """log p(y|prompt) of whole completions, (N,) float64 on the CPU."""
-    tokens = [completion.tokens for completion in completions]
-    parts = [sequence_logprob(model, batch, temperature) for batch in batches(prompts, tokens, model)]
-    return torch.cat(parts).double().cpu()
-
-
-def batches(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], model: LanguageModel, size: int = 128
-) -> list[SequenceBatch]:
-    """Split sequences into batches of ``size``, in order."""
-    return [
-        SequenceBatch.build(prompts[start : start + size], completions[start : start + size], model.device)
-        for start in range(0, len(prompts), size)
-    ]
+    Raises:
+        ConfigError: The rewrite leaves no room for a prompt.
+    """
+    limit = max_input_tokens(prompter, config.rewrite, "the prompter", "rewrite")
+    encode = PrompterTemplate(prompter.tokenizer, config.prompting).encode
+    return filter_overlong_prompts(prompts, encode, min(config.prompting.max_prompt_tokens, limit))

@@ -8,15 +8,11 @@ from typing import Any
 
 from alignpro.config import OptimalConfig, dump_config
 from alignpro.data import load_prompts
-from alignpro.environments.build import max_input_tokens
-from alignpro.evaluation.arms import ArmSampler
+from alignpro.evaluation.arms import ArmSampler, drop_prompts_too_long_for_prompter
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.models.loading import load_language_model, load_target
-from alignpro.prompting.length_filter import filter_overlong_prompts
-from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import build_reward
-from alignpro.training.checkpoint import disk_errors
-from alignpro.training.durability import replace_text
+from alignpro.training.durability import disk_errors, replace_text
 from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -33,15 +29,11 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
     out = prepare_directory(config.out, "summary.json")
     prompter = load_language_model(config.prompter)
     target = load_target(config.target, prompter)
-    template = PrompterTemplate(prompter.tokenizer, config.prompting)
-    room = min(
-        config.prompting.max_prompt_tokens, max_input_tokens(prompter, config.rewrite, "the prompter", "rewrite")
-    )
-    prompts = filter_overlong_prompts(load_prompts(config.data).prompts, template.encode, room)[: config.prompts]
+    prompts = drop_prompts_too_long_for_prompter(load_prompts(config.data).prompts, prompter, config)[: config.prompts]
     sampler = ArmSampler(config, prompts, target, build_reward(config.reward))
-    candidates = sampler.rewrites("candidates", prompter, config.candidates)
-    weighed = sampler.weigh(candidates, config.kl_coef)
-    resampled = sampler.gibbs(candidates, prompter, config.kl_coef, 1)
+    candidates = sampler.sample_rewrites("candidates", prompter, config.candidates)
+    weighed = sampler.gibbs_weights(candidates, config.kl_coef)
+    resampled = sampler.resample(candidates, prompter, config.kl_coef, 1)
     with (out / "rewrites.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
         for i, prompt in enumerate(prompts):
             best = int(candidates.scores.values[i].argmax())
@@ -71,7 +63,7 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
     }
     with disk_errors(str(out), "make room, then resample again"):
         (out / "config.yaml").write_text(dump_config(config))
-        # Last, and whole: it marks the result as finished.
+        # Written last and atomically: this file marks the result as finished.
         replace_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     logger.info(
         "reward of ρ_sft %.4f → resampled %.4f; λ log Ẑ %.4f; effective sample size %.2f of %d",

@@ -12,13 +12,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from alignpro.evaluation import figure
+from alignpro.evaluation import charts
+from alignpro.evaluation.results import ArmGroup, ArmSummary, Report, SampleRow
 from alignpro.evaluation.statistics import Estimate, finite_or_none
-from alignpro.evaluation.summary import ArmGroup, ArmSummary, Report, SampleRow
 
 
 @dataclass(frozen=True)
-class _Part:
+class _BarSegment:
     """A segment of the small bar that shows the variance parts; its width is in percent of the largest total."""
 
     name: str
@@ -64,15 +64,15 @@ def render_report(report: Report) -> str:
     environment.filters.update(
         number=_number, interval=_interval, signed=_signed, percent=_percent, gap_interval=_gap_interval
     )
-    colors = {arm.name: figure.arm_color(arm.name) for arm in report.arms}
+    colors = {arm.name: charts.arm_color(arm.name) for arm in report.arms}
     return environment.get_template("report.jinja").render(
         report=report,
         colors=colors,
         parts={arm.name: _variance_bar(arm, report.arms) for arm in report.arms},
         kl=[(arm.label, arm.kl) for arm in report.arms if arm.kl is not None],
-        comparison=_embed(figure.svg(figure.plot_comparison, [ArmGroup(report.pair, report.arms)])),
-        distributions=_embed(figure.svg(figure.plot_distributions, report.arms)),
-        curves=_embed(figure.svg(figure.plot_curves, report.curves)),
+        comparison=_embed(charts.to_svg(charts.plot_comparison, [ArmGroup(report.pair, report.arms)])),
+        distributions=_embed(charts.to_svg(charts.plot_distributions, report.arms)),
+        curves=_embed(charts.to_svg(charts.plot_curves, report.curves)),
         table=_table(report.arms, report.rows, colors),
     )
 
@@ -82,13 +82,13 @@ def _embed(image: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(image).decode('ascii')}" if image else ""
 
 
-def _variance_bar(arm: ArmSummary, arms: Sequence[ArmSummary]) -> list[_Part]:
+def _variance_bar(arm: ArmSummary, arms: Sequence[ArmSummary]) -> list[_BarSegment]:
     """Segments in proportion to the variance parts; a negative estimate has no width, but is shown as a number."""
     largest = max(
         max(0.0, v.prompts) + max(0.0, v.rewrites) + max(0.0, v.responses) for v in (a.variance for a in arms)
     )
     parts = {"prompts": arm.variance.prompts, "rewrites": arm.variance.rewrites, "responses": arm.variance.responses}
-    return [_Part(name, value, 100 * max(0.0, value) / (largest or 1.0)) for name, value in parts.items()]
+    return [_BarSegment(name, value, 100 * max(0.0, value) / (largest or 1.0)) for name, value in parts.items()]
 
 
 def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[str, str]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[s
     texts: dict[str, int] = {}
 
     def index(text: str | None) -> int:
-        return -1 if text is None else texts.setdefault(_whole(text), len(texts))
+        return -1 if text is None else texts.setdefault(_replace_surrogates(text), len(texts))
 
     packed = [
         [
@@ -114,7 +114,7 @@ def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[s
     return {"arms": labels, "texts": list(texts), "rows": packed}
 
 
-def _whole(text: str) -> str:
+def _replace_surrogates(text: str) -> str:
     """Replace lone surrogates, which a model can produce and some browsers cannot handle, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -172,8 +172,8 @@ def gap_recovered(
     Raises:
         ValueError: The arms hold a different number of prompts, none, or a value that is not finite.
     """
-    base, mine, best = _paired(no_finetuning, ours, oracle)
-    gain, gap = mine - base, best - base  # (P,) each
+    base, trained, best = _paired(no_finetuning, ours, oracle)
+    gain, gap = trained - base, best - base  # (P,) each
     value = float(_ratio(gain.mean(), gap.mean()))
     if len(gap) < 2:
         return Estimate(value, math.nan, math.nan)

@@ -1,4 +1,4 @@
-"""A Python function as a reward, given by dotted path or by file."""
+"""A Python function as a reward, given by dotted path, by file, or from Python as itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from alignpro.config import FunctionRewardConfig
 from alignpro.config.dotted_path import load_object
+from alignpro.config.rewards import NOT_IMPORTABLE, function_name
 from alignpro.data import Prompt
 from alignpro.errors import ConfigError
 from alignpro.rewards.component import Measurement
@@ -20,9 +21,15 @@ class FunctionReward:
     """
 
     def __init__(self, config: FunctionRewardConfig) -> None:
-        self._function = load_object(config.function, "reward function")
+        path = function_name(config.function)
+        if path.startswith(NOT_IMPORTABLE) and isinstance(config.function, str):
+            raise ConfigError(
+                f"reward function {path.removeprefix(NOT_IMPORTABLE)}: was given from Python, where no configuration file can "
+                "name it: give the same function to alignpro.train again, or move it to a file and name that"
+            )
+        self._function = load_object(path, "reward function") if isinstance(config.function, str) else config.function
         self._params = config.params
-        self.name = config.name or config.function.rpartition(":")[2]
+        self.name = config.name or path.rpartition(":")[2].rpartition("<locals>.")[2]
         try:
             signature = inspect.signature(self._function)
         except ValueError:
@@ -31,7 +38,7 @@ class FunctionReward:
             signature.bind([], [], **config.params)
         except TypeError as error:
             raise ConfigError(
-                f"reward function {config.function}: it is called as fn(prompts, responses, **params) with params "
+                f"reward function {path}: it is called as fn(prompts, responses, **params) with params "
                 f"{sorted(config.params)}, which its signature {signature} does not take: {error}"
             ) from error
 

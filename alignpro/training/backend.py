@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from alignpro.config import OptimizerConfig
-from alignpro.errors import CheckpointError, ConfigError, TrainingError
+from alignpro.errors import ConfigError, TrainingError
 from alignpro.training.checkpoint import save_torch
+from alignpro.training.learning_rate_schedule import learning_rate, learning_rate_schedule, sync_learning_rate
+from alignpro.training.resume import check_weights
 
 
 class Backend(Protocol):
@@ -78,7 +79,7 @@ class TorchBackend:
             weight_decay=config.weight_decay,
             fused=True,  # one pass over a weight and its state, on every device
         )
-        self._schedule = LambdaLR(self._optimizer, lambda update: learning_rate_factor(update, total_updates, config))
+        self._schedule = learning_rate_schedule(self._optimizer, config, total_updates)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss.
@@ -125,7 +126,7 @@ class TorchBackend:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
-        return float(self._schedule.get_last_lr()[0])
+        return learning_rate(self._schedule)
 
     def save(self, directory: Path, name: str) -> None:
         """Write ``{name}.safetensors`` (float32 master copies if there are any) and ``{name}_optimizer.pt``."""
@@ -144,11 +145,7 @@ class TorchBackend:
             CheckpointError: The checkpoint belongs to a model with other weights.
         """
         saved = load_file(directory / f"{name}.safetensors")
-        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in self._master.items()}:
-            raise CheckpointError(
-                f"checkpoint {directory}: its weights are not those of this model: the model's files have changed since "
-                "the run started; restore them, or start a new run in another run.out"
-            )
+        check_weights(directory, saved, self._master)
         with torch.no_grad():
             for key, weight in self._master.items():
                 weight.copy_(saved[key])
@@ -169,26 +166,3 @@ class TorchBackend:
         for name, weight in self.weights.items():
             weight.grad = None
             self._master[name].grad = None
-
-
-def learning_rate_factor(update: int, total: int, config: OptimizerConfig) -> float:
-    """The factor on the learning rate at an update: linear warm-up, then constant, or linear or cosine decay to zero."""
-    if update < config.warmup_steps:
-        return (update + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (update - config.warmup_steps) / max(1, total - config.warmup_steps))
-    return 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def sync_learning_rate(schedule: LambdaLR) -> None:
-    """Set the learning rate of the next update from a restored schedule.
-
-    The rate in a checkpoint is that of the run that wrote it, whose schedule was shorter if ``run.steps`` has been raised.
-    """
-    rates = [
-        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates

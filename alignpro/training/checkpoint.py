@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from alignpro.errors import CheckpointError
-from alignpro.training.durability import clean, discard, replace_directory
+from alignpro.training.durability import disk_errors, remove_directory, remove_leftovers, replace_directory
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +55,7 @@ class CheckpointStore:
         ):
             replace_directory(final, write_checked)
             for old in self.available()[: -self.keep]:
-                discard(self.path(old))
+                remove_directory(self.path(old))
         return final
 
     def available(self) -> list[int]:
@@ -102,15 +98,15 @@ class CheckpointStore:
                 f"checkpoint {self.path(step)} is damaged: {problem}; omit --at, or name another step"
             )
 
-    def discard_after(self, step: int) -> None:
+    def remove_after(self, step: int) -> None:
         """Remove checkpoints of later steps, which a run that continues from ``step`` will write again."""
         for later in [each for each in self.available() if each > step]:
             logger.warning("removing checkpoint %s: the run continues from step %d", self.path(later), step)
-            discard(self.path(later))
+            remove_directory(self.path(later))
 
-    def clean(self) -> None:
+    def remove_partial(self) -> None:
         """Remove partly written checkpoints that a kill left."""
-        clean(self.directory)
+        remove_leftovers(self.directory)
 
 
 def find_damage(directory: Path) -> str | None:
@@ -133,62 +129,12 @@ def find_damage(directory: Path) -> str | None:
     return None
 
 
-@contextmanager
-def disk_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turn a failure to write into a `CheckpointError` that names what could not be written, why, and the remedy."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the OSError
-        causes = list(_causes(error))
-        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):  # torch wraps that as well
-            raise KeyboardInterrupt from error
-        # Prefer the operating system's message to that of the library that wraps it.
-        reason = next((cause for cause in causes if isinstance(cause, OSError)), error)
-        raise CheckpointError(f"{what}: cannot be written: {reason}; {remedy}") from error
-
-
 def save_torch(state: Any, path: Path) -> None:
     """Call `torch.save` on a Python file object, so that a full disk is reported as such."""
     with path.open("wb") as file:
         torch.save(state, file)
 
 
-def seed_random_state(seed: int) -> None:
-    """Seed every global random generator."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of every global random generator: Python, NumPy, torch and its accelerators."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(np.asarray(keys).copy()), int(position), int(has_gauss), float(gauss)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Restore every global random generator from `random_state`; those of devices only if their number is unchanged."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error and the chain of errors that caused it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

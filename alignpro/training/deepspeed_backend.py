@@ -26,8 +26,9 @@ from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.models.language_model import LanguageModel
 from alignpro.policy.policy import Policy
 from alignpro.policy.zero3_module import HeadPass
-from alignpro.training.backend import Backend, learning_rate_factor, sync_learning_rate
+from alignpro.training.backend import Backend
 from alignpro.training.durability import PARTIAL
+from alignpro.training.learning_rate_schedule import learning_rate, learning_rate_schedule, sync_learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +115,7 @@ class DeepSpeedBackend:
         self._trained = trained
         self._replicated = zero.replicated
         optimizer = _optimizer(trained, config, zero)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda update: learning_rate_factor(update, total_updates, config)
-        )
+        self._schedule = learning_rate_schedule(optimizer, config, total_updates)
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             model_parameters=trained,
@@ -141,7 +140,7 @@ class DeepSpeedBackend:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
-        return float(self._schedule.get_last_lr()[0])
+        return learning_rate(self._schedule)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to the sum over ranks."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from alignpro.errors import AlignProError, CheckpointError
+
 PARTIAL = ".partial-"
-"""Prefix of the name of a file or directory that is being written; `clean` removes those left over."""
+"""Prefix of the name of a file or directory that is being written; `remove_leftovers` removes those left over."""
 _DISCARDED = ".discarded-"
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush the content of a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -23,14 +28,14 @@ def sync(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file atomically: at any moment ``path`` is the old file or the complete new one."""
-    aside = path.with_name(f"{PARTIAL}{path.name}")
+    temporary = path.with_name(f"{PARTIAL}{path.name}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        aside.replace(path)
-        sync(path.parent)
+        temporary.write_text(text, encoding="utf-8")
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -41,28 +46,28 @@ def replace_directory(final: Path, write: Callable[[Path], None]) -> None:
         final: Path of the directory.
         write: Writes the files into the empty directory that it is given.
     """
-    aside = final.with_name(f"{PARTIAL}{final.name}")
+    temporary = final.with_name(f"{PARTIAL}{final.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write(aside)
-        for path in [*aside.rglob("*"), aside]:
-            sync(path)
-        discard(final)
-        aside.rename(final)
-        sync(final.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            fsync(path)
+        remove_directory(final)
+        temporary.rename(final)
+        fsync(final.parent)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # frees space if the disk is full
+        shutil.rmtree(temporary, ignore_errors=True)  # frees space if the disk is full
         raise
 
 
-def discard(directory: Path) -> None:
+def remove_directory(directory: Path) -> None:
     """Remove a directory if it exists. It is renamed first, so that ``directory`` is never a partly removed one."""
-    aside = directory.with_name(f"{_DISCARDED}{directory.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = directory.with_name(f"{_DISCARDED}{directory.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
     if directory.exists():
-        directory.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:
@@ -70,10 +75,31 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith((PARTIAL, _DISCARDED))
 
 
-def clean(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
     """Remove partly written and partly removed files and directories that a kill left in a directory."""
     for path in filter(is_leftover, directory.glob(".*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(what: str, remedy: str, kind: type[AlignProError] = CheckpointError) -> Iterator[None]:
+    """Turn a failure to write into an error that names what could not be written, why, and the remedy."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the OSError
+        causes = list(_causes(error))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):  # torch wraps that as well
+            raise KeyboardInterrupt from error
+        # Prefer the operating system's message to that of the library that wraps it.
+        reason = next((cause for cause in causes if isinstance(cause, OSError)), error)
+        raise kind(f"{what}: cannot be written: {reason}; {remedy}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and the chain of errors that caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

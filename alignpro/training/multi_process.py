@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from alignpro.config import RLHFConfig, Section, TrainConfig
+from alignpro.config import RLHFConfig, RunSection, TrainConfig
 from alignpro.distributed.deepspeed.compilation import compile_operators
 from alignpro.distributed.deepspeed.zero_config import ZeroConfig, load_zero_config, require_deepspeed
 from alignpro.distributed.launcher import launched_world_size
@@ -14,7 +14,7 @@ from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import distributed_session
 from alignpro.errors import ConfigError
 from alignpro.training.distribution import Distribution
-from alignpro.training.run import Run, Task
+from alignpro.training.run import Run, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +23,20 @@ _PATH_KEYS = {"out", "source", "path", "tokenizer", "chat_template", "meta_promp
 
 
 def train(
-    config: Section, build: Callable[[Section, Distribution], Task], resume: bool = False, at: int | None = None
-) -> None:
+    config: RunSection,
+    build: Callable[[RunSection, Distribution], Trainer],
+    resume: bool = False,
+    from_step: int | None = None,
+    ranks: Ranks | None = None,
+) -> Run:
     """Train on all ranks together.
 
     Args:
         config: Configuration of `alignpro train` or `alignpro rlhf`.
-        build: Builds the task from the configuration.
+        build: Builds the trainer from the configuration.
         resume: Continue the run in the directory.
-        at: The step to continue from.
+        from_step: The step to continue from.
+        ranks: The process group, if this process has joined it already.
 
     Raises:
         ConfigError: The job does not run on several ranks, the ranks' configurations differ, DeepSpeed is missing or
@@ -44,36 +49,36 @@ def train(
             "only `alignpro train` and `alignpro rlhf` run on several ranks: start this without a launcher"
         )
     require_deepspeed()
-    zero = resolve_zero_config(config, launched_world_size())
+    zero = resolve_zero_config(config, launched_world_size() if ranks is None else ranks.size)
     _require_dtype(config.policy.dtype)
+    if ranks is not None:
+        return _train_on(ranks, config, zero, build, resume, from_step)
     compile_operators(offload=zero.offloads_optimizer)
     with distributed_session(config.deepspeed.timeout_seconds) as ranks:
-        train_on(ranks, config, zero, build, resume, at)
+        return _train_on(ranks, config, zero, build, resume, from_step)
 
 
-def train_on(
+def _train_on(
     ranks: Ranks,
     config: TrainConfig | RLHFConfig,
     zero: ZeroConfig,
-    build: Callable[[Section, Distribution], Task],
-    resume: bool = False,
-    at: int | None = None,
-) -> None:
-    """Train on ranks that have already joined a process group."""
+    build: Callable[[RunSection, Distribution], Trainer],
+    resume: bool,
+    from_step: int | None,
+) -> Run:
     from alignpro.training.deepspeed_backend import DeepSpeedDistribution  # takes two seconds to import
 
     _require_equal_configurations(ranks, config)
     logger.info("%d ranks, ZeRO stage %d (%s)", ranks.size, zero.stage, zero.name)
-    with Run(config, resume=resume, at=at, ranks=ranks) as run:
-        if run.finished:
-            logger.info("the run in %s has finished: its model is in %s", run.out, run.out / "model")
-            return
-        if run.checkpoint_world_size() not in (None, ranks.size):
-            zero = zero.loading_universal_checkpoint()
-        run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed)))
+    with Run(config, resume=resume, from_step=from_step, ranks=ranks) as run:
+        if not run.finished:
+            if run.checkpoint_ranks() not in (None, ranks.size):
+                zero = zero.loading_universal_checkpoint()
+            run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed)))
+    return run
 
 
-def _require_equal_configurations(ranks: Ranks, config: Section) -> None:
+def _require_equal_configurations(ranks: Ranks, config: RunSection) -> None:
     """Raise on all ranks if one was started with different settings, for example from a stale file on its node.
 
     Paths may differ between nodes. Data and policy are compared between ranks once they are loaded.

@@ -18,10 +18,11 @@ from alignpro.data import Prompt, load_prompts, split
 from alignpro.rewards.model import SequenceRewardModel, load_reward_model
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Metrics, PhaseTimer
+from alignpro.training.resume import check_data
 from alignpro.training.stream import PromptStream
 
 
-class PreferenceTraining:
+class RewardTrainer:
     """Trains a sequence classifier with one output on preference pairs.
 
     Args:
@@ -95,7 +96,7 @@ class PreferenceTraining:
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
         """Restore the state that `save` wrote."""
-        self.stream.check(state["data"])
+        check_data(state["data"], self.stream.fingerprint)
         self.backend.load(directory, "model")
 
     def export(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Progress display: a bar with rates on a terminal, or plain log lines without one."""
+"""Progress display: a bar with rates on a terminal or in a notebook, or plain log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 Advance = Callable[[Mapping[str, float]], None]
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_UPDATES = 0.25
+"""Of a bar in a notebook, where each update is a message to the browser."""
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def progress_bar(
         yield lambda metrics: None
         return
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
         yield _line_writer(total, completed, progress_metrics)
         return
     columns = (
@@ -43,15 +45,34 @@ def progress_bar(
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total, completed=completed, rate="", shown="")
+    bar = Progress(*columns, console=console)
+    task = bar.add_task("", total=total, completed=completed, rate="", shown="")
 
-        def advance(metrics: Mapping[str, float]) -> None:
-            speed = bar.tasks[0].speed
-            rate = f"{speed:.2f} steps/s" if speed else ""
-            bar.update(task, advance=1, rate=rate, shown=_show(metrics, progress_metrics))
+    def advance(metrics: Mapping[str, float]) -> None:
+        speed = bar.tasks[0].speed
+        rate = f"{speed:.2f} steps/s" if speed else ""
+        bar.update(task, advance=1, rate=rate, shown=_show(metrics, progress_metrics))
 
-        yield advance
+    if not console.is_jupyter:
+        with bar:
+            yield advance
+        return
+    # rich's own live display needs ipywidgets; this one needs only IPython, which is there because the notebook is.
+    from IPython.display import display
+
+    handle, updated = display(bar, display_id=True), time.monotonic()
+
+    def advance_and_show(metrics: Mapping[str, float]) -> None:
+        nonlocal updated
+        advance(metrics)
+        if time.monotonic() - updated >= _SECONDS_BETWEEN_UPDATES:
+            handle.update(bar)
+            updated = time.monotonic()
+
+    try:
+        yield advance_and_show
+    finally:
+        handle.update(bar)
 
 
 def _line_writer(total: int, completed: int, progress_metrics: Sequence[str]) -> Advance:

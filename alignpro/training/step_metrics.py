@@ -13,7 +13,8 @@ from alignpro.distributed.ranks import Ranks
 from alignpro.engine import Chain, EngineStats
 from alignpro.environments.base import Scores
 from alignpro.training.experience import Experience
-from alignpro.training.metrics import Metrics, append_row
+from alignpro.training.loggers.jsonl import append_row
+from alignpro.training.metrics import Metrics
 
 
 class StepMetrics:

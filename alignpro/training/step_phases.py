@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from alignpro.distributed.ranks import Ranks
-from alignpro.training.metrics import Metrics
+from alignpro.training.metrics import Metrics, PhaseTimer
 
 Context = Callable[[], AbstractContextManager[object]]
 
@@ -22,25 +21,21 @@ class StepPhases:
     """
 
     def __init__(self, ranks: Ranks, contexts: Mapping[str, Sequence[Context]]) -> None:
-        self._ranks, self._contexts = ranks, contexts
-        self._label = ""
-        self.seconds: Metrics = {}
-        """``seconds/<phase>`` of the current step."""
+        self._ranks, self._contexts, self._timer = ranks, contexts, PhaseTimer()
 
     def begin(self, label: str) -> None:
         """Begin a step, whose phases are announced under a label."""
-        self._label, self.seconds = label, {}
+        self._timer = PhaseTimer(lambda phase: self._ranks.enter_phase(f"{label}, {phase}"))
+
+    @property
+    def seconds(self) -> Metrics:
+        """``seconds/<phase>`` of the current step."""
+        return self._timer.seconds
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Run a phase inside its contexts."""
-        self._ranks.enter_phase(f"{self._label}, {phase}")
-        started = time.perf_counter()
-        try:
-            with ExitStack() as stack:
-                for context in self._contexts[phase]:
-                    stack.enter_context(context())
-                yield
-        finally:
-            key = f"seconds/{phase}"
-            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+        with self._timer(phase), ExitStack() as stack:
+            for context in self._contexts[phase]:
+                stack.enter_context(context())
+            yield

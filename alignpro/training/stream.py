@@ -13,7 +13,7 @@ import torch
 from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
 from alignpro.engine import derive_seed
-from alignpro.errors import CheckpointError, DataError
+from alignpro.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -59,18 +59,6 @@ class PromptStream:
             row = json.dumps([*texts, dict(prompt.metadata)], sort_keys=True, default=repr)
             digest.update(row.encode())
         return digest.hexdigest()[:16]
-
-    def check(self, fingerprint: str) -> None:
-        """Check that a run continues on the same data.
-
-        Raises:
-            CheckpointError: The prompts are not those that the run started with.
-        """
-        if fingerprint != self.fingerprint:
-            raise CheckpointError(
-                "the training data is not what this run started with: restore data.source, or start a new run in another "
-                "run.out"
-            )
 
     def check_ranks(self, ranks: Ranks) -> None:
         """Check that all ranks have the same prompts; a collective.

@@ -22,13 +22,14 @@ from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Metrics, PhaseTimer
+from alignpro.training.resume import check_data
 from alignpro.training.stream import PromptStream
 from alignpro_kernels import policy_loss
 
 logger = logging.getLogger(__name__)
 
 
-class SupervisedTraining:
+class SFTTrainer:
     """Minimizes the cross-entropy of completions: −log p of each token of x' (or y), averaged over the batch's tokens.
 
     Args:
@@ -106,7 +107,7 @@ class SupervisedTraining:
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
         """Restore the state that `save` wrote."""
-        self.stream.check(state["data"])
+        check_data(state["data"], self.stream.fingerprint)
         self.backend.load(directory, "model")
 
     def export(self, directory: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import run_cases, workshop
 
-from alignpro.training.metrics import read_rows
+from alignpro.training.loggers.jsonl import read_rows
 
 STEPS = 6
 SETTINGS = [

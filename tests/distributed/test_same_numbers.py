@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launching import assert_close_runs, run_cases, workshop
 
-from alignpro.training.metrics import read_rows
+from alignpro.training.loggers.jsonl import read_rows
 
 STEP = ["rollout.prompts_per_step=5", "run.eval_prompts=3", "optimizer.learning_rate=0.0005", "run.tensorboard=false"]
 """Five prompts on two ranks: the ranks have unequal shares and numbers of micro-batches."""

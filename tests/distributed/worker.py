@@ -9,11 +9,8 @@ from pathlib import Path
 
 import torch
 
-from alignpro.config import RLHFConfig, TrainConfig, load_config
-from alignpro.distributed.launcher import launched_world_size
 from alignpro.distributed.session import distributed_session
-from alignpro.training.builders import prompter_training, response_training
-from alignpro.training.multi_process import resolve_zero_config, train_on
+from alignpro.training.jobs import train
 
 
 def main(path: str) -> None:
@@ -25,9 +22,7 @@ def main(path: str) -> None:
             if command == "copy":
                 ranks.on_rank_zero(lambda source=arguments[0], to=arguments[1]: shutil.copytree(source, to))  # type: ignore[misc]
                 continue
-            kind, build = (TrainConfig, prompter_training) if command == "train" else (RLHFConfig, response_training)
-            config = load_config(kind, given)
-            train_on(ranks, config, resolve_zero_config(config, launched_world_size()), build, at is not None, at)
+            train(given, job=command, resume=at is not None, from_step=at, ranks=ranks)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from document import ROOT, Document
+from tiny_runs import Workshop
 from typer.main import get_command
 
 from alignpro.cli import app
@@ -37,6 +40,22 @@ def test_benchmark_figures_match_the_recorded_results() -> None:
 def test_the_example_is_a_valid_configuration() -> None:
     ((_, block),) = DOCUMENT.blocks("yaml")
     validate_config(TrainConfig, yaml.safe_load(block))
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    workshop = Workshop(tmp_path / "models")
+    mine = yaml.safe_load((workshop.root / "train.yaml").read_text())
+    mine["run"]["out"] = "runs/mine"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
+    lengths = {"max_tokens": 4}
+    comparison = {name: mine[name] for name in ("data", "target", "reward")}
+    comparison |= {"out": "runs/eval", "rewrite": lengths, "respond": lengths}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(comparison))
+    monkeypatch.chdir(tmp_path)
+    namespace = DOCUMENT.run()
+    assert [arm.name for arm in namespace["comparison"].arms] == ["no_finetuning", "align_pro"]
+    assert Path("runs/eval/report.html").is_file()
 
 
 def test_every_command_is_in_the_table() -> None:

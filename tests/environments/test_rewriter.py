@@ -57,7 +57,7 @@ def test_rewrites_with_the_trained_model_and_its_templates(
     meta_prompt.write_text("Make it clear: {{ prompt }}")
     prompting = {"meta_prompt": str(meta_prompt)}
     config = finished_run(tmp_path, model_directory, kind, prompting=prompting)
-    rewritten = Rewriter.from_run(tmp_path).rewrite(TEXTS)
+    rewritten = Rewriter.load(tmp_path).rewrite(TEXTS)
     model = load_language_model(policy_config(tmp_path / "model"))
     template = PrompterTemplate(model.tokenizer, config.prompting)
     inputs = [template.encode(Prompt.from_text(text)) for text in TEXTS]
@@ -68,7 +68,7 @@ def test_rewrites_with_the_trained_model_and_its_templates(
 
 def test_the_target_answers_the_rewrite_greedily(model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
-    groups = Rewriter.from_run(tmp_path, with_target=True).rewrite(TEXTS, n=2, temperature=1.0)
+    groups = Rewriter.load(tmp_path, with_target=True).rewrite(TEXTS, n=2, temperature=1.0)
     target = load_language_model(policy_config(model_directory("llama")))
     template = TargetTemplate(target.tokenizer, max_tokens=target.context_length - 10)
     params = SamplingParams(max_tokens=10, temperature=0.0, stop_token_ids=template.stop_token_ids)
@@ -81,7 +81,7 @@ def test_the_target_answers_the_rewrite_greedily(model_directory: Directory, tmp
 
 def test_samples_differ_and_a_seed_repeats_them(model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
-    rewriter = Rewriter.from_run(tmp_path)
+    rewriter = Rewriter.load(tmp_path)
     groups = rewriter.rewrite(TEXTS, n=4, temperature=1.0, seed=1)
     assert [len({each.rewrite for each in group}) for group in groups] == [4, 4]
     assert rewriter.rewrite(TEXTS, n=4, temperature=1.0, seed=1) == groups
@@ -90,7 +90,7 @@ def test_samples_differ_and_a_seed_repeats_them(model_directory: Directory, tmp_
 
 def test_prompts_may_be_conversations(model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
-    rewriter = Rewriter.from_run(tmp_path, with_target=True)
+    rewriter = Rewriter.load(tmp_path, with_target=True)
     turns = (Message("user", "hi"), Message("assistant", "hello"), Message("user", "and now?"))
     conversation, question = rewriter.rewrite([Prompt(turns), "and now?"])
     assert conversation != question
@@ -99,18 +99,18 @@ def test_prompts_may_be_conversations(model_directory: Directory, tmp_path: Path
 
 def test_no_texts_give_no_rewrites(model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
-    assert Rewriter.from_run(tmp_path, with_target=True).rewrite([]) == []
+    assert Rewriter.load(tmp_path, with_target=True).rewrite([]) == []
 
 
 def test_a_prompt_that_does_not_fit_is_named(model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
     with pytest.raises(ModelError, match=r"prompt 'long long .*do not fit in the context of 128 tokens"):
-        Rewriter.from_run(tmp_path).rewrite([TEXTS[0], "long " * 50])
+        Rewriter.load(tmp_path).rewrite([TEXTS[0], "long " * 50])
 
 
 def test_a_failed_rewrite_is_an_error_and_not_an_empty_text(model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
-    rewriter = Rewriter.from_run(tmp_path)
+    rewriter = Rewriter.load(tmp_path)
     model = rewriter.engine.models["policy"]
     (free,) = rewriter.rewrite(TEXTS[:1], n=4, temperature=1.0)
     first, *others = (set(model.tokenizer(one.rewrite).input_ids[:-1]) for one in free)
@@ -130,4 +130,4 @@ def test_an_unfinished_run_is_an_error(missing: str, model_directory: Directory,
     finished_run(tmp_path, model_directory)
     (tmp_path / missing).rename(tmp_path / "gone")
     with pytest.raises(ModelError, match="not a finished run of `alignpro train`"):
-        Rewriter.from_run(tmp_path)
+        Rewriter.load(tmp_path)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from alignpro.evaluation.report import render_report, write_report
+from alignpro.evaluation.results import ArmSummary, BoundSummary, Report, SampleRow, summarize_arm
 from alignpro.evaluation.statistics import Estimate
-from alignpro.evaluation.summary import ArmSummary, BoundSummary, Report, SampleRow, summarize_arm
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&amp; $x$ $ \\frac{"
 GARBLED = HOSTILE + "\u2028\ud800"  # a model can write anything, even half a surrogate pair

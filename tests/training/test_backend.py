@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from alignpro.config import OptimizerConfig
 from alignpro.errors import CheckpointError, TrainingError
 from alignpro.models.cpu import packed_linear
-from alignpro.training.backend import TorchBackend, learning_rate_factor
+from alignpro.training.backend import TorchBackend
+from alignpro.training.learning_rate_schedule import learning_rate_factor
 
 
 def parameter(values: list[float], dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -7,8 +7,7 @@ import logging
 import os
 import random
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,9 @@ from safetensors.torch import save_file
 from tiny_runs import flip_bit
 
 from alignpro.errors import CheckpointError
-from alignpro.training.checkpoint import (
-    CheckpointStore,
-    disk_errors,
-    find_damage,
-    random_state,
-    restore_random_state,
-    save_torch,
-    seed_random_state,
-)
-from alignpro.training.durability import discard, replace_directory, replace_text
+from alignpro.training.checkpoint import CheckpointStore, find_damage, save_torch
+from alignpro.training.durability import disk_errors, remove_directory, replace_directory, replace_text
+from alignpro.training.rng_state import get_rng_state, seed_all, set_rng_state
 
 MEGABYTE = torch.zeros(2**18)
 
@@ -48,16 +40,8 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of one megabyte."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a file system needs root")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", place], check=True)
+def small_disk(mount_disk: Callable[[str], Path]) -> Path:
+    return mount_disk("1m")
 
 
 def test_a_saved_checkpoint_is_complete_and_the_newest(store: CheckpointStore) -> None:
@@ -234,7 +218,7 @@ def test_an_interruption_is_not_a_disk_error() -> None:
 def test_later_checkpoints_are_dropped(store: CheckpointStore) -> None:
     for step in (1, 2, 3):
         store.save(step, write_some)
-    store.discard_after(1)
+    store.remove_after(1)
     assert store.available() == [1]
 
 
@@ -243,7 +227,7 @@ def test_partial_files_of_a_killed_process_are_removed_and_never_loaded(store: C
     for name in (".partial-step_000002", ".discarded-step_000000"):
         shutil.copytree(store.path(1), store.directory / name)
     assert store.available() == [1]
-    store.clean()
+    store.remove_partial()
     assert [path.name for path in store.directory.iterdir()] == ["step_000001"]
 
 
@@ -252,21 +236,21 @@ def test_random_state_continues() -> None:
         return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
 
     draw()
-    state = random_state()
+    state = get_rng_state()
     expected = [draw() for _ in range(3)]
-    restore_random_state(state)
+    set_rng_state(state)
     assert [draw() for _ in range(3)] == expected
-    seed_random_state(2**40)
+    seed_all(2**40)
     seeded = draw()
     assert seeded != draw()
-    seed_random_state(2**40)
+    seed_all(2**40)
     assert draw() == seeded
 
 
 def test_random_state_survives_a_file(tmp_path: Path) -> None:
-    save_torch(random_state(), tmp_path / "random.pt")
+    save_torch(get_rng_state(), tmp_path / "random.pt")
     expected = random.random(), torch.rand(1).item()
-    restore_random_state(torch.load(tmp_path / "random.pt", weights_only=True))
+    set_rng_state(torch.load(tmp_path / "random.pt", weights_only=True))
     assert (random.random(), torch.rand(1).item()) == expected
 
 
@@ -287,5 +271,5 @@ def test_a_failed_write_leaves_a_directory_and_a_text_unchanged(tmp_path: Path, 
 
 
 def test_discarding_a_missing_directory_does_nothing(tmp_path: Path) -> None:
-    discard(tmp_path / "nothing")
+    remove_directory(tmp_path / "nothing")
     assert list(tmp_path.iterdir()) == []

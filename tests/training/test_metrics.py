@@ -5,11 +5,9 @@ from __future__ import annotations
 import builtins
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from alignpro.config import RunConfig
 from alignpro.errors import ConfigError, TrainingError
-from alignpro.training.metrics import EventFile, MetricsLog, PhaseTimer, append_row, keep_rows, read_rows
+from alignpro.training.loggers.jsonl import append_row, read_rows, truncate_rows
+from alignpro.training.loggers.metrics_logger import MetricsLogger
+from alignpro.training.loggers.tensorboard import TensorBoardWriter
+from alignpro.training.metrics import PhaseTimer
 
 
 def write_rows(path: Path, steps: Sequence[int]) -> bytes:
@@ -35,16 +36,8 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of 64 kB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a file system needs root")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", place], check=True)
+def full_disk(mount_disk: Callable[[str], Path]) -> Path:
+    return mount_disk("64k")
 
 
 def fill(place: Path) -> None:
@@ -70,7 +63,7 @@ def test_a_text_that_is_not_valid_utf8_is_written(tmp_path: Path) -> None:
 
 def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "metrics.jsonl") == []
-    keep_rows(tmp_path / "metrics.jsonl", 3)
+    truncate_rows(tmp_path / "metrics.jsonl", 3)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -78,7 +71,7 @@ def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
 def test_rows_after_a_step_are_removed_and_the_others_keep_every_byte(tmp_path: Path, last: int) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = write_rows(path, [1, 2, 2, 3]).splitlines(keepends=True)
-    keep_rows(path, last)
+    truncate_rows(path, last)
     kept = [line for line, step in zip(lines, [1, 2, 2, 3], strict=True) if step <= last]
     assert path.read_bytes() == b"".join(kept)
 
@@ -90,7 +83,7 @@ def test_a_truncated_last_row_is_dropped(tmp_path: Path, cut: int) -> None:
     write_rows(path, [3])
     os.truncate(path, path.stat().st_size - cut)
     assert [row["step"] for row in read_rows(path)] == [1, 2]
-    keep_rows(path, 9)
+    truncate_rows(path, 9)
     assert path.read_bytes() == whole
     append_row(path, {"step": 3})
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
@@ -108,7 +101,7 @@ def test_a_full_disk_leaves_complete_rows_and_gives_a_message(full_disk: Path) -
     assert "No space left on device" in str(caught.value)
     assert "--resume" in str(caught.value)
     assert path.read_bytes() == whole
-    keep_rows(path, 1)
+    truncate_rows(path, 1)
     assert [row["step"] for row in read_rows(path)] == [1], "removing rows needs no disk space"
 
 
@@ -118,7 +111,7 @@ def test_a_row_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 
 def test_tensorboard_reads_the_values(tmp_path: Path) -> None:
-    with MetricsLog(RunConfig(out=tmp_path), 0, {}) as log:
+    with MetricsLogger(RunConfig(out=tmp_path), 0, {}) as log:
         for step in (1, 2, 3):
             log.write(step, {"reward/mean": step / 4, "kl": float(step)})
     assert scalars(tmp_path / "tensorboard") == {
@@ -129,7 +122,7 @@ def test_tensorboard_reads_the_values(tmp_path: Path) -> None:
 
 def test_tensorboard_sees_each_step_once_after_a_resume(tmp_path: Path) -> None:
     for start, value in ((0, 1.0), (2, 2.0), (3, 3.0)):
-        with MetricsLog(RunConfig(out=tmp_path), start, {}) as log:
+        with MetricsLogger(RunConfig(out=tmp_path), start, {}) as log:
             for step in range(start + 1, start + 4):
                 log.write(step, {"loss": value})
     assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, 3.0), (6, 3.0)]
@@ -138,19 +131,19 @@ def test_tensorboard_sees_each_step_once_after_a_resume(tmp_path: Path) -> None:
 
 def test_tensorboard_reads_the_complete_events_of_a_truncated_file(tmp_path: Path) -> None:
     """A killed process leaves such a file. The file of the resumed run beside it is read too."""
-    killed = EventFile(tmp_path, 1)
+    killed = TensorBoardWriter(tmp_path, 1)
     for step in (1, 2, 3):
         killed.write(step, {"loss": 1.0})
     killed.close()
     os.truncate(killed.path, killed.path.stat().st_size - 5)
-    resumed = EventFile(tmp_path, 3)
+    resumed = TensorBoardWriter(tmp_path, 3)
     resumed.write(3, {"loss": 2.0})
     resumed.close()
     assert scalars(tmp_path)["loss"] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 def test_a_full_disk_is_an_error_when_tensorboard_writes(full_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    events = EventFile(full_disk, 1)
+    events = TensorBoardWriter(full_disk, 1)
     events.write(1, {"loss": 1.0})
     fill(full_disk)
     with pytest.raises(TrainingError) as caught:
@@ -163,13 +156,13 @@ def test_a_full_disk_is_an_error_when_tensorboard_writes(full_disk: Path, capfd:
 
 
 def test_tensorboard_can_be_switched_off(tmp_path: Path) -> None:
-    with MetricsLog(RunConfig(out=tmp_path, tensorboard=False), 0, {}) as log:
+    with MetricsLogger(RunConfig(out=tmp_path, tensorboard=False), 0, {}) as log:
         log.write(1, {"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_an_evaluation_is_recognised_by_its_rows(tmp_path: Path) -> None:
-    with MetricsLog(RunConfig(out=tmp_path, tensorboard=False), 0, {}) as log:
+    with MetricsLogger(RunConfig(out=tmp_path, tensorboard=False), 0, {}) as log:
         log.write(1, {"loss": 1.0})
         log.write(2, {"loss": 1.0})
         log.write(2, {"eval/loss": 1.0})
@@ -188,7 +181,7 @@ def test_wandb_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: py
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"run.wandb_project needs .*pip install 'alignpro\[wandb\]'"):
-        MetricsLog(RunConfig(out=tmp_path, wandb_project="p"), 0, {})
+        MetricsLogger(RunConfig(out=tmp_path, wandb_project="p"), 0, {})
 
 
 def test_wandb_resumes_its_own_run_and_its_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,15 +208,15 @@ def test_wandb_resumes_its_own_run_and_its_errors_are_reported(tmp_path: Path, m
     stand_in = SimpleNamespace(init=init, errors=SimpleNamespace(Error=RefusedError))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     config = RunConfig(out=tmp_path, tensorboard=False, wandb_project="p")
-    with MetricsLog(config, 0, {}) as log:
+    with MetricsLogger(config, 0, {}) as log:
         log.write(1, {"loss": 1.0})
-    with pytest.raises(ValueError, match="x"), MetricsLog(config, 1, {}):
+    with pytest.raises(ValueError, match="x"), MetricsLogger(config, 1, {}):
         raise ValueError("x")
     identity = (tmp_path / "wandb_id").read_text()
     expected = [("init", identity), ("log", (1, {"loss": 1.0})), ("finish", 0), ("init", identity), ("finish", 1)]
     assert calls == expected
     with pytest.raises(TrainingError, match="Weights & Biases: no API key; log in with `wandb login`"):
-        MetricsLog(RunConfig(out=tmp_path, tensorboard=False, wandb_project="locked"), 0, {})
+        MetricsLogger(RunConfig(out=tmp_path, tensorboard=False, wandb_project="locked"), 0, {})
 
 
 def test_seconds_of_phases_add_up() -> None:

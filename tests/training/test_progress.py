@@ -1,11 +1,14 @@
-"""Progress: a bar in a terminal, and otherwise a line from time to time."""
+"""Progress: a bar in a terminal or a notebook, and otherwise a line from time to time."""
 
 from __future__ import annotations
 
+import builtins
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
+from rich.progress import Progress
 
 from alignpro.training import progress
 from alignpro.training.progress import progress_bar
@@ -64,3 +67,28 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "10/10" in shown.err
     assert "loss 0.5" in shown.err
     assert shown.out == ""
+
+
+def test_a_notebook_gets_a_bar_that_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IPython is not installed with the tests: its `display` is played by one that keeps what a browser would show."""
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, bar: Progress) -> None:
+            shown.append(bar._repr_mimebundle_((), ())["text/html"])
+
+    def display(bar: Progress, display_id: bool) -> Handle:
+        assert display_id
+        Handle().update(bar)
+        return Handle()
+
+    monkeypatch.setattr(builtins, "get_ipython", type("ZMQInteractiveShell", (), {}), raising=False)
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_UPDATES", 0.0)
+    with progress_bar(10, 4, ("loss",)) as advance:
+        for step in range(6):
+            advance({"loss": step / 2})
+    assert len(shown) == 8
+    assert "4/10" in shown[0]
+    assert "5/10" in shown[1] and "loss 0" in shown[1]
+    assert "10/10" in shown[-1] and "loss 2.5" in shown[-1]

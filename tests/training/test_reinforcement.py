@@ -16,7 +16,8 @@ from alignpro.environments.base import Scores
 from alignpro.objectives import RunningBaseline
 from alignpro.training.experience import join_rows
 from alignpro.training.gradient_accumulation import split_minibatches
-from alignpro.training.metrics import OF_EXECUTION, Metrics, read_rows
+from alignpro.training.loggers.jsonl import read_rows
+from alignpro.training.metrics import EXECUTION_METRICS, Metrics
 from alignpro.training.reinforcement import RLTrainer
 
 GROUPS = [(0, 9), (14, 3), (5, 5), (1, 12)]
@@ -261,7 +262,7 @@ def test_a_step_is_a_function_of_its_seed(tmp_path: Path) -> None:
         for step in range(3):
             metrics = training.step(step)
             torch.rand(7)  # others may draw from the global generator
-            yield {k: v for k, v in metrics.items() if not k.startswith(OF_EXECUTION)}, weights_of(training)
+            yield {k: v for k, v in metrics.items() if not k.startswith(EXECUTION_METRICS)}, weights_of(training)
 
     for (left, left_weights), (right, right_weights) in zip(run(), run(), strict=True):
         assert left == right

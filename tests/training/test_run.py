@@ -16,25 +16,25 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import Process, Workshop, assert_same, flip_bit, read_metrics, read_model, rows, steps_of_checkpoints
 from torch import nn
 
-from alignpro.config import OptimizerConfig, RunConfig, Section
+from alignpro.config import OptimizerConfig, RunConfig, RunSection
 from alignpro.errors import AlignProError, CheckpointError, RewardError, TrainingError
 from alignpro.training.backend import TorchBackend
-from alignpro.training.metrics import Metrics, read_rows
+from alignpro.training.loggers.jsonl import read_rows
+from alignpro.training.metrics import Metrics
 from alignpro.training.run import Run
 
 Finished = Callable[..., Path]
 
 
-class Config(Section):
+class Config(RunSection):
     """The smallest configuration of a run."""
 
-    run: RunConfig
     goal: float = 0.0
     data: dict[str, int] = Field(default_factory=lambda: {"rows": 1})
 
 
 class Descent:
-    """A task with one weight that draws from torch's global generator, and fails where ``fail`` says."""
+    """A trainer with one weight that draws from torch's global generator, and fails where ``fail`` says."""
 
     progress_metrics = ("loss",)
 
@@ -86,10 +86,10 @@ def configure(out: Path, goal: float = 0.0, **run: Any) -> Config:
 
 def train(config: Config, *, fail: dict[tuple[str, int], Exception] | None = None, **how: Any) -> Descent:
     with Run(config, **how) as run:
-        task = Descent(config)
-        task.fail = fail or {}
-        run.train(task)
-    return task
+        trainer = Descent(config)
+        trainer.fail = fail or {}
+        run.train(trainer)
+    return trainer
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_only_one_process_may_use_a_directory(undisturbed: Path) -> None:
 
 
 def test_a_failed_start_releases_the_directory(undisturbed: Path) -> None:
-    for how in ({"at": 5}, {}):
+    for how in ({"from_step": 5}, {}):
         with pytest.raises(AlignProError):
             Run(configure(undisturbed, goal=0.0 if how else 1.0), resume=True, **how)
     with Run(configure(undisturbed), resume=True) as run:
@@ -298,15 +298,14 @@ def test_length_checkpoints_and_evaluations_of_a_run_may_change(undisturbed: Pat
 
 
 def test_a_run_of_another_command_is_refused(undisturbed: Path, workshop: Workshop) -> None:
-    class Other(Section):
-        run: RunConfig
+    class Other(RunSection):
         model: str
 
     with pytest.raises(TrainingError, match="the run in it is not one of this command"):
         Run(Other(run=RunConfig(out=undisturbed), model="x"), resume=True)
 
 
-def test_a_finished_run_is_recognised_without_a_task(undisturbed: Path) -> None:
+def test_a_finished_run_is_recognised_without_a_trainer(undisturbed: Path) -> None:
     made = (undisturbed / "model").stat().st_mtime_ns
     with Run(configure(undisturbed), resume=True) as run:
         assert run.finished
@@ -325,17 +324,17 @@ def test_a_finished_run_needs_no_checkpoints(undisturbed: Path) -> None:
 def test_fewer_steps_than_completed_are_refused(undisturbed: Path) -> None:
     with pytest.raises(TrainingError, match=r"is at step 6, beyond run.steps=5; raise run.steps, or go back with --at"):
         Run(configure(undisturbed, steps=5), resume=True)
-    train(configure(undisturbed, steps=5), resume=True, at=4)
+    train(configure(undisturbed, steps=5), resume=True, from_step=4)
     assert steps(undisturbed) == ALL_STEPS[:-2]
     assert steps_of_checkpoints(undisturbed) == [4, 5]
 
 
 def test_a_step_to_go_back_to_must_exist_undamaged(undisturbed: Path) -> None:
     with pytest.raises(CheckpointError, match=r"step_000003: no such checkpoint; there are: 4, 6"):
-        Run(configure(undisturbed), resume=True, at=3)
+        Run(configure(undisturbed), resume=True, from_step=3)
     flip_bit(undisturbed / "checkpoints/step_000004/w.safetensors")
     with pytest.raises(CheckpointError, match=r"step_000004 is damaged: w.safetensors does not match its checksum"):
-        Run(configure(undisturbed), resume=True, at=4)
+        Run(configure(undisturbed), resume=True, from_step=4)
 
 
 def test_missing_wandb_is_an_error_before_anything_is_written(tmp_path: Path) -> None:

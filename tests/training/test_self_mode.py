@@ -77,8 +77,8 @@ def test_weights_are_in_memory_once(workshop: Workshop, tmp_path: Path) -> None:
 
 def test_the_runs_target_answers_its_rewrites(workshop: Workshop, finished: Finished) -> None:
     texts = ["flip the word stone pls", "sort these letters: dcba"]
-    shared = Rewriter.from_run(finished("train", *SELF), with_target=True)
-    apart = Rewriter.from_run(finished("train", *ACTIVATED, f"target.path={workshop.root}/prompter"), with_target=True)
+    shared = Rewriter.load(finished("train", *SELF), with_target=True)
+    apart = Rewriter.load(finished("train", *ACTIVATED, f"target.path={workshop.root}/prompter"), with_target=True)
     rewritten = shared.rewrite(texts)
     assert rewritten == apart.rewrite(texts)
     assert all(group[0].response is not None for group in rewritten)

@@ -9,6 +9,7 @@ import pytest
 
 from alignpro.data import Prompt
 from alignpro.errors import CheckpointError, DataError
+from alignpro.training.resume import check_data
 from alignpro.training.stream import PromptStream
 
 PROMPTS = [Prompt.from_text(f"question {i}", source=f"file:{i}") for i in range(10)]
@@ -38,9 +39,9 @@ def test_the_seed_decides_the_order() -> None:
 
 def test_other_data_is_refused() -> None:
     start = [replace(PROMPTS[0], rewrite="a", metadata={"answer": 1, "nested": {"b": [1, 2]}}), *PROMPTS[1:]]
-    stream = PromptStream(start, 3, 0)
-    stream.check(PromptStream(list(start), 5, 1).fingerprint)
-    stream.check(PromptStream([replace(prompt, source="moved") for prompt in start], 3, 0).fingerprint)
+    saved = PromptStream(start, 3, 0).fingerprint
+    check_data(saved, PromptStream(list(start), 5, 1).fingerprint)
+    check_data(saved, PromptStream([replace(prompt, source="moved") for prompt in start], 3, 0).fingerprint)
     for changed in (
         start[:-1],
         start[::-1],
@@ -53,7 +54,7 @@ def test_other_data_is_refused() -> None:
         [replace(start[0], metadata={"answer": 1, "nested": {"b": [1, 3]}}), *start[1:]],
     ):
         with pytest.raises(CheckpointError, match="training data is not what this run started with"):
-            PromptStream(changed, 3, 0).check(stream.fingerprint)
+            check_data(saved, PromptStream(changed, 3, 0).fingerprint)
 
 
 def test_no_prompt_is_an_error() -> None:

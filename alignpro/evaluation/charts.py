@@ -1,4 +1,4 @@
-"""The paper's figure (mean reward and reward variance, one group of bars per prompter-target pair) and training curves."""
+"""The charts of the figure and the report: bars of mean reward and variance (the paper's figure), curves, distributions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from alignpro.evaluation.summary import ArmGroup, ArmSummary
+from alignpro.evaluation.results import ArmGroup, ArmSummary
 
 # Okabe & Ito (2008): distinguishable with every common colour blindness. Hatches keep bars distinct in greyscale.
 ARM_STYLE: dict[str, tuple[str, str]] = {
@@ -184,7 +184,7 @@ def arm_color(name: str) -> str:
     return ARM_STYLE[name][0] if name in ARM_STYLE else "#777777"
 
 
-def svg(draw: Any, *arguments: Any) -> bytes:
+def to_svg(draw: Any, *arguments: Any) -> bytes:
     """The output of a plotting function as SVG; empty if it drew nothing."""
     stream = io.BytesIO()
     draw(*arguments, stream, format="svg")
@@ -227,8 +227,8 @@ def _bars(
     axes.set_xticks(centres, [textwrap.fill(g.label, w) for g, w in zip(groups, widths, strict=True)])
     axes.axhline(0, color="#555555", linewidth=0.8)
     low, high = min(0.0, *tops), max(0.0, *tops)
-    room = 0.10 * ((high - low) or 1.0)  # for the numbers at the ends of the bars
-    axes.set_ylim(low - room if low < 0 else 0, high + room if high > 0 else room)
+    margin = 0.10 * ((high - low) or 1.0)  # for the numbers at the ends of the bars
+    axes.set_ylim(low - margin if low < 0 else 0, high + margin if high > 0 else margin)
 
 
 def _arm_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from alignpro.evaluation.figure import CURVES, plot_comparison, plot_curves, plot_distributions, svg
-from alignpro.evaluation.summary import ArmGroup, ArmSummary, summarize_arm
+from alignpro.evaluation.charts import CURVES, plot_comparison, plot_curves, plot_distributions, to_svg
+from alignpro.evaluation.results import ArmGroup, ArmSummary, summarize_arm
 
 
 def arm(name: str, mean: float, P: int = 20) -> ArmSummary:
@@ -33,8 +33,8 @@ def test_every_arm_has_its_own_colour_and_equal_data_gives_equal_bytes():
         pair("a"),
         ArmGroup("b", [arm("sft_prompter", 0.5), arm("gibbs", 0.6), arm("mine", 0.1), arm("yours", 0.2)]),
     ]
-    drawn = svg(plot_comparison, groups)
-    assert drawn == svg(plot_comparison, groups)
+    drawn = to_svg(plot_comparison, groups)
+    assert drawn == to_svg(plot_comparison, groups)
     for color in (b"#9a9a9a", b"#0072b2", b"#e69f00", b"#56b4e9", b"#009e73", b"#cc79a7", b"#d55e00"):
         assert color in drawn
 
@@ -49,8 +49,8 @@ def test_every_arm_has_its_own_colour_and_equal_data_gives_equal_bytes():
     ],
 )
 def test_unusual_numbers_are_drawn(arms):
-    assert svg(plot_comparison, [ArmGroup("pair with a long name that has to be wrapped", arms)])
-    assert svg(plot_distributions, arms)
+    assert to_svg(plot_comparison, [ArmGroup("pair with a long name that has to be wrapped", arms)])
+    assert to_svg(plot_distributions, arms)
 
 
 def test_figure_without_arms_is_refused():
@@ -63,8 +63,8 @@ def test_curves_plot_the_metrics_of_the_rows():
     rows = [{"step": i, "reward/mean": i / 10, "seconds/rollout": 0.1} for i in range(30)]
     rows[3]["reward/mean"] = math.nan  # a gap, not a crash
     rows[4].pop("reward/mean")
-    alone = svg(plot_curves, {"Align-Pro": rows})
-    both = svg(plot_curves, {"Align-Pro": rows, "oracle": [{"step": 1, "reward/mean": 0.5, "kl": 2.0}]})
+    alone = to_svg(plot_curves, {"Align-Pro": rows})
+    both = to_svg(plot_curves, {"Align-Pro": rows, "oracle": [{"step": 1, "reward/mean": 0.5, "kl": 2.0}]})
     assert alone.count(b'id="axes_') == 1
     assert both.count(b'id="axes_') == 2  # the reward and the KL
     assert "seconds/rollout" not in CURVES

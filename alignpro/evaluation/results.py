@@ -161,3 +161,37 @@ class Report:
     created: str = ""
     notes: Sequence[str] = ()
     """Sentences above the table, such as what was compared and what the numbers do not show."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of an evaluation."""
+
+    arms: list[ArmSummary]
+    gap: Estimate | None
+    kl: float | None
+    """KL(ρ ‖ ρ_sft) of the trained prompter, in nats per sequence."""
+    bound: BoundSummary | None
+    gibbs: dict[str, float] | None
+    """λ log Ẑ, effective sample size and number of candidates."""
+    rows: list[SampleRow]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return {
+            **{arm.name: arm.as_dict() for arm in self.arms},
+            "gap_recovered": self.gap.as_dict()["value"] if self.gap else None,
+            "gap_recovered_ci95": [self.gap.as_dict()["low"], self.gap.as_dict()["high"]] if self.gap else None,
+            "kl": self.kl,
+            "gibbs_estimates": self.gibbs,
+            "bound": None
+            if self.bound is None
+            else {
+                "lhs": self.bound.lhs,
+                "rhs": self.bound.rhs,
+                "holds": self.bound.holds,
+                "terms": dict(self.bound.terms),
+                "note": self.bound.note,
+            },
+        }

@@ -1,0 +1,40 @@
+"""The machine, and the compilers on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from alignpro.doctor.findings import Finding, program_output
+
+
+def system() -> Iterator[Finding]:
+    """The operating system and Python."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("Machine", "system", "ok", f"{platform.system()} {platform.machine()}, {cores} cores")
+    yield Finding("Machine", "python", "ok", f"{platform.python_version()} at {sys.executable}")
+
+
+def compilers() -> Iterator[Finding]:
+    """The compilers that the kernel build looks for, in the same order."""
+    candidates = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
+    cuda_home = os.environ.get("CUDA_HOME")
+    cuda = [str(Path(cuda_home) / "bin" / "nvcc"), "nvcc"] if cuda_home else ["nvcc"]
+    for name, programs, remedy in (
+        ("c++", candidates, "the CPU kernels need one: install g++ with the system's package manager"),
+        ("nvcc", cuda, "optional, for CUDA sources: install the CUDA toolkit, or set CUDA_HOME"),
+    ):
+        path = next(filter(None, map(shutil.which, programs)), None)
+        output = program_output(path, "--version") if path else None
+        if path is None:
+            yield Finding("Compilers", name, "off", f"{', '.join(programs)} not found", remedy)
+        elif output is None:
+            yield Finding("Compilers", name, "problem", f"{path} does not run", remedy)
+        else:
+            version = re.search(r"release \S+|\d+(\.\d+)+", output)
+            yield Finding("Compilers", name, "ok", f"{version[0].rstrip(',') if version else 'runs'}, {path}")

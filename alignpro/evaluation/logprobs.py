@@ -1,0 +1,48 @@
+"""Log-probabilities of an arm's samples: whole completions, and the exact KL between two prompters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alignpro.engine import Completion
+from alignpro.evaluation.arms import ArmSamples
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.sequences import SequenceBatch
+from alignpro.policy.policy import Policy
+from alignpro.policy.reference_logprobs import sequence_logprob
+
+
+def sequence_kl(
+    model: LanguageModel, reference: LanguageModel, inputs: Sequence[Sequence[int]], arm: ArmSamples, temperature: float
+) -> float:
+    """Mean exact KL(model ‖ reference) on an arm's samples, in nats per sequence; both models share one vocabulary."""
+    policy = Policy(model, reference, temperature=temperature)
+    prompts = [ids for ids, group in zip(inputs, arm.chains, strict=True) for _ in group]
+    samples = [chain.sample.tokens for group in arm.chains for chain in group]
+    total = 0.0
+    for batch in _batches(prompts, samples, model):
+        total += policy.token_stats(batch).kl.sum().item()
+    return total / len(samples)
+
+
+@torch.no_grad()
+def logprobs(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], temperature: float
+) -> Tensor:
+    """log p(y|prompt) of whole completions, (N,) float64 on the CPU."""
+    tokens = [completion.tokens for completion in completions]
+    parts = [sequence_logprob(model, batch, temperature) for batch in _batches(prompts, tokens, model)]
+    return torch.cat(parts).double().cpu()
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], model: LanguageModel, size: int = 128
+) -> list[SequenceBatch]:
+    """Split sequences into batches of ``size``, in order."""
+    return [
+        SequenceBatch.build(prompts[start : start + size], completions[start : start + size], model.device)
+        for start in range(0, len(prompts), size)
+    ]

@@ -1,0 +1,80 @@
+"""The files that an evaluation writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignpro.config import EvalConfig, ModelConfig, dump_config
+from alignpro.evaluation.arms import LABELS
+from alignpro.evaluation.charts import plot_comparison
+from alignpro.evaluation.report import write_report
+from alignpro.evaluation.results import ArmGroup, Evaluation, Report
+from alignpro.training.durability import disk_errors, replace_text
+from alignpro.training.loggers.jsonl import read_rows
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_ROWS = 2000
+"""Number of samples in the report's table; samples.jsonl has all."""
+
+
+def write_outputs(config: EvalConfig, result: Evaluation, summary: Mapping[str, Any]) -> None:
+    """Write ``samples.jsonl``, ``figure.png``, ``report.html``, ``config.yaml`` and ``summary.json`` to ``config.out``.
+
+    Raises:
+        CheckpointError: A file cannot be written.
+    """
+    with disk_errors(str(config.out), "make room, then evaluate again"):
+        _write(config.out, config, result, summary)
+    for arm in result.arms:
+        logger.info("%-16s mean %.4f  [%.4f, %.4f]  variance %.4f", arm.label, arm.mean, *arm.ci95, arm.variance.total)
+    if result.gap:
+        logger.info("gap recovered    %.3f  [%.3f, %.3f]", result.gap.value, result.gap.low, result.gap.high)
+    logger.info("%s  %s  %s", *(config.out / name for name in ("summary.json", "figure.png", "report.html")))
+
+
+def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[str, Any]) -> None:
+    pair = _pair(config)
+    with (out / "samples.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+    plot_comparison([ArmGroup(pair, result.arms)], out / "figure.png")
+    report = Report(
+        title=config.title,
+        pair=pair,
+        arms=result.arms,
+        gap=result.gap,
+        bound=result.bound,
+        kl_coef=config.kl_coef,
+        curves=_curves(config),
+        rows=result.rows[:_SHOWN_ROWS],
+        configuration=dump_config(config),
+        versions=summary["versions"],
+        created=time.strftime("%Y-%m-%d"),
+    )
+    write_report(out / "report.html", report)
+    (out / "config.yaml").write_text(dump_config(config))
+    # Written last and atomically: this file marks the evaluation as complete.
+    replace_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+
+
+def _curves(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:
+    """Label → metrics of the run that produced a model, if the model is the ``model/`` of a run directory."""
+    models = {"align_pro": config.prompter, "oracle": config.oracle}
+    rows = {LABELS[arm]: read_rows(Path(m.path).parent / "metrics.jsonl") for arm, m in models.items() if m is not None}
+    return {label: metrics for label, metrics in rows.items() if metrics}
+
+
+def _pair(config: EvalConfig) -> str:
+    """The name of the pair in the figure: the models' directories, or the run directory if a path is a run's ``model/``."""
+
+    def name(model: ModelConfig) -> str:
+        path = Path(model.path)
+        return path.parent.name if path.name == "model" else path.name
+
+    named = config.prompter or config.reference
+    return f"{name(named)} → {name(config.target_model)}" if named else name(config.target_model)

@@ -1,0 +1,93 @@
+"""Run a training job, given its configuration: what `alignpro train`, `rlhf`, `sft` and `reward` do."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from alignpro.config import (
+    ConfigSource,
+    RewardModelConfig,
+    RLHFConfig,
+    RunSection,
+    SFTConfig,
+    TrainConfig,
+    resolve_config,
+)
+from alignpro.distributed.launcher import launched
+from alignpro.distributed.ranks import Ranks
+from alignpro.errors import ConfigError
+from alignpro.training import multi_process
+from alignpro.training.builders import prompter_training, response_training
+from alignpro.training.distribution import Distribution, SingleProcess
+from alignpro.training.preference import RewardTrainer
+from alignpro.training.run import Run, Trainer
+from alignpro.training.supervised import SFTTrainer
+
+Job = Literal["train", "rlhf", "sft", "reward"]
+
+CONFIGS: dict[str, type[RunSection]] = {
+    "train": TrainConfig,
+    "rlhf": RLHFConfig,
+    "sft": SFTConfig,
+    "reward": RewardModelConfig,
+}
+"""The configuration of each training command."""
+
+
+def train(
+    config: ConfigSource[RunSection],
+    *,
+    job: Job = "train",
+    resume: bool = False,
+    from_step: int | None = None,
+    ranks: Ranks | None = None,
+) -> Run:
+    """Train as a command of `alignpro` does: in this process, or on all ranks if a launcher has started it.
+
+    Args:
+        config: A typed configuration, whose type says which job it is; or a mapping of its sections, the path of a YAML
+            file, or a list of YAML files and overrides (``"run.steps=20"``), for ``job``. Paths may be strings or `Path`,
+            and the ``function`` of a reward may be a function.
+        job: The command: ``train``, ``rlhf``, ``sft`` or ``reward``.
+        resume: Continue the run in ``run.out``; start one if there is none.
+        from_step: With ``resume``: the step to continue from, by default that of the newest intact checkpoint.
+        ranks: The process group that the caller has joined; by default that of the launcher, if there is one.
+
+    Returns:
+        The finished run: its directory ``out`` and its ``metrics``, one row per step.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM asked the run to stop; its state is saved.
+        AlignProError: The message says what was wrong, where and what to do. See `Run`.
+    """
+    if from_step is not None and not resume:
+        raise ConfigError("from_step names the checkpoint to continue from: it requires resume=True")
+    if not isinstance(config, RunSection):
+        if job not in CONFIGS:
+            raise ConfigError(f"job={job!r}: expected {', '.join(CONFIGS)}")
+        config = resolve_config(CONFIGS[job], config)
+    if launched() if ranks is None else ranks.group is not None:
+        return multi_process.train(config, build_trainer, resume, from_step, ranks)
+    with Run(config, resume=resume, from_step=from_step) as run:  # before any model is loaded
+        if not run.finished:
+            run.train(build_trainer(config, SingleProcess()))
+    return run
+
+
+def build_trainer(config: RunSection, distribution: Distribution) -> Trainer:
+    """Load data and models of a job, and build its trainer.
+
+    Raises:
+        AlignProError: Data or models cannot be used.
+    """
+    match config:
+        case TrainConfig():
+            return prompter_training(config, distribution)
+        case RLHFConfig():
+            return response_training(config, distribution)
+        case SFTConfig():
+            return SFTTrainer(config)
+        case RewardModelConfig():
+            return RewardTrainer(config)
+        case _:
+            raise TypeError(f"{type(config).__name__} is not the configuration of a training job")
