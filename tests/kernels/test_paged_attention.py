@@ -288,7 +288,6 @@ def test_errors_name_the_argument() -> None:
     )
     refused(
         BackendError,
-        PagedKeys,
         "backend 'cpp' cannot run here: it computes in float32, and the input is float64",
         query=good["query"].double(),
         pages=good["pages"].double(),
