@@ -110,10 +110,10 @@ class KVPool:
 
         Returns False if the device does not have enough memory; `total` is then lowered to the pages that have memory.
         """
-        least = self._first_unused + count - min(count, len(self._freed))
-        if least <= len(self._arena):
+        needed = self._first_unused + count - min(count, len(self._freed))
+        if needed <= len(self._arena):
             return True
-        sizes = [2 * least, least]
+        sizes = [2 * needed, needed]
         if self.try_resize([self.total, *sizes] if self._arena.device.type == "cpu" else sizes):
             return True
         backed = len(self._arena)

@@ -104,7 +104,7 @@ class PrefixTree:
         """Extend a locked path to the end of a model's tokens. Without enough pages, unlock the path and return None."""
         while (at := node.start + len(node.tokens)) < len(tokens):
             try:
-                below = self._step(node, model, tokens, at)
+                below = self._next_node(node, model, tokens, at)
             except Exception:  # of the device
                 self.release(node)
                 raise
@@ -114,7 +114,7 @@ class PrefixTree:
             node = below
         return node
 
-    def _step(self, node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
+    def _next_node(self, node: Node, model: str, tokens: Tokens, at: int) -> Node | None:
         """Lock the child that continues with ``tokens[at:]``, creating it if needed; None if there is no memory for it."""
         child = _find_child(node, model, tokens, at)
         if child is None:

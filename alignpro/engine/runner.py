@@ -37,7 +37,7 @@ def forward(
     stats.ticks += 1
     ends = [s.output if s.output_ids else s.node for s in batch.to_sample]
     if not batch.chunks:
-        return _known(ends)
+        return _known_states(ends)
     with _timed(stats, "plan"):
         static = graphs.plan(batch.model, model, batch.chunks) if graphs else None
         plan = static or AttentionPlan(pool, batch.model, batch.chunks, model.device)
@@ -54,7 +54,7 @@ def forward(
                 node.state = hidden[plan.last_row[id(node)]].clone()
         known = [end for end in ends if id(end) not in plan.last_row]
         if known:
-            hidden = torch.cat([hidden, _known(known)])
+            hidden = torch.cat([hidden, _known_states(known)])
         rows = plan.last_row | {id(end): len(plan.ids) + i for i, end in enumerate(known)}
         index = torch.tensor([rows[id(end)] for end in ends], dtype=torch.int64, device=model.device)
         states = hidden.index_select(0, index)
@@ -65,7 +65,7 @@ def forward(
         return states
 
 
-def _known(ends: Sequence[object]) -> Tensor:
+def _known_states(ends: Sequence[object]) -> Tensor:
     """The states kept from the ends of prompts, (B, D)."""
     states = [end.state for end in ends if isinstance(end, Node) and end.state is not None]
     assert len(states) == len(ends)

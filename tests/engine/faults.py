@@ -1,4 +1,4 @@
-"""Fault injection into runs of the engine, and checks of the state after it."""
+"""Requests that many tests make, fault injection into their runs, and what it may change."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
+from checks import assert_same
 from tiny_models import ragged
 from torch import Tensor
 
-from alignpro.engine import Completion, Engine, SamplingParams, TokenPrompt, derive_seed
+from alignpro.engine import Completion, Engine, Request, SamplingParams, TokenPrompt, derive_seed
 from alignpro.models.language_model import LanguageModel
 
 TEMPLATE = ragged(1, 60, shortest=20, longest=20, seed=5)[0]
@@ -19,8 +19,6 @@ PROMPTS = [TEMPLATE + tail for tail in ragged(6, 60, shortest=1, longest=30, see
 PARAMS = SamplingParams(max_tokens=14, n=3, stop_token_ids=(0, 1))
 RESPOND = SamplingParams(max_tokens=9, n=2, stop_token_ids=(2, 3), temperature=0.8)
 SEEDS = [derive_seed(7, i) for i in range(len(PROMPTS))]
-# Bytes per page of the tiny Llama: two layers, keys and values, two heads of eight, float32.
-PAGE = 16 * 2 * 2 * 2 * 8 * 4
 
 Check = Callable[[Tensor], None]
 """Receives the token ids of a forward pass, (T,), and may raise."""
@@ -64,17 +62,6 @@ def runs_out_above(count: int) -> Check:
     return check
 
 
-def assert_nothing_is_held(engine: Engine) -> None:
-    for worker in engine.workers.values():
-        assert worker.tree.num_locked == 0
-        assert worker.pool.num_free + worker.tree.num_cached == worker.pool.total
-
-
-def assert_same(one: Completion, other: Completion) -> None:
-    assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
-    assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
-
-
 def is_hit(prompt: Sequence[int], free: Completion, bad: Sequence[int]) -> bool:
     """Return whether a sequence computes one of the bad tokens. Its last token is drawn, but never computed."""
     return not set(bad).isdisjoint([*prompt, *free.tokens[:-1]])
@@ -98,3 +85,7 @@ def assert_failed_alone(
 
 def to_target(i: int, sample: Completion) -> TokenPrompt:
     return TokenPrompt([*TEMPLATE[::-1], *sample.tokens, 2])
+
+
+def submit_all(engine: Engine, name: str = "m") -> list[Request]:
+    return [engine.submit(name, prompt, PARAMS, seed) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 import pytest
+from checks import PAGE, assert_nothing_is_held, assert_same, assert_same_groups
 from tiny_models import ragged, tiny_language_model, tokenizer
 from transformers import (
     BloomConfig,
@@ -31,19 +32,6 @@ def expected(llama: LanguageModel) -> list[list[Completion]]:
     return Engine({"m": llama}).generate("m", PROMPTS, PARAMS, SEEDS)
 
 
-def assert_nothing_is_held(engine: Engine) -> None:
-    for worker in engine.workers.values():
-        assert worker.tree.num_locked == 0
-        assert worker.pool.num_free + worker.tree.num_cached == worker.pool.total
-
-
-def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> None:
-    drawn = [
-        [(one.tokens, one.finish_reason, one.error) for group in groups for one in group] for groups in (left, right)
-    ]
-    assert drawn[0] == drawn[1]
-
-
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -58,8 +46,7 @@ def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> 
 def test_a_bad_prompt_fails_alone_at_any_place_in_the_batch(
     llama: LanguageModel, expected: list[list[Completion]], bad: list[int], reason: str, place: int
 ) -> None:
-    page = 16 * 2 * 2 * 2 * 8 * 4  # bytes per page: two layers, keys and values, two heads of eight, float32
-    engine = Engine({"m": llama}, pool_bytes=6 * page, audit=True)
+    engine = Engine({"m": llama}, pool_bytes=6 * PAGE, audit=True)
     prompts, seeds = list(PROMPTS), list(SEEDS)
     prompts.insert(place, bad)
     seeds.insert(place, 0)
@@ -67,7 +54,7 @@ def test_a_bad_prompt_fails_alone_at_any_place_in_the_batch(
     for completion in groups.pop(place):
         assert (completion.finish_reason, completion.tokens, completion.logprobs) == ("error", [], [])
         assert reason in (completion.error or "")
-    assert_same(groups, expected)
+    assert_same_groups(groups, expected)
     assert_nothing_is_held(engine)
 
 
@@ -87,7 +74,7 @@ def test_a_pool_too_small_for_any_sequence_fails_all(llama: LanguageModel, pool_
 def test_a_stop_text_that_never_occurs_changes_nothing(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, audit=True)
     groups = engine.generate("m", PROMPTS, replace(PARAMS, stop=("no such text is ever drawn", "\x00")), SEEDS)
-    assert_same(groups, expected)
+    assert_same_groups(groups, expected)
     assert {completion.finish_reason for group in groups for completion in group} == {"length"}
     assert_nothing_is_held(engine)
 
@@ -155,9 +142,9 @@ def test_a_callback_that_raises_fails_its_chain_alone(llama: LanguageModel, capl
     failed = 0
     for group, others in zip(groups, expected, strict=True):
         for chain, other in zip(group, others, strict=True):
-            assert_same([[chain.sample]], [[other.sample]])
+            assert_same(chain.sample, other.sample)
             if chain.responses[0].error is None:
-                assert_same([chain.responses], [other.responses])
+                assert_same_groups([chain.responses], [other.responses])
                 continue
             failed += 1
             assert {y.error for y in chain.responses} == {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from faults import PARAMS, PROMPTS, RESPOND, SEEDS, assert_nothing_is_held, assert_same, probed, to_target
+from checks import assert_nothing_is_held, assert_same
+from faults import PARAMS, PROMPTS, RESPOND, SEEDS, probed, to_target
 from tiny_models import tiny_adapted
 from torch import Tensor
 

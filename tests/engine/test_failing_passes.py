@@ -7,20 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from faults import (
-    PAGE,
-    PARAMS,
-    PROMPTS,
-    RESPOND,
-    SEEDS,
-    TEMPLATE,
-    assert_failed_alone,
-    assert_nothing_is_held,
-    probed,
-    raises_at,
-    to_target,
-    watched,
-)
+from checks import PAGE, assert_nothing_is_held
+from faults import PARAMS, PROMPTS, RESPOND, SEEDS, TEMPLATE, assert_failed_alone, probed, raises_at, to_target, watched
 from tiny_models import tiny_adapted
 from torch import Tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks import assert_same_chains, assert_same_groups
 from scipy.stats import chisquare
 from tiny_models import ragged, tiny_language_model
 
@@ -26,13 +27,6 @@ def _draw(model: LanguageModel, prompts: list[list[int]], max_batch: int = 256, 
 
 def _tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
     return [[completion.tokens for completion in group] for group in groups]
-
-
-def _assert_same(left: list[Completion], right: list[Completion]) -> None:
-    """Check that tokens are equal, and log-probabilities up to rounding, which depends on the batch's shape."""
-    for one, other in zip(left, right, strict=True):
-        assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def _largest_difference(model: LanguageModel, groups: list[list[Completion]], temperature: float) -> float:
@@ -107,7 +101,7 @@ def test_a_shorter_limit_draws_the_same_beginning(llama: LanguageModel) -> None:
 def test_more_samples_of_a_prompt_begin_with_the_fewer(llama: LanguageModel) -> None:
     many, few = _draw(llama, PROMPTS, max_tokens=6, n=5), _draw(llama, PROMPTS, max_tokens=6, n=2)
     for first, second in zip(many, few, strict=True):
-        _assert_same(first[:2], second)
+        assert_same_groups([first[:2]], [second], 1e-5)
 
 
 def test_samples_of_a_prompt_differ_and_a_seed_repeats_them(llama: LanguageModel) -> None:
@@ -175,7 +169,7 @@ def test_a_request_that_cannot_run_fails_alone(llama: LanguageModel) -> None:
     engine = Engine({"m": llama})
     mixed = engine.generate("m", [bad[0], good[0], bad[1], bad[2], good[1], bad[3]], SamplingParams(**params), seeds)
     first, second = engine.generate("m", good, SamplingParams(**params), [seeds[1], seeds[4]])
-    _assert_same(mixed[1] + mixed[4], first + second)
+    assert_same_groups([mixed[1] + mixed[4]], [first + second], 1e-5)
     for i, message in (
         (0, "is empty"),
         (2, "do not fit in the context"),
@@ -223,18 +217,18 @@ class TestChains:
         engine = Engine({"policy": llama, "target": target})
         rewrites = engine.generate("policy", PROMPTS[:4], self.REWRITE, seeds)
         for i, group in enumerate(chains):
-            _assert_same([chain.sample for chain in group], rewrites[i])
+            assert_same_groups([[chain.sample for chain in group]], [rewrites[i]], 1e-5)
             for k, chain in enumerate(group):
                 assert chain.target_tokens == self.to_target(i, chain.sample).tokens
                 seed = derive_seed(seeds[i], "respond", k)
                 (expected,) = engine.generate("target", [chain.target_tokens], self.RESPOND, [seed])
-                _assert_same(chain.responses, expected)
+                assert_same_groups([chain.responses], [expected], 1e-5)
 
     def test_a_chain_depends_only_on_its_prompt_and_seed(self, llama: LanguageModel, target: LanguageModel) -> None:
         seeds = [11, 12, 13, 14]
         together = self.run(llama, target, PROMPTS[:4], seeds)
         alone = self.run(llama, target, PROMPTS[2:3], seeds[2:3])
-        _assert_same_chains(alone, together[2:3])
+        assert_same_chains(alone, together[2:3], 1e-5)
 
     def test_responses_to_equal_rewrites_differ(self, llama: LanguageModel, target: LanguageModel) -> None:
         engine = Engine({"policy": llama, "target": target})
@@ -252,7 +246,7 @@ class TestChains:
             assert (chain.sample.finish_reason, chain.sample.error) == ("error", "the prompt is empty")
             reason = "there is no sample to respond to: the prompt is empty"
             assert [(y.finish_reason, y.error) for y in chain.responses] == [("error", reason)] * 2
-        _assert_same_chains([chains[0], chains[2]], self.run(llama, target, PROMPTS[:2], [11, 13]))
+        assert_same_chains([chains[0], chains[2]], self.run(llama, target, PROMPTS[:2], [11, 13]), 1e-5)
 
     def test_a_rewrite_that_does_not_fit_the_target_is_an_error_of_its_responses(
         self, llama: LanguageModel, target: LanguageModel
@@ -267,10 +261,3 @@ class TestChains:
         )
         assert [y.finish_reason for y in first.responses] == ["error", "error"]
         assert [y.error for y in second.responses] == [None, None]
-
-
-def _assert_same_chains(left: list[list[Chain]], right: list[list[Chain]]) -> None:
-    for group, others in zip(left, right, strict=True):
-        for chain, other in zip(group, others, strict=True):
-            assert chain.target_tokens == other.target_tokens
-            _assert_same([chain.sample, *chain.responses], [other.sample, *other.responses])

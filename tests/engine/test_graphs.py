@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from checks import PAGE, assert_same_chains, assert_same_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, ragged, tiny_language_model
 
 from alignpro.config import AdapterConfig
-from alignpro.engine import Chain, Completion, Engine, SamplingParams, TokenPrompt
+from alignpro.engine import Chain, Engine, SamplingParams, TokenPrompt
 from alignpro.engine.graphs import ALL_ROWS, MAX_GRAPHS, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
 from alignpro.errors import ConfigError, ModelError
 from alignpro.models.adapters import add_adapter
@@ -22,16 +23,7 @@ from alignpro_kernels import pages
 TEMPLATE = ragged(1, 100, shortest=20, longest=20, seed=5)[0]
 PROMPTS = [TEMPLATE + tail for tail in ragged(5, 100, shortest=1, longest=30, seed=6)]
 SHARED = [PROMPTS[0] + tail for tail in ragged(2, 100, shortest=17, longest=20, seed=7)]  # a level deeper
-PAGE = 2 * 2 * 2 * 8 * 4 * 16  # bytes per page of the tiny Llama: two layers, two heads of eight, float32, 16 tokens
 PARAMS = SamplingParams(max_tokens=20, n=3, stop_token_ids=(0, 1, 2, 3))
-
-
-def same(left: list[list[Completion]], right: list[list[Completion]], tolerance: float = 2e-5) -> None:
-    """Check that tokens are equal, and log-probabilities up to rounding, which depends on the rows of a product."""
-    for group, others in zip(left, right, strict=True):
-        for one, other in zip(group, others, strict=True):
-            assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
-            assert one.logprobs == pytest.approx(other.logprobs, abs=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +52,9 @@ def test_padding_changes_nothing_at_the_boundaries_of_sizes(exact: LanguageModel
     params = SamplingParams(max_tokens=12)
     prompts = (ragged(max(0, count - 7), 100, longest=40, seed=count) + PROMPTS + SHARED)[-count:]
     engine = Engine({"m": exact}, cuda_graphs="padded", audit=True)
-    same(engine.generate("m", prompts, params), Engine({"m": exact}).generate("m", prompts, params), tolerance=1e-9)
+    assert_same_groups(
+        engine.generate("m", prompts, params), Engine({"m": exact}).generate("m", prompts, params), tolerance=1e-9
+    )
     assert engine.stats.decode_ticks == {"padded": 11}
 
 
@@ -69,7 +63,7 @@ def test_padding_changes_nothing_in_any_architecture(any_model: LanguageModel) -
     prompts = [*PROMPTS, *SHARED, [1]]
     engine = Engine({"m": any_model}, cuda_graphs="padded", page_tokens=4, audit=True)
     expected = Engine({"m": any_model}).generate("m", prompts, PARAMS)
-    same(engine.generate("m", prompts, PARAMS), expected)
+    assert_same_groups(engine.generate("m", prompts, PARAMS), expected)
     assert engine.stats.decode_ticks["padded"] > 10
 
 
@@ -77,7 +71,7 @@ def test_padding_changes_nothing_when_sequences_are_preempted(llama: LanguageMod
     settings: dict[str, Any] = {"pool_bytes": 12 * PAGE, "audit": True}
     plain, engine = Engine({"m": llama}, **settings), Engine({"m": llama}, cuda_graphs="padded", **settings)
     params = SamplingParams(max_tokens=50, n=3)
-    same(engine.generate("m", PROMPTS, params), plain.generate("m", PROMPTS, params))
+    assert_same_groups(engine.generate("m", PROMPTS, params), plain.generate("m", PROMPTS, params))
     assert engine.stats.preemptions > 0 and engine.stats.decode_ticks["padded"] > 0
 
 
@@ -95,13 +89,13 @@ def test_padding_changes_nothing_in_random_runs(
     settings: dict[str, Any] = {"pool_bytes": pages * PAGE, "token_budget": budget, "max_batch": max_batch}
     plain = Engine({"m": llama}, **settings, audit=True)
     engine = Engine({"m": llama}, **settings, audit=True, cuda_graphs="padded")
-    same(engine.generate("m", prompts, PARAMS), plain.generate("m", prompts, PARAMS))
+    assert_same_groups(engine.generate("m", prompts, PARAMS), plain.generate("m", prompts, PARAMS))
 
 
 def test_decode_steps_of_a_soft_prompt_use_fixed_shapes() -> None:
     model = add_adapter(tiny_language_model("llama"), AdapterConfig(kind="soft_prompt", virtual_tokens=3))
     engine = Engine({"m": model.requires_grad_(False)}, cuda_graphs="padded", token_budget=1, audit=True)
-    same(engine.generate("m", PROMPTS, PARAMS), Engine({"m": model}).generate("m", PROMPTS, PARAMS))
+    assert_same_groups(engine.generate("m", PROMPTS, PARAMS), Engine({"m": model}).generate("m", PROMPTS, PARAMS))
     assert engine.stats.decode_ticks["padded"] > 0
 
 
@@ -116,8 +110,7 @@ def test_padding_changes_nothing_in_chains(llama: LanguageModel) -> None:
             respond=PARAMS,
         )
 
-    for group, others in zip(run(cuda_graphs="padded", audit=True), run(), strict=True):
-        same([[c.sample, *c.responses] for c in group], [[c.sample, *c.responses] for c in others])
+    assert_same_chains(run(cuda_graphs="padded", audit=True), run())
 
 
 def test_the_number_of_kept_shapes_is_bounded(llama: LanguageModel) -> None:
@@ -184,11 +177,13 @@ class TestOnAGpu:
         graphs, padded = (Engine({"m": model}, cuda_graphs=how, audit=True) for how in (True, "padded"))
         expected = padded.generate("m", prompts, PARAMS)
         for _ in range(2):  # the second run uses existing graphs and cached prompts
-            same(graphs.generate("m", prompts, PARAMS), expected, tolerance=1e-6)
+            assert_same_groups(graphs.generate("m", prompts, PARAMS), expected, tolerance=1e-6)
         assert graphs.stats.decode_ticks["captured"] > 0
         assert graphs.stats.decode_ticks["replayed"] > graphs.stats.decode_ticks["padded"]
         if dtype == torch.float32:
-            same(expected, Engine({"m": model}, cuda_graphs=False).generate("m", prompts, PARAMS), tolerance=1e-4)
+            assert_same_groups(
+                expected, Engine({"m": model}, cuda_graphs=False).generate("m", prompts, PARAMS), tolerance=1e-4
+            )
 
     def test_graphs_are_the_default(self) -> None:
         engine = Engine({"m": self.model()})
@@ -206,8 +201,7 @@ class TestOnAGpu:
             )
             for how in (True, "padded")
         ]
-        for group, others in zip(*results, strict=True):
-            same([[c.sample, *c.responses] for c in group], [[c.sample, *c.responses] for c in others])
+        assert_same_chains(*results)
 
     def test_graphs_are_dropped_when_the_arena_moves(self) -> None:
         """The arena grows, is released and allocated again; no graph keeps an old address."""
@@ -217,7 +211,7 @@ class TestOnAGpu:
         for prompt in range(len(PROMPTS)):
             engine.generate("m", PROMPTS[: prompt + 1], PARAMS)
         for _ in range(2):
-            same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
+            assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
             engine.release()
         (worker,) = engine.workers.values()
         assert worker.graphs and not worker.graphs._plans and worker.pool.arena_bytes == 0
@@ -229,7 +223,7 @@ class TestOnAGpu:
         for _ in range(2):
             before = engine.stats.computed["prefill"]
             engine.generate("policy", PROMPTS, PARAMS)
-            same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
+            assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
             held = torch.cuda.memory_allocated()
             engine.weights_updated("policy")
             engine.release(keep=["m"])
@@ -253,7 +247,7 @@ class TestOnAGpu:
                     weight.fill_(torch.nan)
             engine.weights_updated("m")
             expected = Engine({"m": model}, cuda_graphs=False).generate("m", PROMPTS, PARAMS)
-            same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
+            assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
 
     @pytest.mark.parametrize("required", [True, False])
     def test_a_model_that_synchronizes_with_the_device_is_refused(
@@ -272,7 +266,7 @@ class TestOnAGpu:
                 engine.generate("m", PROMPTS, PARAMS)
             hook.remove()
         for _ in range(2):
-            same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
+            assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
         assert len([line for line in caplog.messages if "cannot be captured" in line]) == (not required)
         assert bool(engine.stats.decode_ticks["replayed"]) == required
         hook.remove()
@@ -296,13 +290,13 @@ class TestOnAGpu:
 
         monkeypatch.setattr(DecodeGraphs, "plan", lambda *arguments: unwaiting(plan, *arguments))
         monkeypatch.setattr(DecodeGraphs, "states", states_unwaiting)
-        same(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-6)
+        assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-6)
 
     def test_a_soft_prompt(self) -> None:
         config = AdapterConfig(kind="soft_prompt", virtual_tokens=3)
         model = add_adapter(tiny_language_model("llama"), config).requires_grad_(False).cuda()
         engine = Engine({"m": model}, cuda_graphs=True)
-        same(
+        assert_same_groups(
             engine.generate("m", PROMPTS, PARAMS),
             Engine({"m": model}, cuda_graphs="padded").generate("m", PROMPTS, PARAMS),
         )
@@ -312,4 +306,4 @@ class TestOnAGpu:
         model = self.model()
         expected = Engine({"m": model}, cuda_graphs=True).generate("m", PROMPTS, PARAMS)
         monkeypatch.setattr(pages, "_has_kernels", lambda device: False)
-        same(Engine({"m": model}, cuda_graphs=True).generate("m", PROMPTS, PARAMS), expected)
+        assert_same_groups(Engine({"m": model}, cuda_graphs=True).generate("m", PROMPTS, PARAMS), expected)

@@ -6,19 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from faults import (
-    PAGE,
-    PARAMS,
-    PROMPTS,
-    SEEDS,
-    assert_failed_alone,
-    assert_nothing_is_held,
-    assert_same,
-    is_hit,
-    probed,
-    runs_out_above,
-    watched,
-)
+from checks import PAGE, assert_nothing_is_held, assert_same
+from faults import PARAMS, PROMPTS, SEEDS, assert_failed_alone, is_hit, probed, runs_out_above, watched
 from torch import Tensor
 
 from alignpro.engine import Completion, Engine

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from checks import TOKEN, assert_nothing_is_held, assert_same, assert_same_chains, assert_same_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ragged, tiny_language_model
@@ -20,24 +21,11 @@ from alignpro.models.language_model import LanguageModel
 TEMPLATE = ragged(1, 100, shortest=40, longest=40, seed=5)[0]
 PROMPTS = [TEMPLATE + tail for tail in ragged(6, 100, shortest=1, longest=30, seed=6)]
 PARAMS = SamplingParams(max_tokens=20, n=3, stop_token_ids=(0, 1, 2, 3))
-TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # two layers, two heads of eight, float32
 
 
 def pool_bytes(pages: int, page_tokens: int = 16) -> int:
     """Return the bytes of that many pages of the tiny Llama."""
-    return pages * page_tokens * TOKEN_BYTES
-
-
-def held(engine: Engine) -> list[int]:
-    """Return the number of pages in each pool that are neither free nor cached."""
-    return [w.pool.total - w.pool.num_free - w.tree.num_cached for w in engine.workers.values()]
-
-
-def assert_same(left: list[list[Completion]], right: list[list[Completion]]) -> None:
-    for group, others in zip(left, right, strict=True):
-        for one, other in zip(group, others, strict=True):
-            assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
-            assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+    return pages * page_tokens * TOKEN
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +41,17 @@ def test_tokens_do_not_depend_on_page_size_and_chunked_prefill(
     llama: LanguageModel, expected: list[list[Completion]], page_tokens: int, token_budget: int
 ) -> None:
     engine = Engine({"m": llama}, page_tokens=page_tokens, token_budget=token_budget, audit=True)
-    assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
+    assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected)
 
 
 def test_chunked_prefill_changes_nothing_in_any_architecture(any_model: LanguageModel) -> None:
     """Covers windows and positions, also of prompts with a common prefix of several chunks."""
     whole = Engine({"m": any_model}).generate("m", PROMPTS, PARAMS)
     engine = Engine({"m": any_model}, page_tokens=3, token_budget=7, max_batch=5, audit=True)
-    assert_same(engine.generate("m", PROMPTS, PARAMS), whole)
+    assert_same_groups(engine.generate("m", PROMPTS, PARAMS), whole)
     pool = engine.pools[any_model.device]
     small = Engine({"m": any_model}, pool_bytes=35 * pool.page_bytes, page_tokens=3, audit=True)
-    assert_same(small.generate("m", PROMPTS, PARAMS), whole)
+    assert_same_groups(small.generate("m", PROMPTS, PARAMS), whole)
     assert small.stats.preemptions > 0
 
 
@@ -76,47 +64,49 @@ def test_a_soft_prompt_may_be_chunked_and_is_shared(token_budget: int) -> None:
     seeds = [derive_seed(0, i) for i in range(3)]
     apart = [Engine({"m": model}).generate("m", [p], PARAMS, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
     engine = Engine({"m": model}, token_budget=token_budget, audit=True)
-    assert_same(engine.generate("m", prompts, PARAMS, seeds), apart)
+    assert_same_groups(engine.generate("m", prompts, PARAMS, seeds), apart)
     assert engine.stats.computed["prefill"] <= 20 + sum(map(len, prompts)) + 1
 
 
 def test_tokens_do_not_depend_on_the_cache(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, audit=True)
-    assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
+    assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected)
     computed = engine.stats.computed["prefill"]
-    assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
+    assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected)
     assert engine.stats.computed["prefill"] == computed
     assert engine.stats.cache_hit_tokens == sum(map(len, PROMPTS)) * PARAMS.n
     # Prefixes of cached prompts, of any length, and a prompt that continues one.
     for cut in (TEMPLATE[:33], TEMPLATE, PROMPTS[0] + [5, 6], PROMPTS[1][:50]):
         before = engine.stats.computed["prefill"]
-        assert_same(engine.generate("m", [cut], PARAMS), Engine({"m": llama}).generate("m", [cut], PARAMS))
+        assert_same_groups(engine.generate("m", [cut], PARAMS), Engine({"m": llama}).generate("m", [cut], PARAMS))
         assert engine.stats.computed["prefill"] - before < MIN_NODE_TOKENS
-        assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
+        assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected)
 
 
 def test_later_prompts_reuse_cached_prefixes(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, audit=True)
     for i, prompt in enumerate(PROMPTS):
         seed = [derive_seed(PARAMS.seed, i)]
-        assert_same(engine.generate("m", [prompt], PARAMS, seed), expected[i : i + 1])
+        assert_same_groups(engine.generate("m", [prompt], PARAMS, seed), expected[i : i + 1])
     assert engine.stats.computed["prefill"] <= sum(map(len, PROMPTS)) - 5 * len(TEMPLATE)
 
 
 def test_sequences_are_preempted_and_draw_the_same(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, pool_bytes=pool_bytes(8), audit=True)
-    assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
+    assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected)
     assert engine.stats.preemptions > 0
     assert engine.stats.computed["recompute"] > 0
-    assert held(engine) == [0]
-    assert_same(engine.generate("m", PROMPTS, PARAMS), expected)  # the second run starts from the remaining cache
+    assert_nothing_is_held(engine)
+    assert_same_groups(
+        engine.generate("m", PROMPTS, PARAMS), expected
+    )  # the second run starts from the remaining cache
 
 
 def test_a_prompt_longer_than_the_pool_fails_alone(llama: LanguageModel, expected: list[list[Completion]]) -> None:
     engine = Engine({"m": llama}, pool_bytes=pool_bytes(6), audit=True)
     seeds = [derive_seed(PARAMS.seed, i) for i in (0, 0, 1)]
     first, (failed, *_), second = engine.generate("m", [PROMPTS[0], [7] * 90, PROMPTS[1]], PARAMS, seeds)
-    assert_same([first], expected[:1])
+    assert_same_groups([first], expected[:1])
     assert failed.finish_reason == "error"
     assert "the engine's pool has 6" in (failed.error or "")
     assert second[0].error is None
@@ -131,7 +121,7 @@ def test_no_stale_page_is_read_after_an_update() -> None:
             weight.mul_(0.9)
     engine.weights_updated("m")
     after = engine.generate("m", PROMPTS, params)
-    assert_same(after, Engine({"m": model}).generate("m", PROMPTS, params))
+    assert_same_groups(after, Engine({"m": model}).generate("m", PROMPTS, params))
     assert [g[0].logprobs for g in after] != [g[0].logprobs for g in before]
 
 
@@ -142,7 +132,7 @@ def test_memory_is_released_and_allocated_again(llama: LanguageModel, expected: 
     engine.release()
     assert worker.pool.arena_bytes == 0
     assert (worker.pool.num_free, worker.tree.num_cached) == (worker.pool.total, 0)
-    assert_same(engine.generate("m", PROMPTS, PARAMS), expected)
+    assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected)
     assert worker.pool.arena_bytes > 0
 
 
@@ -187,8 +177,8 @@ def test_no_page_leaks_when_a_run_is_interrupted(
             respond=PARAMS,
         )
     hook.remove()
-    assert held(engine) == [0]
-    assert_same(engine.generate("policy", PROMPTS, PARAMS), expected)
+    assert_nothing_is_held(engine)
+    assert_same_groups(engine.generate("policy", PROMPTS, PARAMS), expected)
 
 
 def test_a_rewrite_that_cannot_be_given_to_the_target_fails_alone(llama: LanguageModel, target: LanguageModel) -> None:
@@ -203,7 +193,7 @@ def test_a_rewrite_that_cannot_be_given_to_the_target_fails_alone(llama: Languag
     assert {y.error for chain in second for y in chain.responses} == {
         "the sample cannot be given to target: no room for the conversation"
     }
-    assert held(engine) == [0]
+    assert_nothing_is_held(engine)
 
 
 def test_a_stop_text_ends_a_sequence_and_is_cut_from_its_text(llama: LanguageModel) -> None:
@@ -232,12 +222,6 @@ class TestChains:
     def run(self, engine: Engine, prompts: list[list[int]] = PROMPTS) -> list[list[Chain]]:
         return engine.run_chains(prompts, rewrite=PARAMS, to_target=self.to_target, respond=self.RESPOND)
 
-    @staticmethod
-    def assert_same(left: list[list[Chain]], right: list[list[Chain]]) -> None:
-        for group, others in zip(left, right, strict=True):
-            assert [chain.target_tokens for chain in group] == [chain.target_tokens for chain in others]
-            assert_same([[c.sample, *c.responses] for c in group], [[c.sample, *c.responses] for c in others])
-
     @pytest.fixture(scope="class")
     def free(self, llama: LanguageModel, target: LanguageModel) -> list[list[Chain]]:
         return self.run(Engine({"policy": llama, "target": target}, audit=True))
@@ -247,15 +231,15 @@ class TestChains:
         self, llama: LanguageModel, target: LanguageModel, free: list[list[Chain]], max_batch: int
     ) -> None:
         engine = Engine({"policy": llama, "target": target}, max_batch=max_batch, audit=True)
-        self.assert_same(self.run(engine), free)
+        assert_same_chains(self.run(engine), free)
 
     def test_a_pool_too_small_for_both_stages_changes_nothing(
         self, llama: LanguageModel, target: LanguageModel, free: list[list[Chain]]
     ) -> None:
         engine = Engine({"policy": llama, "target": target}, pool_bytes=pool_bytes(8 * 3), audit=True)
-        self.assert_same(self.run(engine), free)
+        assert_same_chains(self.run(engine), free)
         assert engine.stats.preemptions > 0
-        assert held(engine) == [0]
+        assert_nothing_is_held(engine)
         assert set(engine.stats.peak_pages) == {"policy", "target"}
 
     def test_few_tokens_are_computed_twice(self, llama: LanguageModel, target: LanguageModel) -> None:
@@ -270,7 +254,7 @@ class TestChains:
         first = self.run(engine)
         engine.weights_updated("policy")
         before = engine.stats.computed["prefill"]
-        self.assert_same(self.run(engine), first)
+        assert_same_chains(self.run(engine), first)
         (worker,) = engine.workers.values()
         own = sum(len(node.tokens) for node in worker.tree.nodes("policy"))
         assert engine.stats.computed["prefill"] - before == own  # none of the target's prompts
@@ -290,13 +274,13 @@ class TestChains:
             assert tree.num_cached == len(pages) == pool.used["target"] == pool.total - pool.num_free > 0
             assert pool.arena_bytes == len(pages) * pool.page_bytes < whole
             before = engine.stats.computed["prefill"]
-            self.assert_same(self.run(engine), first)
+            assert_same_chains(self.run(engine), first)
             assert engine.stats.computed["prefill"] - before == sum(len(n.tokens) for n in tree.nodes("policy"))
             assert pool.arena_bytes == whole
         engine.release(keep=["target"])
         engine.release()
         assert pool.arena_bytes == 0 and pool.num_free == pool.total
-        self.assert_same(self.run(engine), first)
+        assert_same_chains(self.run(engine), first)
         assert pool.arena_bytes == whole
 
     def test_release_during_a_run_and_keeping_an_unknown_model_are_errors(
@@ -341,7 +325,7 @@ def test_random_chains_on_a_tiny_pool(
             raise KeyboardInterrupt
         return TestChains.to_target(i, sample)
 
-    pool = pages * 16 * 3 * TOKEN_BYTES  # a token of the target takes three times as much as the prompter's
+    pool = pages * 16 * 3 * TOKEN  # a token of the target takes three times as much as the prompter's
     engine = Engine(
         {"policy": llama, "target": target}, pool_bytes=pool, token_budget=budget, max_batch=max_batch, audit=True
     )
@@ -351,18 +335,18 @@ def test_random_chains_on_a_tiny_pool(
     if broken is not None and broken < 3 * len(chosen):
         with pytest.raises(KeyboardInterrupt):
             engine.run_chains(prompts, to_target=to_target, **settings)
-        assert held(engine) == [0]
+        assert_nothing_is_held(engine)
     for group, others in zip(
         engine.run_chains(prompts, to_target=TestChains.to_target, **settings), expected, strict=True
     ):
         for chain, other in zip(group, others, strict=True):
-            assert_same([[chain.sample]], [[other.sample]])
+            assert_same(chain.sample, other.sample)
             if chain.responses[0].error is None:
-                assert_same([chain.responses], [other.responses])
+                assert_same_groups([chain.responses], [other.responses])
             else:
                 assert pages < 8
                 assert "the engine's pool" in chain.responses[0].error
-    assert held(engine) == [0]
+    assert_nothing_is_held(engine)
 
 
 @given(
@@ -401,10 +385,10 @@ def test_random_calls_on_a_tiny_pool(
         )
         for i, group in zip(chosen, groups, strict=True):
             if group[0].error is None:
-                assert_same([group], [expected[i]])
+                assert_same_groups([group], [expected[i]])
             else:
                 assert len(PROMPTS[i]) + PARAMS.max_tokens > (pages - 2) * 16
-        assert held(engine) == [0]
+        assert_nothing_is_held(engine)
         if updated:
             engine.weights_updated("m")
         if released:

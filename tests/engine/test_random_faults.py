@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from faults import (
-    PAGE,
-    PARAMS,
-    PROMPTS,
-    RESPOND,
-    SEEDS,
-    assert_nothing_is_held,
-    assert_same,
-    is_hit,
-    probed,
-    raises_at,
-    runs_out_above,
-    to_target,
-    watched,
-)
+from checks import PAGE, assert_nothing_is_held, assert_same
+from faults import PARAMS, PROMPTS, RESPOND, SEEDS, is_hit, probed, raises_at, runs_out_above, to_target, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks import TOKEN, assert_same_chains, assert_same_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ACTIVATED, ARCHITECTURES, ragged, tiny_adapted, tiny_language_model
@@ -42,19 +43,6 @@ def to_target(i: int, sample: Completion) -> TokenPrompt:
 
 def chains(engine: Engine, inputs: list[list[int]]) -> list[list[Chain]]:
     return engine.run_chains(inputs, rewrite=REWRITE, to_target=to_target, respond=RESPOND, seeds=SEEDS)
-
-
-def assert_same(left: list[list[Chain]], right: list[list[Chain]]) -> None:
-    for group, others in zip(left, right, strict=True):
-        for chain, other in zip(group, others, strict=True):
-            assert chain.target_tokens == other.target_tokens
-            assert_same_completions([chain.sample, *chain.responses], [other.sample, *other.responses])
-
-
-def assert_same_completions(left: list[Completion], right: list[Completion]) -> None:
-    for one, other in zip(left, right, strict=True):
-        assert (one.tokens, one.finish_reason, one.error) == (other.tokens, other.finish_reason, other.error)
-        assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -111,16 +99,16 @@ def test_chains_equal_those_of_two_models(
     prompter: LanguageModel, expected: list[list[Chain]], settings: dict[str, int]
 ) -> None:
     engine = shared(prompter, **settings)
-    assert_same(chains(engine, prompts(prompter)), expected)
+    assert_same_chains(chains(engine, prompts(prompter)), expected)
     assert (engine.stats.preemptions > 0) == ("pool_bytes" in settings)
-    assert_same(chains(engine, prompts(prompter)), expected)  # from the cache
+    assert_same_chains(chains(engine, prompts(prompter)), expected)  # from the cache
 
 
 @pytest.mark.parametrize("head", [False, True])
 def test_chains_of_a_plain_lora_too(llama: LanguageModel, head: bool) -> None:
     model = adapted(activated=False, head=head)
     apart = Engine({"policy": adapted(activated=False, head=head), "target": llama})
-    assert_same(chains(shared(model), TEXTS), chains(apart, TEXTS))
+    assert_same_chains(chains(shared(model), TEXTS), chains(apart, TEXTS))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -128,7 +116,7 @@ def test_chains_of_every_architecture(architecture: str) -> None:
     model = adapted(architecture)
     inputs = prompts(model)
     apart = Engine({"policy": adapted(architecture), "target": tiny_language_model(architecture)})
-    assert_same(chains(shared(model), inputs), chains(apart, inputs))
+    assert_same_chains(chains(shared(model), inputs), chains(apart, inputs))
 
 
 def test_both_stages_run_in_one_forward_pass(llama: LanguageModel) -> None:
@@ -183,9 +171,9 @@ def test_new_lora_weights_keep_the_pages_of_the_base_model(llama: LanguageModel)
     again = engine.generate("policy", inputs, params, SEEDS)
     assert engine.stats.computed["prefill"] - computed == 2 * len(inputs)  # the invocations
     truth = Engine({"policy": model}).generate("policy", inputs, params, SEEDS)
-    assert_same_completions([c for group in again for c in group], [c for group in truth for c in group])
+    assert_same_groups(again, truth)
     after = chains(engine, inputs)
-    assert_same(after, chains(Engine({"policy": model, "target": llama}), inputs))
+    assert_same_chains(after, chains(Engine({"policy": model, "target": llama}), inputs))
     assert [c.sample.tokens for g in after for c in g] != [c.sample.tokens for g in before for c in g]
     engine.weights_updated("target")
     assert worker.pool.num_free == worker.pool.total
@@ -197,14 +185,14 @@ def test_prefixes_are_shared_over_steps_without_a_target(prompter: LanguageModel
     computed = engine.stats.computed["prefill"]
     engine.weights_updated("policy")
     again = engine.generate("policy", prompts(prompter), params)
-    assert_same_completions([group[0] for group in again], [group[0] for group in first])
+    assert_same_groups(again, first)
     assert engine.stats.computed["prefill"] - computed == 2 * len(TEXTS)
 
 
 def test_a_prompt_without_an_invocation_fails_alone(prompter: LanguageModel, expected: list[list[Chain]]) -> None:
     inputs = [*prompts(prompter)[:2], TEXTS[2], *prompts(prompter)[3:]]
     result = chains(shared(prompter), inputs)
-    assert_same(result[:2] + result[3:], expected[:2] + expected[3:])
+    assert_same_chains(result[:2] + result[3:], expected[:2] + expected[3:])
     assert {chain.sample.error for chain in result[2]} == {
         f"the prompt does not contain the invocation tokens {list(prompter.invocation)}, from which the activated LoRA "
         "acts: is it rendered with the chat template that the adapter was trained with?"
@@ -229,16 +217,15 @@ def test_chains_do_not_depend_on_the_available_memory(
     update: bool,
 ) -> None:
     """The engine audits its state after each step."""
-    token_bytes = 2 * 2 * 2 * 8 * 4
     engine = shared(
         prompter,
-        pool_bytes=max(pages * page_tokens, 130 + 3 * page_tokens) * token_bytes,
+        pool_bytes=max(pages * page_tokens, 130 + 3 * page_tokens) * TOKEN,
         page_tokens=page_tokens,
         token_budget=budget,
         max_batch=batch,
     )
     for _ in range(2):
-        assert_same(chains(engine, prompts(prompter)), expected)
+        assert_same_chains(chains(engine, prompts(prompter)), expected)
         if update:
             engine.weights_updated("policy")
     (worker,) = engine.workers.values()
@@ -251,7 +238,7 @@ def test_decode_steps_of_fixed_shapes_change_nothing(activated: bool) -> None:
     model = adapted(activated=activated)
     inputs = prompts(model)
     engine = shared(model, cuda_graphs="padded", max_batch=8)
-    assert_same(chains(engine, inputs), chains(shared(model, max_batch=8), inputs))
+    assert_same_chains(chains(engine, inputs), chains(shared(model, max_batch=8), inputs))
     (worker,) = engine.workers.values()
     assert worker.graphs and engine.stats.decode_ticks["padded"] > 10
     assert [plan for plan in worker.graphs._plans.values() if plan.shape.active > 0]
@@ -259,14 +246,14 @@ def test_decode_steps_of_fixed_shapes_change_nothing(activated: bool) -> None:
 
 def test_prompts_of_the_base_can_be_kept_on_release(prompter: LanguageModel, expected: list[list[Chain]]) -> None:
     engine = shared(prompter)
-    assert_same(chains(engine, prompts(prompter)), expected)
+    assert_same_chains(chains(engine, prompts(prompter)), expected)
     (worker,) = engine.workers.values()
     engine.release(keep=["target"])
     nodes = list(worker.tree.nodes("target"))
     assert nodes and {node.model for node in nodes} == {"target"}
     assert worker.pool.arena_bytes == sum(len(node.pages) for node in nodes) * worker.pool.page_bytes
     before = engine.stats.computed["prefill"]
-    assert_same(chains(engine, prompts(prompter)), expected)
+    assert_same_chains(chains(engine, prompts(prompter)), expected)
     acted_on = sum(len(node.tokens) for node in worker.tree.nodes("target") if node.model == "policy")
     assert engine.stats.computed["prefill"] - before == acted_on
 
@@ -278,5 +265,5 @@ def test_graphs_of_both_stages_together() -> None:
     graphs, padded = (shared(model, cuda_graphs=how, max_batch=8) for how in (True, "padded"))
     results = chains(padded, prompts(model))
     for _ in range(2):
-        assert_same(chains(graphs, prompts(model)), results)
+        assert_same_chains(chains(graphs, prompts(model)), results)
     assert graphs.stats.decode_ticks["replayed"] > 0

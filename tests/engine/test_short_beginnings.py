@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from checks import PAGE
 from tiny_models import ragged, tiny_language_model
 
 from alignpro.engine import Completion, Engine, SamplingParams
@@ -87,7 +88,7 @@ def test_nothing_is_copied_from_another_model(llama: LanguageModel) -> None:
 
 
 def test_siblings_are_found_among_many_and_after_evictions(llama: LanguageModel) -> None:
-    engine = Engine({"m": llama}, pool_bytes=40 * 16 * 2 * 2 * 2 * 8 * 4, audit=True)
+    engine = Engine({"m": llama}, pool_bytes=40 * PAGE, audit=True)
     tails = ragged(60, 6, shortest=8, longest=12, seed=8)  # with a vocabulary of six, so that many share a prefix
     for i, tail in enumerate(tails):
         prompt = TEMPLATE + tail
