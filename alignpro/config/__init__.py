@@ -7,7 +7,6 @@ May import `errors`, and `objectives` to check what a loss needs.
 """
 
 from alignpro.config.data import DataConfig, PromptingConfig
-from alignpro.config.generation import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.jobs import (
     EvalConfig,
     OptimalConfig,
@@ -28,6 +27,7 @@ from alignpro.config.rewards import (
     RewardComponentConfig,
     RewardConfig,
 )
+from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
 

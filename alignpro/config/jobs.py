@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from alignpro.config.data import DataConfig, PromptingConfig
-from alignpro.config.generation import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
 from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.rewards import RewardConfig
+from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunSection
 from alignpro.config.section import Section
 

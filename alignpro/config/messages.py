@@ -24,9 +24,9 @@ def explain(kind: type[BaseModel], error: ValidationError) -> list[str]:
 
 def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
     unknown = problem["type"] == "extra_forbidden"
-    key, beside = _follow(kind, problem["loc"], unknown)
+    key, siblings = _dotted_key(kind, problem["loc"], unknown)
     if unknown:
-        suggestion = _suggest(kind, str(problem["loc"][-1]), beside)
+        suggestion = _suggest(kind, str(problem["loc"][-1]), siblings)
         return f"{key}: unknown key" + (f" (did you mean {suggestion!r}?)" if suggestion else "")
     if problem["type"] == "missing":
         return f"{key}: missing"
@@ -38,30 +38,32 @@ def _explain(kind: type[BaseModel], problem: ErrorDetails) -> str:
     return f"{key or 'configuration'}: {problem['msg']} (got {shown})"
 
 
-def _follow(kind: type[BaseModel], location: tuple[int | str, ...], unknown: bool) -> tuple[str, list[str]]:
+def _dotted_key(kind: type[BaseModel], location: tuple[int | str, ...], unknown: bool) -> tuple[str, list[str]]:
     """The key without the branches of unions, and the names of the fields at the level of its last part."""
-    here: list[Any] = [kind]
+    annotations: list[Any] = [kind]
     parts: list[str] = []
-    beside: list[str] = []
+    siblings: list[str] = []
     for depth, part in enumerate(location):
-        sections = [each for each in here if _is_section(each)]
-        beside = [name for section in sections for name in section.model_fields]
+        sections = [each for each in annotations if _is_section(each)]
+        siblings = [name for section in sections for name in section.model_fields]
         if len(sections) > 1:  # a union branch selected by ``kind: …``
-            here = [each for each in sections if part in get_args(each.model_fields["kind"].annotation)]
+            annotations = [each for each in sections if part in get_args(each.model_fields["kind"].annotation)]
             continue
-        if isinstance(part, str) and part in beside:
-            here = _alternatives(sections[0].model_fields[part].annotation)
-        elif isinstance(part, int) or any(get_origin(each) is dict for each in here):
-            here = [option for each in here if get_args(each) for option in _alternatives(get_args(each)[-1])]
+        if isinstance(part, str) and part in siblings:
+            annotations = _alternatives(sections[0].model_fields[part].annotation)
+        elif isinstance(part, int) or any(get_origin(each) is dict for each in annotations):
+            annotations = [
+                option for each in annotations if get_args(each) for option in _alternatives(get_args(each)[-1])
+            ]
         elif not (unknown and depth == len(location) - 1):  # a branch of a union of plain types, such as ``str``
             continue
         parts.append(str(part))
-    return ".".join(parts), beside
+    return ".".join(parts), siblings
 
 
-def _suggest(kind: type[BaseModel], name: str, beside: list[str]) -> str | None:
+def _suggest(kind: type[BaseModel], name: str, siblings: list[str]) -> str | None:
     """A field at the same level with a similar name, else a field of exactly that name anywhere."""
-    close = difflib.get_close_matches(name, beside, n=1)
+    close = difflib.get_close_matches(name, siblings, n=1)
     if close:
         return close[0]
     return next((path for path in _paths(kind) if path.rpartition(".")[2] == name), None)

@@ -44,9 +44,9 @@ def program_output(program: str, *arguments: str) -> str | None:
 
 def first_error(reason: str) -> str:
     """Shorten a reason to one line: for a failed command, the first error of its output, else the last line."""
-    command, *output = [line.strip() for line in reason.splitlines() if line.strip()]
-    said = [line for line in output if line != "failed with"]
-    if not output:
+    command, *rest = [line.strip() for line in reason.splitlines() if line.strip()]
+    if not rest:
         return command
-    error = next((line for line in said if re.search(r"\berror\b", line, re.IGNORECASE)), None)
-    return f"{Path(command.split()[0]).name} failed: {error or (said or ['no output'])[-1]}"
+    output = [line for line in rest if line != "failed with"]
+    error = next((line for line in output if re.search(r"\berror\b", line, re.IGNORECASE)), None)
+    return f"{Path(command.split()[0]).name} failed: {error or (output or ['no output'])[-1]}"

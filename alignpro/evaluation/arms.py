@@ -102,14 +102,14 @@ class ArmSampler:
         environment = self.environment(prompter)
         chosen_chains = [[group[j] for j in row] for group, row in zip(candidates.chains, chosen, strict=True)]
         engine = Engine({"target": self.target}, **self.config.engine.model_dump())
-        fresh = engine.generate(
+        responses = engine.generate(
             "target",
             [chain.target_tokens for group in chosen_chains for chain in group],
             environment.respond,
             [derive_seed(self.config.seed, "fresh", i, k) for i in range(len(chosen_chains)) for k in range(count)],
         )
-        answers = iter(fresh)
-        chains = [[replace(chain, responses=next(answers)) for chain in group] for group in chosen_chains]
+        of_each = iter(responses)
+        chains = [[replace(chain, responses=next(of_each)) for chain in group] for group in chosen_chains]
         return ArmSamples("gibbs", chains, environment.score(self.prompts, chains))
 
     def gibbs_weights(self, candidates: ArmSamples, kl_coef: float) -> GibbsResample:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from alignpro.evaluation import charts
 from alignpro.evaluation.results import ArmGroup, ArmSummary, Report, SampleRow
 from alignpro.evaluation.statistics import Estimate, finite_or_none
+from alignpro.training.durability import replace_text
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,7 @@ def write_report(path: Path, report: Report) -> None:
         ValueError: The report has no arm.
         OSError: The file cannot be written.
     """
-    html = render_report(report)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(html.encode("utf-8", "replace"))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_text(path, render_report(report).encode("utf-8", "replace").decode("utf-8"))
 
 
 def render_report(report: Report) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 @contextmanager
 def stop_signals(*, patience: float = 0.0) -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list instead of dying; a second signal of the same kind has its usual effect.
+
+    In a thread other than the main one, which alone receives signals, nothing changes and the list stays empty.
 
     Args:
         patience: Seconds after the first signal in which further ones are ignored: a scheduler signals a launcher and its
@@ -41,7 +44,7 @@ def stop_signals(*, patience: float = 0.0) -> Iterator[list[int]]:
         with suppress(OSError):
             os.write(2, f"{signal.Signals(signum).name}: stopping after this step\n".encode())
 
-    for signum in SIGNALS:
+    for signum in SIGNALS if threading.current_thread() is threading.main_thread() else ():
         previous[signum] = signal.signal(signum, handle)
     try:
         yield received

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,12 @@ def test_the_seed_determines_the_global_generators(undisturbed: Path, tmp_path: 
 def test_the_last_step_has_a_checkpoint_even_if_none_is_due(tmp_path: Path) -> None:
     train(configure(tmp_path / "run", steps=5, checkpoint_every=2))
     assert steps_of_checkpoints(tmp_path / "run") == [4, 5]
+
+
+def test_a_run_may_be_made_in_any_thread(undisturbed: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        pool.submit(train, configure(tmp_path / "run")).result()
+    assert read_metrics(tmp_path / "run") == read_metrics(undisturbed)
 
 
 # ------------------------------------------------------------------------------------------------ failures of the task
