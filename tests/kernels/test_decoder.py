@@ -114,7 +114,7 @@ def test_shapes_can_be_traced() -> None:
         x, weight = (mode.from_tensor(y) for y in (torch.zeros(2, 3, 6), torch.zeros(40, 6)))
         packed = torch.ops.alignpro.pack_weight(weight)
         assert packed.shape == pack_weight(torch.zeros(40, 6)).shape
-        assert torch.ops.alignpro.models.cpu.packed_linear(x, packed, None, 40).shape == (2, 3, 40)
+        assert torch.ops.alignpro.packed_linear(x, packed, None, 40).shape == (2, 3, 40)
         assert torch.ops.alignpro.packed_gate(x, packed, packed, 40).shape == (2, 3, 40)
 
 
