@@ -39,7 +39,7 @@ class Engine:
     Models on one device share one pool. The pool lives as long as the engine; a cached prompt stays in it until its
     pages are needed or `weights_updated` invalidates it.
 
-    A model with a LoRA and its base (`LanguageModel.base`) run in the same forward passes. The tokens before the
+    A model with a LoRA and its base (`LanguageModel.without_adapter`) run in the same forward passes. The tokens before the
     invocation of an activated LoRA are computed once for both models, and stay cached when the LoRA's weights change.
 
     Args:

@@ -92,9 +92,8 @@ class RLTrainer:
         self.loss, self.advantage = build_objective(objective, sampling.n)
         self.kl = objectives.AdaptiveKL(objective.kl.coef, objective.kl.target, objective.kl.horizon)
         self.stream = PromptStream(training, prompts_per_step, run.seed)
-        if ranks.group is not None:
-            self.stream.check_ranks(ranks)
-            policy.check_ranks(ranks)
+        self.inputs = RunInputs(ranks, policy, self.stream)
+        self.inputs.check_ranks()
 
         updates = run.steps * objective.epochs * objective.minibatches
         reference = distribution.frozen_reference(policy)
@@ -119,7 +118,6 @@ class RLTrainer:
         self.phase = StepPhases(ranks, contexts)
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
         self.measure = StepMetrics(ranks)
-        self.inputs = RunInputs(ranks, policy, self.stream)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
         self._writes_files = ranks.is_rank_zero
 

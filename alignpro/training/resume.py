@@ -32,6 +32,17 @@ class RunInputs:
     def __init__(self, ranks: Ranks, policy: Policy, stream: PromptStream) -> None:
         self._ranks, self._policy, self._stream = ranks, policy, stream
 
+    def check_ranks(self) -> None:
+        """Check that all ranks have loaded the same data and reference, before these are sharded.
+
+        Raises:
+            DataError: A rank has other prompts.
+            ModelError: A rank has another policy or reference.
+        """
+        if self._ranks.group is not None:
+            self._stream.check_ranks(self._ranks)
+            self._policy.check_ranks(self._ranks)
+
     def fingerprints(self) -> dict[str, str]:
         """Return what is saved with a checkpoint."""
         reference = self._ranks.on_rank_zero(self._policy.reference_id)
