@@ -47,7 +47,7 @@ class LanguageModel(nn.Module):
     invocation: tuple[int, ...]
     """The invocation tokens, from which an activated LoRA acts; empty without an activated LoRA."""
     is_base: bool
-    """Whether this is a view without the adapter, as `base` returns."""
+    """Whether this is a view without the adapter, as `without_adapter` returns."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         super().__init__()
