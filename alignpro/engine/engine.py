@@ -218,7 +218,7 @@ class Engine:
             RuntimeError: Requests to the model are pending.
         """
         if self._workers:
-            self._worker(name).weights_updated(name)
+            self._worker(name).weights_updated(name, self._ended)
         else:
             self.models[name].weights_updated()
 
@@ -235,7 +235,7 @@ class Engine:
         """
         if unknown := set(keep) - set(self.models):
             raise ValueError(f"release: keep names {min(unknown)!r}, and the models are {', '.join(self.models)}")
-        if pending := sum(len(worker.scheduler.pending) for worker in self._workers.values()):
+        if pending := sum(len(worker.scheduler.pending) for worker in self._workers.values()) + len(self._ended):
             raise RuntimeError(f"{pending} sequences are pending: the memory of the pools is in use")
         for worker in self._workers.values():
             worker.release(keep)
@@ -269,6 +269,7 @@ class Engine:
 
     def _finish(self, requests: Iterable[Request]) -> None:
         """Step until the requests have finished; more may be appended in the meantime."""
+        self._call_back()  # for those that were refused, even if nothing runs
         for request in requests:
             while not request.finished:
                 self._step()

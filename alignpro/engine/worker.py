@@ -10,7 +10,7 @@ earlier run could not get is tried again; at its end, its sequences are counted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -150,13 +150,17 @@ class Worker:
         self._ended.clear()
         return [sequence for sequence in pending if sequence.completion is None]
 
-    def weights_updated(self, name: str) -> None:
+    def weights_updated(self, name: str, ended: Iterable[SampledSequence]) -> None:
         """Drop everything cached for a model.
+
+        Args:
+            name: The model.
+            ended: Sequences whose end the engine has yet to tell; they count as pending.
 
         Raises:
             RuntimeError: Sequences of the model are pending.
         """
-        pending = sum(name in (sequence.model, sequence.request.base) for sequence in self.scheduler.pending)
+        pending = sum(name in (each.model, each.request.base) for each in (*self.scheduler.pending, *ended))
         if pending:
             raise RuntimeError(
                 f"model {name}: its weights cannot change while it generates ({pending} sequences are pending)"

@@ -153,3 +153,12 @@ def test_a_callback_that_raises_fails_its_chain_alone(llama: LanguageModel, capl
     assert failed == 2
     assert [record.exc_info is not None for record in caplog.records] == [True] * 2  # with the traceback
     assert_nothing_is_held(engine)
+
+
+def test_chains_whose_prompts_are_all_refused_are_errors(llama: LanguageModel) -> None:
+    engine = Engine({"policy": llama, "target": llama})
+    too_long = [[1] * llama.context_length] * 2
+    params = SamplingParams(max_tokens=4, n=2)
+    groups = engine.run_chains(too_long, rewrite=params, to_target=lambda i, s: TokenPrompt([1]), respond=params)
+    assert [len(group) for group in groups] == [2, 2]
+    assert all("do not fit in the context" in str(chain.sample.error) for group in groups for chain in group)

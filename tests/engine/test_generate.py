@@ -18,7 +18,7 @@ PROMPTS = ragged(9, 100, longest=20)
 
 def _stops(model: LanguageModel) -> tuple[int, ...]:
     """Return a fifth of the vocabulary as stop tokens, so that sequences end often."""
-    return tuple(range(0, model.vocab_size, 5))
+    return tuple(range(0, model.vocabulary, 5))
 
 
 def _draw(model: LanguageModel, prompts: list[list[int]], max_batch: int = 256, **settings) -> list[list[Completion]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alignpro.config import OptimizerConfig
 from alignpro.errors import CheckpointError, TrainingError
-from alignpro.models.cpu import packed_linear
+from alignpro.models.cpu.packed_linear import pack_linear_layers
 from alignpro.training.backend import TorchBackend
 from alignpro.training.learning_rate_schedule import learning_rate_factor
 
@@ -83,7 +83,7 @@ def test_packed_layers_use_the_weights_after_an_update() -> None:
     """Fused optimizers do not increase a weight's version counter."""
     torch.manual_seed(0)
     layer, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(3, 64)
-    packed_linear.attach(layer)
+    pack_linear_layers(layer)
     trained = make(dict(layer.named_parameters()), max_grad_norm=100)
     for _ in range(2):
         out = layer(x)
