@@ -45,10 +45,10 @@ def prompt_environment(
     Raises:
         ConfigError: The target's context has no room for a prompt in addition to the response.
     """
-    room = max_input_tokens(target, respond, "the target", "respond")
+    limit = max_input_tokens(target, respond, "the target", "respond")
     return kind(
         PrompterTemplate(prompter.tokenizer, prompting),
-        TargetTemplate(target.tokenizer, target_config.chat_template, max_tokens=room, on_empty=prompting.on_empty),
+        TargetTemplate(target.tokenizer, target_config.chat_template, max_tokens=limit, on_empty=prompting.on_empty),
         reward,
         sampling_params(respond, responses),
         prompting,
@@ -81,10 +81,10 @@ def max_input_tokens(model: LanguageModel, sampling: SamplingConfig, whose: str,
     Raises:
         ConfigError: No tokens are left.
     """
-    room = model.context_length - sampling.max_tokens
-    if room < 1:
+    limit = model.context_length - sampling.max_tokens
+    if limit < 1:
         raise ConfigError(
             f"{key}.max_tokens={sampling.max_tokens} leaves no room for a prompt in {whose}'s context of "
             f"{model.context_length} tokens ({model.name})"
         )
-    return room
+    return limit

@@ -43,9 +43,9 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
             responses=config.rollout.responses_per_rewrite,
             kind=environment_kind(config.environment, config.environment_params, PromptEnvironment),
         )
-        room = max_input_tokens(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
+        limit = max_input_tokens(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
         prompts = filter_overlong_prompts(
-            load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, room)
+            load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, limit)
         )
         answered = environment.target
         prompts = filter_overlong_prompts(
@@ -82,9 +82,9 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
         rewards = distribution.frozen("reward")
         kind = environment_kind(config.environment, config.environment_params, ResponseEnvironment)
         environment = kind(template, build_reward(config.reward, rewards.load))
-        room = max_input_tokens(policy.model, config.rollout.respond, "the policy", "rollout.respond")
+        limit = max_input_tokens(policy.model, config.rollout.respond, "the policy", "rollout.respond")
         prompts = filter_overlong_prompts(
-            load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, room)
+            load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, limit)
         )
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout)
