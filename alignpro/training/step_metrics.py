@@ -28,7 +28,12 @@ class StepMetrics:
         self._ranks = ranks
 
     def __call__(
-        self, experience: Experience, scores: Scores, chains: Sequence[Sequence[Chain]], stats: EngineStats
+        self,
+        experience: Experience,
+        scores: Scores,
+        chains: Sequence[Sequence[Chain]],
+        stats: EngineStats,
+        kl_coef: float,
     ) -> Metrics:
         """Compute all metrics of a step.
 
@@ -37,9 +42,26 @@ class StepMetrics:
             scores: Their scores.
             chains: The same samples as the engine returned them.
             stats: The engine's counters of the step.
+            kl_coef: λ.
         """
         merged = EngineStats.merged(self._ranks.all_gather_object(stats))
-        return self._samples(experience, scores) | self._logprob_difference(experience, chains) | merged.metrics()
+        metrics = self._samples(experience, scores) | self._logprob_difference(experience, chains) | merged.metrics()
+        if experience.weights is not None:
+            metrics["kl_coef_normalized"] = kl_coef * self._ranks.all_gather(experience.weights).mean().item()
+        return metrics
+
+    def score_logratio_moments(self, experience: Experience, group: int) -> tuple[float, float]:
+        """Return Σ (R − mean)(L − mean) and Σ (L − mean)², L the log-ratio of a sample, with the means of each prompt.
+
+        Args:
+            experience: This rank's samples.
+            group: Samples per prompt.
+        """
+        scores, logratio = experience.scores.view(-1, group), experience.values.logratio.sum(1).view(-1, group)
+        centred = logratio - logratio.mean(1, keepdim=True)
+        covariance = ((scores - scores.mean(1, keepdim=True)) * centred).sum(1)  # (P,)
+        all_gather = self._ranks.all_gather
+        return all_gather(covariance).sum().item(), all_gather(centred.square().sum(1)).sum().item()
 
     def mean_return(self, experience: Experience) -> float:
         """Return the mean of G_0, the return of whole sequences."""
@@ -71,7 +93,7 @@ class StepMetrics:
         values, all_gather = experience.values, self._ranks.all_gather
         lengths = all_gather(experience.batch.mask.sum(1))  # (B,) over all ranks, like the tensors below
         kl, entropy = all_gather(values.kl.sum(1)), all_gather(values.entropy.sum(1))
-        sampled_kl = all_gather((values.logprob - values.reference_logprob).sum(1))
+        sampled_kl = all_gather(values.logratio.sum(1))
         rewards = all_gather(scores.values)
         rows, tokens = len(lengths), lengths.sum()
         return {
