@@ -65,7 +65,9 @@ At = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Check the configuration, print every key with its value and what would run, and exit."
+        "--dry-run",
+        help="Check the configuration, that models, data and rewards exist and fit, and that a checkpoint fits on the disk; "
+        "print every key with its value and what would run, and exit.",
     ),
 ]
 
@@ -245,9 +247,10 @@ def _train(kind: type[Section], arguments: list[str], resume: bool, at: int | No
 
 
 def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool) -> ConfigT | None:
-    """Load and check the configuration; in a dry run, print it as YAML with the amount of work as comments and return None."""
+    """Load the configuration; in a dry run, check its inputs, print it with the amount of work as comments, return None."""
     config = load_config(kind, arguments)
     if dry_run:
+        _load("alignpro.training.preflight:check_inputs")(config)
         typer.echo(dump_config(config) + "".join(f"# {line}\n" for line in describe_work(config)), nl=False)
         return None
     return config

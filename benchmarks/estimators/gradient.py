@@ -114,6 +114,7 @@ def ascent(
     p, kl = logp.exp(), (logp.exp() * (logp - logq)).sum(-1)
     chosen = logp.gather(1, token[:, None]).squeeze(1)
     _, alpha, _, kappa = loss.coefficients(batch)(chosen, None, kl, torch.arange(len(token)))
+    assert alpha is not None  # the surrogate depends on the log-probability
     gradient = alpha[:, None] * (torch.nn.functional.one_hot(token, p.shape[1]) - p)
     if kappa is not None:
         gradient = gradient + kappa[:, None] * p * (logp - logq - kl[:, None])
