@@ -1,5 +1,7 @@
 """Sampling by the Triton backend, interpreted, compared with the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import HALF_AND_SINGLE, Case, assert_as_good, make_case, oracle, plain, with_rows
@@ -86,7 +88,7 @@ def test_greedy_rows_take_the_lowest_id_of_equal_logits() -> None:
     hidden = case.rows.hidden.clone()
     hidden[:, 0] = hidden[:, 0].abs() + 1
     tau = torch.tensor([0.0, 1.0, 0.0, 2.0])
-    case = Case(type(case.head)(weight), with_rows(case, hidden=hidden, temperature=tau).rows, True)
+    case = with_rows(replace(case, head=type(case.head)(weight)), hidden=hidden, temperature=tau)
     out = triton_head.sample(case.head, case.rows, seeds_of(4))
     assert out.token[[0, 2]].tolist() == [30, 30]
     assert (out.logprob[[0, 2]] == 0).all() and (out.entropy[[0, 2]] == 0).all()
