@@ -31,7 +31,3 @@ def test_defaults_and_guards_match_the_code() -> None:
             assert fields[key].default == float(default), key
     guards = get_args(GuardConfig.model_fields["kind"].annotation)
     assert [cells[0] for cells in DOCUMENT.rows("Drift guards")] == list(guards)
-
-
-def test_links_exist() -> None:
-    DOCUMENT.check_links()

@@ -5,7 +5,7 @@ token statistics, rewards, returns, advantages, coefficients, `policy_loss`. The
 sum over all sequences.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import get_args
 
@@ -19,15 +19,6 @@ from alignpro.theory.divergences import kl_divergence
 from alignpro_kernels import linear_logprob, policy_loss
 
 LAMBDA = 0.3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Use one thread: waking a second one for each of thousands of tiny operations makes them ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Tabular:
