@@ -47,7 +47,7 @@ class Rewriter:
 
     def __init__(self, prompter: LanguageModel, target: LanguageModel | None, config: TrainConfig) -> None:
         self.config = config
-        self.prompter = PrompterTemplate(prompter.tokenizer, config.prompting)
+        self.prompter = PrompterTemplate(prompter.tokenizer, config.prompting, stop_token_ids=prompter.end_token_ids)
         self.environment: PromptEnvironment | None = None
         models = {"policy": prompter}
         if target is not None:

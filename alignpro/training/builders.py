@@ -78,7 +78,9 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
     distribution = distribution or SingleProcess()
     with distribution.ranks.raise_together():
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
-        template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
+        template = ChatTemplate(
+            policy.model.tokenizer, config.policy.chat_template, stop_token_ids=policy.model.end_token_ids
+        )
         rewards = distribution.frozen("reward")
         kind = environment_kind(config.environment, config.environment_params, ResponseEnvironment)
         environment = kind(template, build_reward(config.reward, rewards.load))
