@@ -39,7 +39,9 @@ def load_tokenizer(
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # transformers' result without any files
         raise ModelError(f"{name}: its tokenizer has no vocabulary; name another in `tokenizer`")
     if config.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(config.chat_template, tokenizer)
+        named, source = tokenizer.chat_template, read_chat_template(config.chat_template, tokenizer)
+        is_named = isinstance(named, dict) and config.chat_template in named
+        tokenizer.chat_template = {**named, "default": source} if is_named else source
         _check_template(tokenizer, config.chat_template)
     if require_chat_template and not read_chat_template(None, tokenizer):
         raise ModelError(

@@ -10,6 +10,7 @@ from alignpro.data import Message
 from alignpro.errors import DataError, ModelError
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.target_prompt import TargetTemplate
+from alignpro.prompting.template_source import PLAIN_TEMPLATE
 from alignpro.prompting.tokenization import load_tokenizer
 
 USER, ASSISTANT, SYSTEM = Message("user", "u"), Message("assistant", "a"), Message("system", "s")
@@ -110,7 +111,10 @@ class TestNamedTemplates:
             load_tokenizer(ModelConfig(path=str(tmp_path)))
         with pytest.raises(ModelError, match=r"chat_template other: no such file; expected rag, tool_use, `plain`"):
             load_tokenizer(ModelConfig(path=str(tmp_path), chat_template="other"))
-        assert load_tokenizer(ModelConfig(path=str(tmp_path), chat_template="rag")).chat_template == QWEN + "rag"
+        loaded = load_tokenizer(ModelConfig(path=str(tmp_path), chat_template="rag"))
+        assert ChatTemplate(loaded).template == ChatTemplate(loaded, "rag").template == QWEN + "rag"
+        plain = load_tokenizer(ModelConfig(path=str(tmp_path), chat_template="plain"))
+        assert ChatTemplate(plain).template == ChatTemplate(plain, "plain").template == PLAIN_TEMPLATE
         assert load_tokenizer(ModelConfig(path=str(tmp_path)), require_chat_template=False)
         assert ChatTemplate(tokenizer, "tool_use").template == QWEN + "tools"
 
