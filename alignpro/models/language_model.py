@@ -114,11 +114,12 @@ class LanguageModel(nn.Module):
         Its chat template may end turns with yet another token (`ChatTemplate.stop_token_ids` has all of them).
         """
         config, generation = self.causal.config, getattr(self.causal, "generation_config", None)
+        text = config.get_text_config()
         found: set[int] = set()
-        for source in (config, config.get_text_config(), generation, self.tokenizer):
+        for source in (config, text, generation, self.tokenizer):
             ids = getattr(source, "eos_token_id", None)
             found |= set(ids) if isinstance(ids, Iterable) else set() if ids is None else {ids}
-        return tuple(sorted(each for each in found if 0 <= each < self.vocabulary))
+        return tuple(sorted(each for each in found if 0 <= each < text.vocab_size))  # the weights may be sharded
 
     @property
     def virtual_tokens(self) -> int:

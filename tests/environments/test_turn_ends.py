@@ -92,3 +92,11 @@ def test_an_end_token_outside_the_vocabulary_is_left_out() -> None:
     model.causal.config.eos_token_id = [model.vocabulary + 5]
     model.causal.generation_config.eos_token_id = None
     assert model.end_token_ids == (model.tokenizer.eos_token_id,)
+
+
+def test_end_tokens_are_known_while_the_weights_are_sharded() -> None:
+    model = tiny_language_model("llama")
+    ends = model.end_token_ids
+    for weight in model.parameters():
+        weight.data = weight.data.new_empty(0)
+    assert model.end_token_ids == ends == (model.tokenizer.eos_token_id,)
