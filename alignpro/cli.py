@@ -147,11 +147,13 @@ def rewrite(
     """Rewrite prompts, or a whole data set, with a trained prompter."""
     if (data is None) == (not text):
         raise AlignProError("rewrite: give prompts as arguments, or a data source with --data and --out")
+    if text and not all(each.strip() for each in text):
+        raise AlignProError("rewrite: a prompt is empty: there is nothing to rewrite")
     if (data is None) != (out is None):
         raise AlignProError("rewrite: --data and --out go together")
     rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(run, with_target=answer)
     if data is not None:
-        _load("alignpro.environments.rewriter:rewrite_data")(
+        _load("alignpro.environments.rewritten_data:rewrite_data")(
             rewriter, data, out, n=n, temperature=temperature, seed=seed
         )
         return

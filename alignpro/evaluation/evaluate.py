@@ -22,7 +22,7 @@ from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_target
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
-from alignpro.rewards import build_reward
+from alignpro.rewards import RewardStack, build_reward
 from alignpro.versions import versions
 
 
@@ -56,7 +56,7 @@ def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[st
     target = load_target(config.target, prompter)
     reward = build_reward(config.reward)
     trained = Trained(prompter, _load(config.reference), _load(config.oracle))
-    prompts = evaluation_prompts(config, load_prompts(config.data), target, prompter or trained.reference)
+    prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, reward)
     sampler = ArmSampler(config, prompts, target, reward)
     arms = _sample_arms(config, sampler, trained)
     result = _compare(config, sampler, arms, trained, time.perf_counter() - started)
@@ -72,9 +72,11 @@ def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[st
 
 
 def evaluation_prompts(
-    config: EvalConfig, data: DataSet, target: LanguageModel, prompter: LanguageModel | None
+    config: EvalConfig, data: DataSet, target: LanguageModel, trained: Trained, reward: RewardStack
 ) -> list[Prompt]:
     """The held-out prompts that fit in the models' contexts; if ``data.holdout`` is 0, all prompts that fit.
+
+    A prompt that does not fit in one of the models, or that one of their chat templates refuses, is left out of all arms.
 
     Raises:
         DataError: Fewer than two are left.
@@ -85,14 +87,23 @@ def evaluation_prompts(
             f"evaluation needs at least 2 held-out prompts, there are {len(prompts)}: raise data.holdout, or set it to 0 "
             "to evaluate on all of data.source"
         )
-    template = ChatTemplate(target.tokenizer, config.target_model.chat_template)
-    limit = max_input_tokens(target, config.respond, "the target", "respond")
-    prompts = filter_overlong_prompts(
-        prompts, lambda prompt: template.encode(prompt.messages), limit, input_name="the target's input"
+    for name, model in (("target", target), ("oracle", trained.oracle)):
+        if model is not None:
+            prompts = _drop_prompts_too_long_for_responder(prompts, model, config, name)
+    for prompter in (trained.prompter, trained.reference):
+        if prompter is not None:
+            prompts = drop_prompts_too_long_for_prompter(prompts, prompter, config)
+    return reward.scorable(prompts)[: config.prompts]
+
+
+def _drop_prompts_too_long_for_responder(
+    prompts: Sequence[Prompt], model: LanguageModel, config: EvalConfig, name: str
+) -> list[Prompt]:
+    template = ChatTemplate(model.tokenizer, config.target_model.chat_template)
+    limit = max_input_tokens(model, config.respond, f"the {name}", "respond")
+    return filter_overlong_prompts(
+        prompts, lambda prompt: template.encode(prompt.messages), limit, input_name=f"the {name}'s input"
     )
-    if prompter is not None:
-        prompts = drop_prompts_too_long_for_prompter(prompts, prompter, config)
-    return prompts[: config.prompts]
 
 
 def prepare_directory(out: Path, marker: str) -> Path:

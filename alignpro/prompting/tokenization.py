@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignpro.config import ModelConfig
 from alignpro.errors import ModelError
-from alignpro.prompting.chat_template import read_chat_template
 from alignpro.prompting.pretrained import require_pretrained
+from alignpro.prompting.template_source import read_chat_template
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer*.py")
 
@@ -39,9 +39,11 @@ def load_tokenizer(
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # transformers' result without any files
         raise ModelError(f"{name}: its tokenizer has no vocabulary; name another in `tokenizer`")
     if config.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(config.chat_template)
+        named, source = tokenizer.chat_template, read_chat_template(config.chat_template, tokenizer)
+        is_named = isinstance(named, dict) and config.chat_template in named
+        tokenizer.chat_template = {**named, "default": source} if is_named else source
         _check_template(tokenizer, config.chat_template)
-    if require_chat_template and not tokenizer.chat_template:
+    if require_chat_template and not read_chat_template(None, tokenizer):
         raise ModelError(
             f"{name}: its tokenizer has no chat template; set chat_template=plain (User: … Assistant: …), "
             "or chat_template to a Jinja file"
@@ -73,3 +75,5 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise ModelError(f"chat_template {name}:{error.lineno}: {error.message}") from error
     except jinja2.TemplateError as error:
         raise ModelError(f"chat_template {name}: refuses a user turn: {error}") from error
+    except Exception as error:  # a template may raise any error of Python
+        raise ModelError(f"chat_template {name}: raises {type(error).__name__} on a user turn: {error}") from error

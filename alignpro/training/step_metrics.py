@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
 from alignpro.engine import Chain, EngineStats
-from alignpro.environments.base import Scores
+from alignpro.environments.base import ABSTAINED, Scores
 from alignpro.training.experience import Experience
 from alignpro.training.loggers.jsonl import append_row
 from alignpro.training.metrics import Metrics
@@ -103,8 +103,15 @@ class StepMetrics:
             "kl_sampled": (sampled_kl.sum() / rows).item(),
             "entropy": (entropy.sum() / tokens).item(),
             "sample/length": (tokens / rows).item(),
-            **self._ranks.mean(scores.metrics, len(scores.values)),
+            **self._mean(scores.metrics, len(scores.values)),
         }
+
+    def _mean(self, metrics: Mapping[str, float], count: int) -> Metrics:
+        """Average metrics over the samples of all ranks; a component's over the samples from which it did not abstain."""
+        share = {name: metrics.get(name + ABSTAINED, 0.0) for name in metrics}
+        sums = self._ranks.mean({name: value * (1 - share[name]) for name, value in metrics.items()}, count)
+        scored = {name: 1 - sums.get(name + ABSTAINED, 0.0) for name in sums}
+        return {name: value / scored[name] for name, value in sums.items() if scored[name] > 0}
 
     def _logprob_difference(self, experience: Experience, chains: Sequence[Sequence[Chain]]) -> Metrics:
         """How much the engine's log-probabilities of the sampled tokens differ from the trainer's.
