@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from document import Document
-from pydantic import BaseModel
+from settings_table import settings
 from tiny_runs import Workshop
 
 from alignpro.config import EvalConfig, TrainConfig, validate_config
@@ -21,27 +20,10 @@ ELSEWHERE = ("run.out", "data", "target", "reward", "prompting", "deepspeed", "r
 """Keys that other documents explain, or that this one explains outside the table."""
 
 
-def settings(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield dotted keys with their defaults, formatted as in the table."""
-    for name, field in kind.model_fields.items():
-        key, default = prefix + name, field.get_default(call_default_factory=True)
-        if key.startswith(ELSEWHERE):
-            continue
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from settings(annotation, f"{key}.")
-        elif isinstance(default, bool):
-            yield key, str(default).lower()
-        elif isinstance(default, tuple):
-            yield key, ", ".join(map(str, default))
-        else:
-            yield key, "" if default is None or field.is_required() else str(default)
-
-
 def test_every_setting_is_in_the_table_with_its_default() -> None:
     told = {cells[0]: cells[1] for cells in DOCUMENT.rows("Settings")}
     of_responses = {f"rollout.rewrite.{name}" for name in ("top_k", "top_p", "min_p")}
-    assert told == {key: default for key, default in settings(TrainConfig) if key not in of_responses}
+    assert told == {key: default for key, default in settings(TrainConfig, ELSEWHERE) if key not in of_responses}
 
 
 def test_python_blocks_run_and_every_metric_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
