@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignpro.config import RLHFConfig, TrainConfig
-from alignpro.data import load_prompts, split
+from alignpro.data import choose, load_prompts, split
 from alignpro.engine import Engine
 from alignpro.environments.base import sampling_params
 from alignpro.environments.build import environment_kind, max_input_tokens, prompt_environment
@@ -52,7 +52,8 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
             prompts, answered.encode_context, answered.max_tokens, input_name="the target's context"
         )
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
-        training, heldout = split(prompts, config.data.holdout)
+        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
+        heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
     sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
         policy,
@@ -87,7 +88,8 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
             load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, limit)
         )
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
-        training, heldout = split(prompts, config.data.holdout)
+        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
+        heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
     sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
         policy,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alignpro.config import SFTConfig
-from alignpro.data import Prompt, load_prompts, split
+from alignpro.data import Prompt, choose, load_prompts, split
 from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_trainable
@@ -46,7 +46,8 @@ class SFTTrainer:
         self.config = config
         field = config.task
         data = load_prompts(config.data, require=(field,))
-        training, self.heldout = split(data.prompts, config.data.holdout)
+        training, heldout = split(data.prompts, config.data.holdout, config.data.holdout_by)
+        self.heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
         self.stream = PromptStream(training, config.batch_size, config.run.seed)
         self.model: LanguageModel = add_adapter(load_trainable(config.policy, config.run.seed), config.policy.adapter)
         if config.policy.gradient_checkpointing:
@@ -91,7 +92,7 @@ class SFTTrainer:
     def evaluate(self, step: int) -> Metrics:
         """Compute cross-entropy per token and perplexity on held-out pairs."""
         self.model.eval()
-        pairs = [self._encode(prompt) for prompt in self.heldout[: self.config.run.eval_prompts]]
+        pairs = [self._encode(prompt) for prompt in self.heldout]
         tokens = sum(len(completion) for _, completion in pairs)
         if tokens == 0:
             return {}
