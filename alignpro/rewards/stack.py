@@ -25,6 +25,8 @@ class Scored:
 
     values: list[float]
     """(N,) r*: the weighted sum of the components, minus penalties."""
+    raw: list[float]
+    """(N,) the weighted sum of the components alone."""
     components: dict[str, list[float]]
     """Name -> (N,): each component's unweighted score, its metrics as ``<component>/<metric>``, each guard's measure as
     ``guard/<kind>`` and, if it has one, its penalty as ``guard/<kind>/penalty``."""
@@ -57,7 +59,7 @@ class RewardStack:
                 f"{counts}" + ("" if rewrites is None else f", {len(rewrites)} rewrites") + ": not one each"
             )
         if not prompts:
-            return Scored([], {})
+            return Scored([], [], {})
         totals = [0.0] * len(prompts)
         scores: dict[str, list[float]] = {}
         for weight, reward in self._components:
@@ -65,11 +67,12 @@ class RewardStack:
             scores[reward.name] = measured.values
             scores.update({f"{reward.name}/{metric}": values for metric, values in measured.metrics.items()})
             totals = [total + weight * value for total, value in zip(totals, measured.values, strict=True)]
+        raw = checked_values("reward: the weighted sum", prompts, totals)
         for guard in self._guards if rewrites is not None else []:
             measured = guard(prompts, rewrites or [])
             scores.update(measured.metrics)
             totals = [total - penalty for total, penalty in zip(totals, measured.values, strict=True)]
-        return Scored(checked_values("reward: the weighted sum", prompts, totals), scores)
+        return Scored(checked_values("reward: the weighted sum", prompts, totals), raw, scores)
 
 
 def build_reward(config: RewardConfig, load: LoadRewardModel | None = None) -> RewardStack:
