@@ -175,7 +175,8 @@ def _compare(
         gap = gap_recovered(baseline, arms["align_pro"].raw, arms["oracle"].raw, clusters)
     gibbs = None
     if "candidates" in arms:
-        gibbs = gibbs_estimates(sampler, arms["candidates"], arms["gibbs"], config.kl_coef, clusters)
+        weighed = sampler.gibbs_weights(arms["candidates"], config.kl_coef)
+        gibbs = gibbs_estimates(weighed, arms["gibbs"].scores.values, config.kl_coef, clusters)
     return Evaluation(
         arms=summaries,
         gap=gap,

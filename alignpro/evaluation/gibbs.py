@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from alignpro.evaluation.arms import ArmSampler, ArmSamples
+from torch import Tensor
+
 from alignpro.evaluation.results import GibbsEstimates
+from alignpro.objectives import GibbsResample
 from alignpro.theory.statistics import Clusters, mean_estimate
 
 
-def gibbs_estimates(
-    sampler: ArmSampler, candidates: ArmSamples, resampled: ArmSamples, kl_coef: float, clusters: Clusters
-) -> GibbsEstimates:
+def gibbs_estimates(weighed: GibbsResample, fresh: Tensor, kl_coef: float, clusters: Clusters) -> GibbsEstimates:
     """λ log Ẑ of the candidates, and a lower bound from new responses to the resampled rewrites.
 
     Drawing N rewrites of ρ_sft and keeping one with the weights w is itself a prompter, whose KL to ρ_sft is at most
@@ -17,16 +17,14 @@ def gibbs_estimates(
     above J_λ(ρ*). λ log Ẑ has the same form with the responses that selected: the difference is their inflation.
 
     Args:
-        sampler: Weighs the candidates.
-        candidates: N rewrites per prompt.
-        resampled: Some of them, drawn by weight, with new responses.
+        weighed: The weights (P, N) of the candidates, and estimates from them.
+        fresh: (P, n) values of rewrites that were drawn by these weights, from responses that did not select them.
         kl_coef: λ.
         clusters: The prompts that belong together.
     """
-    weighed = sampler.gibbs_weights(candidates, kl_coef)
-    lower = resampled.scores.values.double().mean(1) - kl_coef * weighed.kl  # (P,)
+    lower = fresh.double().mean(1) - kl_coef * weighed.kl  # (P,)
     return GibbsEstimates(
-        candidates=candidates.scores.values.shape[1],
+        candidates=weighed.weights.shape[1],
         log_partition=weighed.value.mean().item(),
         lower_bound=mean_estimate(lower, clusters),
         inflation=mean_estimate(weighed.value - lower, clusters),

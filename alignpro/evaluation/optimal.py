@@ -41,7 +41,7 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
         resampled = sampler.resample(candidates, prompter, config.kl_coef, 1)
     weighed = sampler.gibbs_weights(candidates, config.kl_coef)
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
-    estimates = gibbs_estimates(sampler, candidates, resampled, config.kl_coef, clusters)
+    estimates = gibbs_estimates(weighed, resampled.scores.values, config.kl_coef, clusters)
     with (out / "rewrites.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
         for i, prompt in enumerate(prompts):
             best = int(candidates.scores.values[i].argmax())
