@@ -158,7 +158,7 @@ def run(
     """See the module."""
     session = Session("coverage", device="cpu", file=json_file)
     cells = [coverage(kind, prompts, repeats, seed=0) for kind in kinds() for prompts in SIZES]
-    cells += [gap_coverage(prompts, gap=1.0, repeats=repeats) for prompts in SIZES[:-1]]
+    cells += [gap_coverage(prompts, gap=1.0, repeats=max(100, repeats // 4)) for prompts in SIZES[:-1]]
     errors = {
         name: {n: familywise_error(draw, n, repeats, binary=name == "0/1") for n in SIZES}
         for name, draw in EQUAL_ARMS.items()
