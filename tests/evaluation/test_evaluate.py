@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 from tiny_runs import Workshop
 
-from alignpro.config import EvalConfig, OptimalConfig, validate_config
-from alignpro.data import load_prompts
+from alignpro.config import DataConfig, EvalConfig, OptimalConfig, validate_config
+from alignpro.data import load_prompts, split
 from alignpro.demo.world import prompt_records, write_records
 from alignpro.errors import DataError
 from alignpro.evaluation import arms
@@ -162,3 +163,25 @@ def test_noise_in_the_reward_inflates_the_estimate_but_not_the_lower_bound() -> 
     assert estimates.log_partition > optimum + 0.05
     assert estimates.lower_bound.high < optimum
     assert estimates.inflation.low > 0.05
+
+
+def test_models_of_an_earlier_version_are_evaluated_on_what_they_held_out(workshop: Workshop, tmp_path: Path) -> None:
+    """A run that hashed whole conversations trained on continuations that a hash of the first turn would hold out."""
+    rows = [
+        {"messages": [*turns("hello", "hi", str(i))], "answer": "x"} for i in range(40)
+    ]  # one conversation with 40 continuations
+    write_records(tmp_path / "data.jsonl", rows)
+    (tmp_path / "old").mkdir()
+    shutil.copytree(workshop.root / "prompter", tmp_path / "old" / "model")
+    (tmp_path / "old" / "config.yaml").write_text("data: {source: data.jsonl, holdout: 0.4}\n")
+    config = configuration(workshop, tmp_path / "out", data={"source": str(tmp_path / "data.jsonl"), "holdout": 0.4})
+    prompter = {"path": str(tmp_path / "old" / "model"), "device": "cpu"}
+    result = run(workshop, tmp_path / "out", data=config["data"], prompter=prompter, prompts=40)
+    heldout = split(load_prompts(DataConfig(source=str(tmp_path / "data.jsonl"))).prompts, 0.4, "conversation")[1]
+    assert {row["prompt"] for row in result.rows} == {prompt.text for prompt in heldout}
+    assert result.arms[0].clusters == 1
+    assert result.arms[0].reward.not_estimable == "all prompts are in one cluster"
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
