@@ -1,7 +1,11 @@
 """Intervals hold the truth as often as they say: a quick part of the simulation, and slowly all of it."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+import benchmarks.coverage
 from benchmarks.coverage import (
     EQUAL_ARMS,
     SIZES,
@@ -56,3 +60,14 @@ def test_shares_of_a_gap_hold_the_truth(prompts: int) -> None:
 @pytest.mark.parametrize("name", EQUAL_ARMS)
 def test_the_familywise_error_is_at_most_five_percent(name: str, prompts: int) -> None:
     assert familywise_error(EQUAL_ARMS[name], prompts, repeats=10_000, binary=name == "0/1") <= 0.05
+
+
+def test_the_recorded_simulation_reaches_what_the_documentation_says() -> None:
+    document = json.loads(
+        Path(benchmarks.coverage.__file__).with_name("results").joinpath("cpu/coverage.json").read_text()
+    )
+    cells = [Cell(**cell) for cell in document["cells"]]
+    assert {cell.kind for cell in cells} >= set(KINDS)
+    for cell in cells:
+        check(cell)
+    assert max(error for errors in document["familywise_error"].values() for error in errors.values()) <= 0.05
