@@ -65,7 +65,9 @@ At = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Check the configuration, print every key with its value and what would run, and exit."
+        "--dry-run",
+        help="Check the configuration, that models, data and rewards exist and fit, and that a checkpoint fits on the disk; "
+        "print every key with its value and what would run, and exit.",
     ),
 ]
 
@@ -145,11 +147,13 @@ def rewrite(
     """Rewrite prompts, or a whole data set, with a trained prompter."""
     if (data is None) == (not text):
         raise AlignProError("rewrite: give prompts as arguments, or a data source with --data and --out")
+    if text and not all(each.strip() for each in text):
+        raise AlignProError("rewrite: a prompt is empty: there is nothing to rewrite")
     if (data is None) != (out is None):
         raise AlignProError("rewrite: --data and --out go together")
     rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(run, with_target=answer)
     if data is not None:
-        _load("alignpro.environments.rewriter:rewrite_data")(
+        _load("alignpro.environments.rewritten_data:rewrite_data")(
             rewriter, data, out, n=n, temperature=temperature, seed=seed
         )
         return
@@ -245,9 +249,10 @@ def _train(kind: type[Section], arguments: list[str], resume: bool, at: int | No
 
 
 def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool) -> ConfigT | None:
-    """Load and check the configuration; in a dry run, print it as YAML with the amount of work as comments and return None."""
+    """Load the configuration; in a dry run, check its inputs, print it with the amount of work as comments, return None."""
     config = load_config(kind, arguments)
     if dry_run:
+        _load("alignpro.training.preflight:check_inputs")(config)
         typer.echo(dump_config(config) + "".join(f"# {line}\n" for line in describe_work(config)), nl=False)
         return None
     return config

@@ -22,7 +22,7 @@ class Session:
     Args:
         benchmark: The name of the benchmark, a module or package of `benchmarks`.
         device: ``cpu``, ``cuda`` or ``auto``.
-        dtype: The name of a dtype, or ``auto``.
+        dtype: A dtype or its name, or ``auto``.
         threads: Number of torch's CPU threads; None leaves it as it is.
         quick: Whether this is a smoke test; its results go to a folder of their own by default.
         file: The results file; by default one in the folder of the device.
@@ -37,7 +37,7 @@ class Session:
         benchmark: str,
         *,
         device: str,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         threads: int | None = None,
         quick: bool = False,
         file: Path | None = None,
@@ -47,7 +47,7 @@ class Session:
             torch.set_num_threads(threads)
         self.benchmark = benchmark
         self.device = find_device(device)
-        self.dtype = find_dtype(dtype, self.device)
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else find_dtype(dtype, self.device)
         results = Path(__file__).parent / "results" / folder_name(self.device)
         folder = Path(f"runs/{benchmark}-quick") if quick else results
         self.file = file or folder / f"{name or benchmark}.json"

@@ -38,7 +38,7 @@ NARROWER = {
     "config": {"objectives", "errors"},
     "rewards": {"models", "prompting", "data", "config", "errors"},
     "distributed": {"models", "config", "errors"},
-    "planning": {"config", "models", "distributed", "errors"},
+    "planning": {"config", "prompting", "models", "distributed", "errors"},
 }
 """Rooms that may import less than their floor allows."""
 

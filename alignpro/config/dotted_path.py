@@ -82,7 +82,8 @@ def _from_package(where: str, name: str) -> ModuleType:
 
 def _from_file(where: str, file: Path) -> ModuleType:
     if not file.is_file():
-        raise ConfigError(f"{where}: file {file.absolute()} not found")
+        beside = "" if file.is_absolute() else ", nor beside the YAML file that names it"
+        raise ConfigError(f"{where}: file {file.absolute()} not found{beside}")
     # The module is registered because dataclasses and pickle look it up by name. The name is a hash of the path, so that
     # two files may have the same stem.
     name = f"alignpro_user_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from alignpro.config.section import Section
 
 if TYPE_CHECKING:
-    from alignpro.objectives import Advantage, Loss
+    from alignpro.objectives import Advantage, KLEstimator, Loss
 
 
 class KLConfig(Section):
@@ -17,7 +17,8 @@ class KLConfig(Section):
 
     coef: float = Field(0.05, ge=0)
     """λ, the penalty per nat of sequence KL."""
-    estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
+    estimator: Literal["auto", "regressed", "exact", "k1", "k1_sequence", "k2", "k3"] = "auto"
+    """See `alignpro.objectives.kl`. ``auto``: ``regressed``, or ``exact`` where a rollout is used for several updates."""
     target: float | None = Field(None, gt=0)
     """Target KL in nats per sequence; if given, the coefficient is adapted to reach it."""
     horizon: int = Field(10_000, ge=1)
@@ -84,6 +85,13 @@ class ObjectiveConfig(Section):
                 self.check_loss(LOSSES[self.loss])
         return self
 
+    @property
+    def kl_estimator(self) -> KLEstimator:
+        """The estimator of the KL, chosen if it is ``auto``."""
+        if self.kl.estimator != "auto":
+            return self.kl.estimator
+        return "regressed" if self.epochs * self.minibatches == 1 else "exact"
+
     def check_loss(self, loss: type[Loss]) -> None:
         """Check that the settings fit the class of the loss.
 
@@ -94,6 +102,14 @@ class ObjectiveConfig(Section):
             raise ValueError(
                 f"{self.loss} is on-policy: it requires epochs=1 and minibatches=1 "
                 "(ppo_clip and gibbs may reuse a rollout)"
+            )
+        from alignpro.objectives import SAMPLED
+
+        stale = self.kl_estimator in SAMPLED and self.epochs * self.minibatches > 1
+        if stale and loss.uses_advantage and self.kl.coef > 0:
+            raise ValueError(
+                f"kl.estimator={self.kl_estimator} with several updates per rollout: its KL is that of the policy that drew "
+                "the rollout, which is stale after the first update; use exact, or epochs=1 and minibatches=1"
             )
         if loss.needs_kl and self.kl.coef == 0:
             raise ValueError(f"{self.loss} regresses on R/λ: kl.coef must be positive")

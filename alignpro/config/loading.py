@@ -30,7 +30,8 @@ def load_config(kind: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
         kind: The configuration to build.
         arguments: Paths of YAML files (``*.yaml``, ``*.yml``) and overrides (``section.key=value``); later ones win.
             Mappings are merged, lists and values are replaced; ``section.0.key=value`` changes an item of an existing
-            list.
+            list. A relative path of a Python file or a template is looked for beside the YAML file that names it, then in
+            the working directory.
 
     Raises:
         ConfigError: A file is missing or is not a YAML mapping, a key is unknown, or a value is invalid; the message names
@@ -118,7 +119,29 @@ def _load(path: Path) -> DictConfig:
     loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
         raise ValueError("expected a mapping of keys at the top level")
-    return loaded
+    located = OmegaConf.create(_locate(OmegaConf.to_container(loaded), "", path))
+    assert isinstance(located, DictConfig)  # because it was one
+    return located
+
+
+_FILE_KEYS = {"function", "environment", "loss", "advantage", "chat_template", "meta_prompt"}
+"""Keys whose values may name a file of the user's: code as ``file.py:name``, or a template."""
+
+
+def _locate(value: Any, key: str, yaml_file: Path) -> Any:
+    """Replace relative paths of files that lie beside a YAML file by paths from the working directory."""
+    if isinstance(value, dict):
+        return {name: _locate(each, str(name), yaml_file) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_locate(each, key, yaml_file) for each in value]
+    if key not in _FILE_KEYS or not isinstance(value, str):
+        return value
+    file, code, name = value.rpartition(".py:")
+    file = f"{file}.py" if code else value
+    beside = yaml_file.parent / file
+    if Path(file).is_absolute() or not beside.is_file():
+        return value
+    return f"{beside}:{name}" if code else str(beside)
 
 
 def _override(merged: DictConfig, argument: str) -> DictConfig:

@@ -43,7 +43,7 @@ class ModelConfig(Section):
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
     attention: str = "sdpa"
     chat_template: str | None = None
-    """``plain``, or a file with a Jinja template; by default the tokenizer's own."""
+    """``plain``, the name of one of the tokenizer's templates, or a Jinja file; by default the tokenizer's own."""
     pad_token: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False

@@ -3,7 +3,7 @@
 | file | subject |
 |---|---|
 | `prompt` | the record that is passed through the project |
-| `file_formats` | JSON, JSON Lines, CSV, Parquet → rows |
+| `file_formats` | JSON, JSON Lines, CSV, TSV, Parquet → rows |
 | `conversation_formats` | messages, ShareGPT, transcripts → the turns of a conversation |
 | `columns` | which column is which field of a record |
 | `presets` | public data sets by name |

@@ -6,13 +6,21 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from alignpro.data.conversation_formats import BadRow, read_answer, read_conversation, read_text, shared_opening
+from alignpro.data.conversation_formats import (
+    BadRow,
+    read_answer,
+    read_conversation,
+    read_history,
+    read_text,
+    shared_opening,
+)
 from alignpro.data.prompt import Message, Prompt
 from alignpro.errors import ConfigError, DataError
 
 FIELDS = {
     "prompt": "the user's text, a transcript, or a list of messages",
     "context": "text that belongs to the prompt; it follows after a blank line",
+    "history": "the turns before the prompt: pairs of the user's and the assistant's text, or messages",
     "system": "the system message",
     "messages": "the whole conversation, in place of prompt",
     "rewrite": "a reference rewrite x'",
@@ -25,7 +33,7 @@ FIELDS = {
 MISSING: Any = object()
 """Returned by `lookup` for a path that does not exist; a null value does exist."""
 
-_PROMPT_COLUMNS = (
+PROMPT_COLUMNS = (
     ("prompt", "prompt"),
     ("prompt", "instruction"),
     ("prompt", "question"),
@@ -37,6 +45,8 @@ _PROMPT_COLUMNS = (
     ("prompt", "input"),
 )
 _CONTEXT_COLUMNS = {"instruction": ("context", "input"), "question": ("context",)}
+_HISTORY_COLUMNS = {"instruction": "history"}
+"""Only beside Alpaca's column: elsewhere a history may be anything."""
 _OTHER_COLUMNS = {
     "system": ("system", "system_prompt"),
     "rewrite": ("rewrite", "optimized_prompt"),
@@ -76,12 +86,14 @@ def detect_columns(columns: Collection[str], where: str) -> dict[str, str]:
         DataError: No column could hold a prompt.
     """
     mapping: dict[str, str] = {}
-    for field, column in _PROMPT_COLUMNS:
+    for field, column in PROMPT_COLUMNS:
         if column in columns:
             mapping[field] = column
             for context in _CONTEXT_COLUMNS.get(column, ()):
                 if context in columns:
                     mapping.setdefault("context", context)
+            if (history := _HISTORY_COLUMNS.get(column)) in columns and history is not None:
+                mapping["history"] = history
             break
     for field, names in _OTHER_COLUMNS.items():
         for name in names:
@@ -92,7 +104,7 @@ def detect_columns(columns: Collection[str], where: str) -> dict[str, str]:
             f"{where}: no column that holds a prompt (columns: {_listed(columns)}); name it, for example "
             f"data.columns.prompt={next(iter(columns), 'COLUMN')}"
         )
-    used = {*mapping.values(), *(column for _, column in _PROMPT_COLUMNS)}
+    used = {*mapping.values(), *(column for _, column in PROMPT_COLUMNS)}
     mapping.update({f"metadata.{name}": name for name in columns if name and name not in used})
     return mapping
 
@@ -115,6 +127,8 @@ def check_columns(mapping: Mapping[str, str], columns: Collection[str], where: s
         raise ConfigError(
             "data.columns maps both prompt and messages: messages is the whole conversation, map only one"
         )
+    if "history" in mapping and "prompt" not in mapping:
+        raise ConfigError("data.columns maps history without prompt: it is the turns before a prompt")
     if not {"prompt", "messages", "chosen"} & set(mapping):
         raise ConfigError("data.columns does not say where the prompt is: map prompt, messages, or chosen transcripts")
 
@@ -147,6 +161,8 @@ def to_prompt(row: Mapping[str, Any], mapping: Mapping[str, str], source: str) -
         turns = _with_context(
             read_conversation(values["prompt"], "prompt"), read_text(values.get("context"), "context")
         )
+        if turns:
+            turns = (*read_history(values.get("history"), "history"), *turns)
     else:
         turns = shared_opening([answer for answer in (chosen, rejected) if answer])
     return Prompt(

@@ -75,6 +75,29 @@ def read_conversation(value: Any, field: str) -> tuple[Message, ...]:
     return read_transcript(text) or (Message("user", text),)
 
 
+def read_history(value: Any, field: str) -> tuple[Message, ...]:
+    """Read the turns before a prompt: pairs of the user's and the assistant's text (Alpaca), or messages.
+
+    Raises:
+        BadRow: The value has neither form.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):  # in a CSV cell
+        value = _parse_json(value)
+    elif not isinstance(value, list):
+        if read_text(value, field) is not None:
+            raise BadRow(f"{field} is text, expected turns; to keep it as it is, map data.columns.metadata.{field}")
+        return ()
+    if not isinstance(value, list):
+        raise BadRow(f"{field} is not a list of turns")
+    if all(isinstance(turn, dict) for turn in value):
+        return _read_messages(value, field)
+    for i, turn in enumerate(value):
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise BadRow(f"{field}[{i}] is not a pair of the user's and the assistant's text")
+    roles = ("user", "assistant")
+    return tuple(Message(roles[k], replace_lone_surrogates(turn[k])) for turn in value for k in range(2))
+
+
 def read_transcript(text: str) -> tuple[Message, ...] | None:
     """The turns of a ``Human:``/``Assistant:`` transcript, stripped; None if the text is not a transcript.
 

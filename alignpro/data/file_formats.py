@@ -1,4 +1,4 @@
-"""Read local files as rows: JSON, JSON Lines, CSV and Parquet, plain or gzipped.
+"""Read local files as rows: JSON, JSON Lines, CSV, TSV and Parquet, plain or gzipped.
 
 A row that cannot be read is returned with a description of the problem. Only an unreadable file is an error.
 """
@@ -10,6 +10,7 @@ import glob
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -17,9 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignpro.data.columns import PROMPT_COLUMNS
 from alignpro.errors import DataError
 
-FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+
+DELIMITERS = ",;\t|"
+"""What may separate the cells of a `.csv` file; the header tells which."""
+
+WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "prompts")
+"""Keys of an object around the rows of a file, as in ``{"data": [...]}``."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,15 @@ def read_table(path: Path) -> Table:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path}: is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
     content = content.removeprefix(b"\xef\xbb\xbf")
-    if kind == ".csv":
-        return _read_csv(path, content)
-    # Arrays and JSON Lines are told apart by content, since either format occurs with either suffix.
-    rows = _json_array(path, content) if content.lstrip()[:1] == b"[" else list(_json_lines(path, content))
+    if kind in (".csv", ".tsv"):
+        return _read_csv(path, content, "\t" if kind == ".tsv" else None)
+    # Arrays, objects and JSON Lines are told apart by content, since each of them occurs with each suffix.
+    if content.lstrip()[:1] == b"[":
+        rows = _json_array(path, content)
+    elif (wrapped := _json_object(path, content)) is not None:
+        rows = wrapped
+    else:
+        rows = list(_json_lines(path, content))
     columns = dict.fromkeys(key for row in rows for key in row.values or ())
     return Table(str(path), tuple(columns), rows)
 
@@ -94,8 +107,8 @@ def _read_bytes(path: Path, compressed: bool) -> bytes:
 
 
 def _json_lines(path: Path, content: bytes) -> Iterator[Row]:
-    # Split only at line feeds: U+2028 and similar line separators may occur in a JSON string.
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    # Split only at line feeds and carriage returns: U+2028 and similar line separators may occur in a JSON string.
+    for number, line in enumerate(re.split(rb"\r\n|\n|\r", content), start=1):
         if line.strip():
             yield _json_row(f"{path}:{number}", line)
 
@@ -110,6 +123,25 @@ def _json_row(location: str, line: bytes) -> Row:
     except (ValueError, RecursionError) as error:
         return Row(location, problem=f"not valid JSON: {error}")
     return _object_row(location, values)
+
+
+def _json_object(path: Path, content: bytes) -> list[Row] | None:
+    """The rows of a file that is a single object: those in its list under one of `WRAPPERS`, or the object itself.
+
+    None if it is no object, or if it is one line of JSON Lines.
+    """
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None  # the lines are read one by one, and each that cannot be read is reported
+    if not isinstance(value, dict):
+        return None
+    columns = {"chosen", *(column for _, column in PROMPT_COLUMNS)}
+    for key in WRAPPERS if not columns & set(value) else ():
+        items = value.get(key)
+        if isinstance(items, list) and items and all(isinstance(item, dict) for item in items):
+            return [Row(f"{path}:{key} row {number}", item) for number, item in enumerate(items, start=1)]
+    return None if content.strip().count(b"\n") == 0 else [Row(f"{path}:row 1", value)]
 
 
 def _json_array(path: Path, content: bytes) -> list[Row]:
@@ -131,18 +163,33 @@ def _object_row(location: str, values: Any) -> Row:
     return Row(location, problem=f"expected a JSON object, got {type(values).__name__}")
 
 
-def _read_csv(path: Path, content: bytes) -> Table:
+def _read_csv(path: Path, content: bytes, delimiter: str | None) -> Table:
     # Invalid UTF-8 bytes become lone surrogates here, so that only the row that contains them is lost.
     text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
     default_limit = csv.field_size_limit(sys.maxsize)  # prompts may be longer than the module's 128 KiB
     try:
-        return _parse_csv(path, text)
+        return _parse_csv(path, text, _delimiter(text) if delimiter is None else delimiter)
     finally:
         csv.field_size_limit(default_limit)
 
 
-def _parse_csv(path: Path, text: io.StringIO) -> Table:
-    reader = csv.reader(text, strict=True)
+def _delimiter(text: io.StringIO) -> str:
+    """The delimiter that splits the header into most cells: a comma if none does."""
+
+    def cells(delimiter: str) -> int:
+        text.seek(0)
+        try:
+            return len(next(csv.reader(text, delimiter=delimiter, strict=True), []))
+        except csv.Error:
+            return 0
+
+    found = max(DELIMITERS, key=cells)
+    text.seek(0)
+    return found
+
+
+def _parse_csv(path: Path, text: io.StringIO, delimiter: str) -> Table:
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
     except csv.Error as error:
@@ -186,5 +233,15 @@ def _read_parquet(path: Path, content: bytes) -> Table:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
-    rows = [Row(f"{path}:row {number}", values) for number, values in enumerate(table.to_pylist(), start=1)]
+    try:
+        rows = [Row(f"{path}:row {number}", values) for number, values in enumerate(table.to_pylist(), start=1)]
+    except (ArithmeticError, ValueError):  # such as a date outside Python's years, in some row
+        rows = [_parquet_row(f"{path}:row {i + 1}", table.slice(i, 1)) for i in range(table.num_rows)]
     return Table(str(path), tuple(table.column_names), rows)
+
+
+def _parquet_row(location: str, row: Any) -> Row:
+    try:
+        return Row(location, row.to_pylist()[0])
+    except (ArithmeticError, ValueError) as error:
+        return Row(location, problem=f"holds a value that Python cannot represent: {error}")

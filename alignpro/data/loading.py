@@ -85,6 +85,18 @@ def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
     return data
 
 
+def check_source(config: DataConfig, require: Sequence[str] = ()) -> None:
+    """Check that there is data, and that its columns fit, by the rows up to the first prompt. Presets are not read.
+
+    Raises:
+        ConfigError: As `load_prompts`.
+        DataError: Likewise.
+    """
+    names = [config.source] if isinstance(config.source, str) else config.source
+    if files := [name for name in names if name not in presets()]:
+        _load(config.model_copy(update={"source": files, "limit": 1}), require)
+
+
 def _load(config: DataConfig, require: Sequence[str]) -> DataSet:
     prompts: list[Prompt] = []
     seen: set[tuple[str, ...]] = set()

@@ -78,13 +78,13 @@ class Ranks:
         return torch.cat(self.all_gather_object(rows.detach().cpu())).to(rows.device)
 
     def mean(self, metrics: Mapping[str, float], weight: float) -> dict[str, float]:
-        """Average metrics over ranks, each rank's with its ``weight``; a rank with weight 0 may have no metrics."""
+        """Average metrics over ranks, each rank's with its ``weight``; one that only other ranks have counts as 0 there."""
         if self.group is None:
             return dict(metrics)
         parts = [(values, count) for values, count in self.all_gather_object((dict(metrics), weight)) if count > 0]
         total = sum(count for _, count in parts)
-        names = parts[0][0] if parts else {}
-        return {name: sum(values[name] * count for values, count in parts) / total for name in names}
+        names = dict.fromkeys(name for values, _ in parts for name in values)
+        return {name: sum(values.get(name, 0.0) * count for values, count in parts) / total for name in names}
 
     def assign_balanced(self, costs: Sequence[float]) -> list[int]:
         """Indices of this rank's pieces of work, ascending; total costs are nearly even, and rank 0 has piece 0.

@@ -117,7 +117,7 @@ def _end_if_stopped(sequence: SampledSequence, tokenizer: PreTrainedTokenizerBas
         sequence.fail(describe("the search for a stop text", error))
     else:
         if end is not None:
-            sequence.end(end.reason, end.num_text_tokens)
+            sequence.end(*end)
 
 
 @contextmanager

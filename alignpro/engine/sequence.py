@@ -116,9 +116,16 @@ class SampledSequence:
         """How it is sampled, and where it ends."""
         return self.request.params
 
-    def end(self, reason: Literal["stop", "length", "cancelled"], num_text_tokens: int | None = None) -> None:
+    def end(
+        self,
+        reason: Literal["stop", "length", "cancelled"],
+        num_text_tokens: int | None = None,
+        rest_tokens: tuple[int, ...] = (),
+    ) -> None:
         """Complete the sequence with the tokens sampled so far."""
-        self.completion = Completion(self.output_ids, self.logprobs, reason, num_text_tokens=num_text_tokens)
+        self.completion = Completion(
+            self.output_ids, self.logprobs, reason, num_text_tokens=num_text_tokens, rest_tokens=rest_tokens
+        )
 
     def fail(self, error: str) -> None:
         """Complete the sequence with an error, discarding its tokens."""

@@ -57,13 +57,19 @@ class Completion:
     finish_reason: Literal["stop", "length", "error", "cancelled"]
     error: str | None = None
     num_text_tokens: int | None = None
-    """Number of tokens before the stop text that ended the sequence; None if no stop text did."""
+    """Number of whole tokens before the stop text that ended the sequence; None if no stop text did."""
+    rest_tokens: tuple[int, ...] = ()
+    """The ids of the text between those tokens and a stop text that begins inside a token. They were not sampled."""
 
     @property
     def text_tokens(self) -> list[int]:
-        """The ids without the stop token or the tokens of a stop text."""
+        """Ids that decode to the text: those sampled without the stop token, or up to the stop text.
+
+        Where a stop text begins inside a token, the text before it is encoded anew (``rest_tokens``); log-probabilities
+        are those of ``tokens``.
+        """
         if self.num_text_tokens is not None:
-            return self.tokens[: self.num_text_tokens]
+            return [*self.tokens[: self.num_text_tokens], *self.rest_tokens]
         return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +14,9 @@ from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams
 from alignpro.errors import AlignProError, TrainingError
 from alignpro.rewards import RewardStack
+
+ABSTAINED = "/abstained"
+"""Ending of the metric that says from what share of the samples a component of the reward abstained."""
 
 
 @dataclass
@@ -97,7 +100,7 @@ def score_texts(
     rewards = torch.tensor(scored.values, dtype=torch.float32).view(len(prompts), K, M)
     raw = torch.tensor(scored.raw, dtype=torch.float32).view(len(prompts), K, M)
     values, penalised = rewards.mean(-1), rewards
-    metrics = {f"reward/{name}": sum(values) / len(values) for name, values in scored.components.items()}
+    metrics = _component_metrics(scored.components)
     if truncated is not None:
         values = values - truncation_penalty * truncated
         penalised = rewards - truncation_penalty * truncated[..., None]
@@ -111,6 +114,18 @@ def score_texts(
         penalised=penalised,
         responses=[[list(each) for each in group] for group in responses],
     )
+
+
+def _component_metrics(components: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
+    """Average each component over the samples that it scored; count those from which it abstained, if there are any."""
+    metrics: dict[str, float] = {}
+    for name, values in components.items():
+        known = [value for value in values if value is not None]
+        if known:
+            metrics[f"reward/{name}"] = sum(known) / len(known)
+        if len(known) < len(values):
+            metrics[f"reward/{name}{ABSTAINED}"] = 1 - len(known) / len(values)
+    return metrics
 
 
 def sampling_params(config: SamplingConfig, n: int) -> SamplingParams:

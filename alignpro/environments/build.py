@@ -47,8 +47,14 @@ def prompt_environment(
     """
     limit = max_input_tokens(target, respond, "the target", "respond")
     return kind(
-        PrompterTemplate(prompter.tokenizer, prompting),
-        TargetTemplate(target.tokenizer, target_config.chat_template, max_tokens=limit, on_empty=prompting.on_empty),
+        PrompterTemplate(prompter.tokenizer, prompting, stop_token_ids=prompter.end_token_ids),
+        TargetTemplate(
+            target.tokenizer,
+            target_config.chat_template,
+            max_tokens=limit,
+            on_empty=prompting.on_empty,
+            stop_token_ids=target.end_token_ids,
+        ),
         reward,
         sampling_params(respond, responses),
         prompting,

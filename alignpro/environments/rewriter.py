@@ -1,31 +1,23 @@
-"""Use a trained prompter: rewrite prompts or whole data sets, and optionally let the target respond."""
+"""Use a trained prompter: rewrite prompts, and optionally let the target respond."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from alignpro.config import DataConfig, TrainConfig, load_config
-from alignpro.data import Prompt, load_prompts
-from alignpro.engine import Chain, Engine, derive_seed
+from alignpro.config import TrainConfig, load_config
+from alignpro.data import Prompt
+from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import refuse_errors, sampling_params
 from alignpro.environments.build import prompt_environment
 from alignpro.environments.prompt import PromptEnvironment
-from alignpro.errors import DataError, ModelError
+from alignpro.errors import AlignProError, DataError, ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_target
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import RewardStack
-
-logger = logging.getLogger(__name__)
-
-CHUNK = 1024
-"""Number of prompts of a data set that are rewritten and saved at a time, so that an error does not lose everything."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Rewriter:
 
     def __init__(self, prompter: LanguageModel, target: LanguageModel | None, config: TrainConfig) -> None:
         self.config = config
-        self.prompter = PrompterTemplate(prompter.tokenizer, config.prompting)
+        self.prompter = PrompterTemplate(prompter.tokenizer, config.prompting, stop_token_ids=prompter.end_token_ids)
         self.environment: PromptEnvironment | None = None
         models = {"policy": prompter}
         if target is not None:
@@ -75,7 +67,9 @@ class Rewriter:
                 f"run directory {run}: has no config.yaml and model/: it is not a finished run of `alignpro train`"
             )
         config = load_config(TrainConfig, [str(run / "config.yaml")])
-        prompter = load_language_model(config.policy.model_copy(update={"path": str(run / "model"), "tokenizer": None}))
+        # The run's tokenizer has been saved with its model, and the chat template with the tokenizer.
+        saved = {"path": str(run / "model"), "tokenizer": None, "chat_template": None}
+        prompter = load_language_model(config.policy.model_copy(update=saved))
         return cls(prompter, load_target(config.target, prompter) if with_target else None, config)
 
     def rewrite(
@@ -85,62 +79,55 @@ class Rewriter:
 
         Raises:
             ModelError: A prompt does not fit in the prompter's context, or a rewrite cannot be given to the target.
-            DataError: The prompter's chat template refuses a conversation.
+            DataError: A prompt is empty, or the prompter's chat template refuses a conversation.
         """
         prompts = [text if isinstance(text, Prompt) else Prompt.from_text(text) for text in texts]
+        seeds = [derive_seed(seed, i) for i in range(len(prompts))]
+        groups = []
+        for group in self.rewrite_each(prompts, seeds, n=n, temperature=temperature):
+            if isinstance(group, AlignProError):
+                raise group
+            groups.append(group)
+        return groups
+
+    def rewrite_each(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, n: int = 1, temperature: float = 0.0
+    ) -> list[list[Rewritten] | AlignProError]:
+        """Sample ``n`` rewrites of each prompt, or return the error of `rewrite` in their place."""
         sampling = self.config.rollout.rewrite.model_copy(update={"temperature": temperature})
         params = replace(sampling_params(sampling, n), stop_token_ids=self.prompter.stop_token_ids)
-        seeds = [derive_seed(seed, i) for i in range(len(prompts))]
-        if self.environment is None:
-            groups = self.engine.generate("policy", [self.prompter.encode(p) for p in prompts], params, seeds)
-            chains = [[Chain(sample) for sample in group] for group in groups]
-        else:
-            chains = self.environment.rollout(self.engine, prompts, params, seeds)
-        refuse_errors(prompts, chains, ModelError)
-        return [[self._decode(chain) for chain in group] for group in chains]
+        results: list[list[Rewritten] | AlignProError] = [self._refusal(prompt) or [] for prompt in prompts]
+        usable = [i for i, result in enumerate(results) if not isinstance(result, AlignProError)]
+        chosen = [prompts[i] for i in usable]
+        chains = self._rollout(chosen, params, [seeds[i] for i in usable])
+        for i, prompt, group in zip(usable, chosen, chains, strict=True):
+            try:
+                refuse_errors([prompt], [group], ModelError)
+                results[i] = [self._decode(chain) for chain in group]
+            except ModelError as error:
+                results[i] = error
+        return results
+
+    def _refusal(self, prompt: Prompt) -> AlignProError | None:
+        """Why a prompt cannot be given to the prompter, as far as that does not depend on its length."""
+        if not prompt.text.strip():
+            return DataError(f"prompt {prompt.source or prompt.id}: is empty: there is nothing to rewrite")
+        try:
+            self.prompter.encode(prompt)
+        except AlignProError as error:
+            return error
+        return None
+
+    def _rollout(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
+    ) -> Sequence[Sequence[Chain]]:
+        if self.environment is not None:
+            return self.environment.rollout(self.engine, prompts, params, seeds)
+        groups = self.engine.generate("policy", [self.prompter.encode(p) for p in prompts], params, seeds)
+        return [[Chain(sample) for sample in group] for group in groups]
 
     def _decode(self, chain: Chain) -> Rewritten:
         response: str | None = None
         if self.environment is not None:
             response = self.environment.target.decode(chain.responses[0].text_tokens)
         return Rewritten(self.prompter.decode(chain.sample.text_tokens), response)
-
-
-def rewrite_data(
-    rewriter: Rewriter, source: str, out: Path, *, n: int = 1, temperature: float = 0.0, seed: int = 0
-) -> None:
-    """Rewrite all prompts of a data source and write JSON Lines, `CHUNK` prompts at a time.
-
-    A line has the prompt's ``id``, its text (``prompt``), the ``rewrites`` and, with a target, their ``responses``.
-    Duplicates are rewritten once.
-
-    Args:
-        rewriter: The prompter, with or without the target.
-        source: As ``data.source``: a preset, or files.
-        out: The output file; lines written before an error are kept.
-        n: Rewrites per prompt.
-        temperature: Sampling temperature of the rewrites; the target decodes greedily.
-        seed: Seed of the rewrites.
-
-    Raises:
-        DataError: The data cannot be read, or ``out`` exists.
-        ModelError: As `Rewriter.rewrite`.
-    """
-    prompts = load_prompts(DataConfig(source=source, holdout=0)).prompts
-    try:
-        file = out.open("x", encoding="utf-8", errors="surrogatepass")
-    except FileExistsError as error:
-        raise DataError(f"{out}: already exists; choose another file, or remove it") from error
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error}") from error
-    with file:
-        for start in range(0, len(prompts), CHUNK):
-            chunk = prompts[start : start + CHUNK]
-            groups = rewriter.rewrite(chunk, n=n, temperature=temperature, seed=derive_seed(seed, start))
-            for prompt, group in zip(chunk, groups, strict=True):
-                row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.text, "rewrites": [x.rewrite for x in group]}
-                if rewriter.environment is not None:
-                    row["responses"] = [x.response for x in group]
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            logger.info("%d of %d prompts rewritten", start + len(chunk), len(prompts))

@@ -96,9 +96,10 @@ class ArmSampler:
 
     def sample_responses(self, name: str, model: LanguageModel, count: int) -> ArmSamples:
         """Draw ``count`` responses of a model to each original prompt: for no fine-tuning, or for the oracle."""
-        environment = ResponseEnvironment(
-            ChatTemplate(model.tokenizer, self.config.target_model.chat_template), self.reward
+        template = ChatTemplate(
+            model.tokenizer, self.config.target_model.chat_template, stop_token_ids=model.end_token_ids
         )
+        environment = ResponseEnvironment(template, self.reward)
         engine = Engine({"policy": model}, **self.config.engine.model_dump())
         return self._sample(name, environment, engine, sampling_params(self.config.respond, count))
 

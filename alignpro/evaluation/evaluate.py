@@ -23,7 +23,7 @@ from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_target
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
-from alignpro.rewards import build_reward
+from alignpro.rewards import RewardStack, build_reward
 from alignpro.theory.statistics import Clusters, gap_recovered
 from alignpro.training.loggers.jsonl import read_rows
 from alignpro.training.progress import progress_bar
@@ -62,7 +62,7 @@ def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[st
     target = load_target(config.target, prompter)
     reward = build_reward(config.reward)
     trained = Trained(prompter, _load(config.reference), _load(config.oracle))
-    prompts = evaluation_prompts(config, load_prompts(config.data), target, prompter or trained.reference)
+    prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, reward)
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
     sampler = ArmSampler(config, prompts, target, reward)
     with progress_bar(_arm_count(config) * sampler.chunks, 0, ("reward",)) as advance:
@@ -81,9 +81,11 @@ def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[st
 
 
 def evaluation_prompts(
-    config: EvalConfig, data: DataSet, target: LanguageModel, prompter: LanguageModel | None
+    config: EvalConfig, data: DataSet, target: LanguageModel, trained: Trained, reward: RewardStack
 ) -> list[Prompt]:
     """At most ``config.prompts`` held-out prompts that fit in the models' contexts; of all prompts if ``data.holdout`` is 0.
+
+    A prompt that does not fit in one of the models, or that one of their chat templates refuses, is left out of all arms.
 
     Raises:
         DataError: Fewer than two are left.
@@ -95,14 +97,23 @@ def evaluation_prompts(
             f"evaluation needs at least 2 held-out prompts, there are {len(prompts)}: raise data.holdout, or set it to 0 "
             "to evaluate on all of data.source"
         )
-    template = ChatTemplate(target.tokenizer, config.target_model.chat_template)
-    limit = max_input_tokens(target, config.respond, "the target", "respond")
-    prompts = filter_overlong_prompts(
-        prompts, lambda prompt: template.encode(prompt.messages), limit, input_name="the target's input"
+    for name, model in (("target", target), ("oracle", trained.oracle)):
+        if model is not None:
+            prompts = _drop_prompts_too_long_for_responder(prompts, model, config, name)
+    for prompter in (trained.prompter, trained.reference):
+        if prompter is not None:
+            prompts = drop_prompts_too_long_for_prompter(prompts, prompter, config)
+    return choose(reward.scorable(prompts), config.prompts)
+
+
+def _drop_prompts_too_long_for_responder(
+    prompts: Sequence[Prompt], model: LanguageModel, config: EvalConfig, name: str
+) -> list[Prompt]:
+    template = ChatTemplate(model.tokenizer, config.target_model.chat_template)
+    limit = max_input_tokens(model, config.respond, f"the {name}", "respond")
+    return filter_overlong_prompts(
+        prompts, lambda prompt: template.encode(prompt.messages), limit, input_name=f"the {name}'s input"
     )
-    if prompter is not None:
-        prompts = drop_prompts_too_long_for_prompter(prompts, prompter, config)
-    return choose(prompts, config.prompts)
 
 
 def prepare_directory(out: Path, marker: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 from alignpro.config import OptimalConfig, dump_config
@@ -12,6 +13,7 @@ from alignpro.evaluation.arms import ArmSampler, drop_prompts_too_long_for_promp
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.evaluation.gibbs import gibbs_estimates
 from alignpro.models.loading import load_language_model, load_target
+from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.rewards import build_reward
 from alignpro.theory.statistics import Clusters
 from alignpro.training.durability import disk_errors, replace_text
@@ -32,9 +34,15 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
     out = prepare_directory(config.out, "summary.json")
     prompter = load_language_model(config.prompter)
     target = load_target(config.target, prompter)
+    reward = build_reward(config.reward)
     prompts = drop_prompts_too_long_for_prompter(load_prompts(config.data).prompts, prompter, config)
-    prompts = choose(prompts, config.prompts)
-    sampler = ArmSampler(config, prompts, target, build_reward(config.reward))
+    sampler = ArmSampler(config, prompts, target, reward)
+    answered = sampler.environment(prompter).target
+    prompts = filter_overlong_prompts(
+        prompts, answered.encode_context, answered.max_tokens, input_name="the target's context"
+    )
+    prompts = choose(reward.scorable(prompts), config.prompts)
+    sampler = replace(sampler, prompts=prompts)
     with progress_bar(2 * sampler.chunks, 0, ("reward",)) as advance:
         sampler.advance = advance
         candidates = sampler.sample_rewrites("candidates", prompter, config.candidates)

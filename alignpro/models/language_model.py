@@ -6,7 +6,7 @@ The fused head operators need this split: they take hidden states and the head's
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -106,6 +106,20 @@ class LanguageModel(nn.Module):
         embedding: nn.Module = self.causal.get_input_embeddings()
         assert isinstance(embedding.weight, Tensor)
         return len(embedding.weight)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a turn, ascending: those of the generation config, the model's config and the tokenizer.
+
+        Its chat template may end turns with yet another token (`ChatTemplate.stop_token_ids` has all of them).
+        """
+        config, generation = self.causal.config, getattr(self.causal, "generation_config", None)
+        text = config.get_text_config()
+        found: set[int] = set()
+        for source in (config, text, generation, self.tokenizer):
+            ids = getattr(source, "eos_token_id", None)
+            found |= set(ids) if isinstance(ids, Iterable) else set() if ids is None else {ids}
+        return tuple(sorted(each for each in found if 0 <= each < text.vocab_size))  # the weights may be sharded
 
     @property
     def virtual_tokens(self) -> int:

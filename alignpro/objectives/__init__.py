@@ -14,7 +14,20 @@ from alignpro.objectives.advantages import (
     returns_to_go,
 )
 from alignpro.objectives.gibbs import Gibbs, gibbs_loss
-from alignpro.objectives.kl import AdaptiveKL, KLEstimator, KLLossTerms, kl_loss_terms, last_action, token_rewards
+from alignpro.objectives.kl import (
+    SAMPLED,
+    UNBIASED,
+    AdaptiveKL,
+    KLEstimator,
+    KLLossTerms,
+    KLPenalty,
+    entropy_rewards,
+    exact_kl_coef,
+    final_return,
+    kl_loss_terms,
+    last_action,
+    token_rewards,
+)
 from alignpro.objectives.losses import (
     Loss,
     LossInputs,
@@ -43,6 +56,8 @@ __all__ = [
     "ADVANTAGES",
     "GAE",
     "LOSSES",
+    "SAMPLED",
+    "UNBIASED",
     "AdaptiveKL",
     "Advantage",
     "Gibbs",
@@ -50,6 +65,7 @@ __all__ = [
     "GroupNormalized",
     "KLEstimator",
     "KLLossTerms",
+    "KLPenalty",
     "LeaveOneOut",
     "Loss",
     "LossInputs",
@@ -61,6 +77,9 @@ __all__ = [
     "RunningBaseline",
     "SampledReturns",
     "TokenLoss",
+    "entropy_rewards",
+    "exact_kl_coef",
+    "final_return",
     "gibbs_loss",
     "gibbs_resample",
     "is_unbiased",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alignpro.errors import ConfigError
-from alignpro.objectives.kl import KLEstimator, check_rows
+from alignpro.objectives.kl import UNBIASED, KLEstimator, check_rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class SampledReturns:
     """K: rows per prompt."""
     values: Tensor | None = None
     """(B, T) the critic's V at the state before each action, for an advantage that needs a critic."""
+    final: Tensor | None = None
+    """(B,) the return past each row's last action, from `final_return`; the score if None."""
 
 
 class Advantage:
@@ -53,6 +55,11 @@ class Advantage:
     def __call__(self, sampled: SampledReturns) -> Tensor:
         """Compute the advantages, (B, T), zero outside the mask."""
         raise NotImplementedError
+
+    def weights(self, sampled: SampledReturns) -> Tensor | None:
+        """Compute the weight of each row, (B,), by which all its terms in the loss are multiplied: the advantage, the KL
+        and the entropy bonus alike, so that λ stays the price of a nat in units of reward. None: all rows weigh 1."""
+        return None
 
     def update(self, mean_return: float) -> None:
         """Take note of a step's mean return of whole sequences, G_0, over all ranks."""
@@ -75,8 +82,8 @@ def returns_to_go(token_rewards: Tensor, mask: Tensor) -> Tensor:
 class LeaveOneOut(Advantage):
     """RLOO (Kool et al., 2019; Ahmadian et al., 2024, arXiv 2402.14740), applied at each position. Unbiased.
 
-    The baseline at position t is the mean of the other K−1 rows' returns at t. A row that has ended is held at its
-    score, which is its return with no further KL; this keeps the baseline of late positions from rewarding length.
+    The baseline at position t is the mean of the other K−1 rows' returns at t. A row that has ended is held at its final
+    return, with no further KL; this keeps the baseline of late positions from rewarding length.
     """
 
     needs_group = True
@@ -95,14 +102,16 @@ class LeaveOneOut(Advantage):
 
 
 class GroupNormalized(Advantage):
-    """GRPO (Shao et al., 2024, arXiv 2402.03300): (G_t − mean) / (std + eps) over a prompt's K rows, at each position.
+    """GRPO (Shao et al., 2024, arXiv 2402.03300): G_t − mean over a prompt's K rows, at each position, and all terms of the
+    prompt over the standard deviation of its scores.
 
-    Biased: the mean includes the row's own return, which shrinks the gradient by (K−1)/K, and dividing by the standard
-    deviation weights prompts by how much the returns of their rewrites agree. A group of equal returns gives zero. A row
-    that has ended is held at its score.
+    Biased: the mean includes the row's own return, which shrinks the score's part of the gradient by (K−1)/K, and prompts
+    are weighted by how much the scores of their rewrites agree. A prompt of equal scores weighs nothing. Since the KL is
+    divided like the scores, λ stays the price of a nat in units of reward; in GRPO as published it is one in units of the
+    deviation, of which the metric ``kl_coef_normalized`` gives the equal, λ times the mean weight.
 
     Args:
-        eps: Added to the standard deviation (with K−1 in its denominator).
+        eps: Added to the standard deviation (with K−1 in its denominator). Scores that deviate by no more count as equal.
     """
 
     needs_group = True
@@ -111,15 +120,21 @@ class GroupNormalized(Advantage):
         self.eps = eps
 
     def __call__(self, sampled: SampledReturns) -> Tensor:
-        """Compute the advantages, (B, T).
+        """Compute the advantages, (B, T), before they are weighted.
 
         Raises:
             ConfigError: K < 2.
             ValueError: Shapes do not match, or B is no multiple of K.
         """
         held = _held(sampled, "group_normalized")
-        advantages = (held - held.mean(1, keepdim=True)) / (held.std(1, keepdim=True) + self.eps)
+        advantages = held - held.mean(1, keepdim=True)
         return torch.where(sampled.mask, advantages.view_as(sampled.returns), 0.0)
+
+    def weights(self, sampled: SampledReturns) -> Tensor:
+        """Compute the weight of each row, (B,)."""
+        deviation = sampled.scores.view(-1, sampled.group).std(1)
+        weights = torch.where(deviation > self.eps, 1 / (deviation + self.eps), 0.0)
+        return weights.repeat_interleave(sampled.group)
 
 
 class RunningBaseline(Advantage):
@@ -200,14 +215,14 @@ class GAE(Advantage):
 def is_unbiased(estimator: KLEstimator, advantage: Advantage) -> bool:
     """Whether the expectation of the policy gradient is exactly ∇J.
 
-    Assumes on-policy samples, ``normalize_by="sequence"`` and no entropy bonus. (A mean over tokens weights a sequence by
-    the lengths of the others in its step.)
+    Assumes on-policy samples and ``normalize_by="sequence"``. (A mean over tokens weights a sequence by the lengths of the
+    others in its step.) An entropy bonus is part of the objective then.
     """
-    return advantage.unbiased and estimator in ("exact", "k1")
+    return advantage.unbiased and estimator in UNBIASED
 
 
 def _held(sampled: SampledReturns, what: str) -> Tensor:
-    """(P, K, T): the returns, and past the end of a row its score."""
+    """(P, K, T): the returns, and past the end of a row its final return."""
     check_rows(sampled.mask, scores=sampled.scores)
     returns, group = sampled.returns, sampled.group
     if group < 2:
@@ -218,5 +233,5 @@ def _held(sampled: SampledReturns, what: str) -> Tensor:
     rows, length = returns.shape
     if rows % group:
         raise ValueError(f"{what}: {rows} rows are not a whole number of groups of {group}")
-    scores = sampled.scores.unsqueeze(-1).to(returns.dtype)
-    return torch.where(sampled.mask, returns, scores).view(rows // group, group, length)
+    final = (sampled.scores if sampled.final is None else sampled.final).unsqueeze(-1).to(returns.dtype)
+    return torch.where(sampled.mask, returns, final).view(rows // group, group, length)

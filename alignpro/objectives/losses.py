@@ -34,10 +34,10 @@ class PolicyGradientBatch:
     old_logprob: Tensor | None = None
     """(N,) log-probability under the policy that drew the rollout, nats; needed by PPO."""
     entropy_coef: float = 0.0
-    """c: adds a bonus c·H_t at every visited state.
-
-    Only the entropy of the step itself is differentiated, as usual; the bonus ignores that an action may lead to states
-    of higher entropy."""
+    """c: adds a bonus c·H_t at every visited state. That an action may lead to states of higher entropy is part of its
+    return, see `entropy_rewards`."""
+    sampled_share: float = 0.0
+    """β of the estimator ``regressed``."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,25 @@ class LossInputs:
     """λ, in units of reward per nat."""
     kl_estimator: KLEstimator
     entropy_coef: float
+    sampled_share: float = 0.0
+    """β of the estimator ``regressed``."""
+    weights: Tensor | None = None
+    """(B,) weight of each row's terms, from `Advantage.weights`; None: all weigh 1."""
 
     def actions(self) -> PolicyGradientBatch:
         """Flatten the inputs to the actions alone, (N,)."""
+        scale: float | Tensor = self.scale
+        if self.weights is not None:
+            scale = (self.weights * self.scale).unsqueeze(-1).expand_as(self.mask)[self.mask]
         return PolicyGradientBatch(
             advantages=self.advantages[self.mask],
-            scale=self.scale,
+            scale=scale,
             kl_coef=self.kl_coef,
             kl_estimator=self.kl_estimator,
             reference_logprob=self.reference_logprob[self.mask],
             old_logprob=self.old_logprob[self.mask],
             entropy_coef=self.entropy_coef,
+            sampled_share=self.sampled_share,
         )
 
 
@@ -153,7 +161,7 @@ class TokenLoss:
 
         loss, alpha = self._surrogate(logprob, advantages, rows)
         logratio = None if batch.reference_logprob is None else logprob - batch.reference_logprob[rows].to(dtype)
-        terms = kl_loss_terms(batch.kl_estimator, batch.kl_coef, kl, logratio)
+        terms = kl_loss_terms(batch.kl_estimator, batch.kl_coef, kl, logratio, batch.sampled_share)
         loss = loss if terms.loss is None else loss + terms.loss
         alpha = alpha if terms.alpha is None else alpha + terms.alpha
         kappa = None if terms.kappa is None else scale * terms.kappa

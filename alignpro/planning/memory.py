@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification
 
 from alignpro.config import ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
-from alignpro.distributed.deepspeed.zero_config import read_zero_config
+from alignpro.distributed.deepspeed.zero_config import check_ranks, read_zero_config
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES
 from alignpro.models.loading import DTYPES
@@ -96,8 +96,9 @@ def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: flo
 
     Raises:
         ModelError: A model's configuration cannot be read.
-        ConfigError: The DeepSpeed configuration that the job names cannot be read.
+        ConfigError: The DeepSpeed configuration that the job names cannot be read, or there are more ranks than prompts.
     """
+    check_ranks(config.rollout.prompts_per_step, ranks)
     states = ("weights", "optimizer", "gradients", "buffers", "frozen", "copy", "KV", "activations")
     columns = ("set-up", *states, "rollout", "update", "host")
     lines = ["  ".join(f"{column:>11}" for column in columns) + ("" if device_bytes is None else "  fits")]

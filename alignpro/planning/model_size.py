@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alignpro.config import AdapterConfig, ModelConfig
 from alignpro.errors import ModelError
 from alignpro.models.loading import DTYPES
+from alignpro.prompting.pretrained import require_pretrained
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def build_empty(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTra
     """Build a model on the meta device, without memory for its weights.
 
     Raises:
-        ModelError: The model's configuration cannot be read.
+        ModelError: There is no such model, or its configuration cannot be read.
     """
+    require_pretrained(config.path)
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         with torch.device("meta"):

@@ -34,6 +34,11 @@ class TokenStats:
     states: Tensor | None = None
     """(N, D): the policy's hidden states with their autograd graph, if requested; valid until its weights change."""
 
+    @property
+    def logratio(self) -> Tensor:
+        """log ρ(a_t|s_t) − log ρ_sft(a_t|s_t), (B, T)."""
+        return self.logprob - self.reference_logprob
+
 
 def policy_and_reference_stats(
     head: Head,

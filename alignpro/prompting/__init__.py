@@ -6,8 +6,11 @@
 | `target_prompt` | a rewrite x' → the target's tokens, and its tokens → the response y |
 | `meta_prompt`, `meta_prompts/` | the instruction around x that asks for a rewrite |
 | `chat_template` | a conversation ↔ tokens, with no special tokens from user text |
+| `template_source` | where a chat template comes from; the fixed date |
+| `plain_text` | text → tokens, in which the text of special tokens is plain text |
+| `reasoning` | what a model writes between think tags |
 | `tokenization` | loading tokenizers |
-| `length_filter` | leaving out prompts that are too long |
+| `length_filter` | leaving out prompts that are too long or refused |
 
 May import `data`, `config` and `errors`.
 """

@@ -1,62 +1,36 @@
 """Converts conversations to tokens and back with a tokenizer's chat template, and keeps special tokens out of user text.
 
-A chat template renders a conversation as one string, in which special tokens delimit the turns. A user who writes
-``<|im_end|>`` must not end the turn with it. So every structural token that occurs in a message's content is marked
-before the template is applied, the rendered string is split at the marks, inside the would-be tokens, and the pieces are
-encoded separately. Text without such strings, which is nearly all text, is one piece: its ids are those of
-``apply_chat_template(tokenize=True)``.
+A chat template renders a conversation as one string, in which special tokens delimit the turns. How content is kept from
+producing such tokens is the subject of `plain_text`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from alignpro.data import Message, replace_lone_surrogates
+from alignpro.data import Message
 from alignpro.errors import DataError, ModelError
+from alignpro.prompting.plain_text import PlainTextEncoder, structural_tokens
+from alignpro.prompting.reasoning import TAGS, opened_reasoning, without_reasoning
+from alignpro.prompting.template_source import FIXED_DATE, read_chat_template, with_fixed_date
 
 ROLES = ("system", "user", "assistant")
 
-PLAIN_TEMPLATE = """\
-{%- for message in messages -%}
-{{- {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message['role']] }}: {{ message['content'] -}}
-{{- (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt %}Assistant:{% endif -%}"""
-"""``chat_template: plain``, for base models: ``User: …`` and ``Assistant: …`` on separate lines."""
-
-_MARK = "\ufdd0"  # a noncharacter: Unicode reserves it for a program's own use
-_PROBE_TEXT = "probe"
-
+_PROBE_TEXT = '<probe> & "it\'s"\n  {{ {} }} é'
+"""A template must write this as it is. It contains what templates escape, format, trim or collapse by mistake."""
+_QUESTION, _ANSWER, _SECOND_QUESTION, _INSTRUCTION = (
+    Message(role, f"{number} {_PROBE_TEXT}") for number, role in enumerate(("user", "assistant", "user", "system"), 1)
+)
 _TEMPLATE_VARIABLES: dict[str, Any] = {
-    # Llama 3 writes the current date into its system turn; a fixed date keeps runs reproducible.
-    "date_string": "26 Jul 2024",
+    "date_string": FIXED_DATE.strftime("%d %b %Y"),
     # Qwen 3 and others: a sample is the rewrite (or the response) itself, without reasoning before it.
     "enable_thinking": False,
 }
-
-
-def read_chat_template(name: str) -> str:
-    """Return the Jinja source of a chat template: ``plain``, or the content of a file.
-
-    Raises:
-        ModelError: There is no such file, or it is not UTF-8 text.
-    """
-    if name == "plain":
-        return PLAIN_TEMPLATE
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ModelError(f"chat_template {name}: no such file; expected `plain` or a Jinja file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ModelError(f"chat_template {name}: not UTF-8") from error
 
 
 class ChatTemplate:
@@ -64,11 +38,12 @@ class ChatTemplate:
 
     Args:
         tokenizer: The model's tokenizer.
-        template: ``plain`` or a Jinja file, as in `ModelConfig.chat_template`; the tokenizer's own if None.
+        template: As `ModelConfig.chat_template`; the tokenizer's own if None.
         stop_token_ids: Ids that end a turn, in addition to those of the tokenizer and the template.
 
     Raises:
-        ModelError: There is no template, it refuses a user turn followed by an assistant turn, or no token ends a turn.
+        ModelError: There is no template, it refuses a user turn followed by an assistant turn, drops or changes their
+            text, or no token ends a turn.
     """
 
     def __init__(
@@ -80,22 +55,23 @@ class ChatTemplate:
     ) -> None:
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or type(tokenizer).__name__
-        if template is None and not tokenizer.chat_template:
+        source = read_chat_template(template, tokenizer)
+        if not source:
             raise ModelError(
                 f"{self.name}: its tokenizer has no chat template; set chat_template=plain, or to a Jinja file"
             )
-        self.template: str = tokenizer.get_chat_template() if template is None else read_chat_template(template)
-        self._structural = _structural_tokens(tokenizer, self.template)
-        try:
-            self._leading_space, ending = self._probe()
-        except TemplateError as error:
-            raise ModelError(
-                f"{self.name}: its chat template refuses a user turn followed by an assistant turn: {error}"
-            ) from error
-        self.end_token_id = self._end_token(ending)
+        self.template = source
+        self._source = with_fixed_date(source)
+        self._structural = structural_tokens(tokenizer, self.template)
+        self._text = PlainTextEncoder(tokenizer, self._structural)
+        self._opening, self._leading_space, self._ending = self._probe()
+        self._refusals = self._probe_longer_conversations()
+        self._reasoning = opened_reasoning(self._opening)
+        self.end_token_id = self._end_token()
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.stop_token_ids: tuple[int, ...] = tuple(sorted({self.end_token_id, *eos, *stop_token_ids}))
-        """Any of these ends a turn: the token that the template writes after the assistant's text, and the EOS token."""
+        """Any of these ends a turn: the token that the template writes after the assistant's text, the EOS token of the
+        tokenizer, and the end tokens of the model."""
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Encode a conversation, followed by the generation prompt, which opens the assistant's turn.
@@ -103,21 +79,36 @@ class ChatTemplate:
         Content cannot produce a structural token: if it contains the text of one, that is encoded as plain text.
 
         Raises:
-            DataError: The template refuses the conversation (a role it does not know, turns that do not alternate).
+            DataError: The template refuses the conversation (a role it does not know, turns that do not alternate), drops
+                turns of its kind, or fails on it.
         """
         unknown = [message.role for message in messages if message.role not in ROLES]
         if unknown:
             raise DataError(f"a conversation has a turn of role {unknown[0]!r}; expected {', '.join(ROLES)}")
-        escaped = [Message(message.role, self._escaped(message.content)) for message in messages]
-        try:
-            return self._encode_pieces(self._render(escaped, add_generation_prompt))
-        except TemplateError as error:
-            roles = ", ".join(message.role for message in messages)
-            raise DataError(f"{self.name}: its chat template refuses a conversation of {roles}: {error}") from error
+        for applies, reason in self._refusals:
+            if applies(messages):
+                raise DataError(f"{self.name}: its chat template {reason}")
+        escaped = [Message(message.role, self._text.escaped(message.content)) for message in messages]
+        return self._text.encode(self._render_content(escaped, add_generation_prompt))
 
     def completion(self, text: str) -> list[int]:
-        """Encode ``text`` as the model's completion of `encode`'s ids: its tokens and the end-of-turn token."""
-        return [*self._encode_pieces(self._leading_space + self._escaped(text)), self.end_token_id]
+        """Encode ``text`` as the model's completion of `encode`'s ids: its tokens and the end-of-turn token.
+
+        They are the tokens of the assistant's turn in a whole conversation, as far as its tokens begin with those of the
+        prompt. If the generation prompt opens reasoning, the completion closes it first.
+
+        Raises:
+            DataError: The template refuses the text.
+        """
+        escaped = self._text.escaped(text)
+        if self._reasoning is not None:
+            escaped = f"{self._reasoning.closing}\n\n{escaped}"
+        else:
+            whole = self._render_content([_QUESTION, Message("assistant", escaped)], False)
+            if (ids := self._continuation_of_opening(whole)) is not None:
+                return ids
+            escaped = self._leading_space + escaped
+        return [*self._text.encode(escaped, continues=True), self.end_token_id]
 
     @property
     def generation_prompt(self) -> list[int]:
@@ -136,16 +127,33 @@ class ChatTemplate:
         return opened[len(closed) :]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Decode sampled ids, without special and stop tokens, stripped; invalid UTF-8 becomes U+FFFD."""
+        """Decode sampled ids, without special and stop tokens and without reasoning, stripped.
+
+        Reasoning is what the model writes between think tags at the beginning of its turn. Where it is unfinished, nothing
+        is left. Invalid UTF-8 becomes U+FFFD.
+        """
         content = [token for token in tokens if token not in self.stop_token_ids]
-        text = self.tokenizer.decode(content, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text.strip()
+        return without_reasoning(self._decode_with_tags(content), self._reasoning).strip()
+
+    def _decode_with_tags(self, content: Sequence[int]) -> str:
+        """Decode ids without special tokens, except for think tags."""
+        known = {text for tags in TAGS for text in tags}
+        tags = {token: text for token, text in self._structural.items() if text in known}
+        pieces: list[str] = []
+        start = 0
+        for i, token in enumerate(content):
+            if token in tags:
+                pieces += [self._decode_text(content[start:i]), tags[token]]
+                start = i + 1
+        return "".join([*pieces, self._decode_text(content[start:])])
+
+    def _decode_text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         text = self.tokenizer.apply_chat_template(
             [{"role": message.role, "content": message.content} for message in messages],
-            chat_template=self.template,
+            chat_template=self._source,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
             **_TEMPLATE_VARIABLES,
@@ -153,61 +161,86 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def _encode_text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)  # callers check the length
+    def _render_content(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Render a conversation of the data.
 
-    def _encode_pieces(self, text: str) -> list[int]:
-        return [token for piece in text.split(_MARK) if piece for token in self._encode_text(piece)]
+        Raises:
+            DataError: The template refuses it, or fails.
+        """
+        try:
+            return self._render(messages, add_generation_prompt)
+        except Exception as error:  # a template may raise any error of Python
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(
+                f"{self.name}: its chat template {_failure(error)} a conversation of {roles}: {error}"
+            ) from error
 
-    def _escaped(self, content: str) -> str:
-        """Insert a mark after the first character of every structural token's text in ``content``."""
-        content = replace_lone_surrogates(content).replace(_MARK, "\ufffd").translate(self._replacements)
-        cuts = [match.start() + 1 for match in self._pattern.finditer(content)]
-        pieces = [content[start:end] for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True)]
-        if self._hides_tokens(pieces):
-            pieces = list(content)
-        return _MARK.join(pieces)
-
-    def _hides_tokens(self, pieces: Sequence[str]) -> bool:
-        """Whether normalisation (NFKC, lower case) turns text that did not look like a structural token into one."""
-        if not self._is_normalized:
-            return False
-        forbidden = self._structural.keys() - {self.tokenizer.unk_token_id}
-        return any(token in forbidden for piece in pieces if piece for token in self._encode_text(piece))
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        texts = sorted((text for text in self._structural.values() if len(text) > 1), key=len, reverse=True)
-        # A lookahead also finds overlapping tokens, each of which must be cut.
-        return re.compile(f"(?={'|'.join(map(re.escape, texts))})" if texts else r"(?!)")
+    def _continuation_of_opening(self, whole: str) -> list[int] | None:
+        """The assistant's turn in the tokens of a conversation; None if these do not begin with those of the prompt."""
+        prompt = self._opening_ids
+        writes_end = self._written_end() is not None
+        ids = self._text.encode(whole if writes_end else whole.removesuffix(self._ending))
+        if not whole.startswith(self._opening) or ids[: len(prompt)] != prompt:
+            return None
+        turn = ids[len(prompt) :]
+        if not writes_end:
+            return [*turn, self.end_token_id]
+        return turn[: turn.index(self.end_token_id) + 1] if self.end_token_id in turn else None
 
     @cached_property
-    def _replacements(self) -> dict[int, str]:
-        """Special tokens of one character → U+FFFD: they cannot be cut, so they cannot be encoded as plain text."""
-        added = self.tokenizer.added_tokens_decoder
-        return {
-            ord(text): "\ufffd"
-            for token, text in self._structural.items()
-            if len(text) == 1 and token in added and added[token].special
-        }
+    def _opening_ids(self) -> list[int]:
+        return self._text.encode(self._opening)
 
-    @cached_property
-    def _is_normalized(self) -> bool:
-        added = self.tokenizer.added_tokens_decoder
-        return any(token in added and added[token].normalized for token in self._structural)
+    def _probe(self) -> tuple[str, str, str]:
+        """Check the template on a question and its answer.
 
-    def _probe(self) -> tuple[str, str]:
-        """Return what the template writes between the generation prompt and the assistant's text, and after that text."""
-        question = [Message("user", "x")]
-        opening = self._render(question, True)
-        before, _, ending = self._render([*question, Message("assistant", _PROBE_TEXT)], False).rpartition(_PROBE_TEXT)
+        Returns:
+            The prompt that ends with the generation prompt; the space that the template writes between it and the
+            assistant's text; and what it writes after that text.
+        """
+        try:
+            opening = self._render([_QUESTION], True)
+            whole = self._render([_QUESTION, _ANSWER], False)
+        except Exception as error:
+            raise ModelError(
+                f"{self.name}: its chat template {_failure(error)} a user turn followed by an assistant turn: {error}"
+            ) from error
+        for message, text in ((_QUESTION, opening), (_QUESTION, whole), (_ANSWER, whole)):
+            if message.content not in text:
+                raise ModelError(
+                    f"{self.name}: its chat template drops or changes the text of a turn of the {message.role}: of "
+                    f"{message.content!r} it makes {text!r}; a template must write message['content'], a string, as it is"
+                )
+        before, _, ending = whole.rpartition(_ANSWER.content)
         lead = before.removeprefix(opening) if before.startswith(opening) else ""
-        return (lead if lead.isspace() else ""), ending
+        return opening, (lead if lead.isspace() else ""), ending
 
-    def _end_token(self, ending: str) -> int:
+    def _probe_longer_conversations(self) -> list[tuple[Callable[[Sequence[Message]], bool], str]]:
+        """Which conversations the template renders without some of their text, and why they cannot be used."""
+        kinds: list[tuple[list[Message], Callable[[Sequence[Message]], bool], str]] = [
+            ([_INSTRUCTION, _QUESTION], _has_system_turn, "drops or changes the text of system turns"),
+            ([_QUESTION, _ANSWER, _SECOND_QUESTION], _has_earlier_turns, "drops or changes the text of earlier turns"),
+        ]
+        found = []
+        for conversation, applies, reason in kinds:
+            try:
+                text = self._render(conversation, True)
+            except Exception:  # it is reported for the conversations of the data that the template refuses
+                continue
+            if any(message.content not in text for message in conversation):
+                found.append((applies, reason))
+        return found
+
+    def _written_end(self) -> int | None:
+        """The first structural token that the template writes after the assistant's text."""
+        written = self._text.encode_whole(self._ending)
+        return next((token for token in written if token in self._structural), None)
+
+    def _end_token(self) -> int:
         """Return the first structural token after the assistant's text, else the EOS token."""
-        written = [token for token in self._encode_text(ending) if token in self._structural] if ending else []
-        end = written[0] if written else self.tokenizer.eos_token_id
+        end = self._written_end()
+        if end is None:
+            end = self.tokenizer.eos_token_id
         if end is None:
             raise ModelError(
                 f"{self.name}: no token ends a turn: its chat template writes no special token after the assistant's "
@@ -216,12 +249,13 @@ class ChatTemplate:
         return end
 
 
-def _structural_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[int, str]:
-    """Return id → text of the structural tokens: special tokens, and added tokens that the template writes."""
-    added = {
-        index: token.content
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special or (token.content in template and not token.content.isspace() and len(token.content) > 1)
-    }
-    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return {**special, **added}
+def _failure(error: Exception) -> str:
+    return "refuses" if isinstance(error, TemplateError) else f"raises {type(error).__name__} on"
+
+
+def _has_system_turn(messages: Sequence[Message]) -> bool:
+    return any(message.role == "system" for message in messages)
+
+
+def _has_earlier_turns(messages: Sequence[Message]) -> bool:
+    return sum(message.role == "user" for message in messages) > 1

@@ -56,8 +56,11 @@ class MetaPrompt:
         """
         try:
             text = self._template.render(prompt=prompt.text, history=prompt.context)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"prompting.meta_prompt {self.name}: {error} (prompt {prompt.source})") from error
+        except Exception as error:  # a template may raise any error of Python
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"raises {type(error).__name__}: "
+            raise ConfigError(
+                f"prompting.meta_prompt {self.name}: {kind}{error} (prompt {prompt.source or prompt.id})"
+            ) from error
         return (*(() if self.uses_history else prompt.context), Message("user", text))
 
 

@@ -22,10 +22,13 @@ class PrompterTemplate:
     Args:
         tokenizer: The prompter's tokenizer, with its chat template set (`load_tokenizer`).
         config: Names the meta-prompt.
+        stop_token_ids: As for `ChatTemplate`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptingConfig) -> None:
-        self.chat = ChatTemplate(tokenizer)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: PromptingConfig, *, stop_token_ids: Sequence[int] = ()
+    ) -> None:
+        self.chat = ChatTemplate(tokenizer, stop_token_ids=stop_token_ids)
         self.meta_prompt = MetaPrompt(config.meta_prompt)
 
     @property

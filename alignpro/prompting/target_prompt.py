@@ -44,6 +44,7 @@ class TargetTemplate:
         template: As for `ChatTemplate`.
         max_tokens: Maximum length of the input in the target's ids: its context minus the budget of the response.
         on_empty: What to send for an empty rewrite.
+        stop_token_ids: As for `ChatTemplate`.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class TargetTemplate:
         *,
         max_tokens: int,
         on_empty: Literal["send", "original"] = "send",
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
-        self.chat = ChatTemplate(tokenizer, template)
+        self.chat = ChatTemplate(tokenizer, template, stop_token_ids=stop_token_ids)
         self.max_tokens = max_tokens
         self.on_empty = on_empty
 

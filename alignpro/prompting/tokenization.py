@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignpro.config import ModelConfig
 from alignpro.errors import ModelError
-from alignpro.prompting.chat_template import read_chat_template
+from alignpro.prompting.pretrained import require_pretrained
+from alignpro.prompting.template_source import read_chat_template
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer*.py")
 
@@ -28,20 +29,21 @@ def load_tokenizer(
         ModelError: There is no tokenizer, or neither it nor the configuration has a required chat template or pad token.
     """
     name = config.tokenizer or config.path
-    _check_directory(name, "tokenizer" if config.tokenizer else "path")
+    require_pretrained(name, "tokenizer" if config.tokenizer else "path")
+    _check_directory(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # the type depends on the file that transformers fails to read
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
-            raise ModelError(f"{name}: no such directory, and it cannot be loaded from the hub: {reason}") from error
         raise ModelError(f"{name}: cannot load its tokenizer: {reason}; name another in `tokenizer`") from error
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # transformers' result without any files
         raise ModelError(f"{name}: its tokenizer has no vocabulary; name another in `tokenizer`")
     if config.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(config.chat_template)
+        named, source = tokenizer.chat_template, read_chat_template(config.chat_template, tokenizer)
+        is_named = isinstance(named, dict) and config.chat_template in named
+        tokenizer.chat_template = {**named, "default": source} if is_named else source
         _check_template(tokenizer, config.chat_template)
-    if require_chat_template and not tokenizer.chat_template:
+    if require_chat_template and not read_chat_template(None, tokenizer):
         raise ModelError(
             f"{name}: its tokenizer has no chat template; set chat_template=plain (User: … Assistant: …), "
             "or chat_template to a Jinja file"
@@ -56,17 +58,14 @@ def load_tokenizer(
     return tokenizer
 
 
-def _check_directory(name: str, key: str) -> None:
+def _check_directory(name: str) -> None:
     """Refuse a directory without tokenizer files, from whose config.json transformers would build an empty tokenizer."""
     directory = Path(name).expanduser()
-    if directory.is_dir():
-        if not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
-            raise ModelError(
-                f"{name}: the directory has no tokenizer (no tokenizer.json, tokenizer_config.json or vocabulary); "
-                "save one there, or name one in `tokenizer`"
-            )
-    elif directory.is_absolute() or name.startswith((".", "~")):
-        raise ModelError(f"{name}: no such directory; `{key}` names a model directory or a model on the hub")
+    if directory.is_dir() and not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{name}: the directory has no tokenizer (no tokenizer.json, tokenizer_config.json or vocabulary); "
+            "save one there, or name one in `tokenizer`"
+        )
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -76,3 +75,5 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise ModelError(f"chat_template {name}:{error.lineno}: {error.message}") from error
     except jinja2.TemplateError as error:
         raise ModelError(f"chat_template {name}: refuses a user turn: {error}") from error
+    except Exception as error:  # a template may raise any error of Python
+        raise ModelError(f"chat_template {name}: raises {type(error).__name__} on a user turn: {error}") from error

@@ -20,8 +20,8 @@ from alignpro.errors import RewardError
 class Measurement:
     """The result of a component for N rows."""
 
-    values: list[float]
-    """(N,) the component's own scores, before weights."""
+    values: list[float | None]
+    """(N,) the component's own scores, before weights; None where it abstains."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
     """Name -> (N,): additional metrics, such as which inputs were truncated."""
 
@@ -31,8 +31,10 @@ class Reward(Protocol):
 
     name: str
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:
-        """Score N responses against the ORIGINAL prompts, row by row."""
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None = None
+    ) -> Measurement:
+        """Score N responses against the ORIGINAL prompts, row by row; ``rewrites`` led to them, if there are any."""
         ...
 
 
@@ -59,7 +61,7 @@ def guarded_call(what: str, prompts: Sequence[Prompt], call: Callable[[], Measur
             f"  in a batch of {len(prompts)} that begins with {describe_prompt(prompts[0])}"
         ) from error
     checked = {name: checked_values(f"{what}: metric {name!r}", prompts, v) for name, v in measured.metrics.items()}
-    return Measurement(checked_values(what, prompts, measured.values), checked)
+    return Measurement(checked_scores(what, prompts, measured.values), checked)
 
 
 def checked_values(what: str, prompts: Sequence[Prompt], values: Any) -> list[float]:
@@ -68,6 +70,17 @@ def checked_values(what: str, prompts: Sequence[Prompt], values: Any) -> list[fl
     Raises:
         RewardError: See `guarded_call`.
     """
+    rows = zip(prompts, _one_each(what, prompts, values), strict=True)
+    return [_number(what, prompt, value) for prompt, value in rows]
+
+
+def checked_scores(what: str, prompts: Sequence[Prompt], values: Any) -> list[float | None]:
+    """As `checked_values`, but with None where a component abstains."""
+    rows = zip(prompts, _one_each(what, prompts, values), strict=True)
+    return [None if value is None else _number(what, prompt, value) for prompt, value in rows]
+
+
+def _one_each(what: str, prompts: Sequence[Prompt], values: Any) -> list[Any] | tuple[Any, ...]:
     if isinstance(values, np.ndarray | torch.Tensor):
         values = values.tolist()
     if not isinstance(values, list | tuple):
@@ -80,7 +93,7 @@ def checked_values(what: str, prompts: Sequence[Prompt], values: Any) -> list[fl
             f"{what} returned {len(values)} values for {len(prompts)} responses: it must return one each, in order\n"
             f"  for a batch that begins with {describe_prompt(prompts[0])}"
         )
-    return [_number(what, prompt, value) for prompt, value in zip(prompts, values, strict=True)]
+    return values
 
 
 def describe_prompt(prompt: Prompt) -> str:

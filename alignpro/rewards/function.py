@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from alignpro.config import FunctionRewardConfig
 from alignpro.config.dotted_path import load_object
 from alignpro.config.rewards import NOT_IMPORTABLE, function_name
 from alignpro.data import Prompt
-from alignpro.errors import ConfigError
-from alignpro.rewards.component import Measurement
+from alignpro.errors import ConfigError, RewardError
+from alignpro.rewards.component import Measurement, describe_prompt
+
+_BATCH = ("prompts", "completions", "responses", "rewrites")
+"""Parameters that get one value per sample of the batch; other ones are columns of the data."""
 
 
 class FunctionReward:
-    """Calls ``fn(prompts: list[Prompt], responses: list[str], **params) -> list[float]`` once per batch.
+    """Calls a function once per batch, which returns one number per response, or None where it abstains.
+
+    A function whose first two parameters may be any prompts and responses is called as
+    ``fn(prompts: list[Prompt], responses: list[str], **params)``. One that has parameters as those of TRL, or that needs
+    more parameters, is called by their names; see `NamedArguments`.
 
     Raises:
         ConfigError: The function does not exist, or it does not accept these arguments.
@@ -27,21 +36,119 @@ class FunctionReward:
                 f"reward function {path.removeprefix(NOT_IMPORTABLE)}: was given from Python, where no configuration file can "
                 "name it: give the same function to alignpro.train again, or move it to a file and name that"
             )
-        self._function = load_object(path, "reward function") if isinstance(config.function, str) else config.function
+        self._path = path
+        self._function: Callable[..., Any] = (
+            load_object(path, "reward function") if isinstance(config.function, str) else config.function
+        )
         self._params = config.params
         self.name = config.name or path.rpartition(":")[2].rpartition("<locals>.")[2]
         try:
             signature = inspect.signature(self._function)
-        except ValueError:
-            return  # a builtin may have no signature; errors then appear at the first call
+        except ValueError:  # a builtin may have no signature; errors then appear at the first call
+            self._named = None
+            return
         try:
-            signature.bind([], [], **config.params)
+            self._named = NamedArguments.of(signature, config.params)
         except TypeError as error:
             raise ConfigError(
                 f"reward function {path}: it is called as fn(prompts, responses, **params) with params "
-                f"{sorted(config.params)}, which its signature {signature} does not take: {error}"
+                f"{sorted(config.params)}, which its signature {signature} does not take: {error}; or by name, with "
+                f"parameters such as {', '.join(_BATCH)} and columns of the data"
             ) from error
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:
+    def check_columns(self, prompts: Sequence[Prompt]) -> None:
+        """Check that the data has the columns that the function requires.
+
+        Raises:
+            ConfigError: No prompt has one of them.
+        """
+        if self._named is not None and prompts and (absent := self._named.absent_columns(prompts)):
+            raise ConfigError(
+                f"reward function {self._path}: its parameter {absent[0]!r} is neither in params nor a column of the data "
+                f"(columns: {', '.join(_columns(prompts)) or 'none'}); give it in params, map a column with "
+                f"data.columns.metadata.{absent[0]}, or give it a default"
+            )
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None = None
+    ) -> Measurement:
         """Call the function, which returns (N,) values. It gets copies of the lists, so it may modify them."""
-        return Measurement(self._function(list(prompts), list(responses), **self._params))
+        if self._named is None:
+            return Measurement(self._function(list(prompts), list(responses), **self._params))
+        if absent := self._named.absent_columns(prompts):
+            raise RewardError(
+                f"reward {self.name!r}: no prompt of a batch has {absent[0]!r} in its metadata, which the function takes: "
+                f"give the parameter a default\n  for a batch that begins with {describe_prompt(prompts[0])}"
+            )
+        return Measurement(self._function(**self._named.values(prompts, responses, rewrites), **self._params))
+
+
+@dataclass(frozen=True)
+class NamedArguments:
+    """The arguments of a function that is called by the names of its parameters, as TRL calls reward functions.
+
+    ``completions`` or ``responses`` are the responses, as strings; ``rewrites`` the rewrites, or None without any;
+    ``prompts`` the `Prompt` records or, for a function with ``completions``, the texts of the users' last turns. Every other
+    name is a column of the data: one value per sample from the prompt's metadata, None where it has none.
+    """
+
+    names: tuple[str, ...]
+    """Parameters that are not in the configuration's params."""
+    required: tuple[str, ...]
+    """Those that have no default."""
+    takes_all: bool
+    """Whether it takes any further columns (``**kwargs``)."""
+
+    @classmethod
+    def of(cls, signature: inspect.Signature, params: Mapping[str, Any]) -> NamedArguments | None:
+        """The arguments of a function with this signature; None if it is to be called by position.
+
+        Raises:
+            TypeError: It can be called neither by position nor by name.
+        """
+        parameters = list(signature.parameters.values())
+        by_name = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+        names = [each.name for each in by_name if each.name not in params]
+        takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
+        unusual = {"completions", "rewrites"} & set(names) or names[:1] == ["responses"]
+        if not unusual and not (takes_all and {"prompts", "responses"} <= set(names)):
+            try:
+                signature.bind([], [], **params)
+            except TypeError:
+                if not takes_all and "responses" not in names:
+                    raise
+            else:
+                return None
+        required = [each.name for each in by_name if each.name in names and each.default is each.empty]
+        signature.bind(
+            **dict.fromkeys(required), **params
+        )  # raises if it takes some only by position, or not all params
+        return cls(tuple(names), tuple(required), takes_all)
+
+    def absent_columns(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Required parameters that are no column of any of these prompts."""
+        columns = _columns(prompts)
+        return [name for name in self.required if name not in _BATCH and name not in columns]
+
+    def values(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None
+    ) -> dict[str, Any]:
+        """Name → argument, in new lists."""
+        as_records = "responses" in self.names and "completions" not in self.names
+        batch: dict[str, Any] = {
+            "prompts": list(prompts) if as_records else [prompt.text for prompt in prompts],
+            "completions": list(responses),
+            "responses": list(responses),
+            "rewrites": None if rewrites is None else list(rewrites),
+        }
+        given = {name: value for name, value in batch.items() if name in self.names}
+        if self.takes_all:
+            given = {"prompts": batch["prompts"], "rewrites": batch["rewrites"]} | given
+            given.setdefault("responses" if as_records else "completions", list(responses))
+        columns = [name for name in _columns(prompts) if name not in _BATCH and (self.takes_all or name in self.names)]
+        return given | {name: [prompt.metadata.get(name) for prompt in prompts] for name in columns}
+
+
+def _columns(prompts: Sequence[Prompt]) -> dict[str, None]:
+    """The names of the metadata of any of these prompts, in the order in which they occur."""
+    return dict.fromkeys(name for prompt in prompts for name in prompt.metadata)

@@ -13,7 +13,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from alignpro.config import GuardConfig
 from alignpro.data import Prompt
-from alignpro.rewards.component import Measurement, guarded_call
+from alignpro.rewards.component import Measurement, checked_values, guarded_call
 from alignpro.rewards.embedding import EmbeddingSimilarity
 
 Measure = Callable[[Sequence[str], Sequence[str]], list[float]]
@@ -46,14 +46,15 @@ class Guard:
         Raises:
             RewardError: The guard raised or returned something that is not a number; the message names it and the prompt.
         """
-        measured = guarded_call(
-            self.name, prompts, lambda: Measurement(self._measure([prompt.text for prompt in prompts], rewrites))
-        ).values
+        called = guarded_call(
+            self.name, prompts, lambda: Measurement([*self._measure([prompt.text for prompt in prompts], rewrites)])
+        )
+        measured = checked_values(self.name, prompts, called.values)
         penalties = [self._config.penalty * self._excess(value) for value in measured]
         metrics = {self.name: measured}
         if self._config.penalty > 0:
             metrics[f"{self.name}/penalty"] = penalties
-        return Measurement(penalties, metrics)
+        return Measurement([*penalties], metrics)
 
     def _excess(self, value: float) -> float:
         """Distance from [low, high]."""

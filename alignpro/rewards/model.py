@@ -81,8 +81,18 @@ class ModelReward:
         plainly = partial(load_reward_model, max_length=config.max_length)
         self._model = plainly(config.model) if load is None else load(config.model, plainly)
 
+    def check(self, prompt: Prompt) -> None:
+        """Raise if no response to this prompt can be scored.
+
+        Raises:
+            RewardError: The chat template refuses the conversation.
+        """
+        self._model.encode(prompt, "a response")
+
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Measurement:
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None = None
+    ) -> Measurement:
         """Score (N,) rows; the metric ``truncated`` is 1.0 for conversations that were truncated on the left.
 
         Rows are batched by length to reduce padding, and returned in their original order.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from alignpro.config import FunctionRewardConfig, RewardComponentConfig, RewardConfig
 from alignpro.data import Prompt
-from alignpro.errors import ConfigError
-from alignpro.rewards.component import Reward, checked_values, guarded_call
+from alignpro.errors import ConfigError, RewardError
+from alignpro.prompting.length_filter import filter_refused_prompts
+from alignpro.rewards.component import Reward, checked_values, describe_prompt, guarded_call
 from alignpro.rewards.function import FunctionReward
 from alignpro.rewards.guards import Guard
 from alignpro.rewards.model import LoadRewardModel, ModelReward
@@ -27,9 +28,9 @@ class Scored:
     """(N,) r*: the weighted sum of the components, minus penalties."""
     raw: list[float]
     """(N,) the weighted sum of the components alone."""
-    components: dict[str, list[float]]
-    """Name -> (N,): each component's unweighted score, its metrics as ``<component>/<metric>``, each guard's measure as
-    ``guard/<kind>`` and, if it has one, its penalty as ``guard/<kind>/penalty``."""
+    components: Mapping[str, Sequence[float | None]]
+    """Name -> (N,): each component's unweighted score (None where it abstains), its metrics as ``<component>/<metric>``, each
+    guard's measure as ``guard/<kind>`` and, if it has one, its penalty as ``guard/<kind>/penalty``."""
 
 
 class RewardStack:
@@ -38,6 +39,21 @@ class RewardStack:
     def __init__(self, components: Sequence[tuple[float, Reward]], guards: Sequence[Guard]) -> None:
         self._components = list(components)
         self._guards = list(guards)
+
+    def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts to which responses can be scored; those that a reward model's template refuses are dropped and counted.
+
+        Raises:
+            ConfigError: A function takes a parameter that is no column of the data.
+            DataError: No prompt is left.
+        """
+        kept = list(prompts)
+        for _, reward in self._components:
+            if isinstance(reward, FunctionReward):
+                reward.check_columns(kept)
+            elif isinstance(reward, ModelReward):
+                kept = filter_refused_prompts(kept, reward.check, input_name=f"the input of the reward {reward.name!r}")
+        return kept
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None) -> Scored:
         """Score N responses y against the ORIGINAL prompts x.
@@ -61,18 +77,34 @@ class RewardStack:
         if not prompts:
             return Scored([], [], {})
         totals = [0.0] * len(prompts)
-        scores: dict[str, list[float]] = {}
+        scores: dict[str, Sequence[float | None]] = {}
         for weight, reward in self._components:
-            measured = guarded_call(f"reward {reward.name!r}", prompts, partial(reward, prompts, responses))
+            measured = guarded_call(f"reward {reward.name!r}", prompts, partial(reward, prompts, responses, rewrites))
             scores[reward.name] = measured.values
             scores.update({f"{reward.name}/{metric}": values for metric, values in measured.metrics.items()})
-            totals = [total + weight * value for total, value in zip(totals, measured.values, strict=True)]
+            totals = [
+                total if value is None else total + weight * value
+                for total, value in zip(totals, measured.values, strict=True)
+            ]
+        self._refuse_unscored(prompts, scores)
         raw = checked_values("reward: the weighted sum", prompts, totals)
         for guard in self._guards if rewrites is not None else []:
             measured = guard(prompts, rewrites or [])
             scores.update(measured.metrics)
-            totals = [total - penalty for total, penalty in zip(totals, measured.values, strict=True)]
+            totals = [total - (penalty or 0.0) for total, penalty in zip(totals, measured.values, strict=True)]
         return Scored(checked_values("reward: the weighted sum", prompts, totals), raw, scores)
+
+    def _refuse_unscored(self, prompts: Sequence[Prompt], scores: Mapping[str, Sequence[float | None]]) -> None:
+        """Raise if all components abstain from a sample: then it has no reward."""
+        names = [reward.name for _, reward in self._components]
+        for i, prompt in enumerate(prompts):
+            if names and all(scores[name][i] is None for name in names):
+                first, *others = names
+                beside = f", and {', '.join(map(repr, others))} abstain too" if others else ""
+                raise RewardError(
+                    f"reward {first!r} returned None, which is not a number{beside}: one component must score each sample"
+                    f"\n  for {describe_prompt(prompt)}"
+                )
 
 
 def build_reward(config: RewardConfig, load: LoadRewardModel | None = None) -> RewardStack:

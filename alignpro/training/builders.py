@@ -33,11 +33,12 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
         targets, rewards = distribution.frozen("target"), distribution.frozen("reward")
         target = load_target(config.target, policy.model, lambda each: targets.load(each, load_language_model))
+        reward = build_reward(config.reward, rewards.load)
         environment = prompt_environment(
             policy.model,
             target,
             config.target_model,
-            build_reward(config.reward, rewards.load),
+            reward,
             config.prompting,
             config.rollout.respond,
             responses=config.rollout.responses_per_rewrite,
@@ -51,6 +52,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         prompts = filter_overlong_prompts(
             prompts, answered.encode_context, answered.max_tokens, input_name="the target's context"
         )
+        prompts = reward.scorable(prompts)
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
         heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
@@ -79,14 +81,18 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
     distribution = distribution or SingleProcess()
     with distribution.ranks.raise_together():
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.respond.temperature)
-        template = ChatTemplate(policy.model.tokenizer, config.policy.chat_template)
+        template = ChatTemplate(
+            policy.model.tokenizer, config.policy.chat_template, stop_token_ids=policy.model.end_token_ids
+        )
         rewards = distribution.frozen("reward")
         kind = environment_kind(config.environment, config.environment_params, ResponseEnvironment)
-        environment = kind(template, build_reward(config.reward, rewards.load))
+        reward = build_reward(config.reward, rewards.load)
+        environment = kind(template, reward)
         limit = max_input_tokens(policy.model, config.rollout.respond, "the policy", "rollout.respond")
         prompts = filter_overlong_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, limit)
         )
+        prompts = reward.scorable(prompts)
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
         heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)

@@ -29,13 +29,15 @@ class Experience:
     """(B, T) G_t: the score minus the KL still to come, as far as the KL estimator makes it part of the reward."""
     advantages: Tensor
     """(B, T)."""
+    weights: Tensor | None
+    """(B,) weight of each row's terms in the loss, if the advantage weights them."""
     value_targets: Tensor | None
     """(B, T), for the critic."""
 
     def select(self, groups: Tensor, size: int) -> Experience:
         """Select the rows of some groups of ``size``; reference states stay whole: ``state_index`` points into them."""
         rows = (groups[:, None] * size + torch.arange(size)).flatten().to(self.scores.device)
-        values, targets = self.values, self.value_targets
+        values, weights, targets = self.values, self.weights, self.value_targets
         return Experience(
             batch=self.batch.select(rows),
             scores=self.scores[rows],
@@ -49,6 +51,7 @@ class Experience:
             state_index=self.state_index[rows],
             returns=self.returns[rows],
             advantages=self.advantages[rows],
+            weights=None if weights is None else weights[rows],
             value_targets=None if targets is None else targets[rows],
         )
 
@@ -70,6 +73,7 @@ class Experience:
             state_index=torch.zeros_like(none, dtype=torch.int64),
             returns=none,
             advantages=none,
+            weights=None if self.weights is None else none[:, 0],
             value_targets=None if self.value_targets is None else none,
         )
 

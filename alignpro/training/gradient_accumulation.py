@@ -93,12 +93,12 @@ class GradientAccumulation:
         parts = [batch.rows(*rows) for rows in self.micro_batches(len(batch))] if batch is not None else []
         return self.ranks.lockstep(parts, no_actions(1, self.policy.model.device, self.policy.model.invocation))
 
-    def __call__(self, minibatch: Experience, kl_coef: float, states: Tensor | None = None) -> Metrics:
+    def __call__(self, minibatch: Experience, kl: objectives.KLPenalty, states: Tensor | None = None) -> Metrics:
         """Add the gradients of a minibatch, and return the loss and means over its tokens.
 
         Args:
             minibatch: This rank's part of the minibatch.
-            kl_coef: λ.
+            kl: The KL penalty, with the λ of this step.
             states: (N, D) hidden states of all its actions, if they have been computed already.
         """
         total = 0.0
@@ -119,11 +119,13 @@ class GradientAccumulation:
                 group=self.group,
                 scale=scale,
                 share=(stop - start) / rows_of_all,
-                kl_coef=kl_coef,
-                kl_estimator=self.objective.kl.estimator,
+                kl_coef=kl.coef,
+                kl_estimator=kl.estimator,
                 entropy_coef=self.objective.entropy_coef,
+                sampled_share=kl.sampled_share,
+                weights=None if part.weights is None else part.weights[rows],
             )
-            reference = partial(self._reference_states, part, rows, kl_coef)
+            reference = partial(self._reference_states, part, rows, kl)
             output = self.loss(
                 inputs, MicroBatchPasses(self.policy, batch, states, reference, self.objective.entropy_coef > 0)
             )
@@ -137,8 +139,8 @@ class GradientAccumulation:
                 self.critic.backward(batch, targets, scale * self.objective.value_coef)
         return {"loss": self.ranks.sum(total), **self.ranks.mean(weighted_mean(details, tokens), sum(tokens))}
 
-    def _reference_states(self, part: Experience, rows: slice, kl_coef: float) -> Tensor | None:
-        if self.objective.kl.estimator != "exact" or kl_coef == 0:
+    def _reference_states(self, part: Experience, rows: slice, kl: objectives.KLPenalty) -> Tensor | None:
+        if objectives.exact_kl_coef(kl.estimator, kl.coef, kl.sampled_share) == 0:
             return None
         return part.values.reference_states[part.state_index[rows][part.batch.mask[rows]]]
 

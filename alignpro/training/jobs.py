@@ -20,6 +20,7 @@ from alignpro.training import multi_process
 from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.preference import RewardTrainer
+from alignpro.training.preflight import check_inputs
 from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.training.run import Run, Trainer
 from alignpro.training.supervised import SFTTrainer
@@ -73,6 +74,7 @@ def train(
         return multi_process.train(config, build_trainer, resume, from_step, ranks)
     with Run(config, resume=resume, from_step=from_step) as run:  # before any model is loaded
         if not run.finished:
+            check_inputs(config)
             run.train(build_trainer(config, SingleProcess()))
     return run
 

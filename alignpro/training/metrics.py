@@ -38,12 +38,17 @@ class PhaseTimer:
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
 
 
-def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:
-    """Mean of each metric. An infinite gradient norm marks a skipped update, which is counted instead of averaged."""
+def mean_of_updates(updates: Sequence[Metrics], max_grad_norm: float) -> Metrics:
+    """Mean of each metric, and the share of updates whose gradient was clipped.
+
+    An infinite gradient norm marks a skipped update, which is counted instead of averaged.
+    """
     metrics = weighted_mean(updates)
     for name in [each for each in metrics if each.endswith("gradient_norm")]:
         norms = [update[name] for update in updates if isfinite(update[name])]
         metrics[name] = sum(norms) / max(1, len(norms))
+        clipped = sum(norm > max_grad_norm for norm in norms)
+        metrics[name.replace("gradient_norm", "gradient_clipped")] = clipped / max(1, len(norms))
         if skipped := len(updates) - len(norms):
             metrics[name.replace("gradient_norm", "updates_skipped")] = float(skipped)
     return metrics

@@ -8,12 +8,13 @@ from typing import Any
 
 from alignpro.config import RLHFConfig, RunSection, TrainConfig
 from alignpro.distributed.deepspeed.compilation import compile_operators
-from alignpro.distributed.deepspeed.zero_config import ZeroConfig, load_zero_config, require_deepspeed
+from alignpro.distributed.deepspeed.zero_config import ZeroConfig, check_ranks, load_zero_config, require_deepspeed
 from alignpro.distributed.launcher import launched_world_size
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import distributed_session
 from alignpro.errors import ConfigError
 from alignpro.training.distribution import Distribution
+from alignpro.training.preflight import check_inputs
 from alignpro.training.run import Run, Trainer
 
 logger = logging.getLogger(__name__)
@@ -39,17 +40,19 @@ def train(
         ranks: The process group, if this process has joined it already.
 
     Raises:
-        ConfigError: The job does not run on several ranks, the ranks' configurations differ, DeepSpeed is missing or
-            broken, its configuration contradicts the job's, the device cannot train in the policy's dtype, or a DeepSpeed
-            extension cannot be compiled.
+        ConfigError: The job does not run on several ranks, or not on so many, the ranks' configurations differ, DeepSpeed is
+            missing or broken, its configuration contradicts the job's, the device cannot train in the policy's dtype, or a
+            DeepSpeed extension cannot be compiled.
         AlignProError: As `Run`; `PeerError` if another rank reports the error.
     """
     if not isinstance(config, TrainConfig | RLHFConfig):
         raise ConfigError(
             "only `alignpro train` and `alignpro rlhf` run on several ranks: start this without a launcher"
         )
+    size = launched_world_size() if ranks is None else ranks.size
+    check_ranks(config.rollout.prompts_per_step, size)  # before DeepSpeed is imported, which takes long and prints much
     require_deepspeed()
-    zero = resolve_zero_config(config, launched_world_size() if ranks is None else ranks.size)
+    zero = resolve_zero_config(config, size)
     _require_dtype(config.policy.dtype)
     if ranks is not None:
         return _train_on(ranks, config, zero, build, resume, from_step)
@@ -69,6 +72,8 @@ def _train_on(
     from alignpro.training.deepspeed_backend import DeepSpeedDistribution  # takes two seconds to import
 
     _require_equal_configurations(ranks, config)
+    with ranks.raise_together():
+        check_inputs(config)
     logger.info("%d ranks, ZeRO stage %d (%s)", ranks.size, zero.stage, zero.name)
     with Run(config, resume=resume, from_step=from_step, ranks=ranks) as run:
         if not run.finished:
@@ -121,14 +126,9 @@ def resolve_zero_config(config: TrainConfig | RLHFConfig, ranks: int) -> ZeroCon
     """Build the job's complete DeepSpeed configuration.
 
     Raises:
-        ConfigError: It contradicts the job's configuration, or there are more ranks than prompts per step.
+        ConfigError: It contradicts the job's configuration.
     """
     rollout = config.rollout
-    if ranks > rollout.prompts_per_step:
-        raise ConfigError(
-            f"rollout.prompts_per_step={rollout.prompts_per_step} on {ranks} ranks: each rank needs at least one "
-            "whole prompt; raise it, or start fewer ranks"
-        )
     match config:
         case TrainConfig():
             samples_per_prompt = config.rollout.rewrites_per_prompt

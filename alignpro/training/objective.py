@@ -1,4 +1,7 @@
-"""Builds the loss and the advantage of a run from their names in the configuration, which may be the user's own classes."""
+"""Builds the objective of a run from its configuration: the loss, the advantage and the KL penalty.
+
+Loss and advantage may be the user's own classes.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from typing import Any, TypeVar
 from alignpro.config import ObjectiveConfig
 from alignpro.config.dotted_path import load_class
 from alignpro.errors import ConfigError
-from alignpro.objectives import ADVANTAGES, LOSSES, Advantage, Loss
+from alignpro.objectives import ADVANTAGES, LOSSES, AdaptiveKL, Advantage, KLPenalty, Loss
 
 T = TypeVar("T")
 
 
-def build_objective(config: ObjectiveConfig, group: int) -> tuple[Loss, Advantage]:
-    """Build the loss and the advantage of a run.
+def build_objective(config: ObjectiveConfig, group: int) -> tuple[Loss, Advantage, KLPenalty]:
+    """Build the loss, the advantage and the KL penalty of a run.
 
     Args:
         config: Their names and settings.
@@ -41,6 +44,7 @@ def build_objective(config: ObjectiveConfig, group: int) -> tuple[Loss, Advantag
             settings.get(config.advantage, config.advantage_params),
             f"objective.advantage {config.advantage}",
         ),
+        KLPenalty(config.kl_estimator, AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)),
     )
 
 

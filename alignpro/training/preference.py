@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alignpro.config import RewardModelConfig
 from alignpro.data import Prompt, choose, cluster_labels, load_prompts, split
+from alignpro.prompting.length_filter import filter_refused_prompts
 from alignpro.rewards.model import SequenceRewardModel, load_reward_model
 from alignpro.theory.statistics import Clusters, Interval, pair_statistics
 from alignpro.training.backend import TorchBackend
@@ -39,10 +40,13 @@ class RewardTrainer:
     def __init__(self, config: RewardModelConfig) -> None:
         self.config = config
         data = load_prompts(config.data, require=("chosen", "rejected"))
-        training, heldout = split(data.prompts, config.data.holdout, config.data.holdout_by)
+        self.model: SequenceRewardModel = load_reward_model(config.model, config.max_length, seed=config.run.seed)
+        prompts = filter_refused_prompts(
+            data.prompts, lambda pair: self.model.encode(pair, pair.chosen or ""), input_name="the reward model's input"
+        )
+        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
         self.heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
         self.stream = PromptStream(training, config.batch_size, config.run.seed)
-        self.model: SequenceRewardModel = load_reward_model(config.model, config.max_length, seed=config.run.seed)
         self.model.requires_grad_(True)
         if config.model.gradient_checkpointing:
             self.model.classifier.gradient_checkpointing_enable({"use_reentrant": False})

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 Advance = Callable[[Mapping[str, float]], None]
 _SECONDS_BETWEEN_LINES = 10.0
+_ROUNDING = 1e-6
+"""Of a sum of float32 terms of order one."""
 _SECONDS_BETWEEN_UPDATES = 0.25
 """Of a bar in a notebook, where each update is a message to the browser."""
 
@@ -96,4 +98,6 @@ def _line_writer(total: int, completed: int, progress_metrics: Sequence[str]) ->
 
 
 def _show(metrics: Mapping[str, float], progress_metrics: Sequence[str]) -> str:
-    return "  ".join(f"{name} {metrics[name]:.4g}" for name in progress_metrics if name in metrics)
+    """Format the metrics; what is 0 but for rounding, such as the KL before the first update, is shown as 0."""
+    shown = {name: metrics[name] for name in progress_metrics if name in metrics}
+    return "  ".join(f"{name} {0.0 if abs(value) < _ROUNDING else value:.4g}" for name, value in shown.items())

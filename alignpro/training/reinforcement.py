@@ -88,9 +88,8 @@ class RLTrainer:
         distribution = distribution or SingleProcess()
         ranks = distribution.ranks
         self.environment, self.engine, self.heldout, self.keep_cached = environment, engine, heldout, keep_cached
-        self.sampling, self.objective, self.run = sampling, objective, run
-        self.loss, self.advantage = build_objective(objective, sampling.n)
-        self.kl = objectives.AdaptiveKL(objective.kl.coef, objective.kl.target, objective.kl.horizon)
+        self.sampling, self.objective, self.optimizer, self.run = sampling, objective, optimizer, run
+        self.loss, self.advantage, self.kl = build_objective(objective, sampling.n)
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.inputs = RunInputs(ranks, policy, self.stream)
         self.inputs.check_ranks()
@@ -142,11 +141,12 @@ class RLTrainer:
         with self.phase("credit"):
             experience = self.compute_advantages(local_prompts, chains, scores)
         with self.phase("update"):
-            metrics = {"learning_rate": self.backend.learning_rate, "kl_coef": self.kl.coef}
+            metrics = {"learning_rate": self.backend.learning_rate, **self.kl.metrics()}
             metrics |= self.update(experience, step, local)
-        metrics |= self.measure(experience, scores, chains, self.engine.stats.since(before))
+        metrics |= self.measure(experience, scores, chains, self.engine.stats.since(before), self.kl.coef)
         self.assign.expected_length = metrics["sample/length"]
-        self.kl.update(metrics["kl"], len(prompts) * self.sampling.n)
+        moments = self.measure.score_logratio_moments(experience, self.sampling.n)
+        self.kl.update(metrics["kl"], len(prompts) * self.sampling.n, *moments)
         self.advantage.update(self.measure.mean_return(experience))
         if step % self.run.sample_every == 0:
             self.measure.write_sample(self.run.out / "samples.jsonl", step, local_prompts, scores)
@@ -164,13 +164,12 @@ class RLTrainer:
         parts = [self.policy.token_stats(part, keep_states=keep) for part in passes]
         values = parts[0] if keep else join_values(parts, len(batch), width)
         R = scores.values.flatten().to(values.logprob)  # (B,)
-        logratio = values.logprob - values.reference_logprob
-        rewards = objectives.token_rewards(
-            R, mask, self.kl.coef, self.objective.kl.estimator, kl=values.kl, logratio=logratio
-        )
+        rewards, final = self.kl.penalize(R, mask, values.kl, values.logratio)
+        rewards = rewards + objectives.entropy_rewards(values.entropy, mask, self.objective.entropy_coef).to(R)
         returns = objectives.returns_to_go(rewards, mask)
         estimates = None if self.critic is None else join_rows(self.critic.values(passes), len(batch), width)
-        advantages = self.advantage(objectives.SampledReturns(rewards, returns, mask, R, self.sampling.n, estimates))
+        sampled = objectives.SampledReturns(rewards, returns, mask, R, self.sampling.n, estimates, final)
+        advantages = self.advantage(sampled)
         return Experience(
             batch=batch,
             scores=R,
@@ -178,6 +177,7 @@ class RLTrainer:
             state_index=batch.scatter(torch.arange(int(mask.sum()), device=R.device)),
             returns=returns,
             advantages=advantages,
+            weights=self.advantage.weights(sampled),
             value_targets=None if estimates is None else advantages + estimates.to(advantages.dtype),
         )
 
@@ -198,13 +198,13 @@ class RLTrainer:
             for groups in split_minibatches(self.stream.batch_size, self.objective.minibatches, seed):
                 rows = torch.tensor([place[g] for g in groups.tolist() if g in place], dtype=torch.int64)
                 minibatch = experience.select(rows, self.sampling.n)
-                metrics = self.accumulate(minibatch, self.kl.coef, None if updates else experience.values.states)
+                metrics = self.accumulate(minibatch, self.kl, None if updates else experience.values.states)
                 metrics["gradient_norm"] = self.backend.step()
                 self.engine.weights_updated("policy")
                 if self.critic is not None:
                     metrics |= self.critic.step()
                 updates.append(metrics)
-        return mean_of_updates(updates)
+        return mean_of_updates(updates, self.optimizer.max_grad_norm)
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:

@@ -182,7 +182,10 @@ class Run:
         self._directory = RunDirectory(config, resume=resume)
         try:
             self.checkpoints.remove_partial()
-            return find_start(self.config, self.checkpoints, self._directory.exported_step(), from_step)
+            start = find_start(self.config, self.checkpoints, self._directory.exported_step(), from_step)
+            if resume and start == 0:
+                logger.info("%s has no checkpoint: starting from the first step", self.out)
+            return start
         except BaseException:
             self.close()
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
 from alignpro.engine import Chain, EngineStats
-from alignpro.environments.base import Scores
+from alignpro.environments.base import ABSTAINED, Scores
 from alignpro.training.experience import Experience
 from alignpro.training.loggers.jsonl import append_row
 from alignpro.training.metrics import Metrics
@@ -28,7 +28,12 @@ class StepMetrics:
         self._ranks = ranks
 
     def __call__(
-        self, experience: Experience, scores: Scores, chains: Sequence[Sequence[Chain]], stats: EngineStats
+        self,
+        experience: Experience,
+        scores: Scores,
+        chains: Sequence[Sequence[Chain]],
+        stats: EngineStats,
+        kl_coef: float,
     ) -> Metrics:
         """Compute all metrics of a step.
 
@@ -37,9 +42,26 @@ class StepMetrics:
             scores: Their scores.
             chains: The same samples as the engine returned them.
             stats: The engine's counters of the step.
+            kl_coef: λ.
         """
         merged = EngineStats.merged(self._ranks.all_gather_object(stats))
-        return self._samples(experience, scores) | self._logprob_difference(experience, chains) | merged.metrics()
+        metrics = self._samples(experience, scores) | self._logprob_difference(experience, chains) | merged.metrics()
+        if experience.weights is not None:
+            metrics["kl_coef_normalized"] = kl_coef * self._ranks.all_gather(experience.weights).mean().item()
+        return metrics
+
+    def score_logratio_moments(self, experience: Experience, group: int) -> tuple[float, float]:
+        """Return Σ (R − mean)(L − mean) and Σ (L − mean)², L the log-ratio of a sample, with the means of each prompt.
+
+        Args:
+            experience: This rank's samples.
+            group: Samples per prompt.
+        """
+        scores, logratio = experience.scores.view(-1, group), experience.values.logratio.sum(1).view(-1, group)
+        centred = logratio - logratio.mean(1, keepdim=True)
+        covariance = ((scores - scores.mean(1, keepdim=True)) * centred).sum(1)  # (P,)
+        all_gather = self._ranks.all_gather
+        return all_gather(covariance).sum().item(), all_gather(centred.square().sum(1)).sum().item()
 
     def mean_return(self, experience: Experience) -> float:
         """Return the mean of G_0, the return of whole sequences."""
@@ -71,7 +93,7 @@ class StepMetrics:
         values, all_gather = experience.values, self._ranks.all_gather
         lengths = all_gather(experience.batch.mask.sum(1))  # (B,) over all ranks, like the tensors below
         kl, entropy = all_gather(values.kl.sum(1)), all_gather(values.entropy.sum(1))
-        sampled_kl = all_gather((values.logprob - values.reference_logprob).sum(1))
+        sampled_kl = all_gather(values.logratio.sum(1))
         rewards = all_gather(scores.values)
         rows, tokens = len(lengths), lengths.sum()
         return {
@@ -81,8 +103,15 @@ class StepMetrics:
             "kl_sampled": (sampled_kl.sum() / rows).item(),
             "entropy": (entropy.sum() / tokens).item(),
             "sample/length": (tokens / rows).item(),
-            **self._ranks.mean(scores.metrics, len(scores.values)),
+            **self._mean(scores.metrics, len(scores.values)),
         }
+
+    def _mean(self, metrics: Mapping[str, float], count: int) -> Metrics:
+        """Average metrics over the samples of all ranks; a component's over the samples from which it did not abstain."""
+        share = {name: metrics.get(name + ABSTAINED, 0.0) for name in metrics}
+        sums = self._ranks.mean({name: value * (1 - share[name]) for name, value in metrics.items()}, count)
+        scored = {name: 1 - sums.get(name + ABSTAINED, 0.0) for name in sums}
+        return {name: value / scored[name] for name, value in sums.items() if scored[name] > 0}
 
     def _logprob_difference(self, experience: Experience, chains: Sequence[Sequence[Chain]]) -> Metrics:
         """How much the engine's log-probabilities of the sampled tokens differ from the trainer's.

@@ -19,6 +19,7 @@ from alignpro.models.loading import load_trainable
 from alignpro.models.saving import save_pretrained
 from alignpro.models.sequences import SequenceBatch
 from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Metrics, PhaseTimer
@@ -36,7 +37,7 @@ class SFTTrainer:
         config: Model, data and optimizer.
 
     Raises:
-        DataError: The data has no pairs for the task.
+        DataError: The data has no pairs for the task, or no prompt leaves room for a completion.
         ModelError: The model cannot be loaded.
     """
 
@@ -46,15 +47,18 @@ class SFTTrainer:
         self.config = config
         field = config.task
         data = load_prompts(config.data, require=(field,))
-        training, heldout = split(data.prompts, config.data.holdout, config.data.holdout_by)
-        self.heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
-        self.stream = PromptStream(training, config.batch_size, config.run.seed)
         self.model: LanguageModel = add_adapter(load_trainable(config.policy, config.run.seed), config.policy.adapter)
         if config.policy.gradient_checkpointing:
             self.model.causal.gradient_checkpointing_enable(self.model.checkpoint_options)
         tokenizer = self.model.tokenizer
         self.prompter = PrompterTemplate(tokenizer, config.prompting)
         self.chat = ChatTemplate(tokenizer, config.policy.chat_template)
+        prompts = filter_overlong_prompts(
+            data.prompts, self._encode_prompt, self._limit - 1, input_name="the model's input, beside a completion"
+        )
+        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
+        self.heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
+        self.stream = PromptStream(training, config.batch_size, config.run.seed)
         trainable = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
         self.backend = TorchBackend(trainable, config.optimizer, config.run.steps)
         self._truncated = 0  # pairs in the current batch
@@ -115,21 +119,25 @@ class SFTTrainer:
         """Write the model and its tokenizer."""
         save_pretrained(self.model, directory)
 
+    @property
+    def _limit(self) -> int:
+        return min(self.config.max_tokens, self.model.context_length)
+
+    def _encode_prompt(self, prompt: Prompt) -> list[int]:
+        return self.prompter.encode(prompt) if self.config.task == "rewrite" else self.chat.encode(prompt.messages)
+
     def _encode(self, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Return prompt and completion ids, cut on the right to ``max_tokens``, with at least one completion token."""
+        """Return prompt and completion ids; the completion is cut so that both have at most ``max_tokens``."""
+        ids = self._encode_prompt(prompt)
         if self.config.task == "rewrite":
             assert prompt.rewrite is not None
-            ids, completion = self.prompter.encode(prompt), self.prompter.completion(prompt.rewrite)
+            completion = self.prompter.completion(prompt.rewrite)
         else:
             assert prompt.response is not None
-            ids, completion = self.chat.encode(prompt.messages), self.chat.completion(prompt.response)
-        limit = min(self.config.max_tokens, self.model.context_length)
-        if len(ids) + len(completion) > limit:
+            completion = self.chat.completion(prompt.response)
+        if len(ids) + len(completion) > self._limit:
             self._truncated += 1
-            # The end of the prompt activates an activated LoRA, so the beginning is cut.
-            ids = ids[-(limit - 1) :] if self.model.invocation else ids[: limit - 1]
-            completion = completion[: limit - len(ids)]
-        return ids, completion
+        return ids, completion[: self._limit - len(ids)]
 
     def _loss(self, pairs: Sequence[tuple[list[int], list[int]]], tokens: int) -> Tensor:
         prompts, completions = zip(*pairs, strict=True)

@@ -137,17 +137,8 @@ def _terms(case: Case, problem: Problem) -> Tensor:
     parts = []
     chunk = 1024 if problem.hidden.is_cuda else 128
     with torch.no_grad():
-        for start in range(0, problem.rows, chunk):
-            rows = slice(start, start + chunk)
-            stats = linear_logprob(
-                problem.hidden[rows],
-                problem.weight,
-                problem.target[rows],
-                softcap=problem.softcap,
-                ref_hidden=None if problem.ref_hidden is None else problem.ref_hidden[rows],
-                ref_weight=problem.ref_weight,
-                backend="reference",
-            )
+        for rows in torch.arange(problem.rows, device=problem.hidden.device).split(chunk):
+            stats = linear_logprob(**problem.select(rows).arguments, backend="reference")
             terms = stats.logprob
             if case.operator == "policy_loss":
                 terms = problem.alpha[rows] * terms

@@ -43,18 +43,7 @@ def _policy(backend: str, problem: Problem) -> Outcome:
         kappa = problem.kappa[rows]
         return loss + kappa * kl, alpha, None, kappa
 
-    return Outcome(
-        policy_loss(
-            problem.hidden,
-            problem.weight,
-            problem.target,
-            coefficients,
-            softcap=problem.softcap,
-            ref_hidden=problem.ref_hidden,
-            ref_weight=problem.ref_weight,
-            backend=backend,
-        ).loss
-    )
+    return Outcome(policy_loss(**problem.arguments, coefficients=coefficients, backend=backend).loss)
 
 
 def _logprob(backend: str, problem: Problem) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ class Problem:
         return self.hidden.shape[0]
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of this project's operators that both the loss and the log-probability take."""
+        names = ("hidden", "weight", "target", "softcap", "ref_hidden", "ref_weight")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def wanted(self) -> tuple[Tensor, ...]:
         """The inputs that require gradients: hidden, then weight if trained."""
         return tuple(x for x in (self.hidden, self.weight) if x.requires_grad)
@@ -63,15 +70,10 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Convert the inputs, including the coefficients, to another dtype."""
-        return dataclasses.replace(
-            self,
-            hidden=self.hidden.detach().to(dtype).requires_grad_(self.hidden.requires_grad),
-            weight=self.weight.detach().to(dtype).requires_grad_(self.weight.requires_grad),
-            alpha=self.alpha.to(dtype),
-            kappa=None if self.kappa is None else self.kappa.to(dtype),
-            ref_hidden=None if self.ref_hidden is None else self.ref_hidden.to(dtype),
-            ref_weight=None if self.ref_weight is None else self.ref_weight.to(dtype),
-        )
+        names = ("hidden", "weight", "alpha", "kappa", "ref_hidden", "ref_weight")
+        given = {name: x for name in names if (x := getattr(self, name)) is not None}
+        converted: Any = {name: x.detach().to(dtype).requires_grad_(x.requires_grad) for name, x in given.items()}
+        return dataclasses.replace(self, **converted)
 
 
 def make_heads(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int, *, reference: bool) -> Heads:

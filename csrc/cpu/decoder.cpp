@@ -37,15 +37,6 @@ void rms_norm(const Tensor& x, const Tensor& weight, const Dimensions& s, float*
   });
 }
 
-// Computes queries, keys and values, (T, (H + 2 H') head_dim), before rotation.
-void project(const float* x, const Layer& layer, const Dimensions& s, float* qkv) {
-  const float* bias = layer.qkv_bias ? values(*layer.qkv_bias) : nullptr;
-  multiply(x, s.tokens, layer.qkv, s.qkv(), [&](int64_t row, int64_t column, int64_t width, const float* product) {
-    float* to = qkv + row * s.qkv() + column;
-    for (int64_t j = 0; j < width; ++j) to[j] = bias == nullptr ? product[j] : product[j] + bias[column + j];
-  });
-}
-
 void rotate(const Layer& layer, const Dimensions& s, const Tensor& cos, const Tensor& sin, float* qkv) {
   const float *c = values(cos), *n = values(sin);
   const int64_t dim = cos.size(1);
@@ -97,7 +88,8 @@ Tensor decoder_stack(const Tensor& hidden, at::TensorList norms, at::TensorList 
     const Layer layer{norms[2 * l],       weights[5 * l],     weights[5 * l + 1], norms[2 * l + 1],      weights[5 * l + 2],
                       weights[5 * l + 3], weights[5 * l + 4], extras.get(3 * l),  extras.get(3 * l + 1), extras.get(3 * l + 2)};
     rms_norm(x, layer.attention_norm, s, data(normed));
-    project(values(normed), layer, s, data(qkv));
+    const float* bias = layer.qkv_bias ? values(*layer.qkv_bias) : nullptr;
+    multiply_biased(values(normed), s.tokens, layer.qkv, s.qkv(), bias, data(qkv));
     rotate(layer, s, cos, sin, data(qkv));
     write_kv(keys, value, pages[l], slots);
     attend_levels(queries, pages[l], levels, scale, softcap, windows[l], attended, lse);

@@ -29,13 +29,7 @@ Tensor pack_all_rows(const Tensor& hidden) {
   return packed;
 }
 
-void accumulate(Tensor into, const Tensor& a, const Tensor& b, bool add) {
-  if (add) {
-    into.addmm_(a, b);
-  } else {
-    at::mm_out(into, a, b);
-  }
-}
+void accumulate(Tensor into, const Tensor& a, const Tensor& b, bool add) { at::addmm_out(into, into, a, b, add ? 1 : 0); }
 
 // Computes the gradients of a chunk from its stored logits; see alignpro_kernels/head.py. Overwrites sums unless `add`.
 void head_gradient(const Tensor& logits, const Tensor& softmax_stats, const OptionalTensor& entropy, const OptionalTensor& kl,

@@ -52,12 +52,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<
   const Tensor rows = x.contiguous(), out = result(x, outputs);
   const Tensor added = bias ? bias->contiguous() : Tensor();
   const float* add = bias ? added.const_data_ptr<float>() : nullptr;
-  float* to = out.mutable_data_ptr<float>();
-  multiply(rows.const_data_ptr<float>(), x.numel() / packed.size(1), packed, outputs,
-           [&](int64_t row, int64_t column, int64_t width, const float* product) {
-             float* at = to + row * outputs + column;
-             for (int64_t j = 0; j < width; ++j) at[j] = add == nullptr ? product[j] : product[j] + add[column + j];
-           });
+  multiply_biased(rows.const_data_ptr<float>(), x.numel() / packed.size(1), packed, outputs, add,
+                  out.mutable_data_ptr<float>());
   return out;
 }
 

@@ -73,6 +73,15 @@ void multiply(const float* x, int64_t rows, const at::Tensor& packed, int64_t ou
   });
 }
 
+// out (rows, outputs) = x times a packed weight, plus a bias (outputs) unless it is null
+inline void multiply_biased(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const float* bias,
+                            float* out) {
+  multiply(x, rows, packed, outputs, [&](int64_t row, int64_t column, int64_t width, const float* product) {
+    float* to = out + row * outputs + column;
+    for (int64_t j = 0; j < width; ++j) to[j] = bias == nullptr ? product[j] : product[j] + bias[column + j];
+  });
+}
+
 // out (rows, outputs) = silu(x gate) (x up)
 inline void multiply_gated(const float* x, int64_t rows, const at::Tensor& gate, const at::Tensor& up, int64_t outputs,
                            float* out) {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels import cpp_library
-from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
+from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats, Upstream
 from alignpro_kernels.types import SampleOutput
 
 _BUDGET = 224 << 20  # bytes for a chunk's logits and the threads' partial sums
@@ -69,15 +69,7 @@ def forward(
 
 
 def backward(
-    head: Head,
-    rows: Rows,
-    saved: Tensor,
-    stats: RowStats,
-    active: Tensor | None,
-    alpha: Tensor | None,
-    eta: Tensor | None,
-    kappa: Tensor | None,
-    gradients: HeadGradients,
+    head: Head, rows: Rows, saved: Tensor, stats: RowStats, upstream: Upstream, gradients: HeadGradients
 ) -> None:
     """See `alignpro_kernels.head`."""
     torch.ops.alignpro.head_gradient(
@@ -92,10 +84,7 @@ def backward(
         head.softcap or 0.0,
         rows.lora_hidden,
         head.lora_b,
-        active,
-        alpha,
-        eta,
-        kappa,
+        *upstream,
         gradients.hidden,
         gradients.lora_hidden,
         gradients.weight,

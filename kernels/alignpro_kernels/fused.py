@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignpro_kernels.coefficients import evaluate
-from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats, stats_dtype
+from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats, Upstream, stats_dtype
 from alignpro_kernels.types import Coefficients, PolicyLossOutput, SampleOutput, TokenStats
 
 _ROW_MULTIPLE = 64  # if there are several chunks, their sizes are multiples of this, for whole tiles
@@ -41,31 +41,14 @@ class Call:
     def detach(self) -> Call:
         """Return the same call without autograd history; a weight shared with the reference stays shared."""
 
-        def constant(x: Tensor | None) -> Tensor | None:
-            return None if x is None else (x.detach() if x.requires_grad else x).contiguous()
+        def constant(x: Any) -> Any:
+            return (x.detach() if x.requires_grad else x).contiguous() if isinstance(x, Tensor) else x
 
-        head, rows = self.head, self.rows
-        weight, hidden = constant(head.weight), constant(rows.hidden)
-        assert weight is not None and hidden is not None
-        dtype = stats_dtype(hidden.dtype)
-        tau = rows.temperature
-        return Call(
-            Head(
-                weight,
-                constant(head.bias),
-                head.softcap,
-                constant(head.lora_b),
-                weight if head.shared else constant(head.ref_weight),
-                constant(head.ref_bias),
-            ),
-            Rows(
-                hidden,
-                constant(rows.target),
-                tau.detach().to(dtype).contiguous() if isinstance(tau, Tensor) else tau,
-                constant(rows.lora_hidden),
-                constant(rows.ref_hidden),
-            ),
-        )
+        head = Head(*map(constant, _without_shared(self.head)))
+        rows = Rows(*map(constant, self.rows))
+        if isinstance(rows.temperature, Tensor):
+            rows = rows._replace(temperature=rows.temperature.to(stats_dtype(rows.hidden.dtype)))
+        return Call(head._replace(ref_weight=head.weight) if self.head.shared else head, rows)
 
 
 def policy_loss(
@@ -85,21 +68,14 @@ def policy_loss(
         parts: list[TokenStats] = []
         for chunk in _chunks(count, max_rows, 0 if accumulator is None else accumulator.first_chunk_rows):
             rows = call.rows.select(chunk)
-            logits_buffer = None if accumulator is None else accumulator.logits_buffer(chunk)
-            chunk_stats, saved = _forward(
-                backend,
-                call.head,
-                rows,
-                entropy=entropy,
-                save_logits=accumulator is not None,
-                logits_buffer=logits_buffer,
-            )
+            memory = {} if accumulator is None else accumulator.memory(chunk)
+            save = accumulator is not None
+            chunk_stats, saved = backend.forward(call.head, rows, entropy=entropy, save_logits=save, **memory)
             parts.append(TokenStats(chunk_stats.logprob, chunk_stats.entropy, chunk_stats.kl))
             loss, derivatives = evaluate(coefficients, parts[-1], positions[chunk])
             total += loss
             if accumulator is not None:
-                active = _active_rows(derivatives)
-                accumulator.add(backend, chunk, rows, saved, chunk_stats, active, derivatives)
+                accumulator.add(chunk, rows, saved, chunk_stats, Upstream(_active_rows(derivatives), *derivatives))
             del saved  # free it before computing the next chunk's logits
     stats = _concatenate(parts, call.rows.hidden, entropy=entropy, kl=call.head.ref_weight is not None)
     if accumulator is None:
@@ -132,7 +108,7 @@ class _GradientAccumulator:
             return torch.empty_like(x, dtype=dtype) if needs_grad[index] and x is not None else None
 
         dtype = stats_dtype(call.rows.hidden.dtype)
-        self._call = call
+        self._call, self._backend = call, backend
         self._hidden, self._lora_hidden = like(0), like(3)
         self._weight, self._bias, self._lora_b = like(1, dtype), like(2, dtype), like(4, dtype)
         self._written = False
@@ -143,21 +119,12 @@ class _GradientAccumulator:
             if rows and rows >= min(len(call.rows.hidden), max_rows + 1):
                 self._weight, self.first_chunk_rows = backend.empty_weight_gradient(call.head), rows
 
-    def logits_buffer(self, chunk: slice) -> Tensor | None:
-        """Return the weight's gradient, as memory for the logits, if this is the first chunk and may use it."""
-        return self._weight if self.first_chunk_rows and chunk.start == 0 else None
+    def memory(self, chunk: slice) -> dict[str, Tensor | None]:
+        """Return an option of ``forward``: if this is the first chunk and may use it, the weight's gradient for the logits."""
+        return {"logits_buffer": self._weight} if self.first_chunk_rows and chunk.start == 0 else {}
 
-    def add(
-        self,
-        backend: ModuleType,
-        chunk: slice,
-        rows: Rows,
-        saved: Any,
-        stats: RowStats,
-        active: Tensor | None,
-        derivatives: tuple[Tensor | None, Tensor | None, Tensor | None],
-    ) -> None:
-        """Add a chunk's gradient; ``active`` may be empty."""
+    def add(self, chunk: slice, rows: Rows, saved: Any, stats: RowStats, upstream: Upstream) -> None:
+        """Add a chunk's gradient; there may be no active row."""
         into = HeadGradients(
             hidden=None if self._hidden is None else self._hidden[chunk],
             lora_hidden=None if self._lora_hidden is None else self._lora_hidden[chunk],
@@ -166,12 +133,12 @@ class _GradientAccumulator:
             lora_b=self._lora_b,
             accumulate=self._written,
         )
-        if active is not None and not len(active):
+        if upstream.active is not None and not len(upstream.active):
             for x in (into.hidden, into.lora_hidden):
                 if x is not None:
                     x.zero_()
         else:
-            backend.backward(self._call.head, rows, saved, stats, active, *derivatives, into)
+            self._backend.backward(self._call.head, rows, saved, stats, upstream, into)
             self._written = True
 
     def finish(self) -> list[Tensor | None]:
@@ -236,17 +203,17 @@ class _LinearLogprob(torch.autograd.Function):
         active = _active_rows(derivatives)
         count = len(call.rows.hidden)
         selected = call.rows if active is None else call.rows.select(active)
-        upstream = [None if x is None else (x if active is None else x[active]).contiguous() for x in derivatives]
+        alpha, eta, kappa = (
+            None if x is None else (x if active is None else x[active]).contiguous() for x in derivatives
+        )
         call, needs_grad = replace(call, rows=selected), list(ctx.needs_input_grad[3:])
         max_rows = backend.max_chunk_rows(call.head, selected.hidden.dtype)
         accumulator = _GradientAccumulator(call, needs_grad, backend, max_rows)
         for chunk in _chunks(len(selected.hidden), max_rows, accumulator.first_chunk_rows):
-            rows, logits_buffer = selected.select(chunk), accumulator.logits_buffer(chunk)
-            stats, saved = _forward(
-                backend, call.head, rows, entropy=upstream[1] is not None, save_logits=True, logits_buffer=logits_buffer
-            )
-            alpha, eta, kappa = (None if x is None else x[chunk] for x in upstream)
-            accumulator.add(backend, chunk, rows, saved, stats, None, (alpha, eta, kappa))
+            rows, memory = selected.select(chunk), accumulator.memory(chunk)
+            stats, saved = backend.forward(call.head, rows, entropy=eta is not None, save_logits=True, **memory)
+            parts = (None if x is None else x[chunk] for x in (alpha, eta, kappa))
+            accumulator.add(chunk, rows, saved, stats, Upstream(None, *parts))
             del saved
         gradients = accumulator.finish()
         if active is not None:
@@ -258,39 +225,21 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _save(ctx: Any, call: Call) -> None:
-    head, rows = call.head, call.rows
-    tau = rows.temperature
-    ctx.shared, ctx.softcap = head.shared, head.softcap
-    ctx.number = None if isinstance(tau, Tensor) else tau
-    ctx.save_for_backward(
-        head.weight,
-        head.bias,
-        head.lora_b,
-        None if head.shared else head.ref_weight,
-        head.ref_bias,
-        rows.hidden,
-        rows.target,
-        tau if isinstance(tau, Tensor) else None,
-        rows.lora_hidden,
-        rows.ref_hidden,
-    )
+    fields = (*_without_shared(call.head), *call.rows)
+    ctx.shared, ctx.numbers = call.head.shared, [None if isinstance(x, Tensor) else x for x in fields]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in fields))
 
 
 def _restore(ctx: Any) -> Call:
-    weight, bias, lora_b, ref_weight, ref_bias, hidden, target, tau, lora_hidden, ref_hidden = ctx.saved_tensors
-    return Call(
-        Head(weight, bias, ctx.softcap, lora_b, weight if ctx.shared else ref_weight, ref_bias),
-        Rows(hidden, target, ctx.number if tau is None else tau, lora_hidden, ref_hidden),
-    )
+    pairs = zip(ctx.saved_tensors, ctx.numbers, strict=True)
+    fields = [number if tensor is None else tensor for tensor, number in pairs]
+    head, rows = Head(*fields[: len(Head._fields)]), Rows(*fields[len(Head._fields) :])
+    return Call(head._replace(ref_weight=head.weight) if ctx.shared else head, rows)
 
 
-def _forward(
-    backend: ModuleType, head: Head, rows: Rows, *, entropy: bool, save_logits: bool, logits_buffer: Tensor | None
-) -> tuple[RowStats, Any]:
-    """Return a chunk's statistics, and what `backward` needs."""
-    options = {} if logits_buffer is None else {"logits_buffer": logits_buffer}
-    result: tuple[RowStats, Any] = backend.forward(head, rows, entropy=entropy, save_logits=save_logits, **options)
-    return result
+def _without_shared(head: Head) -> Head:
+    """Return the head with a weight that the reference shares only once."""
+    return head._replace(ref_weight=None) if head.shared else head
 
 
 def _chunks(count: int, max_rows: int, first: int = 0) -> Iterator[slice]:

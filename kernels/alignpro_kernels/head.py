@@ -12,9 +12,8 @@ A backend is a module with these functions. C is the number of rows in a chunk, 
     Statistics (C,) from float32 accumulators. ``saved`` is what ``backward`` needs, or None without ``save_logits``.
     ``logits_buffer``, passed only if ``logits_buffer_rows`` is used, is the ``empty_weight_gradient`` in which to store
     the logits.
-``backward(head, rows, saved, stats, active, alpha, eta, kappa, gradients) -> None``
-    Fills or adds to ``gradients``. ``active`` (A,) int64, ascending, are the rows with a nonzero coefficient, at least
-    one; None means all rows. A coefficient is (C,), or None for zero. ``saved`` may be overwritten.
+``backward(head, rows, saved, stats, upstream, gradients) -> None``
+    Fills or adds to ``gradients``; at least one row is active. ``saved`` may be overwritten.
 ``sample(head, rows, seeds) -> SampleOutput``
     One token per row, (C,); ``seeds`` (C,) int64; a temperature may be 0.
 """
@@ -31,8 +30,7 @@ MIN_LOGPROB = -1e30
 """Replaces a log-probability of −∞ before it is multiplied by its probability: 0 · −∞ is NaN, 0 · LOWEST is 0."""
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """The output layers of the policy and of its reference."""
 
     weight: Tensor
@@ -59,8 +57,7 @@ class Head:
         return self.weight.shape[0] * (1 if self.ref_weight is None else 2)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """A chunk of C tokens; all tensors are contiguous."""
 
     hidden: Tensor
@@ -76,17 +73,7 @@ class Rows:
 
     def select(self, index: Tensor | slice) -> Rows:
         """Return the given rows."""
-
-        def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index]
-
-        return Rows(
-            hidden=self.hidden[index],
-            target=pick(self.target),
-            temperature=self.temperature[index] if isinstance(self.temperature, Tensor) else self.temperature,
-            lora_hidden=pick(self.lora_hidden),
-            ref_hidden=pick(self.ref_hidden),
-        )
+        return Rows(*(x[index] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
 
 class RowStats(NamedTuple):
@@ -102,6 +89,19 @@ class RowStats(NamedTuple):
     """(2 or more, C): m, the largest logit, and log Σ e^{z−m}; with a reference, the third and fourth row are its own. They
     are stored separately so that an offset of the logits costs no precision. If all logits of a row are −∞, m may be −∞
     or 0."""
+
+
+class Upstream(NamedTuple):
+    """The derivatives of the loss with respect to the statistics of a chunk's rows; None means zero."""
+
+    active: Tensor | None
+    """(A,) int64, ascending: the rows with a nonzero derivative; None means all."""
+    alpha: Tensor | None
+    """(C,): with respect to the log-probability."""
+    eta: Tensor | None
+    """(C,): with respect to the entropy."""
+    kappa: Tensor | None
+    """(C,): with respect to the KL."""
 
 
 @dataclass

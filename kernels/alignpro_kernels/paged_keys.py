@@ -70,11 +70,5 @@ class PagedKeys:
 
 def by_field(levels: Sequence[PagedKeys]) -> list[list[Tensor | None]]:
     """Return the fields of the levels as lists, in the order of the C++ operators."""
-    return [
-        [level.rows for level in levels],
-        [level.cu_queries for level in levels],
-        [level.page_table for level in levels],
-        [level.key_lengths for level in levels],
-        [level.query_positions for level in levels],
-        [level.key_starts for level in levels],
-    ]
+    names = ("rows", "cu_queries", "page_table", "key_lengths", "query_positions", "key_starts")
+    return [[getattr(level, name) for level in levels] for name in names]

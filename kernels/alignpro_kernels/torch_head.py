@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignpro_kernels.head import MIN_LOGPROB, Head, HeadGradients, Rows, RowStats, stats_dtype, upcast
+from alignpro_kernels.head import MIN_LOGPROB, Head, HeadGradients, Rows, RowStats, Upstream, stats_dtype, upcast
 from alignpro_kernels.noise import gumbel_noise
 from alignpro_kernels.types import SampleOutput
 
@@ -85,18 +85,10 @@ def forward(head: Head, rows: Rows, *, entropy: bool, save_logits: bool) -> tupl
 
 
 def backward(
-    head: Head,
-    rows: Rows,
-    saved: SavedLogits,
-    stats: RowStats,
-    active: Tensor | None,
-    alpha: Tensor | None,
-    eta: Tensor | None,
-    kappa: Tensor | None,
-    gradients: HeadGradients,
+    head: Head, rows: Rows, saved: SavedLogits, stats: RowStats, upstream: Upstream, gradients: HeadGradients
 ) -> None:
     """See `alignpro_kernels.head`; the formula is that of `alignpro_kernels.reference`."""
-    assert rows.target is not None
+    active, alpha, eta, kappa = upstream
     if active is not None:
         rows = rows.select(active)
 
@@ -104,10 +96,8 @@ def backward(
         assert x is not None  # a coefficient is only given together with its statistic
         return (x if active is None else x[active]).unsqueeze(1)
 
-    softmax_stats = (stats.softmax_stats if active is None else stats.softmax_stats[:, active]).unsqueeze(
-        2
-    )  # (2 or 4, A, 1)
-    top, log_sum = softmax_stats[0], softmax_stats[1]
+    softmax_stats = stats.softmax_stats if active is None else stats.softmax_stats[:, active]
+    top, log_sum, *reference = softmax_stats.unsqueeze(2)  # (A, 1) each
     tau = _column(rows.temperature)
     assert rows.target is not None
     d_hidden = None if gradients.hidden is None else torch.zeros_like(rows.hidden, dtype=log_sum.dtype)
@@ -126,7 +116,7 @@ def backward(
             factor += column(eta) * (logp + column(stats.entropy))
         if kappa is not None and saved.ref_z is not None:
             ref_z = saved.ref_z[:, tile] if active is None else saved.ref_z[:, tile].index_select(0, active)
-            logq = (ref_z - softmax_stats[2] - softmax_stats[3]).clamp_min_(MIN_LOGPROB)
+            logq = (ref_z - reference[0] - reference[1]).clamp_min_(MIN_LOGPROB)
             factor -= column(kappa) * (logp - logq - column(stats.kl))
         du = factor.mul_(p).neg_()
         if alpha is not None:

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from alignpro_kernels import reference
-from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats
+from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats, Upstream
 from alignpro_kernels.triton_configs import (
     ACCUMULATE,
     ACCUMULATE_WARPS,
@@ -142,21 +142,13 @@ def forward(head: Head, rows: Rows, *, entropy: bool, save_logits: bool) -> tupl
 
 
 def backward(
-    head: Head,
-    rows: Rows,
-    saved: SavedLogits,
-    stats: RowStats,
-    active: Tensor | None,
-    alpha: Tensor | None,
-    eta: Tensor | None,
-    kappa: Tensor | None,
-    gradients: HeadGradients,
+    head: Head, rows: Rows, saved: SavedLogits, stats: RowStats, upstream: Upstream, gradients: HeadGradients
 ) -> None:
     """See `alignpro_kernels.head`."""
-    device, dtype = rows.hidden.device, rows.hidden.dtype
-    grad_scale = _grad_scale(alpha, eta, kappa) if dtype == torch.float16 else None
-    du = _logits_gradient(head, rows, saved, stats, active, alpha, eta, kappa, gradients, grad_scale)  # (A, V)
-    with device_guard(device):
+    active, *coefficients = upstream
+    grad_scale = _grad_scale(*coefficients) if rows.hidden.dtype == torch.float16 else None
+    du = _logits_gradient(head, rows, saved, stats, upstream, gradients, grad_scale)  # (A, V)
+    with device_guard(rows.hidden.device):
         for matrix, row_gradient in ((head.weight, gradients.hidden), (head.lora_b, gradients.lora_hidden)):
             if row_gradient is None or matrix is None:
                 continue
@@ -219,14 +211,12 @@ def _logits_gradient(
     rows: Rows,
     saved: SavedLogits,
     stats: RowStats,
-    active: Tensor | None,
-    alpha: Tensor | None,
-    eta: Tensor | None,
-    kappa: Tensor | None,
+    upstream: Upstream,
     gradients: HeadGradients,
     grad_scale: Tensor | None,
 ) -> Tensor:
     """Return du (A, V) of the active rows, which overwrites the stored logits; also updates the bias's gradient."""
+    active, *coefficients = upstream
     chunk, vocabulary = len(rows.hidden), len(head.weight)
     count = chunk if active is None else len(active)
     alone = active is not None or gradients.bias is not None
@@ -241,9 +231,7 @@ def _logits_gradient(
             stats.softmax_stats,
             stats.entropy,
             stats.kl,
-            alpha,
-            eta,
-            kappa,
+            *coefficients,
             rows.target,
             temperatures,
             gradients.bias,

@@ -25,6 +25,7 @@ from alignpro.config import (
     load_config,
     validate_config,
 )
+from alignpro.config.dotted_path import load_object
 from alignpro.engine import Engine
 from alignpro.environments.base import sampling_params
 from alignpro.errors import ConfigError
@@ -362,3 +363,41 @@ def test_a_configuration_is_immutable() -> None:
 
 def test_a_guard_without_penalty_is_a_metric_and_needs_no_range() -> None:
     assert GuardConfig(kind="copy_rate").penalty == 0
+
+
+def test_files_are_looked_for_beside_the_yaml_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, here = tmp_path / "jobs", tmp_path / "here"
+    for folder in (jobs, here):
+        folder.mkdir()
+        (folder / "both.py").touch()
+    (here / "here.py").touch()
+    (jobs / "template.jinja").touch()
+    monkeypatch.chdir(here)
+    functions = [
+        "both.py:score",
+        "here.py:score",
+        "none.py:score",
+        f"{here}/here.py:score",
+        "math:sqrt",
+        "${run.out}/x.py:f",
+    ]
+    components = [{"kind": "function", "name": str(i), "function": each} for i, each in enumerate(functions)]
+    models = {
+        "policy": {"path": "p", "chat_template": "template.jinja"},
+        "target": {"path": "t", "chat_template": "plain"},
+    }
+    job = {"run": {"out": "runs/x"}, "data": {"source": "d"}, "reward": {"components": components}, **models}
+    (jobs / "train.yaml").write_text(yaml.safe_dump(job))
+    config = load_config(TrainConfig, ["../jobs/train.yaml"])
+    found = [component.function for component in config.reward.components]
+    assert found == ["../jobs/both.py:score", *functions[1:5], "runs/x/x.py:f"]
+    assert config.policy.chat_template == "../jobs/template.jinja"
+    assert config.target_model.chat_template == "plain"
+    assert (
+        load_config(TrainConfig, [str(jobs / "train.yaml"), "reward.components.0.function=both.py:other"])
+        .reward.components[0]
+        .function
+        == "both.py:other"
+    )  # in an override: from the working directory
+    with pytest.raises(ConfigError, match=r"here/none.py not found, nor beside the YAML file that names it"):
+        load_object("none.py:score", "reward function")

@@ -1,5 +1,6 @@
 import csv
 import gzip
+import io
 import json
 
 import pyarrow
@@ -59,6 +60,96 @@ def test_every_format_plain_and_gzipped_gives_the_same_prompts(write, tmp_path):
 def test_json_lines_named_json_and_an_array_named_jsonl_are_read(write):
     assert texts(write("a.json", '{"prompt": "a"}\n{"prompt": "b"}\n')) == ["a", "b"]
     assert texts(write("b.jsonl", '\n [{"prompt": "a"}, {"prompt": "b"}]')) == ["a", "b"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("key", ["data", "rows", "examples"])
+def test_rows_in_an_object_are_read(write, key, indent):
+    path = write("a.json", json.dumps({"version": 1, key: [{"prompt": "a"}, {"prompt": "b"}]}, indent=indent))
+    data = load(path)
+    assert [prompt.text for prompt in data.prompts] == ["a", "b"]
+    assert data.prompts[1].source == f"{path}:{key} row 2"
+
+
+def test_one_row_is_a_row_even_if_it_holds_a_list_or_spans_lines(write):
+    row = {"prompt": "a", "data": [{"prompt": "no"}]}
+    assert texts(write("a.jsonl", [row])) == ["a"]
+    assert texts(write("b.json", json.dumps(row, indent=2))) == ["a"]
+    assert texts(write("c.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])) == ["a"]
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_any_line_end_is_read(write, name, end):
+    lines = {"a.jsonl": ['{"prompt": "a\\rb"}', '{"prompt": "b"}'], "a.csv": ["prompt", "a", "b"]}[name]
+    path = write(name, end.join([*lines, ""]))
+    data = load(path)
+    assert [prompt.text for prompt in data.prompts] == [{"a.jsonl": "a\rb", "a.csv": "a"}[name], "b"]
+    assert data.prompts[1].source == f"{path}:{len(lines)}"
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.tsv", "\t"), ("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|")])
+def test_tables_of_spreadsheets_are_read(write, tmp_path, name, delimiter):
+    rows = [{"prompt": "one, two; three", "rewrite": 'a "b"\nc', "note": "x|y\tz"}, {"prompt": "d", "rewrite": "e"}]
+    with (tmp_path / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "rewrite", "note"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    first, second = load(str(tmp_path / name)).prompts
+    assert (first.text, first.rewrite, first.metadata["note"]) == ("one, two; three", 'a "b"\nc', "x|y\tz")
+    assert (second.text, second.rewrite) == ("d", "e")
+
+
+def test_delimiters_in_the_cells_of_one_column_do_not_split_it(write):
+    assert texts(write("a.csv", "prompt\none; two; three\n")) == ["one; two; three"]
+    assert texts(write("b.csv", '"prompt","a; b"\nx,y\n')) == ["x"]
+
+
+def test_dates_that_python_cannot_represent_are_bad_rows(tmp_path):
+    times = pyarrow.array([0, 400_000_000_000_000, None], pyarrow.timestamp("s"))
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b", "c"], "time": times}), path)
+    data = load(str(path))
+    assert [prompt.text for prompt in data.prompts] == ["a", "c"]
+    assert [row.split(":")[1] for row in data.report.bad] == ["row 2"]
+    assert "holds a value that Python cannot represent" in data.report.bad[0]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_history_of_alpaca_precedes_the_prompt(write, name):
+    history = [["q1", "a1"], ["q2", "a2"]]
+    rows = [{"instruction": "q3", "input": "c", "output": "a3", "system": "s", "history": history}]
+    rows += [{"instruction": "alone", "input": "", "output": "x", "system": "", "history": empty} for empty in ([],)]
+    if name == "a.csv":
+        cells = [[*list(row.values())[:-1], json.dumps(row["history"])] for row in rows]
+        text = io.StringIO()
+        csv.writer(text).writerows([list(rows[0]), *cells])
+        rows = text.getvalue()
+    first, second = load(write(name, rows)).prompts
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    assert [turn.role for turn in first.messages] == roles
+    assert [turn.content for turn in first.messages] == ["s", "q1", "a1", "q2", "a2", "q3\n\nc"]
+    assert first.metadata == {}
+    assert second.messages == (Message("user", "alone"),)
+
+
+def test_a_history_may_be_messages_and_must_be_turns(write):
+    rows = [
+        {"instruction": "q", "history": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"instruction": "q", "history": None},
+        {"instruction": "q", "history": "of rome"},
+        {"instruction": "q", "history": [["only one"]]},
+    ]
+    data = load(write("a.jsonl", rows))
+    assert [len(prompt.messages) for prompt in data.prompts] == [3, 1]
+    assert (
+        "history is text, expected turns; to keep it as it is, map data.columns.metadata.history" in data.report.bad[0]
+    )
+    assert "history[0] is not a pair" in data.report.bad[1]
+    (prompt,) = load(write("b.jsonl", [{"prompt": "q", "history": "of rome"}])).prompts
+    assert prompt.metadata == {"history": "of rome"}
+    with pytest.raises(ConfigError, match="history without prompt"):
+        load(write("c.jsonl", [{"m": [], "h": []}]), columns={"messages": "m", "history": "h"})
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])

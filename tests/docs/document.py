@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
+
+
+def recorded(name: str) -> Any:
+    """Return the recorded results of a benchmark on a CPU."""
+    return json.loads((ROOT / "benchmarks" / "results" / "cpu" / f"{name}.json").read_text())
 
 
 class Document:

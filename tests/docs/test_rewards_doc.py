@@ -10,6 +10,8 @@ import yaml
 from document import Document
 
 from alignpro.config import GuardConfig, ModelRewardConfig, RewardConfig, validate_config
+from alignpro.data import Prompt
+from alignpro.rewards import build_reward
 
 DOCUMENT = Document("rewards.md")
 
@@ -18,6 +20,22 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(DOCUMENT.blocks("python")[0][1])  # the function, in the file that the last block uses
     DOCUMENT.run()
+
+
+def test_the_function_that_is_called_by_name_is_called_as_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(DOCUMENT.blocks("python")[0][1])
+    defined = DOCUMENT.run()
+    functions = [{"kind": "function", "function": defined[name]} for name in ("mentions_answer", "exact_match")]
+    prompts = [
+        Prompt.from_text("2 + 2", metadata={"answer": "4"}),
+        Prompt.from_text("hello", metadata={"answer": None}),
+    ]
+    scored = build_reward(RewardConfig(components=functions))(prompts, ["It is 4.", "hi"], None)
+    assert scored.components == {"mentions_answer": [1.0, None], "exact_match": [0.0, 0.0]}
+    assert scored.values == [1.0, 0.0]
 
 
 def test_the_example_is_a_valid_configuration() -> None:
@@ -31,7 +49,3 @@ def test_defaults_and_guards_match_the_code() -> None:
             assert fields[key].default == float(default), key
     guards = get_args(GuardConfig.model_fields["kind"].annotation)
     assert [cells[0] for cells in DOCUMENT.rows("Drift guards")] == list(guards)
-
-
-def test_links_exist() -> None:
-    DOCUMENT.check_links()

@@ -38,11 +38,6 @@ def settings(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
             yield key, "" if default is None or field.is_required() else str(default)
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
 def test_every_setting_is_in_the_table_with_its_default() -> None:
     told = {cells[0]: cells[1] for cells in DOCUMENT.rows("Settings")}
     of_responses = {f"rollout.rewrite.{name}" for name in ("top_k", "top_p", "min_p")}
@@ -95,7 +90,3 @@ def test_an_advantage_and_an_environment_of_the_users_own_train(workshop: Worksh
 def test_the_example_of_an_evaluation_is_a_valid_configuration() -> None:
     ((_, block),) = DOCUMENT.blocks("yaml")
     validate_config(EvalConfig, yaml.safe_load(block))
-
-
-def test_links_exist() -> None:
-    DOCUMENT.check_links()

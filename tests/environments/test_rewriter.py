@@ -131,3 +131,15 @@ def test_an_unfinished_run_is_an_error(missing: str, model_directory: Directory,
     (tmp_path / missing).rename(tmp_path / "gone")
     with pytest.raises(ModelError, match="not a finished run of `alignpro train`"):
         Rewriter.load(tmp_path)
+
+
+def test_the_chat_template_is_the_one_saved_with_the_model(model_directory: Directory, tmp_path: Path) -> None:
+    """Not what the configuration names: a file may have changed or be gone, and `plain` depends on the tokenizer."""
+    finished_run(tmp_path, model_directory)
+    config = tmp_path / "config.yaml"
+    kept = Rewriter.load(tmp_path).prompter.chat.template
+    config.write_text(config.read_text().replace("policy:\n", "policy:\n  chat_template: gone.jinja\n", 1))
+    lines = config.read_text().splitlines()
+    again = [line for line in lines if line.startswith("  chat_template: null")]
+    config.write_text("\n".join(line for line in lines if line not in again))
+    assert Rewriter.load(tmp_path).prompter.chat.template == kept

@@ -54,16 +54,7 @@ class Problem:
         )
 
     def exact(self) -> tuple[Tensor, Tensor]:
-        query, pages, keys = self.arguments()
-        return paged_attention(
-            query.double(),
-            pages.double(),
-            keys,
-            scale=self.scale,
-            softcap=self.softcap,
-            window=self.window,
-            backend="reference",
-        )
+        return replace(self, query=self.query.double(), pages=self.pages.double()).run("reference")
 
     def sequences(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yield for each sequence queries (H, n, D), keys and values (H, length, D), and the mask (n, length)."""
@@ -180,6 +171,34 @@ def part(problem: Problem, sequence: int, rows: slice) -> Problem:
         pages=pages,
         page_table=table,
     )
+
+
+def cascade(shared: int, suffixes: list[int], dtype: torch.dtype = torch.float32) -> tuple[Problem, Problem, Problem]:
+    """Return queries over the keys that all of them share, over a suffix each, and over both as whole sequences."""
+    count, ends = len(suffixes), torch.tensor([shared + n for n in suffixes], dtype=torch.int32)
+    node = replace(new_problem([count], [shared], dtype=dtype), starts=[0], positions=ends)
+    own = new_problem([1] * count, suffixes, dtype=dtype)
+    own = replace(own, query=node.query, starts=[shared] * count, positions=ends)
+    keys = [torch.cat([node.keys[0], k]) for k in own.keys]
+    values = [torch.cat([node.values[0], v]) for v in own.values]
+    pages, table = in_pages(keys, values, 16, "whole")
+    return node, own, replace(own, keys=keys, values=values, starts=[0] * count, pages=pages, page_table=table)
+
+
+def check_empty_inputs(backend: str) -> None:
+    """Check that without queries, and without keys, the results are empty."""
+    pages = torch.full((1, 2, 4, 2, 8), torch.nan)
+    none = torch.zeros(0, dtype=torch.int32)
+    zero, table = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3, dtype=torch.int32)
+    keys = PagedKeys(zero, table, none, none, none)
+    out, lse = paged_attention(torch.zeros(0, 4, 8), pages, keys, scale=1.0, backend=backend)
+    assert out.shape == (0, 4, 8) and lse.shape == (0, 4)
+    bounds, table = torch.tensor([0, 2, 2], dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)
+    zeros = torch.zeros(2, dtype=torch.int32)
+    keys = PagedKeys(bounds, table, zeros, zeros, zeros)
+    out, lse = paged_attention(torch.ones(2, 4, 8), pages, keys, scale=1.0, backend=backend)
+    assert torch.equal(out, torch.zeros(2, 4, 8))
+    assert torch.equal(lse, torch.full((2, 4), -torch.inf))
 
 
 def assert_as_exact_as_plain(problem: Problem, out: Tensor, lse: Tensor) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
+import torch
 from fast_backends import need
 
 
@@ -13,3 +16,11 @@ def runnable(request: pytest.FixtureRequest) -> None:
     backend = callspec.params.get("backend") if callspec else None
     if backend is not None:
         need(backend)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Return ``set_threads(count)``, which sets the number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -63,19 +64,16 @@ def test_a_gated_product() -> None:
 
 
 @pytest.mark.parametrize("inputs", [64, 400])
-def test_a_row_does_not_depend_on_the_others(inputs: int) -> None:
+def test_a_row_does_not_depend_on_the_others(inputs: int, set_threads: Callable[[int], None]) -> None:
     """Each row gives the same bits with any other rows and any number of threads."""
     x, weight = torch.randn(300, inputs), torch.randn(96, inputs)
     packed = pack_weight(weight)
     whole = packed_linear(x, packed, 96)
     for count in (1, 5, 12, 13, 64, 97):
         assert torch.equal(packed_linear(x[:count], packed, 96), whole[:count])
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(packed_linear(x, packed, 96), whole)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(3)
+    assert torch.equal(packed_linear(x, packed, 96), whole)
+    set_threads(1)
     x[7] = torch.nan
     found = packed_linear(x, packed, 96)
     assert found[7].isnan().all() and torch.equal(found[8:], whole[8:]) and torch.equal(found[:7], whole[:7])
@@ -270,19 +268,15 @@ def test_chunks_of_a_sequence_give_the_whole() -> None:
     assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_many_tokens_and_threads() -> None:
+def test_many_tokens_and_threads(set_threads: Callable[[int], None]) -> None:
     """There are more rows than a gated layer processes at a time."""
     decoder = Decoder(layers=1)
     weights = decoder.packed()
     sequence = Sequence(decoder, 600)
     found = sequence.run(weights, 0, 600)
     assert error(found, decoder.exact(sequence.hidden, sequence.cos, sequence.sin)) < 1e-5
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(Sequence(decoder, 600).run(weights, 0, 600), found)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(3)
+    assert torch.equal(Sequence(decoder, 600).run(weights, 0, 600), found)
 
 
 def test_padding_is_not_written() -> None:

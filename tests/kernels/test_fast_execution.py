@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,17 +43,12 @@ def test_the_same_inputs_give_the_same_bits(backend: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_statistics_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+def test_statistics_do_not_depend_on_the_number_of_threads(threads: int, set_threads: Callable[[int], None]) -> None:
     need("cpp")
-    before = torch.get_num_threads()
     problem = Problem(rows=30, vocabulary=2000, reference="shared")
-    try:
-        torch.set_num_threads(threads)
-        errors = run(problem, "policy_loss", "cpp", torch.float32).errors(
-            run(problem, "policy_loss", "reference", torch.float64)
-        )
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    exact = run(problem, "policy_loss", "reference", torch.float64)
+    errors = run(problem, "policy_loss", "cpp", torch.float32).errors(exact)
     assert max(errors.values()) < 2e-5
 
 

@@ -41,10 +41,10 @@ class Spy:
         self.rows.append(len(rows.hidden))
         return self._backend.forward(head, rows, entropy=entropy, save_logits=save_logits)
 
-    def backward(self, head, rows, saved, stats, active, alpha, eta, kappa, gradients) -> None:
-        self.active.append(active)
+    def backward(self, head, rows, saved, stats, upstream, gradients) -> None:
+        self.active.append(upstream.active)
         self.gradients.append(gradients)
-        self._backend.backward(head, rows, saved, stats, active, alpha, eta, kappa, gradients)
+        self._backend.backward(head, rows, saved, stats, upstream, gradients)
 
 
 @pytest.fixture

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from attention_problems import DTYPES, LAYOUTS, assert_as_exact_as_plain, in_pages, new_problem, part, plain
+from attention_problems import (
+    DTYPES,
+    LAYOUTS,
+    assert_as_exact_as_plain,
+    cascade,
+    check_empty_inputs,
+    in_pages,
+    new_problem,
+    part,
+    plain,
+)
 from fewer_instructions import FEWER, run_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,19 +100,15 @@ def test_a_query_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
 
 
 @needs_cpp
-def test_the_number_of_threads_does_not_matter() -> None:
+def test_the_number_of_threads_does_not_matter(set_threads: Callable[[int], None]) -> None:
     """One long sequence, whose keys are divided among threads, in a batch of short ones; and a single query."""
     torch.manual_seed(0)
     problem = new_problem([2] + [1] * 12, [2100] + [50] * 12, kv_heads=1)
     single = part(problem, 0, slice(0, 1))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            results.append((*problem.run(), *single.run()))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3, 5):
+        set_threads(count)
+        results.append((*problem.run(), *single.run()))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
     assert torch.equal(results[0][2], results[0][0][:1])
@@ -129,18 +136,7 @@ def test_masked_keys_do_not_affect_a_query() -> None:
 def test_a_cascade_gives_the_whole_attention(dtype: torch.dtype) -> None:
     """Siblings attend to their shared node as one sequence and to their suffixes separately; the results are merged."""
     torch.manual_seed(0)
-    siblings, shared = 6, 75
-    suffixes = [1, 9, 30, 64, 65, 0]
-    node = new_problem([siblings], [shared], dtype=dtype)
-    ends = [shared + n for n in suffixes]
-    node = replace(node, starts=[0], positions=torch.tensor(ends, dtype=torch.int32))
-    own = new_problem([1] * siblings, suffixes, dtype=dtype)
-    own = replace(own, query=node.query, starts=[shared] * siblings, positions=node.positions)
-    keys = [torch.cat([node.keys[0], k]) for k in own.keys]
-    values = [torch.cat([node.values[0], v]) for v in own.values]
-    pages, table = in_pages(keys, values, 16, "whole")
-    whole = replace(own, keys=keys, values=values, starts=[0] * siblings, pages=pages, page_table=table)
-
+    node, own, whole = cascade(75, [1, 9, 30, 64, 65, 0], dtype)
     (shared_out, shared_lse), (own_out, own_lse) = node.run(), own.run()
     merged = merge_states([shared_out, own_out], [shared_lse, own_lse])
     if dtype == torch.float32:
@@ -201,18 +197,7 @@ def test_levels_are_joined_in_one_call(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "reference"])
 def test_empty_inputs_give_empty_results(backend: str) -> None:
-    pages = torch.full((1, 2, 4, 2, 8), torch.nan)
-    none = torch.zeros(0, dtype=torch.int32)
-    zero, table = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3, dtype=torch.int32)
-    keys = PagedKeys(zero, table, none, none, none)
-    out, lse = paged_attention(torch.zeros(0, 4, 8), pages, keys, scale=1.0, backend=backend)
-    assert out.shape == (0, 4, 8) and lse.shape == (0, 4)
-    bounds, table = torch.tensor([0, 2, 2], dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)
-    zeros = torch.zeros(2, dtype=torch.int32)
-    keys = PagedKeys(bounds, table, zeros, zeros, zeros)
-    out, lse = paged_attention(torch.ones(2, 4, 8), pages, keys, scale=1.0, backend=backend)
-    assert torch.equal(out, torch.zeros(2, 4, 8))
-    assert torch.equal(lse, torch.full((2, 4), -torch.inf))
+    check_empty_inputs(backend)
 
 
 @needs_cpp

@@ -9,6 +9,7 @@ from alignpro.objectives import (
     LeaveOneOut,
     RunningBaseline,
     SampledReturns,
+    final_return,
     returns_to_go,
     token_rewards,
 )
@@ -71,7 +72,8 @@ def test_without_kl_leave_one_out_is_the_score_less_the_others_mean() -> None:
 
 def test_group_normalized_is_grpo() -> None:
     returns = returns_to_go(token_rewards(SCORES, MASK, 0.0, "k3"), MASK)
-    advantages = compute(GroupNormalized(), returns, MASK, SCORES, 3)
+    sampled = SampledReturns(returns, returns, MASK, SCORES, 3)
+    advantages = GroupNormalized()(sampled) * GroupNormalized().weights(sampled)[:, None]
     groups = SCORES.view(2, 3)
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(advantages, torch.where(MASK, expected.flatten()[:, None], 0.0))
@@ -121,6 +123,28 @@ def test_running_baseline_comes_from_earlier_steps() -> None:
     restored = RunningBaseline(decay=0.9)
     restored.load_state_dict(baseline.state_dict())
     assert restored.value == baseline.value
+
+
+def test_equal_scores_weigh_nothing_however_much_the_kl_differs() -> None:
+    kl = torch.rand(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = torch.tensor([0.5, 0.5, 0.5, 0.0, 1.0, 0.5], dtype=torch.float64)
+    returns = returns_to_go(token_rewards(scores, MASK, 0.05, "exact", kl=kl), MASK)
+    weights = GroupNormalized().weights(SampledReturns(returns, returns, MASK, scores, 3))
+    torch.testing.assert_close(
+        weights, torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 2.0], dtype=torch.float64), rtol=1e-3, atol=0
+    )
+    assert LeaveOneOut().weights(SampledReturns(returns, returns, MASK, scores, 3)) is None
+
+
+def test_a_row_that_has_ended_is_held_at_its_final_return() -> None:
+    logratio = torch.rand(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rewards = token_rewards(SCORES, MASK, 0.5, "k1_sequence", logratio=logratio)
+    returns, final = returns_to_go(rewards, MASK), final_return(SCORES, MASK, 0.5, "k1_sequence", logratio)
+    torch.testing.assert_close(final, SCORES - 0.5 * torch.where(MASK, logratio, 0.0).sum(1))
+    torch.testing.assert_close(returns, torch.where(MASK, final[:, None], 0.0))  # the same for every action
+    advantages = LeaveOneOut()(SampledReturns(rewards, returns, MASK, SCORES, 3, final=final))
+    others = (final.view(2, 3).sum(1, keepdim=True) - final.view(2, 3)) / 2
+    torch.testing.assert_close(advantages, torch.where(MASK, (final - others.flatten())[:, None], 0.0))
 
 
 @pytest.mark.parametrize("advantage", [LeaveOneOut(), GroupNormalized()])

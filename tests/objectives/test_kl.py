@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from alignpro.objectives import AdaptiveKL, kl_loss_terms, token_rewards
+from alignpro.objectives import AdaptiveKL, KLPenalty, exact_kl_coef, kl_loss_terms, token_rewards
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
 SCORES = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -25,6 +25,48 @@ def test_k2_and_k3_do_not_change_the_reward(estimator: str) -> None:
     rewards = token_rewards(SCORES, MASK, 10.0, estimator)
     assert rewards.sum(1).tolist() == [1.0, 2.0, 3.0]
     assert (rewards != 0).sum() == 3
+
+
+def test_regressed_lies_between_exact_and_the_log_ratio_of_the_whole_sequence() -> None:
+    def rewards(estimator: str, share: float = 0.0) -> torch.Tensor:
+        return token_rewards(SCORES, MASK, 10.0, estimator, KL, -KL, share)
+
+    sequence = torch.tensor([[0.0, 0.0, 8.0], [10.0, 0.0, 0.0], [0.0, 51.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(rewards("k1_sequence"), sequence)
+    torch.testing.assert_close(rewards("regressed", 0.25), 0.75 * rewards("exact") + 0.25 * sequence)
+    assert exact_kl_coef("regressed", 10.0, 0.25) == 7.5
+    terms = kl_loss_terms("regressed", 10.0, kl=KL[0], sampled_share=0.25)
+    torch.testing.assert_close(terms.kappa, torch.full((3,), 7.5, dtype=torch.float64))
+    assert kl_loss_terms("regressed", 10.0, sampled_share=1.0) == (None, None, None)  # no reference is needed
+    with pytest.raises(ValueError, match="'k1_sequence' needs logratio"):
+        token_rewards(SCORES, MASK, 1.0, "k1_sequence", KL)
+
+
+def test_the_sampled_share_is_a_regression_over_earlier_steps() -> None:
+    penalty = KLPenalty("regressed", AdaptiveKL(0.5), decay=0.5)
+    assert penalty.sampled_share == 0  # nothing is known yet
+    # R = 0.5 L exactly, and λ = 0.5: the log-ratio explains the scores.
+    penalty.update(1.0, 4, covariance=0.5 * 8.0, variance=8.0)
+    assert penalty.sampled_share == pytest.approx(1.0)
+    penalty.update(1.0, 4, covariance=0.0, variance=8.0)  # of which nothing is explained
+    assert penalty.sampled_share == pytest.approx(0.5 / 1.5)
+    penalty.update(1.0, 4, covariance=-100.0, variance=8.0)
+    assert penalty.sampled_share == 0  # never outside [0, 1]
+    assert penalty.metrics() == {"kl_coef": 0.5, "kl_sampled_share": 0.0}
+    assert KLPenalty("exact", AdaptiveKL(0.5)).metrics() == {"kl_coef": 0.5}
+
+
+def test_the_penaltys_state_is_restored_also_without_what_older_runs_did_not_save() -> None:
+    penalty = KLPenalty("regressed", AdaptiveKL(0.1, target=6.0, horizon=1000))
+    penalty.update(6.6, 100, covariance=3.0, variance=40.0)
+    restored = KLPenalty("regressed", AdaptiveKL(9.9, target=6.0, horizon=1000))
+    restored.load_state_dict(penalty.state_dict())
+    assert (restored.coef, restored.sampled_share) == (penalty.coef, penalty.sampled_share)
+    for each in (penalty, restored):
+        each.update(3.0, 10, covariance=1.0, variance=10.0)
+    assert (restored.coef, restored.sampled_share) == (penalty.coef, penalty.sampled_share)
+    restored.load_state_dict({"coef": 0.2})
+    assert (restored.coef, restored.sampled_share) == (0.2, 0.0)
 
 
 def test_values_beyond_the_end_do_not_matter_even_nan() -> None:
@@ -82,9 +124,6 @@ def test_adaptive_coefficient_follows_ziegler() -> None:
     assert controller.update(600.0, 100) == pytest.approx(0.101 * (1 + 0.2 * 0.1))  # the error is clipped to 0.2
     before = controller.coef
     assert controller.update(0.0, 100) == pytest.approx(before * (1 - 0.2 * 0.1))
-    restored = AdaptiveKL(9.9, target=6.0, horizon=1000)
-    restored.load_state_dict(controller.state_dict())
-    assert restored.update(3.0, 10) == controller.update(3.0, 10)
 
 
 def test_a_fixed_coefficient_stays_and_an_adaptive_one_stays_positive() -> None:

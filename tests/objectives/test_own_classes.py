@@ -37,7 +37,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_it_is_made_with_its_arguments(file: Path) -> None:
     config = ObjectiveConfig(advantage=f"{file}:Plain", advantage_params={"scale": 2.0}, loss=f"{file}:Once")
-    loss, advantage = build_objective(config, 2)
+    loss, advantage, _ = build_objective(config, 2)
     assert type(loss).__name__ == "Once"
     assert advantage.scale == 2.0  # type: ignore[attr-defined]
 

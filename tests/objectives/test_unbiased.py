@@ -5,7 +5,7 @@ token statistics, rewards, returns, advantages, coefficients, `policy_loss`. The
 sum over all sequences.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import get_args
 
@@ -19,15 +19,6 @@ from alignpro.theory.divergences import kl_divergence
 from alignpro_kernels import linear_logprob, policy_loss
 
 LAMBDA = 0.3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Use one thread: waking a second one for each of thousands of tiny operations makes them ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Tabular:
@@ -91,7 +82,15 @@ def make(advantage: str, gae_lambda: float = 1.0) -> obj.Advantage:
 
 
 def estimate(
-    world: Tabular, rows: Tensor, estimator: str, advantage: str, *, future_kl: bool = True, gae_lambda: float = 1.0
+    world: Tabular,
+    rows: Tensor,
+    estimator: str,
+    advantage: str,
+    *,
+    future_kl: bool = True,
+    gae_lambda: float = 1.0,
+    share: float = 0.4,
+    entropy_coef: float = 0.0,
 ) -> list[Tensor]:
     """Return −∇ of the loss of one group of sampled sequences, as training computes it."""
     mask, tokens, state, kl, logratio, ref_logprob = (x[rows] for x in (*world.actions, *world.statistics))
@@ -99,21 +98,29 @@ def estimate(
     actions = {"hidden": world.hidden[state[mask]], "weight": world.weight, "target": tokens[mask]}
     head = {"bias": world.bias, **world.options}
     reference = {"ref_hidden": world.ref_hidden[state[mask]], "ref_weight": world.ref_weight}
-    rewards = obj.token_rewards(scores, mask, LAMBDA, estimator, kl=kl if future_kl else 0 * kl, logratio=logratio)
+    penalty = {"logratio": logratio, "sampled_share": share}
+    rewards = obj.token_rewards(scores, mask, LAMBDA, estimator, kl=kl if future_kl else 0 * kl, **penalty)
+    final = obj.final_return(scores, mask, LAMBDA, estimator, **penalty)
+    entropy = -(world.next_logprob().exp() * world.next_logprob()).sum(-1)[state]
+    rewards = rewards + obj.entropy_rewards(entropy, mask, entropy_coef)
     returns = obj.returns_to_go(rewards, mask)
     baseline = make(advantage, gae_lambda)
     baseline.update(0.7)
-    sampled = obj.SampledReturns(rewards, returns, mask, scores, len(rows), world.values[state])
-    advantages = baseline(sampled)
+    sampled = obj.SampledReturns(rewards, returns, mask, scores, len(rows), world.values[state], final)
+    advantages, weights = baseline(sampled), baseline.weights(sampled)
+    scale = 1 / obj.loss_count(mask, "sequence")
 
     batch = obj.PolicyGradientBatch(
         advantages=advantages[mask],
-        scale=1 / obj.loss_count(mask, "sequence"),
+        scale=scale if weights is None else (scale * weights)[:, None].expand_as(mask)[mask],
         kl_coef=LAMBDA,
         kl_estimator=estimator,
         reference_logprob=ref_logprob[mask],
+        entropy_coef=entropy_coef,
+        sampled_share=share,
     )
-    out = policy_loss(coefficients=obj.PolicyGradient().coefficients(batch), **actions, **head, **reference)
+    coefficients = obj.PolicyGradient().coefficients(batch)
+    out = policy_loss(coefficients=coefficients, entropy=entropy_coef > 0, **actions, **head, **reference)
     return [-g for g in torch.autograd.grad(out.loss, world.parameters)]
 
 
@@ -126,7 +133,7 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
 
 
 UNBIASED = [(e, a) for e in get_args(obj.KLEstimator) for a in obj.ADVANTAGES if obj.is_unbiased(e, make(a))]
-assert {*UNBIASED} == {(e, a) for e in ("exact", "k1") for a in ("leave_one_out", "running_baseline", "gae")}
+assert {*UNBIASED} == {(e, a) for e in obj.UNBIASED for a in ("leave_one_out", "running_baseline", "gae")}
 BIASED = [("k2", "running_baseline"), ("k3", "running_baseline"), ("exact", "group_normalized")]
 
 
@@ -143,6 +150,31 @@ def test_leave_one_out_is_unbiased_for_three_samples_too() -> None:
     world = Tabular(vocabulary=3, max_length=2)  # 7 sequences, 343 triples
     expected = expectation(world, 3, lambda rows: estimate(world, rows, "exact", "leave_one_out"))
     assert distance(expected, world.gradient()) < 1e-10
+
+
+@pytest.mark.parametrize(("advantage", "size"), [("leave_one_out", 2), ("running_baseline", 1)])
+def test_the_entropy_bonus_is_part_of_the_objective(advantage: str, size: int) -> None:
+    world = Tabular(max_length=2)
+    logprob, reference = world.sequence_logprobs()
+    entropy = -(logprob.exp() * logprob).sum()  # of the whole sequence: the expected sum over the states visited
+    objective = exact_objective(logprob, reference, world.scores, LAMBDA) + 0.2 * entropy
+    truth = exact_gradient(objective, world.parameters)
+    expected = expectation(world, size, lambda rows: estimate(world, rows, "exact", advantage, entropy_coef=0.2))
+    assert distance(expected, truth) < 1e-10
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k1", "k3"])
+def test_group_normalized_divides_all_terms_of_a_prompt_by_the_deviation_of_its_scores(estimator: str) -> None:
+    """Scores and λ in other units give the same gradient: λ is the price of a nat in units of the scores."""
+    world, rows = Tabular(), torch.tensor([3, 8, 13])
+    gradient = estimate(world, rows, estimator, "group_normalized")
+    world.scores = world.scores * 10
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "LAMBDA", 10 * LAMBDA)
+        scaled = estimate(world, rows, estimator, "group_normalized")
+    assert distance(gradient, scaled) < 1e-3 * max(g.abs().max().item() for g in gradient)  # but for eps
+    world.scores = torch.full_like(world.scores, 0.5)  # no rewrite is better than another
+    assert distance(estimate(world, rows, estimator, "group_normalized"), [torch.zeros_like(g) for g in gradient]) == 0
 
 
 @pytest.mark.parametrize(("estimator", "advantage"), BIASED)
@@ -188,27 +220,35 @@ def test_k2_and_k3_estimate_what_their_documentation_says() -> None:
     assert distance(own_kl, other_direction) > 1e-3
 
 
-def second_moment(world: Tabular, estimator: str) -> float:
+def second_moment(world: Tabular, estimator: str, share: float = 0.0) -> float:
     """Return E |gradient|². Unbiased estimators have equal means, so this orders their variances."""
 
     def squares(rows: Tensor) -> list[Tensor]:
-        return [g.square() for g in estimate(world, rows, estimator, "leave_one_out")]
+        return [g.square() for g in estimate(world, rows, estimator, "leave_one_out", share=share)]
 
     return sum(moment.sum().item() for moment in expectation(world, 2, squares))
 
 
-def test_exact_kl_adds_less_noise_than_k1_but_k1_cancels_the_rewards_near_the_optimum() -> None:
+def test_which_estimator_varies_least_depends_on_where_the_policy_is() -> None:
     world = Tabular()
     noise = torch.randn(world.hidden.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     world.ref_hidden, world.ref_weight = world.hidden.detach() + 0.5 * noise, world.weight.detach().clone()
     world.bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    world.scores = torch.zeros_like(world.scores)  # the KL alone
+    world.scores = torch.zeros_like(world.scores)  # the KL alone: log-ratios are mere noise
     assert second_moment(world, "exact") < 0.5 * second_moment(world, "k1")
+    assert second_moment(world, "k1") < second_moment(world, "k1_sequence")
 
     logprob, reference = world.sequence_logprobs()
     world.scores = LAMBDA * (logprob - reference).detach()  # rewards for which the policy is already ρ*
     assert distance(world.gradient(), [torch.zeros_like(p) for p in world.parameters]) < 1e-12
     assert second_moment(world, "k1") < 0.5 * second_moment(world, "exact")
+    assert second_moment(world, "k1_sequence") < 1e-20
+    assert second_moment(world, "regressed", share=1.0) < 1e-20
+
+    world.scores = world.scores / 2  # over-optimised: the policy has gone twice as far as it should
+    del world.statistics
+    mixed = second_moment(world, "regressed", share=0.5)
+    assert mixed < 0.5 * min(second_moment(world, "exact"), second_moment(world, "k1_sequence"))
 
 
 def test_gibbs_gradient_on_policy_is_minus_lambda_times_the_objectives() -> None:

@@ -56,6 +56,16 @@ def test_bad_meta_prompts(tmp_path, source, complaint):
         MetaPrompt(str(file)).messages(prompt("x"))
 
 
+@pytest.mark.parametrize(
+    ("expression", "error"), [("range(10 ** 9) | list", "OverflowError"), ("prompt + 1", "TypeError")]
+)
+def test_an_error_of_python_in_a_meta_prompt(tmp_path, expression, error):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ prompt }}{{ " + expression + " }}")
+    with pytest.raises(ConfigError, match=rf"mine\.jinja: raises {error}: .*\(prompt file:7\)"):
+        MetaPrompt(str(file)).messages(prompt("x"))
+
+
 def test_an_unknown_meta_prompt_is_an_error_that_lists_all():
     with pytest.raises(ConfigError, match=r"no such meta-prompt; expected clarify, expand, none, .* or a Jinja file"):
         MetaPrompt("shout")

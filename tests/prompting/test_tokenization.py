@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignpro.config import ModelConfig
 from alignpro.errors import ModelError
-from alignpro.prompting.chat_template import PLAIN_TEMPLATE
+from alignpro.prompting.template_source import PLAIN_TEMPLATE
 from alignpro.prompting.tokenization import load_tokenizer
 
 TEMPLATE = "{% for message in messages %}<u>{{ message.content }}</s>{% endfor %}"

@@ -4,6 +4,7 @@ import pytest
 
 from alignpro.config import RewardConfig
 from alignpro.data import Prompt
+from alignpro.environments.base import score_texts
 from alignpro.errors import ConfigError, RewardError
 from alignpro.rewards import build_reward
 
@@ -205,10 +206,24 @@ def test_module_that_does_not_import_is_a_configuration_error(reward_from, sourc
         reward_from(source)
 
 
-@pytest.mark.parametrize("params", [{}, {"alpha": 1, "gamma": 2}])
+@pytest.mark.parametrize("params", [{"alpha": 1, "gamma": 2}, {"gamma": 2}])
 def test_params_are_checked_before_the_run(reward_from, params):
     with pytest.raises(ConfigError, match=r"its signature \(prompts, responses, alpha\) does not take"):
         reward_from("def score(prompts, responses, alpha): ...\n", params=params)
+
+
+def test_columns_are_checked_before_the_run(reward_from):
+    reward = reward_from("def score(prompts, responses, alpha): return [0.0] * len(responses)\n")
+    message = (
+        r"its parameter 'alpha' is neither in params nor a column of the data \(columns: answer\); .*metadata\.alpha"
+    )
+    with pytest.raises(ConfigError, match=message):
+        reward.scorable(PROMPTS)
+    with pytest.raises(RewardError, match=r"no prompt of a batch has 'alpha' in its metadata"):
+        reward(PROMPTS, RESPONSES, None)
+    prompts = [Prompt.from_text("q", metadata={"alpha": 1}), Prompt.from_text("r")]
+    assert reward.scorable(prompts) == prompts
+    assert reward(prompts, ["y", "y"], None).values == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["mean", "std", "guard"])
@@ -246,3 +261,106 @@ def test_numbers_keep_their_precision(reward_from):
     values = reward_from(returning("[0.1, 1/3, 1e-12]"))(PROMPTS, RESPONSES, None).values
     assert values == [0.1, 1 / 3, 1e-12]
     assert all(type(value) is float for value in values)
+
+
+class TestNames:
+    """Functions that are called by the names of their parameters, such as those written for TRL."""
+
+    @pytest.mark.parametrize(
+        ("signature", "expected"),
+        [
+            ("completions, **columns", "completions, columns['answer'], columns['prompts'], columns['rewrites']"),
+            ("prompts, completions, answer, **kwargs", "completions, answer, prompts, kwargs['rewrites']"),
+            ("completions, answer, prompts, rewrites", "completions, answer, prompts, rewrites"),
+            ("*, rewrites, prompts, completions, answer", "completions, answer, prompts, rewrites"),
+            ("**kwargs", "kwargs['completions'], kwargs['answer'], kwargs['prompts'], kwargs['rewrites']"),
+        ],
+    )
+    def test_functions_of_completions_get_texts_and_columns(self, reward_from, signature, expected):
+        reward = reward_from(
+            f"""
+            def score({signature}):
+                completions, answer, prompts, rewrites = {expected}
+                assert prompts == ["question 0", "question 1", "question 2"]
+                assert rewrites == ["a", "b", "c"]
+                return [float(y == a) for y, a in zip(completions, answer)]
+            """
+        )
+        reward.scorable(PROMPTS)
+        assert reward(PROMPTS, RESPONSES, ["a", "b", "c"]).values == [1.0, 0.0, 1.0]
+
+    @pytest.mark.parametrize(
+        "signature",
+        [
+            "prompts, responses, answer",
+            "responses, prompts, answer",
+            "prompts, responses, rewrites, answer",
+            "prompts, responses, *, answer",
+        ],
+    )
+    def test_functions_of_responses_get_prompt_records(self, reward_from, signature):
+        reward = reward_from(
+            f"""
+            def score({signature}):
+                return [float(y == a == p.metadata["answer"]) for p, y, a in zip(prompts, responses, answer)]
+            """
+        )
+        assert reward(PROMPTS, RESPONSES, ["a", "b", "c"]).values == [1.0, 0.0, 1.0]
+
+    def test_params_of_the_configuration_are_no_columns(self, reward_from):
+        source = "def score(completions, answer, weight=1.0): return [weight * (answer == 'x') for _ in completions]\n"
+        assert reward_from(source, params={"answer": "x", "weight": 3})(PROMPTS, RESPONSES, None).values == [3.0] * 3
+        with pytest.raises(ConfigError, match="does not take"):
+            reward_from("def score(completions): ...\n", params={"answer": "x"})
+
+    def test_a_column_that_some_prompts_lack_is_none_there(self, reward_from):
+        prompts = [*PROMPTS[:2], Prompt.from_text("no answer")]
+        reward = reward_from("def score(completions, answer): return [float(a is None) for a in answer]\n")
+        assert reward.scorable(prompts) == prompts
+        assert reward(prompts, RESPONSES, None).values == [0.0, 0.0, 1.0]
+
+    def test_defaults_stand_for_columns_that_no_prompt_has(self, reward_from):
+        reward = reward_from("def score(completions, level=(1, 2, 3)): return list(level)\n")
+        reward.scorable(PROMPTS)
+        assert reward(PROMPTS, RESPONSES, None).values == [1.0, 2.0, 3.0]
+
+    def test_without_rewrites_they_are_none(self, reward_from):
+        reward = reward_from("def score(responses, rewrites): return [float(rewrites is None)] * len(responses)\n")
+        assert reward(PROMPTS, RESPONSES, None).values == [1.0] * 3
+
+    def test_functions_of_other_names_are_called_by_position(self, reward_from):
+        reward = reward_from("def score(xs, ys, strict=False): return [float(len(y)) for y in ys]\n")
+        assert reward(PROMPTS, RESPONSES, None).values == [1.0, 3.0, 1.0]
+
+
+class TestAbstention:
+    """A function that returns None for a sample is left out of its reward."""
+
+    @pytest.fixture
+    def two(self, tmp_path):
+        file = tmp_path / "two.py"
+        file.write_text(
+            "def digits(completions, **kwargs): return [float(y) if y.isdigit() else None for y in completions]\n"
+            "def length(prompts, responses): return [len(y) if len(y) > 1 or y == '0' else None for y in responses]\n"
+        )
+        names = ("digits", "length")
+        parts = [{"kind": "function", "function": f"{file}:{each}", "weight": 2.0} for each in names]
+        return build_reward(RewardConfig(components=parts))
+
+    def test_it_counts_for_the_samples_that_it_scores(self, two):
+        scored = two(PROMPTS[:2], RESPONSES[:2], None)
+        assert scored.components == {"digits": [0.0, None], "length": [1, 3]}
+        assert scored.values == [2.0, 6.0]
+
+    def test_a_sample_that_no_component_scores_is_an_error(self, two):
+        message = r"reward 'digits' returned None, .*, and 'length' abstain too(.|\n)*question 2"
+        with pytest.raises(RewardError, match=message) as caught:
+            two([*PROMPTS, PROMPTS[0]], ["0", "one", "x", "0"], None)
+        assert "data.jsonl:2" in str(caught.value)
+
+    def test_abstentions_are_counted_and_left_out_of_the_mean(self, two):
+        scores = score_texts(PROMPTS[:2], None, [[["0"], ["one"]], [["12"], ["0"]]], two)
+        assert scores.metrics["reward/digits"] == pytest.approx((0 + 12 + 0) / 3)
+        assert scores.metrics["reward/digits/abstained"] == 0.25
+        assert "reward/length/abstained" not in scores.metrics
+        assert scores.values.tolist() == [[2.0, 6.0], [28.0, 2.0]]

@@ -187,3 +187,16 @@ def test_trained_model_scores_as_it_was_trained(language_model_path, tmp_path):
 
 def test_the_default_name_is_that_of_the_model(reward_model_path):
     assert ModelReward(config(reward_model_path)).name == reward_model_path.name
+
+
+def test_prompts_that_a_template_refuses_are_dropped_before_the_run(reward_model_path, tmp_path, caplog):
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+    )
+    component = config(reward_model_path, model={"chat_template": str(template)}, name="rm")
+    stack = build_reward(RewardConfig(components=[component]))
+    assert stack.scorable(PROMPTS) == [PROMPTS[0], *PROMPTS[2:]]
+    assert "1 of 4 prompts cannot be the input of the reward 'rm' (the first: " in caplog.text
+    assert "refuses a conversation of system, user, assistant: no system" in caplog.text

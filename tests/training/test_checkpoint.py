@@ -79,60 +79,40 @@ def test_saving_a_step_again_replaces_it(store: CheckpointStore) -> None:
     assert store.latest() == 1
 
 
-def damage(how: str) -> Callable[[Path], None]:
-    def write_manifest(text: str) -> Callable[[Path], None]:
-        return lambda directory: (directory / "manifest.json").write_text(text)
-
-    return {
-        "a bit of the weights flipped": lambda directory: flip_bit(directory / "policy.safetensors"),
-        "a bit of the optimizer flipped": lambda directory: flip_bit(directory / "policy_optimizer.pt", 0.99),
-        "a bit of the state flipped": lambda directory: flip_bit(directory / "state.json", 0.0),
-        "weights truncated": lambda directory: os.truncate(directory / "policy.safetensors", 100),
-        "a file empty": lambda directory: os.truncate(directory / "policy_optimizer.pt", 0),
-        "a file missing": lambda directory: (directory / "state.json").unlink(),
-        "a directory in a file's place": lambda directory: (
-            (directory / "state.json").unlink(),
-            (directory / "state.json").mkdir(),
-        ),
-        "manifest missing": lambda directory: (directory / "manifest.json").unlink(),
-        "manifest truncated": lambda directory: os.truncate(directory / "manifest.json", 60),
-        "manifest empty": write_manifest(""),
-        "manifest no text": lambda directory: (directory / "manifest.json").write_bytes(b"\xff\xfe\x00"),
-        "manifest of another kind": write_manifest("[1, 2]"),
-        "manifest without files": write_manifest('{"step": 2}'),
-        "manifest with no files": write_manifest('{"step": 2, "files": {}}'),
-        "manifest with files of another kind": write_manifest('{"step": 2, "files": 3}'),
-        "empty directory": lambda directory: (shutil.rmtree(directory), directory.mkdir()),
-    }[how]
+def write_manifest(text: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / "manifest.json").write_text(text)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "a bit of the weights flipped",
-        "a bit of the optimizer flipped",
-        "a bit of the state flipped",
-        "weights truncated",
-        "a file empty",
-        "a file missing",
-        "a directory in a file's place",
-        "manifest missing",
-        "manifest truncated",
-        "manifest empty",
-        "manifest no text",
-        "manifest of another kind",
-        "manifest without files",
-        "manifest with no files",
-        "manifest with files of another kind",
-        "empty directory",
-    ],
-)
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a bit of the weights flipped": lambda directory: flip_bit(directory / "policy.safetensors"),
+    "a bit of the optimizer flipped": lambda directory: flip_bit(directory / "policy_optimizer.pt", 0.99),
+    "a bit of the state flipped": lambda directory: flip_bit(directory / "state.json", 0.0),
+    "weights truncated": lambda directory: os.truncate(directory / "policy.safetensors", 100),
+    "a file empty": lambda directory: os.truncate(directory / "policy_optimizer.pt", 0),
+    "a file missing": lambda directory: (directory / "state.json").unlink(),
+    "a directory in a file's place": lambda directory: (
+        (directory / "state.json").unlink(),
+        (directory / "state.json").mkdir(),
+    ),
+    "manifest missing": lambda directory: (directory / "manifest.json").unlink(),
+    "manifest truncated": lambda directory: os.truncate(directory / "manifest.json", 60),
+    "manifest empty": write_manifest(""),
+    "manifest no text": lambda directory: (directory / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+    "manifest of another kind": write_manifest("[1, 2]"),
+    "manifest without files": write_manifest('{"step": 2}'),
+    "manifest with no files": write_manifest('{"step": 2, "files": {}}'),
+    "manifest with files of another kind": write_manifest('{"step": 2, "files": 3}'),
+    "empty directory": lambda directory: (shutil.rmtree(directory), directory.mkdir()),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_detected_and_the_previous_one_used(
     store: CheckpointStore, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     for step in (1, 2):
         store.save(step, write_some)
-    damage(how)(store.path(2))
+    DAMAGES[how](store.path(2))
     with caplog.at_level(logging.WARNING):
         assert store.latest() == 1
     (warning,) = caplog.messages

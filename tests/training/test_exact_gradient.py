@@ -28,11 +28,15 @@ UNBIASED = [
 ]
 
 
-def make_training(world: World, estimator: str, advantage: str, loss: str = "policy_gradient") -> RLTrainer:
+def make_training(
+    world: World, estimator: str, advantage: str, loss: str = "policy_gradient", entropy_coef: float = 0.0
+) -> RLTrainer:
     """Return a trainer with micro-batches of three rows, which split groups, except for gibbs, which needs whole groups."""
     objective = {"loss": loss, "advantage": advantage, "kl": {"coef": LAMBDA, "estimator": estimator}}
+    objective["entropy_coef"] = entropy_coef
     training = world.training(objective, GROUP[advantage], micro_batch_size=3)
     training.advantage.update(0.7)
+    training.kl.update(0.0, 1, covariance=0.4 * LAMBDA, variance=1.0)  # of earlier steps: β = 0.4
     if training.critic is not None:
         shake(training.critic.model, 0.5)  # an untrained critic with nonzero values
     return training
@@ -54,20 +58,22 @@ def expected_gradient(world: World, training: RLTrainer) -> list[Tensor]:
 
 def gradient_of(training: RLTrainer, experience: Experience, groups: list[int]) -> list[Tensor]:
     """Return the gradient of the loss of some groups of the experience."""
-    training.accumulate(experience.select(torch.tensor(groups), training.sampling.n), training.kl.coef)
+    training.accumulate(experience.select(torch.tensor(groups), training.sampling.n), training.kl)
     return take_gradient(training.policy.trainable.values())
 
 
-def objective_gradient(world: World) -> list[Tensor]:
-    """Return ∇J."""
+def objective_gradient(world: World, entropy_coef: float = 0.0) -> list[Tensor]:
+    """Return ∇(J + c E Σ_t H_t)."""
     weights = list(world.policy.trainable.values())
-    gradient = torch.autograd.grad(world.objective(LAMBDA), weights, allow_unused=True)
+    logprob = world.sequence_logprobs()
+    entropy = -(logprob.exp() * logprob).sum(1).mean()  # of whole sequences: the expected sum over the states visited
+    gradient = torch.autograd.grad(world.objective(LAMBDA) + entropy_coef * entropy, weights, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradient, strict=True)]
 
 
 def test_the_unbiased_estimators_are_those_named_here() -> None:
     assert {a for _, a in UNBIASED} == {"leave_one_out", "running_baseline", "gae"}
-    assert {e for e, _ in UNBIASED} == {"exact", "k1"}
+    assert {e for e, _ in UNBIASED} == {"regressed", "exact", "k1", "k1_sequence"}
 
 
 @pytest.mark.parametrize(("estimator", "advantage"), UNBIASED)
@@ -77,6 +83,13 @@ def test_expected_gradient_is_the_gradient_of_the_objective(estimator: str, adva
     truth = objective_gradient(world)
     assert distance(expected, truth, factor=-1.0) < 1e-10
     assert max(g.abs().max() for g in truth) > 0.1
+
+
+def test_the_entropy_bonus_counts_the_states_that_an_action_leads_to() -> None:
+    world = World()
+    expected = expected_gradient(world, make_training(world, "exact", "running_baseline", entropy_coef=0.7))
+    assert distance(expected, objective_gradient(world, 0.7), factor=-1.0) < 1e-10
+    assert distance(expected, objective_gradient(world), factor=-1.0) > 1e-2
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -92,7 +105,9 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(kind: str) -> None:
 def test_without_the_kl_of_later_states_the_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     whole = objectives.token_rewards
-    monkeypatch.setattr(objectives, "token_rewards", lambda *args, kl, **kwargs: whole(*args, kl=0 * kl, **kwargs))
+    monkeypatch.setattr(
+        "alignpro.objectives.kl.token_rewards", lambda *args: whole(*args[:4], 0 * args[4], *args[5:])
+    )  # kl
     expected = expected_gradient(world, make_training(world, "exact", "running_baseline"))
     assert distance(expected, objective_gradient(world), factor=-1.0) > 1e-2
 
@@ -103,7 +118,7 @@ def test_the_gibbs_gradient_is_minus_lambda_times_that_of_the_objective() -> Non
     assert distance(expected, objective_gradient(world), factor=-LAMBDA) < 1e-10
 
 
-@pytest.mark.parametrize("estimator", ["exact", "k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", get_args(objectives.KLEstimator))
 def test_the_first_gradient_of_ppo_is_the_policy_gradient(estimator: str) -> None:
     world = World()
     groups = [(0, 9), (14, 3), (5, 5)]

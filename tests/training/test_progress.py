@@ -92,3 +92,9 @@ def test_a_notebook_gets_a_bar_that_is_updated(monkeypatch: pytest.MonkeyPatch) 
     assert "4/10" in shown[0]
     assert "5/10" in shown[1] and "loss 0" in shown[1]
     assert "10/10" in shown[-1] and "loss 2.5" in shown[-1]
+
+
+def test_what_is_zero_but_for_rounding_is_shown_as_zero(lines: pytest.LogCaptureFixture) -> None:
+    with progress_bar(1, 0, ("kl", "loss")) as advance:
+        advance({"kl": -2.7e-08, "loss": 2.7e-05})
+    assert lines.messages[0].endswith("kl 0  loss 2.7e-05")

@@ -43,7 +43,7 @@ def gradients(training: RLTrainer, moved: float = 0.0) -> tuple[list[Tensor], li
     experience = credit_both(training).select(torch.arange(2 * len(GROUPS)), 2)
     torch.manual_seed(1)
     shake(training.policy.model, moved)
-    metrics = training.accumulate(experience, training.kl.coef)
+    metrics = training.accumulate(experience, training.kl)
     critic = training.critic.model.parameters() if training.critic else ()
     return take_gradient(training.policy.trainable.values()), take_gradient(critic), metrics
 
@@ -144,18 +144,6 @@ def test_normalizing_by_token_is_a_mean_over_tokens() -> None:
     by_token, _, _ = gradients(World().training({"normalize_by": "token"}, 2))
     rows, tokens = 16, 2 * (1 + 3 + 3 + 3 + 3 + 3 + 2 + 3)
     assert distance(by_token, by_sequence, factor=rows / tokens) < 1e-15
-
-
-def test_the_entropy_bonus_raises_the_entropy_of_the_visited_states() -> None:
-    world = World()
-    plain, _, _ = gradients(world.training({}, 2))
-    with_bonus, _, _ = gradients(world.training({"entropy_coef": 0.7}, 2))
-    logprob = world.next_logprobs()
-    entropy = torch.where(world.space.mask, -(logprob.exp() * logprob).sum(-1), 0.0).sum(-1)  # (P, S)
-    visited = entropy[:, [s for group in GROUPS for s in group]].sum(1).mean() / 8
-    bonus = torch.autograd.grad(visited, list(world.policy.trainable.values()), allow_unused=True)
-    change = [a - b for a, b in zip(with_bonus, plain, strict=True)]
-    assert distance(change, [torch.zeros(1) if g is None else g for g in bonus], factor=-0.7) < 1e-12
 
 
 def test_nothing_is_clipped_before_the_policy_has_moved(tmp_path: Path) -> None:

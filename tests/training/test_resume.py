@@ -207,8 +207,9 @@ def test_a_run_killed_repeatedly_at_random_times_resumes(
 )
 def test_a_truncated_last_line_is_dropped(workshop: Workshop, finished: Finished, tmp_path: Path, tail: bytes) -> None:
     reference = finished("train")
-    out = tmp_path / "run"
-    shutil.copytree(reference, out, ignore=shutil.ignore_patterns("model", "step_000003", "step_000004"))
+    out = shutil.copytree(
+        reference, tmp_path / "run", ignore=shutil.ignore_patterns("model", "step_000003", "step_000004")
+    )
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (out / name).open("ab") as file:
             file.write(tail)
@@ -218,8 +219,7 @@ def test_a_truncated_last_line_is_dropped(workshop: Workshop, finished: Finished
 
 def test_going_back_removes_later_checkpoints(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
     """Otherwise a later --resume would load a checkpoint whose metrics were removed."""
-    out = tmp_path / "run"
-    shutil.copytree(finished("train"), out)
+    out = shutil.copytree(finished("train"), tmp_path / "run")
     with workshop.broken_reward("raise", 1):
         assert workshop.run("train", out, "--resume", "--at", "2") == 1
     assert steps_of_checkpoints(out) == [1, 2]
@@ -230,16 +230,14 @@ def test_going_back_removes_later_checkpoints(workshop: Workshop, finished: Fini
 def test_checkpoints_after_the_resumed_step_do_not_displace_new_ones(
     workshop: Workshop, finished: Finished, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(finished("train"), out)
+    out = shutil.copytree(finished("train"), tmp_path / "run")
     assert workshop.run("train", out, "--resume", "--at", "1", "run.steps=3", "run.keep_checkpoints=2") == 0
     assert steps_of_checkpoints(out) == [2, 3]
 
 
 def test_a_run_can_be_made_longer(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
     constant = "optimizer.schedule=constant"
-    out = tmp_path / "run"
-    shutil.copytree(finished("train", constant), out)
+    out = shutil.copytree(finished("train", constant), tmp_path / "run")
     before = read_model(out)
     assert workshop.run("train", out, constant, "run.steps=6", "--resume") == 0
     assert read_model(out) != before

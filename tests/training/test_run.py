@@ -414,8 +414,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_saving_bad_weights(
 def test_the_command_skips_damaged_checkpoints(
     workshop: Workshop, finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(finished("train"), out, ignore=shutil.ignore_patterns("model"))
+    out = shutil.copytree(finished("train"), tmp_path / "run", ignore=shutil.ignore_patterns("model"))
     flip_bit(out / "checkpoints/step_000004/policy.safetensors")
     (out / "checkpoints/step_000003/random.pt").unlink()
     assert workshop.run("train", out, "--resume") == 0
@@ -428,8 +427,7 @@ def test_the_command_skips_damaged_checkpoints(
 def test_only_damaged_checkpoints_are_an_error_of_the_command(
     workshop: Workshop, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(finished("sft"), out, ignore=shutil.ignore_patterns("model"))
+    out = shutil.copytree(finished("sft"), tmp_path / "run", ignore=shutil.ignore_patterns("model"))
     for step in (1, 2, 3, 4):
         (out / f"checkpoints/step_00000{step}/manifest.json").write_text("{")
     before = (out / "metrics.jsonl").read_bytes()
@@ -486,8 +484,7 @@ def test_a_full_disk_at_another_file_is_reported_and_loses_nothing(
 def test_a_place_that_tensorboard_cannot_write_to_is_an_error(
     workshop: Workshop, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(finished("sft"), out, ignore=shutil.ignore_patterns("model", "step_000004"))
+    out = shutil.copytree(finished("sft"), tmp_path / "run", ignore=shutil.ignore_patterns("model", "step_000004"))
     (out / "tensorboard").write_text("a file")
     assert workshop.run("sft", out, "run.tensorboard=true", "--resume") == 1
     assert f"error: {out}/tensorboard/events" in capsys.readouterr().err

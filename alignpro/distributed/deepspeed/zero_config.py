@@ -62,6 +62,19 @@ class ZeroConfig:
         return replace(self, content=self.content | {"checkpoint": {"load_universal": True}})
 
 
+def check_ranks(prompts_per_step: int, ranks: int) -> None:
+    """Check that each rank gets at least one prompt of a step.
+
+    Raises:
+        ConfigError: There are more ranks than prompts.
+    """
+    if ranks > prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step={prompts_per_step} on {ranks} ranks: each rank needs at least one whole prompt; "
+            "raise it, or start fewer ranks"
+        )
+
+
 def load_zero_config(
     name: str, policy: PolicyConfig, optimizer: OptimizerConfig, *, samples_per_update: int, ranks: int
 ) -> ZeroConfig:

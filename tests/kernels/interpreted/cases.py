@@ -20,13 +20,7 @@ class Case:
     head: Head
     rows: Rows
     entropy: bool
-    alpha: Tensor | None = None
-    eta: Tensor | None = None
-    kappa: Tensor | None = None
-
-    @property
-    def coefficients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.alpha, self.eta, self.kappa
+    coefficients: tuple[Tensor | None, ...]  # alpha, eta, kappa
 
 
 def make_case(
@@ -70,12 +64,9 @@ def make_case(
         randn(count, rank).to(dtype) if rank else None,
         randn(count, ref_width).to(dtype) if ref else None,
     )
-    given = {name: randn(count) for name in ("alpha", "eta", "kappa") if name in coefficients}
-    if ref is None:
-        given.pop("kappa", None)
-    if not entropy:
-        given.pop("eta", None)
-    return Case(head, rows, entropy, **given)
+    drawn = {name: randn(count) for name in ("alpha", "eta", "kappa") if name in coefficients}
+    given = {"alpha": True, "eta": entropy, "kappa": ref is not None}
+    return Case(head, rows, entropy, tuple(drawn.get(name) if needed else None for name, needed in given.items()))
 
 
 def oracle(case: Case) -> tuple[list[Tensor | None], Gradient]:
@@ -162,7 +153,7 @@ def empty_gradients(case: Case, *, frozen: bool = False, accumulate: bool = Fals
 
 
 def with_rows(case: Case, **changes: Tensor) -> Case:
-    return replace(case, rows=replace(case.rows, **changes))
+    return replace(case, rows=case.rows._replace(**changes))
 
 
 def assert_as_good(got: Tensor | None, exact: Tensor | None, usual: Tensor | None, what: str) -> None:

@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_problems import DTYPES, LAYOUTS, Problem, assert_as_exact_as_plain, in_pages, new_problem, part
+from attention_problems import (
+    DTYPES,
+    LAYOUTS,
+    assert_as_exact_as_plain,
+    cascade,
+    check_empty_inputs,
+    in_pages,
+    new_problem,
+    part,
+)
 
 from alignpro_kernels import BackendError, PagedKeys, attention, merge_states, paged_attention, triton_configs
 
@@ -133,34 +142,14 @@ def test_padding_attends_to_nothing_and_has_no_effect(heads: int, window: int | 
 
 def test_a_cascade_gives_the_whole_attention() -> None:
     torch.manual_seed(0)
-    shared, suffixes = 35, [1, 9, 30, 0]
-    node = new_problem([4], [shared])
-    ends = torch.tensor([shared + n for n in suffixes], dtype=torch.int32)
-    node = replace(node, starts=[0], positions=ends)
-    own = new_problem([1] * 4, suffixes)
-    own = replace(own, query=node.query, starts=[shared] * 4, positions=ends)
-    keys = [torch.cat([node.keys[0], k]) for k in own.keys]
-    values = [torch.cat([node.values[0], v]) for v in own.values]
-    pages, table = in_pages(keys, values, 16, "whole")
-    whole: Problem = replace(own, keys=keys, values=values, starts=[0] * 4, pages=pages, page_table=table)
+    node, own, whole = cascade(35, [1, 9, 30, 0])
     (shared_out, shared_lse), (own_out, own_lse) = node.run("triton"), own.run("triton")
     merged = merge_states([shared_out, own_out], [shared_lse, own_lse])
     assert_as_exact_as_plain(whole, merged, torch.logaddexp(shared_lse, own_lse))
 
 
 def test_empty_inputs_give_empty_results() -> None:
-    pages = torch.full((1, 2, 4, 2, 8), torch.nan)
-    none = torch.zeros(0, dtype=torch.int32)
-    zero, table = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 3, dtype=torch.int32)
-    keys = PagedKeys(zero, table, none, none, none)
-    out, lse = paged_attention(torch.zeros(0, 4, 8), pages, keys, scale=1.0, backend="triton")
-    assert out.shape == (0, 4, 8) and lse.shape == (0, 4)
-    bounds, table = torch.tensor([0, 2, 2], dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)
-    zeros = torch.zeros(2, dtype=torch.int32)
-    keys = PagedKeys(bounds, table, zeros, zeros, zeros)
-    out, lse = paged_attention(torch.ones(2, 4, 8), pages, keys, scale=1.0, backend="triton")
-    assert torch.equal(out, torch.zeros(2, 4, 8))
-    assert torch.equal(lse, torch.full((2, 4), -torch.inf))
+    check_empty_inputs("triton")
 
 
 def test_strided_indices_and_queries() -> None:

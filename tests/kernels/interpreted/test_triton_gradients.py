@@ -8,7 +8,7 @@ from cases import HALF_AND_SINGLE, Case, assert_as_good, empty_gradients, make_c
 from torch import Tensor
 
 from alignpro_kernels import triton_head
-from alignpro_kernels.head import HeadGradients
+from alignpro_kernels.head import HeadGradients, Upstream
 
 HEADS = [
     {},
@@ -22,7 +22,7 @@ HEADS = [
 def run(case: Case, gradients: HeadGradients, active: Tensor | None = None) -> HeadGradients:
     stats, saved = triton_head.forward(case.head, case.rows, entropy=case.entropy, save_logits=True)
     assert saved is not None
-    triton_head.backward(case.head, case.rows, saved, stats, active, *case.coefficients, gradients)
+    triton_head.backward(case.head, case.rows, saved, stats, Upstream(active, *case.coefficients), gradients)
     return gradients
 
 
@@ -41,8 +41,7 @@ def check(case: Case, active: Tensor | None = None, *, frozen: bool = False, acc
 def silenced(case: Case, active: Tensor) -> Case:
     """Set the coefficients to zero except in the active rows."""
     keep = torch.zeros(len(case.rows.hidden)).index_fill_(0, active, 1.0)
-    alpha, eta, kappa = (None if x is None else x * keep for x in case.coefficients)
-    return replace(case, alpha=alpha, eta=eta, kappa=kappa)
+    return replace(case, coefficients=tuple(None if x is None else x * keep for x in case.coefficients))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -95,7 +94,7 @@ def test_frozen_head() -> None:
 def test_offset(dtype: torch.dtype, offset: float) -> None:
     case = make_case(dtype, ref="shared", bias=True)
     bias = torch.full_like(case.head.bias, offset)
-    check(replace(case, head=replace(case.head, bias=bias, ref_bias=bias)))
+    check(replace(case, head=case.head._replace(bias=bias, ref_bias=bias)))
 
 
 def test_shapes() -> None:
@@ -107,8 +106,7 @@ def test_shapes() -> None:
 def test_float16_neither_underflows_nor_overflows(size: float) -> None:
     """The loss is averaged over many tokens: α p is below float16's range."""
     case = make_case(torch.float16, ref="shared", scale=0.1, vocabulary=300)
-    alpha, eta, kappa = (x * size for x in case.coefficients)
-    case = replace(case, alpha=alpha, eta=eta, kappa=kappa)
+    case = replace(case, coefficients=tuple(x * size for x in case.coefficients))
     gradients, exact = run(case, empty_gradients(case)), oracle(case)[1]
     assert (gradients.weight - exact["weight"]).norm() < 2e-3 * exact["weight"].norm()
     # The gradient of the hidden states is itself float16, with steps of 6e-8.
@@ -121,7 +119,7 @@ def test_forbidden_tokens_get_no_gradient() -> None:
     bias = case.head.bias.clone()
     bias[:64] = -torch.inf
     case = with_rows(
-        replace(case, head=replace(case.head, bias=bias, ref_bias=bias)), target=case.rows.target.clamp_min(64)
+        replace(case, head=case.head._replace(bias=bias, ref_bias=bias)), target=case.rows.target.clamp_min(64)
     )
     gradients = run(case, empty_gradients(case))
     assert gradients.weight.isfinite().all() and gradients.hidden.isfinite().all()

@@ -1,12 +1,14 @@
 """Sampling by the Triton backend, interpreted, compared with the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import HALF_AND_SINGLE, Case, assert_as_good, make_case, oracle, plain, with_rows
+from splitmix import seed_of
 from torch import Tensor
 
 from alignpro_kernels import gumbel_noise, reference, triton_head
-from alignpro_kernels.noise import GAMMA
 
 
 def seeds_of(count: int) -> Tensor:
@@ -56,26 +58,10 @@ def test_noise() -> None:
 def test_noise_at_the_ends() -> None:
     """Seeds whose first hash is all ones, all zeros, or close to either: u from 1e-16 to 1 − 1e-16."""
     outputs = [-1, -2, -(2**20), -(2**40), 0, 1, 2**20, 2**40, 2**63 - 1, -(2**63), 2**63 - 2**30, -(2**63) + 2**30]
-    seeds = torch.tensor([_invert(output) for output in outputs])
+    seeds = torch.tensor([seed_of(output) for output in outputs])
     got, exact = triton_head.gumbel_noise(seeds, 1), gumbel_noise(seeds, 1, torch.float64)
     assert exact.max() > 36 and exact.min() < -3.6
     assert ((got - exact).abs() < 4e-6).all()
-
-
-def _invert(output: int) -> int:
-    """Return the seed whose first output of SplitMix64 is ``output``."""
-    mask = (1 << 64) - 1
-
-    def unshift(z: int, bits: int) -> int:
-        x = z
-        for _ in range(64 // bits + 1):
-            x = z ^ (x >> bits)
-        return x
-
-    z = unshift(output & mask, 31) * pow(0x94D049BB133111EB, -1, 1 << 64) & mask
-    z = unshift(z, 27) * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) & mask
-    z = (unshift(z, 30) - GAMMA) & mask
-    return z - (1 << 64) if z >> 63 else z
 
 
 def test_greedy_rows_take_the_lowest_id_of_equal_logits() -> None:
@@ -86,7 +72,7 @@ def test_greedy_rows_take_the_lowest_id_of_equal_logits() -> None:
     hidden = case.rows.hidden.clone()
     hidden[:, 0] = hidden[:, 0].abs() + 1
     tau = torch.tensor([0.0, 1.0, 0.0, 2.0])
-    case = Case(type(case.head)(weight), with_rows(case, hidden=hidden, temperature=tau).rows, True)
+    case = with_rows(replace(case, head=type(case.head)(weight)), hidden=hidden, temperature=tau)
     out = triton_head.sample(case.head, case.rows, seeds_of(4))
     assert out.token[[0, 2]].tolist() == [30, 30]
     assert (out.logprob[[0, 2]] == 0).all() and (out.entropy[[0, 2]] == 0).all()

@@ -61,7 +61,7 @@ def test_peaked_and_flat_rows(dtype: torch.dtype) -> None:
 def test_a_common_offset_changes_nothing(offset: float) -> None:
     case = make_case(torch.float32, ref="shared", scale=3.0)
     bias = torch.full((len(case.head.weight),), offset)
-    check(Case(replace(case.head, bias=bias, ref_bias=bias), case.rows, True, case.alpha))
+    check(replace(case, head=case.head._replace(bias=bias, ref_bias=bias)))
 
 
 def test_equal_policies_have_no_kl() -> None:
@@ -108,7 +108,7 @@ def test_forbidden_tokens_have_no_effect() -> None:
     )
     head = type(case.head)(case.head.weight[keep].contiguous(), bias[keep])
     position = torch.searchsorted(keep, target)
-    less = oracle(with_rows(Case(head, case.rows, True, case.alpha), target=position))[0]
+    less = oracle(with_rows(replace(case, head=head), target=position))[0]
     torch.testing.assert_close(stats.logprob.double(), less[0], rtol=0, atol=2e-6)
     torch.testing.assert_close(stats.entropy.double(), less[1], rtol=0, atol=2e-6)
 

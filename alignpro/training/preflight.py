@@ -1,0 +1,96 @@
+"""Cheap checks of a job's inputs before any model is loaded: models, data, rewards, classes of the user's own, disk space."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from alignpro.config import (
+    DataConfig,
+    FunctionRewardConfig,
+    ModelConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    RLHFConfig,
+    RunSection,
+    Section,
+    SFTConfig,
+    TrainConfig,
+)
+from alignpro.data.loading import check_source
+from alignpro.environments.build import environment_kind
+from alignpro.environments.prompt import PromptEnvironment
+from alignpro.environments.response import ResponseEnvironment
+from alignpro.errors import TrainingError
+from alignpro.prompting.pretrained import require_pretrained
+from alignpro.rewards.function import FunctionReward
+from alignpro.training.objective import build_objective
+
+
+def check_inputs(config: Section) -> None:
+    """Check what a command would read, and that a checkpoint fits on the disk, without loading a model.
+
+    Data is read up to the first prompt; the files of rewards and classes of the user's own are imported.
+
+    Raises:
+        AlignProError: The first problem found.
+    """
+    for key, section in _sections(config):
+        match section:
+            case ModelConfig():
+                require_pretrained(section.path, f"{key}.path")
+                if section.tokenizer is not None:
+                    require_pretrained(section.tokenizer, f"{key}.tokenizer")
+                if isinstance(section, PolicyConfig) and section.reference is not None:
+                    require_pretrained(section.reference, f"{key}.reference")
+            case DataConfig():
+                check_source(section, _required_fields(config))
+            case FunctionRewardConfig():
+                FunctionReward(section)
+    match config:
+        case TrainConfig():
+            environment_kind(config.environment, config.environment_params, PromptEnvironment)
+            build_objective(config.objective, config.rollout.rewrites_per_prompt)
+        case RLHFConfig():
+            environment_kind(config.environment, config.environment_params, ResponseEnvironment)
+            build_objective(config.objective, config.rollout.responses_per_prompt)
+    if isinstance(config, RunSection):
+        _check_disk(config)
+
+
+def _sections(config: Section, key: str = "") -> Iterator[tuple[str, Section]]:
+    """Yield all sections within one, with their dotted keys."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        for index, each in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(each, Section):
+                where = f"{key}{name}" + (f".{index}" if isinstance(value, list) else "")
+                yield where, each
+                yield from _sections(each, f"{where}.")
+
+
+def _required_fields(config: Section) -> tuple[str, ...]:
+    """The fields that every row of the job's data must have, besides the prompt."""
+    match config:
+        case SFTConfig():
+            return (config.task,)
+        case RewardModelConfig():
+            return ("chosen", "rejected")
+        case _:
+            return ()
+
+
+def _check_disk(config: RunSection) -> None:
+    """Refuse a run whose first checkpoint cannot fit: weights of full fine-tuning and AdamW's two moments."""
+    model = config.model if isinstance(config, RewardModelConfig) else getattr(config, "policy", None)
+    if model is None or (isinstance(model, PolicyConfig) and model.adapter.kind != "full"):
+        return
+    weights = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors"))
+    existing = next(parent for parent in (config.run.out, *config.run.out.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < 3 * weights:
+        raise TrainingError(
+            f"run.out={config.run.out}: a checkpoint takes at least {3 * weights / 2**30:.1f} GiB, and the disk has "
+            f"{free / 2**30:.1f} GiB free: make room, or write elsewhere"
+        )

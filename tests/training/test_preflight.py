@@ -1,0 +1,102 @@
+"""Inputs are checked before any model is loaded, in a dry run too."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_runs import Workshop
+
+from alignpro.cli import main
+from alignpro.training import jobs
+
+Refused = Callable[..., None]
+
+
+@pytest.fixture
+def refused(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Refused:
+    """Return a function that runs a command, and its dry run, and checks what is said before any model is loaded."""
+    monkeypatch.setattr(jobs, "build_trainer", lambda *_: pytest.fail("a model is loaded first"))
+
+    def run(command: str, *arguments: str, says: list[str]) -> None:
+        for index, flags in enumerate((["--dry-run"], [])):
+            assert workshop.run(command, tmp_path / f"out{index}", *arguments, *flags) == 1
+            message = capsys.readouterr().err
+            assert all(part in message for part in says), message
+            assert "Traceback" not in message
+
+    return run
+
+
+@pytest.mark.parametrize(("command", "key"), [("train", "target"), ("rlhf", "policy"), ("reward", "model")])
+def test_a_missing_model(refused: Refused, tmp_path: Path, command: str, key: str) -> None:
+    refused(command, f"{key}.path={tmp_path}/none", says=[f"{tmp_path}/none: no such directory; `{key}.path` names"])
+
+
+def test_a_missing_reference(refused: Refused) -> None:
+    refused("train", "policy.reference=./none", says=["./none: no such directory; `policy.reference` names"])
+
+
+def test_data(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:
+    refused("train", f"data.source={tmp_path}/none.jsonl", says=["none.jsonl"])
+    refused("train", "data.columns.prompt=text", says=["prompts.jsonl", "text", "columns:"])
+    prompts = workshop.root / "prompts.jsonl"
+    refused("sft", f"data.source={prompts}", says=["no column for rewrite", "data.columns.rewrite=COLUMN"])
+    refused("reward", f"data.source={prompts}", says=["no column for chosen"])
+
+
+def test_a_reward_function_that_is_missing_or_takes_something_else(refused: Refused, tmp_path: Path) -> None:
+    def components(function: str) -> str:
+        return f"reward.components=[{{kind: function, function: '{function}'}}]"
+
+    refused("train", components(f"{tmp_path}/none.py:score"), says=["none.py"])
+    (tmp_path / "mine.py").write_text("def score(a, b, c): return [0.0] * len(b)\n")
+    refused("train", components(f"{tmp_path}/mine.py:score"), says=["mine.py:score", "(a, b, c)"])
+
+
+def test_an_environment_and_an_advantage_of_the_users_own(refused: Refused, tmp_path: Path) -> None:
+    refused("train", f"environment={tmp_path}/none.py:Mine", says=["none.py"])
+    refused("rlhf", f"objective.advantage={tmp_path}/none.py:Mine", says=["none.py"])
+
+
+def test_a_disk_without_room_for_a_checkpoint(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 90, 10))
+    refused("train", says=["a checkpoint takes at least", "make room, or write elsewhere"])
+
+
+def test_a_dry_run_of_what_is_in_order(workshop: Workshop, tmp_path: Path) -> None:
+    for command in ("train", "rlhf", "sft", "reward"):
+        assert workshop.run(command, tmp_path / "out", "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_names_a_missing_model_and_too_many_ranks(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(["plan", *workshop.arguments("train", tmp_path / "out")[1:], *arguments])
+        assert stop.value.code == 1
+        return capsys.readouterr().err
+
+    assert "/nope: no such directory; `path` names" in plan("target.path=/nope")
+    assert "rollout.prompts_per_step=2 on 8 ranks: each rank needs at least one whole prompt" in plan("--ranks", "8")
+
+
+def test_a_name_that_is_neither_directory_nor_in_the_hubs_cache_is_one_line(refused: Refused) -> None:
+    refused("train", "target.path=some/model", says=["error: some/model: no such directory, and the hub"])
+    refused("train", "target.path=not a name", says=["error: not a name: no such directory, and no name on the hub"])
+
+
+def test_resuming_where_there_is_no_run_says_so(
+    workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert workshop.run("train", tmp_path / "new", "run.steps=1", "--resume") == 0
+    assert f"{tmp_path / 'new'} has no checkpoint: starting from the first step" in caplog.text
