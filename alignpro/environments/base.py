@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -66,6 +67,9 @@ class Environment(Protocol):
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
         """Score the chains."""
+
+    def write_card(self, directory: Path, max_tokens: int) -> None:
+        """Write beside the saved policy how to use it; ``max_tokens`` limits a sample."""
 
 
 def score_texts(

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from alignpro.config import PromptingConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.environments.base import ResponseScores, refuse_errors, score_texts, truncated_samples
+from alignpro.prompting.model_card import write_card
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.target_prompt import TargetPrompt, TargetTemplate
 from alignpro.rewards import RewardStack
@@ -56,6 +58,10 @@ class PromptEnvironment:
         encoded = [self.encode(prompt) for prompt in prompts]
         params = replace(params, stop_token_ids=self.prompter.stop_token_ids)
         return engine.run_chains(encoded, rewrite=params, to_target=to_target, respond=self.respond, seeds=seeds)
+
+    def write_card(self, directory: Path, max_tokens: int) -> None:
+        """Write the prompter's meta-prompt, and how to use both without this package."""
+        write_card(directory, self.prompter.meta_prompt, max_tokens)
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Average the rewards of the responses to each rewrite, scored against the original prompt."""

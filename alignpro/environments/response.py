@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams
@@ -35,6 +36,9 @@ class ResponseEnvironment:
         params = replace(params, stop_token_ids=self.template.stop_token_ids)
         groups = engine.generate("policy", [self.encode(prompt) for prompt in prompts], params, seeds)
         return [[Chain(sample) for sample in group] for group in groups]
+
+    def write_card(self, directory: Path, max_tokens: int) -> None:
+        """Write nothing: the policy is used like the model that it was."""
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Score each response."""

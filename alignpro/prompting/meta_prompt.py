@@ -33,7 +33,7 @@ class MetaPrompt:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        source = _read_meta_prompt(name)
+        self.source = source = _read_meta_prompt(name)
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
         try:
             variables = jinja2.meta.find_undeclared_variables(environment.parse(source))

@@ -141,8 +141,8 @@ class RLTrainer:
         with self.phase("credit"):
             experience = self.compute_advantages(local_prompts, chains, scores)
         with self.phase("update"):
-            metrics = {"learning_rate": self.backend.learning_rate, **self.kl.metrics()}
-            metrics |= self.update(experience, step, local)
+            rate, penalty = self.backend.learning_rate, self.kl.metrics()
+            metrics = {"learning_rate": rate, **penalty, **self.update(experience, step, local)}
         metrics |= self.measure(experience, scores, chains, self.engine.stats.since(before), self.kl.coef)
         self.assign.expected_length = metrics["sample/length"]
         moments = self.measure.score_logratio_moments(experience, self.sampling.n)
@@ -258,3 +258,4 @@ class RLTrainer:
         with self.sampled.gathered() as model:
             if self._writes_files:
                 save_pretrained(model, directory)
+                self.environment.write_card(directory, self.sampling.max_tokens)

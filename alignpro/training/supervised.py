@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignpro.config import SFTConfig
+from alignpro.config import SamplingConfig, SFTConfig
 from alignpro.data import Prompt, choose, load_prompts, split
 from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
@@ -20,6 +20,7 @@ from alignpro.models.saving import save_pretrained
 from alignpro.models.sequences import SequenceBatch
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
+from alignpro.prompting.model_card import write_card
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Metrics, PhaseTimer
@@ -118,6 +119,8 @@ class SFTTrainer:
     def export(self, directory: Path) -> None:
         """Write the model and its tokenizer."""
         save_pretrained(self.model, directory)
+        if self.config.task == "rewrite":
+            write_card(directory, self.prompter.meta_prompt, SamplingConfig().max_tokens)
 
     @property
     def _limit(self) -> int:

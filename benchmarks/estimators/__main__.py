@@ -13,7 +13,7 @@ import typer
 
 from benchmarks import command
 from benchmarks.estimators.gradient import CASES, Case
-from benchmarks.estimators.measure import best_training, exact_moments
+from benchmarks.estimators.measure import best_training, exact_moments, updated
 from benchmarks.estimators.world import World
 from benchmarks.session import Session
 from benchmarks.table import print_table
@@ -60,7 +60,7 @@ def at_policies(kl_coef: float, case: Case) -> dict[str, float]:
     noise = torch.randn(world.reference.shape, generator=generator, dtype=torch.float64)
     away = (world.tilted(0.5) + 0.5 * noise).log_softmax(-1)
     here = exact_moments(world, away, case)
-    later = exact_moments(world, (away + 0.2 * noise.flip(-1)).log_softmax(-1), case, drawn_from=away)
+    later = exact_moments(world, updated(world, away, 0.012), case, drawn_from=away)
     variances = {
         f"variance/{name}": exact_moments(world, world.tilted(strength), case).variance
         for name, strength in POLICIES.items()

@@ -34,9 +34,9 @@ CASES = (
     Case("k2", "k2"),
     Case("k3", "k3"),
     Case("exact, token", "exact", normalize_by="token"),
+    Case("group_normalized × regressed", "regressed", "group_normalized"),
     Case("group_normalized × exact", "exact", "group_normalized"),
     Case("group_normalized × k3", "k3", "group_normalized"),
-    Case("running_baseline × exact", "exact", "running_baseline"),
     Case("running_baseline × k1_sequence", "k1_sequence", "running_baseline"),
 )
 

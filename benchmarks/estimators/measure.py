@@ -42,19 +42,36 @@ def exact_moments(world: World, policy: Tensor, case: Case, drawn_from: Tensor |
     weight = probability[pairs].prod(-1)[:, None]  # (S², 1)
     penalty, advantage = case.penalty(world.kl_coef), objectives.ADVANTAGES[case.advantage]()
     mean_score, mean_logratio, covariance, variance = _score_moments(world, behaviour)
-    penalty.update(0.0, 1, covariance, variance)  # a regression over many earlier samples of this policy
+    penalty.update(0.0, 1, covariance, variance)  # a regression over many earlier samples of the policy that drew
     advantage.update(mean_score - world.kl_coef * mean_logratio)
     samples = Samples(torch.zeros(len(pairs), dtype=torch.int64), pairs)
     estimates = ascent(world, policy, samples, case, penalty, advantage, drawn_from).flatten(1)
     mean = (weight * estimates).sum(0)
-    logits = policy.detach().requires_grad_()
-    (truth,) = torch.autograd.grad(world.objective(logits.log_softmax(-1)).sum(), logits)
-    truth = truth.flatten()
+    truth = objective_gradient(world, policy).flatten()
     return Moments(
         bias=((mean - truth).norm() / truth.norm()).item(),
         cosine=torch.cosine_similarity(mean, truth, dim=0).item(),
         variance=(weight * (estimates - mean).square()).sum().item(),
     )
+
+
+def objective_gradient(world: World, policy: Tensor) -> Tensor:
+    """∇J with respect to the logits of every state, (P, n, V)."""
+    logits = policy.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(world.objective(logits.log_softmax(-1)).sum(), logits)
+    return gradient
+
+
+def updated(world: World, policy: Tensor, nats: float) -> Tensor:
+    """The policy after a step along ∇J to KL(policy ‖ updated) = ``nats``, (1, n, V)."""
+    gradient, logprob = objective_gradient(world, policy), world.sequence_logprob(policy)
+    low, high = 0.0, 1e4
+    for _ in range(60):  # bisection of the step's length
+        step = (low + high) / 2
+        later = (policy + step * gradient).log_softmax(-1)
+        moved = (logprob.exp() * (logprob - world.sequence_logprob(later))).sum().item()
+        low, high = (step, high) if moved < nats else (low, step)
+    return later
 
 
 def _score_moments(world: World, policy: Tensor) -> tuple[float, float, float, float]:
