@@ -19,7 +19,7 @@ from benchmarks.session import Session
 
 HEADER = (
     "| seed | no fine-tuning | SFT prompter | Gibbs, N = 16 | Align-Pro | oracle (RLHF) | gap recovered "
-    "| variance, no fine-tuning → Align-Pro | gap to the oracle ≤ its bound |",
+    "| variance between prompts + rewrites + responses, no fine-tuning → Align-Pro | slack of the bound |",
     "|---|---|---|---|---|---|---|---|---|",
 )
 
@@ -55,8 +55,7 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _row(summary: Mapping[str, Any]) -> str:
     means = {arm: format(summary[arm]["mean"], ".3f") for arm in ("no_finetuning", "sft_prompter", "gibbs", "oracle")}
-    before, after = summary["no_finetuning"]["variance"], summary["align_pro"]["variance"]
-    bound = f"{summary['bound']['lhs']:.3f} ≤ {summary['bound']['rhs']:.3f}".replace("-", "−")
+    before, after = (_parts(summary[arm]["variance_parts"]) for arm in ("no_finetuning", "align_pro"))
     cells = [
         str(summary["seed"]),
         means["no_finetuning"],
@@ -64,11 +63,23 @@ def _row(summary: Mapping[str, Any]) -> str:
         means["gibbs"],
         f"**{summary['align_pro']['mean']:.3f}**",
         means["oracle"],
-        f"{summary['gap_recovered']:.2f}",
-        f"{before:.3f} → {after:.3f}",
-        bound,
+        _share(summary),
+        f"{before} → {after}",
+        f"{summary['bound']['rhs'] - summary['bound']['lhs']:.3f}".replace("-", "−"),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _share(summary: Mapping[str, Any]) -> str:
+    """The share of the gap with its 95 % interval, or that it is not estimable."""
+    value, (low, high) = summary["gap_recovered"], summary["gap_recovered_ci95"]
+    if value is None or low is None or high is None:
+        return "not estimable"
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
+
+
+def _parts(variance: Mapping[str, float]) -> str:
+    return " + ".join(f"{variance[part]:.3f}" for part in ("prompts", "rewrites", "responses")).replace("-", "−")
 
 
 if __name__ == "__main__":

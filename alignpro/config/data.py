@@ -20,6 +20,12 @@ class DataConfig(Section):
     """Field of `Prompt` -> column; dotted paths address nested values (``conversations.0.value``)."""
     holdout: float = Field(0.1, ge=0, lt=1)
     """Share of prompts held out for evaluation, selected by a hash of the content."""
+    holdout_by: Literal["first_turn", "conversation"] = "first_turn"
+    """What is hashed. ``conversation`` is the way of earlier versions: resumed runs and the evaluation of their models keep
+    what their run directory records."""
+    cluster: str | None = None
+    """For the intervals of `alignpro eval`: a key of the metadata, such as a template; prompts with equal values are one
+    cluster. ``source`` is the prompt's file or data set if it is no such key."""
     limit: int | None = Field(None, ge=1)
     max_bad_rows: int = Field(100, ge=0)
 

@@ -29,7 +29,6 @@ PrompterOrModel = Annotated[
 class TrainConfig(RunSection):
     """`alignpro train`: train a prompter against a frozen target."""
 
-    data: DataConfig
     policy: PolicyConfig
     target: PolicyOrModel
     reward: RewardConfig
@@ -64,7 +63,6 @@ class TrainConfig(RunSection):
 class RLHFConfig(RunSection):
     """`alignpro rlhf`: fine-tune the target itself on the same reward (the oracle)."""
 
-    data: DataConfig
     policy: PolicyConfig
     reward: RewardConfig
     rollout: ResponseRolloutConfig = ResponseRolloutConfig()
@@ -87,7 +85,6 @@ class RLHFConfig(RunSection):
 class SFTConfig(RunSection):
     """`alignpro sft`: fine-tune the prompter on (x, x') pairs, or a plain language model on (x, y) pairs."""
 
-    data: DataConfig
     policy: PolicyConfig
     task: Literal["rewrite", "response"] = "rewrite"
     prompting: PromptingConfig = PromptingConfig()
@@ -100,7 +97,6 @@ class SFTConfig(RunSection):
 class RewardModelConfig(RunSection):
     """`alignpro reward`: train a Bradley-Terry reward model on preference pairs."""
 
-    data: DataConfig
     model: TrainableModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_size: int = Field(32, ge=1)
@@ -154,8 +150,13 @@ class EvalConfig(ComparisonConfig):
     bound: bool = False
     r_max: float = Field(1.0, gt=0)
     """Upper end of the reward's range [0, r_max], for the bound."""
-    bootstrap: int = Field(2000, ge=100)
     title: str = "Align-Pro"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_retired_key(cls, given: Any) -> Any:
+        """Ignore ``bootstrap``, which is in the config.yaml of evaluations by earlier versions: intervals draw nothing."""
+        return {key: value for key, value in given.items() if key != "bootstrap"} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:

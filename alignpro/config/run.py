@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from alignpro.config.data import DataConfig
 from alignpro.config.section import Section
 
 
@@ -30,6 +31,7 @@ class RunSection(Section):
     """The base class of the configurations of jobs that train: they have a section ``run``."""
 
     run: RunConfig
+    data: DataConfig
 
 
 class DeepSpeedConfig(Section):

@@ -8,7 +8,7 @@
 | `columns` | which column is which field of a record |
 | `presets` | public data sets by name |
 | `loading` | all of it: `data.source` → prompts, without duplicates and bad rows |
-| `splits` | training and held-out prompts |
+| `splits` | training and held-out prompts, a choice of some, clusters of prompts that are alike |
 
 May import `config` and `errors`.
 """
@@ -17,7 +17,7 @@ from alignpro.data.columns import available_fields
 from alignpro.data.loading import DataSet, LoadReport, load_prompts
 from alignpro.data.presets import available_presets
 from alignpro.data.prompt import Message, Prompt, replace_lone_surrogates
-from alignpro.data.splits import is_held_out, split
+from alignpro.data.splits import choose, cluster_labels, is_held_out, split
 
 __all__ = [
     "DataSet",
@@ -26,6 +26,8 @@ __all__ = [
     "Prompt",
     "available_fields",
     "available_presets",
+    "choose",
+    "cluster_labels",
     "is_held_out",
     "load_prompts",
     "replace_lone_surrogates",

@@ -81,6 +81,8 @@ class Request:
     text: str
     clutter: int
     """How many of opener, closer and typo it has: 0 to 3."""
+    phrasing: str
+    """Its core: the key and the frame, without the argument."""
 
     @property
     def answer(self) -> str:
@@ -123,7 +125,8 @@ def draw_request(
 ) -> Request:
     """Draw a casual request. A held-out one has a held-out core; its opener and closer may be held out or not."""
     core = rng.choice(cores(task, heldout))
-    words, typo = _with_typo(rng, core.frame.replace("{k}", core.key), rate=typo_rate)
+    phrasing = core.frame.replace("{k}", core.key)
+    words, typo = _with_typo(rng, phrasing, rate=typo_rate)
     text = words.replace("{a}", argument)
     openers = [*OPENERS, *(HELDOUT_OPENERS if heldout else ())]
     closers = [*CLOSERS, *(HELDOUT_CLOSERS if heldout else ())]
@@ -133,7 +136,7 @@ def draw_request(
     closer = rng.choice(closers) if rng.random() < 0.5 else ""
     if len(opener + text + closer) > MAX_CHARACTERS:
         opener, closer = "", ""
-    return Request(task, argument, opener + text + closer, clutter=bool(opener) + bool(closer) + typo)
+    return Request(task, argument, opener + text + closer, bool(opener) + bool(closer) + typo, phrasing)
 
 
 def target_records(
@@ -194,8 +197,8 @@ def prompter_records(count: int, seed: int, *, mixed: bool = True) -> list[dict[
 def prompt_records(count: int, seed: int, *, heldout: bool) -> list[dict[str, Any]]:
     """Prompts for reinforcement learning or evaluation, ``{"prompt", "metadata"}``, all different.
 
-    ``metadata`` holds ``answer``, ``task`` and ``argument``. Held-out prompts share neither arguments nor cores with
-    training.
+    ``metadata`` holds ``answer``, ``task``, ``argument`` and ``phrasing``, by which requests cluster. Held-out prompts share
+    neither arguments nor cores with training.
     """
     rng = random.Random(f"prompts/{'heldout' if heldout else 'train'}/{seed}")
     records: dict[str, dict[str, Any]] = {}
@@ -203,7 +206,12 @@ def prompt_records(count: int, seed: int, *, heldout: bool) -> list[dict[str, An
         task = TASKS[len(records) % len(TASKS)]
         argument = draw_argument(rng, heldout=heldout)
         request = draw_request(rng, task, argument, heldout=heldout, typo_rate=PROMPT_TYPO_RATE)
-        metadata = {"answer": request.answer, "task": request.task, "argument": request.argument}
+        metadata = {
+            "answer": request.answer,
+            "task": request.task,
+            "argument": request.argument,
+            "phrasing": request.phrasing,
+        }
         records.setdefault(request.text, {"prompt": request.text, "metadata": metadata})
     return list(records.values())
 

@@ -42,6 +42,10 @@ class ResponseScores(Scores):
 
     rewards: Tensor = field(kw_only=True)
     """(P, K, M) float32: r*(x, y), with component weights and guard penalties applied."""
+    raw: Tensor = field(kw_only=True)
+    """(P, K, M) float32: the same without guard penalties."""
+    penalised: Tensor = field(kw_only=True)
+    """(P, K, M) float32: the same with guard and truncation penalties; its means over M are ``values``."""
     responses: list[list[list[str]]] = field(kw_only=True)
     """[P][K][M]: the responses that were scored, as text."""
 
@@ -98,16 +102,20 @@ def score_texts(
         None if rewrites is None else [rewrites[p][k] for p, k, _ in index],
     )
     rewards = torch.tensor(scored.values, dtype=torch.float32).view(len(prompts), K, M)
-    values = rewards.mean(-1)
+    raw = torch.tensor(scored.raw, dtype=torch.float32).view(len(prompts), K, M)
+    values, penalised = rewards.mean(-1), rewards
     metrics = _component_metrics(scored.components)
     if truncated is not None:
         values = values - truncation_penalty * truncated
+        penalised = rewards - truncation_penalty * truncated[..., None]
         metrics["sample/truncated"] = truncated.float().mean().item()
     return ResponseScores(
         values,
         [list(group) for group in rewrites or []],
         metrics,
         rewards=rewards,
+        raw=raw,
+        penalised=penalised,
         responses=[[list(each) for each in group] for group in responses],
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,14 +23,25 @@ from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import RewardStack
+from alignpro.training.metrics import weighted_mean
+from alignpro.training.progress import Advance
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 32
+"""Prompts that are sampled together."""
 
 LABELS = {
     "no_finetuning": "No fine-tuning",
-    "sft_prompter": "SFT prompter",
+    "sft_prompter": "Reference prompter",
     "gibbs": "Gibbs",
     "align_pro": "Align-Pro",
     "oracle": "Oracle (RLHF)",
 }
+
+
+def _show_nothing(metrics: Mapping[str, float]) -> None:
+    pass
 
 
 @dataclass
@@ -41,15 +54,25 @@ class ArmSamples:
     scores: ResponseScores
 
     @property
-    def rewards(self) -> Tensor:
-        """(P, K, M); in an arm without rewrites (P, 1, K), with its K responses on the last axis."""
-        rewards = self.scores.rewards
-        return rewards if self.scores_rewrites else rewards.transpose(1, 2)
+    def raw(self) -> Tensor:
+        """(P, K, M) rewards without penalties, on which arms are compared: only arms with rewrites pay penalties.
+
+        In an arm without rewrites (P, 1, K), with its K responses on the last axis.
+        """
+        return self._nested(self.scores.raw)
+
+    @property
+    def penalised(self) -> Tensor:
+        """Likewise the rewards minus the penalties of guards and of truncation, which training and resampling maximise."""
+        return self._nested(self.scores.penalised)
 
     @property
     def scores_rewrites(self) -> bool:
         """Whether the samples are rewrites with responses of a target."""
         return bool(self.chains[0][0].responses)
+
+    def _nested(self, rewards: Tensor) -> Tensor:
+        return rewards if self.scores_rewrites else rewards.transpose(1, 2)
 
 
 @dataclass
@@ -63,6 +86,13 @@ class ArmSampler:
     prompts: Sequence[Prompt]
     target: LanguageModel
     reward: RewardStack
+    advance: Advance = _show_nothing
+    """Called with the mean reward of each chunk of prompts, `chunks` times for an arm."""
+
+    @property
+    def chunks(self) -> int:
+        """In how many chunks of prompts an arm is sampled, so that progress can be shown."""
+        return math.ceil(len(self.prompts) / _CHUNK)
 
     def sample_responses(self, name: str, model: LanguageModel, count: int) -> ArmSamples:
         """Draw ``count`` responses of a model to each original prompt: for no fine-tuning, or for the oracle."""
@@ -103,15 +133,19 @@ class ArmSampler:
         environment = self.environment(prompter)
         chosen_chains = [[group[j] for j in row] for group, row in zip(candidates.chains, chosen, strict=True)]
         engine = Engine({"target": self.target}, **self.config.engine.model_dump())
-        responses = engine.generate(
-            "target",
-            [chain.target_tokens for group in chosen_chains for chain in group],
-            environment.respond,
-            [derive_seed(self.config.seed, "fresh", i, k) for i in range(len(chosen_chains)) for k in range(count)],
-        )
-        of_each = iter(responses)
-        chains = [[replace(chain, responses=next(of_each)) for chain in group] for group in chosen_chains]
-        return ArmSamples("gibbs", chains, environment.score(self.prompts, chains))
+
+        def respond(places: range) -> list[list[Chain]]:
+            groups = [chosen_chains[i] for i in places]
+            responses = engine.generate(
+                "target",
+                [chain.target_tokens for group in groups for chain in group],
+                environment.respond,
+                [derive_seed(self.config.seed, "fresh", i, k) for i in places for k in range(count)],
+            )
+            of_each = iter(responses)
+            return [[replace(chain, responses=next(of_each)) for chain in group] for group in groups]
+
+        return self._in_chunks("gibbs", environment, respond)
 
     def gibbs_weights(self, candidates: ArmSamples, kl_coef: float) -> GibbsResample:
         """The closed-form weights of the candidates, with λ log Ẑ and the effective sample size."""
@@ -120,9 +154,46 @@ class ArmSampler:
     def _sample(
         self, name: str, environment: PromptEnvironment | ResponseEnvironment, engine: Engine, params: SamplingParams
     ) -> ArmSamples:
-        seeds = [derive_seed(self.config.seed, "evaluation", i) for i in range(len(self.prompts))]
-        chains = environment.rollout(engine, self.prompts, params, seeds)
-        return ArmSamples(name, chains, environment.score(self.prompts, chains))
+        def rollout(places: range) -> list[list[Chain]]:
+            seeds = [derive_seed(self.config.seed, "evaluation", i) for i in places]
+            return environment.rollout(engine, [self.prompts[i] for i in places], params, seeds)
+
+        return self._in_chunks(name, environment, rollout)
+
+    def _in_chunks(
+        self,
+        name: str,
+        environment: PromptEnvironment | ResponseEnvironment,
+        sample: Callable[[range], list[list[Chain]]],
+    ) -> ArmSamples:
+        """Sample and score the prompts chunk by chunk; each prompt has its own seed, so chunks do not change samples."""
+        logger.info("%s: %d prompts", LABELS.get(name, "Candidates"), len(self.prompts))
+        parts = []
+        for start in range(0, len(self.prompts), _CHUNK):
+            places = range(start, min(start + _CHUNK, len(self.prompts)))
+            chains = sample(places)
+            scores = environment.score([self.prompts[i] for i in places], chains)
+            parts.append(ArmSamples(name, chains, scores))
+            self.advance({"reward": scores.values.mean().item()})
+        return _joined(parts)
+
+
+def _joined(parts: Sequence[ArmSamples]) -> ArmSamples:
+    """The samples of all prompts."""
+    scores = [part.scores for part in parts]
+    return ArmSamples(
+        parts[0].name,
+        [group for part in parts for group in part.chains],
+        ResponseScores(
+            torch.cat([each.values for each in scores]),
+            [group for each in scores for group in each.samples],
+            weighted_mean([each.metrics for each in scores], [len(each.values) for each in scores]),
+            rewards=torch.cat([each.rewards for each in scores]),
+            raw=torch.cat([each.raw for each in scores]),
+            penalised=torch.cat([each.penalised for each in scores]),
+            responses=[group for each in scores for group in each.responses],
+        ),
+    )
 
 
 def drop_prompts_too_long_for_prompter(

@@ -15,12 +15,20 @@ from alignpro.evaluation.results import BoundSummary
 from alignpro.models.language_model import LanguageModel
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.theory import sampled_bound
+from alignpro.theory.statistics import Clusters, mean_estimate
 
 
 def estimate_bound(
-    config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, ArmSamples], oracle: LanguageModel | None
+    config: EvalConfig,
+    sampler: ArmSampler,
+    arms: Mapping[str, ArmSamples],
+    oracle: LanguageModel | None,
+    clusters: Clusters,
 ) -> BoundSummary:
-    """Both sides of the bound. If they cannot be computed, the note states why and the evaluation continues."""
+    """Both sides of the bound and its slack. If they cannot be computed, the note states why and the evaluation continues.
+
+    Rewards are those without penalties: the theorem is about r*(x, y), which does not depend on the rewrite.
+    """
     if oracle is None or "align_pro" not in arms or "sft_prompter" not in arms:
         return BoundSummary(None, None, note="not computable: it requires a prompter, its reference and an oracle")
     respond = config.respond
@@ -32,7 +40,7 @@ def estimate_bound(
     P = len(sampler.prompts)
 
     def flat(name: str) -> torch.Tensor:
-        return arms[name].rewards.flatten(1)
+        return arms[name].raw.flatten(1)
 
     # TV(π*, π_F): y ~ π*(.|x), scored under both.
     samples = [chain.sample for group in arms["oracle"].chains for chain in group]
@@ -60,8 +68,14 @@ def estimate_bound(
         "r_max TV(π_F(.|x), π_F(.|x'))": bound.rewrite_shift or 0.0,
         "−(E_ρ R − E_ρ_sft R)": -bound.prompter_gain,
     }
-    note = f"estimated from samples; standard errors {bound.lhs_stderr:.3g} (left) and {bound.rhs_stderr:.3g} (right)"
-    return BoundSummary(bound.lhs, bound.rhs, terms, note)
+    assert bound.slack_per_prompt is not None  # log-probabilities were given
+    slack = mean_estimate(bound.slack_per_prompt, clusters)
+    note = (
+        f"Estimated from samples without penalties; standard errors of independent prompts {bound.lhs_stderr:.3g} (left) and "
+        f"{bound.rhs_stderr:.3g} (right). The reward of the prompter is on both sides, so the slack is the same for every "
+        "prompter."
+    )
+    return BoundSummary(bound.lhs, bound.rhs, slack, terms, note)
 
 
 def target_inputs(sampler: ArmSampler, config: EvalConfig) -> list[list[int]]:

@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.config import ConfigSource, EvalConfig, ModelConfig, resolve_config
-from alignpro.data import DataSet, Prompt, load_prompts, split
+from alignpro.data import DataSet, Prompt, choose, cluster_labels, load_prompts, split
 from alignpro.environments.build import max_input_tokens
 from alignpro.errors import DataError, TrainingError
 from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, drop_prompts_too_long_for_prompter
 from alignpro.evaluation.bound import estimate_bound, target_inputs
+from alignpro.evaluation.convergence import Convergence, convergence
+from alignpro.evaluation.gibbs import gibbs_estimates
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
-from alignpro.evaluation.results import Evaluation, SampleRow, summarize_arm
-from alignpro.evaluation.statistics import gap_recovered
+from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_target
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.rewards import RewardStack, build_reward
+from alignpro.theory.statistics import Clusters, gap_recovered
+from alignpro.training.loggers.jsonl import read_rows
+from alignpro.training.progress import progress_bar
+from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.versions import versions
 
 
@@ -52,14 +57,18 @@ def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[st
     started = time.perf_counter()
     config = resolve_config(EvalConfig, config)
     prepare_directory(config.out, "summary.json")
+    config = config.model_copy(update={"data": keep_holdout(config.data, run_directories(config))})
     prompter = _load(config.prompter)
     target = load_target(config.target, prompter)
     reward = build_reward(config.reward)
     trained = Trained(prompter, _load(config.reference), _load(config.oracle))
     prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, reward)
+    clusters = Clusters(cluster_labels(prompts, config.data.cluster))
     sampler = ArmSampler(config, prompts, target, reward)
-    arms = _sample_arms(config, sampler, trained)
-    result = _compare(config, sampler, arms, trained, time.perf_counter() - started)
+    with progress_bar(_arm_count(config) * sampler.chunks, 0, ("reward",)) as advance:
+        sampler.advance = advance
+        arms = _sample_arms(config, sampler, trained)
+    result = _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)
     summary = {
         **result.as_dict(),
         "seconds": result.seconds,
@@ -74,14 +83,15 @@ def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[st
 def evaluation_prompts(
     config: EvalConfig, data: DataSet, target: LanguageModel, trained: Trained, reward: RewardStack
 ) -> list[Prompt]:
-    """The held-out prompts that fit in the models' contexts; if ``data.holdout`` is 0, all prompts that fit.
+    """At most ``config.prompts`` held-out prompts that fit in the models' contexts; of all prompts if ``data.holdout`` is 0.
 
     A prompt that does not fit in one of the models, or that one of their chat templates refuses, is left out of all arms.
 
     Raises:
         DataError: Fewer than two are left.
     """
-    prompts = split(data.prompts, config.data.holdout)[1] if config.data.holdout > 0 else list(data.prompts)
+    holdout, by = config.data.holdout, config.data.holdout_by
+    prompts = split(data.prompts, holdout, by)[1] if holdout > 0 else list(data.prompts)
     if len(prompts) < 2:
         raise DataError(
             f"evaluation needs at least 2 held-out prompts, there are {len(prompts)}: raise data.holdout, or set it to 0 "
@@ -93,7 +103,7 @@ def evaluation_prompts(
     for prompter in (trained.prompter, trained.reference):
         if prompter is not None:
             prompts = drop_prompts_too_long_for_prompter(prompts, prompter, config)
-    return reward.scorable(prompts)[: config.prompts]
+    return choose(reward.scorable(prompts), config.prompts)
 
 
 def _drop_prompts_too_long_for_responder(
@@ -140,9 +150,59 @@ def _sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> d
     return arms
 
 
+def _arm_count(config: EvalConfig) -> int:
+    """How many arms are sampled, the candidates of Gibbs resampling included."""
+    gibbs = 2 if config.reference is not None and config.gibbs_candidates else 0
+    return 1 + gibbs + sum(each is not None for each in (config.prompter, config.reference, config.oracle))
+
+
 def _compare(
-    config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, ArmSamples], trained: Trained, seconds: float
+    config: EvalConfig,
+    sampler: ArmSampler,
+    arms: Mapping[str, ArmSamples],
+    trained: Trained,
+    clusters: Clusters,
+    seconds: float,
 ) -> Evaluation:
+    kl = _kl(config, sampler, arms, trained)
+    baseline = arms["no_finetuning"].raw
+    summaries = adjusted(
+        [
+            summarize_arm(
+                name,
+                LABELS[name],
+                arms[name].raw,
+                penalised=arms[name].penalised,
+                baseline=None if name == "no_finetuning" else baseline,
+                clusters=clusters,
+                kl=kl.get(name),
+            )
+            for name in LABELS
+            if name in arms
+        ]
+    )
+    gap = None
+    if "align_pro" in arms and "oracle" in arms:
+        gap = gap_recovered(baseline, arms["align_pro"].raw, arms["oracle"].raw, clusters)
+    gibbs = None
+    if "candidates" in arms:
+        weighed = sampler.gibbs_weights(arms["candidates"], config.kl_coef)
+        gibbs = gibbs_estimates(weighed, arms["gibbs"].scores.values, config.kl_coef, clusters)
+    return Evaluation(
+        arms=summaries,
+        gap=gap,
+        kl=kl.get("align_pro"),
+        bound=estimate_bound(config, sampler, arms, trained.oracle, clusters) if config.bound else None,
+        gibbs=gibbs,
+        rows=_sample_rows(sampler.prompts, arms),
+        notes=_notes(config, summaries),
+        convergence=_convergence(config),
+        seconds=seconds,
+    )
+
+
+def _kl(config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, ArmSamples], trained: Trained) -> dict[str, float]:
+    """KL of each trained arm to its initial model, in nats per sequence."""
     prompter, reference, oracle = trained.prompter, trained.reference, trained.oracle
     kl: dict[str, float] = {}
     if prompter is not None and reference is not None:
@@ -152,36 +212,42 @@ def _compare(
     if oracle is not None:
         inputs = target_inputs(sampler, config)
         kl["oracle"] = sequence_kl(oracle, sampler.target, inputs, arms["oracle"], config.respond.temperature or 1.0)
-    baseline = arms["no_finetuning"].rewards
-    summaries = [
-        summarize_arm(
-            name,
-            LABELS[name],
-            arms[name].rewards,
-            baseline=None if name == "no_finetuning" else baseline,
-            kl=kl.get(name),
-            resamples=config.bootstrap,
-            seed=config.seed,
+    return kl
+
+
+def _notes(config: EvalConfig, arms: Sequence[ArmSummary]) -> list[str]:
+    """What the numbers do not show by themselves."""
+    notes = []
+    greedy = {"Align-Pro": config.rewrite, "the oracle": config.respond}
+    if names := [name for name, sampling in greedy.items() if sampling.temperature == 0]:
+        notes.append(
+            f"The samples of {' and '.join(names)} are greedy, and a greedy policy has no finite KL: the KL is that of the "
+            "models at temperature 1, along the greedy samples."
         )
-        for name in LABELS
-        if name in arms
-    ]
-    gap = None
-    if "align_pro" in arms and "oracle" in arms:
-        gap = gap_recovered(
-            baseline, arms["align_pro"].rewards, arms["oracle"].rewards, resamples=config.bootstrap, seed=config.seed
+    if all(arm.binary for arm in arms):
+        notes.append(
+            "All rewards are 0 or 1: their total variance is p(1 − p) of the mean and adds nothing to it; its parts do."
         )
-    gibbs = None
-    if "candidates" in arms:
-        weighed = sampler.gibbs_weights(arms["candidates"], config.kl_coef)
-        gibbs = {
-            "candidates": float(config.gibbs_candidates),
-            "log_partition": weighed.value.mean().item(),
-            "effective_sample_size": weighed.effective_sample_size.mean().item(),
-            "kl": weighed.kl.mean().item(),
-        }
-    bound = estimate_bound(config, sampler, arms, oracle) if config.bound else None
-    return Evaluation(summaries, gap, kl.get("align_pro"), bound, gibbs, _sample_rows(sampler.prompts, arms), seconds)
+    if any(arm.name == "gibbs" for arm in arms):
+        notes.append(
+            "Gibbs: the rewrites of a prompt are resampled from one set of candidates, so its variance between prompts also "
+            "holds that between sets of candidates."
+        )
+    return notes
+
+
+def run_directories(config: EvalConfig) -> list[Path]:
+    """The run directories that the compared models come from, as far as they can be run directories."""
+    models = (config.prompter, config.reference, config.oracle)
+    return [Path(model.path).parent for model in models if model is not None and Path(model.path).name == "model"]
+
+
+def _convergence(config: EvalConfig) -> dict[str, Convergence]:
+    """Arm → whether the training of its model had converged, if the model is in a run directory."""
+    models = {"align_pro": config.prompter, "oracle": config.oracle}
+    rows = {name: read_rows(Path(m.path).parent / "metrics.jsonl") for name, m in models.items() if m is not None}
+    found = {name: convergence(each) for name, each in rows.items()}
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def _sample_rows(prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples]) -> list[SampleRow]:
@@ -199,7 +265,8 @@ def _sample_rows(prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples]) -> l
                         prompt=prompt.text,
                         rewrite=scores.samples[i][k] if arms[name].scores_rewrites else None,
                         response=responses[0],
-                        reward=scores.rewards[i, k, 0].item(),
+                        reward=scores.raw[i, k, 0].item(),
+                        penalised=scores.penalised[i, k, 0].item(),
                     )
                 )
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from alignpro.evaluation.arms import LABELS
 from alignpro.evaluation.charts import plot_comparison
 from alignpro.evaluation.report import write_report
 from alignpro.evaluation.results import ArmGroup, Evaluation, Report
+from alignpro.theory.statistics import Estimate
 from alignpro.training.durability import disk_errors, replace_text
 from alignpro.training.loggers.jsonl import read_rows
 
@@ -32,9 +34,9 @@ def write_outputs(config: EvalConfig, result: Evaluation, summary: Mapping[str, 
     with disk_errors(str(config.out), "make room, then evaluate again"):
         _write(config.out, config, result, summary)
     for arm in result.arms:
-        logger.info("%-16s mean %.4f  [%.4f, %.4f]  variance %.4f", arm.label, arm.mean, *arm.ci95, arm.variance.total)
+        logger.info("%-18s mean %s  penalised %.4f", arm.label, _shown(arm.reward), arm.penalised.value)
     if result.gap:
-        logger.info("gap recovered    %.3f  [%.3f, %.3f]", result.gap.value, result.gap.low, result.gap.high)
+        logger.info("%-18s %s", "gap recovered", _shown(result.gap))
     logger.info("%s  %s  %s", *(config.out / name for name in ("summary.json", "figure.png", "report.html")))
 
 
@@ -49,8 +51,11 @@ def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[s
         arms=result.arms,
         gap=result.gap,
         bound=result.bound,
+        gibbs=result.gibbs,
         kl_coef=config.kl_coef,
         curves=_curves(config),
+        convergence={LABELS[name]: each for name, each in result.convergence.items()},
+        notes=result.notes,
         rows=result.rows[:_SHOWN_ROWS],
         configuration=dump_config(config),
         versions=summary["versions"],
@@ -67,6 +72,13 @@ def _curves(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:
     models = {"align_pro": config.prompter, "oracle": config.oracle}
     rows = {LABELS[arm]: read_rows(Path(m.path).parent / "metrics.jsonl") for arm, m in models.items() if m is not None}
     return {label: metrics for label, metrics in rows.items() if metrics}
+
+
+def _shown(estimate: Estimate) -> str:
+    if estimate.not_estimable is not None:
+        value = f"{estimate.value:.4f}  " if math.isfinite(estimate.value) else ""
+        return f"{value}[not estimable: {estimate.not_estimable}]"
+    return f"{estimate.value:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]"
 
 
 def _pair(config: EvalConfig) -> str:

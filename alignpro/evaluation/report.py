@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignpro.evaluation import charts
 from alignpro.evaluation.results import ArmGroup, ArmSummary, Report, SampleRow
-from alignpro.evaluation.statistics import Estimate, finite_or_none
+from alignpro.theory.statistics import Estimate, finite_or_none
 from alignpro.training.durability import replace_text
 
 
@@ -56,7 +56,12 @@ def render_report(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=_number, interval=_interval, signed=_signed, percent=_percent, gap_interval=_gap_interval
+        number=_number,
+        interval=_interval,
+        signed=_signed,
+        percent=_percent,
+        gap_interval=_gap_interval,
+        p_value=_p_value,
     )
     colors = {arm.name: charts.arm_color(arm.name) for arm in report.arms}
     return environment.get_template("report.jinja").render(
@@ -125,22 +130,23 @@ def _signed(value: float | None, digits: int = 3) -> str:
     return text if text.startswith(("−", "–")) else f"+{text}"
 
 
-def _interval(bounds: tuple[float, float] | Estimate, digits: int = 3) -> str:
-    low, high = (bounds.low, bounds.high) if isinstance(bounds, Estimate) else bounds
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return "interval not determined"
-    return f"[{_number(low, digits)}, {_number(high, digits)}]"
+def _interval(estimate: Estimate, digits: int = 3) -> str:
+    if estimate.not_estimable is not None:
+        return f"not estimable: {estimate.not_estimable}"
+    return f"[{_number(estimate.low, digits)}, {_number(estimate.high, digits)}]"
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %".replace("-", "−") if math.isfinite(value) else "not defined"
+    return f"{100 * value:.1f} %".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def _gap_interval(gap: Estimate) -> str:
-    if math.isnan(gap.value):
-        return "oracle and no fine-tuning have the same mean"
-    if math.isinf(gap.low):
-        return "interval not determined: the gap itself may be zero"
-    if math.isnan(gap.low):
-        return "interval not determined by one prompt"
+    if gap.not_estimable is not None:
+        return f"not estimable: {gap.not_estimable}"
     return f"95 % [{_percent(gap.low)}, {_percent(gap.high)}]"

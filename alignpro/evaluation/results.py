@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import numpy as np
 
-from alignpro.evaluation.statistics import (
+from alignpro.evaluation.convergence import Convergence
+from alignpro.theory.statistics import (
+    Clusters,
     Estimate,
     FloatArray,
     Values,
     VarianceParts,
     finite_or_none,
-    mean_ci,
+    holm,
+    mean_estimate,
     nested_variance,
-    paired_bootstrap,
+    paired_estimate,
     prompt_means,
 )
 
@@ -28,24 +31,44 @@ class ArmSummary:
     name: str
     """The arm's key: ``no_finetuning``, ``sft_prompter``, ``align_pro``, ``gibbs``, ``oracle``."""
     label: str
-    mean: float
-    """Mean reward over prompts, rewrites and responses."""
-    ci95: tuple[float, float]
-    """95 % bootstrap interval of the mean, over prompts."""
+    reward: Estimate
+    """Mean reward over prompts, rewrites and responses, without penalties, with its 95 % interval."""
+    penalised: Estimate
+    """Likewise with the penalties of guards and truncation; the same in an arm without rewrites, which pays none."""
     variance: VarianceParts
+    """Of the rewards without penalties."""
     n: int
     """Number of prompts P."""
+    clusters: int
+    """Number of independent clusters of prompts; P if every prompt is its own."""
     samples: int
     """Total number of rewards, P · K · M."""
     rewards: FloatArray
-    """(P,) mean reward of each prompt."""
+    """(P,) mean reward of each prompt, without penalties."""
+    binary: bool
+    """Whether all rewards without penalties are 0 or 1."""
     difference: Estimate | None = None
-    """Mean minus that of no fine-tuning, paired by prompt; None for no fine-tuning itself."""
+    """Mean minus that of no fine-tuning, paired by prompt, without penalties; None for no fine-tuning itself."""
+    adjusted_p: float | None = None
+    """The difference's p-value, adjusted for the number of arms (Holm); None if there is none."""
     kl: float | None = None
     """KL of the arm's trained model to its initial model, in nats per sequence; None if nothing was trained."""
 
+    @property
+    def mean(self) -> float:
+        """The mean reward without penalties."""
+        return self.reward.value
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Its 95 % interval; NaN if it is not estimable."""
+        return self.reward.low, self.reward.high
+
     def as_dict(self) -> dict[str, Any]:
         """The content for summary.json; undefined numbers are None."""
+        difference = None
+        if self.difference is not None:
+            difference = self.difference.as_dict() | {"adjusted_p": self.adjusted_p}
         return {
             "mean": self.mean,
             "variance": self.variance.total,
@@ -55,9 +78,13 @@ class ArmSummary:
                 "responses": self.variance.responses,
             },
             "ci95": [finite_or_none(bound) for bound in self.ci95],
+            "ci95_not_estimable": self.reward.not_estimable,
+            "penalised": self.penalised.as_dict(),
             "n": self.n,
+            "clusters": self.clusters,
             "samples": self.samples,
-            "difference": self.difference.as_dict() if self.difference else None,
+            "binary": self.binary,
+            "difference": difference,
             "kl": finite_or_none(self.kl),
         }
 
@@ -67,36 +94,46 @@ def summarize_arm(
     label: str,
     rewards: Values,
     *,
+    penalised: Values | None = None,
     baseline: Values | None = None,
+    clusters: Clusters | None = None,
     kl: float | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
 ) -> ArmSummary:
     """Mean, interval and variance parts of an arm.
 
     Args:
         name: The arm's key.
         label: The arm's name in the figure and the report.
-        rewards: (P, K, M); K = 1 for an arm without rewrites.
+        rewards: (P, K, M) without penalties; K = 1 for an arm without rewrites.
+        penalised: (P, K, M) with penalties; by default there are none.
         baseline: Rewards of no fine-tuning on the same prompts, (P, ...), for the paired difference.
+        clusters: The prompts that belong together; by default every prompt is its own cluster.
         kl: KL in nats per sequence, if the arm was trained.
-        resamples: Bootstrap samples.
-        seed: Seed of the bootstrap.
     """
-    estimate = mean_ci(rewards, resamples=resamples, seed=seed)
     means = prompt_means(rewards)
+    estimate = mean_estimate(rewards, clusters)
     return ArmSummary(
         name=name,
         label=label,
-        mean=estimate.value,
-        ci95=(estimate.low, estimate.high),
+        reward=estimate,
+        penalised=estimate if penalised is None else mean_estimate(penalised, clusters),
         variance=nested_variance(rewards),
         n=len(means),
+        clusters=len(means) if clusters is None else clusters.count,
         samples=int(np.prod(np.shape(rewards))),
         rewards=means,
-        difference=None if baseline is None else paired_bootstrap(rewards, baseline, resamples=resamples, seed=seed),
+        binary=bool(np.isin(np.asarray(rewards), (0.0, 1.0)).all()),
+        difference=None if baseline is None else paired_estimate(rewards, baseline, clusters),
         kl=kl,
     )
+
+
+def adjusted(arms: Sequence[ArmSummary]) -> list[ArmSummary]:
+    """The arms of one report with the p-values of their differences adjusted for the number of comparisons."""
+    p = {arm.name: arm.difference.p_value for arm in arms if arm.difference is not None}
+    tested = {name: value for name, value in p.items() if value is not None}
+    values = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return [replace(arm, adjusted_p=values.get(arm.name)) for arm in arms]
 
 
 @dataclass(frozen=True)
@@ -109,20 +146,57 @@ class ArmGroup:
 
 @dataclass(frozen=True)
 class BoundSummary:
-    """The measured bound on the gain of RLHF of the target over prompting (`alignpro.theory.bound`)."""
+    """The bound on the gain of RLHF of the target over prompting (`alignpro.theory.bound`), estimated from samples.
+
+    Its slack does not depend on the prompter, and an estimate of it cannot confirm a theorem, so there is no verdict.
+    """
 
     lhs: float | None
     """J(oracle) − J(prompter), the gap that the bound limits; None if it was not computable."""
     rhs: float | None
+    slack: Estimate | None = None
+    """Right-hand side minus left-hand side with its interval; it is the same for every prompter."""
     terms: Mapping[str, float] = field(default_factory=dict)
     """The terms of the right-hand side by name, with the signs of the sum."""
     note: str = ""
     """How it was estimated, or why it was not computable."""
 
-    @property
-    def holds(self) -> bool | None:
-        """Whether lhs ≤ rhs; None if a side is missing."""
-        return None if self.lhs is None or self.rhs is None else self.lhs <= self.rhs
+    def as_dict(self) -> dict[str, Any]:
+        """The content for summary.json."""
+        return {
+            "lhs": self.lhs,
+            "rhs": self.rhs,
+            "slack": self.slack.as_dict() if self.slack else None,
+            "terms": dict(self.terms),
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class GibbsEstimates:
+    """What N rewrites of ρ_sft per prompt say of the optimum J_λ(ρ*), in units of the penalised reward."""
+
+    candidates: int
+    log_partition: float
+    """λ log Ẑ. Jensen's inequality makes it too low, noise in R too high; which prevails depends on λ, N and M."""
+    lower_bound: Estimate
+    """Mean reward of resampled rewrites with new responses, minus λ (log N − H(w)): on average not above J_λ(ρ*)."""
+    inflation: Estimate
+    """λ log Ẑ minus the lower bound: how much the responses that selected a rewrite overstate it."""
+    effective_sample_size: float
+    kl: float
+    """log N − H(w), nats; at most log N."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content for summary.json."""
+        return {
+            "candidates": self.candidates,
+            "log_partition": self.log_partition,
+            "lower_bound": self.lower_bound.as_dict(),
+            "inflation": self.inflation.as_dict(),
+            "effective_sample_size": self.effective_sample_size,
+            "kl": self.kl,
+        }
 
 
 class SampleRow(TypedDict):
@@ -135,6 +209,9 @@ class SampleRow(TypedDict):
     """The rewrite given to the target; None if it was given the original prompt."""
     response: str
     reward: float
+    """Without penalties."""
+    penalised: float
+    """With the penalties of guards and truncation."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +225,13 @@ class Report:
     gap: Estimate | None = None
     """Share of the gap recovered."""
     bound: BoundSummary | None = None
+    gibbs: GibbsEstimates | None = None
     kl_coef: float | None = None
     """λ."""
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """Label of a training run -> its rows of metrics.jsonl."""
+    convergence: Mapping[str, Convergence] = field(default_factory=dict)
+    """Label of a training run -> whether its reward was still rising."""
     rows: Sequence[SampleRow] = ()
     configuration: str = ""
     """The resolved configuration, as YAML."""
@@ -172,26 +252,25 @@ class Evaluation:
     kl: float | None
     """KL(ρ ‖ ρ_sft) of the trained prompter, in nats per sequence."""
     bound: BoundSummary | None
-    gibbs: dict[str, float] | None
-    """λ log Ẑ, effective sample size and number of candidates."""
+    gibbs: GibbsEstimates | None
     rows: list[SampleRow]
+    notes: list[str]
+    """What the numbers do not show by themselves."""
+    convergence: Mapping[str, Convergence]
+    """Key of a trained arm -> whether the reward of its training was still rising, if its run directory is known."""
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         """The content of summary.json."""
+        gap = self.gap.as_dict() if self.gap else None
         return {
             **{arm.name: arm.as_dict() for arm in self.arms},
-            "gap_recovered": self.gap.as_dict()["value"] if self.gap else None,
-            "gap_recovered_ci95": [self.gap.as_dict()["low"], self.gap.as_dict()["high"]] if self.gap else None,
+            "gap_recovered": gap["value"] if gap else None,
+            "gap_recovered_ci95": [gap["low"], gap["high"]] if gap else None,
+            "gap_recovered_not_estimable": gap["not_estimable"] if gap else None,
             "kl": self.kl,
-            "gibbs_estimates": self.gibbs,
-            "bound": None
-            if self.bound is None
-            else {
-                "lhs": self.bound.lhs,
-                "rhs": self.bound.rhs,
-                "holds": self.bound.holds,
-                "terms": dict(self.bound.terms),
-                "note": self.bound.note,
-            },
+            "gibbs_estimates": self.gibbs.as_dict() if self.gibbs else None,
+            "bound": self.bound.as_dict() if self.bound else None,
+            "convergence": {name: each.as_dict() for name, each in self.convergence.items()},
+            "notes": self.notes,
         }

@@ -23,8 +23,9 @@ class GibbsResample:
     value: Tensor
     """(...,) λ log Ẑ = λ log (1/N) Σ exp(R/λ), in units of reward: estimates the optimum J_λ(ρ*).
 
-    Ẑ is unbiased for Z, so by Jensen's inequality log Ẑ is too low on average, by about Var(Ẑ) / (2 Z²). The estimate is
-    thus conservative and rises to the optimum as N grows."""
+    With exact R, Ẑ is unbiased for Z, so by Jensen's inequality log Ẑ is too low on average, by about Var(Ẑ) / (2 Z²), and
+    rises to the optimum as N grows. If R is a mean over M noisy responses, exp(R/λ) is too high on average, and so may be
+    the estimate: at λ = .05 with N = 16 and M = 2, for rewards of 0 or 1, it was .07 above the optimum."""
     effective_sample_size: Tensor
     """(...,) 1 / Σ w², in [1, N]. Near 1, a single rewrite carries all the weight and N is too small for this λ."""
     kl: Tensor

@@ -26,6 +26,8 @@ class Scored:
 
     values: list[float]
     """(N,) r*: the weighted sum of the components, minus penalties."""
+    raw: list[float]
+    """(N,) the weighted sum of the components alone."""
     components: Mapping[str, Sequence[float | None]]
     """Name -> (N,): each component's unweighted score (None where it abstains), its metrics as ``<component>/<metric>``, each
     guard's measure as ``guard/<kind>`` and, if it has one, its penalty as ``guard/<kind>/penalty``."""
@@ -73,7 +75,7 @@ class RewardStack:
                 f"{counts}" + ("" if rewrites is None else f", {len(rewrites)} rewrites") + ": not one each"
             )
         if not prompts:
-            return Scored([], {})
+            return Scored([], [], {})
         totals = [0.0] * len(prompts)
         scores: dict[str, Sequence[float | None]] = {}
         for weight, reward in self._components:
@@ -85,11 +87,12 @@ class RewardStack:
                 for total, value in zip(totals, measured.values, strict=True)
             ]
         self._refuse_unscored(prompts, scores)
+        raw = checked_values("reward: the weighted sum", prompts, totals)
         for guard in self._guards if rewrites is not None else []:
             measured = guard(prompts, rewrites or [])
             scores.update(measured.metrics)
             totals = [total - (penalty or 0.0) for total, penalty in zip(totals, measured.values, strict=True)]
-        return Scored(checked_values("reward: the weighted sum", prompts, totals), scores)
+        return Scored(checked_values("reward: the weighted sum", prompts, totals), raw, scores)
 
     def _refuse_unscored(self, prompts: Sequence[Prompt], scores: Mapping[str, Sequence[float | None]]) -> None:
         """Raise if all components abstain from a sample: then it has no reward."""

@@ -1,4 +1,4 @@
-"""The theory in exact form: closed form, divergences, bound, enumeration. Pure functions of tensors.
+"""The theory in exact form: closed form, divergences, bound, enumeration; and `statistics` of samples. Pure functions.
 
 May import `alignpro_kernels` and `errors` only.
 """

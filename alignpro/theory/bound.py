@@ -45,6 +45,8 @@ class Bound:
     rhs_stderr: float = 0.0
     missing: str | None = None
     """Why the right-hand side is not computable."""
+    slack_per_prompt: Tensor | None = None
+    """(P,) unbiased estimates of the slack of each prompt, if estimated from samples; their mean is `slack`."""
 
     @property
     def rhs(self) -> float | None:
@@ -54,9 +56,12 @@ class Bound:
         return self.target_shift + self.rewrite_shift - self.prompter_gain
 
     @property
-    def holds(self) -> bool | None:
-        """Whether lhs ≤ rhs, up to rounding; None if the right-hand side is not computable."""
-        return None if self.rhs is None else self.lhs <= self.rhs + 1e-9
+    def slack(self) -> float | None:
+        """rhs − lhs, at least 0 if exact; None if the right-hand side is not computable.
+
+        J(π̃_ρ) is on both sides and cancels: the slack is the shifts minus J(π*) − J(π_F∘ρ_sft), the same for every ρ.
+        """
+        return None if self.rhs is None else self.rhs - self.lhs
 
 
 def divergence_term(prompter: Tensor, reference: Tensor, rewards: Tensor, kl_coef: float) -> Tensor:
@@ -155,11 +160,12 @@ def sampled_bound(
             raise ValueError(f"{name} has {pair[0].shape[0]} prompts, oracle_rewards {oracle.shape[0]}")
         shifts.append(None if pair is None else r_max * tv_from_logprobs(pair[0].double(), pair[1].double()).mean(1))
     target_shift, rewrite_shift = shifts
-    missing, rhs_stderr = None, 0.0
+    missing, rhs_stderr, slack = None, 0.0, None
     if target_shift is None or rewrite_shift is None:
         missing = "not computable: the target gives no log-probabilities"
     else:
         rhs_stderr = _stderr(target_shift + rewrite_shift + untrained - trained)
+        slack = target_shift + rewrite_shift + untrained - oracle
     return Bound(
         lhs=float((oracle - trained).mean()),
         target_shift=None if target_shift is None else float(target_shift.mean()),
@@ -168,6 +174,7 @@ def sampled_bound(
         lhs_stderr=_stderr(oracle - trained),
         rhs_stderr=rhs_stderr,
         missing=missing,
+        slack_per_prompt=slack,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignpro.config import RLHFConfig, TrainConfig
-from alignpro.data import load_prompts, split
+from alignpro.data import choose, load_prompts, split
 from alignpro.engine import Engine
 from alignpro.environments.base import sampling_params
 from alignpro.environments.build import environment_kind, max_input_tokens, prompt_environment
@@ -54,7 +54,8 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         )
         prompts = reward.scorable(prompts)
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
-        training, heldout = split(prompts, config.data.holdout)
+        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
+        heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
     sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
         policy,
@@ -93,7 +94,8 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
         )
         prompts = reward.scorable(prompts)
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
-        training, heldout = split(prompts, config.data.holdout)
+        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
+        heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
     sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
         policy,

@@ -21,6 +21,7 @@ from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.preference import RewardTrainer
 from alignpro.training.preflight import check_inputs
+from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.training.run import Run, Trainer
 from alignpro.training.supervised import SFTTrainer
 
@@ -67,6 +68,8 @@ def train(
         if job not in CONFIGS:
             raise ConfigError(f"job={job!r}: expected {', '.join(CONFIGS)}")
         config = resolve_config(CONFIGS[job], config)
+    if resume:
+        config = config.model_copy(update={"data": keep_holdout(config.data, [config.run.out])})
     if launched() if ranks is None else ranks.group is not None:
         return multi_process.train(config, build_trainer, resume, from_step, ranks)
     with Run(config, resume=resume, from_step=from_step) as run:  # before any model is loaded

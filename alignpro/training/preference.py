@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from alignpro.config import RewardModelConfig
-from alignpro.data import Prompt, load_prompts, split
+from alignpro.data import Prompt, choose, cluster_labels, load_prompts, split
 from alignpro.prompting.length_filter import filter_refused_prompts
 from alignpro.rewards.model import SequenceRewardModel, load_reward_model
+from alignpro.theory.statistics import Clusters, Interval, pair_statistics
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Metrics, PhaseTimer
 from alignpro.training.resume import check_data
@@ -43,7 +44,8 @@ class RewardTrainer:
         prompts = filter_refused_prompts(
             data.prompts, lambda pair: self.model.encode(pair, pair.chosen or ""), input_name="the reward model's input"
         )
-        training, self.heldout = split(prompts, config.data.holdout)
+        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
+        self.heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
         self.stream = PromptStream(training, config.batch_size, config.run.seed)
         self.model.requires_grad_(True)
         if config.model.gradient_checkpointing:
@@ -78,14 +80,24 @@ class RewardTrainer:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
-        """Compute loss and accuracy on held-out pairs."""
+        """Compute loss, accuracy with its interval, calibration and the part of length on held-out pairs."""
         self.model.eval()
-        pairs = self.heldout[: self.config.run.eval_prompts]
+        pairs = self.heldout
         if not pairs:
             return {}
         size = self.config.batch_size
         margins = torch.cat([self.margins(pairs[start : start + size]) for start in range(0, len(pairs), size)])
-        return {f"eval/{name}": value for name, value in _describe(margins).items()}
+        statistics = pair_statistics(
+            margins,
+            [(len(pair.chosen or ""), len(pair.rejected or "")) for pair in pairs],
+            Clusters(cluster_labels(pairs, self.config.data.cluster)),
+        )
+        interval = statistics.accuracy.interval
+        bounds = (
+            {"accuracy_low": interval.low, "accuracy_high": interval.high} if isinstance(interval, Interval) else {}
+        )
+        others = {name: value for name, value in vars(statistics).items() if name != "accuracy"}
+        return {f"eval/{name}": value for name, value in (_describe(margins) | bounds | others).items()}
 
     def margins(self, pairs: Sequence[Prompt]) -> Tensor:
         """Compute r(x, y_chosen) − r(x, y_rejected), (B,)."""
@@ -112,6 +124,6 @@ class RewardTrainer:
 def _describe(margins: Tensor) -> Metrics:
     return {
         "loss": -torch.nn.functional.logsigmoid(margins).mean().item(),
-        "accuracy": (margins > 0).float().mean().item(),
+        "accuracy": (0.5 + 0.5 * margins.sign()).mean().item(),  # a tie counts half
         "margin": margins.mean().item(),
     }

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -86,8 +87,11 @@ def _line_writer(total: int, completed: int, progress_metrics: Sequence[str]) ->
         done += 1
         now = time.monotonic()
         if now - last_line >= _SECONDS_BETWEEN_LINES or done == total:
-            rate = (done - completed) / max(now - started, 1e-9)
-            logger.info("step %d/%d  %.2f steps/s  %s", done, total, rate, _show(metrics, progress_metrics))
+            rate = (done - completed) / max(now - started, 1e-9)  # of this process, without the steps before
+            shown = [f"step {done}/{total}", f"{rate:.2f} steps/s", _show(metrics, progress_metrics)]
+            if done < total:
+                shown.append(f"{timedelta(seconds=round((total - done) / rate))} left")
+            logger.info("%s", "  ".join(part for part in shown if part))
             last_line = now
 
     return advance

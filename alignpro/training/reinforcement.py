@@ -208,8 +208,8 @@ class RLTrainer:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
-        """Compute reward and KL of one sample for each of at most ``run.eval_prompts`` held-out prompts."""
-        prompts = self.heldout[: self.run.eval_prompts]
+        """Compute reward and KL of one sample for each held-out prompt."""
+        prompts = self.heldout
         if not prompts:
             return {}
         self.phase.begin("evaluation")

@@ -17,6 +17,7 @@ from alignpro.distributed.ranks import Ranks
 from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.policy.policy import Policy
 from alignpro.training.checkpoint import CheckpointStore
+from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.training.stream import PromptStream
 
 
@@ -72,7 +73,9 @@ def check_configuration(saved: Path, config: RunSection) -> None:
     """
     directory = saved.parent
     try:
-        before = load_config(type(config), [str(saved)]).model_dump(mode="json")
+        recorded = load_config(type(config), [str(saved)])
+        data = keep_holdout(recorded.data, [directory])
+        before = recorded.model_copy(update={"data": data}).model_dump(mode="json")
     except ConfigError as error:
         raise TrainingError(
             f"run directory {directory}: the run in it is not one of this command: {error}; name another run.out"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alignpro.config import SamplingConfig, SFTConfig
-from alignpro.data import Prompt, load_prompts, split
+from alignpro.data import Prompt, choose, load_prompts, split
 from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_trainable
@@ -57,7 +57,8 @@ class SFTTrainer:
         prompts = filter_overlong_prompts(
             data.prompts, self._encode_prompt, self._limit - 1, input_name="the model's input, beside a completion"
         )
-        training, self.heldout = split(prompts, config.data.holdout)
+        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
+        self.heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
         self.stream = PromptStream(training, config.batch_size, config.run.seed)
         trainable = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
         self.backend = TorchBackend(trainable, config.optimizer, config.run.steps)
@@ -96,7 +97,7 @@ class SFTTrainer:
     def evaluate(self, step: int) -> Metrics:
         """Compute cross-entropy per token and perplexity on held-out pairs."""
         self.model.eval()
-        pairs = [self._encode(prompt) for prompt in self.heldout[: self.config.run.eval_prompts]]
+        pairs = [self._encode(prompt) for prompt in self.heldout]
         tokens = sum(len(completion) for _, completion in pairs)
         if tokens == 0:
             return {}

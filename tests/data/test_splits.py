@@ -4,7 +4,7 @@ import random
 import pytest
 
 from alignpro.config import DataConfig
-from alignpro.data import Message, Prompt, is_held_out, load_prompts, split
+from alignpro.data import Message, Prompt, choose, cluster_labels, is_held_out, load_prompts, split
 from alignpro.errors import DataError
 
 PROMPTS = [Prompt.from_text(f"question {i}") for i in range(2000)]
@@ -48,12 +48,68 @@ def test_the_same_prompt_of_two_data_sets_is_on_the_same_side(tmp_path):
     assert sides[0] == sides[1] != set()
 
 
-def test_the_side_depends_only_on_the_conversation():
+def conversation(*texts: str, system: str | None = None) -> Prompt:
+    """Return a conversation of user, assistant, user, …"""
+    turns = [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    return Prompt((*([Message("system", system)] if system else []), *turns))
+
+
+def test_all_continuations_of_a_conversation_are_on_one_side():
+    sides = []
+    for i in range(64):
+        start = f"question {i}"
+        family = [
+            conversation(start),
+            conversation(start, "a", "and then?"),
+            conversation(start, "b", "why?", "c", "so?"),
+            conversation(start, "a", "and then?", system="Be brief."),
+        ]
+        assert len({is_held_out(prompt, 0.5) for prompt in family}) == 1
+        sides.append(is_held_out(family[0], 0.5))
+    assert 16 < sum(sides) < 48
+
+
+def test_the_split_of_earlier_versions_hashes_the_whole_conversation():
+    family = [conversation("x", str(i), "y") for i in range(64)]
+    assert len({is_held_out(prompt, 0.5, "conversation") for prompt in family}) == 2
+    assert split(PROMPTS, 0.3, "conversation") == split(PROMPTS, 0.3, "first_turn"), "single turns keep their side"
+
+
+def test_some_prompts_are_chosen_from_all_sources_whatever_their_order():
+    """A file in the order of its sources, of which the second is two thirds."""
+    prompts = [Prompt.from_text(f"{source} {i}") for source, n in (("a", 200), ("b", 400)) for i in range(n)]
+    chosen = choose(prompts, 60)
+    assert len(chosen) == 60
+    assert 28 < sum(prompt.text.startswith("b") for prompt in chosen) < 52
+    assert chosen == [prompt for prompt in prompts if prompt in chosen], "in the given order"
+    shuffled = random.Random(0).sample(prompts, len(prompts))
+    assert texts(choose(shuffled, 60)) == texts(chosen)
+    assert texts(chosen) < texts(choose(prompts, 90))
+    assert choose(prompts, 600) == choose(prompts, 10**6) == prompts
+
+
+def test_clusters_are_a_key_of_the_metadata_the_source_or_the_first_turn():
+    prompts = [
+        Prompt.from_text("x", metadata={"template": 1}, source="f.jsonl:1"),
+        Prompt.from_text("y", metadata={"template": 2}, source="f.jsonl:2"),
+        Prompt(conversation("x", "a", "z").messages, metadata={"template": 1}, source="hub/data:train:row 3"),
+    ]
+
+    def same(cluster: str | None) -> list[bool]:
+        a, b, c = cluster_labels(prompts, cluster)
+        return [a == b, a == c]
+
+    assert same(None) == [False, True]
+    assert same("template") == [False, True]
+    assert same("source") == [True, False]
+    with pytest.raises(DataError, match=r"f\.jsonl:1: data\.cluster=topic: .*\(keys: template\); map a column"):
+        cluster_labels(prompts, "topic")
+
+
+def test_the_side_does_not_depend_on_annotations():
     plain = PROMPTS[0]
     annotated = Prompt(plain.messages, rewrite="x", metadata={"answer": 1}, source="elsewhere:1")
     assert is_held_out(plain, 0.5) == is_held_out(annotated, 0.5)
-    others = [Prompt((Message("system", str(i)), *plain.messages)) for i in range(64)]
-    assert len({is_held_out(p, 0.5) for p in others}) == 2
 
 
 def test_the_hash_never_changes():

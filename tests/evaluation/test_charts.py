@@ -11,7 +11,7 @@ from alignpro.evaluation.results import ArmGroup, ArmSummary, summarize_arm
 
 def arm(name: str, mean: float, P: int = 20) -> ArmSummary:
     rng = np.random.default_rng(int(1000 * abs(mean)))
-    return summarize_arm(name, name, rng.normal(mean, 0.2, size=(P, 2, 2)), resamples=100)
+    return summarize_arm(name, name, rng.normal(mean, 0.2, size=(P, 2, 2)))
 
 
 def pair(label: str) -> ArmGroup:

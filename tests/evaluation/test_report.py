@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from alignpro.evaluation.convergence import convergence
 from alignpro.evaluation.report import render_report, write_report
-from alignpro.evaluation.results import ArmSummary, BoundSummary, Report, SampleRow, summarize_arm
-from alignpro.evaluation.statistics import Estimate
+from alignpro.evaluation.results import ArmSummary, BoundSummary, Report, SampleRow, adjusted, summarize_arm
+from alignpro.theory.statistics import Clusters, Estimate, Interval, NotEstimable
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&amp; $x$ $ \\frac{"
 GARBLED = HOSTILE + "\u2028\ud800"  # a model can write anything, even half a surrogate pair
@@ -63,7 +64,7 @@ def table(html: str) -> dict:
 
 def test_summary_shows_the_arms_numbers():
     summaries = arms()
-    text = Page(render_report(report(arms=summaries, gap=Estimate(0.913, 0.85, 0.97), kl_coef=0.05))).text
+    text = Page(render_report(report(arms=summaries, gap=Estimate(0.913, Interval(0.85, 0.97)), kl_coef=0.05))).text
     ours = summaries[1]
     for shown in (
         f"{ours.mean:.3f} [{ours.ci95[0]:.3f}, {ours.ci95[1]:.3f}]",
@@ -79,7 +80,7 @@ def test_summary_shows_the_arms_numbers():
 
 
 def test_hostile_text_stays_text(tmp_path):
-    row = SampleRow(arm="align_pro", prompt=GARBLED, rewrite=GARBLED, response=GARBLED, reward=0.5)
+    row = SampleRow(arm="align_pro", prompt=GARBLED, rewrite=GARBLED, response=GARBLED, reward=0.5, penalised=0.5)
     everywhere = report(
         title=HOSTILE,
         pair=HOSTILE,
@@ -89,7 +90,7 @@ def test_hostile_text_stays_text(tmp_path):
         command=HOSTILE,
         created=HOSTILE,
         notes=[HOSTILE],
-        bound=BoundSummary(0.1, 0.2, {HOSTILE: 0.2}, HOSTILE),
+        bound=BoundSummary(0.1, 0.2, Estimate(0.1, Interval(0.0, 0.2)), {HOSTILE: 0.2}, HOSTILE),
         curves={HOSTILE: [{"step": 1, "reward/mean": 1.0}], "b": [{"step": 1, "reward/mean": 1.0}]},
     )
     write_report(tmp_path / "report.html", everywhere)
@@ -101,7 +102,11 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_the_file_is_self_contained(tmp_path):
-    rows = [SampleRow(arm="align_pro", prompt="x", rewrite="x'", response="see https://example.org", reward=1.0)]
+    rows = [
+        SampleRow(
+            arm="align_pro", prompt="x", rewrite="x'", response="see https://example.org", reward=1.0, penalised=1.0
+        )
+    ]
     path = tmp_path / "report.html"
     write_report(path, report(rows=rows, curves={"run": [{"step": 1, "kl": 1.0}, {"step": 2, "kl": 2.0}]}))
     page = Page(path.read_text(encoding="utf-8"))
@@ -114,9 +119,9 @@ def test_the_file_is_self_contained(tmp_path):
 
 def test_the_table_holds_each_text_once_and_distinguishes_none_from_an_empty_rewrite():
     rows = [
-        SampleRow(arm="no_finetuning", prompt="x", rewrite=None, response="y", reward=math.nan),
-        SampleRow(arm="align_pro", prompt="x", rewrite="", response="y", reward=-0.25),
-        SampleRow(arm="unknown", prompt="x", rewrite="x", response="y", reward=1.0),
+        SampleRow(arm="no_finetuning", prompt="x", rewrite=None, response="y", reward=math.nan, penalised=math.nan),
+        SampleRow(arm="align_pro", prompt="x", rewrite="", response="y", reward=-0.25, penalised=-0.5),
+        SampleRow(arm="unknown", prompt="x", rewrite="x", response="y", reward=1.0, penalised=1.0),
     ]
     data = table(render_report(report(rows=rows)))
     assert data["texts"] == ["x", "y", ""]
@@ -125,39 +130,85 @@ def test_the_table_holds_each_text_once_and_distinguishes_none_from_an_empty_rew
 
 
 @pytest.mark.parametrize(
-    ("gap", "shown"),
-    [
-        (
-            Estimate(math.nan, -math.inf, math.inf),
-            "not defined of the gap to the oracle recovered oracle and no fine-tuning",
-        ),
-        (
-            Estimate(0.4, -math.inf, math.inf),
-            "40.0 % of the gap to the oracle recovered interval not determined: the gap",
-        ),
-        (
-            Estimate(-0.4, math.nan, math.nan),
-            "−40.0 % of the gap to the oracle recovered interval not determined by one",
-        ),
-    ],
+    ("value", "shown"),
+    [(math.nan, "–"), (0.4, "40.0 %"), (-0.4, "−40.0 %")],
 )
-def test_the_report_says_if_the_gap_is_not_determined(gap, shown):
-    assert shown in Page(render_report(report(gap=gap))).text
+def test_the_report_says_why_the_gap_is_not_estimable(value, shown):
+    gap = Estimate(value, NotEstimable("the oracle gains nothing"))
+    expected = f"{shown} of the gap to the oracle recovered not estimable: the oracle gains nothing"
+    assert expected in Page(render_report(report(gap=gap))).text
 
 
-@pytest.mark.parametrize(
-    ("bound", "shown"),
-    [
-        (BoundSummary(0.1, 0.6), "0.100 ≤ 0.600 bound on the gap to the oracle: holds"),
-        (BoundSummary(0.7, 0.6), "0.700 > 0.600 bound on the gap to the oracle: does not hold"),
-        (
-            BoundSummary(None, None, note="the target gives no log-probabilities"),
-            "not computable bound on what prompting can reach",
-        ),
-    ],
-)
-def test_bound_says_whether_it_holds(bound, shown):
-    assert shown in Page(render_report(report(bound=bound))).text
+def test_the_bound_is_a_slack_with_an_interval_and_no_verdict():
+    bound = BoundSummary(0.1, 0.6, Estimate(0.5, Interval(0.42, 0.58)), {"r_max TV(π*, π_F)": 0.6})
+    text = Page(render_report(report(bound=bound))).text
+    assert "+0.500 slack of the bound on the gap to the oracle 95 % [0.420, 0.580]" in text
+    assert "slack: right − left +0.500 [0.420, 0.580]" in text
+    assert "holds" not in text
+    missing = BoundSummary(None, None, note="the target gives no log-probabilities")
+    assert "not computable bound on what prompting can reach" in Page(render_report(report(bound=missing))).text
+
+
+def test_raw_and_penalised_rewards_stand_side_by_side_for_all_arms():
+    """The same samples in an arm with rewrites pay a penalty, without which they are as good."""
+    base = np.random.default_rng(0).normal(0.5, 0.2, size=(30, 1, 4))
+    with_rewrites = base.reshape(30, 2, 2)
+    summaries = [
+        summarize_arm("no_finetuning", "no fine-tuning", base, penalised=base),
+        summarize_arm("align_pro", "Align-Pro", with_rewrites, penalised=with_rewrites - 0.4, baseline=base),
+    ]
+    for arm in summaries:
+        assert arm.mean == pytest.approx(base.mean())
+    plain, trained = summaries
+    assert plain.penalised == plain.reward
+    assert trained.penalised.value == pytest.approx(base.mean() - 0.4)
+    assert trained.difference.value == pytest.approx(0)
+    text = Page(render_report(report(arms=summaries))).text
+    assert f"{trained.penalised.value:.3f} [{trained.penalised.low:.3f}, {trained.penalised.high:.3f}]" in text
+
+
+def test_the_arms_of_a_report_are_tested_together():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(40, 1, 1))
+    names = [("a", 0.0), ("b", 0.05), ("c", 1.0)]
+    compared = [
+        summarize_arm(name, name, base + shift + 0.1 * rng.normal(size=(40, 1, 1)), baseline=base)
+        for name, shift in names
+    ]
+    arms = adjusted([summarize_arm("no_finetuning", "none", base), *compared])
+    assert arms[0].adjusted_p is None
+    a, b, c = arms[1:]
+    assert c.adjusted_p == pytest.approx(3 * c.difference.p_value)
+    assert b.adjusted_p == pytest.approx(2 * b.difference.p_value)
+    assert a.adjusted_p == a.difference.p_value
+    assert a.as_dict()["difference"]["adjusted_p"] == a.adjusted_p
+    assert "< 0.001" in Page(render_report(report(arms=arms))).text
+
+
+def test_clusters_are_counted_and_named():
+    rewards = np.repeat(np.random.default_rng(0).normal(size=(10, 1, 1)), 3, axis=0)
+    clusters = Clusters([i // 3 for i in range(30)])
+    clustered, plain = (summarize_arm("no_finetuning", "none", rewards, clusters=each) for each in (clusters, None))
+    assert (clustered.n, clustered.clusters) == (30, 10)
+    assert clustered.reward.high - clustered.reward.low > 1.6 * (plain.reward.high - plain.reward.low)
+    assert "over clusters of prompts" in Page(render_report(report(arms=[clustered]))).text
+    assert "over prompts" in Page(render_report(report(arms=[plain]))).text
+
+
+def test_training_that_still_rises_is_shown():
+    rising = [{"step": i, "reward/mean": 0.01 * i} for i in range(1, 101)]
+    flat = [{"step": i, "reward/mean": 0.5 + 0.01 * (-1) ** i} for i in range(1, 101)]
+    rise, level = convergence(rising), convergence(flat)
+    assert rise.change.value == pytest.approx(0.2)
+    assert rise.last == pytest.approx(0.905)
+    assert level.change.value == pytest.approx(0)
+    assert convergence(rising[:9]) is None
+    assert convergence([{"step": 1, "reward/mean": None}, {"step": 2}]) is None
+    noisy = [{"step": i, "reward/mean": float(x)} for i, x in enumerate(np.random.default_rng(0).normal(size=100))]
+    change = convergence(noisy).change
+    assert change.low < 0 < change.high
+    text = Page(render_report(report(curves={"Oracle": noisy}, convergence={"Oracle": convergence(noisy)}))).text
+    assert "Oracle, 99 steps mean reward" in text
 
 
 def test_sections_without_content_are_left_out():
@@ -169,7 +220,7 @@ def test_sections_without_content_are_left_out():
 
 def test_report_of_one_prompt_shows_no_interval():
     arm = summarize_arm("no_finetuning", "no fine-tuning", np.array([[[0.25, 0.75]]]))
-    assert "0.500 interval not determined" in Page(render_report(report(arms=[arm]))).text
+    assert "0.500 not estimable: one prompt has no interval" in Page(render_report(report(arms=[arm]))).text
     assert arm.as_dict()["ci95"] == [None, None]
     json.dumps(arm.as_dict(), allow_nan=False)
 

@@ -51,7 +51,7 @@ def test_a_resumed_run_continues_the_count_and_measures_its_own_rate(
         advance({})
         advance({})
     assert [message.strip() for message in lines.messages] == [
-        "step 99/100  0.50 steps/s",
+        "step 99/100  0.50 steps/s  0:00:02 left",
         "step 100/100  0.50 steps/s",
     ]
 

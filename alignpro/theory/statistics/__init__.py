@@ -1,0 +1,33 @@
+"""Statistics of rewards: variance parts, intervals, shares of a gap, many comparisons. Pure functions of arrays.
+
+Prompts, or clusters of prompts, are the independent draws; the rewards of a prompt are averaged first. What the data do not
+determine is `NotEstimable` with its reason, never an interval without width. May import `errors` only.
+"""
+
+from alignpro.theory.statistics.clusters import Clusters
+from alignpro.theory.statistics.estimates import Estimate, Interval, NotEstimable, finite_or_none
+from alignpro.theory.statistics.gap import gap_recovered
+from alignpro.theory.statistics.intervals import mean_estimate, paired_estimate
+from alignpro.theory.statistics.multiplicity import holm
+from alignpro.theory.statistics.pairs import PairStatistics, pair_statistics
+from alignpro.theory.statistics.values import FloatArray, Values, prompt_means
+from alignpro.theory.statistics.variance import VarianceParts, nested_variance
+
+__all__ = [
+    "Clusters",
+    "Estimate",
+    "FloatArray",
+    "Interval",
+    "NotEstimable",
+    "PairStatistics",
+    "Values",
+    "VarianceParts",
+    "finite_or_none",
+    "gap_recovered",
+    "holm",
+    "mean_estimate",
+    "nested_variance",
+    "pair_statistics",
+    "paired_estimate",
+    "prompt_means",
+]
