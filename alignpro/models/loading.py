@@ -104,10 +104,29 @@ def is_activated_lora(directory: str) -> bool:
         return getattr(PeftConfig.from_pretrained(directory), "alora_invocation_tokens", None) is not None
 
 
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds a peft adapter."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def base_of_adapter(directory: Path) -> str:
+    """Return the path of the base model of a peft adapter: that which is saved with it, else the one that it names.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if (directory / BASE_DIRECTORY).is_dir():  # its path is another if the directory has been moved
+        return str(directory / BASE_DIRECTORY)
+    named: str | None = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    if not named:
+        raise ValueError("its adapter_config.json has no base_model_name_or_path")
+    return named
+
+
 def _load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedModel | PeftModel:
     directory = Path(config.path)
     with _loading_errors(config.path):
-        if (directory / "adapter_config.json").is_file():
+        if is_adapter(config.path):
             return _load_adapter(config, directory, trainable=trainable)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -124,19 +143,14 @@ def _load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedM
 
 def _load_adapter(config: ModelConfig, directory: Path, *, trainable: bool) -> PeftModel:
     """Load an adapter on its base model; if that is an adapter too, it is merged."""
-    saved_with_base = (directory / BASE_DIRECTORY).is_dir()  # also after the directory has been moved
-    adapter = PeftConfig.from_pretrained(config.path)
-    named, soft = adapter.base_model_name_or_path, adapter.is_prompt_learning
-    if not named:
-        raise ValueError("its adapter_config.json has no base_model_name_or_path")
-    path = str(directory / BASE_DIRECTORY) if saved_with_base else named
+    soft, path = PeftConfig.from_pretrained(config.path).is_prompt_learning, base_of_adapter(directory)
     base = _load_causal(config.model_copy(update={"path": path}))
     if merged := isinstance(base, PeftModel):
         base = merge_adapter(base, path)
     model = PeftModel.from_pretrained(base, config.path, is_trainable=trainable and not soft)
     if soft:  # which peft loads frozen only
         model.prompt_encoder.requires_grad_(trainable)
-    if saved_with_base or merged:
+    if merged or path == str(directory / BASE_DIRECTORY):
         model.active_peft_config.base_model_name_or_path = BASE_DIRECTORY
     return model
 
