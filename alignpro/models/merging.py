@@ -48,19 +48,19 @@ def _refusal(name: str, reason: str) -> ModelError:
 @torch.no_grad()
 def _logits(model: PeftModel | PreTrainedModel) -> Tensor:
     """The logits of a few tokens, (L, V) float32, without dropout."""
-    training = model.training
-    embedding: nn.Module = model.get_input_embeddings()
-    assert isinstance(embedding.weight, Tensor)
-    ids = torch.arange(min(8, len(embedding.weight)), device=embedding.weight.device)
-    logits: Tensor = model.eval()(input_ids=ids[None]).logits[0].float()
-    model.train(training)
+    runs: Any = model
+    weight: Tensor = runs.get_input_embeddings().weight
+    ids = torch.arange(min(8, len(weight)), device=weight.device)
+    training = runs.training
+    logits: Tensor = runs.eval()(input_ids=ids[None]).logits[0].float()
+    runs.train(training)
     return logits
 
 
 def _untie(model: Any) -> None:
     """Give the output layer a weight of its own if it shares the input embedding's and an adapter changes either."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    inner = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+    inner: list[Any] = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
     if inner[0].weight is inner[1].weight and any(isinstance(layer, BaseTunerLayer) for layer in layers):
         inner[1].weight = nn.Parameter(inner[1].weight.detach().clone())
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False

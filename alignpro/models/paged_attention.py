@@ -120,8 +120,8 @@ def paged_trial(
         """Compute ``counts`` tokens of each completion from ``first`` on, after the prompt's if they are to be computed."""
         own = start if with_prompt else 0
         ids, positions, slots = list(prompt[:own]), list(range(own)), list(range(own))
-        for page, (tokens, begin, count) in enumerate(zip(completions, first, counts, strict=True), 1):
-            ids += tokens[begin : begin + count]
+        for page, (completion, begin, count) in enumerate(zip(completions, first, counts, strict=True), 1):
+            ids += completion[begin : begin + count]
             positions += range(start + begin, start + begin + count)
             slots += range(page * size + begin, page * size + begin + count)
 

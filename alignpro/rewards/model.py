@@ -139,8 +139,8 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
             f"reward model {config.path}: it has {classifier.config.num_labels} outputs, "
             "a reward needs exactly 1 (num_labels=1)"
         )
-    classifier.requires_grad_(False).eval()
-    model = SequenceRewardModel(classifier.to(resolve_device(config.device)), tokenizer, max_length)
+    placed: Any = classifier.requires_grad_(False).eval()  # PreTrainedModel.to is not typed
+    model = SequenceRewardModel(placed.to(resolve_device(config.device)), tokenizer, max_length)
     probe, _ = model.encode(_PROBE, "x")
     classifier.config.get_text_config().pad_token_id = _pad_token(classifier, tokenizer, config, ends_with=probe[-1])
     with torch.inference_mode():
@@ -213,7 +213,8 @@ def _pad_token(
     Raises:
         ModelError: There is none, the tokenizer's ends the conversations, or it is beyond the model's vocabulary.
     """
-    own, size = classifier.config.get_text_config().pad_token_id, len(classifier.get_input_embeddings().weight)
+    embedding: Any = classifier.get_input_embeddings()
+    own, size = classifier.config.get_text_config().pad_token_id, len(embedding.weight)
     pad = own if config.pad_token is None and own is not None and own >= 0 else tokenizer.pad_token_id
     if pad is None or (pad != own and config.pad_token is None and pad == ends_with):
         fits = [each for each in tokenizer.all_special_ids if each < size and each not in (ends_with, pad)]
