@@ -45,7 +45,7 @@ ACTIVATED = AdapterConfig(kind="lora", rank=4, activated=True, invocation=INVOCA
 IDS = torch.tensor([[5, 17, 3, 88, 41, 20]])
 """The input of models whose logits are compared."""
 
-FULL = AdapterConfig()
+FULL = AdapterConfig(kind="full")
 LORA = AdapterConfig(kind="lora", rank=4, alpha=8)
 LORA_HEAD = AdapterConfig(kind="lora", rank=4, alpha=8, target_modules=["q_proj", "c_attn", "lm_head"])
 SOFT = AdapterConfig(kind="soft_prompt", virtual_tokens=5)

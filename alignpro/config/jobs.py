@@ -51,7 +51,7 @@ class TrainConfig(RunSection):
     def _check(self) -> TrainConfig:
         if self.target == "policy" and self.policy.adapter.kind != "lora":
             raise ValueError(
-                f"target=policy with policy.adapter.kind={self.policy.adapter.kind}: the target is the model below the "
+                f"target=policy with policy.adapter.kind={self.policy.adapter.kind or 'full'}: the target is the model below the "
                 "policy's LoRA: set policy.adapter.kind=lora, or name the target's model"
             )
         _check_group(self.objective, self.rollout.rewrites_per_prompt, "rollout.rewrites_per_prompt")

@@ -12,7 +12,8 @@ from alignpro.config.section import Section
 class AdapterConfig(Section):
     """The trained part of the policy: all weights, a LoRA, or a soft prompt (the last two by peft)."""
 
-    kind: Literal["full", "lora", "soft_prompt"] = "full"
+    kind: Literal["full", "lora", "soft_prompt"] | None = None
+    """By default, an adapter in ``path`` goes on training as it is; of any other model, all weights are trained."""
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -28,7 +29,9 @@ class AdapterConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:
         if self.activated and self.kind != "lora":
-            raise ValueError(f"activated=true with kind={self.kind}: only a LoRA can be activated: set kind=lora")
+            raise ValueError(
+                f"activated=true with kind={self.kind or 'full'}: only a LoRA can be activated: set kind=lora"
+            )
         if self.invocation is not None and not (self.activated and self.invocation):
             raise ValueError("`invocation` is the text from which an activated LoRA acts: it needs activated=true")
         return self

@@ -19,9 +19,8 @@ from torch import Tensor
 from alignpro.engine.pool import Geometry, KVPool
 from alignpro.engine.scheduler import Chunk
 from alignpro.errors import ModelError
-from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.paged_attention import PagedAttention
+from alignpro.models.paged_attention import PagedAttention, layer_keys
 from alignpro_kernels import PagedKeys
 
 
@@ -103,21 +102,6 @@ def _level(chunks: Sequence[Chunk], depth: int, positions: np.ndarray[Any, Any],
     )
 
 
-class _Probe:
-    """Stands in for a plan and records the shapes and dtype of each layer's keys and values.
-
-    It is run on a single token, whose attention output is simply its value.
-    """
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[torch.Size, torch.Size, torch.dtype]] = {}
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        self.layers[layer] = (key.shape, value.shape, key.dtype)
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
-
-
-@torch.no_grad()
 def probe_geometry(model: LanguageModel) -> Geometry:
     """Find the KV-cache geometry of a model by running it on one token.
 
@@ -125,11 +109,8 @@ def probe_geometry(model: LanguageModel) -> Geometry:
         ModelError: The model's keys and values differ in shape, its layers differ in dtype, or they are not numbered
             from 0.
     """
-    probe, token = _Probe(), torch.zeros(1, dtype=torch.int64, device=model.device)
-    model.token_states(token, token, probe)
-    shapes = [probe.layers[layer] for layer in sorted(probe.layers)]
-    if sorted(probe.layers) != list(range(len(shapes))) or len({dtype for _, _, dtype in shapes}) != 1:
-        raise ModelError(f"model {model.name}: its layers {sorted(probe.layers)} cannot share one pool of pages")
-    if any(key != value for key, value, _ in shapes):
-        raise ModelError(f"model {model.name}: its keys and values differ in shape, which the engine does not support")
-    return Geometry(tuple((key[1], key[3]) for key, _, _ in shapes), shapes[0][2])
+    try:
+        layers = layer_keys(model)
+    except ValueError as error:
+        raise ModelError(f"model {model.name}: {error}, which the engine does not support") from error
+    return Geometry(tuple((layer.heads, layer.head_dim) for layer in layers), layers[0].dtype)

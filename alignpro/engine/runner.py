@@ -21,6 +21,7 @@ from alignpro.engine.scheduler import Batch
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.stats import EngineStats
 from alignpro.engine.stopping import find_end
+from alignpro.models.admission import check_finite
 from alignpro.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def sample_tokens(
 
 
 def _sample_tokens(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor) -> None:
+    check_finite(models[sequences[0].model].name, states)  # a greedy token has log-probability 0, whatever its logit
     positions = [len(sequence.output_ids) for sequence in sequences]
     noise = position_seeds([sequence.seed for sequence in sequences], positions)
     seeds = torch.from_numpy(noise).to(states.device)  # (B,)
@@ -103,6 +105,7 @@ def _sample_tokens(models: Mapping[str, LanguageModel], sequences: Sequence[Samp
         else:
             index = torch.tensor(rows, device=states.device)
             tokens, logprobs = sample(states.index_select(0, index), head, params, seeds.index_select(0, index))
+        check_finite(models[sequences[rows[0]].model].name, logprobs)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.double().tolist(), strict=True):
             sequences[row].output_ids.append(token)
             sequences[row].logprobs.append(logprob)

@@ -2,10 +2,10 @@
 
 | file | subject |
 |---|---|
-| `loading`, `saving` | a model in files: devices and dtypes, adapters with their base model |
+| `loading`, `saving`, `merging` | a model in files: devices and dtypes, adapters with their base model |
 | `adapters`, `token_lora` | which weights are trained; a LoRA that acts on a subset of the tokens |
 | `language_model`, `head` | a model as decoder (tokens → hidden states) and head (hidden states → logits) |
-| `admission` | refuses what the project would compute wrongly |
+| `admission`, `thresholds` | refuses what the project would compute wrongly, below and beyond every length in the configuration |
 | `sequences` | batches of prompts and completions, and their packing into one row |
 | `attention_interface`, `packed_attention`, `paged_attention` | attention in unmodified models, and its two backends |
 | `cpu` | everything that replaces modules on a CPU |

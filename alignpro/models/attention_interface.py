@@ -91,13 +91,13 @@ def _attention_function(original: str) -> Callable[..., tuple[Tensor, None]]:
             return result
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         settings = AttentionSettings(scale, options.get("softcap"), options.get("sliding_window"), dropout)
+        if options.get("s_aux") is not None:
+            raise ValueError("attention sinks are not supported")
         if attention_backend is None:  # transformers defines eager attention in each model's own file
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
             mask = attention_mask[..., : key.shape[2]] if attention_mask is not None else None
             return dot_product_attention(query, key, value, mask, settings).transpose(1, 2).contiguous(), None
-        if options.get("s_aux") is not None:
-            raise ValueError("attention sinks are not supported")
         layer: Any = module.layer_idx
         return attention_backend.attend(layer, query, key, value, settings), None
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from alignpro.errors import ModelError
+from alignpro.errors import DataError, ModelError
 from alignpro.models import admission
 from alignpro.models.attention_interface import AttentionBackend, install_attention
 from alignpro.models.cpu.replacement import replace_modules, restore_modules
@@ -40,8 +40,8 @@ class LanguageModel(nn.Module):
         name: Its name in messages: its path.
 
     Raises:
-        ModelError: The model's logits are not head(hidden), or its adapter is of an unsupported kind. The logits are
-            checked on two tokens, so that no architecture or adapter with a special head is silently mishandled.
+        ModelError: The passes of training or generation do not give the logits that transformers computes, which is tried
+            on a few tokens (`admission`); they are not finite; or its adapter is of an unsupported kind.
     """
 
     invocation: tuple[int, ...]
@@ -65,12 +65,14 @@ class LanguageModel(nn.Module):
         if self.invocation:
             self._active = self._install_token_lora()
         admission.check_layers(name, self.causal)
+        self._longest: int | None = None
+        trial = admission.Trial(self)
         try:
             install_attention(self.causal)
         except ValueError as error:
             raise ModelError(f"model {name}: {type(self.causal).__name__} is not supported: {error}") from error
         self._packed_weights = replace_modules(self.causal.base_model)
-        admission.check_outputs(self)
+        self._longest = trial.compare()
 
     def weights_updated(self) -> None:
         """Discard everything derived from the weights; to be called after their values have changed."""
@@ -95,10 +97,14 @@ class LanguageModel(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """Maximum number of tokens in the model's context, excluding a soft prompt."""
+        """Maximum number of tokens in the model's context, excluding a soft prompt.
+
+        If the frequencies of its rotary embedding depend on the length of the sequence (LongRoPE), these are the lengths
+        at which all sequences have the same.
+        """
         config = self.causal.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        return int(limit) - self.virtual_tokens
+        return int(limit if self._longest is None else min(limit, self._longest)) - self.virtual_tokens
 
     @property
     def vocabulary(self) -> int:
@@ -188,9 +194,22 @@ class LanguageModel(nn.Module):
             (N, D) in the model's dtype, in row-major order of the batch's mask.
 
         Raises:
-            DataError: A prompt lacks the invocation tokens of an activated LoRA.
+            DataError: A prompt lacks the invocation tokens of an activated LoRA, or a sequence exceeds the context.
         """
+        self.check_lengths(batch)
         return self.packed_states(batch.pack(self.virtual_tokens, self.invocation))
+
+    def check_lengths(self, batch: SequenceBatch) -> None:
+        """Refuse sequences beyond the lengths at which the rotary embedding has the same frequencies for all of them.
+
+        Raises:
+            DataError: A sequence is longer.
+        """
+        longest = max(len(x) + len(y) for x, y in zip(batch.prompts, batch.completions, strict=True))
+        if self._longest is not None and longest > self.context_length:
+            raise DataError(
+                f"a sequence of {longest} tokens does not fit in the context of {self.context_length} tokens of {self.name}"
+            )
 
     def packed_states(self, packed: PackedSequences) -> Tensor:
         """Compute the last hidden states at which actions were chosen, (N, D), of sequences that are packed already."""

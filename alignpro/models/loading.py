@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.merging import merge_adapter
 from alignpro.models.saving import BASE_DIRECTORY
 from alignpro.prompting.tokenization import load_tokenizer
 
@@ -48,11 +49,8 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
     Raises:
         ModelError: There is no such model, it is not a causal language model, or it has no usable tokenizer.
     """
-    tokenizer = load_tokenizer(config)
-    model = _load_causal(config)
-    language_model = LanguageModel(model, tokenizer, config.path)
-    language_model.requires_grad_(False)
-    return language_model.eval()
+    language_model = LanguageModel(_load_causal(config), load_tokenizer(config), config.path)
+    return language_model.requires_grad_(False).eval()
 
 
 def load_target(
@@ -79,12 +77,14 @@ def load_target(
 def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
     """Load a policy's initial model; with ``from_scratch``, initialise it with random weights drawn from ``seed``.
 
+    Of a peft adapter's directory, the weights that peft trains have a gradient.
+
     Raises:
         ModelError: As `load_language_model`.
     """
     torch.manual_seed(seed)  # also for what the caller draws next, such as an adapter's initial weights
     if not config.from_scratch:
-        return load_language_model(config)
+        return LanguageModel(_load_causal(config, trainable=True), load_tokenizer(config), config.path).eval()
     tokenizer = load_tokenizer(config)
     with _loading_errors(config.path):
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
@@ -104,16 +104,30 @@ def is_activated_lora(directory: str) -> bool:
         return getattr(PeftConfig.from_pretrained(directory), "alora_invocation_tokens", None) is not None
 
 
-def _load_causal(config: ModelConfig) -> PreTrainedModel | PeftModel:
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds a peft adapter."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def base_of_adapter(directory: Path) -> str:
+    """Return the path of the base model of a peft adapter: that which is saved with it, else the one that it names.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if (directory / BASE_DIRECTORY).is_dir():  # its path is another if the directory has been moved
+        return str(directory / BASE_DIRECTORY)
+    named: str | None = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    if not named:
+        raise ValueError("its adapter_config.json has no base_model_name_or_path")
+    return named
+
+
+def _load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedModel | PeftModel:
     directory = Path(config.path)
     with _loading_errors(config.path):
-        if (directory / "adapter_config.json").is_file():
-            base = PeftConfig.from_pretrained(config.path).base_model_name_or_path
-            if not base:
-                raise ValueError("its adapter_config.json has no base_model_name_or_path")
-            if base == BASE_DIRECTORY and (directory / BASE_DIRECTORY).is_dir():
-                base = str(directory / BASE_DIRECTORY)
-            return PeftModel.from_pretrained(_load_causal(config.model_copy(update={"path": base})), config.path)
+        if is_adapter(config.path):
+            return _load_adapter(config, directory, trainable=trainable)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
             dtype=DTYPES[config.dtype],
@@ -127,11 +141,29 @@ def _load_causal(config: ModelConfig) -> PreTrainedModel | PeftModel:
     return model.to(resolve_device(config.device))
 
 
+def _load_adapter(config: ModelConfig, directory: Path, *, trainable: bool) -> PeftModel:
+    """Load an adapter on its base model; if that is an adapter too, it is merged."""
+    soft, path = PeftConfig.from_pretrained(config.path).is_prompt_learning, base_of_adapter(directory)
+    base = _load_causal(config.model_copy(update={"path": path}))
+    if merged := isinstance(base, PeftModel):
+        base = merge_adapter(base, path)
+    model = PeftModel.from_pretrained(base, config.path, is_trainable=trainable and not soft)
+    if soft:  # which peft loads frozen only
+        model.prompt_encoder.requires_grad_(trainable)
+    if merged or path == str(directory / BASE_DIRECTORY):
+        model.active_peft_config.base_model_name_or_path = BASE_DIRECTORY
+    return model
+
+
 @contextmanager
 def _loading_errors(path: str) -> Iterator[None]:
     """Add the model's name to loading errors; transformers' own messages say why it failed."""
     try:
         yield
+    except AssertionError as error:  # of torch: transformers' embeddings take the pad id as it is
+        raise ModelError(
+            f"model {path}: its config.json names a pad_token_id beyond its vocabulary: {error}"
+        ) from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         hint = " (here: attention=eager)" if 'attn_implementation="eager"' in str(error) else ""
         raise ModelError(f"model {path}: cannot be loaded as a causal language model: {error}{hint}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import Tensor
 
 from alignpro.models.language_model import LanguageModel
 
@@ -17,7 +19,8 @@ BASE_DIRECTORY = "base"
 def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
     """Write a directory that ``from_pretrained`` (and `load_language_model`) reads: weights or adapter, and tokenizer.
 
-    An adapter whose base model exists nowhere else is saved with it, in ``base/``.
+    An adapter whose base model exists nowhere else is saved with it, in ``base/``. The adapter names its base model so
+    that it is found from any working directory.
 
     Raises:
         OSError: The files cannot be written.
@@ -29,10 +32,45 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
             model.save_pretrained(str(directory), save_embedding_layers=False)
             adapter: Any = model.active_peft_config
             if adapter.base_model_name_or_path == BASE_DIRECTORY:
-                weights = {n.replace(".base_layer", ""): w for n, w in causal.state_dict().items() if ".lora_" not in n}
-                causal.save_pretrained(directory / BASE_DIRECTORY, state_dict=weights)
+                causal.save_pretrained(directory / BASE_DIRECTORY, state_dict=_base_weights(model))
+            name_base(directory, directory)
         else:
             model.save_pretrained(directory)
         language_model.tokenizer.save_pretrained(directory)
     except SafetensorError as error:  # raised, for example, when the disk is full
         raise OSError(f"{directory}: {error}") from error
+
+
+def name_base(directory: Path, final: Path) -> None:
+    """Make a saved adapter name its base model by an absolute path if that is a directory; for any other model, do nothing.
+
+    Args:
+        directory: Where the adapter has been saved.
+        final: Where it will be, with its ``base/`` if it has one.
+    """
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    base = final / BASE_DIRECTORY if (directory / BASE_DIRECTORY).is_dir() else Path(config["base_model_name_or_path"])
+    if base.is_dir() or base.parent == final:
+        config["base_model_name_or_path"] = str(base.absolute())
+    if isinstance(
+        config.get("target_modules"), list
+    ):  # peft keeps them as a set, whose order differs between processes
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _base_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The weights below an adapter, by their names in the base model."""
+    tuner: Any = model.base_model
+    own = (f".{getattr(tuner, 'prefix', 'prompt_encoder')}", ".modules_to_save.", ".trainable_tokens_")
+    wrappers = (".base_layer", ".original_module", ".token_adapter")
+    weights = {}
+    for name, weight in model.get_base_model().state_dict().items():
+        if not any(part in name for part in own):
+            for wrapper in wrappers:
+                name = name.replace(wrapper, "")
+            weights[name] = weight
+    return weights

@@ -23,7 +23,8 @@ def describe_work(config: Section) -> list[str]:
             P, K, M = rollout.prompts_per_step, rollout.rewrites_per_prompt, rollout.responses_per_rewrite
             chains = P * K
             return [
-                f"train {config.policy.path} ({config.policy.adapter.kind}) against the frozen {config.target_model.path}",
+                f"train {config.policy.path} ({config.policy.adapter.kind or 'full'}) "
+                f"against the frozen {config.target_model.path}",
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'rewrite')} × {_count(M, 'response')}: "
                 f"{_count(chains, 'chain')} per step, {_count(chains * steps, 'rewrite')} and "
                 f"{_count(chains * M * steps, 'response')} in total",
@@ -33,7 +34,7 @@ def describe_work(config: Section) -> list[str]:
         case RLHFConfig():
             P, K, steps = config.rollout.prompts_per_step, config.rollout.responses_per_prompt, config.run.steps
             return [
-                f"RLHF of {config.policy.path} ({config.policy.adapter.kind})",
+                f"RLHF of {config.policy.path} ({config.policy.adapter.kind or 'full'})",
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'response')}: "
                 f"{_count(P * K, 'response')} per step, {_count(P * K * steps, 'response')} in total",
                 *_updates(config.objective, steps),
@@ -41,7 +42,7 @@ def describe_work(config: Section) -> list[str]:
             ]
         case SFTConfig():
             return [
-                f"fine-tune {config.policy.path} ({config.policy.adapter.kind}) on (prompt, {config.task}) pairs",
+                f"fine-tune {config.policy.path} ({config.policy.adapter.kind or 'full'}) on (prompt, {config.task}) pairs",
                 *_batches(config.run, config.batch_size),
             ]
         case RewardModelConfig():

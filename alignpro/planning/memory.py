@@ -177,7 +177,7 @@ class _Models:
 
 
 def _estimate(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: int) -> MemoryEstimate:
-    policy, full = models.policy, config.policy.adapter.kind == "full"
+    policy, full = models.policy, config.policy.adapter.kind in (None, "full")
     zero = {"stage": 0} if setup == ONE_PROCESS else read_zero_config(setup)["zero_optimization"]
     sharded = zero["stage"] == 3
     rollout = _Rollout.of(config, models, ranks)
@@ -213,7 +213,7 @@ def _training(
     config: TrainConfig | RLHFConfig, models: _Models, setup: str, zero: dict[str, Any], ranks: int
 ) -> TrainingMemory:
     """Memory of the policy, its reference and the critic."""
-    size, trained, full = models.policy, models.trained, config.policy.adapter.kind == "full"
+    size, trained, full = models.policy, models.trained, config.policy.adapter.kind in (None, "full")
 
     def memory(trained: Sequence[int], weights: Sequence[int], reference: Sequence[int]) -> TrainingMemory:
         if setup == ONE_PROCESS:

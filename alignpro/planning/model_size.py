@@ -108,7 +108,7 @@ def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
 
 def trained_weights(model: PreTrainedModel, adapter: AdapterConfig) -> tuple[int, ...]:
     """Return the number of elements of each weight that has a gradient."""
-    if adapter.kind == "full":
+    if adapter.kind in (None, "full"):
         return tuple(weight.numel() for weight in model.parameters())
     if adapter.kind == "soft_prompt":
         return (adapter.virtual_tokens * int(model.config.get_text_config().hidden_size),)

@@ -142,6 +142,7 @@ def _continuation_states(
 
 def _split(model: LanguageModel, batch: SequenceBatch, *, passes: int) -> SplitSequences | None:
     """Split sequences from their prefixes; None if that costs more, for ``passes`` forward passes and any backward pass."""
+    model.check_lengths(batch)
     prefixes: list[Sequence[int]] = []
     ids: list[int] = []
     state_indices: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from alignpro.config import PolicyConfig
 from alignpro.distributed.ranks import Ranks
 from alignpro.errors import ModelError
-from alignpro.models.adapters import add_adapter
+from alignpro.models.adapters import add_adapter, describe_training
 from alignpro.models.head import Head
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_trainable
@@ -27,6 +28,8 @@ from alignpro.policy.reference_logprobs import (
 )
 from alignpro.policy.zero3_module import Outputs, PolicyModule
 from alignpro_kernels import Coefficients, PolicyLossOutput, policy_loss
+
+logger = logging.getLogger(__name__)
 
 
 class Policy:
@@ -65,6 +68,11 @@ class Policy:
         start = load_trainable(config, seed)
         model = add_adapter(start, config.adapter)
         reference = load_reference(config, model, adapter_is_new=model is not start)
+        if config.reference not in (None, config.path):
+            compared = config.reference
+        else:
+            compared = "the model without its adapter" if reference is None else "a frozen copy of the start"
+        logger.info("%s; reference: %s", describe_training(start, model), compared)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return cls(model, reference, temperature=temperature)

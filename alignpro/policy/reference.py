@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from alignpro.config import PolicyConfig
@@ -28,7 +29,7 @@ def load_reference(config: PolicyConfig, model: LanguageModel, *, adapter_is_new
         ModelError: The reference cannot be loaded, or its vocabulary or the soft cap of its logits is another.
     """
     if config.reference in (None, config.path):
-        return None if config.adapter.kind != "full" and adapter_is_new else frozen_copy(model)
+        return None if isinstance(model.model, PeftModel) and adapter_is_new else frozen_copy(model)
     reference = load_language_model(config.model_copy(update={"path": config.reference}))
     if reference.head.weight.shape[0] != model.head.weight.shape[0]:
         raise ModelError(

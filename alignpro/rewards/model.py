@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -20,7 +21,8 @@ from transformers import (
 from alignpro.config import ModelConfig, ModelRewardConfig, TrainableModelConfig
 from alignpro.data import Prompt
 from alignpro.errors import ModelError
-from alignpro.models.loading import DTYPES, resolve_device
+from alignpro.models.admission import check_finite
+from alignpro.models.loading import DTYPES, base_of_adapter, is_adapter, resolve_device
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.component import Measurement
@@ -59,6 +61,8 @@ class SequenceRewardModel(nn.Module):
         rewards: Tensor = self.classifier(input_ids=ids, attention_mask=mask).logits[:, 0].float()
         return rewards
 
+
+_PROBE = Prompt.from_text("x")
 
 LoadRewardModel = Callable[[ModelConfig, Callable[[ModelConfig], SequenceRewardModel]], SequenceRewardModel]
 """Loads a reward model, given its configuration and the function that loads it whole."""
@@ -111,7 +115,7 @@ class ModelReward:
 
 
 def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None = None) -> SequenceRewardModel:
-    """Load a reward model and its tokenizer on their device, frozen and in evaluation mode.
+    """Load a reward model and its tokenizer on their device, frozen and in evaluation mode; an adapter is merged.
 
     Args:
         config: The model and its tokenizer.
@@ -120,30 +124,21 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
             that initialises the score head if the checkpoint (such as a causal language model's) does not have one.
 
     Raises:
-        ModelError: The model or tokenizer cannot be loaded, the tokenizer has no chat template or pad token, the model
-            does not have exactly one output, or a model used for scoring has no score head in its checkpoint.
+        ModelError: The model or tokenizer cannot be loaded, there is no chat template or usable pad token, the model does
+            not have exactly one output, its outputs are not finite, or a model used for scoring has no score head in its
+            checkpoint.
     """
-    tokenizer = load_tokenizer(config, require_pad_token=True)
-    overrides: dict[str, Any] = {} if seed is None else {"num_labels": 1}
-    loading: dict[str, Any] = {"missing_keys": []}
+    tokenizer = load_tokenizer(config)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
-            if isinstance(config, TrainableModelConfig) and config.from_scratch:
-                architecture = AutoConfig.from_pretrained(config.path, num_labels=1)
-                classifier = AutoModelForSequenceClassification.from_config(architecture, dtype=DTYPES[config.dtype])
-            else:
-                classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-                    config.path,
-                    dtype=DTYPES[config.dtype],
-                    attn_implementation=config.attention,
-                    trust_remote_code=config.trust_remote_code,
-                    output_loading_info=True,
-                    **overrides,
-                )
+            classifier, missing = _load_classifier(config, num_labels=None if seed is None else 1)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"reward model {config.path}: cannot be loaded as a sequence classifier: {error}") from error
-    missing = sorted(loading["missing_keys"])
+    except AssertionError as error:  # of torch: transformers' embeddings take the pad id as it is
+        raise ModelError(
+            f"reward model {config.path}: its config.json names a pad_token_id beyond its vocabulary: {error}"
+        ) from error
     if missing and seed is None:
         raise ModelError(
             f"reward model {config.path}: the checkpoint lacks {', '.join(missing)}, which would be random; "
@@ -154,9 +149,50 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
             f"reward model {config.path}: it has {classifier.config.num_labels} outputs, "
             "a reward needs exactly 1 (num_labels=1)"
         )
-    _settle_padding(classifier.config, tokenizer, config)
-    classifier.requires_grad_(False)
-    return SequenceRewardModel(classifier.eval().to(resolve_device(config.device)), tokenizer, max_length)
+    placed: Any = classifier.requires_grad_(False).eval()  # PreTrainedModel.to is not typed
+    model = SequenceRewardModel(placed.to(resolve_device(config.device)), tokenizer, max_length)
+    probe, _ = model.encode(_PROBE, "x")
+    classifier.config.get_text_config().pad_token_id = _pad_token(classifier, tokenizer, config, ends_with=probe[-1])
+    with torch.inference_mode():
+        check_finite(config.path, model.score([probe]))
+    return model
+
+
+def _load_classifier(config: ModelConfig, num_labels: int | None) -> tuple[PreTrainedModel, list[str]]:
+    """Load a classifier and list the weights that its checkpoint lacks; an adapter is merged into its base model."""
+    if is_adapter(config.path):
+        return _load_adapted(config), []
+    overrides: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if isinstance(config, TrainableModelConfig) and config.from_scratch:
+        architecture = AutoConfig.from_pretrained(config.path, **overrides)
+        return AutoModelForSequenceClassification.from_config(architecture, dtype=DTYPES[config.dtype]), []
+    classifier, report = AutoModelForSequenceClassification.from_pretrained(
+        config.path,
+        dtype=DTYPES[config.dtype],
+        attn_implementation=config.attention,
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+        **overrides,
+    )
+    return classifier, sorted(report["missing_keys"])
+
+
+def _load_adapted(config: ModelConfig) -> PreTrainedModel:
+    """Load a peft adapter that holds a score head on its base model, and merge it.
+
+    Raises:
+        ValueError: It is an adapter of another kind, has no score head, or its base model lacks other weights.
+    """
+    adapter = PeftConfig.from_pretrained(config.path)
+    trained = tuple(getattr(adapter, "modules_to_save", None) or ())
+    if adapter.task_type != TaskType.SEQ_CLS:
+        raise ValueError(f"its peft adapter is of task {adapter.task_type}: a reward needs one of task SEQ_CLS")
+    base = config.model_copy(update={"path": base_of_adapter(Path(config.path))})
+    classifier, missing = _load_classifier(base, num_labels=1)
+    if random := [name for name in missing if name.split(".")[0] not in trained]:
+        raise ValueError(f"adapter and base model {base.path} lack {', '.join(random)}, which would be random")
+    merged: PreTrainedModel = PeftModel.from_pretrained(classifier, config.path).merge_and_unload()
+    return merged
 
 
 def usable_length(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
@@ -176,10 +212,32 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
     return ids.to(device), mask.to(device)
 
 
-def _settle_padding(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
-    """Set the pad token: the configured one, else the model's own (which it was trained to find the last token with), else
-    the tokenizer's."""
-    text = model.get_text_config()
-    own = text.pad_token_id
-    if config.pad_token is not None or own is None or not 0 <= own < text.vocab_size:
-        text.pad_token_id = tokenizer.pad_token_id
+def _pad_token(
+    classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, ends_with: int
+) -> int:
+    """Choose the pad token: the configured one, else the model's own, which it was trained with, else the tokenizer's.
+
+    A classifier reads the score at the last token that is not this one, so a token that ends the conversations would move
+    it, unless the model was trained so.
+
+    Raises:
+        ModelError: There is none, the tokenizer's ends the conversations, or it is beyond the model's vocabulary.
+    """
+    embedding: Any = classifier.get_input_embeddings()
+    own, size = classifier.config.get_text_config().pad_token_id, len(embedding.weight)
+    pad = own if config.pad_token is None and own is not None and own >= 0 else tokenizer.pad_token_id
+    if pad is None or (pad != own and config.pad_token is None and pad == ends_with):
+        fits = [each for each in tokenizer.all_special_ids if each < size and each not in (ends_with, pad)]
+        unknown = [each for each in fits if each == tokenizer.unk_token_id]
+        hint = "".join(f", such as {tokenizer.convert_ids_to_tokens(each)}" for each in (unknown or fits)[:1])
+        has = "has no pad token" if pad is None else f"pads with {tokenizer.pad_token}, which ends its conversations"
+        raise ModelError(
+            f"reward model {config.path}: its tokenizer {has}, and its config.json names none: set pad_token to a token "
+            f"that ends no conversation{hint}: the score is read at the last token that is not the pad token"
+        )
+    if pad >= size:
+        raise ModelError(
+            f"reward model {config.path}: its pad token {tokenizer.convert_ids_to_tokens(pad)} has id {pad}, and the model "
+            f"has {size} embeddings: set pad_token to a token that it has, or resize its embeddings"
+        )
+    return int(pad)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from alignpro.config import RLHFConfig, TrainConfig
 from alignpro.data import choose, load_prompts, split
@@ -14,7 +13,7 @@ from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import ConfigError, DataError
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import is_activated_lora, load_language_model, load_target
+from alignpro.models.loading import is_activated_lora, is_adapter, load_language_model, load_target
 from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
 from alignpro.prompting.chat_template import ChatTemplate
@@ -116,7 +115,7 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
 
 def _refuse_merged(path: str) -> None:
     """Refuse an adapter that would be merged into the base model when the policy's base model is the target."""
-    if (Path(path) / "adapter_config.json").is_file() and not is_activated_lora(path):
+    if is_adapter(path) and not is_activated_lora(path):
         raise ConfigError(
             f"target=policy: {path} is an adapter, which is merged into its base model before training; the merged model "
             "would be the target: name the target's model, or start from an activated LoRA (policy.adapter.activated=true)"

@@ -15,6 +15,7 @@ from torch import Tensor
 from alignpro.config import RunConfig, RunSection, load_config
 from alignpro.distributed.ranks import Ranks
 from alignpro.errors import CheckpointError, ConfigError, TrainingError
+from alignpro.models.loading import is_adapter
 from alignpro.policy.policy import Policy
 from alignpro.training.checkpoint import CheckpointStore
 from alignpro.training.recorded_holdout import keep_holdout
@@ -75,14 +76,14 @@ def check_configuration(saved: Path, config: RunSection) -> None:
     try:
         recorded = load_config(type(config), [str(saved)])
         data = keep_holdout(recorded.data, [directory])
-        before = recorded.model_copy(update={"data": data}).model_dump(mode="json")
+        before = _as_configured(recorded.model_copy(update={"data": data}))
     except ConfigError as error:
         raise TrainingError(
             f"run directory {directory}: the run in it is not one of this command: {error}; name another run.out"
         ) from error
     changed = [
         f"{key} (was {old!r}, is {new!r})"
-        for key, old, new in _differences(before, config.model_dump(mode="json"))
+        for key, old, new in _differences(before, _as_configured(config))
         if not key.startswith("run.") or key == "run.seed"
     ]
     if changed:
@@ -175,6 +176,14 @@ def check_weights(checkpoint: Path, saved: Mapping[str, Tensor], weights: Mappin
             f"checkpoint {checkpoint}: its weights are not those of this model: the model's files have changed since "
             "the run started; restore them, or start a new run in another run.out"
         )
+
+
+def _as_configured(config: RunSection) -> dict[str, Any]:
+    """The values of a configuration, with the kind of training that an unset ``policy.adapter.kind`` stands for."""
+    values = config.model_dump(mode="json")
+    if (policy := values.get("policy")) and policy["adapter"]["kind"] is None and not is_adapter(policy["path"]):
+        policy["adapter"]["kind"] = "full"
+    return values
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

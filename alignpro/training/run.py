@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from alignpro.config import RunConfig, RunSection
 from alignpro.distributed.ranks import Ranks
 from alignpro.errors import AlignProError, CheckpointError, Interrupted, PeerError, TrainingError
+from alignpro.models.saving import name_base
 from alignpro.training.checkpoint import CheckpointStore, save_torch
 from alignpro.training.durability import disk_errors, replace_directory
 from alignpro.training.loggers.jsonl import read_rows
@@ -289,6 +290,7 @@ class Run:
         def write_part(directory: Path) -> None:
             trainer.export(directory)
             if self._directory is not None:
+                name_base(directory, self._directory.model)
                 self._directory.mark_export(directory, self.config.steps)
 
         def replace(write: Callable[[Path], None]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignpro.config import SamplingConfig, SFTConfig
 from alignpro.data import Prompt, choose, load_prompts, split
-from alignpro.models.adapters import add_adapter
+from alignpro.models.adapters import add_adapter, describe_training
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_trainable
 from alignpro.models.saving import save_pretrained
@@ -48,7 +48,9 @@ class SFTTrainer:
         self.config = config
         field = config.task
         data = load_prompts(config.data, require=(field,))
-        self.model: LanguageModel = add_adapter(load_trainable(config.policy, config.run.seed), config.policy.adapter)
+        start = load_trainable(config.policy, config.run.seed)
+        self.model: LanguageModel = add_adapter(start, config.policy.adapter)
+        logger.info("%s", describe_training(start, self.model))
         if config.policy.gradient_checkpointing:
             self.model.causal.gradient_checkpointing_enable(self.model.checkpoint_options)
         tokenizer = self.model.tokenizer

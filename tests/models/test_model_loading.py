@@ -20,12 +20,13 @@ from tiny_models import (
     tokenizer,
     trainable,
 )
-from transformers import AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from alignpro.config import AdapterConfig
 from alignpro.errors import ModelError
 from alignpro.models.adapters import add_adapter
 from alignpro.models.loading import load_language_model, load_trainable
+from alignpro.models.saving import BASE_DIRECTORY, save_pretrained
 
 
 class TestLoading:
@@ -99,3 +100,56 @@ class TestLoading:
         ]
         assert torch.equal(weights[0], weights[1])
         assert not torch.equal(weights[0], weights[2])
+
+
+class TestUnusualFiles:
+    """Directories that are loaded as transformers loads them."""
+
+    @staticmethod
+    def check(directory: Path, ids: torch.Tensor = IDS) -> None:
+        expected = AutoModelForCausalLM.from_pretrained(directory)(input_ids=ids).logits
+        model = load_trainable(policy_config(directory), 0)
+        assert torch.allclose(head_logits(model, ids), expected, atol=1e-4)
+        for adapter in (AdapterConfig(), LORA):
+            start = load_trainable(policy_config(directory), 0)
+            start.model.name_or_path = BASE_DIRECTORY  # saved with the adapter
+            save_pretrained(add_adapter(start, adapter), directory / "saved")
+            again = load_language_model(policy_config(directory / "saved"))
+            assert torch.allclose(head_logits(again, ids), expected, atol=1e-4)
+
+    def test_untied_weights_of_a_tied_configuration(self, tmp_path: Path) -> None:
+        save_tiny("llama", tmp_path)
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+        self.check(tmp_path)
+
+    def test_a_larger_vocabulary_than_the_tokenizers(self, tmp_path: Path) -> None:
+        model = tiny_transformer("llama")
+        model.resize_token_embeddings(120, mean_resizing=False)
+        model.save_pretrained(tmp_path)
+        tokenizer("llama").save_pretrained(tmp_path)
+        self.check(tmp_path, torch.tensor([[5, 119, 103, 17]]))
+
+    def test_shards(self, tmp_path: Path) -> None:
+        tiny_transformer("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+        tokenizer("llama").save_pretrained(tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        self.check(tmp_path)
+
+    def test_pickled_weights_only(self, tmp_path: Path) -> None:
+        weights = save_tiny("llama", tmp_path) / "model.safetensors"
+        torch.save(tiny_transformer("llama").state_dict(), tmp_path / "pytorch_model.bin")
+        weights.unlink()
+        self.check(tmp_path)
+
+    def test_an_invalid_generation_config(self, tmp_path: Path) -> None:
+        save_tiny("llama", tmp_path)
+        settings = {"do_sample": False, "temperature": 0.5, "top_p": 0.9, "eos_token_id": 1, "pad_token_id": -1}
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+        self.check(tmp_path)
+
+    def test_a_pad_token_beyond_the_vocabulary(self, tmp_path: Path) -> None:
+        config = save_tiny("llama", tmp_path) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 103}))
+        with pytest.raises(ModelError, match=f"{tmp_path}: its config.json names a pad_token_id beyond its vocabulary"):
+            load_language_model(policy_config(tmp_path))

@@ -1,9 +1,16 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from alignpro.config import ModelConfig, ModelRewardConfig, RewardConfig
 from alignpro.data import Message, Prompt
@@ -200,3 +207,92 @@ def test_prompts_that_a_template_refuses_are_dropped_before_the_run(reward_model
     assert stack.scorable(PROMPTS) == [PROMPTS[0], *PROMPTS[2:]]
     assert "1 of 4 prompts cannot be the input of the reward 'rm' (the first: " in caplog.text
     assert "refuses a conversation of system, user, assistant: no system" in caplog.text
+
+
+def one_by_one(path: Path, rows: list[list[int]]) -> list[float]:
+    """The scores by transformers, one conversation at a time, which needs no padding."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, pad_token_id=None).eval()
+    with torch.no_grad():
+        return [classifier(input_ids=torch.tensor([row])).logits.item() for row in rows]
+
+
+@pytest.fixture
+def without_pad_token(tmp_path, byte_tokenizer, llama_config) -> Path:
+    """A classifier without pad token; conversations end with its end token."""
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(llama_config(num_labels=1, initializer_range=0.5)).save_pretrained(tmp_path)
+    byte_tokenizer(pad_token=None).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_token_that_ends_conversations_is_no_advice_for_padding(without_pad_token):
+    with pytest.raises(ModelError, match=r"has no pad token.*set pad_token to a token that ends no .*such as <bos>"):
+        ModelReward(config(without_pad_token))
+    advised = ModelReward(config(without_pad_token, model={"pad_token": "<bos>"}))
+    rows = [advised._model.encode(x, y)[0] for x, y in zip(PROMPTS, RESPONSES, strict=True)]
+    assert advised(PROMPTS, RESPONSES).values == pytest.approx(one_by_one(without_pad_token, rows), abs=1e-4)
+
+
+def test_a_tokenizer_that_pads_with_the_end_of_conversations_is_refused(without_pad_token, byte_tokenizer):
+    byte_tokenizer(pad_token="<eos>").save_pretrained(without_pad_token)
+    with pytest.raises(ModelError, match="pads with <eos>, which ends its conversations"):
+        ModelReward(config(without_pad_token))
+
+
+def test_a_pad_token_of_the_model_needs_none_of_the_tokenizer(without_pad_token):
+    model = AutoModelForSequenceClassification.from_pretrained(without_pad_token)
+    model.config.pad_token_id = 2  # <eos>: it was trained so
+    model.save_pretrained(without_pad_token)
+    reward = ModelReward(config(without_pad_token))
+    rows = [reward._model.encode(x, y)[0][:-1] for x, y in zip(PROMPTS, RESPONSES, strict=True)]
+    assert reward(PROMPTS, RESPONSES).values == pytest.approx(one_by_one(without_pad_token, rows), abs=1e-4)
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "config.json"])
+def test_a_pad_token_beyond_the_embedding_is_an_error_at_load(tmp_path, byte_tokenizer, llama_config, where):
+    tokenizer = byte_tokenizer(pad_token=None)
+    size = len(tokenizer)
+    settings = {"num_labels": 1, "pad_token_id": None}
+    model = LlamaForSequenceClassification(LlamaConfig(**llama_config(**settings).to_dict() | {"vocab_size": size}))
+    model.save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    expected = rf"its pad token \[PAD\] has id {size}, and the model has {size} embeddings"
+    if where == "config.json":
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": size}))
+        expected = "names a pad_token_id beyond its vocabulary"
+    with pytest.raises(ModelError, match=expected):
+        ModelReward(config(tmp_path))
+
+
+def test_a_lora_of_a_classifier_is_merged(language_model_path, tmp_path, byte_tokenizer):
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(language_model_path, num_labels=1, pad_token_id=0)
+    settings = {"target_modules": ["q_proj", "v_proj"], "r": 4, "init_lora_weights": False}
+    adapted = get_peft_model(base, LoraConfig(task_type=TaskType.SEQ_CLS, **settings)).eval()
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    byte_tokenizer().save_pretrained(tmp_path)
+    reward = ModelReward(config(tmp_path))
+    rows = [reward._model.encode(x, y)[0] for x, y in zip(PROMPTS, RESPONSES, strict=True)]
+    with torch.no_grad():
+        expected = [adapted(input_ids=torch.tensor([row])).logits.item() for row in rows]
+    assert reward(PROMPTS, RESPONSES).values == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_lora_of_a_language_model_is_refused(language_model_path, tmp_path, byte_tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(language_model_path)
+    adapted = get_peft_model(base, LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="its peft adapter is of task CAUSAL_LM: a reward needs one of task SEQ_CLS"):
+        ModelReward(config(tmp_path))
+
+
+def test_scores_that_are_not_finite_are_an_error_at_load(reward_model_path, tmp_path, byte_tokenizer):
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_path)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"{tmp_path}: its outputs are not finite"):
+        ModelReward(config(tmp_path))

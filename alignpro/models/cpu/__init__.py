@@ -1,5 +1,5 @@
 """What replaces a model's modules on a CPU: packed weights, fused layers, the fused decoder.
 
 Each is tried on a few tokens when the model is loaded, and is left out where it computes something else. May import
-`alignpro_kernels`, `models.attention_interface` and `models.paged_attention`.
+`alignpro_kernels`, `models.attention_interface`, `models.paged_attention` and `models.thresholds`.
 """

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.cpu.fused_layers import FusedRMSNorm, mix_in
 from alignpro.models.cpu.packed_linear import PackedLinear, PackedWeights, Panels
 from alignpro.models.paged_attention import PagedAttention
+from alignpro.models.thresholds import thresholds
 from alignpro_kernels import PagedKeys, cpp_library
 from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
 
@@ -119,22 +121,32 @@ def _probe(model: Any, packed_weights: PackedWeights) -> _DecoderLayers:
         _UnsupportedError: They are of another kind.
     """
     parts = [_LayerModules.of(layer) for layer in getattr(model, "layers", ())]
-    ids, recorder = torch.arange(_PROBE_TOKENS)[None], _AttentionRecorder(_PROBE_TOKENS)
     if not parts or not all(hasattr(model, name) for name in ("embed_tokens", "rotary_emb", "norm")):
         raise _UnsupportedError("its modules have other names")
-    expected = model(
-        input_ids=ids,
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-        position_ids=ids,
-        use_cache=False,
-        attention_backend=recorder,
-    ).last_hidden_state
-    calls = [recorder.calls.get(layer) for layer in range(len(parts))]
-    layers = _DecoderLayers(model, packed_weights, parts, calls)
-    states = layers.states(ids, None, ids, recorder.over([call.pages.clone() for call in calls if call is not None]))
-    if not torch.allclose(states, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
-        raise _UnsupportedError("their outputs differ from the fused operator's")
+    layers = None
+    for start in _starts(model.config):
+        ids, recorder = torch.arange(_PROBE_TOKENS)[None], _AttentionRecorder(_PROBE_TOKENS)
+        expected = model(
+            input_ids=ids,
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            position_ids=ids + start,
+            use_cache=False,
+            attention_backend=recorder,
+        ).last_hidden_state
+        calls = [recorder.calls.get(layer) for layer in range(len(parts))]
+        layers = layers or _DecoderLayers(model, packed_weights, parts, calls)
+        pages = [call.pages.clone() for call in calls if call is not None]
+        states = layers.states(ids, None, ids + start, recorder.over(pages))
+        if not torch.allclose(states, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+            raise _UnsupportedError("their outputs differ from the fused operator's")
+    assert layers is not None
     return layers
+
+
+def _starts(config: PreTrainedConfig) -> list[int]:
+    """The positions at which the compared tokens start: the first, and those just before what depends on a position."""
+    named = thresholds(config.get_text_config())
+    return [0, *(each.value - _PROBE_TOKENS // 2 for each in named if each.of_positions and each.value > _PROBE_TOKENS)]
 
 
 @dataclass(frozen=True)
