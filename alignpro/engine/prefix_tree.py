@@ -155,6 +155,11 @@ class PrefixTree:
         for node in reversed(nodes):  # children first
             self._evict(node)
 
+    def clear(self) -> None:
+        """Forget all nodes, whatever state an interrupt left them in; the pool must be cleared too."""
+        self._roots, self._root_models, self._idle = {}, {}, OrderedDict()
+        self.num_cached = self.num_locked = 0
+
     def pages(self) -> list[list[int]]:
         """The page lists of all nodes."""
         return [node.pages for root in self._roots for node in self.nodes(root)]

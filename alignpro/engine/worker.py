@@ -10,7 +10,7 @@ earlier run could not get is tried again; at its end, its sequences are counted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -141,30 +141,18 @@ class Worker:
             stats.note_run(self._ended)
             self._ended.clear()
 
-    def abort(self) -> list[SampledSequence]:
-        """Free the pages of all sequences and forget them. Returns those that had not ended."""
-        pending = self.scheduler.pending
-        for sequence in pending:
-            self.scheduler.remove(sequence)
-        self.scheduler.take_failed()
+    def clear(self) -> None:
+        """Forget all sequences and all that is cached, whatever state an interrupt left; this may be repeated."""
+        self.scheduler.clear()
+        self.tree.clear()
+        self.pool.clear()
+        if self.graphs:
+            self.graphs.clear()
+        self._prepared.clear()
         self._ended.clear()
-        return [sequence for sequence in pending if sequence.completion is None]
 
-    def weights_updated(self, name: str, ended: Iterable[SampledSequence]) -> None:
-        """Drop everything cached for a model.
-
-        Args:
-            name: The model.
-            ended: Sequences whose end the engine has yet to tell; they count as pending.
-
-        Raises:
-            RuntimeError: Sequences of the model are pending.
-        """
-        pending = sum(name in (each.model, each.request.base) for each in (*self.scheduler.pending, *ended))
-        if pending:
-            raise RuntimeError(
-                f"model {name}: its weights cannot change while it generates ({pending} sequences are pending)"
-            )
+    def weights_updated(self, name: str) -> None:
+        """Drop everything cached for a model, of which no sequence may be pending."""
         self.models[name].weights_updated()
         self.tree.drop(name)
 
