@@ -141,13 +141,22 @@ def rewrite(
     answer: Annotated[
         bool, typer.Option("--answer", help="Also load the run's target and let it answer each rewrite.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Let Python code that comes with the run's models run, if the run's config says so.",
+        ),
+    ] = False,
 ) -> None:
     """Rewrite prompts, or a whole data set, with a trained prompter."""
     if (data is None) == (not text):
         raise AlignProError("rewrite: give prompts as arguments, or a data source with --data and --out")
     if (data is None) != (out is None):
         raise AlignProError("rewrite: --data and --out go together")
-    rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(run, with_target=answer)
+    rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(
+        run, with_target=answer, trust_remote_code=trust_remote_code
+    )
     if data is not None:
         _load("alignpro.environments.rewriter:rewrite_data")(
             rewriter, data, out, n=n, temperature=temperature, seed=seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.pickled_files import describe_refusal
 from alignpro.models.saving import BASE_DIRECTORY
 from alignpro.prompting.tokenization import load_tokenizer
 
@@ -108,7 +110,12 @@ def _load_causal(config: ModelConfig) -> PreTrainedModel | PeftModel:
     directory = Path(config.path)
     with _loading_errors(config.path):
         if (directory / "adapter_config.json").is_file():
-            base = PeftConfig.from_pretrained(config.path).base_model_name_or_path
+            adapter = PeftConfig.from_pretrained(config.path)
+            if getattr(adapter, "megatron_config", None):
+                raise ValueError(
+                    "its adapter_config.json has a megatron_config, for which peft imports any module it names"
+                )
+            base = adapter.base_model_name_or_path
             if not base:
                 raise ValueError("its adapter_config.json has no base_model_name_or_path")
             if base == BASE_DIRECTORY and (directory / BASE_DIRECTORY).is_dir():
@@ -135,3 +142,5 @@ def _loading_errors(path: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         hint = " (here: attention=eager)" if 'attn_implementation="eager"' in str(error) else ""
         raise ModelError(f"model {path}: cannot be loaded as a causal language model: {error}{hint}") from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ModelError(f"model {path}: {describe_refusal(path, error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from alignpro.config import ModelConfig, ModelRewardConfig, TrainableModelConfig
 from alignpro.data import Prompt
 from alignpro.errors import ModelError
 from alignpro.models.loading import DTYPES, resolve_device
+from alignpro.models.pickled_files import describe_refusal
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.component import Measurement
@@ -133,6 +135,8 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
                 )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"reward model {config.path}: cannot be loaded as a sequence classifier: {error}") from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ModelError(f"reward model {config.path}: {describe_refusal(config.path, error)}") from error
     missing = sorted(loading["missing_keys"])
     if missing and seed is None:
         raise ModelError(
