@@ -179,8 +179,10 @@ class PrefixTree:
             return None
         try:
             computed = self._copy_common_prefix(parent, model, tokens, pages)
-        except Exception:  # of the device
+        except Exception as error:  # of the device
             self.pool.free(model, pages)
+            if is_out_of_memory(error):
+                return None
             raise
         start = parent.start + len(parent.tokens)
         node = Node(tokens, start, next(self.serials), pages, computed, model=model, parent=parent, locks=1)

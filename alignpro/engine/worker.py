@@ -17,6 +17,7 @@ import torch
 
 from alignpro.engine.attention_plan import probe_geometry
 from alignpro.engine.fault_isolation import Executor
+from alignpro.engine.faults import is_fatal
 from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import PrefixTree
@@ -119,7 +120,12 @@ class Worker:
         batch = self.scheduler.schedule()
         ended = self.scheduler.take_failed()
         if batch is not None:
-            ended += self._executor.execute(batch, stats)
+            try:
+                ended += self._executor.execute(batch, stats)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                ended += self._executor.fail_batch(batch, error)
         assert batch is not None or ended, "sequences are pending, but none can run"
         stats.note_pages(self.pool.used)
         for sequence in ended:

@@ -2,65 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import CodeType, FrameType
-from typing import Any
-
 import pytest
 from checks import TOKEN, assert_nothing_is_held, assert_same_groups, finish
 from faults import PROMPTS, SEEDS, TEMPLATE
 from tiny_models import ragged
+from tracing import Place, Tracer, traced
 
 from alignpro.engine import Completion, Engine, SamplingParams, derive_seed, pool, prefix_tree, scheduler
 from alignpro.models.language_model import LanguageModel
 
-BOOKKEEPING = {module.__file__ for module in (pool, prefix_tree, scheduler)}
+BOOKKEEPING = (pool, prefix_tree, scheduler)
 SHORT = SamplingParams(max_tokens=6, n=2)
 GROUPS = [*PROMPTS[:3], PROMPTS[0][:24], TEMPLATE[:6], ragged(1, 60, shortest=40, longest=40, seed=3)[0]]
 """Prompts that share long, short and no beginnings, so that nodes are split, pages copied, moved and evicted."""
 GROUP_SEEDS = SEEDS
-
-Place = tuple[CodeType, int]
-"""An instruction: its code and its offset there."""
-
-
-@dataclass
-class Tracer:
-    """Sees each instruction of the bookkeeping; raises at a chosen one."""
-
-    interrupt_at: Place | None = None
-    passes: int = 0
-    """How often the chosen instruction is let through first."""
-    seen: dict[Place, int] = field(default_factory=dict)
-    """Instruction → how often it was run."""
-
-    def __call__(self, frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_code.co_filename not in BOOKKEEPING:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return self.instruction
-
-    def instruction(self, frame: FrameType, event: str, _: object) -> Any:
-        if event == "opcode":
-            place = frame.f_code, frame.f_lasti
-            self.seen[place] = self.seen.get(place, 0) + 1
-            if place == self.interrupt_at and self.seen[place] > self.passes:
-                self.interrupt_at = None
-                raise KeyboardInterrupt
-        return self.instruction
-
-
-@contextmanager
-def traced(tracer: Tracer) -> Iterator[None]:
-    before = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def small_engine(models: dict[str, LanguageModel]) -> Engine:
@@ -91,7 +46,7 @@ def expected(llama: LanguageModel) -> list[list[Completion]]:
 @pytest.fixture(scope="module")
 def places(llama: LanguageModel) -> dict[Place, int]:
     """Return the instructions that the work runs, with how often it runs each."""
-    tracer = Tracer()
+    tracer = Tracer(BOOKKEEPING)
     engine = small_engine({"m": llama})
     with traced(tracer):
         work(engine)
@@ -116,7 +71,10 @@ def interrupt_at(
     points = list(places.items())[chosen]
     for i, (place, count) in enumerate(points):
         engine = small_engine({"m": llama})  # as when the instructions were counted
-        with pytest.raises(KeyboardInterrupt), traced(Tracer(place, derive_seed(i) % count)):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            traced(Tracer(BOOKKEEPING, KeyboardInterrupt, place, derive_seed(i) % count)),
+        ):
             work(engine)
         assert_whole(engine, expected)
     return len(points)
@@ -143,7 +101,7 @@ def test_submitted_requests_fail_when_a_step_is_interrupted_and_are_returned_onc
     engine.step()
     (worker,) = engine.workers.values()
     place = next(place for place in places if place[0].co_name == "_build_batch")
-    with pytest.raises(KeyboardInterrupt), traced(Tracer(place)):
+    with pytest.raises(KeyboardInterrupt), traced(Tracer(BOOKKEEPING, KeyboardInterrupt, place)):
         engine.step()
     assert finish(engine) == requests
     assert {one.error for request in requests for one in request.completions} == {
