@@ -20,7 +20,7 @@ from alignpro.cli import main
 from alignpro.environments.rewriter import Rewriter
 from alignpro.errors import AlignProError, CheckpointError, ModelError
 from alignpro.models.pickled_files import foreign_globals
-from alignpro.training.checkpoint import MANIFEST, CheckpointStore
+from alignpro.training.checkpoint import MANIFEST, CheckpointStore, write_manifest
 
 Finished = Callable[..., Path]
 
@@ -193,11 +193,8 @@ def test_resuming_from_their_checkpoint_runs_none_of_its_code(
 
 def sign_again(checkpoint: Path) -> None:
     """Write the manifest anew, as someone who has changed a file would."""
-    from hashlib import sha256
-
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    manifest["files"] = {name: sha256((checkpoint / name).read_bytes()).hexdigest() for name in manifest["files"]}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(checkpoint, manifest["step"], manifest["run"])
 
 
 def test_deepspeeds_pickles_are_checked_before_deepspeed_reads_them(old_runs: Path, canary: Path) -> None:

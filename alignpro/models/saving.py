@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
             # Embeddings are never trained together with an adapter; by default peft would query the hub to find out.
             model.save_pretrained(str(directory), save_embedding_layers=False)
             adapter: Any = model.active_peft_config
+            _sort_sets(directory / "adapter_config.json", adapter)
             if adapter.base_model_name_or_path == BASE_DIRECTORY:
                 weights = {n.replace(".base_layer", ""): w for n, w in causal.state_dict().items() if ".lora_" not in n}
                 causal.save_pretrained(directory / BASE_DIRECTORY, state_dict=weights)
@@ -36,3 +38,12 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
         language_model.tokenizer.save_pretrained(directory)
     except SafetensorError as error:  # raised, for example, when the disk is full
         raise OSError(f"{directory}: {error}") from error
+
+
+def _sort_sets(file: Path, adapter: Any) -> None:
+    """Sort the sets of an adapter's configuration: peft writes them in an order that changes from process to process."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content |= {
+        name: sorted(value) for name, value in vars(adapter).items() if isinstance(value, set) and name in content
+    }
+    file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
