@@ -151,7 +151,7 @@ def rewrite_data(
         file = out.open("x", encoding="utf-8", errors="surrogatepass")
     except FileExistsError as error:
         raise DataError(f"{out}: already exists; choose another file, or remove it") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{out}: cannot be written: {error}") from error
     with file:
         for start in range(0, len(prompts), CHUNK):
