@@ -1,5 +1,26 @@
-"""``python -m alignpro`` and ``deepspeed --module alignpro``."""
+"""``python -m alignpro``, ``deepspeed --module alignpro`` and the command ``alignpro``."""
 
-from alignpro.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from alignpro.distributed.interrupts import EXIT_CODE, exit_at_interrupt, quiet_interrupts
+
+
+def main() -> None:
+    """Run the command line. Ctrl-C ends it quietly, even while it is being loaded.
+
+    Raises:
+        SystemExit: Always.
+    """
+    with quiet_interrupts():
+        try:
+            with exit_at_interrupt():
+                from alignpro.cli import main as run
+            run()
+        except KeyboardInterrupt:
+            sys.exit(EXIT_CODE)
+
+
+if __name__ == "__main__":
+    main()

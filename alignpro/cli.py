@@ -30,6 +30,7 @@ from alignpro.config import (
     dump_config,
     load_config,
 )
+from alignpro.distributed.interrupts import exit_at_interrupt
 from alignpro.distributed.launcher import launched, launched_rank
 from alignpro.errors import AlignProError, Interrupted, PeerError
 from alignpro.planning.dry_run import describe_work
@@ -139,9 +140,16 @@ def rewrite(
     out: Annotated[Path | None, typer.Option(help="With --data: JSON Lines file to write.")] = None,
     n: Annotated[int, typer.Option(min=1, help="Rewrites per prompt.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     answer: Annotated[
         bool, typer.Option("--answer", help="Also load the run's target and let it answer each rewrite.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Let Python code that comes with the run's models run, if the run's config says so.",
+        ),
     ] = False,
 ) -> None:
     """Rewrite prompts, or a whole data set, with a trained prompter."""
@@ -151,7 +159,9 @@ def rewrite(
         raise AlignProError("rewrite: a prompt is empty: there is nothing to rewrite")
     if (data is None) != (out is None):
         raise AlignProError("rewrite: --data and --out go together")
-    rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(run, with_target=answer)
+    rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(
+        run, with_target=answer, trust_remote_code=trust_remote_code
+    )
     if data is not None:
         _load("alignpro.environments.rewritten_data:rewrite_data")(
             rewriter, data, out, n=n, temperature=temperature, seed=seed
@@ -168,7 +178,7 @@ def rewrite(
 @app.command(no_args_is_help=True)
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the runs, the summary, the figure and the report.")],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     zero: Annotated[
         str, typer.Option(help="DeepSpeed set-up under its launcher: z0, z1, z2, z3, z2_offload or z3_offload.")
     ] = "z2",
@@ -232,7 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except AlignProError as error:
         # One message for all ranks; an error that only another rank knows has been printed by that rank.
         if launched_rank() == 0 and not isinstance(error, PeerError):
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            # A text from elsewhere, such as that of a reward's exception, may hold what UTF-8 cannot encode.
+            message = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
+            typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
         sys.exit(1)
     except Interrupted as stop:
         if launched_rank() == 0:
@@ -262,11 +274,13 @@ def _load(path: str) -> Callable[..., Any]:
     """Import ``module:name`` late, so that `alignpro --help` and configuration errors do not wait for torch to load."""
     import importlib
 
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards"
     module, _, name = path.partition(":")
-    loaded: Callable[..., Any] = operator.attrgetter(name)(importlib.import_module(module))
+    with exit_at_interrupt():
+        from transformers.utils import logging as transformers_logging
+
+        imported = importlib.import_module(module)
+    transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards"
+    loaded: Callable[..., Any] = operator.attrgetter(name)(imported)
     return loaded
 
 

@@ -86,6 +86,8 @@ def test_a_configuration_file_that_is_not_there(tmp_path: Path, capsys: pytest.C
         ("train", "rollout.rewrite.temperature=0", ["rollout.rewrite", "temperature > 0"]),
         ("train", "objective.epochs=2", ["policy_gradient is on-policy", "epochs=1"]),
         ("train", "run.out=null", ["run.out"]),
+        ("train", f"run.seed={2**63}", ["run.seed", "less than"]),
+        ("train", "run.out=" + "x" * 300, ["run.out", "the path is too long"]),
     ],
 )
 def test_a_bad_value_is_named_by_its_key(refused: Refused, command: str, override: str, says: list[str]) -> None:

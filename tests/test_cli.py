@@ -16,6 +16,7 @@ import yaml
 from tiny_runs import Process, Workshop
 
 import alignpro
+import alignpro.errors
 from alignpro.cli import StandardErrorHandler, main
 from alignpro.config import (
     EvalConfig,
@@ -222,6 +223,46 @@ def test_messages_go_to_the_current_standard_error(capsys: pytest.CaptureFixture
         handler.emit(logging.makeLogRecord({"msg": "beware"}))
     assert bar.getvalue() == "beware\n"
     assert capsys.readouterr().err == "before\n"
+
+
+def test_an_error_with_text_that_utf8_cannot_encode_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise alignpro.errors.AlignProError("the judge said \ud800")
+
+    monkeypatch.setattr("alignpro.cli.load_config", broken)
+    assert run("train", "x.yaml") == 1
+    assert capsys.readouterr().err == "error: the judge said \\ud800\n"
+
+
+@pytest.mark.parametrize("out", ["a file", "a name that is too long"])
+def test_the_demo_says_where_it_cannot_write(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a file").touch()
+    place = tmp_path / (out if out == "a file" else "x" * 300)
+    assert run("demo", "--out", str(place)) == 1
+    error = capsys.readouterr().err
+    assert ("is a file; choose another --out" if out == "a file" else "the path is too long") in error
+
+
+def test_seeds_have_63_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("demo", "--out", "nowhere", "--seed", str(2**63)) == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_interrupts_end_a_command_quietly(tmp_path: Path) -> None:
+    """While it is loaded, while it works, and a second time while it cleans up."""
+    start = "import os, signal, sys\nfrom alignpro.distributed.interrupts import exit_at_interrupt, quiet_interrupts\n"
+    kill = "os.kill(os.getpid(), signal.SIGINT)\n"
+    loading = f"{start}with quiet_interrupts(), exit_at_interrupt():\n  {kill}  print('still here')"
+    working = "import alignpro.cli\nfrom alignpro import __main__\nimport os, signal\n"
+    working += f"alignpro.cli.main = lambda: {kill}\n__main__.main()"
+    cleaning = "import alignpro.cli\nfrom alignpro import __main__\nimport os, signal\n"
+    cleaning += f"def work():\n  try:\n    {kill}  finally:\n    {kill}    print('still here')\n"
+    cleaning += "alignpro.cli.main = work\n__main__.main()"
+    for program in (loading, working, cleaning):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_at_needs_resume(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

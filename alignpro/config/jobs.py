@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -13,7 +12,7 @@ from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConf
 from alignpro.config.rewards import RewardConfig
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunSection
-from alignpro.config.section import Section
+from alignpro.config.section import OutputPath, Section
 
 _MODEL_OR_NAME = Discriminator(lambda value: "name" if isinstance(value, str) else "model")
 PolicyOrModel = Annotated[
@@ -106,8 +105,8 @@ class RewardModelConfig(RunSection):
 class ComparisonConfig(Section):
     """What `alignpro eval` and `alignpro optimal` have in common: prompts, target and reward, and how they are sampled."""
 
-    out: Path
-    seed: int = Field(0, ge=0)
+    out: OutputPath
+    seed: int = Field(0, ge=0, lt=2**63)
     data: DataConfig
     target: PrompterOrModel
     reward: RewardConfig

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from alignpro.config.data import DataConfig
-from alignpro.config.section import Section
+from alignpro.config.section import OutputPath, Section
 
 
 class RunConfig(Section):
     """The run directory, and what is written to it how often."""
 
-    out: Path
-    seed: int = Field(0, ge=0)
+    out: OutputPath
+    seed: int = Field(0, ge=0, lt=2**63)
     steps: int = Field(100, ge=1)
     eval_every: int = Field(0, ge=0)
     eval_prompts: int = Field(64, ge=1)

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import errno
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def _require_possible(path: Path) -> Path:
+    """Check that a path can exist at all; whether it can be written is found out when it is."""
+    try:
+        path.lstat()
+    except ValueError as error:
+        raise ValueError("a path cannot contain a NUL character") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError("the path is too long for this file system") from error
+    return path
+
+
+OutputPath = Annotated[Path, AfterValidator(_require_possible)]
+"""A file or directory that will be written."""
 
 
 class Section(BaseModel):

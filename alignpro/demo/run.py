@@ -51,9 +51,11 @@ def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = 
         TrainingError: ``out`` contains a finished demo, or one with another seed.
     """
     started = time.perf_counter()
+    prompter, oracle, comparison = configurations(out, seed, steps, zero)  # these check `out` too
     if (out / "summary.json").exists():
         raise TrainingError(f"{out}: already contains a finished demo; choose another --out, or remove it")
-    prompter, oracle, comparison = configurations(out, seed, steps, zero)
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out}: is a file; choose another --out")
     with _ranks(prompter.deepspeed.timeout_seconds) as ranks:
         ranks.on_rank_zero(lambda: _write_prompts(out, seed))
         logger.info("Align-Pro: the prompter against the frozen target")
@@ -78,6 +80,10 @@ def _ranks(timeout_seconds: float) -> Iterator[Ranks]:
 
 
 def _write_prompts(out: Path, seed: int) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{out}: cannot be created: {error}; choose another --out") from error
     world.write_records(out / "prompts.jsonl", world.prompt_records(TRAINING_PROMPTS, seed, heldout=False))
     world.write_records(out / "heldout.jsonl", world.prompt_records(HELDOUT_PROMPTS, seed, heldout=True))
 

@@ -12,6 +12,9 @@ import torch.distributed as dist
 
 from alignpro.distributed.ranks import Ranks
 
+PATIENCE = 5.0
+"""Seconds for which rank 0 waits for the others before it closes the store."""
+
 
 class PhaseStore:
     """The current phase of every rank, in a TCP store that is independent of their collectives and hosted by rank 0.
@@ -36,7 +39,22 @@ class PhaseStore:
             print(f"error: {problem}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        self.leave()
         os._exit(1)  # not sys.exit: taking down the process group would wait for the others
+
+    def leave(self) -> None:
+        """Say that this rank no longer needs the store; rank 0, whose end closes it, waits until all others have.
+
+        It waits `PATIENCE` seconds at most, since another rank may be waiting in a collective, or have been killed.
+        """
+        try:
+            left = self._store.add("left", 1)
+            deadline = time.monotonic() + PATIENCE
+            while self._ranks.is_rank_zero and left < self._ranks.size and time.monotonic() < deadline:
+                time.sleep(0.01)
+                left = self._store.add("left", 0)
+        except RuntimeError:
+            return  # rank 0 has ended
 
     def describe_peers(self) -> str:
         """Describe the last phase that each other rank entered, and how long ago."""

@@ -71,6 +71,7 @@ def distributed_session(timeout_seconds: float) -> Iterator[Ranks]:
         raise
     finally:
         dist.barrier(ranks.group)
+        phases.leave()  # before the group ends: rank 0 hosts its store as well
         dist.destroy_process_group()
 
 

@@ -80,6 +80,8 @@ class Engine:
         self._ended: deque[SampledSequence] = deque()  # their callbacks have not been called yet
         self._submitted: dict[Request, None] = {}  # by `submit`, unfinished
         self._finished: list[Request] = []  # to be returned by `step`
+        self._changing = False  # stays True if an interrupt stopped a change before it could be undone
+        self._calling_back = False
 
     @property
     def workers(self) -> Mapping[torch.device, Worker]:
@@ -112,11 +114,13 @@ class Engine:
             The request. Its ``completions`` can be read once it has ``finished``. If it cannot run, or its computation
             raises, the ``finish_reason`` of its completions is ``error``, and the other requests are not affected.
         """
-        request = self._submit(name, token_ids(prompt), params, seed, next(self._arrivals))
-        if request.finished:
-            self._finished.append(request)
-        else:
-            self._submitted[request] = None
+        tokens, _ = token_ids(prompt), self._worker(name)  # these raise before anything changes
+        with _Change(self):
+            request = self._submit(name, tokens, params, seed, next(self._arrivals))
+            if request.finished:
+                self._finished.append(request)
+            else:
+                self._submitted[request] = None
         return request
 
     def cancel(self, request: Request) -> None:
@@ -125,10 +129,11 @@ class Engine:
         Its sequences that have not ended get the ``finish_reason`` ``cancelled`` and keep the tokens sampled so far.
         `step` does not return it. If the request has finished, nothing happens.
         """
-        if not request.finished:
-            self._submitted.pop(request, None)
-            self._worker(request.model).cancel(request)
-            self._worker(request.model).count(self.stats)
+        with _Change(self):
+            if not request.finished:
+                self._worker(request.model).cancel(request)
+                self._submitted.pop(request, None)
+                self._worker(request.model).count(self.stats)
 
     def step(self) -> list[Request]:
         """Run one batch: the next token of each running sequence of a model, and parts of prompts up to the budget.
@@ -139,10 +144,11 @@ class Engine:
 
         Raises:
             Exception: The device has failed, or the engine is misconfigured, so that nothing can be computed. All pending
-                requests have failed then, with the reason in their completions, and their pages are free; the next call
-                returns them. An interrupt (`BaseException`) has the same effect.
+                requests have failed then, with the reason in their completions, all pages are free and no prompt is
+                cached; the next call returns the requests. An interrupt (`BaseException`), which can arrive anywhere,
+                has the same effect, in whichever method.
         """
-        with self._running():
+        with self._timed(), _Change(self):
             self._step()
         finished, self._finished = self._finished, []
         return finished
@@ -172,7 +178,7 @@ class Engine:
         """
         tokens, seeds = list(map(token_ids, prompts)), _seeds(params, len(prompts)) if seeds is None else seeds
         arrival = next(self._arrivals)
-        with self._running():
+        with self._timed(), _Change(self):
             requests = [self._submit(name, each, params, seeds[i], arrival) for i, each in enumerate(tokens)]
             self._finish(requests)
         return [request.completions for request in requests]
@@ -201,7 +207,7 @@ class Engine:
         tokens, seeds = list(map(token_ids, prompts)), _seeds(rewrite, len(prompts)) if seeds is None else seeds
         arrival = next(self._arrivals)
         run = ChainRun(target, respond, to_target, seeds, partial(self._submit, arrival=arrival))
-        with self._running():
+        with self._timed(), _Change(self):
             self._finish(
                 [
                     self._submit(policy, each, rewrite, seeds[i], arrival, partial(run.add_sample, i))
@@ -217,10 +223,18 @@ class Engine:
         Raises:
             RuntimeError: Requests to the model are pending.
         """
-        if self._workers:
-            self._worker(name).weights_updated(name, self._ended)
-        else:
+        if not self._workers:
             self.models[name].weights_updated()
+            return
+        worker = self._worker(name)
+        with _Change(self):
+            # Sequences whose end has not been told count as pending.
+            sequences = (*worker.scheduler.pending, *self._ended)
+            if pending := sum(name in (each.model, each.request.base) for each in sequences):
+                raise PendingError(
+                    f"model {name}: its weights cannot change while it generates ({pending} sequences are pending)"
+                )
+            worker.weights_updated(name)
 
     def release(self, keep: Collection[str] = ()) -> None:
         """Free the memory of the pools, including the cached prompts; the next request allocates it again.
@@ -235,10 +249,11 @@ class Engine:
         """
         if unknown := set(keep) - set(self.models):
             raise ValueError(f"release: keep names {min(unknown)!r}, and the models are {', '.join(self.models)}")
-        if pending := sum(len(worker.scheduler.pending) for worker in self._workers.values()) + len(self._ended):
-            raise RuntimeError(f"{pending} sequences are pending: the memory of the pools is in use")
-        for worker in self._workers.values():
-            worker.release(keep)
+        with _Change(self):
+            if pending := sum(len(each.scheduler.pending) for each in self._workers.values()) + len(self._ended):
+                raise PendingError(f"{pending} sequences are pending: the memory of the pools is in use")
+            for worker in self._workers.values():
+                worker.release(keep)
 
     def _worker(self, name: str) -> Worker:
         return self.workers[self.models[name].device]
@@ -290,30 +305,68 @@ class Engine:
             request, completion = sequence.request, sequence.completion
             assert completion is not None
             if request.on_completion is not None:
-                request.on_completion(sequence.index, completion)
+                within = self._calling_back
+                try:
+                    self._calling_back = True
+                    request.on_completion(sequence.index, completion)
+                finally:
+                    self._calling_back = within
             if request in self._submitted and request.finished:
-                del self._submitted[request]
                 self._finished.append(request)
+                del self._submitted[request]
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Measure the time. If an exception escapes, all pending requests fail and their pages are freed."""
+    def _timed(self) -> Iterator[None]:
         started = perf_counter()
         try:
             yield
-        except BaseException as error:
-            self._abort(error)
-            raise
         finally:
             self.stats.run_seconds += perf_counter() - started
 
-    def _abort(self, error: BaseException) -> None:
+    def _start_anew(self, reason: str) -> None:
+        """Fail the pending requests and empty pools and caches. It may be interrupted and repeated."""
+        self._calling_back = False
         for worker in self._workers.values():
-            for sequence in worker.abort():
-                sequence.fail(describe("generation", error))
+            worker.clear()
+        for request in self._submitted:
+            for sequence in request.sequences:
+                if sequence.completion is None:
+                    sequence.fail(reason)
         self._ended.clear()
-        self._finished += self._submitted
+        self._finished = list(dict.fromkeys([*self._finished, *self._submitted]))
         self._submitted.clear()
+        self._changing = False
+
+
+class PendingError(RuntimeError):
+    """What was asked for cannot be done while sequences are pending; nothing has changed."""
+
+
+class _Change:
+    """The context of a change of the bookkeeping. If anything but a `PendingError` leaves it, the engine starts anew.
+
+    An interrupt can arrive between any two instructions, even of these methods, so a change that was neither completed nor
+    undone is undone by the next one. (With `contextlib.contextmanager` the undoing could also come when the generator is
+    collected, in the middle of that next one.)
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._nested = engine._calling_back  # within another change, which undoes both
+
+    def __enter__(self) -> None:
+        if not self._nested:
+            if self._engine._changing:
+                self._engine._start_anew("generation was interrupted")
+            self._engine._changing = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._nested:
+            return
+        if error is None or isinstance(error, PendingError):
+            self._engine._changing = False
+        else:
+            self._engine._start_anew(describe("generation", error))
 
 
 def _seeds(params: SamplingParams, count: int) -> list[int]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from alignpro.engine.faults import describe, is_fatal, is_out_of_memory
 from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.pool import KVPool, Segment
-from alignpro.engine.runner import forward, sample_tokens
+from alignpro.engine.runner import forward, sample_tokens, settle_draw
 from alignpro.engine.scheduler import Batch, Chunk, Scheduler
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.stats import EngineStats
@@ -73,6 +73,15 @@ class Executor:
             self._isolate([batch], stats, error)
         else:
             self._isolate(_split_to_size(batch, self.max_tokens), stats)
+        return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
+
+    def fail_batch(self, batch: Batch, error: Exception) -> list[SampledSequence]:
+        """Fail all sequences of a batch after an error outside its passes and draws. Returns those that have ended."""
+        logger.error("a batch of %s raised an exception", self.models[batch.model].name, exc_info=error)
+        segments = {chunk.segment for chunk in batch.chunks}
+        for sequence in self.scheduler.running:
+            if sequence in batch.to_sample or not segments.isdisjoint(_path(sequence)):
+                sequence.fail(describe(f"a batch of {self.models[batch.model].name}", error))
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
     def _try(self, batch: Batch, stats: EngineStats, graphs: DecodeGraphs | None = None) -> Exception | None:
@@ -150,14 +159,12 @@ class Executor:
         except Exception as error:
             if is_fatal(error):
                 raise
-            if len(sequences) == 1:
+            # Some may have drawn before the error.
+            rows = [row for row, sequence in enumerate(sequences) if not settle_draw(sequence, self.models)]
+            if rows and len(sequences) == 1:
                 logger.exception("drawing a token raised an exception")
                 sequences[0].fail(describe("the draw of a token", error))
                 return
-        # Sequences with other sampling parameters may have drawn before the error. Their last token is not computed yet,
-        # which tells them apart.
-        pending = enumerate(sequences)
-        rows = [row for row, s in pending if s.completion is None and s.output is not None and s.output.complete]
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             if half:
                 self._sample([sequences[row] for row in half], states[half], stats)

@@ -142,6 +142,12 @@ class KVPool:
         self._freed.extend(reversed(pages))
         pages.clear()
 
+    def clear(self) -> None:
+        """Take every page from its holder and forget all contents, whatever state an interrupt left; the memory stays."""
+        self._freed, self._first_unused = [], 0
+        self.used = Counter()
+        self._move_to(self._arena)
+
     def resize(self, count: int) -> None:
         """Reallocate the arena with memory for the first ``count`` pages, keeping the contents of the pages."""
         arena = torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self._arena.device)
@@ -153,7 +159,7 @@ class KVPool:
         for count in counts:
             try:
                 self.resize(min(self.total, count))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             else:

@@ -155,6 +155,11 @@ class PrefixTree:
         for node in reversed(nodes):  # children first
             self._evict(node)
 
+    def clear(self) -> None:
+        """Forget all nodes, whatever state an interrupt left them in; the pool must be cleared too."""
+        self._roots, self._root_models, self._idle = {}, {}, OrderedDict()
+        self.num_cached = self.num_locked = 0
+
     def pages(self) -> list[list[int]]:
         """The page lists of all nodes."""
         return [node.pages for root in self._roots for node in self.nodes(root)]
@@ -174,8 +179,10 @@ class PrefixTree:
             return None
         try:
             computed = self._copy_common_prefix(parent, model, tokens, pages)
-        except Exception:  # of the device
+        except Exception as error:  # of the device
             self.pool.free(model, pages)
+            if is_out_of_memory(error):
+                return None
             raise
         start = parent.start + len(parent.tokens)
         node = Node(tokens, start, next(self.serials), pages, computed, model=model, parent=parent, locks=1)

@@ -112,6 +112,20 @@ def _sample_tokens(models: Mapping[str, LanguageModel], sequences: Sequence[Samp
             _end_if_stopped(sequences[row], models[sequences[row].model].tokenizer)
 
 
+def settle_draw(sequence: SampledSequence, models: Mapping[str, LanguageModel]) -> bool:
+    """Whether a sequence has drawn in a draw that has raised, which is completed if it was cut short.
+
+    The last token of one that has drawn is not computed yet.
+    """
+    del sequence.output_ids[len(sequence.logprobs) :]  # without its log-probability, a token is drawn again
+    assert sequence.output is not None
+    if sequence.completion is None and sequence.output.complete:
+        return False
+    if sequence.completion is None:
+        _end_if_stopped(sequence, models[sequence.model].tokenizer)
+    return True
+
+
 def _end_if_stopped(sequence: SampledSequence, tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         end = find_end(sequence.output_ids, sequence.params, tokenizer)

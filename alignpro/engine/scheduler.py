@@ -125,6 +125,11 @@ class Scheduler:
         elif sequence.completion is None:
             self.waiting[sequence.forward_model].remove(sequence)
 
+    def clear(self) -> None:
+        """Forget all sequences, whatever state an interrupt left; pool and tree must be cleared too."""
+        self.waiting = {name: deque() for name in self.models}
+        self.running, self._failed, self._last = [], [], ""
+
     def audit(self) -> None:
         """Check that every page is in exactly one place: free, in the tree, or held by a running sequence.
 

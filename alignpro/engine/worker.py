@@ -10,13 +10,14 @@ earlier run could not get is tried again; at its end, its sequences are counted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
 
 from alignpro.engine.attention_plan import probe_geometry
 from alignpro.engine.fault_isolation import Executor
+from alignpro.engine.faults import is_fatal
 from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import PrefixTree
@@ -119,7 +120,12 @@ class Worker:
         batch = self.scheduler.schedule()
         ended = self.scheduler.take_failed()
         if batch is not None:
-            ended += self._executor.execute(batch, stats)
+            try:
+                ended += self._executor.execute(batch, stats)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                ended += self._executor.fail_batch(batch, error)
         assert batch is not None or ended, "sequences are pending, but none can run"
         stats.note_pages(self.pool.used)
         for sequence in ended:
@@ -141,30 +147,18 @@ class Worker:
             stats.note_run(self._ended)
             self._ended.clear()
 
-    def abort(self) -> list[SampledSequence]:
-        """Free the pages of all sequences and forget them. Returns those that had not ended."""
-        pending = self.scheduler.pending
-        for sequence in pending:
-            self.scheduler.remove(sequence)
-        self.scheduler.take_failed()
+    def clear(self) -> None:
+        """Forget all sequences and all that is cached, whatever state an interrupt left; this may be repeated."""
+        self.scheduler.clear()
+        self.tree.clear()
+        self.pool.clear()
+        if self.graphs:
+            self.graphs.clear()
+        self._prepared.clear()
         self._ended.clear()
-        return [sequence for sequence in pending if sequence.completion is None]
 
-    def weights_updated(self, name: str, ended: Iterable[SampledSequence]) -> None:
-        """Drop everything cached for a model.
-
-        Args:
-            name: The model.
-            ended: Sequences whose end the engine has yet to tell; they count as pending.
-
-        Raises:
-            RuntimeError: Sequences of the model are pending.
-        """
-        pending = sum(name in (each.model, each.request.base) for each in (*self.scheduler.pending, *ended))
-        if pending:
-            raise RuntimeError(
-                f"model {name}: its weights cannot change while it generates ({pending} sequences are pending)"
-            )
+    def weights_updated(self, name: str) -> None:
+        """Drop everything cached for a model, of which no sequence may be pending."""
         self.models[name].weights_updated()
         self.tree.drop(name)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignpro.config import TrainConfig, load_config
+from alignpro.config import ModelConfig, TrainConfig, load_config
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import refuse_errors, sampling_params
@@ -51,15 +51,19 @@ class Rewriter:
         self.engine = Engine(models, **config.rollout.engine.model_dump())
 
     @classmethod
-    def load(cls, run: str | os.PathLike[str], *, with_target: bool = False) -> Rewriter:
+    def load(
+        cls, run: str | os.PathLike[str], *, with_target: bool = False, trust_remote_code: bool = False
+    ) -> Rewriter:
         """Load the prompter that `alignpro train` saved in a run directory.
 
         Args:
             run: The run directory, or the finished run.
             with_target: Whether to load the target too, which then responds to the rewrites.
+            trust_remote_code: Whether Python code that comes with the models may run, if the run's configuration says
+                so. The directory may come from someone else, so its word alone is not enough.
 
         Raises:
-            ModelError: The directory holds no finished run.
+            ModelError: The directory holds no finished run, or its models need ``trust_remote_code``.
         """
         run = Path(run)
         if not (run / "config.yaml").is_file() or not (run / "model").is_dir():
@@ -67,6 +71,8 @@ class Rewriter:
                 f"run directory {run}: has no config.yaml and model/: it is not a finished run of `alignpro train`"
             )
         config = load_config(TrainConfig, [str(run / "config.yaml")])
+        if not trust_remote_code:
+            _require_no_code(run, config, with_target)
         # The run's tokenizer has been saved with its model, and the chat template with the tokenizer.
         saved = {"path": str(run / "model"), "tokenizer": None, "chat_template": None}
         prompter = load_language_model(config.policy.model_copy(update=saved))
@@ -131,3 +137,17 @@ class Rewriter:
         if self.environment is not None:
             response = self.environment.target.decode(chain.responses[0].text_tokens)
         return Rewritten(self.prompter.decode(chain.sample.text_tokens), response)
+
+
+def _require_no_code(run: Path, config: TrainConfig, with_target: bool) -> None:
+    """Check that the models to be loaded bring no Python code: neither their own nor attention kernels from the hub."""
+    models: dict[str, ModelConfig] = {"policy": config.policy}
+    if with_target and not isinstance(config.target, str):
+        models["target"] = config.target
+    keys = [f"{name}.trust_remote_code" for name, model in models.items() if model.trust_remote_code]
+    keys += [f"{name}.attention={model.attention}" for name, model in models.items() if "/" in model.attention]
+    if keys:
+        raise ModelError(
+            f"run directory {run}: its config.yaml lets code run that comes with a model ({', '.join(keys)}); if you trust "
+            "it, repeat that: --trust-remote-code (in Python, trust_remote_code=True)"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.merging import merge_adapter
+from alignpro.models.pickled_files import describe_refusal
 from alignpro.models.saving import BASE_DIRECTORY
 from alignpro.prompting.tokenization import load_tokenizer
 
@@ -143,7 +145,10 @@ def _load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedM
 
 def _load_adapter(config: ModelConfig, directory: Path, *, trainable: bool) -> PeftModel:
     """Load an adapter on its base model; if that is an adapter too, it is merged."""
-    soft, path = PeftConfig.from_pretrained(config.path).is_prompt_learning, base_of_adapter(directory)
+    adapter = PeftConfig.from_pretrained(config.path)
+    if getattr(adapter, "megatron_config", None):
+        raise ValueError("its adapter_config.json has a megatron_config, for which peft imports any module it names")
+    soft, path = adapter.is_prompt_learning, base_of_adapter(directory)
     base = _load_causal(config.model_copy(update={"path": path}))
     if merged := isinstance(base, PeftModel):
         base = merge_adapter(base, path)
@@ -167,3 +172,5 @@ def _loading_errors(path: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         hint = " (here: attention=eager)" if 'attn_implementation="eager"' in str(error) else ""
         raise ModelError(f"model {path}: cannot be loaded as a causal language model: {error}{hint}") from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ModelError(f"model {path}: {describe_refusal(path, error)}") from error

@@ -31,6 +31,7 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
             # Embeddings are never trained together with an adapter; by default peft would query the hub to find out.
             model.save_pretrained(str(directory), save_embedding_layers=False)
             adapter: Any = model.active_peft_config
+            _sort_sets(directory / "adapter_config.json", adapter)
             if adapter.base_model_name_or_path == BASE_DIRECTORY:
                 causal.save_pretrained(directory / BASE_DIRECTORY, state_dict=_base_weights(model))
             name_base(directory, directory)
@@ -55,10 +56,6 @@ def name_base(directory: Path, final: Path) -> None:
     base = final / BASE_DIRECTORY if (directory / BASE_DIRECTORY).is_dir() else Path(config["base_model_name_or_path"])
     if base.is_dir() or base.parent == final:
         config["base_model_name_or_path"] = str(base.absolute())
-    if isinstance(
-        config.get("target_modules"), list
-    ):  # peft keeps them as a set, whose order differs between processes
-        config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -74,3 +71,12 @@ def _base_weights(model: PeftModel) -> dict[str, Tensor]:
                 name = name.replace(wrapper, "")
             weights[name] = weight
     return weights
+
+
+def _sort_sets(file: Path, adapter: Any) -> None:
+    """Sort the sets of an adapter's configuration: peft writes them in an order that changes from process to process."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content |= {
+        name: sorted(value) for name, value in vars(adapter).items() if isinstance(value, set) and name in content
+    }
+    file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModel
 from alignpro.config import ModelConfig
 from alignpro.errors import ModelError
 from alignpro.models.loading import DTYPES, resolve_device
+from alignpro.models.pickled_files import describe_refusal
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.model import pad_right, usable_length
 
@@ -39,6 +41,8 @@ class EmbeddingSimilarity:
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise ModelError(f"encoder {config.path}: cannot be loaded: {error}") from error
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ModelError(f"encoder {config.path}: {describe_refusal(config.path, error)}") from error
         model.requires_grad_(False)
         self._model = model.eval().to(resolve_device(config.device))
         self._max_length = usable_length(self._model.config, self._tokenizer, _MAX_LENGTH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from alignpro.data import Prompt
 from alignpro.errors import ModelError
 from alignpro.models.admission import check_finite
 from alignpro.models.loading import DTYPES, base_of_adapter, is_adapter, resolve_device
+from alignpro.models.pickled_files import describe_refusal
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.component import Measurement
@@ -139,6 +141,8 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
         raise ModelError(
             f"reward model {config.path}: its config.json names a pad_token_id beyond its vocabulary: {error}"
         ) from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ModelError(f"reward model {config.path}: {describe_refusal(config.path, error)}") from error
     if missing and seed is None:
         raise ModelError(
             f"reward model {config.path}: the checkpoint lacks {', '.join(missing)}, which would be random; "

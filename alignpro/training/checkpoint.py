@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill at any moment and are verified before they are loaded.
 
-A checkpoint is written under a temporary name, synced to disk and renamed; its manifest holds a checksum of every file.
-A damaged checkpoint is skipped with a warning, and the one before it is used.
+A checkpoint is written under a temporary name, synced to disk and renamed; its manifest holds its step, its run, a checksum
+of every file, and a checksum of all this. A checkpoint that is damaged, renamed or of another run is skipped with a warning,
+and the one before it is used.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ class CheckpointStore:
     Args:
         directory: The directory that contains them, as ``step_000050`` and so on.
         keep: Number of newest checkpoints to keep.
+        run_id: A file with the identity of the run, if it has one.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, run_id: Path | None = None) -> None:
         self.directory = directory
         self.keep = keep
+        self._run_id = run_id
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Write a checkpoint: ``write`` puts its files into the directory that it is given.
@@ -45,9 +48,7 @@ class CheckpointStore:
 
         def write_checked(directory: Path) -> None:
             write(directory)
-            files = sorted(path for path in directory.rglob("*") if path.is_file())
-            manifest = {str(path.relative_to(directory)): _checksum(path) for path in files}
-            (directory / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
+            write_manifest(directory, step, self._run())
 
         final = self.path(step)
         with disk_errors(
@@ -75,7 +76,7 @@ class CheckpointStore:
         """
         steps = self.available()
         for step in reversed(steps):
-            problem = find_damage(self.path(step))
+            problem = find_damage(self.path(step), step, self._run())
             if problem is None:
                 return step
             logger.warning("checkpoint %s is damaged (%s): trying the one before", self.path(step), problem)
@@ -92,7 +93,7 @@ class CheckpointStore:
         if step not in self.available():
             have = ", ".join(map(str, self.available())) or "none"
             raise CheckpointError(f"{self.path(step)}: no such checkpoint; there are: {have}")
-        problem = find_damage(self.path(step))
+        problem = find_damage(self.path(step), step, self._run())
         if problem is not None:
             raise CheckpointError(
                 f"checkpoint {self.path(step)} is damaged: {problem}; omit --at, or name another step"
@@ -108,14 +109,54 @@ class CheckpointStore:
         """Remove partly written checkpoints that a kill left."""
         remove_leftovers(self.directory)
 
+    def _run(self) -> str | None:
+        """The identity of the run; None if it has none."""
+        if self._run_id is None or not self._run_id.is_file():
+            return None
+        return self._run_id.read_text(encoding="utf-8").strip() or None
 
-def find_damage(directory: Path) -> str | None:
-    """Describe what is wrong with a checkpoint; None if every file is present and matches its checksum."""
+
+def write_manifest(directory: Path, step: int, run: str | None) -> None:
+    """Write the manifest of a checkpoint whose other files are complete."""
+    files = {name: _checksum(directory / name) for name in _files(directory)}
+    content = {"step": step, "run": run, "files": files}
+    (directory / MANIFEST).write_text(json.dumps({**content, "checksum": _checksum_of(content)}, indent=1))
+
+
+def recorded_run(directory: Path) -> str | None:
+    """The identity of the run that the newest readable checkpoint names; None if there is none."""
+    for manifest in sorted(directory.glob(f"step_*/{MANIFEST}"), reverse=True):
+        try:
+            run = json.loads(manifest.read_bytes())["run"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(run, str):
+            return run
+    return None
+
+
+def find_damage(directory: Path, step: int | None = None, run: str | None = None) -> str | None:
+    """Describe what is wrong with a checkpoint; None if every file is listed and present and matches its checksum.
+
+    Args:
+        directory: The checkpoint.
+        step: The step that it must be of; by default any.
+        run: The identity of the run that it must be of; by default any. Earlier versions did not record it.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_bytes())
         files = manifest["files"] if isinstance(manifest, dict) else None
         if not isinstance(files, dict) or not files:
             return f"{MANIFEST} lists no files"
+        own = manifest.pop("checksum", None)
+        if own is not None and own != _checksum_of(manifest):
+            return f"{MANIFEST} does not match its checksum"
+        if step is not None and manifest.get("step", step) != step:
+            return f"it is the checkpoint of step {manifest['step']}"
+        if run is not None and manifest.get("run") not in (None, run):
+            return "it belongs to another run"
+        if own is None and (unlisted := [name for name in _files(directory) if name not in files]):
+            return f"{MANIFEST} does not list {unlisted[0]}"
         for name, checksum in files.items():
             path = directory / name
             if not path.is_file():
@@ -133,6 +174,16 @@ def save_torch(state: Any, path: Path) -> None:
     """Call `torch.save` on a Python file object, so that a full disk is reported as such."""
     with path.open("wb") as file:
         torch.save(state, file)
+
+
+def _files(directory: Path) -> list[str]:
+    """The names of all files of a checkpoint but the manifest, sorted."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return [str(path.relative_to(directory)) for path in paths if path != directory / MANIFEST]
+
+
+def _checksum_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(path: Path) -> str:

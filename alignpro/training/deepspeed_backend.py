@@ -24,6 +24,7 @@ from alignpro.distributed.sharding.frozen import FrozenModels, OffloadedWeights,
 from alignpro.distributed.sharding.gathered_model import GatheredModel, SamplingModel
 from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.pickled_files import foreign_globals
 from alignpro.policy.policy import Policy
 from alignpro.policy.zero3_module import HeadPass
 from alignpro.training.backend import Backend
@@ -32,6 +33,15 @@ from alignpro.training.learning_rate_schedule import learning_rate, learning_rat
 
 logger = logging.getLogger(__name__)
 
+PICKLED_CLASSES = frozenset(
+    {
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    }
+)
+"""What DeepSpeed's checkpoints hold beside tensors and plain data. It reads them without a restriction of its own."""
 MAX_CONSECUTIVE_SKIPS = 10
 """Number of consecutive skipped updates at which the run stops; the loss scale of float16 settles in fewer."""
 
@@ -187,8 +197,11 @@ class DeepSpeedBackend:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: There is no checkpoint, or it cannot be converted for this number of ranks.
+            CheckpointError: There is no checkpoint, a file could run code when DeepSpeed unpickles it, or it cannot be
+                converted for this number of ranks.
         """
+        with self._ranks.raise_together():  # each node has its own files
+            require_plain_pickles(directory / name)
         if self.engine.load_universal_checkpoint():
             with self._converted_to_universal(directory, name) as converted:
                 state = self._load(converted, name)
@@ -231,6 +244,24 @@ class DeepSpeedBackend:
             return norm if math.isfinite(norm) else math.inf
         self.engine.step()
         return math.inf if self._optimizer.overflow else float(self.engine.get_global_grad_norm())
+
+
+def require_plain_pickles(directory: Path) -> None:
+    """Check that the pickles of a DeepSpeed checkpoint name only what DeepSpeed writes, before it reads them.
+
+    Raises:
+        CheckpointError: One names something else, or has another form.
+    """
+    for file in sorted(directory.rglob("*.pt")):
+        try:
+            names = foreign_globals(file, PICKLED_CLASSES)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint file {file}: {error}; restore it, or start a new run") from error
+        if names:
+            raise CheckpointError(
+                f"checkpoint file {file}: could run code when it is read (it names {', '.join(names[:3])}, which DeepSpeed "
+                "does not write); restore it, or start a new run"
+            )
 
 
 def _convert(source: Path, destination: Path) -> None:

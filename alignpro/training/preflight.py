@@ -84,7 +84,7 @@ def _required_fields(config: Section) -> tuple[str, ...]:
 def _check_disk(config: RunSection) -> None:
     """Refuse a run whose first checkpoint cannot fit: weights of full fine-tuning and AdamW's two moments."""
     model = config.model if isinstance(config, RewardModelConfig) else getattr(config, "policy", None)
-    if model is None or (isinstance(model, PolicyConfig) and model.adapter.kind != "full"):
+    if model is None or (isinstance(model, PolicyConfig) and model.adapter.kind in ("lora", "soft_prompt")):
         return
     weights = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors"))
     existing = next(parent for parent in (config.run.out, *config.run.out.absolute().parents) if parent.is_dir())

@@ -29,8 +29,8 @@ from alignpro.training.loggers.wandb import import_wandb
 from alignpro.training.metrics import Metrics
 from alignpro.training.progress import progress_bar
 from alignpro.training.resume import check_launcher, find_start
-from alignpro.training.rng_state import get_rng_state, seed_all, set_rng_state
-from alignpro.training.run_directory import RunDirectory
+from alignpro.training.rng_state import get_rng_state, preserved_rng_state, seed_all, set_rng_state
+from alignpro.training.run_directory import RUN_ID, RunDirectory
 from alignpro.training.stop_signals import stop_signals
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Run:
         self.ranks = ranks or Ranks()
         self.config: RunConfig = config.run
         self.out = self.config.out
-        self.checkpoints = CheckpointStore(self.out / "checkpoints", self.config.keep_checkpoints)
+        self.checkpoints = CheckpointStore(self.out / "checkpoints", self.config.keep_checkpoints, self.out / RUN_ID)
         self._description = config.model_dump(mode="json")
         self._directory: RunDirectory | None = None
         start = self.ranks.on_rank_zero(lambda: self._open(config, resume, from_step))
@@ -210,8 +210,11 @@ class Run:
         return self.config.eval_every > 0 and step > 0 and step % self.config.eval_every == 0
 
     def _evaluate(self, step: int, trainer: Trainer, log: MetricsLogger | None) -> None:
-        """Log metrics on held-out data; if this fails, a resume from this step's checkpoint evaluates again."""
-        with self._saved_on_failure(step, trainer, log):
+        """Log metrics on held-out data; if this fails, a resume from this step's checkpoint evaluates again.
+
+        Training draws the same random numbers as if there were no evaluation.
+        """
+        with self._saved_on_failure(step, trainer, log), preserved_rng_state():
             metrics = trainer.evaluate(step - 1)
         if metrics:
             self._write(log, step, metrics)

@@ -8,19 +8,23 @@ import logging
 import os
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 from alignpro.config import RunSection, dump_config
 from alignpro.errors import CheckpointError, TrainingError
+from alignpro.training.checkpoint import recorded_run
 from alignpro.training.durability import is_leftover, remove_directory, remove_leftovers, replace_text
 from alignpro.training.resume import check_configuration
 
 logger = logging.getLogger(__name__)
 
 _LOCK = "run.lock"
+RUN_ID = "run_id"
+"""File with the identity of the run, which its checkpoints repeat."""
 _EXPORT_STEP = "alignpro.json"
 _RESULTS = ("metrics.jsonl", "samples.jsonl", "checkpoints", "model")
 """Entries that make a run worth keeping; a run without any of these failed before its first step."""
-_OTHER_FILES = (_LOCK, "config.yaml", "tensorboard", "wandb", "wandb_id")
+_OTHER_FILES = (_LOCK, RUN_ID, "config.yaml", "tensorboard", "wandb", "wandb_id")
 
 
 class RunDirectory:
@@ -56,6 +60,8 @@ class RunDirectory:
                 logger.info("run directory %s: holds no run to resume; starting one", path)
             remove_leftovers(path)
             replace_text(self._config, dump_config(config))
+            if not (path / RUN_ID).is_file():
+                replace_text(path / RUN_ID, f"{recorded_run(path / 'checkpoints') or uuid4().hex}\n")
         except OSError as error:
             self.close()
             raise self._unwritable(error) from error

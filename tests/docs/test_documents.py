@@ -6,10 +6,10 @@ import pytest
 from document import Document, check_command
 
 WITH_CODE = ("engine.md", "kernels.md")
-ALL = (*WITH_CODE, "data.md", "launch.md", "rewards.md", "training.md", "miniature/README.md")
+ALL = (*WITH_CODE, "data.md", "launch.md", "rewards.md", "training.md", "walkthrough.md", "miniature/README.md")
 
 
-@pytest.mark.parametrize("name", [*ALL, "../README.md", "../CONTRIBUTING.md", "../CHANGELOG.md"])
+@pytest.mark.parametrize("name", [*ALL, "../README.md", "../CONTRIBUTING.md", "../CHANGELOG.md", "../SECURITY.md"])
 def test_links_and_folders_exist(name: str) -> None:
     Document(name).check_links()
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from checks import PAGE, assert_nothing_is_held, assert_same
+import pytest
+from checks import PAGE, assert_nothing_is_held, assert_same, finish
 from faults import PARAMS, PROMPTS, RESPOND, SEEDS, is_hit, probed, raises_at, runs_out_above, to_target, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from tracing import Tracer, traced
 
-from alignpro.engine import Engine
+from alignpro.engine import (
+    Completion,
+    Engine,
+    Request,
+    attention_plan,
+    derive_seed,
+    fault_isolation,
+    runner,
+    sampler,
+    stopping,
+)
 from alignpro.models.language_model import LanguageModel
 
 
@@ -77,3 +89,44 @@ def test_random_faults(
         for chain, other in zip(group, others, strict=True):
             for one, expected in zip([chain.sample, *chain.responses], [other.sample, *other.responses], strict=True):
                 assert_same(one, expected)
+
+
+COMPUTING = (runner, sampler, stopping, attention_plan, fault_isolation)
+"""The modules of a forward pass and of sampling."""
+ERRORS = (MemoryError, StopIteration, OSError, RuntimeError)
+
+
+@pytest.mark.parametrize("count", [32, pytest.param(1000, marks=pytest.mark.slow)])
+def test_an_error_at_any_instruction_of_a_pass_or_a_draw_fails_only_sequences(
+    llama: LanguageModel, free: list[list[Completion]], count: int
+) -> None:
+    engine = probed({"m": llama}, pool_bytes=24 * PAGE)
+    tracer = Tracer(COMPUTING)
+    sample_with(engine, tracer)
+    places = list(tracer.seen.items())
+    draws = [each for each in places if each[0][0].co_name in ("_sample_tokens", "_end_if_stopped", "find_end")]
+    failed = 0
+    for i in range(count):
+        chosen = places if i % 2 else draws
+        place, times = chosen[derive_seed(1, i) % len(chosen)]
+        engine.weights_updated("m")
+        requests = sample_with(
+            engine, Tracer(COMPUTING, ERRORS[i // 2 % len(ERRORS)], place, derive_seed(2, i) % times)
+        )
+        assert_nothing_is_held(engine)
+        for request, group in zip(requests, free, strict=False):
+            for one, expected in zip(request.completions, group, strict=True):
+                if one.error is None:
+                    assert_same(one, expected)
+                else:
+                    failed += 1
+                    assert "a fault" in one.error or "generator raised StopIteration" in one.error
+    assert 0 < failed < 3 * count
+
+
+def sample_with(engine: Engine, tracer: Tracer) -> list[Request]:
+    """Sample two prompts, with the tracer in all steps."""
+    requests = [engine.submit("m", prompt, PARAMS, seed) for prompt, seed in zip(PROMPTS[:2], SEEDS[:2], strict=True)]
+    with traced(tracer):
+        finish(engine)
+    return requests

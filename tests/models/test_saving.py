@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ class TestSaving:
         assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
         assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
         assert not (tmp_path / BASE_DIRECTORY).exists()  # the base model stays where it is
+
+    def test_writes_the_sets_of_an_adapter_in_order(self, model_directory: Directory, tmp_path: Path) -> None:
+        """The order of a set changes from process to process."""
+        adapter = LORA.model_copy(
+            update={"target_modules": ["v_proj", "q_proj", "up_proj", "down_proj", "o_proj", "k_proj"]}
+        )
+        save_pretrained(add_adapter(load_trainable(policy_config(model_directory("llama")), 0), adapter), tmp_path)
+        written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+        assert written == ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
     def test_in_bfloat16_and_loading_gives_the_same_model(self, model_directory: Directory, tmp_path: Path) -> None:
         start = load_trainable(policy_config(model_directory("llama"), dtype="bfloat16"), 0)

@@ -44,6 +44,11 @@ def test_function_sees_the_original_prompts_and_its_params(reward_from):
     assert scored.components == {"exact": [0.5, 0.0, 0.5]}
 
 
+@pytest.mark.parametrize("value", ["torch.ones(3, requires_grad=True)", "list(torch.ones(3, requires_grad=True))"])
+def test_tensors_with_gradients_are_read(reward_from, value):
+    assert reward_from(returning(value))(PROMPTS, RESPONSES, RESPONSES).values == [1.0, 1.0, 1.0]
+
+
 def test_function_by_dotted_path():
     component = {"kind": "function", "function": "tests_reward_by_path:length"}
     with pytest.raises(ConfigError, match=r"tests_reward_by_path:length.*no module 'tests_reward_by_path'"):

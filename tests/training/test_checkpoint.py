@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny_runs import flip_bit
 
 from alignpro.errors import CheckpointError
-from alignpro.training.checkpoint import CheckpointStore, find_damage, save_torch
+from alignpro.training.checkpoint import CheckpointStore, find_damage, recorded_run, save_torch
 from alignpro.training.durability import disk_errors, remove_directory, replace_directory, replace_text
 from alignpro.training.rng_state import get_rng_state, seed_all, set_rng_state
 
@@ -79,6 +79,14 @@ def test_saving_a_step_again_replaces_it(store: CheckpointStore) -> None:
     assert store.latest() == 1
 
 
+def drop_from_manifest(directory: Path, name: str, *keys: str) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    del manifest["files"][name]
+    for key in keys:
+        del manifest[key]
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
 def write_manifest(text: str) -> Callable[[Path], object]:
     return lambda directory: (directory / "manifest.json").write_text(text)
 
@@ -102,6 +110,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "manifest without files": write_manifest('{"step": 2}'),
     "manifest with no files": write_manifest('{"step": 2, "files": {}}'),
     "manifest with files of another kind": write_manifest('{"step": 2, "files": 3}'),
+    "manifest that lists some files": lambda directory: drop_from_manifest(directory, "policy_optimizer.pt"),
+    "a listed file removed from both": lambda directory: (
+        drop_from_manifest(directory, "policy_optimizer.pt"),
+        (directory / "policy_optimizer.pt").unlink(),
+    ),
+    "old manifest that lists some files": lambda directory: drop_from_manifest(
+        directory, "policy_optimizer.pt", "checksum", "run"
+    ),
     "empty directory": lambda directory: (shutil.rmtree(directory), directory.mkdir()),
 }
 
@@ -121,6 +137,41 @@ def test_a_damaged_checkpoint_is_detected_and_the_previous_one_used(
     with pytest.raises(CheckpointError, match="damaged"):
         store.require(2)
     store.require(1)
+
+
+def test_a_renamed_checkpoint_is_not_used(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (5, 10):
+        store.save(step, write_some)
+    store.path(10).rename(store.path(14))
+    assert store.latest() == 5
+    assert f"{store.path(14)} is damaged (it is the checkpoint of step 10)" in caplog.text
+
+
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stores = {}
+    for run in ("mine", "theirs"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "run_id").write_text(f"{run}\n")
+        stores[run] = CheckpointStore(tmp_path / run / "checkpoints", 3, tmp_path / run / "run_id")
+        stores[run].save(1, write_some)
+    stores["theirs"].save(2, write_some)
+    shutil.copytree(stores["theirs"].path(2), stores["mine"].path(2))
+    assert stores["theirs"].latest() == 2
+    assert stores["mine"].latest() == 1
+    assert "it belongs to another run" in caplog.text
+    with pytest.raises(CheckpointError, match="it belongs to another run; omit --at"):
+        stores["mine"].require(2)
+    assert recorded_run(tmp_path / "theirs" / "checkpoints") == "theirs"
+
+
+def test_a_checkpoint_of_a_version_without_identities_is_used(tmp_path: Path) -> None:
+    (tmp_path / "run_id").write_text("mine")
+    store = CheckpointStore(tmp_path / "checkpoints", 3, tmp_path / "run_id")
+    store.save(1, write_some)
+    manifest = json.loads((store.path(1) / "manifest.json").read_text())
+    del manifest["run"], manifest["checksum"]
+    (store.path(1) / "manifest.json").write_text(json.dumps(manifest))
+    assert store.latest() == 1
 
 
 def test_any_flipped_bit_is_detected(store: CheckpointStore) -> None:

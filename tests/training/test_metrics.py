@@ -89,6 +89,19 @@ def test_a_truncated_last_row_is_dropped(tmp_path: Path, cut: int) -> None:
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("damaged", [b"\xff{\n", b"12\n", b'{"reward": 1}\n', b"\n"])
+def test_a_damaged_row_is_named_and_the_rows_after_it_stay(
+    tmp_path: Path, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first, _, *others = write_rows(path, [1, 2, 3, 4]).splitlines(keepends=True)
+    path.write_bytes(first + damaged + b"".join(others))
+    assert [row["step"] for row in read_rows(path)] == [1, 3, 4]
+    assert f"{path}:2: the row is damaged" in caplog.text
+    truncate_rows(path, 3)
+    assert path.read_bytes() == first + damaged + others[0]
+
+
 def test_a_full_disk_leaves_complete_rows_and_gives_a_message(full_disk: Path) -> None:
     path = full_disk / "metrics.jsonl"
     whole = write_rows(path, [1, 2])

@@ -70,6 +70,14 @@ def test_the_state_of_the_cache_makes_no_difference(workshop: Workshop, finished
     assert_same(out, finished(*job))
 
 
+def test_evaluations_do_not_change_what_is_trained(finished: Finished) -> None:
+    """The reward draws from the global random generator."""
+    with_evaluations, without = finished("train"), finished("train", "run.eval_every=0")
+    training = [row for row in read_metrics(with_evaluations) if not any(name.startswith("eval/") for name in row)]
+    assert training == read_metrics(without)
+    assert read_model(with_evaluations) == read_model(without)
+
+
 def test_the_compared_runs_change_the_policy(finished: Finished) -> None:
     first, last = read_metrics(finished("train"))[0], read_metrics(finished("train"))[-2]
     assert abs(first["kl"]) < 1e-6  # passes with and without gradients round differently

@@ -117,6 +117,7 @@ def test_a_run_writes_its_documented_files(undisturbed: Path) -> None:
         "metrics.jsonl",
         "model",
         "run.lock",
+        "run_id",
     ]
     assert steps_of_checkpoints(undisturbed) == [4, 6]
     assert steps(undisturbed) == ALL_STEPS
