@@ -17,7 +17,7 @@ from alignpro.distributed.deepspeed.zero_config import check_ranks, read_zero_co
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES
 from alignpro.models.loading import DTYPES
-from alignpro.planning.model_size import ModelSize, build_empty, measure, trained_weights
+from alignpro.planning.model_size import ModelSize, build_empty, goes_on_training, measure, trained_weights, trains_all
 from alignpro.planning.zero_memory import TrainingMemory, torch_memory, zero_memory
 
 GIB = float(1 << 30)
@@ -164,7 +164,7 @@ class _Models:
         rewards = [each.model for each in config.reward.components if isinstance(each, ModelRewardConfig)]
         return cls(
             policy=measure(policy, config.policy),
-            trained=trained_weights(policy, config.policy.adapter),
+            trained=trained_weights(policy, config.policy),
             tied=policy.get_output_embeddings().weight is policy.get_input_embeddings().weight,
             target=target,
             reward_bytes=float(sum(_reward_bytes(model) for model in rewards)),
@@ -177,7 +177,7 @@ class _Models:
 
 
 def _estimate(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: int) -> MemoryEstimate:
-    policy, full = models.policy, config.policy.adapter.kind in (None, "full")
+    policy, full = models.policy, trains_all(config.policy)
     zero = {"stage": 0} if setup == ONE_PROCESS else read_zero_config(setup)["zero_optimization"]
     sharded = zero["stage"] == 3
     rollout = _Rollout.of(config, models, ranks)
@@ -213,7 +213,7 @@ def _training(
     config: TrainConfig | RLHFConfig, models: _Models, setup: str, zero: dict[str, Any], ranks: int
 ) -> TrainingMemory:
     """Memory of the policy, its reference and the critic."""
-    size, trained, full = models.policy, models.trained, config.policy.adapter.kind in (None, "full")
+    size, trained, full = models.policy, models.trained, trains_all(config.policy)
 
     def memory(trained: Sequence[int], weights: Sequence[int], reference: Sequence[int]) -> TrainingMemory:
         if setup == ONE_PROCESS:
@@ -221,7 +221,9 @@ def _training(
         return zero_memory(zero, trained, weights, reference, size.dtype_bytes, ranks)
 
     # The reference is a separate model, or the policy without its adapter.
-    total = memory(trained, *((size.weights, size.weights) if full else ((*size.weights, *trained), ())))
+    # That of an adapter that goes on training is a copy of the adapter, on the same base model.
+    copied = size.weights if full else trained if goes_on_training(config.policy) else ()
+    total = memory(trained, size.weights if full else (*size.weights, *trained), copied)
     if config.objective.advantage == "gae":  # the critic: a copy with its own output; its LM head is not trained
         held = [*size.weights, *(() if full else trained), size.hidden, 1]
         learned = list(held)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from alignpro.config import AdapterConfig, ModelConfig
+from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
-from alignpro.models.loading import DTYPES
+from alignpro.models.loading import DTYPES, base_of_adapter, is_adapter
 from alignpro.prompting.pretrained import require_pretrained
 
 
@@ -73,14 +76,17 @@ class ModelSize:
 
 
 def build_empty(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """Build a model on the meta device, without memory for its weights.
+    """Build a model on the meta device, without memory for its weights; of an adapter, its base model.
 
     Raises:
         ModelError: There is no such model, or its configuration cannot be read.
     """
     require_pretrained(config.path)
     try:
-        architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        path = config.path
+        while is_adapter(path):
+            path = base_of_adapter(Path(path))
+        architecture = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         with torch.device("meta"):
             model: PreTrainedModel = kind.from_config(architecture, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -106,9 +112,31 @@ def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
     )
 
 
-def trained_weights(model: PreTrainedModel, adapter: AdapterConfig) -> tuple[int, ...]:
-    """Return the number of elements of each weight that has a gradient."""
-    if adapter.kind in (None, "full"):
+def goes_on_training(policy: PolicyConfig) -> bool:
+    """Whether the policy is an adapter that goes on training."""
+    return policy.adapter.kind is None and is_adapter(policy.path)
+
+
+def trains_all(policy: PolicyConfig) -> bool:
+    """Whether all weights are trained."""
+    return policy.adapter.kind == "full" or (policy.adapter.kind is None and not is_adapter(policy.path))
+
+
+def trained_weights(model: PreTrainedModel, policy: PolicyConfig) -> tuple[int, ...]:
+    """Return the number of elements of each weight that has a gradient.
+
+    Raises:
+        ModelError: The weights of an adapter that goes on training cannot be read.
+    """
+    adapter = policy.adapter
+    if goes_on_training(policy):
+        file = Path(policy.path) / "adapter_model.safetensors"
+        try:
+            with safe_open(file, "pt") as weights:
+                return tuple(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"model {policy.path}: {file.name} cannot be read: {error}") from error
+    if trains_all(policy):
         return tuple(weight.numel() for weight in model.parameters())
     if adapter.kind == "soft_prompt":
         return (adapter.virtual_tokens * int(model.config.get_text_config().hidden_size),)
