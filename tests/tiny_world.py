@@ -61,7 +61,7 @@ class World:
         self.rewards = torch.rand(len(self.prompts), len(self.space.tokens), dtype=dtype)  # (P, S)
         start = _language_model(dtype)
         shake(start, 0.3)
-        adapter = adapter or AdapterConfig()
+        adapter = adapter or AdapterConfig(kind="full")
         reference = copy.deepcopy(start) if adapter.kind == "full" else None
         policy = add_adapter(start, adapter).to(dtype)  # peft makes a soft prompt in float32
         self.policy = Policy(policy, reference, temperature=temperature)

@@ -16,6 +16,8 @@ from alignpro.config import (
     EvalConfig,
     FunctionRewardConfig,
     GuardConfig,
+    KLConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     RewardModelConfig,
     RLHFConfig,
@@ -240,6 +242,10 @@ def test_all_problems_are_reported_at_once() -> None:
         ("objective={loss: gibbs, kl: {coef: 0}}", "objective: gibbs regresses on R/λ"),
         ("objective={loss: gibbs, advantage: gae}", "objective: gibbs centres within the group"),
         ("objective={loss: gibbs, entropy_coef: 0.1}", "objective: gibbs compares whole sequences"),
+        (
+            "objective={loss: ppo_clip, epochs: 2, kl: {estimator: k1}}",
+            "objective: kl.estimator=k1 with several updates per rollout: its KL is that of the policy that drew the rollout",
+        ),
         ("objective={loss: gibbs, normalize_by: token}", "objective: gibbs compares whole sequences"),
         ("objective={loss: ppo_clip, minibatches: 17}", "objective.minibatches=17 is more than"),
         ("rollout.rewrite.temperature=0", "rollout.rewrite: the policy is trained on samples"),
@@ -401,3 +407,12 @@ def test_files_are_looked_for_beside_the_yaml_first(tmp_path: Path, monkeypatch:
     )  # in an override: from the working directory
     with pytest.raises(ConfigError, match=r"here/none.py not found, nor beside the YAML file that names it"):
         load_object("none.py:score", "reward function")
+
+
+def test_the_kl_estimator_depends_on_the_updates_per_rollout() -> None:
+    assert ObjectiveConfig().kl_estimator == "regressed"
+    assert ObjectiveConfig(loss="ppo_clip", minibatches=2).kl_estimator == "exact"
+    assert ObjectiveConfig(kl=KLConfig(estimator="k3")).kl_estimator == "k3"
+    stale = {"estimator": "k1_sequence"}
+    assert ObjectiveConfig(loss="gibbs", epochs=2, kl=stale).epochs == 2  # uses no return
+    assert ObjectiveConfig(loss="ppo_clip", epochs=2, kl=stale | {"coef": 0}).epochs == 2  # charges no KL

@@ -20,7 +20,7 @@ from alignpro.errors import ConfigError, TrainingError
 from alignpro.training.loggers.jsonl import append_row, read_rows, truncate_rows
 from alignpro.training.loggers.metrics_logger import MetricsLogger
 from alignpro.training.loggers.tensorboard import TensorBoardWriter
-from alignpro.training.metrics import PhaseTimer
+from alignpro.training.metrics import PhaseTimer, mean_of_updates
 
 
 def write_rows(path: Path, steps: Sequence[int]) -> bytes:
@@ -245,3 +245,9 @@ def test_seconds_of_phases_add_up() -> None:
     assert seconds.keys() == {"seconds/rollout", "seconds/update"}
     assert seconds["seconds/rollout"] >= 0.02
     assert json.dumps(seconds)
+
+
+def test_clipped_and_skipped_updates_are_counted() -> None:
+    norms = (0.5, 3.0, float("inf"), 1.5, 1.0)
+    metrics = mean_of_updates([{"loss": 1.0, "gradient_norm": norm} for norm in norms], max_grad_norm=1.0)
+    assert metrics == {"loss": 1.0, "gradient_norm": 1.5, "gradient_clipped": 0.5, "updates_skipped": 1.0}

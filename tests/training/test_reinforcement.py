@@ -318,3 +318,19 @@ def test_the_critic_starts_at_zero_and_learns_the_returns() -> None:
     assert (after - targets)[mask].square().mean() < 0.2 * (before - targets)[mask].square().mean()
     assert (after[~mask] == 0).all()
     assert all(map(torch.equal, policy, weights_of(training)))  # it shares no weight with the policy
+
+
+def test_a_step_says_how_the_kl_was_charged(tmp_path: Path) -> None:
+    """β is what the earlier steps' samples say; λ in units of the scores' deviation is logged where they are divided by it."""
+    training = World(drift=0.5).training({"kl": {"coef": 0.1}}, 8, tmp_path)
+    first, second = training.step(0), training.step(1)
+    assert first["kl_sampled_share"] == 0
+    assert 0 <= second["kl_sampled_share"] <= 1
+    assert training.kl.state_dict()["variance"] > 0
+    assert "kl_coef_normalized" not in second
+    grpo = World(drift=0.5).training(
+        {"advantage": "group_normalized", "kl": {"coef": 0.1, "estimator": "exact"}}, 8, tmp_path
+    )
+    metrics = grpo.step(0)
+    assert "kl_sampled_share" not in metrics
+    assert metrics["kl_coef_normalized"] > 0.1  # rewards deviate by less than 1
