@@ -59,9 +59,9 @@ def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = 
     with _ranks(prompter.deepspeed.timeout_seconds) as ranks:
         ranks.on_rank_zero(lambda: _write_prompts(out, seed))
         logger.info("Align-Pro: the prompter against the frozen target")
-        train(prompter, resume=True, ranks=ranks)
+        train(prompter, resume=prompter.run.out.exists(), ranks=ranks)
         logger.info("Oracle: RLHF of the target itself")
-        train(oracle, resume=True, ranks=ranks)
+        train(oracle, resume=oracle.run.out.exists(), ranks=ranks)
         logger.info("Evaluation on %d held-out prompts", HELDOUT_PROMPTS)
         ranks.on_rank_zero(lambda: _compare(comparison, started))
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())

@@ -20,6 +20,12 @@ def launched_world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
+def launched_here() -> int | None:
+    """Return the number of ranks that the launcher has started on this machine; None if it does not say."""
+    size = os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))  # deepspeed's launcher; torchrun
+    return None if size is None else int(size)
+
+
 def set_rank_from_slurm() -> None:
     """Set RANK, LOCAL_RANK and WORLD_SIZE from Slurm's variables if Slurm tasks are the ranks and these are not set.
 

@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from alignpro.config import RLHFConfig, RunSection, TrainConfig
 from alignpro.distributed.deepspeed.compilation import compile_operators
 from alignpro.distributed.deepspeed.zero_config import ZeroConfig, check_ranks, load_zero_config, require_deepspeed
-from alignpro.distributed.launcher import launched_world_size
+from alignpro.distributed.launcher import launched_here, launched_world_size
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import distributed_session
 from alignpro.errors import ConfigError
@@ -50,7 +52,9 @@ def train(
             "only `alignpro train` and `alignpro rlhf` run on several ranks: start this without a launcher"
         )
     size = launched_world_size() if ranks is None else ranks.size
-    check_ranks(config.rollout.prompts_per_step, size)  # before DeepSpeed is imported, which takes long and prints much
+    # Before DeepSpeed is imported, which takes long and prints much.
+    check_ranks(config.rollout.prompts_per_step, size)
+    _check_devices()
     require_deepspeed()
     zero = resolve_zero_config(config, size)
     _require_dtype(config.policy.dtype)
@@ -107,6 +111,16 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
     if isinstance(value, list):
         return _flatten(dict(enumerate(value)), key)
     return {key.removeprefix("."): value}
+
+
+def _check_devices() -> None:
+    """Check that each rank of this machine has a GPU of its own, if there are any."""
+    devices, ranks = torch.cuda.device_count(), launched_here() or 1
+    if 0 < devices < ranks:
+        raise ConfigError(
+            f"{ranks} ranks on a machine with {devices} GPU{'' if devices == 1 else 's'}: start one for each "
+            f"(deepspeed --num_gpus {devices})"
+        )
 
 
 def _require_dtype(dtype: str) -> None:

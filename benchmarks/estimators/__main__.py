@@ -95,5 +95,28 @@ def show(session: Session, kl_coef: float, rows: list[dict[str, Any]]) -> None:
     print_table(session.console, heads, cells, title=f"λ = {kl_coef}")
 
 
+def markdown(results: list[dict[str, Any]], coefs: tuple[float, ...] = (0.1, 0.5)) -> list[str]:
+    """The lines of the table in docs/training.md: bias and samples at each λ, and variances relative to ``exact``."""
+    heads = ["estimator", "bias", *POLICIES, "samples to 5 %", "left"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    exact = {row["kl_coef"]: row for row in results if row["case"] == "exact"}
+    for case in dict.fromkeys(row["case"] for row in results):
+        rows = [next(row for row in results if (row["case"], row["kl_coef"]) == (case, coef)) for coef in coefs]
+        ratios = [
+            " / ".join(_ratio(row[key], exact[row["kl_coef"]][key]) for row in rows)
+            for key in (f"variance/{name}" for name in POLICIES)
+        ]
+        bias = " / ".join("0" if row["bias"] < 1e-9 else format(row["bias"], ".2f") for row in rows)
+        samples = " / ".join("never" if row["samples"] == float("inf") else f"{row['samples']:,.0f}" for row in rows)
+        left = " / ".join(format(row["remaining"], ".1%") for row in rows)
+        lines.append(f"| {' | '.join([f'`{case}`', bias, *ratios, samples, left])} |")
+    return lines
+
+
+def _ratio(value: float, exact: float) -> str:
+    ratio = value / exact
+    return "0" if ratio < 1e-9 else format(ratio, ".2f" if ratio < 10 else ".0f")
+
+
 if __name__ == "__main__":
     app()

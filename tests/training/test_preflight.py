@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import Workshop
 
 from alignpro.cli import main
-from alignpro.training import jobs
+from alignpro.training import jobs, multi_process
 
 Refused = Callable[..., None]
 
@@ -100,3 +101,17 @@ def test_resuming_where_there_is_no_run_says_so(
     caplog.set_level("INFO")
     assert workshop.run("train", tmp_path / "new", "run.steps=1", "--resume") == 0
     assert f"{tmp_path / 'new'} has no checkpoint: starting from the first step" in caplog.text
+
+
+def test_more_ranks_than_gpus_are_found_before_deepspeed_is_imported(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(multi_process, "require_deepspeed", lambda: pytest.fail("imported first"))
+    assert workshop.run("train", tmp_path / "out") == 1
+    assert "2 ranks on a machine with 1 GPU: start one for each (deepspeed --num_gpus 1)" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert workshop.run("train", tmp_path / "out") == 1
+    assert "rollout.prompts_per_step=2 on 3 ranks" in capsys.readouterr().err
