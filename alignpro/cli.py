@@ -132,7 +132,7 @@ def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
 
 @app.command(no_args_is_help=True)
 def rewrite(
-    run: Annotated[Path, typer.Option(help="Run directory of a finished `alignpro train`.")],
+    run: Annotated[Path, typer.Option(help="Run directory of a finished `alignpro train` or `alignpro sft`.")],
     text: Annotated[list[str] | None, typer.Argument(help="Prompts to rewrite, each one argument.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Rewrite a data source instead: a preset or a file, as in `data.source`.")

@@ -66,7 +66,7 @@ def test_help_of_a_training_command_says_how_to_configure_resume_and_try(
         f"Usage: alignpro {command} [OPTIONS] {{CONFIG.yaml|key=value}}...",
         "base.yaml mine.yaml run.out=runs/mine optimizer.learning_rate=1e-4",
         "docs/training.md explains the keys",
-        "--dry-run Check the configuration, print every key with its value",
+        "--dry-run Check the configuration, that models, data and rewards exist and fit",
         "--resume Continue the run in run.out",
         "--at STEP With --resume: continue from the checkpoint of this step",
     ):
@@ -121,10 +121,11 @@ def test_a_dry_run_prints_a_configuration_that_loads_and_touches_nothing(
     assert not out.exists()
 
 
-def test_a_dry_run_does_not_look_at_models_or_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["policy.path=no/model", "data.source=no.jsonl", f"run.out={tmp_path / 'run'}", "--dry-run"]
-    assert run("sft", *arguments) == 0
-    assert "fine-tune no/model (full)" in capsys.readouterr().out
+    assert run("sft", *arguments) == 1
+    assert "no such" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 BASE = {"data": {"source": "x.jsonl"}, "reward": {"components": [{"kind": "function", "function": "a:b"}]}}
@@ -193,9 +194,21 @@ def test_the_plan_counts_right(kind: type[Section], given: dict[str, object], li
     assert describe_work(validate_config(kind, given))[: len(lines)] == list(lines)
 
 
-def test_the_dry_run_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = {**BASE, "out": str(tmp_path / "e"), "target": MODEL}
-    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+@pytest.mark.parametrize(
+    ("adapter", "said"), [({}, "its adapter"), ({"kind": "full"}, "full"), ({"kind": "lora"}, "lora")]
+)
+def test_the_plan_says_that_an_adapter_goes_on_training(adapter: dict[str, str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    policy = {"path": str(tmp_path), "adapter": adapter}
+    config = {"run": {"out": "r", "steps": 10}, "data": BASE["data"], "policy": policy}
+    assert describe_work(validate_config(SFTConfig, config))[0].startswith(f"fine-tune {tmp_path} ({said}) on")
+
+
+def test_the_dry_run_of_an_evaluation(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = yaml.safe_load((workshop.root / "train.yaml").read_text())
+    config = {name: given[name] for name in ("data", "target", "reward")} | {"out": str(tmp_path / "e")}
+    drawn = {"max_tokens": 4}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config | {"rewrite": drawn, "respond": drawn}))
     assert run("eval", str(tmp_path / "eval.yaml"), "--dry-run") == 0
     assert "# compare no fine-tuning on at most 128 held-out prompts\n" in capsys.readouterr().out
     assert not (tmp_path / "e").exists()
@@ -297,6 +310,37 @@ def test_what_was_trained_can_be_used(workshop: Workshop, tmp_path: Path, capsys
     assert all(row["prompt"] and len(row["rewrites"]) == len(row["responses"]) == 2 for row in rows)
     assert run("rewrite", *given, *arguments) == 1
     assert f"error: {out}: already exists" in capsys.readouterr().err
+
+
+def test_a_prompter_of_sft_rewrites(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workshop.run("sft", tmp_path / "sft") == 0
+    capsys.readouterr()
+    assert run("rewrite", "flip the word stone", "--run", str(tmp_path / "sft")) == 0
+    assert capsys.readouterr().out.strip()
+    assert run("rewrite", "flip the word stone", "--run", str(tmp_path / "sft"), "--answer") == 1
+    assert "is a run of `alignpro sft`, which has no target to answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: {path: m}\n", "is a run of `alignpro reward`, whose model scores"),
+        ("policy: {path: m}\nreward: {components: []}\n", "is a run of `alignpro rlhf`, whose model responds"),
+        (
+            "run: {out: r, steps: 1}\ndata: {source: x}\npolicy: {path: m}\ntask: response\n",
+            "is a run of `alignpro sft` with task=response, not of a prompter",
+        ),
+        ("- policy\n", "expected a mapping of keys at the top level"),
+        ("policy: {path: [\n", "not valid YAML"),
+    ],
+)
+def test_a_run_that_holds_no_prompter_is_named(
+    content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text(content)
+    assert run("rewrite", "x", "--run", str(tmp_path)) == 1
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from alignpro.config import DataConfig
@@ -148,7 +149,8 @@ def _sources(config: DataConfig) -> Iterator[_Source]:
         try:
             paths = expand_paths(name)
         except DataError as error:
-            raise DataError(f"{error}, and no preset (presets: {', '.join(known)})") from error
+            start = "" if Path(name).is_absolute() else f"; looked for it in {Path.cwd()}"
+            raise DataError(f"{error}, and no preset (presets: {', '.join(known)}){start}") from error
         if config.split is not None:
             raise DataError(f"data.split={config.split}: only presets have splits, but {name} is a file; leave it out")
         for path in paths:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignpro.config import ModelConfig, TrainConfig, load_config
+import yaml
+
+from alignpro.config import ModelConfig, RolloutConfig, SFTConfig, TrainConfig, load_config
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import refuse_errors, sampling_params
@@ -34,27 +36,30 @@ class Rewriter:
     Args:
         prompter: The prompter.
         target: The target, or None.
-        config: The run's configuration, for meta-prompt, templates and sampling.
+        config: The run's configuration, for meta-prompt, templates and sampling. That of `alignpro sft` has neither a
+            target nor a section `rollout`; the defaults apply, with rewrites of at most half the prompter's context.
     """
 
-    def __init__(self, prompter: LanguageModel, target: LanguageModel | None, config: TrainConfig) -> None:
+    def __init__(self, prompter: LanguageModel, target: LanguageModel | None, config: TrainConfig | SFTConfig) -> None:
         self.config = config
+        self.rollout = config.rollout if isinstance(config, TrainConfig) else _default_rollout(prompter)
         self.prompter = PrompterTemplate(prompter.tokenizer, config.prompting, stop_token_ids=prompter.end_token_ids)
         self.environment: PromptEnvironment | None = None
         models = {"policy": prompter}
         if target is not None:
+            assert isinstance(config, TrainConfig)  # whose target it is
             models["target"] = target
-            greedy = config.rollout.respond.model_copy(update={"temperature": 0.0})
+            greedy = self.rollout.respond.model_copy(update={"temperature": 0.0})
             self.environment = prompt_environment(
                 prompter, target, config.target_model, RewardStack([], []), config.prompting, greedy, responses=1
             )
-        self.engine = Engine(models, **config.rollout.engine.model_dump())
+        self.engine = Engine(models, **self.rollout.engine.model_dump())
 
     @classmethod
     def load(
         cls, run: str | os.PathLike[str], *, with_target: bool = False, trust_remote_code: bool = False
     ) -> Rewriter:
-        """Load the prompter that `alignpro train` saved in a run directory.
+        """Load the prompter that `alignpro train` or `alignpro sft` saved in a run directory.
 
         Args:
             run: The run directory, or the finished run.
@@ -63,20 +68,30 @@ class Rewriter:
                 so. The directory may come from someone else, so its word alone is not enough.
 
         Raises:
-            ModelError: The directory holds no finished run, or its models need ``trust_remote_code``.
+            ModelError: The directory holds no finished run of a prompter, or none with a target, or its models need
+                ``trust_remote_code``.
         """
         run = Path(run)
         if not (run / "config.yaml").is_file() or not (run / "model").is_dir():
             raise ModelError(
-                f"run directory {run}: has no config.yaml and model/: it is not a finished run of `alignpro train`"
+                f"run directory {run}: has no config.yaml and model/: it is not a finished run of `alignpro train` or "
+                "`alignpro sft`"
             )
-        config = load_config(TrainConfig, [str(run / "config.yaml")])
+        config = _load_config(run)
+        if with_target and not isinstance(config, TrainConfig):
+            raise ModelError(
+                f"run directory {run}: is a run of `alignpro sft`, which has no target to answer; leave out --answer (in "
+                "Python, with_target=True), or give a run of `alignpro train`"
+            )
         if not trust_remote_code:
             _require_no_code(run, config, with_target)
         # The run's tokenizer has been saved with its model, and the chat template with the tokenizer.
         saved = {"path": str(run / "model"), "tokenizer": None, "chat_template": None}
         prompter = load_language_model(config.policy.model_copy(update=saved))
-        return cls(prompter, load_target(config.target, prompter) if with_target else None, config)
+        target = None
+        if with_target and isinstance(config, TrainConfig):
+            target = load_target(config.target, prompter)
+        return cls(prompter, target, config)
 
     def rewrite(
         self, texts: Sequence[str | Prompt], *, n: int = 1, temperature: float = 0.0, seed: int = 0
@@ -100,7 +115,7 @@ class Rewriter:
         self, prompts: Sequence[Prompt], seeds: Sequence[int], *, n: int = 1, temperature: float = 0.0
     ) -> list[list[Rewritten] | AlignProError]:
         """Sample ``n`` rewrites of each prompt, or return the error of `rewrite` in their place."""
-        sampling = self.config.rollout.rewrite.model_copy(update={"temperature": temperature})
+        sampling = self.rollout.rewrite.model_copy(update={"temperature": temperature})
         params = replace(sampling_params(sampling, n), stop_token_ids=self.prompter.stop_token_ids)
         results: list[list[Rewritten] | AlignProError] = [self._refusal(prompt) or [] for prompt in prompts]
         usable = [i for i, result in enumerate(results) if not isinstance(result, AlignProError)]
@@ -139,10 +154,39 @@ class Rewriter:
         return Rewritten(self.prompter.decode(chain.sample.text_tokens), response)
 
 
-def _require_no_code(run: Path, config: TrainConfig, with_target: bool) -> None:
+def _default_rollout(prompter: LanguageModel) -> RolloutConfig:
+    """The defaults, which leave a prompt half of a small context."""
+    default = RolloutConfig()
+    longest = min(default.rewrite.max_tokens, prompter.context_length // 2)
+    return default.model_copy(update={"rewrite": default.rewrite.model_copy(update={"max_tokens": longest})})
+
+
+def _load_config(run: Path) -> TrainConfig | SFTConfig:
+    """The configuration of a prompter's run; its keys tell which command wrote it."""
+    file = run / "config.yaml"
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        raw = None  # `load_config` says what is wrong
+    keys = raw.keys() if isinstance(raw, dict) else set()
+    if "model" in keys:
+        raise ModelError(f"run directory {run}: is a run of `alignpro reward`, whose model scores and does not rewrite")
+    if "task" in keys:
+        config = load_config(SFTConfig, [str(file)])
+        if config.task != "rewrite":
+            raise ModelError(
+                f"run directory {run}: is a run of `alignpro sft` with task={config.task}, not of a prompter"
+            )
+        return config
+    if {"policy", "reward"} <= keys and "target" not in keys:
+        raise ModelError(f"run directory {run}: is a run of `alignpro rlhf`, whose model responds and does not rewrite")
+    return load_config(TrainConfig, [str(file)])
+
+
+def _require_no_code(run: Path, config: TrainConfig | SFTConfig, with_target: bool) -> None:
     """Check that the models to be loaded bring no Python code: neither their own nor attention kernels from the hub."""
     models: dict[str, ModelConfig] = {"policy": config.policy}
-    if with_target and not isinstance(config.target, str):
+    if with_target and isinstance(config, TrainConfig) and not isinstance(config.target, str):
         models["target"] = config.target
     keys = [f"{name}.trust_remote_code" for name, model in models.items() if model.trust_remote_code]
     keys += [f"{name}.attention={model.attention}" for name, model in models.items() if "/" in model.attention]

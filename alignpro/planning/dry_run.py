@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from alignpro.config import (
     EvalConfig,
     ObjectiveConfig,
     OptimalConfig,
+    PolicyConfig,
     RewardModelConfig,
     RLHFConfig,
     RunConfig,
@@ -23,8 +26,7 @@ def describe_work(config: Section) -> list[str]:
             P, K, M = rollout.prompts_per_step, rollout.rewrites_per_prompt, rollout.responses_per_rewrite
             chains = P * K
             return [
-                f"train {config.policy.path} ({config.policy.adapter.kind or 'full'}) "
-                f"against the frozen {config.target_model.path}",
+                f"train {config.policy.path} ({_trained(config.policy)}) against the frozen {config.target_model.path}",
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'rewrite')} × {_count(M, 'response')}: "
                 f"{_count(chains, 'chain')} per step, {_count(chains * steps, 'rewrite')} and "
                 f"{_count(chains * M * steps, 'response')} in total",
@@ -34,7 +36,7 @@ def describe_work(config: Section) -> list[str]:
         case RLHFConfig():
             P, K, steps = config.rollout.prompts_per_step, config.rollout.responses_per_prompt, config.run.steps
             return [
-                f"RLHF of {config.policy.path} ({config.policy.adapter.kind or 'full'})",
+                f"RLHF of {config.policy.path} ({_trained(config.policy)})",
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'response')}: "
                 f"{_count(P * K, 'response')} per step, {_count(P * K * steps, 'response')} in total",
                 *_updates(config.objective, steps),
@@ -42,7 +44,7 @@ def describe_work(config: Section) -> list[str]:
             ]
         case SFTConfig():
             return [
-                f"fine-tune {config.policy.path} ({config.policy.adapter.kind or 'full'}) on (prompt, {config.task}) pairs",
+                f"fine-tune {config.policy.path} ({_trained(config.policy)}) on (prompt, {config.task}) pairs",
                 *_batches(config.run, config.batch_size),
             ]
         case RewardModelConfig():
@@ -64,6 +66,13 @@ def describe_work(config: Section) -> list[str]:
             ]
         case _:
             raise TypeError(f"{type(config).__name__} is not the configuration of a job")
+
+
+def _trained(policy: PolicyConfig) -> str:
+    """What is trained of a policy; an adapter is recognized by its file, as on loading, if it is in a directory here."""
+    if policy.adapter.kind is None and (Path(policy.path) / "adapter_config.json").is_file():
+        return "its adapter"
+    return policy.adapter.kind or "full"
 
 
 def _updates(objective: ObjectiveConfig, steps: int) -> list[str]:

@@ -56,8 +56,6 @@ class RunDirectory:
                         f"run directory {path}: holds a run already; continue it with --resume, or name another run.out"
                     )
                 check_configuration(self._config, config)
-            elif resume:
-                logger.info("run directory %s: holds no run to resume; starting one", path)
             remove_leftovers(path)
             replace_text(self._config, dump_config(config))
             if not (path / RUN_ID).is_file():

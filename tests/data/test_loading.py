@@ -384,6 +384,14 @@ def test_empty_files_are_an_error(write, name):
         load(write(name, b""))
 
 
+def test_a_missing_file_says_which_directory_its_path_starts_at(tmp_path, monkeypatch):
+    """Not that of the YAML file, beside which a reward function may be."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        load("missing.jsonl")
+    assert str(error.value).endswith(f"; looked for it in {tmp_path}")
+
+
 def test_unreadable_files_are_errors(write, tmp_path):
     with pytest.raises(DataError, match=r"missing\.jsonl: no such file, and no preset \(presets: ultrafeedback"):
         load(str(tmp_path / "missing.jsonl"))

@@ -36,8 +36,10 @@ def test_its_files_and_commands_run_in_order(
 ) -> None:
     Workshop(tmp_path)
     monkeypatch.chdir(tmp_path)
-    ((_, reward),) = DOCUMENT.blocks("python")
-    Path("reward.py").write_text(reward)
+    python = {block.split("\n")[0].removeprefix("# "): block for _, block in DOCUMENT.blocks("python")}
+    assert python.keys() == {"convert.py", "reward.py"}
+    compile(python["convert.py"], "convert.py", "exec")  # its package is not among the tests' requirements
+    Path("reward.py").write_text(python["reward.py"])
     for _, block in DOCUMENT.blocks("yaml"):
         name = block.split("\n")[0].removeprefix("# ")
         Path(name).write_text(yaml.safe_dump(smaller(yaml.safe_load(block), SMALLER[name])))

@@ -101,6 +101,7 @@ def test_resuming_where_there_is_no_run_says_so(
     caplog.set_level("INFO")
     assert workshop.run("train", tmp_path / "new", "run.steps=1", "--resume") == 0
     assert f"{tmp_path / 'new'} has no checkpoint: starting from the first step" in caplog.text
+    assert sum("new" in record.getMessage() and "start" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_more_ranks_than_gpus_are_found_before_deepspeed_is_imported(
