@@ -221,8 +221,11 @@ def test_float16_is_not_trained_in_a_single_process(refused: Refused, command: s
 
 def test_a_reward_models_tokenizer_without_a_pad_token(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:
     model = without_pad_token(workshop, tmp_path / "model")
-    refused("reward", f"model.path={model}", says=[str(model), "no pad token", "pad_token", "</s>"])
-    assert workshop.run("reward", tmp_path / "run", f"model.path={model}", "model.pad_token=</s>") == 0
+    assert workshop.run("reward", tmp_path / "own", f"model.path={model}") == 0  # the model has a pad token of its own
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    refused("reward", f"model.path={model}", says=[str(model), "no pad token", "set pad_token to a token that ends no"])
+    assert workshop.run("reward", tmp_path / "run", f"model.path={model}", "model.pad_token=<unk>") == 0
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from alignpro.models.language_model import LanguageModel
 from alignpro.models.merging import merge_adapter
 from alignpro.models.pickled_files import describe_refusal
 from alignpro.models.saving import BASE_DIRECTORY
+from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
 
 DTYPES = {
@@ -126,6 +127,7 @@ def base_of_adapter(directory: Path) -> str:
 
 
 def _load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedModel | PeftModel:
+    require_pretrained(config.path)
     directory = Path(config.path)
     with _loading_errors(config.path):
         if is_adapter(config.path):

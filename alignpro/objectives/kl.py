@@ -193,11 +193,16 @@ class AdaptiveKL:
         return self.coef
 
 
+_KNOWN = 0.03
+"""Standard deviation of log-ratios in nats, far above rounding in float32, below which β tends to 0."""
+
+
 class KLPenalty:
     """The KL penalty of a run: the estimator, λ, and β of ``regressed``. Its state is part of checkpoints.
 
     β = Σ cov(R, λ L) / Σ var(λ L), clipped to [0, 1], with covariances within a prompt's samples and sums that fade over
-    earlier steps. A step's β must not depend on its own samples, or the gradient would be biased. It is 0 at first.
+    earlier steps. A step's β must not depend on its own samples, or the gradient would be biased. It is 0 at first, and
+    while the log-ratios differ by little more than rounding.
 
     Args:
         estimator: See the module docstring.
@@ -230,13 +235,13 @@ class KLPenalty:
 
         Args:
             kl: Mean sequence KL, in nats.
-            samples: Number of samples that it is the mean of.
+            samples: Number of samples that it is the mean of, and that the sums are over.
             covariance: Σ (R − mean)(L − mean) over the step's samples, with the means of each prompt.
             variance: Σ (L − mean)².
         """
         coef = self.coef
         self._covariance = self._decay * self._covariance + coef * covariance
-        self._variance = self._decay * self._variance + coef**2 * variance
+        self._variance = self._decay * self._variance + coef**2 * (variance + samples * _KNOWN**2)
         self._coef.update(kl, samples)
 
     def metrics(self) -> dict[str, float]:

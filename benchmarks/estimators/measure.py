@@ -42,7 +42,7 @@ def exact_moments(world: World, policy: Tensor, case: Case, drawn_from: Tensor |
     weight = probability[pairs].prod(-1)[:, None]  # (S², 1)
     penalty, advantage = case.penalty(world.kl_coef), objectives.ADVANTAGES[case.advantage]()
     mean_score, mean_logratio, covariance, variance = _score_moments(world, behaviour)
-    penalty.update(0.0, 1, covariance, variance)  # a regression over many earlier samples of the policy that drew
+    penalty.update(0.0, 0, covariance, variance)  # a regression over many earlier samples of the policy that drew
     advantage.update(mean_score - world.kl_coef * mean_logratio)
     samples = Samples(torch.zeros(len(pairs), dtype=torch.int64), pairs)
     estimates = ascent(world, policy, samples, case, penalty, advantage, drawn_from).flatten(1)
@@ -129,7 +129,7 @@ def train(world: World, case: Case, rate: float, *, group: int, steps: int, seed
         samples = Samples(prompts, torch.multinomial(probability, group, replacement=True, generator=generator))
         logits.grad = ascent(world, policy, samples, case, penalty, advantage)
         optimizer.step()
-        penalty.update(0.0, 1, *moments(world, policy, samples))
+        penalty.update(0.0, samples.sequence.numel(), *moments(world, policy, samples))
         scores = world.rewards[prompts[:, None], samples.sequence].mean().item()
         advantage.update(scores - world.kl_coef * world.kl(policy).mean().item())
     hit = next((step for step, left in enumerate(remaining) if left <= 0.05), None)

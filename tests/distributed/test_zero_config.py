@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import Workshop
 
 from alignpro.config import OptimizerConfig, PolicyConfig, TrainConfig, load_config
-from alignpro.distributed.deepspeed.zero_config import ZeroConfig, load_zero_config, require_deepspeed
+from alignpro.distributed.deepspeed.zero_config import ZeroConfig, check_ranks, load_zero_config, require_deepspeed
 from alignpro.errors import ConfigError
 from alignpro.training.multi_process import resolve_zero_config
 
@@ -76,7 +76,7 @@ def test_more_ranks_than_prompts_and_sharding_a_shared_target_are_errors(tmp_pat
     made = Workshop(tmp_path)
     _, *arguments = made.arguments("train", tmp_path / "run")
     with pytest.raises(ConfigError, match="prompts_per_step=2 on 3 ranks"):
-        resolve_zero_config(load_config(TrainConfig, arguments), 3)
+        check_ranks(load_config(TrainConfig, arguments).rollout.prompts_per_step, 3)
     shared = ["target=policy", "policy.adapter.kind=lora"]
     assert resolve_zero_config(load_config(TrainConfig, [*arguments, *shared]), 2).stage == 2
     with pytest.raises(ConfigError, match=r"target=policy with deepspeed\.config=z3"):

@@ -78,10 +78,10 @@ def test_an_error_in_decoding_fails_only_its_sequence(
 ) -> None:
     decode = llama.tokenizer.decode
 
-    def broken(tokens: list[int]) -> Any:
+    def broken(tokens: list[int], **options: Any) -> Any:
         if drawn_by_some in tokens:
             raise UnicodeError("no such character")
-        return decode(tokens)
+        return decode(tokens, **options)
 
     monkeypatch.setattr(llama.tokenizer, "decode", broken)
     params = SamplingParams(max_tokens=14, n=3, stop_token_ids=(0, 1), stop=("never in there",))

@@ -105,7 +105,7 @@ def test_submitted_requests_fail_when_a_step_is_interrupted_and_are_returned_onc
         engine.step()
     assert finish(engine) == requests
     assert {one.error for request in requests for one in request.completions} == {
-        "generation raised KeyboardInterrupt: "
+        "generation raised KeyboardInterrupt: a fault"
     }
     assert worker.pool.num_free == worker.pool.total
     assert_whole(engine, expected)

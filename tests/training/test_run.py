@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import Process, Workshop, assert_same, flip_bit, read_metrics, read_model, rows, steps_of_checkpoints
 from torch import nn
 
-from alignpro.config import OptimizerConfig, RunConfig, RunSection
+from alignpro.config import DataConfig, OptimizerConfig, RunConfig, RunSection
 from alignpro.errors import AlignProError, CheckpointError, RewardError, TrainingError
 from alignpro.training.backend import TorchBackend
 from alignpro.training.loggers.jsonl import read_rows
@@ -31,7 +31,8 @@ class Config(RunSection):
     """The smallest configuration of a run."""
 
     goal: float = 0.0
-    data: dict[str, int] = Field(default_factory=lambda: {"rows": 1})
+    data: DataConfig = DataConfig(source="none")
+    table: dict[str, int] = Field(default_factory=lambda: {"rows": 1})
 
 
 class Descent:
@@ -283,15 +284,15 @@ def test_a_failed_start_releases_the_directory(undisturbed: Path) -> None:
 
 def test_a_changed_configuration_is_refused_and_the_keys_are_named(undisturbed: Path) -> None:
     changed = Config.model_validate(
-        {**configure(undisturbed, goal=1.0, seed=3).model_dump(), "data": {"rows": 2, "columns": 1}}
+        {**configure(undisturbed, goal=1.0, seed=3).model_dump(), "table": {"rows": 2, "columns": 1}}
     )
     with pytest.raises(TrainingError) as caught:
         Run(changed, resume=True)
     for part in (
         "goal (was 0.0, is 1.0)",
         "run.seed (was 0, is 3)",
-        "data.rows (was 1, is 2)",
-        "data.columns (was None, is 1)",
+        "table.rows (was 1, is 2)",
+        "table.columns (was None, is 1)",
     ):
         assert part in str(caught.value)
     assert "run.steps" not in str(caught.value)
@@ -307,6 +308,7 @@ def test_length_checkpoints_and_evaluations_of_a_run_may_change(undisturbed: Pat
 
 def test_a_run_of_another_command_is_refused(undisturbed: Path, workshop: Workshop) -> None:
     class Other(RunSection):
+        data: DataConfig = DataConfig(source="none")
         model: str
 
     with pytest.raises(TrainingError, match="the run in it is not one of this command"):
