@@ -159,6 +159,8 @@ def rewrite(
         raise AlignProError("rewrite: a prompt is empty: there is nothing to rewrite")
     if (data is None) != (out is None):
         raise AlignProError("rewrite: --data and --out go together")
+    if data is None:
+        _show_warnings_only()  # the rewrites alone, without a word on what runs where
     rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(
         run, with_target=answer, trust_remote_code=trust_remote_code
     )
@@ -293,6 +295,12 @@ class StandardErrorHandler(logging.StreamHandler[TextIO]):
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stderr
+
+
+def _show_warnings_only() -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, StandardErrorHandler):
+            handler.setLevel(logging.WARNING)
 
 
 def _quiet_libraries() -> None:

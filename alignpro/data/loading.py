@@ -86,16 +86,26 @@ def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
     return data
 
 
-def check_source(config: DataConfig, require: Sequence[str] = ()) -> None:
-    """Check that there is data, and that its columns fit, by the rows up to the first prompt. Presets are not read.
+def check_source(config: DataConfig, require: Sequence[str] = (), *, whole: bool = False) -> list[Prompt]:
+    """Check that there is data, and that its columns fit, without a log. Presets are not read.
+
+    Args:
+        config: As for `load_prompts`.
+        require: Likewise.
+        whole: Whether to read all rows, rather than those up to the first prompt.
+
+    Returns:
+        The prompts that were read.
 
     Raises:
         ConfigError: As `load_prompts`.
         DataError: Likewise.
     """
     names = [config.source] if isinstance(config.source, str) else config.source
-    if files := [name for name in names if name not in presets()]:
-        _load(config.model_copy(update={"source": files, "limit": 1}), require)
+    if not (files := [name for name in names if name not in presets()]):
+        return []
+    limit = config.limit if whole else 1
+    return _load(config.model_copy(update={"source": files, "limit": limit}), require).prompts
 
 
 def _load(config: DataConfig, require: Sequence[str]) -> DataSet:

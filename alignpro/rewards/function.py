@@ -56,6 +56,11 @@ class FunctionReward:
                 f"parameters such as {', '.join(_BATCH)} and columns of the data"
             ) from error
 
+    @property
+    def needs_columns(self) -> bool:
+        """Whether it has parameters that must be columns of the data."""
+        return self._named is not None and any(name not in _BATCH for name in self._named.required)
+
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Check that the data has the columns that the function requires.
 

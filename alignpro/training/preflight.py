@@ -23,7 +23,9 @@ from alignpro.environments.build import environment_kind
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import TrainingError
+from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.pretrained import require_pretrained
+from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.function import FunctionReward
 from alignpro.training.objective import build_objective
 
@@ -31,23 +33,24 @@ from alignpro.training.objective import build_objective
 def check_inputs(config: Section) -> None:
     """Check what a command would read, and that a checkpoint fits on the disk, without loading a model.
 
-    Data is read up to the first prompt; the files of rewards and classes of the user's own are imported.
+    Tokenizers are loaded; data is read up to the first prompt, or to its end if a reward function asks for columns; the
+    files of rewards and classes of the user's own are imported.
 
     Raises:
         AlignProError: The first problem found.
     """
+    functions: list[FunctionReward] = []
     for key, section in _sections(config):
         match section:
             case ModelConfig():
-                require_pretrained(section.path, f"{key}.path")
-                if section.tokenizer is not None:
-                    require_pretrained(section.tokenizer, f"{key}.tokenizer")
-                if isinstance(section, PolicyConfig) and section.reference is not None:
-                    require_pretrained(section.reference, f"{key}.reference")
-            case DataConfig():
-                check_source(section, _required_fields(config))
+                _check_model(key, section)
             case FunctionRewardConfig():
-                FunctionReward(section)
+                functions.append(FunctionReward(section))
+    if isinstance(data := getattr(config, "data", None), DataConfig):
+        by_column = [function for function in functions if function.needs_columns]
+        prompts = check_source(data, _required_fields(config), whole=bool(by_column))
+        for function in by_column if prompts else []:
+            function.check_columns(prompts)
     match config:
         case TrainConfig():
             environment_kind(config.environment, config.environment_params, PromptEnvironment)
@@ -57,6 +60,17 @@ def check_inputs(config: Section) -> None:
             build_objective(config.objective, config.rollout.responses_per_prompt)
     if isinstance(config, RunSection):
         _check_disk(config)
+
+
+def _check_model(key: str, model: ModelConfig) -> None:
+    """Check that a model is there, and that the template of one that converses can be used."""
+    require_pretrained(model.path, f"{key}.path")
+    if model.tokenizer is not None:
+        require_pretrained(model.tokenizer, f"{key}.tokenizer")
+    if isinstance(model, PolicyConfig) and model.reference is not None:
+        require_pretrained(model.reference, f"{key}.reference")
+    if key in ("policy", "target", "prompter", "oracle"):
+        ChatTemplate(load_tokenizer(model), model.chat_template)
 
 
 def _sections(config: Section, key: str = "") -> Iterator[tuple[str, Section]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -58,6 +59,22 @@ def test_a_reward_function_that_is_missing_or_takes_something_else(refused: Refu
     refused("train", components(f"{tmp_path}/none.py:score"), says=["none.py"])
     (tmp_path / "mine.py").write_text("def score(a, b, c): return [0.0] * len(b)\n")
     refused("train", components(f"{tmp_path}/mine.py:score"), says=["mine.py:score", "(a, b, c)"])
+
+
+def test_a_column_that_a_reward_function_asks_for(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(completions, solution): return [0.0] * len(completions)\n")
+    function = f"reward.components=[{{kind: function, function: '{tmp_path}/mine.py:score'}}]"
+    refused("train", function, says=["its parameter 'solution' is neither in params nor a column of the data"])
+    rows = [json.loads(line) for line in (workshop.root / "prompts.jsonl").read_text().splitlines()]
+    rows[-1]["solution"] = "x"  # the other rows have none
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert workshop.run("train", tmp_path / "some", function, f"data.source={tmp_path}/some.jsonl", "--dry-run") == 0
+
+
+def test_a_target_without_a_chat_template(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:
+    model = shutil.copytree(workshop.root / "target", tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    refused("train", f"target.path={model}", says=[str(model), "has no chat template; set chat_template=plain"])
 
 
 def test_an_environment_and_an_advantage_of_the_users_own(refused: Refused, tmp_path: Path) -> None:
