@@ -66,28 +66,29 @@ class Executor:
         Raises:
             Exception: No sequence can be computed after this error (`faults.is_fatal`).
         """
-        if self.max_tokens is None or _num_tokens(batch) <= self.max_tokens:
+        if self.max_tokens is None or batch.num_tokens <= self.max_tokens:
             error = self._try(batch, stats, self.graphs)
             if error is None:
                 return [sequence for sequence in batch.to_sample if sequence.completion is not None]
-            self._isolate([batch], stats, error)
+            padded = self.graphs is not None and batch.decoding  # exactly as many rows may fit, and raise no error
+            self._isolate([batch.in_chunks()], stats, None if padded else error)
         else:
-            self._isolate(_split_to_size(batch, self.max_tokens), stats)
+            self._isolate(_split_to_size(batch.in_chunks(), self.max_tokens), stats)
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
     def fail_batch(self, batch: Batch, error: Exception) -> list[SampledSequence]:
         """Fail all sequences of a batch after an error outside its passes and draws. Returns those that have ended."""
         logger.error("a batch of %s raised an exception", self.models[batch.model].name, exc_info=error)
-        segments = {chunk.segment for chunk in batch.chunks}
+        segments, drawing = {chunk.segment for chunk in batch.chunks}, set(batch.to_sample)
         for sequence in self.scheduler.running:
-            if sequence in batch.to_sample or not segments.isdisjoint(_path(sequence)):
+            if sequence in drawing or not segments.isdisjoint(_path(sequence)):
                 sequence.fail(describe(f"a batch of {self.models[batch.model].name}", error))
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
     def _try(self, batch: Batch, stats: EngineStats, graphs: DecodeGraphs | None = None) -> Exception | None:
         """Compute a batch and draw. Returns the exception that the computation raised, if any."""
         try:
-            states = forward(self.models[batch.model], self.pool, batch, stats, graphs)
+            states = forward(self.models[batch.model], self.pool, batch, stats, self.scheduler.table, graphs)
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -110,7 +111,7 @@ class Executor:
         waiting = list(reversed(parts))
         while waiting:
             part = _remaining(waiting.pop(), failed)
-            tokens = _num_tokens(part)
+            tokens = part.num_tokens
             # If memory running out is the only error so far, a part as large as one that failed need not be tried.
             if not failed and enough < too_many <= tokens and (halves := _bisect(part, finer=True)):
                 waiting += reversed(halves)
@@ -138,7 +139,7 @@ class Executor:
         reason = describe(f"a forward pass of {self.models[part.model].name}", error)
         lost = {chunk.segment for chunk in part.chunks if chunk.write}
         # A segment that is already computed is needed only by the sequences that draw at its end.
-        need = [s for s in self.scheduler.running if not lost.isdisjoint(_path(s))] if lost else part.to_sample
+        need = [s for s in self.scheduler.running if not lost.isdisjoint(_path(s))] if lost else part.drawing
         for sequence in need:
             sequence.fail(reason)
         logger.error("%d sequences have failed: %s", len(need), reason)
@@ -170,10 +171,6 @@ class Executor:
                 self._sample([sequences[row] for row in half], states[half], stats)
 
 
-def _num_tokens(batch: Batch) -> int:
-    return sum(chunk.count for chunk in batch.chunks)
-
-
 def _path(sequence: SampledSequence) -> set[Segment]:
     """The segments that a running sequence consists of."""
     assert sequence.node is not None and sequence.output is not None
@@ -190,7 +187,7 @@ def _end(sequence: SampledSequence) -> Segment:
 def _remaining(part: Batch, failed: set[Segment]) -> Batch:
     """A part without the chunks that depend on segments that could not be computed, and without ended sequences."""
     chunks = [chunk for chunk in part.chunks if failed.isdisjoint(chunk.path)]
-    return replace(part, chunks=chunks, to_sample=[s for s in part.to_sample if s.completion is None])
+    return replace(part, chunks=chunks, drawing=[s for s in part.drawing if s.completion is None])
 
 
 def _bisect(batch: Batch, finer: bool) -> list[Batch]:
@@ -202,7 +199,7 @@ def _bisect(batch: Batch, finer: bool) -> list[Batch]:
         (chunk,) = chunks
         first = replace(chunk, count=chunk.count // 2)
         return _partition(batch, [[first], [replace(chunk, first=first.end, count=chunk.count - first.count)]])
-    return _partition(batch, [chunks]) if chunks and len(batch.to_sample) > len(_sampling_at(batch, chunks)) else []
+    return _partition(batch, [chunks]) if chunks and len(batch.drawing) > len(_sampling_at(batch, chunks)) else []
 
 
 def _split_to_size(batch: Batch, max_tokens: int) -> list[Batch]:
@@ -218,13 +215,13 @@ def _split_to_size(batch: Batch, max_tokens: int) -> list[Batch]:
 
 def _partition(batch: Batch, groups: Sequence[list[Chunk]]) -> list[Batch]:
     """One batch per group of chunks, preceded by a batch without chunks for the sequences whose end states are known."""
-    parts = [replace(batch, chunks=chunks, to_sample=_sampling_at(batch, chunks)) for chunks in groups]
-    waiting = {sequence for part in parts for sequence in part.to_sample}
-    known = [sequence for sequence in batch.to_sample if sequence not in waiting]
-    return ([replace(batch, chunks=[], to_sample=known)] if known else []) + parts
+    parts = [replace(batch, chunks=chunks, drawing=_sampling_at(batch, chunks)) for chunks in groups]
+    waiting = {sequence for part in parts for sequence in part.drawing}
+    known = [sequence for sequence in batch.drawing if sequence not in waiting]
+    return ([replace(batch, chunks=[], drawing=known)] if known else []) + parts
 
 
 def _sampling_at(batch: Batch, chunks: Sequence[Chunk]) -> list[SampledSequence]:
     """The sequences of a batch that can draw once the given chunks are computed."""
     ends = {chunk.segment for chunk in chunks if chunk.end == len(chunk.segment.tokens)}
-    return [sequence for sequence in batch.to_sample if _end(sequence) in ends]
+    return [sequence for sequence in batch.drawing if _end(sequence) in ends]

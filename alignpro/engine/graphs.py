@@ -1,7 +1,7 @@
 """Decode batches in a few fixed shapes, each captured once as a CUDA graph and replayed.
 
 A decode batch consists of hundreds of small kernels, which a GPU runs faster than Python can launch them. A CUDA graph
-needs a single launch, but fixes all addresses and grid sizes. So a batch in which every chunk is one token is padded to
+needs a single launch, but fixes all addresses and grid sizes. So the sequences that compute one token each are padded to
 one of a few `Shape`s, and the inputs of each batch are copied into static buffers.
 
 | owns | does not own |
@@ -12,8 +12,9 @@ A padding row attends to no key (its position is −1), and its own key is not w
 there is one pass for each set of sampling parameters, these sets differ between batches, and the few kernels involved are
 autotuned on first use.
 
-A graph holds the addresses of its buffers, the arena and the weights. It is dropped when the arena moves
-(`KVPool.generation`), or when weights move or adapters are switched (`LanguageModel.graph_key`).
+A graph holds the addresses of its buffers, the pages and the weights. It is dropped when the pages move
+(`KVPool.num_moves`; those of a `FixedArena` never do), or when weights move or adapters are switched
+(`LanguageModel.graph_key`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from alignpro.engine.pool import KVPool
-from alignpro.engine.scheduler import Chunk
+from alignpro.engine.sequence_table import DecodeRows, SequenceTable
 from alignpro.engine.stats import EngineStats
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
@@ -38,6 +39,8 @@ from alignpro_kernels import PagedKeys
 
 logger = logging.getLogger(__name__)
 
+_LAST = itemgetter(-1)
+
 MAX_GRAPHS = 64
 """Maximum number of graphs kept, least recently used dropped first. Each holds an output and some MB of driver memory."""
 ALL_ROWS = -1
@@ -45,7 +48,7 @@ ALL_ROWS = -1
 
 
 class Shape(NamedTuple):
-    """The sizes of a batch that a graph fixes."""
+    """The sizes of a batch that a graph fixes. They are coarse, so that a run needs few graphs."""
 
     rows: int
     """T: the number of tokens, including padding."""
@@ -56,11 +59,11 @@ class Shape(NamedTuple):
 
     @classmethod
     def for_batch(cls, tokens: int, levels: Sequence[tuple[int, int]], active: int) -> Shape:
-        """The smallest shape for ``tokens`` tokens, where the adapter acts on ``active`` of them or on `ALL_ROWS`."""
+        """The shape for ``tokens`` tokens, where the adapter acts on ``active`` of them or on `ALL_ROWS`."""
         some = active > 0
         rows = padded(tokens + some)  # an adapter that acts on some tokens needs a padding row to act on as well
-        sizes = tuple((min(rows, power_of_two(s)), power_of_two(pages)) for s, pages in levels)
-        return cls(rows, sizes, padded(active) if some else active)
+        sizes = tuple((_padded_segments(rows, s), power_of_two(pages)) for s, pages in levels)
+        return cls(rows, sizes, rows if some else active)
 
     @property
     def sizes(self) -> list[int]:
@@ -80,12 +83,17 @@ def power_of_two(count: int) -> int:
 
 
 def padded(count: int) -> int:
-    """Round up to 1, 2, 4, 8, then multiples of 8 to 128, of 16 to 256, of 32 to 512, and so on.
+    """Round up to 8, 16, 32, …, 256, then to multiples of 64 up to 512, of 128 up to 1024, and so on.
 
-    Above 64, at most an eighth is added.
+    Up to some 256 rows a decode step takes as long as reading the weights, and more rows cost little. Beyond that its
+    products count, and at most a quarter is added.
     """
-    step = max(8, power_of_two(count) // 16)
-    return power_of_two(count) if count <= 8 else -(-count // step) * step
+    return max(8, power_of_two(count)) if count <= 256 else -(-count // (step := power_of_two(count) // 8)) * step
+
+
+def _padded_segments(rows: int, segments: int) -> int:
+    """Round up to 1 (what all sequences share), an eighth of the rows (what many share), or all rows."""
+    return next(size for size in (1, rows // 8, rows) if segments <= size)
 
 
 class _Buffers(NamedTuple):
@@ -112,6 +120,16 @@ class _Buffers(NamedTuple):
         return cls(ids, positions, slots, active, levels)
 
 
+class _HostLevel(NamedTuple):
+    """A level of the host's buffer; see `PagedKeys`."""
+
+    cu_queries: Any
+    page_table: Any
+    key_lengths: Any
+    query_positions: Any
+    key_starts: Any
+
+
 class StaticPlan(PagedAttention):
     """The attention metadata of a batch in static buffers, and the graph that reads them."""
 
@@ -121,89 +139,54 @@ class StaticPlan(PagedAttention):
         self.ids, self.positions, slots, active, levels = _Buffers.within(self.memory, shape)
         self.active = active if shape.active > 0 else shape.active == ALL_ROWS
         super().__init__((), slots, levels)
-        self.last_row: dict[int, int] = {}
-        """``id`` of a segment → the row of its token."""
         self.runs = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.states: Tensor | None = None
         """(T, D): the buffer into which the graph writes the last hidden states."""
+        self._host_memory = torch.zeros(len(self.memory), dtype=torch.int32, pin_memory=self.memory.is_cuda)
+        self._copied = torch.cuda.Event() if self.memory.is_cuda else None
+        host = _Buffers.within(self._host_memory, shape)
+        self._host = [x.numpy() for x in (host.ids, host.positions, host.slots, host.active)]
+        self._host_levels = [
+            _HostLevel(*(getattr(level, name).numpy() for name in _HostLevel._fields)) for level in host.levels
+        ]
 
-    def fill(
-        self, pool: KVPool, model: str, chunks: Sequence[Chunk], depths: Sequence[_Depth], active: Sequence[int]
-    ) -> None:
+    def fill(self, table: SequenceTable, batch: DecodeRows, page_size: int, active: Sequence[int]) -> None:
         """Copy a batch that fits into the buffers.
 
         Args:
-            pool: Holds the keys and values.
-            model: Name of the model that runs.
-            chunks: Chunks of one token each, in depth-first order of the prefix tree.
-            depths: The segments at each depth of the chunks' paths.
+            table: The running sequences.
+            batch: Those of the batch.
+            page_size: Tokens per page.
             active: The rows that a token LoRA acts on; empty if it acts on all or on none.
         """
-        # Allocated anew for each batch: the host may run ahead of the asynchronous copy. The caching allocator of pinned
-        # memory does not reuse a block before its copy is done.
-        memory = torch.zeros(len(self.memory), dtype=torch.int32, pin_memory=self.memory.is_cuda)
-        buffers = _Buffers.within(memory, self.shape)
-        count, page_size = len(chunks), pool.page_size[model]
-        own = [(chunk.path[-1], chunk.first, chunk.write) for chunk in chunks]
-        positions = np.array([segment.start + first for segment, first, _ in own])
-        buffers.ids.numpy()[:count] = [segment.tokens[first] for segment, first, _ in own]
-        buffers.positions.numpy()[:count] = positions
-        buffers.slots.fill_(-1)
-        buffers.slots.numpy()[:count] = [
-            segment.pages[first // page_size] * page_size + first % page_size if write else -1
-            for segment, first, write in own
-        ]
-        buffers.active.fill_(self.shape.rows - 1)
-        buffers.active.numpy()[: len(active)] = active
-        for level, depth in zip(buffers.levels, depths, strict=True):
-            segments = len(depth.begins)
-            level.query_positions.fill_(-1)
-            level.query_positions.numpy()[:count] = np.where(depth.reached, positions, -1)
+        if self._copied is not None:
+            self._copied.synchronize()  # the host's buffer may be written again
+        ids, positions, slots, active_rows = self._host
+        count, rows = len(batch.sequences), self.shape.rows
+        lengths = np.array(list(map(len, batch.output_ids)))
+        last, at = lengths - 1, table.starts[batch.outputs] + lengths - 1
+        table.lengths[batch.outputs] = lengths
+        ids[:count] = list(map(_LAST, batch.output_ids))
+        ids[count:] = 0
+        positions[:count], positions[count:] = at, 0
+        slots[:count] = table.pages[batch.outputs, last // page_size].astype(np.int64) * page_size + last % page_size
+        slots[count:] = -1
+        active_rows.fill(rows - 1)
+        active_rows[: len(active)] = active
+        for level, own in zip(self._host_levels, batch.levels, strict=True):
+            segments = len(own.begins)
+            level.query_positions[:count], level.query_positions[count:] = np.where(own.reached, at, -1), -1
             # A row without a segment at this level is counted with the preceding segment: at query position −1 it attends
             # to none of that segment's keys.
-            level.cu_queries.fill_(self.shape.rows)
-            level.cu_queries.numpy()[:segments] = depth.begins
-            level.key_lengths.numpy()[:segments] = depth.lengths
-            level.key_starts.numpy()[:segments] = depth.starts
-            table = level.page_table.numpy()[:segments]
-            held = np.array([len(pages) for pages in depth.pages])
-            table[np.arange(table.shape[1]) < held[:, None]] = list(chain.from_iterable(depth.pages))
-        self.memory.copy_(memory, non_blocking=True)
-        self.last_row = {id(segment): row for row, (segment, *_) in enumerate(own)}
-
-
-class _Depth(NamedTuple):
-    """The segments at one depth of N chunks' paths, in order."""
-
-    reached: list[bool]
-    """(N,) whether a chunk's path reaches this depth."""
-    begins: list[int]
-    """The first row of each segment."""
-    pages: list[list[int]]
-    lengths: list[int]
-    starts: list[int]
-
-
-def _depths(chunks: Sequence[Chunk]) -> list[_Depth]:
-    ends = {chunk.segment: chunk.end for chunk in chunks}
-    depths = []
-    for d in range(max(len(chunk.path) for chunk in chunks)):
-        there = [chunk.path[d] if len(chunk.path) > d else None for chunk in chunks]
-        rows = [row for row, (one, other) in enumerate(zip([None, *there], there, strict=False)) if one is not other]
-        begun = [(row, segment) for row in rows if (segment := there[row]) is not None]
-        begins, segments = [row for row, _ in begun], [segment for _, segment in begun]
-        depth = _Depth(
-            [segment is not None for segment in there],
-            begins,
-            [segment.pages for segment in segments],
-            [ends.get(segment, segment.computed) for segment in segments],
-            [segment.start for segment in segments],
-        )
-        if begins[0] > 0:  # the first rows have no segment at this depth: give them one without keys
-            depth = _Depth(depth.reached, [0, *begins], [[], *depth.pages], [0, *depth.lengths], [0, *depth.starts])
-        depths.append(depth)
-    return depths
+            level.cu_queries[:segments], level.cu_queries[segments:] = own.begins, rows
+            level.key_lengths[:segments] = table.lengths[own.segments]
+            level.key_starts[:segments] = table.starts[own.segments]
+            width = min(level.page_table.shape[1], table.pages.shape[1])
+            level.page_table[:segments, :width] = table.pages[:, :width][own.segments]
+        self.memory.copy_(self._host_memory, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 class DecodeGraphs:
@@ -223,7 +206,8 @@ class DecodeGraphs:
         self.pool, self.device, self.capture, self.required = pool, device, capture, required
         self._plans: OrderedDict[tuple[str, Shape], StaticPlan] = OrderedDict()  # least recently used first
         self._graph_keys: dict[str, tuple[object, ...]] = {}
-        self._generation = pool.generation
+        self._num_moves = pool.num_moves
+        self._widths: dict[tuple[str, int], int] = {}  # model, depth → the largest number of pages per segment so far
         self._refused: set[str] = set()
         self._memory: Any = None  # handle of the memory pool that all graphs share: only one of them runs at a time
         self._stream: torch.cuda.Stream | None = None
@@ -247,27 +231,39 @@ class DecodeGraphs:
         self._plans.clear()
         self._memory = None
 
-    def plan(self, name: str, model: LanguageModel, chunks: Sequence[Chunk]) -> StaticPlan | None:
-        """The plan of a batch, valid until the next one; None if it is not a decode batch or the model is not captured."""
-        if name in self._refused or any(chunk.count != 1 or chunk.path[-1].tokens[chunk.first] < 0 for chunk in chunks):
-            return None  # a negative token is a placeholder of a soft prompt
-        if self._generation != self.pool.generation:
+    def drop_moved(self) -> None:
+        """Drop all graphs if the pages have got another address."""
+        if self._num_moves != self.pool.num_moves:
             self.clear()
-            self._generation = self.pool.generation
-        chunks = sorted(chunks, key=lambda chunk: [segment.serial for segment in chunk.path])
-        depths = _depths(chunks)
-        active = (
-            [row for row, chunk in enumerate(chunks) if chunk.path[-1].model == name] if model.has_token_lora else []
-        )
-        whole = not model.has_token_lora or len(active) == len(chunks)
-        levels = [(len(d.begins), max(map(len, d.pages))) for d in depths]
-        shape = Shape.for_batch(len(chunks), levels, ALL_ROWS if whole else len(active))
+            self._num_moves = self.pool.num_moves
+
+    def runs(self, name: str) -> bool:
+        """Whether the decode batches of a model have fixed shapes."""
+        return name not in self._refused
+
+    def plan(self, name: str, model: LanguageModel, table: SequenceTable, batch: DecodeRows) -> StaticPlan:
+        """The plan of a batch, valid until the next one."""
+        self.drop_moved()
+        active = []
+        if model.has_token_lora:
+            active = [row for row, sequence in enumerate(batch.sequences) if sequence.model == name]
+        whole = not model.has_token_lora or len(active) == len(batch.sequences)
+        levels = [
+            (len(level.begins), self._width(name, depth, int(table.max_pages[level.segments].max())))
+            for depth, level in enumerate(batch.levels)
+        ]
+        shape = Shape.for_batch(len(batch.sequences), levels, ALL_ROWS if whole else len(active))
         plan = self._plans.pop((name, shape), None) or StaticPlan(shape, self.device)
         self._plans[name, shape] = plan
         if len(self._plans) > MAX_GRAPHS:
             self._plans.popitem(last=False)
-        plan.fill(self.pool, name, chunks, depths, [] if whole else active)
+        plan.fill(table, batch, self.pool.page_size[name], [] if whole else active)
         return plan
+
+    def _width(self, name: str, depth: int, pages: int) -> int:
+        """The number of pages per segment: it never becomes smaller, so that shapes recur."""
+        self._widths[name, depth] = width = max(self._widths.get((name, depth), 1), power_of_two(pages))
+        return width
 
     def states(self, name: str, model: LanguageModel, plan: StaticPlan, stats: EngineStats) -> Tensor:
         """The last hidden states of a plan's tokens, (T, D), including padding; valid until the next batch.
@@ -302,8 +298,8 @@ class DecodeGraphs:
     def _capture(self, name: str, model: LanguageModel, plan: StaticPlan) -> None:
         """Capture a plan's forward pass; nothing is computed."""
         with torch.cuda.device(self.device):
-            if self._memory is None or self._stream is None:
-                self._memory, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._memory = self._memory or torch.cuda.graph_pool_handle()
+            self._stream = self._stream or torch.cuda.Stream()  # just one: cuBLAS keeps a workspace for each
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.stream(self._stream):
@@ -325,6 +321,8 @@ class DecodeGraphs:
             torch._C._cuda_releasePool(device, self._memory)
             self._memory = None
             self._failed.append(graph)  # kept alive: the allocator of pinned memory keeps querying it
+            generator = torch.cuda.default_generators[device]  # else it believes that the capture goes on
+            generator.graphsafe_set_state(generator.clone_state())
             raise
 
     def _refuse(self, name: str, model: LanguageModel, reason: str, cause: Exception | None) -> None:
@@ -339,6 +337,7 @@ def _unsuited(model: LanguageModel) -> str | None:
     """The reason why a model cannot be captured, as far as its configuration shows; None if there is none."""
     rope = getattr(model.causal.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [each.get("rope_type") or "" for each in (rope, *rope.values()) if isinstance(each, dict)]
-    if any("dynamic" in kind for kind in kinds):
-        return "its rotary embedding (rope_type dynamic) is recomputed on the host as sequences grow"
+    for kind in ("dynamic", "longrope"):
+        if any(kind in each for each in kinds):
+            return f"its rotary embedding (rope_type {kind}) depends on the longest sequence, which the host looks up"
     return None

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from alignpro.engine.arena import Arena, new_arena
 from alignpro.engine.faults import is_out_of_memory
 from alignpro_kernels import copy_pages, read_kv, write_kv
 
@@ -68,15 +69,22 @@ class KVPool:
 
     Args:
         geometries: Model name → its KV geometry.
-        device: Device of the arena.
+        device: Device of the pages.
         page_tokens: Page size in tokens of the largest model.
         total: Number of pages.
+        arena: Makes the memory of the pages, from their size in bytes and the device.
     """
 
     def __init__(
-        self, geometries: dict[str, Geometry], device: torch.device, *, page_tokens: int, total: int = 0
+        self,
+        geometries: dict[str, Geometry],
+        device: torch.device,
+        *,
+        page_tokens: int,
+        total: int = 0,
+        arena: Callable[[int, torch.device], Arena] = new_arena,
     ) -> None:
-        self.geometries = geometries
+        self.geometries, self._device = geometries, device
         largest = max(geometry.token_bytes for geometry in geometries.values())
         self.page_bytes = -(-page_tokens * largest // 16) * 16  # whole elements of any dtype
         self.page_size = {name: self.page_bytes // geometry.token_bytes for name, geometry in geometries.items()}
@@ -84,9 +92,7 @@ class KVPool:
         """Number of pages. It may be raised, and is lowered if the device runs out of memory for them."""
         self.used: Counter[str] = Counter()
         """Model → number of pages it holds."""
-        self.generation = 0
-        """Incremented when the arena moves, which invalidates views of it."""
-        self._arena = torch.empty(0, self.page_bytes, dtype=torch.uint8, device=device)
+        self._arena = arena(self.page_bytes, device)
         self._views: dict[str, list[Tensor]] = {}
         self._freed: list[int] = []
         self._first_unused = 0  # pages from here on were never used
@@ -98,8 +104,13 @@ class KVPool:
 
     @property
     def arena_bytes(self) -> int:
-        """Size of the arena in bytes; on the CPU an upper limit of the memory in use."""
-        return self._arena.numel()
+        """Size of the pages that have memory; on the CPU an upper limit of the memory in use."""
+        return self._arena.backed * self.page_bytes
+
+    @property
+    def num_moves(self) -> int:
+        """How often the pages have got another address, which makes the views of them useless."""
+        return self._arena.num_moves
 
     def pages_for(self, model: str, tokens: int) -> int:
         """Number of pages needed for ``tokens`` tokens of a model."""
@@ -111,13 +122,13 @@ class KVPool:
         Returns False if the device does not have enough memory; `total` is then lowered to the pages that have memory.
         """
         needed = self._first_unused + count - min(count, len(self._freed))
-        if needed <= len(self._arena):
+        if needed <= self._arena.backed:
             return True
-        sizes = [2 * needed, needed]
-        if self.try_resize([self.total, *sizes] if self._arena.device.type == "cpu" else sizes):
+        sizes = [2 * needed, needed + needed // 2, needed + needed // 4, needed]
+        if self.try_resize([self.total, *sizes] if self._device.type == "cpu" else sizes):
             return True
-        backed = len(self._arena)
-        logger.warning("%s has memory for %d of the %d pages of the pool", self._arena.device, backed, self.total)
+        backed = self._arena.backed
+        logger.warning("%s has memory for %d of the %d pages of the pool", self._device, backed, self.total)
         self.total = backed
         return False
 
@@ -146,19 +157,13 @@ class KVPool:
         """Take every page from its holder and forget all contents, whatever state an interrupt left; the memory stays."""
         self._freed, self._first_unused = [], 0
         self.used = Counter()
-        self._move_to(self._arena)
-
-    def resize(self, count: int) -> None:
-        """Reallocate the arena with memory for the first ``count`` pages, keeping the contents of the pages."""
-        arena = torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self._arena.device)
-        arena[: len(self._arena)] = self._arena
-        self._move_to(arena)
+        self._views = {}
 
     def try_resize(self, counts: Sequence[int]) -> bool:
-        """`resize` the first of ``counts``, capped at `total`, that fits in the device's memory; False if none fits."""
+        """Get memory for the first of ``counts`` pages, capped at `total`, that the device has; False if it has none."""
         for count in counts:
             try:
-                self.resize(min(self.total, count))
+                self._resize(min(self.total, count))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -175,23 +180,26 @@ class KVPool:
         Raises:
             RuntimeError: Other pages are held.
         """
-        before, old = len(self._arena), [page for pages in keep for page in pages]
+        before, old = self._arena.backed, [page for pages in keep for page in pages]
         if (others := self.total - self.num_free - len(old)) != 0:
             raise RuntimeError(f"{others} pages of the pool are in use: its memory cannot be freed now")
-        index = torch.tensor(old, dtype=torch.int64, device=self._arena.device)
-        # Copied as int64: uint8 elements would be copied byte by byte.
-        self._move_to(self._arena.view(torch.int64).index_select(0, index).view(torch.uint8))
+        if old:
+            index = torch.tensor(old, dtype=torch.int64, device=self._device)
+            # Copied as int64: uint8 elements would be copied byte by byte.
+            words = self._arena.pages.view(torch.int64)
+            words[: len(old)] = words.index_select(0, index)
         self._freed, self._first_unused = [], len(old)
         new = itertools.count()
         for pages in keep:
             pages[:] = [next(new) for _ in pages]
+        self._resize(len(old))
         return before
 
     def layers(self, model: str) -> list[Tensor]:
         """The pages of each layer, (n_pages, 2, page_size, kv_heads, head_dim), as strided views of the arena."""
         if model not in self._views:
             geometry, size, at = self.geometries[model], self.page_size[model], 0
-            elements = self._arena.view(geometry.dtype)
+            elements = self._arena.pages.view(geometry.dtype)
             self._views[model] = []
             for heads, width in geometry.layers:
                 count = 2 * size * heads * width
@@ -206,17 +214,19 @@ class KVPool:
 
     def copy(self, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy whole pages of any model; no page may be both a source and a destination."""
-        device = self._arena.device
-        copy_pages(self._arena, torch.tensor(source, device=device), torch.tensor(destination, device=device))
-
-    def _move_to(self, arena: Tensor) -> None:
-        self._arena, self._views = arena, {}
-        self.generation += 1
+        device = self._device
+        copy_pages(self._arena.pages, torch.tensor(source, device=device), torch.tensor(destination, device=device))
 
     def move(self, model: str, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the keys and values of some slots to others, which may overlap. If this raises, nothing was copied."""
-        device = self._arena.device
+        device = self._device
         come, go = torch.tensor(source, device=device), torch.tensor(destination, device=device)
         states = [read_kv(pages, come) for pages in self.layers(model)]
         for pages, (keys, values) in zip(self.layers(model), states, strict=True):
             write_kv(keys, values, pages, go)
+
+    def _resize(self, count: int) -> None:
+        pages = self._arena.pages
+        self._arena.resize(count, self.total)
+        if self._arena.pages is not pages:
+            self._views = {}

@@ -83,6 +83,8 @@ class PrefixTree:
         """Number of pages in nodes locked by a sequence."""
         self.serials = itertools.count()
         """Source of `Segment.serial` for every segment that has pages of the pool."""
+        self.num_splits = 0
+        """How often a node was split, which changes the paths below it."""
         self._roots: dict[str, Node] = {}
         self._root_models: dict[str, str] = {}  # model → the model whose root its nodes descend from
         self._idle: OrderedDict[Node, None] = OrderedDict()  # unlocked leaves, least recently used first
@@ -245,6 +247,7 @@ class PrefixTree:
         lower.tokens, lower.start, lower.parent = lower.tokens[at:], lower.start + at, upper
         lower.pages, lower.computed = pages[above:], max(0, lower.computed - at)
         self.num_locked += len(extra)
+        self.num_splits += 1
         return upper
 
     def _lock(self, node: Node) -> None:

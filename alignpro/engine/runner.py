@@ -13,15 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from alignpro.engine.attention_plan import AttentionPlan
 from alignpro.engine.faults import describe
-from alignpro.engine.graphs import DecodeGraphs, StaticPlan
+from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import position_seeds, sample
-from alignpro.engine.scheduler import Batch
+from alignpro.engine.scheduler import Batch, Chunk
 from alignpro.engine.sequence import SampledSequence
+from alignpro.engine.sequence_table import SequenceTable
 from alignpro.engine.stats import EngineStats
-from alignpro.engine.stopping import find_end
-from alignpro.models.admission import check_finite
+from alignpro.engine.stopping import find_end, may_end
+from alignpro.models.admission import check_finite_sum, finite_sum
 from alignpro.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -29,27 +30,60 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def forward(
-    model: LanguageModel, pool: KVPool, batch: Batch, stats: EngineStats, graphs: DecodeGraphs | None = None
+    model: LanguageModel,
+    pool: KVPool,
+    batch: Batch,
+    stats: EngineStats,
+    table: SequenceTable,
+    graphs: DecodeGraphs | None = None,
 ) -> Tensor:
-    """Compute the batch's chunks. Returns the hidden states from which its sequences draw, (B, D).
+    """Compute a batch. Returns the hidden states from which the sequences of ``batch.to_sample`` draw, (B, D).
 
-    If this raises, no chunk counts as computed. With ``graphs``, they run decode batches.
+    With ``graphs``, they compute the sequences that decode, which are put in another order, and a pass without a graph
+    computes the chunks. If this raises, nothing counts as computed.
     """
     stats.ticks += 1
-    ends = [s.output if s.output_ids else s.node for s in batch.to_sample]
-    if not batch.chunks:
+    if graphs and batch.decoding and graphs.runs(batch.model):
+        with _timed(stats, "plan"):
+            rows = table.gather(batch.decoding)
+            batch.decoding = rows.sequences
+            plan = graphs.plan(batch.model, model, table, rows)
+        with _timed(stats, "forward"):
+            states = graphs.states(batch.model, model, plan, stats)[: len(batch.decoding)]
+        if batch.chunks or batch.drawing:
+            states = torch.cat([states, _compute(model, batch.model, pool, batch.chunks, batch.drawing, stats)])
+    else:
+        whole = batch.in_chunks()
+        states = _compute(model, batch.model, pool, whole.chunks, whole.drawing, stats)
+    for sequence in batch.decoding:
+        assert sequence.output is not None
+        sequence.output.computed += 1
+    stats.computed["decode"] += len(batch.decoding)
+    for chunk in batch.chunks:
+        if chunk.write:
+            chunk.segment.computed = chunk.end
+        stats.computed[chunk.kind] += chunk.count
+    return states
+
+
+def _compute(
+    model: LanguageModel,
+    name: str,
+    pool: KVPool,
+    chunks: Sequence[Chunk],
+    drawing: Sequence[SampledSequence],
+    stats: EngineStats,
+) -> Tensor:
+    """Compute chunks in a pass of exactly their size. Returns the states from which sequences draw after it, (B, D)."""
+    ends = [s.output if s.output_ids else s.node for s in drawing]
+    if not chunks:
         return _known_states(ends)
     with _timed(stats, "plan"):
-        static = graphs.plan(batch.model, model, batch.chunks) if graphs else None
-        plan = static or AttentionPlan(pool, batch.model, batch.chunks, model.device)
+        plan = AttentionPlan(pool, name, chunks, model.device)
     with _timed(stats, "forward"):
-        if isinstance(plan, StaticPlan):
-            assert graphs is not None
-            hidden = graphs.states(batch.model, model, plan, stats)  # (T, D), padding included
-        else:
-            active = plan.rows_of(batch.model) if model.has_token_lora else True
-            hidden = model.token_states(plan.ids, plan.positions, plan, active)  # (T, D)
-        for node in {s.node: None for s in batch.to_sample if not s.output_ids}:
+        active = plan.rows_of(name) if model.has_token_lora else True
+        hidden = model.token_states(plan.ids, plan.positions, plan, active)  # (T, D)
+        for node in {s.node: None for s in drawing if not s.output_ids}:
             assert node is not None
             if id(node) in plan.last_row:
                 node.state = hidden[plan.last_row[id(node)]].clone()
@@ -58,12 +92,7 @@ def forward(
             hidden = torch.cat([hidden, _known_states(known)])
         rows = plan.last_row | {id(end): len(plan.ids) + i for i, end in enumerate(known)}
         index = torch.tensor([rows[id(end)] for end in ends], dtype=torch.int64, device=model.device)
-        states = hidden.index_select(0, index)
-        for chunk in batch.chunks:
-            if chunk.write:
-                chunk.segment.computed = chunk.end
-            stats.computed[chunk.kind] += chunk.count
-        return states
+        return hidden.index_select(0, index)
 
 
 def _known_states(ends: Sequence[object]) -> Tensor:
@@ -88,28 +117,52 @@ def sample_tokens(
 
 
 def _sample_tokens(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor) -> None:
-    check_finite(models[sequences[0].model].name, states)  # a greedy token has log-probability 0, whatever its logit
-    positions = [len(sequence.output_ids) for sequence in sequences]
-    noise = position_seeds([sequence.seed for sequence in sequences], positions)
-    seeds = torch.from_numpy(noise).to(states.device)  # (B,)
-    heads = {name: models[name].head for name in {sequence.model: None for sequence in sequences}}
-    alike: dict[tuple[str | float, ...], list[int]] = {}
-    for row, sequence in enumerate(sequences):
-        params, lora = sequence.params, heads[sequence.model].lora  # heads of one batch differ only in their LoRA
-        head_name = sequence.model if lora else ""
-        alike.setdefault((head_name, params.temperature, params.top_k, params.top_p, params.min_p), []).append(row)
-    for rows in alike.values():
-        head, params = heads[sequences[rows[0]].model], sequences[rows[0]].params
+    outputs = [sequence.output_ids for sequence in sequences]
+    noise = position_seeds([sequence.seed for sequence in sequences], [len(tokens) for tokens in outputs])
+    seeds = torch.from_numpy(noise).to(states.device, non_blocking=True)  # (B,)
+    total = finite_sum(states)  # a greedy token has log-probability 0, whatever its logit
+    for rows in _alike(models, sequences):
+        model, params = models[sequences[rows[0]].model], sequences[rows[0]].params
         if len(rows) == len(sequences):
-            tokens, logprobs = sample(states, head, params, seeds)
+            tokens, logprobs = sample(states, model.head, params, seeds)
         else:
             index = torch.tensor(rows, device=states.device)
-            tokens, logprobs = sample(states.index_select(0, index), head, params, seeds.index_select(0, index))
-        check_finite(models[sequences[rows[0]].model].name, logprobs)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.double().tolist(), strict=True):
-            sequences[row].output_ids.append(token)
-            sequences[row].logprobs.append(logprob)
-            _end_if_stopped(sequences[row], models[sequences[row].model].tokenizer)
+            tokens, logprobs = sample(states.index_select(0, index), model.head, params, seeds.index_select(0, index))
+        # One copy, for which the host waits once. A float64 holds every token id exactly.
+        checks = torch.stack([total.double(), finite_sum(logprobs).double()])
+        drawn = torch.cat([tokens.double(), logprobs.double(), checks]).tolist()
+        for check in drawn[-2:]:
+            check_finite_sum(model.name, check)
+        _append(sequences, rows, drawn, model.tokenizer)
+
+
+def _alike(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence]) -> list[Sequence[int]]:
+    """The rows of sequences that share one pass of the head: those of the same head and sampling parameters."""
+    requests = {sequence.request for sequence in sequences}
+    if len({(request.model, id(request.params)) for request in requests}) == 1:  # as in most batches
+        return [range(len(sequences))]
+    lora = {name: bool(models[name].head.lora) for name in {sequence.model: None for sequence in sequences}}
+    alike: dict[tuple[str | float, ...], list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        params = sequence.params  # heads of one batch differ only in their LoRA
+        head_name = sequence.model if lora[sequence.model] else ""
+        alike.setdefault((head_name, params.temperature, params.top_k, params.top_p, params.min_p), []).append(row)
+    return list(alike.values())
+
+
+def _append(
+    sequences: Sequence[SampledSequence],
+    rows: Sequence[int],
+    drawn: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Append a token to each of N sequences; ``drawn`` begins with their N tokens and N log-probabilities."""
+    for row, token, logprob in zip(rows, drawn, drawn[len(rows) :], strict=False):
+        sequence = sequences[row]
+        sequence.output_ids.append(int(token))
+        sequence.logprobs.append(logprob)
+        if may_end(sequence.output_ids, sequence.request.params):
+            _end_if_stopped(sequence, tokenizer)
 
 
 def settle_draw(sequence: SampledSequence, models: Mapping[str, LanguageModel]) -> bool:

@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from math import inf
 
 from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.prefix_tree import Node, PrefixTree
 from alignpro.engine.sequence import SampledSequence
+from alignpro.engine.sequence_table import SequenceTable
 
 TAIL_FRACTION = 1 / 4
 """A model with no waiting sequences and fewer than ``TAIL_FRACTION * max_batch`` running alternates with the next one."""
@@ -55,8 +56,68 @@ class Batch:
 
     model: str
     """Name of the model whose forward pass is run."""
+    decoding: list[SampledSequence] = field(default_factory=list)
+    """Sequences that compute their last token; each of them draws."""
     chunks: list[Chunk] = field(default_factory=list)
-    to_sample: list[SampledSequence] = field(default_factory=list)
+    """Everything else to compute."""
+    drawing: list[SampledSequence] = field(default_factory=list)
+    """Sequences that draw after chunks, or at the end of prompts that are computed already."""
+
+    @property
+    def to_sample(self) -> list[SampledSequence]:
+        """All sequences that draw."""
+        return self.decoding + self.drawing
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens to compute."""
+        return len(self.decoding) + sum(chunk.count for chunk in self.chunks)
+
+    def in_chunks(self) -> Batch:
+        """The same work, all of it as chunks."""
+        decode = [_last_token(sequence) for sequence in self.decoding]
+        return Batch(self.model, chunks=decode + self.chunks, drawing=self.to_sample)
+
+
+class _Stage:
+    """The sequences of a model that have not ended."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[SampledSequence] = deque()
+        self.running: dict[SampledSequence, None] = {}  # in the order in which they were admitted
+        self.decoding: list[SampledSequence] = []
+        """Those of ``running`` that compute their last token in each batch; a new list whenever one comes or goes."""
+        self.starting: dict[SampledSequence, None] = {}  # the others
+        self._earliest: float | None = None
+
+    @property
+    def earliest(self) -> float:
+        """The earliest arrival; infinite if there are no sequences."""
+        if self._earliest is None:
+            self._earliest = min((sequence.request.arrival for sequence in self.running), default=inf)
+        return min(self._earliest, self.waiting[0].request.arrival if self.waiting else inf)
+
+    def start(self, sequence: SampledSequence) -> None:
+        """Note that a sequence runs."""
+        self.running[sequence] = self.starting[sequence] = None
+        self._earliest = None
+
+    def stop(self, sequence: SampledSequence) -> None:
+        """Note that a running sequence does not run any more."""
+        del self.running[sequence]
+        if sequence in self.starting:
+            del self.starting[sequence]
+        else:
+            self.decoding = [each for each in self.decoding if each is not sequence]
+        self._earliest = None
+
+    def find_decoding(self) -> None:
+        """Move the sequences that have begun to decode. They go on until they stop: whatever fails ends them."""
+        begun = [sequence for sequence in self.starting if _decodes(sequence)]
+        if begun:
+            self.decoding = self.decoding + begun
+            for sequence in begun:
+                del self.starting[sequence]
 
 
 class Scheduler:
@@ -75,29 +136,30 @@ class Scheduler:
     ) -> None:
         self.pool, self.tree, self.models = pool, tree, models
         self.max_batch, self.token_budget = max_batch, token_budget
-        self.waiting: dict[str, deque[SampledSequence]] = {name: deque() for name in models}
+        self.table = SequenceTable(pool, tree)
         self.running: list[SampledSequence] = []  # in the order in which they were admitted
+        self._stages = {name: _Stage() for name in self.models}
         self._failed: list[SampledSequence] = []
         self._last = ""
 
     @property
     def pending(self) -> list[SampledSequence]:
         """All sequences that have not ended."""
-        return [*self.running, *chain.from_iterable(self.waiting.values())]
+        return [*self.running, *chain.from_iterable(stage.waiting for stage in self._stages.values())]
 
     @property
     def idle(self) -> bool:
         """Whether all sequences have ended."""
-        return not self.running and not any(self.waiting.values())
+        return not any(stage.running or stage.waiting for stage in self._stages.values())
 
     @property
     def oldest(self) -> float:
         """The earliest arrival of a sequence that has not ended."""
-        return min(map(self._oldest, self.models))
+        return min(stage.earliest for stage in self._stages.values())
 
     def add(self, sequence: SampledSequence) -> None:
         """Append a sequence to the queue of its model."""
-        self.waiting[sequence.forward_model].append(sequence)
+        self._stages[sequence.forward_model].waiting.append(sequence)
 
     def schedule(self) -> Batch | None:
         """The next batch to compute; None when all sequences have ended, some of which may have failed (`take_failed`)."""
@@ -120,15 +182,15 @@ class Scheduler:
     def remove(self, sequence: SampledSequence) -> None:
         """Free the pages and locks of a sequence that has ended or is cancelled, or take it out of its queue."""
         if sequence.output is not None:
-            self.running.remove(sequence)
-            self._release(sequence)
+            self._stop(sequence)
         elif sequence.completion is None:
-            self.waiting[sequence.forward_model].remove(sequence)
+            self._stages[sequence.forward_model].waiting.remove(sequence)
 
     def clear(self) -> None:
         """Forget all sequences, whatever state an interrupt left; pool and tree must be cleared too."""
-        self.waiting = {name: deque() for name in self.models}
+        self._stages = {name: _Stage() for name in self.models}
         self.running, self._failed, self._last = [], [], ""
+        self.table.clear()
 
     def audit(self) -> None:
         """Check that every page is in exactly one place: free, in the tree, or held by a running sequence.
@@ -147,6 +209,9 @@ class Scheduler:
         assert len(set(held)) == len(held) == sum(pool.used.values()) == pool.total - pool.num_free
         locks = [node for sequence in self.running if sequence.node for node in sequence.node.path()]
         assert len(locks) == sum(node.locks for node in nodes)
+        for stage in self._stages.values():
+            assert stage.running.keys() == {*stage.starting, *stage.decoding}
+            assert all(map(_decodes, stage.decoding))
 
     def _order(self) -> list[str]:
         """Models that have work, the one to run first at the front.
@@ -155,23 +220,19 @@ class Scheduler:
         So the first stage of a chain goes first; when it runs low, it and the next stage take turns. The model of the
         sequence that arrived first precedes all others, so that none waits forever while new ones keep arriving.
         """
-        running = {name: sum(s.forward_model == name for s in self.running) for name in self.models}
-        busy = [name for name in self.models if running[name] or self.waiting[name]]
-        busy.sort(key=self._oldest)
-        running_out = busy and not self.waiting[busy[0]] and running[busy[0]] < TAIL_FRACTION * self.max_batch
-        return busy[::-1] if running_out and self._last == busy[0] else busy
-
-    def _oldest(self, model: str) -> float:
-        """The earliest arrival of a model's sequences; infinite if it has none."""
-        running = (s.request.arrival for s in self.running if s.forward_model == model)
-        return min(chain(running, (s.request.arrival for s in islice(self.waiting[model], 1))), default=inf)
+        busy = [name for name, stage in self._stages.items() if stage.running or stage.waiting]
+        busy.sort(key=lambda name: self._stages[name].earliest)
+        if busy and self._last == busy[0]:
+            first = self._stages[busy[0]]
+            if not first.waiting and len(first.running) < TAIL_FRACTION * self.max_batch:
+                return busy[::-1]
+        return busy
 
     def _admit(self, model: str) -> None:
         """Admit waiting sequences while the batch has room and there are pages for them and for growth of the others."""
-        waiting = self.waiting[model]
-        if any(sequence.needs_empty_pool for sequence in self.running):
+        waiting, places = self._stages[model].waiting, self.max_batch - len(self._stages[model].running)
+        if not waiting or any(sequence.needs_empty_pool for sequence in self.running):
             return
-        places = self.max_batch - sum(s.forward_model == model for s in self.running)
         while waiting and places:
             sequence = waiting[0]
             if sequence.needs_empty_pool and not self.running:
@@ -210,20 +271,21 @@ class Scheduler:
         sequence.node = node
         start, serial = len(request.prompt), next(self.tree.serials)
         sequence.output = Segment(sequence.output_ids, start, serial, pages, model=model)
+        sequence.room = len(pages) * self.pool.page_size[model]
+        self.table.add(sequence)
         self.running.append(sequence)
+        self._stages[sequence.forward_model].start(sequence)
         return True
 
     def _grow(self, model: str) -> None:
         """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
-        for sequence in [s for s in self.running if s.forward_model == model]:
-            while sequence.output is not None:  # None if it was preempted in favour of an older one
-                own = sequence.output
-                missing = self.pool.pages_for(own.model, len(own.tokens)) - len(own.pages)
-                if missing == 0:
-                    break
-                pages = self.tree.allocate(own.model, missing)
+        for sequence in [each for each in self._stages[model].running if len(each.output_ids) > each.room]:
+            while (own := sequence.output) is not None:  # None if it was preempted in favour of an older one
+                pages = self.tree.allocate(own.model, self.pool.pages_for(own.model, len(own.tokens)) - len(own.pages))
                 if pages is not None:
                     own.pages += pages
+                    sequence.room = len(own.pages) * self.pool.page_size[own.model]
+                    self.table.add_pages(sequence)
                     break
                 youngest = self.running[-1]
                 if youngest.needs_empty_pool and len(self.running) == 1:  # it has the pool to itself already
@@ -241,25 +303,27 @@ class Scheduler:
 
     def _preempt(self, sequence: SampledSequence) -> None:
         sequence.needs_empty_pool = len(self.running) == 1
-        self.running.remove(sequence)
-        self._release(sequence)
+        self._stop(sequence)
         sequence.num_preemptions += 1
-        self.waiting[sequence.forward_model].appendleft(sequence)
+        self._stages[sequence.forward_model].waiting.appendleft(sequence)
 
-    def _release(self, sequence: SampledSequence) -> None:
+    def _stop(self, sequence: SampledSequence) -> None:
         assert sequence.node is not None and sequence.output is not None
+        self.running.remove(sequence)
+        self._stages[sequence.forward_model].stop(sequence)
+        self.table.remove(sequence)
         self.tree.release(sequence.node)
         self.pool.free(sequence.model, sequence.output.pages)
         sequence.node = sequence.output = None
 
     def _build_batch(self, model: str) -> Batch:
         """Build a model's batch: next tokens first, then chunks of prefill and recomputation up to the token budget."""
-        batch = Batch(model)
+        stage = self._stages[model]
+        stage.find_decoding()
+        batch = Batch(model, stage.decoding)
         ends: dict[Segment, int] = {}  # segment → its number of computed tokens after the batch
-        running = [sequence for sequence in self.running if sequence.forward_model == model]
-        running.sort(key=_num_pending_tokens)
-        budget = self.token_budget
-        for sequence in running:
+        budget = self.token_budget - len(batch.decoding)
+        for sequence in sorted(stage.starting, key=_num_pending_tokens):
             node, own = sequence.node, sequence.output
             assert node is not None and own is not None
             path = (*node.path(), own)
@@ -267,16 +331,16 @@ class Scheduler:
             for depth, segment in enumerate(path[-1:] if own.computed else path, len(path) - 1 if own.computed else 0):
                 if segment not in ends:
                     missing = len(segment.tokens) - segment.computed
-                    count = missing if missing == 1 else min(missing, budget)
+                    count = missing if missing == 1 else min(missing, max(0, budget))
                     if count:
                         kind = _kind(sequence, segment)
                         batch.chunks.append(Chunk(path[: depth + 1], segment.computed, count, kind))
-                        budget -= min(count, budget)
+                        budget -= count
                     ends[segment] = segment.computed + count
                 if ends[segment] < len(segment.tokens):
                     break
             else:
-                batch.to_sample.append(sequence)
+                batch.drawing.append(sequence)
                 if (
                     not own.tokens
                     and node.complete
@@ -285,6 +349,19 @@ class Scheduler:
                 ):
                     batch.chunks.append(Chunk(path[:-1], node.computed - 1, 1, "recompute", write=False))
         return batch
+
+
+def _decodes(sequence: SampledSequence) -> bool:
+    """Whether only the last token of a sequence remains to be computed."""
+    node, own = sequence.node, sequence.output
+    assert node is not None and own is not None
+    return len(own.tokens) - own.computed == 1 and (own.computed > 0 or all(each.complete for each in node.path()))
+
+
+def _last_token(sequence: SampledSequence) -> Chunk:
+    node, own = sequence.node, sequence.output
+    assert node is not None and own is not None
+    return Chunk((*node.path(), own), len(own.tokens) - 1, 1, "decode")
 
 
 def _num_pending_tokens(sequence: SampledSequence) -> int:

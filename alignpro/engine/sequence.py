@@ -95,6 +95,10 @@ class SampledSequence:
     """The prefix-tree node at which its prompt ends, while it runs."""
     output: Segment | None = None
     """Its sampled tokens and their pages, while it runs."""
+    row: int = 0
+    """Its row in the `SequenceTable`, while it runs."""
+    room: int = 0
+    """Number of sampled tokens that its pages hold, while it runs."""
     num_cached_tokens: int = 0
     """Prompt tokens that were already computed when it was first admitted."""
     num_preemptions: int = 0

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from alignpro.engine.arena import new_arena
 from alignpro.engine.attention_plan import probe_geometry
 from alignpro.engine.fault_isolation import Executor
 from alignpro.engine.faults import is_fatal
@@ -57,7 +58,7 @@ class Worker:
         self._bases = {name: _base(name, models) for name, model in models.items() if model.invocation}
         geometries = {name: probe_geometry(model) for name, model in models.items()}
         geometries |= {base: geometries[name] for name, base in self._bases.items()}
-        self.pool = KVPool(geometries, device, page_tokens=page_tokens)
+        self.pool = KVPool(geometries, device, page_tokens=page_tokens, arena=new_arena)
         self._num_pages = (_default_bytes(device) if pool_bytes is None else pool_bytes) // self.pool.page_bytes
         """Configured size of the pool; ``pool.total`` is smaller if the device has too little memory."""
         if pool_bytes is None:
@@ -168,13 +169,13 @@ class Worker:
         # On a second release in a row, the size before the first one counts.
         self._released_pages = max(self.pool.compact(self.tree.pages()), self._released_pages)
         if self.graphs:
-            self.graphs.clear()
+            self.graphs.drop_moved()
 
     def _start_run(self) -> None:
         self.pool.total = self._num_pages
         self._executor.start_run()
         self._prepared.clear()
-        if self._released_pages:  # all at once: growing page by page would move the arena and invalidate graphs
+        if self._released_pages:  # all at once: growing step by step may move the pages and invalidate graphs
             self.pool.try_resize([self._released_pages])
             self._released_pages = 0
 

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from alignpro.distributed.ranks import Ranks
+from alignpro.engine.virtual_memory import peak_mapped_bytes
 
 
 class DeviceGauge:
-    """Measures with the accelerator's allocator, which counts all allocations.
+    """Measures with the accelerator's allocator, and the memory that the engine maps without it.
 
     Args:
         device: The accelerator.
@@ -28,10 +29,10 @@ class DeviceGauge:
         self._device = device
 
     def peak(self) -> int:
-        """Return the peak number of tensor bytes since the last call."""
+        """Return the peak number of bytes since the last call: the sum of the peaks of both."""
         peak = int(torch.accelerator.max_memory_allocated(self._device))
         torch.accelerator.reset_peak_memory_stats(self._device)
-        return peak
+        return peak + peak_mapped_bytes(self._device)
 
 
 class StorageGauge(TorchDispatchMode):

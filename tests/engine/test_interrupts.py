@@ -8,10 +8,20 @@ from faults import PROMPTS, SEEDS, TEMPLATE
 from tiny_models import ragged
 from tracing import Place, Tracer, traced
 
-from alignpro.engine import Completion, Engine, SamplingParams, derive_seed, pool, prefix_tree, scheduler
+from alignpro.engine import (
+    Completion,
+    Engine,
+    SamplingParams,
+    arena,
+    derive_seed,
+    pool,
+    prefix_tree,
+    scheduler,
+    sequence_table,
+)
 from alignpro.models.language_model import LanguageModel
 
-BOOKKEEPING = (pool, prefix_tree, scheduler)
+BOOKKEEPING = (arena, pool, prefix_tree, scheduler, sequence_table)
 SHORT = SamplingParams(max_tokens=6, n=2)
 GROUPS = [*PROMPTS[:3], PROMPTS[0][:24], TEMPLATE[:6], ragged(1, 60, shortest=40, longest=40, seed=3)[0]]
 """Prompts that share long, short and no beginnings, so that nodes are split, pages copied, moved and evicted."""

@@ -67,15 +67,15 @@ class TestPool:
     @staticmethod
     def engine(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, pages: int) -> Engine:
         engine = Engine({"m": model}, audit=True)
-        pool = engine.pools[model.device]
-        resize = pool.resize
+        arena = engine.pools[model.device]._arena
+        resize = arena.resize
 
-        def limited(count: int) -> None:
+        def limited(count: int, total: int) -> None:
             if count > pages:
                 raise torch.OutOfMemoryError("no memory for the arena")
-            resize(count)
+            resize(count, total)
 
-        monkeypatch.setattr(pool, "resize", limited)
+        monkeypatch.setattr(arena, "resize", limited)
         return engine
 
     @pytest.mark.parametrize("pages", [8, 20])
@@ -121,15 +121,15 @@ class TestPool:
         engine.generate("m", PROMPTS, PARAMS, SEEDS)
         (worker,) = engine.workers.values()
         engine.release(keep=["m"])
-        pool, resize = worker.pool, worker.pool.resize
-        kept = pool.total - pool.num_free
+        pool, arena = worker.pool, worker.pool._arena
+        resize, kept = arena.resize, pool.total - pool.num_free
 
-        def limited(count: int) -> None:
+        def limited(count: int, total: int) -> None:
             if count > 2 * kept:
                 raise torch.OutOfMemoryError("no memory for the arena")
-            resize(count)
+            resize(count, total)
 
-        monkeypatch.setattr(pool, "resize", limited)
+        monkeypatch.setattr(arena, "resize", limited)
         groups = engine.generate("m", PROMPTS, PARAMS, SEEDS)
         assert assert_failed_alone(groups, free, PROMPTS, []) == 0
         assert_nothing_is_held(engine)
