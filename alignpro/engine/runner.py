@@ -21,7 +21,7 @@ from alignpro.engine.scheduler import Batch, Chunk
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.sequence_table import SequenceTable
 from alignpro.engine.stats import EngineStats
-from alignpro.engine.stopping import find_end, may_end
+from alignpro.engine.stopping import find_end
 from alignpro.models.admission import check_finite_sum, finite_sum
 from alignpro.models.language_model import LanguageModel
 
@@ -159,9 +159,11 @@ def _append(
     """Append a token to each of N sequences; ``drawn`` begins with their N tokens and N log-probabilities."""
     for row, token, logprob in zip(rows, drawn, drawn[len(rows) :], strict=False):
         sequence = sequences[row]
-        sequence.output_ids.append(int(token))
+        output_ids, params = sequence.output_ids, sequence.request.params
+        output_ids.append(int(token))
         sequence.logprobs.append(logprob)
-        if may_end(sequence.output_ids, sequence.request.params):
+        # This loop is a third of the host's time, so `find_end` is called only where it may find one.
+        if params.stop or output_ids[-1] in params.stop_token_ids or len(output_ids) >= params.max_tokens:
             _end_if_stopped(sequence, tokenizer)
 
 

@@ -20,11 +20,6 @@ class End(NamedTuple):
     """The ids of the text between those tokens and the stop text, which begins inside a token."""
 
 
-def may_end(output_ids: list[int], params: SamplingParams) -> bool:
-    """Whether a sequence may end with the token just sampled (`find_end`); as cheap as possible."""
-    return output_ids[-1] in params.stop_token_ids or len(output_ids) >= params.max_tokens or len(params.stop) > 0
-
-
 def find_end(output_ids: list[int], params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> End | None:
     """Whether a sequence ends with the token just sampled; None if it goes on.
 

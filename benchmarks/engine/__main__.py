@@ -1,6 +1,7 @@
 """python -m benchmarks.engine: the chain engine compared with transformers' `generate` and continuous batching.
 
-Every entrant generates the same number of tokens. Prints a table per case and writes JSON and a PNG.
+Every entrant generates the same number of tokens. Prints a table per case and writes JSON and a PNG. With --simulate, the
+engine's scheduler runs with models that compute nothing, and the time on a GPU is predicted.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -20,9 +22,15 @@ from benchmarks.engine.cases import CASES, Case, shrink
 from benchmarks.engine.entrant import Setting
 from benchmarks.engine.floor import measure_rates
 from benchmarks.engine.measure import compare
-from benchmarks.engine.table import print_case
+from benchmarks.engine.simulation.cards import CARDS
+from benchmarks.engine.simulation.run import python_loop_seconds
+from benchmarks.engine.simulation.run import simulate as simulate_runs
+from benchmarks.engine.table import print_case, print_simulation
 from benchmarks.session import Session
-from benchmarks.workload import reshape
+from benchmarks.workload import find_workload, reshape
+
+RUNS = 3
+"""Simulated runs: the first one captures the graphs."""
 
 app = command.new_app()
 
@@ -48,8 +56,17 @@ def run(
     seed: command.Seed = 0,
     json_file: command.ResultsFile = None,
     quick: command.Quick = False,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Instead: run the scheduler with stub models, and predict the times on one of {', '.join(CARDS)}."
+        ),
+    ] = None,
 ) -> None:
     """See the module."""
+    if simulate is not None:
+        _simulate(simulate, shape or [], max_batch or 256, seed, json_file, quick)
+        return
     session = Session("engine", device=device, dtype=dtype, threads=threads, quick=quick, file=json_file)
     cases = _cases(workload, shape or [], session.device, quick)
     chosen = command.matching([ours.entrant(), *peers.entrants()], entrants, "entrant")
@@ -84,6 +101,21 @@ def _cases(names: list[str] | None, changes: Sequence[str], device: torch.device
             raise typer.BadParameter("workload gpu: its models need a GPU; use --device cuda, or --quick to try it")
         cases = [case for case in cases if not case.needs_gpu]
     return [replace(case, workload=reshape(case.workload, changes)) for case in cases]
+
+
+def _simulate(
+    card: str, changes: Sequence[str], max_batch: int, seed: int, json_file: Path | None, quick: bool
+) -> None:
+    if card not in CARDS:
+        raise typer.BadParameter(f"card {card!r}: use one of {', '.join(CARDS)}")
+    session = Session("engine", device="cpu", threads=1, quick=quick, file=json_file, name=f"simulation_{card}")
+    workload = find_workload("gpu", changes, quick=quick)
+    runs = simulate_runs(workload, CARDS[card], max_batch=max_batch, runs=2 if quick else RUNS, seed=seed)
+    described = session.describe(seed=seed, max_batch=max_batch, workload=asdict(workload), card=asdict(CARDS[card]))
+    session.save({"run": described | {"python_loop_s": python_loop_seconds()}, "results": runs})
+    session.print(f"{CARDS[card].name}, predicted; host time measured on one core here; {workload.describe()}")
+    print_simulation(session.console, runs)
+    session.finish()
 
 
 if __name__ == "__main__":

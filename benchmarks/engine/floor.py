@@ -79,7 +79,7 @@ def _stages(case: Case) -> list[_Stage]:
     ]
 
 
-def _weights(shape: ModelShape, *, head: bool) -> int:
+def num_weights(shape: ModelShape, *, head: bool) -> int:
     """Return the number of weights in the matrix products of one token."""
     kv = shape.kv_heads * shape.hidden // shape.heads
     layer = 2 * shape.hidden**2 + 2 * shape.hidden * kv + 3 * shape.hidden * shape.intermediate
@@ -88,12 +88,12 @@ def _weights(shape: ModelShape, *, head: bool) -> int:
 
 def _prefill_flops(stage: _Stage) -> float:
     attention = 2 * stage.shape.layers * stage.shape.hidden * stage.context  # half of the products are masked
-    return stage.prefill * (2.0 * _weights(stage.shape, head=False) + attention)
+    return stage.prefill * (2.0 * num_weights(stage.shape, head=False) + attention)
 
 
 def _decode_seconds(stage: _Stage, rates: DeviceRates, itemsize: int) -> float:
     shape = stage.shape
-    weights = _weights(shape, head=True)
+    weights = num_weights(shape, head=True)
     kv_bytes = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * itemsize  # per token
     seconds = 0.0
     for drawn in range(1, stage.new):  # the first token is sampled from the prompt's hidden states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,51 @@ def print_case(console: Console, result: dict[str, Any]) -> None:
         line = f"decode tick: {decode['tick_s'] * 1e3:.3g} ms, host share {decode['host_share']:.1%}"
         console.print(line, highlight=False)
     print_not_measured(console, {result["case"]: result["entrants"]})
+
+
+def print_simulation(console: Console, runs: Sequence[dict[str, Any]]) -> None:
+    """Print a line per model and run of a simulation, then the times of each run."""
+    columns = (
+        "run",
+        "model",
+        "replayed",
+        "first",
+        "eager",
+        "captures",
+        "launches",
+        "TB",
+        "PFLOP",
+        "floor s",
+        "predicted s",
+    )
+    rows = []
+    for turn, result in enumerate(runs):
+        for name, model in result["models"].items():
+            passes = model["passes"]
+            rows.append(
+                (
+                    str(turn),
+                    name,
+                    f"{passes.get('replayed', 0)} ({model['replayed_share']:.1%})",
+                    str(passes.get("padded", 0)),
+                    str(passes.get("eager", 0)),
+                    str(model["captures"]),
+                    str(model["launches"]),
+                    f"{model['bytes'] / 1e12:.2f}",
+                    f"{model['flops'] / 1e15:.2f}",
+                    f"{model['floor_s']:.2f}",
+                    f"{model['predicted_s']:.2f}",
+                )
+            )
+    print_table(console, columns, rows, left=2)
+    for turn, result in enumerate(runs):
+        times = (
+            f"predicted {result['predicted_s']:.2f} s, floor {result['floor_s']:.2f} s, host {result['host_s']:.2f} s"
+        )
+        if full := result["host_full_median_s"]:
+            times += f" ({full * 1e3:.2f} ms a decode tick of a full batch, median of {result['host_full_ticks']})"
+        mixed = f"{result['mixed_ticks']} of them with prefill beside"
+        console.print(f"run {turn}: {result['ticks']} ticks, {mixed}; {times}", highlight=False)
 
 
 def _row(entrant: dict[str, Any]) -> tuple[str, ...]:
