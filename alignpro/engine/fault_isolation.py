@@ -23,7 +23,7 @@ from sys import maxsize
 from torch import Tensor
 
 from alignpro.engine.faults import describe, is_fatal, is_out_of_memory
-from alignpro.engine.graphs import DecodeGraphs
+from alignpro.engine.graphs import DecodeGraphs, padded
 from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.runner import forward, sample_tokens, settle_draw
 from alignpro.engine.scheduler import Batch, Chunk, Scheduler
@@ -66,14 +66,16 @@ class Executor:
         Raises:
             Exception: No sequence can be computed after this error (`faults.is_fatal`).
         """
-        if self.max_tokens is None or batch.num_tokens <= self.max_tokens:
-            error = self._try(batch, stats, self.graphs)
+        room = self.max_tokens
+        if room is None or batch.num_tokens <= room:
+            graphs = self.graphs if batch.decoding and (room is None or padded(len(batch.decoding)) <= room) else None
+            error = self._try(batch, stats, graphs)
             if error is None:
                 return [sequence for sequence in batch.to_sample if sequence.completion is not None]
-            padded = self.graphs is not None and batch.decoding  # exactly as many rows may fit, and raise no error
-            self._isolate([batch.in_chunks()], stats, None if padded else error)
+            # A pass without padding may not raise.
+            self._isolate([batch.in_chunks()], stats, None if graphs else error)
         else:
-            self._isolate(_split_to_size(batch.in_chunks(), self.max_tokens), stats)
+            self._isolate(_split_to_size(batch.in_chunks(), room), stats)
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
     def fail_batch(self, batch: Batch, error: Exception) -> list[SampledSequence]:
