@@ -212,7 +212,8 @@ def plan(
     """
     if job not in ("train", "rlhf"):
         raise AlignProError(f"--job {job}: expected train or rlhf")
-    config = load_config(TrainConfig if job == "train" else RLHFConfig, arguments)
+    kind: type[TrainConfig | RLHFConfig] = TrainConfig if job == "train" else RLHFConfig
+    config = load_config(kind, arguments)
     from alignpro.prompting.pretrained import require_pretrained
 
     for model in (config.policy, *([config.target_model] if isinstance(config, TrainConfig) else [])):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Hide the progress bars of transformers and its hub client inside; also a decorator. Afterwards they are as before."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging
 
     shown, hub_hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()

@@ -105,20 +105,19 @@ def training(
     objective: dict[str, Any],
     *,
     out: Path,
-    heldout: int = 2,
-    **optimizer: Any,
+    micro_batch_size: int = 2,
 ) -> RLTrainer:
-    """Return a trainer of a world with two samples for each of some prompts in each step, in passes of two sequences."""
+    """Return a trainer of a world with two samples for each of some prompts in each step."""
     return RLTrainer(
         world.policy,
         world,
         Engine({"policy": world.policy.model}, max_batch=64),
         world.prompts,
-        world.prompts[:heldout],
+        world.prompts,
         sampling=SamplingParams(n=2, max_tokens=LENGTH, temperature=world.policy.temperature, stop_token_ids=(END,)),
         prompts_per_step=prompts,
         objective=ObjectiveConfig.model_validate(objective),
         run=RunConfig(out=out, steps=4, sample_every=1000, tensorboard=False),
-        optimizer=OptimizerConfig(learning_rate=0.01, micro_batch_size=2, **optimizer),
+        optimizer=OptimizerConfig(learning_rate=0.01, micro_batch_size=micro_batch_size),
         distribution=SingleProcess() if ranks.group is None else DataParallel(ranks),
     )

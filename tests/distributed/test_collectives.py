@@ -38,12 +38,12 @@ GIBBS = {"loss": "gibbs"}
 
 
 def trained(
-    worlds: Sequence[DrawnWorld], prompts: int, objective: dict[str, Any], out: Path
+    worlds: Sequence[DrawnWorld], prompts: int, objective: dict[str, Any], out: Path, micro_batch_size: int = 2
 ) -> Callable[[Ranks], tuple[list[Metrics], list[torch.Tensor]]]:
     """Return a rank's work: a step and an evaluation, of which it returns the metrics and the weights."""
 
     def work(ranks: Ranks) -> tuple[list[Metrics], list[torch.Tensor]]:
-        trainer = training(worlds[ranks.rank], ranks, prompts, objective, out=out)
+        trainer = training(worlds[ranks.rank], ranks, prompts, objective, out=out, micro_batch_size=micro_batch_size)
         metrics = [trainer.step(0), trainer.evaluate(0)]
         return metrics, [weight.detach() for weight in trainer.policy.trainable.values()]
 
@@ -51,16 +51,17 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    ("size", "prompts", "objective"),
-    [(3, 5, PPO), (5, 7, GIBBS), (64, 70, {})],
+    ("size", "prompts", "objective", "micro_batch_size"),
+    [(3, 5, PPO, 2), (5, 7, GIBBS, 2), (64, 70, {}, 4)],
     ids=["3 ranks, PPO with a critic", "5 ranks, Gibbs", "64 ranks"],
 )
 def test_all_ranks_issue_the_same_and_agree_with_one_process(
-    size: int, prompts: int, objective: dict[str, Any], tmp_path: Path
+    size: int, prompts: int, objective: dict[str, Any], micro_batch_size: int, tmp_path: Path
 ) -> None:
     """Ranks have one or two prompts, some minibatches none, and at most two of them a prompt of the evaluation."""
-    made = results(run_ranks(size, trained([DrawnWorld() for _ in range(size)], prompts, objective, tmp_path)))
-    expected, weights = trained([DrawnWorld()], prompts, objective, tmp_path)(Ranks())
+    settings = (prompts, objective, tmp_path, micro_batch_size)
+    made = results(run_ranks(size, trained([DrawnWorld() for _ in range(size)], *settings)))
+    expected, weights = trained([DrawnWorld()], *settings)(Ranks())
     for metrics, own in made:
         for row, expected_row in zip(metrics, expected, strict=True):
             assert row.keys() == expected_row.keys()
@@ -193,15 +194,15 @@ def failing(size: int, how: str, rank: int, out: Path) -> list[Outcome]:
 def test_an_error_on_one_rank_ends_the_step_on_all_at_the_same_point(
     how: str, kind: type[Exception], tmp_path: Path
 ) -> None:
-    made = results(failing(8, how, 5, tmp_path))
+    made = results(failing(4, how, 2, tmp_path))
     for rank, (error, together, same) in enumerate(made):
-        assert type(error) is (kind if rank == 5 else PeerError)
+        assert type(error) is (kind if rank == 2 else PeerError)
         assert together and same
-        assert rank == 5 or str(error).startswith("rank 5: ")
+        assert rank == 2 or str(error).startswith("rank 2: ")
 
 
 def test_a_lost_rank_is_a_failure_of_a_collective_on_the_others(tmp_path: Path) -> None:
-    outcomes = failing(8, "die", 3, tmp_path)
+    outcomes = failing(5, "die", 3, tmp_path)
     for rank, outcome in enumerate(outcomes):
         error, together, same = outcome.result
         assert isinstance(error, KeyboardInterrupt) if rank == 3 else is_collective_failure(error)
