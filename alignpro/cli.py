@@ -20,6 +20,7 @@ import typer
 
 import alignpro
 from alignpro.config import (
+    DataConfig,
     EvalConfig,
     OptimalConfig,
     RewardModelConfig,
@@ -159,8 +160,15 @@ def rewrite(
         raise AlignProError("rewrite: a prompt is empty: there is nothing to rewrite")
     if (data is None) != (out is None):
         raise AlignProError("rewrite: --data and --out go together")
+    from alignpro.environments.finished_run import require_finished_run
+
+    require_finished_run(run)
     if data is None:
         _show_warnings_only()  # the rewrites alone, without a word on what runs where
+    else:
+        from alignpro.data.loading import check_files
+
+        check_files(DataConfig(source=data, holdout=0))
     rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(
         run, with_target=answer, trust_remote_code=trust_remote_code
     )
@@ -204,7 +212,12 @@ def plan(
     """
     if job not in ("train", "rlhf"):
         raise AlignProError(f"--job {job}: expected train or rlhf")
-    config = load_config(TrainConfig if job == "train" else RLHFConfig, arguments)
+    kind: type[TrainConfig | RLHFConfig] = TrainConfig if job == "train" else RLHFConfig
+    config = load_config(kind, arguments)
+    from alignpro.prompting.pretrained import require_pretrained
+
+    for model in (config.policy, *([config.target_model] if isinstance(config, TrainConfig) else [])):
+        require_pretrained(model.path, ask_hub=False)
     lines = _load("alignpro.planning.memory:memory_table")(config, ranks, None if gib is None else gib * 2**30)
     typer.echo(
         f"GiB per rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
@@ -257,14 +270,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(kind: type[Section], arguments: list[str], resume: bool, at: int | None, dry_run: bool) -> None:
     if at is not None and not resume:
         raise AlignProError("--at names the checkpoint to continue from: it requires --resume")
-    config = _configure(kind, arguments, dry_run)
+    config = _configure(kind, arguments, dry_run, resume)
     if config is not None:
         _load("alignpro.training.jobs:train")(config, resume=resume, from_step=at)
 
 
-def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool) -> ConfigT | None:
-    """Load the configuration; in a dry run, check its inputs, print it with the amount of work as comments, return None."""
+def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool, resume: bool = False) -> ConfigT | None:
+    """Load the configuration; in a dry run, check its inputs, print it with the amount of work as comments, return None.
+
+    Missing files are errors before torch is loaded, except where a run that is resumed may have finished, and under a
+    launcher, where the ranks have to agree on errors.
+    """
     config = load_config(kind, arguments)
+    if not resume and not launched():
+        from alignpro.training.input_files import check_input_files
+
+        check_input_files(config)
     if dry_run:
         _load("alignpro.training.preflight:check_inputs")(config)
         typer.echo(dump_config(config) + "".join(f"# {line}\n" for line in describe_work(config)), nl=False)
@@ -278,10 +299,7 @@ def _load(path: str) -> Callable[..., Any]:
 
     module, _, name = path.partition(":")
     with exit_at_interrupt():
-        from transformers.utils import logging as transformers_logging
-
         imported = importlib.import_module(module)
-    transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards"
     loaded: Callable[..., Any] = operator.attrgetter(name)(imported)
     return loaded
 

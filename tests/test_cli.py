@@ -101,6 +101,31 @@ def test_help_and_configuration_errors_do_not_load_torch() -> None:
     assert done.stdout.splitlines()[-4:] == ["0", "1", "1", "[]"]
 
 
+def test_missing_files_are_errors_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "rewrite": "b"}\n')
+    (tmp_path / "model").mkdir()
+    sft = [f"run={{out: {tmp_path}/run, steps: 1}}", f"data.source={tmp_path}/prompts.jsonl"]
+    arms = [f"out={tmp_path}/out", *sft[1:], "reward.components=[{kind: function, function: a:b}]"]
+    given = {
+        "`policy.path` names a model": ["sft", *sft, "policy.path=./none"],
+        "`policy.tokenizer` names a model": ["sft", *sft, f"policy.path={tmp_path}/model", "policy.tokenizer=./none"],
+        "none.jsonl: no such file": ["sft", *sft, f"policy.path={tmp_path}/model", "data.source=none.jsonl"],
+        "`target.path` names a model": ["eval", *arms, "target.path=./none"],
+        "`prompter.path` names a model": ["optimal", *arms, f"target.path={tmp_path}/model", "prompter.path=./none"],
+        "nowhere: has no config.yaml": ["rewrite", "x", "--run", "nowhere"],
+        "./none: no such directory": ["plan", *arms[1:], *sft, f"policy.path={tmp_path}/model", "target.path=./none"],
+    }
+    script = (
+        f"import sys\nfrom alignpro.cli import main\nfor arguments in {list(given.values())}:\n"
+        "    try:\n        main(arguments)\n    except SystemExit as stop:\n        print(stop.code)\n"
+        "print([name for name in ('torch', 'transformers', 'deepspeed') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [*["1"] * len(given), "[]"], done.stderr
+    for said in given:
+        assert said in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------- dry run
 
 
@@ -341,6 +366,21 @@ def test_a_run_that_holds_no_prompter_is_named(
     (tmp_path / "config.yaml").write_text(content)
     assert run("rewrite", "x", "--run", str(tmp_path)) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["model", "checkpoints/step_000001"])
+def test_a_directory_inside_a_run_names_the_run(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/x/model").mkdir(parents=True)
+    Path("runs/x/config.yaml").touch()
+    Path("runs/x", inside).mkdir(parents=True, exist_ok=True)
+    assert run("rewrite", "x", "--run", f"runs/x/{inside}") == 1
+    assert f"runs/x/{inside}: is inside the run directory runs/x: give that\n" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "runs" / "x" / inside)
+    assert run("rewrite", "x", "--run", ".") == 1
+    assert f"is inside the run directory {tmp_path}/runs/x: give that\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from tiny_runs import Workshop, assert_same, read_metrics, steps_of_checkpoints
+from transformers.utils import logging as transformers_logging
 
 import alignpro
-from alignpro.config import RLHFConfig, SFTConfig, TrainConfig, load_config
+from alignpro.config import ModelConfig, RLHFConfig, SFTConfig, TrainConfig, load_config
 from alignpro.data import Prompt
 from alignpro.demo.world import reward
 from alignpro.errors import AlignProError, ConfigError
+from alignpro.models.loading import load_language_model
 
 
 def configuration(workshop: Workshop, out: Path, function: Any, **run: Any) -> dict[str, Any]:
@@ -100,6 +102,22 @@ def test_a_configuration_has_one_of_several_forms(workshop: Workshop, tmp_path: 
         alignpro.train(path, job="dpo")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="data: missing"):
         alignpro.train(path)
+
+
+def test_the_bars_of_transformers_are_hidden_and_the_users_settings_kept(
+    finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+    try:
+        alignpro.Rewriter.load(finished("sft"))
+        assert "Loading weights" not in capfd.readouterr().err
+        assert transformers_logging.is_progress_bar_enabled()
+        load_language_model(ModelConfig(path=str(finished("sft") / "model"), device="cpu"))
+        assert "Loading weights" in capfd.readouterr().err
+    finally:
+        if not before:
+            transformers_logging.disable_progress_bar()
 
 
 def test_a_run_goes_back_to_a_step(workshop: Workshop, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from alignpro.config.commands import COMMANDS, fitting_commands
 from alignpro.config.messages import explain
 from alignpro.errors import ConfigError
 
@@ -73,7 +74,18 @@ def validate_config(kind: type[ConfigT], raw: Any) -> ConfigT:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(["configuration:", *(f"  {line}" for line in explain(kind, error))])) from error
+        problems = [f"  {line}" for line in explain(kind, error)]
+        if fitting := fitting_commands(kind, raw):
+            own = next(f"`alignpro {name}`" for name, each in COMMANDS.items() if each is kind)
+            others = " and ".join(f"`alignpro {name}`" for name in fitting)
+            unknown = sorted(raw.keys() - kind.model_fields.keys())
+            if unknown:
+                raise ConfigError(
+                    f"configuration: its sections fit {others}, not {own}, which has no {', '.join(unknown)}: use that "
+                    "command, or another file"
+                ) from error
+            problems.append(f"  (as it is, it fits {others})")
+        raise ConfigError("\n".join(["configuration:", *problems])) from error
 
 
 def dump_config(config: BaseModel) -> str:

@@ -108,6 +108,17 @@ def check_source(config: DataConfig, require: Sequence[str] = (), *, whole: bool
     return _load(config.model_copy(update={"source": files, "limit": limit}), require).prompts
 
 
+def check_files(config: DataConfig) -> None:
+    """Check that each name of ``data.source`` is a preset or matches files, without reading any.
+
+    Raises:
+        DataError: One is neither.
+    """
+    for name in [config.source] if isinstance(config.source, str) else config.source:
+        if name not in presets():
+            _paths(name)
+
+
 def _load(config: DataConfig, require: Sequence[str]) -> DataSet:
     prompts: list[Prompt] = []
     seen: set[tuple[str, ...]] = set()
@@ -156,17 +167,22 @@ def _sources(config: DataConfig) -> Iterator[_Source]:
             table = read_preset(name, preset, config.split)
             yield _mapped(table, config.columns or preset.columns, preset.known_bad)
             continue
-        try:
-            paths = expand_paths(name)
-        except DataError as error:
-            start = "" if Path(name).is_absolute() else f"; looked for it in {Path.cwd()}"
-            raise DataError(f"{error}, and no preset (presets: {', '.join(known)}){start}") from error
+        paths = _paths(name)
         if config.split is not None:
             raise DataError(f"data.split={config.split}: only presets have splits, but {name} is a file; leave it out")
         for path in paths:
             table = read_table(path)
             if table.rows:
                 yield _mapped(table, config.columns)
+
+
+def _paths(name: str) -> list[Path]:
+    """The files of a name that is no preset."""
+    try:
+        return expand_paths(name)
+    except DataError as error:
+        start = "" if Path(name).is_absolute() else f"; looked for it in {Path.cwd()}"
+        raise DataError(f"{error}, and no preset (presets: {', '.join(presets())}){start}") from error
 
 
 def _mapped(table: Table, columns: Mapping[str, str], known_bad: int = 0) -> _Source:

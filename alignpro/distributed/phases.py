@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -57,24 +59,54 @@ class PhaseStore:
             return  # rank 0 has ended
 
     def describe_peers(self) -> str:
-        """Describe the last phase that each other rank entered, and how long ago."""
-        return "; ".join(self._describe(rank) for rank in range(self._ranks.size) if rank != self._ranks.rank)
+        """Describe the last phase that the other ranks entered, and how long ago; ranks in the same phase together."""
+        found: dict[str | None, dict[int, float]] = {}
+        for rank in range(self._ranks.size):
+            if rank != self._ranks.rank:
+                phase, entered = self._read(rank)
+                found.setdefault(phase, {})[rank] = entered
+        # The rank that keeps the others waiting entered its phase first.
+        return "; ".join(
+            _describe(phase, found[phase]) for phase in sorted(found, key=lambda p: min(found[p].values()))
+        )
 
     def _write(self, phase: str) -> None:
         self._store.set(str(self._ranks.rank), json.dumps({"phase": phase, "entered": time.time()}))
 
-    def _describe(self, rank: int) -> str:
+    def _read(self, rank: int) -> tuple[str | None, float]:
+        """Return a rank's phase, and when it entered that by its own clock; None and infinity if they are unknown."""
         try:
             found = json.loads(self._store.get(str(rank)))
         except RuntimeError:  # rank 0, which hosts the store, has ended
-            return f"the state of rank {rank} is unknown"
-        return f"rank {rank} entered {found['phase']} {time.time() - found['entered']:.0f} s ago"
+            return None, math.inf
+        return found["phase"], found["entered"]
 
     def _is_first_to_abort(self) -> bool:
         try:
             return int(self._store.add("aborted", 1)) == 1
         except RuntimeError:
             return True
+
+
+def _describe(phase: str | None, entered: dict[int, float]) -> str:
+    """Describe ranks in one phase by when they entered it; ``phase`` is None if it is unknown."""
+    ranks = f"rank{'' if len(entered) == 1 else 's'} {_ranges(sorted(entered))}"
+    if phase is None:
+        return f"the state of {ranks} is unknown"
+    ages = [max(time.time() - each, 0.0) for each in entered.values()]  # clocks of nodes differ
+    between = f"{min(ages):.0f}" if round(min(ages)) == round(max(ages)) else f"{min(ages):.0f} to {max(ages):.0f}"
+    return f"{ranks} entered {phase} {between} s ago"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers with consecutive ones as ranges: 0, 2-5, 7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _tcp_store(port: int, *, is_master: bool) -> dist.TCPStore:  # type: ignore[name-defined]

@@ -70,7 +70,7 @@ def distributed_session(timeout_seconds: float) -> Iterator[Ranks]:
             raise PeerError(str(error)) from error
         raise
     finally:
-        dist.barrier(ranks.group)
+        ranks.barrier()
         phases.leave()  # before the group ends: rank 0 hosts its store as well
         dist.destroy_process_group()
 
@@ -81,7 +81,7 @@ def _unlink_shared_memory(ranks: Ranks) -> None:
     DeepSpeed never does, which would leave 66 MiB per rank in /dev/shm after the job. Unlinked, the memory is freed when
     the processes end, however they end.
     """
-    dist.barrier(ranks.group)
+    ranks.barrier()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{ranks.rank}").unlink(missing_ok=True)
 

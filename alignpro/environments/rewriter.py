@@ -14,10 +14,12 @@ from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import refuse_errors, sampling_params
 from alignpro.environments.build import prompt_environment
+from alignpro.environments.finished_run import require_finished_run
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.errors import AlignProError, DataError, ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_target
+from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import RewardStack
 
@@ -56,6 +58,7 @@ class Rewriter:
         self.engine = Engine(models, **self.rollout.engine.model_dump())
 
     @classmethod
+    @without_progress_bars()
     def load(
         cls, run: str | os.PathLike[str], *, with_target: bool = False, trust_remote_code: bool = False
     ) -> Rewriter:
@@ -72,11 +75,7 @@ class Rewriter:
                 ``trust_remote_code``.
         """
         run = Path(run)
-        if not (run / "config.yaml").is_file() or not (run / "model").is_dir():
-            raise ModelError(
-                f"run directory {run}: has no config.yaml and model/: it is not a finished run of `alignpro train` or "
-                "`alignpro sft`"
-            )
+        require_finished_run(run)
         config = _load_config(run)
         if with_target and not isinstance(config, TrainConfig):
             raise ModelError(
@@ -117,7 +116,9 @@ class Rewriter:
         """Sample ``n`` rewrites of each prompt, or return the error of `rewrite` in their place."""
         sampling = self.rollout.rewrite.model_copy(update={"temperature": temperature})
         params = replace(sampling_params(sampling, n), stop_token_ids=self.prompter.stop_token_ids)
-        results: list[list[Rewritten] | AlignProError] = [self._refusal(prompt) or [] for prompt in prompts]
+        results: list[list[Rewritten] | AlignProError] = [
+            self._refusal(prompt, params.max_tokens) or [] for prompt in prompts
+        ]
         usable = [i for i, result in enumerate(results) if not isinstance(result, AlignProError)]
         chosen = [prompts[i] for i in usable]
         chains = self._rollout(chosen, params, [seeds[i] for i in usable])
@@ -129,14 +130,20 @@ class Rewriter:
                 results[i] = error
         return results
 
-    def _refusal(self, prompt: Prompt) -> AlignProError | None:
-        """Why a prompt cannot be given to the prompter, as far as that does not depend on its length."""
+    def _refusal(self, prompt: Prompt, max_tokens: int) -> AlignProError | None:
+        """Why a prompt cannot be given to the prompter, which then samples up to ``max_tokens``."""
         if not prompt.text.strip():
             return DataError(f"prompt {prompt.source or prompt.id}: is empty: there is nothing to rewrite")
         try:
-            self.prompter.encode(prompt)
+            length = len(self.prompter.encode(prompt))
         except AlignProError as error:
             return error
+        context = self.engine.models["policy"].context_length
+        if length + max_tokens > context:
+            return ModelError(
+                f"prompt {prompt.source or repr(prompt.text[:60])}: its {length} tokens, instruction included, and a rewrite "
+                f"of up to {max_tokens} do not fit in the context of {context} tokens of the prompter: shorten the prompt"
+            )
         return None
 
     def _rollout(

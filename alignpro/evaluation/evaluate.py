@@ -21,6 +21,7 @@ from alignpro.evaluation.outputs import write_outputs
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_target
+from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.rewards import RewardStack, build_reward
@@ -41,6 +42,7 @@ class Trained:
     oracle: LanguageModel | None
 
 
+@without_progress_bars()
 def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[str, Any]] = dict) -> Evaluation:
     """Sample all arms, compare them, and write ``summary.json``, ``figure.png``, ``report.html`` and ``samples.jsonl``.
 

@@ -13,6 +13,7 @@ from alignpro.evaluation.arms import ArmSampler, drop_prompts_too_long_for_promp
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.evaluation.gibbs import gibbs_estimates
 from alignpro.models.loading import load_language_model, load_target
+from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.rewards import build_reward
 from alignpro.theory.statistics import Clusters
@@ -23,6 +24,7 @@ from alignpro.versions import versions
 logger = logging.getLogger(__name__)
 
 
+@without_progress_bars()
 def optimal(config: OptimalConfig) -> dict[str, Any]:
     """Write ``rewrites.jsonl`` (per prompt the best rewrite, a rewrite resampled from ρ*, all weights) and ``summary.json``.
 

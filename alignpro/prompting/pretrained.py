@@ -13,12 +13,14 @@ _TIMEOUT = 10.0
 """Seconds that the hub may take to answer whether it has a model."""
 
 
-def require_pretrained(name: str, key: str = "path") -> None:
+def require_pretrained(name: str, key: str = "path", *, ask_hub: bool = True) -> None:
     """Check that a directory exists, or that the hub or its cache has a model: one question, without retries.
 
     Args:
         name: A directory, or a name on the hub.
         key: The configuration key that names it.
+        ask_hub: Whether to ask the hub for a name that is not in its cache; if not, such a name passes, unless the hub is
+            not to be asked at all.
 
     Raises:
         ModelError: There is neither.
@@ -37,7 +39,8 @@ def require_pretrained(name: str, key: str = "path") -> None:
             raise ModelError(
                 f"{name}: no such directory, and the hub's cache does not have it (HF_HUB_OFFLINE keeps it from being loaded)"
             )
-        HfApi().model_info(name, timeout=_TIMEOUT)
+        if ask_hub:
+            HfApi().model_info(name, timeout=_TIMEOUT)
     except HFValidationError as error:
         raise ModelError(f"{name}: no such directory, and no name on the hub can be like this") from error
     except RepositoryNotFoundError as error:

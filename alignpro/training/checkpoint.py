@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,16 @@ class CheckpointStore:
             write_manifest(directory, step, self._run())
 
         final = self.path(step)
-        with disk_errors(
-            f"checkpoint {final}", "earlier checkpoints are intact: make room, then continue with --resume"
-        ):
+        with self.write_errors(step):
             replace_directory(final, write_checked)
             for old in self.available()[: -self.keep]:
                 remove_directory(self.path(old))
         return final
+
+    def write_errors(self, step: int) -> AbstractContextManager[None]:
+        """Context in which a failure to write the checkpoint of a step is a `CheckpointError` that names it."""
+        remedy = "earlier checkpoints are intact: make room, then continue with --resume"
+        return disk_errors(f"checkpoint {self.path(step)}", remedy)
 
     def available(self) -> list[int]:
         """List the steps that have a checkpoint, damaged ones included, oldest first."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor, nn
 
 from alignpro.config import DeepSpeedConfig, OptimizerConfig
@@ -134,6 +135,8 @@ class DeepSpeedBackend:
             config=zero.content,
             dist_init_required=False,
         )
+        self._writer = PatientWriter(config_params=self.engine._config)
+        self.engine.checkpoint_engine = self._writer
         if self._replicated:
             self.engine.set_gradient_accumulation_boundary(False)
         self._models = [part for part in module.modules() if isinstance(part, LanguageModel)]
@@ -187,11 +190,17 @@ class DeepSpeedBackend:
         return math.inf
 
     def save(self, directory: Path, name: str) -> None:
-        """Write this rank's shards to the folder ``name``, without frozen weights."""
+        """Write this rank's shards to the folder ``name``, without frozen weights.
+
+        Raises:
+            OSError: A file cannot be written; raised once all ranks have written theirs.
+            RuntimeError: Likewise, from torch.
+        """
         state = {"updates": self.updates, "skipped": self._skipped}
         self.engine.save_checkpoint(
             str(directory), tag=name, client_state=state, save_latest=False, exclude_frozen_parameters=True
         )
+        self._writer.raise_error()
 
     def load(self, directory: Path, name: str) -> None:
         """Read what `save` wrote.
@@ -244,6 +253,31 @@ class DeepSpeedBackend:
             return norm if math.isfinite(norm) else math.inf
         self.engine.step()
         return math.inf if self._optimizer.overflow else float(self.engine.get_global_grad_norm())
+
+
+class PatientWriter(TorchCheckpointEngine):
+    """DeepSpeed's writer of checkpoints, on a rank that keeps the first failure to write until it is asked for.
+
+    DeepSpeed ends a checkpoint by a barrier, in which the other ranks would wait for one that raises before, until the
+    timeout.
+    """
+
+    def __init__(self, config_params: Any) -> None:
+        super().__init__(config_params)
+        self._error: OSError | RuntimeError | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write a file."""
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch wraps the OSError
+            self._error = self._error or error
+
+    def raise_error(self) -> None:
+        """Raise the first failure since the last call, if there was one."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 def require_plain_pickles(directory: Path) -> None:

@@ -16,6 +16,7 @@ from alignpro.config import (
 from alignpro.distributed.launcher import launched
 from alignpro.distributed.ranks import Ranks
 from alignpro.errors import ConfigError
+from alignpro.models.progress_bars import without_progress_bars
 from alignpro.training import multi_process
 from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.distribution import Distribution, SingleProcess
@@ -36,6 +37,7 @@ CONFIGS: dict[str, type[RunSection]] = {
 """The configuration of each training command."""
 
 
+@without_progress_bars()
 def train(
     config: ConfigSource[RunSection],
     *,

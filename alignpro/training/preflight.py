@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from alignpro.config import (
@@ -27,6 +26,7 @@ from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.function import FunctionReward
+from alignpro.training.input_files import model_paths, sections
 from alignpro.training.objective import build_objective
 
 
@@ -40,7 +40,7 @@ def check_inputs(config: Section) -> None:
         AlignProError: The first problem found.
     """
     functions: list[FunctionReward] = []
-    for key, section in _sections(config):
+    for key, section in sections(config):
         match section:
             case ModelConfig():
                 _check_model(key, section)
@@ -64,24 +64,10 @@ def check_inputs(config: Section) -> None:
 
 def _check_model(key: str, model: ModelConfig) -> None:
     """Check that a model is there, and that the template of one that converses can be used."""
-    require_pretrained(model.path, f"{key}.path")
-    if model.tokenizer is not None:
-        require_pretrained(model.tokenizer, f"{key}.tokenizer")
-    if isinstance(model, PolicyConfig) and model.reference is not None:
-        require_pretrained(model.reference, f"{key}.reference")
+    for name, path in model_paths(key, model):
+        require_pretrained(path, name)
     if key in ("policy", "target", "prompter", "oracle"):
         ChatTemplate(load_tokenizer(model), model.chat_template)
-
-
-def _sections(config: Section, key: str = "") -> Iterator[tuple[str, Section]]:
-    """Yield all sections within one, with their dotted keys."""
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        for index, each in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(each, Section):
-                where = f"{key}{name}" + (f".{index}" if isinstance(value, list) else "")
-                yield where, each
-                yield from _sections(each, f"{where}.")
 
 
 def _required_fields(config: Section) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ class RLTrainer:
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
         self.measure = StepMetrics(ranks)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
-        self._writes_files = ranks.is_rank_zero
+        self._ranks, self._writes_files = ranks, ranks.is_rank_zero
 
     @property
     def updates(self) -> int:
@@ -230,10 +230,12 @@ class RLTrainer:
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write weights and optimizers; returns the rest of the state."""
+        fingerprints = self.inputs.fingerprints()  # a collective, so before anything can fail on one rank
         for name, backend in self._backends.items():
-            backend.save(directory, name)
+            with self._ranks.raise_together():  # the next one's writing is a collective, too
+                backend.save(directory, name)
         return {
-            **self.inputs.fingerprints(),
+            **fingerprints,
             "kl": self.kl.state_dict(),
             "baseline": self.advantage.state_dict(),
             "expected_length": self.assign.expected_length,

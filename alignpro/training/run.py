@@ -225,10 +225,11 @@ class Run:
         """Write a checkpoint: each rank writes its part into a directory that rank 0 creates and renames into place."""
 
         def write_part(directory: Path) -> None:
-            state = {"step": step, "ranks": self._ranks_launched, "task": trainer.save(directory)}
-            if self.ranks.is_rank_zero:
-                (directory / "state.json").write_text(json.dumps(state, indent=1))
-            save_torch(get_rng_state() if rng_state is None else rng_state, directory / self._rng_file)
+            with self.checkpoints.write_errors(step):  # on the rank that it happens to, which reports it
+                state = {"step": step, "ranks": self._ranks_launched, "task": trainer.save(directory)}
+                if self.ranks.is_rank_zero:
+                    (directory / "state.json").write_text(json.dumps(state, indent=1))
+                save_torch(get_rng_state() if rng_state is None else rng_state, directory / self._rng_file)
 
         with self.ranks.raise_together():
             if log:

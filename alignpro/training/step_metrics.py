@@ -44,10 +44,14 @@ class StepMetrics:
             stats: The engine's counters of the step.
             kl_coef: λ.
         """
-        merged = EngineStats.merged(self._ranks.all_gather_object(stats))
-        metrics = self._samples(experience, scores) | self._logprob_difference(experience, chains) | merged.metrics()
+        rows = _sample_rows(experience, scores) | _logprob_difference(experience, chains)
         if experience.weights is not None:
-            metrics["kl_coef_normalized"] = kl_coef * self._ranks.all_gather(experience.weights).mean().item()
+            rows["weights"] = experience.weights
+        rows = self._ranks.all_gather(rows)
+        merged = EngineStats.merged(self._ranks.all_gather_object(stats))
+        metrics = _sample_means(rows) | self._mean(scores.metrics, len(scores.values)) | merged.metrics()
+        if experience.weights is not None:
+            metrics["kl_coef_normalized"] = kl_coef * rows["weights"].mean().item()
         return metrics
 
     def score_logratio_moments(self, experience: Experience, group: int) -> tuple[float, float]:
@@ -60,12 +64,12 @@ class StepMetrics:
         scores, logratio = experience.scores.view(-1, group), experience.values.logratio.sum(1).view(-1, group)
         centred = logratio - logratio.mean(1, keepdim=True)
         covariance = ((scores - scores.mean(1, keepdim=True)) * centred).sum(1)  # (P,)
-        all_gather = self._ranks.all_gather
-        return all_gather(covariance).sum().item(), all_gather(centred.square().sum(1)).sum().item()
+        moments = self._ranks.all_gather({"covariance": covariance, "variance": centred.square().sum(1)})
+        return moments["covariance"].sum().item(), moments["variance"].sum().item()
 
     def mean_return(self, experience: Experience) -> float:
         """Return the mean of G_0, the return of whole sequences."""
-        return self._ranks.all_gather(experience.returns[:, 0]).mean().item()
+        return self._ranks.all_gather({"returns": experience.returns[:, 0]})["returns"].mean().item()
 
     def evaluation(self, values: Tensor, kl: float, count: int) -> Metrics:
         """Compute the metrics of an evaluation.
@@ -75,7 +79,7 @@ class StepMetrics:
             kl: Sum of the sequence KL of its samples, in nats.
             count: Number of prompts of all ranks.
         """
-        reward = self._ranks.all_gather(values).mean().item()
+        reward = self._ranks.all_gather({"reward": values})["reward"].mean().item()
         return {"eval/reward": reward, "eval/kl": self._ranks.sum(kl) / count}
 
     def write_sample(self, path: Path, step: int, prompts: Sequence[Prompt], scores: Scores) -> None:
@@ -84,28 +88,6 @@ class StepMetrics:
             value = scores.values[0][0].item()
             append_row(path, {"step": step + 1, "prompt": prompts[0].text, **scores.texts(0, 0), "value": value})
 
-    def _samples(self, experience: Experience, scores: Scores) -> Metrics:
-        """Compute rewards, KL to the reference, entropy and length of the samples.
-
-        Returns:
-            ``kl`` and ``kl_sampled`` are in nats per sample, ``entropy`` in nats per token, ``sample/length`` in tokens.
-        """
-        values, all_gather = experience.values, self._ranks.all_gather
-        lengths = all_gather(experience.batch.mask.sum(1))  # (B,) over all ranks, like the tensors below
-        kl, entropy = all_gather(values.kl.sum(1)), all_gather(values.entropy.sum(1))
-        sampled_kl = all_gather(values.logratio.sum(1))
-        rewards = all_gather(scores.values)
-        rows, tokens = len(lengths), lengths.sum()
-        return {
-            "reward/mean": rewards.mean().item(),
-            "reward/std": rewards.std().item() if rewards.numel() > 1 else 0.0,
-            "kl": (kl.sum() / rows).item(),
-            "kl_sampled": (sampled_kl.sum() / rows).item(),
-            "entropy": (entropy.sum() / tokens).item(),
-            "sample/length": (tokens / rows).item(),
-            **self._mean(scores.metrics, len(scores.values)),
-        }
-
     def _mean(self, metrics: Mapping[str, float], count: int) -> Metrics:
         """Average metrics over the samples of all ranks; a component's over the samples from which it did not abstain."""
         share = {name: metrics.get(name + ABSTAINED, 0.0) for name in metrics}
@@ -113,25 +95,48 @@ class StepMetrics:
         scored = {name: 1 - sums.get(name + ABSTAINED, 0.0) for name in sums}
         return {name: value / scored[name] for name, value in sums.items() if scored[name] > 0}
 
-    def _logprob_difference(self, experience: Experience, chains: Sequence[Sequence[Chain]]) -> Metrics:
-        """How much the engine's log-probabilities of the sampled tokens differ from the trainer's.
 
-        Both are computed with the same weights, so any difference beyond rounding is a bug: the gradient would be computed
-        on samples of another policy.
+def _sample_rows(experience: Experience, scores: Scores) -> dict[str, Tensor]:
+    """Rewards, KL to the reference and entropy in nats, and length in tokens, of each sample: (B,); rewards (P, K)."""
+    values = experience.values
+    return {
+        "length": experience.batch.mask.sum(1),
+        "kl": values.kl.sum(1),
+        "entropy": values.entropy.sum(1),
+        "sampled_kl": values.logratio.sum(1),
+        "reward": scores.values,
+    }
 
-        Returns:
-            The mean absolute difference per token, and the maximum.
-        """
-        sampled = torch.tensor([x for group in chains for chain in group for x in chain.sample.logprobs])
-        mask, logprob = (
-            experience.batch.mask.cpu(),
-            experience.values.logprob.cpu(),
-        )  # (B, T), in the order of the chains
-        difference = torch.zeros_like(logprob)
-        difference[mask] = (logprob[mask] - sampled.to(logprob)).abs()
-        all_gather = self._ranks.all_gather
-        totals, largest = all_gather(difference.sum(1)), all_gather(difference.amax(1))
-        return {
-            "sample/logprob_difference": (totals.sum() / all_gather(mask.sum(1)).sum()).item(),
-            "sample/logprob_difference_max": largest.max().item(),
-        }
+
+def _logprob_difference(experience: Experience, chains: Sequence[Sequence[Chain]]) -> dict[str, Tensor]:
+    """How much the engine's log-probabilities of each sample's tokens differ from the trainer's: sum and maximum, (B,).
+
+    Both are computed with the same weights, so any difference beyond rounding is a bug: the gradient would be computed
+    on samples of another policy.
+    """
+    sampled = torch.tensor([x for group in chains for chain in group for x in chain.sample.logprobs])
+    # (B, T), in the order of the chains
+    mask, logprob = experience.batch.mask.cpu(), experience.values.logprob.cpu()
+    difference = torch.zeros_like(logprob)
+    difference[mask] = (logprob[mask] - sampled.to(logprob)).abs()
+    return {"difference": difference.sum(1), "largest_difference": difference.amax(1)}
+
+
+def _sample_means(rows: Mapping[str, Tensor]) -> Metrics:
+    """Average the rows of all ranks.
+
+    Returns:
+        ``kl`` and ``kl_sampled`` are in nats per sample, ``entropy`` in nats per token, ``sample/length`` in tokens;
+        ``sample/logprob_difference`` is a mean per token.
+    """
+    count, tokens, rewards = len(rows["length"]), rows["length"].sum(), rows["reward"]
+    return {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std().item() if rewards.numel() > 1 else 0.0,
+        "kl": (rows["kl"].sum() / count).item(),
+        "kl_sampled": (rows["sampled_kl"].sum() / count).item(),
+        "entropy": (rows["entropy"].sum() / tokens).item(),
+        "sample/length": (tokens / count).item(),
+        "sample/logprob_difference": (rows["difference"].sum() / tokens.cpu()).item(),
+        "sample/logprob_difference_max": rows["largest_difference"].max().item(),
+    }

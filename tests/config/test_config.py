@@ -53,6 +53,12 @@ def written(path: Path, content: Any) -> str:
     return str(path)
 
 
+BASE = """run: {out: r, steps: 1}
+data: {source: x}
+reward: {components: [{kind: function, function: "a:b"}]}
+"""
+
+
 def problem(*arguments: str, kind: type = TrainConfig) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(kind, arguments)
@@ -177,6 +183,28 @@ def test_a_file_in_another_encoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("argument", ["run.steps", "=3", "train", "run.steps=[1", 'run.out="x', "run.out=${"])
 def test_an_argument_that_is_not_an_override(train_yaml: str, argument: str) -> None:
     assert repr(argument) in problem(train_yaml, argument)
+
+
+FILES = {
+    "sft": "run: {out: r, steps: 1}\ndata: {source: x}\npolicy: {path: m}\nbatch_size: 4",
+    "reward": "run: {out: r, steps: 1}\ndata: {source: x}\nmodel: {path: m}",
+    "rlhf": f"{BASE}policy: {{path: m}}\nmax_prompt_tokens: 9",
+    "eval": f"{BASE}target: {{path: m}}\nout: e".replace("run: {out: r, steps: 1}\n", ""),
+}
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_the_file_of_another_command_is_named_as_such(tmp_path: Path, command: str) -> None:
+    message = problem(written(tmp_path / "other.yaml", FILES[command]), "optimizer.learnin_rate=1")
+    if command == "eval":  # which has no section `optimizer`
+        message = problem(str(tmp_path / "other.yaml"))
+    assert f"its sections fit `alignpro {command}`, not `alignpro train`, which has no " in message
+    assert "unknown key" not in message and len(message.splitlines()) == 1
+
+
+def test_a_file_that_lacks_sections_is_said_to_fit_the_command_that_needs_none(tmp_path: Path) -> None:
+    message = problem(written(tmp_path / "short.yaml", f"{BASE}policy: {{path: m}}"))
+    assert "target: missing" in message and "(as it is, it fits `alignpro rlhf`)" in message
 
 
 # ------------------------------------------------------------------------------------------------------ invalid values

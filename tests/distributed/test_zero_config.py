@@ -45,6 +45,7 @@ def test_a_named_configuration_is_completed_from_the_runs_own(name: str) -> None
         ({"zero_optimization": {"stage": 7}}, "stage is 7"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
         ({"optimizer": {"type": "Adam"}}, "optimizer is decided by the run"),
+        ({"datastates_ckpt": {"enabled": True}}, "datastates_ckpt is decided by the run"),
     ],
 )
 def test_a_contradiction_is_an_error(tmp_path: Path, given: dict[str, Any], said: str) -> None:

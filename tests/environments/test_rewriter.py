@@ -104,8 +104,9 @@ def test_no_texts_give_no_rewrites(model_directory: Directory, tmp_path: Path) -
 
 def test_a_prompt_that_does_not_fit_is_named(model_directory: Directory, tmp_path: Path) -> None:
     finished_run(tmp_path, model_directory)
-    with pytest.raises(ModelError, match=r"prompt 'long long .*do not fit in the context of 128 tokens"):
+    with pytest.raises(ModelError, match=r"prompt 'long long .*do not fit in the context of 128 tokens") as caught:
         Rewriter.load(tmp_path).rewrite([TEXTS[0], "long " * 50])
+    assert str(caught.value).endswith(": shorten the prompt")  # not: keys that the command does not have
 
 
 def test_a_failed_rewrite_is_an_error_and_not_an_empty_text(model_directory: Directory, tmp_path: Path) -> None:

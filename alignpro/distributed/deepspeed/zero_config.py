@@ -25,6 +25,7 @@ _RUN_SECTIONS = (
     "scheduler",
     "activation_checkpointing",
     "checkpoint",
+    "datastates_ckpt",
     "data_types",
     "managed_gradient_accumulation",
 )

@@ -1,0 +1,46 @@
+"""Whether the files that a configuration names are there: checks that need neither torch nor the network, and so come first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alignpro.config import DataConfig, ModelConfig, PolicyConfig, Section
+from alignpro.data.loading import check_files
+from alignpro.prompting.pretrained import require_pretrained
+
+
+def check_input_files(config: Section) -> None:
+    """Check that the directories of models and the files of data are there.
+
+    A name on the hub is looked for in its cache alone, and only where the hub is not to be asked.
+
+    Raises:
+        ModelError: A model is not there.
+        DataError: A file of data is not there.
+    """
+    for key, section in sections(config):
+        if isinstance(section, ModelConfig):
+            for name, path in model_paths(key, section):
+                require_pretrained(path, name, ask_hub=False)
+    if isinstance(data := getattr(config, "data", None), DataConfig):
+        check_files(data)
+
+
+def model_paths(key: str, model: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Yield the dotted key and the value of everything in a model's section that names a model or a tokenizer."""
+    yield f"{key}.path", model.path
+    if model.tokenizer is not None:
+        yield f"{key}.tokenizer", model.tokenizer
+    if isinstance(model, PolicyConfig) and model.reference is not None:
+        yield f"{key}.reference", model.reference
+
+
+def sections(config: Section, key: str = "") -> Iterator[tuple[str, Section]]:
+    """Yield all sections within one, with their dotted keys."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        for index, each in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(each, Section):
+                where = f"{key}{name}" + (f".{index}" if isinstance(value, list) else "")
+                yield where, each
+                yield from sections(each, f"{where}.")
