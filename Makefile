@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu gpu lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-coverage bench-demo clean
+.PHONY: help setup demo test test-all test-gpu test-oldest gpu lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-coverage bench-demo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -30,7 +30,7 @@ help: ## show this list
 
 setup: $(STAMP) ## create the virtual environment, with pinned packages (CPU) or the GPU build of torch
 
-$(STAMP): requirements/install.sh requirements/cpu.txt requirements/gpu.txt requirements/dev.txt pyproject.toml
+$(STAMP): requirements/install.sh requirements/cpu.txt requirements/gpu.txt requirements/dev.txt requirements/oldest.txt pyproject.toml
 	PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' sh requirements/install.sh '$(VENV)' '$(DEVICE)'
 	@touch $@
 
@@ -46,6 +46,9 @@ test-all: $(STAMP) ## run all tests
 
 test-gpu: $(STAMP) ## run the tests that need a GPU, in one process
 	$(BIN)/python -m pytest -m gpu
+
+test-oldest: ## run the tests on a CPU with the oldest supported torch, Triton and transformers, in .venv-oldest
+	$(MAKE) --no-print-directory test VENV=.venv-oldest DEVICE=oldest
 
 gpu: $(STAMP) ## run doctor, the GPU tests and the GPU benchmarks, with results in OUT; ARGS: which parts
 	OUT='$(or $(OUT),runs/gpu)' PYTHON='$(BIN)/python' .ci/gpu $(ARGS)

@@ -1,7 +1,9 @@
 #!/bin/sh
 # Sets up a virtual environment with Align-Pro and its tools. `make setup` calls it:
 #
-#     requirements/install.sh VENV DEVICE        DEVICE is cpu, cuda or rocm
+#     requirements/install.sh VENV DEVICE        DEVICE is cpu, cuda, rocm or oldest
+#
+# "oldest" is a CPU with the oldest supported versions of torch, Triton and transformers, for the tests.
 #
 # PYTHON names the interpreter, TORCH_INDEX another package index for torch. To run it again is safe at any time: what is
 # installed stays. Only where a run was killed in the middle of an installation, or was for another device, the
@@ -25,6 +27,25 @@ pip_install() {
     "$venv/bin/python" -m pip --disable-pip-version-check --no-input install "$@"
 }
 
+pins_of_oldest() {
+    # The pins of oldest.txt, and those of cpu.txt for all other packages.
+    awk -F '==' 'NR == FNR { if (NF > 1) old[$1] } NR == FNR || !($1 in old)' \
+        "$requirements/oldest.txt" "$requirements/cpu.txt"
+}
+
+install_oldest_torch() {
+    # Of this version PyPI has the CUDA build alone, which does not load without its libraries.
+    pip_install --no-deps --index-url "${TORCH_INDEX:-$torch_cpu_index}" -r "$venv/torch.txt" && return
+    echo "set-up: there is no CPU build of this torch; taking the one of the configured package sources, with its CUDA"
+    pip_install -r "$venv/torch.txt" -c "$venv/pins.txt"
+}
+
+install_oldest() {
+    pins_of_oldest >"$venv/pins.txt"
+    grep '^torch==' "$venv/pins.txt" >"$venv/torch.txt"
+    install_oldest_torch && pip_install -r "$venv/pins.txt" -r "$requirements/dev.txt"
+}
+
 install_torch_for_cpu() {
     # The version stands in cpu.txt alone. Its dependencies come from there too, not from PyTorch's index.
     grep '^torch==' "$requirements/cpu.txt" >"$venv/torch.txt"
@@ -46,13 +67,15 @@ install_torch_for_gpu() {
 install_all() {
     case $device in
         cpu) install_torch_for_cpu && pip_install -r "$requirements/cpu.txt" -r "$requirements/dev.txt" ;;
+        oldest) install_oldest ;;
         *) install_torch_for_gpu && pip_install -r "$requirements/gpu.txt" -r "$requirements/dev.txt" ;;
     esac && pip_install --no-deps --no-build-isolation -e "$requirements/.."
 }
 
 case $device in
-    cpu | cuda | rocm) ;;
-    *) fail "unknown device '$device': take DEVICE=cpu, cuda or rocm" ;;
+    cpu | oldest) on_cpu=yes ;;
+    cuda | rocm) on_cpu=no ;;
+    *) fail "unknown device '$device': take DEVICE=cpu, cuda, rocm or oldest" ;;
 esac
 command -v "$python" >/dev/null ||
     fail "no Python by the name '$python'; give one of 3.11 or newer: make PYTHON=/path/to/python3.12"
@@ -84,7 +107,7 @@ printf '%s\n' "$device" >"$venv/.device"
 rm -f "$venv/.installing"
 
 # The configured sources may hold a CPU build that satisfies gpu.txt as well.
-[ "$device" = cpu ] || "$venv/bin/python" -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))' ||
+[ "$on_cpu" = yes ] || "$venv/bin/python" -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))' ||
     fail "torch came as a CPU build; name an index with one for $device (make TORCH_INDEX=https://…), or take DEVICE=cpu"
 
 # The libraries go to the user's cache, which outlives the environment. On a GPU machine too: some work stays on the CPU.
@@ -95,7 +118,7 @@ echo "set-up: building the kernels in csrc/, once"
 } >&2
 
 # DeepSpeed compiles this when several ranks first start on a CPU; better a minute here than in a job.
-[ "$device" != cpu ] || DS_ACCELERATOR=cpu "$venv/bin/python" -m alignpro.distributed.deepspeed.compilation || {
+[ "$on_cpu" = no ] || DS_ACCELERATOR=cpu "$venv/bin/python" -m alignpro.distributed.deepspeed.compilation || {
     echo "set-up: DeepSpeed's part for several processes on a CPU could not be built, see the message above."
     echo "set-up: one process trains without it. To try again: $venv/bin/python -m alignpro.distributed.deepspeed.compilation"
 } >&2

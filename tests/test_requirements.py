@@ -45,5 +45,18 @@ def test_the_gpu_requirements_equal_those_of_the_package() -> None:
     assert ranges == {key(each): str(each.specifier) for each in NEEDED if each.name != "triton"}
 
 
+def test_the_oldest_versions_are_the_lower_ends_of_the_ranges() -> None:
+    pins = listed("oldest.txt")
+    for pin in pins.values():
+        assert [each.operator for each in pin.specifier] == ["=="], pin
+    for name in ("torch", "triton", "transformers"):
+        (needed,) = (each for each in NEEDED if each.name == name)
+        pinned = next(iter(pins[name].specifier)).version
+        assert str(needed.specifier) == f">={pinned.removesuffix('.0')}"
+    newest = {name: each.name for name, each in listed("cpu.txt").items()}
+    for name, pin in pins.items():
+        assert newest.get(name, pin.name) == pin.name  # install.sh compares names as they are spelled
+
+
 def test_no_package_is_pinned_twice() -> None:
     assert not listed("cpu.txt").keys() & listed("dev.txt").keys()

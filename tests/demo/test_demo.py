@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from alignpro.demo import run
 from alignpro.demo.run import WEIGHTS, run_demo
 from alignpro.errors import TrainingError
 
@@ -12,8 +13,11 @@ ARMS = ("no_finetuning", "sft_prompter", "align_pro", "oracle", "gibbs")
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
+    """A demo of two steps, evaluated on a fifth of its prompts: sampling its arms takes most of its time."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, run_demo(out, seed=1, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "HELDOUT_PROMPTS", run.HELDOUT_PROMPTS // 5)
+        return out, run_demo(out, seed=1, steps=2)
 
 
 def test_summary_has_all_fields(short):

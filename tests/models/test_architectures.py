@@ -98,8 +98,12 @@ def build(name: str) -> PreTrainedModel:
     known = {field for each in config_class.__mro__ for field in getattr(each, "__annotations__", {})}
     known |= {*inspect.signature(config_class.__init__).parameters, *getattr(config_class, "attribute_map", {})}
     config = config_class(**{key: value for key, value in TINY.items() if key in known})
+    # Older versions of transformers take SDPA for Gemma 2 by default, which ignores its soft cap, so that it is refused.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, **({"attn_implementation": "eager"} if capped else {})
+    )
     return model.eval()
 
 

@@ -43,12 +43,16 @@ def make_training(
 
 
 def expected_gradient(world: World, training: RLTrainer) -> list[Tensor]:
-    """Return the expected gradient of the loss, over every group of K samples for each of the two prompts."""
+    """Return the expected gradient of the loss, over every group of K samples for each of the two prompts.
+
+    The order of a group's samples does not matter, so that each group stands for those in another order too.
+    """
     size = training.sampling.n
-    groups = list(itertools.product(range(len(world.chains)), repeat=size))
+    groups = list(itertools.combinations_with_replacement(range(len(world.chains)), size))
     experience = credit(world, training, groups)
     logprob = world.sequence_logprobs().detach()
-    probability = torch.stack([logprob[:, list(group)].sum(1) for group in groups], dim=1).exp()  # (P, groups)
+    orders = torch.tensor([len(set(itertools.permutations(group))) for group in groups])
+    probability = torch.stack([logprob[:, list(group)].sum(1) for group in groups], dim=1).exp() * orders  # (P, groups)
     expected = [torch.zeros_like(weight) for weight in training.policy.trainable.values()]
     for first, second, weight in couple(*probability):
         gradient = gradient_of(training, experience, [first, len(groups) + second])
@@ -116,6 +120,14 @@ def test_the_gibbs_gradient_is_minus_lambda_times_that_of_the_objective() -> Non
     world = World()
     expected = expected_gradient(world, make_training(world, "exact", "leave_one_out", loss="gibbs"))
     assert distance(expected, objective_gradient(world), factor=-LAMBDA) < 1e-10
+
+
+@pytest.mark.parametrize("loss", ["policy_gradient", "gibbs"])
+def test_the_order_of_a_groups_samples_does_not_matter(loss: str) -> None:
+    world = World()
+    training = make_training(world, "exact", "leave_one_out", loss)
+    experience = credit(world, training, [(0, 9), (9, 0)])
+    assert distance(*(gradient_of(training, experience, groups) for groups in ([0, 2], [1, 3]))) < 1e-12
 
 
 @pytest.mark.parametrize("estimator", get_args(objectives.KLEstimator))

@@ -7,7 +7,6 @@ one product with a fixed order takes the place of `numpy.matmul`, and the tests 
 
 import sys
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # problems shared with other
 def product_in_order(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return (..., M, K) times (..., K, N) in ``dtype``; the terms are rounded, then added from the first to the last."""
     a, b = a.astype(dtype), b.astype(dtype)
-    return reduce(np.add, (a[..., k, None] * b[..., k, None, :] for k in range(a.shape[-1])))
+    terms = np.multiply(np.moveaxis(a, -1, 0)[..., None], np.moveaxis(b, -2, 0)[..., None, :], order="C")
+    return np.add.reduce(terms)  # along the outermost axis in memory, which NumPy adds one by one: (K, ..., M, N)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -26,7 +26,7 @@ def run(case: Case, gradients: HeadGradients, active: Tensor | None = None) -> H
     return gradients
 
 
-def check(case: Case, active: Tensor | None = None, *, frozen: bool = False, accumulate: bool = False) -> None:
+def check(case: Case, active: Tensor | None = None, *, frozen: bool = False, accumulate: bool = False) -> HeadGradients:
     gradients = run(case, empty_gradients(case, frozen=frozen, accumulate=accumulate), active)
     exact, usual = oracle(case)[1], plain(case)[1]
     for name, expected in exact.items():
@@ -36,6 +36,7 @@ def check(case: Case, active: Tensor | None = None, *, frozen: bool = False, acc
         if accumulate and name in ("weight", "bias", "lora_b"):
             got = got - 1.0
         assert_as_good(got, expected, usual[name], name)
+    return gradients
 
 
 def silenced(case: Case, active: Tensor) -> Case:
@@ -50,9 +51,18 @@ def test_gradients(dtype: torch.dtype, kind: int) -> None:
     check(make_case(dtype, scale=2.0, **HEADS[kind]))
 
 
-@pytest.mark.parametrize("ref", ["shared", "separate"])
-@pytest.mark.parametrize("coefficients", ["alpha", "eta", "kappa", "alpha kappa", "eta kappa"])
-def test_each_coefficient(ref: str, coefficients: str) -> None:
+@pytest.mark.parametrize(
+    ("coefficients", "ref"),
+    [
+        ("alpha", "shared"),
+        ("eta", "separate"),
+        ("kappa", "shared"),
+        ("kappa", "separate"),
+        ("alpha kappa", "separate"),
+        ("eta kappa", "shared"),
+    ],
+)
+def test_each_coefficient(coefficients: str, ref: str) -> None:
     check(make_case(torch.bfloat16, ref=ref, coefficients=coefficients, bias=True, scale=2.0))
 
 
@@ -63,9 +73,8 @@ def test_each_coefficient(ref: str, coefficients: str) -> None:
 def test_active_rows(active: list[int], kind: int) -> None:
     index = torch.tensor(active)
     case = silenced(make_case(torch.float32, **HEADS[kind]), index)
-    check(case, index)
+    gradients = check(case, index)
     quiet = torch.ones(len(case.rows.hidden), dtype=torch.bool).index_fill_(0, index, False)
-    gradients = run(case, empty_gradients(case), index)
     assert gradients.hidden is not None
     assert (gradients.hidden[quiet] == 0).all()
 
