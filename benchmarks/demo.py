@@ -42,10 +42,17 @@ def run(
         if not summary.exists():
             demo = [sys.executable, "-m", "alignpro", "demo", "--out", str(summary.parent), "--seed", str(seed)]
             subprocess.run(demo, check=True)
-        document["runs"].append({"seed": seed} | json.loads(summary.read_text()))
+        clipped = {arm: _clipped_share(summary.parent / arm / "metrics.jsonl") for arm in ("align_pro", "oracle")}
+        document["runs"].append({"seed": seed, "gradient_clipped": clipped} | json.loads(summary.read_text()))
         session.save(document)
     typer.echo("\n".join([*HEADER, *rows(document["runs"])]))
     typer.echo(f"seconds: {', '.join(format(each['seconds'], '.0f') for each in document['runs'])}  {session.file}")
+
+
+def _clipped_share(metrics: Path) -> float:
+    """The share of a run's steps whose gradient was longer than ``max_grad_norm``."""
+    steps = [json.loads(line)["gradient_clipped"] for line in metrics.read_text().splitlines()]
+    return sum(steps) / len(steps)
 
 
 def rows(runs: Sequence[Mapping[str, Any]]) -> list[str]:
