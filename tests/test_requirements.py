@@ -47,3 +47,12 @@ def test_the_gpu_requirements_equal_those_of_the_package() -> None:
 
 def test_no_package_is_pinned_twice() -> None:
     assert not listed("cpu.txt").keys() & listed("dev.txt").keys()
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_the_package() -> None:
+    """Their interpreter of Triton needs an older NumPy than the one that the newest versions are tested with."""
+    oldest, bounds = listed("oldest.txt"), {key(each): each for each in NEEDED}
+    for name in ("torch", "triton", "transformers"):
+        (lower,) = bounds[name].specifier
+        assert str(oldest[name].specifier) == f"=={lower.version}.*"
+    assert str(oldest["numpy"].specifier) == "<2.4"

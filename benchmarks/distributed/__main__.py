@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.errors import ConfigError
 from alignpro.models.loading import DTYPES
-from alignpro.planning.memory import estimate_memory
+from alignpro.planning.memory import ONE_PROCESS, estimate_memory
 from benchmarks import command
 from benchmarks.device import dtype_name, empty_cache
 from benchmarks.distributed.buckets import write_scaled
@@ -124,7 +124,8 @@ def run(
 def _pool(task: Task, device: torch.device, settings: list[str], setups: Sequence[str], ranks: int) -> Pool:
     """Return the KV pool that fits beside everything else that the plan has at its higher peak, of the largest set-up."""
     config = configure(task, device, [*settings, "rollout.engine.pool_bytes=1"])
-    peak = max(estimate_memory(config, setup, ranks).peak for setup in setups if setup != ALONE)
+    planned = (ONE_PROCESS if setup == ALONE else setup for setup in setups)
+    peak = max(estimate_memory(config, setup, ranks).peak for setup in planned)
     empty_cache(device)
     free, total = torch.accelerator.get_memory_info(device)
     itemsize = DTYPES[config.target_model.dtype].itemsize

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from alignpro.engine import Engine, SamplingParams
@@ -120,13 +119,13 @@ class _Ticks:
             for _ in range(PROFILED):
                 self.engine.step()
             synchronize(self._device)
-        calls: Counter[str] = Counter()
-        spent: Counter[str] = Counter()
+        calls: defaultdict[str, float] = defaultdict(float)
+        spent: defaultdict[str, float] = defaultdict(float)
         for event in made.key_averages():
             microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             # On a GPU the operators that launched a kernel are listed too, with its time; only kernels count.
-            if microseconds > 0 and on_gpu == (event.device_type == torch.autograd.DeviceType.CUDA):
-                calls[event.key] += event.count / PROFILED  # type: ignore[assignment]
+            if microseconds > 0 and on_gpu == (event.device_type.name == "CUDA"):
+                calls[event.key] += event.count / PROFILED
                 spent[event.key] += microseconds / 1e6 / PROFILED
         return {name: (calls[name], spent[name]) for name in calls}, made
 

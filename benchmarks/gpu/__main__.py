@@ -1,6 +1,6 @@
 """Run what needs a GPU: smoke checks, the tests marked gpu, and benchmarks; each part alone, with a time limit.
 
-    python -m benchmarks.gpu [PART…] [--only PART]… [--device cuda|cpu] [--tiny] [--out DIR] [--results DIR]
+    python -m benchmarks.gpu [PART…] [--only PART]… [--device cuda|cpu] [--tiny] [--out DIR] [--results DIR] [--logs DIR]
 
 Parts are smoke, tests, kernels, engine and training, by default all. A part that fails, hangs or crashes does not stop
 the later ones. Results go to benchmarks/results/<device>/; DIR gets one archive of them and of all logs, and a summary. Both are
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = Place(options.device, options.tiny, options.results or _results(options.device, options.tiny))
     for number in (signal.SIGTERM, signal.SIGHUP):  # ends the part, keeps what there is
         signal.signal(number, lambda *_: sys.exit(143))
-    keeper = Run(place, options.out.resolve(), options.parts)
+    keeper = Run(place, options.out.resolve(), options.logs.resolve(), options.parts)
     try:
         for part in keeper.parts:
             for command in PARTS[part](place):
@@ -52,12 +52,12 @@ class Run:
     Args:
         place: Where it takes place.
         out: The folder of archive and summary.
+        logs: The folder of the logs, which is emptied.
         parts: The parts to run.
     """
 
-    def __init__(self, place: Place, out: Path, parts: list[str]) -> None:
-        self._place, self._out, self.parts = place, out, parts
-        self._logs = ROOT / "build" / "gpu-logs" if out.is_relative_to(ROOT) else out.with_name(out.name + "-logs")
+    def __init__(self, place: Place, out: Path, logs: Path, parts: list[str]) -> None:
+        self._place, self._out, self._logs, self.parts = place, out, logs, parts
         shutil.rmtree(self._logs, ignore_errors=True)
         for folder in (out, self._logs, place.results):
             folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +116,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a trial with tiny shapes, whose figures mean nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="archive and summary (default: runs/gpu)")
     parser.add_argument("--results", type=Path, help="results (default: benchmarks/results/DEVICE)")
+    parser.add_argument("--logs", type=Path, default=ROOT / "build" / "gpu-logs", help="logs (default: build/gpu-logs)")
     options = parser.parse_args(arguments)
     chosen = [*options.parts, *options.only]
     for part in chosen:

@@ -338,7 +338,7 @@ def huggingface(device: torch.device) -> str:
 CHECKS: Sequence[Check] = (
     Check("packages", packages),
     Check("card", card),
-    Check("imports", imports),
+    Check("imports", imports, 60),
     Check("pages", pages, 60),
     Check("head: log-probability", head("logprob"), 60),
     Check("head: policy loss", head("policy"), 60),

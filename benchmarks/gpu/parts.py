@@ -12,6 +12,8 @@ from benchmarks.hardware import ROOT
 
 HEADS = ("2048x128256", "qwen2.5-1.5b", "llama-3.1-8b")
 """D × V of the heads that the kernels are measured at: of Llama-3.2-1B, Qwen2.5-1.5B and Llama-3.1-8B."""
+PATIENCE = 3
+"""By how much a trial may take longer: Triton's interpreter is slow, and a CPU is shared."""
 KERNEL_ENTRANTS = ("ours-triton", "naive", "liger*")
 
 
@@ -43,9 +45,9 @@ class Place:
 
 def smoke(place: Place) -> list[Command]:
     """Return the independent checks; see `smoke`."""
-    seconds = 240 if place.tiny else 74  # an interpreter is slow
+    seconds = 74 * (PATIENCE if place.tiny else 1)
     options = ["--seconds", str(seconds), "--json", place.file("smoke")]
-    return [_module("smoke", "benchmarks.gpu.smoke", seconds + 6, place, *options)]
+    return [_module("smoke", "benchmarks.gpu.smoke", 80, place, *options)]
 
 
 def tests(place: Place) -> list[Command]:
@@ -67,7 +69,7 @@ def kernels(place: Place) -> list[Command]:
     options += [word for name in KERNEL_ENTRANTS for word in ("--entrants", name)]
     if place.tiny:
         options = ["--quick", "--entrants", "ours-torch", "--entrants", "naive", "--cases", "policy"]
-    return [_module("kernels", "benchmarks.kernels", 150, place, *options, "--out", str(place.results))]
+    return [_module("kernels", "benchmarks.kernels", 120, place, *options, "--out", str(place.results))]
 
 
 def engine(place: Place) -> list[Command]:
@@ -75,8 +77,8 @@ def engine(place: Place) -> list[Command]:
     quick = ["--quick"] if place.tiny else []
     options = ["--workload", "gpu", "--rounds", "1", "--entrants", "ours", "--entrants", "hf-generate", *quick]
     return [
-        _module("tick", "benchmarks.engine.tick", 90, place, *quick, "--json", place.file("tick")),
-        _module("engine", "benchmarks.engine", 150, place, *options, "--json", place.file("engine")),
+        _module("tick", "benchmarks.engine.tick", 60, place, *quick, "--json", place.file("tick")),
+        _module("engine", "benchmarks.engine", 120, place, *options, "--json", place.file("engine")),
     ]
 
 
@@ -84,7 +86,7 @@ def training(place: Place) -> list[Command]:
     """Return a training step under ZeRO-3 by phase, with its peak memory beside the plan."""
     options = ["--workload", "gpu", "--setup", "z3", "--steps", "2", "--warmup", "1", "--ranks", "1"]
     options += ["--dtype", "bfloat16", *(["--quick"] if place.tiny else [])]
-    return [_module("training", "benchmarks.distributed", 240, place, *options, "--json", place.file("distributed"))]
+    return [_module("training", "benchmarks.distributed", 180, place, *options, "--json", place.file("distributed"))]
 
 
 PARTS: dict[str, Callable[[Place], list[Command]]] = {
@@ -118,4 +120,5 @@ def environment(place: Place) -> dict[str, str]:
 
 
 def _module(name: str, module: str, seconds: float, place: Place, *arguments: str) -> Command:
-    return Command(name, ["-m", module, "--device", place.device, *arguments], seconds)
+    patience = PATIENCE if place.tiny else 1
+    return Command(name, ["-m", module, "--device", place.device, *arguments], patience * seconds)

@@ -26,6 +26,9 @@ SECONDS = 74.0
 LANES = 4
 """Processes at most; each also compiles kernels."""
 
+WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
+"""The command that runs checks."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks; returns the exit status."""
@@ -51,10 +54,13 @@ class Smoke:
         file: The results file.
         names: The checks, in order.
         seconds: The time limit of all together.
+        worker: The command that runs checks, given the device, a file descriptor for events, and names.
     """
 
-    def __init__(self, device: str, file: Path, names: Sequence[str], seconds: float) -> None:
-        self._device, self._file, self._names = device, file, list(names)
+    def __init__(
+        self, device: str, file: Path, names: Sequence[str], seconds: float, worker: Sequence[str] = WORKER
+    ) -> None:
+        self._device, self._file, self._names, self._worker = device, file, list(names), worker
         self._ends = time.monotonic() + seconds
         self._lock = threading.Lock()
         self.results: dict[str, dict[str, Any]] = {}
@@ -80,7 +86,7 @@ class Smoke:
         """Run checks in one process until it ends, and return those that are left."""
         read, write = os.pipe()
         with tempfile.TemporaryFile() as output:
-            command = [sys.executable, "-m", "benchmarks.gpu.worker", self._device, str(write), *names]
+            command = [*self._worker, self._device, str(write), *names]
             worker = subprocess.Popen(command, pass_fds=[write], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
             os.close(write)
             timer = threading.Timer(max(0.0, self._ends - time.monotonic()), worker.kill)

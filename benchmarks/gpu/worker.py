@@ -18,17 +18,20 @@ from collections.abc import Sequence
 from benchmarks.gpu.checks import CHECKS, Check, NotHereError
 
 IMPORT_SECONDS = 40.0
+CPU_PATIENCE = 4
+"""By how much checks may take longer on a CPU, where kernels are interpreted."""
 
 
 def main(device: str, events: int, names: Sequence[str]) -> None:
     """Run the named checks."""
+    patience = CPU_PATIENCE if device == "cpu" else 1
     with os.fdopen(events, "w", buffering=1) as stream:
-        faulthandler.dump_traceback_later(IMPORT_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(patience * IMPORT_SECONDS, exit=True)
         import torch
 
         for check in (check for name in names for check in CHECKS if check.name == name):
             print(json.dumps({"begins": check.name}), file=stream)
-            faulthandler.dump_traceback_later(check.seconds, exit=True)
+            faulthandler.dump_traceback_later(patience * check.seconds, exit=True)
             result, error = attempt(check, torch.device(device))
             print(json.dumps(result), file=stream)
             # After an error of the device itself, every later call of this process fails too.
