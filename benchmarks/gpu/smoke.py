@@ -102,7 +102,8 @@ class Smoke:
                         left.remove(event["name"])
             code = worker.wait()
             timer.cancel()
-            if code and began in left:  # it crashed or hung in the middle of a check, or before the first
+            # It crashed or hung in the middle of a check, or before the first, or ended without having run any.
+            if began in left and (code or len(left) == len(names)):
                 output.seek(0)
                 text = output.read()[-4000:].decode(errors="replace")
                 late = "the time was up" if time.monotonic() >= self._ends else f"the process ended with status {code}"
