@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-oldest gpu lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-coverage bench-demo clean
+.PHONY: help setup demo test test-all test-gpu test-oldest gpu gpu-wheels lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-coverage bench-demo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -50,8 +50,11 @@ test-gpu: $(STAMP) ## run the tests that need a GPU, in one process
 test-oldest: ## run the tests on a CPU with the oldest supported torch, Triton and transformers, in .venv-oldest
 	$(MAKE) --no-print-directory test VENV=.venv-oldest DEVICE=oldest
 
-gpu: $(STAMP) ## run doctor, the GPU tests and the GPU benchmarks, with results in OUT; ARGS: which parts
+gpu: $(STAMP) ## run smoke checks, the GPU tests and the GPU benchmarks, with an archive in OUT; ARGS: which parts
 	OUT='$(or $(OUT),runs/gpu)' PYTHON='$(BIN)/python' .ci/gpu $(ARGS)
+
+gpu-wheels: $(STAMP) ## gather in .wheels what a GPU machine without a network lacks; ARGS: see requirements/gather_wheels.py
+	$(BIN)/python requirements/gather_wheels.py $(ARGS)
 
 lint: $(STAMP) ## check rules and format with ruff
 	$(BIN)/ruff check .

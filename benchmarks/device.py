@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import typer
 
+from benchmarks import hardware
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,7 +59,7 @@ def device_name(device: torch.device) -> str:
 
 def folder_name(device: torch.device) -> str:
     """Return the name of the folder of a device's results, such as ``cpu`` or ``nvidia-h200``."""
-    return "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return "cpu" if device.type == "cpu" else hardware.slug(device_name(device))
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import hardware
 from benchmarks.device import device_name, dtype_name
 
 PACKAGES = (
@@ -35,7 +36,8 @@ def describe(module: str, device: torch.device, dtype: torch.dtype) -> dict[str,
     return {
         "command": shlex.join(["python", "-m", module, *command_line()]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": {"type": device.type, "name": device_name(device)},
+        "commit": hardware.commit(),
+        "device": {"type": device.type, "name": device_name(device)} | _card(device),
         "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -43,6 +45,14 @@ def describe(module: str, device: torch.device, dtype: torch.dtype) -> dict[str,
         "cuda": torch.version.cuda,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
+
+
+def _card(device: torch.device) -> dict[str, Any]:
+    """Return the driver of a GPU and its memory in bytes."""
+    if device.type == "cpu":
+        return {}
+    known = hardware.gpu() or {}
+    return {"driver": known.get("driver"), "memory_bytes": torch.cuda.get_device_properties(device).total_memory}
 
 
 def command_line() -> list[str]:

@@ -9,6 +9,7 @@ Prints tables and writes JSON.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,22 +20,24 @@ from transformers.utils import logging as transformers_logging
 
 from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.errors import ConfigError
-from alignpro.planning.memory import estimate_memory
+from alignpro.models.loading import DTYPES
+from alignpro.planning.memory import ONE_PROCESS, estimate_memory
 from benchmarks import command
-from benchmarks.device import dtype_name
+from benchmarks.device import dtype_name, empty_cache
 from benchmarks.distributed.buckets import write_scaled
 from benchmarks.distributed.job import ALONE, Job
 from benchmarks.distributed.launch import LaunchError, launch
 from benchmarks.distributed.summary import peaks, ratios, times
 from benchmarks.distributed.table import print_results
 from benchmarks.models import num_parameters
+from benchmarks.pool import Pool, fit, needed_bytes
 from benchmarks.session import Session
 from benchmarks.training.ours import configure
-from benchmarks.training.task import make_task
+from benchmarks.training.task import Task, make_task
 from benchmarks.workload import PAPER, find_workload
 
-POOL_BYTES = {"cpu": 64 << 20, "cuda": 40 << 30}
-"""Size of the KV pool when memory is measured: fixed, so that the plan counts the actual pool and not an upper bound."""
+CPU_POOL_BYTES = 64 << 20
+"""Size of the KV pool when memory is measured: given, so that the plan counts the actual pool and not an upper bound."""
 GPU_SETTINGS = ("rollout.engine.max_batch=1024", "optimizer.micro_batch_size=32")
 
 app = command.new_app()
@@ -74,7 +77,7 @@ def run(
     name = dtype_name(session.dtype)
     settings = [f"policy.dtype={name}", f"target.dtype={name}", *(GPU_SETTINGS if on_gpu else ()), *(overrides or [])]
     # Lengths are exact here, so the plan uses them instead of the limits of a real job.
-    planned = [f"prompting.max_prompt_tokens={what.prompter_input}", f"rollout.engine.pool_bytes={POOL_BYTES[device]}"]
+    planned = [f"prompting.max_prompt_tokens={what.prompter_input}"]
     steps, warmup = (1, 1) if quick else (steps, warmup)
 
     transformers_logging.disable_progress_bar()
@@ -84,6 +87,12 @@ def run(
         root = Path(directory)
         task = make_task(what, root, steps=warmup + steps, seed=seed, dtype=session.dtype, device=session.device)
         try:
+            pool_bytes = CPU_POOL_BYTES
+            if on_gpu:
+                pool = _pool(task, session.device, [*planned, *settings], setups, ranks)
+                session.print(f"KV pool: {pool}")
+                document["pool"], pool_bytes = asdict(pool), pool.bytes
+            planned.append(f"rollout.engine.pool_bytes={pool_bytes}")
             if time:
                 given = [*planned, *settings] if on_gpu else settings
                 for group in [[each] for each in setups] if on_gpu else [setups]:
@@ -110,6 +119,17 @@ def run(
     session.save(document)
     print_results(session, document)
     session.finish()
+
+
+def _pool(task: Task, device: torch.device, settings: list[str], setups: Sequence[str], ranks: int) -> Pool:
+    """Return the KV pool that fits beside everything else that the plan has at its higher peak, of the largest set-up."""
+    config = configure(task, device, [*settings, "rollout.engine.pool_bytes=1"])
+    planned = (ONE_PROCESS if setup == ALONE else setup for setup in setups)
+    peak = max(estimate_memory(config, setup, ranks).peak for setup in planned)
+    empty_cache(device)
+    free, total = torch.accelerator.get_memory_info(device)
+    itemsize = DTYPES[config.target_model.dtype].itemsize
+    return fit(needed_bytes(task.workload, itemsize), free=free, total=total, resident=int(peak))
 
 
 def _memory(job: Job, found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import torch
+
 from alignpro.engine import Completion, Engine, EngineStats, SamplingParams, TokenPrompt
 from alignpro.models.language_model import LanguageModel
+from benchmarks.device import empty_cache
 from benchmarks.engine.cases import Case, Inputs, make_inputs
 from benchmarks.engine.entrant import Entrant, Generated, Setting, make_models
 from benchmarks.models import make_chat_template, make_tokenizer
+from benchmarks.pool import Pool, fit, needed_bytes
 
 NAME = "ours"
 DECODE_RUNS = 3
 
 
 def entrant() -> Entrant:
-    """Return the engine, with default settings except for the batch size."""
+    """Return the engine, with default settings except for the batch size, and on a GPU the size of the pool."""
     return Entrant(NAME, _OurRun)
 
 
@@ -30,7 +34,9 @@ class _OurRun:
             name: LanguageModel(model, tokenizer, name).requires_grad_(False)
             for name, model in make_models(case, setting).items()
         }
-        self._engine = Engine(models, max_batch=setting.max_batch)
+        self._pool = _pool(case, setting)
+        pool_bytes = None if self._pool is None else self._pool.bytes
+        self._engine = Engine(models, max_batch=setting.max_batch, pool_bytes=pool_bytes)
 
     def __call__(self, turn: int) -> Generated:
         self._begin()
@@ -75,6 +81,7 @@ class _OurRun:
             "ticks": stats.ticks,
             "most_pages": dict(stats.peak_pages),
             "preemptions": stats.preemptions,
+            "pool": None if self._pool is None else str(self._pool),
         } | _host(stats)
 
 
@@ -86,6 +93,15 @@ def decode_ticks(case: Case, setting: Setting) -> dict[str, float]:
     run = _OurRun(case, make_inputs(case, setting.seed), setting)
     ticks = [run.decode(turn) for turn in range(DECODE_RUNS)]
     return {name: statistics.median(tick[name] for tick in ticks) for name in ticks[0]}
+
+
+def _pool(case: Case, setting: Setting) -> Pool | None:
+    """Return the pool of a case on a GPU, where the default is a share of the free memory; None on a CPU."""
+    if setting.device.type == "cpu":
+        return None
+    empty_cache(setting.device)
+    free, total = torch.accelerator.get_memory_info(setting.device)
+    return fit(needed_bytes(case.workload, setting.dtype.itemsize, chain=case.chain), free=free, total=total)
 
 
 def _host(stats: EngineStats) -> dict[str, float]:

@@ -13,7 +13,7 @@ import yaml
 
 from alignpro.config import TrainConfig, load_config
 from alignpro.training.builders import prompter_training
-from alignpro.training.distribution import Distribution
+from alignpro.training.distribution import Distribution, SingleProcess
 from benchmarks.training.step import Step
 from benchmarks.training.task import REWARD, Task
 from benchmarks.training.tokens import TokenCounter
@@ -39,14 +39,15 @@ class OurTraining:
         overrides: Sequence[str] = (),
         distribution: Distribution | None = None,
     ) -> None:
+        distribution = distribution or SingleProcess()
+        ranks = distribution.ranks
         self._training = prompter_training(configure(task, device, overrides), distribution)
         self._training.run.out.mkdir(exist_ok=True)
-        reference, engine = self._training.policy.reference, self._training.engine
-        models = {"policy": self._training.policy.model.causal, "target": engine.models["target"].causal}
-        if (sampled := engine.models["policy"].causal) is not models["policy"]:
-            models["sampled"] = sampled
+        models = {"policy": self._training.policy.model.causal}
         # Without a frozen copy, the policy with its adapter disabled is the reference.
-        self._counter = TokenCounter(models | ({} if reference is None else {"reference": reference.causal}))
+        if (reference := self._training.policy.reference) is not None:
+            models["reference"] = reference.causal
+        self._counter = TokenCounter(models, lambda: not ranks.phase.endswith("rollout"))
 
     def step(self, index: int) -> Step:
         """Make step ``index``, counted from 0."""
@@ -59,12 +60,9 @@ class OurTraining:
         return Step(seconds, phases, self._tokens(self._training.engine.stats.computed - computed))
 
     def _tokens(self, generated: Counter[str]) -> dict[str, int]:
-        """Count tokens by phase: generation from the engine's statistics; of the rest, update with gradients, credit without."""
+        """Count tokens by phase: generation by the engine's statistics; of the rest, update with gradients, credit without."""
         update = sum(count for call, count in self._counter.calls.items() if call.grad)
-        return dict(generated) | {
-            "credit": self._counter.calls.total() - generated.total() - update,
-            "update": update,
-        }
+        return dict(generated) | {"credit": self._counter.calls.total() - update, "update": update}
 
 
 def configure(task: Task, device: torch.device, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -232,7 +232,9 @@ def _prepare(
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Disable autocast; does nothing if it is already off, which saves time for small heads."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _flatten(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str, Any], Tensor | None]:

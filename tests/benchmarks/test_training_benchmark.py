@@ -78,6 +78,28 @@ def test_a_step_computes_shared_tokens_once(task: Task) -> None:
     assert step.tokens["credit"] == packed  # of the reference
 
 
+def test_tokens_are_counted_though_the_engine_runs_no_hooks(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed CUDA graph runs the kernels of a pass, and no hook of its modules."""
+    training, w = OurTraining(task, CPU), task.workload
+    engine, embedding = training._training.engine, training._training.policy.model.causal.get_input_embeddings()
+    assert engine.models["policy"].causal.get_input_embeddings() is embedding
+    run_chains = engine.run_chains
+
+    def without_hooks(*args: Any, **options: Any) -> Any:
+        hooks = dict(embedding._forward_pre_hooks)
+        embedding._forward_pre_hooks.clear()
+        try:
+            return run_chains(*args, **options)
+        finally:
+            embedding._forward_pre_hooks.update(hooks)
+
+    monkeypatch.setattr(engine, "run_chains", without_hooks)
+    tokens = training.step(0).tokens
+    packed = w.meta_prompt + w.prompts * (w.prompt + w.K * (w.rewrite - 1))
+    assert (tokens["credit"], tokens["update"]) == (packed, packed)
+    assert tokens["decode"] >= w.prompts * w.K * (w.rewrite - 1) + w.chains * (w.response - 1)
+
+
 def test_overrides_reach_the_configuration(task: Task) -> None:
     with pytest.raises(typer.BadParameter, match="estimator"):
         app(["--quick", "--peers", "none", "--json", "/dev/null", "objective.kl.estimator=k9"], standalone_mode=False)

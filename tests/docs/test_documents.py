@@ -6,7 +6,16 @@ import pytest
 from document import Document, check_command
 
 WITH_CODE = ("engine.md", "kernels.md")
-ALL = (*WITH_CODE, "data.md", "launch.md", "rewards.md", "training.md", "walkthrough.md", "miniature/README.md")
+ALL = (
+    *WITH_CODE,
+    "data.md",
+    "gpu.md",
+    "launch.md",
+    "rewards.md",
+    "training.md",
+    "walkthrough.md",
+    "miniature/README.md",
+)
 
 
 @pytest.mark.parametrize("name", [*ALL, "../README.md", "../CONTRIBUTING.md", "../CHANGELOG.md", "../SECURITY.md"])

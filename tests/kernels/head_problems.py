@@ -80,7 +80,7 @@ class Problem:
 
 @dataclass
 class Result:
-    """Results of one call, by name."""
+    """Results of one call, by name; on the CPU, wherever they were computed, so that they compare with any others."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
 
@@ -150,7 +150,7 @@ def _result(loss: Tensor, stats: Any, arguments: dict[str, Any]) -> Result:
         variables |= {"lora.a": lora.a, "lora.b": lora.b}
     variables = {name: x for name, x in variables.items() if x.requires_grad}
     gradients = torch.autograd.grad(loss, list(variables.values()))
-    values = {"loss": loss.detach()}
-    values |= {name: x.detach() for name, x in zip(("logprob", "entropy", "kl"), stats, strict=True) if x is not None}
-    values |= {f"d {name}": g.cpu() for name, g in zip(variables, gradients, strict=True)}
-    return Result(values)
+    values = {"loss": loss}
+    values |= {name: x for name, x in zip(("logprob", "entropy", "kl"), stats, strict=True) if x is not None}
+    values |= {f"d {name}": g for name, g in zip(variables, gradients, strict=True)}
+    return Result({name: x.detach().cpu() for name, x in values.items()})

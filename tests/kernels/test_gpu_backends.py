@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from attention_problems import assert_as_exact_as_plain, new_problem
 from head_problems import Problem, plain_pytorch, run
+from torch import Tensor
 
-from alignpro_kernels import linear_logprob, linear_sample, merge_states, paged_attention, policy_loss
+from alignpro_kernels import TokenStats, linear_logprob, linear_sample, merge_states, paged_attention, policy_loss
+from alignpro_kernels.head import Head, Rows
+
+triton_head = pytest.importorskip("alignpro_kernels.triton_head")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -67,18 +72,56 @@ def test_samples_equal_the_references(temperature: float, rows: int) -> None:
     torch.testing.assert_close(ours.entropy.cpu().double(), theirs.entropy, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_times_vocabulary_beyond_31_bits() -> None:
+def test_rows_times_vocabulary_beyond_31_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are one chunk, whose stored logits no 32-bit index reaches; with the usual chunks none is that large."""
     rows, width, vocabulary = 16_384, 64, 151_936  # 2.5e9 logits
     g = torch.Generator(device="cuda").manual_seed(0)
-    hidden = torch.randn(rows, width, generator=g, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(vocabulary, width, generator=g, device="cuda", dtype=torch.bfloat16) / 4
+    hidden = torch.randn(rows, width, generator=g, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(vocabulary, width, generator=g, device="cuda", dtype=torch.bfloat16) / 4).requires_grad_()
     target = torch.randint(vocabulary, (rows,), generator=g, device="cuda")
     target[-1] = vocabulary - 1
-    stats = linear_logprob(hidden, weight, target, entropy=True, backend="triton")
+
+    def both() -> tuple[TokenStats, tuple[Tensor, ...]]:
+        stats = linear_logprob(hidden, weight, target, entropy=True, backend="triton")
+        assert stats.entropy is not None
+        return stats, torch.autograd.grad((stats.logprob + stats.entropy).sum(), (hidden, weight))
+
+    _, in_chunks = both()
+    computed: list[int] = []
+    forward = triton_head.forward
+
+    def noted(head: Head, given: Rows, **options: Any) -> Any:
+        computed.append(len(given.hidden) * len(head.weight))
+        return forward(head, given, **options)
+
+    monkeypatch.setattr(triton_head, "max_chunk_rows", lambda head, dtype: rows)
+    monkeypatch.setattr(triton_head, "forward", noted)
+    stats, (d_hidden, d_weight) = both()
+    assert computed == [rows * vocabulary] * 2 and computed[0] > 2**31  # in the forward and in the backward pass
+
     ends = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1], device="cuda")
-    exact = linear_logprob(hidden[ends].double(), weight.double(), target[ends], entropy=True, backend="reference")
+    few = hidden.detach()[ends].double().requires_grad_()
+    exact = linear_logprob(few, weight.detach().double(), target[ends], entropy=True, backend="reference")
+    assert stats.entropy is not None and exact.entropy is not None
     torch.testing.assert_close(stats.logprob[ends].double(), exact.logprob, rtol=0, atol=1e-3)
     torch.testing.assert_close(stats.entropy[ends].double(), exact.entropy, rtol=0, atol=1e-3)
+    (d_few,) = torch.autograd.grad((exact.logprob + exact.entropy).sum(), few)
+    torch.testing.assert_close(d_hidden[ends].double(), d_few, rtol=0.02, atol=0.02 * float(d_few.abs().max()))
+    for one, several in zip((d_hidden, d_weight), in_chunks, strict=True):
+        assert float((one.float() - several.float()).norm() / several.float().norm()) < 0.01
+
+
+def test_pages_beyond_31_bits() -> None:
+    """The keys lie in the last pages of an arena that no 32-bit index of elements reaches, as in a pool of a large model."""
+    torch.manual_seed(0)
+    problem = new_problem([1, 5], [300, 70], heads=8, dim=128, dtype=torch.bfloat16)
+    first = 2**31 // problem.pages[0].numel() + 1
+    pages = torch.empty(first + len(problem.pages), *problem.pages.shape[1:], dtype=torch.bfloat16, device="cuda")
+    pages[first:] = problem.pages.cuda()
+    query, _, keys = problem.arguments("cuda")
+    keys = replace(keys, page_table=keys.page_table + first)
+    out, lse = paged_attention(query, pages, keys, scale=problem.scale, backend="triton")
+    assert_as_exact_as_plain(problem, out.cpu(), lse.cpu())
 
 
 def test_memory_beside_the_gradients() -> None:

@@ -1,0 +1,19 @@
+"""docs/gpu.md has the parts of the run with their time limits."""
+
+from __future__ import annotations
+
+from document import Document
+
+from benchmarks.gpu.parts import PARTS, Place
+from benchmarks.hardware import ROOT
+
+DOCUMENT = Document("gpu.md")
+
+
+def test_the_parts_and_their_limits_are_those_of_the_run() -> None:
+    place = Place("cuda", False, ROOT)
+    rows = [
+        line.strip("|").split("|") for line in DOCUMENT.text.splitlines() if line.startswith("|") and " s |" in line
+    ]
+    found = {name.strip(): seconds.strip() for name, _, seconds in rows}
+    assert found == {name: f"{sum(c.seconds for c in part(place)):.0f} s" for name, part in PARTS.items()}
