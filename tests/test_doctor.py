@@ -12,13 +12,18 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from alignpro.doctor import Finding, diagnose, print_diagnosis
 from alignpro.doctor.findings import first_error
+from alignpro.doctor.kernels import attention_libraries
 from alignpro.doctor.packages import EXTRAS
+from alignpro.models import packed_choice
 from alignpro.prompting.meta_prompt import available_meta_prompts
-from alignpro_kernels import backends, cpp_library, flash_attention
+from alignpro_kernels import backends, cpp_library, prefill_choice, varlen_kernels
+from alignpro_kernels.timed_trial import Choice
+from alignpro_kernels.varlen_reference import ReferenceKernels
 
 
 def found(findings: list[Finding], section: str, name: str) -> Finding:
@@ -57,10 +62,35 @@ def test_every_backend_and_meta_prompt_is_listed() -> None:
         finding = found(findings, "Kernels", name)
         assert (finding.status == "ok") == (reason is None)
         assert reason is None or "\n" in reason or reason == finding.detail
-    flash = found(findings, "Kernels", "flash")
-    assert flash.status == "ok" or flash.detail == flash_attention.unavailable()
+    for kernels in varlen_kernels.KERNELS:
+        finding = found(findings, "Attention", kernels.name)
+        assert finding.status == "ok" or finding.detail == kernels.unavailable()
     listed = {each.name: each.detail for each in findings if each.section == "Meta-prompts"}
     assert listed == available_meta_prompts()
+
+
+def test_what_a_trial_chose_for_attention_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library(ReferenceKernels):
+        name = "flash-attn 3 (3.0.0)"
+
+    monkeypatch.setattr(varlen_kernels, "KERNELS", (Library(),))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    choices = iter([Choice("flash-attn 3 (3.0.0)", {"flash-attn 3 (3.0.0)": 1e-4, "triton": 2e-4}, {})])
+
+    def measured(*_: object) -> Choice:
+        for choice in choices:
+            return choice
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(prefill_choice, "measured", measured)
+    monkeypatch.setattr(packed_choice, "measured", measured)
+    library, prefill, trial = attention_libraries()
+    assert (library.name, library.status) == ("flash-attn 3 (3.0.0)", "ok")
+    assert prefill.detail == (
+        "flash-attn 3 (3.0.0) (flash-attn 3 (3.0.0) 0.100 ms; triton 0.200 ms), "
+        "for 32 heads on 8 of 128, pages of 16, bfloat16"
+    )
+    assert (trial.status, trial.detail) == ("problem", "CUDA out of memory")
 
 
 def test_the_instruction_set_of_the_cpus_kernels_is_named() -> None:

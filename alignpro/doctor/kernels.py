@@ -18,7 +18,7 @@ _BACKENDS = {
 def backends() -> Iterator[Finding]:
     """Which backends run here, and why the others do not."""
     import alignpro_kernels
-    from alignpro_kernels import cpp_library, flash_attention
+    from alignpro_kernels import cpp_library
 
     for name, reason in alignpro_kernels.backends().items():
         if reason is not None:
@@ -27,6 +27,33 @@ def backends() -> Iterator[Finding]:
         else:
             instructions = f", with {cpp_library.instructions()} instructions" if name == "cpp" else ""
             yield Finding("Kernels", name, "ok", _BACKENDS[name] + instructions)
-    reason = flash_attention.unavailable()
-    detail = "attention for generation: runs only when requested by name"
-    yield Finding("Kernels", "flash", "off" if reason else "ok", reason or detail)
+
+
+def attention_libraries() -> Iterator[Finding]:
+    """The libraries of attention kernels, and which of them a trial on the GPU chooses for a model of a usual shape."""
+    from alignpro_kernels import varlen_kernels
+
+    for kernels in varlen_kernels.KERNELS:
+        reason = kernels.unavailable()
+        used = "for prefill and packed training, where a trial finds it fastest"
+        yield Finding("Attention", kernels.name, "off" if reason else "ok", reason or used)
+    if varlen_kernels.available():
+        try:
+            yield from _attention_choices()
+        except RuntimeError as error:
+            yield Finding("Attention", "trial", "problem", first_error(str(error)))
+
+
+def _attention_choices() -> Iterator[Finding]:
+    import torch
+
+    from alignpro.models import packed_attention, packed_choice
+    from alignpro_kernels import prefill_choice, triton_attention
+
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    paged = prefill_choice.Geometry(32, 8, 128, 16, dtype, softcap=False)
+    prefill = prefill_choice.measured(paged, device, triton_attention.paged_attention)
+    yield Finding("Attention", "prefill", "ok", f"{prefill}, for {paged}")
+    packed = packed_choice.Geometry(32, 8, 128, dtype, softcap=False)
+    training = packed_choice.measured(packed, device, packed_attention.padded_attention)
+    yield Finding("Attention", "packed training", "ok", f"{training}, for {packed}")

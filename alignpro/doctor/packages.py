@@ -12,7 +12,7 @@ from alignpro.doctor.findings import Finding, Status
 
 EXTRAS = {
     "deepspeed": "ZeRO on one or several devices",
-    "flash-attn": "attention kernels for CUDA",
+    "flash-attn": "attention kernels for CUDA: prefill and packed training",
     "wandb": "metrics to Weights & Biases",
     "benchmarks": "the libraries that the benchmarks compare with",
     "dev": "tests, lint and types",

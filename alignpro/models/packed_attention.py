@@ -7,18 +7,24 @@ continuations:
 
 A token attends to the segments that its own segment continues, and causally within its own. Linear layers then process
 M + P·(X + K·R) tokens for P prompts with K continuations each, instead of P·K·(M + X + R).
+
+On a CUDA device, attention too is computed without padding if a trial has measured that to be faster (`packed_choice`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignpro.models.attention_interface import AttentionSettings, dot_product_attention
+from alignpro.models.packed_choice import Attend, unpadded_attention, unpadded_kernels
+from alignpro.models.packed_parts import Segments
+from alignpro_kernels.merged_attention import Part
 
 
 @dataclass
@@ -46,6 +52,8 @@ class PackedLayout:
     """(M + P·X + S·R,) int64: packed indices in padded order: shared prefix, ``prompt``, ``continuation``, flattened."""
     unpad_indices: Tensor
     """(T,) int64: index of each token in the padded order."""
+    segments: Segments
+    """The lengths of all of these, on the host."""
     masks: dict[tuple[str, int | None, int], Tensor] = field(default_factory=dict)
     """Attention masks, built once per forward pass and shared by the layers."""
 
@@ -68,6 +76,7 @@ class PackedLayout:
         prompt = torch.zeros(len(prompts), X, dtype=torch.int64)
         continuation = torch.zeros(len(continuations), R, dtype=torch.int64)
         positions, unpad_indices = [torch.arange(prefix_length)], [torch.arange(prefix_length)]
+        own: list[list[int]] = [[] for _ in prompts]
         start, row = prefix_length, 0
         for p, length in enumerate(prompts):
             span = torch.arange(length - prefix_length)
@@ -76,6 +85,7 @@ class PackedLayout:
             unpad_indices.append(prefix_length + p * X + span)
             start += len(span)
             while row < len(continuations) and continuations[row][0] == p:
+                own[p].append(continuations[row][1])
                 span = torch.arange(continuations[row][1])
                 continuation[row, : len(span)] = start + span
                 positions.append(length + span)
@@ -92,7 +102,17 @@ class PackedLayout:
             continuation_lengths=torch.tensor([n for _, n in continuations], dtype=torch.int64, device=device),
             pad_indices=torch.cat([torch.arange(prefix_length), prompt.flatten(), continuation.flatten()]).to(device),
             unpad_indices=torch.cat(unpad_indices).to(device),
+            segments=Segments(
+                prefix_length,
+                tuple(length - prefix_length for length in prompts),
+                tuple(map(tuple, own)),
+            ),
         )
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Attention of all tokens as variable-length calls, built once per forward pass and shared by the layers."""
+        return self.segments.parts(self.prompt.device)
 
     def causal_mask(self, before: int, own: int, window: int | None) -> Tensor | None:
         """Mask of ``own`` queries over the keys ``before`` them and their own: (own, before + own) bool, True to attend.
@@ -138,6 +158,14 @@ class PackedAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `AttentionBackend.attend`."""
         layout = self.layout
+        kernels = unpadded_kernels(query, key, settings, layout.segments, padded_attention)
+        if kernels is not None:
+            return unpadded_attention(query, key, value, layout.parts, kernels, settings, layout.segments)
+        return self.attend_padded(query, key, value, settings)
+
+    def attend_padded(self, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """Compute attention with the sequences padded; arguments and result are those of `attend`."""
+        layout = self.layout
         P, X = layout.prompt.shape
         S, R = layout.continuation.shape
         M = layout.prefix_length
@@ -169,6 +197,14 @@ class PackedAttention:
         mask = self.layout.causal_mask(key.shape[2] - own, own, settings.sliding_window)
         out = dot_product_attention(query, key, value, mask, settings, causal=True)
         return out.transpose(1, 2).flatten(0, 1)
+
+
+def padded_attention(segments: Segments, device: torch.device) -> Attend:
+    """Return the attention of packed sequences by padding, which runs anywhere; for the trial of `packed_choice`."""
+    M = segments.prefix
+    continuations = [(p, length) for p, lengths in enumerate(segments.continuations) for length in lengths]
+    layout = PackedLayout.build([M + prompt for prompt in segments.prompts], continuations, device, M)
+    return PackedAttention(layout).attend_padded
 
 
 def continuation_attention(

@@ -37,6 +37,7 @@ class PagedAttention:
             scale=settings.scale,
             softcap=settings.softcap,
             window=settings.sliding_window,
+            in_order=True,  # plans traverse a prefix tree depth first
         )
         return out.unsqueeze(0)
 

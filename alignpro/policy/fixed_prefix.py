@@ -13,8 +13,9 @@ saves, sequences are packed with their prompts instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -22,9 +23,17 @@ from torch import Tensor
 
 from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.packed_attention import PackedAttention, PackedLayout, continuation_attention, gather_rows
+from alignpro.models.packed_attention import (
+    PackedAttention,
+    PackedLayout,
+    continuation_attention,
+    gather_rows,
+    padded_attention,
+)
+from alignpro.models.packed_choice import unpadded_attention, unpadded_kernels
 from alignpro.models.sequences import PackedSequences, SequenceBatch
 from alignpro.models.token_lora import invocation_start
+from alignpro_kernels.merged_attention import Part
 
 _BACKWARD_COST = 2
 """Cost of a backward pass, in forward passes."""
@@ -114,6 +123,10 @@ class ContinuationAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `alignpro.models.attention_interface.AttentionBackend.attend`."""
         split, layout = self.split, self.split.layout
+        kernels = unpadded_kernels(query, key, settings, layout.segments, padded_attention)
+        if kernels is not None:
+            key, value = self._with_prefixes(layer, key, value)
+            return unpadded_attention(query, key, value, self.parts, kernels, settings, layout.segments)
         S, R = layout.continuation.shape
         q, k, v = (
             gather_rows(x[0].transpose(0, 1), split.pad_indices, split.unpad_indices)
@@ -123,6 +136,24 @@ class ContinuationAttention:
         )  # (S, heads, R, D)
         rows = continuation_attention(q, k, v, self.prefix.saved[layer], layout, settings)
         return rows.flatten(0, 1).index_select(0, split.unpad_indices).unsqueeze(0)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Attention of the sequences as variable-length calls, built once per forward pass and shared by the layers."""
+        return self.split.layout.segments.continuation_parts(self.split.ids.device)
+
+    @cached_property
+    def _prefix_rows(self) -> Tensor:
+        """(U,) int64: where the tokens of the prefixes are among the (P·X) saved ones."""
+        X = self.prefix.tokens.shape[1]
+        lengths = torch.tensor(self.split.layout.segments.prompts)
+        return (torch.arange(X) < lengths[:, None]).flatten().nonzero().squeeze(1).to(self.split.ids.device)
+
+    def _with_prefixes(self, layer: int, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+        """The keys and values of all prefixes without padding, followed by the sequences' own, (1, H', U + T, D) each."""
+        for saved, own in zip(self.prefix.saved[layer], (key, value), strict=True):
+            rows = saved.transpose(1, 2).flatten(0, 1).index_select(0, self._prefix_rows)  # (U, H', D)
+            yield torch.cat([rows.transpose(0, 1).unsqueeze(0), own], dim=2)
 
 
 def _run_prefixes(model: LanguageModel, split: SplitSequences) -> PrefixAttention:

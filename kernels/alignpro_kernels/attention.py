@@ -11,11 +11,12 @@ import logging
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignpro_kernels import attention_reference, flash_attention, triton_support
+from alignpro_kernels import attention_reference, flash_attention, prefill_choice, triton_support
 from alignpro_kernels.backends import BackendError, unavailable
 from alignpro_kernels.checks import FLOATS
 from alignpro_kernels.operators import merge_states
@@ -57,8 +58,8 @@ def paged_attention(
         scale: Scores are scale · q · k.
         softcap: Scores become softcap · tanh(scores / softcap) (Gemma 2).
         window: A query sees only the last ``window`` positions, including its own.
-        backend: ``auto``, ``triton`` (CUDA and ROCm), ``cpp`` (CPUs, built on first use), ``flash`` (CUDA, if the
-            package flash-attn is installed; see `flash_attention` for the queries it supports) or ``reference``
+        backend: ``auto``, ``triton`` (CUDA and ROCm), ``cpp`` (CPUs, built on first use), ``flash`` (CUDA: the newest
+            flash-attn installed, else PyTorch's; see `flash_attention` for the queries it supports) or ``reference``
             (anywhere; loops over the sequences and synchronises with the device). ``triton`` and ``flash`` never
             synchronise, so they do not check values: the caller must pass valid ones.
 
@@ -73,9 +74,8 @@ def paged_attention(
     _check_call(query, pages, [keys], softcap, window)
     if keys.rows is not None:
         raise ValueError("keys has rows: only cascade_attention takes keys that some of the queries do not see")
-    module = _module(_choose(backend, query, pages, window))
-    out, lse = module.paged_attention(query, pages, keys, scale=scale, softcap=softcap, window=window)
-    return out, lse
+    chosen = _choose(backend, query, pages, [keys], softcap, window)
+    return _level(chosen, query, pages, keys, prefill=False, scale=scale, softcap=softcap, window=window)
 
 
 @torch.compiler.disable
@@ -89,6 +89,7 @@ def cascade_attention(
     softcap: float | None = None,
     window: int | None = None,
     backend: str = "auto",
+    in_order: bool = False,
 ) -> Tensor:
     """`paged_attention` over several sets of keys per query, merged by their log-sum-exp.
 
@@ -105,6 +106,9 @@ def cascade_attention(
         softcap: See `paged_attention`.
         window: See `paged_attention`.
         backend: See `paged_attention`.
+        in_order: Whether the queries of each sequence of a level are at the positions of its last keys, in order, and
+            then behind all of them, as in a walk down a prefix tree. Then ``auto`` computes a prefill on a CUDA device
+            with what `prefill_choice` has measured to be fastest; without it, and in decode, with ``triton``.
 
     Returns:
         (T, H, D) in the dtype of ``query``; 0 for a query that sees no key in any level.
@@ -115,14 +119,20 @@ def cascade_attention(
     if not levels:
         raise ValueError("levels is empty: at least one set of keys is needed")
     _check_call(query, pages, levels, softcap, window)
-    chosen = _choose(backend, query, pages, window)
-    module, options = _module(chosen), {"scale": scale, "softcap": softcap, "window": window}
+    chosen = _choose(backend, query, pages, levels, softcap, window)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
     if chosen == "cpp":
-        out: Tensor = module.cascade_attention(query, pages, levels, **options)[0]
+        out: Tensor = _module(chosen).cascade_attention(query, pages, levels, **options)[0]
         return out
+    prefill = in_order and backend == "auto" and chosen == "triton" and prefill_choice.is_prefill(query, levels)
     parts = [
-        module.paged_attention(
-            query if level.rows is None else query.index_select(0, level.rows), pages, level, **options
+        _level(
+            chosen,
+            query if level.rows is None else query.index_select(0, level.rows),
+            pages,
+            level,
+            prefill=prefill,
+            **options,
         )
         for level in levels
     ]
@@ -138,6 +148,31 @@ def cascade_attention(
     return merged[0]
 
 
+def _level(
+    chosen: str,
+    query: Tensor,
+    pages: Tensor,
+    keys: PagedKeys,
+    *,
+    prefill: bool,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute one level by a backend, or for a prefill by the library that was measured to be faster, if there is one."""
+    run = _module(chosen).paged_attention
+    kernels = None
+    if prefill:
+        kernels = prefill_choice.prefill_kernels(query, pages, keys, softcap, window, run)
+    elif chosen == "flash":
+        kernels, _ = flash_attention.kernels_for(query, pages, keys, softcap, window)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+    if kernels is not None:
+        return flash_attention.paged_attention(query, pages, keys, kernels=kernels, **options)
+    out, lse = run(query, pages, keys, **options)
+    return out, lse
+
+
 def _merge_level(
     merged: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -149,7 +184,14 @@ def _merge_level(
     return merged[0].index_copy(0, rows, both[0]), merged[1].index_copy(0, rows, both[1])
 
 
-def _choose(backend: str, query: Tensor, pages: Tensor, window: int | None) -> str:
+def _choose(
+    backend: str,
+    query: Tensor,
+    pages: Tensor,
+    levels: Sequence[PagedKeys],
+    softcap: float | None,
+    window: int | None,
+) -> str:
     """Return the requested backend, or for ``auto`` the best one for the query; each choice is logged once."""
     if backend not in ("auto", *BACKENDS):
         raise BackendError(
@@ -158,7 +200,7 @@ def _choose(backend: str, query: Tensor, pages: Tensor, window: int | None) -> s
     name = backend
     if backend == "auto":
         name = {"cpu": "cpp", "cuda": "triton"}.get(query.device.type, "reference")  # ROCm devices are "cuda" too
-    reason = _unsupported(name, query, pages, window)
+    reason = _unsupported(name, query, pages, levels, softcap, window)
     if reason is not None:
         if backend != "auto":
             raise BackendError(f"paged_attention: backend {name!r} cannot run here: {reason}")
@@ -174,7 +216,14 @@ def _module(name: str) -> ModuleType:
     return attention_reference if name == "reference" else import_module(f"alignpro_kernels.{name}_attention")
 
 
-def _unsupported(name: str, query: Tensor, pages: Tensor, window: int | None) -> str | None:
+def _unsupported(
+    name: str,
+    query: Tensor,
+    pages: Tensor,
+    levels: Sequence[PagedKeys],
+    softcap: float | None,
+    window: int | None,
+) -> str | None:
     """Return the reason why a backend cannot run on this query, or None if it can."""
     if name == "reference":
         return None
@@ -187,7 +236,8 @@ def _unsupported(name: str, query: Tensor, pages: Tensor, window: int | None) ->
             return None
         return f"it runs on CUDA and ROCm devices, and the input is on {query.device}"
     if name == "flash":
-        return flash_attention.unavailable() or flash_attention.unsupported(query, pages, window)
+        reasons = (flash_attention.kernels_for(query, pages, level, softcap, window) for level in levels)
+        return next((reason for kernels, reason in reasons if kernels is None), None)
     if query.device.type != "cpu":
         return f"it runs on the CPU, and the input is on {query.device}"
     return unavailable("cpp")

@@ -1,6 +1,6 @@
-"""Backend ``flash`` of `paged_attention`: the kernels of the package flash-attn (FlashAttention-2), if it is installed.
+"""Backend ``flash`` of `paged_attention`: the libraries of `varlen_kernels` over copies of the keys, for prefill.
 
-flash-attn takes no positions: its causal mask aligns a sequence's last query with its last key. So there are two cases:
+Those kernels take no positions: their causal mask aligns a sequence's last query with its last key. So there are two cases:
 
 - As many queries as sequences, as in a decode step: each query becomes a sequence of its own, with the keys that it sees.
 - More queries than sequences: the queries of each sequence are split into two groups. The first are at the positions of
@@ -8,52 +8,86 @@ flash-attn takes no positions: its causal mask aligns a sequence's last query wi
   one. This covers the traversal of a prefix tree. Each group takes one call, in which the queries of the other group have
   no keys. A query that belongs to neither group gets NaN, since an error would require synchronising with the device.
 
-flash-attn counts a window back from the last key, which is wrong for queries that come after it, so windows are not
-supported.
+They count a window back from the last key, which is wrong for queries that come after it, so windows are not supported.
+
+The keys and values of each sequence are first copied from their pages, with zeros behind them. The libraries differ in the
+page sizes that they take, and not all of them ignore what is in the unused slots of a page. A prefill reads each copied
+key once for every query, so the copy is small beside the attention; what it costs is part of the timed trial.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from alignpro_kernels import varlen_kernels
 from alignpro_kernels.paged_keys import PagedKeys
+from alignpro_kernels.varlen_kernels import Varlen, VarlenKernels
 
-PAGE_SIZE = 256
-"""The number of tokens per page must be a multiple of this."""
+COPY_LIMIT = 1 << 28
+"""The largest copy of keys and values, in bytes. It is as wide for every sequence as for the longest one."""
 
 
 def unavailable() -> str | None:
     """Return the reason why the backend cannot run here, or None if it can."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "there is no CUDA device"
-    if (capability := torch.cuda.get_device_capability()) < (8, 0):
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}: flash-attn needs 8.0 (Ampere)"
-    return None
+    if varlen_kernels.available():
+        return None
+    return "; ".join(
+        sorted(
+            {
+                reason
+                for kernels in varlen_kernels.KERNELS
+                if (reason := varlen_kernels.why_unavailable(kernels)) is not None
+            }
+        )
+    )
 
 
-def unsupported(query: Tensor, pages: Tensor, window: int | None) -> str | None:
-    """Return the reason why the backend does not support these inputs, or None if it does."""
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, and the input is {query.dtype}"
-    if pages.shape[2] % PAGE_SIZE:
-        return f"it needs a page size that is a multiple of {PAGE_SIZE} tokens, and these pages have {pages.shape[2]}"
-    if query.shape[2] % 8 or query.shape[2] > 256:
-        return f"it needs a head dimension that is a multiple of 8, at most 256, and this one is {query.shape[2]}"
+def unsupported(
+    query: Tensor, pages: Tensor, keys: PagedKeys, softcap: float | None, window: int | None, kernels: VarlenKernels
+) -> str | None:
+    """Return the reason why a library does not support these inputs, or None if it does."""
     if window is not None:
         return "it counts a window from the last key of a sequence, not from the query"
-    return None
+    size = keys.page_table.numel() * pages[0].numel() * pages.element_size()
+    if size > COPY_LIMIT:
+        return f"it copies the keys, and these take {size >> 20} MiB, more than {COPY_LIMIT >> 20} MiB"
+    return varlen_kernels.unsupported(kernels, query, softcap)
+
+
+def kernels_for(
+    query: Tensor, pages: Tensor, keys: PagedKeys, softcap: float | None, window: int | None
+) -> tuple[VarlenKernels | None, str]:
+    """Return the newest library that supports these inputs, or None and the reason."""
+    reason = unavailable() or ""
+    for kernels in varlen_kernels.available():
+        if (why := unsupported(query, pages, keys, softcap, window, kernels)) is None:
+            return kernels, ""
+        reason = why
+    return None, reason
 
 
 def paged_attention(
-    query: Tensor, pages: Tensor, keys: PagedKeys, *, scale: float, softcap: float | None, window: int | None
+    query: Tensor,
+    pages: Tensor,
+    keys: PagedKeys,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    kernels: VarlenKernels,
 ) -> tuple[Tensor, Tensor]:
-    """See `alignpro_kernels.paged_attention`, and the module's docstring for the positions that it supports."""
+    """See `alignpro_kernels.paged_attention`, and the module's docstring for the positions that it supports.
+
+    Args:
+        query: See there.
+        pages: See there.
+        keys: See there.
+        scale: See there.
+        softcap: See there.
+        window: None.
+        kernels: The library, which supports these inputs.
+    """
     assert window is None
     count, sequences, table = len(query), len(keys.key_lengths), keys.page_table
     if not count or not sequences or not table.shape[1]:
@@ -65,74 +99,55 @@ def paged_attention(
     owner = torch.searchsorted(bounds, rows, right=True) - 1  # (T,) sequence of each query
     lengths = keys.key_lengths[owner]
     place = keys.query_positions - keys.key_starts[owner]  # (T,) relative to the sequence's first key
-    options = {"softmax_scale": scale, "softcap": softcap or 0.0}
     seen = torch.minimum(place + 1, lengths).clamp_min(0)  # (T,) number of keys that each query sees
+    copied = _Copied(pages, keys)
+
+    def attend(bounds: Tensor, owner: Tensor, lengths: Tensor, most: int, *, causal: bool) -> tuple[Tensor, Tensor]:
+        varlen = copied.varlen(bounds, owner, lengths, most, causal=causal)
+        return kernels.forward(query, copied.keys, copied.values, varlen, scale=scale, softcap=softcap, window=None)
+
     if count == sequences:
-        out, lse = _one_by_one(query, pages, table[owner], seen, options)
+        own = torch.arange(count + 1, dtype=torch.int32, device=query.device)
+        out, lse = attend(own, owner, seen, 1, causal=False)
     else:
         inside = (place >= 0) & (place < lengths)
         before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))  # (T + 1,)
         first = (before[bounds[1:]] - before[bounds[:-1]]).int()  # (S,) size of each sequence's first group
         index = rows - bounds[owner]  # (T,) index of each query within its sequence
-        in_order = torch.where(index < first[owner], place == lengths - first[owner] + index, ~inside)
-        out, lse = _two_kinds(query, pages, bounds, first, table, keys.key_lengths, index < first[owner], options)
+        is_first = index < first[owner]
+        in_order = torch.where(is_first, place == lengths - first[owner] + index, ~inside)
+        # Each sequence becomes two: its first queries, then the others.
+        split = torch.cat([torch.stack([bounds[:-1], bounds[:-1] + first], 1).flatten(), bounds[-1:]])  # (2 S + 1,)
+        owner = torch.arange(sequences, device=query.device).repeat_interleave(2)
+        none = torch.zeros_like(keys.key_lengths)
+        groups = []
+        for causal in (True, False):
+            both = (keys.key_lengths, none) if causal else (none, keys.key_lengths)
+            groups.append(attend(split, owner, torch.stack(both, 1).flatten(), count, causal=causal))
+        (out, lse), (others, others_lse) = groups
+        out = torch.where(is_first[:, None, None], out, others)
+        lse = torch.where(is_first[:, None], lse, others_lse)
         out = torch.where((in_order | (seen == 0))[:, None, None], out, torch.nan)
         lse = torch.where((in_order | (seen == 0))[:, None], lse, torch.nan)
     some = seen > 0
     return torch.where(some[:, None, None], out, 0.0), torch.where(some[:, None], lse, -torch.inf)
 
 
-def _one_by_one(
-    query: Tensor, pages: Tensor, table: Tensor, seen: Tensor, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Attend with each of the queries (T, H, D) as its own sequence, with ``seen`` keys in the pages of its table row."""
-    from flash_attn import flash_attn_with_kvcache
+class _Copied:
+    """The keys and values of S sequences, copied from their pages one after the other, each to the same length L."""
 
-    out, lse = flash_attn_with_kvcache(
-        q=query.unsqueeze(1),
-        k_cache=pages[:, 0],
-        v_cache=pages[:, 1],
-        cache_seqlens=seen,
-        block_table=table,
-        return_softmax_lse=True,
-        **options,
-    )
-    return out.squeeze(1), lse.squeeze(2)  # (T, 1, H, D), (T, H, 1)
-
-
-def _two_kinds(
-    query: Tensor,
-    pages: Tensor,
-    bounds: Tensor,
-    first: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    is_first: Tensor,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Attend with the first queries of each sequence, (S,) counts, under a causal mask, and with the others without one."""
-    from flash_attn import flash_attn_varlen_func
-
-    # Each sequence becomes two: its first queries, then the others.
-    cu_queries = torch.stack([bounds[:-1], bounds[:-1] + first], 1).flatten()
-    cu_queries = torch.cat([cu_queries, bounds[-1:]])  # (2 S + 1,)
-    results = []
-    for which, causal in enumerate((True, False)):
-        keys = torch.stack([lengths if which == kind else torch.zeros_like(lengths) for kind in (0, 1)], 1).flatten()
-        out, lse, _ = flash_attn_varlen_func(
-            q=query,
-            k=pages[:, 0],
-            v=pages[:, 1],
-            cu_seqlens_q=cu_queries,
-            cu_seqlens_k=torch.nn.functional.pad(keys.cumsum(0, dtype=torch.int32), (1, 0)),
-            # Upper bounds known from shapes; flash-attn would read 1 as "every sequence has one query".
-            max_seqlen_q=max(2, len(query)),
-            max_seqlen_k=table.shape[1] * pages.shape[2],
-            causal=causal,
-            block_table=table.repeat_interleave(2, dim=0),
-            return_attn_probs=True,
-            **options,
+    def __init__(self, pages: Tensor, keys: PagedKeys) -> None:
+        size, table = pages.shape[2], keys.page_table.long()
+        self.length = table.shape[1] * size
+        at = torch.arange(self.length, device=pages.device)
+        unused = at >= keys.key_lengths[:, None]  # (S, L)
+        page = table[:, at // size].masked_fill(unused, 0)  # entries beyond a sequence's keys may be anything
+        self.keys, self.values = (
+            pages[page, which, at % size].masked_fill_(unused[:, :, None, None], 0.0).flatten(0, 1) for which in (0, 1)
         )
-        results.append((out, lse.T))  # (T, H, D), (T, H)
-    (out, lse), (others, others_lse) = results
-    return torch.where(is_first[:, None, None], out, others), torch.where(is_first[:, None], lse, others_lse)
+        """(S·L, kv_heads, D) each."""
+
+    def varlen(self, bounds: Tensor, owner: Tensor, lengths: Tensor, most: int, *, causal: bool) -> Varlen:
+        """A call in which each range of queries sees the first ``lengths`` keys of the sequence ``owner``."""
+        starts = torch.nn.functional.pad(owner.int() * self.length, (0, 1))
+        return Varlen(bounds, starts, most, self.length, causal, lengths.int().contiguous())

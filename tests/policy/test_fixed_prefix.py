@@ -9,10 +9,13 @@ import torch
 from tiny_models import ARCHITECTURES, INVOCATION, gradients, logits_by_peft, ragged, tiny_adapted, tokenizer
 from torch import Tensor
 
+from alignpro.models import packed_attention
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
+from alignpro.policy import fixed_prefix
 from alignpro.policy.fixed_prefix import policy_and_base_states, policy_states
 from alignpro.policy.policy import Policy
+from alignpro_kernels.varlen_reference import ReferenceKernels
 
 K = 3
 TOKENS = tokenizer("llama").encode(INVOCATION, add_special_tokens=False)
@@ -126,6 +129,21 @@ def test_prompts_of_every_kind(prompts: list[list[int]], passes: int) -> None:
     assert torch.allclose(acting, model.action_states(sequences), atol=1e-5)
     assert torch.allclose(base, model.without_adapter().action_states(sequences), atol=1e-5)
     assert torch.allclose(policy_states(model, sequences), acting, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [[], list(range(9, 21))])
+def test_without_padding_states_and_gradients_are_the_same(shared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the prefixes share a prefix of their own."""
+    policy = Policy(tiny_adapted("llama", dtype=torch.float64), None)
+    sequences = batch(policy.model, before=shared)
+    padded = policy.sequence_logprob(sequences)
+    expected = gradients(policy.model, padded)
+    for module in (fixed_prefix, packed_attention):
+        monkeypatch.setattr(module, "unpadded_kernels", lambda *_: ReferenceKernels())
+    ours = policy.sequence_logprob(sequences)
+    torch.testing.assert_close(ours, padded, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients(policy.model, ours).items():
+        assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 
 def test_kept_states_have_gradients_of_the_weights() -> None:
