@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from alignpro.distributed.interrupts import EXIT_CODE, exit_at_interrupt, quiet_interrupts
+from alignpro.models.cpu.threads import set_environment
 
 
 def main() -> None:
@@ -13,6 +14,7 @@ def main() -> None:
     Raises:
         SystemExit: Always.
     """
+    set_environment()
     with quiet_interrupts():
         try:
             with exit_at_interrupt():

@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignpro.doctor.findings import Finding, program_output
+from alignpro.models.cpu.threads import cpu_quota, num_cores
 
 
 def system() -> Iterator[Finding]:
     """The operating system and Python."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("Machine", "system", "ok", f"{platform.system()} {platform.machine()}, {cores} cores")
+    detail, quota = f"{platform.system()} {platform.machine()}, {num_cores()} cores", cpu_quota()
+    if quota is None or quota >= 1:
+        yield Finding("Machine", "system", "ok", detail + ("" if quota is None else f", a quota of {quota:g}"))
+    else:
+        remedy = "computation stops whenever the quota is used up: give the container at least one core"
+        yield Finding("Machine", "system", "problem", f"{detail}, a quota of {quota:g}", remedy)
     yield Finding("Machine", "python", "ok", f"{platform.python_version()} at {sys.executable}")
 
 
