@@ -138,7 +138,7 @@ class StaticPlan(PagedAttention):
         self.memory = torch.zeros(sum(shape.spaces), dtype=torch.int32, device=device)
         self.ids, self.positions, slots, active, levels = _Buffers.within(self.memory, shape)
         self.active = active if shape.active > 0 else shape.active == ALL_ROWS
-        super().__init__((), slots, levels)
+        super().__init__((), slots, levels, in_order=False)  # padding rows come after a segment's queries
         self.runs = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.states: Tensor | None = None

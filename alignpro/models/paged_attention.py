@@ -24,6 +24,8 @@ class PagedAttention:
     """(T,) int64: the slot each token's key and value are written to; −1 to write nothing."""
     levels: Sequence[PagedKeys]
     """One per depth of the prefix tree."""
+    in_order: bool = True
+    """Whether the queries of a segment are its last tokens, in order, without padding; see `cascade_attention`."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `AttentionBackend.attend`."""
@@ -37,7 +39,7 @@ class PagedAttention:
             scale=settings.scale,
             softcap=settings.softcap,
             window=settings.sliding_window,
-            in_order=True,  # plans traverse a prefix tree depth first
+            in_order=self.in_order,
         )
         return out.unsqueeze(0)
 

@@ -18,6 +18,7 @@ from alignpro.engine import worker as worker_module
 from alignpro.engine.arena import MovingArena
 from alignpro.engine.graphs import ALL_ROWS, MAX_GRAPHS, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
 from alignpro.errors import ConfigError, ModelError
+from alignpro.models import paged_attention
 from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
 from alignpro_kernels import pages
@@ -59,6 +60,21 @@ def test_padding_changes_nothing_at_the_boundaries_of_sizes(exact: LanguageModel
         engine.generate("m", prompts, params), Engine({"m": exact}).generate("m", prompts, params), tolerance=1e-9
     )
     assert engine.stats.decode_ticks == {"padded": 11}
+
+
+def test_attention_is_told_that_a_batch_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that take no positions would align the last padding row with a segment's last key."""
+    told: list[tuple[int, bool]] = []
+    attend = paged_attention.cascade_attention
+
+    def watched(query: torch.Tensor, *arguments: Any, in_order: bool, **options: Any) -> torch.Tensor:
+        told.append((len(query), in_order))
+        return attend(query, *arguments, in_order=in_order, **options)
+
+    monkeypatch.setattr(paged_attention, "cascade_attention", watched)
+    plain = tiny_language_model("gpt2")  # its layers are not fused
+    Engine({"m": plain}, cuda_graphs="padded").generate("m", PROMPTS[:1], SamplingParams(max_tokens=3))
+    assert {(rows == 8, in_order) for rows, in_order in told} == {(False, True), (True, False)}
 
 
 def test_padding_changes_nothing_in_any_architecture(any_model: LanguageModel) -> None:
