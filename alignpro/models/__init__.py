@@ -8,6 +8,7 @@
 | `admission`, `thresholds` | refuses what the project would compute wrongly, below and beyond every length in the configuration |
 | `sequences` | batches of prompts and completions, and their packing into one row |
 | `attention_interface`, `packed_attention`, `paged_attention` | attention in unmodified models, and its two backends |
+| `gguf` | models from and to the file format of llama.cpp |
 | `cpu` | everything that replaces modules on a CPU |
 
 May import `prompting`, `data`, `config`, `errors` and `alignpro_kernels`.
