@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -27,9 +27,14 @@ class TokenCounter:
 
     Args:
         models: Name → model.
+        name_now: Given a model's name, returns that under which its tokens count at present: the policy with its adapter
+            switched off may be the reference.
     """
 
-    def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
+    def __init__(
+        self, models: Mapping[str, PreTrainedModel], name_now: Callable[[str], str] = lambda name: name
+    ) -> None:
+        self._name_now = name_now
         self.calls: Counter[Call] = Counter()
         """Number of tokens per kind of forward pass."""
         for name, model in models.items():
@@ -41,4 +46,4 @@ class TokenCounter:
 
     def _note(self, name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         (ids,) = arguments
-        self.calls[Call(name, torch.is_grad_enabled(), ids.shape[-1])] += ids.numel()
+        self.calls[Call(self._name_now(name), torch.is_grad_enabled(), ids.shape[-1])] += ids.numel()
