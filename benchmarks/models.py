@@ -7,7 +7,14 @@ import random
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.workload import BYTES, ModelShape
 
@@ -76,7 +83,25 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Create a model with random weights drawn from ``seed``, SDPA attention, in evaluation mode."""
+    """Create a model with SDPA attention, in evaluation mode: that of the shape's directory, or with random weights.
+
+    No token ends its sequences.
+
+    Args:
+        shape: The model.
+        context: Its longest sequence in tokens, if its weights are random.
+        seed: Of the random weights.
+        dtype: Of the weights.
+        device: Of the weights; the CPU if absent.
+    """
+    if shape.path is not None:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            shape.path, dtype=dtype, attn_implementation="sdpa"
+        )
+        loaded.generation_config = GenerationConfig()
+        loaded.config.bos_token_id = loaded.config.eos_token_id = loaded.config.pad_token_id = None
+        whole: PreTrainedModel = loaded.to(device or torch.device("cpu"))
+        return whole.eval()
     torch.manual_seed(seed)
     with device or torch.device("cpu"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -11,7 +11,7 @@ import typer
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only transformer with random weights."""
+    """A decoder-only transformer: random weights, or those of a directory."""
 
     layers: int
     hidden: int
@@ -22,6 +22,15 @@ class ModelShape:
     architecture: str = "llama"
     """``llama`` or ``qwen2``."""
     tied: bool = False
+    head_dim: int | None = None
+    """Width of a head; ``hidden / heads`` if absent."""
+    path: str | None = None
+    """The directory of the model, with its weights and its tokenizer."""
+
+    @property
+    def head_width(self) -> int:
+        """The number of features of a head."""
+        return self.head_dim or self.hidden // self.heads
 
 
 @dataclass(frozen=True)

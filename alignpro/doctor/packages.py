@@ -13,6 +13,7 @@ from alignpro.doctor.findings import Finding, Status
 EXTRAS = {
     "deepspeed": "ZeRO on one or several devices",
     "flash-attn": "attention kernels for CUDA: prefill and packed training",
+    "gguf": "models from and to GGUF files, the format of llama.cpp",
     "wandb": "metrics to Weights & Biases",
     "benchmarks": "the libraries that the benchmarks compare with",
     "dev": "tests, lint and types",

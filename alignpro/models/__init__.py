@@ -9,6 +9,7 @@
 | `sequences` | batches of prompts and completions, and their packing into one row |
 | `attention_interface`, `packed_attention`, `paged_attention` | attention in unmodified models, and its two backends |
 | `packed_parts`, `packed_choice` | packed attention as variable-length calls, and which library computes them on a GPU |
+| `gguf` | models from and to the file format of llama.cpp |
 | `cpu` | everything that replaces modules on a CPU |
 
 May import `prompting`, `data`, `config`, `errors` and `alignpro_kernels`.

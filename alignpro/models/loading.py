@@ -52,7 +52,7 @@ def load_language_model(config: ModelConfig) -> LanguageModel:
     Raises:
         ModelError: There is no such model, it is not a causal language model, or it has no usable tokenizer.
     """
-    language_model = LanguageModel(_load_causal(config), load_tokenizer(config), config.path)
+    language_model = LanguageModel(load_causal(config), load_tokenizer(config), config.path)
     return language_model.requires_grad_(False).eval()
 
 
@@ -87,7 +87,7 @@ def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
     """
     torch.manual_seed(seed)  # also for what the caller draws next, such as an adapter's initial weights
     if not config.from_scratch:
-        return LanguageModel(_load_causal(config, trainable=True), load_tokenizer(config), config.path).eval()
+        return LanguageModel(load_causal(config, trainable=True), load_tokenizer(config), config.path).eval()
     tokenizer = load_tokenizer(config)
     with _loading_errors(config.path):
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
@@ -126,7 +126,16 @@ def base_of_adapter(directory: Path) -> str:
     return named
 
 
-def _load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedModel | PeftModel:
+def load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedModel | PeftModel:
+    """Load a causal language model, or an adapter on its base model, as transformers and peft have it.
+
+    Args:
+        config: The model.
+        trainable: Whether the weights of an adapter get a gradient.
+
+    Raises:
+        ModelError: There is no such model, or it is not a causal language model.
+    """
     require_pretrained(config.path)
     directory = Path(config.path)
     with _loading_errors(config.path):
@@ -151,7 +160,7 @@ def _load_adapter(config: ModelConfig, directory: Path, *, trainable: bool) -> P
     if getattr(adapter, "megatron_config", None):
         raise ValueError("its adapter_config.json has a megatron_config, for which peft imports any module it names")
     soft, path = adapter.is_prompt_learning, base_of_adapter(directory)
-    base = _load_causal(config.model_copy(update={"path": path}))
+    base = load_causal(config.model_copy(update={"path": path}))
     if merged := isinstance(base, PeftModel):
         base = merge_adapter(base, path)
     model = PeftModel.from_pretrained(base, config.path, is_trainable=trainable and not soft)

@@ -28,9 +28,19 @@ def fsync(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file atomically: at any moment ``path`` is the old file or the complete new one."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file atomically: at any moment ``path`` is the old file, absent, or the complete new one.
+
+    Args:
+        path: Path of the file.
+        write: Writes the file whose path it is given.
+    """
     temporary = path.with_name(f"{PARTIAL}{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        write(temporary)
         fsync(temporary)
         temporary.replace(path)
         fsync(path.parent)

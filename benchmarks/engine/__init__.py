@@ -1,1 +1,1 @@
-"""Generation only: the chain engine compared with the generation methods of transformers."""
+"""Generation only: the chain engine compared with transformers' methods, and on real models with vLLM and llama.cpp."""

@@ -1,7 +1,8 @@
 """python -m benchmarks.engine: the chain engine compared with transformers' `generate` and continuous batching.
 
-Every entrant generates the same number of tokens. Prints a table per case and writes JSON and a PNG. With --simulate, the
-engine's scheduler runs with models that compute nothing, and the time on a GPU is predicted.
+Every entrant generates the same number of tokens. Prints a table per case and writes JSON and a PNG. With --model, a real
+model is measured in the place of random ones, and vLLM and llama.cpp take part where they are installed. With --simulate,
+the engine's scheduler runs with models that compute nothing, and the time on a GPU is predicted.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 import typer
 
 from benchmarks import command
-from benchmarks.device import empty_cache
-from benchmarks.engine import figure, ours, peers
+from benchmarks.device import dtype_name, empty_cache
+from benchmarks.engine import figure, llama_cpp, ours, peers, vllm
 from benchmarks.engine.cases import CASES, Case, shrink
 from benchmarks.engine.entrant import Setting
-from benchmarks.engine.floor import measure_rates
+from benchmarks.engine.floor import floor_seconds, measure_rates
+from benchmarks.engine.given import cases_of
 from benchmarks.engine.measure import compare
 from benchmarks.engine.simulation.cards import CARDS
 from benchmarks.engine.simulation.run import python_loop_seconds
@@ -41,9 +43,11 @@ def run(
         list[str] | None,
         typer.Option(
             help=f"{', '.join(case.name for case in CASES)}, or patterns; may be repeated. Default: all, on a CPU all "
-            "but gpu."
+            "but gpu. With --model: n1, n4, chains."
         ),
     ] = None,
+    model: command.ModelDirectory = None,
+    prompts: command.PromptsFile = None,
     shape: command.Shape = None,
     entrants: command.Entrants = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds. Default: 5; with --quick 1.")] = None,
@@ -67,22 +71,35 @@ def run(
     if simulate is not None:
         _simulate(simulate, shape or [], max_batch or 256, seed, json_file, quick)
         return
-    session = Session("engine", device=device, dtype=dtype, threads=threads, quick=quick, file=json_file)
-    cases = _cases(workload, shape or [], session.device, quick)
-    chosen = command.matching([ours.entrant(), *peers.entrants()], entrants, "entrant")
+    if prompts is not None and model is None:
+        raise typer.BadParameter("--prompts are for a model with a tokenizer: give --model too")
+    name = "engine" if model is None else f"engine_{model.absolute().name}"
+    session = Session("engine", device=device, dtype=dtype, threads=threads, quick=quick, file=json_file, name=name)
+    everything = [ours.entrant(), *peers.entrants()]
+    if model is None:
+        cases = _cases(workload, shape or [], session.device, quick)
+    else:
+        cases = _cases_of(model, prompts, workload, shape or [], quick)
+        everything += [*vllm.entrants(), *llama_cpp.entrants()]
+    chosen = command.matching(everything, entrants, "entrant")
     on_cpu = session.device.type == "cpu"
     setting = Setting(session.device, session.dtype, max_batch or (256 if on_cpu else 1024), seed)
     rounds = rounds or (1 if quick else 5)
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # failures are in the results
-    rates = measure_rates(session.device, session.dtype)
+    dtypes = {session.dtype} if model is None else {session.dtype, torch.float32, torch.bfloat16}
+    rates_of = {each: measure_rates(session.device, each, quick=quick) for each in dtypes}
+    rates = rates_of[session.dtype]
     empty_cache(session.device)
     described = session.describe(seed=seed, rounds=rounds, max_batch=setting.max_batch, rates=asdict(rates))
+    described["rates_by_dtype"] = {dtype_name(each): asdict(measured) for each, measured in rates_of.items()}
     document: dict[str, Any] = {"run": described, "results": []}
     session.print_device(f"{rates.bytes_per_s / 1e9:.3g} GB/s, {rates.flops_per_s / 1e12:.3g} TFLOP/s")
     for case in cases:
         with session.console.status(case.title):
             result = compare(case, chosen, setting, rounds, rates)
+            floors = {dtype_name(each): floor_seconds(case, measured, each) for each, measured in rates_of.items()}
+            result["floor_by_dtype"] = dict(sorted(floors.items()))
             if not case.chain and any(entrant.name == ours.NAME for entrant in chosen):
                 result["decode_ticks"] = ours.decode_ticks(case, setting)
             document["results"].append(result)
@@ -101,6 +118,19 @@ def _cases(names: list[str] | None, changes: Sequence[str], device: torch.device
             raise typer.BadParameter("workload gpu: its models need a GPU; use --device cuda, or --quick to try it")
         cases = [case for case in cases if not case.needs_gpu]
     return [replace(case, workload=reshape(case.workload, changes)) for case in cases]
+
+
+def _cases_of(
+    model: Path, prompts: Path | None, names: list[str] | None, changes: Sequence[str], quick: bool
+) -> list[Case]:
+    cases = command.matching(cases_of(model, prompts, quick=quick), names, "workload")
+    cases = [replace(case, workload=reshape(case.workload, changes)) for case in cases]
+    for case in cases:
+        if case.given and case.workload.prompts > len(case.given):
+            raise typer.BadParameter(f"prompts={case.workload.prompts}: {prompts} has {len(case.given)}")
+        if {case.workload.prompter.path, case.workload.target.path} != {str(model)}:
+            raise typer.BadParameter("shape: with --model, the models have the shape of its directory")
+    return cases
 
 
 def _simulate(

@@ -16,8 +16,10 @@ class Case:
     workload: Workload
     title: str
     chain: bool
-    """Whether to run both stages; otherwise the target responds once to each of ``workload.prompts`` prompts."""
+    """Whether to run both stages; otherwise the target gives ``workload.M`` responses to each of its prompts."""
     needs_gpu: bool = False
+    given: tuple[tuple[int, ...], ...] = ()
+    """The ids of real prompts, of which every round takes the next ``workload.prompts``; if empty, prompts are random."""
 
     @property
     def name(self) -> str:
@@ -34,22 +36,32 @@ class Case:
     def context(self) -> int:
         """The length of the longest sequence in tokens."""
         w = self.workload
+        longest = max(map(len, self.given), default=w.prompter_input if self.chain else w.prompt)
         if not self.chain:
-            return w.prompt + w.response
-        return max(w.prompter_input + w.rewrite, w.target_input + w.response)
+            return longest + w.response
+        return max(longest + w.rewrite, w.target_input + w.response)
+
+    @property
+    def prefill(self) -> int:
+        """The number of prompt tokens that the first stage computes in a round, if those of equal beginnings are shared."""
+        w = self.workload
+        if self.given:
+            prompts = self.given[: w.prompts]
+            return len({prompt[:length] for prompt in prompts for length in range(1, len(prompt) + 1)})
+        return w.prompts * w.prompt + (w.meta_prompt if self.chain else 0)
 
     @property
     def expected(self) -> dict[str, int]:
         """Model → number of tokens that it generates."""
         w = self.workload
         if not self.chain:
-            return {"target": w.prompts * w.response}
+            return {"target": w.chains * w.response}
         return {"policy": w.prompts * w.K * w.rewrite, "target": w.chains * w.response}
 
     @property
     def sequences(self) -> int:
         """The number of responses."""
-        return self.workload.chains if self.chain else self.workload.prompts
+        return self.workload.chains
 
 
 def _alone(name: str, prompts: int, response: int) -> Workload:
@@ -84,8 +96,11 @@ class Inputs:
     after: list[int]
 
     def prompts(self, turn: int) -> list[list[int]]:
-        """Return the prompts of a round; they are unique to it, so that no entrant has cached them."""
+        """Return the prompts of a round. Random ones are unique to it, so that no entrant has cached them."""
         w, generator = self.case.workload, random.Random(f"{self.seed} {turn}")
+        if given := self.case.given:
+            first = turn * w.prompts
+            return [list(given[i % len(given)]) for i in range(first, first + w.prompts)]
         vocabulary = (w.prompter if self.case.chain else w.target).vocabulary
         return [self.meta_prompt + _tokens(generator, w.prompt, vocabulary) for _ in range(w.prompts)]
 

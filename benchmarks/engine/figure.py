@@ -7,7 +7,14 @@ from typing import Any
 
 from benchmarks.figure import describe_run, new_figure
 
-COLOURS = {"ours": "#0072B2", "hf-generate": "#E69F00", "hf-continuous": "#009E73"}
+COLOURS = {
+    "ours": "#0072B2",
+    "hf-generate": "#E69F00",
+    "hf-continuous": "#009E73",
+    "vllm": "#CC79A7",
+    "vllm-eager": "#56B4E9",
+    "llama.cpp": "#D55E00",
+}
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

@@ -19,6 +19,7 @@ from benchmarks.workload import ModelShape
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 REPEATS = 7
+QUICK_FACTOR = 16
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,18 @@ class DeviceRates:
     """In a large matrix product in the models' dtype."""
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
-    """Measure the best rates of several copies and matrix products."""
+def measure_rates(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> DeviceRates:
+    """Measure the best rates of several copies and matrix products; with ``quick``, of small ones, which are not valid."""
     clock = Clock(device)
 
     def shortest(call: Callable[[], object]) -> float:
         return min(clock.time(call, calls=1).total for _ in range(REPEATS))
 
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    smaller = QUICK_FACTOR if quick else 1
+    source = torch.ones(COPY_BYTES[device.type] // smaller, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
     copying = shortest(lambda: copy.copy_(source))
-    size = MATMUL_SIZE[device.type]
+    size = MATMUL_SIZE[device.type] // smaller
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     product = torch.empty_like(left)
     multiplying = shortest(lambda: torch.mm(left, right, out=product))
@@ -71,34 +73,35 @@ def floor_seconds(case: Case, rates: DeviceRates, dtype: torch.dtype) -> dict[st
 def _stages(case: Case) -> list[_Stage]:
     w = case.workload
     if not case.chain:
-        return [_Stage(w.target, w.prompts * w.prompt, w.prompt, w.prompts, w.response)]
+        return [_Stage(w.target, case.prefill, w.prompt, case.sequences, w.response)]
     rewrites = w.prompts * w.K
     return [
-        _Stage(w.prompter, w.meta_prompt + w.prompts * w.prompt, w.prompter_input, rewrites, w.rewrite),
+        _Stage(w.prompter, case.prefill, w.prompter_input, rewrites, w.rewrite),
         _Stage(w.target, w.before + rewrites * (w.rewrite + w.after), w.target_input, w.chains, w.response),
     ]
 
 
 def num_weights(shape: ModelShape, *, head: bool) -> int:
     """Return the number of weights in the matrix products of one token."""
-    kv = shape.kv_heads * shape.hidden // shape.heads
-    layer = 2 * shape.hidden**2 + 2 * shape.hidden * kv + 3 * shape.hidden * shape.intermediate
+    queries, kv = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    layer = 2 * shape.hidden * queries + 2 * shape.hidden * kv + 3 * shape.hidden * shape.intermediate
     return shape.layers * layer + (shape.vocabulary * shape.hidden if head else 0)
 
 
 def _prefill_flops(stage: _Stage) -> float:
-    attention = 2 * stage.shape.layers * stage.shape.hidden * stage.context  # half of the products are masked
-    return stage.prefill * (2.0 * num_weights(stage.shape, head=False) + attention)
+    shape = stage.shape
+    attention = 2 * shape.layers * shape.heads * shape.head_width * stage.context  # half of the products are masked
+    return stage.prefill * (2.0 * num_weights(shape, head=False) + attention)
 
 
 def _decode_seconds(stage: _Stage, rates: DeviceRates, itemsize: int) -> float:
     shape = stage.shape
     weights = num_weights(shape, head=True)
-    kv_bytes = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * itemsize  # per token
+    kv_bytes = 2 * shape.layers * shape.kv_heads * shape.head_width * itemsize  # per token
     seconds = 0.0
     for drawn in range(1, stage.new):  # the first token is sampled from the prompt's hidden states
         read = weights * itemsize + kv_bytes * (stage.prefill + stage.sequences * drawn)
-        attention = 4 * shape.layers * shape.hidden * (stage.context + drawn)
+        attention = 4 * shape.layers * shape.heads * shape.head_width * (stage.context + drawn)
         flops = stage.sequences * (2.0 * weights + attention)
         seconds += max(read / rates.bytes_per_s, flops / rates.flops_per_s)
     return seconds

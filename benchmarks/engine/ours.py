@@ -25,7 +25,10 @@ def entrant() -> Entrant:
 
 
 class _OurRun:
-    """Rounds with one engine; before each, the policy's weights are marked as updated, as after a training step."""
+    """Rounds with one engine; before each, the policy's weights are marked as updated, as after a training step.
+
+    So are the target's if prompts come from a file, since later rounds may repeat them.
+    """
 
     def __init__(self, case: Case, inputs: Inputs, setting: Setting) -> None:
         self._case, self._inputs = case, inputs
@@ -42,7 +45,8 @@ class _OurRun:
         self._begin()
         w, engine, prompts = self._case.workload, self._engine, self._inputs.prompts(turn)
         if not self._case.chain:
-            groups = engine.generate("target", prompts, SamplingParams(max_tokens=w.response, seed=turn))
+            params = SamplingParams(max_tokens=w.response, n=w.M, seed=turn)
+            groups = engine.generate("target", prompts, params)
             return Generated({"target": _count([one for group in groups for one in group])}, self._details())
         chains = engine.run_chains(
             prompts,
@@ -63,12 +67,15 @@ class _OurRun:
         self._begin()
         engine.generate("target", prompts, SamplingParams(max_tokens=1, seed=turn))
         engine.stats = EngineStats()
-        engine.generate("target", prompts, SamplingParams(max_tokens=self._case.workload.response, seed=turn))
+        w = self._case.workload
+        engine.generate("target", prompts, SamplingParams(max_tokens=w.response, n=w.M, seed=turn))
         return {"tick_s": engine.stats.run_seconds / engine.stats.ticks} | _host(engine.stats)
 
     def _begin(self) -> None:
         if self._case.chain:
             self._engine.weights_updated("policy")
+        if self._case.given:
+            self._engine.weights_updated("target")
         self._engine.stats = EngineStats()
 
     def _details(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def _two_stages(case: Case, inputs: Inputs, setting: Setting, sample: Sample) ->
         torch.manual_seed(turn)
         prompts = inputs.prompts(turn)
         if not case.chain:
-            return Generated({"target": _count(sample(models["target"], prompts, 1, w.response))})
+            return Generated({"target": _count(sample(models["target"], prompts, w.M, w.response))})
         rewrites = sample(models["policy"], prompts, w.K, w.rewrite)
         responses = sample(models["target"], [inputs.to_target(rewrite) for rewrite in rewrites], w.M, w.response)
         return Generated({"policy": _count(rewrites), "target": _count(responses)})
@@ -55,7 +55,7 @@ def _count(sequences: Sequence[Sequence[int]]) -> int:
 
 
 class _Generate:
-    """`generate` on batches; all prompts of a case have the same length, so there is no padding."""
+    """`generate` on batches; prompts of unequal lengths are padded on the left."""
 
     def __init__(self, setting: Setting) -> None:
         self._max_batch = setting.max_batch
@@ -67,10 +67,14 @@ class _Generate:
         size = max(1, self._max_batch // n)
         generate: Any = model.generate  # mypy infers a Tensor
         for start in range(0, len(prompts), size):
-            ids = torch.tensor(prompts[start : start + size], device=model.device)  # (B, L)
+            batch = prompts[start : start + size]
+            longest = max(map(len, batch))
+            rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in batch]
+            mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch]
+            ids = torch.tensor(rows, device=model.device)  # (B, L)
             sequences = generate(
                 input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=torch.tensor(mask, device=model.device),
                 generation_config=_config(n, length),
             )
             generated += sequences[:, ids.shape[1] :].tolist()

@@ -15,9 +15,14 @@ COLUMNS = ("new tokens/s", "seconds", "× floor", "ours is faster", "computed / 
 def print_case(console: Console, result: dict[str, Any]) -> None:
     """Print the table of one case, then the entrants that did not run, with the reasons."""
     columns = ("entrant", "chains/s" if result["chain"] else "sequences/s", *COLUMNS)
-    floor = ("floor", "", "", f"{sum(result['floor'].values()):.3g}", "1.00", "", "", "")
+    own = sum(result["floor"].values())
+    floors = {name: sum(parts.values()) for name, parts in result.get("floor_by_dtype", {}).items()}
+    floor = [
+        ("floor" if len(floors) < 2 else f"floor, {name}", "", "", f"{seconds:.3g}", f"{seconds / own:.2f}", "", "", "")
+        for name, seconds in (floors or {"": own}).items()
+    ]
     measured = [_row(entrant) for entrant in result["entrants"] if entrant["status"] == "measured"]
-    print_table(console, columns, [floor, *measured], title=result["title"], widths=(14,))
+    print_table(console, columns, [*floor, *measured], title=result["title"], widths=(16,))
     if decode := result.get("decode_ticks"):
         line = f"decode tick: {decode['tick_s'] * 1e3:.3g} ms, host share {decode['host_share']:.1%}"
         console.print(line, highlight=False)

@@ -15,7 +15,7 @@ from alignpro.config import TrainConfig, load_config
 from alignpro.training.builders import prompter_training
 from alignpro.training.distribution import Distribution, SingleProcess
 from benchmarks.training.step import Step
-from benchmarks.training.task import REWARD, Task
+from benchmarks.training.task import LORA_ALPHA, REWARD, Task
 from benchmarks.training.tokens import TokenCounter
 
 
@@ -76,12 +76,16 @@ def configure(task: Task, device: torch.device, overrides: Sequence[str] = ()) -
     return load_config(TrainConfig, [str(file), *overrides])
 
 
+def _adapter(task: Task) -> dict[str, Any]:
+    return {} if task.lora is None else {"adapter": {"kind": "lora", "rank": task.lora, "alpha": LORA_ALPHA}}
+
+
 def _configuration(task: Task, device: torch.device) -> dict[str, Any]:
     workload = task.workload
     return {
         "run": {"out": str(task.directory / "run"), "seed": task.seed, "steps": task.steps, "sample_every": task.steps},
         "data": {"source": str(task.directory / "prompts.jsonl"), "holdout": 0.0},
-        "policy": {"path": str(task.prompter), "device": str(device)},
+        "policy": {"path": str(task.prompter), "device": str(device)} | _adapter(task),
         "target": {"path": str(task.target), "device": str(device)},
         "reward": {"components": [{"kind": "function", "function": REWARD}]},
         "prompting": {"meta_prompt": str(task.directory / "meta_prompt.jinja")},

@@ -30,10 +30,17 @@ class TokenCounter:
     Args:
         models: Name → model.
         counted: Whether to count a pass that runs now; by default all are.
+        name_now: Given a model's name, returns that under which its tokens count at present: the policy with its adapter
+            switched off may be the reference.
     """
 
-    def __init__(self, models: Mapping[str, PreTrainedModel], counted: Callable[[], bool] = lambda: True) -> None:
-        self._counted = counted
+    def __init__(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        counted: Callable[[], bool] = lambda: True,
+        name_now: Callable[[str], str] = lambda name: name,
+    ) -> None:
+        self._counted, self._name_now = counted, name_now
         self.calls: Counter[Call] = Counter()
         """Number of tokens per kind of forward pass."""
         for name, model in models.items():
@@ -46,4 +53,4 @@ class TokenCounter:
     def _note(self, name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         (ids,) = arguments
         if self._counted():
-            self.calls[Call(name, torch.is_grad_enabled(), ids.shape[-1])] += ids.numel()
+            self.calls[Call(self._name_now(name), torch.is_grad_enabled(), ids.shape[-1])] += ids.numel()

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,7 +27,7 @@ from transformers import (
 from benchmarks.measure import import_peer
 from benchmarks.training.reward import variety
 from benchmarks.training.step import Step
-from benchmarks.training.task import Task
+from benchmarks.training.task import LORA_ALPHA, Task
 from benchmarks.training.tokens import TokenCounter
 
 
@@ -40,15 +42,17 @@ def train(task: Task, device: torch.device, after_step: Callable[[Step], None]) 
     workload = task.workload
     reward = _TargetReward(task, device)
     policy = AutoModelForCausalLM.from_pretrained(task.prompter, dtype=torch.float32, attn_implementation="sdpa")
+    lengths = {} if task.model else {"min_new_tokens": workload.rewrite}  # a real model ends its own sequences
     trainer = trl.GRPOTrainer(
         model=policy,
+        peft_config=_lora(task),
         reward_funcs=reward.score,
         args=trl.GRPOConfig(
             output_dir=str(task.directory / "trl"),
             per_device_train_batch_size=workload.prompts * workload.K,
             num_generations=workload.K,
             max_completion_length=workload.rewrite,
-            generation_kwargs={"min_new_tokens": workload.rewrite},
+            generation_kwargs=lengths,
             max_steps=task.steps,
             learning_rate=task.learning_rate,
             lr_scheduler_type="constant",
@@ -62,12 +66,30 @@ def train(task: Task, device: torch.device, after_step: Callable[[Step], None]) 
             logging_strategy="no",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list([{"prompt": task.meta_prompt + text} for text in task.prompts]),
+        train_dataset=Dataset.from_list([{"prompt": _prompt(task, text)} for text in task.prompts]),
         processing_class=AutoTokenizer.from_pretrained(task.prompter),
     )
-    counter = TokenCounter({"policy": policy, "reference": trainer.ref_model, "target": reward.target})
-    trainer.add_callback(_StepClock(reward, trainer.ref_model, counter, after_step))
+    models = {"policy": policy, "target": reward.target}
+    if trainer.ref_model is not None:
+        models["reference"] = trainer.ref_model
+    switch = next((module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)), None)
+    counter = TokenCounter(
+        models, lambda name: "reference" if name == "policy" and switch and switch.disable_adapters else name
+    )
+    trainer.add_callback(_StepClock(reward, trainer.ref_model, switch, counter, after_step))
     trainer.train()
+
+
+def _lora(task: Task) -> LoraConfig | None:
+    """The adapter of this project's default configuration."""
+    if task.lora is None:
+        return None
+    return LoraConfig(r=task.lora, lora_alpha=int(LORA_ALPHA), target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _prompt(task: Task, text: str) -> str | list[dict[str, str]]:
+    """A prompt as the trainer takes it: with a real model, a user's turn in its chat template."""
+    return [{"role": "user", "content": text}] if task.model else task.meta_prompt + text
 
 
 class _TargetReward:
@@ -81,11 +103,12 @@ class _TargetReward:
         self.began = self.answered = self.scored = 0.0
         """Times at which the last call began, had all responses, and ended."""
 
-    def score(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        """Compute the rewards (B,) of B rewrites; called by the trainer."""
+    def score(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        """Compute the rewards (B,) of B rewrites, texts or conversations; called by the trainer."""
         self.began = time.perf_counter()
         workload = self._task.workload
-        chats = [[{"role": "user", "content": rewrite}] for rewrite in completions]
+        rewrites = [each if isinstance(each, str) else each[-1]["content"] for each in completions]
+        chats = [[{"role": "user", "content": rewrite}] for rewrite in rewrites]
         inputs: Any = self._tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
         )
@@ -99,9 +122,8 @@ class _TargetReward:
                 top_p=1.0,
                 num_return_sequences=workload.M,
                 max_new_tokens=workload.response,
-                min_new_tokens=workload.response,
                 pad_token_id=self._tokenizer.pad_token_id,
-                eos_token_id=self._tokenizer.eos_token_id,
+                **self._ends(),
             )
         responses = self._tokenizer.batch_decode(
             sequences[:, inputs["input_ids"].shape[1] :].tolist(), skip_special_tokens=True
@@ -112,6 +134,13 @@ class _TargetReward:
         self.scored = time.perf_counter()
         return list(rewards)
 
+    def _ends(self) -> dict[str, Any]:
+        """When a response ends: a real model's where it ends them, a random one's at their full length."""
+        if self._task.model is None:
+            return {"min_new_tokens": self._task.workload.response, "eos_token_id": self._tokenizer.eos_token_id}
+        ends = self.target.generation_config.eos_token_id
+        return {"eos_token_id": self._tokenizer.eos_token_id if ends is None else ends}
+
 
 class _StepClock(TrainerCallback):
     """Times whole steps, and their phases from the times at which the reference and the reward function are called."""
@@ -119,13 +148,17 @@ class _StepClock(TrainerCallback):
     def __init__(
         self,
         reward: _TargetReward,
-        reference: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        switch: BaseTunerLayer | None,
         counter: TokenCounter,
         after_step: Callable[[Step], None],
     ) -> None:
         self._reward, self._counter, self._after_step = reward, counter, after_step
         self._started = self._referred = 0.0
-        reference.register_forward_pre_hook(self._refer)
+        if reference is not None:
+            reference.register_forward_pre_hook(self._refer)
+        elif switch is not None:  # the policy without its adapter is the reference
+            switch.register_forward_pre_hook(lambda *_: self._refer() if switch.disable_adapters else None)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

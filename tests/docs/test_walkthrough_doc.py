@@ -12,8 +12,9 @@ import yaml
 from document import Document
 from settings_table import settings
 from tiny_runs import Workshop
+from typer.main import get_command
 
-from alignpro.cli import main
+from alignpro.cli import app, main
 from alignpro.config import EvalConfig, OptimalConfig, RewardModelConfig, RLHFConfig, Section, SFTConfig, TrainConfig
 
 DOCUMENT = Document("walkthrough.md")
@@ -37,8 +38,7 @@ def test_its_files_and_commands_run_in_order(
     Workshop(tmp_path)
     monkeypatch.chdir(tmp_path)
     python = {block.split("\n")[0].removeprefix("# "): block for _, block in DOCUMENT.blocks("python")}
-    assert python.keys() == {"convert.py", "reward.py"}
-    compile(python["convert.py"], "convert.py", "exec")  # its package is not among the tests' requirements
+    assert python.keys() == {"reward.py"}
     Path("reward.py").write_text(python["reward.py"])
     for _, block in DOCUMENT.blocks("yaml"):
         name = block.split("\n")[0].removeprefix("# ")
@@ -51,6 +51,15 @@ def test_its_files_and_commands_run_in_order(
     assert Path("runs/eval/report.html").is_file()
     assert len(Path("rewrites_of_mine.jsonl").read_text().splitlines()) == 24
     assert json.loads(Path("runs/train/model/adapter_config.json").read_text())["r"] == 16
+
+
+def test_its_commands_for_model_files_exist_with_their_options() -> None:
+    lines = [line for _, block in DOCUMENT.blocks("console") for line in block.splitlines() if "alignpro model" in line]
+    assert len(lines) == 3
+    commands = get_command(app).commands["model"].commands  # type: ignore[attr-defined]
+    for line in lines:
+        _, _, name, *arguments = shlex.split(line, comments=True)
+        commands[name].make_context(name, list(arguments))
 
 
 ELSEWHERE = ("data", "reward", "prompting", "deepspeed", "model", "prompter.", "rewrite.", "respond.", "engine.")
