@@ -18,6 +18,8 @@ struct PanelKernels {
   // The same with x^T, for x (depth, rows).
   void (*multiply_transposed)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
                               int64_t out_stride, bool add);
+  // out (rows, rank) = scale x a^T: x (rows, depth); a (rank, depth), which is not packed.
+  void (*project)(const float* x, int64_t rows, const float* a, int64_t rank, int64_t depth, float scale, float* out);
   // Packs weights (outputs, inputs) with row stride `stride` into a panel (inputs, kPanel), zero-padded beyond the outputs.
   void (*pack)(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel);
   // out = x / sqrt(mean(x^2) + eps) (weight + offset), for a row of `dim` elements; out may alias x.

@@ -57,6 +57,44 @@ void multiply(const float* x, int64_t stride, int64_t rows, const float* panel, 
   }
 }
 
+// Multiplies R rows of x by C rows of a: sums over lanes, then over what is left of a row.
+template <int R, int C>
+void project_block(const float* x, const float* a, int64_t depth, float scale, float* out, int64_t out_stride) {
+  F sums[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) sums[r][c] = Isa::set(0);
+  }
+  int64_t k = 0;
+  for (; k + Isa::width <= depth; k += Isa::width) {
+    F from[R];
+    for (int r = 0; r < R; ++r) from[r] = Isa::load(x + r * depth + k);
+    for (int c = 0; c < C; ++c) {
+      const F weight = Isa::load(a + c * depth + k);
+      for (int r = 0; r < R; ++r) sums[r][c] = Isa::fma(from[r], weight, sums[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) {
+      float sum = Isa::sum(sums[r][c]);
+      for (int64_t j = k; j < depth; ++j) sum = __builtin_fmaf(x[r * depth + j], a[c * depth + j], sum);
+      out[r * out_stride + c] = scale * sum;
+    }
+  }
+}
+
+template <int R>
+void project_rows(const float* x, const float* a, int64_t rank, int64_t depth, float scale, float* out) {
+  int64_t c = 0;
+  for (; c + 4 <= rank; c += 4) project_block<R, 4>(x, a + c * depth, depth, scale, out + c, rank);
+  for (; c < rank; ++c) project_block<R, 1>(x, a + c * depth, depth, scale, out + c, rank);
+}
+
+void project(const float* x, int64_t rows, const float* a, int64_t rank, int64_t depth, float scale, float* out) {
+  int64_t row = 0;
+  for (; row + 3 <= rows; row += 3) project_rows<3>(x + row * depth, a, rank, depth, scale, out + row * rank);
+  for (; row < rows; ++row) project_rows<1>(x + row * depth, a, rank, depth, scale, out + row * rank);
+}
+
 void pack(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel) {
   int64_t k = 0;
 #if defined(__x86_64__)
@@ -122,7 +160,7 @@ void gate(float* gate, const float* up, int64_t count) {
   }
 }
 
-constexpr PanelKernels kPanelKernels = {multiply<false>, multiply<true>, pack, rms_norm, rotate, gate};
+constexpr PanelKernels kPanelKernels = {multiply<false>, multiply<true>, project, pack, rms_norm, rotate, gate};
 
 }  // namespace
 }  // namespace alignpro

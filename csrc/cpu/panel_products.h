@@ -61,35 +61,64 @@ void for_panels(int64_t rows, int64_t panels, int64_t inputs, const Work& work) 
   });
 }
 
-// Computes x (rows, inputs) times a packed weight and calls epilogue(row, first output, outputs, products).
-template <typename Epilogue>
-void multiply(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const Epilogue& epilogue) {
+// Leaves products as they are.
+struct Nothing {
+  void operator()(int64_t, int64_t, int64_t, float*) const {}
+};
+
+// Computes x (rows, inputs) times a packed weight and calls epilogue(row, first output, outputs, products). Before, it calls
+// add(first row, rows, panel, products), which may change products (rows, kPanel).
+template <typename Epilogue, typename Add = Nothing>
+void multiply(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const Epilogue& epilogue,
+              const Add& add = {}) {
   const Panels weight(packed);
   for_panels(rows, weight.count, weight.inputs, [&](int64_t first, int64_t count, int64_t panel) {
     alignas(64) float tile[kRowChunk * kPanel];
     multiply_panel(x + first * weight.inputs, weight.inputs, count, weight, panel, tile);
+    add(first, count, panel, tile);
     const int64_t column = panel * kPanel, width = std::min(kPanel, outputs - column);
     for (int64_t r = 0; r < count; ++r) epilogue(first + r, column, width, tile + r * kPanel);
   });
 }
 
 // out (rows, outputs) = x times a packed weight, plus a bias (outputs) unless it is null
-inline void multiply_biased(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const float* bias,
-                            float* out) {
-  multiply(x, rows, packed, outputs, [&](int64_t row, int64_t column, int64_t width, const float* product) {
+template <typename Add = Nothing>
+void multiply_biased(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const float* bias, float* out,
+                     const Add& add = {}) {
+  const auto epilogue = [&](int64_t row, int64_t column, int64_t width, const float* product) {
     float* to = out + row * outputs + column;
     for (int64_t j = 0; j < width; ++j) to[j] = bias == nullptr ? product[j] : product[j] + bias[column + j];
-  });
+  };
+  multiply(x, rows, packed, outputs, epilogue, add);
 }
 
-// out (rows, outputs) = silu(x gate) (x up)
-inline void multiply_gated(const float* x, int64_t rows, const at::Tensor& gate, const at::Tensor& up, int64_t outputs,
-                           float* out) {
+// Adds a bias (outputs), unless it is null, and what `more` adds to the products (rows, kPanel) with a panel.
+template <typename Add>
+struct BiasAnd {
+  const float* bias;
+  int64_t outputs;
+  const Add& more;
+  void operator()(int64_t first, int64_t count, int64_t panel, float* tile) const {
+    more(first, count, panel, tile);
+    if (bias == nullptr) return;
+    const int64_t column = panel * kPanel, width = std::min(kPanel, outputs - column);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t j = 0; j < width; ++j) tile[r * kPanel + j] += bias[column + j];
+    }
+  }
+};
+
+// out (rows, outputs) = silu(x gate) (x up), after add_gate and add_up have changed both products as in `multiply`
+template <typename AddGate = Nothing, typename AddUp = Nothing>
+void multiply_gated(const float* x, int64_t rows, const at::Tensor& gate, const at::Tensor& up, int64_t outputs, float* out,
+                    const AddGate& add_gate = {}, const AddUp& add_up = {}) {
   const Panels gates(gate), ups(up);
   for_panels(rows, gates.count, gates.inputs, [&](int64_t first, int64_t count, int64_t panel) {
     alignas(64) float g[kRowChunk * kPanel], u[kRowChunk * kPanel];
     multiply_panel(x + first * gates.inputs, gates.inputs, count, gates, panel, g);
     multiply_panel(x + first * gates.inputs, gates.inputs, count, ups, panel, u);
+    add_gate(first, count, panel, g);
+    add_up(first, count, panel, u);
     cpu_kernels().panels.gate(g, u, count * kPanel);
     const int64_t column = panel * kPanel, width = std::min(kPanel, outputs - column);
     for (int64_t r = 0; r < count; ++r) std::copy_n(g + r * kPanel, width, out + (first + r) * outputs + column);

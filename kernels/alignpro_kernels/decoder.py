@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from alignpro_kernels.linear import PANEL
 from alignpro_kernels.paged_keys import PagedKeys, by_field
 
+PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
+"""The projections of a layer, each of which may have LoRAs."""
 _MAX_MLP_ROWS = 512
 """Maximum number of tokens whose intermediate MLP activations exist at the same time."""
 
@@ -49,6 +52,14 @@ class DecoderLayer:
     """(head_dim,): weight of the norm applied to each query before its rotation."""
     key_norm: Tensor | None = None
     """(head_dim,): likewise for each key."""
+    out_bias: Tensor | None = None
+    """(D,)"""
+    gate_bias: Tensor | None = None
+    """(I,)"""
+    up_bias: Tensor | None = None
+    """(I,)"""
+    down_bias: Tensor | None = None
+    """(D,)"""
     window: int | None = None
     """Number of positions that a query sees, including its own; None for all up to its own."""
 
@@ -74,7 +85,45 @@ class DecoderWeights:
         layers = self.layers
         norms = [weight for layer in layers for weight in (layer.attention_norm, layer.mlp_norm)] + [self.norm]
         matrices = [m for layer in layers for m in (layer.qkv, layer.out, layer.gate, layer.up, layer.down)]
-        return norms, matrices, [x for layer in layers for x in (layer.qkv_bias, layer.query_norm, layer.key_norm)]
+        optional = [x for layer in layers for x in _optional(layer)]
+        return norms, matrices, optional
+
+
+def _optional(layer: DecoderLayer) -> tuple[Tensor | None, ...]:
+    biases = layer.out_bias, layer.gate_bias, layer.up_bias, layer.down_bias
+    return layer.qkv_bias, layer.query_norm, layer.key_norm, *biases
+
+
+class ProjectionLoRA(NamedTuple):
+    """A LoRA on a projection of a layer, whose weight becomes W + scale · B A; several on one projection add up."""
+
+    layer: int
+    projection: int
+    """Index into `PROJECTIONS`."""
+    a: Tensor
+    """(r, inputs) float32"""
+    b: Tensor
+    """(outputs, r) float32"""
+    scale: float
+
+
+@dataclass(frozen=True)
+class DecoderLoRA:
+    """LoRAs inside the layers, on all tokens of a pass or on some. Nothing is kept of the factors after a pass."""
+
+    projections: Sequence[ProjectionLoRA]
+    rows: Tensor | None = None
+    """(A,) int64 on the CPU: the tokens on which they act, in any order; None for all."""
+
+    @property
+    def arguments(self) -> tuple[list[Tensor], list[Tensor], list[float], list[int], Tensor | None]:
+        """Factors, scales, places and rows, as the operator takes them."""
+        each = self.projections
+        places = [len(PROJECTIONS) * x.layer + x.projection for x in each]
+        return [x.a for x in each], [x.b for x in each], [x.scale for x in each], places, self.rows
+
+
+_NO_LORA = DecoderLoRA(())
 
 
 @torch.no_grad()
@@ -86,10 +135,12 @@ def decoder_stack(
     pages: Sequence[Tensor],
     slots: Tensor,
     levels: Sequence[PagedKeys],
+    lora: DecoderLoRA | None = None,
 ) -> Tensor:
     """Run T tokens through all layers, write their keys and values to the pages, and return the last hidden states.
 
     A token's result depends only on its own sequence: it has the same bits in any batch and with any number of threads.
+    Tokens on which no LoRA acts have the bits that they have without LoRAs.
 
     Args:
         hidden: (T, D) float32 on the CPU: the tokens' embeddings.
@@ -99,6 +150,7 @@ def decoder_stack(
         pages: Each layer's view of the pool, see `write_kv`.
         slots: (T,) int64: where each token's keys and values are written; −1 skips the token.
         levels: The keys that each token sees, see `cascade_attention`.
+        lora: LoRAs on projections of the layers.
 
     Returns:
         (T, D) float32, after the last norm.
@@ -144,6 +196,7 @@ def decoder_stack(
         weights.scale,
         weights.softcap or 0.0,
         [layer.window or 0 for layer in layers],
+        *(lora or _NO_LORA).arguments,
         scratch,
     )
     return out

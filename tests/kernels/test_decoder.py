@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from decoder_problems import DECODERS, Decoder, Sequence, error
 from fewer_instructions import FEWER, run_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,16 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from alignpro_kernels import PagedKeys, backends, cpp_library
-from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
+from alignpro_kernels import backends, cpp_library
+from alignpro_kernels.decoder import decoder_stack
 from alignpro_kernels.linear import pack_weight, packed_gate, packed_linear
 
 needs_cpp = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
 pytestmark = needs_cpp
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -114,138 +111,6 @@ def test_shapes_can_be_traced() -> None:
         assert packed.shape == pack_weight(torch.zeros(40, 6)).shape
         assert torch.ops.alignpro.packed_linear(x, packed, None, 40).shape == (2, 3, 40)
         assert torch.ops.alignpro.packed_gate(x, packed, packed, 40).shape == (2, 3, 40)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A decoder of given sizes with random weights."""
-
-    dim: int = 24
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 10
-    inner: int = 37
-    layers: int = 2
-    rotary: int = 10
-    bias: bool = False
-    head_norms: bool = False
-    offset: float = 0.0
-    softcap: float | None = None
-    window: int | None = None
-
-    def plain(self) -> list[dict[str, Tensor]]:
-        """Return the weights of each layer, (outputs, inputs) each."""
-        torch.manual_seed(0)
-        width = self.heads * self.head_dim
-
-        def matrix(outputs: int, inputs: int) -> Tensor:
-            return torch.randn(outputs, inputs) / inputs**0.5
-
-        return [
-            {
-                "attention_norm": torch.randn(self.dim),
-                "qkv": matrix(width + 2 * self.kv_heads * self.head_dim, self.dim),
-                "out": matrix(self.dim, width),
-                "mlp_norm": torch.randn(self.dim),
-                "gate": matrix(self.inner, self.dim),
-                "up": matrix(self.inner, self.dim),
-                "down": matrix(self.dim, self.inner),
-                "qkv_bias": torch.randn(width + 2 * self.kv_heads * self.head_dim),
-                "query_norm": torch.randn(self.head_dim),
-                "key_norm": torch.randn(self.head_dim),
-            }
-            for _ in range(self.layers)
-        ]
-
-    def packed(self) -> DecoderWeights:
-        layers = []
-        for weights in self.plain():
-            packed = {name: pack_weight(x) if x.ndim == 2 else x for name, x in weights.items()}
-            layer = DecoderLayer(**packed, window=self.window)
-            if not self.bias:
-                layer = replace(layer, qkv_bias=None)
-            if not self.head_norms:
-                layer = replace(layer, query_norm=None, key_norm=None)
-            layers.append(layer)
-        return DecoderWeights(layers, self.last_norm(), 1e-6, self.offset, self.head_dim**-0.5, self.softcap)
-
-    def last_norm(self) -> Tensor:
-        return torch.linspace(0.5, 2, self.dim)
-
-    def exact(self, hidden: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Compute one sequence by plain PyTorch; returns the states (T, D)."""
-        x, cos, sin = (y.to(dtype) for y in (hidden, cos, sin))
-
-        def norm(y: Tensor, weight: Tensor) -> Tensor:
-            return y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (weight.to(dtype) + self.offset)
-
-        def rotate(y: Tensor) -> Tensor:  # (heads, T, head_dim)
-            a, b = y[..., : self.rotary].chunk(2, -1)
-            return torch.cat([y[..., : self.rotary] * cos + torch.cat([-b, a], -1) * sin, y[..., self.rotary :]], -1)
-
-        span = torch.arange(len(x))
-        distance = span[:, None] - span
-        seen = (distance >= 0) & (distance < (self.window or 1 << 30))
-        for weights in self.plain():
-            w = {name: y.to(dtype) for name, y in weights.items()}
-            qkv = norm(x, w["attention_norm"]) @ w["qkv"].T + (w["qkv_bias"] if self.bias else 0)
-            heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-            q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads])
-            if self.head_norms:
-                q, k = norm(q, w["query_norm"]), norm(k, w["key_norm"])
-            q, k = rotate(q), rotate(k)
-            k, v = (y.repeat_interleave(self.heads // self.kv_heads, 0) for y in (k, v))
-            scores = q @ k.mT * self.head_dim**-0.5
-            if self.softcap is not None:
-                scores = self.softcap * torch.tanh(scores / self.softcap)
-            out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-            x = x + out.transpose(0, 1).flatten(1) @ w["out"].T
-            h = norm(x, w["mlp_norm"])
-            x = x + (functional.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
-        return norm(x, self.last_norm())
-
-
-class Sequence:
-    """A sequence that is computed in chunks over its own pages."""
-
-    def __init__(self, decoder: Decoder, tokens: int, seed: int = 1) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.decoder, self.tokens = decoder, tokens
-        self.hidden = torch.randn(tokens, decoder.dim, generator=generator)
-        angles = torch.rand(tokens, decoder.rotary, generator=generator) * 6
-        self.cos, self.sin = angles.cos(), angles.sin()
-        self.page = 4
-        count = -(-tokens // self.page)
-        self.table = torch.arange(count, dtype=torch.int32).flip(0)
-        self.pages = [
-            torch.full((count, 2, self.page, decoder.kv_heads, decoder.head_dim), torch.nan)
-            for _ in range(decoder.layers)
-        ]
-
-    def level(self, first: int, last: int) -> PagedKeys:
-        def int32(*values: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32)
-
-        positions = torch.arange(first, last, dtype=torch.int32)
-        return PagedKeys(int32(0, last - first), self.table[None], int32(last), positions, int32(0))
-
-    def run(self, weights: DecoderWeights, first: int, last: int) -> Tensor:
-        at = torch.arange(first, last)
-        slots = self.table.long()[at // self.page] * self.page + at % self.page
-        return decoder_stack(
-            self.hidden[at], weights, self.cos[at], self.sin[at], self.pages, slots, [self.level(first, last)]
-        )
-
-
-DECODERS = {
-    "plain": Decoder(),
-    "bias": Decoder(bias=True),
-    "norms of heads": Decoder(head_norms=True, head_dim=16, rotary=16),
-    "window and soft-cap": Decoder(window=3, softcap=2.0),
-    "norms around one": Decoder(offset=1.0),
-    "partial rotary": Decoder(rotary=6),
-    "one head, wide": Decoder(dim=64, heads=1, kv_heads=1, head_dim=72, rotary=72, inner=130),
-}
 
 
 @pytest.mark.parametrize("name", DECODERS)

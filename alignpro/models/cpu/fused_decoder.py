@@ -3,14 +3,15 @@
 `alignpro_kernels.decoder` computes layers like Llama's: RMS norms, rotary embeddings, a gated MLP with SiLU, and, if a
 model has them, biases and norms of queries and keys. Whether a model's layers are of this kind is tested, not assumed:
 both implementations compute the states of a few tokens. A model with other layers keeps its own forward pass, and so does
-one whose layers have an adapter or hooks at the time of a pass.
+one whose layers have hooks, or an adapter other than a LoRA on their projections (`decoder_lora`), at the time of a pass.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from alignpro.models.attention_interface import AttentionSettings
+from alignpro.models.cpu.decoder_lora import AdaptedProjection, UnsupportedError, active_tokens, base_of, collect
 from alignpro.models.cpu.fused_layers import FusedRMSNorm, mix_in
 from alignpro.models.cpu.packed_linear import PackedLinear, PackedWeights, Panels
 from alignpro.models.paged_attention import PagedAttention
 from alignpro.models.thresholds import thresholds
 from alignpro_kernels import PagedKeys, cpp_library
-from alignpro_kernels.decoder import DecoderLayer, DecoderWeights, decoder_stack
+from alignpro_kernels.decoder import DecoderLayer, DecoderLoRA, DecoderWeights, decoder_stack
 
 logger = logging.getLogger(__name__)
 
+_SEPARATE = "layers of %s run as separate operations on the CPU: %s"
 _PROBE_TOKENS = 5  # on which both implementations are compared
 
 
@@ -39,10 +42,15 @@ class _FusedDecoder(nn.Module):
     def forward(self, *args: Any, **options: Any) -> Any:
         """See the model's own forward pass, which also runs when the fused one does not apply."""
         attention = options.get("attention_backend")
-        if args or torch.is_grad_enabled() or not isinstance(attention, PagedAttention) or self.fused_layers.is_stale():
+        if args or torch.is_grad_enabled() or not isinstance(attention, PagedAttention):
+            return super().forward(*args, **options)
+        try:
+            lora = self.fused_layers.current_lora()
+        except UnsupportedError as reason:
+            self.fused_layers.announce(reason)
             return super().forward(*args, **options)
         states = self.fused_layers.states(
-            options.get("input_ids"), options.get("inputs_embeds"), options["position_ids"], attention
+            options.get("input_ids"), options.get("inputs_embeds"), options["position_ids"], attention, lora
         )
         return BaseModelOutputWithPast(last_hidden_state=states)
 
@@ -59,8 +67,8 @@ def fuse_decoder(model: nn.Module, packed_weights: PackedWeights) -> None:
     name = type(model).__name__
     try:
         layers = _probe(model, packed_weights)
-    except _UnsupportedError as reason:
-        logger.info("layers of %s run as separate operations on the CPU: %s", name, reason)
+    except UnsupportedError as reason:
+        logger.info(_SEPARATE, name, reason)
         return
     mix_in(model, _FusedDecoder)
     assert isinstance(model, _FusedDecoder)
@@ -74,10 +82,6 @@ def unfuse_decoder(model: nn.Module) -> None:
         if isinstance(module, _FusedDecoder):
             module.__class__ = type(module).__mro__[2]
             del module.fused_layers
-
-
-class _UnsupportedError(Exception):
-    """A model is not of the supported kind."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class _AttentionRecorder:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `AttentionBackend.attend`; records the arguments of the call."""
         if key.shape != value.shape:
-            raise _UnsupportedError("its keys and values differ in shape")
+            raise UnsupportedError("its keys and values differ in shape")
         pages = torch.zeros(1, 2, self._tokens, key.shape[1], key.shape[3])
         self.calls[layer] = _AttentionCall(pages, settings)
         return self.over([pages]).attend(0, query, key, value, settings)
@@ -118,29 +122,47 @@ def _probe(model: Any, packed_weights: PackedWeights) -> _DecoderLayers:
     """Return the model's layers after comparing the operator with the model's own forward pass on a few tokens.
 
     Raises:
-        _UnsupportedError: They are of another kind.
+        UnsupportedError: They are of another kind.
     """
     parts = [_LayerModules.of(layer) for layer in getattr(model, "layers", ())]
     if not parts or not all(hasattr(model, name) for name in ("embed_tokens", "rotary_emb", "norm")):
-        raise _UnsupportedError("its modules have other names")
+        raise UnsupportedError("its modules have other names")
     layers = None
     for start in _starts(model.config):
         ids, recorder = torch.arange(_PROBE_TOKENS)[None], _AttentionRecorder(_PROBE_TOKENS)
-        expected = model(
-            input_ids=ids,
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-            position_ids=ids + start,
-            use_cache=False,
-            attention_backend=recorder,
-        ).last_hidden_state
-        calls = [recorder.calls.get(layer) for layer in range(len(parts))]
-        layers = layers or _DecoderLayers(model, packed_weights, parts, calls)
+        with _everywhere(model):
+            expected = model(
+                input_ids=ids,
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+                position_ids=ids + start,
+                use_cache=False,
+                attention_backend=recorder,
+            ).last_hidden_state
+            calls = [recorder.calls.get(layer) for layer in range(len(parts))]
+            layers = layers or _DecoderLayers(model, packed_weights, parts, calls)
+            lora = layers.current_lora()
         pages = [call.pages.clone() for call in calls if call is not None]
-        states = layers.states(ids, None, ids + start, recorder.over(pages))
+        states = layers.states(ids, None, ids + start, recorder.over(pages), lora)
         if not torch.allclose(states, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
-            raise _UnsupportedError("their outputs differ from the fused operator's")
+            raise UnsupportedError("their outputs differ from the fused operator's")
     assert layers is not None
     return layers
+
+
+@contextmanager
+def _everywhere(model: nn.Module) -> Iterator[None]:
+    """Make LoRAs act on all tokens, without dropout, within the context."""
+    modes = {module: module.training for module in model.modules()}
+    shared = {active for module in modes if (active := active_tokens(module)) is not None}
+    with ExitStack() as stack:
+        for active in shared:
+            stack.enter_context(active.set(True))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def _starts(config: PreTrainedConfig) -> list[int]:
@@ -160,33 +182,88 @@ class _LayerModules:
     down: nn.Linear
     norms: tuple[FusedRMSNorm, FusedRMSNorm]
     head_norms: tuple[FusedRMSNorm, FusedRMSNorm] | None
+    loras: tuple[nn.Module | None, ...] = field(compare=False)
+    """What peft has wrapped around each linear layer, in the order of `PROJECTIONS`."""
 
     @classmethod
     def of(cls, layer: nn.Module) -> _LayerModules:
+        """Find them; raises `UnsupportedError` if there are others."""
         modules = dict(layer.named_modules())
-        linear = [modules.get(f"self_attn.{name}_proj") for name in "qkvo"]
-        linear += [modules.get(f"mlp.{name}_proj") for name in ("gate", "up", "down")]
+        names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+        found = [modules.get(name) for name in names]
+        linear = [base_of(module) for module in found]
+        loras = tuple(module if module is not base else None for module, base in zip(found, linear, strict=True))
         norms = [modules.get("input_layernorm"), modules.get("post_attention_layernorm")]
         head_norms = [modules.get("self_attn.q_norm"), modules.get("self_attn.k_norm")]
-        known = {*linear, *norms, *head_norms, None}
-        if any(next(m.parameters(recurse=False), None) is not None for m in modules.values() if m not in known):
-            raise _UnsupportedError("they have other weights, such as an adapter's")
-        if any(type(m) not in (nn.Linear, PackedLinear) for m in linear):
-            raise _UnsupportedError("their linear layers have other names or types")
+        known = {*linear, *norms, *head_norms, None}.union(*(lora.modules() for lora in loras if lora is not None))
+        for name, base in zip(names, linear, strict=True):
+            if type(base) not in (nn.Linear, PackedLinear):
+                kind = "missing" if base is None else f"a {type(base).__module__}.{type(base).__qualname__}"
+                raise UnsupportedError(f"their {name} is {kind}")
+        for name, module in modules.items():
+            if module not in known and next(module.parameters(recurse=False), None) is not None:
+                raise UnsupportedError(f"they have other weights, such as an adapter's: {name}")
         query, key, value, out, gate, up, down = (m for m in linear if isinstance(m, nn.Linear))
-        if (
-            any(m.bias is not None for m in (out, gate, up, down))
-            or len({m.bias is None for m in (query, key, value)}) > 1
-        ):
-            raise _UnsupportedError("linear layers other than the query, key and value projections have biases")
+        if len({m.bias is None for m in (query, key, value)}) > 1:
+            raise UnsupportedError("only some of the query, key and value projections have biases")
         fused = [m for m in (*norms, *head_norms) if isinstance(m, FusedRMSNorm)]
         if len(fused) not in (2, 4) or any(
             m is not None and not isinstance(m, FusedRMSNorm) for m in (*norms, *head_norms)
         ):
-            raise _UnsupportedError("their norms are of another kind")
+            raise UnsupportedError("their norms are of another kind")
+        first, second, *of_heads = fused
         return cls(
-            (query, key, value), out, gate, up, down, (fused[0], fused[1]), (fused[2], fused[3]) if fused[2:] else None
+            (query, key, value),
+            out,
+            gate,
+            up,
+            down,
+            (first, second),
+            (of_heads[0], of_heads[1]) if of_heads else None,
+            loras,
         )
+
+
+class _Inside:
+    """What is inside a model's layers at present.
+
+    Args:
+        model: The model without its head.
+        parts: The modules of each layer when the model was tried.
+    """
+
+    adapted: Sequence[AdaptedProjection] = ()
+    """The projections that peft has wrapped."""
+    problem: str | None = None
+    """Why the operator would compute something else."""
+
+    def __init__(self, model: Any, parts: Sequence[_LayerModules]) -> None:
+        inside = [*model.layers.modules(), model.norm]
+        # The model's own children are included: an adapter may wrap its embedding alone.
+        parents = [m for m in (model, *inside) if m._modules or isinstance(m, nn.ModuleDict)]
+        self._children = [(module._modules, dict(module._modules)) for module in parents]
+        self._hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        try:
+            now = [_LayerModules.of(layer) for layer in model.layers]
+        except UnsupportedError as reason:
+            self.problem = str(reason)
+            return
+        if now != list(parts):
+            self.problem = "their modules have been replaced"
+        self.adapted = [
+            AdaptedProjection(layer, projection, module)
+            for layer, modules in enumerate(now)
+            for projection, module in enumerate(modules.loras)
+            if module is not None
+        ]
+
+    def has_changed(self) -> bool:
+        """Whether a module has been added, removed or replaced since."""
+        return any(now != before for now, before in self._children)
+
+    def has_hooks(self) -> bool:
+        """Whether a module has a hook, which the operator would not call."""
+        return any(self._hooks)
 
 
 class _DecoderLayers:
@@ -216,35 +293,60 @@ class _DecoderLayers:
             or len(forms) != 1
             or any(norm.weight.dtype != torch.float32 for norm in norms)
         ):
-            raise _UnsupportedError("their norms differ from one another")
+            raise UnsupportedError("their norms differ from one another")
         if (
             len(self._calls) != len(parts)
             or len({(call.settings.scale, call.settings.softcap, call.pages.shape) for call in self._calls}) != 1
         ):
-            raise _UnsupportedError("their attention differs from layer to layer")
+            raise UnsupportedError("their attention differs from layer to layer")
+        if len({tuple(m.bias is None for m in (*p.projections, p.out, p.gate, p.up, p.down)) for p in parts}) != 1:
+            raise UnsupportedError("their biases differ from layer to layer")
         head_dim = self._calls[0].pages.shape[-1]
         if any(norm.weight.shape != (head_dim,) for part in parts for norm in part.head_norms or ()):
-            raise _UnsupportedError("their norms of queries and keys are not per head")
-        inside = [*model.layers.modules(), self._norm]
-        self._hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        # The model's own children are included: an adapter may wrap its embedding alone.
-        self._children = [(m._modules, name, child) for m in (model, *inside) for name, child in m.named_children()]
+            raise UnsupportedError("their norms of queries and keys are not per head")
+        self._model, self._inside = model, _Inside(model, parts)
+        self._name, self._announced = type(model).__name__, set[str]()
 
-    def is_stale(self) -> bool:
-        """Whether a module now has an adapter or a hook, which the operator would ignore, or unsupported weights."""
-        weight = self._norm.weight
+    def current_lora(self) -> DecoderLoRA | None:
+        """Return the LoRAs that act in the pass that begins, or None.
+
+        Raises:
+            UnsupportedError: The model now has modules, hooks or weights that the operator would ignore.
+        """
+        model, weight = self._model, self._norm.weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
-            return True
-        return any(self._hooks) or any(children.get(name) is not child for children, name, child in self._children)
+            raise UnsupportedError(f"its weights are {weight.dtype} on {weight.device}, not float32 on the CPU")
+        if self._inside.has_changed():
+            self._inside = _Inside(model, self._parts)
+        if self._inside.problem is not None:
+            raise UnsupportedError(self._inside.problem)
+        if (model.embed_tokens, model.rotary_emb, model.norm) != (self._embedding, self._rotary, self._norm):
+            raise UnsupportedError("its embedding or last norm has been replaced, as an adapter does")
+        if self._inside.has_hooks():
+            raise UnsupportedError("a module in them has a hook")
+        return collect(self._inside.adapted)
+
+    def announce(self, reason: UnsupportedError) -> None:
+        """Log once why the layers do not run as one operation."""
+        if str(reason) not in self._announced:
+            self._announced.add(str(reason))
+            logger.info(_SEPARATE, self._name, reason)
 
     def states(
-        self, ids: Tensor | None, embedded: Tensor | None, positions: Tensor, attention: PagedAttention
+        self,
+        ids: Tensor | None,
+        embedded: Tensor | None,
+        positions: Tensor,
+        attention: PagedAttention,
+        lora: DecoderLoRA | None,
     ) -> Tensor:
         """Compute the last hidden states, (1, T, D), of token ids (1, T) or of their embeddings (1, T, D)."""
         hidden = self._embedding(ids) if embedded is None else embedded
         cos, sin = self._rotary(hidden, positions)
         weights = self._weights()
-        states = decoder_stack(hidden[0], weights, cos[0], sin[0], attention.layers, attention.slots, attention.levels)
+        states = decoder_stack(
+            hidden[0], weights, cos[0], sin[0], attention.layers, attention.slots, attention.levels, lora
+        )
         return states.unsqueeze(0)
 
     def _weights(self) -> DecoderWeights:
@@ -265,6 +367,10 @@ class _DecoderLayers:
                     qkv_bias=packed[5 * i].bias,
                     query_norm=part.head_norms[0].weight if part.head_norms else None,
                     key_norm=part.head_norms[1].weight if part.head_norms else None,
+                    out_bias=packed[5 * i + 1].bias,
+                    gate_bias=packed[5 * i + 2].bias,
+                    up_bias=packed[5 * i + 3].bias,
+                    down_bias=packed[5 * i + 4].bias,
                     window=self._calls[i].settings.sliding_window,
                 )
                 for i, part in enumerate(self._parts)

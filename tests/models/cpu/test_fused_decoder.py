@@ -73,6 +73,29 @@ def test_states_equal_those_of_the_layers(architecture: str) -> None:
     torch.testing.assert_close(states(model), states(plain), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "biases"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen3", {"attention_bias": True}),
+    ],
+)
+def test_biases_of_all_projections_are_fused(architecture: str, biases: dict[str, bool]) -> None:
+    plain, model = plain_and_fused(architecture, **biases)
+    assert is_fused(model)
+    expected = states(plain)
+    torch.testing.assert_close(states(model), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if name.endswith("proj.bias"):
+                weight.mul_(1.5)
+                model.get_parameter(name).mul_(1.5)
+    assert not torch.allclose(states(plain), expected, atol=1e-2)
+    torch.testing.assert_close(states(model), states(plain), rtol=1e-4, atol=1e-4)
+
+
 def test_changes_of_weights_are_detected() -> None:
     plain, model = plain_and_fused("qwen2")
     before = states(model)
