@@ -74,7 +74,8 @@ def train(task: Task, device: torch.device, after_step: Callable[[Step], None]) 
         models["reference"] = trainer.ref_model
     switch = next((module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)), None)
     counter = TokenCounter(
-        models, lambda name: "reference" if name == "policy" and switch and switch.disable_adapters else name
+        models,
+        name_now=lambda name: "reference" if name == "policy" and switch and switch.disable_adapters else name,
     )
     trainer.add_callback(_StepClock(reward, trainer.ref_model, switch, counter, after_step))
     trainer.train()
