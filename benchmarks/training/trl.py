@@ -159,7 +159,7 @@ class _StepClock(TrainerCallback):
         if reference is not None:
             reference.register_forward_pre_hook(self._refer)
         elif switch is not None:  # the policy without its adapter is the reference
-            switch.register_forward_pre_hook(lambda *_: self._refer() if switch.disable_adapters else None)
+            switch.register_forward_pre_hook(self._refer_without_adapter)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -179,6 +179,10 @@ class _StepClock(TrainerCallback):
             "update": ended - reward.scored,
         }
         self._after_step(Step(ended - self._started, phases, self._tokens()))
+
+    def _refer_without_adapter(self, switch: BaseTunerLayer, _: object) -> None:
+        if switch.disable_adapters:
+            self._refer()
 
     def _refer(self, *_: object) -> None:
         self._referred = self._referred or time.perf_counter()  # of its first call, if there are several

@@ -131,8 +131,8 @@ class _Parser:
         if not isinstance(alignment, int) or alignment <= 0:
             raise self._damaged(f"its alignment is {alignment!r}")
         start = -(-self._file.tell() // alignment) * alignment
-        entries_from_start = (TensorEntry(*rest, start + offset) for *rest, offset in table)
-        return Header(self._path, metadata, tuple(entries_from_start), self._size)
+        found = tuple(TensorEntry(name, shape, kind, start + offset) for name, shape, kind, offset in table)
+        return Header(self._path, metadata, found, self._size)
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
