@@ -224,7 +224,7 @@ def plan(
     config = load_config(kind, arguments)
     for model in (config.policy, *([config.target_model] if isinstance(config, TrainConfig) else [])):
         require_pretrained(model.path, ask_hub=False)
-    lines = _load("alignpro.planning.memory:memory_table")(config, ranks, None if gib is None else gib * 2**30)
+    lines = _load("alignpro.planning.memory_table:memory_table")(config, ranks, None if gib is None else gib * 2**30)
     typer.echo(
         f"GiB per rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
     )
