@@ -3,6 +3,8 @@
 Every training command takes YAML files and dotted overrides; later ones win:
 
     alignpro train base.yaml mine.yaml optimizer.learning_rate=1e-4
+
+Each command imports what it needs, even the configuration, which takes pydantic and OmegaConf: `alignpro --help` is immediate.
 """
 
 from __future__ import annotations
@@ -14,30 +16,20 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import typer
 
 import alignpro
-from alignpro.config import (
-    DataConfig,
-    EvalConfig,
-    OptimalConfig,
-    RewardModelConfig,
-    RLHFConfig,
-    Section,
-    SFTConfig,
-    TrainConfig,
-    dump_config,
-    load_config,
-)
 from alignpro.distributed.interrupts import exit_at_interrupt
 from alignpro.distributed.launcher import launched, launched_rank
 from alignpro.errors import AlignProError, Interrupted, PeerError
 from alignpro.models.gguf.header import QUANTIZATIONS, check_quantization, read_header, require_gguf
 from alignpro.models.gguf.packaged import PACKAGED_MODELS, find_packaged_model
-from alignpro.planning.dry_run import describe_work
 from alignpro.training.model_destination import check_dtype, check_new_directory, check_new_file, model_of
+
+if TYPE_CHECKING:
+    from alignpro.config import Section
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +68,7 @@ DryRun = Annotated[
     ),
 ]
 
-ConfigT = TypeVar("ConfigT", bound=Section)
+ConfigT = TypeVar("ConfigT", bound="Section")
 
 
 @app.command(no_args_is_help=True)
@@ -86,18 +78,24 @@ def sft(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: Dr
     The data are (prompt, rewrite) pairs, to initialise a prompter, or, with task=response, (prompt, response) pairs, for
     any language model.
     """
+    from alignpro.config import SFTConfig
+
     _train(SFTConfig, arguments, resume, at, dry_run)
 
 
 @app.command(no_args_is_help=True)
 def reward(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Train a Bradley-Terry reward model on preference pairs."""
+    from alignpro.config import RewardModelConfig
+
     _train(RewardModelConfig, arguments, resume, at, dry_run)
 
 
 @app.command(no_args_is_help=True)
 def train(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
     """Train a prompter against a frozen target (RL)."""
+    from alignpro.config import TrainConfig
+
     _train(TrainConfig, arguments, resume, at, dry_run)
 
 
@@ -107,6 +105,8 @@ def rlhf(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: D
 
     This is RLHF of the target: the "oracle" of `alignpro eval`.
     """
+    from alignpro.config import RLHFConfig
+
     _train(RLHFConfig, arguments, resume, at, dry_run)
 
 
@@ -117,6 +117,8 @@ def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
     Arms: no fine-tuning, the prompter before and after training, Gibbs resampling, and RLHF of the target. Writes
     summary.json, samples.jsonl, figure.png and report.html.
     """
+    from alignpro.config import EvalConfig
+
     config = _configure(EvalConfig, arguments, dry_run)
     if config is not None:
         _load("alignpro.evaluation.evaluate:evaluate")(config)
@@ -129,6 +131,8 @@ def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
     The weights are exp(R/λ), where R is the reward of the target's answers and λ is kl_coef. Writes rewrites.jsonl and
     summary.json.
     """
+    from alignpro.config import OptimalConfig
+
     config = _configure(OptimalConfig, arguments, dry_run)
     if config is not None:
         _load("alignpro.evaluation.optimal:optimal")(config)
@@ -169,6 +173,7 @@ def rewrite(
     if data is None:
         _show_warnings_only()  # the rewrites alone, without a word on what runs where
     else:
+        from alignpro.config import DataConfig
         from alignpro.data.loading import check_files
 
         check_files(DataConfig(source=data, holdout=0))
@@ -215,13 +220,14 @@ def plan(
     """
     if job not in ("train", "rlhf"):
         raise AlignProError(f"--job {job}: expected train or rlhf")
-    kind: type[TrainConfig | RLHFConfig] = TrainConfig if job == "train" else RLHFConfig
-    config = load_config(kind, arguments)
+    from alignpro.config import RLHFConfig, TrainConfig, load_config
     from alignpro.prompting.pretrained import require_pretrained
 
+    kind: type[TrainConfig | RLHFConfig] = TrainConfig if job == "train" else RLHFConfig
+    config = load_config(kind, arguments)
     for model in (config.policy, *([config.target_model] if isinstance(config, TrainConfig) else [])):
         require_pretrained(model.path, ask_hub=False)
-    lines = _load("alignpro.planning.memory:memory_table")(config, ranks, None if gib is None else gib * 2**30)
+    lines = _load("alignpro.planning.memory_table:memory_table")(config, ranks, None if gib is None else gib * 2**30)
     typer.echo(
         f"GiB per rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
     )
@@ -340,12 +346,16 @@ def _configure(kind: type[ConfigT], arguments: list[str], dry_run: bool, resume:
     Missing files are errors before torch is loaded, except where a run that is resumed may have finished, and under a
     launcher, where the ranks have to agree on errors.
     """
+    from alignpro.config import dump_config, load_config
+
     config = load_config(kind, arguments)
     if not resume and not launched():
         from alignpro.training.input_files import check_input_files
 
         check_input_files(config)
     if dry_run:
+        from alignpro.planning.dry_run import describe_work
+
         _load("alignpro.training.preflight:check_inputs")(config)
         typer.echo(dump_config(config) + "".join(f"# {line}\n" for line in describe_work(config)), nl=False)
         return None

@@ -101,6 +101,17 @@ def test_help_and_configuration_errors_do_not_load_torch() -> None:
     assert done.stdout.splitlines()[-4:] == ["0", "1", "1", "[]"]
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_neither_torch_nor_the_configuration(arguments: Sequence[str]) -> None:
+    script = (
+        f"import sys\nfrom alignpro.__main__ import main\nsys.argv[1:] = {arguments}\n"
+        "try:\n    main()\nfinally:\n"
+        "    print([name for name in ('torch', 'transformers', 'omegaconf', 'alignpro.config') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_missing_files_are_errors_before_torch_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "rewrite": "b"}\n')
     (tmp_path / "model").mkdir()
@@ -247,7 +258,7 @@ def test_a_run_shows_its_progress_and_no_output_of_libraries(workshop: Workshop,
     process = Process(workshop.arguments(command, tmp_path / "run"), tmp_path / "log")
     assert process.wait() == 0
     shown = process.output()
-    for part in ("step 1/4", "step 4/4", "steps/s"):
+    for part in ("step 1/4", "step 4/4", " left"):
         assert part in shown
     for chatter in ("Loading weights", "Writing model shards", "it/s]", "Warning"):
         assert chatter not in shown
@@ -269,7 +280,7 @@ def test_an_error_with_text_that_utf8_cannot_encode_is_printed(
     def broken(*_: object) -> None:
         raise alignpro.errors.AlignProError("the judge said \ud800")
 
-    monkeypatch.setattr("alignpro.cli.load_config", broken)
+    monkeypatch.setattr("alignpro.config.load_config", broken)
     assert run("train", "x.yaml") == 1
     assert capsys.readouterr().err == "error: the judge said \\ud800\n"
 
@@ -311,7 +322,7 @@ def test_at_needs_resume(workshop: Workshop, tmp_path: Path, capsys: pytest.Capt
 
 def test_a_bug_is_not_reported_as_a_user_error(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug report needs its traceback."""
-    monkeypatch.setattr("alignpro.cli.load_config", lambda *_: 1 / 0)
+    monkeypatch.setattr("alignpro.config.load_config", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["train", "x.yaml"])
 

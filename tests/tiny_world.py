@@ -94,7 +94,7 @@ class World:
             prompts_per_step=len(self.prompts),
             objective=ObjectiveConfig.model_validate(objective),
             run=RunConfig(out=out, steps=settings.pop("steps", 1), sample_every=1000, tensorboard=False),
-            optimizer=OptimizerConfig(**settings),
+            optimizer=OptimizerConfig(**{"micro_batch_size": 64, **settings}),
         )
 
     # The environment.

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from alignpro.config.section import Section
+from alignpro.errors import ConfigError
 
 if TYPE_CHECKING:
     from alignpro.objectives import Advantage, KLEstimator, Loss
@@ -147,6 +155,17 @@ class ObjectiveConfig(Section):
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _in_one_line(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Validate a number or ``auto`` with one message, where pydantic has one for each branch of a union."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        raise ValueError(f"expected auto or a number from 1 (got {value!r})") from error
+
+
+MicroBatchSize = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], WrapValidator(_in_one_line)]
+
+
 class OptimizerConfig(Section):
     """AdamW with warm-up."""
 
@@ -156,5 +175,20 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     max_grad_norm: float = Field(1.0, gt=0)
-    micro_batch_size: int = Field(64, ge=1)
-    """Sequences per forward and backward pass; gradients are accumulated over the step's batch."""
+    micro_batch_size: MicroBatchSize = "auto"
+    """Sequences per forward and backward pass; gradients are accumulated over the step's batch. ``auto`` stands for the most
+    that fit in memory by formula, which are chosen once for a run; its config.yaml has the number."""
+
+    @property
+    def sequences_per_pass(self) -> int:
+        """``micro_batch_size`` as a number.
+
+        Raises:
+            ConfigError: It is ``auto``, and none has been chosen: `alignpro.train` does.
+        """
+        size = self.micro_batch_size
+        if not isinstance(size, int):
+            raise ConfigError(
+                "optimizer.micro_batch_size=auto: the number is chosen by `alignpro.train`; give one to what is built without it"
+            )
+        return size

@@ -1,4 +1,4 @@
-"""Memory per rank for each DeepSpeed set-up, from the configuration alone: `alignpro plan`.
+"""Memory per rank for each DeepSpeed set-up, from the configuration alone.
 
 Only the models' config.json files are loaded. The estimate counts tensors at the two peaks of a step, the rollout and the
 update. It excludes fragmentation in the allocator and the libraries' own memory.
@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification
 
 from alignpro.config import ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
-from alignpro.distributed.deepspeed.zero_config import check_ranks, read_zero_config
+from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES
 from alignpro.models.loading import DTYPES
@@ -86,34 +86,6 @@ class MemoryEstimate:
         return self.training.weights + self.training.optimizer + self.training.buffers + self.frozen
 
 
-def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: float | None = None) -> list[str]:
-    """Return the lines of a table: GiB per rank for each set-up that the job can use, and whether it fits.
-
-    Args:
-        config: The job's configuration.
-        ranks: Number of ranks.
-        device_bytes: Memory of one device; if None, the table has no column for whether it fits.
-
-    Raises:
-        ModelError: A model's configuration cannot be read.
-        ConfigError: The DeepSpeed configuration that the job names cannot be read, or there are more ranks than prompts.
-    """
-    check_ranks(config.rollout.prompts_per_step, ranks)
-    states = ("weights", "optimizer", "gradients", "buffers", "frozen", "copy", "KV", "activations")
-    columns = ("set-up", *states, "rollout", "update", "host")
-    lines = ["  ".join(f"{column:>11}" for column in columns) + ("" if device_bytes is None else "  fits")]
-    for setup, need in estimate_setups(config, ranks).items():
-        of = need.training
-        values = [of.weights, of.optimizer, of.gradients, of.buffers + of.backward, need.frozen]
-        values += [need.sampling_copy + need.gathered_frozen]
-        values += [need.cache, need.activations + need.head, need.rollout, need.update, of.host]
-        line = f"{setup:>11}  " + "  ".join(f"{value / GIB:>11.2f}" for value in values)
-        if device_bytes is not None:
-            line += "  yes" if need.peak < device_bytes else "  no"
-        lines.append(line)
-    return lines
-
-
 def setups_of(config: TrainConfig | RLHFConfig, ranks: int) -> list[str]:
     """Return the set-ups that a job can use: `ONE_PROCESS` on one rank, the named ones, and its own DeepSpeed file."""
     named = [name for name in SETUPS if name != "z0" or config.policy.dtype == "float32"]
@@ -123,60 +95,26 @@ def setups_of(config: TrainConfig | RLHFConfig, ranks: int) -> list[str]:
 
 def estimate_setups(config: TrainConfig | RLHFConfig, ranks: int) -> dict[str, MemoryEstimate]:
     """Return the memory of one rank for each set-up that the job can use; see `estimate_memory`."""
-    models = _Models.of(config)
-    return {setup: _estimate(config, models, setup, ranks) for setup in setups_of(config, ranks)}
+    models = JobModels.of(config)
+    return {setup: estimate_memory(config, setup, ranks, models) for setup in setups_of(config, ranks)}
 
 
-def estimate_memory(config: TrainConfig | RLHFConfig, setup: str, ranks: int) -> MemoryEstimate:
+def estimate_memory(
+    config: TrainConfig | RLHFConfig, setup: str, ranks: int, models: JobModels | None = None
+) -> MemoryEstimate:
     """Return the memory of one rank.
 
     Args:
         config: The job's configuration.
         setup: `ONE_PROCESS`, or a value of ``deepspeed.config``.
         ranks: Number of ranks.
+        models: The sizes of the job's models; measured if None.
 
     Raises:
         ModelError: A model's configuration cannot be read.
-        ConfigError: The DeepSpeed configuration cannot be read.
+        ConfigError: The DeepSpeed configuration cannot be read, or ``optimizer.micro_batch_size`` is not a number.
     """
-    return _estimate(config, _Models.of(config), setup, ranks)
-
-
-@dataclass(frozen=True)
-class _Models:
-    """Sizes of all models of a job."""
-
-    policy: ModelSize
-    trained: tuple[int, ...]
-    """Number of elements of each weight that has a gradient."""
-    tied: bool
-    """Whether the policy's output layer is tied to its embeddings."""
-    target: ModelSize | None
-    """None if the policy's base model is the target."""
-    reward_bytes: float
-
-    @classmethod
-    def of(cls, config: TrainConfig | RLHFConfig) -> _Models:
-        policy = build_empty(config.policy)
-        target: ModelSize | None = None
-        if isinstance(config, TrainConfig) and config.target != "policy":
-            target = measure(build_empty(config.target_model), config.target_model)
-        rewards = [each.model for each in config.reward.components if isinstance(each, ModelRewardConfig)]
-        return cls(
-            policy=measure(policy, config.policy),
-            trained=trained_weights(policy, config.policy),
-            tied=policy.get_output_embeddings().weight is policy.get_input_embeddings().weight,
-            target=target,
-            reward_bytes=float(sum(_reward_bytes(model) for model in rewards)),
-        )
-
-    @property
-    def generating(self) -> list[ModelSize]:
-        """The models that the engine runs."""
-        return [self.policy] if self.target is None else [self.policy, self.target]
-
-
-def _estimate(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ranks: int) -> MemoryEstimate:
+    models = models or JobModels.of(config)
     policy, full = models.policy, trains_all(config.policy)
     zero = {"stage": 0} if setup == ONE_PROCESS else read_zero_config(setup)["zero_optimization"]
     sharded = zero["stage"] == 3
@@ -202,15 +140,54 @@ def _estimate(config: TrainConfig | RLHFConfig, models: _Models, setup: str, ran
             policy.activation_bytes(rollout.micro_batch_tokens, checkpointing=config.policy.gradient_checkpointing)
             + rollout.state_bytes(policy)
         ),
-        head=policy.head * (4 if policy.dtype_bytes == 4 else 4 + policy.dtype_bytes) if full else 0.0,
+        head=policy.head_gradient_bytes if full else 0.0,
         packed_policy=packed_policy,
         packed_frozen=packed_target + (packed_policy if full and not sharded else 0.0),
         several_micro_batches=rollout.samples > rollout.micro_batch_rows,
     )
 
 
+@dataclass(frozen=True)
+class JobModels:
+    """Sizes of all models of a job."""
+
+    policy: ModelSize
+    trained: tuple[int, ...]
+    """Number of elements of each weight that has a gradient."""
+    tied: bool
+    """Whether the policy's output layer is tied to its embeddings."""
+    target: ModelSize | None
+    """None if the policy's base model is the target."""
+    reward_bytes: float
+
+    @classmethod
+    def of(cls, config: TrainConfig | RLHFConfig) -> JobModels:
+        """Measure the models of a job.
+
+        Raises:
+            ModelError: A model's configuration cannot be read.
+        """
+        policy = build_empty(config.policy)
+        target: ModelSize | None = None
+        if isinstance(config, TrainConfig) and config.target != "policy":
+            target = measure(build_empty(config.target_model), config.target_model)
+        rewards = [each.model for each in config.reward.components if isinstance(each, ModelRewardConfig)]
+        return cls(
+            policy=measure(policy, config.policy),
+            trained=trained_weights(policy, config.policy),
+            tied=policy.get_output_embeddings().weight is policy.get_input_embeddings().weight,
+            target=target,
+            reward_bytes=float(sum(_reward_bytes(model) for model in rewards)),
+        )
+
+    @property
+    def generating(self) -> list[ModelSize]:
+        """The models that the engine runs."""
+        return [self.policy] if self.target is None else [self.policy, self.target]
+
+
 def _training(
-    config: TrainConfig | RLHFConfig, models: _Models, setup: str, zero: dict[str, Any], ranks: int
+    config: TrainConfig | RLHFConfig, models: JobModels, setup: str, zero: dict[str, Any], ranks: int
 ) -> TrainingMemory:
     """Memory of the policy, its reference and the critic."""
     size, trained, full = models.policy, models.trained, trains_all(config.policy)
@@ -258,7 +235,7 @@ class _Rollout:
         return self.samples * self.sample_tokens * policy.hidden * policy.dtype_bytes
 
     @classmethod
-    def of(cls, config: TrainConfig | RLHFConfig, models: _Models, ranks: int) -> _Rollout:
+    def of(cls, config: TrainConfig | RLHFConfig, models: JobModels, ranks: int) -> _Rollout:
         groups, engine = -(-config.rollout.prompts_per_step // ranks), config.rollout.engine
         if isinstance(config, TrainConfig):
             group_size, responses = config.rollout.rewrites_per_prompt, config.rollout.responses_per_rewrite
@@ -270,7 +247,7 @@ class _Rollout:
             sample, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens
             longest, keeps_cache = prompt + sample, False
         samples = groups * group_size
-        rows = min(samples, max(1, config.optimizer.micro_batch_size // group_size) * group_size)
+        rows = min(samples, micro_batch_rows(config, group_size))
         token_bytes = max(model.cache_bytes for model in models.generating)
         running = min(engine.max_batch, samples * responses)
         return cls(
@@ -282,6 +259,17 @@ class _Rollout:
             cache=float(token_bytes * running * longest if engine.pool_bytes is None else engine.pool_bytes),
             keeps_cache=keeps_cache,
         )
+
+
+def micro_batch_rows(config: TrainConfig | RLHFConfig, group_size: int) -> int:
+    """Return the samples per micro-batch, of which there may be fewer: whole groups, unless one is larger than that.
+
+    Losses other than these two may need all samples of a group.
+    """
+    size = config.optimizer.sequences_per_pass
+    if size < group_size and config.objective.loss in ("policy_gradient", "ppo_clip"):
+        return size
+    return max(1, size // group_size) * group_size
 
 
 def _reward_bytes(config: ModelConfig) -> int:

@@ -20,12 +20,12 @@ from alignpro.prompting.pretrained import require_pretrained
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The dimensions of a causal language model."""
+    """The dimensions of a language model."""
 
     weights: tuple[int, ...]
     """Number of elements of each weight; a tied weight counts once."""
     head: int
-    """Number of elements of the output layer's weight."""
+    """Number of elements of the output layer's weight; 0 without one over the vocabulary."""
     linear: int
     """Number of elements of the linear layers without the head, which have a second layout on a CPU."""
     layers: int
@@ -44,6 +44,11 @@ class ModelSize:
     def bytes(self) -> int:
         """Bytes of all weights."""
         return self.parameters * self.dtype_bytes
+
+    @property
+    def head_gradient_bytes(self) -> float:
+        """Bytes of the output layer's gradient in float32 and in the weights' dtype, which is the same for float32."""
+        return self.head * (4.0 if self.dtype_bytes == 4 else 4.0 + self.dtype_bytes)
 
     @property
     def cache_bytes(self) -> int:
@@ -95,21 +100,33 @@ def build_empty(config: ModelConfig, kind: Any = AutoModelForCausalLM) -> PreTra
 
 
 def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
-    """Return the size of a model in the dtype that its configuration asks for."""
+    """Return the size of a model in the dtype that its configuration asks for.
+
+    Raises:
+        ModelError: Its configuration lacks a dimension.
+    """
     text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     head: Any = model.get_output_embeddings()
-    return ModelSize(
-        weights=tuple(weight.numel() for weight in model.parameters()),
-        head=head.weight.numel(),
-        linear=sum(each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear) and each is not head),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        kv_width=heads * width,
-        dtype_bytes=DTYPES[config.dtype].itemsize,
-    )
+    try:
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return ModelSize(
+            weights=tuple(weight.numel() for weight in model.parameters()),
+            head=0 if head is None else head.weight.numel(),
+            linear=sum(
+                each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear) and each is not head
+            ),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            kv_width=heads * width,
+            dtype_bytes=DTYPES[config.dtype].itemsize,
+        )
+    except AttributeError as error:
+        raise ModelError(
+            f"model {config.path}: its memory cannot be planned, since its configuration lacks a dimension: {error}; to train "
+            "it, set optimizer.micro_batch_size to a number"
+        ) from error
 
 
 def goes_on_training(policy: PolicyConfig) -> bool:

@@ -17,9 +17,11 @@ from alignpro.distributed.launcher import launched
 from alignpro.distributed.ranks import Ranks
 from alignpro.errors import ConfigError
 from alignpro.models.progress_bars import without_progress_bars
+from alignpro.planning.memory import ONE_PROCESS
 from alignpro.training import multi_process
 from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.distribution import Distribution, SingleProcess
+from alignpro.training.micro_batch_size import keep_micro_batch_size, settle_micro_batch_size
 from alignpro.training.preference import RewardTrainer
 from alignpro.training.preflight import check_inputs
 from alignpro.training.recorded_holdout import keep_holdout
@@ -74,9 +76,12 @@ def train(
         config = config.model_copy(update={"data": keep_holdout(config.data, [config.run.out])})
     if launched() if ranks is None else ranks.group is not None:
         return multi_process.train(config, build_trainer, resume, from_step, ranks)
+    if resume:
+        config = keep_micro_batch_size(config, Ranks())
     with Run(config, resume=resume, from_step=from_step) as run:  # before any model is loaded
         if not run.finished:
             check_inputs(config)
+            config = settle_micro_batch_size(config, run, ONE_PROCESS)
             run.train(build_trainer(config, SingleProcess()))
     return run
 

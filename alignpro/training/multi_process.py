@@ -16,6 +16,7 @@ from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import distributed_session
 from alignpro.errors import ConfigError
 from alignpro.training.distribution import Distribution
+from alignpro.training.micro_batch_size import keep_micro_batch_size, settle_micro_batch_size
 from alignpro.training.preflight import check_inputs
 from alignpro.training.run import Run, Trainer
 
@@ -79,8 +80,12 @@ def _train_on(
     with ranks.raise_together():
         check_inputs(config)
     logger.info("%d ranks, ZeRO stage %d (%s)", ranks.size, zero.stage, zero.name)
+    if resume:
+        config = keep_micro_batch_size(config, ranks)
     with Run(config, resume=resume, from_step=from_step, ranks=ranks) as run:
         if not run.finished:
+            config = settle_micro_batch_size(config, run, config.deepspeed.config)
+            zero = resolve_zero_config(config, ranks.size)
             if run.checkpoint_ranks() not in (None, ranks.size):
                 zero = zero.loading_universal_checkpoint()
             run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed)))

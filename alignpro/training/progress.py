@@ -1,4 +1,4 @@
-"""Progress display: a bar with rates on a terminal or in a notebook, or plain log lines elsewhere."""
+"""Progress display: a bar with the pace and the time left on a terminal or in a notebook, or plain log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +18,36 @@ _ROUNDING = 1e-6
 """Of a sum of float32 terms of order one."""
 _SECONDS_BETWEEN_UPDATES = 0.25
 """Of a bar in a notebook, where each update is a message to the browser."""
+
+
+def show_pace(steps: int, seconds: float, left: int) -> str:
+    """Format how fast steps are made, and how long the others will take.
+
+    Steps of a second or more are shown as ``17 s/step, 9 min left``, shorter ones as ``2.5 steps/s, 40 s left``.
+
+    Args:
+        steps: Number of steps that this process has made, at least 1.
+        seconds: The time that these took.
+        left: Number of steps that are left; without any, no time is shown.
+    """
+    each = max(seconds, 1e-9) / steps
+    pace = f"{_two_digits(each)} s/step" if each >= 1 else f"{_two_digits(1 / each)} steps/s"
+    return f"{pace}, {_show_duration(each * left)} left" if left else pace
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def _show_duration(seconds: float) -> str:
+    """Format a duration in the units that are worth reading: 40 s, 9 min, 3 h 20 min, 2 d 5 h."""
+    if (rounded := round(seconds)) < 60:
+        return f"{rounded} s"
+    if (minutes := round(seconds / 60)) < 60:
+        return f"{minutes} min"
+    if (hours := round(seconds / 3600)) >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
@@ -43,18 +72,18 @@ def progress_bar(
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[pace]}"),
         TextColumn("{task.fields[shown]}"),
     )
     bar = Progress(*columns, console=console)
-    task = bar.add_task("", total=total, completed=completed, rate="", shown="")
+    task = bar.add_task("", total=total, completed=completed, pace="", shown="")
+    started = time.monotonic()
 
     def advance(metrics: Mapping[str, float]) -> None:
-        speed = bar.tasks[0].speed
-        rate = f"{speed:.2f} steps/s" if speed else ""
-        bar.update(task, advance=1, rate=rate, shown=_show(metrics, progress_metrics))
+        done = int(bar.tasks[0].completed) + 1
+        pace = show_pace(done - completed, time.monotonic() - started, total - done)
+        bar.update(task, advance=1, pace=pace, shown=_show(metrics, progress_metrics))
 
     if not console.is_jupyter:
         with bar:
@@ -87,10 +116,8 @@ def _line_writer(total: int, completed: int, progress_metrics: Sequence[str]) ->
         done += 1
         now = time.monotonic()
         if now - last_line >= _SECONDS_BETWEEN_LINES or done == total:
-            rate = (done - completed) / max(now - started, 1e-9)  # of this process, without the steps before
-            shown = [f"step {done}/{total}", f"{rate:.2f} steps/s", _show(metrics, progress_metrics)]
-            if done < total:
-                shown.append(f"{timedelta(seconds=round((total - done) / rate))} left")
+            pace = show_pace(done - completed, now - started, total - done)
+            shown = [f"step {done}/{total}", pace, _show(metrics, progress_metrics)]
             logger.info("%s", "  ".join(part for part in shown if part))
             last_line = now
 

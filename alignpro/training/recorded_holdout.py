@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,11 +14,11 @@ _BEFORE = "conversation"
 """What runs hashed that do not record it: those of versions without the key ``data.holdout_by``."""
 
 
-def recorded_holdout(directory: Path) -> str | None:
-    """``data.holdout_by`` of a run directory; None if it holds no configuration with data.
+def recorded_section(directory: Path, name: str) -> dict[str, Any] | None:
+    """A section of a run directory's config.yaml as it was written; None if it has none.
 
     Raises:
-        ConfigError: Its config.yaml cannot be read.
+        ConfigError: It cannot be read.
     """
     path = directory / "config.yaml"
     try:
@@ -26,8 +27,18 @@ def recorded_holdout(directory: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    data = content.get("data") if isinstance(content, dict) else None
-    return str(data.get("holdout_by", _BEFORE)) if isinstance(data, dict) else None
+    section = content.get(name) if isinstance(content, dict) else None
+    return section if isinstance(section, dict) else None
+
+
+def recorded_holdout(directory: Path) -> str | None:
+    """``data.holdout_by`` of a run directory; None if it holds no configuration with data.
+
+    Raises:
+        ConfigError: Its config.yaml cannot be read.
+    """
+    data = recorded_section(directory, "data")
+    return None if data is None else str(data.get("holdout_by", _BEFORE))
 
 
 def keep_holdout(data: DataConfig, directories: list[Path]) -> DataConfig:

@@ -105,7 +105,14 @@ class RLTrainer:
             self.critic = Critic(*distribution.backend(value_model, optimizer, updates), ranks)
             self._backends["critic"] = self.critic.backend
         self.accumulate = GradientAccumulation(
-            self.policy, self.loss, self.backend, self.critic, objective, sampling.n, optimizer.micro_batch_size, ranks
+            self.policy,
+            self.loss,
+            self.backend,
+            self.critic,
+            objective,
+            sampling.n,
+            optimizer.sequences_per_pass,
+            ranks,
         )
         targets, rewards = targets or FrozenModels(), rewards or FrozenModels()
         contexts = {

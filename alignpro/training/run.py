@@ -149,6 +149,20 @@ class Run:
             self._export(trainer)
         logger.info("the trained model is in %s", self.out / "model")
 
+    def record(self, config: RunSection) -> None:
+        """Record what was chosen for the run after its directory had been opened; a collective.
+
+        Raises:
+            TrainingError: The directory cannot be written.
+        """
+
+        def write() -> None:
+            assert self._directory is not None  # on rank 0
+            self._directory.record(config)
+
+        self._description = config.model_dump(mode="json")
+        self.ranks.on_rank_zero(write)
+
     def checkpoint_ranks(self) -> int | None:
         """Number of launched ranks that wrote the checkpoint to continue from; None without a launcher or a checkpoint.
 

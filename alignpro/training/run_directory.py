@@ -71,6 +71,17 @@ class RunDirectory:
         """Unlock the directory for other processes."""
         self._lock.close()
 
+    def record(self, config: RunSection) -> None:
+        """Write config.yaml anew, with what was chosen for the run after its directory had been opened.
+
+        Raises:
+            TrainingError: It cannot be written.
+        """
+        try:
+            replace_text(self._config, dump_config(config))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
     def exported_step(self) -> int | None:
         """Return the step of the model in ``model/``; None if there is none.
 

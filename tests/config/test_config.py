@@ -262,6 +262,13 @@ def test_all_problems_are_reported_at_once() -> None:
         ("objective.kl.coef=-0.1", "objective.kl.coef: Input should be greater than or equal to 0 (got -0.1)"),
         ("objective.kl.coef=.nan", "objective.kl.coef: Input should be a finite number"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate: Input should be a finite number"),
+        ("optimizer.micro_batch_size=0", "optimizer.micro_batch_size: expected auto or a number from 1 (got 0)"),
+        (
+            "optimizer.micro_batch_size=most",
+            "optimizer.micro_batch_size: expected auto or a number from 1 (got 'most')",
+        ),
+        ("optimizer.micro_batch_size=2.5", "optimizer.micro_batch_size: expected auto or a number from 1 (got 2.5)"),
+        ("optimizer.micro_batch_size=null", "optimizer.micro_batch_size: expected auto or a number from 1 (got None)"),
         ("optimizer.betas=[0.9, 1.5]", "optimizer.betas.1: Input should be less than 1"),
         ("objective.kl={coef: 0, target: 5}", "objective.kl: a target KL is reached by scaling `coef`"),
         ("rollout.rewrites_per_prompt=1", "rollout.rewrites_per_prompt=1 with objective.advantage=leave_one_out"),

@@ -55,6 +55,14 @@ def test_a_contradiction_is_an_error(tmp_path: Path, given: dict[str, Any], said
         read(str(path))
 
 
+@pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
+def test_a_size_in_the_json_contradicts_one_that_is_yet_to_be_chosen(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: 4}))
+    with pytest.raises(ConfigError, match=f"{key} is decided by optimizer.micro_batch_size=auto: leave it out"):
+        load_zero_config(str(path), PolicyConfig(path="x"), OptimizerConfig(), samples_per_update=32, ranks=2)
+
+
 def test_equal_values_are_no_contradiction(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     agreeing = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny
 from tiny_runs import Workshop
+from transformers import PretrainedConfig
 
 from alignpro.config import TrainConfig, load_config
+from alignpro.errors import ModelError
 from alignpro.models.loading import load_language_model
-from alignpro.planning.memory import ONE_PROCESS, estimate_memory, memory_table
+from alignpro.planning.memory import ONE_PROCESS, estimate_memory
+from alignpro.planning.memory_table import memory_table
+from alignpro.planning.model_size import build_empty, measure
 from alignpro.policy.policy import Policy
 from alignpro.training.critic import ValueModel
 
@@ -74,6 +78,14 @@ def test_a_critic_is_counted(model: str, tmp_path: Path) -> None:
     assert both.weights - alone.weights == 4 * held
     assert both.gradients - alone.gradients == 4 * trained
     assert both.optimizer - alone.optimizer == 8 * trained
+
+
+def test_a_model_without_a_dimension_asks_for_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = config(Workshop(tmp_path))
+    model = build_empty(job.policy)
+    monkeypatch.setattr(model.config, "get_text_config", PretrainedConfig)
+    with pytest.raises(ModelError, match=r"lacks a dimension: .* set optimizer.micro_batch_size to a number"):
+        measure(model, job.policy)
 
 
 def test_offloaded_states_are_counted_as_host_memory(tmp_path: Path) -> None:

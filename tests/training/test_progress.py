@@ -11,7 +11,7 @@ import pytest
 from rich.progress import Progress
 
 from alignpro.training import progress
-from alignpro.training.progress import progress_bar
+from alignpro.training.progress import progress_bar, show_pace
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_without_a_terminal_the_first_and_last_steps_have_a_line(lines: pytest.L
             advance({"loss": step / 8, "other": 1.0})
     first, last = lines.messages
     assert first.startswith("step 1/100  ")
-    assert "steps/s  loss 0" in first
+    assert "left  loss 0" in first
     assert last.startswith("step 100/100  ")
     assert last.endswith("loss 12.38"), "the progress_metrics's metrics that exist"
 
@@ -39,7 +39,7 @@ def test_lines_come_at_intervals(lines: pytest.LogCaptureFixture, monkeypatch: p
         for _ in range(20):
             advance({})
     assert [int(m.split("/")[0].removeprefix("step ")) for m in lines.messages] == [1, 5, 9, 13, 17, 20]
-    assert lines.messages[-1].split("  ")[1] == "0.33 steps/s"
+    assert lines.messages[-1].split("  ")[1] == "3.0 s/step"
 
 
 def test_a_resumed_run_continues_the_count_and_measures_its_own_rate(
@@ -51,9 +51,45 @@ def test_a_resumed_run_continues_the_count_and_measures_its_own_rate(
         advance({})
         advance({})
     assert [message.strip() for message in lines.messages] == [
-        "step 99/100  0.50 steps/s  0:00:02 left",
-        "step 100/100  0.50 steps/s",
+        "step 99/100  2.0 s/step, 2 s left",
+        "step 100/100  2.0 s/step",
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "left", "shown"),
+    [
+        (2, 34.0, 32, "17 s/step, 9 min left"),
+        (1, 1.0, 59, "1.0 s/step, 59 s left"),
+        (1, 1.0, 60, "1.0 s/step, 1 min left"),
+        (1, 9.96, 1, "10 s/step, 10 s left"),
+        (1, 150.0, 80, "150 s/step, 3 h 20 min left"),
+        (1, 30.0, 119, "30 s/step, 1 h 0 min left"),
+        (1, 3600.0, 53, "3600 s/step, 2 d 5 h left"),
+        (5, 2.0, 100, "2.5 steps/s, 40 s left"),
+        (100, 1.0, 10, "100 steps/s, 0 s left"),
+        (3, 51.0, 0, "17 s/step"),
+        (1, 0.0, 0, "1000000000 steps/s"),
+    ],
+)
+def test_slow_steps_are_shown_as_seconds_a_step_and_time_left(
+    steps: int, seconds: float, left: int, shown: str
+) -> None:
+    assert show_pace(steps, seconds, left) == shown
+
+
+def test_the_bar_shows_the_pace_of_the_log_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    clock = iter((0.0, 17.0, 34.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress_bar(34, 0, ()) as advance:
+        advance({})
+        advance({})
+    assert "17 s/step, 9 min left" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

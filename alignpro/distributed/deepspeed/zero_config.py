@@ -105,7 +105,14 @@ def load_zero_config(
     for section in _RUN_SECTIONS:
         if section in given:
             raise ConfigError(f"{where}: {section} is decided by the run's configuration: leave it out of the JSON")
-    size = optimizer.micro_batch_size
+    auto = optimizer.micro_batch_size == "auto"
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if auto and key in given:
+            raise ConfigError(
+                f"{where}: {key} is decided by optimizer.micro_batch_size=auto: leave it out of the JSON, or set "
+                "optimizer.micro_batch_size to a number"
+            )
+    size = 1 if auto else optimizer.sequences_per_pass  # the chosen number comes later, and decides nothing here
     accumulated = -(-samples_per_update // (size * ranks))
     expected: dict[str, Any] = {
         "train_batch_size": (
