@@ -100,8 +100,9 @@ def make_model(
         )
         loaded.generation_config = GenerationConfig()
         loaded.config.bos_token_id = loaded.config.eos_token_id = loaded.config.pad_token_id = None
-        whole: PreTrainedModel = loaded.to(device or torch.device("cpu"))
-        return whole.eval()
+        weights: torch.nn.Module = loaded
+        weights.to(device or torch.device("cpu"))
+        return loaded.eval()
     torch.manual_seed(seed)
     with device or torch.device("cpu"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -180,7 +180,7 @@ class OptimizerConfig(Section):
     that fit in memory by formula, which are chosen once for a run; its config.yaml has the number."""
 
     @property
-    def sequences_per_pass(self) -> int:
+    def rows_per_pass(self) -> int:
         """``micro_batch_size`` as a number.
 
         Raises:

@@ -266,7 +266,7 @@ def micro_batch_rows(config: TrainConfig | RLHFConfig, group_size: int) -> int:
 
     Losses other than these two may need all samples of a group.
     """
-    size = config.optimizer.sequences_per_pass
+    size = config.optimizer.rows_per_pass
     if size < group_size and config.objective.loss in ("policy_gradient", "ppo_clip"):
         return size
     return max(1, size // group_size) * group_size

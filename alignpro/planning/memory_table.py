@@ -42,7 +42,7 @@ def memory_table(config: TrainConfig | RLHFConfig, ranks: int, device_bytes: flo
             with_micro_batch(config, choose_micro_batch(config, setup, ranks, free, models).size) if auto else config
         )
         need = estimate_memory(sized, setup, ranks, models)
-        line = f"{setup:>11}  {sized.optimizer.sequences_per_pass:>11}  {_cells(need)}"
+        line = f"{setup:>11}  {sized.optimizer.rows_per_pass:>11}  {_cells(need)}"
         if device_bytes is not None:
             line += "  yes" if need.peak < device_bytes else "  no"
         lines.append(line)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -96,7 +97,7 @@ def export_model(directory: Path, file: Path, *, quantization: str = "f32") -> N
 def _merged(model: PeftModel, name: str) -> PreTrainedModel:
     """Merge an adapter, if it acts on every token alike."""
     adapter = model.active_peft_config
-    check_architecture(model.get_base_model(), name)
+    check_architecture(cast(PreTrainedModel, model.get_base_model()), name)
     if adapter.is_prompt_learning:
         raise ModelError(f"model {name}: its adapter is a soft prompt, for which GGUF has no place")
     if getattr(adapter, "alora_invocation_tokens", None) is not None:

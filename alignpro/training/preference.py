@@ -63,7 +63,7 @@ class RewardTrainer:
         with timer("update"):
             self.model.train()
             prompts = self.stream.batch(step)
-            size = self.config.optimizer.sequences_per_pass
+            size = self.config.optimizer.rows_per_pass
             margins = []
             for start in range(0, len(prompts), size):
                 margin = self.margins(prompts[start : start + size])

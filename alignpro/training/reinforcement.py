@@ -105,14 +105,7 @@ class RLTrainer:
             self.critic = Critic(*distribution.backend(value_model, optimizer, updates), ranks)
             self._backends["critic"] = self.critic.backend
         self.accumulate = GradientAccumulation(
-            self.policy,
-            self.loss,
-            self.backend,
-            self.critic,
-            objective,
-            sampling.n,
-            optimizer.sequences_per_pass,
-            ranks,
+            self.policy, self.loss, self.backend, self.critic, objective, sampling.n, optimizer.rows_per_pass, ranks
         )
         targets, rewards = targets or FrozenModels(), rewards or FrozenModels()
         contexts = {
@@ -125,7 +118,7 @@ class RLTrainer:
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
         self.measure = StepMetrics(ranks)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
-        self._ranks, self._writes_files = ranks, ranks.is_rank_zero
+        self._raise_together, self._writes_files = ranks.raise_together, ranks.is_rank_zero
 
     @property
     def updates(self) -> int:
@@ -237,16 +230,12 @@ class RLTrainer:
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write weights and optimizers; returns the rest of the state."""
-        fingerprints = self.inputs.fingerprints()  # a collective, so before anything can fail on one rank
+        state = self.inputs.fingerprints()  # a collective, so before anything can fail on one rank
         for name, backend in self._backends.items():
-            with self._ranks.raise_together():  # the next one's writing is a collective, too
+            with self._raise_together():  # the next one's writing is a collective, too
                 backend.save(directory, name)
-        return {
-            **fingerprints,
-            "kl": self.kl.state_dict(),
-            "baseline": self.advantage.state_dict(),
-            "expected_length": self.assign.expected_length,
-        }
+        learned = {"kl": self.kl.state_dict(), "baseline": self.advantage.state_dict()}
+        return {**state, **learned, "expected_length": self.assign.expected_length}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
         """Restore the state that `save` wrote.

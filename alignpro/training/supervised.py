@@ -80,7 +80,7 @@ class SFTTrainer:
             pairs = [self._encode(prompt) for prompt in self.stream.batch(step)]
             tokens = sum(len(completion) for _, completion in pairs)
             loss = 0.0
-            size = self.config.optimizer.sequences_per_pass
+            size = self.config.optimizer.rows_per_pass
             for start in range(0, len(pairs), size):
                 partial = self._loss(pairs[start : start + size], tokens)
                 self.backend.backward(partial)
@@ -104,7 +104,7 @@ class SFTTrainer:
         tokens = sum(len(completion) for _, completion in pairs)
         if tokens == 0:
             return {}
-        size = self.config.optimizer.sequences_per_pass
+        size = self.config.optimizer.rows_per_pass
         batches = (pairs[start : start + size] for start in range(0, len(pairs), size))
         loss = sum(self._loss(batch, tokens).item() for batch in batches)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -158,7 +159,7 @@ class _StepClock(TrainerCallback):
         self._started = self._referred = 0.0
         if reference is not None:
             reference.register_forward_pre_hook(self._refer)
-        elif switch is not None:  # the policy without its adapter is the reference
+        elif isinstance(switch, nn.Module):  # the policy without its adapter is the reference
             switch.register_forward_pre_hook(self._refer_without_adapter)
 
     def on_step_begin(

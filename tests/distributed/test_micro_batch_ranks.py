@@ -25,7 +25,7 @@ class OpenRun:
         self.ranks, self.recorded = ranks, 0
 
     def record(self, config: TrainConfig) -> None:
-        self.recorded = config.optimizer.sequences_per_pass
+        self.recorded = config.optimizer.rows_per_pass
 
 
 def test_ranks_agree_on_the_smallest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +38,6 @@ def test_ranks_agree_on_the_smallest(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def work(ranks: Ranks) -> tuple[int, int]:
         run: Any = OpenRun(ranks)
-        return settle_micro_batch_size(config, run, "z2").optimizer.sequences_per_pass, run.recorded
+        return settle_micro_batch_size(config, run, "z2").optimizer.rows_per_pass, run.recorded
 
     assert results(run_ranks(3, work)) == [(6, 6)] * 3

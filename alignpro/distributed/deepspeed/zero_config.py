@@ -112,7 +112,7 @@ def load_zero_config(
                 f"{where}: {key} is decided by optimizer.micro_batch_size=auto: leave it out of the JSON, or set "
                 "optimizer.micro_batch_size to a number"
             )
-    size = 1 if auto else optimizer.sequences_per_pass  # the chosen number comes later, and decides nothing here
+    size = 1 if auto else optimizer.rows_per_pass  # the chosen number comes later, and decides nothing here
     accumulated = -(-samples_per_update // (size * ranks))
     expected: dict[str, Any] = {
         "train_batch_size": (

@@ -186,7 +186,7 @@ def _check_tensors(header: Header) -> None:
     readable: dict[int, tuple[int, int]] = {}  # quantization → elements and bytes of a block
     for tensor in header.tensors:
         if tensor.quantization not in readable:
-            if tensor.quantization not in iter(GGMLQuantizationType):
+            if tensor.quantization not in [int(known) for known in GGMLQuantizationType]:
                 raise ModelError(
                     f"{header.path}: tensor {tensor.name} has the quantization number {tensor.quantization}, which the "
                     "installed gguf does not know; try pip install --upgrade gguf"

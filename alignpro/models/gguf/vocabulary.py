@@ -141,7 +141,9 @@ def describe_tokenizer(
             more tokens than the model.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
+    content: Any = (
+        json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
+    )
     model = content["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         kind = "BPE over characters" if model["type"] == "BPE" else model["type"]
