@@ -112,8 +112,7 @@ def test_progress_is_shown_with_the_time_left_and_changes_nothing(
     assert parts.rows == whole.rows
     lines = [message for message in caplog.messages if message.startswith("step ")]
     assert lines[0].startswith("step 1/15  ")
-    assert "reward" in lines[0]
-    assert lines[0].endswith(" left")
+    assert " left  reward" in lines[0]
     assert lines[-1].startswith("step 15/15  ")
 
 
