@@ -10,8 +10,8 @@ def set_environment() -> None:
     """Set what OpenMP reads when torch is loaded, where the user has not set it: it must not be loaded yet.
 
     Threads sleep while they wait. By default they spin, and if another process holds the core of one of them, all others
-    spin until its turn is over: with nine busy processes on two cores, generation was 15 times slower so. Without other
-    processes the difference was below what could be measured. A container with a quota gets as many threads as whole cores.
+    spin until its turn is over, which makes generation many times slower. A container with a quota gets as many threads
+    as whole cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if (quota := cpu_quota()) is not None and quota < num_cores():
