@@ -20,7 +20,7 @@ from alignpro.models.packed_parts import Segments
 from alignpro_kernels import varlen_kernels
 from alignpro_kernels.merged_attention import Part, merged_attention
 from alignpro_kernels.timed_trial import Choice, choose
-from alignpro_kernels.varlen_kernels import VarlenKernels
+from alignpro_kernels.varlen import ScoreOptions, VarlenKernels, unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def supporting(query: Tensor, settings: AttentionSettings, segments: Segments) -
     reasons: dict[str, None] = {}  # a set that keeps the order
     found = []
     for kernels in varlen_kernels.KERNELS:
-        reason = varlen_kernels.why_unavailable(kernels) or varlen_kernels.unsupported(
+        reason = varlen_kernels.why_unavailable(kernels) or unsupported(
             kernels, query[0].transpose(0, 1), settings.softcap
         )
         if reason is None:
@@ -119,7 +119,7 @@ def unpadded_attention(
     window = settings.sliding_window
     if window is not None and window >= segments.longest:
         window = None  # it hides nothing, and kernels without one are faster
-    out = merged_attention(q, k, v, parts, kernels, scale=settings.scale, softcap=settings.softcap, window=window)
+    out = merged_attention(q, k, v, parts, kernels, ScoreOptions(settings.scale, settings.softcap, window))
     return out.unsqueeze(0)
 
 
@@ -168,7 +168,7 @@ def trials(
 
     found = {PADDED: trial(padded(_TRIAL, device))}
     for kernels in libraries:
-        if varlen_kernels.unsupported(kernels, inputs[0][0].transpose(0, 1), settings.softcap) is None:
+        if unsupported(kernels, inputs[0][0].transpose(0, 1), settings.softcap) is None:
             found[kernels.name] = trial(by(kernels))
     return found
 

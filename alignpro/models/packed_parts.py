@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels.merged_attention import ALL, Part
-from alignpro_kernels.varlen_kernels import Varlen
+from alignpro_kernels.varlen import Varlen
 
 
 @dataclass(frozen=True)

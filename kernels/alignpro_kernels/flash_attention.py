@@ -20,9 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alignpro_kernels import varlen_kernels
+from alignpro_kernels import varlen, varlen_kernels
 from alignpro_kernels.paged_keys import PagedKeys
-from alignpro_kernels.varlen_kernels import Varlen, VarlenKernels
+from alignpro_kernels.varlen import ScoreOptions, Varlen, VarlenKernels
 
 COPY_LIMIT = 1 << 28
 """The largest copy of keys and values, in bytes. It is as wide for every sequence as for the longest one."""
@@ -52,7 +52,7 @@ def unsupported(
     size = keys.page_table.numel() * pages[0].numel() * pages.element_size()
     if size > COPY_LIMIT:
         return f"it copies the keys, and these take {size >> 20} MiB, more than {COPY_LIMIT >> 20} MiB"
-    return varlen_kernels.unsupported(kernels, query, softcap)
+    return varlen.unsupported(kernels, query, softcap)
 
 
 def kernels_for(
@@ -103,8 +103,8 @@ def paged_attention(
     copied = _Copied(pages, keys)
 
     def attend(bounds: Tensor, owner: Tensor, lengths: Tensor, most: int, *, causal: bool) -> tuple[Tensor, Tensor]:
-        varlen = copied.varlen(bounds, owner, lengths, most, causal=causal)
-        return kernels.forward(query, copied.keys, copied.values, varlen, scale=scale, softcap=softcap, window=None)
+        call = copied.varlen(bounds, owner, lengths, most, causal=causal)
+        return kernels.forward(query, copied.keys, copied.values, call, ScoreOptions(scale, softcap))
 
     if count == sequences:
         own = torch.arange(count + 1, dtype=torch.int32, device=query.device)

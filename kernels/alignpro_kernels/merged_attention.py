@@ -19,14 +19,14 @@ log-sum-exp, and returns its keys' part of the gradient; gradients of queries ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from alignpro_kernels.varlen_kernels import Varlen, VarlenKernels
+from alignpro_kernels.varlen import ScoreOptions, Varlen, VarlenKernels
 
 Rows: TypeAlias = Tensor | slice
 """Different rows of a tensor: int64 indices, or a slice, which is not copied."""
@@ -53,10 +53,7 @@ def merged_attention(
     value: Tensor,
     parts: Sequence[Part],
     kernels: VarlenKernels,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
+    options: ScoreOptions,
 ) -> Tensor:
     """Compute the attention of T queries to the union of their keys in all parts; differentiable once.
 
@@ -66,9 +63,7 @@ def merged_attention(
         value: As ``key``.
         parts: At least one. The first has all queries, in order (`ALL`). A query sees a key in at most one part.
         kernels: Compute the parts.
-        scale: Scores are scale · q · k.
-        softcap: Scores become softcap · tanh(score / softcap).
-        window: In causal parts a query sees the last ``window`` keys up to its own; other parts have no window.
+        options: How scores are computed; the window is that of the causal parts.
 
     Returns:
         (T, H, D) in the dtype of ``query``. Parts are merged in float32.
@@ -78,7 +73,7 @@ def merged_attention(
     """
     if not parts or not _is_all(parts[0].queries):
         raise ValueError("parts: the first one must have all queries")
-    out: Tensor = _MergedAttention.apply(query, key, value, parts, kernels, scale, softcap, window)
+    out: Tensor = _MergedAttention.apply(query, key, value, parts, kernels, options)
     return out
 
 
@@ -91,26 +86,17 @@ class _MergedAttention(torch.autograd.Function):
         value: Tensor,
         parts: Sequence[Part],
         kernels: VarlenKernels,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
+        options: ScoreOptions,
     ) -> Tensor:
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
         merged: tuple[Tensor, Tensor] | None = None
         for part in parts:
-            out, lse = kernels.forward(
-                query[part.queries],
-                key[part.keys],
-                value[part.keys],
-                part.varlen,
-                window=window if part.varlen.causal else None,
-                **options,
-            )
-            merged = (out.to(lse.dtype), lse) if merged is None else _merge(*merged, out, lse, part.queries)
+            at, of = part.queries, part.keys
+            out, lse = kernels.forward(query[at], key[of], value[of], part.varlen, _options_of(part, options))
+            merged = (out.to(lse.dtype), lse) if merged is None else _merge(*merged, out, lse, at)
         assert merged is not None
         result = merged[0].to(query.dtype)
         ctx.save_for_backward(query, key, value, result, merged[1])
-        ctx.parts, ctx.kernels, ctx.options, ctx.window = parts, kernels, options, window
+        ctx.parts, ctx.kernels, ctx.options = parts, kernels, options
         return result
 
     @staticmethod
@@ -124,20 +110,15 @@ class _MergedAttention(torch.autograd.Function):
         for part in ctx.parts:
             at, of = part.queries, part.keys
             # The merged output and log-sum-exp, not the part's own: see the module's docstring.
-            of_queries, of_keys, of_values = ctx.kernels.backward(
-                gradient[at],
-                query[at],
-                key[of],
-                value[of],
-                out[at],
-                lse[at],
-                part.varlen,
-                window=ctx.window if part.varlen.causal else None,
-                **ctx.options,
-            )
+            given = gradient[at], query[at], key[of], value[of], out[at], lse[at]
+            of_queries, of_keys, of_values = ctx.kernels.backward(*given, part.varlen, _options_of(part, ctx.options))
             dq = _add(dq, at, of_queries, query)
             dk, dv = _add(dk, of, of_keys, key), _add(dv, of, of_values, value)
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, None, None, None
+
+
+def _options_of(part: Part, options: ScoreOptions) -> ScoreOptions:
+    return options if part.varlen.causal else replace(options, window=None)
 
 
 def _merge(merged: Tensor, merged_lse: Tensor, out: Tensor, lse: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

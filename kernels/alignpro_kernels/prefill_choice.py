@@ -17,7 +17,7 @@ from torch import Tensor
 from alignpro_kernels import flash_attention, varlen_kernels
 from alignpro_kernels.paged_keys import PagedKeys
 from alignpro_kernels.timed_trial import Choice, choose
-from alignpro_kernels.varlen_kernels import VarlenKernels
+from alignpro_kernels.varlen import VarlenKernels
 
 logger = logging.getLogger("alignpro_kernels")
 

@@ -1,4 +1,4 @@
-"""The specification of `varlen_kernels.VarlenKernels`, in plain PyTorch: sequence by sequence, on any device.
+"""The specification of `varlen.VarlenKernels`, in plain PyTorch: sequence by sequence, on any device.
 
     z_ij = scale · q_i · k_j, with a soft-cap softcap · tanh(z_ij / softcap), over the keys j that query i sees
     lse_i = log Σ_j exp z_ij      P_ij = exp(z_ij − lse_i)      out_i = Σ_j P_ij v_j
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels.head import upcast
-from alignpro_kernels.varlen_kernels import Varlen
+from alignpro_kernels.varlen import ScoreOptions, Varlen
 
 
 class ReferenceKernels:
@@ -37,16 +37,13 @@ class ReferenceKernels:
         key: Tensor,
         value: Tensor,
         varlen: Varlen,
-        *,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
+        options: ScoreOptions,
     ) -> tuple[Tensor, Tensor]:
         """See `VarlenKernels.forward`; a query without keys gets 0 and −∞."""
         out = torch.zeros_like(query)
         lse = upcast(query).new_full(query.shape[:2], -torch.inf)  # (T, H)
         for rows, keys in _sequences(varlen):
-            z, _ = _scores(query[rows], key[keys], varlen.causal, scale, softcap, window)
+            z, _ = _scores(query[rows], key[keys], varlen.causal, options)
             total = z.logsumexp(-1)  # (H, n)
             p = (z - total.masked_fill(total == -torch.inf, 0.0).unsqueeze(-1)).exp()
             v = _repeated(value[keys], query.shape[1])
@@ -63,21 +60,18 @@ class ReferenceKernels:
         out: Tensor,
         lse: Tensor,
         varlen: Varlen,
-        *,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
+        options: ScoreOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `VarlenKernels.backward`."""
         dq, dk, dv = (upcast(torch.zeros_like(x)) for x in (query, key, value))
         delta = (upcast(gradient) * upcast(out)).sum(-1)  # (T, H)
         heads, groups = query.shape[1], query.shape[1] // key.shape[1]
         for rows, keys in _sequences(varlen):
-            z, slope = _scores(query[rows], key[keys], varlen.causal, scale, softcap, window)
+            z, slope = _scores(query[rows], key[keys], varlen.causal, options)
             p = (z - lse[rows].T.unsqueeze(-1)).exp()  # (H, n, m)
             do = upcast(gradient[rows])
             dp = torch.einsum("nhd,mhd->hnm", do, _repeated(value[keys], heads))
-            dz = p * (dp - delta[rows].T.unsqueeze(-1)) * slope * scale
+            dz = p * (dp - delta[rows].T.unsqueeze(-1)) * slope * options.scale
             dq[rows] += torch.einsum("hnm,mhd->nhd", dz, _repeated(key[keys], heads))
             dk[keys] += _summed(torch.einsum("hnm,nhd->mhd", dz, upcast(query[rows])), groups)
             dv[keys] += _summed(torch.einsum("hnm,nhd->mhd", p, do), groups)
@@ -92,19 +86,17 @@ def _sequences(varlen: Varlen) -> Iterator[tuple[slice, slice]]:
         yield slice(queries[s], queries[s + 1]), slice(keys[s], end)
 
 
-def _scores(
-    query: Tensor, key: Tensor, causal: bool, scale: float, softcap: float | None, window: int | None
-) -> tuple[Tensor, Tensor | float]:
+def _scores(query: Tensor, key: Tensor, causal: bool, options: ScoreOptions) -> tuple[Tensor, Tensor | float]:
     """Scores of queries (n, H, D) and keys (m, H', D), (H, n, m), −∞ where a key is not seen, and the soft-cap's slope."""
     n, m = len(query), len(key)
-    z = scale * torch.einsum("nhd,mhd->hnm", upcast(query), _repeated(key, query.shape[1]))
+    z = options.scale * torch.einsum("nhd,mhd->hnm", upcast(query), _repeated(key, query.shape[1]))
     slope: Tensor | float = 1.0
-    if softcap is not None:
-        capped = torch.tanh(z / softcap)
-        z, slope = softcap * capped, 1 - capped.square()
+    if options.softcap is not None:
+        capped = torch.tanh(z / options.softcap)
+        z, slope = options.softcap * capped, 1 - capped.square()
     if causal:
         distance = torch.arange(m - n, m, device=z.device)[:, None] - torch.arange(m, device=z.device)
-        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        seen = distance >= 0 if options.window is None else (distance >= 0) & (distance < options.window)
         z = z.masked_fill(~seen, -torch.inf)
     return z, slope
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignpro_kernels.varlen_kernels import KERNELS, Varlen, VarlenKernels
+from alignpro_kernels.varlen import ScoreOptions, Varlen, VarlenKernels
+from alignpro_kernels.varlen_kernels import KERNELS
 from alignpro_kernels.varlen_reference import ReferenceKernels
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "flash_attn_signatures.json").read_text())["packages"]
@@ -50,7 +51,7 @@ def schema_signature(operator: str) -> inspect.Signature:
     )
 
 
-def call_of(a: dict[str, Any], causal: str, names: tuple[str, str, str, str]) -> tuple[Varlen, dict[str, Any]]:
+def call_of(a: dict[str, Any], causal: str, names: tuple[str, str, str, str]) -> tuple[Varlen, ScoreOptions]:
     """Check the arguments that all libraries have in some form; return the call and the other options."""
     cu_q, cu_k, max_q, max_k = (a[name] for name in names)
     lengths = a.get("seqused_k")
@@ -65,11 +66,7 @@ def call_of(a: dict[str, Any], causal: str, names: tuple[str, str, str, str]) ->
     unlimited = (-1, -1) if -1 in window else (None, None)
     assert window in (unlimited, (window[0], 0)) and (window == unlimited or a[causal])
     scale = a.get("softmax_scale", a.get("scale"))
-    options = {
-        "scale": scale,
-        "softcap": a.get("softcap", 0.0) or None,
-        "window": None if window == unlimited else window[0] + 1,
-    }
+    options = ScoreOptions(scale, a.get("softcap", 0.0) or None, None if window == unlimited else window[0] + 1)
     return Varlen(cu_q, cu_k, max_q, max_k, a[causal], lengths), options
 
 
@@ -80,7 +77,7 @@ ATEN_LENGTHS = ("cum_seq_q", "cum_seq_k", "max_q", "max_k")
 def forward(a: dict[str, Any], names: tuple[str, str, str, str], causal: str, empty: float) -> tuple[Tensor, Tensor]:
     varlen, options = call_of(a, causal, names)
     q, k, v = (a[x] for x in (("query", "key", "value") if "query" in a else ("q", "k", "v")))
-    out, lse = REFERENCE.forward(q, k, v, varlen, **options)
+    out, lse = REFERENCE.forward(q, k, v, varlen, options)
     return out, lse.masked_fill(lse == -torch.inf, empty).T.contiguous()  # (H, T)
 
 
@@ -90,7 +87,7 @@ def backward(a: dict[str, Any], names: tuple[str, str, str, str], causal: str, l
     gradient = a["grad_out"] if "grad_out" in a else a["dout"]
     assert a[lse].dtype == torch.float32 and a[lse].is_contiguous() and a[lse].shape == (q.shape[1], len(q))
     assert a["out"].dtype == gradient.dtype == q.dtype and a["out"].shape == gradient.shape == q.shape
-    return REFERENCE.backward(gradient, q, k, v, a["out"], a[lse].T, varlen, **options)
+    return REFERENCE.backward(gradient, q, k, v, a["out"], a[lse].T, varlen, options)
 
 
 def flash2_forward(a: dict[str, Any]) -> tuple[Tensor, ...]:

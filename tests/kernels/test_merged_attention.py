@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignpro_kernels.merged_attention import ALL, Part, merged_attention
-from alignpro_kernels.varlen_kernels import Varlen
+from alignpro_kernels.varlen import ScoreOptions, Varlen
 from alignpro_kernels.varlen_reference import ReferenceKernels
 
 KERNELS = ReferenceKernels()
@@ -74,7 +74,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: 
 )
 def test_output_and_gradients(name: str, heads: int, kv_heads: int, softcap: float | None, window: int | None) -> None:
     parts, leaves = PARTS[name], inputs(heads, kv_heads)
-    ours = merged_attention(*leaves, parts, KERNELS, scale=0.7, softcap=softcap, window=window)
+    ours = merged_attention(*leaves, parts, KERNELS, ScoreOptions(0.7, softcap, window))
     exact = dense(*leaves, mask(parts, window), 0.7, softcap)
     torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(exact)
@@ -88,12 +88,12 @@ def test_the_gradient_needs_the_merged_output_and_log_sum_exp() -> None:
     """With each part's own ones, as in separate calls whose log-sum-exp has no gradient, it is another."""
 
     class Separate(ReferenceKernels):
-        def backward(self, gradient, query, key, value, out, lse, varlen, **options):  # type: ignore[no-untyped-def]
-            out, lse = self.forward(query, key, value, varlen, **options)
-            return super().backward(gradient, query, key, value, out, lse, varlen, **options)
+        def backward(self, gradient, query, key, value, out, lse, varlen, options):  # type: ignore[no-untyped-def]
+            out, lse = self.forward(query, key, value, varlen, options)
+            return super().backward(gradient, query, key, value, out, lse, varlen, options)
 
     leaves, parts = inputs(4, 2), PARTS["continuations and their prompts"]
-    right, wrong = (merged_attention(*leaves, parts, kernels, scale=0.7) for kernels in (KERNELS, Separate()))
+    right, wrong = (merged_attention(*leaves, parts, kernels, ScoreOptions(0.7)) for kernels in (KERNELS, Separate()))
     assert torch.equal(right, wrong)
     weight = torch.randn_like(right)
     for got, other in zip(
@@ -105,7 +105,9 @@ def test_the_gradient_needs_the_merged_output_and_log_sum_exp() -> None:
 def test_gradients_agree_with_finite_differences() -> None:
     leaves, parts = inputs(2, 1), PARTS["and a shared prefix"]
     assert torch.autograd.gradcheck(
-        lambda q, k, v: merged_attention(q, k, v, parts, KERNELS, scale=0.7, softcap=3.0), leaves, fast_mode=True
+        lambda q, k, v: merged_attention(q, k, v, parts, KERNELS, ScoreOptions(0.7, softcap=3.0)),
+        leaves,
+        fast_mode=True,
     )
 
 
@@ -115,7 +117,7 @@ def test_bfloat16_is_merged_in_float32() -> None:
     seen = mask(parts, None)
     leaves = inputs(4, 2, torch.bfloat16)
     exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
-    ours = merged_attention(*leaves, parts, KERNELS, scale=0.7)
+    ours = merged_attention(*leaves, parts, KERNELS, ScoreOptions(0.7))
     plain, exact = dense(*leaves, seen, 0.7, None), dense(*exact_leaves, seen, 0.7, None)
     weight = torch.randn_like(plain)
     results = [
@@ -136,7 +138,7 @@ def test_keys_may_be_more_than_queries_and_frozen() -> None:
         Part(ALL, slice(2), varlen([3], [2])),
     ]
     q.requires_grad_()
-    out = merged_attention(q, k, v, parts, KERNELS, scale=0.5)
+    out = merged_attention(q, k, v, parts, KERNELS, ScoreOptions(0.5))
     seen = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]).bool()
     exact = dense(q, k, v, seen, 0.5, None)
     torch.testing.assert_close(out, exact)
@@ -148,7 +150,7 @@ def test_keys_may_be_more_than_queries_and_frozen() -> None:
 def test_no_rows() -> None:
     leaves = [torch.zeros(0, 2, 4).requires_grad_() for _ in range(3)]
     none = torch.zeros(1, dtype=torch.int32)
-    out = merged_attention(*leaves, [Part(ALL, ALL, Varlen(none, none, 0, 0, True))], KERNELS, scale=1.0)
+    out = merged_attention(*leaves, [Part(ALL, ALL, Varlen(none, none, 0, 0, True))], KERNELS, ScoreOptions(1.0))
     assert [x.shape for x in torch.autograd.grad(out.sum(), leaves)] == [(0, 2, 4)] * 3
 
 
@@ -157,4 +159,4 @@ def test_the_first_part_must_have_all_queries() -> None:
     parts = PARTS["continuations and their prompts"]
     for wrong in ([], parts[1:], [Part(slice(1, None), ALL, parts[0].varlen)]):
         with pytest.raises(ValueError, match="the first one must have all queries"):
-            merged_attention(q, k, v, wrong, KERNELS, scale=1.0)
+            merged_attention(q, k, v, wrong, KERNELS, ScoreOptions(1.0))

@@ -18,9 +18,9 @@ import torch
 from documented_kernels import LIBRARIES, RECORD, REFERENCE
 from torch import Tensor
 
-from alignpro_kernels import varlen_kernels
+from alignpro_kernels import flash_attn_packages, varlen_kernels
 from alignpro_kernels.merged_attention import ALL, Part, merged_attention
-from alignpro_kernels.varlen_kernels import Varlen, unsupported
+from alignpro_kernels.varlen import ScoreOptions, Varlen, VarlenKernels, unsupported
 
 OWN, QUERIES, KEYS = [7, 40, 33, 9, 64], [73, 64], [7, 9]
 """A prompt of 7 tokens with continuations of 40 and 33, then one of 9 with one of 64."""
@@ -37,11 +37,11 @@ def parts(device: str = "cpu") -> list[Part]:
 
 
 def results(
-    kernels: varlen_kernels.VarlenKernels, inputs: list[Tensor], softcap: float | None, window: int | None
+    kernels: VarlenKernels, inputs: list[Tensor], softcap: float | None, window: int | None
 ) -> tuple[Tensor, ...]:
     *leaves, weight = inputs
     leaves = [x.clone().requires_grad_() for x in leaves]
-    out = merged_attention(*leaves, parts(str(weight.device)), kernels, scale=0.3, softcap=softcap, window=window)
+    out = merged_attention(*leaves, parts(str(weight.device)), kernels, ScoreOptions(0.3, softcap, window))
     return (out.detach(), *torch.autograd.grad(out, leaves, weight))
 
 
@@ -73,9 +73,9 @@ def test_keys_of_given_lengths_and_single_queries(name: str, monkeypatch: pytest
     q, k, v, _ = inputs(torch.bfloat16)
     bounds, starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2, 3], [0, 50, 0, 0], [50, 9, 3]))
     varlen = Varlen(bounds, starts, 1, 50, False, lengths)
-    options = {"scale": 0.3, "softcap": None, "window": None}
-    ours = LIBRARIES[name].forward(q[:3], k, v, varlen, **options)
-    expected = REFERENCE.forward(q[:3], k, v, varlen, **options)
+    options = ScoreOptions(0.3)
+    ours = LIBRARIES[name].forward(q[:3], k, v, varlen, options)
+    expected = REFERENCE.forward(q[:3], k, v, varlen, options)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
@@ -84,11 +84,11 @@ def test_the_reference_computes_the_gradient() -> None:
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
     varlen = Varlen(bounds, bounds, 7, 7, True)
     *leaves, weight = given
-    for options in ({"softcap": None, "window": None}, {"softcap": 1.5, "window": 3}):
+    for options in (ScoreOptions(0.3), ScoreOptions(0.3, 1.5, 3)):
         leaves = [x.detach().requires_grad_() for x in leaves]
-        out, lse = REFERENCE.forward(*leaves, varlen, scale=0.3, **options)  # type: ignore[arg-type]
+        out, lse = REFERENCE.forward(*leaves, varlen, options)
         exact = torch.autograd.grad(out, leaves, weight)
-        ours = REFERENCE.backward(weight, *leaves, out, lse, varlen, scale=0.3, **options)  # type: ignore[arg-type]
+        ours = REFERENCE.backward(weight, *leaves, out, lse, varlen, options)
         for a, b in zip(ours, exact, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -123,7 +123,7 @@ def test_a_library_is_found_by_its_metadata_and_its_device(monkeypatch: pytest.M
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
     def available() -> list[str]:
-        varlen_kernels._installed.cache_clear()
+        flash_attn_packages._installed.cache_clear()
         varlen_kernels.why_unavailable.cache_clear()
         return [each.name for each in varlen_kernels.available()]
 
@@ -143,7 +143,7 @@ def test_a_library_is_found_by_its_metadata_and_its_device(monkeypatch: pytest.M
 @pytest.fixture(autouse=True)
 def found_out_anew() -> Iterator[None]:
     yield
-    varlen_kernels._installed.cache_clear()
+    flash_attn_packages._installed.cache_clear()
     varlen_kernels.why_unavailable.cache_clear()
 
 
