@@ -209,8 +209,11 @@ class SequenceTable:
         if row >= len(self._sequences) or self._sequences[row] is not sequence:
             return
         count = int(self.columns["count"][row])
-        # Each list is brought up to date by itself, so that this may be interrupted and repeated.
-        for read, kept in ((sequence.read_ids, self._tokens), (sequence.read_logprobs, self._logprobs)):
+        lists: list[tuple[list[Any], NDArray[Any]]] = [
+            (sequence.read_ids, self._tokens),
+            (sequence.read_logprobs, self._logprobs),
+        ]
+        for read, kept in lists:  # each by itself, so that this may be interrupted and repeated
             if len(read) < count:
                 first, end = len(read) % UNREAD, (count - 1) % UNREAD + 1
                 wraps = first >= end
