@@ -77,6 +77,7 @@ class Batch:
 
     def in_chunks(self, table: SequenceTable) -> Batch:
         """The same work, all of it as chunks."""
+        table.read_newest(self.decoding)  # a pass without graphs reads them in every step
         decoding = table.sequences(self.decoding)
         chunks = [*map(_last_token, decoding), *self.chunks]
         return Batch(self.model, rows_of([]), chunks, decoding + self.drawing)

@@ -219,6 +219,19 @@ class SequenceTable:
                 wraps = first >= end
                 read += (np.append(kept[row, first:], kept[row, :end]) if wraps else kept[row, first:end]).tolist()
 
+    def read_newest(self, rows: Ints) -> None:
+        """Read the newest token of N sequences whose others have been read, at a tenth of the time of reading each alone."""
+        counts = self.columns["count"][rows]
+        places = (counts - 1) % UNREAD
+        tokens, logprobs = self._tokens[rows, places].tolist(), self._logprobs[rows, places].tolist()
+        for sequence, count, token, logprob in zip(
+            self.sequences(rows), counts.tolist(), tokens, logprobs, strict=True
+        ):
+            if len(sequence.read_ids) == count - 1:  # each by itself, as in `read_tokens`
+                sequence.read_ids.append(token)
+            if len(sequence.read_logprobs) == count - 1:
+                sequence.read_logprobs.append(logprob)
+
     def sampled_alike(self, rows: Ints) -> bool:
         """Whether sequences have the same model and the same object as sampling parameters."""
         sampling = self.columns["sampling"][rows]
