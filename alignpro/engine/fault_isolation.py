@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from sys import maxsize
 
+import numpy as np
 from torch import Tensor
 
 from alignpro.engine.faults import describe, is_fatal, is_out_of_memory
@@ -28,6 +29,7 @@ from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.runner import forward, sample_tokens, settle_draw
 from alignpro.engine.scheduler import Batch, Chunk, Scheduler
 from alignpro.engine.sequence import SampledSequence
+from alignpro.engine.sequence_table import Ints
 from alignpro.engine.stats import EngineStats
 from alignpro.models.language_model import LanguageModel
 
@@ -66,37 +68,39 @@ class Executor:
         Raises:
             Exception: No sequence can be computed after this error (`faults.is_fatal`).
         """
-        room = self.max_tokens
+        room, table = self.max_tokens, self.scheduler.table
         if room is None or batch.num_tokens <= room:
-            graphs = self.graphs if batch.decoding and (room is None or padded(len(batch.decoding)) <= room) else None
-            error = self._try(batch, stats, graphs)
-            if error is None:
-                return [sequence for sequence in batch.to_sample if sequence.completion is not None]
+            decodes = len(batch.decoding) > 0
+            graphs = self.graphs if decodes and (room is None or padded(len(batch.decoding)) <= room) else None
+            outcome = self._try(batch, stats, graphs)
+            if not isinstance(outcome, Exception):
+                return outcome
             # A pass without padding may not raise.
-            self._isolate([batch.in_chunks()], stats, None if graphs else error)
+            self._isolate([batch.in_chunks(table)], stats, None if graphs else outcome)
         else:
-            self._isolate(_split_to_size(batch.in_chunks(), room), stats)
+            self._isolate(_split_to_size(batch.in_chunks(table), room), stats)
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
     def fail_batch(self, batch: Batch, error: Exception) -> list[SampledSequence]:
         """Fail all sequences of a batch after an error outside its passes and draws. Returns those that have ended."""
         logger.error("a batch of %s raised an exception", self.models[batch.model].name, exc_info=error)
-        segments, drawing = {chunk.segment for chunk in batch.chunks}, set(batch.to_sample)
+        segments, drawing = {chunk.segment for chunk in batch.chunks}, set(batch.to_sample.tolist())
         for sequence in self.scheduler.running:
-            if sequence in drawing or not segments.isdisjoint(_path(sequence)):
+            if sequence.row in drawing or not segments.isdisjoint(_path(sequence)):
                 sequence.fail(describe(f"a batch of {self.models[batch.model].name}", error))
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
-    def _try(self, batch: Batch, stats: EngineStats, graphs: DecodeGraphs | None = None) -> Exception | None:
-        """Compute a batch and draw. Returns the exception that the computation raised, if any."""
+    def _try(
+        self, batch: Batch, stats: EngineStats, graphs: DecodeGraphs | None = None
+    ) -> list[SampledSequence] | Exception:
+        """Compute a batch and draw. Returns the sequences that have ended, or the exception of the computation."""
         try:
             states = forward(self.models[batch.model], self.pool, batch, stats, self.scheduler.table, graphs)
         except Exception as error:
             if is_fatal(error):
                 raise
             return error
-        self._sample(batch.to_sample, states, stats)
-        return None
+        return self._sample(batch.to_sample, states, stats)
 
     def _isolate(self, parts: Sequence[Batch], stats: EngineStats, known: Exception | None = None) -> None:
         """Compute the parts of a batch one by one, halving those that raise; fail the sequences that need a bad chunk.
@@ -119,7 +123,7 @@ class Executor:
                 waiting += reversed(halves)
                 continue
             error, known = (known, None) if known is not None else (self._try(part, stats), None)
-            if error is None:
+            if not isinstance(error, Exception):
                 enough = max(enough, tokens)
                 continue
             finer = is_out_of_memory(error)
@@ -154,23 +158,29 @@ class Executor:
         self.max_tokens = tokens
         self.scheduler.token_budget = min(self.scheduler.token_budget, tokens)
 
-    def _sample(self, sequences: Sequence[SampledSequence], states: Tensor, stats: EngineStats) -> None:
-        """Draw one token per sequence from (B, D) states; a sequence whose draw raises even alone fails."""
+    def _sample(self, rows: Ints, states: Tensor, stats: EngineStats) -> list[SampledSequence]:
+        """Draw one token per sequence from (B, D) states; a sequence whose draw raises even alone fails.
+
+        Returns the sequences that have ended or failed.
+        """
+        table = self.scheduler.table
+        before = table.columns["count"][rows]
         try:
-            sample_tokens(self.models, sequences, states, stats)
-            return
+            return sample_tokens(self.models, table, rows, states, stats)
         except Exception as error:
             if is_fatal(error):
                 raise
             # Some may have drawn before the error.
-            rows = [row for row, sequence in enumerate(sequences) if not settle_draw(sequence, self.models)]
-            if rows and len(sequences) == 1:
+            sequences = table.sequences(rows)
+            drawn = [settle_draw(each, count, self.models) for each, count in zip(sequences, before, strict=True)]
+            waiting = np.flatnonzero(~np.array(drawn))
+            if len(waiting) and len(rows) == 1:
                 logger.exception("drawing a token raised an exception")
                 sequences[0].fail(describe("the draw of a token", error))
-                return
-        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            if half:
-                self._sample([sequences[row] for row in half], states[half], stats)
+                return sequences
+        for half in np.array_split(waiting, 2):
+            self._sample(rows[half], states[half.tolist()], stats)
+        return [sequence for sequence in sequences if sequence.completion is not None]
 
 
 def _path(sequence: SampledSequence) -> set[Segment]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from alignpro.engine.pool import KVPool
-from alignpro.engine.sequence_table import DecodeRows, SequenceTable
+from alignpro.engine.sequence_table import DecodeRows, Ints, SequenceTable
 from alignpro.engine.stats import EngineStats
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
@@ -39,12 +38,11 @@ from alignpro_kernels import PagedKeys
 
 logger = logging.getLogger(__name__)
 
-_LAST = itemgetter(-1)
-
 MAX_GRAPHS = 64
 """Maximum number of graphs kept, least recently used dropped first. Each holds an output and some MB of driver memory."""
 ALL_ROWS = -1
 """Value of `Shape.active` if a token LoRA acts on all tokens."""
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 class Shape(NamedTuple):
@@ -151,29 +149,26 @@ class StaticPlan(PagedAttention):
             _HostLevel(*(getattr(level, name).numpy() for name in _HostLevel._fields)) for level in host.levels
         ]
 
-    def fill(self, table: SequenceTable, batch: DecodeRows, page_size: int, active: Sequence[int]) -> None:
+    def fill(self, table: SequenceTable, batch: DecodeRows, active: Ints) -> None:
         """Copy a batch that fits into the buffers.
 
         Args:
             table: The running sequences.
             batch: Those of the batch.
-            page_size: Tokens per page.
             active: The rows that a token LoRA acts on; empty if it acts on all or on none.
         """
         if self._copied is not None:
             self._copied.synchronize()  # the host's buffer may be written again
         ids, positions, slots, active_rows = self._host
-        count, rows = len(batch.sequences), self.shape.rows
-        lengths = np.array(list(map(len, batch.output_ids)))
-        last, at = lengths - 1, table.starts[batch.outputs] + lengths - 1
-        table.lengths[batch.outputs] = lengths
-        ids[:count] = list(map(_LAST, batch.output_ids))
-        ids[count:] = 0
+        count, rows = len(batch.rows), self.shape.rows
+        counts = table.columns["count"][batch.rows]
+        last = counts - 1
+        at = table.starts[batch.outputs] + last
+        table.lengths[batch.outputs] = counts
+        ids[:count], ids[count:] = table.columns["last_token"][batch.rows], 0
         positions[:count], positions[count:] = at, 0
-        slots[:count] = table.pages[batch.outputs, last // page_size].astype(np.int64) * page_size + last % page_size
-        slots[count:] = -1
-        active_rows.fill(rows - 1)
-        active_rows[: len(active)] = active
+        slots[:count], slots[count:] = table.columns["slots_from"][batch.rows] + last, -1
+        active_rows[: len(active)], active_rows[len(active) :] = active, rows - 1
         for level, own in zip(self._host_levels, batch.levels, strict=True):
             segments = len(own.begins)
             level.query_positions[:count], level.query_positions[count:] = np.where(own.reached, at, -1), -1
@@ -183,7 +178,7 @@ class StaticPlan(PagedAttention):
             level.key_lengths[:segments] = table.lengths[own.segments]
             level.key_starts[:segments] = table.starts[own.segments]
             width = min(level.page_table.shape[1], table.pages.shape[1])
-            level.page_table[:segments, :width] = table.pages[:, :width][own.segments]
+            level.page_table[:segments, :width] = table.pages.take(own.segments, axis=0)[:, :width]
         self.memory.copy_(self._host_memory, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -244,20 +239,18 @@ class DecodeGraphs:
     def plan(self, name: str, model: LanguageModel, table: SequenceTable, batch: DecodeRows) -> StaticPlan:
         """The plan of a batch, valid until the next one."""
         self.drop_moved()
-        active = []
-        if model.has_token_lora:
-            active = [row for row, sequence in enumerate(batch.sequences) if sequence.model == name]
-        whole = not model.has_token_lora or len(active) == len(batch.sequences)
+        active = table.rows_of_model(batch.rows, name) if model.has_token_lora else _NO_ROWS
+        whole = not model.has_token_lora or len(active) == len(batch.rows)
         levels = [
             (len(level.begins), self._width(name, depth, int(table.max_pages[level.segments].max())))
             for depth, level in enumerate(batch.levels)
         ]
-        shape = Shape.for_batch(len(batch.sequences), levels, ALL_ROWS if whole else len(active))
+        shape = Shape.for_batch(len(batch.rows), levels, ALL_ROWS if whole else len(active))
         plan = self._plans.pop((name, shape), None) or StaticPlan(shape, self.device)
         self._plans[name, shape] = plan
         if len(self._plans) > MAX_GRAPHS:
             self._plans.popitem(last=False)
-        plan.fill(table, batch, self.pool.page_size[name], [] if whole else active)
+        plan.fill(table, batch, _NO_ROWS if whole else active)
         return plan
 
     def _width(self, name: str, depth: int, pages: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import position_seeds, sample
 from alignpro.engine.scheduler import Batch, Chunk
 from alignpro.engine.sequence import SampledSequence
-from alignpro.engine.sequence_table import SequenceTable
+from alignpro.engine.sequence_table import Ints, SequenceTable
 from alignpro.engine.stats import EngineStats
 from alignpro.engine.stopping import find_end
 from alignpro.models.admission import check_finite_sum, finite_sum
@@ -43,21 +44,18 @@ def forward(
     computes the chunks. If this raises, nothing counts as computed.
     """
     stats.ticks += 1
-    if graphs and batch.decoding and graphs.runs(batch.model):
+    if graphs and len(batch.decoding) and graphs.runs(batch.model):
         with _timed(stats, "plan"):
-            rows = table.gather(batch.decoding)
-            batch.decoding = rows.sequences
-            plan = graphs.plan(batch.model, model, table, rows)
+            decoding = table.gather(batch.decoding)
+            batch.decoding = decoding.rows
+            plan = graphs.plan(batch.model, model, table, decoding)
         with _timed(stats, "forward"):
             states = graphs.states(batch.model, model, plan, stats)[: len(batch.decoding)]
         if batch.chunks or batch.drawing:
             states = torch.cat([states, _compute(model, batch.model, pool, batch.chunks, batch.drawing, stats)])
     else:
-        whole = batch.in_chunks()
+        whole = batch.in_chunks(table)
         states = _compute(model, batch.model, pool, whole.chunks, whole.drawing, stats)
-    for sequence in batch.decoding:
-        assert sequence.output is not None
-        sequence.output.computed += 1
     stats.computed["decode"] += len(batch.decoding)
     for chunk in batch.chunks:
         if chunk.write:
@@ -104,77 +102,82 @@ def _known_states(ends: Sequence[object]) -> Tensor:
 
 @torch.no_grad()
 def sample_tokens(
-    models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor, stats: EngineStats
-) -> None:
-    """Draw one token per sequence from (B, D) states, and give a completion to each sequence that ends.
+    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, states: Tensor, stats: EngineStats
+) -> list[SampledSequence]:
+    """Draw one token per sequence, and give a completion to each sequence that ends.
 
     Sequences with the same sampling parameters share one pass of the head. If a pass raises, none of its sequences has
     drawn.
+
+    Args:
+        models: Name → model.
+        table: The running sequences.
+        rows: (B,) the rows of those that draw.
+        states: (B, D) the hidden states from which they draw.
+        stats: Counters to update.
+
+    Returns:
+        The sequences that have ended.
     """
-    if sequences:
-        with _timed(stats, "sample"):
-            _sample_tokens(models, sequences, states)
+    if not len(rows):
+        return []
+    with _timed(stats, "sample"):
+        return _sample_tokens(models, table, rows, states)
 
 
-def _sample_tokens(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence], states: Tensor) -> None:
-    outputs = [sequence.output_ids for sequence in sequences]
-    noise = position_seeds([sequence.seed for sequence in sequences], [len(tokens) for tokens in outputs])
+def _sample_tokens(
+    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, states: Tensor
+) -> list[SampledSequence]:
+    noise = position_seeds(table.columns["seed_state"][rows], table.columns["count"][rows])
     seeds = torch.from_numpy(noise).to(states.device, non_blocking=True)  # (B,)
     total = finite_sum(states)  # a greedy token has log-probability 0, whatever its logit
-    for rows in _alike(models, sequences):
-        model, params = models[sequences[rows[0]].model], sequences[rows[0]].params
-        if len(rows) == len(sequences):
-            tokens, logprobs = sample(states, model.head, params, seeds)
-        else:
-            index = torch.tensor(rows, device=states.device)
-            tokens, logprobs = sample(states.index_select(0, index), model.head, params, seeds.index_select(0, index))
-        # One copy, for which the host waits once. A float64 holds every token id exactly.
-        checks = torch.stack([total.double(), finite_sum(logprobs).double()])
-        drawn = torch.cat([tokens.double(), logprobs.double(), checks]).tolist()
-        for check in drawn[-2:]:
-            check_finite_sum(model.name, check)
-        _append(sequences, rows, drawn, model.tokenizer)
+    if table.sampled_alike(rows):  # as in most batches
+        return _draw(models, table, rows, states, seeds, total)
+    ended = []
+    for alike in _alike(models, table.sequences(rows)):
+        index = torch.tensor(alike, device=states.device)
+        ended += _draw(models, table, rows[alike], states.index_select(0, index), seeds.index_select(0, index), total)
+    return ended
 
 
-def _alike(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence]) -> list[Sequence[int]]:
-    """The rows of sequences that share one pass of the head: those of the same head and sampling parameters."""
-    requests = {sequence.request for sequence in sequences}
-    if len({(request.model, id(request.params)) for request in requests}) == 1:  # as in most batches
-        return [range(len(sequences))]
+def _alike(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence]) -> list[list[int]]:
+    """The places of sequences that share one pass of the head: those of the same head and sampling parameters."""
     lora = {name: bool(models[name].head.lora) for name in {sequence.model: None for sequence in sequences}}
     alike: dict[tuple[str | float, ...], list[int]] = {}
-    for row, sequence in enumerate(sequences):
+    for place, sequence in enumerate(sequences):
         params = sequence.params  # heads of one batch differ only in their LoRA
         head_name = sequence.model if lora[sequence.model] else ""
-        alike.setdefault((head_name, params.temperature, params.top_k, params.top_p, params.min_p), []).append(row)
+        alike.setdefault((head_name, params.temperature, params.top_k, params.top_p, params.min_p), []).append(place)
     return list(alike.values())
 
 
-def _append(
-    sequences: Sequence[SampledSequence],
-    rows: Sequence[int],
-    drawn: Sequence[float],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Append a token to each of N sequences; ``drawn`` begins with their N tokens and N log-probabilities."""
-    for row, token, logprob in zip(rows, drawn, drawn[len(rows) :], strict=False):
-        sequence = sequences[row]
-        output_ids, params = sequence.output_ids, sequence.request.params
-        output_ids.append(int(token))
-        sequence.logprobs.append(logprob)
-        # This loop is a third of the host's time, so `find_end` is called only where it may find one.
-        if params.stop or output_ids[-1] in params.stop_token_ids or len(output_ids) >= params.max_tokens:
-            _end_if_stopped(sequence, tokenizer)
+def _draw(
+    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, states: Tensor, seeds: Tensor, total: Tensor
+) -> list[SampledSequence]:
+    """Draw for B sequences of the same head and sampling parameters; ``total`` is the `finite_sum` of all states."""
+    first = table.sequences(rows[:1])[0]
+    model, count = models[first.model], len(rows)
+    tokens, logprobs = sample(states, model.head, first.params, seeds)
+    # One copy, for which the host waits once. A float64 holds every token id exactly.
+    drawn = torch.cat([tokens.double(), logprobs, total.reshape(1)]).cpu().numpy()  # (2 B + 1,)
+    for check in (drawn[-1], drawn[count:-1].sum()):
+        check_finite_sum(model.name, check)
+    may_end = table.add_tokens(rows, drawn[:count].astype(np.int64), drawn[count:-1])
+    sequences = table.sequences(rows[may_end])
+    for sequence in sequences:
+        _end_if_stopped(sequence, model.tokenizer)
+    return [sequence for sequence in sequences if sequence.completion is not None]
 
 
-def settle_draw(sequence: SampledSequence, models: Mapping[str, LanguageModel]) -> bool:
+def settle_draw(sequence: SampledSequence, before: int, models: Mapping[str, LanguageModel]) -> bool:
     """Whether a sequence has drawn in a draw that has raised, which is completed if it was cut short.
 
-    The last token of one that has drawn is not computed yet.
+    Args:
+        sequence: The sequence.
+        before: The number of tokens that it had drawn before.
+        models: Name → model.
     """
-    del sequence.output_ids[len(sequence.logprobs) :]  # without its log-probability, a token is drawn again
-    assert sequence.output is not None
-    if sequence.completion is None and sequence.output.complete:
+    if sequence.completion is None and len(sequence.output_ids) == before:
         return False
     if sequence.completion is None:
         _end_if_stopped(sequence, models[sequence.model].tokenizer)

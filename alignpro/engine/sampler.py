@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alignpro.engine.types import SamplingParams
@@ -45,10 +45,14 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def position_seeds(seeds: ArrayLike, positions: ArrayLike) -> NDArray[np.int64]:
-    """Vectorised ``derive_seed(seed, position)`` for non-negative integers whose shapes broadcast."""
-    state = _mix_all(np.asarray(seeds, np.uint64) ^ _GAMMA) + _GAMMA
-    return (_mix_all(state ^ np.asarray(positions, np.uint64)) >> np.uint64(1)).astype(np.int64)
+def seed_state(seed: int) -> int:
+    """The part of ``derive_seed(seed, position)`` that is the same at all positions, an unsigned 64-bit integer."""
+    return (_mix(_GOLDEN_GAMMA ^ seed) + _GOLDEN_GAMMA) & _MASK
+
+
+def position_seeds(states: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Vectorised ``derive_seed(seed, position)`` from `seed_state` of the seeds; the shapes broadcast."""
+    return (_mix_all(states ^ positions.view(np.uint64)) >> np.uint64(1)).view(np.int64)
 
 
 def _mix_all(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

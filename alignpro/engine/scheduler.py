@@ -12,16 +12,18 @@ preempted: its pages are freed, and the tokens it has drawn are recomputed in on
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
 
+import numpy as np
+
 from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.prefix_tree import Node, PrefixTree
 from alignpro.engine.sequence import SampledSequence
-from alignpro.engine.sequence_table import SequenceTable
+from alignpro.engine.sequence_table import Ints, SequenceTable
 
 TAIL_FRACTION = 1 / 4
 """A model with no waiting sequences and fewer than ``TAIL_FRACTION * max_batch`` running alternates with the next one."""
@@ -56,27 +58,29 @@ class Batch:
 
     model: str
     """Name of the model whose forward pass is run."""
-    decoding: list[SampledSequence] = field(default_factory=list)
-    """Sequences that compute their last token; each of them draws."""
+    decoding: Ints
+    """Rows of the sequences that compute their last token; each of them draws."""
     chunks: list[Chunk] = field(default_factory=list)
     """Everything else to compute."""
     drawing: list[SampledSequence] = field(default_factory=list)
     """Sequences that draw after chunks, or at the end of prompts that are computed already."""
 
     @property
-    def to_sample(self) -> list[SampledSequence]:
-        """All sequences that draw."""
-        return self.decoding + self.drawing
+    def to_sample(self) -> Ints:
+        """The rows of all sequences that draw, (B,)."""
+        return np.concatenate([self.decoding, rows_of(self.drawing)]) if self.drawing else self.decoding
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens to compute."""
         return len(self.decoding) + sum(chunk.count for chunk in self.chunks)
 
-    def in_chunks(self) -> Batch:
+    def in_chunks(self, table: SequenceTable) -> Batch:
         """The same work, all of it as chunks."""
-        decode = [_last_token(sequence) for sequence in self.decoding]
-        return Batch(self.model, chunks=decode + self.chunks, drawing=self.to_sample)
+        table.read_newest(self.decoding)  # a pass without graphs reads them in every step
+        decoding = table.sequences(self.decoding)
+        chunks = [*map(_last_token, decoding), *self.chunks]
+        return Batch(self.model, rows_of([]), chunks, decoding + self.drawing)
 
 
 class _Stage:
@@ -85,22 +89,20 @@ class _Stage:
     def __init__(self) -> None:
         self.waiting: deque[SampledSequence] = deque()
         self.running: dict[SampledSequence, None] = {}  # in the order in which they were admitted
-        self.decoding: list[SampledSequence] = []
-        """Those of ``running`` that compute their last token in each batch; a new list whenever one comes or goes."""
+        self.decoding = rows_of([])
+        """Rows of those that compute their last token in each batch; a new array whenever one comes or goes."""
         self.starting: dict[SampledSequence, None] = {}  # the others
-        self._earliest: float | None = None
+        self._arrivals: Counter[int] = Counter()  # of the sequences that run
 
     @property
     def earliest(self) -> float:
         """The earliest arrival; infinite if there are no sequences."""
-        if self._earliest is None:
-            self._earliest = min((sequence.request.arrival for sequence in self.running), default=inf)
-        return min(self._earliest, self.waiting[0].request.arrival if self.waiting else inf)
+        return min(*self._arrivals, self.waiting[0].request.arrival if self.waiting else inf, inf)
 
     def start(self, sequence: SampledSequence) -> None:
         """Note that a sequence runs."""
         self.running[sequence] = self.starting[sequence] = None
-        self._earliest = None
+        self._arrivals[sequence.request.arrival] += 1
 
     def stop(self, sequence: SampledSequence) -> None:
         """Note that a running sequence does not run any more."""
@@ -108,14 +110,16 @@ class _Stage:
         if sequence in self.starting:
             del self.starting[sequence]
         else:
-            self.decoding = [each for each in self.decoding if each is not sequence]
-        self._earliest = None
+            self.decoding = self.decoding[self.decoding != sequence.row]
+        self._arrivals[sequence.request.arrival] -= 1
+        if not self._arrivals[sequence.request.arrival]:
+            del self._arrivals[sequence.request.arrival]
 
     def find_decoding(self) -> None:
         """Move the sequences that have begun to decode. They go on until they stop: whatever fails ends them."""
         begun = [sequence for sequence in self.starting if _decodes(sequence)]
         if begun:
-            self.decoding = self.decoding + begun
+            self.decoding = np.concatenate([self.decoding, rows_of(begun)])
             for sequence in begun:
                 del self.starting[sequence]
 
@@ -137,7 +141,7 @@ class Scheduler:
         self.pool, self.tree, self.models = pool, tree, models
         self.max_batch, self.token_budget = max_batch, token_budget
         self.table = SequenceTable(pool, tree)
-        self.running: list[SampledSequence] = []  # in the order in which they were admitted
+        self.running: dict[SampledSequence, None] = {}  # in the order in which they were admitted
         self._stages = {name: _Stage() for name in self.models}
         self._failed: list[SampledSequence] = []
         self._last = ""
@@ -168,7 +172,7 @@ class Scheduler:
                 self._admit(model)
                 self._grow(model)
                 batch = self._build_batch(model)
-                if batch.chunks or batch.to_sample:
+                if batch.chunks or batch.drawing or len(batch.decoding):
                     self._last = model
                     return batch
                 # None of its sequences could be admitted, or all had to be preempted.
@@ -189,7 +193,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all sequences, whatever state an interrupt left; pool and tree must be cleared too."""
         self._stages = {name: _Stage() for name in self.models}
-        self.running, self._failed, self._last = [], [], ""
+        self.running, self._failed, self._last = {}, [], ""
         self.table.clear()
 
     def audit(self) -> None:
@@ -210,8 +214,8 @@ class Scheduler:
         locks = [node for sequence in self.running if sequence.node for node in sequence.node.path()]
         assert len(locks) == sum(node.locks for node in nodes)
         for stage in self._stages.values():
-            assert stage.running.keys() == {*stage.starting, *stage.decoding}
-            assert all(map(_decodes, stage.decoding))
+            assert stage.running.keys() == {*stage.starting, *self.table.sequences(stage.decoding)}
+        self.table.audit()
 
     def _order(self) -> list[str]:
         """Models that have work, the one to run first at the front.
@@ -271,23 +275,27 @@ class Scheduler:
         sequence.node = node
         start, serial = len(request.prompt), next(self.tree.serials)
         sequence.output = Segment(sequence.output_ids, start, serial, pages, model=model)
-        sequence.room = len(pages) * self.pool.page_size[model]
         self.table.add(sequence)
-        self.running.append(sequence)
+        self.running[sequence] = None
         self._stages[sequence.forward_model].start(sequence)
         return True
 
     def _grow(self, model: str) -> None:
         """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
-        for sequence in [each for each in self._stages[model].running if len(each.output_ids) > each.room]:
-            while (own := sequence.output) is not None:  # None if it was preempted in favour of an older one
-                pages = self.tree.allocate(own.model, self.pool.pages_for(own.model, len(own.tokens)) - len(own.pages))
+        rows = self.table.without_room(model)
+        growing = self.table.sequences(rows)
+        if growing and self.table.same_model(rows):  # as in most batches; all get one if there are enough
+            pages = self.tree.allocate(growing[0].model, len(growing))
+            if pages is not None:
+                self.table.add_pages(rows, pages)
+                return
+        for sequence in growing:
+            while sequence.output is not None:  # None if it was preempted in favour of an older one
+                pages = self.tree.allocate(sequence.model, 1)
                 if pages is not None:
-                    own.pages += pages
-                    sequence.room = len(own.pages) * self.pool.page_size[own.model]
-                    self.table.add_pages(sequence)
+                    self.table.add_pages(rows_of([sequence]), pages)
                     break
-                youngest = self.running[-1]
+                youngest = next(reversed(self.running))
                 if youngest.needs_empty_pool and len(self.running) == 1:  # it has the pool to itself already
                     self.remove(youngest)
                     self._fail(youngest)
@@ -309,7 +317,7 @@ class Scheduler:
 
     def _stop(self, sequence: SampledSequence) -> None:
         assert sequence.node is not None and sequence.output is not None
-        self.running.remove(sequence)
+        del self.running[sequence]
         self._stages[sequence.forward_model].stop(sequence)
         self.table.remove(sequence)
         self.tree.release(sequence.node)
@@ -351,17 +359,23 @@ class Scheduler:
         return batch
 
 
+def rows_of(sequences: Sequence[SampledSequence]) -> Ints:
+    """The rows of N running sequences, (N,)."""
+    return np.array([sequence.row for sequence in sequences], np.int64)
+
+
 def _decodes(sequence: SampledSequence) -> bool:
     """Whether only the last token of a sequence remains to be computed."""
     node, own = sequence.node, sequence.output
     assert node is not None and own is not None
-    return len(own.tokens) - own.computed == 1 and (own.computed > 0 or all(each.complete for each in node.path()))
+    missing = len(sequence.output_ids) - own.computed
+    return missing == 1 and (own.computed > 0 or all(each.complete for each in node.path()))
 
 
 def _last_token(sequence: SampledSequence) -> Chunk:
     node, own = sequence.node, sequence.output
     assert node is not None and own is not None
-    return Chunk((*node.path(), own), len(own.tokens) - 1, 1, "decode")
+    return Chunk((*node.path(), own), len(sequence.output_ids) - 1, 1, "decode")
 
 
 def _num_pending_tokens(sequence: SampledSequence) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from alignpro.engine.pool import Segment
 from alignpro.engine.prefix_tree import Node
@@ -75,6 +75,13 @@ class Request:
         return self.base, self.prompt[: self.num_base_tokens] + own
 
 
+class UnreadTokens(Protocol):
+    """Where the tokens are that sequences have drawn and nobody has read yet."""
+
+    def read_tokens(self, sequence: SampledSequence) -> None:
+        """Append them, and their log-probabilities, to the lists of a sequence."""
+
+
 @dataclass(eq=False)
 class SampledSequence:
     """A completion in progress.
@@ -87,23 +94,40 @@ class SampledSequence:
     index: int
     """Its place among the sequences of the request."""
     seed: int
-    output_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
     completion: Completion | None = None
     """Set once the sequence has ended."""
     node: Node | None = None
     """The prefix-tree node at which its prompt ends, while it runs."""
     output: Segment | None = None
-    """Its sampled tokens and their pages, while it runs."""
+    """The segment of its sampled tokens, while it runs. Once it decodes, all of them but the last are computed between
+    steps; its ``tokens`` are those that have been read, and its ``computed`` is not updated any more."""
     row: int = 0
     """Its row in the `SequenceTable`, while it runs."""
-    room: int = 0
-    """Number of sampled tokens that its pages hold, while it runs."""
+    unread: UnreadTokens | None = None
+    """Where the tokens are that ``read_ids`` lacks, while it runs."""
+    read_ids: list[int] = field(default_factory=list)
+    """The sampled tokens that have been read."""
+    read_logprobs: list[float] = field(default_factory=list)
+    """Their log-probabilities."""
     num_cached_tokens: int = 0
     """Prompt tokens that were already computed when it was first admitted."""
     num_preemptions: int = 0
     needs_empty_pool: bool = False
     """Whether it was the only running sequence when pages ran out."""
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The sampled tokens."""
+        if self.unread is not None:
+            self.unread.read_tokens(self)
+        return self.read_ids
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Their log-probabilities."""
+        if self.unread is not None:
+            self.unread.read_tokens(self)
+        return self.read_logprobs
 
     @property
     def model(self) -> str:

@@ -1,11 +1,12 @@
-"""The running sequences as rows of arrays, so that a decode batch is gathered without a loop over its sequences.
+"""The running sequences as rows of arrays, so that a step reads and updates all of them without a loop over sequences.
 
-A row holds what stays the same while a sequence runs: the segments on its path and their pages. What changes with every
-token, its last token and its length, is read from the sequence itself.
+A row holds what a step needs of a sequence: the segments on its path, how it is sampled, how many tokens it has drawn
+and how many its pages hold. Drawn tokens are kept here until somebody reads them: most are read all at once, when the
+sequence ends.
 
 | owns | does not own |
 |---|---|
-| rows of segments and of sequences, the order of a batch | which sequences run, tensors |
+| rows of segments and of sequences, the tokens not read yet, the order of a batch | which sequences run, tensors |
 """
 
 from __future__ import annotations
@@ -18,12 +19,33 @@ from numpy.typing import NDArray
 
 from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.prefix_tree import PrefixTree
+from alignpro.engine.sampler import seed_state
 from alignpro.engine.sequence import SampledSequence
 
 Ints = NDArray[np.int64]
 
 NO_SEGMENT = 0
 """The row of a segment without keys: what a path has beyond its end."""
+
+UNREAD = 256
+"""Number of tokens of each sequence that are kept: it is read before they are overwritten."""
+
+_COLUMNS = np.dtype(
+    [
+        ("segment", np.int64),  # the row of the segment of its sampled tokens
+        ("seed_state", np.uint64),  # see `sampler.seed_state`
+        ("count", np.int64),  # of sampled tokens
+        ("last_token", np.int64),
+        ("room", np.int64),  # number of sampled tokens that its pages hold
+        ("slots_from", np.int64),  # token i, on the last page, has slot ``slots_from + i``
+        ("may_end_at", np.int64),  # the number of tokens from which it may end, whatever they are
+        ("depth", np.int64),  # number of segments on its path
+        ("model", np.int64),  # the number of its model
+        ("forward_model", np.int64),  # the number of the model in whose forward passes it runs
+        ("sampling", np.int64),  # equal for two that have the same model and the same object as sampling parameters
+    ]
+)
+"""The columns of sequences."""
 
 
 class Level(NamedTuple):
@@ -40,9 +62,8 @@ class Level(NamedTuple):
 class DecodeRows(NamedTuple):
     """N sequences in depth-first order of the prefix tree, whose paths are computed apart from their last tokens."""
 
-    sequences: list[SampledSequence]
-    output_ids: list[list[int]]
-    """The sampled tokens of each sequence."""
+    rows: Ints
+    """(N,) the row of each sequence."""
     outputs: Ints
     """(N,) the row of the segment of each sequence's sampled tokens."""
     levels: list[Level]
@@ -59,6 +80,7 @@ class SequenceTable:
 
     def __init__(self, pool: KVPool, tree: PrefixTree) -> None:
         self.pool, self.tree = pool, tree
+        self._model_numbers = {name: number for number, name in enumerate(pool.page_size)}
         self.clear()
 
     def clear(self) -> None:
@@ -75,62 +97,185 @@ class SequenceTable:
         self._num_segments, self._free_segments = NO_SEGMENT + 1, list[int]()
         self._nodes: dict[Segment, int] = {}  # row of each node; more than those of the running sequences
         self._num_splits = self.tree.num_splits
-        self._paths = np.zeros((64, 4), np.int64)  # (rows of sequences, depths): rows of segments
-        self._running: dict[SampledSequence, tuple[int, int]] = {}  # its row, and that of its sampled tokens
-        self._num_sequences, self._free_sequences = 0, list[int]()
-        self._last: tuple[Sequence[SampledSequence], DecodeRows] | None = None  # valid while no row changes
+        self.columns = np.zeros(64, _COLUMNS)
+        """(rows of sequences,): see `_COLUMNS`."""
+        self._tokens = np.zeros((64, UNREAD), np.int64)  # (rows of sequences, position modulo `UNREAD`)
+        self._logprobs = np.zeros((64, UNREAD))
+        self._paths = np.zeros((4, 64), np.int64)  # (depths, rows of sequences): rows of segments
+        self._sequences: list[SampledSequence | None] = []  # by row
+        self._running: dict[SampledSequence, None] = {}
+        self._free_sequences = list[int]()
+        self._stop_tokens = np.zeros(0, np.int64)  # of all sequences that have run
+        self._last: tuple[Ints, DecodeRows] | None = None  # valid while no row changes
 
     def add(self, sequence: SampledSequence) -> None:
         """Give a row to a sequence that begins to run."""
-        output = sequence.output
+        output, params, tokens = sequence.output, sequence.params, sequence.output_ids
         assert output is not None
-        row = self._free_sequences.pop() if self._free_sequences else self._num_sequences
-        self._num_sequences = max(self._num_sequences, row + 1)
-        self._paths = _fit(self._paths, row)
-        segment = self._add_segment(output, self.pool.pages_for(sequence.model, sequence.params.max_tokens))
-        self._running[sequence] = row, segment
-        sequence.row = row
+        if not self._free_sequences:
+            self._sequences.append(None)
+            self._free_sequences.append(len(self._sequences) - 1)
+            self.columns, self._tokens, self._logprobs = (
+                _fit(array, len(self._sequences) - 1) for array in (self.columns, self._tokens, self._logprobs)
+            )
+            self._paths = _fit(self._paths, len(self._sequences) - 1, axis=1)
+        sequence.row = row = self._free_sequences.pop()
+        number, size = self._model_numbers[sequence.model], self.pool.page_size[sequence.model]
+        self.columns[row] = (
+            self._add_segment(output, self.pool.pages_for(sequence.model, params.max_tokens)),
+            seed_state(sequence.seed),
+            len(tokens),
+            tokens[-1] if tokens else 0,
+            len(output.pages) * size,
+            (output.pages[-1] - (len(output.pages) - 1)) * size if output.pages else 0,
+            0 if params.stop else params.max_tokens,
+            0,  # see `_read_path`
+            number,
+            self._model_numbers[sequence.forward_model],
+            id(params) * len(self._model_numbers) + number,
+        )
+        if not set(params.stop_token_ids).issubset(self._stop_tokens.tolist()):
+            self._stop_tokens = np.union1d(self._stop_tokens, params.stop_token_ids)
+        self._sequences[row], self._running[sequence] = sequence, None
+        sequence.unread = self
         self._read_path(sequence)
 
     def remove(self, sequence: SampledSequence) -> None:
         """Free the row of a sequence that stops running."""
-        row, segment = self._running.pop(sequence)
+        self.read_tokens(sequence)
+        row, sequence.unread = sequence.row, None
+        del self._running[sequence]
         self._free_sequences.append(row)
-        self._free_segments.append(segment)
+        self._free_segments.append(int(self.columns["segment"][row]))
+        self._sequences[row], self.columns["count"][row] = None, 0
         self._last = None
         if not self._running:
             self.clear()  # pages may be moved now
 
-    def add_pages(self, sequence: SampledSequence) -> None:
-        """Note that a sequence has got pages for its sampled tokens."""
-        assert sequence.output is not None
-        self._read_pages(self._running[sequence][1], sequence.output)
+    def sequences(self, rows: Ints) -> list[SampledSequence]:
+        """The sequences of N rows."""
+        return [sequence for row in rows.tolist() if (sequence := self._sequences[row]) is not None]
 
-    def gather(self, sequences: Sequence[SampledSequence]) -> DecodeRows:
+    def rows_of_model(self, rows: Ints, model: str) -> Ints:
+        """The places, in ``rows``, of the sequences of a model."""
+        return np.flatnonzero(self.columns["model"][rows] == self._model_numbers[model])
+
+    def without_room(self, forward_model: str) -> Ints:
+        """The sequences of a model's batches whose pages do not hold all their tokens, oldest first; their rows, (N,)."""
+        number = self._model_numbers[forward_model]
+        full = (self.columns["count"] > self.columns["room"]) & (self.columns["forward_model"] == number)
+        (rows,) = full.nonzero()
+        return rows[self._serials[self.columns["segment"][rows]].argsort()]
+
+    def same_model(self, rows: Ints) -> bool:
+        """Whether N sequences are sampled from the same model."""
+        models = self.columns["model"][rows].tolist()
+        return models.count(models[0]) == len(models)
+
+    def add_pages(self, rows: Ints, pages: Sequence[int]) -> None:
+        """Give another page for its sampled tokens to each of N sequences of the same model."""
+        sequences = self.sequences(rows)
+        for sequence, page in zip(sequences, pages, strict=True):
+            assert sequence.output is not None
+            sequence.output.pages.append(page)
+        size, new = self.pool.page_size[sequences[0].model], np.array(pages)
+        room = self.columns["room"][rows]
+        places = room // size
+        self.pages = _fit(self.pages, int(places.max()), axis=1)
+        self.pages[self.columns["segment"][rows], places] = new
+        self.columns["slots_from"][rows] = new * size - room
+        self.columns["room"][rows] = room + size
+
+    def add_tokens(self, rows: Ints, tokens: Ints, logprobs: NDArray[np.float64]) -> Ints:
+        """Add a token to each of N sequences. If this raises, no sequence has got one.
+
+        Returns:
+            The places, in ``rows``, of all sequences that may end with it, and possibly of others.
+        """
+        counts = self.columns["count"][rows]
+        places = counts % UNREAD
+        for sequence in self.sequences(rows[places == 0]):
+            self.read_tokens(sequence)  # before the tokens are overwritten
+        self._tokens[rows, places], self._logprobs[rows, places] = tokens, logprobs
+        counts += 1
+        may_end = (self._stop_tokens[:, None] == tokens).any(0) | (counts >= self.columns["may_end_at"][rows])
+        self.columns["last_token"][rows] = tokens
+        self.columns["count"][rows] = counts
+        return may_end.nonzero()[0]
+
+    def read_tokens(self, sequence: SampledSequence) -> None:
+        """See `UnreadTokens`. If an interrupt has cleared the table, there are none."""
+        row = sequence.row
+        if row >= len(self._sequences) or self._sequences[row] is not sequence:
+            return
+        count = int(self.columns["count"][row])
+        lists: list[tuple[list[Any], NDArray[Any]]] = [
+            (sequence.read_ids, self._tokens),
+            (sequence.read_logprobs, self._logprobs),
+        ]
+        for read, kept in lists:  # each by itself, so that this may be interrupted and repeated
+            if len(read) < count:
+                first, end = len(read) % UNREAD, (count - 1) % UNREAD + 1
+                wraps = first >= end
+                read += (np.append(kept[row, first:], kept[row, :end]) if wraps else kept[row, first:end]).tolist()
+
+    def read_newest(self, rows: Ints) -> None:
+        """Read the newest token of N sequences whose others have been read, at a tenth of the time of reading each alone."""
+        counts = self.columns["count"][rows]
+        places = (counts - 1) % UNREAD
+        tokens, logprobs = self._tokens[rows, places].tolist(), self._logprobs[rows, places].tolist()
+        for sequence, count, token, logprob in zip(
+            self.sequences(rows), counts.tolist(), tokens, logprobs, strict=True
+        ):
+            if len(sequence.read_ids) == count - 1:  # each by itself, as in `read_tokens`
+                sequence.read_ids.append(token)
+            if len(sequence.read_logprobs) == count - 1:
+                sequence.read_logprobs.append(logprob)
+
+    def sampled_alike(self, rows: Ints) -> bool:
+        """Whether sequences have the same model and the same object as sampling parameters."""
+        sampling = self.columns["sampling"][rows]
+        return bool((sampling == sampling[0]).all())
+
+    def gather(self, rows: Ints) -> DecodeRows:
         """Put running sequences in order, and find the segments at each depth of their paths.
 
-        A list of sequences must not change after this call; the same list gives the same result until a row changes.
+        The array must not change after this call; the same array gives the same result until a row changes.
         """
         if self._num_splits != self.tree.num_splits or len(self._nodes) > 64 + 2 * len(self._running):
             self._read_paths()
-        if self._last is None or self._last[0] is not sequences:
-            self._last = sequences, self._ordered(sequences)
+        if self._last is None or self._last[0] is not rows:
+            self._last = rows, self._ordered(rows)
         return self._last[1]
 
-    def _ordered(self, sequences: Sequence[SampledSequence]) -> DecodeRows:
-        paths = self._paths[[sequence.row for sequence in sequences]]
-        paths = paths[:, : np.count_nonzero(paths.any(0))]
-        order = np.lexsort(self._serials[paths].T[::-1])
-        paths, levels = paths[order], []
-        for segments in paths.T:
-            reached, begun = segments != NO_SEGMENT, np.ones(len(segments), np.bool_)
-            begun[1:] = (segments[1:] != segments[:-1]) & reached[1:]
-            levels.append(Level(reached, begins := np.flatnonzero(begun), segments[begins]))
-        ends = np.count_nonzero(paths, axis=1) - 1
-        ordered = [sequences[i] for i in order.tolist()]
-        return DecodeRows(
-            ordered, [sequence.output_ids for sequence in ordered], paths[np.arange(len(paths)), ends], levels
-        )
+    def audit(self) -> None:
+        """Check that the rows of sequences agree with their tokens and pages.
+
+        Raises:
+            AssertionError: They do not.
+        """
+        for sequence in self._running:
+            own, output, tokens = self.columns[sequence.row], sequence.output, sequence.output_ids
+            assert self._sequences[sequence.row] is sequence and sequence.unread is self and output is not None
+            assert own["room"] == len(output.pages) * self.pool.page_size[sequence.model]
+            assert len(sequence.logprobs) == len(tokens) == own["count"] and [*tokens, 0][-2:][0] == own["last_token"]
+            assert self.pages[own["segment"]][: len(output.pages)].tolist() == output.pages
+            if 0 < len(tokens) <= own["room"]:
+                last = len(tokens) - 1
+                assert [own["slots_from"] + last] == self.pool.slots(sequence.model, output.pages, last, 1)
+
+    def _ordered(self, rows: Ints) -> DecodeRows:
+        depth = int(self.columns["depth"][rows].max())
+        paths = self._paths[:depth].take(rows, axis=1)  # (D, N)
+        order = np.lexsort(self._serials[paths[::-1]])
+        rows, paths = rows[order], paths.take(order, axis=1)
+        reached = paths != NO_SEGMENT
+        begun = reached.copy()
+        begun[:, 1:] &= paths[:, 1:] != paths[:, :-1]
+        begun[:, 0] = True
+        places = [row.nonzero()[0] for row in begun]
+        levels = [Level(reached[i], begins, paths[i, begins]) for i, begins in enumerate(places)]
+        return DecodeRows(rows, self.columns["segment"][rows], levels)
 
     def _read_paths(self) -> None:
         """Read the paths of all sequences, some of which may have changed."""
@@ -142,16 +287,15 @@ class SequenceTable:
 
     def _read_path(self, sequence: SampledSequence) -> None:
         assert sequence.node is not None
-        row, segment = self._running[sequence]
-        path = []
+        row, path = sequence.row, []
         for node in sequence.node.path():
             if node not in self._nodes:
                 self._nodes[node] = self._add_segment(node, self.pool.pages_for(node.model, len(node.tokens)))
             path.append(self._nodes[node])
-        if len(path) >= self._paths.shape[1]:
-            self._paths = np.pad(self._paths, ((0, 0), (0, len(path))))
-        self._paths[row] = NO_SEGMENT
-        self._paths[row, : len(path) + 1] = [*path, segment]
+        self._paths = _fit(self._paths, len(path))
+        self._paths[:, row] = NO_SEGMENT
+        self._paths[: len(path) + 1, row] = [*path, self.columns["segment"][row]]
+        self.columns["depth"][row] = len(path) + 1
         self._last = None
 
     def _add_segment(self, segment: Segment, max_pages: int) -> int:
@@ -163,18 +307,15 @@ class SequenceTable:
             )
         self.max_pages[row], self.starts[row], self._serials[row] = max_pages, segment.start, segment.serial
         self.lengths[row] = len(segment.tokens)
-        self._read_pages(row, segment)
+        self.pages = _fit(self.pages, len(segment.pages) - 1, axis=1)
+        self.pages[row, : len(segment.pages)] = segment.pages
         return row
 
-    def _read_pages(self, row: int, segment: Segment) -> None:
-        count = len(segment.pages)
-        if count > self.pages.shape[1]:
-            self.pages = np.pad(self.pages, ((0, 0), (0, count)))
-        self.pages[row, :count] = segment.pages
 
-
-def _fit(array: NDArray[Any], row: int) -> NDArray[Any]:
-    """The array, with twice as many rows if it does not have this one."""
-    if row < len(array):
+def _fit(array: NDArray[Any], index: int, axis: int = 0) -> NDArray[Any]:
+    """The array, at least twice as long along an axis if it does not have this index."""
+    length = array.shape[axis]
+    if index < length:
         return array
-    return np.pad(array, ((0, len(array)), *[(0, 0)] * (array.ndim - 1)))
+    more = max(index + 1, 2 * length) - length
+    return np.pad(array, [(0, more if each == axis else 0) for each in range(array.ndim)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from scipy.stats import chisquare
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from alignpro.engine import SamplingParams, derive_seed
-from alignpro.engine.sampler import filter_logits, position_seeds, sample
+from alignpro.engine.sampler import filter_logits, position_seeds, sample, seed_state
 from alignpro.errors import ConfigError
 from alignpro.models.head import Head
 
@@ -58,7 +59,8 @@ class TestDeriveSeed:
     @settings(max_examples=50)
     def test_of_all_positions_at_once_is_the_same(self, seeds: list[int]) -> None:
         positions = [0, 1, 2, 255, 100_000]
-        derived = position_seeds([[seed] for seed in seeds], positions)
+        states = np.array([[seed_state(seed)] for seed in seeds], np.uint64)
+        derived = position_seeds(states, np.array(positions))
         assert derived.tolist() == [[derive_seed(seed, position) for position in positions] for seed in seeds]
 
 

@@ -98,7 +98,11 @@ def _stubs(log: list[Pass]) -> Iterator[None]:
         return StubGraphs(pool, device, log=log)
 
     def draw(states: Tensor, head: Head, params: SamplingParams, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        return seeds % len(head.weight), torch.zeros(len(seeds))
+        started = time.perf_counter()
+        drawn = seeds % len(head.weight), torch.zeros(len(seeds))
+        if log:
+            log[-1].seconds += time.perf_counter() - started
+        return drawn
 
     with (
         mock.patch.object(worker, "new_arena", StubArena),
