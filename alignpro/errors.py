@@ -26,6 +26,18 @@ class RewardError(AlignProError):
     """A reward that raised an exception or returned something unusable; the message names the prompt."""
 
 
+class EndpointError(AlignProError):
+    """A server that cannot be used, or that has failed for good; the message names its URL and what it said."""
+
+
+class BudgetError(AlignProError):
+    """The next request could exceed the budget; the message says what was spent and what the next step would cost."""
+
+
+class LedgerError(AlignProError):
+    """A ledger that cannot be read or written: in use, damaged, of a newer version; the message names the file."""
+
+
 class CheckpointError(AlignProError):
     """A checkpoint that cannot be written or read."""
 

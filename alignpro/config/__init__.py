@@ -7,6 +7,13 @@ May import `errors`, and `objectives` to check what a loss needs.
 """
 
 from alignpro.config.data import DataConfig, PromptingConfig
+from alignpro.config.endpoints import (
+    BudgetConfig,
+    EndpointConfig,
+    PriceConfig,
+    SpendingConfig,
+    TargetEndpointConfig,
+)
 from alignpro.config.jobs import (
     EvalConfig,
     OptimalConfig,
@@ -33,9 +40,11 @@ from alignpro.config.section import Section
 
 __all__ = [
     "AdapterConfig",
+    "BudgetConfig",
     "ConfigSource",
     "DataConfig",
     "DeepSpeedConfig",
+    "EndpointConfig",
     "EngineConfig",
     "EvalConfig",
     "FunctionRewardConfig",
@@ -48,6 +57,7 @@ __all__ = [
     "OptimizerConfig",
     "PolicyConfig",
     "PolicyOrModel",
+    "PriceConfig",
     "PrompterOrModel",
     "PromptingConfig",
     "RLHFConfig",
@@ -61,6 +71,8 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "Section",
+    "SpendingConfig",
+    "TargetEndpointConfig",
     "TrainConfig",
     "TrainableModelConfig",
     "dump_config",

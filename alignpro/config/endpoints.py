@@ -1,0 +1,113 @@
+"""Servers that answer over HTTP: where they are, how fast they may be asked, what they may cost."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, model_validator
+
+from alignpro.config.section import Section
+
+
+def _require_http(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected http://HOST/… or https://HOST/…")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("holds a user name or password: name the variable that holds the key in api_key_env")
+    if parts.query or parts.fragment:
+        raise ValueError("holds a query: give it in extra_query")
+    return url.rstrip("/")
+
+
+class EndpointConfig(Section):
+    """A model behind an OpenAI-compatible server."""
+
+    base_url: Annotated[str, AfterValidator(_require_http)]
+    """What comes before ``/chat/completions`` or ``/completions``, such as ``https://api.openai.com/v1``."""
+    model: str = Field(min_length=1)
+    api: Literal["chat", "completions"] = "chat"
+    """``chat`` sends the conversation; ``completions`` sends its last turn as plain text."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key, which is read from nowhere else and written nowhere."""
+    extra_headers: dict[str, str] = Field(default_factory=dict)
+    """Further headers; a value ``env:NAME`` is read from the environment, as keys must be."""
+    extra_query: dict[str, str] = Field(default_factory=dict)
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of every request, such as ``{"reasoning_effort": "low"}``."""
+    ca_bundle: Path | None = None
+    """A file of certificates to trust instead of the system's."""
+    proxy: str | None = None
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0)
+    max_concurrency: int = Field(64, ge=1)
+    """Most requests at the same time; how many are allowed below that follows from the server's answers."""
+    timeout_seconds: float = Field(300.0, gt=0)
+    """For a whole answer."""
+    max_retries: int = Field(8, ge=0)
+    """How often a request is repeated after a failure that may pass."""
+    max_failures: int = Field(32, ge=1)
+    """Consecutive failures, of any requests, that end the run."""
+    max_answer_bytes: int = Field(1 << 22, ge=1)
+    prompt_overhead: int = Field(512, ge=0)
+    """Most tokens that the server adds to a prompt: special tokens, a system message of its own. What a request may cost is
+    reserved with them."""
+    n: bool | None = None
+    """Whether the server answers one request with ``n`` draws; by default it is asked once."""
+    seed: bool | None = None
+    """Whether each draw's seed is sent; by default, if the server accepts it."""
+    seed_bits: int = Field(63, ge=1, le=63)
+    """The seed is sent modulo 2^seed_bits: some servers take no more than 31 or 32 bits."""
+
+
+class TargetEndpointConfig(EndpointConfig):
+    """A frozen target behind a server."""
+
+    system: str | None = None
+    """A system message, for prompts without one."""
+    wrapper: str | None = None
+    """A Jinja template around x', with the variable ``rewrite``, for applications that embed the user's text in a prompt of
+    their own. It is the only template: answers never are."""
+    filtered_reward: float | None = None
+    """The value of a rewrite whose answer the server's content filter refused; without it such an answer ends the run."""
+    overflow_reward: float | None = None
+    """The value of a rewrite that does not fit in the server's context; without it such a rewrite ends the run."""
+
+
+class PriceConfig(Section):
+    """What a model costs, in US dollars."""
+
+    input: Decimal = Field(ge=0, le=1_000_000)
+    """For a million tokens of prompts."""
+    output: Decimal = Field(ge=0, le=1_000_000)
+    """For a million tokens of answers, reasoning included."""
+    request: Decimal = Field(Decimal(0), ge=0, le=1_000_000)
+    """For each request."""
+
+
+class BudgetConfig(Section):
+    """Limits of what a run may spend, all answers of earlier parts of the run included; the last request is not sent."""
+
+    usd: Decimal | None = Field(None, ge=0)
+    requests: int | None = Field(None, ge=0)
+    tokens: int | None = Field(None, ge=0)
+
+
+class SpendingConfig(Section):
+    """What is spent on servers, and where it is recorded."""
+
+    budget: BudgetConfig = BudgetConfig()
+    prices: dict[str, PriceConfig] = Field(default_factory=dict)
+    """Model → what it costs. A limit in dollars needs the price of every model that is asked."""
+    ledger: Path | None = None
+    """The file of all requests and answers; by default ``ledger.sqlite`` in the run directory. Runs may share one, one after
+    another: what was answered is not bought again."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SpendingConfig:
+        if self.budget.usd is not None and not self.prices:
+            raise ValueError("budget.usd needs `prices`: an unknown price is not 0")
+        return self
