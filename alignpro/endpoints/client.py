@@ -7,6 +7,7 @@ verified, and an answer is read up to the size that the configuration allows.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import ssl
@@ -82,6 +83,9 @@ class HttpClient:
             raise EndpointError(f"{config.base_url}: a header or the key holds characters other than ASCII") from None
         self._proxy = self._read_proxy(config.proxy)
         self._tls = self._tls_context() if parts.scheme == "https" else None
+        logging.getLogger("httpcore2").setLevel(
+            logging.WARNING
+        )  # its records show headers, in which a server may say the key
         self._network = Network()
         self._idle: list[httpcore2.AsyncConnectionInterface] = []
 

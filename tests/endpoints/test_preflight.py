@@ -29,7 +29,7 @@ def opened(server: TinyServer, books: MemoryBooks | None = None, **config: Any) 
 
 
 def refusal(server: TinyServer, **config: Any) -> str:
-    with opened(server, **config) as endpoint, pytest.raises(EndpointError) as raised:
+    with opened(server, MemoryBooks(is_bounded=False), **config) as endpoint, pytest.raises(EndpointError) as raised:
         endpoint.preflight(SAMPLING)
     assert server.url in str(raised.value) and "tiny" in str(raised.value)
     return str(raised.value)
