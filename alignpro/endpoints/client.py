@@ -28,6 +28,8 @@ IDLE_SECONDS = 4.0
 REFERENCE = "env:"
 """What begins a value that is read from the environment."""
 
+_Connection = httpcore2.AsyncHTTPConnection | httpcore2.AsyncConnectionPool
+
 
 class NotProcessedError(Exception):
     """A request that certainly was not processed."""
@@ -87,7 +89,7 @@ class HttpClient:
             logging.WARNING
         )  # its records show headers, in which a server may say the key
         self._network = Network()
-        self._idle: list[httpcore2.AsyncConnectionInterface] = []
+        self._idle: list[_Connection] = []
 
     def __repr__(self) -> str:
         return f"HttpClient({self._config.base_url})"
@@ -155,9 +157,11 @@ class HttpClient:
         self._idle.append(connection)
         return reply
 
-    def _connection(self) -> httpcore2.AsyncConnectionInterface:
+    def _connection(self) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
+            if isinstance(connection, httpcore2.AsyncConnectionPool):  # looks after its one connection itself
+                return connection
             if connection.is_available() and not connection.has_expired():
                 return connection
         if self._proxy is not None:
@@ -168,7 +172,7 @@ class HttpClient:
             self._url.origin, self._tls, keepalive_expiry=IDLE_SECONDS, network_backend=self._network
         )
 
-    async def _exchange(self, connection: httpcore2.AsyncConnectionInterface, body: bytes) -> Reply:
+    async def _exchange(self, connection: _Connection, body: bytes) -> Reply:
         headers = [*self._headers, (b"content-length", b"%d" % len(body))]
         timeouts = {"connect": min(CONNECT_SECONDS, self._config.timeout_seconds)}
         request = httpcore2.Request(b"POST", self._url, headers=headers, content=body, extensions={"timeout": timeouts})

@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -59,8 +59,7 @@ class EndpointStats:
     """Most requests at the same time, as found so far; None if another process decides."""
 
 
-_COUNTS = ("requests", "replayed", "input_tokens", "output_tokens", "throttled", "server_errors", "retries")
-_COUNTS += ("without_usage", "filtered", "overflow")
+_COUNTS = tuple(one.name for one in fields(EndpointStats) if one.type == "int" and one.name != "in_flight")
 
 
 @dataclass
@@ -121,7 +120,7 @@ class Endpoint:
         self._served: Counter[tuple[str, str]] = Counter()
         self._fatal: BaseException | None = None
         self._pending: set[Future[Any]] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._sending: set[asyncio.Task[Any]] = set()
         self._asked: dict[DrawKey, asyncio.Future[Answer]] = {}
         self._findings: asyncio.Task[Findings] | None = None

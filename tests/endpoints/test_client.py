@@ -169,11 +169,12 @@ def test_a_proxy_may_have_a_password_from_the_environment(monkeypatch: pytest.Mo
     monkeypatch.setenv("PROXY", f"http://user:{HEADER}@127.0.0.1:{forwarder.port}")
     try:
         with TinyServer(key=KEY) as server, opened(server.url, proxy="env:PROXY") as endpoint:
-            assert endpoint.submit(HELLO).result()[0].text
+            for draw in (1, 2):
+                assert endpoint.submit(Query(HELLO.messages, HELLO.sampling, draw, (draw,))).result()[0].text
             assert HEADER not in repr(endpoint.config)
     finally:
         forwarder.close()
-    assert forwarder.heads[0].startswith(b"POST http://127.0.0.1:")
+    assert len(forwarder.heads) == 2 and forwarder.heads[0].startswith(b"POST http://127.0.0.1:")
     assert b"Proxy-Authorization: Basic " + base64.b64encode(f"user:{HEADER}".encode()) in forwarder.heads[0]
 
 
