@@ -13,7 +13,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import httpcore2
 
@@ -63,14 +63,14 @@ class HttpClient:
         self._config = config
         parts = urlsplit(config.base_url)
         query = f"?{urlencode(config.extra_query)}" if config.extra_query else ""
-        target = f"{parts.path}{PATHS[config.api]}{query}"
-        self._url = httpcore2.URL(
-            scheme=parts.scheme.encode(),
-            host=(parts.hostname or "").encode("idna"),
-            port=parts.port,
-            target=target.encode(),
-        )
-        headers = {"host": parts.netloc, "content-type": "application/json", "accept": "application/json"}
+        target = f"{quote(parts.path, safe='/%:@!$&+,;=~')}{PATHS[config.api]}{query}"
+        try:
+            host, port = (parts.hostname or "").encode("idna"), parts.port
+        except ValueError as error:
+            raise EndpointError(f"{config.base_url}: its host or port is not valid: {error}") from None
+        self._url = httpcore2.URL(scheme=parts.scheme.encode(), host=host, port=port, target=target.encode())
+        named = parts.netloc if parts.netloc.isascii() else host.decode() + ("" if port is None else f":{port}")
+        headers = {"host": named, "content-type": "application/json", "accept": "application/json"}
         headers |= {"accept-encoding": "identity", "user-agent": "alignpro"}
         self._secrets: list[str] = []
         if config.api_key_env is not None:

@@ -200,3 +200,9 @@ def test_a_key_that_cannot_stand_in_a_header_is_not_shown(monkeypatch: pytest.Mo
     with pytest.raises(EndpointError, match="other than ASCII") as raised:
         HttpClient(config("http://127.0.0.1:1/v1"))
     assert "schl" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("url", ["https://a..example/v1", "https://host:99999/v1"])
+def test_a_host_that_cannot_be_is_an_error(url: str) -> None:
+    with pytest.raises(EndpointError, match="host or port is not valid"):
+        HttpClient(EndpointConfig(base_url=url, model="tiny"))
