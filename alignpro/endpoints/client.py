@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import httpcore2
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.sockets import Network
 from alignpro.endpoints.wire import PATHS
 from alignpro.errors import EndpointError

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tenacity.wait import wait_base
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.client import HttpClient
 from alignpro.endpoints.exchange import Bought, Exchange, FailureError, RefusalError, Request
 from alignpro.endpoints.limits import RateLimits

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.types import Answer, Query, Sampling, Usage
 from alignpro.endpoints.wire import (
     ErrorInsideError,
