@@ -16,7 +16,7 @@ from urllib.parse import urlencode, urlsplit
 
 import httpcore2
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.sockets import Network
 from alignpro.endpoints.wire import PATHS
 from alignpro.errors import EndpointError

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tenacity.wait import wait_base
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.client import HttpClient
 from alignpro.endpoints.exchange import Bought, Exchange, FailureError, Request
 from alignpro.endpoints.preflight import Findings, Probe, examine
@@ -111,6 +111,7 @@ class Endpoint:
         self._failures = _Failures(config.max_failures)
         self._counts: Counter[str] = Counter()
         self._seconds_waiting = 0.0
+        self._peak = 0
         self._served: Counter[tuple[str, str]] = Counter()
         self._fatal: BaseException | None = None
         self._pending: set[Future[Any]] = set()
@@ -146,6 +147,11 @@ class Endpoint:
     def stats(self) -> EndpointStats:
         """What it has done so far."""
         return EndpointStats(**self._counts, seconds_waiting=self._seconds_waiting, in_flight=len(self._sending))
+
+    def take_peak(self) -> int:
+        """Most requests that were in flight at the same time since the last call."""
+        peak, self._peak = self._peak, len(self._sending)
+        return peak
 
     @property
     def served(self) -> dict[tuple[str, str], int]:
@@ -326,6 +332,7 @@ class Endpoint:
         self._seconds_waiting += self._loop.time() - began
         task = asyncio.current_task()
         assert task is not None
+        self._peak = max(self._peak, len(self._sending) + 1)
         self._sending.add(task)  # from here on it is not cancelled: what is reserved must be settled
         verdict = Verdict("failed", tokens=0)
         try:

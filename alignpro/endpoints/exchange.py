@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.client import HttpClient, NotProcessedError, Reply, UnknownOutcomeError
 from alignpro.endpoints.retry_after import retry_after
 from alignpro.endpoints.types import Answer, Books, DrawKey, Purchase, Usage, Verdict

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.types import Verdict
 from alignpro.errors import EndpointError
 

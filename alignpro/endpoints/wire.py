@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.types import Answer, DrawKey, Query, Usage
 from alignpro.errors import EndpointError
 
