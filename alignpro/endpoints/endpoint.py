@@ -117,7 +117,6 @@ class Endpoint:
         self._failures = _Failures(config.max_failures)
         self._counts = dict.fromkeys(_COUNTS, 0)  # read by other threads, so it keeps its size
         self._seconds_waiting = 0.0
-        self._peak = 0
         self._served: Counter[tuple[str, str]] = Counter()
         self._fatal: BaseException | None = None
         self._pending: set[Future[Any]] = set()
@@ -155,11 +154,6 @@ class Endpoint:
         limit = self._limits.concurrency.limit if isinstance(self._limits, RateLimits) else None
         counts = {**self._counts, "in_flight": len(self._sending)}
         return EndpointStats(**counts, seconds_waiting=self._seconds_waiting, concurrency=limit)
-
-    def take_peak(self) -> int:
-        """Most requests that were in flight at the same time since the last call."""
-        peak, self._peak = self._peak, len(self._sending)
-        return peak
 
     @property
     def served(self) -> dict[tuple[str, str], int]:
@@ -340,7 +334,6 @@ class Endpoint:
         self._seconds_waiting += self._loop.time() - began
         task = asyncio.current_task()
         assert task is not None
-        self._peak = max(self._peak, len(self._sending) + 1)
         self._sending.add(task)  # from here on it is not cancelled: what is reserved must be settled
         verdict = Verdict("failed", tokens=0)
         try:

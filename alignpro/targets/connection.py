@@ -24,10 +24,10 @@ class AskedSoFar:
     replayed: int = 0
     """Answers that came from the ledger."""
     concurrency: float = 0.0
-    """Most requests that were in flight at the same time since this was read last."""
+    """How many requests are allowed at the same time now; 0 if another rank decides."""
 
     def since(self, before: AskedSoFar) -> dict[str, float]:
-        """The differences to an earlier moment by name; the concurrency since then."""
+        """The differences to an earlier moment by name; the present concurrency."""
         counts = ("requests", "tokens", "usd", "throttled", "retries", "replayed")
         differences = {name: float(getattr(self, name) - getattr(before, name)) for name in counts}
         return differences | {"concurrency": self.concurrency}

@@ -161,7 +161,7 @@ class _EndpointConnection:
             throttled=stats.throttled,
             retries=stats.retries,
             replayed=stats.replayed,
-            concurrency=float(self._endpoint.take_peak()),
+            concurrency=float(stats.concurrency or 0),
         )
 
     def describe_most(self, queries: Sequence[Query]) -> str:

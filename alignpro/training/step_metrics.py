@@ -56,10 +56,13 @@ class StepMetrics:
         return metrics
 
     def responder(self, metrics: Mapping[str, float]) -> Metrics:
-        """Add up over ranks what was asked of servers; times and concurrency are means."""
+        """Add up over ranks what was asked of servers; times and shares are means, and concurrency is that of rank 0."""
         means = self._ranks.mean(metrics, 1)
-        averaged = ("seconds/", CONCURRENCY)
-        return {name: each if name.startswith(averaged) else each * self._ranks.size for name, each in means.items()}
+        summed = {
+            name: each * self._ranks.size if name.startswith("endpoint/") else each for name, each in means.items()
+        }
+        allowed = {name: float(self._ranks.reduce_max(int(metrics[name]))) for name in metrics if CONCURRENCY in name}
+        return summed | allowed
 
     def score_logratio_moments(self, experience: Experience, group: int) -> tuple[float, float]:
         """Return Σ (R − mean)(L − mean) and Σ (L − mean)², L the log-ratio of a sample, with the means of each prompt.
