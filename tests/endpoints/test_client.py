@@ -20,7 +20,7 @@ from memory_books import MemoryBooks
 from tenacity import wait_none
 from tiny_server import TinyServer
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.client import HttpClient
 from alignpro.endpoints.endpoint import Endpoint
 from alignpro.endpoints.session import EndpointSession

@@ -12,7 +12,7 @@ from memory_books import MemoryBooks
 from tenacity import wait_none
 from tiny_server import Choice, TinyServer, some_words
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.endpoint import Endpoint
 from alignpro.endpoints.session import EndpointSession
 from alignpro.endpoints.types import Query, Sampling
