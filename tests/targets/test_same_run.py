@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def test_a_spent_budget_stops_the_run_saved_and_a_higher_one_goes_on(
     assert not bought_twice(server)
 
 
+@pytest.mark.slow
 def test_a_repeated_run_on_the_same_ledger_buys_nothing(
     remote: Callable[..., int], server: TinyServer, tmp_path: Path
 ) -> None:
@@ -176,19 +178,19 @@ def test_a_dry_run_sends_nothing_and_tells_the_cost(
 
 
 def test_the_rewriter_answers_from_the_server(
-    remote: Callable[..., int],
-    finished: Callable[..., Path],
-    workshop: Workshop,
-    server: TinyServer,
-    tmp_path: Path,
+    finished: Callable[..., Path], server: TinyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert remote("train", tmp_path / "run", server) == 0
-    local = finished("train")
+    local, run = finished("train", TWO_RESPONSES), tmp_path / "run"
+    shutil.copytree(local, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["target"] = {"endpoint": {"base_url": server.url, "model": "big", "api_key_env": "BIG_KEY"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     with (
         alignpro.Rewriter.load(local, with_target=True) as here,
-        alignpro.Rewriter.load(tmp_path / "run", with_target=True) as there,
+        alignpro.Rewriter.load(run, with_target=True) as there,
     ):
         assert here.rewrite(["add one", "and two"], n=2) == there.rewrite(["add one", "and two"], n=2)
+    assert f"answers come from big at {server.url} with the key in $BIG_KEY" in caplog.text
 
 
 def letters(prompts: list[str], responses: list[str]) -> list[float]:
@@ -211,16 +213,21 @@ def comparison(workshop: Workshop, target: dict[str, Any], out: Path) -> dict[st
     }
 
 
+def same_in_both(summary: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in summary.items() if name not in ("seconds", "versions", "notes", "bound")}
+
+
 def run_comparison(command: str, config: dict[str, Any], path: Path) -> dict[str, Any]:
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit) as stop:
         main([command, str(path)])
     assert not stop.value.code
-    summary = json.loads((Path(config["out"]) / "summary.json").read_text())
-    return {name: value for name, value in summary.items() if name not in ("seconds", "versions", "notes", "bound")}
+    return same_in_both(json.loads((Path(config["out"]) / "summary.json").read_text()))
 
 
-def test_an_evaluation_equals_that_in_process(workshop: Workshop, server: TinyServer, tmp_path: Path) -> None:
+def test_an_evaluation_equals_that_in_process(
+    workshop: Workshop, server: TinyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     local = {"path": str(workshop.root / "target"), "device": "cpu"}
     remote = {"endpoint": {"base_url": server.url, "model": "big", "api_key_env": "BIG_KEY"}}
     summaries = []
@@ -228,13 +235,17 @@ def test_an_evaluation_equals_that_in_process(workshop: Workshop, server: TinySe
         config = comparison(workshop, target, tmp_path / name)
         config |= {"reference": config["prompter"], "gibbs_candidates": 3, "bound": True, "oracle": local}
         config |= {"rewrites_per_prompt": 2}
-        summary = run_comparison("eval", config, tmp_path / f"{name}.yaml")
         if name == "local":
+            with monkeypatch.context() as patch:
+                patch.setattr("alignpro.evaluation.evaluate.write_outputs", lambda *_: None)
+                summary = same_in_both(alignpro.evaluate(config).as_dict())
             assert summary["oracle"].pop("kl") == pytest.approx(0, abs=1e-6)
         else:
+            summary = run_comparison("eval", config, tmp_path / f"{name}.yaml")
             assert summary["oracle"].pop("kl") is None
+            del summary["seed"]
         summaries.append(summary)
-    assert summaries[0] == summaries[1]
+    assert json.loads(json.dumps(summaries[0])) == summaries[1]
     written = json.loads((tmp_path / "remote" / "summary.json").read_text())
     told = "not computable: the target is behind an endpoint, which gives no log-probabilities"
     assert written["bound"]["note"] == told
@@ -254,6 +265,7 @@ def test_resampling_equals_that_in_process(workshop: Workshop, server: TinyServe
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_a_mixture_is_evaluated_on_each_target_apart(workshop: Workshop, server: TinyServer, tmp_path: Path) -> None:
     local = {"path": str(workshop.root / "target"), "device": "cpu"}
     remote = {"endpoint": {"base_url": server.url, "model": "big", "api_key_env": "BIG_KEY"}}
