@@ -121,7 +121,7 @@ def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
 
     config = _configure(EvalConfig, arguments, dry_run)
     if config is not None:
-        _load("alignpro.evaluation.evaluate:evaluate")(config)
+        _load("alignpro.evaluation.several_targets:evaluate_targets")(config)
 
 
 @app.command(no_args_is_help=True)
@@ -214,23 +214,25 @@ def plan(
         float | None, typer.Option(min=0, help="Memory of one device in GiB: adds a column that says what fits.")
     ] = None,
 ) -> None:
-    """Estimate memory per device, without loading any weights.
+    """Estimate memory per device, and what servers are asked and what that costs, without loading any weights.
 
     Prints one row for a single process and one per DeepSpeed set-up; docs/launch.md explains the columns.
     """
     if job not in ("train", "rlhf"):
         raise AlignProError(f"--job {job}: expected train or rlhf")
-    from alignpro.config import RLHFConfig, TrainConfig, load_config
+    from alignpro.config import RLHFConfig, TrainConfig, load_config, separate_models
     from alignpro.prompting.pretrained import require_pretrained
 
     kind: type[TrainConfig | RLHFConfig] = TrainConfig if job == "train" else RLHFConfig
     config = load_config(kind, arguments)
-    for model in (config.policy, *([config.target_model] if isinstance(config, TrainConfig) else [])):
+    for model in (config.policy, *(separate_models(config.target) if isinstance(config, TrainConfig) else [])):
         require_pretrained(model.path, ask_hub=False)
     lines = _load("alignpro.planning.memory_table:memory_table")(config, ranks, None if gib is None else gib * 2**30)
     typer.echo(
         f"GiB per rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
     )
+    for line in _load("alignpro.planning.spending:describe_spending")(config):
+        typer.echo(line)
 
 
 model_app = typer.Typer(help="Get, convert and export models.", no_args_is_help=True, rich_markup_mode=None)

@@ -122,7 +122,7 @@ class SpendingConfig(Section):
     another: what was answered is not bought again."""
 
     @model_validator(mode="after")
-    def _check(self) -> SpendingConfig:
+    def _check_prices(self) -> SpendingConfig:
         if self.budget.usd is not None and not self.prices:
             raise ValueError("budget.usd needs `prices`: an unknown price is not 0")
         return self

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from alignpro.config.data import DataConfig, PromptingConfig
+from alignpro.config.endpoints import SpendingConfig
 from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
 from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.rewards import RewardConfig
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunSection
-from alignpro.config.section import OutputPath, Section
-
-_MODEL_OR_NAME = Discriminator(lambda value: "name" if isinstance(value, str) else "model")
-PolicyOrModel = Annotated[
-    Annotated[Literal["policy"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
-]
-"""A model, or ``policy``: the base model of the policy's LoRA with its tokenizer and template, held in memory only once."""
-PrompterOrModel = Annotated[
-    Annotated[Literal["prompter"], Tag("name")] | Annotated[ModelConfig, Tag("model")], _MODEL_OR_NAME
-]
-"""A model, or ``prompter``: the base model of the prompter's LoRA, likewise."""
+from alignpro.config.section import OutputPath
+from alignpro.config.targets import (
+    PolicyOrTarget,
+    PrompterOrTarget,
+    TargetConfig,
+    TargetMixtureConfig,
+    check_spending,
+    target_endpoints,
+)
 
 
-class TrainConfig(RunSection):
+class TrainConfig(RunSection, SpendingConfig):
     """`alignpro train`: train a prompter against a frozen target."""
 
     policy: PolicyConfig
-    target: PolicyOrModel
+    target: PolicyOrTarget
     reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -43,11 +42,16 @@ class TrainConfig(RunSection):
 
     @property
     def target_model(self) -> ModelConfig:
-        """The target's configuration; the policy's if the target is the policy's base model."""
-        return self.policy if isinstance(self.target, str) else self.target
+        """The configuration of one target in this process; the policy's if the target is its base model.
+
+        Raises:
+            TypeError: The target is behind a server, or there are several.
+        """
+        return _model_of(self.target, self.policy)
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        check_spending(self, target_endpoints(self.target))
         if self.target == "policy" and self.policy.adapter.kind != "lora":
             raise ValueError(
                 f"target=policy with policy.adapter.kind={self.policy.adapter.kind or 'full'}: the target is the model below the "
@@ -102,13 +106,13 @@ class RewardModelConfig(RunSection):
     max_length: int = Field(2048, ge=2)
 
 
-class ComparisonConfig(Section):
+class ComparisonConfig(SpendingConfig):
     """What `alignpro eval` and `alignpro optimal` have in common: prompts, target and reward, and how they are sampled."""
 
     out: OutputPath
     seed: int = Field(0, ge=0, lt=2**63)
     data: DataConfig
-    target: PrompterOrModel
+    target: PrompterOrTarget
     reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
     prompter: ModelConfig | None = None
@@ -118,14 +122,16 @@ class ComparisonConfig(Section):
 
     @property
     def target_model(self) -> ModelConfig:
-        """The target's configuration; the prompter's if the target is the prompter's base model."""
-        if isinstance(self.target, str):
-            assert self.prompter is not None  # checked below
-            return self.prompter
-        return self.target
+        """The configuration of one target in this process; the prompter's if the target is its base model.
+
+        Raises:
+            TypeError: The target is behind a server, or there are several.
+        """
+        return _model_of(self.target, self.prompter)
 
     @model_validator(mode="after")
     def _check_target(self) -> ComparisonConfig:
+        check_spending(self, target_endpoints(self.target))
         if self.target == "prompter" and self.prompter is None:
             raise ValueError("target=prompter: the target is the model below the prompter's LoRA: name the `prompter`")
         return self
@@ -176,6 +182,19 @@ class OptimalConfig(ComparisonConfig):
     candidates: int = Field(16, ge=2)
     responses_per_rewrite: int = Field(2, ge=1)
     kl_coef: float = Field(0.05, gt=0)
+
+    @model_validator(mode="after")
+    def _check_one_target(self) -> OptimalConfig:
+        if isinstance(self.target, TargetMixtureConfig):
+            raise ValueError("target.mixture: rewrites are resampled for one target: give it alone as `target`")
+        return self
+
+
+def _model_of(target: TargetConfig, adapted: ModelConfig | None) -> ModelConfig:
+    model = adapted if isinstance(target, str) else target
+    if not isinstance(model, ModelConfig):
+        raise TypeError(f"a {type(model).__name__} is no model of this process")
+    return model
 
 
 def _check_group(objective: ObjectiveConfig, group: int, key: str) -> None:

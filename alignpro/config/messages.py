@@ -46,8 +46,8 @@ def _dotted_key(kind: type[BaseModel], location: tuple[int | str, ...], unknown:
     for depth, part in enumerate(location):
         sections = [each for each in annotations if _is_section(each)]
         siblings = [name for section in sections for name in section.model_fields]
-        if len(sections) > 1:  # a union branch selected by ``kind: …``
-            annotations = [each for each in sections if part in get_args(each.model_fields["kind"].annotation)]
+        if len(sections) > 1:  # a union branch selected by ``kind: …``, or by a tag that is the name of its class
+            annotations = [each for each in sections if _is_branch(each, part)]
             continue
         if isinstance(part, str) and part in siblings:
             annotations = _alternatives(sections[0].model_fields[part].annotation)
@@ -84,6 +84,11 @@ def _alternatives(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return [each for branch in get_args(annotation) for each in _alternatives(branch)]
     return [annotation]
+
+
+def _is_branch(section: type[BaseModel], tag: int | str) -> bool:
+    kind = section.model_fields.get("kind")
+    return tag == section.__name__ if kind is None else tag in get_args(kind.annotation)
 
 
 def _is_section(annotation: Any) -> bool:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_base
 
 from alignpro.config import EndpointConfig
@@ -29,7 +30,28 @@ from alignpro.errors import EndpointError
 
 _log = logging.getLogger("alignpro")
 
-BACKOFF = wait_random_exponential(multiplier=0.5, max=60)
+
+class _RandomExponential(wait_base):
+    """Random below a bound that doubles with each attempt.
+
+    tenacity's own draws from the global generator, from which a user's reward may draw: its results must not depend on how
+    often a server failed.
+
+    Args:
+        first: The first bound, in seconds.
+        most: The largest.
+    """
+
+    def __init__(self, first: float, most: float) -> None:
+        self._first, self._most = first, most
+        self._generator = random.Random()
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        bound = min(self._first * 2.0 ** (retry_state.attempt_number - 1), self._most)
+        return self._generator.uniform(0, bound)
+
+
+BACKOFF = _RandomExponential(0.5, 60)
 """Seconds before a request is repeated, when the server does not say: random below 0.5, 1, 2, … 60."""
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from tenacity.wait import wait_base
 
@@ -16,6 +17,8 @@ from alignpro.endpoints.limits import RateLimits
 from alignpro.endpoints.types import Books, Limits
 from alignpro.errors import EndpointError
 
+T = TypeVar("T")
+
 GRACE_SECONDS = 5.0
 """For which requests in flight are awaited when the session is closed; then they are written off."""
 
@@ -24,24 +27,37 @@ class EndpointSession:
     """Opens endpoints, and closes them. An interrupt in the main thread closes it too, by the end of the ``with``.
 
     Args:
-        books: The ledger and the budget, which all endpoints share. They are used in the session's thread.
+        books: The ledger and the budget, which all endpoints share; or a context that is entered in the session's thread, in
+            which they are used, and left once all endpoints are closed.
         limits: From a configuration to the limits of its server; by default limits of this process.
         backoff: How long an endpoint waits before it repeats a request.
     """
 
     def __init__(
         self,
-        books: Books,
+        books: Books | AbstractAsyncContextManager[Books],
         limits: Callable[[EndpointConfig], Limits] = RateLimits.of,
         backoff: wait_base = BACKOFF,
     ) -> None:
-        self._books, self._new_limits, self._backoff = books, limits, backoff
+        self._new_limits, self._backoff = limits, backoff
         self._limits: dict[tuple[str, str | None, str], Limits] = {}
         self._endpoints: list[Endpoint] = []
         self._is_closed = False
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="endpoints", daemon=True)
         self._thread.start()
+        self._context = AsyncExitStack()
+        try:
+            if isinstance(books, AbstractAsyncContextManager):
+                books = self.call(self._context.enter_async_context(books))
+        except BaseException:
+            self._stop()
+            raise
+        self._books: Books = books
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run something in the session's thread, and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -67,16 +83,19 @@ class EndpointSession:
         if self._is_closed:
             return
         self._is_closed = True
-        closing = asyncio.run_coroutine_threadsafe(self._close(grace_seconds), self.loop)
         try:
-            closing.result()
+            self.call(self._close(grace_seconds))
         finally:  # also if a second interrupt comes meanwhile
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self._thread.join()
-            self.loop.close()
+            self._stop()
 
     async def _close(self, grace_seconds: float) -> None:
-        await asyncio.gather(*(endpoint.close(grace_seconds) for endpoint in self._endpoints))
+        async with self._context:
+            await asyncio.gather(*(endpoint.close(grace_seconds) for endpoint in self._endpoints))
+
+    def _stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
@@ -159,6 +159,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         seeds: Sequence[int] | None = None,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
         """Draw ``params.n`` completions of each prompt.
 
@@ -168,6 +169,8 @@ class Engine:
             params: Sampling parameters.
             seeds: One seed per prompt; by default derived from ``params.seed`` and the prompt's index. Completion k of a
                 prompt draws from (its seed, k), so the result does not depend on batching.
+            on_completion: Called with the index of the prompt, k and the completion as soon as that has ended. Whatever it
+                raises ends the call.
 
         Returns:
             A list of n completions per prompt. A prompt that cannot be run, or whose computation raises, gets completions
@@ -179,7 +182,10 @@ class Engine:
         tokens, seeds = list(map(token_ids, prompts)), _seeds(params, len(prompts)) if seeds is None else seeds
         arrival = next(self._arrivals)
         with self._timed(), _Change(self):
-            requests = [self._submit(name, each, params, seeds[i], arrival) for i, each in enumerate(tokens)]
+            requests = [
+                self._submit(name, each, params, seeds[i], arrival, on_completion and partial(on_completion, i))
+                for i, each in enumerate(tokens)
+            ]
             self._finish(requests)
         return [request.completions for request in requests]
 

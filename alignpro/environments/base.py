@@ -12,9 +12,10 @@ from torch import Tensor
 
 from alignpro.config import SamplingConfig
 from alignpro.data import Prompt
-from alignpro.engine import Chain, Engine, SamplingParams
+from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.errors import AlignProError, TrainingError
-from alignpro.rewards import RewardStack
+from alignpro.rewards import RewardStack, Scored
+from alignpro.targets.completion import TextCompletion
 
 ABSTAINED = "/abstained"
 """Ending of the metric that says from what share of the samples a component of the reward abstained."""
@@ -80,6 +81,7 @@ def score_texts(
     *,
     truncated: Tensor | None = None,
     truncation_penalty: float = 0.0,
+    settled: Mapping[int, float] | None = None,
 ) -> ResponseScores:
     """Score P prompts × K rewrites × M responses given as text.
 
@@ -90,17 +92,22 @@ def score_texts(
         reward: The reward.
         truncated: (P, K) bool: samples that reached their token limit.
         truncation_penalty: Subtracted from the value of truncated samples.
+        settled: Place among the P·K·M responses → the value of a response that is not scored (`settled_values`).
 
     Raises:
         RewardError: A component of the reward failed; the message names the prompt.
     """
     K, M = len(responses[0]), len(responses[0][0])
     index = [(p, k, m) for p in range(len(prompts)) for k in range(K) for m in range(M)]
+    settled = settled or {}
+    kept = [place for i, place in enumerate(index) if i not in settled]
     scored = reward(
-        [prompts[p] for p, _, _ in index],
-        [responses[p][k][m] for p, k, m in index],
-        None if rewrites is None else [rewrites[p][k] for p, k, _ in index],
+        [prompts[p] for p, _, _ in kept],
+        [responses[p][k][m] for p, k, m in kept],
+        None if rewrites is None else [rewrites[p][k] for p, k, _ in kept],
     )
+    if settled:
+        scored = _with_settled(scored, settled, len(index))
     rewards = torch.tensor(scored.values, dtype=torch.float32).view(len(prompts), K, M)
     raw = torch.tensor(scored.raw, dtype=torch.float32).view(len(prompts), K, M)
     values, penalised = rewards.mean(-1), rewards
@@ -118,6 +125,31 @@ def score_texts(
         penalised=penalised,
         responses=[[list(each) for each in group] for group in responses],
     )
+
+
+def settled_values(responses: Sequence[Sequence[Sequence[Completion]]]) -> dict[int, float]:
+    """Return place among the P·K·M responses → value, of the responses whose value does not depend on their text.
+
+    Args:
+        responses: [P][K][M].
+    """
+    every = [response for group in responses for each in group for response in each]
+    return {i: r.value for i, r in enumerate(every) if isinstance(r, TextCompletion) and r.value is not None}
+
+
+def _with_settled(scored: Scored, settled: Mapping[int, float], count: int) -> Scored:
+    """Put settled values in their places; the reward's components abstain there."""
+
+    def spread(values: Sequence[float]) -> list[float]:
+        of_others = iter(values)
+        return [settled[i] if i in settled else next(of_others) for i in range(count)]
+
+    def abstaining(values: Sequence[float | None]) -> list[float | None]:
+        of_others = iter(values)
+        return [None if i in settled else next(of_others) for i in range(count)]
+
+    components = {name: abstaining(values) for name, values in scored.components.items()}
+    return Scored(spread(scored.values), spread(scored.raw), components)
 
 
 def _component_metrics(components: Mapping[str, Sequence[float | None]]) -> dict[str, float]:

@@ -11,11 +11,18 @@ from pathlib import Path
 from alignpro.config import PromptingConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
-from alignpro.environments.base import ResponseScores, refuse_errors, score_texts, truncated_samples
+from alignpro.environments.base import (
+    ResponseScores,
+    refuse_errors,
+    score_texts,
+    settled_values,
+    truncated_samples,
+)
 from alignpro.prompting.model_card import write_card
 from alignpro.prompting.prompter_prompt import PrompterTemplate
-from alignpro.prompting.target_prompt import TargetPrompt, TargetTemplate
+from alignpro.prompting.target_prompt import SentRewrite
 from alignpro.rewards import RewardStack
+from alignpro.targets.base import Responder
 
 
 class PromptEnvironment:
@@ -23,7 +30,7 @@ class PromptEnvironment:
 
     Args:
         prompter: Template of the prompter: prompt → tokens, tokens → rewrite.
-        target: Template of the target: prompt with its last turn rewritten → tokens, tokens → response.
+        target: What responds to the rewrites.
         reward: r*(x, y), with its guards on (x, x').
         respond: How the target samples its M responses (``n``) per rewrite.
         config: How empty and truncated rewrites are treated.
@@ -32,7 +39,7 @@ class PromptEnvironment:
     def __init__(
         self,
         prompter: PrompterTemplate,
-        target: TargetTemplate,
+        target: Responder,
         reward: RewardStack,
         respond: SamplingParams,
         config: PromptingConfig,
@@ -40,7 +47,7 @@ class PromptEnvironment:
         self.prompter = prompter
         self.target = target
         self.reward = reward
-        self.respond = replace(respond, stop_token_ids=target.stop_token_ids)
+        self.respond = respond
         self.config = config
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -51,13 +58,20 @@ class PromptEnvironment:
         self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Chain]]:
         """Sample x → K rewrites → M responses to each."""
+        finish = self.target.begin_rollout(
+            engine,
+            prompts,
+            [self.encode(prompt) for prompt in prompts],
+            decode=self.rewrite_of,
+            rewrite=replace(params, stop_token_ids=self.prompter.stop_token_ids),
+            respond=self.respond,
+            seeds=seeds,
+        )
+        return finish()
 
-        def to_target(i: int, sample: Completion) -> TargetPrompt:
-            return self.target.encode(prompts[i], self.prompter.decode(sample.text_tokens))
-
-        encoded = [self.encode(prompt) for prompt in prompts]
-        params = replace(params, stop_token_ids=self.prompter.stop_token_ids)
-        return engine.run_chains(encoded, rewrite=params, to_target=to_target, respond=self.respond, seeds=seeds)
+    def rewrite_of(self, sample: Completion) -> str:
+        """The text of a rewrite."""
+        return self.prompter.decode(sample.text_tokens)
 
     def write_card(self, directory: Path, max_tokens: int) -> None:
         """Write the prompter's meta-prompt, and how to use both without this package."""
@@ -66,8 +80,8 @@ class PromptEnvironment:
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Average the rewards of the responses to each rewrite, scored against the original prompt."""
         refuse_errors(prompts, chains)
-        rewrites = [[self.prompter.decode(c.sample.text_tokens) for c in group] for group in chains]
-        responses = [[[self.target.decode(y.text_tokens) for y in c.responses] for c in group] for group in chains]
+        rewrites = [[self.rewrite_of(c.sample) for c in group] for group in chains]
+        responses = [[[self.target.text(y) for y in c.responses] for c in group] for group in chains]
         scores = score_texts(
             prompts,
             rewrites,
@@ -75,10 +89,11 @@ class PromptEnvironment:
             self.reward,
             truncated=truncated_samples(chains),
             truncation_penalty=self.config.truncation_penalty,
+            settled=settled_values([[c.responses for c in group] for group in chains]),
         )
         given = [chain.target_prompt for group in chains for chain in group]
         flags = {
-            "rewrite/empty": [each.empty for each in given if isinstance(each, TargetPrompt)],
-            "rewrite/over_long": [each.dropped > 0 for each in given if isinstance(each, TargetPrompt)],
+            "rewrite/empty": [each.empty for each in given if isinstance(each, SentRewrite)],
+            "rewrite/over_long": [each.dropped > 0 for each in given if isinstance(each, SentRewrite)],
         }
         return replace(scores, metrics=scores.metrics | {name: sum(each) / len(each) for name, each in flags.items()})

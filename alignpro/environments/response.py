@@ -1,20 +1,27 @@
-"""RLHF: the sample is the response itself."""
+"""The sample is the response itself: RLHF, and a target that responds to the prompts as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from alignpro.data import Prompt
-from alignpro.engine import Chain, Engine, SamplingParams
-from alignpro.environments.base import ResponseScores, refuse_errors, score_texts, truncated_samples
+from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.environments.base import (
+    ResponseScores,
+    refuse_errors,
+    score_texts,
+    settled_values,
+    truncated_samples,
+)
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards import RewardStack
+from alignpro.targets.base import Target
 
 
 class ResponseEnvironment:
-    """The sample is the response itself: RLHF of the target, and its evaluation.
+    """A policy in this process responds: RLHF of the target, and its evaluation.
 
     Args:
         template: Template of the policy: prompt → tokens, tokens → response.
@@ -42,8 +49,47 @@ class ResponseEnvironment:
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Score each response."""
-        refuse_errors(prompts, chains)
-        texts = [[self.template.decode(c.sample.text_tokens) for c in group] for group in chains]
-        responses = [[[text] for text in group] for group in texts]
-        scores = score_texts(prompts, None, responses, self.reward, truncated=truncated_samples(chains))
-        return replace(scores, samples=texts)
+        return _score(prompts, chains, lambda sample: self.template.decode(sample.text_tokens), self.reward)
+
+
+class UnchangedPromptEnvironment:
+    """The frozen target responds to the prompts as they are, without a prompter.
+
+    Args:
+        target: The target.
+        reward: r*(x, y).
+    """
+
+    def __init__(self, target: Target, reward: RewardStack) -> None:
+        self.target = target
+        self.reward = reward
+
+    def rollout(
+        self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Chain]]:
+        """Sample x → K responses."""
+        sent = [self.target.encode(prompt, None) for prompt in prompts]
+        return [[Chain(sample) for sample in group] for group in self.target.respond(engine, sent, params, seeds)]
+
+    def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
+        """Score each response."""
+        return _score(prompts, chains, self.target.text, self.reward)
+
+
+def _score(
+    prompts: Sequence[Prompt],
+    chains: Sequence[Sequence[Chain]],
+    text: Callable[[Completion], str],
+    reward: RewardStack,
+) -> ResponseScores:
+    refuse_errors(prompts, chains)
+    texts = [[text(chain.sample) for chain in group] for group in chains]
+    scores = score_texts(
+        prompts,
+        None,
+        [[[each] for each in group] for group in texts],
+        reward,
+        truncated=truncated_samples(chains),
+        settled=settled_values([[[chain.sample] for chain in group] for group in chains]),
+    )
+    return replace(scores, samples=texts)

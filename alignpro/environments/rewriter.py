@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
-from alignpro.config import ModelConfig, RolloutConfig, SFTConfig, TrainConfig, load_config
+from alignpro.config import (
+    ModelConfig,
+    RolloutConfig,
+    SamplingConfig,
+    SFTConfig,
+    TargetMixtureConfig,
+    TrainConfig,
+    load_config,
+    separate_models,
+    target_endpoints,
+)
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import refuse_errors, sampling_params
@@ -18,10 +30,15 @@ from alignpro.environments.finished_run import require_finished_run
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.errors import AlignProError, DataError, ModelError
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import load_language_model, load_target
+from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import RewardStack
+from alignpro.targets.base import Target
+from alignpro.targets.build import build_target
+from alignpro.targets.servers import open_servers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,22 +57,38 @@ class Rewriter:
         target: The target, or None.
         config: The run's configuration, for meta-prompt, templates and sampling. That of `alignpro sft` has neither a
             target nor a section `rollout`; the defaults apply, with rewrites of at most half the prompter's context.
+        resources: What is closed by `close`.
     """
 
-    def __init__(self, prompter: LanguageModel, target: LanguageModel | None, config: TrainConfig | SFTConfig) -> None:
+    def __init__(
+        self,
+        prompter: LanguageModel,
+        target: Target | None,
+        config: TrainConfig | SFTConfig,
+        resources: ExitStack | None = None,
+    ) -> None:
         self.config = config
         self.rollout = config.rollout if isinstance(config, TrainConfig) else _default_rollout(prompter)
         self.prompter = PrompterTemplate(prompter.tokenizer, config.prompting, stop_token_ids=prompter.end_token_ids)
         self.environment: PromptEnvironment | None = None
         models = {"policy": prompter}
         if target is not None:
-            assert isinstance(config, TrainConfig)  # whose target it is
-            models["target"] = target
-            greedy = self.rollout.respond.model_copy(update={"temperature": 0.0})
+            models |= target.models
             self.environment = prompt_environment(
-                prompter, target, config.target_model, RewardStack([], []), config.prompting, greedy, responses=1
+                prompter, target, RewardStack([], []), config.prompting, _greedy(self.rollout), responses=1
             )
         self.engine = Engine(models, **self.rollout.engine.model_dump())
+        self._resources = resources or ExitStack()
+
+    def close(self) -> None:
+        """Disconnect from the target's server, if it has one."""
+        self._resources.close()
+
+    def __enter__(self) -> Rewriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @classmethod
     @without_progress_bars()
@@ -66,13 +99,15 @@ class Rewriter:
 
         Args:
             run: The run directory, or the finished run.
-            with_target: Whether to load the target too, which then responds to the rewrites.
+            with_target: Whether to load the target too, which then responds to the rewrites. For one behind a server this
+                uses the run's ledger, counts against its budget, and needs `close` (or ``with``) at the end.
             trust_remote_code: Whether Python code that comes with the models may run, if the run's configuration says
                 so. The directory may come from someone else, so its word alone is not enough.
 
         Raises:
-            ModelError: The directory holds no finished run of a prompter, or none with a target, or its models need
+            ModelError: The directory holds no finished run of a prompter, or none with one target, or its models need
                 ``trust_remote_code``.
+            EndpointError: The target's server cannot be used.
         """
         run = Path(run)
         require_finished_run(run)
@@ -82,15 +117,32 @@ class Rewriter:
                 f"run directory {run}: is a run of `alignpro sft`, which has no target to answer; leave out --answer (in "
                 "Python, with_target=True), or give a run of `alignpro train`"
             )
+        if with_target and isinstance(config, TrainConfig) and isinstance(config.target, TargetMixtureConfig):
+            raise ModelError(
+                f"run directory {run}: its prompter was trained for several targets, so there is not one to answer; leave out "
+                "--answer (in Python, with_target=True)"
+            )
         if not trust_remote_code:
             _require_no_code(run, config, with_target)
         # The run's tokenizer has been saved with its model, and the chat template with the tokenizer.
         saved = {"path": str(run / "model"), "tokenizer": None, "chat_template": None}
-        prompter = load_language_model(config.policy.model_copy(update=saved))
-        target = None
-        if with_target and isinstance(config, TrainConfig):
-            target = load_target(config.target, prompter)
-        return cls(prompter, target, config)
+        if not with_target or not isinstance(config, TrainConfig):
+            return cls(load_language_model(config.policy.model_copy(update=saved)), None, config)
+        endpoints = target_endpoints(config.target)
+        for endpoint in endpoints:
+            key = f" with the key in ${endpoint.api_key_env}" if endpoint.api_key_env else ""
+            logger.warning("answers come from %s at %s%s", endpoint.model, endpoint.base_url, key)
+        with ExitStack() as stack:
+            servers = stack.enter_context(open_servers(config, endpoints, run, _greedy(config.rollout)))
+            prompter = load_language_model(config.policy.model_copy(update=saved))
+            target = build_target(
+                config.target,
+                (prompter, config.policy),
+                config.prompting,
+                _greedy(config.rollout),
+                connect=servers.connect,
+            )
+            return cls(prompter, target, config, stack.pop_all())
 
     def rewrite(
         self, texts: Sequence[str | Prompt], *, n: int = 1, temperature: float = 0.0, seed: int = 0
@@ -157,8 +209,13 @@ class Rewriter:
     def _decode(self, chain: Chain) -> Rewritten:
         response: str | None = None
         if self.environment is not None:
-            response = self.environment.target.decode(chain.responses[0].text_tokens)
+            response = self.environment.target.text(chain.responses[0])
         return Rewritten(self.prompter.decode(chain.sample.text_tokens), response)
+
+
+def _greedy(rollout: RolloutConfig) -> SamplingConfig:
+    """How the target responds."""
+    return rollout.respond.model_copy(update={"temperature": 0.0})
 
 
 def _default_rollout(prompter: LanguageModel) -> RolloutConfig:
@@ -193,8 +250,8 @@ def _load_config(run: Path) -> TrainConfig | SFTConfig:
 def _require_no_code(run: Path, config: TrainConfig | SFTConfig, with_target: bool) -> None:
     """Check that the models to be loaded bring no Python code: neither their own nor attention kernels from the hub."""
     models: dict[str, ModelConfig] = {"policy": config.policy}
-    if with_target and isinstance(config, TrainConfig) and not isinstance(config.target, str):
-        models["target"] = config.target
+    if with_target and isinstance(config, TrainConfig):
+        models |= {f"target{i or ''}": model for i, model in enumerate(separate_models(config.target))}
     keys = [f"{name}.trust_remote_code" for name, model in models.items() if model.trust_remote_code]
     keys += [f"{name}.attention={model.attention}" for name, model in models.items() if "/" in model.attention]
     if keys:

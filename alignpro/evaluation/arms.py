@@ -14,15 +14,18 @@ from alignpro.config import EvalConfig, OptimalConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import ResponseScores, sampling_params
-from alignpro.environments.build import max_input_tokens, prompt_environment
+from alignpro.environments.build import prompt_environment
 from alignpro.environments.prompt import PromptEnvironment
-from alignpro.environments.response import ResponseEnvironment
+from alignpro.environments.response import ResponseEnvironment, UnchangedPromptEnvironment
+from alignpro.models.input_room import max_input_tokens
 from alignpro.models.language_model import LanguageModel
 from alignpro.objectives import GibbsResample, gibbs_resample
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.prompter_prompt import PrompterTemplate
+from alignpro.prompting.target_prompt import SentRewrite
 from alignpro.rewards import RewardStack
+from alignpro.targets.base import Target
 from alignpro.training.metrics import weighted_mean
 from alignpro.training.progress import Advance
 
@@ -75,6 +78,9 @@ class ArmSamples:
         return rewards if self.scores_rewrites else rewards.transpose(1, 2)
 
 
+_Environment = PromptEnvironment | ResponseEnvironment | UnchangedPromptEnvironment
+
+
 @dataclass
 class ArmSampler:
     """Samples arms on a set of prompts with one target and one reward; all arms use the same seed for a prompt.
@@ -84,7 +90,7 @@ class ArmSampler:
 
     config: EvalConfig | OptimalConfig
     prompts: Sequence[Prompt]
-    target: LanguageModel
+    target: Target
     reward: RewardStack
     advance: Advance = _show_nothing
     """Called with the mean reward of each chunk of prompts, `chunks` times for an arm."""
@@ -94,20 +100,21 @@ class ArmSampler:
         """In how many chunks of prompts an arm is sampled, so that progress can be shown."""
         return math.ceil(len(self.prompts) / _CHUNK)
 
-    def sample_responses(self, name: str, model: LanguageModel, count: int) -> ArmSamples:
-        """Draw ``count`` responses of a model to each original prompt: for no fine-tuning, or for the oracle."""
-        template = ChatTemplate(
-            model.tokenizer, self.config.target_model.chat_template, stop_token_ids=model.end_token_ids
-        )
+    def sample_unchanged(self, count: int) -> ArmSamples:
+        """Draw ``count`` responses of the target to each original prompt: no fine-tuning."""
+        environment = UnchangedPromptEnvironment(self.target, self.reward)
+        return self._sample("no_finetuning", environment, self._engine(), sampling_params(self.config.respond, count))
+
+    def sample_oracle(self, oracle: LanguageModel, template: ChatTemplate, count: int) -> ArmSamples:
+        """Draw ``count`` responses of the oracle to each original prompt."""
         environment = ResponseEnvironment(template, self.reward)
-        engine = Engine({"policy": model}, **self.config.engine.model_dump())
-        return self._sample(name, environment, engine, sampling_params(self.config.respond, count))
+        engine = Engine({"policy": oracle}, **self.config.engine.model_dump())
+        return self._sample("oracle", environment, engine, sampling_params(self.config.respond, count))
 
     def sample_rewrites(self, name: str, prompter: LanguageModel, count: int) -> ArmSamples:
         """Draw ``count`` rewrites per prompt from a prompter, with the target's responses to each."""
-        engine = Engine({"policy": prompter, "target": self.target}, **self.config.engine.model_dump())
         params = sampling_params(self.config.rewrite, count)
-        return self._sample(name, self.environment(prompter), engine, params)
+        return self._sample(name, self.environment(prompter), self._engine({"policy": prompter}), params)
 
     def environment(self, prompter: LanguageModel) -> PromptEnvironment:
         """The environment of the chain prompter → target → reward."""
@@ -115,7 +122,6 @@ class ArmSampler:
         return prompt_environment(
             prompter,
             self.target,
-            config.target_model,
             self.reward,
             config.prompting,
             config.respond,
@@ -132,13 +138,14 @@ class ArmSampler:
         chosen = torch.multinomial(weights.double(), count, replacement=True, generator=generator).tolist()
         environment = self.environment(prompter)
         chosen_chains = [[group[j] for j in row] for group, row in zip(candidates.chains, chosen, strict=True)]
-        engine = Engine({"target": self.target}, **self.config.engine.model_dump())
+        engine = self._engine()
 
         def respond(places: range) -> list[list[Chain]]:
             groups = [chosen_chains[i] for i in places]
-            responses = engine.generate(
-                "target",
-                [chain.target_tokens for group in groups for chain in group],
+            sent = [chain.target_prompt for group in groups for chain in group]
+            responses = self.target.respond(
+                engine,
+                [each for each in sent if isinstance(each, SentRewrite)],
                 environment.respond,
                 [derive_seed(self.config.seed, "fresh", i, k) for i in places for k in range(count)],
             )
@@ -151,9 +158,10 @@ class ArmSampler:
         """The closed-form weights of the candidates, with λ log Ẑ and the effective sample size."""
         return gibbs_resample(candidates.scores.values.double(), kl_coef)
 
-    def _sample(
-        self, name: str, environment: PromptEnvironment | ResponseEnvironment, engine: Engine, params: SamplingParams
-    ) -> ArmSamples:
+    def _engine(self, models: Mapping[str, LanguageModel] | None = None) -> Engine:
+        return Engine({**(models or {}), **self.target.models}, **self.config.engine.model_dump())
+
+    def _sample(self, name: str, environment: _Environment, engine: Engine, params: SamplingParams) -> ArmSamples:
         def rollout(places: range) -> list[list[Chain]]:
             seeds = [derive_seed(self.config.seed, "evaluation", i) for i in places]
             return environment.rollout(engine, [self.prompts[i] for i in places], params, seeds)
@@ -163,7 +171,7 @@ class ArmSampler:
     def _in_chunks(
         self,
         name: str,
-        environment: PromptEnvironment | ResponseEnvironment,
+        environment: _Environment,
         sample: Callable[[range], list[list[Chain]]],
     ) -> ArmSamples:
         """Sample and score the prompts chunk by chunk; each prompt has its own seed, so chunks do not change samples."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from alignpro.config import EvalConfig
-from alignpro.environments.response import ResponseEnvironment
+from alignpro.data import Prompt
 from alignpro.errors import ConfigError
 from alignpro.evaluation.arms import ArmSampler, ArmSamples
 from alignpro.evaluation.logprobs import logprobs
 from alignpro.evaluation.results import BoundSummary
 from alignpro.models.language_model import LanguageModel
-from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.targets.local import LocalTarget
 from alignpro.theory import sampled_bound
 from alignpro.theory.statistics import Clusters, mean_estimate
+
+NO_LOGPROBS = "not computable: the target is behind an endpoint, which gives no log-probabilities"
 
 
 def estimate_bound(
@@ -36,7 +38,10 @@ def estimate_bound(
         return BoundSummary(
             None, None, note="not computable: responses are not drawn from the target's unfiltered distribution"
         )
-    inputs = target_inputs(sampler, config)
+    if not isinstance(sampler.target, LocalTarget):
+        return BoundSummary(None, None, note=NO_LOGPROBS)
+    target = sampler.target.model
+    inputs = target_inputs(sampler.target, sampler.prompts)
     P = len(sampler.prompts)
 
     def flat(name: str) -> torch.Tensor:
@@ -45,13 +50,13 @@ def estimate_bound(
     # TV(π*, π_F): y ~ π*(.|x), scored under both.
     samples = [chain.sample for group in arms["oracle"].chains for chain in group]
     x = [ids for ids, group in zip(inputs, arms["oracle"].chains, strict=True) for _ in group]
-    oracle_pair = [logprobs(m, x, samples, respond.temperature).view(P, -1) for m in (oracle, sampler.target)]
+    oracle_pair = [logprobs(m, x, samples, respond.temperature).view(P, -1) for m in (oracle, target)]
     # TV(π_F(.|x), π_F(.|x')): y ~ π_F(.|x'), x' ~ ρ_sft, scored given x' and given x.
     chains = [(i, chain) for i, group in enumerate(arms["sft_prompter"].chains) for chain in group]
     answers = [y for _, chain in chains for y in chain.responses]
     x_prime = [chain.target_tokens for _, chain in chains for _ in chain.responses]
     x = [inputs[i] for i, chain in chains for _ in chain.responses]
-    rewrite_pair = [logprobs(sampler.target, p, answers, respond.temperature).view(P, -1) for p in (x_prime, x)]
+    rewrite_pair = [logprobs(target, p, answers, respond.temperature).view(P, -1) for p in (x_prime, x)]
     try:
         bound = sampled_bound(
             oracle_rewards=flat("oracle"),
@@ -78,8 +83,6 @@ def estimate_bound(
     return BoundSummary(bound.lhs, bound.rhs, slack, terms, note)
 
 
-def target_inputs(sampler: ArmSampler, config: EvalConfig) -> list[list[int]]:
+def target_inputs(target: LocalTarget, prompts: Sequence[Prompt]) -> list[list[int]]:
     """The target's tokens for each original prompt."""
-    template = ChatTemplate(sampler.target.tokenizer, config.target_model.chat_template)
-    encode = ResponseEnvironment(template, sampler.reward).encode
-    return [encode(prompt) for prompt in sampler.prompts]
+    return [target.encode(prompt, None).tokens for prompt in prompts]

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import ConfigSource, EvalConfig, ModelConfig, resolve_config
+from alignpro.config import ConfigSource, EvalConfig, ModelConfig, TargetMixtureConfig, resolve_config, target_endpoints
 from alignpro.data import DataSet, Prompt, choose, cluster_labels, load_prompts, split
-from alignpro.environments.build import max_input_tokens
-from alignpro.errors import DataError, TrainingError
+from alignpro.errors import ConfigError, DataError, TrainingError
 from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, drop_prompts_too_long_for_prompter
-from alignpro.evaluation.bound import estimate_bound, target_inputs
+from alignpro.evaluation.bound import NO_LOGPROBS, estimate_bound, target_inputs
 from alignpro.evaluation.convergence import Convergence, convergence
 from alignpro.evaluation.gibbs import gibbs_estimates
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
+from alignpro.models.input_room import max_input_tokens
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import load_language_model, load_target
+from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.rewards import RewardStack, build_reward
+from alignpro.targets.base import Target
+from alignpro.targets.build import build_target
+from alignpro.targets.local import LocalTarget
+from alignpro.targets.remote import RemoteTarget
+from alignpro.targets.servers import Servers, open_servers
 from alignpro.theory.statistics import Clusters, gap_recovered
 from alignpro.training.loggers.jsonl import read_rows
 from alignpro.training.progress import progress_bar
@@ -43,13 +49,19 @@ class Trained:
 
 
 @without_progress_bars()
-def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[str, Any]] = dict) -> Evaluation:
+def evaluate(
+    config: ConfigSource[EvalConfig],
+    *,
+    extra: Callable[[], Mapping[str, Any]] = dict,
+    servers: Servers | None = None,
+) -> Evaluation:
     """Sample all arms, compare them, and write ``summary.json``, ``figure.png``, ``report.html`` and ``samples.jsonl``.
 
     Args:
         config: The arms, the prompts, the target and the reward: as an `EvalConfig`, a mapping, the path of a YAML file, or
             a list of files and overrides.
         extra: Called after all results are computed; the entries it returns are added to the summary or replace its own.
+        servers: The target's server, if it is open already.
 
     Raises:
         TrainingError: The output directory already contains an evaluation.
@@ -58,19 +70,19 @@ def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[st
     """
     started = time.perf_counter()
     config = resolve_config(EvalConfig, config)
+    if isinstance(config.target, TargetMixtureConfig):
+        raise ConfigError(
+            "target.mixture: a prompter is evaluated on one target at a time: `alignpro eval` does so for each"
+        )
     prepare_directory(config.out, "summary.json")
     config = config.model_copy(update={"data": keep_holdout(config.data, run_directories(config))})
-    prompter = _load(config.prompter)
-    target = load_target(config.target, prompter)
-    reward = build_reward(config.reward)
-    trained = Trained(prompter, _load(config.reference), _load(config.oracle))
-    prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, reward)
-    clusters = Clusters(cluster_labels(prompts, config.data.cluster))
-    sampler = ArmSampler(config, prompts, target, reward)
-    with progress_bar(_arm_count(config) * sampler.chunks, 0, ("reward",)) as advance:
-        sampler.advance = advance
-        arms = _sample_arms(config, sampler, trained)
-    result = _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)
+    opened = (
+        nullcontext(servers)
+        if servers
+        else open_servers(config, target_endpoints(config.target), config.out, config.respond)
+    )
+    with opened as connected:
+        result = _evaluate(config, connected, started)
     summary = {
         **result.as_dict(),
         "seconds": result.seconds,
@@ -82,8 +94,23 @@ def evaluate(config: ConfigSource[EvalConfig], *, extra: Callable[[], Mapping[st
     return result
 
 
+def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluation:
+    prompter = _load(config.prompter)
+    adapted = None if prompter is None or config.prompter is None else (prompter, config.prompter)
+    target = build_target(config.target, adapted, config.prompting, config.respond, connect=servers.connect)
+    reward = build_reward(config.reward)
+    trained = Trained(prompter, _load(config.reference), _load(config.oracle))
+    prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, reward)
+    clusters = Clusters(cluster_labels(prompts, config.data.cluster))
+    sampler = ArmSampler(config, prompts, target, reward)
+    with progress_bar(_arm_count(config) * sampler.chunks, 0, ("reward",)) as advance:
+        sampler.advance = advance
+        arms = _sample_arms(config, sampler, trained)
+    return _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)
+
+
 def evaluation_prompts(
-    config: EvalConfig, data: DataSet, target: LanguageModel, trained: Trained, reward: RewardStack
+    config: EvalConfig, data: DataSet, target: Target, trained: Trained, reward: RewardStack
 ) -> list[Prompt]:
     """At most ``config.prompts`` held-out prompts that fit in the models' contexts; of all prompts if ``data.holdout`` is 0.
 
@@ -99,20 +126,32 @@ def evaluation_prompts(
             f"evaluation needs at least 2 held-out prompts, there are {len(prompts)}: raise data.holdout, or set it to 0 "
             "to evaluate on all of data.source"
         )
-    for name, model in (("target", target), ("oracle", trained.oracle)):
-        if model is not None:
-            prompts = _drop_prompts_too_long_for_responder(prompts, model, config, name)
+    if isinstance(target, LocalTarget):
+        prompts = _drop_prompts_too_long_for_responder(
+            prompts, target.template.chat, target.template.max_tokens, "target"
+        )
+    if trained.oracle is not None:
+        limit = max_input_tokens(trained.oracle, config.respond, "the oracle", "respond")
+        prompts = _drop_prompts_too_long_for_responder(
+            prompts, _oracle_template(config, trained.oracle), limit, "oracle"
+        )
     for prompter in (trained.prompter, trained.reference):
         if prompter is not None:
             prompts = drop_prompts_too_long_for_prompter(prompts, prompter, config)
     return choose(reward.scorable(prompts), config.prompts)
 
 
+def _oracle_template(config: EvalConfig, oracle: LanguageModel) -> ChatTemplate:
+    """The oracle's chat template: that of the target, which it has been; its own if the target's is not known."""
+    local = not target_endpoints(config.target)
+    model = config.target_model if local else config.oracle
+    assert model is not None  # because there is an oracle
+    return ChatTemplate(oracle.tokenizer, model.chat_template, stop_token_ids=oracle.end_token_ids)
+
+
 def _drop_prompts_too_long_for_responder(
-    prompts: Sequence[Prompt], model: LanguageModel, config: EvalConfig, name: str
+    prompts: Sequence[Prompt], template: ChatTemplate, limit: int, name: str
 ) -> list[Prompt]:
-    template = ChatTemplate(model.tokenizer, config.target_model.chat_template)
-    limit = max_input_tokens(model, config.respond, f"the {name}", "respond")
     return filter_overlong_prompts(
         prompts, lambda prompt: template.encode(prompt.messages), limit, input_name=f"the {name}'s input"
     )
@@ -139,7 +178,7 @@ def _load(config: ModelConfig | None) -> LanguageModel | None:
 
 def _sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> dict[str, ArmSamples]:
     K, M = config.rewrites_per_prompt, config.responses_per_rewrite
-    arms = {"no_finetuning": sampler.sample_responses("no_finetuning", sampler.target, K * M)}
+    arms = {"no_finetuning": sampler.sample_unchanged(K * M)}
     if trained.reference is not None:
         arms["sft_prompter"] = sampler.sample_rewrites("sft_prompter", trained.reference, K)
         if config.gibbs_candidates:
@@ -148,7 +187,7 @@ def _sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> d
     if trained.prompter is not None:
         arms["align_pro"] = sampler.sample_rewrites("align_pro", trained.prompter, K)
     if trained.oracle is not None:
-        arms["oracle"] = sampler.sample_responses("oracle", trained.oracle, K * M)
+        arms["oracle"] = sampler.sample_oracle(trained.oracle, _oracle_template(config, trained.oracle), K * M)
     return arms
 
 
@@ -197,7 +236,7 @@ def _compare(
         bound=estimate_bound(config, sampler, arms, trained.oracle, clusters) if config.bound else None,
         gibbs=gibbs,
         rows=_sample_rows(sampler.prompts, arms),
-        notes=_notes(config, summaries),
+        notes=[*_notes(config, summaries), *_server_notes(sampler.target, trained, config)],
         convergence=_convergence(config),
         seconds=seconds,
     )
@@ -211,10 +250,29 @@ def _kl(config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, ArmSamples],
         encode = sampler.environment(prompter).encode
         inputs = [encode(prompt) for prompt in sampler.prompts]
         kl["align_pro"] = sequence_kl(prompter, reference, inputs, arms["align_pro"], config.rewrite.temperature or 1.0)
-    if oracle is not None:
-        inputs = target_inputs(sampler, config)
-        kl["oracle"] = sequence_kl(oracle, sampler.target, inputs, arms["oracle"], config.respond.temperature or 1.0)
+    if oracle is not None and isinstance(sampler.target, LocalTarget):
+        inputs = target_inputs(sampler.target, sampler.prompts)
+        temperature = config.respond.temperature or 1.0
+        kl["oracle"] = sequence_kl(oracle, sampler.target.model, inputs, arms["oracle"], temperature)
     return kl
+
+
+def _server_notes(target: Target, trained: Trained, config: EvalConfig) -> list[str]:
+    """What a target behind a server cannot tell, and whether it stayed the same."""
+    notes = []
+    if trained.oracle is not None and not isinstance(target, LocalTarget):
+        notes.append(f"The KL of the oracle to the target is {NO_LOGPROBS}.")
+    if isinstance(target, RemoteTarget) and (change := target.describe_change()):
+        notes.append(f"The target changed during the evaluation: {change}. Its arms are not comparable.")
+    curves = _trained_rows(config)
+    for name in curves:
+        changed = [int(row["step"]) for row in curves[name] if row.get("target/changed", 0) > 0]
+        if changed:
+            notes.append(
+                f"{LABELS[name]}: the model behind the target's server changed during training (first at step {changed[0]}): "
+                "the reward is not the same before and after."
+            )
+    return notes
 
 
 def _notes(config: EvalConfig, arms: Sequence[ArmSummary]) -> list[str]:
@@ -246,10 +304,14 @@ def run_directories(config: EvalConfig) -> list[Path]:
 
 def _convergence(config: EvalConfig) -> dict[str, Convergence]:
     """Arm → whether the training of its model had converged, if the model is in a run directory."""
-    models = {"align_pro": config.prompter, "oracle": config.oracle}
-    rows = {name: read_rows(Path(m.path).parent / "metrics.jsonl") for name, m in models.items() if m is not None}
-    found = {name: convergence(each) for name, each in rows.items()}
+    found = {name: convergence(each) for name, each in _trained_rows(config).items()}
     return {name: each for name, each in found.items() if each is not None}
+
+
+def _trained_rows(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:
+    """Arm → the metrics of the training of its model, as far as there are any."""
+    models = {"align_pro": config.prompter, "oracle": config.oracle}
+    return {name: read_rows(Path(m.path).parent / "metrics.jsonl") for name, m in models.items() if m is not None}
 
 
 def _sample_rows(prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples]) -> list[SampleRow]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from alignpro.config import OptimalConfig, dump_config
+from alignpro.config import OptimalConfig, dump_config, target_endpoints
 from alignpro.data import choose, cluster_labels, load_prompts
 from alignpro.evaluation.arms import ArmSampler, drop_prompts_too_long_for_prompter
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.evaluation.gibbs import gibbs_estimates
-from alignpro.models.loading import load_language_model, load_target
+from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
-from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.rewards import build_reward
+from alignpro.targets.build import build_target
+from alignpro.targets.servers import Servers, open_servers
 from alignpro.theory.statistics import Clusters
 from alignpro.training.durability import disk_errors, replace_text
 from alignpro.training.progress import progress_bar
@@ -34,17 +35,18 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
         TrainingError: The output directory already contains a result.
     """
     out = prepare_directory(config.out, "summary.json")
+    with open_servers(config, target_endpoints(config.target), out, config.respond) as servers:
+        return _optimal(config, out, servers)
+
+
+def _optimal(config: OptimalConfig, out: Path, servers: Servers) -> dict[str, Any]:
     prompter = load_language_model(config.prompter)
-    target = load_target(config.target, prompter)
+    adapted = (prompter, config.prompter)
+    target = build_target(config.target, adapted, config.prompting, config.respond, connect=servers.connect)
     reward = build_reward(config.reward)
     prompts = drop_prompts_too_long_for_prompter(load_prompts(config.data).prompts, prompter, config)
+    prompts = choose(reward.scorable(target.answerable(prompts)), config.prompts)
     sampler = ArmSampler(config, prompts, target, reward)
-    answered = sampler.environment(prompter).target
-    prompts = filter_overlong_prompts(
-        prompts, answered.encode_context, answered.max_tokens, input_name="the target's context"
-    )
-    prompts = choose(reward.scorable(prompts), config.prompts)
-    sampler = replace(sampler, prompts=prompts)
     with progress_bar(2 * sampler.chunks, 0, ("reward",)) as advance:
         sampler.advance = advance
         candidates = sampler.sample_rewrites("candidates", prompter, config.candidates)

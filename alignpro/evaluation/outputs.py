@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import EvalConfig, ModelConfig, dump_config
+from alignpro.config import EvalConfig, ModelConfig, default_name, dump_config, target_parts
 from alignpro.evaluation.arms import LABELS
 from alignpro.evaluation.charts import plot_comparison
 from alignpro.evaluation.report import write_report
@@ -84,9 +84,7 @@ def _shown(estimate: Estimate) -> str:
 def _pair(config: EvalConfig) -> str:
     """The name of the pair in the figure: the models' directories, or the run directory if a path is a run's ``model/``."""
 
-    def name(model: ModelConfig) -> str:
-        path = Path(model.path)
-        return path.parent.name if path.name == "model" else path.name
-
+    local = isinstance(config.target, str | ModelConfig)
+    target = default_name(config.target_model) if local else target_parts(config.target)[0].name
     named = config.prompter or config.reference
-    return f"{name(named)} → {name(config.target_model)}" if named else name(config.target_model)
+    return f"{default_name(named)} → {target}" if named else target

@@ -14,19 +14,26 @@ from alignpro.config import (
     RunConfig,
     Section,
     SFTConfig,
+    TargetEndpointConfig,
     TrainConfig,
+    target_parts,
 )
+from alignpro.planning.spending import describe_spending
 
 
 def describe_work(config: Section) -> list[str]:
-    """Return lines that describe a job's amount of work: steps, samples per step, totals, and what is written when."""
+    """Return lines that describe a job's amount of work: steps, samples, totals, what is written, what servers are asked."""
+    return [*_describe_samples(config), *describe_spending(config)]
+
+
+def _describe_samples(config: Section) -> list[str]:
     match config:
         case TrainConfig():
             rollout, steps = config.rollout, config.run.steps
             P, K, M = rollout.prompts_per_step, rollout.rewrites_per_prompt, rollout.responses_per_rewrite
             chains = P * K
             return [
-                f"train {config.policy.path} ({_trained(config.policy)}) against the frozen {config.target_model.path}",
+                f"train {config.policy.path} ({_trained(config.policy)}) against the frozen {_target(config)}",
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'rewrite')} × {_count(M, 'response')}: "
                 f"{_count(chains, 'chain')} per step, {_count(chains * steps, 'rewrite')} and "
                 f"{_count(chains * M * steps, 'response')} in total",
@@ -66,6 +73,17 @@ def describe_work(config: Section) -> list[str]:
             ]
         case _:
             raise TypeError(f"{type(config).__name__} is not the configuration of a job")
+
+
+def _target(config: TrainConfig) -> str:
+    """The target's path, its model and server, or those of all targets of a mixture."""
+    names = []
+    for part in target_parts(config.target):
+        source = config.policy if isinstance(part.source, str) else part.source
+        names.append(
+            f"{source.model} at {source.base_url}" if isinstance(source, TargetEndpointConfig) else source.path
+        )
+    return " and ".join(names)
 
 
 def _trained(policy: PolicyConfig) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoModelForSequenceClassification
 
-from alignpro.config import ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig
+from alignpro.config import ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig, separate_models
 from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES
@@ -120,10 +120,10 @@ def estimate_memory(
     sharded = zero["stage"] == 3
     rollout = _Rollout.of(config, models, ranks)
     on_cpu = config.policy.device == "cpu"
-    target_bytes = 0.0 if models.target is None else float(models.target.bytes)
+    target_bytes = float(sum(each.bytes for each in models.targets))
     target_sharded = config.deepspeed.target_stage == 3
     packed_policy = _packed_bytes(policy) if on_cpu else 0.0
-    packed_target = _packed_bytes(models.target) if on_cpu and not target_sharded and models.target is not None else 0.0
+    packed_target = sum(map(_packed_bytes, models.targets)) if on_cpu and not target_sharded else 0.0
     return MemoryEstimate(
         training=_training(config, models, setup, zero, ranks),
         frozen=(
@@ -156,8 +156,8 @@ class JobModels:
     """Number of elements of each weight that has a gradient."""
     tied: bool
     """Whether the policy's output layer is tied to its embeddings."""
-    target: ModelSize | None
-    """None if the policy's base model is the target."""
+    targets: tuple[ModelSize, ...]
+    """Those in this process, apart from the policy's base model."""
     reward_bytes: float
 
     @classmethod
@@ -168,22 +168,20 @@ class JobModels:
             ModelError: A model's configuration cannot be read.
         """
         policy = build_empty(config.policy)
-        target: ModelSize | None = None
-        if isinstance(config, TrainConfig) and config.target != "policy":
-            target = measure(build_empty(config.target_model), config.target_model)
+        targets = separate_models(config.target) if isinstance(config, TrainConfig) else []
         rewards = [each.model for each in config.reward.components if isinstance(each, ModelRewardConfig)]
         return cls(
             policy=measure(policy, config.policy),
             trained=trained_weights(policy, config.policy),
             tied=policy.get_output_embeddings().weight is policy.get_input_embeddings().weight,
-            target=target,
+            targets=tuple(measure(build_empty(target), target) for target in targets),
             reward_bytes=float(sum(_reward_bytes(model) for model in rewards)),
         )
 
     @property
     def generating(self) -> list[ModelSize]:
         """The models that the engine runs."""
-        return [self.policy] if self.target is None else [self.policy, self.target]
+        return [self.policy, *self.targets]
 
 
 def _training(
@@ -241,7 +239,7 @@ class _Rollout:
             group_size, responses = config.rollout.rewrites_per_prompt, config.rollout.responses_per_rewrite
             sample, prompt = config.rollout.rewrite.max_tokens, config.prompting.max_prompt_tokens
             longest = prompt + max(sample, config.rollout.respond.max_tokens)
-            keeps_cache = config.rollout.keep_cache and models.target is not None
+            keeps_cache = config.rollout.keep_cache and bool(models.targets)
         else:
             group_size, responses = config.rollout.responses_per_prompt, 1
             sample, prompt = config.rollout.respond.max_tokens, config.max_prompt_tokens

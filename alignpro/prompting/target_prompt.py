@@ -16,17 +16,23 @@ from alignpro.prompting.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)
-class TargetPrompt:
-    """A rewrite as the target receives it."""
+class SentRewrite:
+    """A rewrite as a target receives it."""
 
-    tokens: list[int]
-    """The target's prompt: its template around the conversation with x' as the last turn."""
     text: str
     """The last turn as it was sent."""
     empty: bool
     """Whether the rewrite was empty; ``on_empty`` determines what was sent."""
     dropped: int
     """Characters dropped from the end of an over-long rewrite."""
+
+
+@dataclass(frozen=True)
+class TargetPrompt(SentRewrite):
+    """A rewrite as a target in this process receives it."""
+
+    tokens: list[int]
+    """The target's prompt: its template around the conversation with x' as the last turn."""
 
 
 class TargetTemplate:
@@ -65,20 +71,21 @@ class TargetTemplate:
         """Ids that end a response."""
         return self.chat.stop_token_ids
 
-    def encode(self, prompt: Prompt, rewrite: str) -> TargetPrompt:
-        """Encode the target's input for a rewrite of ``prompt``; pass ``prompt.text`` for the prompt itself.
+    def encode(self, prompt: Prompt, rewrite: str | None) -> TargetPrompt:
+        """Encode the target's input for a rewrite of ``prompt``; None stands for the prompt as it is, which is never cut.
 
         Raises:
             DataError: The turns before the last one leave no room (see `encode_context`), or the template refuses
                 the conversation.
         """
-        empty = not rewrite.strip()
-        text = prompt.text if empty and self.on_empty == "original" else "" if empty else rewrite
+        if rewrite is None:
+            return TargetPrompt(prompt.text, False, 0, self.chat.encode(prompt.messages))
+        text, empty = text_to_send(prompt, rewrite, self.on_empty)
         tokens = self._tokens(prompt, text)
         if len(tokens) <= self.max_tokens:
-            return TargetPrompt(tokens, text, empty, dropped=0)
+            return TargetPrompt(text, empty, 0, tokens)
         sent = self._longest_fitting(prompt, text)
-        return TargetPrompt(self._tokens(prompt, sent), sent, empty, dropped=len(text) - len(sent))
+        return TargetPrompt(sent, empty, len(text) - len(sent), self._tokens(prompt, sent))
 
     def encode_context(self, prompt: Prompt) -> list[int]:
         """Encode the target's input without the last turn's text; a prompt for which this is too long cannot be used."""
@@ -109,3 +116,10 @@ class TargetTemplate:
                 "tokens that the target has for its input; lower respond.max_tokens, or leave the prompt out"
             )
         return text[:fits]
+
+
+def text_to_send(prompt: Prompt, rewrite: str, on_empty: Literal["send", "original"]) -> tuple[str, bool]:
+    """The last turn that a target gets for a rewrite, and whether the rewrite was empty."""
+    if rewrite.strip():
+        return rewrite, False
+    return (prompt.text if on_empty == "original" else ""), True

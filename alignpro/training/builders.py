@@ -8,22 +8,27 @@ from alignpro.config import RLHFConfig, TrainConfig
 from alignpro.data import choose, load_prompts, split
 from alignpro.engine import Engine
 from alignpro.environments.base import sampling_params
-from alignpro.environments.build import environment_kind, max_input_tokens, prompt_environment
+from alignpro.environments.build import environment_kind, prompt_environment
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import ConfigError, DataError
+from alignpro.models.input_room import max_input_tokens
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import is_activated_lora, is_adapter, load_language_model, load_target
+from alignpro.models.loading import is_activated_lora, is_adapter, load_language_model
 from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.rewards import build_reward
+from alignpro.targets.build import build_responder
+from alignpro.targets.servers import NO_SERVERS, Servers
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.reinforcement import RLTrainer
 
 
-def prompter_training(config: TrainConfig, distribution: Distribution | None = None) -> RLTrainer:
+def prompter_training(
+    config: TrainConfig, distribution: Distribution | None = None, servers: Servers = NO_SERVERS
+) -> RLTrainer:
     """Build `alignpro train`: the prompter learns rewrites that make the frozen target respond better."""
     distribution = distribution or SingleProcess()
     with distribution.ranks.raise_together():  # a model that one rank cannot load stops all ranks
@@ -31,12 +36,18 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
             _refuse_merged(config.policy.path)
         policy = Policy.load(config.policy, seed=config.run.seed, temperature=config.rollout.rewrite.temperature)
         targets, rewards = distribution.frozen("target"), distribution.frozen("reward")
-        target = load_target(config.target, policy.model, lambda each: targets.load(each, load_language_model))
+        target = build_responder(
+            config.target,
+            (policy.model, config.policy),
+            config.prompting,
+            config.rollout.respond,
+            connect=servers.connect,
+            load=lambda each: targets.load(each, load_language_model),
+        )
         reward = build_reward(config.reward, rewards.load)
         environment = prompt_environment(
             policy.model,
             target,
-            config.target_model,
             reward,
             config.prompting,
             config.rollout.respond,
@@ -47,11 +58,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         prompts = filter_overlong_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, limit)
         )
-        answered = environment.target
-        prompts = filter_overlong_prompts(
-            prompts, answered.encode_context, answered.max_tokens, input_name="the target's context"
-        )
-        prompts = reward.scorable(prompts)
+        prompts = reward.scorable(target.answerable(prompts))
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
         heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
@@ -59,7 +66,7 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
     return RLTrainer(
         policy,
         environment,
-        Engine({"policy": sampled.model, "target": target}, **config.rollout.engine.model_dump()),
+        Engine({"policy": sampled.model, **target.models}, **config.rollout.engine.model_dump()),
         training,
         heldout,
         sampling=sampling_params(config.rollout.rewrite, config.rollout.rewrites_per_prompt),
@@ -69,9 +76,10 @@ def prompter_training(config: TrainConfig, distribution: Distribution | None = N
         run=config.run,
         distribution=distribution,
         sampling_model=sampled,
-        keep_cached=("target",) if config.rollout.keep_cache else (),
+        keep_cached=tuple(target.models) if config.rollout.keep_cache else (),
         targets=targets,
         rewards=rewards,
+        responder=target,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 from alignpro.config import (
@@ -12,12 +13,14 @@ from alignpro.config import (
     SFTConfig,
     TrainConfig,
     resolve_config,
+    target_endpoints,
 )
 from alignpro.distributed.launcher import launched
 from alignpro.distributed.ranks import Ranks
 from alignpro.errors import ConfigError
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.planning.memory import ONE_PROCESS
+from alignpro.targets.servers import NO_SERVERS, Servers, open_servers
 from alignpro.training import multi_process
 from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.distribution import Distribution, SingleProcess
@@ -81,12 +84,20 @@ def train(
     with Run(config, resume=resume, from_step=from_step) as run:  # before any model is loaded
         if not run.finished:
             check_inputs(config)
-            config = settle_micro_batch_size(config, run, ONE_PROCESS)
-            run.train(build_trainer(config, SingleProcess()))
+            with _servers(config) as servers:
+                config = settle_micro_batch_size(config, run, ONE_PROCESS)
+                run.train(build_trainer(config, SingleProcess(), servers))
     return run
 
 
-def build_trainer(config: RunSection, distribution: Distribution) -> Trainer:
+def _servers(config: RunSection) -> AbstractContextManager[Servers]:
+    """The servers that a job asks."""
+    if isinstance(config, TrainConfig):
+        return open_servers(config, target_endpoints(config.target), config.run.out, config.rollout.respond)
+    return nullcontext(NO_SERVERS)
+
+
+def build_trainer(config: RunSection, distribution: Distribution, servers: Servers = NO_SERVERS) -> Trainer:
     """Load data and models of a job, and build its trainer.
 
     Raises:
@@ -94,7 +105,7 @@ def build_trainer(config: RunSection, distribution: Distribution) -> Trainer:
     """
     match config:
         case TrainConfig():
-            return prompter_training(config, distribution)
+            return prompter_training(config, distribution, servers)
         case RLHFConfig():
             return response_training(config, distribution)
         case SFTConfig():

@@ -9,9 +9,9 @@ from math import isfinite
 
 Metrics = dict[str, float]
 
-EXECUTION_METRICS = ("seconds/", "engine/", "sample/logprob_difference")
-"""Prefixes of metrics that describe how a step was executed (timings, contents of the engine's cache, rounding), not its
-result. These may differ in a run that was interrupted and resumed; on a CPU, all other metrics are bit-identical.
+EXECUTION_METRICS = ("seconds/", "engine/", "endpoint/", "sample/logprob_difference")
+"""Prefixes of metrics that describe how a step was executed (timings, contents of the engine's cache, requests, rounding), not
+its result. These may differ in a run that was interrupted and resumed; on a CPU, all other metrics are bit-identical.
 """
 
 

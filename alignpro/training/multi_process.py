@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from alignpro.config import RLHFConfig, RunSection, TrainConfig
+from alignpro.config import RLHFConfig, RunSection, TrainConfig, target_endpoints
 from alignpro.distributed.deepspeed.compilation import compile_operators
 from alignpro.distributed.deepspeed.zero_config import ZeroConfig, check_ranks, load_zero_config, require_deepspeed
 from alignpro.distributed.launcher import launched_here, launched_world_size
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import distributed_session
 from alignpro.errors import ConfigError
+from alignpro.targets.servers import NO_SERVERS, Servers
 from alignpro.training.distribution import Distribution
 from alignpro.training.micro_batch_size import keep_micro_batch_size, settle_micro_batch_size
 from alignpro.training.preflight import check_inputs
+from alignpro.training.rank_servers import open_rank_servers
 from alignpro.training.run import Run, Trainer
 
 logger = logging.getLogger(__name__)
@@ -28,7 +31,7 @@ _PATH_KEYS = {"out", "source", "path", "tokenizer", "chat_template", "meta_promp
 
 def train(
     config: RunSection,
-    build: Callable[[RunSection, Distribution], Trainer],
+    build: Callable[[RunSection, Distribution, Servers], Trainer],
     resume: bool = False,
     from_step: int | None = None,
     ranks: Ranks | None = None,
@@ -70,7 +73,7 @@ def _train_on(
     ranks: Ranks,
     config: TrainConfig | RLHFConfig,
     zero: ZeroConfig,
-    build: Callable[[RunSection, Distribution], Trainer],
+    build: Callable[[RunSection, Distribution, Servers], Trainer],
     resume: bool,
     from_step: int | None,
 ) -> Run:
@@ -88,8 +91,16 @@ def _train_on(
             zero = resolve_zero_config(config, ranks.size)
             if run.checkpoint_ranks() not in (None, ranks.size):
                 zero = zero.loading_universal_checkpoint()
-            run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed)))
+            with _servers(ranks, config) as servers:
+                run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed), servers))
     return run
+
+
+def _servers(ranks: Ranks, config: TrainConfig | RLHFConfig) -> AbstractContextManager[Servers]:
+    """The servers that a job asks."""
+    if isinstance(config, TrainConfig):
+        return open_rank_servers(ranks, config, target_endpoints(config.target), config.run.out, config.rollout.respond)
+    return nullcontext(NO_SERVERS)
 
 
 def _require_equal_configurations(ranks: Ranks, config: RunSection) -> None:

@@ -15,9 +15,11 @@ from alignpro.config import (
     RunSection,
     Section,
     SFTConfig,
+    TargetEndpointConfig,
     TrainConfig,
 )
 from alignpro.data.loading import check_source
+from alignpro.endpoints.client import HttpClient
 from alignpro.environments.build import environment_kind
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
@@ -26,6 +28,7 @@ from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.function import FunctionReward
+from alignpro.targets.remote import compile_wrapper
 from alignpro.training.input_files import model_paths, sections
 from alignpro.training.objective import build_objective
 
@@ -33,8 +36,8 @@ from alignpro.training.objective import build_objective
 def check_inputs(config: Section) -> None:
     """Check what a command would read, and that a checkpoint fits on the disk, without loading a model.
 
-    Tokenizers are loaded; data is read up to the first prompt, or to its end if a reward function asks for columns; the
-    files of rewards and classes of the user's own are imported.
+    Nothing is sent to a server. Tokenizers are loaded; data is read up to the first prompt, or to its end if a reward function
+    asks for columns; the files of rewards and classes of the user's own are imported.
 
     Raises:
         AlignProError: The first problem found.
@@ -46,6 +49,9 @@ def check_inputs(config: Section) -> None:
                 _check_model(key, section)
             case FunctionRewardConfig():
                 functions.append(FunctionReward(section))
+            case TargetEndpointConfig():
+                compile_wrapper(section.wrapper)
+                HttpClient(section)  # reads the key and the certificates
     if isinstance(data := getattr(config, "data", None), DataConfig):
         by_column = [function for function in functions if function.needs_columns]
         prompts = check_source(data, _required_fields(config), whole=bool(by_column))
@@ -66,7 +72,7 @@ def _check_model(key: str, model: ModelConfig) -> None:
     """Check that a model is there, and that the template of one that converses can be used."""
     for name, path in model_paths(key, model):
         require_pretrained(path, name)
-    if key in ("policy", "target", "prompter", "oracle"):
+    if key in ("policy", "target", "prompter", "oracle") or key.startswith("target.mixture."):
         ChatTemplate(load_tokenizer(model), model.chat_template)
 
 

@@ -25,6 +25,8 @@ from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import Environment, Scores
 from alignpro.models.saving import save_pretrained
 from alignpro.policy.policy import Policy
+from alignpro.targets.base import Responder
+from alignpro.targets.server_metrics import SHOWN
 from alignpro.training.assignment import PromptAssignment
 from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
@@ -57,14 +59,13 @@ class RLTrainer:
         keep_cached: Frozen models of the engine, whose cached prompts stay on an accelerator while the policy is updated.
         targets: Materializes the target for rollouts; by default it always is.
         rewards: Materializes the reward models to score; by default they always are.
+        responder: What responds to the samples in the environment, for its metrics and its state.
 
     Raises:
         ConfigError: The loss or the advantage cannot be loaded, or they do not fit together.
         DataError: There are no prompts to train on, or ranks have different prompts.
         ModelError: Ranks have different references.
     """
-
-    progress_metrics: tuple[str, ...] = ("reward/mean", "kl", "entropy")
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class RLTrainer:
         keep_cached: Sequence[str] = (),
         targets: FrozenModels | None = None,
         rewards: FrozenModels | None = None,
+        responder: Responder | None = None,
     ) -> None:
         distribution = distribution or SingleProcess()
         ranks = distribution.ranks
@@ -115,6 +117,8 @@ class RLTrainer:
             "update": (),
         }
         self.phase = StepPhases(ranks, contexts)
+        self.responder = responder
+        self.progress_metrics = ("reward/mean", "kl", "entropy", *(SHOWN if responder and responder.remote else ()))
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
         self.measure = StepMetrics(ranks)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
@@ -150,6 +154,8 @@ class RLTrainer:
         self.advantage.update(self.measure.mean_return(experience))
         if step % self.run.sample_every == 0:
             self.measure.write_sample(self.run.out / "samples.jsonl", step, local_prompts, scores)
+        if self.responder is not None and self.responder.remote:
+            metrics |= self.measure.responder(self.responder.metrics())
         return metrics | self.phase.seconds
 
     def compute_advantages(
@@ -235,6 +241,8 @@ class RLTrainer:
             with self._raise_together():  # the next one's writing is a collective, too
                 backend.save(directory, name)
         learned = {"kl": self.kl.state_dict(), "baseline": self.advantage.state_dict()}
+        if self.responder is not None and self.responder.remote:
+            learned["responder"] = self.responder.state_dict()
         return {**state, **learned, "expected_length": self.assign.expected_length}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
@@ -250,6 +258,8 @@ class RLTrainer:
         self.kl.load_state_dict(state["kl"])
         self.advantage.load_state_dict(state["baseline"])
         self.assign.expected_length = float(state["expected_length"])
+        if self.responder is not None:
+            self.responder.load_state_dict(state.get("responder", {}))
 
     def export(self, directory: Path) -> None:
         """Write the whole model (or its adapter) and the tokenizer, from one process."""

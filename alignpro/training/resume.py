@@ -62,8 +62,39 @@ class RunInputs:
             check_reference(checkpoint, saved["reference"], reference)
 
 
+_HOW_SERVERS_ARE_ASKED = (
+    "api_key_env",
+    "ca_bundle",
+    "proxy",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "max_concurrency",
+    "timeout_seconds",
+    "max_retries",
+    "max_failures",
+    "max_answer_bytes",
+    "prompt_overhead",
+)
+"""Keys of an endpoint on which no answer depends."""
+
+
+def _may_change(key: str, before: Any) -> bool:
+    """Whether a run may continue with another value of a key, because its results so far do not depend on it."""
+    section, _, name = key.partition(".")
+    if section == "run":
+        return name != "seed"
+    if section in ("budget", "prices", "ledger"):
+        return True
+    if section != "target" or "endpoint." not in name:
+        return False
+    setting = name.rpartition(".")[2]
+    if setting in ("filtered_reward", "overflow_reward"):
+        return before is None  # without the value such an answer ended the run
+    return setting in _HOW_SERVERS_ARE_ASKED
+
+
 def check_configuration(saved: Path, config: RunSection) -> None:
-    """Check that the configuration is that of the run; in the section ``run``, only the seed must be the same.
+    """Check that the configuration is that of the run; see `_may_change` for what may be another.
 
     Args:
         saved: The run's ``config.yaml``.
@@ -84,7 +115,7 @@ def check_configuration(saved: Path, config: RunSection) -> None:
     changed = [
         f"{key} (was {old!r}, is {new!r})"
         for key, old, new in _differences(before, _as_configured(config))
-        if not key.startswith("run.") or key == "run.seed"
+        if not _may_change(key, old)
     ]
     if changed:
         raise TrainingError(

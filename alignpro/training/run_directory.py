@@ -11,6 +11,7 @@ from typing import IO
 from uuid import uuid4
 
 from alignpro.config import RunSection, dump_config
+from alignpro.endpoints.ledger_schema import FILE_NAME
 from alignpro.errors import CheckpointError, TrainingError
 from alignpro.training.checkpoint import recorded_run
 from alignpro.training.durability import is_leftover, remove_directory, remove_leftovers, replace_text
@@ -114,7 +115,9 @@ class RunDirectory:
             raise TrainingError(f"run directory {self.path}: is a file; name another run.out")
         if self.path.is_dir() and not self._has_results():
             found = sorted(
-                each.name for each in self.path.iterdir() if each.name not in _OTHER_FILES and not is_leftover(each)
+                each.name
+                for each in self.path.iterdir()
+                if each.name not in _OTHER_FILES and not each.name.startswith(FILE_NAME) and not is_leftover(each)
             )
             if found:
                 raise TrainingError(

@@ -12,6 +12,7 @@ from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
 from alignpro.engine import Chain, EngineStats
 from alignpro.environments.base import ABSTAINED, Scores
+from alignpro.targets.server_metrics import CONCURRENCY
 from alignpro.training.experience import Experience
 from alignpro.training.loggers.jsonl import append_row
 from alignpro.training.metrics import Metrics
@@ -53,6 +54,15 @@ class StepMetrics:
         if experience.weights is not None:
             metrics["kl_coef_normalized"] = kl_coef * rows["weights"].mean().item()
         return metrics
+
+    def responder(self, metrics: Mapping[str, float]) -> Metrics:
+        """Add up over ranks what was asked of servers; times and shares are means, and concurrency is that of rank 0."""
+        means = self._ranks.mean(metrics, 1)
+        summed = {
+            name: each * self._ranks.size if name.startswith("endpoint/") else each for name, each in means.items()
+        }
+        allowed = {name: float(self._ranks.reduce_max(int(metrics[name]))) for name in metrics if CONCURRENCY in name}
+        return summed | allowed
 
     def score_logratio_moments(self, experience: Experience, group: int) -> tuple[float, float]:
         """Return Σ (R − mean)(L − mean) and Σ (L − mean)², L the log-ratio of a sample, with the means of each prompt.

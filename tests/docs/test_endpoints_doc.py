@@ -39,7 +39,7 @@ def test_its_budget_is_valid_and_its_error_is_the_budgets() -> None:
     (config,) = (
         validate_config(SpendingConfig, yaml.safe_load(code))
         for _, code in DOCUMENT.blocks("yaml")
-        if "\nbudget:" in code
+        if code.startswith("prices:")
     )
     assert config.budget.usd == Decimal(5)
     with pytest.raises(BudgetError) as refused:

@@ -16,7 +16,10 @@ from alignpro.config import EvalConfig, TrainConfig, validate_config
 from alignpro.objectives import ADVANTAGES, Advantage, is_unbiased
 
 DOCUMENT = Document("training.md")
-ELSEWHERE = ("run.out", "data", "target", "reward", "prompting", "deepspeed", "rollout.engine", "rollout.respond")
+ELSEWHERE = (
+    *("run.out", "data", "target", "reward", "prompting", "deepspeed", "rollout.engine", "rollout.respond"),
+    *("budget", "prices", "ledger"),
+)
 """Keys that other documents explain, or that this one explains outside the table."""
 
 

@@ -61,7 +61,7 @@ def test_a_row_that_a_chat_template_refuses_is_skipped(
     for chat in (
         [rewriter.environment.prompter.chat, rewriter.prompter.chat]
         if template == "prompter"
-        else [rewriter.environment.target.chat]
+        else [rewriter.environment.target.template.chat]
     ):
         source = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         chat._source = source + chat._source

@@ -20,6 +20,7 @@ from alignpro.models.sequences import SequenceBatch
 from alignpro.policy.policy import Policy
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards import RewardStack
+from alignpro.targets.local import LocalTarget
 
 PROMPT = Prompt.from_text("flip the word")
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
@@ -78,13 +79,12 @@ def test_ends_of_prompter_and_target_end_rewrites_and_responses() -> None:
     prompter.causal.generation_config.eos_token_id = ends["prompter"]
     target.causal.generation_config.eos_token_id = [ends["target"]]
     sampling = SamplingConfig(max_tokens=8)
-    environment = prompt_environment(
-        prompter, target, ModelConfig(path="t"), RewardStack([], []), PromptingConfig(), sampling, responses=1
-    )
+    answering = LocalTarget.build(target, ModelConfig(path="t"), PromptingConfig(), sampling)
+    environment = prompt_environment(prompter, answering, RewardStack([], []), PromptingConfig(), sampling, responses=1)
     assert ends["prompter"] in environment.prompter.stop_token_ids
     assert prompter.tokenizer.eos_token_id in environment.prompter.stop_token_ids
-    assert ends["target"] in environment.respond.stop_token_ids
-    assert ends["prompter"] not in environment.respond.stop_token_ids
+    assert ends["target"] in answering.template.stop_token_ids
+    assert ends["prompter"] not in answering.template.stop_token_ids
 
 
 def test_an_end_token_outside_the_vocabulary_is_left_out() -> None:

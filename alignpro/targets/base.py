@@ -1,0 +1,82 @@
+"""What the frozen target is asked, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from alignpro.data import Prompt
+from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.models.language_model import LanguageModel
+from alignpro.prompting.target_prompt import SentRewrite
+
+
+class Responder(Protocol):
+    """Responds to rewrites: one target, or several of which each prompt gets one."""
+
+    remote: bool
+    """Whether any of it is behind a server."""
+
+    @property
+    def models(self) -> Mapping[str, LanguageModel]:
+        """The models that the engine must have under these names."""
+
+    def answerable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts whose earlier turns leave room for a rewrite; the others are counted in the log.
+
+        Raises:
+            DataError: None is left.
+        """
+
+    def begin_rollout(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        inputs: Sequence[Sequence[int]],
+        *,
+        decode: Callable[[Completion], str],
+        rewrite: SamplingParams,
+        respond: SamplingParams,
+        seeds: Sequence[int],
+    ) -> Callable[[], list[list[Chain]]]:
+        """Sample x → K rewrites, and M responses to each; returns what awaits those that are not there yet.
+
+        Response m to rewrite k of a prompt draws from (the prompt's seed, "respond", k, m).
+
+        Args:
+            engine: Has the prompter as ``policy``, and `models`.
+            prompts: P prompts.
+            inputs: [P]: the prompter's tokens for each.
+            decode: A sample of the prompter → the rewrite.
+            rewrite: How the prompter is sampled; ``n`` is K.
+            respond: How the target is sampled; ``n`` is M.
+            seeds: [P].
+        """
+
+    def text(self, completion: Completion) -> str:
+        """The text of a response, stripped and without reasoning."""
+
+    def metrics(self) -> dict[str, float]:
+        """What responding took since the last call, for the metrics of a step; empty for models in this process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, serializable as JSON."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class Target(Responder, Protocol):
+    """One frozen target."""
+
+    def encode(self, prompt: Prompt, rewrite: str | None) -> SentRewrite:
+        """What the target gets for a rewrite of a prompt, or for the prompt as it is.
+
+        Raises:
+            DataError: The turns before the last one leave no room, or a chat template refuses the conversation.
+        """
+
+    def respond(
+        self, engine: Engine, sent: Sequence[SentRewrite], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        """Draw ``params.n`` responses to each of what `encode` returned; response m draws from (its seed, m)."""

@@ -1,0 +1,122 @@
+"""The target as a model of this process, on the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from alignpro.config import ModelConfig, PromptingConfig, SamplingConfig
+from alignpro.data import Prompt
+from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.models.input_room import max_input_tokens
+from alignpro.models.language_model import LanguageModel
+from alignpro.prompting.length_filter import filter_overlong_prompts
+from alignpro.prompting.target_prompt import SentRewrite, TargetPrompt, TargetTemplate
+
+
+class LocalTarget:
+    """A target whose weights are in this process.
+
+    Args:
+        model: The frozen model.
+        template: x' → its tokens, its tokens → y.
+        name: Its name in the engine.
+    """
+
+    remote = False
+
+    def __init__(self, model: LanguageModel, template: TargetTemplate, name: str = "target") -> None:
+        self.model, self.template, self.name = model, template, name
+
+    @classmethod
+    def build(
+        cls,
+        model: LanguageModel,
+        config: ModelConfig,
+        prompting: PromptingConfig,
+        respond: SamplingConfig,
+        name: str = "target",
+    ) -> LocalTarget:
+        """Build a target.
+
+        Args:
+            model: The frozen model.
+            config: Its configuration, for its chat template.
+            prompting: How empty rewrites are treated.
+            respond: How it will be sampled.
+            name: Its name in the engine.
+
+        Raises:
+            ConfigError: Its context has no room for a prompt in addition to the response.
+        """
+        template = TargetTemplate(
+            model.tokenizer,
+            config.chat_template,
+            max_tokens=max_input_tokens(model, respond, "the target", "respond"),
+            on_empty=prompting.on_empty,
+            stop_token_ids=model.end_token_ids,
+        )
+        return cls(model, template, name)
+
+    @property
+    def models(self) -> Mapping[str, LanguageModel]:
+        """The model under its name."""
+        return {self.name: self.model}
+
+    def answerable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts whose earlier turns fit in the context."""
+        return filter_overlong_prompts(
+            prompts, self.template.encode_context, self.template.max_tokens, input_name="the target's context"
+        )
+
+    def encode(self, prompt: Prompt, rewrite: str | None) -> TargetPrompt:
+        """Encode what the target gets; a rewrite that does not fit in its context is cut."""
+        return self.template.encode(prompt, rewrite)
+
+    def begin_rollout(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        inputs: Sequence[Sequence[int]],
+        *,
+        decode: Callable[[Completion], str],
+        rewrite: SamplingParams,
+        respond: SamplingParams,
+        seeds: Sequence[int],
+    ) -> Callable[[], list[list[Chain]]]:
+        """Sample chains; a rewrite becomes a request of the engine as soon as it ends."""
+        chains = engine.run_chains(
+            inputs,
+            rewrite=rewrite,
+            to_target=lambda i, sample: self.encode(prompts[i], decode(sample)),
+            respond=self._with_ends(respond),
+            seeds=seeds,
+            target=self.name,
+        )
+        return lambda: chains
+
+    def respond(
+        self, engine: Engine, sent: Sequence[SentRewrite], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        """Draw responses to encoded prompts."""
+        tokens = [each.tokens for each in sent if isinstance(each, TargetPrompt)]
+        return engine.generate(self.name, tokens, self._with_ends(params), seeds)
+
+    def text(self, completion: Completion) -> str:
+        """Decode a response."""
+        return self.template.decode(completion.text_tokens)
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing: the engine's statistics tell."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def _with_ends(self, params: SamplingParams) -> SamplingParams:
+        return replace(params, stop_token_ids=self.template.stop_token_ids)
