@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def evaluate(
         )
     prepare_directory(config.out, "summary.json")
     config = config.model_copy(update={"data": keep_holdout(config.data, run_directories(config))})
-    opened = (
+    opened: AbstractContextManager[Servers] = (
         nullcontext(servers)
         if servers
         else open_servers(config, target_endpoints(config.target), config.out, config.respond)

@@ -24,7 +24,7 @@ def query(text: str, seed: int) -> Query:
     return Query((("user", text),), Sampling(max_tokens=4), seed, (seed * 10 + 1, seed * 10 + 2))
 
 
-def ask_on_ranks(server: TinyServer, out: Path, queries: int = 4, **spending: Any) -> list[Outcome]:
+def ask_on_ranks(server: Server, out: Path, queries: int = 4, **spending: Any) -> list[Outcome]:
     """Each rank asks some queries of its own; the others leave before rank 0 does, since threads run one at a time."""
 
     def work(ranks: Ranks) -> list[list[str]]:
@@ -33,7 +33,7 @@ def ask_on_ranks(server: TinyServer, out: Path, queries: int = 4, **spending: An
             opened = open_rank_servers(ranks, SpendingConfig(**spending), [config], out, SamplingConfig())
             servers = stack.enter_context(opened)
             connection = servers.connect(config)
-            server.ready(ranks)  # type: ignore[attr-defined]
+            server.ready(ranks)
             try:
                 with ranks.raise_together():
                     asked = [connection.submit(query(f"{ranks.rank}/{i}", i + 1)) for i in range(queries)]
