@@ -28,13 +28,14 @@ def test_the_function_that_is_called_by_name_is_called_as_described(
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(DOCUMENT.blocks("python")[0][1])
     defined = DOCUMENT.run()
-    functions = [{"kind": "function", "function": defined[name]} for name in ("mentions_answer", "exact_match")]
+    names = ("mentions_answer", "exact_match", "passes_tests")
+    functions = [{"kind": "function", "function": defined[name]} for name in names]
     prompts = [
         Prompt.from_text("2 + 2", metadata={"answer": "4"}),
         Prompt.from_text("hello", metadata={"answer": None}),
     ]
     scored = build_reward(RewardConfig(components=functions))(prompts, ["It is 4.", "hi"], None)
-    assert scored.components == {"mentions_answer": [1.0, None], "exact_match": [0.0, 0.0]}
+    assert scored.components == {"mentions_answer": [1.0, None], "exact_match": [0.0, 0.0], "passes_tests": [0.0, 0.0]}
     assert scored.values == [1.0, 0.0]
 
 
