@@ -30,6 +30,7 @@ from alignpro.config.models import AdapterConfig, ModelConfig, PolicyConfig, Tra
 from alignpro.config.rewards import (
     FunctionRewardConfig,
     GuardConfig,
+    JudgeRewardConfig,
     ModelRewardConfig,
     RewardComponentConfig,
     RewardConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "EvalConfig",
     "FunctionRewardConfig",
     "GuardConfig",
+    "JudgeRewardConfig",
     "KLConfig",
     "ModelConfig",
     "ModelRewardConfig",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, model_validator
 
+from alignpro.config.endpoints import EndpointConfig
 from alignpro.config.models import ModelConfig
 from alignpro.config.section import Section
 
@@ -45,6 +46,49 @@ class ModelRewardConfig(Section):
     offset: float = 0.0
 
 
+class JudgeRewardConfig(Section):
+    """A language model behind a server that judges the response by a rubric."""
+
+    kind: Literal["judge"]
+    endpoint: EndpointConfig
+    mode: Literal["score", "pairwise"] = "score"
+    """``score`` grades the response on a scale; ``pairwise`` compares it with the reference, in both orders."""
+    rubric: str | None = None
+    """A Jinja file, by default the built-in rubric of the mode. It is the only template: texts and answers never are."""
+    criteria: str = ""
+    """What the built-in rubrics ask to look for, in place of their own general words."""
+    reference: str | None = None
+    """A column of the data: a response to compare with, or what a good one contains."""
+    system: str | None = None
+    """A system message for the judge."""
+    low: float = 1.0
+    """The worst score, of ``score``."""
+    high: float = 10.0
+    """The best."""
+    temperature: float = Field(0.0, ge=0)
+    """Of the first attempt; further ones are drawn at 1 if this is 0, since a greedy answer would not change."""
+    max_tokens: int = Field(1024, ge=1)
+    attempts: int = Field(3, ge=1)
+    """How often a question is asked whose answers cannot be read."""
+    on_error: Literal["stop", "abstain"] = "stop"
+    """What happens then: the run ends with an error that names the prompt, or the judge abstains from the response."""
+    name: str | None = None
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> JudgeRewardConfig:
+        if self.low >= self.high:
+            raise ValueError(
+                f"low={self.low:g} is not below high={self.high:g}: the worst score is `low`, the best `high`"
+            )
+        if self.mode == "pairwise" and self.reference is None:
+            raise ValueError(
+                "mode=pairwise compares the response with another: name its column of the data as `reference`, such as "
+                "`reference: response`"
+            )
+        return self
+
+
 class GuardConfig(Section):
     """A drift guard: a metric that compares the rewrite with the original, and optionally a penalty.
 
@@ -71,7 +115,9 @@ class GuardConfig(Section):
         return self
 
 
-RewardComponentConfig = Annotated[FunctionRewardConfig | ModelRewardConfig, Field(discriminator="kind")]
+RewardComponentConfig = Annotated[
+    FunctionRewardConfig | ModelRewardConfig | JudgeRewardConfig, Field(discriminator="kind")
+]
 
 
 class RewardConfig(Section):

@@ -23,7 +23,9 @@ from alignpro.rewards.component import (
 from alignpro.rewards.event_loop import EventLoopThread
 from alignpro.rewards.function import AsyncFunctionReward, FunctionReward
 from alignpro.rewards.guards import Guard
+from alignpro.rewards.judge import JudgeReward
 from alignpro.rewards.model import LoadRewardModel, ModelReward
+from alignpro.rewards.servers import Session
 
 RESERVED = frozenset({"mean", "std", "guard"})
 """Names used by metrics of the whole reward: ``reward/mean``, ``reward/std``, ``reward/guard/…``."""
@@ -142,19 +144,23 @@ class RewardStack:
                 )
 
 
-def build_reward(config: RewardConfig, load: LoadRewardModel | None = None) -> RewardStack:
+def build_reward(
+    config: RewardConfig, load: LoadRewardModel | None = None, session: Session | None = None
+) -> RewardStack:
     """Load every component and guard of the configuration.
 
     Args:
         config: The components and guards.
         load: Loads the reward models, for example sharded over ranks; see `ModelReward`.
+        session: The servers of the run, for components that ask one.
 
     Raises:
-        ConfigError: A function cannot be found or called as configured, two components have the same name, or one has a
-            name in `RESERVED`.
+        ConfigError: A function cannot be found or called as configured, a rubric or a mapping cannot be used, two components
+            have the same name or one has a name in `RESERVED`, or one asks a server and there is no session.
+        EndpointError: A server cannot be used as configured.
         ModelError: A reward model or encoder cannot be used.
     """
-    components = [(component.weight, _component(component, load)) for component in config.components]
+    components = [(component.weight, _component(component, load, session)) for component in config.components]
     reserved = RESERVED.intersection(reward.name for _, reward in components)
     if reserved:
         raise ConfigError(f"reward.components: the name {min(reserved)!r} is taken by a metric: give it another `name`")
@@ -163,13 +169,20 @@ def build_reward(config: RewardConfig, load: LoadRewardModel | None = None) -> R
     return RewardStack(components, [Guard(guard) for guard in config.guards])
 
 
-def _component(config: RewardComponentConfig, load: LoadRewardModel | None) -> Reward | ConcurrentReward:
+def _component(
+    config: RewardComponentConfig, load: LoadRewardModel | None, session: Session | None
+) -> Reward | ConcurrentReward:
     match config:
         case FunctionRewardConfig():
             function = FunctionReward(config)
             return AsyncFunctionReward(function) if function.is_async else function
         case ModelRewardConfig():
             return ModelReward(config, load)
+    if session is None:
+        raise ConfigError(
+            f"reward {config.name or config.kind!r} asks a server, and nothing here connects to one: give build_reward a session"
+        )
+    return JudgeReward(config, session)
 
 
 def _refuse_repeats(names: Sequence[str], key: str, remedy: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from alignpro.config import (
     DataConfig,
     FunctionRewardConfig,
+    JudgeRewardConfig,
     ModelConfig,
     PolicyConfig,
     RewardModelConfig,
@@ -26,6 +27,7 @@ from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.function import FunctionReward
+from alignpro.rewards.judge import Questions
 from alignpro.training.input_files import model_paths, sections
 from alignpro.training.objective import build_objective
 
@@ -33,24 +35,26 @@ from alignpro.training.objective import build_objective
 def check_inputs(config: Section) -> None:
     """Check what a command would read, and that a checkpoint fits on the disk, without loading a model.
 
-    Tokenizers are loaded; data is read up to the first prompt, or to its end if a reward function asks for columns; the
-    files of rewards and classes of the user's own are imported.
+    Tokenizers are loaded; data is read up to the first prompt, or to its end if a reward asks for columns; the files of rewards
+    and classes of the user's own are imported.
 
     Raises:
         AlignProError: The first problem found.
     """
-    functions: list[FunctionReward] = []
+    rewards: list[FunctionReward | Questions] = []
     for key, section in sections(config):
         match section:
             case ModelConfig():
                 _check_model(key, section)
             case FunctionRewardConfig():
-                functions.append(FunctionReward(section))
+                rewards.append(FunctionReward(section))
+            case JudgeRewardConfig():
+                rewards.append(Questions(section))
     if isinstance(data := getattr(config, "data", None), DataConfig):
-        by_column = [function for function in functions if function.needs_columns]
+        by_column = [reward for reward in rewards if reward.needs_columns]
         prompts = check_source(data, _required_fields(config), whole=bool(by_column))
-        for function in by_column if prompts else []:
-            function.check_columns(prompts)
+        for reward in rewards if prompts else []:
+            reward.check_columns(prompts)
     match config:
         case TrainConfig():
             environment_kind(config.environment, config.environment_params, PromptEnvironment)
