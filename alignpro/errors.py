@@ -34,6 +34,10 @@ class BudgetError(AlignProError):
     """The next request could exceed the budget; the message says what was spent and what the next step would cost."""
 
 
+class LedgerError(AlignProError):
+    """A ledger that cannot be read or written: in use, damaged, of a newer version; the message names the file."""
+
+
 class CheckpointError(AlignProError):
     """A checkpoint that cannot be written or read."""
 

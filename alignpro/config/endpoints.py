@@ -52,6 +52,9 @@ class EndpointConfig(Section):
     max_failures: int = Field(32, ge=1)
     """Consecutive failures, of any requests, that end the run."""
     max_answer_bytes: int = Field(1 << 22, ge=1)
+    prompt_overhead: int = Field(512, ge=0)
+    """Most tokens that the server adds to a prompt: special tokens, a system message of its own. What a request may cost is
+    reserved with them."""
     n: bool | None = None
     """Whether the server answers one request with ``n`` draws; by default it is asked once."""
     seed: bool | None = None
@@ -77,11 +80,11 @@ class TargetEndpointConfig(EndpointConfig):
 class PriceConfig(Section):
     """What a model costs, in US dollars."""
 
-    input: Decimal = Field(ge=0)
+    input: Decimal = Field(ge=0, le=1_000_000)
     """For a million tokens of prompts."""
-    output: Decimal = Field(ge=0)
+    output: Decimal = Field(ge=0, le=1_000_000)
     """For a million tokens of answers, reasoning included."""
-    request: Decimal = Field(Decimal(0), ge=0)
+    request: Decimal = Field(Decimal(0), ge=0, le=1_000_000)
     """For each request."""
 
 

@@ -100,10 +100,16 @@ class Books(Protocol):
             BudgetError: The request could exceed the budget; nothing is reserved.
         """
 
-    async def settle(self, purchase: Purchase, answers: Sequence[Answer | None], usage: Usage | None) -> None:
+    async def settle(
+        self, purchase: Purchase, answers: Sequence[Answer | None], usage: Usage | None
+    ) -> list[Answer | None]:
         """Record what came back for each key, and the tokens that it took; without ``usage`` the bound is charged.
 
         None stands for a draw that did not come back: it is not replayed, and may be bought again.
+
+        Returns:
+            The answers that are on record from now on, and so the ones to use: where another request for the same draw
+            was faster, its answer.
         """
 
     async def refund(self, purchase: Purchase, reason: str) -> None:

@@ -1,0 +1,87 @@
+"""All servers of a run: one thread with an event loop, in which their requests run while the run computes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from tenacity.wait import wait_base
+
+from alignpro.config.endpoints import EndpointConfig
+from alignpro.endpoints.endpoint import BACKOFF, Endpoint
+from alignpro.endpoints.limits import RateLimits
+from alignpro.endpoints.types import Books, Limits
+from alignpro.errors import EndpointError
+
+GRACE_SECONDS = 5.0
+"""For which requests in flight are awaited when the session is closed; then they are written off."""
+
+
+class EndpointSession:
+    """Opens endpoints, and closes them. An interrupt in the main thread closes it too, by the end of the ``with``.
+
+    Args:
+        books: The ledger and the budget, which all endpoints share. They are used in the session's thread.
+        limits: From a configuration to the limits of its server; by default limits of this process.
+        backoff: How long an endpoint waits before it repeats a request.
+    """
+
+    def __init__(
+        self,
+        books: Books,
+        limits: Callable[[EndpointConfig], Limits] = RateLimits.of,
+        backoff: wait_base = BACKOFF,
+    ) -> None:
+        self._books, self._new_limits, self._backoff = books, limits, backoff
+        self._limits: dict[tuple[str, str | None, str], Limits] = {}
+        self._endpoints: list[Endpoint] = []
+        self._is_closed = False
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="endpoints", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def endpoint(self, config: EndpointConfig) -> Endpoint:
+        """Open a server. Endpoints with the same URL, key and model share their limits, those of the first of them.
+
+        Raises:
+            EndpointError: A variable of the environment is not set, or the certificates cannot be read.
+        """
+        if self._is_closed:
+            raise EndpointError(f"{config.base_url}: the session was closed")
+        group = (config.base_url, config.api_key_env, config.model)
+        if group not in self._limits:
+            self._limits[group] = self._new_limits(config)
+        endpoint = Endpoint(config, self._books, self._limits[group], self.loop, self._backoff)
+        self._endpoints.append(endpoint)
+        return endpoint
+
+    def close(self, grace_seconds: float = GRACE_SECONDS) -> None:
+        """Fail what waits, await what is in flight for a while, write off the rest, and stop the thread."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        closing = asyncio.run_coroutine_threadsafe(self._close(grace_seconds), self.loop)
+        try:
+            closing.result()
+        finally:  # also if a second interrupt comes meanwhile
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()
+
+    async def _close(self, grace_seconds: float) -> None:
+        await asyncio.gather(*(endpoint.close(grace_seconds) for endpoint in self._endpoints))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
