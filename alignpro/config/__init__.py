@@ -30,6 +30,8 @@ from alignpro.config.models import AdapterConfig, ModelConfig, PolicyConfig, Tra
 from alignpro.config.rewards import (
     FunctionRewardConfig,
     GuardConfig,
+    HTTPRewardConfig,
+    JSONServerConfig,
     JudgeRewardConfig,
     ModelRewardConfig,
     RewardComponentConfig,
@@ -50,6 +52,8 @@ __all__ = [
     "EvalConfig",
     "FunctionRewardConfig",
     "GuardConfig",
+    "HTTPRewardConfig",
+    "JSONServerConfig",
     "JudgeRewardConfig",
     "KLConfig",
     "ModelConfig",

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, Field, model_validator
 from alignpro.config.section import Section
 
 
-def _require_http(url: str) -> str:
+def require_http_url(url: str) -> str:
+    """Check that a URL is one of HTTP that holds no key; returns it without a slash at its end."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("expected http://HOST/… or https://HOST/…")
@@ -26,7 +27,7 @@ def _require_http(url: str) -> str:
 class EndpointConfig(Section):
     """A model behind an OpenAI-compatible server."""
 
-    base_url: Annotated[str, AfterValidator(_require_http)]
+    base_url: Annotated[str, AfterValidator(require_http_url)]
     """What comes before ``/chat/completions`` or ``/completions``, such as ``https://api.openai.com/v1``."""
     model: str = Field(min_length=1)
     api: Literal["chat", "completions"] = "chat"

@@ -51,21 +51,22 @@ class HttpClient:
 
     Args:
         config: The server.
+        path: What comes after the base URL; by default that of the API.
 
     Raises:
         EndpointError: A variable of the environment is not set, or the file of certificates cannot be read.
     """
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: EndpointConfig, path: str | None = None) -> None:
         self._config = config
         parts = urlsplit(config.base_url)
         query = f"?{urlencode(config.extra_query)}" if config.extra_query else ""
-        target = f"{parts.path}{PATHS[config.api]}{query}"
+        target = f"{parts.path}{PATHS[config.api] if path is None else path}" or "/"
         self._url = httpcore2.URL(
             scheme=parts.scheme.encode(),
             host=(parts.hostname or "").encode("idna"),
             port=parts.port,
-            target=target.encode(),
+            target=f"{target}{query}".encode(),
         )
         headers = {"host": parts.netloc, "content-type": "application/json", "accept": "application/json"}
         headers |= {"accept-encoding": "identity", "user-agent": "alignpro"}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from alignpro.data import Prompt
-from alignpro.errors import BudgetError, EndpointError, RewardError
+from alignpro.errors import BudgetError, ConfigError, EndpointError, LedgerError, PeerError, RewardError
 
 
 @dataclass
@@ -93,10 +93,24 @@ async def guarded_await(
 
 
 @contextmanager
-def _errors_named(what: str, prompts: Sequence[Prompt]) -> Iterator[None]:
+def server_errors_named(what: str) -> Iterator[None]:
+    """Let the error of a server say which component asked it."""
     try:
         yield
-    except (RewardError, EndpointError, BudgetError):
+    except EndpointError as error:
+        raise EndpointError(f"{what}: {error}") from error
+
+
+_AS_THEY_ARE = (RewardError, EndpointError, BudgetError, LedgerError, ConfigError, PeerError)
+"""Errors that say what to do, of a component and of the books that its requests pass."""
+
+
+@contextmanager
+def _errors_named(what: str, prompts: Sequence[Prompt]) -> Iterator[None]:
+    try:
+        with server_errors_named(what):
+            yield
+    except _AS_THEY_ARE:
         raise
     except Exception as error:
         raise RewardError(

@@ -16,9 +16,9 @@ from alignpro.config import JudgeRewardConfig
 from alignpro.data import Prompt, replace_lone_surrogates
 from alignpro.endpoints.types import Answer, Query, Sampling
 from alignpro.errors import ConfigError, RewardError
-from alignpro.rewards.component import ConcurrentReward, Measurement, describe_prompt
+from alignpro.rewards.component import ConcurrentReward, Measurement, describe_prompt, server_errors_named
 from alignpro.rewards.rubric import Rubric
-from alignpro.rewards.servers import ModelServer, Session, gather
+from alignpro.rewards.servers import Server, Session, gather
 from alignpro.rewards.verdict import UnreadableAnswerError, parse_preference, parse_score
 
 _FIELDS = ("response", "chosen", "rejected", "rewrite")
@@ -117,12 +117,24 @@ class JudgeReward(ConcurrentReward):
         self._questions = Questions(config)
         self.name = self._questions.name
         self._config = config
-        self._endpoint: ModelServer = session.endpoint(config.endpoint)
+        with server_errors_named(self._questions.what):
+            # One draw at a time is asked for, so it need not be found out whether n are answered.
+            self._endpoint: Server = session.endpoint(config.endpoint.model_copy(update={"n": False}))
 
     def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """All prompts; see `Questions.check_columns`."""
         self._questions.check_columns(prompts)
         return list(prompts)
+
+    def preflight(self) -> None:
+        """Check that the server can be asked; takes a few small requests.
+
+        Raises:
+            EndpointError: It cannot.
+            BudgetError: The requests could exceed the budget.
+        """
+        with server_errors_named(self._questions.what):
+            self._endpoint.preflight(Sampling(self._config.max_tokens, self._config.temperature))
 
     async def measure(
         self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None

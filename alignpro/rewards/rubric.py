@@ -42,8 +42,6 @@ class Rubric:
         self._config = config
         file = _BUILT_IN / f"{config.mode}.jinja" if config.rubric is None else Path(config.rubric).expanduser()
         source = self._read(file)
-        self.version = hashlib.sha256(source.encode()).hexdigest()[:12]
-        """Of the template: scores by different ones are not comparable."""
         environment = ImmutableSandboxedEnvironment(
             undefined=jinja2.StrictUndefined, autoescape=False, finalize=_refuse_none
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -13,21 +13,24 @@ from alignpro.endpoints.types import Answer, Query, Sampling
 T = TypeVar("T")
 
 
-class ModelServer(Protocol):
-    """A language model behind a server."""
+class Server(Protocol):
+    """A server; see `alignpro.endpoints.endpoint.Endpoint`."""
 
     def submit(self, query: Query) -> Future[list[Answer]]:
-        """Ask for the draws of a query; returns at once."""
+        """Ask a language model for the draws of a query; returns at once."""
+
+    def post(self, body: str, check: Callable[[Any], object]) -> Future[Answer]:
+        """Send any JSON; the text of the answer is JSON for which ``check`` raises nothing. Returns at once."""
 
     def preflight(self, sampling: Sampling) -> object:
-        """Check that the server can be used."""
+        """Check that a language model can be asked."""
 
 
 class Session(Protocol):
-    """The servers of a run, which share its ledger and its budget."""
+    """The servers of a run, which share its ledger and its budget; see `alignpro.endpoints.session.EndpointSession`."""
 
-    def endpoint(self, config: EndpointConfig) -> ModelServer:
-        """Connect to a language model."""
+    def endpoint(self, config: EndpointConfig, path: str | None = None) -> Server:
+        """Connect to a server; of one of any JSON, ``path`` comes after its base URL."""
 
 
 async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -8,7 +8,13 @@ from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from functools import partial
 
-from alignpro.config import FunctionRewardConfig, ModelRewardConfig, RewardComponentConfig, RewardConfig
+from alignpro.config import (
+    FunctionRewardConfig,
+    JudgeRewardConfig,
+    ModelRewardConfig,
+    RewardComponentConfig,
+    RewardConfig,
+)
 from alignpro.data import Prompt
 from alignpro.errors import ConfigError, RewardError
 from alignpro.rewards.component import (
@@ -23,6 +29,7 @@ from alignpro.rewards.component import (
 from alignpro.rewards.event_loop import EventLoopThread
 from alignpro.rewards.function import AsyncFunctionReward, FunctionReward
 from alignpro.rewards.guards import Guard
+from alignpro.rewards.http import HTTPReward
 from alignpro.rewards.judge import JudgeReward
 from alignpro.rewards.model import LoadRewardModel, ModelReward
 from alignpro.rewards.servers import Session
@@ -182,7 +189,7 @@ def _component(
         raise ConfigError(
             f"reward {config.name or config.kind!r} asks a server, and nothing here connects to one: give build_reward a session"
         )
-    return JudgeReward(config, session)
+    return JudgeReward(config, session) if isinstance(config, JudgeRewardConfig) else HTTPReward(config, session)
 
 
 def _refuse_repeats(names: Sequence[str], key: str, remedy: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from alignpro.config import (
     DataConfig,
     FunctionRewardConfig,
+    HTTPRewardConfig,
     JudgeRewardConfig,
     ModelConfig,
     PolicyConfig,
@@ -27,6 +28,7 @@ from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.function import FunctionReward
+from alignpro.rewards.http import JSONMapping
 from alignpro.rewards.judge import Questions
 from alignpro.training.input_files import model_paths, sections
 from alignpro.training.objective import build_objective
@@ -41,7 +43,7 @@ def check_inputs(config: Section) -> None:
     Raises:
         AlignProError: The first problem found.
     """
-    rewards: list[FunctionReward | Questions] = []
+    rewards: list[FunctionReward | Questions | JSONMapping] = []
     for key, section in sections(config):
         match section:
             case ModelConfig():
@@ -50,6 +52,8 @@ def check_inputs(config: Section) -> None:
                 rewards.append(FunctionReward(section))
             case JudgeRewardConfig():
                 rewards.append(Questions(section))
+            case HTTPRewardConfig():
+                rewards.append(JSONMapping(section))
     if isinstance(data := getattr(config, "data", None), DataConfig):
         by_column = [reward for reward in rewards if reward.needs_columns]
         prompts = check_source(data, _required_fields(config), whole=bool(by_column))

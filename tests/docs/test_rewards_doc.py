@@ -10,7 +10,15 @@ import yaml
 from document import Document
 from settings_table import settings
 
-from alignpro.config import GuardConfig, JudgeRewardConfig, ModelRewardConfig, RewardConfig, Section, validate_config
+from alignpro.config import (
+    GuardConfig,
+    HTTPRewardConfig,
+    JudgeRewardConfig,
+    ModelRewardConfig,
+    RewardConfig,
+    Section,
+    validate_config,
+)
 from alignpro.data import Prompt
 from alignpro.rewards import build_reward
 
@@ -43,18 +51,20 @@ def test_the_function_that_is_called_by_name_is_called_as_described(
 def test_the_examples_are_valid_configurations() -> None:
     examples = [yaml.safe_load(block) for _, block in DOCUMENT.blocks("yaml")]
     rewards = [example["reward"] for example in examples if "reward" in example]
-    assert len(rewards) == 2
+    assert len(rewards) == 3
     for reward in rewards:
         validate_config(RewardConfig, reward)
 
 
-@pytest.mark.parametrize(("heading", "kind"), [("A judge", JudgeRewardConfig)])
+@pytest.mark.parametrize(("heading", "kind"), [("A judge", JudgeRewardConfig), ("A JSON server", HTTPRewardConfig)])
 def test_the_keys_of_a_component_are_in_its_table(heading: str, kind: type[Section]) -> None:
     described = {}
     for keys, defaults, _ in DOCUMENT.rows(heading):
         names = keys.replace("`", "").split(", ")
         described |= dict(zip(names, defaults.split(", ") if len(names) > 1 else [defaults], strict=True))
-    expected = dict(settings(kind, ["kind", "endpoint"])) | {"endpoint": ""}
+    expected = dict(settings(kind, ["kind", "endpoint"]))
+    if "endpoint" in kind.model_fields:
+        expected["endpoint"] = ""
     assert {name: default.strip(" ,") for name, default in described.items()} == expected
 
 

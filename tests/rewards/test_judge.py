@@ -31,7 +31,7 @@ class Planted:
         self.answer = answer
         self.queries: list[Query] = []
 
-    def endpoint(self, config) -> "Planted":
+    def endpoint(self, config, path=None) -> "Planted":
         assert config.model == "judge"
         return self
 
@@ -227,6 +227,7 @@ class TestBadInput:
             ({"low": 10, "high": 1}, r"low=10 is not below high=1"),
             ({"low": 1, "high": 1}, r"low=1 is not below high=1"),
             ({"mode": "pairwise"}, r"mode=pairwise compares.*`reference: response`"),
+            ({"system": "x", "endpoint": ENDPOINT | {"api": "completions"}}, r"`system` needs endpoint.api=chat"),
             ({"attempts": 0}, r"attempts: Input should be greater than or equal to 1"),
             ({"on_error": "zero"}, r"on_error: Input should be 'stop' or 'abstain'"),
             ({"endpoint": {"base_url": "ftp://x", "model": "m"}}, r"endpoint.base_url: expected http"),

@@ -86,6 +86,17 @@ def test_a_judge_that_cannot_be_asked(refused: Refused, tmp_path: Path) -> None:
     )
 
 
+def test_a_json_server_that_cannot_be_asked(refused: Refused) -> None:
+    def http(body: str) -> str:
+        fields = f"kind: http, server: {{url: 'http://127.0.0.1:9/x'}}, score: s, body: {body}"
+        return f"reward.components=[{{{fields}}}]"
+
+    refused("train", http("{y: $respons}"), says=["reward 'http'", "unknown placeholder '$respons'", "'$response'"])
+    refused(
+        "train", http("{y: $response, a: $metadata.solution}"), says=["$metadata.solution is no column of the data"]
+    )
+
+
 def test_a_target_without_a_chat_template(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:
     model = shutil.copytree(workshop.root / "target", tmp_path / "model")
     (model / "chat_template.jinja").unlink()
