@@ -9,6 +9,7 @@ WITH_CODE = ("engine.md", "kernels.md")
 ALL = (
     *WITH_CODE,
     "data.md",
+    "endpoints.md",
     "gpu.md",
     "launch.md",
     "rewards.md",
