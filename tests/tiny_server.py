@@ -115,6 +115,8 @@ class TinyServer:
     """Requests that came in."""
     most_in_flight: int = 0
     in_flight: int = 0
+    connections: list[_Connection] = field(default_factory=list)
+    """That were made."""
     port: int = 0
 
     @property
@@ -226,6 +228,8 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        if self.server.is_logged:
+            self.server.connections.append(self)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data

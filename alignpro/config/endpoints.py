@@ -24,6 +24,19 @@ def require_http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _require_no_password(proxy: str) -> str:
+    if not proxy.startswith("env:") and urlsplit(proxy).password is not None:
+        raise ValueError("holds a password: put the proxy into the environment and give env:NAME")
+    return proxy
+
+
+def _require_free_fields(body: dict[str, Any]) -> dict[str, Any]:
+    for name in ("n", "seed", "stream", "messages", "prompt"):
+        if name in body:
+            raise ValueError(f"{name!r} cannot be given here: it follows from what is asked")
+    return body
+
+
 class EndpointConfig(Section):
     """A model behind an OpenAI-compatible server."""
 
@@ -37,11 +50,13 @@ class EndpointConfig(Section):
     extra_headers: dict[str, str] = Field(default_factory=dict)
     """Further headers; a value ``env:NAME`` is read from the environment, as keys must be."""
     extra_query: dict[str, str] = Field(default_factory=dict)
-    extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of every request, such as ``{"reasoning_effort": "low"}``."""
+    extra_body: Annotated[dict[str, Any], AfterValidator(_require_free_fields)] = Field(default_factory=dict)
+    """Further fields of every request, such as ``{"reasoning_effort": "low"}``. A field that is null is not sent, and
+    ``max_completion_tokens`` takes the place of ``max_tokens``."""
     ca_bundle: Path | None = None
     """A file of certificates to trust instead of the system's."""
-    proxy: str | None = None
+    proxy: Annotated[str, AfterValidator(_require_no_password)] | None = None
+    """Of all requests; ``env:NAME`` is read from the environment."""
     requests_per_minute: float | None = Field(None, gt=0)
     tokens_per_minute: float | None = Field(None, gt=0)
     max_concurrency: int = Field(64, ge=1)
@@ -51,7 +66,7 @@ class EndpointConfig(Section):
     max_retries: int = Field(8, ge=0)
     """How often a request is repeated after a failure that may pass."""
     max_failures: int = Field(32, ge=1)
-    """Consecutive failures, of any requests, that end the run."""
+    """Consecutive failures, of any requests, that end the run; those that were in flight together count once."""
     max_answer_bytes: int = Field(1 << 22, ge=1)
     prompt_overhead: int = Field(512, ge=0)
     """Most tokens that the server adds to a prompt: special tokens, a system message of its own. What a request may cost is

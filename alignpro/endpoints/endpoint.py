@@ -20,7 +20,8 @@ from tenacity.wait import wait_base
 
 from alignpro.config.endpoints import EndpointConfig
 from alignpro.endpoints.client import HttpClient
-from alignpro.endpoints.exchange import Bought, Exchange, FailureError, Request
+from alignpro.endpoints.exchange import Bought, Exchange, FailureError, RefusalError, Request
+from alignpro.endpoints.limits import RateLimits
 from alignpro.endpoints.preflight import Findings, Probe, examine
 from alignpro.endpoints.types import Answer, Books, DrawKey, Limits, Query, Sampling, Usage, Verdict
 from alignpro.endpoints.wire import Received, draw_keys, request_body, upper_bound, with_draws
@@ -54,6 +55,12 @@ class EndpointStats:
     seconds_waiting: float = 0.0
     """For the limits, summed over requests."""
     in_flight: int = 0
+    concurrency: int | None = None
+    """Most requests at the same time, as found so far; None if another process decides."""
+
+
+_COUNTS = ("requests", "replayed", "input_tokens", "output_tokens", "throttled", "server_errors", "retries")
+_COUNTS += ("without_usage", "filtered", "overflow")
 
 
 @dataclass
@@ -112,7 +119,7 @@ class Endpoint:
         self._client = HttpClient(config, path)
         self._exchange = Exchange(config, self._client, books)
         self._failures = _Failures(config.max_failures)
-        self._counts: Counter[str] = Counter()
+        self._counts = dict.fromkeys(_COUNTS, 0)  # read by other threads, so it keeps its size
         self._seconds_waiting = 0.0
         self._served: Counter[tuple[str, str]] = Counter()
         self._fatal: BaseException | None = None
@@ -134,7 +141,7 @@ class Endpoint:
             EndpointError: The server cannot be used, or has failed for good.
             BudgetError: The next request could exceed the budget.
         """
-        return self._submit(self._answer(query))
+        return self._submit(lambda: self._answer(query))
 
     def post(self, body: str, check: Callable[[Any], object]) -> Future[Answer]:
         """Send any JSON; the text of the answer is what came back, as JSON. Limits, ledger and budget are those of queries.
@@ -147,7 +154,7 @@ class Endpoint:
             EndpointError: The server cannot be used, or has failed for good.
             BudgetError: The request could exceed the budget.
         """
-        return self._submit(self._post(body, check))
+        return self._submit(lambda: self._post(body, check))
 
     def preflight(self, sampling: Sampling) -> Findings:
         """Check URL, key, model and parameters with a few small requests, and wait for the result; done once.
@@ -156,12 +163,14 @@ class Endpoint:
             EndpointError: The server cannot be used, or refuses or ignores a parameter; the message names it.
             BudgetError: The requests could exceed the budget.
         """
-        return self._submit(self._find_out(sampling, always=True)).result()
+        return self._submit(lambda: self._find_out(sampling, always=True)).result()
 
     @property
     def stats(self) -> EndpointStats:
         """What it has done so far."""
-        return EndpointStats(**self._counts, seconds_waiting=self._seconds_waiting, in_flight=len(self._sending))
+        limit = self._limits.concurrency.limit if isinstance(self._limits, RateLimits) else None
+        counts = {**self._counts, "in_flight": len(self._sending)}
+        return EndpointStats(**counts, seconds_waiting=self._seconds_waiting, concurrency=limit)
 
     @property
     def served(self) -> dict[tuple[str, str], int]:
@@ -171,27 +180,27 @@ class Endpoint:
         """
         return dict(self._served)
 
-    def _submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+    def _submit(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
-        self._loop.call_soon_threadsafe(self._start, work, future)
+        future.set_running_or_notify_cancel()  # what may have been sent cannot be taken back
+        if self._fatal is not None:
+            future.set_exception(self._fatal)
+        else:
+            self._loop.call_soon_threadsafe(self._start, work, future)
         return future
 
     # ------------------------------------------------------------------------------------------------------- in the loop
 
-    def _start(self, work: Coroutine[Any, Any, Any], future: Future[Any]) -> None:
+    def _start(self, work: Callable[[], Coroutine[Any, Any, Any]], future: Future[Any]) -> None:
         if self._fatal is not None:
-            work.close()
             future.set_exception(self._fatal)
             return
         self._pending.add(future)
         self._spawn(self._finish(work, future))
 
-    async def _finish(self, work: Coroutine[Any, Any, Any], future: Future[Any]) -> None:
+    async def _finish(self, work: Callable[[], Coroutine[Any, Any, Any]], future: Future[Any]) -> None:
         try:
-            result = await work
-        except asyncio.CancelledError:
-            self.end(EndpointError(f"{self.config.base_url}: was closed"))
+            result = await work()
         except BaseException as error:  # whatever it is, whoever waits must learn of it
             self.end(error)
         else:
@@ -356,7 +365,7 @@ class Endpoint:
             FailureError: It failed in a way that may pass.
             EndpointError: It failed in a way that cannot pass, or too many have failed in a row.
         """
-        if self._fatal is not None:
+        if self._fatal is not None:  # while it waited to be repeated
             raise self._fatal
         began = self._loop.time()
         permit = await self._limits.acquire(request.bound.total)
@@ -366,24 +375,37 @@ class Endpoint:
         self._sending.add(task)  # from here on it is not cancelled: what is reserved must be settled
         verdict = Verdict("failed", tokens=0)
         try:
+            purchase = await self._books.reserve(request.keys, request.bound)
             if self._fatal is not None:
+                await self._books.refund(purchase, "not sent: another request has ended the run")
                 raise self._fatal
             failures = self._failures.begin()
-            result = await self._exchange.buy(request)
+            result = await self._exchange.send(purchase, request)
             verdict = result.verdict
             self._count(result)
+            self._judge(result, failures)
+        except FailureError:
+            raise
+        except BaseException as error:
+            if not (request.is_probe and isinstance(error, RefusalError)):
+                self.end(error)  # before the permit goes to the next
+            raise
         finally:
             await permit.release(verdict)
             self._sending.discard(task)
+        return result.received
+
+    def _judge(self, result: Bought, failures: int) -> None:
+        """Raise if it failed: for good if too many have in a row."""
         if not result.failure:
             self._failures.succeed()
-            return result.received
-        if self._failures.fail(failures):
+        elif self._failures.fail(failures):
             raise EndpointError(
                 f"{self.config.base_url}, model {self.config.model}: {self._failures.count} failures in a row; "
                 f"the last: {result.failure}"
             )
-        raise FailureError(result.failure)
+        else:
+            raise FailureError(result.failure)
 
     def _count(self, result: Bought) -> None:
         counts, usage = self._counts, result.received.usage

@@ -1,4 +1,4 @@
-"""One request, from its reservation to what is recorded of it: every purchase ends exactly once.
+"""One request, and what is recorded of it: every purchase ends exactly once.
 
 certainly not processed   no connection, 429, 408, 409, 425, 503 with Retry-After, any refusal   refunded
 answered                  200 with choices; a refusal that depends on the text (an outcome)      settled
@@ -81,14 +81,12 @@ class Exchange:
     def __init__(self, config: EndpointConfig, client: HttpClient, books: Books) -> None:
         self._config, self._client, self._books = config, client, books
 
-    async def buy(self, request: Request) -> Bought:
-        """Send a request once. Must not be cancelled.
+    async def send(self, purchase: Purchase, request: Request) -> Bought:
+        """Send a request once, and end its purchase. Must not be cancelled.
 
         Raises:
-            EndpointError: The server refuses it, or answers what nothing can be made of.
-            BudgetError: It could exceed the budget; it was not sent.
+            EndpointError: The server refuses it, or does not return as many choices as were asked for.
         """
-        purchase = await self._books.reserve(request.keys, request.bound)
         try:
             reply = await self._client.post(request.body)
         except NotProcessedError as error:

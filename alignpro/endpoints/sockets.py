@@ -71,6 +71,7 @@ class Network(httpcore2.AsyncNetworkBackend):
 
     def __init__(self) -> None:
         self._open: WeakSet[asyncio.WriteTransport] = WeakSet()
+        self._is_aborted = False
 
     async def connect_tcp(
         self,
@@ -89,10 +90,14 @@ class Network(httpcore2.AsyncNetworkBackend):
         except OSError as error:
             raise httpcore2.ConnectError(str(error)) from error
         self._open.add(writer.transport)
+        if self._is_aborted:
+            writer.transport.abort()
+            raise httpcore2.ConnectError("the session was closed")
         return Stream(reader, writer)
 
     def abort(self) -> None:
-        """Break all connections: who reads gets an error or the end."""
+        """Break all connections, for good: who reads gets an error or the end."""
+        self._is_aborted = True
         for transport in list(self._open):
             transport.abort()
 

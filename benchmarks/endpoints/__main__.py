@@ -1,0 +1,48 @@
+"""python -m benchmarks.endpoints: answers a second that the client takes on one core, its memory, and the time of rollouts.
+
+The server is a process of its own on this machine that gives the same answer every time. Nothing is recorded in a ledger.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import command
+from benchmarks.endpoints.measure import rollout, throughput
+from benchmarks.session import Session
+from benchmarks.table import print_table
+
+app = command.new_app()
+
+
+@app.command(help=__doc__)
+def run(
+    answers: Annotated[int, typer.Option(min=10, help="Answers of the measurement of speed and memory.")] = 100_000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Most requests at the same time.")] = 64,
+    latency: Annotated[float, typer.Option(min=0, help="Seconds of an answer in a rollout.")] = 0.3,
+    quick: command.Quick = False,
+    json_file: command.ResultsFile = None,
+) -> None:
+    """See the module."""
+    session = Session("endpoints", device="cpu", threads=1, quick=quick, file=json_file)
+    speed = throughput(200 if quick else answers, concurrency)
+    document: dict[str, Any] = {"run": session.describe(), "throughput": speed, "rollouts": []}
+    session.save(document)
+    heads = ["answers", "at once", "answers/s", "answers/CPU s", "CPU µs each", "MiB", "MiB more"]
+    print_table(session.console, heads, [[format(value, ",.0f") for value in speed.values()]], left=0, title="client")
+    for limit, prompter_seconds in ((concurrency, 0.0), (concurrency, 1.2), (max(concurrency // 4, 1), 0.6)):
+        scale = 0.05 if quick else 1.0
+        document["rollouts"].append(
+            rollout(scale * latency, 64, limit, scale * prompter_seconds, rounds=1 if quick else 7)
+        )
+        session.save(document)
+    keys = ["latency", "chains", "concurrency", "prompter_s", "endpoint_s", "median_s", "least_s", "goal_s"]
+    rows = [[format(row[key], ",.3g") for key in keys] for row in document["rollouts"]]
+    print_table(session.console, keys, rows, left=0, title="rollouts")
+    session.finish()
+
+
+if __name__ == "__main__":
+    app()

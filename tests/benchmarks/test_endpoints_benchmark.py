@@ -1,0 +1,18 @@
+"""The benchmark of the client of servers runs, and its figures are those of what it asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.endpoints.__main__ import app
+
+
+def test_it_runs(tmp_path: Path) -> None:
+    app(["--quick", "--json", str(tmp_path / "results.json")], standalone_mode=False)
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["throughput"]["answers"] == 200 and document["throughput"]["answers_per_cpu_s"] > 0
+    assert all(
+        row["median_s"] >= row["prompter_s"] and row["median_s"] >= row["latency"] for row in document["rollouts"]
+    )
+    assert len(document["rollouts"]) == 3
