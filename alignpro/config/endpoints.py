@@ -30,6 +30,10 @@ def _require_no_password(proxy: str) -> str:
     return proxy
 
 
+ProxyURL = Annotated[str, AfterValidator(_require_no_password)]
+"""A proxy without its password; ``env:NAME`` is read from the environment."""
+
+
 def _require_free_fields(body: dict[str, Any]) -> dict[str, Any]:
     for name in ("n", "seed", "stream", "messages", "prompt"):
         if name in body:
@@ -55,7 +59,7 @@ class EndpointConfig(Section):
     ``max_completion_tokens`` takes the place of ``max_tokens``."""
     ca_bundle: Path | None = None
     """A file of certificates to trust instead of the system's."""
-    proxy: Annotated[str, AfterValidator(_require_no_password)] | None = None
+    proxy: ProxyURL | None = None
     """Of all requests; ``env:NAME`` is read from the environment."""
     requests_per_minute: float | None = Field(None, gt=0)
     tokens_per_minute: float | None = Field(None, gt=0)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_serializer, model_validator
 
-from alignpro.config.endpoints import EndpointConfig, require_http_url
+from alignpro.config.endpoints import EndpointConfig, ProxyURL, require_http_url
 from alignpro.config.models import ModelConfig
 from alignpro.config.section import Section
 
@@ -108,7 +108,7 @@ class JSONServerConfig(Section):
     extra_headers: dict[str, str] = Field(default_factory=dict)
     extra_query: dict[str, str] = Field(default_factory=dict)
     ca_bundle: Path | None = None
-    proxy: str | None = None
+    proxy: ProxyURL | None = None
     requests_per_minute: float | None = Field(None, gt=0)
     max_concurrency: int = Field(64, ge=1)
     timeout_seconds: float = Field(300.0, gt=0)

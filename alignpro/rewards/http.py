@@ -92,7 +92,7 @@ class HTTPReward(ConcurrentReward):
         Raises:
             RewardError: The server refuses a text, or its answer holds no finite score.
         """
-        rewritten = rewrites if rewrites is not None else [None] * len(prompts)
+        rewritten: Sequence[str | None] = rewrites if rewrites is not None else [None] * len(prompts)
         samples = [Sample(*row) for row in zip(prompts, responses, rewritten, strict=True)]
         keys = [self._mapping.write([sample]) for sample in samples]
         distinct = dict(zip(keys, samples, strict=True))

@@ -148,7 +148,7 @@ class JudgeReward(ConcurrentReward):
         Raises:
             RewardError: The judge gave no answer that can be read, and may not abstain.
         """
-        rewritten = rewrites if rewrites is not None else [None] * len(prompts)
+        rewritten: Sequence[str | None] = rewrites if rewrites is not None else [None] * len(prompts)
         asked = [
             self._questions.about(prompt, response, rewrite)
             for prompt, response, rewrite in zip(prompts, responses, rewritten, strict=True)

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,12 @@ from memory_books import MemoryBooks
 from tenacity import wait_none
 from tiny_server import Choice, TinyServer, prompt_of
 
-from alignpro.config import RewardConfig, validate_config
+from alignpro.config import BudgetConfig, PriceConfig, RewardConfig, validate_config
 from alignpro.config.endpoints import EndpointConfig
 from alignpro.config.rewards import JSONServerConfig
 from alignpro.data import Prompt
+from alignpro.endpoints.books import LedgerBooks
+from alignpro.endpoints.ledger import Ledger
 from alignpro.endpoints.session import EndpointSession
 from alignpro.errors import BudgetError, ConfigError, EndpointError, RewardError
 from alignpro.rewards import RewardStack, build_reward
@@ -228,6 +232,27 @@ def test_components_of_servers_overlap() -> None:
             assert reward(PROMPTS[:1], RESPONSES[:1], None).values == [7.0]
 
 
+def test_one_ledger_and_one_budget_for_all(tmp_path: Path) -> None:
+    prices = {
+        "json": PriceConfig(input=Decimal(0), output=Decimal(0), request=Decimal("0.25")),
+        "tiny": PriceConfig(input=Decimal(0), output=Decimal(0), request=Decimal("0.01")),
+    }
+    with ScoreServer() as scorer, TinyServer(letters) as server:
+        config = RewardConfig(components=[http(scorer), judge(server)])
+        for part in range(2):  # the second one finds in the ledger what the first has bought
+            with Ledger(tmp_path / "ledger.sqlite") as ledger:
+                books = LedgerBooks(ledger, BudgetConfig(usd=Decimal("0.80")), prices, "run")
+                with EndpointSession(books, backoff=wait_none()) as session:
+                    reward = build_reward(config, session=session)
+                    assert reward(PROMPTS, RESPONSES, None).values == [2.0, 4.0, 6.0]
+                    assert books.spending().usd == Decimal("0.78")
+                    if part:
+                        with pytest.raises(BudgetError, match=r"budget.usd is \$0.80: "):
+                            reward(PROMPTS, ["x", "y", "z"], None)
+            assert scorer.count == 3
+        assert server.count in range(3, 6)  # a cent is left for two of the judge's requests, if they come first
+
+
 class TestPreflight:
     def check(self, *components: dict[str, Any], prompts: Sequence[Prompt] = PROMPTS) -> None:
         with EndpointSession(MemoryBooks(), backoff=wait_none()) as session:
@@ -295,6 +320,7 @@ def test_keys_are_in_no_message_log_record_or_representation(
     [
         ({"server": {"url": "http://me:pw@host/x"}}, r"server.url: holds a user name or password"),
         ({"server": {"url": "http://host/x?key=1"}}, r"server.url: holds a query: give it in extra_query"),
+        ({"server": {"url": "http://host/x", "proxy": "http://me:pw@p:1"}}, r"server.proxy.*: holds a password"),
         ({"server": {}}, r"components.0.server.url: missing"),
         ({"batch_size": 0}, r"batch_size: Input should be greater"),
         ({"scores": "x"}, r"scores: unknown key \(did you mean 'score'\?\)"),
