@@ -7,16 +7,17 @@ verified, and an answer is read up to the size that the configuration allows.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import httpcore2
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.sockets import Network
 from alignpro.endpoints.wire import PATHS
 from alignpro.errors import EndpointError
@@ -26,6 +27,8 @@ IDLE_SECONDS = 4.0
 """An idle connection is used no longer than this: servers close theirs after five."""
 REFERENCE = "env:"
 """What begins a value that is read from the environment."""
+
+_Connection = httpcore2.AsyncHTTPConnection | httpcore2.AsyncConnectionPool
 
 
 class NotProcessedError(Exception):
@@ -61,14 +64,15 @@ class HttpClient:
         self._config = config
         parts = urlsplit(config.base_url)
         query = f"?{urlencode(config.extra_query)}" if config.extra_query else ""
-        target = f"{parts.path}{PATHS[config.api] if path is None else path}" or "/"
-        self._url = httpcore2.URL(
-            scheme=parts.scheme.encode(),
-            host=(parts.hostname or "").encode("idna"),
-            port=parts.port,
-            target=f"{target}{query}".encode(),
-        )
-        headers = {"host": parts.netloc, "content-type": "application/json", "accept": "application/json"}
+        after = PATHS[config.api] if path is None else path
+        target = (quote(parts.path, safe="/%:@!$&+,;=~") + after or "/") + query
+        try:
+            host, port = (parts.hostname or "").encode("idna"), parts.port
+        except ValueError as error:
+            raise EndpointError(f"{config.base_url}: its host or port is not valid: {error}") from None
+        self._url = httpcore2.URL(scheme=parts.scheme.encode(), host=host, port=port, target=target.encode())
+        named = parts.netloc if parts.netloc.isascii() else host.decode() + ("" if port is None else f":{port}")
+        headers = {"host": named, "content-type": "application/json", "accept": "application/json"}
         headers |= {"accept-encoding": "identity", "user-agent": "alignpro"}
         self._secrets: list[str] = []
         if config.api_key_env is not None:
@@ -83,8 +87,11 @@ class HttpClient:
             raise EndpointError(f"{config.base_url}: a header or the key holds characters other than ASCII") from None
         self._proxy = self._read_proxy(config.proxy)
         self._tls = self._tls_context() if parts.scheme == "https" else None
+        logging.getLogger("httpcore2").setLevel(
+            logging.WARNING
+        )  # its records show headers, in which a server may say the key
         self._network = Network()
-        self._idle: list[httpcore2.AsyncConnectionInterface] = []
+        self._idle: list[_Connection] = []
 
     def __repr__(self) -> str:
         return f"HttpClient({self._config.base_url})"
@@ -152,9 +159,11 @@ class HttpClient:
         self._idle.append(connection)
         return reply
 
-    def _connection(self) -> httpcore2.AsyncConnectionInterface:
+    def _connection(self) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
+            if isinstance(connection, httpcore2.AsyncConnectionPool):  # looks after its one connection itself
+                return connection
             if connection.is_available() and not connection.has_expired():
                 return connection
         if self._proxy is not None:
@@ -165,7 +174,7 @@ class HttpClient:
             self._url.origin, self._tls, keepalive_expiry=IDLE_SECONDS, network_backend=self._network
         )
 
-    async def _exchange(self, connection: httpcore2.AsyncConnectionInterface, body: bytes) -> Reply:
+    async def _exchange(self, connection: _Connection, body: bytes) -> Reply:
         headers = [*self._headers, (b"content-length", b"%d" % len(body))]
         timeouts = {"connect": min(CONNECT_SECONDS, self._config.timeout_seconds)}
         request = httpcore2.Request(b"POST", self._url, headers=headers, content=body, extensions={"timeout": timeouts})

@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.client import HttpClient, NotProcessedError, Reply, UnknownOutcomeError
 from alignpro.endpoints.retry_after import retry_after
 from alignpro.endpoints.types import Answer, Books, DrawKey, Purchase, Usage, Verdict
 from alignpro.endpoints.wire import (
+    ErrorInsideError,
     MalformedAnswerError,
     Received,
     error_code,
-    error_inside,
     excerpt,
     outcome_of,
     parse_json,
@@ -106,12 +106,9 @@ class Exchange:
     async def _answered(self, purchase: Purchase, request: Request, reply: Reply) -> Bought:
         n = len(request.keys)
         try:
-            inside = error_inside(reply.body)
-            if inside is not None:
-                code = inside.get("code")
-                status = code if type(code) is int and 400 <= code < 600 else 500
-                return await self._refused(purchase, request, replace(reply, status=status))
             received = read_answer(reply.body, self._config.api, n)
+        except ErrorInsideError as error:
+            return await self._refused(purchase, request, replace(reply, status=error.status))
         except MalformedAnswerError as error:
             return await self._written_off(purchase, self._client.scrub(str(error)))
         answers: Sequence[Answer | None] = [None] * n if request.is_probe else received.answers

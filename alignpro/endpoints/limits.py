@@ -14,14 +14,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.types import Verdict
 from alignpro.errors import EndpointError
 
 MINUTE = 60.0
 START = 8
 """Requests at the same time, at first."""
-SMALLEST_ROUND = 4
+SMALLEST_ROUND = 8
 """Answers after which a small limit may grow."""
 SATURATED = 0.8
 """Part of the limit that must have been used, for it to grow: what was never tried says nothing."""

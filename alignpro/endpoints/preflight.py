@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.exchange import RefusalError
 from alignpro.endpoints.types import Query, Sampling
 from alignpro.endpoints.wire import Received, max_tokens_of

@@ -10,7 +10,7 @@ from typing import Self
 
 from tenacity.wait import wait_base
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.endpoint import BACKOFF, Endpoint
 from alignpro.endpoints.limits import RateLimits
 from alignpro.endpoints.types import Books, Limits

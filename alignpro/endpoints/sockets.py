@@ -17,8 +17,11 @@ _BUFFER = 1 << 16
 class Stream(httpcore2.AsyncNetworkStream):
     """One connection."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, inner: asyncio.StreamWriter | None = None
+    ) -> None:
         self._reader, self._writer = reader, writer
+        self._inner = inner  # what TLS runs over: a writer that nobody holds closes its socket
         self._unsent: list[bytes] = []
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -57,7 +60,7 @@ class Stream(httpcore2.AsyncNetworkStream):
             raise httpcore2.ConnectError(str(error) or "the TLS handshake took too long") from error
         assert transport is not None
         protocol.connection_made(transport)
-        return Stream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+        return Stream(reader, asyncio.StreamWriter(transport, protocol, reader, loop), self._writer)
 
     def get_extra_info(self, info: str) -> Any:
         """What httpcore2 asks for."""

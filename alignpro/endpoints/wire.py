@@ -9,21 +9,30 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.types import Answer, DrawKey, Query, Usage
 from alignpro.errors import EndpointError
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 EXCERPT = 300
 """Characters of what a server said that a message quotes."""
 
 
 class MalformedAnswerError(Exception):
     """An answer that does not have the form that the protocol gives it."""
+
+
+class ErrorInsideError(Exception):
+    """An error that a gateway reports with status 200."""
+
+    def __init__(self, code: object) -> None:
+        super().__init__(code)
+        self.status = code if type(code) is int and 400 <= code < 600 else 500
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def request_body(config: EndpointConfig, query: Query) -> str:
         del body["max_tokens"]
     body |= config.extra_body
     kept = {name: value for name, value in body.items() if value is not None}
-    text = json.dumps(kept, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = _CANONICAL.encode(kept)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -111,12 +120,18 @@ def read_answer(body: bytes, api: Literal["chat", "completions"], n: int) -> Rec
     """Read the answer to a request for ``n`` draws.
 
     Raises:
+        ErrorInsideError: It holds an error instead of choices.
         MalformedAnswerError: It is not JSON, or has no choices. A choice without text is None, as is one that is lacking.
     """
-    document = parse_json(body)
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        raise MalformedAnswerError(f"the answer is not valid JSON: {excerpt(body)}") from None
     if not isinstance(document, dict):
         raise MalformedAnswerError("the answer is not a JSON object")
     choices = document.get("choices")
+    if not choices and isinstance(document.get("error"), dict):
+        raise ErrorInsideError(document["error"].get("code"))
     if not isinstance(choices, list) or not choices:
         raise MalformedAnswerError(f"the answer has no choices: {excerpt(body)}")
     usage = _usage(document.get("usage"))
@@ -126,18 +141,6 @@ def read_answer(body: bytes, api: Literal["chat", "completions"], n: int) -> Rec
     problem = "" if all(answers) else f"a choice holds no text: {excerpt(body)}"
     answers += [None] * (n - len(answers))
     return Received(answers, usage, len(choices), problem)
-
-
-def parse_json(body: bytes) -> Any:
-    """Parse an answer.
-
-    Raises:
-        MalformedAnswerError: It is no JSON.
-    """
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise MalformedAnswerError(f"the answer is not valid JSON: {excerpt(body)}") from None
 
 
 def _by_index(choices: Sequence[Any]) -> Sequence[Any]:
@@ -229,13 +232,6 @@ def _error_of(body: bytes) -> tuple[str, str]:
 def error_code(body: bytes) -> str:
     """The codes by which an error calls itself."""
     return _error_of(body)[0]
-
-
-def error_inside(body: bytes) -> Mapping[str, Any] | None:
-    """The error that an answer with status 200 reports instead of choices, as some gateways do."""
-    document = parse_json(body)
-    error = document.get("error") if isinstance(document, dict) and not document.get("choices") else None
-    return error if isinstance(error, dict) else None
 
 
 def excerpt(body: bytes) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.endpoint import Endpoint
 from alignpro.endpoints.session import EndpointSession
 from alignpro.endpoints.types import Answer, DrawKey, Purchase, Query, Sampling, Usage

@@ -20,7 +20,7 @@ from memory_books import MemoryBooks
 from tenacity import wait_none
 from tiny_server import TinyServer
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.client import HttpClient
 from alignpro.endpoints.endpoint import Endpoint
 from alignpro.endpoints.session import EndpointSession
@@ -169,11 +169,12 @@ def test_a_proxy_may_have_a_password_from_the_environment(monkeypatch: pytest.Mo
     monkeypatch.setenv("PROXY", f"http://user:{HEADER}@127.0.0.1:{forwarder.port}")
     try:
         with TinyServer(key=KEY) as server, opened(server.url, proxy="env:PROXY") as endpoint:
-            assert endpoint.submit(HELLO).result()[0].text
+            for draw in (1, 2):
+                assert endpoint.submit(Query(HELLO.messages, HELLO.sampling, draw, (draw,))).result()[0].text
             assert HEADER not in repr(endpoint.config)
     finally:
         forwarder.close()
-    assert forwarder.heads[0].startswith(b"POST http://127.0.0.1:")
+    assert len(forwarder.heads) == 2 and forwarder.heads[0].startswith(b"POST http://127.0.0.1:")
     assert b"Proxy-Authorization: Basic " + base64.b64encode(f"user:{HEADER}".encode()) in forwarder.heads[0]
 
 
@@ -199,3 +200,9 @@ def test_a_key_that_cannot_stand_in_a_header_is_not_shown(monkeypatch: pytest.Mo
     with pytest.raises(EndpointError, match="other than ASCII") as raised:
         HttpClient(config("http://127.0.0.1:1/v1"))
     assert "schl" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("url", ["https://a..example/v1", "https://host:99999/v1"])
+def test_a_host_that_cannot_be_is_an_error(url: str) -> None:
+    with pytest.raises(EndpointError, match="host or port is not valid"):
+        HttpClient(EndpointConfig(base_url=url, model="tiny"))

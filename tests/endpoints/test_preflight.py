@@ -12,7 +12,7 @@ from memory_books import MemoryBooks
 from tenacity import wait_none
 from tiny_server import Choice, TinyServer, some_words
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.endpoint import Endpoint
 from alignpro.endpoints.session import EndpointSession
 from alignpro.endpoints.types import Query, Sampling
@@ -29,7 +29,7 @@ def opened(server: TinyServer, books: MemoryBooks | None = None, **config: Any) 
 
 
 def refusal(server: TinyServer, **config: Any) -> str:
-    with opened(server, **config) as endpoint, pytest.raises(EndpointError) as raised:
+    with opened(server, MemoryBooks(is_bounded=False), **config) as endpoint, pytest.raises(EndpointError) as raised:
         endpoint.preflight(SAMPLING)
     assert server.url in str(raised.value) and "tiny" in str(raised.value)
     return str(raised.value)

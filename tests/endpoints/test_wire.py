@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignpro.config.endpoints import EndpointConfig
+from alignpro.config import EndpointConfig
 from alignpro.endpoints.types import Answer, Query, Sampling, Usage
 from alignpro.endpoints.wire import (
+    ErrorInsideError,
     MalformedAnswerError,
     draw_keys,
-    error_inside,
     max_tokens_of,
     outcome_of,
     read_answer,
@@ -164,6 +164,13 @@ def test_deeply_nested_json_is_malformed() -> None:
         read_answer(b"[" * 200_000, "chat", 1)
 
 
+def test_an_error_instead_of_choices_has_its_own_status() -> None:
+    for code, status in ((429, 429), ("busy", 500), (None, 500), (200, 500)):
+        with pytest.raises(ErrorInsideError) as raised:
+            read_answer(json.dumps({"error": {"message": "no", "code": code}}).encode(), "chat", 1)
+        assert raised.value.status == status
+
+
 def test_fewer_or_more_choices_than_asked_are_told() -> None:
     received = read_answer(answer(choice()), "chat", 3)
     assert [one is None for one in received.answers] == [False, True, True] and received.choices == 1
@@ -184,10 +191,9 @@ def test_no_json_breaks_it(document: Any) -> None:
     for api in ("chat", "completions"):
         try:
             assert len(read_answer(body, api, 2).answers) == 2
-        except MalformedAnswerError as error:
+        except (MalformedAnswerError, ErrorInsideError) as error:
             assert len(str(error)) < 400
     outcome_of(400, body)
-    error_inside(body)
 
 
 @pytest.mark.parametrize(
