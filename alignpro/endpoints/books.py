@@ -64,7 +64,7 @@ class LedgerBooks:
 
     async def find(self, keys: Sequence[DrawKey]) -> list[Answer | None]:
         """The answers that have been received before."""
-        found = await asyncio.wrap_future(self._ledger.find(keys))
+        found = await self._ledger.wait(self._ledger.find(keys))
         with self._lock:
             self._replayed += sum(answer is not None for answer in found)
         return found
@@ -91,7 +91,7 @@ class LedgerBooks:
             raise
         written.add_done_callback(lambda done: self._register(done, charge))
         try:
-            purchase = await asyncio.wrap_future(written)
+            purchase = await self._ledger.wait(written)
         except asyncio.CancelledError:
             written.add_done_callback(self._abandon)
             raise
@@ -117,20 +117,20 @@ class LedgerBooks:
         actual = Charge(1, (usage or purchase.bound).total, cost or 0)
         written = self._ledger.settle(purchase.id, purchase.keys, answers, usage, cost)
         self._close(purchase, actual, unpriced=cost is None)
-        return await asyncio.wrap_future(written)
+        return await self._ledger.wait(written)
 
     async def refund(self, purchase: Purchase, reason: str) -> None:
         """The request certainly was not processed: it costs nothing."""
         written = self._ledger.refund(purchase.id, reason)
         self._close(purchase, Charge())
-        await asyncio.wrap_future(written)
+        await self._ledger.wait(written)
 
     async def write_off(self, purchase: Purchase, reason: str) -> None:
         """The outcome of the request is unknown (it was reset or timed out in flight): it is charged at its bound."""
         written = self._ledger.write_off(purchase.id, reason)
         cost = self._prices.cost(purchase.keys[0].model, purchase.bound)
         self._close(purchase, Charge(1, purchase.bound.total, cost or 0), unpriced=cost is None, unknown=True)
-        await asyncio.wrap_future(written)
+        await self._ledger.wait(written)
 
     def require(self, model: str, requests: int, most: Usage, what: str) -> None:
         """Check that a piece of work fits in what is left of the budget, before it begins.

@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from alignpro.endpoints.books import LedgerBooks
@@ -148,7 +149,7 @@ class _Rank:
             elif message["call"] in ("find", "reserve", "acquire"):
                 number = message["id"]
                 self._asking[number] = asyncio.create_task(self._call(message))
-                self._asking[number].add_done_callback(lambda task, number=number: self._forget(number, task))
+                self._asking[number].add_done_callback(partial(self._forget, number))
             else:
                 self._record(self._call(message))
 

@@ -6,15 +6,19 @@ commits does not grow with the number of callers.
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import Empty, SimpleQueue
+from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 ResultT = TypeVar("ResultT")
 Work = Callable[[sqlite3.Connection], Any]
+Wake = tuple["asyncio.Future[Any]", "Future[Any]"]
 
 _MOST = 1024
 """Pieces of work in a transaction."""
@@ -34,6 +38,7 @@ class GroupCommit:
         self._queue: SimpleQueue[tuple[Work, Future[Any]] | None] = SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()
+        self._wakes: defaultdict[asyncio.AbstractEventLoop, list[Wake]] = defaultdict(list)  # of the thread alone
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
 
@@ -46,10 +51,27 @@ class GroupCommit:
         future: Future[ResultT] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
-            if self._closed:
+            if self._closed and threading.current_thread() is not self._thread:
                 raise RuntimeError("the ledger is closed")
             self._queue.put((work, future))
         return future
+
+    async def wait(self, future: Future[ResultT]) -> ResultT:
+        """Return the result of submitted work; a caller that is cancelled leaves it as it is.
+
+        All that wait in an event loop for a transaction are woken by one call: `asyncio.wrap_future` makes one for each.
+        """
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[ResultT] = loop.create_future()
+
+        def wake(done: Future[ResultT]) -> None:
+            if threading.current_thread() is self._thread:
+                self._wakes[loop].append((waiter, done))
+            else:  # it was done before: this is the thread of the loop
+                _deliver([(waiter, done)])
+
+        future.add_done_callback(wake)
+        return await waiter
 
     def close(self) -> None:
         """Finish what was submitted, and close the connection."""
@@ -65,23 +87,15 @@ class GroupCommit:
             raise self._explain(error) from error
 
     def _run(self) -> None:
-        ended = False
-        while not ended:
-            batch = []
-            item = self._queue.get()
-            while True:
-                if item is None:
-                    ended = True
-                    break
-                batch.append(item)
-                if len(batch) == _MOST:
-                    break
-                try:
-                    item = self._queue.get_nowait()
-                except Empty:
-                    break
-            if batch:
-                self._commit(batch)
+        is_open = True
+        while is_open or not self._queue.empty():  # what is done at the end may submit more
+            batch = [self._queue.get()]
+            while len(batch) < _MOST and not self._queue.empty():
+                batch.append(self._queue.get())
+            is_open = is_open and None not in batch
+            if work := [each for each in batch if each is not None]:
+                self._commit(work)
+                self._wake()
 
     def _commit(self, batch: list[tuple[Work, Future[Any]]]) -> None:
         try:
@@ -96,6 +110,12 @@ class GroupCommit:
         for (_, future), result in zip(batch, results, strict=True):
             future.set_result(result)
 
+    def _wake(self) -> None:
+        for loop, wakes in self._wakes.items():
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                loop.call_soon_threadsafe(_deliver, wakes)
+        self._wakes.clear()
+
     def _transaction(self, works: list[Work]) -> list[Any]:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
@@ -106,3 +126,14 @@ class GroupCommit:
                 self._connection.execute("ROLLBACK")
             raise
         return results
+
+
+def _deliver(wakes: list[Wake]) -> None:
+    for waiter, done in wakes:
+        if waiter.done():  # cancelled
+            continue
+        error = done.exception()
+        if error is None:
+            waiter.set_result(done.result())
+        else:
+            waiter.set_exception(error)

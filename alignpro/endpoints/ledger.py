@@ -14,7 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from alignpro.endpoints.group_commit import GroupCommit
 from alignpro.endpoints.ledger_lock import lock_ledger
@@ -23,6 +25,8 @@ from alignpro.endpoints.ledger_schema import explain, ledger_errors, open_for_wr
 from alignpro.endpoints.types import Answer, DrawKey, Usage
 
 logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
 
 _LARGEST = 2**62
 """What does not fit in a column is no number of tokens; the budget has long failed."""
@@ -82,9 +86,13 @@ class Ledger:
     def charges(self, run: str) -> Iterator[RecordedCharge]:
         """Yield what was charged for the purchases of a run, those of earlier processes included."""
         last = 0
-        while rows := self._writer.submit(lambda connection, after=last: _charges(connection, run, after)).result():
+        while rows := self._writer.submit(partial(_charges, run=run, after=last)).result():
             last = rows[-1][0]
             yield from (charge for _, charge in rows)
+
+    async def wait(self, future: Future[ResultT]) -> ResultT:
+        """Wait, in an event loop, until what the other methods return is on disk."""
+        return await self._writer.wait(future)
 
     def find(self, keys: Sequence[DrawKey]) -> Future[list[Answer | None]]:
         """Look up the answers that have been received before."""
@@ -151,13 +159,11 @@ class Ledger:
         missing = json.dumps([key.draw for key, answer in zip(keys, answers, strict=True) if answer is None])
 
         def work(connection: sqlite3.Connection) -> list[Answer | None]:
-            question = find_question(connection, question_of(keys[0]))
-            assert question is not None  # since the intent was recorded
             if usage is None:
-                _close(connection, purchase, "state = 'settled', missing = ?", (missing,))
+                question = _close(connection, purchase, "state = 'settled', missing = ?", (missing,))
             else:
                 charged = [min(each, _LARGEST) for each in (usage.input, usage.output)]
-                _close(
+                question = _close(
                     connection,
                     purchase,
                     "state = 'settled', missing = ?, reported = 1, input = ?, output = ?, cost = ?",
@@ -170,15 +176,15 @@ class Ledger:
 
         return self._writer.submit(work)
 
-    def refund(self, purchase: int, reason: str) -> Future[None]:
-        """Record that a request was certainly not processed."""
+    def refund(self, purchase: int, reason: str) -> Future[int]:
+        """Record that a request was certainly not processed; the result has no meaning."""
         changes = "state = 'refunded', input = 0, output = 0, cost = 0, reason = ?"
-        return self._writer.submit(lambda connection: _close(connection, purchase, changes, (encode(reason),)))
+        return self._writer.submit(partial(_close, purchase=purchase, changes=changes, values=(encode(reason),)))
 
-    def write_off(self, purchase: int, reason: str) -> Future[None]:
-        """Record that the outcome of a request is unknown; its bound stays charged."""
+    def write_off(self, purchase: int, reason: str) -> Future[int]:
+        """Record that the outcome of a request is unknown; its bound stays charged. The result has no meaning."""
         changes = "state = 'written_off', reason = ?"
-        return self._writer.submit(lambda connection: _close(connection, purchase, changes, (encode(reason),)))
+        return self._writer.submit(partial(_close, purchase=purchase, changes=changes, values=(encode(reason),)))
 
 
 def _write_off_open(connection: sqlite3.Connection, path: Path) -> None:
@@ -209,11 +215,12 @@ def _charges(connection: sqlite3.Connection, run: str, after: int) -> list[tuple
 
 
 def _require_question(connection: sqlite3.Connection, key: DrawKey, question: bytes) -> int:
-    row = find_question(connection, question)
-    if row is not None:
-        # Its body may have been purged; it is asked again, so it is there again.
-        connection.execute("UPDATE questions SET body = ? WHERE id = ? AND body IS NULL", (encode(key.body), row))
-        return row
+    found = connection.execute("SELECT id, body IS NULL FROM questions WHERE hash = ?", (question,)).fetchone()
+    if found is not None:
+        row, purged = found
+        if purged:  # it is asked again
+            connection.execute("UPDATE questions SET body = ? WHERE id = ?", (encode(key.body), row))
+        return int(row)
     cursor = connection.execute(
         "INSERT INTO questions(hash, base_url, model, api, body) VALUES (?, ?, ?, ?, ?)",
         (question, encode(key.base_url), encode(key.model), key.api, encode(key.body)),
@@ -222,10 +229,14 @@ def _require_question(connection: sqlite3.Connection, key: DrawKey, question: by
     return cursor.lastrowid
 
 
-def _close(connection: sqlite3.Connection, purchase: int, changes: str, values: Sequence[object]) -> None:
-    cursor = connection.execute(f"UPDATE purchases SET {changes} WHERE id = ? AND state = 'open'", (*values, purchase))
-    if cursor.rowcount != 1:
+def _close(connection: sqlite3.Connection, purchase: int, changes: str, values: Sequence[object]) -> int:
+    """Change a purchase that is open; return its question."""
+    row = connection.execute(
+        f"UPDATE purchases SET {changes} WHERE id = ? AND state = 'open' RETURNING question", (*values, purchase)
+    ).fetchone()
+    if row is None:
         raise ValueError(f"purchase {purchase} is not open")
+    return int(row[0])
 
 
 def _record(connection: sqlite3.Connection, purchase: int, question: int, draw: int, answer: Answer) -> Answer | None:

@@ -95,8 +95,9 @@ def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
     """
     if not path.is_file():
         raise LedgerError(f"ledger {path}: there is no such file")
-    uri = f"file:{quote(str(path.resolve()))}?mode=ro"
-    if not os.access(path.resolve().parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
+    file = path.resolve()
+    uri = f"file:{quote(str(file))}?mode=ro"
+    if not os.access(file.parent, os.W_OK) and not file.with_name(f"{file.name}-wal").exists():
         uri += "&immutable=1"  # SQLite could not create the shared memory that it reads a WAL database by
     with ledger_errors(path):
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)

@@ -91,7 +91,11 @@ def pack_keys(keys: Sequence[DrawKey]) -> list[Any]:
 def unpack_keys(packed: list[Any]) -> tuple[DrawKey, ...]:
     """Invert `pack_keys`."""
     questions, draws = packed
-    return tuple(DrawKey(*questions[index], draw) for index, draw in draws)
+    keys = []
+    for index, draw in draws:
+        base_url, model, api, body = questions[index]
+        keys.append(DrawKey(base_url, model, api, body, draw))
+    return tuple(keys)
 
 
 def pack_answers(answers: Sequence[Answer | None]) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_one_that_is_cancelled_while_its_intent_is_written_costs_nothing(ledger:
 
     asyncio.run(run())
     assert states(ledger) == ["refunded", "settled"]
+
+
+def test_what_was_cancelled_before_the_ledger_closes_costs_nothing(tmp_path: Path) -> None:
+    async def run(ledger: Ledger) -> None:
+        ledger._writer.submit(lambda _: time.sleep(0.05))  # so that the intent is written while it closes
+        task = asyncio.create_task(books(ledger).reserve([key(1)], BOUND))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        asyncio.run(run(ledger))
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert list(ledger.charges("run")) == [] and states(ledger) == ["refunded"]
 
 
 def test_stopping_fails_what_waits_and_what_comes(ledger: Ledger) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
 from decimal import Decimal
 from fractions import Fraction
@@ -12,8 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import buyer
 import pytest
-from buyer import DRAWS, PRICES
 from purchases import key
 
 from alignpro.config import BudgetConfig
@@ -23,27 +22,31 @@ from alignpro.endpoints.ledger_check import verify
 
 
 def read_log(path: Path) -> list[list[Any]]:
-    """Return the complete records of a log; a kill may have cut the last."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    """Return the records of a log."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
-def run_buyer(directory: Path, usd: str, seed: int, seconds: float | None) -> str:
-    """Let a buyer run, kill it after a while unless ``seconds`` is None, and return what it said last."""
-    command = [sys.executable, str(Path(__file__).with_name("buyer.py")), str(directory), usd, str(seed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as buyer:
-        assert buyer.stdout is not None and buyer.stdout.readline() == "buying\n"
-        if seconds is not None:
-            time.sleep(seconds)
-            buyer.kill()
-        return buyer.stdout.read()
+def run_buyer(directory: Path, draws: int, usd: str, seed: int, sales: int | None = None) -> str:
+    """Let a buyer run, kill it a moment after so many sales unless that is None, and return how it ended if it did."""
+    before, said = len(read_log(directory / "served")), directory / "said"
+    said.unlink(missing_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=buyer.run, args=(directory, draws, usd, seed))
+    process.start()
+    if sales is not None:
+        while process.is_alive() and len(read_log(directory / "served")) < before + sales:
+            time.sleep(0.002)
+        time.sleep(Random(seed).random() / 50)
+        process.kill()
+    process.join()
+    return said.read_text() if said.exists() else ""
 
 
-def check(directory: Path, usd: str) -> int:
-    """Compare the ledger with the logs of the server and of the buyer; return the number of unknown outcomes."""
+def check(directory: Path, draws: int, usd: str) -> int:
+    """Compare the ledger with the logs of the server and of the buyer; return the number of sales without an answer."""
     served, handed = read_log(directory / "served"), read_log(directory / "handed")
     with Ledger(directory / "ledger.sqlite") as ledger:
-        spending = LedgerBooks(ledger, BudgetConfig(), PRICES, "run").spending()
-        found = ledger.find([key(draw) for draw in range(1, DRAWS + 1)]).result()
+        spending = LedgerBooks(ledger, BudgetConfig(), buyer.PRICES, "run").spending()
+        found = ledger.find([key(draw) for draw in range(1, draws + 1)]).result()
         charges = list(ledger.charges("run"))
     verify(directory / "ledger.sqlite")
     texts = {draw: answer.text for draw, answer in enumerate(found, 1) if answer is not None}
@@ -54,7 +57,7 @@ def check(directory: Path, usd: str) -> int:
         sold.setdefault(draw, []).append(text)
     for draw, text in texts.items():
         assert sold[draw][-1] == text  # nothing is bought after the answer that is on record
-    price = PRICES["m"]
+    price = buyer.PRICES["m"]
     bill = sum(
         (Fraction(price.input) * input + Fraction(price.output) * output) / 10**6 + Fraction(price.request)
         for _, input, output, _ in served
@@ -66,21 +69,21 @@ def check(directory: Path, usd: str) -> int:
     return unknown
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_lose_no_answer_and_buy_none_twice(tmp_path: Path, kills: int) -> None:
-    random, unknown = Random(1), 0
+    random, draws = Random(1), 100 + 5 * kills
     for kill in range(kills):
-        run_buyer(tmp_path, "100", kill, seconds=random.random() / (4 if kills < 10 else 20))
-        unknown = check(tmp_path, "100")
+        run_buyer(tmp_path, draws, "100", seed=kill, sales=random.randrange(8))
+        unknown = check(tmp_path, draws, "100")
     assert unknown > 0  # or no kill has hit a request in flight, and this proves nothing
-    assert run_buyer(tmp_path, "100", kills, seconds=None) == "complete\n"
-    check(tmp_path, "100")
+    assert run_buyer(tmp_path, draws, "100", seed=kills) == "complete"
+    check(tmp_path, draws, "100")
 
 
 def test_a_budget_holds_across_kills(tmp_path: Path) -> None:
     """The limit is less than the answers cost: whenever the run is killed, it ends with an error of the budget."""
-    for kill in range(4):
-        run_buyer(tmp_path, "0.2", kill, seconds=0.05 * kill)
-        check(tmp_path, "0.2")
-    assert run_buyer(tmp_path, "0.2", 9, seconds=None) == "exhausted\n"
-    check(tmp_path, "0.2")
+    for kill in range(5):
+        run_buyer(tmp_path, 100, "0.08", seed=kill, sales=6 * kill)
+        check(tmp_path, 100, "0.08")
+    assert run_buyer(tmp_path, 100, "0.08", seed=9) == "exhausted"
+    check(tmp_path, 100, "0.08")
