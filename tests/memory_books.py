@@ -35,7 +35,7 @@ class MemoryBooks:
         return [None if answer is None else replace(answer, replayed=True) for answer in found]
 
     async def reserve(self, keys: Sequence[DrawKey], bound: Usage) -> Purchase:
-        assert keys and len(set(keys)) == len(keys) and bound.total > 0
+        assert keys and len(set(keys)) == len(keys) and bound.total >= 0
         spent = self.ended["settled"] + self.ended["written off"] + len(self.open)
         if self.most_requests is not None and spent >= self.most_requests:
             raise BudgetError(

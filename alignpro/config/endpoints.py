@@ -12,7 +12,8 @@ from pydantic import AfterValidator, Field, model_validator
 from alignpro.config.section import Section
 
 
-def _require_http(url: str) -> str:
+def require_http_url(url: str) -> str:
+    """Check that a URL is one of HTTP that holds no key; returns it without a slash at its end."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("expected http://HOST/… or https://HOST/…")
@@ -29,6 +30,10 @@ def _require_no_password(proxy: str) -> str:
     return proxy
 
 
+ProxyURL = Annotated[str, AfterValidator(_require_no_password)]
+"""A proxy without its password; ``env:NAME`` is read from the environment."""
+
+
 def _require_free_fields(body: dict[str, Any]) -> dict[str, Any]:
     for name in ("n", "seed", "stream", "messages", "prompt"):
         if name in body:
@@ -39,7 +44,7 @@ def _require_free_fields(body: dict[str, Any]) -> dict[str, Any]:
 class EndpointConfig(Section):
     """A model behind an OpenAI-compatible server."""
 
-    base_url: Annotated[str, AfterValidator(_require_http)]
+    base_url: Annotated[str, AfterValidator(require_http_url)]
     """What comes before ``/chat/completions`` or ``/completions``, such as ``https://api.openai.com/v1``."""
     model: str = Field(min_length=1)
     api: Literal["chat", "completions"] = "chat"
@@ -54,7 +59,7 @@ class EndpointConfig(Section):
     ``max_completion_tokens`` takes the place of ``max_tokens``."""
     ca_bundle: Path | None = None
     """A file of certificates to trust instead of the system's."""
-    proxy: Annotated[str, AfterValidator(_require_no_password)] | None = None
+    proxy: ProxyURL | None = None
     """Of all requests; ``env:NAME`` is read from the environment."""
     requests_per_minute: float | None = Field(None, gt=0)
     tokens_per_minute: float | None = Field(None, gt=0)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import AfterValidator, Field, field_serializer, model_validator
 
+from alignpro.config.endpoints import EndpointConfig, ProxyURL, require_http_url
 from alignpro.config.models import ModelConfig
 from alignpro.config.section import Section
 
 NOT_IMPORTABLE = "not importable, give the function again: "
 """What `function_name` writes before the name of a function that no configuration file can name."""
+
+
+def _require_http(url: str) -> str:
+    require_http_url(url)
+    return url  # with the slash at its end, if there is one: without it would be another URL
 
 
 class FunctionRewardConfig(Section):
@@ -45,6 +52,92 @@ class ModelRewardConfig(Section):
     offset: float = 0.0
 
 
+class JudgeRewardConfig(Section):
+    """A language model behind a server that judges the response by a rubric."""
+
+    kind: Literal["judge"]
+    endpoint: EndpointConfig
+    mode: Literal["score", "pairwise"] = "score"
+    """``score`` grades the response on a scale; ``pairwise`` compares it with the reference, in both orders."""
+    rubric: str | None = None
+    """A Jinja file, by default the built-in rubric of the mode. It is the only template: texts and answers never are."""
+    criteria: str = ""
+    """What the built-in rubrics ask to look for, in place of their own general words."""
+    reference: str | None = None
+    """A column of the data: a response to compare with, or what a good one contains."""
+    system: str | None = None
+    """A system message for the judge."""
+    low: float = 1.0
+    """The worst score, of ``score``."""
+    high: float = 10.0
+    """The best."""
+    temperature: float = Field(0.0, ge=0)
+    """Of the first attempt; further ones are drawn at 1 if this is 0, since a greedy answer would not change."""
+    max_tokens: int = Field(1024, ge=1)
+    attempts: int = Field(3, ge=1)
+    """How often a question is asked whose answers cannot be read."""
+    on_error: Literal["stop", "abstain"] = "stop"
+    """What happens then: the run ends with an error that names the prompt, or the judge abstains from the response."""
+    name: str | None = None
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> JudgeRewardConfig:
+        if self.low >= self.high:
+            raise ValueError(
+                f"low={self.low:g} is not below high={self.high:g}: the worst score is `low`, the best `high`"
+            )
+        if self.mode == "pairwise" and self.reference is None:
+            raise ValueError(
+                "mode=pairwise compares the response with another: name its column of the data as `reference`, such as "
+                "`reference: response`"
+            )
+        if self.system is not None and self.endpoint.api == "completions":
+            raise ValueError("`system` needs endpoint.api=chat: completions get one text, which is the rubric's")
+        return self
+
+
+class JSONServerConfig(Section):
+    """A server of any JSON; keys that an `EndpointConfig` has too mean the same."""
+
+    url: Annotated[str, AfterValidator(_require_http)]
+    """What is posted to."""
+    model: str = Field("json", min_length=1)
+    """The name under which `prices` has what a request costs."""
+    api_key_env: str | None = None
+    extra_headers: dict[str, str] = Field(default_factory=dict)
+    extra_query: dict[str, str] = Field(default_factory=dict)
+    ca_bundle: Path | None = None
+    proxy: ProxyURL | None = None
+    requests_per_minute: float | None = Field(None, gt=0)
+    max_concurrency: int = Field(64, ge=1)
+    timeout_seconds: float = Field(300.0, gt=0)
+    max_retries: int = Field(8, ge=0)
+    max_failures: int = Field(32, ge=1)
+    max_answer_bytes: int = Field(1 << 22, ge=1)
+
+    def endpoint(self) -> tuple[EndpointConfig, str]:
+        """The server as an endpoint, and the path after its base URL."""
+        shared = {name: getattr(self, name) for name in type(self).model_fields if name != "url"}
+        base = self.url.rstrip("/")
+        return EndpointConfig(base_url=base, n=False, seed=False, **shared), self.url[len(base) :]
+
+
+class HTTPRewardConfig(Section):
+    """A server that answers a sample, or a batch of them, with scores as JSON."""
+
+    kind: Literal["http"]
+    server: JSONServerConfig
+    body: dict[str, Any] | list[Any]
+    """What is sent, with placeholders for the texts; see `alignpro.rewards.json_mapping.BodyTemplate`."""
+    score: str
+    """Where in the answer the score is, or the list of scores; see `alignpro.rewards.json_mapping.ScorePath`."""
+    batch_size: int | None = Field(None, ge=1)
+    """Samples of one request; without it a request is for one sample, and its placeholders are no lists."""
+    name: str | None = None
+    weight: float = 1.0
+
+
 class GuardConfig(Section):
     """A drift guard: a metric that compares the rewrite with the original, and optionally a penalty.
 
@@ -71,7 +164,9 @@ class GuardConfig(Section):
         return self
 
 
-RewardComponentConfig = Annotated[FunctionRewardConfig | ModelRewardConfig, Field(discriminator="kind")]
+RewardComponentConfig = Annotated[
+    FunctionRewardConfig | ModelRewardConfig | JudgeRewardConfig | HTTPRewardConfig, Field(discriminator="kind")
+]
 
 
 class RewardConfig(Section):
@@ -79,6 +174,12 @@ class RewardConfig(Section):
 
     components: list[RewardComponentConfig] = Field(min_length=1)
     guards: list[GuardConfig] = Field(default_factory=list)
+
+    @property
+    def endpoints(self) -> list[EndpointConfig]:
+        """The servers that components ask."""
+        judges = [each.endpoint for each in self.components if isinstance(each, JudgeRewardConfig)]
+        return judges + [each.server.endpoint()[0] for each in self.components if isinstance(each, HTTPRewardConfig)]
 
 
 def function_name(function: str | Callable[..., Any]) -> str:

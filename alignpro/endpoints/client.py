@@ -54,16 +54,18 @@ class HttpClient:
 
     Args:
         config: The server.
+        path: What comes after the base URL; by default that of the API.
 
     Raises:
         EndpointError: A variable of the environment is not set, or the file of certificates cannot be read.
     """
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: EndpointConfig, path: str | None = None) -> None:
         self._config = config
         parts = urlsplit(config.base_url)
         query = f"?{urlencode(config.extra_query)}" if config.extra_query else ""
-        target = f"{quote(parts.path, safe='/%:@!$&+,;=~')}{PATHS[config.api]}{query}"
+        after = PATHS[config.api] if path is None else path
+        target = (quote(parts.path, safe="/%:@!$&+,;=~") + after or "/") + query
         try:
             host, port = (parts.hostname or "").encode("idna"), parts.port
         except ValueError as error:

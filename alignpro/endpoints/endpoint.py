@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from alignpro.endpoints.client import HttpClient
 from alignpro.endpoints.exchange import Bought, Exchange, FailureError, RefusalError, Request
 from alignpro.endpoints.limits import RateLimits
 from alignpro.endpoints.preflight import Findings, Probe, examine
-from alignpro.endpoints.types import Answer, Books, DrawKey, Limits, Query, Sampling, Verdict
+from alignpro.endpoints.types import Answer, Books, DrawKey, Limits, Query, Sampling, Usage, Verdict
 from alignpro.endpoints.wire import Received, draw_keys, request_body, upper_bound, with_draws
 from alignpro.errors import EndpointError
 
@@ -119,6 +119,7 @@ class Endpoint:
         limits: Its rate limits.
         loop: Where it runs.
         backoff: How long to wait before a request is repeated.
+        path: Of a server of any JSON, what comes after the base URL; then it takes `post`, and no queries.
 
     Raises:
         EndpointError: A variable of the environment is not set, or the certificates cannot be read.
@@ -131,10 +132,12 @@ class Endpoint:
         limits: Limits,
         loop: asyncio.AbstractEventLoop,
         backoff: wait_base = BACKOFF,
+        path: str | None = None,
     ) -> None:
         self.config = config
+        self._path = path
         self._loop, self._books, self._limits, self._backoff = loop, books, limits, backoff
-        self._client = HttpClient(config)
+        self._client = HttpClient(config, path)
         self._exchange = Exchange(config, self._client, books)
         self._failures = _Failures(config.max_failures)
         self._counts = dict.fromkeys(_COUNTS, 0)  # read by other threads, so it keeps its size
@@ -160,6 +163,19 @@ class Endpoint:
             BudgetError: The next request could exceed the budget.
         """
         return self._submit(lambda: self._answer(query))
+
+    def post(self, body: str, check: Callable[[Any], object]) -> Future[Answer]:
+        """Send any JSON; the text of the answer is what came back, as JSON. Limits, ledger and budget are those of queries.
+
+        Args:
+            body: Canonical JSON: it identifies the answer in the ledger.
+            check: Raises an `AlignProError` for an answer that is of no use; then it is not recorded.
+
+        Raises (by the future):
+            EndpointError: The server cannot be used, or has failed for good.
+            BudgetError: The request could exceed the budget.
+        """
+        return self._submit(lambda: self._post(body, check))
 
     def preflight(self, sampling: Sampling) -> Findings:
         """Check URL, key, model and parameters with a few small requests, and wait for the result; done once.
@@ -255,12 +271,33 @@ class Endpoint:
         found = await self._find_out(query.sampling)
         body = request_body(self.config, query)
         keys = draw_keys(self.config, query, body)
+        answers = await self._obtain(keys, lambda mine: self._find_or_buy(query, body, mine, found))
+        return [answers[key] for key in keys]
+
+    async def _post(self, body: str, check: Callable[[Any], object]) -> Answer:
+        key = DrawKey(f"{self.config.base_url}{self._path or ''}", self.config.model, "json", body, 0)
+
+        async def find_or_buy(keys: Sequence[DrawKey]) -> dict[DrawKey, Answer]:
+            (recorded,) = await self._books.find(keys)
+            if recorded is None:
+                return await self._buy([Request((key,), body.encode(), Usage(0, 0), check=check)])
+            self._counts["replayed"] += 1
+            return {key: recorded}
+
+        return (await self._obtain([key], find_or_buy))[key]
+
+    async def _obtain(
+        self,
+        keys: Sequence[DrawKey],
+        find_or_buy: Callable[[Sequence[DrawKey]], Awaitable[dict[DrawKey, Answer]]],
+    ) -> dict[DrawKey, Answer]:
+        """The answer to each key; those that somebody else waits for already are not asked for again."""
         others = {key: self._asked[key] for key in keys if key in self._asked}
         mine = [key for key in dict.fromkeys(keys) if key not in others]
         for key in mine:
             self._asked[key] = self._loop.create_future()
         try:
-            answers = await self._find_or_buy(query, body, mine, found) if mine else {}
+            answers = await find_or_buy(mine) if mine else {}
             for key, answer in answers.items():
                 self._asked[key].set_result(answer)
         finally:
@@ -270,7 +307,7 @@ class Endpoint:
             answers[key] = await asyncio.shield(future)
         for answer in answers.values():
             self._note(answer)
-        return [answers[key] for key in keys]
+        return answers
 
     async def _find_or_buy(
         self, query: Query, body: str, keys: Sequence[DrawKey], found: Findings

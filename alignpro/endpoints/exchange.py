@@ -7,7 +7,8 @@ outcome unknown           reset, time-out, truncated or unreadable answer, other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from alignpro.endpoints.wire import (
     error_code,
     excerpt,
     outcome_of,
+    parse_json,
     read_answer,
 )
 from alignpro.errors import EndpointError
@@ -53,6 +55,8 @@ class Request:
     bound: Usage
     is_probe: bool = False
     """Whether its answers are looked at and not recorded."""
+    check: Callable[[Any], object] | None = None
+    """Of a server of any JSON: raises for an answer that is of no use, which is not recorded. None: it is a model's server."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Exchange:
         except BaseException:
             await self._books.write_off(purchase, "interrupted in flight")
             raise
+        if reply.status == 200 and request.check is not None:
+            return await self._answered_json(purchase, request.check, reply)
         if reply.status == 200:
             return await self._answered(purchase, request, reply)
         return await self._refused(purchase, request, reply)
@@ -119,6 +125,20 @@ class Exchange:
         if not any(recorded):
             return Bought(verdict, received, self._client.scrub(received.problem))
         return Bought(verdict, received)
+
+    async def _answered_json(self, purchase: Purchase, check: Callable[[Any], object], reply: Reply) -> Bought:
+        nothing = Usage(0, 0)
+        try:
+            document = parse_json(reply.body)
+        except MalformedAnswerError as error:
+            return await self._written_off(purchase, self._client.scrub(str(error)))
+        try:
+            check(document)
+        except Exception:
+            await self._books.settle(purchase, [None], nothing)
+            raise
+        recorded = await self._books.settle(purchase, [Answer(json.dumps(document), "stop")], nothing)
+        return Bought(Verdict("ok", 0), Received(recorded, nothing, 1))
 
     async def _refused(self, purchase: Purchase, request: Request, reply: Reply) -> Bought:
         said = self._client.scrub(excerpt(reply.body))

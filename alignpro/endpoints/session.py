@@ -63,8 +63,12 @@ class EndpointSession:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
 
-    def endpoint(self, config: EndpointConfig) -> Endpoint:
+    def endpoint(self, config: EndpointConfig, path: str | None = None) -> Endpoint:
         """Open a server. Endpoints with the same URL, key and model share their limits, those of the first of them.
+
+        Args:
+            config: The server.
+            path: Of a server of any JSON, what comes after the base URL.
 
         Raises:
             EndpointError: A variable of the environment is not set, or the certificates cannot be read.
@@ -74,7 +78,7 @@ class EndpointSession:
         group = (config.base_url, config.api_key_env, config.model)
         if group not in self._limits:
             self._limits[group] = self._new_limits(config)
-        endpoint = Endpoint(config, self._books, self._limits[group], self.loop, self._backoff)
+        endpoint = Endpoint(config, self._books, self._limits[group], self.loop, self._backoff, path)
         self._endpoints.append(endpoint)
         return endpoint
 

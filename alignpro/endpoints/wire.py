@@ -123,10 +123,7 @@ def read_answer(body: bytes, api: Literal["chat", "completions"], n: int) -> Rec
         ErrorInsideError: It holds an error instead of choices.
         MalformedAnswerError: It is not JSON, or has no choices. A choice without text is None, as is one that is lacking.
     """
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        raise MalformedAnswerError(f"the answer is not valid JSON: {excerpt(body)}") from None
+    document = parse_json(body)
     if not isinstance(document, dict):
         raise MalformedAnswerError("the answer is not a JSON object")
     choices = document.get("choices")
@@ -141,6 +138,18 @@ def read_answer(body: bytes, api: Literal["chat", "completions"], n: int) -> Rec
     problem = "" if all(answers) else f"a choice holds no text: {excerpt(body)}"
     answers += [None] * (n - len(answers))
     return Received(answers, usage, len(choices), problem)
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse an answer.
+
+    Raises:
+        MalformedAnswerError: It is no JSON.
+    """
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise MalformedAnswerError(f"the answer is not valid JSON: {excerpt(body)}") from None
 
 
 def _by_index(choices: Sequence[Any]) -> Sequence[Any]:

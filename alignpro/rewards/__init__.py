@@ -1,6 +1,6 @@
-"""Rewards r*(x, y): functions, reward models and drift guards, combined in a weighted sum.
+"""Rewards r*(x, y): functions, reward models, judges and drift guards, combined in a weighted sum.
 
-May import `models`, `prompting`, `data`, `config` and `errors`.
+What waits for a server waits beside all others. May import `endpoints`, `models`, `prompting`, `data`, `config` and `errors`.
 """
 
 from alignpro.rewards.component import Measurement, Reward

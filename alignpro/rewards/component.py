@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Protocol
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from alignpro.data import Prompt
-from alignpro.errors import RewardError
+from alignpro.errors import BudgetError, ConfigError, EndpointError, LedgerError, PeerError, RewardError
 
 
 @dataclass
@@ -22,8 +24,8 @@ class Measurement:
 
     values: list[float | None]
     """(N,) the component's own scores, before weights; None where it abstains."""
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    """Name -> (N,): additional metrics, such as which inputs were truncated."""
+    metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """Name -> (N,): additional metrics, such as which inputs were truncated; None where there is nothing to measure."""
 
 
 class Reward(Protocol):
@@ -31,11 +33,34 @@ class Reward(Protocol):
 
     name: str
 
+    def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts to which it can score responses.
+
+        Raises:
+            ConfigError: The data lacks what it needs.
+        """
+
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None = None
     ) -> Measurement:
         """Score N responses against the ORIGINAL prompts, row by row; ``rewrites`` led to them, if there are any."""
         ...
+
+
+class ConcurrentReward(ABC):
+    """One component of r*(x, y) that waits, for a server as a rule: those of one reward wait at the same time."""
+
+    name: str
+
+    @abstractmethod
+    def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """As `Reward.scorable`."""
+
+    @abstractmethod
+    async def measure(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None
+    ) -> Measurement:
+        """Score N responses as `Reward` does, on the event loop of the reward's own thread."""
 
 
 def guarded_call(what: str, prompts: Sequence[Prompt], call: Callable[[], Measurement]) -> Measurement:
@@ -50,18 +75,53 @@ def guarded_call(what: str, prompts: Sequence[Prompt], call: Callable[[], Measur
         RewardError: The component raised, or returned the wrong number of values, NaN, infinity or something that is not
             a number. The message names the component and a prompt: the one with the bad value, or else the first of the
             batch (a function may have side effects, so it is not called again to find the row).
+        EndpointError: A server that it asks cannot be used.
+        BudgetError: What it asks a server could exceed the budget.
     """
-    try:
+    with _errors_named(what, prompts):
         measured = call()
-    except RewardError:
+    return _checked(what, prompts, measured)
+
+
+async def guarded_await(
+    what: str, prompts: Sequence[Prompt], measure: Callable[[], Awaitable[Measurement]]
+) -> Measurement:
+    """Await a component and check its result, as `guarded_call`."""
+    with _errors_named(what, prompts):
+        measured = await measure()
+    return _checked(what, prompts, measured)
+
+
+@contextmanager
+def server_errors_named(what: str) -> Iterator[None]:
+    """Let the error of a server say which component asked it."""
+    try:
+        yield
+    except EndpointError as error:
+        raise EndpointError(f"{what}: {error}") from error
+
+
+_AS_THEY_ARE = (RewardError, EndpointError, BudgetError, LedgerError, ConfigError, PeerError)
+"""Errors that say what to do, of a component and of the books that its requests pass."""
+
+
+@contextmanager
+def _errors_named(what: str, prompts: Sequence[Prompt]) -> Iterator[None]:
+    try:
+        with server_errors_named(what):
+            yield
+    except _AS_THEY_ARE:
         raise
     except Exception as error:
         raise RewardError(
             f"{what} raised {type(error).__name__}: {error}{_where(error)}\n"
             f"  in a batch of {len(prompts)} that begins with {describe_prompt(prompts[0])}"
         ) from error
-    checked = {name: checked_values(f"{what}: metric {name!r}", prompts, v) for name, v in measured.metrics.items()}
-    return Measurement(checked_scores(what, prompts, measured.values), checked)
+
+
+def _checked(what: str, prompts: Sequence[Prompt], measured: Measurement) -> Measurement:
+    metrics = {name: checked_scores(f"{what}: metric {name!r}", prompts, v) for name, v in measured.metrics.items()}
+    return Measurement(checked_scores(what, prompts, measured.values), metrics)
 
 
 def checked_values(what: str, prompts: Sequence[Prompt], values: Any) -> list[float]:

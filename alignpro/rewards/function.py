@@ -12,9 +12,9 @@ from alignpro.config.dotted_path import load_object
 from alignpro.config.rewards import NOT_IMPORTABLE, function_name
 from alignpro.data import Prompt
 from alignpro.errors import ConfigError, RewardError
-from alignpro.rewards.component import Measurement, describe_prompt
+from alignpro.rewards.component import ConcurrentReward, Measurement, describe_prompt
 
-_BATCH = ("prompts", "completions", "responses", "rewrites")
+_BATCH = ("prompts", "completions", "responses", "rewrites", "metadata")
 """Parameters that get one value per sample of the batch; other ones are columns of the data."""
 
 
@@ -41,6 +41,7 @@ class FunctionReward:
             load_object(path, "reward function") if isinstance(config.function, str) else config.function
         )
         self._params = config.params
+        self.is_async = any(map(inspect.iscoroutinefunction, (self._function, type(self._function).__call__)))
         self.name = config.name or path.rpartition(":")[2].rpartition("<locals>.")[2]
         try:
             signature = inspect.signature(self._function)
@@ -74,18 +75,45 @@ class FunctionReward:
                 f"data.columns.metadata.{absent[0]}, or give it a default"
             )
 
+    def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """All prompts; see `check_columns`."""
+        self.check_columns(prompts)
+        return list(prompts)
+
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None = None
     ) -> Measurement:
         """Call the function, which returns (N,) values. It gets copies of the lists, so it may modify them."""
+        return Measurement(self.call(prompts, responses, rewrites))
+
+    def call(self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None) -> Any:
+        """What the function returns: (N,) values, unchecked, or for an ``async def`` function an awaitable of them."""
         if self._named is None:
-            return Measurement(self._function(list(prompts), list(responses), **self._params))
+            return self._function(list(prompts), list(responses), **self._params)
         if absent := self._named.absent_columns(prompts):
             raise RewardError(
                 f"reward {self.name!r}: no prompt of a batch has {absent[0]!r} in its metadata, which the function takes: "
                 f"give the parameter a default\n  for a batch that begins with {describe_prompt(prompts[0])}"
             )
-        return Measurement(self._function(**self._named.values(prompts, responses, rewrites), **self._params))
+        return self._function(**self._named.values(prompts, responses, rewrites), **self._params)
+
+
+class AsyncFunctionReward(ConcurrentReward):
+    """Awaits an ``async def`` function, which is called as every other one: once per batch."""
+
+    def __init__(self, function: FunctionReward) -> None:
+        self.name = function.name
+        self._function = function
+
+    def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """All prompts; see `FunctionReward.check_columns`."""
+        return self._function.scorable(prompts)
+
+    async def measure(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None
+    ) -> Measurement:
+        """Await the (N,) values."""
+        return Measurement(await self._function.call(prompts, responses, rewrites))
 
 
 @dataclass(frozen=True)
@@ -93,8 +121,9 @@ class NamedArguments:
     """The arguments of a function that is called by the names of its parameters, as TRL calls reward functions.
 
     ``completions`` or ``responses`` are the responses, as strings; ``rewrites`` the rewrites, or None without any;
-    ``prompts`` the `Prompt` records or, for a function with ``completions``, the texts of the users' last turns. Every other
-    name is a column of the data: one value per sample from the prompt's metadata, None where it has none.
+    ``metadata`` the prompts' metadata; ``prompts`` the `Prompt` records or, for a function with ``completions``, the texts of
+    the users' last turns. Every other name is a column of the data: one value per sample from the prompt's metadata, None
+    where it has none.
     """
 
     names: tuple[str, ...]
@@ -115,7 +144,7 @@ class NamedArguments:
         by_name = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
         names = [each.name for each in by_name if each.name not in params]
         takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
-        unusual = {"completions", "rewrites"} & set(names) or names[:1] == ["responses"]
+        unusual = {"completions", "rewrites", "metadata"} & set(names) or names[:1] == ["responses"]
         if not unusual and not (takes_all and {"prompts", "responses"} <= set(names)):
             try:
                 signature.bind([], [], **params)
@@ -145,10 +174,11 @@ class NamedArguments:
             "completions": list(responses),
             "responses": list(responses),
             "rewrites": None if rewrites is None else list(rewrites),
+            "metadata": [prompt.metadata for prompt in prompts],
         }
         given = {name: value for name, value in batch.items() if name in self.names}
         if self.takes_all:
-            given = {"prompts": batch["prompts"], "rewrites": batch["rewrites"]} | given
+            given = {name: batch[name] for name in ("prompts", "rewrites", "metadata")} | given
             given.setdefault("responses" if as_records else "completions", list(responses))
         columns = [name for name in _columns(prompts) if name not in _BATCH and (self.takes_all or name in self.names)]
         return given | {name: [prompt.metadata.get(name) for prompt in prompts] for name in columns}

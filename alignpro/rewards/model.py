@@ -26,6 +26,7 @@ from alignpro.models.admission import check_finite
 from alignpro.models.loading import DTYPES, base_of_adapter, is_adapter, resolve_device
 from alignpro.models.pickled_files import describe_refusal
 from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.length_filter import filter_refused_prompts
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.component import Measurement
 from alignpro.rewards.conversation import encode_conversation
@@ -86,6 +87,10 @@ class ModelReward:
         self._config = config
         plainly = partial(load_reward_model, max_length=config.max_length)
         self._model = plainly(config.model) if load is None else load(config.model, plainly)
+
+    def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts that its template takes; the others are counted in a warning."""
+        return filter_refused_prompts(prompts, self.check, input_name=f"the input of the reward {self.name!r}")
 
     def check(self, prompt: Prompt) -> None:
         """Raise if no response to this prompt can be scored.

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from functools import partial
 
-from alignpro.config import FunctionRewardConfig, RewardComponentConfig, RewardConfig
+from alignpro.config import (
+    FunctionRewardConfig,
+    JudgeRewardConfig,
+    ModelRewardConfig,
+    RewardComponentConfig,
+    RewardConfig,
+)
 from alignpro.data import Prompt
 from alignpro.errors import ConfigError, RewardError
-from alignpro.prompting.length_filter import filter_refused_prompts
-from alignpro.rewards.component import Reward, checked_values, describe_prompt, guarded_call
-from alignpro.rewards.function import FunctionReward
+from alignpro.rewards.component import (
+    ConcurrentReward,
+    Measurement,
+    Reward,
+    checked_values,
+    describe_prompt,
+    guarded_await,
+    guarded_call,
+)
+from alignpro.rewards.event_loop import EventLoopThread
+from alignpro.rewards.function import AsyncFunctionReward, FunctionReward
 from alignpro.rewards.guards import Guard
+from alignpro.rewards.http import HTTPReward
+from alignpro.rewards.judge import JudgeReward
 from alignpro.rewards.model import LoadRewardModel, ModelReward
+from alignpro.rewards.servers import Session
 
 RESERVED = frozenset({"mean", "std", "guard"})
 """Names used by metrics of the whole reward: ``reward/mean``, ``reward/std``, ``reward/guard/…``."""
@@ -36,27 +54,27 @@ class Scored:
 class RewardStack:
     """The reward of a run; see `build_reward`."""
 
-    def __init__(self, components: Sequence[tuple[float, Reward]], guards: Sequence[Guard]) -> None:
+    def __init__(self, components: Sequence[tuple[float, Reward | ConcurrentReward]], guards: Sequence[Guard]) -> None:
         self._components = list(components)
         self._guards = list(guards)
+        self._loop = EventLoopThread()
 
     def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts to which responses can be scored; those that a reward model's template refuses are dropped and counted.
 
         Raises:
-            ConfigError: A function takes a parameter that is no column of the data.
+            ConfigError: A component needs a column that the data do not have.
             DataError: No prompt is left.
         """
         kept = list(prompts)
         for _, reward in self._components:
-            if isinstance(reward, FunctionReward):
-                reward.check_columns(kept)
-            elif isinstance(reward, ModelReward):
-                kept = filter_refused_prompts(kept, reward.check, input_name=f"the input of the reward {reward.name!r}")
+            kept = reward.scorable(kept)
         return kept
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None) -> Scored:
         """Score N responses y against the ORIGINAL prompts x.
+
+        Components that wait, wait at the same time and while the others compute, which do so one after another.
 
         Args:
             prompts: (N,) original prompts, repeated for each response of a group.
@@ -67,6 +85,8 @@ class RewardStack:
         Raises:
             RewardError: A component or guard raised, or returned the wrong number of values, NaN, infinity or something
                 that is not a number. The message names it and the offending prompt.
+            EndpointError: A server that a component asks cannot be used.
+            BudgetError: What a component asks a server could exceed the budget.
             ValueError: The numbers of prompts, responses and rewrites differ.
         """
         if len(prompts) != len(responses) or (rewrites is not None and len(rewrites) != len(prompts)):
@@ -78,8 +98,9 @@ class RewardStack:
             return Scored([], [], {})
         totals = [0.0] * len(prompts)
         scores: dict[str, Sequence[float | None]] = {}
-        for weight, reward in self._components:
-            measured = guarded_call(f"reward {reward.name!r}", prompts, partial(reward, prompts, responses, rewrites))
+        for (weight, reward), measured in zip(
+            self._components, self._measure(prompts, responses, rewrites), strict=True
+        ):
             scores[reward.name] = measured.values
             scores.update({f"{reward.name}/{metric}": values for metric, values in measured.metrics.items()})
             totals = [
@@ -94,6 +115,29 @@ class RewardStack:
             totals = [total - (penalty or 0.0) for total, penalty in zip(totals, measured.values, strict=True)]
         return Scored(checked_values("reward: the weighted sum", prompts, totals), raw, scores)
 
+    def _measure(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None
+    ) -> list[Measurement]:
+        """The results of the components, in their order; of several errors, the first in that order is raised."""
+        named = [(f"reward {reward.name!r}", reward) for _, reward in self._components]
+        waiting = {
+            what: self._loop.submit(guarded_await(what, prompts, partial(reward.measure, prompts, responses, rewrites)))
+            for what, reward in named
+            if isinstance(reward, ConcurrentReward)
+        }
+        try:
+            computed = {
+                what: guarded_call(what, prompts, partial(reward, prompts, responses, rewrites))
+                for what, reward in named
+                if not isinstance(reward, ConcurrentReward)
+            }
+            ended = wait(waiting.values(), return_when=FIRST_EXCEPTION).done
+            awaited = {what: future.result() for what, future in waiting.items() if future in ended}
+        finally:
+            for future in waiting.values():
+                future.cancel()
+        return [(computed | awaited)[what] for what, _ in named]
+
     def _refuse_unscored(self, prompts: Sequence[Prompt], scores: Mapping[str, Sequence[float | None]]) -> None:
         """Raise if all components abstain from a sample: then it has no reward."""
         names = [reward.name for _, reward in self._components]
@@ -107,19 +151,23 @@ class RewardStack:
                 )
 
 
-def build_reward(config: RewardConfig, load: LoadRewardModel | None = None) -> RewardStack:
+def build_reward(
+    config: RewardConfig, load: LoadRewardModel | None = None, session: Session | None = None
+) -> RewardStack:
     """Load every component and guard of the configuration.
 
     Args:
         config: The components and guards.
         load: Loads the reward models, for example sharded over ranks; see `ModelReward`.
+        session: The servers of the run, for components that ask one.
 
     Raises:
-        ConfigError: A function cannot be found or called as configured, two components have the same name, or one has a
-            name in `RESERVED`.
+        ConfigError: A function cannot be found or called as configured, a rubric or a mapping cannot be used, two components
+            have the same name or one has a name in `RESERVED`, or one asks a server and there is no session.
+        EndpointError: A server cannot be used as configured.
         ModelError: A reward model or encoder cannot be used.
     """
-    components = [(component.weight, _component(component, load)) for component in config.components]
+    components = [(component.weight, _component(component, load, session)) for component in config.components]
     reserved = RESERVED.intersection(reward.name for _, reward in components)
     if reserved:
         raise ConfigError(f"reward.components: the name {min(reserved)!r} is taken by a metric: give it another `name`")
@@ -128,8 +176,20 @@ def build_reward(config: RewardConfig, load: LoadRewardModel | None = None) -> R
     return RewardStack(components, [Guard(guard) for guard in config.guards])
 
 
-def _component(config: RewardComponentConfig, load: LoadRewardModel | None) -> Reward:
-    return FunctionReward(config) if isinstance(config, FunctionRewardConfig) else ModelReward(config, load)
+def _component(
+    config: RewardComponentConfig, load: LoadRewardModel | None, session: Session | None
+) -> Reward | ConcurrentReward:
+    match config:
+        case FunctionRewardConfig():
+            function = FunctionReward(config)
+            return AsyncFunctionReward(function) if function.is_async else function
+        case ModelRewardConfig():
+            return ModelReward(config, load)
+    if session is None:
+        raise ConfigError(
+            f"reward {config.name or config.kind!r} asks a server, and nothing here connects to one: give build_reward a session"
+        )
+    return JudgeReward(config, session) if isinstance(config, JudgeRewardConfig) else HTTPReward(config, session)
 
 
 def _refuse_repeats(names: Sequence[str], key: str, remedy: str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from alignpro.config import (
     DataConfig,
     FunctionRewardConfig,
+    HTTPRewardConfig,
+    JudgeRewardConfig,
     ModelConfig,
     PolicyConfig,
     RewardModelConfig,
@@ -28,6 +30,8 @@ from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.function import FunctionReward
+from alignpro.rewards.http import JSONMapping
+from alignpro.rewards.judge import Questions
 from alignpro.targets.remote import compile_wrapper
 from alignpro.training.input_files import model_paths, sections
 from alignpro.training.objective import build_objective
@@ -36,27 +40,31 @@ from alignpro.training.objective import build_objective
 def check_inputs(config: Section) -> None:
     """Check what a command would read, and that a checkpoint fits on the disk, without loading a model.
 
-    Nothing is sent to a server. Tokenizers are loaded; data is read up to the first prompt, or to its end if a reward function
-    asks for columns; the files of rewards and classes of the user's own are imported.
+    Nothing is sent to a server. Tokenizers are loaded; data is read up to the first prompt, or to its end if a reward asks
+    for columns; the files of rewards and classes of the user's own are imported.
 
     Raises:
         AlignProError: The first problem found.
     """
-    functions: list[FunctionReward] = []
+    rewards: list[FunctionReward | Questions | JSONMapping] = []
     for key, section in sections(config):
         match section:
             case ModelConfig():
                 _check_model(key, section)
             case FunctionRewardConfig():
-                functions.append(FunctionReward(section))
+                rewards.append(FunctionReward(section))
+            case JudgeRewardConfig():
+                rewards.append(Questions(section))
+            case HTTPRewardConfig():
+                rewards.append(JSONMapping(section))
             case TargetEndpointConfig():
                 compile_wrapper(section.wrapper)
                 HttpClient(section)  # reads the key and the certificates
     if isinstance(data := getattr(config, "data", None), DataConfig):
-        by_column = [function for function in functions if function.needs_columns]
+        by_column = [reward for reward in rewards if reward.needs_columns]
         prompts = check_source(data, _required_fields(config), whole=bool(by_column))
-        for function in by_column if prompts else []:
-            function.check_columns(prompts)
+        for reward in rewards if prompts else []:
+            reward.check_columns(prompts)
     match config:
         case TrainConfig():
             environment_kind(config.environment, config.environment_params, PromptEnvironment)

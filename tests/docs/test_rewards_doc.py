@@ -8,8 +8,17 @@ from typing import get_args
 import pytest
 import yaml
 from document import Document
+from settings_table import settings
 
-from alignpro.config import GuardConfig, ModelRewardConfig, RewardConfig, validate_config
+from alignpro.config import (
+    GuardConfig,
+    HTTPRewardConfig,
+    JudgeRewardConfig,
+    ModelRewardConfig,
+    RewardConfig,
+    Section,
+    validate_config,
+)
 from alignpro.data import Prompt
 from alignpro.rewards import build_reward
 
@@ -28,18 +37,35 @@ def test_the_function_that_is_called_by_name_is_called_as_described(
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(DOCUMENT.blocks("python")[0][1])
     defined = DOCUMENT.run()
-    functions = [{"kind": "function", "function": defined[name]} for name in ("mentions_answer", "exact_match")]
+    names = ("mentions_answer", "exact_match", "passes_tests")
+    functions = [{"kind": "function", "function": defined[name]} for name in names]
     prompts = [
         Prompt.from_text("2 + 2", metadata={"answer": "4"}),
         Prompt.from_text("hello", metadata={"answer": None}),
     ]
     scored = build_reward(RewardConfig(components=functions))(prompts, ["It is 4.", "hi"], None)
-    assert scored.components == {"mentions_answer": [1.0, None], "exact_match": [0.0, 0.0]}
+    assert scored.components == {"mentions_answer": [1.0, None], "exact_match": [0.0, 0.0], "passes_tests": [0.0, 0.0]}
     assert scored.values == [1.0, 0.0]
 
 
-def test_the_example_is_a_valid_configuration() -> None:
-    validate_config(RewardConfig, yaml.safe_load(DOCUMENT.blocks("yaml")[0][1])["reward"])
+def test_the_examples_are_valid_configurations() -> None:
+    examples = [yaml.safe_load(block) for _, block in DOCUMENT.blocks("yaml")]
+    rewards = [example["reward"] for example in examples if "reward" in example]
+    assert len(rewards) == 3
+    for reward in rewards:
+        validate_config(RewardConfig, reward)
+
+
+@pytest.mark.parametrize(("heading", "kind"), [("A judge", JudgeRewardConfig), ("A JSON server", HTTPRewardConfig)])
+def test_the_keys_of_a_component_are_in_its_table(heading: str, kind: type[Section]) -> None:
+    described = {}
+    for keys, defaults, _ in DOCUMENT.rows(heading):
+        names = keys.replace("`", "").split(", ")
+        described |= dict(zip(names, defaults.split(", ") if len(names) > 1 else [defaults], strict=True))
+    expected = dict(settings(kind, ["kind", "endpoint"]))
+    if "endpoint" in kind.model_fields:
+        expected["endpoint"] = ""
+    assert {name: default.strip(" ,") for name, default in described.items()} == expected
 
 
 def test_defaults_and_guards_match_the_code() -> None:

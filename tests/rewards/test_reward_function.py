@@ -312,6 +312,13 @@ class TestNames:
         )
         assert reward(PROMPTS, RESPONSES, ["a", "b", "c"]).values == [1.0, 0.0, 1.0]
 
+    @pytest.mark.parametrize("signature", ["prompts, responses, metadata", "completions, metadata=None", "**kwargs"])
+    def test_functions_get_the_metadata_of_each_prompt(self, reward_from, signature):
+        metadata = "kwargs['metadata']" if signature == "**kwargs" else "metadata"
+        reward = reward_from(f"def score({signature}): return [float(each['answer']) for each in {metadata}]\n")
+        reward.scorable(PROMPTS)
+        assert reward(PROMPTS, RESPONSES, None).values == [0.0, 1.0, 2.0]
+
     def test_params_of_the_configuration_are_no_columns(self, reward_from):
         source = "def score(completions, answer, weight=1.0): return [weight * (answer == 'x') for _ in completions]\n"
         assert reward_from(source, params={"answer": "x", "weight": 3})(PROMPTS, RESPONSES, None).values == [3.0] * 3

@@ -71,6 +71,32 @@ def test_a_column_that_a_reward_function_asks_for(refused: Refused, workshop: Wo
     assert workshop.run("train", tmp_path / "some", function, f"data.source={tmp_path}/some.jsonl", "--dry-run") == 0
 
 
+def test_a_judge_that_cannot_be_asked(refused: Refused, tmp_path: Path) -> None:
+    def judge(fields: str) -> str:
+        server = "{base_url: 'http://127.0.0.1:9/v1', model: m}"
+        return f"reward.components=[{{kind: judge, endpoint: {server}, {fields}}}]"
+
+    refused("train", judge("low: 10, high: 1"), says=["low=10 is not below high=1"])
+    (tmp_path / "mine.jinja").write_text("{{ answer }}")
+    refused("train", judge(f"rubric: {tmp_path}/mine.jinja"), says=["mine.jinja: unknown variable answer"])
+    refused(
+        "train",
+        judge("reference: solution"),
+        says=["reward 'judge'", "no text in the column 'solution'", "prompts.jsonl"],
+    )
+
+
+def test_a_json_server_that_cannot_be_asked(refused: Refused) -> None:
+    def http(body: str) -> str:
+        fields = f"kind: http, server: {{url: 'http://127.0.0.1:9/x'}}, score: s, body: {body}"
+        return f"reward.components=[{{{fields}}}]"
+
+    refused("train", http("{y: $respons}"), says=["reward 'http'", "unknown placeholder '$respons'", "'$response'"])
+    refused(
+        "train", http("{y: $response, a: $metadata.solution}"), says=["$metadata.solution is no column of the data"]
+    )
+
+
 def test_a_target_without_a_chat_template(refused: Refused, workshop: Workshop, tmp_path: Path) -> None:
     model = shutil.copytree(workshop.root / "target", tmp_path / "model")
     (model / "chat_template.jinja").unlink()
