@@ -51,7 +51,7 @@ class TrainConfig(RunSection, SpendingConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        check_spending(self, target_endpoints(self.target))
+        check_spending(self, [*target_endpoints(self.target), *self.reward.endpoints])
         if self.target == "policy" and self.policy.adapter.kind != "lora":
             raise ValueError(
                 f"target=policy with policy.adapter.kind={self.policy.adapter.kind or 'full'}: the target is the model below the "
@@ -63,7 +63,7 @@ class TrainConfig(RunSection, SpendingConfig):
         return self
 
 
-class RLHFConfig(RunSection):
+class RLHFConfig(RunSection, SpendingConfig):
     """`alignpro rlhf`: fine-tune the target itself on the same reward (the oracle)."""
 
     policy: PolicyConfig
@@ -79,6 +79,7 @@ class RLHFConfig(RunSection):
 
     @model_validator(mode="after")
     def _check(self) -> RLHFConfig:
+        check_spending(self, self.reward.endpoints)
         _check_group(self.objective, self.rollout.responses_per_prompt, "rollout.responses_per_prompt")
         _check_on_policy(self.rollout.respond, "rollout.respond")
         _check_minibatches(self.objective, self.rollout.prompts_per_step)
@@ -131,7 +132,7 @@ class ComparisonConfig(SpendingConfig):
 
     @model_validator(mode="after")
     def _check_target(self) -> ComparisonConfig:
-        check_spending(self, target_endpoints(self.target))
+        check_spending(self, [*target_endpoints(self.target), *self.reward.endpoints])
         if self.target == "prompter" and self.prompter is None:
             raise ValueError("target=prompter: the target is the model below the prompter's LoRA: name the `prompter`")
         return self

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from alignpro.config.endpoints import SpendingConfig, TargetEndpointConfig
+from alignpro.config.endpoints import EndpointConfig, SpendingConfig, TargetEndpointConfig
 from alignpro.config.models import ModelConfig
 from alignpro.config.section import Section
 
@@ -129,7 +130,7 @@ def target_endpoints(target: TargetConfig) -> list[TargetEndpointConfig]:
     return [part.source for part in target_parts(target) if isinstance(part.source, TargetEndpointConfig)]
 
 
-def check_spending(spending: SpendingConfig, endpoints: list[TargetEndpointConfig]) -> None:
+def check_spending(spending: SpendingConfig, endpoints: Sequence[EndpointConfig]) -> None:
     """Check that a limit in dollars can be kept.
 
     Raises:

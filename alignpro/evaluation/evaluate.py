@@ -79,7 +79,7 @@ def evaluate(
     opened: AbstractContextManager[Servers] = (
         nullcontext(servers)
         if servers
-        else open_servers(config, target_endpoints(config.target), config.out, config.respond)
+        else open_servers(config, target_endpoints(config.target), config.out, config.respond, config.reward.endpoints)
     )
     with opened as connected:
         result = _evaluate(config, connected, started)
@@ -98,7 +98,7 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
     prompter = _load(config.prompter)
     adapted = None if prompter is None or config.prompter is None else (prompter, config.prompter)
     target = build_target(config.target, adapted, config.prompting, config.respond, connect=servers.connect)
-    reward = build_reward(config.reward)
+    reward = build_reward(config.reward, session=servers)
     trained = Trained(prompter, _load(config.reference), _load(config.oracle))
     prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, reward)
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))

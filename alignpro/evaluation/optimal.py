@@ -35,7 +35,7 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
         TrainingError: The output directory already contains a result.
     """
     out = prepare_directory(config.out, "summary.json")
-    with open_servers(config, target_endpoints(config.target), out, config.respond) as servers:
+    with open_servers(config, target_endpoints(config.target), out, config.respond, config.reward.endpoints) as servers:
         return _optimal(config, out, servers)
 
 
@@ -43,7 +43,7 @@ def _optimal(config: OptimalConfig, out: Path, servers: Servers) -> dict[str, An
     prompter = load_language_model(config.prompter)
     adapted = (prompter, config.prompter)
     target = build_target(config.target, adapted, config.prompting, config.respond, connect=servers.connect)
-    reward = build_reward(config.reward)
+    reward = build_reward(config.reward, session=servers)
     prompts = drop_prompts_too_long_for_prompter(load_prompts(config.data).prompts, prompter, config)
     prompts = choose(reward.scorable(target.answerable(prompts)), config.prompts)
     sampler = ArmSampler(config, prompts, target, reward)

@@ -39,7 +39,9 @@ def evaluate_targets(config: ConfigSource[EvalConfig]) -> dict[str, Evaluation]:
         return {parts[0].name: evaluate(config)}
     prepare_directory(config.out, "summary.json")
     results = {}
-    with open_servers(config, target_endpoints(config.target), config.out, config.respond) as servers:
+    with open_servers(
+        config, target_endpoints(config.target), config.out, config.respond, config.reward.endpoints
+    ) as servers:
         for part in parts:
             own = config.model_copy(update={"target": _alone(part), "out": config.out / part.name})
             results[part.name] = evaluate(own, servers=servers)

@@ -20,7 +20,7 @@ from alignpro.endpoints.preflight import Findings
 from alignpro.endpoints.session import EndpointSession
 from alignpro.endpoints.types import Answer, Query, Sampling, Usage
 from alignpro.endpoints.wire import request_body, upper_bound
-from alignpro.errors import PeerError
+from alignpro.errors import ConfigError, PeerError
 from alignpro.targets.connection import AskedSoFar, Connection
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,10 @@ class Servers(Protocol):
     """The servers of a job."""
 
     def connect(self, config: EndpointConfig) -> Connection:
-        """The connection to a server, which has been checked."""
+        """The connection to a target's server, which has been checked."""
+
+    def endpoint(self, config: EndpointConfig, path: str | None = None) -> Endpoint:
+        """Open the server of a reward; see `EndpointSession.endpoint`."""
 
 
 class NoServers:
@@ -43,28 +46,44 @@ class NoServers:
         """Never called: a job with an endpoint has servers."""
         raise LookupError(f"{config.base_url}: is not one of the job's servers")
 
+    def endpoint(self, config: EndpointConfig, path: str | None = None) -> Endpoint:
+        """Raise: nothing here connects to a server.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            f"{config.base_url}: a reward asks a server, and nothing here connects to one: train or evaluate by "
+            "alignpro.train or alignpro.evaluate, or build the trainer with open servers"
+        )
+
 
 NO_SERVERS = NoServers()
 
 
 @contextmanager
 def open_servers(
-    spending: SpendingConfig, endpoints: Sequence[EndpointConfig], out: Path, respond: SamplingConfig
+    spending: SpendingConfig,
+    endpoints: Sequence[EndpointConfig],
+    out: Path,
+    respond: SamplingConfig,
+    rewards: Sequence[EndpointConfig] = (),
 ) -> Iterator[Servers]:
-    """Connect to the servers of a job and check each with a few small requests, which are paid for.
+    """Connect to the servers of a job and check each target's with a few small requests, which are paid for.
 
     Args:
         spending: Budget, prices and ledger.
-        endpoints: The servers.
+        endpoints: The targets' servers.
         out: The job's directory, which has the ledger unless the configuration names another.
         respond: How they will be sampled.
+        rewards: The servers of rewards, which the rewards open and check themselves.
 
     Raises:
         EndpointError: A server cannot be used: its URL, the key, the model, or a parameter that it refuses or ignores.
         BudgetError: The budget does not suffice for the check.
         LedgerError: The ledger cannot be used.
     """
-    if not endpoints:
+    if not (endpoints or rewards):
         yield NO_SERVERS
         return
     with Ledger(spending.ledger or out / FILE_NAME) as ledger:
@@ -111,6 +130,7 @@ class OpenServers:
         known: Sequence[Findings] | None = None,
         tell_failure: Callable[[str], None] | None = None,
     ) -> None:
+        self.endpoint = session.endpoint
         self.found: list[Findings] = []
         """What is known of each server."""
         self._connections: list[tuple[EndpointConfig, _EndpointConnection]] = []

@@ -44,7 +44,7 @@ def prompter_training(
             connect=servers.connect,
             load=lambda each: targets.load(each, load_language_model),
         )
-        reward = build_reward(config.reward, rewards.load)
+        reward = build_reward(config.reward, rewards.load, servers)
         environment = prompt_environment(
             policy.model,
             target,
@@ -83,7 +83,9 @@ def prompter_training(
     )
 
 
-def response_training(config: RLHFConfig, distribution: Distribution | None = None) -> RLTrainer:
+def response_training(
+    config: RLHFConfig, distribution: Distribution | None = None, servers: Servers = NO_SERVERS
+) -> RLTrainer:
     """Build `alignpro rlhf`: the target itself learns from the same reward."""
     distribution = distribution or SingleProcess()
     with distribution.ranks.raise_together():
@@ -93,7 +95,7 @@ def response_training(config: RLHFConfig, distribution: Distribution | None = No
         )
         rewards = distribution.frozen("reward")
         kind = environment_kind(config.environment, config.environment_params, ResponseEnvironment)
-        reward = build_reward(config.reward, rewards.load)
+        reward = build_reward(config.reward, rewards.load, servers)
         environment = kind(template, reward)
         limit = max_input_tokens(policy.model, config.rollout.respond, "the policy", "rollout.respond")
         prompts = filter_overlong_prompts(

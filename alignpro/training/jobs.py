@@ -26,7 +26,7 @@ from alignpro.training.builders import prompter_training, response_training
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.micro_batch_size import keep_micro_batch_size, settle_micro_batch_size
 from alignpro.training.preference import RewardTrainer
-from alignpro.training.preflight import check_inputs
+from alignpro.training.preflight import check_inputs, check_reward_servers
 from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.training.run import Run, Trainer
 from alignpro.training.supervised import SFTTrainer
@@ -85,6 +85,7 @@ def train(
         if not run.finished:
             check_inputs(config)
             with _servers(config) as servers:
+                check_reward_servers(config, servers)
                 config = settle_micro_batch_size(config, run, ONE_PROCESS)
                 run.train(build_trainer(config, SingleProcess(), servers))
     return run
@@ -92,8 +93,9 @@ def train(
 
 def _servers(config: RunSection) -> AbstractContextManager[Servers]:
     """The servers that a job asks."""
-    if isinstance(config, TrainConfig):
-        return open_servers(config, target_endpoints(config.target), config.run.out, config.rollout.respond)
+    if isinstance(config, TrainConfig | RLHFConfig):
+        targets = target_endpoints(config.target) if isinstance(config, TrainConfig) else []
+        return open_servers(config, targets, config.run.out, config.rollout.respond, config.reward.endpoints)
     return nullcontext(NO_SERVERS)
 
 
@@ -107,7 +109,7 @@ def build_trainer(config: RunSection, distribution: Distribution, servers: Serve
         case TrainConfig():
             return prompter_training(config, distribution, servers)
         case RLHFConfig():
-            return response_training(config, distribution)
+            return response_training(config, distribution, servers)
         case SFTConfig():
             return SFTTrainer(config)
         case RewardModelConfig():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from alignpro.errors import ConfigError
 from alignpro.targets.servers import NO_SERVERS, Servers
 from alignpro.training.distribution import Distribution
 from alignpro.training.micro_batch_size import keep_micro_batch_size, settle_micro_batch_size
-from alignpro.training.preflight import check_inputs
+from alignpro.training.preflight import check_inputs, check_reward_servers
 from alignpro.training.rank_servers import open_rank_servers
 from alignpro.training.run import Run, Trainer
 
@@ -92,14 +93,17 @@ def _train_on(
             if run.checkpoint_ranks() not in (None, ranks.size):
                 zero = zero.loading_universal_checkpoint()
             with _servers(ranks, config) as servers:
+                ranks.on_rank_zero(partial(check_reward_servers, config, servers))
                 run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed), servers))
     return run
 
 
 def _servers(ranks: Ranks, config: TrainConfig | RLHFConfig) -> AbstractContextManager[Servers]:
     """The servers that a job asks."""
-    if isinstance(config, TrainConfig):
-        return open_rank_servers(ranks, config, target_endpoints(config.target), config.run.out, config.rollout.respond)
+    if isinstance(config, TrainConfig | RLHFConfig):
+        targets = target_endpoints(config.target) if isinstance(config, TrainConfig) else []
+        rewards = config.reward.endpoints
+        return open_rank_servers(ranks, config, targets, config.run.out, config.rollout.respond, rewards)
     return nullcontext(NO_SERVERS)
 
 

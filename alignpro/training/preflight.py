@@ -12,6 +12,7 @@ from alignpro.config import (
     JudgeRewardConfig,
     ModelConfig,
     PolicyConfig,
+    RewardConfig,
     RewardModelConfig,
     RLHFConfig,
     RunSection,
@@ -32,6 +33,8 @@ from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.function import FunctionReward
 from alignpro.rewards.http import JSONMapping
 from alignpro.rewards.judge import Questions
+from alignpro.rewards.preflight import check_servers
+from alignpro.rewards.servers import Session
 from alignpro.targets.remote import compile_wrapper
 from alignpro.training.input_files import model_paths, sections
 from alignpro.training.objective import build_objective
@@ -74,6 +77,17 @@ def check_inputs(config: Section) -> None:
             build_objective(config.objective, config.rollout.responses_per_prompt)
     if isinstance(config, RunSection):
         _check_disk(config)
+
+
+def check_reward_servers(config: Section, servers: Session) -> None:
+    """Check that the servers of a reward can be asked, with a few small requests, which are paid for.
+
+    Raises:
+        AlignProError: See `alignpro.rewards.preflight.check_servers`.
+    """
+    reward, data = getattr(config, "reward", None), getattr(config, "data", None)
+    if isinstance(reward, RewardConfig) and reward.endpoints and isinstance(data, DataConfig):
+        check_servers(reward, check_source(data, ()), servers)
 
 
 def _check_model(key: str, model: ModelConfig) -> None:

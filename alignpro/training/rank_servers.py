@@ -32,6 +32,7 @@ class _Job:
     endpoints: Sequence[EndpointConfig]
     out: Path
     respond: SamplingConfig
+    rewards: Sequence[EndpointConfig]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def open_rank_servers(
     endpoints: Sequence[EndpointConfig],
     out: Path,
     respond: SamplingConfig,
+    rewards: Sequence[EndpointConfig] = (),
 ) -> Iterator[Servers]:
     """Connect all ranks to the servers of a job, which rank 0 checks; entering it is a collective.
 
@@ -59,9 +61,10 @@ def open_rank_servers(
     Args:
         ranks: All ranks.
         spending: Budget, prices and ledger.
-        endpoints: The servers.
+        endpoints: The targets' servers.
         out: The job's directory, on rank 0.
         respond: How they will be sampled.
+        rewards: The servers of rewards, which the rewards open themselves.
 
     Raises:
         EndpointError: A server cannot be used, or rank 0 cannot be reached.
@@ -69,10 +72,10 @@ def open_rank_servers(
         LedgerError: The ledger cannot be used.
         PeerError: Another rank failed.
     """
-    if not endpoints:
+    if not (endpoints or rewards):
         yield NO_SERVERS
         return
-    job = _Job(spending, endpoints, out, respond)
+    job = _Job(spending, endpoints, out, respond, rewards)
     with ExitStack() as stack:
         opened: list[Servers] = []
 
@@ -92,7 +95,7 @@ def _open_on_rank_zero(job: _Job, stack: ExitStack) -> tuple[Servers, _Invitatio
     ledger = stack.enter_context(Ledger(job.spending.ledger or job.out / FILE_NAME))
     books = LedgerBooks(ledger, job.spending.budget, job.spending.prices, job_identity(job.out))
     limits: dict[str, Limits] = {}
-    for endpoint in job.endpoints:
+    for endpoint in (*job.endpoints, *job.rewards):
         limits.setdefault(_name(endpoint), RateLimits.of(endpoint))
     token = new_token()
     grants = GrantServer(books, limits, token)

@@ -26,7 +26,6 @@ from alignpro.environments.base import Environment, Scores
 from alignpro.models.saving import save_pretrained
 from alignpro.policy.policy import Policy
 from alignpro.targets.base import Responder
-from alignpro.targets.server_metrics import SHOWN
 from alignpro.training.assignment import PromptAssignment
 from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
@@ -117,10 +116,9 @@ class RLTrainer:
             "update": (),
         }
         self.phase = StepPhases(ranks, contexts)
-        self.responder = responder
-        self.progress_metrics = ("reward/mean", "kl", "entropy", *(SHOWN if responder and responder.remote else ()))
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
-        self.measure = StepMetrics(ranks)
+        self.measure = StepMetrics(ranks, responder)
+        self.progress_metrics = ("reward/mean", "kl", "entropy", *self.measure.of_servers)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
         self._raise_together, self._writes_files = ranks.raise_together, ranks.is_rank_zero
 
@@ -145,8 +143,8 @@ class RLTrainer:
         with self.phase("credit"):
             experience = self.compute_advantages(local_prompts, chains, scores)
         with self.phase("update"):
-            rate, penalty = self.backend.learning_rate, self.kl.metrics()
-            metrics = {"learning_rate": rate, **penalty, **self.update(experience, step, local)}
+            rates = {"learning_rate": self.backend.learning_rate, **self.kl.metrics()}
+            metrics = rates | self.update(experience, step, local)
         metrics |= self.measure(experience, scores, chains, self.engine.stats.since(before), self.kl.coef)
         self.assign.expected_length = metrics["sample/length"]
         moments = self.measure.score_logratio_moments(experience, self.sampling.n)
@@ -154,8 +152,6 @@ class RLTrainer:
         self.advantage.update(self.measure.mean_return(experience))
         if step % self.run.sample_every == 0:
             self.measure.write_sample(self.run.out / "samples.jsonl", step, local_prompts, scores)
-        if self.responder is not None and self.responder.remote:
-            metrics |= self.measure.responder(self.responder.metrics())
         return metrics | self.phase.seconds
 
     def compute_advantages(
@@ -240,9 +236,7 @@ class RLTrainer:
         for name, backend in self._backends.items():
             with self._raise_together():  # the next one's writing is a collective, too
                 backend.save(directory, name)
-        learned = {"kl": self.kl.state_dict(), "baseline": self.advantage.state_dict()}
-        if self.responder is not None and self.responder.remote:
-            learned["responder"] = self.responder.state_dict()
+        learned = {"kl": self.kl.state_dict(), "baseline": self.advantage.state_dict(), **self.measure.state_dict()}
         return {**state, **learned, "expected_length": self.assign.expected_length}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
@@ -258,8 +252,7 @@ class RLTrainer:
         self.kl.load_state_dict(state["kl"])
         self.advantage.load_state_dict(state["baseline"])
         self.assign.expected_length = float(state["expected_length"])
-        if self.responder is not None:
-            self.responder.load_state_dict(state.get("responder", {}))
+        self.measure.load_state_dict(state)
 
     def export(self, directory: Path) -> None:
         """Write the whole model (or its adapter) and the tokenizer, from one process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
 from alignpro.engine import Chain, EngineStats
 from alignpro.environments.base import ABSTAINED, Scores
-from alignpro.targets.server_metrics import CONCURRENCY
+from alignpro.targets.base import Responder
+from alignpro.targets.server_metrics import CONCURRENCY, SHOWN
 from alignpro.training.experience import Experience
 from alignpro.training.loggers.jsonl import append_row
 from alignpro.training.metrics import Metrics
@@ -23,10 +25,26 @@ class StepMetrics:
 
     Args:
         ranks: All ranks.
+        responder: What responds to the samples; it counts what is asked of servers.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, responder: Responder | None = None) -> None:
         self._ranks = ranks
+        self._servers = responder if responder is not None and responder.remote else None
+
+    @property
+    def of_servers(self) -> tuple[str, ...]:
+        """The metrics of servers that progress shows; none without servers."""
+        return () if self._servers is None else SHOWN
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the servers."""
+        return {} if self._servers is None else {"responder": self._servers.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        if self._servers is not None:
+            self._servers.load_state_dict(state.get("responder", {}))
 
     def __call__(
         self,
@@ -53,9 +71,9 @@ class StepMetrics:
         metrics = _sample_means(rows) | self._mean(scores.metrics, len(scores.values)) | merged.metrics()
         if experience.weights is not None:
             metrics["kl_coef_normalized"] = kl_coef * rows["weights"].mean().item()
-        return metrics
+        return metrics if self._servers is None else metrics | self._asked(self._servers.metrics())
 
-    def responder(self, metrics: Mapping[str, float]) -> Metrics:
+    def _asked(self, metrics: Mapping[str, float]) -> Metrics:
         """Add up over ranks what was asked of servers; times and shares are means, and concurrency is that of rank 0."""
         means = self._ranks.mean(metrics, 1)
         summed = {
