@@ -13,14 +13,14 @@ from alignpro.environments.prompt import PromptEnvironment
 from alignpro.models.language_model import LanguageModel
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import RewardStack
-from alignpro.targets.base import Target
+from alignpro.targets.base import Responder
 
 E = TypeVar("E")
 
 
 def prompt_environment(
     prompter: LanguageModel,
-    target: Target,
+    target: Responder,
     reward: RewardStack,
     prompting: PromptingConfig,
     respond: SamplingConfig,

@@ -91,7 +91,7 @@ class PromptEnvironment:
             truncation_penalty=self.config.truncation_penalty,
             settled=settled_values([[c.responses for c in group] for group in chains]),
         )
-        given = [chain.target_prompt for group in chains for chain in group]
+        given: list[object] = [chain.target_prompt for group in chains for chain in group]
         flags = {
             "rewrite/empty": [each.empty for each in given if isinstance(each, SentRewrite)],
             "rewrite/over_long": [each.dropped > 0 for each in given if isinstance(each, SentRewrite)],
