@@ -3,7 +3,8 @@
 | file | subject |
 |---|---|
 | `loading`, `saving`, `merging` | a model in files: devices and dtypes, adapters with their base model |
-| `adapters`, `token_lora` | which weights are trained; a LoRA that acts on a subset of the tokens |
+| `adapters`, `token_lora`, `invocation` | which weights are trained; a LoRA that acts on a subset of the tokens, and on which |
+| `peft_types` | whether a model is one of peft, without importing it |
 | `language_model`, `head` | a model as decoder (tokens → hidden states) and head (hidden states → logits) |
 | `admission`, `thresholds` | refuses what the project would compute wrongly, below and beyond every length in the configuration |
 | `sequences` | batches of prompts and completions, and their packing into one row |
