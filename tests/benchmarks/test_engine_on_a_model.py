@@ -15,7 +15,7 @@ import typer
 from tiny_gguf import bpe_tokenizer, tiny_model
 
 from benchmarks.busy import BusyProcesses
-from benchmarks.engine import llama_cpp, ours, peers
+from benchmarks.engine import floor, llama_cpp, ours, peers
 from benchmarks.engine.__main__ import app
 from benchmarks.engine.cases import Case, make_inputs
 from benchmarks.engine.entrant import Setting
@@ -186,3 +186,18 @@ def test_busy_processes_use_the_cores_only_while_they_run() -> None:
 def test_the_fair_share(cores: int, threads: int, count: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     assert BusyProcesses(count).fair_share(threads) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("limit", "size"), [(1e9, 64), (0.0, 16)])
+def test_a_slow_product_is_measured_on_a_smaller_matrix(
+    limit: float, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor without arithmetic in bfloat16 multiplies many times slower than in float32."""
+    made: list[int] = []
+    product = floor._product
+    monkeypatch.setattr(floor, "_product", lambda n, *rest: made.append(n) or product(n, *rest))
+    monkeypatch.setattr(floor, "SLOW_PRODUCT", limit)
+    monkeypatch.setattr(floor, "MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr(floor, "COPY_BYTES", {"cpu": 1 << 16})
+    assert floor.measure_rates(torch.device("cpu"), torch.float32).flops_per_s > 0
+    assert made == [16, size]
