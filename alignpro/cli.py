@@ -24,6 +24,7 @@ import alignpro
 from alignpro.distributed.interrupts import exit_at_interrupt
 from alignpro.distributed.launcher import launched, launched_rank
 from alignpro.errors import AlignProError, Interrupted, PeerError
+from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.gguf.header import QUANTIZATIONS, check_quantization, read_header, require_gguf
 from alignpro.models.gguf.packaged import PACKAGED_MODELS, find_packaged_model
 from alignpro.training.model_destination import check_dtype, check_new_directory, check_new_file, model_of
@@ -425,7 +426,7 @@ def _load(path: str) -> Callable[..., Any]:
     import importlib
 
     module, _, name = path.partition(":")
-    with exit_at_interrupt():
+    with exit_at_interrupt(), paused_collection():
         imported = importlib.import_module(module)
     loaded: Callable[..., Any] = operator.attrgetter(name)(imported)
     return loaded

@@ -44,6 +44,8 @@ def describe(module: str, device: torch.device, dtype: torch.dtype) -> dict[str,
         "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "load_average": load_average(),
+        "nice": os.nice(0),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "cuda": torch.version.cuda,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -56,6 +58,15 @@ def _card(device: torch.device) -> dict[str, Any]:
         return {}
     known = hardware.gpu() or {}
     return {"driver": known.get("driver"), "memory_bytes": torch.cuda.get_device_properties(device).total_memory}
+
+
+def load_average() -> float | None:
+    """Mean number of processes that ran or wanted to in the last minute; None where the system does not say.
+
+    At the start of a measurement on a quiet machine it is well below one. What others run takes little from a process of
+    higher priority, whose ``nice`` is below theirs, 0.
+    """
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def command_line() -> list[str]:

@@ -410,3 +410,16 @@ def test_rewriting_prompts_shows_warnings_only() -> None:
         assert handler.level == logging.WARNING
     finally:
         root.removeHandler(handler)
+
+
+@pytest.mark.parametrize(("arguments", "status", "ended"), [(["--version"], 0, "the end\n"), (["rewrite", "x"], 2, "")])
+def test_only_rewrite_ends_without_the_interpreters_own_end(arguments: list[str], status: int, ended: str) -> None:
+    """Which takes seconds once torch has been imported."""
+    script = (
+        f"import atexit, sys; sys.argv = {['alignpro', *arguments]!r}; from alignpro.__main__ import main;"
+        "atexit.register(lambda: print('the end')); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stdout.endswith(ended) and ("the end" in done.stdout) == bool(ended)
+    assert ("--run" in done.stderr) == (arguments[0] == "rewrite")  # which it lacks

@@ -27,8 +27,8 @@ from alignpro.engine.sequence import OnCompletion, Request, SampledSequence
 from alignpro.engine.stats import EngineStats
 from alignpro.engine.types import SamplingParams
 from alignpro.errors import ConfigError, DataError
+from alignpro.models.invocation import invocation_start
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.token_lora import invocation_start
 
 CPU_POOL = 1 << 30
 """Upper limit of the default pool size on the CPU, in bytes."""

@@ -29,6 +29,7 @@ from alignpro.environments.build import prompt_environment
 from alignpro.environments.finished_run import require_finished_run
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.errors import AlignProError, DataError, ModelError
+from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
@@ -92,6 +93,7 @@ class Rewriter:
 
     @classmethod
     @without_progress_bars()
+    @paused_collection()
     def load(
         cls, run: str | os.PathLike[str], *, with_target: bool = False, trust_remote_code: bool = False
     ) -> Rewriter:

@@ -13,10 +13,9 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from peft import PeftModel, PeftType
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
@@ -25,13 +24,18 @@ from alignpro.errors import ModelError
 from alignpro.models.attention_interface import AttentionBackend, AttentionSettings
 from alignpro.models.head import Head
 from alignpro.models.paged_attention import PagedAttention, paged_trial
+from alignpro.models.peft_types import is_peft_model
 from alignpro.models.sequences import PackedSequences, SequenceBatch
 from alignpro.models.thresholds import ORIGINAL_CONTEXT, Threshold, lowered, thresholds
 from alignpro_kernels.reference import head_logits
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 logger = logging.getLogger(__name__)
 
-_SOFT_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+_SOFT_PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+"""Names of the kinds of soft prompts in peft."""
 _PROMPT, _SHORT, _LONG = 3, 3, 9
 """Numbers of tokens of the prompt and of the two continuations that are tried."""
 _LOWERED = _PROMPT + _SHORT
@@ -73,10 +77,10 @@ def check_adapter(name: str, soft_prompt: Any) -> None:
     Raises:
         ModelError: It is of another kind.
     """
-    if soft_prompt is not None and soft_prompt.peft_type not in _SOFT_PROMPTS:
+    if soft_prompt is not None and soft_prompt.peft_type.value not in _SOFT_PROMPTS:
         raise ModelError(
             f"model {name}: a peft adapter of type {soft_prompt.peft_type.value} is not supported; "
-            f"soft prompts are of type {' or '.join(kind.value for kind in _SOFT_PROMPTS)}"
+            f"soft prompts are of type {' or '.join(_SOFT_PROMPTS)}"
         )
 
 
@@ -190,7 +194,7 @@ class Trial:
         return limit
 
     def _modes(self) -> Iterator[AbstractContextManager[None]]:
-        if isinstance(self._model.model, PeftModel):
+        if is_peft_model(self._model.model):
             yield self._model.disable_adapter()
         yield nullcontext()
 

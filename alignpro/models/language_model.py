@@ -9,13 +9,9 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,10 +21,14 @@ from alignpro.models import admission
 from alignpro.models.attention_interface import AttentionBackend, install_attention
 from alignpro.models.cpu.replacement import replace_modules, restore_modules
 from alignpro.models.head import Head
+from alignpro.models.invocation import ActiveTokens, invocation_tokens
 from alignpro.models.packed_attention import PackedAttention
+from alignpro.models.peft_types import is_adapted_layer, is_lora_layer, is_peft_model
 from alignpro.models.sequences import PackedSequences, SequenceBatch
-from alignpro.models.token_lora import ActiveTokens, install_token_lora, invocation_tokens
 from alignpro_kernels import LoRA
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class LanguageModel(nn.Module):
@@ -55,11 +55,12 @@ class LanguageModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.invocation = invocation_tokens(model) if isinstance(model, PeftModel) else ()
+        self.invocation = invocation_tokens(model) if is_peft_model(model) else ()
         self._soft_prompt_off = False
         self.is_base = False
         self._active: ActiveTokens | None = None
-        self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        self._adapted = [m for m in model.modules() if is_adapted_layer(m)]
+        self._low_rank = [m for m in self._adapted if is_lora_layer(m)]
         self._checkpointed: list[GradientCheckpointingLayer] = []
         admission.check_adapter(name, self._soft_prompt)
         if self.invocation:
@@ -87,7 +88,7 @@ class LanguageModel(nn.Module):
     @property
     def causal(self) -> PreTrainedModel:
         """The transformers model inside a peft wrapper, or the model itself."""
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         return cast(PreTrainedModel, model)
 
     @property
@@ -141,14 +142,14 @@ class LanguageModel(nn.Module):
         """
         addresses = [x.data_ptr() for x in (*self.parameters(), *self.buffers())]
         adapters = [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in self._adapted]
-        low_rank = [(m.merged, tuple(m.scaling.items())) for m in self._adapted if isinstance(m, LoraLayer)]
+        low_rank = [(m.merged, tuple(m.scaling.items())) for m in self._low_rank]
         return (*addresses, *adapters, *low_rank)
 
     @property
     def head(self) -> Head:
         """The current output layer; a LoRA on it is kept separate from the weight."""
         head, layer = self.base_head, self.causal.get_output_embeddings()
-        if self.is_base or not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+        if self.is_base or not is_lora_layer(layer) or layer.disable_adapters or layer.merged:
             return head
         down: Any = layer.lora_A
         up: Any = layer.lora_B
@@ -241,7 +242,7 @@ class LanguageModel(nn.Module):
         """
         inputs: dict[str, Any] = {"input_ids": ids[None]}
         if soft_prompt and self.virtual_tokens:
-            soft = cast(PeftModel, self.model).get_prompt(batch_size=1)[0]  # (prefix, D)
+            soft = cast("PeftModel", self.model).get_prompt(batch_size=1)[0]  # (prefix, D)
             embedded = self.causal.get_input_embeddings()(ids.clamp_min(0))  # (T, D)
             virtual = ids < 0
             prompt = soft.to(embedded.dtype).index_select(0, positions[virtual])
@@ -274,7 +275,7 @@ class LanguageModel(nn.Module):
         if prefix := self.virtual_tokens:
             source = _after_padding(attention_mask, prefix)
             attention_mask = nn.functional.pad(attention_mask, (prefix, 0), value=1).gather(1, source)
-            soft = cast(PeftModel, self.model).get_prompt(batch_size=len(ids))  # (B, prefix, D)
+            soft = cast("PeftModel", self.model).get_prompt(batch_size=len(ids))  # (B, prefix, D)
             embedded = self.causal.get_input_embeddings()(ids)
             both = torch.cat([soft.to(embedded.dtype), embedded], dim=1)
             inputs = {"inputs_embeds": both.gather(1, source.unsqueeze(-1).expand_as(both))}
@@ -360,8 +361,10 @@ class LanguageModel(nn.Module):
 
     def _install_token_lora(self) -> ActiveTokens:
         try:
-            if not isinstance(self.model, PeftModel):
+            if not is_peft_model(self.model):
                 raise ValueError("it has no adapter")
+            from alignpro.models.token_lora import install_token_lora  # with peft, which few models need
+
             return install_token_lora(self.model)
         except ValueError as error:
             raise ModelError(f"model {self.name}: {error}") from error
@@ -369,7 +372,7 @@ class LanguageModel(nn.Module):
     @property
     def _soft_prompt(self) -> Any:
         """The peft configuration of the active soft prompt, or None."""
-        if not isinstance(self.model, PeftModel) or self._soft_prompt_off:
+        if not is_peft_model(self.model) or self._soft_prompt_off:
             return None
         config: Any = self.model.active_peft_config
         return config if config.is_prompt_learning else None

@@ -6,10 +6,9 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -17,10 +16,14 @@ from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.merging import merge_adapter
+from alignpro.models.peft_types import is_peft_model
 from alignpro.models.pickled_files import describe_refusal
 from alignpro.models.saving import BASE_DIRECTORY
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 DTYPES = {
     "float64": torch.float64,
@@ -103,6 +106,8 @@ def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
 
 def is_activated_lora(directory: str) -> bool:
     """Whether a saved adapter is an activated LoRA."""
+    from peft import PeftConfig
+
     with _loading_errors(directory):
         return getattr(PeftConfig.from_pretrained(directory), "alora_invocation_tokens", None) is not None
 
@@ -120,6 +125,8 @@ def base_of_adapter(directory: Path) -> str:
     """
     if (directory / BASE_DIRECTORY).is_dir():  # its path is another if the directory has been moved
         return str(directory / BASE_DIRECTORY)
+    from peft import PeftConfig
+
     named: str | None = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
     if not named:
         raise ValueError("its adapter_config.json has no base_model_name_or_path")
@@ -156,12 +163,14 @@ def load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedMo
 
 def _load_adapter(config: ModelConfig, directory: Path, *, trainable: bool) -> PeftModel:
     """Load an adapter on its base model; if that is an adapter too, it is merged."""
+    from peft import PeftConfig, PeftModel
+
     adapter = PeftConfig.from_pretrained(config.path)
     if getattr(adapter, "megatron_config", None):
         raise ValueError("its adapter_config.json has a megatron_config, for which peft imports any module it names")
     soft, path = adapter.is_prompt_learning, base_of_adapter(directory)
     base = load_causal(config.model_copy(update={"path": path}))
-    if merged := isinstance(base, PeftModel):
+    if merged := is_peft_model(base):
         base = merge_adapter(base, path)
     model = PeftModel.from_pretrained(base, config.path, is_trainable=trainable and not soft)
     if soft:  # which peft loads frozen only

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignpro.errors import ModelError
 from alignpro.models.admission import agree
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
@@ -59,6 +60,8 @@ def _logits(model: PeftModel | PreTrainedModel) -> Tensor:
 
 def _untie(model: Any) -> None:
     """Give the output layer a weight of its own if it shares the input embedding's and an adapter changes either."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     inner: list[Any] = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
     if inner[0].weight is inner[1].weight and any(isinstance(layer, BaseTunerLayer) for layer in layers):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.peft_types import is_peft_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 BASE_DIRECTORY = "base"
 """Subdirectory of a saved adapter with its base model, if that exists nowhere else: a merged or a random model."""
@@ -27,7 +30,7 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
     """
     model, causal = language_model.model, language_model.causal
     try:
-        if isinstance(model, PeftModel):
+        if is_peft_model(model):
             # Embeddings are never trained together with an adapter; by default peft would query the hub to find out.
             model.save_pretrained(str(directory), save_embedding_layers=False)
             adapter: Any = model.active_peft_config

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from alignpro.errors import DataError
+from alignpro.models.invocation import invocation_start
 from alignpro.models.packed_attention import PackedLayout
-from alignpro.models.token_lora import invocation_start
 
 _MIN_SHARED_PREFIX = 8  # tokens; a shared prefix costs two more attention calls per layer
 

@@ -10,8 +10,6 @@ its saved files are unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftModel
@@ -21,28 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
-from alignpro.errors import DataError
-
-
-class ActiveTokens:
-    """The tokens that a LoRA acts on during a forward pass; one object is shared by all layers of a model."""
-
-    def __init__(self) -> None:
-        self.rows: Tensor | bool | None = None
-        """(A,) int64, distinct packed indices; True for all tokens, False for none; None leaves the choice to peft."""
-
-    @contextmanager
-    def set(self, rows: Tensor | bool) -> Iterator[None]:
-        """Make the LoRA act on these tokens within the context."""
-        before, self.rows = self.rows, rows
-        try:
-            yield
-        finally:
-            self.rows = before
-
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The ``context_fn`` of `torch.utils.checkpoint`, so that recomputation uses the active tokens of the forward pass."""
-        return nullcontext(), nullcontext() if self.rows is None else self.set(self.rows)
+from alignpro.models.invocation import ActiveTokens, invocation_tokens
 
 
 class TokenLora(ALoraLinearVariant):
@@ -78,11 +55,6 @@ class TokenLora(ALoraLinearVariant):
         return result + delta
 
 
-def invocation_tokens(model: PeftModel) -> tuple[int, ...]:
-    """Return the invocation tokens of the model's adapter; empty if it is not an activated LoRA."""
-    return tuple(getattr(model.active_peft_config, "alora_invocation_tokens", None) or ())
-
-
 def install_token_lora(model: PeftModel) -> ActiveTokens:
     """Make the model's LoRA act on the tokens that are set in the returned object.
 
@@ -105,21 +77,3 @@ def install_token_lora(model: PeftModel) -> ActiveTokens:
     for layer in lora:
         layer.lora_variant[name] = TokenLora(active, activated=bool(invocation_tokens(model)))
     return active
-
-
-def invocation_start(prompt: Sequence[int], invocation: Sequence[int]) -> int:
-    """Return the index of the first token that an activated LoRA acts on.
-
-    As in peft, this is the start of the last occurrence of its invocation tokens.
-
-    Raises:
-        DataError: The invocation tokens do not occur in the prompt.
-    """
-    wanted = tuple(invocation)
-    for start in range(len(prompt) - len(wanted), -1, -1):
-        if tuple(prompt[start : start + len(wanted)]) == wanted:
-            return start
-    raise DataError(
-        f"the prompt does not contain the invocation tokens {list(wanted)}, from which the activated LoRA acts: is it "
-        "rendered with the chat template that the adapter was trained with?"
-    )

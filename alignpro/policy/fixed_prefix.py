@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from alignpro.models.attention_interface import AttentionSettings
+from alignpro.models.invocation import invocation_start
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.packed_attention import (
     PackedAttention,
@@ -32,7 +33,6 @@ from alignpro.models.packed_attention import (
 )
 from alignpro.models.packed_choice import unpadded_attention, unpadded_kernels
 from alignpro.models.sequences import PackedSequences, SequenceBatch
-from alignpro.models.token_lora import invocation_start
 from alignpro_kernels.merged_attention import Part
 
 _BACKWARD_COST = 2

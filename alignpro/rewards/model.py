@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -192,6 +191,8 @@ def _load_adapted(config: ModelConfig) -> PreTrainedModel:
     Raises:
         ValueError: It is an adapter of another kind, has no score head, or its base model lacks other weights.
     """
+    from peft import PeftConfig, PeftModel, TaskType
+
     adapter = PeftConfig.from_pretrained(config.path)
     trained = tuple(getattr(adapter, "modules_to_save", None) or ())
     if adapter.task_type != TaskType.SEQ_CLS:

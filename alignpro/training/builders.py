@@ -13,9 +13,9 @@ from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import ConfigError, DataError
 from alignpro.models.input_room import max_input_tokens
+from alignpro.models.invocation import invocation_start
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import is_activated_lora, is_adapter, load_language_model
-from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ import torch
 import typer
 
 from benchmarks import command
+from benchmarks.busy import BusyProcesses
 from benchmarks.device import dtype_name, empty_cache
 from benchmarks.engine import figure, llama_cpp, ours, peers, vllm
 from benchmarks.engine.cases import CASES, Case, shrink
@@ -60,6 +62,10 @@ def run(
     seed: command.Seed = 0,
     json_file: command.ResultsFile = None,
     quick: command.Quick = False,
+    busy: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also measure beside this many busy processes, in the same run, on a CPU."),
+    ] = None,
     simulate: Annotated[
         str | None,
         typer.Option(
@@ -74,6 +80,7 @@ def run(
     if prompts is not None and model is None:
         raise typer.BadParameter("--prompts are for a model with a tokenizer: give --model too")
     name = "engine" if model is None else f"engine_{model.absolute().name}"
+    name += "" if busy is None else f"_busy{busy}"
     session = Session("engine", device=device, dtype=dtype, threads=threads, quick=quick, file=json_file, name=name)
     everything = [ours.entrant(), *peers.entrants()]
     if model is None:
@@ -85,6 +92,8 @@ def run(
     on_cpu = session.device.type == "cpu"
     setting = Setting(session.device, session.dtype, max_batch or (256 if on_cpu else 1024), seed)
     rounds = rounds or (1 if quick else 5)
+    if busy is not None and not on_cpu:
+        raise typer.BadParameter("--busy: is a measurement on a CPU: add --device cpu")
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # failures are in the results
     dtypes = {session.dtype} if model is None else {session.dtype, torch.float32, torch.bfloat16}
@@ -95,16 +104,17 @@ def run(
     described["rates_by_dtype"] = {dtype_name(each): asdict(measured) for each, measured in rates_of.items()}
     document: dict[str, Any] = {"run": described, "results": []}
     session.print_device(f"{rates.bytes_per_s / 1e9:.3g} GB/s, {rates.flops_per_s / 1e12:.3g} TFLOP/s")
-    for case in cases:
-        with session.console.status(case.title):
-            result = compare(case, chosen, setting, rounds, rates)
-            floors = {dtype_name(each): floor_seconds(case, measured, each) for each, measured in rates_of.items()}
-            result["floor_by_dtype"] = dict(sorted(floors.items()))
-            if not case.chain and any(entrant.name == ours.NAME for entrant in chosen):
-                result["decode_ticks"] = ours.decode_ticks(case, setting)
-            document["results"].append(result)
-        session.save(document)
-        print_case(session.console, result)
+    with nullcontext() if busy is None else BusyProcesses(busy) as beside:
+        for case in cases:
+            with session.console.status(case.title):
+                result = compare(case, chosen, setting, rounds, rates, beside)
+                floors = {dtype_name(each): floor_seconds(case, measured, each) for each, measured in rates_of.items()}
+                result["floor_by_dtype"] = dict(sorted(floors.items()))
+                if not case.chain and any(entrant.name == ours.NAME for entrant in chosen):
+                    result["decode_ticks"] = ours.decode_ticks(case, setting)
+                document["results"].append(result)
+            session.save(document)
+            print_case(session.console, result)
     figure.draw(document, session.figure)
     session.finish()
 

@@ -18,6 +18,9 @@ from benchmarks.workload import ModelShape
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+SLOW_PRODUCT = 0.05
+"""Seconds of a product of a quarter of that size from which on it is measured instead: without arithmetic in bfloat16, a
+processor may need a minute for the large one."""
 REPEATS = 7
 QUICK_FACTOR = 16
 
@@ -44,10 +47,18 @@ def measure_rates(device: torch.device, dtype: torch.dtype, *, quick: bool = Fal
     copy = torch.empty_like(source)
     copying = shortest(lambda: copy.copy_(source))
     size = MATMUL_SIZE[device.type] // smaller
+    quarter = _product(size // 4, dtype, device)
+    quarter()  # once before, since the first call sets up the library
+    if clock.time(quarter, calls=1).total > SLOW_PRODUCT:
+        size //= 4
+    multiplying = shortest(_product(size, dtype, device))
+    return DeviceRates(2 * source.numel() / copying, 2 * size**3 / multiplying)
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     product = torch.empty_like(left)
-    multiplying = shortest(lambda: torch.mm(left, right, out=product))
-    return DeviceRates(2 * source.numel() / copying, 2 * size**3 / multiplying)
+    return lambda: torch.mm(left, right, out=product)
 
 
 @dataclass(frozen=True)

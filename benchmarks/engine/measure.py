@@ -1,4 +1,7 @@
-"""Measurement of one case: the entrants take turns, and each must generate the requested number of tokens."""
+"""Measurement of one case: the entrants take turns, and each must generate the requested number of tokens.
+
+With busy processes, each round is followed by one beside them, so that both see the same drift of the machine.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from benchmarks import measure
+from benchmarks.busy import BusyProcesses
 from benchmarks.device import empty_cache, synchronize
 from benchmarks.engine.cases import Case, make_inputs
 from benchmarks.engine.entrant import Entrant, Generated, Run, Setting
@@ -31,10 +37,31 @@ class Result(measure.Result):
     details: dict[str, Any] = field(default_factory=dict)
     """Statistics of the last round."""
     rounds: list[float] = field(default_factory=list)
+    busy: Busy | None = None
+    """Its throughput beside busy processes."""
+
+
+@dataclass
+class Busy:
+    """The throughput of an entrant beside busy processes."""
+
+    processes: int
+    fair_share: float
+    """The share of the quiet throughput that it gets if each thread on the machine gets the same time."""
+    rounds: list[float] = field(default_factory=list)
+    tokens_per_s: float | None = None
+    """By the median of the rounds."""
+    over_fair_share: float | None = None
+    """Its throughput over the fair share of its quiet one: 1 if it loses nothing but the time that others get."""
 
 
 def compare(
-    case: Case, entrants: Sequence[Entrant], setting: Setting, rounds: int, rates: DeviceRates
+    case: Case,
+    entrants: Sequence[Entrant],
+    setting: Setting,
+    rounds: int,
+    rates: DeviceRates,
+    busy: BusyProcesses | None = None,
 ) -> dict[str, Any]:
     """Measure one case and return the result, ready for JSON.
 
@@ -44,7 +71,7 @@ def compare(
     results = {entrant.name: Result(entrant.name) for entrant in entrants}
     take_turns = setting.device.type == "cpu"
     for group in [list(entrants)] if take_turns else [[entrant] for entrant in entrants]:
-        _time(case, group, setting, rounds, results)
+        _time(case, group, setting, rounds, results, busy)
         empty_cache(setting.device)
     floor = floor_seconds(case, rates, setting.dtype)
     _summarise(case, results, floor["prefill"] + floor["decode"])
@@ -59,7 +86,14 @@ def compare(
     }
 
 
-def _time(case: Case, entrants: Sequence[Entrant], setting: Setting, rounds: int, results: dict[str, Result]) -> None:
+def _time(
+    case: Case,
+    entrants: Sequence[Entrant],
+    setting: Setting,
+    rounds: int,
+    results: dict[str, Result],
+    busy: BusyProcesses | None,
+) -> None:
     inputs = make_inputs(case, setting.seed)
     runs: dict[str, Run] = {}
     for entrant in entrants:
@@ -67,15 +101,28 @@ def _time(case: Case, entrants: Sequence[Entrant], setting: Setting, rounds: int
             run = entrant.prepare(case, inputs, setting)
             _check(case, run(0))  # the warm-up
             runs[entrant.name] = run
+    if busy is not None:
+        for name in runs:
+            results[name].busy = Busy(busy.count, busy.fair_share(torch.get_num_threads()))
     for turn in range(rounds):
         for name in measure.rotated(list(runs), turn):
-            synchronize(setting.device)
-            started = time.perf_counter()
-            generated = runs[name](turn + 1)
-            synchronize(setting.device)
-            results[name].rounds.append(time.perf_counter() - started)
-            _check(case, generated)
-            results[name].details = generated.details
+            result = results[name]
+            seconds, generated = _timed_round(case, runs[name], turn + 1, setting)
+            result.rounds.append(seconds)
+            result.details = generated.details
+            if busy is not None and result.busy is not None:
+                with busy.running():
+                    result.busy.rounds.append(_timed_round(case, runs[name], rounds + turn + 1, setting)[0])
+
+
+def _timed_round(case: Case, run: Run, turn: int, setting: Setting) -> tuple[float, Generated]:
+    synchronize(setting.device)
+    started = time.perf_counter()
+    generated = run(turn)
+    synchronize(setting.device)
+    seconds = time.perf_counter() - started
+    _check(case, generated)
+    return seconds, generated
 
 
 def _check(case: Case, generated: Generated) -> None:
@@ -91,5 +138,9 @@ def _summarise(case: Case, results: dict[str, Result], floor: float) -> None:
             result.sequences_per_s = case.sequences / result.seconds
             result.tokens_per_s = sum(case.expected.values()) / result.seconds
             result.ratio_to_floor = result.seconds / floor
+            if result.busy is not None:
+                beside = result.busy
+                beside.tokens_per_s = sum(case.expected.values()) / statistics.median(beside.rounds)
+                beside.over_fair_share = beside.tokens_per_s / (result.tokens_per_s * beside.fair_share)
             if ours is not None and ours.seconds is not None:
                 result.ours_over_it = result.seconds / ours.seconds

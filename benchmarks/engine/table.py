@@ -26,6 +26,13 @@ def print_case(console: Console, result: dict[str, Any]) -> None:
     if decode := result.get("decode_ticks"):
         line = f"decode tick: {decode['tick_s'] * 1e3:.3g} ms, host share {decode['host_share']:.1%}"
         console.print(line, highlight=False)
+    for entrant in result["entrants"]:
+        if busy := entrant["busy"]:
+            line = (
+                f"{entrant['entrant']} beside {busy['processes']} busy processes: {busy['tokens_per_s']:.0f} new tokens/s, "
+                f"{busy['over_fair_share']:.2f} of the fair share ({busy['fair_share']:.2f} of {entrant['tokens_per_s']:.0f})"
+            )
+            console.print(line, highlight=False)
     print_not_measured(console, {result["case"]: result["entrants"]})
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 import typer
 from tiny_gguf import bpe_tokenizer, tiny_model
 
-from benchmarks.engine import llama_cpp, ours, peers
+from benchmarks.busy import BusyProcesses
+from benchmarks.engine import floor, llama_cpp, ours, peers
 from benchmarks.engine.__main__ import app
 from benchmarks.engine.cases import Case, make_inputs
 from benchmarks.engine.entrant import Setting
@@ -147,3 +150,54 @@ def test_llama_cpp_generates_what_is_asked_for(model: Path, prompts: Path) -> No
     one = case(model, prompts, "chains")
     (entrant,) = llama_cpp.entrants()
     assert entrant.prepare(one, make_inputs(one, 0), SETTING)(1).tokens == one.expected
+
+
+def test_beside_busy_processes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "engine.json"
+    options = ["--quick", "--model", str(model), "--json", str(file), "--device", "cpu", "--threads", "1"]
+    app([*options, "--entrants", "ours", "--workload", "n1", "--busy", "3"], standalone_mode=False)
+    ((result,),) = ([one["entrants"] for one in json.loads(file.read_text())["results"]],)
+    busy = result[0]["busy"]
+    assert busy["processes"] == 3 and len(busy["rounds"]) == 1
+    share = busy["tokens_per_s"] / result[0]["tokens_per_s"]
+    assert busy["over_fair_share"] == pytest.approx(share / busy["fair_share"])
+    assert "ours beside 3 busy processes" in capsys.readouterr().out
+
+
+def test_busy_processes_use_the_cores_only_while_they_run() -> None:
+    def used(processes: list[int]) -> float:
+        fields = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in processes]
+        return sum(float(field[11]) + float(field[12]) for field in fields)  # user and system time, in ticks
+
+    with BusyProcesses(2) as busy:
+        ids = [process.pid for process in busy._processes]
+        with busy.running():
+            deadline = time.monotonic() + 10
+            while used(ids) < 5 and time.monotonic() < deadline:
+                time.sleep(0.02)
+        at_rest = used(ids)
+        assert at_rest >= 5
+        time.sleep(0.1)
+        assert used(ids) <= at_rest + 1
+    assert not any(Path(f"/proc/{process}").exists() for process in ids)
+
+
+@pytest.mark.parametrize(("cores", "threads", "count", "share"), [(2, 2, 7, 2 / 9), (8, 2, 3, 1.0), (4, 4, 4, 0.5)])
+def test_the_fair_share(cores: int, threads: int, count: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    assert BusyProcesses(count).fair_share(threads) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("limit", "size"), [(1e9, 64), (0.0, 16)])
+def test_a_slow_product_is_measured_on_a_smaller_matrix(
+    limit: float, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor without arithmetic in bfloat16 multiplies many times slower than in float32."""
+    made: list[int] = []
+    product = floor._product
+    monkeypatch.setattr(floor, "_product", lambda n, *rest: made.append(n) or product(n, *rest))
+    monkeypatch.setattr(floor, "SLOW_PRODUCT", limit)
+    monkeypatch.setattr(floor, "MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr(floor, "COPY_BYTES", {"cpu": 1 << 16})
+    assert floor.measure_rates(torch.device("cpu"), torch.float32).flops_per_s > 0
+    assert made == [16, size]

@@ -29,11 +29,11 @@ from transformers import AutoModelForCausalLM
 from alignpro.config import AdapterConfig
 from alignpro.errors import DataError, ModelError
 from alignpro.models.adapters import add_adapter
+from alignpro.models.invocation import invocation_start
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
 from alignpro.models.saving import save_pretrained
 from alignpro.models.sequences import SequenceBatch
-from alignpro.models.token_lora import invocation_start
 from alignpro.policy.policy import Policy
 from alignpro.policy.reference import frozen_copy
 

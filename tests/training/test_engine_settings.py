@@ -104,3 +104,10 @@ def test_stop_texts_do_not_change_the_distribution(workshop: Workshop, tmp_path:
     for one, other in zip(cut, whole, strict=True):
         assert one.sample.tokens == other.sample.tokens[: len(one.sample.tokens)]
     assert any(one.sample.num_text_tokens is not None for one in cut)
+
+
+def test_a_step_on_a_cpu_keeps_the_targets_prompts_in_any_case(workshop: Workshop, tmp_path: Path) -> None:
+    made = training(workshop, tmp_path / "run", "rollout.keep_cache=false")  # which is about an accelerator's memory
+    made.step(0)
+    (pool,) = made.engine.pools.values()
+    assert pool.used["policy"] == 0 < pool.used["target"]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from alignpro.models.token_lora import ActiveTokens, TokenLora
+from alignpro.models.invocation import ActiveTokens
+from alignpro.models.peft_types import is_lora_linear, is_token_lora
 from alignpro_kernels.decoder import DecoderLoRA, ProjectionLoRA
 
 
@@ -54,7 +54,7 @@ class AdaptedProjection:
             raise UnsupportedError("a LoRA has a bias")
         if variant is None:
             rows: Tensor | bool = True
-        elif not isinstance(variant, TokenLora):
+        elif not is_token_lora(variant):
             raise UnsupportedError(f"a LoRA is of peft's kind {type(variant).__name__}")
         elif variant.active.rows is not None:
             rows = variant.active.rows
@@ -70,13 +70,13 @@ class AdaptedProjection:
 
 def base_of(module: nn.Module | None) -> nn.Module | None:
     """Return the layer inside a LoRA layer of peft, or the module itself if it is none."""
-    return module.base_layer if type(module) is Linear else module
+    return module.base_layer if is_lora_linear(module) else module
 
 
 def active_tokens(module: nn.Module) -> ActiveTokens | None:
     """Return what says on which tokens a LoRA layer acts, or None if it always acts on all."""
-    variants = module.lora_variant.values() if type(module) is Linear else ()
-    return next((variant.active for variant in variants if isinstance(variant, TokenLora)), None)
+    variants = module.lora_variant.values() if is_lora_linear(module) else ()
+    return next((variant.active for variant in variants if is_token_lora(variant)), None)
 
 
 def collect(adapted: Sequence[AdaptedProjection]) -> DecoderLoRA | None:

@@ -1,0 +1,58 @@
+"""From where in a prompt an activated LoRA acts, and on which tokens of a pass; `token_lora` makes it act on these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from alignpro.errors import DataError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class ActiveTokens:
+    """The tokens that a LoRA acts on during a forward pass; one object is shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | bool | None = None
+        """(A,) int64, distinct packed indices; True for all tokens, False for none; None leaves the choice to peft."""
+
+    @contextmanager
+    def set(self, rows: Tensor | bool) -> Iterator[None]:
+        """Make the LoRA act on these tokens within the context."""
+        before, self.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The ``context_fn`` of `torch.utils.checkpoint`, so that recomputation uses the active tokens of the forward pass."""
+        return nullcontext(), nullcontext() if self.rows is None else self.set(self.rows)
+
+
+def invocation_tokens(model: PeftModel) -> tuple[int, ...]:
+    """Return the invocation tokens of the model's adapter; empty if it is not an activated LoRA."""
+    return tuple(getattr(model.active_peft_config, "alora_invocation_tokens", None) or ())
+
+
+def invocation_start(prompt: Sequence[int], invocation: Sequence[int]) -> int:
+    """Return the index of the first token that an activated LoRA acts on.
+
+    As in peft, this is the start of the last occurrence of its invocation tokens.
+
+    Raises:
+        DataError: The invocation tokens do not occur in the prompt.
+    """
+    wanted = tuple(invocation)
+    for start in range(len(prompt) - len(wanted), -1, -1):
+        if tuple(prompt[start : start + len(wanted)]) == wanted:
+            return start
+    raise DataError(
+        f"the prompt does not contain the invocation tokens {list(wanted)}, from which the activated LoRA acts: is it "
+        "rendered with the chat template that the adapter was trained with?"
+    )
