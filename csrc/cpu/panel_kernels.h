@@ -12,12 +12,13 @@ constexpr int64_t kPanel = 32;  // outputs, a multiple of twice every instructio
 
 struct PanelKernels {
   // out = x panel, or out += x panel with `add`: x (rows, depth) with row stride `stride`; panel (depth, kPanel); out (rows,
-  // kPanel) with row stride `out_stride`.
+  // kPanel) with row stride `out_stride`. Meanwhile, loads as many elements as the panel has from `next` into the cache,
+  // unless it is null; it need not be valid memory.
   void (*multiply)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
-                   int64_t out_stride, bool add);
+                   int64_t out_stride, bool add, const float* next);
   // The same with x^T, for x (depth, rows).
   void (*multiply_transposed)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
-                              int64_t out_stride, bool add);
+                              int64_t out_stride, bool add, const float* next);
   // out (rows, rank) = scale x a^T: x (rows, depth); a (rank, depth), which is not packed.
   void (*project)(const float* x, int64_t rows, const float* a, int64_t rank, int64_t depth, float scale, float* out);
   // Packs weights (outputs, inputs) with row stride `stride` into a panel (inputs, kPanel), zero-padded beyond the outputs.
