@@ -92,7 +92,7 @@ class LowRankTerm {
         for (int64_t k = 0; k < rank; k += kDepthChunk) {
           const int64_t depth = std::min(kDepthChunk, rank - k);
           cpu_kernels().panels.pack(up + k, rank, end - begin, depth, weight);
-          cpu_kernels().panels.multiply(inner + (from - begin_) * rank + k, rank, rows, weight, depth, product, kPanel, k > 0);
+          cpu_kernels().panels.multiply(inner + (from - begin_) * rank + k, rank, rows, weight, depth, product, kPanel, k > 0, nullptr);
         }
         for (int64_t i = 0; i < rows; ++i) {
           float* to = tile + (active_[from + i] - first_ - first) * kPanel + begin - start;

@@ -12,22 +12,29 @@ constexpr int64_t kPanel = 32;  // outputs, a multiple of twice every instructio
 
 struct PanelKernels {
   // out = x panel, or out += x panel with `add`: x (rows, depth) with row stride `stride`; panel (depth, kPanel); out (rows,
-  // kPanel) with row stride `out_stride`.
+  // kPanel) with row stride `out_stride`. Meanwhile, loads as many elements as the panel has from `next` into the cache,
+  // unless it is null; it need not be valid memory.
   void (*multiply)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
-                   int64_t out_stride, bool add);
+                   int64_t out_stride, bool add, const float* next);
   // The same with x^T, for x (depth, rows).
   void (*multiply_transposed)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
-                              int64_t out_stride, bool add);
+                              int64_t out_stride, bool add, const float* next);
   // out (rows, rank) = scale x a^T: x (rows, depth); a (rank, depth), which is not packed.
   void (*project)(const float* x, int64_t rows, const float* a, int64_t rank, int64_t depth, float scale, float* out);
   // Packs weights (outputs, inputs) with row stride `stride` into a panel (inputs, kPanel), zero-padded beyond the outputs.
   void (*pack)(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel);
   // out = x / sqrt(mean(x^2) + eps) (weight + offset), for a row of `dim` elements; out may alias x.
   void (*rms_norm)(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out);
+  // d_x = the gradient of rms_norm in x, given that of its output.
+  void (*rms_norm_backward)(const float* gradient, const float* x, const float* weight, int64_t dim, float eps, float offset,
+                            float* d_x);
   // Applies the rotary position embedding in place to the first `dim` elements of a head; pairs are dim / 2 apart.
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t dim);
   // gate = silu(gate) up
   void (*gate)(float* gate, const float* up, int64_t count);
+  // inner = silu(gate) up, and the gradients of both factors, given that of inner.
+  void (*gate_backward)(const float* gate, const float* up, const float* gradient, int64_t count, float* d_gate, float* d_up,
+                        float* inner);
 };
 
 }  // namespace alignpro

@@ -1,6 +1,7 @@
 // The layer kernels, written once in terms of the vector lanes of `Isa`. See cpu_kernels_impl.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <utility>
@@ -15,12 +16,20 @@
 namespace alignpro {
 namespace {
 
+// Memory that the next products will read, of which each step of the present ones loads an equal part.
+struct Ahead {
+  const float* from;  // null for none
+  int64_t step;
+};
+
 // Multiplies R rows by two vectors of outputs, with all sums in registers.
-template <int R, bool Transposed>
-void multiply_rows(const float* x, int64_t stride, const float* panel, int64_t depth, float* out, int64_t out_stride, bool add) {
+template <int R, bool Transposed, bool Prefetch>
+void multiply_rows(const float* x, int64_t stride, const float* panel, int64_t depth, float* out, int64_t out_stride, bool add,
+                   Ahead ahead) {
   F low[R], high[R];
   for (int r = 0; r < R; ++r) low[r] = high[r] = Isa::set(0);
   for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+    if constexpr (Prefetch) __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
     const F a = Isa::load(panel), b = Isa::load(panel + Isa::width);
     for (int r = 0; r < R; ++r) {
       const F scale = Isa::set(Transposed ? x[k * stride + r] : x[r * stride + k]);
@@ -34,23 +43,32 @@ void multiply_rows(const float* x, int64_t stride, const float* panel, int64_t d
   }
 }
 
-using MultiplyRows = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
+using MultiplyRows = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool, Ahead);
 
-template <bool Transposed, int... R>
+template <bool Transposed, bool Prefetch, int... R>
 constexpr MultiplyRows multiply_rows_of(int64_t rows, std::integer_sequence<int, R...>) {
-  constexpr MultiplyRows all[] = {multiply_rows<R + 1, Transposed>...};
+  constexpr MultiplyRows all[] = {multiply_rows<R + 1, Transposed, Prefetch>...};
   return all[rows - 1];
 }
 
 // Uses blocks of nearly equal numbers of rows, since a block of few rows costs almost as much as one of many.
 template <bool Transposed>
 void multiply(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out, int64_t out_stride,
-              bool add) {
-  constexpr int64_t most = Isa::product_rows;
-  for (int64_t blocks = (rows + most - 1) / most; blocks > 0; --blocks) {
+              bool add, const float* next) {
+  constexpr int64_t most = Isa::product_rows, columns = 2 * Isa::width;
+  constexpr auto counts = std::make_integer_sequence<int, most>();
+  int64_t blocks = (rows + most - 1) / most;
+  // What is read next is loaded during all passes over the panel, or the first few if there are many.
+  int64_t passes = next == nullptr ? 0 : std::min(blocks * (kPanel / columns), kPanel / 4);
+  Ahead ahead{next, passes == 0 ? 0 : (kPanel + passes - 1) / passes};
+  for (; blocks > 0; --blocks) {
     const int64_t count = (rows + blocks - 1) / blocks;
-    const MultiplyRows block = multiply_rows_of<Transposed>(count, std::make_integer_sequence<int, most>());
-    for (int64_t j = 0; j < kPanel; j += 2 * Isa::width) block(x, stride, panel + j, depth, out + j, out_stride, add);
+    for (int64_t j = 0; j < kPanel; j += columns) {
+      const MultiplyRows block = passes-- > 0 ? multiply_rows_of<Transposed, true>(count, counts)
+                                              : multiply_rows_of<Transposed, false>(count, counts);
+      block(x, stride, panel + j, depth, out + j, out_stride, add, ahead);
+      ahead.from += depth * ahead.step;
+    }
     rows -= count;
     x += Transposed ? count : count * stride;
     out += count * out_stride;
@@ -134,6 +152,32 @@ void rms_norm(const float* x, const float* weight, int64_t dim, float eps, float
   for (; d < dim; ++d) out[d] = x[d] * by * (weight[d] + offset);
 }
 
+// With y = x w / s, w = weight + offset and s^2 = mean(x^2) + eps: d_x = (w g - x sum(w g x) / (dim s^2)) / s.
+void rms_norm_backward(const float* gradient, const float* x, const float* weight, int64_t dim, float eps, float offset,
+                       float* d_x) {
+  const F more = Isa::set(offset);
+  F squares = Isa::set(0), products = Isa::set(0);
+  int64_t d = 0;
+  for (; d + Isa::width <= dim; d += Isa::width) {
+    const F value = Isa::load(x + d), scaled = Isa::mul(Isa::load(gradient + d), Isa::add(Isa::load(weight + d), more));
+    squares = Isa::fma(value, value, squares);
+    products = Isa::fma(scaled, value, products);
+  }
+  float square = Isa::sum(squares), product = Isa::sum(products);
+  for (; d < dim; ++d) {
+    square = __builtin_fmaf(x[d], x[d], square);
+    product = __builtin_fmaf(gradient[d] * (weight[d] + offset), x[d], product);
+  }
+  const float mean = square / static_cast<float>(dim) + eps, by = 1.0f / std::sqrt(mean);
+  const float along = -by * product / (static_cast<float>(dim) * mean);
+  const F scale = Isa::set(by), back = Isa::set(along);
+  for (d = 0; d + Isa::width <= dim; d += Isa::width) {
+    const F scaled = Isa::mul(Isa::load(gradient + d), Isa::add(Isa::load(weight + d), more));
+    Isa::store(d_x + d, Isa::fma(scaled, scale, Isa::mul(Isa::load(x + d), back)));
+  }
+  for (; d < dim; ++d) d_x[d] = __builtin_fmaf(gradient[d] * (weight[d] + offset), by, x[d] * along);
+}
+
 void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
   const int64_t half = dim / 2;
   float* y = x + half;
@@ -160,7 +204,22 @@ void gate(float* gate, const float* up, int64_t count) {
   }
 }
 
-constexpr PanelKernels kPanelKernels = {multiply<false>, multiply<true>, project, pack, rms_norm, rotate, gate};
+void gate_backward(const float* gate, const float* up, const float* gradient, int64_t count, float* d_gate, float* d_up,
+                   float* inner) {
+  const F one = Isa::set(1), largest = Isa::set(88);
+  for (int64_t j = 0; j < count; j += Isa::width) {
+    const F g = Isa::load(gate + j), u = Isa::load(up + j), d = Isa::load(gradient + j);
+    const F sigmoid = Isa::div(one, Isa::add(one, exponential(Isa::min(largest, Isa::sub(Isa::set(0), g)))));
+    const F silu = Isa::mul(g, sigmoid);
+    Isa::store(inner + j, Isa::mul(silu, u));
+    Isa::store(d_up + j, Isa::mul(d, silu));
+    // silu' = sigmoid + silu (1 - sigmoid)
+    Isa::store(d_gate + j, Isa::mul(Isa::mul(d, u), Isa::fma(silu, Isa::sub(one, sigmoid), sigmoid)));
+  }
+}
+
+constexpr PanelKernels kPanelKernels = {multiply<false>, multiply<true>, project, pack, rms_norm, rms_norm_backward,
+                                        rotate, gate, gate_backward};
 
 }  // namespace
 }  // namespace alignpro

@@ -37,8 +37,9 @@ struct Panels {
 inline void multiply_panel(const float* x, int64_t stride, int64_t rows, const Panels& weight, int64_t panel, float* out) {
   const float* from = weight.data + panel * weight.inputs * kPanel;
   for (int64_t k = 0; k < weight.inputs; k += kDepthChunk) {
-    cpu_kernels().panels.multiply(x + k, stride, rows, from + k * kPanel, std::min(kDepthChunk, weight.inputs - k), out,
-                                  kPanel, k > 0);
+    const int64_t depth = std::min(kDepthChunk, weight.inputs - k);
+    const float *part = from + k * kPanel, *next = part + depth * kPanel;
+    cpu_kernels().panels.multiply(x + k, stride, rows, part, depth, out, kPanel, k > 0, next);
   }
 }
 

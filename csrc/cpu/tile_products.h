@@ -74,7 +74,7 @@ class TileProducts {
     for_chunks(dim_, [&](int64_t first, int64_t depth) {
       for (int64_t panel = 0; panel < panels_of(w.size(0)); ++panel) {
         cpu_kernels().panels.multiply(x + first, h.stride(0), h.size(0), from + (panel * dim_ + first) * kPanel, depth,
-                                 out + panel * kPanel, width, first > 0);
+                                 out + panel * kPanel, width, first > 0, nullptr);
       }
     });
   }
@@ -97,7 +97,7 @@ class TileProducts {
       for (int64_t panel = 0; panel < panels_of(dim_); ++panel) {
         const float* weights = from + (panel * columns + first) * kPanel;
         multiply_within(panel, out, into.stride(0), count, true, [&](float* to, int64_t stride, bool add) {
-          cpu_kernels().panels.multiply(du + first, width, count, weights, depth, to, stride, add);
+          cpu_kernels().panels.multiply(du + first, width, count, weights, depth, to, stride, add, nullptr);
         });
       }
     });
@@ -112,7 +112,7 @@ class TileProducts {
       for_chunks(count, [&](int64_t first, int64_t depth) {
         const float* states = h + (panel * rows_of_h + first_row + first) * kPanel;
         multiply_within(panel, out, into.stride(0), columns, add || first > 0, [&](float* to, int64_t stride, bool more) {
-          cpu_kernels().panels.multiply_transposed(du + first * width, width, columns, states, depth, to, stride, more);
+          cpu_kernels().panels.multiply_transposed(du + first * width, width, columns, states, depth, to, stride, more, nullptr);
         });
       });
     }
