@@ -160,6 +160,13 @@ def rewrite(
             help="Let Python code that comes with the run's models run, if the run's config says so.",
         ),
     ] = False,
+    trust_endpoint: Annotated[
+        bool,
+        typer.Option(
+            "--trust-endpoint",
+            help="With --answer: let the key that the run's config names be sent to the server there.",
+        ),
+    ] = False,
 ) -> None:
     """Rewrite prompts, or a whole data set, with a trained prompter."""
     if (data is None) == (not text):
@@ -179,7 +186,7 @@ def rewrite(
 
         check_files(DataConfig(source=data, holdout=0))
     rewriter = _load("alignpro.environments.rewriter:Rewriter.load")(
-        run, with_target=answer, trust_remote_code=trust_remote_code
+        run, with_target=answer, trust_remote_code=trust_remote_code, trust_endpoint=trust_endpoint
     )
     if data is not None:
         _load("alignpro.environments.rewritten_data:rewrite_data")(

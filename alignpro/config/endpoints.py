@@ -82,6 +82,13 @@ class EndpointConfig(Section):
     seed_bits: int = Field(63, ge=1, le=63)
     """The seed is sent modulo 2^seed_bits: some servers take no more than 31 or 32 bits."""
 
+    @property
+    def variables(self) -> list[str]:
+        """The environment variables whose values are sent."""
+        values = [*self.extra_headers.values(), self.proxy or ""]
+        named = [value.removeprefix("env:") for value in values if value.startswith("env:")]
+        return [*([self.api_key_env] if self.api_key_env else []), *named]
+
 
 class TargetEndpointConfig(EndpointConfig):
     """A frozen target behind a server."""

@@ -95,7 +95,12 @@ class Rewriter:
     @without_progress_bars()
     @paused_collection()
     def load(
-        cls, run: str | os.PathLike[str], *, with_target: bool = False, trust_remote_code: bool = False
+        cls,
+        run: str | os.PathLike[str],
+        *,
+        with_target: bool = False,
+        trust_remote_code: bool = False,
+        trust_endpoint: bool = False,
     ) -> Rewriter:
         """Load the prompter that `alignpro train` or `alignpro sft` saved in a run directory.
 
@@ -105,10 +110,12 @@ class Rewriter:
                 uses the run's ledger, counts against its budget, and needs `close` (or ``with``) at the end.
             trust_remote_code: Whether Python code that comes with the models may run, if the run's configuration says
                 so. The directory may come from someone else, so its word alone is not enough.
+            trust_endpoint: Likewise, whether variables of the environment, such as a key, may be sent to the target's server,
+                if the run's configuration says so.
 
         Raises:
-            ModelError: The directory holds no finished run of a prompter, or none with one target, or its models need
-                ``trust_remote_code``.
+            ModelError: The directory holds no finished run of a prompter, or none with one target, or it needs
+                ``trust_remote_code`` or ``trust_endpoint``.
             EndpointError: The target's server cannot be used.
         """
         run = Path(run)
@@ -132,8 +139,12 @@ class Rewriter:
             return cls(load_language_model(config.policy.model_copy(update=saved)), None, config)
         endpoints = target_endpoints(config.target)
         for endpoint in endpoints:
-            key = f" with the key in ${endpoint.api_key_env}" if endpoint.api_key_env else ""
-            logger.warning("answers come from %s at %s%s", endpoint.model, endpoint.base_url, key)
+            if endpoint.variables and not trust_endpoint:
+                raise ModelError(
+                    f"run directory {run}: its config.yaml sends {', '.join(f'${name}' for name in endpoint.variables)} to "
+                    f"{endpoint.base_url}; if you trust it, say so: --trust-endpoint (in Python, trust_endpoint=True)"
+                )
+            logger.warning("answers come from %s at %s", endpoint.model, endpoint.base_url)
         with ExitStack() as stack:
             servers = stack.enter_context(open_servers(config, endpoints, run, _greedy(config.rollout)))
             prompter = load_language_model(config.policy.model_copy(update=saved))

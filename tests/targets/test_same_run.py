@@ -17,6 +17,7 @@ from tiny_server import TinyServer
 
 import alignpro
 from alignpro.cli import main
+from alignpro.errors import ModelError
 
 TWO_RESPONSES = "rollout.responses_per_rewrite=2"
 KEY = "sk-never-written-anywhere"
@@ -187,10 +188,24 @@ def test_the_rewriter_answers_from_the_server(
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with (
         alignpro.Rewriter.load(local, with_target=True) as here,
-        alignpro.Rewriter.load(run, with_target=True) as there,
+        alignpro.Rewriter.load(run, with_target=True, trust_endpoint=True) as there,
     ):
         assert here.rewrite(["add one", "and two"], n=2) == there.rewrite(["add one", "and two"], n=2)
-    assert f"answers come from big at {server.url} with the key in $BIG_KEY" in caplog.text
+    assert f"answers come from big at {server.url}" in caplog.text
+
+
+def test_a_run_directory_alone_sends_no_key(finished: Callable[..., Path], server: TinyServer, tmp_path: Path) -> None:
+    """It may come from someone else, and name a variable that holds something else."""
+    run = tmp_path / "run"
+    shutil.copytree(finished("train", TWO_RESPONSES), run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["target"] = {"endpoint": {"base_url": server.url, "model": "big", "extra_headers": {"x": "env:BIG_KEY"}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(
+        ModelError, match=rf"sends \$BIG_KEY to {server.url}; if you trust it, say so: --trust-endpoint"
+    ):
+        alignpro.Rewriter.load(run, with_target=True)
+    assert server.count == 0
 
 
 def letters(prompts: list[str], responses: list[str]) -> list[float]:
