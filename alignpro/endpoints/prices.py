@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 
 from alignpro.config import PriceConfig
-from alignpro.endpoints.types import Query, Usage
+from alignpro.endpoints.types import Usage
 from alignpro.errors import ConfigError
 
 PICODOLLARS = 10**12
 _PRICED_TOKENS = 10**6
-_TURN_TOKENS = 16
-"""Tokens around the text of a turn: its role and its delimiters, with some to spare."""
 
 
 class Prices:
@@ -67,27 +64,3 @@ def show_dollars(picodollars: int) -> str:
     """Write an amount exactly, with at least two decimals: ``$1.50``, ``$0.000012``."""
     whole, fraction = divmod(picodollars, PICODOLLARS)
     return f"${whole}.{f'{fraction:012}'.rstrip('0').ljust(2, '0')}"
-
-
-def bound_of(query: Query, n: int, *, overhead: int, extra: str = "") -> Usage:
-    """Return the most tokens that one request for ``n`` draws can honestly take.
-
-    A token stands for at least one byte of UTF-8, whichever tokenizer it is; a tokenizer that normalises first (NFKC) can
-    make a text longer, so the longer of both counts.
-
-    Args:
-        query: The prompt and how it is sampled.
-        n: Draws of this request; each takes up to ``max_tokens``, reasoning included.
-        overhead: Tokens that the server adds to every prompt: special tokens, a system message of its own.
-        extra: Further text that is sent, such as the JSON of ``extra_body``: it may describe tools.
-    """
-    texts = [content for _, content in query.messages] + [extra]
-    turns = sum(_TURN_TOKENS + len(role.encode()) for role, _ in query.messages)
-    return Usage(sum(map(_most_bytes, texts)) + turns + overhead, n * query.sampling.max_tokens)
-
-
-def _most_bytes(text: str) -> int:
-    if text.isascii():
-        return len(text)
-    forms = (text, unicodedata.normalize("NFKC", text))
-    return max(len(form.encode("utf-8", "surrogatepass")) for form in forms)

@@ -1,7 +1,8 @@
 """What a job asks of servers, by formula: requests, tokens and money, before anything is sent.
 
 A group is a prompt of the target with the draws of its answer: a server that answers with ``n`` draws takes one request for it,
-others one for each draw. Tokens of the prompter are counted as if they were the server's: tokenizers differ.
+others one for each draw. A judge is asked about each response, in pairwise comparisons in both orders. Tokens of the models
+in this process are counted as if they were the server's: tokenizers differ.
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from alignpro.config import (
+    EndpointConfig,
     EvalConfig,
+    HTTPRewardConfig,
+    JudgeRewardConfig,
     OptimalConfig,
+    RewardConfig,
+    RLHFConfig,
     Section,
     SpendingConfig,
     TargetConfig,
@@ -20,12 +26,15 @@ from alignpro.config import (
     target_parts,
 )
 
+RUBRIC_TOKENS = 1024
+"""Allowed for a judge's rubric without its texts; a token is at least a byte, and the built-in ones have less than 1,000."""
+
 
 @dataclass(frozen=True)
 class Asked:
     """The most that is asked of one server."""
 
-    endpoint: TargetEndpointConfig
+    endpoint: EndpointConfig
     groups: int
     draws: int
     """Of all groups together."""
@@ -57,7 +66,9 @@ def describe_spending(config: Section) -> list[str]:
     """Lines that say what a job asks of servers at most and what that costs; none if it asks none."""
     match config:
         case TrainConfig():
-            lines, most = _lines(config, "a step", _of_step(config)), _of_run(config)
+            lines, most = _lines(config, "a step", _of_training(config, 1)), _of_training(config, config.run.steps)
+        case RLHFConfig():
+            lines, most = _lines(config, "a step", _of_rlhf(config, 1)), _of_rlhf(config, config.run.steps)
         case EvalConfig() | OptimalConfig():
             lines, most = [], _of_comparison(config)
         case _:
@@ -67,28 +78,37 @@ def describe_spending(config: Section) -> list[str]:
     return [*lines, *_lines(config, "in all", most), *_budget(config, most)]
 
 
-def _of_step(config: TrainConfig) -> list[Asked]:
-    rollout = config.rollout
-    groups = rollout.prompts_per_step * rollout.rewrites_per_prompt
-    return _shared(
-        config.target,
-        [(groups, groups * rollout.responses_per_rewrite)],
-        config.prompting.max_prompt_tokens + rollout.rewrite.max_tokens,
-        rollout.respond.max_tokens,
-    )
-
-
-def _of_run(config: TrainConfig) -> list[Asked]:
+def _of_training(config: TrainConfig, steps: int) -> list[Asked]:
+    """What steps ask, with the evaluations after them."""
     rollout, run = config.rollout, config.run
-    steps = run.steps * rollout.prompts_per_step * rollout.rewrites_per_prompt
-    evaluations = run.steps // run.eval_every * run.eval_prompts if run.eval_every else 0
-    groups = steps + evaluations
-    return _shared(
-        config.target,
-        [(groups, groups * rollout.responses_per_rewrite)],
-        config.prompting.max_prompt_tokens + rollout.rewrite.max_tokens,
-        rollout.respond.max_tokens,
-    )
+    evaluations = steps // run.eval_every * run.eval_prompts if run.eval_every else 0
+    groups = steps * rollout.prompts_per_step * rollout.rewrites_per_prompt + evaluations
+    draws, prompt_tokens = groups * rollout.responses_per_rewrite, config.prompting.max_prompt_tokens
+    rewrite_tokens, answer_tokens = rollout.rewrite.max_tokens, rollout.respond.max_tokens
+    asked = _shared(config.target, [(groups, draws)], prompt_tokens + rewrite_tokens, answer_tokens)
+    return asked + _of_reward(config.reward, draws, prompt_tokens + rewrite_tokens, answer_tokens)
+
+
+def _of_rlhf(config: RLHFConfig, steps: int) -> list[Asked]:
+    rollout, run = config.rollout, config.run
+    evaluations = steps // run.eval_every * run.eval_prompts if run.eval_every else 0
+    samples = steps * rollout.prompts_per_step * rollout.responses_per_prompt + evaluations
+    return _of_reward(config.reward, samples, config.max_prompt_tokens, rollout.respond.max_tokens)
+
+
+def _of_reward(reward: RewardConfig, samples: int, prompt_tokens: int, answer_tokens: int) -> list[Asked]:
+    """What scoring samples asks at most: a judge whose answers cannot be read is asked again, up to its ``attempts``."""
+    asked = []
+    for each in reward.components:
+        if isinstance(each, JudgeRewardConfig):
+            requests = samples * each.attempts * (2 if each.mode == "pairwise" else 1)
+            about = len(f"{each.criteria}{each.system or ''}".encode()) + RUBRIC_TOKENS
+            texts = prompt_tokens + answer_tokens * (1 if each.reference is None else 2)
+            asked.append(Asked(each.endpoint, requests, requests, texts + about, each.max_tokens))
+        elif isinstance(each, HTTPRewardConfig):
+            requests = -(-samples // (each.batch_size or 1))
+            asked.append(Asked(each.server.endpoint()[0], requests, requests, 0, 0))
+    return asked
 
 
 def _of_comparison(config: EvalConfig | OptimalConfig) -> list[Asked]:
@@ -102,8 +122,16 @@ def _of_comparison(config: EvalConfig | OptimalConfig) -> list[Asked]:
         groups += [(P * K, P * K * M)] * sum(each is not None for each in (config.prompter, config.reference))
         if config.gibbs_candidates:
             groups += [(P * config.gibbs_candidates, P * config.gibbs_candidates * M), (P * K, P * K * M)]
-    prompt_tokens = config.prompting.max_prompt_tokens + config.rewrite.max_tokens
-    return _shared(config.target, groups, prompt_tokens, config.respond.max_tokens, split=False)
+    prompt_tokens, answer_tokens = (
+        config.prompting.max_prompt_tokens + config.rewrite.max_tokens,
+        config.respond.max_tokens,
+    )
+    samples = sum(draws for _, draws in groups)
+    if isinstance(config, EvalConfig) and config.oracle is not None:
+        samples += P * config.rewrites_per_prompt * M
+    asked = _shared(config.target, groups, prompt_tokens, answer_tokens, split=False)
+    samples *= len(target_parts(config.target))
+    return asked + _of_reward(config.reward, samples, prompt_tokens, answer_tokens)
 
 
 def _shared(

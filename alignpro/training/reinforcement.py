@@ -193,8 +193,7 @@ class RLTrainer:
             step: Seeds the shuffles.
             local: The indices of these groups among those of the step.
         """
-        updates: list[Metrics] = []
-        place = {group: i for i, group in enumerate(local)}
+        updates, place = list[Metrics](), {group: i for i, group in enumerate(local)}
         for epoch in range(self.objective.epochs):
             seed = derive_seed(self.run.seed, "minibatch", step, epoch)
             for groups in split_minibatches(self.stream.batch_size, self.objective.minibatches, seed):
@@ -217,8 +216,7 @@ class RLTrainer:
         self.phase.begin("evaluation")
         local, local_prompts = self.assign(prompts, self.sampling.n)
         seeds = [derive_seed(self.run.seed, "evaluate", i) for i in local]
-        chains: list[list[Chain]] = []
-        values, batch = torch.empty(0, 1), None
+        chains, values, batch = list[list[Chain]](), torch.empty(0, 1), None
         with self.phase("rollout"):
             if local:
                 chains = self.environment.rollout(self.engine, local_prompts, replace(self.sampling, n=1), seeds)

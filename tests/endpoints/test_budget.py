@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from alignpro.config import BudgetConfig, PriceConfig, SpendingConfig, validate_config
 from alignpro.endpoints.budget import Budget, Charge
-from alignpro.endpoints.prices import Prices, bound_of, dollars, show_dollars
-from alignpro.endpoints.types import Query, Sampling, Usage
+from alignpro.endpoints.prices import Prices, dollars, show_dollars
+from alignpro.endpoints.types import Usage
 from alignpro.errors import BudgetError, ConfigError
 
 
@@ -56,22 +56,6 @@ def test_an_unknown_price_is_not_zero() -> None:
 def test_a_limit_in_dollars_without_any_price_is_an_error_of_the_configuration() -> None:
     with pytest.raises(ConfigError, match=re.escape("budget.usd needs `prices`: an unknown price is not 0")):
         validate_config(SpendingConfig, {"budget": {"usd": 1}})
-
-
-@given(st.text(max_size=9), st.text(max_size=9), st.integers(1, 9), st.integers(1, 50))
-@settings(max_examples=30)
-def test_bounds_count_bytes_in_every_normal_form(system: str, user: str, n: int, max_tokens: int) -> None:
-    query = Query((("system", system), ("user", user)), Sampling(max_tokens), 0, (1,))
-    bound = bound_of(query, n, overhead=7, extra="{}")
-    length = sum(len(text.encode("utf-8", "surrogatepass")) for text in ("system", system, "user", user, "{}"))
-    assert bound.input >= length + 7 and bound.output == n * max_tokens
-
-
-def test_a_ligature_that_normalises_to_eighteen_letters_counts_as_them() -> None:
-    def bound(text: str) -> int:
-        return bound_of(Query((("user", text),), Sampling(1), 0, (1,)), 1, overhead=0).input
-
-    assert bound("\ufdfa") - bound("") == 33
 
 
 # -------------------------------------------------------------------------------------------------------------- budget

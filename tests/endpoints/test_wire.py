@@ -80,6 +80,13 @@ def test_the_bound_counts_every_byte(text: str) -> None:
     assert bound.input >= len(text.encode()) + 512 and bound.output == 24
 
 
+def test_a_ligature_that_normalises_to_eighteen_letters_counts_as_them() -> None:
+    def bound(text: str) -> int:
+        return upper_bound(config(), query(text=text), request_body(config(), query(text=text)), 1).input
+
+    assert bound("\ufdfa") - bound("") == 33
+
+
 def test_half_of_a_surrogate_pair_is_an_error() -> None:
     with pytest.raises(EndpointError, match="surrogate"):
         request_body(config(), query(text="\ud800"))

@@ -155,6 +155,37 @@ def test_the_cost_of_a_run_is_told_by_formula() -> None:
     assert "no budget" in describe_spending(config(ENDPOINT))[-1]
 
 
+def test_what_judges_and_servers_of_rewards_are_asked_is_counted() -> None:
+    judge = {
+        "kind": "judge",
+        "endpoint": {"base_url": "http://judge.example", "model": "j"},
+        "max_tokens": 5,
+        "criteria": "calm",
+    }
+    http = {
+        "kind": "http",
+        "server": {"url": "http://score.example"},
+        "body": {"t": {"$each": "$response"}},
+        "score": "s",
+    }
+    rollout = {
+        "prompts_per_step": 4,
+        "rewrites_per_prompt": 2,
+        "rewrite": {"max_tokens": 50},
+        "respond": {"max_tokens": 20},
+    }
+    settings = {"rollout": rollout, "prompting": {"max_prompt_tokens": 100}}
+    components = [judge | {"attempts": 2}, http | {"batch_size": 3}]
+    lines = describe_spending(config({"path": "m"}, reward={"components": components}, **settings))
+    # 8 samples; the judge gets 100 + 50 + 20 tokens of texts, its criteria and what is allowed for the rubric
+    assert lines[0].startswith("j at http://judge.example, a step: at most 16 requests and ")
+    assert f"({170 + 4 + 1024:,} of a prompt, 5 of an answer)" in lines[0]
+    assert "http://score.example, a step: at most 3 requests and 0 tokens" in lines[1]
+    both = judge | {"mode": "pairwise", "reference": "response"}
+    lines = describe_spending(config({"path": "m"}, reward={"components": [both]}, **settings))
+    assert "at most 48 requests" in lines[0] and f"({190 + 4 + 1024:,} of a prompt" in lines[0]
+
+
 def test_overrides_reach_into_a_target(tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump({**TRAIN, "target": ENDPOINT}))
