@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-oldest gpu gpu-wheels lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-endpoints bench-coverage bench-demo clean
+.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-endpoints bench-coverage bench-demo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,11 @@ test-gpu: $(STAMP) ## run the tests that need a GPU, in one process
 
 test-oldest: ## run the tests on a CPU with the oldest supported torch, Triton and transformers, in .venv-oldest
 	$(MAKE) --no-print-directory test VENV=.venv-oldest DEVICE=oldest
+
+test-endpoint: export SMOLLM2 ?= $(CURDIR)/runs/smollm2
+test-endpoint: $(STAMP) ## run the tests against a real server: VLLM=path/to/vllm; fetches SmolLM2 into SMOLLM2 if it is not there
+	[ -e '$(SMOLLM2)' ] || $(BIN)/alignpro model get smollm2 --out '$(SMOLLM2)'
+	VLLM='$(VLLM)' $(BIN)/python -m pytest -m server tests/endpoints
 
 gpu: $(STAMP) ## run smoke checks, the GPU tests and the GPU benchmarks, with an archive in OUT; ARGS: which parts
 	OUT='$(or $(OUT),runs/gpu)' PYTHON='$(BIN)/python' .ci/gpu $(ARGS)
