@@ -73,12 +73,12 @@ class ModelSize:
         Args:
             tokens: Number of tokens in the pass.
             checkpointing: Whether only the layers' inputs are saved, and one layer at a time is recomputed.
-            on_cpu: Whether attention saves its inputs alone, and in 32 bits norms too.
-            frozen_mlp: Whether gated MLPs save their inputs, the gate and what it is multiplied with, as those with frozen
-                weights do on a CPU.
+            on_cpu: Whether attention saves its inputs alone.
+            frozen_mlp: Whether norms save their inputs alone, and gated MLPs their inputs, the gate and what it is multiplied
+                with, as those with frozen weights do on a CPU.
         """
         b, wide, hidden = self.dtype_bytes, self.intermediate, self.hidden
-        of_hidden, of_kv = (10.5, 3) if not on_cpu else (6, 2) if b == 4 else (8, 2)
+        of_hidden, of_kv = (10.5, 3) if not on_cpu else (6, 2) if frozen_mlp else (8, 2)
         vectors = (2 if frozen_mlp else 4) * wide + of_hidden * hidden + of_kv * self.kv_width
         layer = b * vectors + (4 * hidden if b == 2 else 0)
         layers = self.layers * b * hidden + layer if checkpointing else self.layers * layer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignpro.models.cpu.decoder_lora import AdaptedProjection, UnsupportedError, base_of
-from alignpro.models.cpu.packed_linear import PackedLinear, input_gradient, runs_on_blas
+from alignpro.models.cpu.packed_linear import PackedLinear, input_gradient
 from alignpro_kernels.decoder import ProjectionLoRA
 from alignpro_kernels.layers import gate, gate_gradients
 from alignpro_kernels.linear import packed_linear
@@ -59,8 +59,6 @@ class Projection:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute W x of rows (..., K), without gradient and without the LoRA, (..., N)."""
-        if runs_on_blas(x.shape[:-1].numel()):
-            return nn.functional.linear(x, self.weight)
         return packed_linear(x, self.panels, len(self.weight))
 
     def factors(self) -> tuple[Tensor | None, Tensor | None]:

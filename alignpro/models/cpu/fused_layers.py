@@ -3,8 +3,8 @@
 A transformers model computes an RMS norm in six operations, each of which writes its result to memory, and the gating of
 an MLP in two more. For a few rows the cost is the launch of these operations, for many rows it is writing to fresh
 memory. A module that computes the same function (this is tested, not assumed) gets a subclass that does it in one
-operator of csrc/cpu; gating is fused into the matrix products. In a pass with gradients this holds for MLPs with frozen
-weights (`adapted_mlp`): those whose weights are trained, and layers of another kind, are left as they are.
+operator of csrc/cpu; gating is fused into the matrix products. In a pass with gradients this holds for norms and MLPs with
+frozen weights (`adapted_mlp`): those whose weights are trained, and layers of another kind, are left as they are.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from alignpro.models.cpu.adapted_mlp import Projection, adapted_mlp
 from alignpro.models.cpu.decoder_lora import base_of
-from alignpro.models.cpu.packed_linear import PackedLinear, runs_on_blas
-from alignpro_kernels.layers import gate as gated
+from alignpro.models.cpu.packed_linear import PackedLinear
 from alignpro_kernels.layers import rms_norm
 from alignpro_kernels.linear import packed_gate
 
@@ -35,7 +34,7 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        if not _is_supported(hidden_states):
+        if not _is_supported(hidden_states) or (torch.is_grad_enabled() and self.weight.requires_grad):
             plain: Tensor = super().forward(hidden_states)
             return plain
         return rms_norm(hidden_states, self.weight, self.fused_eps, self.fused_offset)
@@ -58,8 +57,6 @@ class _FusedGatedMLP(nn.Module):
             return self._plain(x)
         if torch.is_grad_enabled() or not (gate.lora is up.lora is down.lora is None):
             return adapted_mlp(x, gate, up, down)
-        if runs_on_blas(x.shape[:-1].numel()):
-            return down(gated(gate(x), up(x)))
         return down(packed_gate(x, gate.panels, up.panels, len(up.weight)))
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -76,7 +73,7 @@ def fuse_layers(model: nn.Module) -> None:
             _fuse_norm(module)
     norms, mlps = (sum(isinstance(m, kind) for m in model.modules()) for kind in (FusedRMSNorm, _FusedGatedMLP))
     logger.info(
-        "%d norms and %d gated MLPs of %s run as one operation each on the CPU; with gradients, MLPs with frozen weights",
+        "%d norms and %d gated MLPs of %s run as one operation each on the CPU; with gradients, those with frozen weights",
         norms,
         mlps,
         type(model).__name__,

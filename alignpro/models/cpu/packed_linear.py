@@ -1,8 +1,7 @@
 """Linear layers on a CPU whose weights are packed into panels for the products of `alignpro_kernels.linear`.
 
 PyTorch multiplies float32 matrices on a CPU with its BLAS, which reads a weight in its stored layout and is optimised for
-many rows. With a weight in panels, products with few rows are faster and those with many about as fast with AVX-512
-(docs/kernels.md); without it the BLAS is faster at these, and multiplies them.
+many rows. With a weight in panels, products with few rows are faster and those with many about as fast (docs/kernels.md).
 Generation multiplies by the same weights at every token, so they are packed once, and again after they have changed. The
 packed copy takes as much memory as the weights.
 """
@@ -24,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 MAX_PACKED_BYTES = 1 << 30
 """Models whose linear weights have more bytes than this are not packed."""
-MANY_ROWS = 256
-"""Products with this many rows are left to the BLAS on a processor without AVX-512."""
 _ATTRIBUTE = "packed_weights"
 """The attribute of a model that holds its `PackedWeights`."""
 _MIN_FEATURES = 64
@@ -85,8 +82,6 @@ class PackedLinear(nn.Linear):
         """(..., in_features) → (..., out_features)."""
         if input.dtype != torch.float32 or self.weight.device.type != "cpu" or not input.numel():
             return super().forward(input)
-        if runs_on_blas(input.shape[:-1].numel()):
-            return super().forward(input)
         panels = self.packed_weights.panels(self)
         if not torch.is_grad_enabled():
             return packed_linear(input, panels.weight, self.out_features, panels.bias)
@@ -110,15 +105,8 @@ class _Product(torch.autograd.Function):
         return d_x, None if x is None else gradient.flatten(0, -2).T @ x.flatten(0, -2), None
 
 
-def runs_on_blas(rows: int) -> bool:
-    """Whether a product with this many rows is the BLAS's even if its weight is packed."""
-    return rows >= MANY_ROWS and cpp_library.instructions() == "avx2"
-
-
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient in x, (..., K), of x Wᵀ, given that of the product, (..., N), and W (N, K); not differentiable."""
-    if runs_on_blas(gradient.shape[:-1].numel()):
-        return gradient @ weight
     # Packing it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.
     return packed_linear(gradient, pack_weight(weight.T), weight.shape[1])
 

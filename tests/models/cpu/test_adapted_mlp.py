@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignpro.models.cpu import fused_layers, packed_linear
+from alignpro.models.cpu import fused_layers
 from alignpro.models.cpu.replacement import replace_modules
 from alignpro_kernels import backends
 
@@ -41,12 +41,6 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def leave_to_blas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run all products as those of many rows on a processor without AVX-512."""
-    monkeypatch.setattr(packed_linear, "MANY_ROWS", 1)
-    monkeypatch.setattr(packed_linear.cpp_library, "instructions", lambda: "avx2")
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records the rows of each call of the fused function."""
@@ -61,15 +55,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("blas", [False, True])
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "gate_proj"], ["down_proj"], ["q_proj", "v_proj"]])
-def test_gradients_are_as_exact_as_those_of_the_modules(
-    targets: list[str], blas: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_as_exact_as_those_of_the_modules(targets: list[str], calls: list[int]) -> None:
     model = adapted(targets, replaced=True)
     calls.clear()
-    if blas:
-        leave_to_blas(monkeypatch)
     ours = gradients(model)
     assert calls == [60, 60]
     plain = gradients(adapted(targets, replaced=False))
@@ -80,23 +69,17 @@ def test_gradients_are_as_exact_as_those_of_the_modules(
         assert float((ours[name].double() - true).abs().max()) <= allowed, name
 
 
-@pytest.mark.parametrize("blas", [False, True])
-def test_passes_with_and_without_gradients_give_the_same_states(blas: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_with_and_without_gradients_give_the_same_states() -> None:
     model = adapted(ALL, replaced=True)
-    if blas:
-        leave_to_blas(monkeypatch)
     ids = torch.arange(30)[None]
     with_gradients = model(input_ids=ids).logits.detach()
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, with_gradients)
 
 
-@pytest.mark.parametrize("blas", [False, True])
-def test_switched_off_adapters_add_nothing(blas: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switched_off_adapters_add_nothing(calls: list[int]) -> None:
     model, ids = adapted(ALL, replaced=True), torch.arange(30)[None]
     calls.clear()
-    if blas:
-        leave_to_blas(monkeypatch)
     with model.disable_adapter(), torch.no_grad():
         base = model(input_ids=ids).logits
     assert calls == []  # without low-rank terms, gates are combined inside the products

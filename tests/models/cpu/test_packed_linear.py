@@ -33,20 +33,6 @@ def test_products_equal_those_of_plain_layers(rows: int) -> None:
 
 
 @needs_cpp
-def test_many_rows_are_left_to_the_blas_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, packed = layers(), layers()
-    pack_linear_layers(packed)
-    x = torch.randn(packed_linear.MANY_ROWS, 96)
-    with torch.no_grad():
-        expected = plain[0](x)
-        monkeypatch.setattr(packed_linear.cpp_library, "instructions", lambda: "avx2")
-        assert torch.equal(packed[0](x), expected)
-        in_panels = packed[0](x[1:])
-        monkeypatch.setattr(packed_linear.cpp_library, "instructions", lambda: "avx512")
-        assert torch.equal(packed[0](x)[1:], in_panels)
-
-
-@needs_cpp
 def test_changes_of_weights_are_detected() -> None:
     packed = layers()
     packed_weights = pack_linear_layers(packed)
