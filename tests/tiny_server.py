@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from faults import Fault, FaultPlan
+from server_faults import Fault, FaultPlan
 
 WORDS = [
     "stone",

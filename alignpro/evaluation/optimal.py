@@ -41,10 +41,10 @@ def optimal(config: OptimalConfig) -> dict[str, Any]:
 
 def _optimal(config: OptimalConfig, out: Path, servers: Servers) -> dict[str, Any]:
     prompter = load_language_model(config.prompter)
+    prompts = drop_prompts_too_long_for_prompter(load_prompts(config.data).prompts, prompter, config)
     adapted = (prompter, config.prompter)
     target = build_target(config.target, adapted, config.prompting, config.respond, connect=servers.connect)
     reward = build_reward(config.reward, session=servers)
-    prompts = drop_prompts_too_long_for_prompter(load_prompts(config.data).prompts, prompter, config)
     prompts = choose(reward.scorable(target.answerable(prompts)), config.prompts)
     sampler = ArmSampler(config, prompts, target, reward)
     with progress_bar(2 * sampler.chunks, 0, ("reward",)) as advance:

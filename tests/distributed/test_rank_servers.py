@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Fault, always
+from server_faults import Fault, always
 from thread_ranks import Outcome, results, run_ranks
 from tiny_server import TinyServer
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Fault, at, randomly, throttled
 from memory_books import MemoryBooks
+from server_faults import Fault, at, randomly, throttled
 from tenacity import wait_none
 from tiny_server import Choice, TinyServer
 

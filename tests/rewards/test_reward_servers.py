@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Fault, always, at, randomly
 from memory_books import MemoryBooks
+from server_faults import Fault, always, at, randomly
 from tenacity import wait_none
 from tiny_server import Choice, TinyServer, prompt_of
 

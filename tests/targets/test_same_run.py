@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from engine_server import EngineModel
-from faults import Fault, at, randomly
+from server_faults import Fault, at, randomly
 from tiny_runs import Workshop, read_metrics, read_model, rows
 from tiny_server import TinyServer
 
