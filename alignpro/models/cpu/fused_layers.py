@@ -72,11 +72,17 @@ def fuse_layers(model: nn.Module) -> None:
         elif type(module).__name__.endswith("RMSNorm"):
             _fuse_norm(module)
     norms, mlps = (sum(isinstance(m, kind) for m in model.modules()) for kind in (FusedRMSNorm, _FusedGatedMLP))
+    if norms or mlps:
+        _announce(norms, mlps)
+
+
+@functools.cache
+def _announce(norms: int, mlps: int) -> None:
+    """Say once what runs, however often such a model is loaded."""
     logger.info(
-        "%d norms and %d gated MLPs of %s run as one operation each on the CPU; with gradients, those with frozen weights",
+        "%d norms and %d gated MLPs run as one operation each on the CPU; with gradients, those with frozen weights",
         norms,
         mlps,
-        type(model).__name__,
     )
 
 
