@@ -8,9 +8,7 @@ continuations:
 A token attends to the segments that its own segment continues, and causally within its own. Linear layers then process
 M + P·(X + K·R) tokens for P prompts with K continuations each, instead of P·K·(M + X + R).
 
-On a CUDA device, attention too is computed without padding if a trial has measured that to be faster (`packed_choice`). On a
-CPU, padded attention is computed again in the backward pass: its padded copies are most of what it would save, and it takes
-a small share of a layer's time.
+On a CUDA device, attention too is computed without padding if a trial has measured that to be faster (`packed_choice`).
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from alignpro.models.attention_interface import AttentionSettings, dot_product_attention
 from alignpro.models.packed_choice import Attend, unpadded_attention, unpadded_kernels
@@ -164,11 +161,6 @@ class PackedAttention:
         kernels = unpadded_kernels(query, key, settings, layout.segments, padded_attention)
         if kernels is not None:
             return unpadded_attention(query, key, value, layout.parts, kernels, settings, layout.segments)
-        if query.device.type == "cpu" and query.requires_grad and settings.dropout == 0:
-            recomputed: Tensor = checkpoint(
-                self.attend_padded, query, key, value, settings, use_reentrant=False, preserve_rng_state=False
-            )
-            return recomputed
         return self.attend_padded(query, key, value, settings)
 
     def attend_padded(self, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:

@@ -137,12 +137,7 @@ def estimate_memory(
         retained_cache=rollout.cache if on_cpu or rollout.keeps_cache else 0.0,
         sampling_pass=rollout.pass_tokens * max(model.pass_bytes for model in models.generating),
         activations=(
-            policy.activation_bytes(
-                rollout.micro_batch_tokens,
-                checkpointing=config.policy.gradient_checkpointing,
-                on_cpu=on_cpu,
-                frozen_mlp=packed_policy > 0 and not full and not sharded,
-            )
+            policy.activation_bytes(rollout.micro_batch_tokens, checkpointing=config.policy.gradient_checkpointing)
             + rollout.state_bytes(policy)
         ),
         head=policy.head_gradient_bytes if full else 0.0,

@@ -60,9 +60,7 @@ class ModelSize:
         """Bytes per token at the peak of a pass without gradients, which is inside a gated MLP."""
         return (2 * self.intermediate + 4 * self.hidden) * self.dtype_bytes
 
-    def activation_bytes(
-        self, tokens: int, *, checkpointing: bool, on_cpu: bool = False, frozen_mlp: bool = False
-    ) -> float:
+    def activation_bytes(self, tokens: int, *, checkpointing: bool) -> float:
         """Bytes that a forward pass saves for the backward pass, plus what the latter needs when it begins.
 
         Counted for a layer like Llama's (two norms, attention that stores no score matrix, a gated MLP). Per token it saves
@@ -73,14 +71,9 @@ class ModelSize:
         Args:
             tokens: Number of tokens in the pass.
             checkpointing: Whether only the layers' inputs are saved, and one layer at a time is recomputed.
-            on_cpu: Whether attention saves its inputs alone.
-            frozen_mlp: Whether norms save their inputs alone, and gated MLPs their inputs, the gate and what it is multiplied
-                with, as those with frozen weights do on a CPU.
         """
         b, wide, hidden = self.dtype_bytes, self.intermediate, self.hidden
-        of_hidden, of_kv = (10.5, 3) if not on_cpu else (6, 2) if frozen_mlp else (8, 2)
-        vectors = (2 if frozen_mlp else 4) * wide + of_hidden * hidden + of_kv * self.kv_width
-        layer = b * vectors + (4 * hidden if b == 2 else 0)
+        layer = b * (4 * wide + 10.5 * hidden + 3 * self.kv_width) + (4 * hidden if b == 2 else 0)
         layers = self.layers * b * hidden + layer if checkpointing else self.layers * layer
         ends = 3.3 * b * hidden  # embeddings and the last norm
         gradients = 2 * b * (wide + hidden)  # inside the last layer

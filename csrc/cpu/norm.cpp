@@ -1,4 +1,4 @@
-// RMSNorm and its gradient, in one pass each; see alignpro_kernels/layers.py.
+// RMSNorm in one pass.
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -26,33 +26,12 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset
   return out;
 }
 
-// gradient (..., D) of the norm's output -> that of its input x (..., D)
-Tensor rms_norm_backward(const Tensor& gradient, const Tensor& x, const Tensor& weight, double eps, double offset) {
-  const at::AutoDispatchBelowAutograd no_autograd;
-  const int64_t dim = weight.size(0);
-  TORCH_CHECK_VALUE(x.size(-1) == dim && gradient.sizes() == x.sizes(), "x has shape ", x.sizes(), ", its gradient ",
-                    gradient.sizes(), " and weight ", dim, " elements");
-  for (const Tensor* each : {&gradient, &x, &weight}) TORCH_CHECK_TYPE(each->scalar_type() == at::kFloat, "expected float32");
-  const Tensor from = gradient.contiguous(), rows = x.contiguous(), scales = weight.contiguous(), out = at::empty_like(rows);
-  const float* w = scales.const_data_ptr<float>();
-  for_rows(rows.numel() / dim, dim, [&](int64_t row) {
-    cpu_kernels().panels.rms_norm_backward(from.const_data_ptr<float>() + row * dim, rows.const_data_ptr<float>() + row * dim, w,
-                                           dim, static_cast<float>(eps), static_cast<float>(offset),
-                                           out.mutable_data_ptr<float>() + row * dim);
-  });
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(alignpro, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor");
-  m.def("rms_norm_backward(Tensor gradient, Tensor x, Tensor weight, float eps, float offset) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(alignpro, CPU, m) {
-  m.impl("rms_norm", &rms_norm);
-  m.impl("rms_norm_backward", &rms_norm_backward);
-}
+TORCH_LIBRARY_IMPL(alignpro, CPU, m) { m.impl("rms_norm", &rms_norm); }
 
 }  // namespace alignpro

@@ -25,16 +25,10 @@ struct PanelKernels {
   void (*pack)(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel);
   // out = x / sqrt(mean(x^2) + eps) (weight + offset), for a row of `dim` elements; out may alias x.
   void (*rms_norm)(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out);
-  // d_x = the gradient of rms_norm in x, given that of its output.
-  void (*rms_norm_backward)(const float* gradient, const float* x, const float* weight, int64_t dim, float eps, float offset,
-                            float* d_x);
   // Applies the rotary position embedding in place to the first `dim` elements of a head; pairs are dim / 2 apart.
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t dim);
   // gate = silu(gate) up
   void (*gate)(float* gate, const float* up, int64_t count);
-  // inner = silu(gate) up, and the gradients of both factors, given that of inner.
-  void (*gate_backward)(const float* gate, const float* up, const float* gradient, int64_t count, float* d_gate, float* d_up,
-                        float* inner);
 };
 
 }  // namespace alignpro

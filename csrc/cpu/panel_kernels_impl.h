@@ -152,32 +152,6 @@ void rms_norm(const float* x, const float* weight, int64_t dim, float eps, float
   for (; d < dim; ++d) out[d] = x[d] * by * (weight[d] + offset);
 }
 
-// With y = x w / s, w = weight + offset and s^2 = mean(x^2) + eps: d_x = (w g - x sum(w g x) / (dim s^2)) / s.
-void rms_norm_backward(const float* gradient, const float* x, const float* weight, int64_t dim, float eps, float offset,
-                       float* d_x) {
-  const F more = Isa::set(offset);
-  F squares = Isa::set(0), products = Isa::set(0);
-  int64_t d = 0;
-  for (; d + Isa::width <= dim; d += Isa::width) {
-    const F value = Isa::load(x + d), scaled = Isa::mul(Isa::load(gradient + d), Isa::add(Isa::load(weight + d), more));
-    squares = Isa::fma(value, value, squares);
-    products = Isa::fma(scaled, value, products);
-  }
-  float square = Isa::sum(squares), product = Isa::sum(products);
-  for (; d < dim; ++d) {
-    square = __builtin_fmaf(x[d], x[d], square);
-    product = __builtin_fmaf(gradient[d] * (weight[d] + offset), x[d], product);
-  }
-  const float mean = square / static_cast<float>(dim) + eps, by = 1.0f / std::sqrt(mean);
-  const float along = -by * product / (static_cast<float>(dim) * mean);
-  const F scale = Isa::set(by), back = Isa::set(along);
-  for (d = 0; d + Isa::width <= dim; d += Isa::width) {
-    const F scaled = Isa::mul(Isa::load(gradient + d), Isa::add(Isa::load(weight + d), more));
-    Isa::store(d_x + d, Isa::fma(scaled, scale, Isa::mul(Isa::load(x + d), back)));
-  }
-  for (; d < dim; ++d) d_x[d] = __builtin_fmaf(gradient[d] * (weight[d] + offset), by, x[d] * along);
-}
-
 void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
   const int64_t half = dim / 2;
   float* y = x + half;
@@ -204,22 +178,7 @@ void gate(float* gate, const float* up, int64_t count) {
   }
 }
 
-void gate_backward(const float* gate, const float* up, const float* gradient, int64_t count, float* d_gate, float* d_up,
-                   float* inner) {
-  const F one = Isa::set(1), largest = Isa::set(88);
-  for (int64_t j = 0; j < count; j += Isa::width) {
-    const F g = Isa::load(gate + j), u = Isa::load(up + j), d = Isa::load(gradient + j);
-    const F sigmoid = Isa::div(one, Isa::add(one, exponential(Isa::min(largest, Isa::sub(Isa::set(0), g)))));
-    const F silu = Isa::mul(g, sigmoid);
-    Isa::store(inner + j, Isa::mul(silu, u));
-    Isa::store(d_up + j, Isa::mul(d, silu));
-    // silu' = sigmoid + silu (1 - sigmoid)
-    Isa::store(d_gate + j, Isa::mul(Isa::mul(d, u), Isa::fma(silu, Isa::sub(one, sigmoid), sigmoid)));
-  }
-}
-
-constexpr PanelKernels kPanelKernels = {multiply<false>, multiply<true>, project, pack, rms_norm, rms_norm_backward,
-                                        rotate, gate, gate_backward};
+constexpr PanelKernels kPanelKernels = {multiply<false>, multiply<true>, project, pack, rms_norm, rotate, gate};
 
 }  // namespace
 }  // namespace alignpro

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from alignpro.config import AdapterConfig
 from alignpro.models.adapters import add_adapter
-from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.packed_attention import PackedAttention
 from alignpro.models.sequences import SequenceBatch
 
 SHARED = [[3, 5, 7, 2, 9, 11, 4, 6, 8, 10], [12], [13, 14, 15]]
@@ -112,25 +110,3 @@ def test_all_completions_empty() -> None:
     model = tiny_language_model("llama")
     assert model.action_states(SequenceBatch.build([[1, 2], [1, 2]], [[], []])).shape == (0, 32)
     assert model.action_states(SequenceBatch.build([[1, 2], [3]], [[4], [5]])).shape == (2, 32)
-
-
-def test_on_a_cpu_attention_keeps_no_padded_copies_for_the_backward_pass() -> None:
-    batch = SequenceBatch.build(PROMPTS, COMPLETIONS)
-    layout = batch.pack(0, ()).layout
-    query, key, value = (torch.randn(1, heads, len(layout.positions), 8, requires_grad=True) for heads in (4, 2, 2))
-    settings = AttentionSettings(8**-0.5)
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = PackedAttention(layout).attend(0, query, key, value, settings)
-    inputs = {x.untyped_storage().data_ptr() for x in (query, key, value)}
-    assert {x.untyped_storage().data_ptr() for x in kept} <= inputs
-    expected = PackedAttention(layout).attend_padded(query, key, value, settings)
-    assert torch.equal(out, expected)
-    upstream = torch.randn_like(out)
-    found, truth = (torch.autograd.grad(x, (query, key, value), upstream) for x in (out, expected))
-    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))

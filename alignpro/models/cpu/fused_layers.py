@@ -1,28 +1,21 @@
-"""Fused RMS norms and gated MLPs of a model on a CPU.
+"""Fused RMS norms and gated MLPs of a model on a CPU, for passes without gradients.
 
 A transformers model computes an RMS norm in six operations, each of which writes its result to memory, and the gating of
 an MLP in two more. For a few rows the cost is the launch of these operations, for many rows it is writing to fresh
 memory. A module that computes the same function (this is tested, not assumed) gets a subclass that does it in one
-operator of csrc/cpu; gating is fused into the matrix products. In a pass with gradients this holds for norms and MLPs with
-frozen weights (`adapted_mlp`): those whose weights are trained, and layers of another kind, are left as they are.
+operator of csrc/cpu; gating is fused into the matrix products. Layers of another kind are left as they are.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignpro.models.cpu.adapted_mlp import Projection, adapted_mlp
-from alignpro.models.cpu.decoder_lora import base_of
 from alignpro.models.cpu.packed_linear import PackedLinear
-from alignpro_kernels.layers import rms_norm
 from alignpro_kernels.linear import packed_gate
-
-logger = logging.getLogger(__name__)
 
 
 class FusedRMSNorm(nn.Module):
@@ -34,34 +27,31 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        if not _is_supported(hidden_states) or (torch.is_grad_enabled() and self.weight.requires_grad):
+        if torch.is_grad_enabled() or not _is_supported(hidden_states):
             plain: Tensor = super().forward(hidden_states)
             return plain
-        return rms_norm(hidden_states, self.weight, self.fused_eps, self.fused_offset)
+        out: Tensor = torch.ops.alignpro.rms_norm.default(hidden_states, self.weight, self.fused_eps, self.fused_offset)
+        return out
 
 
 class _FusedGatedMLP(nn.Module):
     """A gated MLP, down(silu(gate(x)) · up(x))."""
 
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
+    gate_proj: PackedLinear
+    up_proj: PackedLinear
+    down_proj: PackedLinear
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        if not _is_supported(x):
-            return self._plain(x)
+        layers = self.gate_proj, self.up_proj
         # An adapter may have wrapped them since.
-        gate, up, down = (Projection.of(module) for module in (self.gate_proj, self.up_proj, self.down_proj))
-        if gate is None or up is None or down is None:
-            return self._plain(x)
-        if torch.is_grad_enabled() or not (gate.lora is up.lora is down.lora is None):
-            return adapted_mlp(x, gate, up, down)
-        return down(packed_gate(x, gate.panels, up.panels, len(up.weight)))
-
-    def _plain(self, x: Tensor) -> Tensor:
-        plain: Tensor = super().forward(x)
-        return plain
+        if torch.is_grad_enabled() or not _is_supported(x) or any(type(layer) is not PackedLinear for layer in layers):
+            plain: Tensor = super().forward(x)
+            return plain
+        gate, up = (layer.packed_weights.panels(layer).weight for layer in layers)
+        inner = packed_gate(x, gate, up, self.up_proj.out_features)
+        out: Tensor = self.down_proj(inner)
+        return out
 
 
 def fuse_layers(model: nn.Module) -> None:
@@ -71,19 +61,6 @@ def fuse_layers(model: nn.Module) -> None:
             mix_in(module, _FusedGatedMLP)
         elif type(module).__name__.endswith("RMSNorm"):
             _fuse_norm(module)
-    norms, mlps = (sum(isinstance(m, kind) for m in model.modules()) for kind in (FusedRMSNorm, _FusedGatedMLP))
-    if norms or mlps:
-        _announce(norms, mlps)
-
-
-@functools.cache
-def _announce(norms: int, mlps: int) -> None:
-    """Say once what runs, however often such a model is loaded."""
-    logger.info(
-        "%d norms and %d gated MLPs run as one operation each on the CPU; with gradients, those with frozen weights",
-        norms,
-        mlps,
-    )
 
 
 def _is_supported(x: Tensor) -> bool:
@@ -111,12 +88,11 @@ def _fuse_norm(module: nn.Module) -> None:
 
 def _is_gated_mlp(module: nn.Module) -> bool:
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    bases = [base_of(layer) for layer in layers]
-    if not all(type(base) is PackedLinear and base.bias is None for base in bases):
+    if not all(type(layer) is PackedLinear and layer.bias is None for layer in layers):
         return False
     gate, up, down = layers
-    assert gate is not None and up is not None and down is not None and isinstance(bases[0], PackedLinear)
-    x = torch.linspace(-3, 3, 2 * bases[0].in_features).sin().view(2, -1)
+    assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and isinstance(down, PackedLinear)
+    x = torch.linspace(-3, 3, 2 * gate.in_features).sin().view(2, -1)
     with torch.no_grad():
         expected = down(nn.functional.silu(gate(x)) * up(x))
         return torch.allclose(module(x), expected, rtol=1e-5, atol=1e-6)

@@ -101,14 +101,9 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        d_x = input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
+        # PackedWeights it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.
+        d_x = packed_linear(gradient, pack_weight(weight.T), weight.shape[1]) if ctx.needs_input_grad[0] else None
         return d_x, None if x is None else gradient.flatten(0, -2).T @ x.flatten(0, -2), None
-
-
-def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient in x, (..., K), of x Wᵀ, given that of the product, (..., N), and W (N, K); not differentiable."""
-    # Packing it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.
-    return packed_linear(gradient, pack_weight(weight.T), weight.shape[1])
 
 
 def pack_linear_layers(model: nn.Module) -> PackedWeights | None:
