@@ -222,8 +222,7 @@ class Process:
         self, arguments: Sequence[str], log: Path, *, kill_at: int | None = None, largest_file: int | None = None
     ) -> None:
         self.log = log
-        self._process = _context().Process(target=_child, args=(list(arguments), log, kill_at, largest_file))
-        self._process.start()
+        self._process = fork(_child, log, list(arguments), kill_at, largest_file)
 
     def signal(self, signum: int) -> None:
         """Send a signal."""
@@ -250,6 +249,19 @@ class Process:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
+def fork(function: Callable[..., None], log: Path, *arguments: Any) -> Any:
+    """Start a function in a process forked from one that has imported everything, and return the process.
+
+    Args:
+        function: A function of a module.
+        log: File for its standard output and standard error.
+        arguments: The function's arguments.
+    """
+    process = _context().Process(target=_begin, args=(function, log, arguments))
+    process.start()
+    return process
+
+
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["alignpro.training.jobs", "tiny_runs"])
@@ -263,12 +275,16 @@ def _context() -> Any:
     return context
 
 
-def _child(arguments: list[str], log: Path, kill_at: int | None, largest_file: int | None) -> None:
+def _begin(function: Callable[..., None], log: Path, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit SIGINT ignored
     torch.set_num_threads(1)
     with log.open("ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    function(*arguments)
+
+
+def _child(arguments: list[str], kill_at: int | None, largest_file: int | None) -> None:
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     if kill_at is not None:

@@ -1,19 +1,25 @@
-"""Jobs on two ranks over gloo, started by the deepspeed launcher. Cases share a launch, since each takes seconds."""
+"""Jobs on two ranks over gloo: started by the deepspeed launcher, or forked from a process that has imported everything.
+
+A launch takes many seconds of imports, so only tests of launching use the launcher, and cases share the forked ranks.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from tiny_runs import Workshop, read_metrics
+from tiny_runs import Workshop, fork, read_metrics
 
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -96,20 +102,76 @@ def ends_badly(process: subprocess.Popen[str], within: float = 120.0) -> tuple[s
     return errors[0], output
 
 
-def run_to_end(worker: str, *arguments: str, ranks: int = 2) -> None:
+class ForkedRanks:
+    """A program on all ranks of a job, in processes that have what the launcher gives them.
+
+    Args:
+        program: A Python file, which runs as ``__main__``.
+        arguments: Its arguments, after those of the launcher.
+        directory: For the ranks' output.
+        ranks: Which ranks are started.
+        size: How many ranks the job has.
+    """
+
+    def __init__(
+        self, program: Path, arguments: Sequence[str], directory: Path, ranks: Sequence[int] = (0, 1), size: int = 2
+    ) -> None:
+        self.port = str(free_port())
+        common = {
+            "WORLD_SIZE": str(size),
+            "LOCAL_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self.port,
+        }
+        self._logs = [directory / f"output_{self.port}_{rank}.txt" for rank in ranks]
+        self._processes = [
+            fork(_run, log, program, list(arguments), common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank, log in zip(ranks, self._logs, strict=True)
+        ]
+
+    def ends(self, within: float = 300.0) -> tuple[list[int], str]:
+        """Wait for all ranks; return their exit statuses and output. As under the launcher, a failure ends the others."""
+        deadline = time.monotonic() + within
+        sentinels = {process.sentinel: process for process in self._processes}
+        while sentinels and time.monotonic() < deadline:
+            for sentinel in connection.wait(list(sentinels), timeout=1.0):
+                if sentinels.pop(sentinel).exitcode:
+                    deadline = min(deadline, time.monotonic() + 30.0)
+        for process in self._processes:
+            process.kill()
+            process.join()
+        output = "".join(log.read_text(errors="replace") for log in self._logs if log.exists())
+        return [process.exitcode for process in self._processes], output
+
+    def end_badly(self) -> str:
+        """Wait for the ranks, which must all exit with an error, of which one rank says why; return its message."""
+        statuses, output = self.ends()
+        errors = [line for line in output.splitlines() if line.startswith("error:")]
+        assert set(statuses) == {1}, output[-4000:]
+        assert len(errors) == 1 and "Traceback" not in output, output[-4000:]
+        return errors[0]
+
+
+def _run(program: Path, arguments: list[str], variables: dict[str, str]) -> None:
+    os.environ.update(environment() | variables)
+    sys.argv = [str(program), *arguments]
+    sys.path.insert(0, str(program.parent))
+    runpy.run_path(str(program), run_name="__main__")
+
+
+def run_to_end(directory: Path, worker: str, *arguments: str, ranks: int = 2) -> None:
     """Run a worker's program on some ranks, which must succeed."""
-    process = launch(Path(__file__).with_name(worker), *arguments, ranks=ranks)
-    ends_well(process)
-    assert isinstance(process.args, list)
-    port = process.args[process.args.index("--master_port") + 1]
-    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # no shared memory is left behind
+    job = ForkedRanks(Path(__file__).with_name(worker), arguments, directory, range(ranks), ranks)
+    statuses, output = job.ends(within=1800.0)
+    assert not any(statuses), output[-6000:]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{job.port}_*"))  # no shared memory is left behind
 
 
 def run_cases(directory: Path, cases: Sequence[Sequence[str]], ranks: int = 2, worker: str = "worker.py") -> None:
     """Run commands of `alignpro` one after another on the same ranks."""
     path = directory / f"cases_{ranks}.json"
     path.write_text(json.dumps([list(case) for case in cases]))
-    run_to_end(worker, str(path), ranks=ranks)
+    run_to_end(directory, worker, str(path), ranks=ranks)
 
 
 def assert_close_runs(left: Path, right: Path) -> None:

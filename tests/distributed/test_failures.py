@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, ends, ends_badly, ends_well, environment, free_port, launch, run_to_end, workshop
+from launching import ROOT, ForkedRanks, ends, ends_badly, launch, run_to_end, workshop
 from tiny_models import save_tiny
 from tiny_runs import Workshop, rows, steps_of_checkpoints
 
@@ -49,14 +49,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return shop
 
 
-def start(made: Workshop, out: Path, how: str, *arguments: str) -> subprocess.Popen[str]:
+def given(made: Workshop, out: Path, how: str, *arguments: str) -> list[str]:
     component = "{kind: function, function: '" + f"{made.root}/broken.py:score" + "', params: {how: " + how + "}}"
-    _, *given = made.arguments("train", out, f"reward.components=[{component}]", "run.eval_every=0", *arguments)
-    return launch(SCRIPT, *given)
+    return made.arguments("train", out, f"reward.components=[{component}]", "run.eval_every=0", *arguments)[1:]
+
+
+def start(made: Workshop, out: Path, how: str, *arguments: str) -> subprocess.Popen[str]:
+    return launch(SCRIPT, *given(made, out, how, *arguments))
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
-    run_to_end("worker_backend.py", str(tmp_path))
+    run_to_end(tmp_path, "worker_backend.py", str(tmp_path))
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for case, first in results[0].items():
         assert math.isfinite(first["norms"][0]) and math.isfinite(first["norms"][2]), case
@@ -75,7 +78,8 @@ def test_a_killed_rank_ends_the_job_and_resume_continues(made: Workshop, tmp_pat
     assert "in vain" in error and "rank 1" in error and "--resume" in error
     assert time.monotonic() - started < 110  # a minute of waiting, and the time to start
     assert steps_of_checkpoints(out) == [1, 2]
-    ends_well(start(made, out, "kill", "--resume"))  # a third call would be in step 5
+    statuses, output = ForkedRanks(SCRIPT, given(made, out, "kill", "--resume"), tmp_path).ends()
+    assert statuses == [0, 0], output[-4000:]  # a third call would be in step 5
     assert rows(out) == 4
 
 
@@ -89,9 +93,7 @@ def test_an_error_on_one_rank_is_reported_once_and_the_state_is_saved(made: Work
 
 def refused(made: Workshop, root: Path, setting: str) -> str:
     """Start a job that must fail before its first step; return its only error message."""
-    _, *given = made.arguments("train", root / "run", setting)
-    error, _ = ends_badly(launch(SCRIPT, *given))
-    return error
+    return ForkedRanks(SCRIPT, made.arguments("train", root / "run", setting)[1:], root).end_badly()
 
 
 def test_ranks_with_different_data_are_an_error(made: Workshop, tmp_path: Path) -> None:
@@ -115,21 +117,11 @@ def test_ranks_with_different_settings_are_an_error(made: Workshop, tmp_path: Pa
     assert "rank 1 has optimizer.learning_rate=0.011, and rank 0 optimizer.learning_rate=0.001" in error
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_cannot_reach_the_others_says_so(rank: str, made: Workshop, tmp_path: Path) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *made.arguments("train", tmp_path / "run", "deepspeed.timeout_seconds=3")[1:]],
-        env=environment() | place | {"MASTER_PORT": str(free_port())},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 1
-    assert len(errors) == 1, done.stderr[-4000:]
-    assert f"rank {rank} has not found the others at 127.0.0.1:" in errors[0] and "within 3 s" in errors[0]
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_reach_the_others_says_so(rank: int, made: Workshop, tmp_path: Path) -> None:
+    job = made.arguments("train", tmp_path / "run", "deepspeed.timeout_seconds=3")[1:]
+    error = ForkedRanks(SCRIPT, job, tmp_path, [rank]).end_badly()
+    assert f"rank {rank} has not found the others at 127.0.0.1:" in error and "within 3 s" in error
 
 
 @pytest.mark.slow

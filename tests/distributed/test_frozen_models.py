@@ -63,7 +63,7 @@ def test_every_architecture_runs_gathered(device: str, architecture: str, tmp_pa
 
 def test_sharded_models_give_the_results_of_whole_ones(tmp_path: Path) -> None:
     save_models(tmp_path)
-    run_to_end("worker_frozen.py", str(tmp_path))
+    run_to_end(tmp_path, "worker_frozen.py", str(tmp_path))
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for rank, told in enumerate(ranks):
         assert told["numbers"] == {"sum": 2.0**41 + 0.5, "max": -3}
