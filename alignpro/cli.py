@@ -126,6 +126,29 @@ def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
 
 
 @app.command(no_args_is_help=True)
+def experiment(
+    arguments: Arguments,
+    dry_run: DryRun = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run nothing: compare the cells that are done, and write the report.")
+    ] = False,
+) -> None:
+    """Train and evaluate prompters × targets × tasks × methods × seeds, each in a process of its own, and compare them.
+
+    Cells that are done are kept: the same command continues an interrupted experiment and tries failed cells again.
+    """
+    from alignpro.config import ExperimentConfig, load_config
+
+    config = load_config(ExperimentConfig, arguments)
+    if dry_run:
+        typer.echo("\n".join(_load("alignpro.experiments.run:describe_plan")(config)))
+    elif compare:
+        _load("alignpro.experiments.run:compare_done")(config)
+    else:
+        _load("alignpro.experiments.run:run_experiment")(config)
+
+
+@app.command(no_args_is_help=True)
 def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
     """Resample N rewrites by their reward, without training.
 

@@ -56,12 +56,11 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to
     Args:
         signum: The signal.
         checkpoint: The directory that holds the state.
+        what_next: How to go on.
     """
 
-    def __init__(self, signum: int, checkpoint: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name}; state saved in {checkpoint}; continue with --resume"
-        )
+    def __init__(self, signum: int, checkpoint: Path, what_next: str = "continue with --resume") -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; state saved in {checkpoint}; {what_next}")
         self.signum = signum
 
     @property

@@ -25,6 +25,7 @@ ROOMS = [
     {"environments"},
     {"training"},
     {"evaluation"},
+    {"experiments"},
     {"demo"},
     {"doctor"},
     {"cli"},

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from alignpro.config.experiment import ExperimentConfig
 from alignpro.config.jobs import EvalConfig, OptimalConfig, RewardModelConfig, RLHFConfig, SFTConfig, TrainConfig
 
 COMMANDS: dict[str, type[BaseModel]] = {
@@ -15,6 +16,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "rlhf": RLHFConfig,
     "eval": EvalConfig,
     "optimal": OptimalConfig,
+    "experiment": ExperimentConfig,
 }
 """Command → its configuration."""
 

@@ -32,14 +32,14 @@ def show_pace(steps: int, seconds: float, left: int) -> str:
     """
     each = max(seconds, 1e-9) / steps
     pace = f"{_two_digits(each)} s/step" if each >= 1 else f"{_two_digits(1 / each)} steps/s"
-    return f"{pace}, {_show_duration(each * left)} left" if left else pace
+    return f"{pace}, {show_duration(each * left)} left" if left else pace
 
 
 def _two_digits(value: float) -> str:
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
-def _show_duration(seconds: float) -> str:
+def show_duration(seconds: float) -> str:
     """Format a duration in the units that are worth reading: 40 s, 9 min, 3 h 20 min, 2 d 5 h."""
     if (rounded := round(seconds)) < 60:
         return f"{rounded} s"

@@ -114,7 +114,7 @@ def check_configuration(saved: Path, config: RunSection) -> None:
         ) from error
     changed = [
         f"{key} (was {old!r}, is {new!r})"
-        for key, old, new in _differences(before, _as_configured(config))
+        for key, old, new in differences(before, _as_configured(config))
         if not _may_change(key, old)
     ]
     if changed:
@@ -217,12 +217,12 @@ def _as_configured(config: RunSection) -> dict[str, Any]:
     return values
 
 
-def _differences(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """List (dotted key, before, after) of the leaves in which two nested mappings differ, in key order."""
     if isinstance(before, dict) and isinstance(after, dict):
         return [
             difference
             for key in sorted(before.keys() | after.keys())
-            for difference in _differences(before.get(key), after.get(key), f"{prefix}{key}.")
+            for difference in differences(before.get(key), after.get(key), f"{prefix}{key}.")
         ]
     return [(prefix.rstrip("."), before, after)] if before != after else []

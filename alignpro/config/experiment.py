@@ -1,0 +1,161 @@
+"""The configuration of `alignpro experiment`: what is crossed, and what all its runs have in common."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from alignpro.config.data import DataConfig, PromptingConfig
+from alignpro.config.endpoints import SpendingConfig
+from alignpro.config.rewards import RewardConfig
+from alignpro.config.rollout import EngineConfig, SamplingConfig
+from alignpro.config.section import OutputPath, Section
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_TITLE = re.compile(r"[\w .,()+=/-]{1,64}")
+
+
+class ExperimentPrompter(Section):
+    """A prompter: the model that is trained, and how it is made ready for it."""
+
+    policy: dict[str, Any]
+    """As in `alignpro train`."""
+    prior: dict[str, Any] | None = None
+    """Sections of `alignpro sft` for the prompter that all methods start from, which is made once; its ``policy`` has what
+    differs from ``policy``, such as an adapter. Without it, they start from ``policy`` as it is."""
+
+
+class ExperimentTask(Section):
+    """A task: prompts, and what is good."""
+
+    data: DataConfig
+    """The prompts for training; the share ``holdout`` of them is for the evaluation, unless ``heldout`` is given."""
+    heldout: DataConfig | None = None
+    """Other prompts for the evaluation, such as those of another source; ``holdout: 0`` takes all of them."""
+    reward: RewardConfig
+    instructions: dict[str, str] = Field(default_factory=dict)
+    """Name → what a person would add to a prompt, or a template with ``{{ prompt }}``; see `alignpro eval`."""
+
+
+class _Method(Section):
+    label: str | None = Field(None, pattern=_TITLE)
+    """Its name in the report; by default its key."""
+
+
+class UnchangedMethod(_Method):
+    """The target is given the prompt as it is."""
+
+    kind: Literal["none"]
+
+
+class InstructionMethod(_Method):
+    """The hand-written instructions of the task; each is a cell of its own."""
+
+    kind: Literal["instruction"]
+
+
+class PriorMethod(_Method):
+    """The prompter before training."""
+
+    kind: Literal["prior"]
+
+
+class GibbsMethod(_Method):
+    """The best of N rewrites of the prompter before training, resampled by exp(R/λ) and answered anew."""
+
+    kind: Literal["gibbs"]
+    candidates: list[Annotated[int, Field(ge=2)]] = Field(default=[4, 16, 64], min_length=1)
+
+
+class TrainMethod(_Method):
+    """A prompter trained by `alignpro train`."""
+
+    kind: Literal["train"]
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Sections of `alignpro train` that differ from the experiment's ``train``."""
+
+
+class RLHFMethod(_Method):
+    """The target itself, trained by `alignpro rlhf`: the oracle."""
+
+    kind: Literal["rlhf"]
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Sections of `alignpro rlhf` that differ from the experiment's ``rlhf``."""
+
+
+Method = Annotated[
+    UnchangedMethod | InstructionMethod | PriorMethod | GibbsMethod | TrainMethod | RLHFMethod,
+    Field(discriminator="kind"),
+]
+
+
+class ExperimentEvaluation(Section):
+    """How every cell is evaluated: on the same prompts with the same number of responses."""
+
+    prompts: int = Field(128, ge=2)
+    rewrites_per_prompt: int = Field(4, ge=2)
+    responses_per_rewrite: int = Field(2, ge=2)
+
+
+class ExperimentConfig(Section):
+    """`alignpro experiment`: prompters × targets × tasks × methods × seeds."""
+
+    out: OutputPath
+    title: str = "Align-Pro"
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(default=[0, 1, 2], min_length=1)
+    launcher: list[str] = Field(default_factory=list)
+    """What starts a training, such as ``[deepspeed, --num_gpus, "8", --module]``; by default this Python."""
+    prompters: dict[str, ExperimentPrompter] = Field(default_factory=dict)
+    targets: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Name → a target, as in `alignpro train`."""
+    tasks: dict[str, ExperimentTask] = Field(min_length=1)
+    methods: dict[str, Method] = Field(min_length=1)
+    prompting: PromptingConfig = PromptingConfig()
+    kl_coef: float = Field(0.05, gt=0)
+    """λ, of all methods that have one."""
+    rewrite: SamplingConfig = SamplingConfig()
+    respond: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Sections of `alignpro train` that all its cells have in common."""
+    rlhf: dict[str, Any] = Field(default_factory=dict)
+    """Sections of `alignpro rlhf` that all its cells have in common."""
+    evaluation: ExperimentEvaluation = ExperimentEvaluation()
+    spending: SpendingConfig = SpendingConfig()
+    """Prices and budget of servers, of each training and of each evaluation."""
+
+    @field_validator("prompters", "targets", "tasks", "methods")
+    @classmethod
+    def _check_names(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            _check_name(name)
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> ExperimentConfig:
+        for i, seed in enumerate(self.seeds):
+            if seed in self.seeds[:i]:
+                raise ValueError(f"seeds: {seed} is given twice")
+        of_prompters = [name for name, method in self.methods.items() if needs_prompter(method)]
+        if of_prompters and not self.prompters:
+            raise ValueError(f"methods.{of_prompters[0]} needs a prompter: name one in `prompters`")
+        wanting = [name for name, method in self.methods.items() if isinstance(method, InstructionMethod)]
+        if wanting and not any(task.instructions for task in self.tasks.values()):
+            raise ValueError(f"methods.{wanting[0]} needs `instructions` in a task")
+        for name in (name for task in self.tasks.values() for name in task.instructions):
+            _check_name(name)
+        return self
+
+
+def needs_prompter(method: Method) -> bool:
+    """Whether a method has one cell for each prompter."""
+    return isinstance(method, PriorMethod | GibbsMethod | TrainMethod)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is the name of a directory: use at most 64 letters, digits, '_', '-' and '.', the first a letter or digit"
+        )

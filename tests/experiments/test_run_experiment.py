@@ -1,0 +1,145 @@
+"""An experiment runs each cell once, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_experiment import CommandError, InThisProcess, tiny_experiment
+from tiny_runs import Workshop, read_model
+
+from alignpro.errors import Interrupted, TrainingError
+from alignpro.experiments.run import compare_done, describe_plan, run_experiment
+
+PLAIN_REWARD = "def score(prompts, responses):\n    return [sum(map(ord, each)) % 17 / 17 for each in responses]\n"
+FEW = {"none": {"kind": "none"}, "prior": {"kind": "prior"}, "align_pro": {"kind": "train"}}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    made = Workshop(tmp_path_factory.mktemp("experiment"))
+    (made.root / "plain_reward.py").write_text(PLAIN_REWARD)
+    return made
+
+
+def cells_of(out: Path) -> dict[str, dict[str, Any]]:
+    """Name → cell.json."""
+    return {
+        str(path.parent.relative_to(out)): json.loads(path.read_text())
+        for path in out.rglob("cell.json")
+        if path.parent != out
+    }
+
+
+def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "all"
+    run = InThisProcess()
+    run_experiment(tiny_experiment(shop, out), run)
+    made = cells_of(out)
+    assert set(made) == {"priors/tiny"} | {
+        f"cells/letters/toy/{each}/seed_0"
+        for each in ("none", "instruction/short", "prior/tiny", "gibbs/tiny", "align_pro/tiny", "grpo/tiny", "oracle")
+    }
+    assert {each["state"] for each in made.values()} == {"done"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert "Align-Pro" in (out / "report.html").read_text()
+    assert summary
+    again = InThisProcess()
+    run_experiment(tiny_experiment(shop, out), again)
+    assert again.commands == []
+
+
+def test_the_recorded_command_repeats_a_cell(shop: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "repeated"
+    config = tiny_experiment(shop, out, methods=FEW)
+    run_experiment(config, InThisProcess())
+    cell = out / "cells/letters/toy/align_pro/tiny/seed_0"
+    rewards, weights = (cell / "evaluation/rewards.json").read_text(), read_model(cell / "run")
+    for directory in ("run", "evaluation"):
+        (cell / directory).rename(tmp_path / directory)
+    commands = json.loads((cell / "cell.json").read_text())["command"].split(" && ")
+    assert [command.split()[:2] for command in commands] == [["alignpro", "train"], ["alignpro", "eval"]]
+    for command in commands:
+        InThisProcess()([], command.split()[1:], cell / "log.txt", lambda: None)
+    assert (cell / "evaluation/rewards.json").read_text() == rewards
+    assert read_model(cell / "run") == weights
+
+
+def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(shop: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "failing"
+    config = tiny_experiment(shop, out, methods=FEW)
+
+    def fail(arguments: Sequence[str]) -> None:
+        if arguments[0] == "train":
+            raise CommandError("the disk is full")
+
+    with pytest.raises(TrainingError, match=r"1 of 4 cells failed[^\n]*\n  cells/\S+/align_pro\S+: the disk is full"):
+        run_experiment(config, InThisProcess(fail))
+    assert cells_of(out)["cells/letters/toy/align_pro/tiny/seed_0"]["error"] == "the disk is full"
+    assert (out / "report.html").exists()
+    again = InThisProcess()
+    run_experiment(config, again)
+    assert [command[2] for command in again.commands] == ["train", "eval"]
+
+
+def test_cells_whose_prompter_could_not_be_prepared_are_not_tried(shop: Workshop, tmp_path: Path) -> None:
+    def fail(arguments: Sequence[str]) -> None:
+        if arguments[0] == "sft":
+            raise CommandError("no pairs")
+
+    run = InThisProcess(fail)
+    with pytest.raises(TrainingError, match="align_pro/tiny/seed_0: needs priors/tiny, which failed"):
+        run_experiment(tiny_experiment(shop, tmp_path / "unprepared", methods=FEW), run)
+    assert len(run.commands) == 2  # the prompter, and no fine-tuning
+
+
+def test_a_signal_stops_the_experiment_and_the_same_command_continues(shop: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    config = tiny_experiment(shop, out, methods=FEW)
+
+    def stop(arguments: Sequence[str]) -> None:
+        if arguments[0] == "train":
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise CommandError("ended by a signal")
+
+    with pytest.raises(Interrupted, match="continue with the same command"):
+        run_experiment(config, InThisProcess(stop))
+    assert cells_of(out)["cells/letters/toy/align_pro/tiny/seed_0"]["state"] == "stopped"
+    again = InThisProcess()
+    run_experiment(config, again)
+    assert [command[2] for command in again.commands] == ["train", "eval"]
+
+
+def test_seeds_and_methods_can_be_added_later_but_not_changed(shop: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "growing"
+    run_experiment(tiny_experiment(shop, out, methods={"none": {"kind": "none"}}), InThisProcess())
+    more = InThisProcess()
+    run_experiment(tiny_experiment(shop, out, seeds=[0, 1], methods={"none": {"kind": "none"}}), more)
+    assert len(more.commands) == 1
+    other = tiny_experiment(shop, out, methods={"none": {"kind": "none"}}, kl_coef=0.2)
+    with pytest.raises(TrainingError, match=r"eval.yaml: kl_coef was 0.05, is 0.2.*name another `out`"):
+        run_experiment(other, more)
+    assert len(more.commands) == 1
+
+
+def test_the_plan_says_what_is_left(shop: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "planned"
+    run_experiment(tiny_experiment(shop, out, methods={"none": {"kind": "none"}}), InThisProcess())
+    from alignpro.config import ExperimentConfig, resolve_config
+
+    config = resolve_config(
+        ExperimentConfig, tiny_experiment(shop, out, seeds=[0, 1], methods={"none": {"kind": "none"}})
+    )
+    first, *lines = describe_plan(config)
+    assert first.startswith("2 cells, 1 done; ") and first.endswith(" left")
+    assert lines == ["done  cells/letters/toy/none/seed_0", "      cells/letters/toy/none/seed_1"]
+
+
+def test_nothing_done_cannot_be_compared(shop: Workshop, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no cell is done yet"):
+        compare_done(tiny_experiment(shop, tmp_path / "empty"))
