@@ -6,7 +6,7 @@ key. The sections are defined here by subject; `loading` reads and writes config
 May import `errors`, and `objectives` to check what a loss needs.
 """
 
-from alignpro.config.data import DataConfig, PromptingConfig
+from alignpro.config.data import DataConfig, PromptingConfig, SFTDataConfig
 from alignpro.config.endpoints import (
     BudgetConfig,
     EndpointConfig,
@@ -16,6 +16,7 @@ from alignpro.config.endpoints import (
 )
 from alignpro.config.jobs import (
     EvalConfig,
+    HeadroomConfig,
     OptimalConfig,
     RewardModelConfig,
     RLHFConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "FunctionRewardConfig",
     "GuardConfig",
     "HTTPRewardConfig",
+    "HeadroomConfig",
     "JSONServerConfig",
     "JudgeRewardConfig",
     "KLConfig",
@@ -90,6 +92,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "SFTConfig",
+    "SFTDataConfig",
     "SamplingConfig",
     "Section",
     "SpendingConfig",

@@ -6,7 +6,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from alignpro.config.jobs import EvalConfig, OptimalConfig, RewardModelConfig, RLHFConfig, SFTConfig, TrainConfig
+from alignpro.config.jobs import (
+    EvalConfig,
+    HeadroomConfig,
+    OptimalConfig,
+    RewardModelConfig,
+    RLHFConfig,
+    SFTConfig,
+    TrainConfig,
+)
 
 COMMANDS: dict[str, type[BaseModel]] = {
     "sft": SFTConfig,
@@ -14,6 +22,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "rlhf": RLHFConfig,
     "eval": EvalConfig,
+    "headroom": HeadroomConfig,
     "optimal": OptimalConfig,
 }
 """Command → its configuration."""
