@@ -6,7 +6,7 @@ key. The sections are defined here by subject; `loading` reads and writes config
 May import `errors`, and `objectives` to check what a loss needs.
 """
 
-from alignpro.config.data import DataConfig, PromptingConfig
+from alignpro.config.data import DataConfig, PromptingConfig, SFTDataConfig
 from alignpro.config.endpoints import (
     BudgetConfig,
     EndpointConfig,
@@ -27,6 +27,7 @@ from alignpro.config.experiment import (
 )
 from alignpro.config.jobs import (
     EvalConfig,
+    HeadroomConfig,
     OptimalConfig,
     RewardModelConfig,
     RLHFConfig,
@@ -78,6 +79,7 @@ __all__ = [
     "GibbsMethod",
     "GuardConfig",
     "HTTPRewardConfig",
+    "HeadroomConfig",
     "InstructionMethod",
     "JSONServerConfig",
     "JudgeRewardConfig",
@@ -107,6 +109,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "SFTConfig",
+    "SFTDataConfig",
     "SamplingConfig",
     "Section",
     "SpendingConfig",

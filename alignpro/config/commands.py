@@ -7,7 +7,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from alignpro.config.experiment import ExperimentConfig
-from alignpro.config.jobs import EvalConfig, OptimalConfig, RewardModelConfig, RLHFConfig, SFTConfig, TrainConfig
+from alignpro.config.jobs import (
+    EvalConfig,
+    HeadroomConfig,
+    OptimalConfig,
+    RewardModelConfig,
+    RLHFConfig,
+    SFTConfig,
+    TrainConfig,
+)
 
 COMMANDS: dict[str, type[BaseModel]] = {
     "sft": SFTConfig,
@@ -15,6 +23,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "rlhf": RLHFConfig,
     "eval": EvalConfig,
+    "headroom": HeadroomConfig,
     "optimal": OptimalConfig,
     "experiment": ExperimentConfig,
 }

@@ -30,6 +30,18 @@ class DataConfig(Section):
     max_bad_rows: int = Field(100, ge=0)
 
 
+class SFTDataConfig(DataConfig):
+    """The source of pairs for supervised fine-tuning: their own, or prompts that a bank of moves rewrites."""
+
+    moves: str | None = None
+    """``default`` or a YAML file of rewriting moves: the prompts are rewritten by moves that are drawn uniformly. Pairs of
+    the file's own are kept beside them."""
+    moves_per_prompt: int = Field(4, ge=1)
+    """Pairs that are made of each prompt, by different moves."""
+    copies: float = Field(0.1, ge=0, le=1)
+    """Share of these pairs whose rewrite is the prompt itself."""
+
+
 class PromptingConfig(Section):
     """How the prompter's input is built from x, and the target's from x'."""
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from alignpro.config.data import DataConfig, PromptingConfig
-from alignpro.config.endpoints import SpendingConfig
+from alignpro.config.data import DataConfig, PromptingConfig, SFTDataConfig
+from alignpro.config.endpoints import EndpointConfig, SpendingConfig
 from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
 from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.rewards import RewardConfig
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunSection
-from alignpro.config.section import OutputPath
+from alignpro.config.section import OutputPath, Section
 from alignpro.config.targets import (
     PolicyOrTarget,
     PrompterOrTarget,
@@ -89,6 +90,7 @@ class RLHFConfig(RunSection, SpendingConfig):
 class SFTConfig(RunSection):
     """`alignpro sft`: fine-tune the prompter on (x, x') pairs, or a plain language model on (x, y) pairs."""
 
+    data: SFTDataConfig
     policy: PolicyConfig
     task: Literal["rewrite", "response"] = "rewrite"
     prompting: PromptingConfig = PromptingConfig()
@@ -96,6 +98,17 @@ class SFTConfig(RunSection):
     batch_size: int = Field(64, ge=1)
     max_tokens: int = Field(1024, ge=2)
     """Maximum length of prompt plus completion; longer sequences are truncated on the right and counted."""
+
+    @property
+    def required_fields(self) -> tuple[str, ...]:
+        """The fields that every row of the data must have, besides the prompt: none if moves write the rewrites."""
+        return () if self.data.moves is not None else (self.task,)
+
+    @model_validator(mode="after")
+    def _check_moves(self) -> SFTConfig:
+        if self.data.moves is not None and self.task != "rewrite":
+            raise ValueError(f"data.moves with task={self.task}: moves write rewrites: leave one of them out")
+        return self
 
 
 class RewardModelConfig(RunSection):
@@ -107,14 +120,20 @@ class RewardModelConfig(RunSection):
     max_length: int = Field(2048, ge=2)
 
 
+INSTRUCTION = "instruction_"
+"""What the key of an arm of a hand-written instruction begins with; the instruction's name follows."""
+
+CandidateCount = Annotated[int, Field(ge=2)]
+InstructionName = Annotated[str, Field(pattern=r"^\w+$")]
+
+
 class ComparisonConfig(SpendingConfig):
-    """What `alignpro eval` and `alignpro optimal` have in common: prompts, target and reward, and how they are sampled."""
+    """What the commands that compare arms have in common: prompts and target, and how they are sampled."""
 
     out: OutputPath
     seed: int = Field(0, ge=0, lt=2**63)
     data: DataConfig
     target: PrompterOrTarget
-    reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
     prompter: ModelConfig | None = None
     rewrite: SamplingConfig = SamplingConfig()
@@ -130,9 +149,19 @@ class ComparisonConfig(SpendingConfig):
         """
         return _model_of(self.target, self.prompter)
 
+    @property
+    def rewards(self) -> list[RewardConfig]:
+        """The rewards that score the responses."""
+        raise NotImplementedError
+
+    @property
+    def reward_endpoints(self) -> list[EndpointConfig]:
+        """The servers that the rewards ask."""
+        return [endpoint for reward in self.rewards for endpoint in reward.endpoints]
+
     @model_validator(mode="after")
     def _check_target(self) -> ComparisonConfig:
-        check_spending(self, [*target_endpoints(self.target), *self.reward.endpoints])
+        check_spending(self, [*target_endpoints(self.target), *self.reward_endpoints])
         if self.target == "prompter" and self.prompter is None:
             raise ValueError("target=prompter: the target is the model below the prompter's LoRA: name the `prompter`")
         return self
@@ -141,6 +170,7 @@ class ComparisonConfig(SpendingConfig):
 class EvalConfig(ComparisonConfig):
     """`alignpro eval`: compare arms on held-out prompts."""
 
+    reward: RewardConfig
     prompter: ModelConfig | None = None
     """The trained prompter: arm ``align_pro``."""
     reference: ModelConfig | None = None
@@ -150,8 +180,14 @@ class EvalConfig(ComparisonConfig):
     prompts: int = Field(128, ge=2)
     rewrites_per_prompt: int = Field(4, ge=2)
     responses_per_rewrite: int = Field(2, ge=2)
-    gibbs_candidates: int = Field(0, ge=0)
-    """Number N of rewrites of ρ_sft to resample from; 0 omits the arm ``gibbs``."""
+    instructions: dict[InstructionName, str] = Field(default_factory=dict)
+    """Name → hand-written instruction, which is appended to every prompt after a blank line, or a Jinja template around
+    ``{{ prompt }}``: arm ``instruction_NAME``."""
+    gibbs_candidates: Annotated[int, Field(ge=0)] | Annotated[list[CandidateCount], Field(min_length=1)] = 0
+    """Number N of rewrites of ρ_sft to resample from; 0 omits the arm ``gibbs``. Several numbers are the arms ``gibbs_N``:
+    the rewrites are drawn once, and a smaller N has the first of them."""
+    arms: list[str] | None = None
+    """The arms to sample; by default all that the other keys describe. Without ``no_finetuning`` there are no differences."""
     kl_coef: float = Field(0.05, ge=0)
     bound: bool = False
     r_max: float = Field(1.0, gt=0)
@@ -164,25 +200,114 @@ class EvalConfig(ComparisonConfig):
         """Ignore ``bootstrap``, which is in the config.yaml of evaluations by earlier versions: intervals draw nothing."""
         return {key: value for key, value in given.items() if key != "bootstrap"} if isinstance(given, dict) else given
 
+    @property
+    def rewards(self) -> list[RewardConfig]:
+        """The one reward."""
+        return [self.reward]
+
+    @property
+    def gibbs_arms(self) -> dict[str, int]:
+        """Key of each arm of Gibbs resampling that the configuration describes → its N."""
+        if isinstance(self.gibbs_candidates, int):
+            return {"gibbs": self.gibbs_candidates} if self.gibbs_candidates else {}
+        return gibbs_arms(self.gibbs_candidates)
+
+    @property
+    def described_arms(self) -> list[str]:
+        """The keys of all arms that the configuration describes, in the order of figures and reports."""
+        return [
+            "no_finetuning",
+            *(f"{INSTRUCTION}{name}" for name in self.instructions),
+            *(["sft_prompter"] if self.reference is not None else []),
+            *self.gibbs_arms,
+            *(["align_pro"] if self.prompter is not None else []),
+            *(["oracle"] if self.oracle is not None else []),
+        ]
+
+    @property
+    def sampled_arms(self) -> list[str]:
+        """Those that are sampled."""
+        return [name for name in self.described_arms if self.arms is None or name in self.arms]
+
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
-        if self.gibbs_candidates > 0 and self.reference is None:
+        if self.gibbs_arms and self.reference is None:
             raise ValueError(
                 "gibbs_candidates are rewrites of ρ_sft: they need `reference`, the prompter before training"
             )
-        if self.gibbs_candidates > 0 and self.kl_coef == 0:
+        if self.gibbs_arms and self.kl_coef == 0:
             raise ValueError("gibbs_candidates weighs rewrites by exp(R/λ): kl_coef must be positive")
+        unknown = [name for name in self.arms or [] if name not in self.described_arms]
+        if unknown or self.arms == []:
+            raise ValueError(
+                f"arms: {unknown[0] if unknown else 'none'}: expected some of {', '.join(self.described_arms)}; others need "
+                "their key (prompter, reference, oracle, instructions, gibbs_candidates)"
+            )
         return self
+
+
+class TaskConfig(Section):
+    """A task whose headroom is measured."""
+
+    reward: RewardConfig
+    instructions: dict[InstructionName, str] = Field(default_factory=dict)
+    """As in `EvalConfig`: what a person would write to raise this reward."""
+
+
+class HeadroomConfig(ComparisonConfig):
+    """`alignpro headroom`: what a prompter could gain on each of some tasks, before it is trained."""
+
+    prompter: ModelConfig
+    """ρ_sft, the prompter that training would start from."""
+    tasks: dict[InstructionName, TaskConfig] = Field(min_length=1)
+    prompts: int = Field(48, ge=2)
+    rewrites_per_prompt: int = Field(2, ge=2)
+    """Rewrites of ρ_sft, and rewrites kept of each prompt by Gibbs resampling, that get new responses."""
+    responses_per_rewrite: int = Field(2, ge=2)
+    gibbs_candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
+    """As in `EvalConfig`. All tasks score the same candidates and the same responses to them."""
+    kl_coef: float = Field(0.05, gt=0)
+    worthwhile: float = Field(0.05, gt=0)
+    """The least gain over no fine-tuning, in units of the reward, for which training is worth its cost."""
+    moves: str = "default"
+    """The moves among which the rewrites of ρ_sft are counted: ``default``, or the file that it was fine-tuned on."""
+
+    @property
+    def rewards(self) -> list[RewardConfig]:
+        """Those of the tasks."""
+        return [task.reward for task in self.tasks.values()]
+
+    @property
+    def gibbs_arms(self) -> dict[str, int]:
+        """Key of each arm of Gibbs resampling → its N."""
+        return gibbs_arms(self.gibbs_candidates)
+
+    @model_validator(mode="after")
+    def _check_one_target(self) -> HeadroomConfig:
+        if isinstance(self.target, TargetMixtureConfig):
+            raise ValueError("target.mixture: headroom is measured on one target: give it alone as `target`")
+        return self
+
+
+def gibbs_arms(candidates: Sequence[int]) -> dict[str, int]:
+    """Key of the arm of Gibbs resampling with each of several numbers N → N, in ascending order."""
+    return {f"gibbs_{count}": count for count in sorted(set(candidates))}
 
 
 class OptimalConfig(ComparisonConfig):
     """`alignpro optimal`: training-free Gibbs resampling of N rewrites of ρ_sft."""
 
+    reward: RewardConfig
     prompter: ModelConfig
     prompts: int = Field(128, ge=1)
     candidates: int = Field(16, ge=2)
     responses_per_rewrite: int = Field(2, ge=1)
     kl_coef: float = Field(0.05, gt=0)
+
+    @property
+    def rewards(self) -> list[RewardConfig]:
+        """The one reward."""
+        return [self.reward]
 
     @model_validator(mode="after")
     def _check_one_target(self) -> OptimalConfig:

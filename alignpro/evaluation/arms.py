@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from alignpro.config import EvalConfig, OptimalConfig
+from alignpro.config import EvalConfig, HeadroomConfig, OptimalConfig
+from alignpro.config.jobs import INSTRUCTION
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import ResponseScores, sampling_params
 from alignpro.environments.build import prompt_environment
+from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment, UnchangedPromptEnvironment
 from alignpro.models.input_room import max_input_tokens
@@ -23,6 +25,7 @@ from alignpro.objectives import GibbsResample, gibbs_resample
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.prompter_prompt import PrompterTemplate
+from alignpro.prompting.rewrite_template import RewriteTemplate
 from alignpro.prompting.target_prompt import SentRewrite
 from alignpro.rewards import RewardStack
 from alignpro.targets.base import Target
@@ -41,6 +44,15 @@ LABELS = {
     "align_pro": "Align-Pro",
     "oracle": "Oracle (RLHF)",
 }
+
+
+def label(name: str) -> str:
+    """The name of an arm in figures and reports."""
+    if name.startswith(INSTRUCTION):
+        return f"Instruction: {name.removeprefix(INSTRUCTION).replace('_', ' ')}"
+    if name.startswith("gibbs_"):
+        return f"Gibbs, N = {name.removeprefix('gibbs_')}"
+    return LABELS[name]
 
 
 def _show_nothing(metrics: Mapping[str, float]) -> None:
@@ -77,8 +89,22 @@ class ArmSamples:
     def _nested(self, rewards: Tensor) -> Tensor:
         return rewards if self.scores_rewrites else rewards.transpose(1, 2)
 
+    def first(self, count: int) -> ArmSamples:
+        """The first ``count`` samples of each prompt."""
+        scores = self.scores
+        cut = replace(
+            scores,
+            values=scores.values[:, :count],
+            samples=[group[:count] for group in scores.samples],
+            rewards=scores.rewards[:, :count],
+            raw=scores.raw[:, :count],
+            penalised=scores.penalised[:, :count],
+            responses=[group[:count] for group in scores.responses],
+        )
+        return ArmSamples(self.name, [group[:count] for group in self.chains], cut)
 
-_Environment = PromptEnvironment | ResponseEnvironment | UnchangedPromptEnvironment
+
+_Environment = PromptEnvironment | ResponseEnvironment | UnchangedPromptEnvironment | InstructionEnvironment
 
 
 @dataclass
@@ -88,7 +114,7 @@ class ArmSampler:
     The number of responses per prompt is the same in every arm: K rewrites × M responses, or K·M responses.
     """
 
-    config: EvalConfig | OptimalConfig
+    config: EvalConfig | HeadroomConfig | OptimalConfig
     prompts: Sequence[Prompt]
     target: Target
     reward: RewardStack
@@ -104,6 +130,11 @@ class ArmSampler:
         """Draw ``count`` responses of the target to each original prompt: no fine-tuning."""
         environment = UnchangedPromptEnvironment(self.target, self.reward)
         return self._sample("no_finetuning", environment, self._engine(), sampling_params(self.config.respond, count))
+
+    def sample_instruction(self, name: str, template: RewriteTemplate, count: int) -> ArmSamples:
+        """Draw ``count`` responses of the target to each prompt as a hand-written instruction rewrites it."""
+        environment = InstructionEnvironment(template, self.target, self.reward)
+        return self._sample(name, environment, self._engine(), sampling_params(self.config.respond, count))
 
     def sample_oracle(self, oracle: LanguageModel, template: ChatTemplate, count: int) -> ArmSamples:
         """Draw ``count`` responses of the oracle to each original prompt."""
@@ -128,10 +159,19 @@ class ArmSampler:
             responses=config.responses_per_rewrite,
         )
 
-    def resample(self, candidates: ArmSamples, prompter: LanguageModel, kl_coef: float, count: int) -> ArmSamples:
+    def resample(
+        self, candidates: ArmSamples, prompter: LanguageModel, kl_coef: float, count: int, name: str = "gibbs"
+    ) -> ArmSamples:
         """Resample ``count`` candidates per prompt with weights softmax(R/λ) and draw new responses of the target.
 
         The resampled rewrites are not scored with the responses that selected them, which would favour lucky ones.
+
+        Args:
+            candidates: Rewrites of ρ_sft.
+            prompter: ρ_sft, for its template.
+            kl_coef: λ.
+            count: Rewrites to keep of each prompt, drawn with replacement.
+            name: The arm's key.
         """
         weights = self.gibbs_weights(candidates, kl_coef).weights  # (P, N)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "gibbs"))
@@ -152,7 +192,14 @@ class ArmSampler:
             of_each = iter(responses)
             return [[replace(chain, responses=next(of_each)) for chain in group] for group in groups]
 
-        return self._in_chunks("gibbs", environment, respond)
+        return self._in_chunks(name, environment, respond)
+
+    def scored(self, samples: ArmSamples, prompter: LanguageModel | None) -> ArmSamples:
+        """The same samples with the scores of this sampler's reward: of rewrites of ``prompter``, or of unchanged prompts."""
+        environment = (
+            UnchangedPromptEnvironment(self.target, self.reward) if prompter is None else self.environment(prompter)
+        )
+        return ArmSamples(samples.name, samples.chains, environment.score(self.prompts, samples.chains))
 
     def gibbs_weights(self, candidates: ArmSamples, kl_coef: float) -> GibbsResample:
         """The closed-form weights of the candidates, with λ log Ẑ and the effective sample size."""
@@ -175,7 +222,7 @@ class ArmSampler:
         sample: Callable[[range], list[list[Chain]]],
     ) -> ArmSamples:
         """Sample and score the prompts chunk by chunk; each prompt has its own seed, so chunks do not change samples."""
-        logger.info("%s: %d prompts", LABELS.get(name, "Candidates"), len(self.prompts))
+        logger.info("%s: %d prompts", "Candidates" if name == "candidates" else label(name), len(self.prompts))
         parts = []
         for start in range(0, len(self.prompts), _CHUNK):
             places = range(start, min(start + _CHUNK, len(self.prompts)))
@@ -205,7 +252,7 @@ def _joined(parts: Sequence[ArmSamples]) -> ArmSamples:
 
 
 def drop_prompts_too_long_for_prompter(
-    prompts: Sequence[Prompt], prompter: LanguageModel, config: EvalConfig | OptimalConfig
+    prompts: Sequence[Prompt], prompter: LanguageModel, config: EvalConfig | HeadroomConfig | OptimalConfig
 ) -> list[Prompt]:
     """The prompts whose input fits in the prompter's context, beside the rewrite.
 

@@ -31,7 +31,7 @@ def estimate_bound(
 
     Rewards are those without penalties: the theorem is about r*(x, y), which does not depend on the rewrite.
     """
-    if oracle is None or "align_pro" not in arms or "sft_prompter" not in arms:
+    if oracle is None or not {"align_pro", "sft_prompter", "oracle"} <= arms.keys():
         return BoundSummary(None, None, note="not computable: it requires a prompter, its reference and an oracle")
     respond = config.respond
     if respond.temperature == 0 or respond.top_k or respond.top_p < 1 or respond.min_p:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignpro.config import ConfigSource, EvalConfig, ModelConfig, TargetMixtureConfig, resolve_config, target_endpoints
 from alignpro.data import DataSet, Prompt, choose, cluster_labels, load_prompts, split
 from alignpro.errors import ConfigError, DataError, TrainingError
-from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, drop_prompts_too_long_for_prompter
+from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, drop_prompts_too_long_for_prompter, label
 from alignpro.evaluation.bound import NO_LOGPROBS, estimate_bound, target_inputs
 from alignpro.evaluation.convergence import Convergence, convergence
-from alignpro.evaluation.gibbs import gibbs_estimates
+from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
+from alignpro.evaluation.sampled_arms import Trained, count_arms, instruction_templates, oracle_template, sample_arms
 from alignpro.models.input_room import max_input_tokens
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
@@ -36,16 +36,6 @@ from alignpro.training.loggers.jsonl import read_rows
 from alignpro.training.progress import progress_bar
 from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.versions import versions
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The models that are compared with the target, as far as the configuration names them."""
-
-    prompter: LanguageModel | None
-    reference: LanguageModel | None
-    """ρ_sft, the prompter before training."""
-    oracle: LanguageModel | None
 
 
 @without_progress_bars()
@@ -74,6 +64,7 @@ def evaluate(
         raise ConfigError(
             "target.mixture: a prompter is evaluated on one target at a time: `alignpro eval` does so for each"
         )
+    instruction_templates(config.instructions)  # an error in one comes before any work
     prepare_directory(config.out, "summary.json")
     config = config.model_copy(update={"data": keep_holdout(config.data, run_directories(config))})
     opened: AbstractContextManager[Servers] = (
@@ -103,9 +94,9 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
     prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, reward)
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
     sampler = ArmSampler(config, prompts, target, reward)
-    with progress_bar(_arm_count(config) * sampler.chunks, 0, ("reward",)) as advance:
+    with progress_bar(count_arms(config) * sampler.chunks, 0, ("reward",)) as advance:
         sampler.advance = advance
-        arms = _sample_arms(config, sampler, trained)
+        arms = sample_arms(config, sampler, trained)
     return _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)
 
 
@@ -133,20 +124,12 @@ def evaluation_prompts(
     if trained.oracle is not None:
         limit = max_input_tokens(trained.oracle, config.respond, "the oracle", "respond")
         prompts = _drop_prompts_too_long_for_responder(
-            prompts, _oracle_template(config, trained.oracle), limit, "oracle"
+            prompts, oracle_template(config, trained.oracle), limit, "oracle"
         )
     for prompter in (trained.prompter, trained.reference):
         if prompter is not None:
             prompts = drop_prompts_too_long_for_prompter(prompts, prompter, config)
     return choose(reward.scorable(prompts), config.prompts)
-
-
-def _oracle_template(config: EvalConfig, oracle: LanguageModel) -> ChatTemplate:
-    """The oracle's chat template: that of the target, which it has been; its own if the target's is not known."""
-    local = not target_endpoints(config.target)
-    model = config.target_model if local else config.oracle
-    assert model is not None  # because there is an oracle
-    return ChatTemplate(oracle.tokenizer, model.chat_template, stop_token_ids=oracle.end_token_ids)
 
 
 def _drop_prompts_too_long_for_responder(
@@ -176,27 +159,6 @@ def _load(config: ModelConfig | None) -> LanguageModel | None:
     return None if config is None else load_language_model(config)
 
 
-def _sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> dict[str, ArmSamples]:
-    K, M = config.rewrites_per_prompt, config.responses_per_rewrite
-    arms = {"no_finetuning": sampler.sample_unchanged(K * M)}
-    if trained.reference is not None:
-        arms["sft_prompter"] = sampler.sample_rewrites("sft_prompter", trained.reference, K)
-        if config.gibbs_candidates:
-            arms["candidates"] = sampler.sample_rewrites("candidates", trained.reference, config.gibbs_candidates)
-            arms["gibbs"] = sampler.resample(arms["candidates"], trained.reference, config.kl_coef, K)
-    if trained.prompter is not None:
-        arms["align_pro"] = sampler.sample_rewrites("align_pro", trained.prompter, K)
-    if trained.oracle is not None:
-        arms["oracle"] = sampler.sample_oracle(trained.oracle, _oracle_template(config, trained.oracle), K * M)
-    return arms
-
-
-def _arm_count(config: EvalConfig) -> int:
-    """How many arms are sampled, the candidates of Gibbs resampling included."""
-    gibbs = 2 if config.reference is not None and config.gibbs_candidates else 0
-    return 1 + gibbs + sum(each is not None for each in (config.prompter, config.reference, config.oracle))
-
-
 def _compare(
     config: EvalConfig,
     sampler: ArmSampler,
@@ -206,36 +168,37 @@ def _compare(
     seconds: float,
 ) -> Evaluation:
     kl = _kl(config, sampler, arms, trained)
-    baseline = arms["no_finetuning"].raw
+    baseline = arms["no_finetuning"].raw if "no_finetuning" in arms else None
     summaries = adjusted(
         [
             summarize_arm(
                 name,
-                LABELS[name],
+                label(name),
                 arms[name].raw,
                 penalised=arms[name].penalised,
                 baseline=None if name == "no_finetuning" else baseline,
                 clusters=clusters,
                 kl=kl.get(name),
             )
-            for name in LABELS
-            if name in arms
+            for name in config.sampled_arms
         ]
     )
     gap = None
-    if "align_pro" in arms and "oracle" in arms:
+    if baseline is not None and "align_pro" in arms and "oracle" in arms:
         gap = gap_recovered(baseline, arms["align_pro"].raw, arms["oracle"].raw, clusters)
-    gibbs = None
-    if "candidates" in arms:
-        weighed = sampler.gibbs_weights(arms["candidates"], config.kl_coef)
-        gibbs = gibbs_estimates(weighed, arms["gibbs"].scores.values, config.kl_coef, clusters)
+    gibbs = {
+        name: arm_estimates(sampler, arms["candidates"].first(count), arms[name], config.kl_coef, clusters)
+        for name, count in config.gibbs_arms.items()
+        if name in arms
+    }
     return Evaluation(
         arms=summaries,
         gap=gap,
         kl=kl.get("align_pro"),
         bound=estimate_bound(config, sampler, arms, trained.oracle, clusters) if config.bound else None,
-        gibbs=gibbs,
-        rows=_sample_rows(sampler.prompts, arms),
+        gibbs=next(reversed(gibbs.values()), None),
+        gibbs_by_arm=gibbs,
+        rows=_sample_rows(config.sampled_arms, sampler.prompts, arms),
         notes=[*_notes(config, summaries), *_server_notes(sampler.target, trained, config)],
         convergence=_convergence(config),
         seconds=seconds,
@@ -246,11 +209,11 @@ def _kl(config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, ArmSamples],
     """KL of each trained arm to its initial model, in nats per sequence."""
     prompter, reference, oracle = trained.prompter, trained.reference, trained.oracle
     kl: dict[str, float] = {}
-    if prompter is not None and reference is not None:
+    if prompter is not None and reference is not None and "align_pro" in arms:
         encode = sampler.environment(prompter).encode
         inputs = [encode(prompt) for prompt in sampler.prompts]
         kl["align_pro"] = sequence_kl(prompter, reference, inputs, arms["align_pro"], config.rewrite.temperature or 1.0)
-    if oracle is not None and isinstance(sampler.target, LocalTarget):
+    if oracle is not None and "oracle" in arms and isinstance(sampler.target, LocalTarget):
         inputs = target_inputs(sampler.target, sampler.prompts)
         temperature = config.respond.temperature or 1.0
         kl["oracle"] = sequence_kl(oracle, sampler.target.model, inputs, arms["oracle"], temperature)
@@ -288,7 +251,7 @@ def _notes(config: EvalConfig, arms: Sequence[ArmSummary]) -> list[str]:
         notes.append(
             "All rewards are 0 or 1: their total variance is p(1 − p) of the mean and adds nothing to it; its parts do."
         )
-    if any(arm.name == "gibbs" for arm in arms):
+    if any(arm.name.startswith("gibbs") for arm in arms):
         notes.append(
             "Gibbs: the rewrites of a prompt are resampled from one set of candidates, so its variance between prompts also "
             "holds that between sets of candidates."
@@ -314,13 +277,11 @@ def _trained_rows(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:
     return {name: read_rows(Path(m.path).parent / "metrics.jsonl") for name, m in models.items() if m is not None}
 
 
-def _sample_rows(prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples]) -> list[SampleRow]:
+def _sample_rows(names: Sequence[str], prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples]) -> list[SampleRow]:
     """One row per sample of each arm, with its first response. Arms are interleaved, so that truncation keeps all arms."""
     rows: list[SampleRow] = []
     for i, prompt in enumerate(prompts):
-        for name in LABELS:
-            if name not in arms:
-                continue
+        for name in names:
             scores = arms[name].scores
             for k, responses in enumerate(scores.responses[i]):
                 rows.append(

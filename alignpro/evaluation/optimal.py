@@ -11,7 +11,7 @@ from alignpro.config import OptimalConfig, dump_config, target_endpoints
 from alignpro.data import choose, cluster_labels, load_prompts
 from alignpro.evaluation.arms import ArmSampler, drop_prompts_too_long_for_prompter
 from alignpro.evaluation.evaluate import prepare_directory
-from alignpro.evaluation.gibbs import gibbs_estimates
+from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.rewards import build_reward
@@ -53,7 +53,7 @@ def _optimal(config: OptimalConfig, out: Path, servers: Servers) -> dict[str, An
         resampled = sampler.resample(candidates, prompter, config.kl_coef, 1)
     weighed = sampler.gibbs_weights(candidates, config.kl_coef)
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
-    estimates = gibbs_estimates(weighed, resampled.scores.values, config.kl_coef, clusters)
+    estimates = arm_estimates(sampler, candidates, resampled, config.kl_coef, clusters)
     with (out / "rewrites.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
         for i, prompt in enumerate(prompts):
             best = int(candidates.scores.values[i].argmax())
@@ -75,7 +75,7 @@ def _optimal(config: OptimalConfig, out: Path, servers: Servers) -> dict[str, An
         "kl_coef": config.kl_coef,
         "prompts": len(prompts),
         "note": "log_partition is λ log Ẑ: N candidates make it too low, noise in R too high for the optimum λ log Z; "
-        "lower_bound is on average not above it",
+        "lower_bound and split are on average not above it",
         "seed": config.seed,
         "versions": versions(),
     }

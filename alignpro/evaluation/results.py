@@ -29,7 +29,8 @@ class ArmSummary:
     """One arm of the comparison, such as "no fine-tuning" or "Align-Pro"."""
 
     name: str
-    """The arm's key: ``no_finetuning``, ``sft_prompter``, ``align_pro``, ``gibbs``, ``oracle``."""
+    """The arm's key: ``no_finetuning``, ``instruction_NAME``, ``sft_prompter``, ``gibbs`` (of several numbers, ``gibbs_N``),
+    ``align_pro``, ``oracle``."""
     label: str
     reward: Estimate
     """Mean reward over prompts, rewrites and responses, without penalties, with its 95 % interval."""
@@ -186,6 +187,13 @@ class GibbsEstimates:
     effective_sample_size: float
     kl: float
     """log N − H(w), nats; at most log N."""
+    split: Estimate | None = None
+    """Like the lower bound, without new responses: half of each rewrite's responses gives the weights, the other half their
+    mean reward, both ways. It has no inflation, and is below the lower bound since half the responses weigh less exactly.
+    None with a single response per rewrite."""
+    noise_variance: float | None = None
+    """Var(ε) of R̂ = R + ε, the mean over M responses that weighs a rewrite, estimated within rewrites; exp(R̂/λ) raises
+    λ log Ẑ by about Var(ε)/(2λ). None with a single response per rewrite."""
 
     def as_dict(self) -> dict[str, Any]:
         """The content for summary.json."""
@@ -196,6 +204,8 @@ class GibbsEstimates:
             "inflation": self.inflation.as_dict(),
             "effective_sample_size": self.effective_sample_size,
             "kl": self.kl,
+            "split": self.split.as_dict() if self.split else None,
+            "noise_variance": self.noise_variance,
         }
 
 
@@ -253,12 +263,15 @@ class Evaluation:
     """KL(ρ ‖ ρ_sft) of the trained prompter, in nats per sequence."""
     bound: BoundSummary | None
     gibbs: GibbsEstimates | None
+    """From the most candidates."""
     rows: list[SampleRow]
     notes: list[str]
     """What the numbers do not show by themselves."""
     convergence: Mapping[str, Convergence]
     """Key of a trained arm -> whether the reward of its training was still rising, if its run directory is known."""
     seconds: float
+    gibbs_by_arm: Mapping[str, GibbsEstimates] = field(default_factory=dict)
+    """Key of each arm of Gibbs resampling -> the estimates from its candidates."""
 
     def as_dict(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -270,6 +283,7 @@ class Evaluation:
             "gap_recovered_not_estimable": gap["not_estimable"] if gap else None,
             "kl": self.kl,
             "gibbs_estimates": self.gibbs.as_dict() if self.gibbs else None,
+            "gibbs_estimates_by_arm": {name: each.as_dict() for name, each in self.gibbs_by_arm.items()},
             "bound": self.bound.as_dict() if self.bound else None,
             "convergence": {name: each.as_dict() for name, each in self.convergence.items()},
             "notes": self.notes,

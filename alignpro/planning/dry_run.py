@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alignpro.config import (
     EvalConfig,
+    HeadroomConfig,
     ObjectiveConfig,
     OptimalConfig,
     PolicyConfig,
@@ -57,12 +58,20 @@ def _describe_samples(config: Section) -> list[str]:
         case RewardModelConfig():
             return [f"train a reward model from {config.model.path}", *_batches(config.run, config.batch_size)]
         case EvalConfig():
-            arms = [name for name in ("reference", "prompter", "oracle") if getattr(config, name) is not None]
+            shown = {"no_finetuning": "no fine-tuning", "sft_prompter": "reference", "align_pro": "prompter"}
             return [
-                f"compare no fine-tuning{''.join(f', {name}' for name in arms)} "
+                f"compare {', '.join(shown.get(name, name) for name in config.sampled_arms)} "
                 f"on at most {_count(config.prompts, 'held-out prompt')}",
                 f"{_count(config.rewrites_per_prompt, 'rewrite')} per prompt × "
                 f"{_count(config.responses_per_rewrite, 'response')} each",
+                f"write to {config.out}",
+            ]
+        case HeadroomConfig():
+            return [
+                f"headroom on {', '.join(config.tasks)}: {config.prompter.path} against the frozen {_target(config)}",
+                f"{_count(max(config.gibbs_candidates), 'candidate rewrite')} for each of at most "
+                f"{_count(config.prompts, 'held-out prompt')} × {_count(config.responses_per_rewrite, 'response')} each, and "
+                f"{_count(sum(len(task.instructions) for task in config.tasks.values()), 'instruction')}",
                 f"write to {config.out}",
             ]
         case OptimalConfig():
@@ -75,11 +84,12 @@ def _describe_samples(config: Section) -> list[str]:
             raise TypeError(f"{type(config).__name__} is not the configuration of a job")
 
 
-def _target(config: TrainConfig) -> str:
+def _target(config: TrainConfig | HeadroomConfig) -> str:
     """The target's path, its model and server, or those of all targets of a mixture."""
+    own = config.policy if isinstance(config, TrainConfig) else config.prompter
     names = []
     for part in target_parts(config.target):
-        source = config.policy if isinstance(part.source, str) else part.source
+        source = own if isinstance(part.source, str) else part.source
         names.append(
             f"{source.model} at {source.base_url}" if isinstance(source, TargetEndpointConfig) else source.path
         )

@@ -7,12 +7,14 @@ in this process are counted as if they were the server's: tokenizers differ.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 from alignpro.config import (
     EndpointConfig,
     EvalConfig,
+    HeadroomConfig,
     HTTPRewardConfig,
     JudgeRewardConfig,
     OptimalConfig,
@@ -69,7 +71,7 @@ def describe_spending(config: Section) -> list[str]:
             lines, most = _lines(config, "a step", _of_training(config, 1)), _of_training(config, config.run.steps)
         case RLHFConfig():
             lines, most = _lines(config, "a step", _of_rlhf(config, 1)), _of_rlhf(config, config.run.steps)
-        case EvalConfig() | OptimalConfig():
+        case EvalConfig() | HeadroomConfig() | OptimalConfig():
             lines, most = [], _of_comparison(config)
         case _:
             return []
@@ -111,27 +113,44 @@ def _of_reward(reward: RewardConfig, samples: int, prompt_tokens: int, answer_to
     return asked
 
 
-def _of_comparison(config: EvalConfig | OptimalConfig) -> list[Asked]:
+def _of_comparison(config: EvalConfig | HeadroomConfig | OptimalConfig) -> list[Asked]:
     """Every target of a mixture is asked everything."""
     P, M = config.prompts, config.responses_per_rewrite
-    if isinstance(config, OptimalConfig):
-        groups = [(P * config.candidates, P * config.candidates * M), (P, P * M)]
-    else:
-        K = config.rewrites_per_prompt
-        groups = [(P, P * K * M)]  # no fine-tuning
-        groups += [(P * K, P * K * M)] * sum(each is not None for each in (config.prompter, config.reference))
-        if config.gibbs_candidates:
-            groups += [(P * config.gibbs_candidates, P * config.gibbs_candidates * M), (P * K, P * K * M)]
     prompt_tokens, answer_tokens = (
         config.prompting.max_prompt_tokens + config.rewrite.max_tokens,
         config.respond.max_tokens,
     )
+    match config:
+        case EvalConfig():
+            groups = _of_arms(config, config.sampled_arms, config.gibbs_arms)
+        case HeadroomConfig():
+            groups = _of_arms(config, ["no_finetuning"], {})
+            for task in config.tasks.values():
+                groups += _of_arms(config, list(task.instructions), {})
+            groups.append((P * max(config.gibbs_candidates), P * max(config.gibbs_candidates) * M))
+            groups += _of_arms(config, ["sft_prompter", *config.gibbs_arms], {}) * len(config.tasks)
+        case OptimalConfig():
+            groups = [(P * config.candidates, P * config.candidates * M), (P, P * M)]
     samples = sum(draws for _, draws in groups)
-    if isinstance(config, EvalConfig) and config.oracle is not None:
+    if isinstance(config, EvalConfig) and "oracle" in config.sampled_arms:
         samples += P * config.rewrites_per_prompt * M
     asked = _shared(config.target, groups, prompt_tokens, answer_tokens, split=False)
     samples *= len(target_parts(config.target))
-    return asked + _of_reward(config.reward, samples, prompt_tokens, answer_tokens)
+    for reward in config.rewards:
+        asked += _of_reward(reward, samples, prompt_tokens, answer_tokens)
+    return asked
+
+
+def _of_arms(
+    config: EvalConfig | HeadroomConfig, names: Sequence[str], gibbs: Mapping[str, int]
+) -> list[tuple[int, int]]:
+    """(requests, draws) of the target in each arm, and of the candidates of those of Gibbs resampling."""
+    P, K, M = config.prompts, config.rewrites_per_prompt, config.responses_per_rewrite
+    several = ("sft_prompter", "align_pro", *config.gibbs_arms)  # others have one rewrite or none
+    groups = [(P * (K if name in several else 1), P * K * M) for name in names if name != "oracle"]
+    if sizes := [count for name, count in gibbs.items() if name in names]:
+        groups.append((P * max(sizes), P * max(sizes) * M))
+    return groups
 
 
 def _shared(

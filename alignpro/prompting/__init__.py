@@ -5,6 +5,8 @@
 | `prompter_prompt` | x → the prompter's tokens, and its tokens → the rewrite x' |
 | `target_prompt` | a rewrite x' → the target's tokens, and its tokens → the response y |
 | `meta_prompt`, `meta_prompts/` | the instruction around x that asks for a rewrite |
+| `moves`, `moves.yaml` | generic moves that rewrite real prompts, for the prompter's SFT; which move a rewrite made |
+| `rewrite_template` | one rewrite by rule: a text to append, or a template |
 | `chat_template` | a conversation ↔ tokens, with no special tokens from user text |
 | `template_source` | where a chat template comes from; the fixed date |
 | `plain_text` | text → tokens, in which the text of special tokens is plain text |

@@ -28,6 +28,7 @@ from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import TrainingError
 from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.moves import load_moves
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.function import FunctionReward
@@ -69,6 +70,8 @@ def check_inputs(config: Section) -> None:
         for reward in rewards if prompts else []:
             reward.check_columns(prompts)
     match config:
+        case SFTConfig() if config.data.moves is not None:
+            load_moves(config.data.moves)
         case TrainConfig():
             environment_kind(config.environment, config.environment_params, PromptEnvironment)
             build_objective(config.objective, config.rollout.rewrites_per_prompt)
@@ -102,7 +105,7 @@ def _required_fields(config: Section) -> tuple[str, ...]:
     """The fields that every row of the job's data must have, besides the prompt."""
     match config:
         case SFTConfig():
-            return (config.task,)
+            return config.required_fields
         case RewardModelConfig():
             return ("chosen", "rejected")
         case _:

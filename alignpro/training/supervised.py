@@ -21,6 +21,7 @@ from alignpro.models.sequences import SequenceBatch
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.model_card import write_card
+from alignpro.prompting.moves import load_moves
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Metrics, PhaseTimer
@@ -29,6 +30,24 @@ from alignpro.training.stream import PromptStream
 from alignpro_kernels import policy_loss
 
 logger = logging.getLogger(__name__)
+
+
+def sft_pairs(config: SFTConfig) -> list[Prompt]:
+    """The pairs to train on: those of the data, or its prompts rewritten by the moves that the configuration names.
+
+    Raises:
+        ConfigError: The moves cannot be read.
+        DataError: The data cannot be read, or has no pairs for the task.
+    """
+    moves = None if config.data.moves is None else load_moves(config.data.moves)
+    prompts = load_prompts(config.data, require=config.required_fields).prompts
+    if moves is None:
+        return prompts
+    pairs = moves.pairs(prompts, config.data.moves_per_prompt, config.data.copies, config.run.seed)
+    logger.info(
+        "%d pairs from %d prompts by %d moves (%s)", len(pairs), len(prompts), len(moves.moves), config.data.moves
+    )
+    return pairs
 
 
 class SFTTrainer:
@@ -46,8 +65,7 @@ class SFTTrainer:
 
     def __init__(self, config: SFTConfig) -> None:
         self.config = config
-        field = config.task
-        data = load_prompts(config.data, require=(field,))
+        prompts = sft_pairs(config)
         start = load_trainable(config.policy, config.run.seed)
         self.model: LanguageModel = add_adapter(start, config.policy.adapter)
         logger.info("%s", describe_training(start, self.model))
@@ -57,7 +75,7 @@ class SFTTrainer:
         self.prompter = PrompterTemplate(tokenizer, config.prompting)
         self.chat = ChatTemplate(tokenizer, config.policy.chat_template)
         prompts = filter_overlong_prompts(
-            data.prompts, self._encode_prompt, self._limit - 1, input_name="the model's input, beside a completion"
+            prompts, self._encode_prompt, self._max_prompt_tokens, input_name="the model's input, beside a completion"
         )
         training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
         self.heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
@@ -124,6 +142,12 @@ class SFTTrainer:
         save_pretrained(self.model, directory)
         if self.config.task == "rewrite":
             write_card(directory, self.prompter.meta_prompt, SamplingConfig().max_tokens)
+
+    @property
+    def _max_prompt_tokens(self) -> int:
+        """A completion of at least one token follows; the prompter's input has a limit of its own."""
+        own = self.config.prompting.max_prompt_tokens if self.config.task == "rewrite" else self._limit
+        return min(self._limit - 1, own)
 
     @property
     def _limit(self) -> int:

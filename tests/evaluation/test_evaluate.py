@@ -15,10 +15,10 @@ from tiny_runs import Workshop
 from alignpro.config import DataConfig, EvalConfig, OptimalConfig, validate_config
 from alignpro.data import load_prompts, split
 from alignpro.demo.world import prompt_records, write_records
-from alignpro.errors import DataError
+from alignpro.errors import ConfigError, DataError
 from alignpro.evaluation import arms
 from alignpro.evaluation.evaluate import evaluate
-from alignpro.evaluation.gibbs import gibbs_estimates
+from alignpro.evaluation.gibbs import gibbs_estimates, split_log_partition
 from alignpro.evaluation.optimal import optimal
 from alignpro.evaluation.results import Evaluation
 from alignpro.objectives import gibbs_resample
@@ -162,6 +162,74 @@ def test_noise_in_the_reward_inflates_the_estimate_but_not_the_lower_bound() -> 
     assert estimates.log_partition > optimum + 0.05
     assert estimates.lower_bound.high < optimum
     assert estimates.inflation.low > 0.05
+
+
+def test_halves_of_the_responses_remove_the_inflation_by_noise() -> None:
+    """λ = .05, N = 16, M = 2 and 5, rewards of 0 or 1: λ log Ẑ is above the optimum, the cross-fitted estimate is not."""
+    generator = torch.Generator().manual_seed(1)
+    kl_coef, P, N = 0.05, 4000, 16
+    values = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    optimum = kl_coef * (values / kl_coef).exp().mean().log().item()
+    drawn = values[torch.randint(3, (P, N), generator=generator)]
+    for M in (2, 5):
+        rewards = drawn[..., None].expand(P, N, M).bernoulli(generator=generator)
+        weighed = gibbs_resample(rewards.mean(2), kl_coef)
+        estimates = gibbs_estimates(weighed, drawn[:, :1], kl_coef, Clusters.single(P), rewards)
+        assert estimates.log_partition > optimum + 0.02
+        assert estimates.split is not None
+        assert estimates.split.high < optimum
+        noise = (values * (1 - values)).mean().item() / M  # of Bernoulli rewards
+        assert estimates.noise_variance == pytest.approx(noise, rel=0.02)
+        exact = split_log_partition(drawn[..., None].expand(P, N, M), kl_coef)
+        assert exact.mean().item() == pytest.approx(gibbs_resample(drawn, kl_coef).value.mean().item())
+    single = gibbs_estimates(weighed, drawn[:, :1], kl_coef, Clusters.single(P), rewards[..., :1])
+    assert (single.split, single.noise_variance) == (None, None)
+
+
+def test_instructions_are_arms_that_score_like_a_prompter_that_always_does_this(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    guards = {"guards": [{"kind": "copy_rate", "high": -1.0, "penalty": 0.25}]}
+    result = run(
+        workshop,
+        tmp_path / "out",
+        instructions={"short": "be short", "as_it_is": "{{ prompt }}"},
+        reward=configuration(workshop, tmp_path)["reward"] | guards,
+        arms=["instruction_as_it_is", "instruction_short", "no_finetuning"],
+    )
+    arms = {arm.name: arm for arm in result.arms}
+    assert list(arms) == ["no_finetuning", "instruction_short", "instruction_as_it_is"]
+    assert arms["instruction_as_it_is"].mean == arms["no_finetuning"].mean  # equal seeds: the same responses
+    assert arms["instruction_as_it_is"].samples == arms["no_finetuning"].samples
+    assert arms["instruction_as_it_is"].penalised.value < arms["no_finetuning"].mean - 0.2
+    assert arms["instruction_short"].label == "Instruction: short"
+    assert arms["instruction_short"].difference is not None
+    rewrites = {row["rewrite"] for row in result.rows if row["arm"] == "instruction_short"}
+    assert all(each is not None and each.endswith("\n\nbe short") for each in rewrites)
+    with pytest.raises(ConfigError, match=r"instructions\.bad: unknown variable text"):
+        run(workshop, tmp_path / "bad", instructions={"bad": "{{ text }}"})
+
+
+def test_several_numbers_of_candidates_share_their_draws(workshop: Workshop, tmp_path: Path) -> None:
+    several = run(workshop, tmp_path / "several", gibbs_candidates=[4, 2], arms=["gibbs_2", "gibbs_4"])
+    assert [arm.name for arm in several.arms] == ["gibbs_2", "gibbs_4"]
+    assert all(arm.difference is None for arm in several.arms)
+    alone = run(workshop, tmp_path / "alone", gibbs_candidates=2, arms=["gibbs"])
+    assert alone.arms[0].rewards.tolist() == several.arms[0].rewards.tolist()
+    assert alone.gibbs == several.gibbs_by_arm["gibbs_2"]
+    assert several.gibbs == several.gibbs_by_arm["gibbs_4"]
+    assert several.as_dict()["gibbs_estimates_by_arm"]["gibbs_2"]["noise_variance"] > 0
+
+
+def test_an_arm_alone_has_the_samples_that_it_has_beside_others(workshop: Workshop, tmp_path: Path) -> None:
+    whole = {arm.name: arm for arm in run(workshop, tmp_path / "whole").arms}
+    alone = run(workshop, tmp_path / "alone", arms=["align_pro"], files=True)
+    assert [arm.name for arm in alone.arms] == ["align_pro"]
+    assert alone.arms[0].rewards.tolist() == whole["align_pro"].rewards.tolist()
+    assert alone.arms[0].kl == whole["align_pro"].kl
+    assert json.loads((tmp_path / "alone" / "summary.json").read_text())["align_pro"]["difference"] is None
+    with pytest.raises(ConfigError, match="arms: oracle: expected some of no_finetuning"):
+        run(workshop, tmp_path / "none", arms=["oracle"])
 
 
 def test_models_of_an_earlier_version_are_evaluated_on_what_they_held_out(workshop: Workshop, tmp_path: Path) -> None:

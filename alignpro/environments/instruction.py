@@ -1,0 +1,46 @@
+"""A rewrite by rule, such as a hand-written instruction: every prompt is rewritten alike, and nothing is sampled but y."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from alignpro.data import Prompt
+from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.environments.base import ResponseScores, refuse_errors, score_texts, settled_values
+from alignpro.prompting.rewrite_template import RewriteTemplate
+from alignpro.rewards import RewardStack
+from alignpro.targets.base import Target
+
+
+class InstructionEnvironment:
+    """The frozen target responds to prompts that a template has rewritten, as if a prompter always wrote just that.
+
+    Args:
+        template: x → x'.
+        target: The target.
+        reward: r*(x, y), with its guards on (x, x').
+    """
+
+    def __init__(self, template: RewriteTemplate, target: Target, reward: RewardStack) -> None:
+        self.template = template
+        self.target = target
+        self.reward = reward
+
+    def rollout(
+        self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Chain]]:
+        """Rewrite each prompt, and sample ``params.n`` responses: [P][1] chains."""
+        sent = [self.target.encode(prompt, self.template(prompt.text)) for prompt in prompts]
+        responses = self.target.respond(engine, sent, params, seeds)
+        return [[Chain(Completion([], [], "stop"), each, group)] for each, group in zip(sent, responses, strict=True)]
+
+    def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
+        """Score each response against the original prompt."""
+        refuse_errors(prompts, chains)
+        return score_texts(
+            prompts,
+            [[self.template(prompt.text)] for prompt in prompts],
+            [[[self.target.text(y) for y in chain.responses] for chain in group] for group in chains],
+            self.reward,
+            settled=settled_values([[chain.responses for chain in group] for group in chains]),
+        )

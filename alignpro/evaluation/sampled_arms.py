@@ -1,0 +1,79 @@
+"""Which arms an evaluation samples, and how each is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from alignpro.config import EvalConfig, target_endpoints
+from alignpro.config.jobs import INSTRUCTION
+from alignpro.evaluation.arms import ArmSampler, ArmSamples
+from alignpro.models.language_model import LanguageModel
+from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.rewrite_template import RewriteTemplate
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The models that are compared with the target, as far as the configuration names them."""
+
+    prompter: LanguageModel | None
+    reference: LanguageModel | None
+    """ρ_sft, the prompter before training."""
+    oracle: LanguageModel | None
+
+
+def sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> dict[str, ArmSamples]:
+    """Sample the arms of an evaluation; those of Gibbs resampling come with their ``candidates``.
+
+    Returns:
+        Key of the arm → its samples, in the order of `EvalConfig.sampled_arms`.
+    """
+    K, M = config.rewrites_per_prompt, config.responses_per_rewrite
+    templates = instruction_templates(config.instructions)
+    sizes = {name: count for name, count in config.gibbs_arms.items() if name in config.sampled_arms}
+    arms: dict[str, ArmSamples] = {}
+    if sizes:
+        assert trained.reference is not None  # the configuration requires it
+        arms["candidates"] = sampler.sample_rewrites("candidates", trained.reference, max(sizes.values()))
+    for name in config.sampled_arms:
+        if name in templates:
+            arms[name] = sampler.sample_instruction(name, templates[name], K * M)
+        elif name in sizes:
+            assert trained.reference is not None
+            chosen_from = arms["candidates"].first(sizes[name])
+            arms[name] = sampler.resample(chosen_from, trained.reference, config.kl_coef, K, name)
+        elif name == "no_finetuning":
+            arms[name] = sampler.sample_unchanged(K * M)
+        elif name == "oracle":
+            assert trained.oracle is not None
+            arms[name] = sampler.sample_oracle(trained.oracle, oracle_template(config, trained.oracle), K * M)
+        else:
+            prompter = trained.reference if name == "sft_prompter" else trained.prompter
+            assert prompter is not None
+            arms[name] = sampler.sample_rewrites(name, prompter, K)
+    return arms
+
+
+def count_arms(config: EvalConfig) -> int:
+    """How many arms are sampled, the candidates of Gibbs resampling included."""
+    return len(config.sampled_arms) + any(name in config.gibbs_arms for name in config.sampled_arms)
+
+
+def instruction_templates(instructions: Mapping[str, str]) -> dict[str, RewriteTemplate]:
+    """Key of the arm of each hand-written instruction → its template.
+
+    Raises:
+        ConfigError: One is not a template; the message names it.
+    """
+    return {
+        f"{INSTRUCTION}{name}": RewriteTemplate(text, f"instructions.{name}") for name, text in instructions.items()
+    }
+
+
+def oracle_template(config: EvalConfig, oracle: LanguageModel) -> ChatTemplate:
+    """The oracle's chat template: that of the target, which it has been; its own if the target's is not known."""
+    local = not target_endpoints(config.target)
+    model = config.target_model if local else config.oracle
+    assert model is not None  # because there is an oracle
+    return ChatTemplate(oracle.tokenizer, model.chat_template, stop_token_ids=oracle.end_token_ids)
