@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from alignpro.config.data import DataConfig, PromptingConfig
 from alignpro.config.endpoints import SpendingConfig
+from alignpro.config.jobs import CandidateCount, InstructionName
 from alignpro.config.rewards import RewardConfig
 from alignpro.config.rollout import EngineConfig, SamplingConfig
 from alignpro.config.section import OutputPath, Section
@@ -35,7 +36,7 @@ class ExperimentTask(Section):
     heldout: DataConfig | None = None
     """Other prompts for the evaluation, such as those of another source; ``holdout: 0`` takes all of them."""
     reward: RewardConfig
-    instructions: dict[str, str] = Field(default_factory=dict)
+    instructions: dict[InstructionName, str] = Field(default_factory=dict)
     """Name → what a person would add to a prompt, or a template with ``{{ prompt }}``; see `alignpro eval`."""
 
 
@@ -66,7 +67,7 @@ class GibbsMethod(_Method):
     """The best of N rewrites of the prompter before training, resampled by exp(R/λ) and answered anew."""
 
     kind: Literal["gibbs"]
-    candidates: list[Annotated[int, Field(ge=2)]] = Field(default=[4, 16, 64], min_length=1)
+    candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
 
 
 class TrainMethod(_Method):
@@ -144,8 +145,6 @@ class ExperimentConfig(Section):
         wanting = [name for name, method in self.methods.items() if isinstance(method, InstructionMethod)]
         if wanting and not any(task.instructions for task in self.tasks.values()):
             raise ValueError(f"methods.{wanting[0]} needs `instructions` in a task")
-        for name in (name for task in self.tasks.values() for name in task.instructions):
-            _check_name(name)
         return self
 
 

@@ -28,6 +28,7 @@ from alignpro.config import (
     UnchangedMethod,
     needs_prompter,
 )
+from alignpro.config.jobs import gibbs_arms
 from alignpro.experiments.sections import (
     eval_sections,
     model_sections,
@@ -177,7 +178,7 @@ def _jobs(
             if isinstance(method, PriorMethod):
                 arms["arms"] = ["sft_prompter"]
             elif isinstance(method, GibbsMethod):
-                arms["arms"] = [f"gibbs_{count}" for count in method.candidates]
+                arms["arms"] = list(gibbs_arms(method.candidates))
                 arms["gibbs_candidates"] = list(method.candidates)
             else:
                 assert isinstance(method, TrainMethod)  # the last kind

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,8 +145,11 @@ def _of_run(config: ExperimentConfig, task: str, seed: int, out: Path) -> dict[s
 
 
 def _validated(kind: type[ConfigT], where: str, *layers: Mapping[str, Any]) -> ConfigT:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merged(merged, layer)
     try:
-        return validate_config(kind, reduce(_merged, layers, {}))
+        return validate_config(kind, merged)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 

@@ -13,11 +13,13 @@ import pytest
 from tiny_experiment import CommandError, InThisProcess, tiny_experiment
 from tiny_runs import Workshop, read_model
 
+from alignpro.config import ExperimentConfig, resolve_config
 from alignpro.errors import Interrupted, TrainingError
 from alignpro.experiments.run import compare_done, describe_plan, run_experiment
 
 PLAIN_REWARD = "def score(prompts, responses):\n    return [sum(map(ord, each)) % 17 / 17 for each in responses]\n"
-FEW = {"none": {"kind": "none"}, "prior": {"kind": "prior"}, "align_pro": {"kind": "train"}}
+NONE = {"none": {"kind": "none"}}
+FEW = NONE | {"align_pro": {"kind": "train"}}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def cells_of(out: Path) -> dict[str, dict[str, Any]]:
 def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "all"
     run = InThisProcess()
-    run_experiment(tiny_experiment(shop, out), run)
+    run_experiment(tiny_experiment(shop, out, prior=True), run)
     made = cells_of(out)
     assert set(made) == {"priors/tiny"} | {
         f"cells/letters/toy/{each}/seed_0"
@@ -50,7 +52,7 @@ def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> Non
     assert "Align-Pro" in (out / "report.html").read_text()
     assert summary
     again = InThisProcess()
-    run_experiment(tiny_experiment(shop, out), again)
+    run_experiment(tiny_experiment(shop, out, prior=True), again)
     assert again.commands == []
 
 
@@ -78,7 +80,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(shop: Workshop, 
         if arguments[0] == "train":
             raise CommandError("the disk is full")
 
-    with pytest.raises(TrainingError, match=r"1 of 4 cells failed[^\n]*\n  cells/\S+/align_pro\S+: the disk is full"):
+    with pytest.raises(TrainingError, match=r"1 of 2 cells failed[^\n]*\n  cells/\S+/align_pro\S+: the disk is full"):
         run_experiment(config, InThisProcess(fail))
     assert cells_of(out)["cells/letters/toy/align_pro/tiny/seed_0"]["error"] == "the disk is full"
     assert (out / "report.html").exists()
@@ -94,7 +96,7 @@ def test_cells_whose_prompter_could_not_be_prepared_are_not_tried(shop: Workshop
 
     run = InThisProcess(fail)
     with pytest.raises(TrainingError, match="align_pro/tiny/seed_0: needs priors/tiny, which failed"):
-        run_experiment(tiny_experiment(shop, tmp_path / "unprepared", methods=FEW), run)
+        run_experiment(tiny_experiment(shop, tmp_path / "unprepared", prior=True, methods=FEW), run)
     assert len(run.commands) == 2  # the prompter, and no fine-tuning
 
 
@@ -117,11 +119,11 @@ def test_a_signal_stops_the_experiment_and_the_same_command_continues(shop: Work
 
 def test_seeds_and_methods_can_be_added_later_but_not_changed(shop: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "growing"
-    run_experiment(tiny_experiment(shop, out, methods={"none": {"kind": "none"}}), InThisProcess())
+    run_experiment(tiny_experiment(shop, out, methods=NONE), InThisProcess())
     more = InThisProcess()
-    run_experiment(tiny_experiment(shop, out, seeds=[0, 1], methods={"none": {"kind": "none"}}), more)
+    run_experiment(tiny_experiment(shop, out, seeds=[0, 1], methods=NONE), more)
     assert len(more.commands) == 1
-    other = tiny_experiment(shop, out, methods={"none": {"kind": "none"}}, kl_coef=0.2)
+    other = tiny_experiment(shop, out, methods=NONE, kl_coef=0.2)
     with pytest.raises(TrainingError, match=r"eval.yaml: kl_coef was 0.05, is 0.2.*name another `out`"):
         run_experiment(other, more)
     assert len(more.commands) == 1
@@ -129,12 +131,8 @@ def test_seeds_and_methods_can_be_added_later_but_not_changed(shop: Workshop, tm
 
 def test_the_plan_says_what_is_left(shop: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "planned"
-    run_experiment(tiny_experiment(shop, out, methods={"none": {"kind": "none"}}), InThisProcess())
-    from alignpro.config import ExperimentConfig, resolve_config
-
-    config = resolve_config(
-        ExperimentConfig, tiny_experiment(shop, out, seeds=[0, 1], methods={"none": {"kind": "none"}})
-    )
+    run_experiment(tiny_experiment(shop, out, methods=NONE), InThisProcess())
+    config = resolve_config(ExperimentConfig, tiny_experiment(shop, out, seeds=[0, 1], methods=NONE))
     first, *lines = describe_plan(config)
     assert first.startswith("2 cells, 1 done; ") and first.endswith(" left")
     assert lines == ["done  cells/letters/toy/none/seed_0", "      cells/letters/toy/none/seed_1"]

@@ -25,25 +25,30 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_experiment(shop: Workshop, out: Path, **changes: Any) -> dict[str, Any]:
-    """The sections of an experiment on the models, prompts and reward of a workshop."""
+def tiny_experiment(shop: Workshop, out: Path, *, prior: bool = False, **changes: Any) -> dict[str, Any]:
+    """The sections of an experiment on the models, prompts and reward of a workshop.
+
+    Args:
+        shop: The workshop.
+        out: Directory of the experiment.
+        prior: Whether the prompter is prepared by supervised fine-tuning of a LoRA; all weights are trained then.
+        changes: Other values of top-level keys.
+    """
     steps = {"steps": 1, "eval_every": 0}
     optimizer = {"learning_rate": 0.01, "micro_batch_size": 4}
     device = {"device": "cpu"}
+    policy: dict[str, Any] = {"path": str(shop.root / "prompter"), **device, "adapter": {"kind": "full"}}
+    sft = {
+        "data": {"source": str(shop.root / "rewrites.jsonl")},
+        "policy": {"adapter": {"kind": "lora", "rank": 2}},
+        "run": steps,
+        "batch_size": 4,
+        "optimizer": optimizer,
+    }
     return {
         "out": str(out),
         "seeds": [0],
-        "prompters": {
-            "tiny": {
-                "policy": {"path": str(shop.root / "prompter"), **device},
-                "prior": {
-                    "data": {"source": str(shop.root / "rewrites.jsonl")},
-                    "run": steps,
-                    "batch_size": 4,
-                    "optimizer": optimizer,
-                },
-            }
-        },
+        "prompters": {"tiny": {"policy": policy, **({"prior": sft} if prior else {})}},
         "targets": {"toy": {"path": str(shop.root / "target"), **device}},
         "tasks": {
             "letters": {
