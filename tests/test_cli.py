@@ -17,7 +17,8 @@ from tiny_runs import Process, Workshop
 
 import alignpro
 import alignpro.errors
-from alignpro.cli import StandardErrorHandler, _show_warnings_only, main
+from alignpro.cli import main
+from alignpro.cli.output import StandardErrorHandler, show_warnings_only
 from alignpro.config import (
     EvalConfig,
     OptimalConfig,
@@ -92,7 +93,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_and_configuration_errors_do_not_load_torch() -> None:
     script = (
-        "import sys\nfrom alignpro.cli import StandardErrorHandler, _show_warnings_only, main\n"
+        "import sys\nfrom alignpro.cli import main\nfrom alignpro.cli.output import StandardErrorHandler, show_warnings_only\n"
         "for arguments in (['train', '--help'], ['train', 'nowhere.yaml'], ['train', 'a.b=1', '--dry-run']):\n"
         "    try:\n        main(arguments)\n    except SystemExit as stop:\n        print(stop.code)\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
@@ -406,7 +407,7 @@ def test_rewriting_prompts_shows_warnings_only() -> None:
     handler, root = StandardErrorHandler(), logging.getLogger()
     root.addHandler(handler)
     try:
-        _show_warnings_only()
+        show_warnings_only()
         assert handler.level == logging.WARNING
     finally:
         root.removeHandler(handler)

@@ -1,3 +1,6 @@
 """placeholder"""
+
+
 def write_comparison(config, plan):
-    (config.out / "report.html").write_text("Align-Pro"); (config.out / "summary.json").write_text('{"a":1}')
+    (config.out / "report.html").write_text("Align-Pro")
+    (config.out / "summary.json").write_text('{"a":1}')

@@ -1,0 +1,67 @@
+"""The command-line application: its commands in the order of `alignpro --help`, and how it is run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import alignpro
+from alignpro.cli import comparing, inspecting, ledgers, models, rewriting, training
+from alignpro.cli.output import quiet_libraries
+from alignpro.distributed.launcher import launched_rank
+from alignpro.errors import AlignProError, Interrupted, PeerError
+
+app = typer.Typer(
+    help="Train a small model, the prompter, to rewrite prompts so that a frozen target model answers them better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+for _command in (training.sft, training.reward, training.train, training.rlhf):
+    app.command(no_args_is_help=True)(_command)
+app.command("eval", no_args_is_help=True)(comparing.evaluate)
+for _command in (comparing.experiment, comparing.optimal, rewriting.rewrite, inspecting.demo, inspecting.plan):
+    app.command(no_args_is_help=True)(_command)
+app.command()(inspecting.doctor)
+app.add_typer(models.app, name="model")
+app.add_typer(ledgers.app, name="ledger")
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Set by the deepspeed launcher.")] = 0,
+) -> None:
+    if version:
+        typer.echo(alignpro.__version__)
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. An error that the user can fix is printed as one message, with a non-zero exit status.
+
+    Args:
+        arguments: Command-line arguments; those of the process if None.
+
+    Raises:
+        SystemExit: Always; 0 on success, 128 + the signal's number after a signal.
+    """
+    quiet_libraries()
+    try:
+        app(arguments, prog_name="alignpro")
+    except AlignProError as error:
+        # One message for all ranks; an error that only another rank knows has been printed by that rank.
+        if launched_rank() == 0 and not isinstance(error, PeerError):
+            # A text from elsewhere, such as that of a reward's exception, may hold what UTF-8 cannot encode.
+            message = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
+            typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+    except Interrupted as stop:
+        if launched_rank() == 0:
+            typer.echo(str(stop), err=True)
+        sys.exit(stop.exit_code)

@@ -1,0 +1,63 @@
+"""`alignpro eval`, `optimal` and `experiment`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from alignpro.cli.arguments import Arguments, DryRun, configure, load_late
+
+
+def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Compare trained models on held-out prompts.
+
+    Arms: no fine-tuning, the prompter before and after training, Gibbs resampling, and RLHF of the target. Writes
+    summary.json, samples.jsonl, figure.png and report.html.
+    """
+    from alignpro.config import EvalConfig
+
+    config = configure(EvalConfig, arguments, dry_run)
+    if config is not None:
+        load_late("alignpro.evaluation.several_targets:evaluate_targets")(config)
+
+
+def experiment(
+    arguments: Arguments,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the configuration of every cell, list the cells with those that are done, and exit.",
+        ),
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run nothing: compare the cells that are done, and write the report.")
+    ] = False,
+) -> None:
+    """Train and evaluate prompters × targets × tasks × methods × seeds, each in a process of its own, and compare them.
+
+    Cells that are done are kept: the same command continues an interrupted experiment and tries failed cells again.
+    """
+    from alignpro.config import ExperimentConfig, load_config
+
+    config = load_config(ExperimentConfig, arguments)
+    if dry_run:
+        typer.echo("\n".join(load_late("alignpro.experiments.run:describe_plan")(config)))
+    elif compare:
+        load_late("alignpro.experiments.run:compare_done")(config)
+    else:
+        load_late("alignpro.experiments.run:run_experiment")(config)
+
+
+def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Resample N rewrites by their reward, without training.
+
+    The weights are exp(R/λ), where R is the reward of the target's answers and λ is kl_coef. Writes rewrites.jsonl and
+    summary.json.
+    """
+    from alignpro.config import OptimalConfig
+
+    config = configure(OptimalConfig, arguments, dry_run)
+    if config is not None:
+        load_late("alignpro.evaluation.optimal:optimal")(config)
