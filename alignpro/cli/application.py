@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -22,12 +22,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for _command in (training.sft, training.reward, training.train, training.rlhf):
-    app.command(no_args_is_help=True)(_command)
-app.command("eval", no_args_is_help=True)(comparing.evaluate)
-for _command in (comparing.experiment, comparing.optimal, rewriting.rewrite, inspecting.demo, inspecting.plan):
-    app.command(no_args_is_help=True)(_command)
-app.command()(inspecting.doctor)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "sft": training.sft,
+    "reward": training.reward,
+    "train": training.train,
+    "rlhf": training.rlhf,
+    "eval": comparing.evaluate,
+    "experiment": comparing.experiment,
+    "optimal": comparing.optimal,
+    "rewrite": rewriting.rewrite,
+    "demo": inspecting.demo,
+    "plan": inspecting.plan,
+    "doctor": inspecting.doctor,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, no_args_is_help=_command is not inspecting.doctor)(_command)
 app.add_typer(models.app, name="model")
 app.add_typer(ledgers.app, name="ledger")
 
