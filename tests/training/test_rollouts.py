@@ -8,15 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from data_parallel import DrawnWorld, training
-from thread_ranks import results, run_ranks
 from tiny_runs import Workshop, read_metrics
 from tiny_world import World
 
-from alignpro.distributed.ranks import Ranks
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.targets.base import BegunRollout
-from alignpro.training.metrics import EXECUTION_METRICS, Metrics
 from alignpro.training.reinforcement import RLTrainer
 from alignpro.training.rollouts import FILE_NAME, SamplingAhead
 
@@ -92,32 +88,6 @@ def test_a_failed_sample_is_drawn_anew_by_a_resumed_run(tmp_path: Path) -> None:
     begun.samples[0][1].error = "out of pages"
     trainer.rollouts.save(tmp_path)
     assert json.loads((tmp_path / FILE_NAME).read_text()) == []
-
-
-def test_ranks_draw_their_own_prompts_ahead_and_agree_with_one_process(tmp_path: Path) -> None:
-    def work(ranks: Ranks) -> tuple[list[Metrics], list[list[Chain]]]:
-        world, out = DrawnWorld(), tmp_path / str(ranks.size)
-        trainer = training(world, ranks, 5, {}, out=tmp_path, ahead=SamplingAhead(world.begin_rollout))
-        rows = [trainer.step(0), trainer.step(1)]
-        if ranks.is_rank_zero:
-            out.mkdir()
-        ranks.barrier()
-        trainer.rollouts.save(out)
-        ranks.barrier()
-        trainer.rollouts.load(out)
-        return rows, trainer.rollouts(2).chains
-
-    ((expected, _),) = results(run_ranks(1, work))
-    made = results(run_ranks(3, work))
-    for rows, _ in made:
-        for row, expected_row in zip(rows, expected, strict=True):
-            assert row.keys() == expected_row.keys()
-            for name in row:
-                if not name.startswith(EXECUTION_METRICS):
-                    assert row[name] == pytest.approx(expected_row[name], rel=1e-5, abs=1e-6), name
-    one, three = (json.loads((tmp_path / size / FILE_NAME).read_text()) for size in ("1", "3"))
-    assert [row["samples"] for row in one] == [row["samples"] for row in three]
-    assert sum(len(chains) for _, chains in made) == 5
 
 
 def test_a_target_in_this_process_gains_nothing_and_is_told_so(
