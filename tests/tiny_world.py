@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from alignpro.environments.base import Scores
 from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
 from alignpro.policy.policy import Policy
+from alignpro.targets.base import BegunRollout
 from alignpro.theory import SequenceSpace, enumerate_sequences, exact_objective
 from alignpro.training.experience import Experience
 from alignpro.training.reinforcement import RLTrainer
@@ -80,8 +82,9 @@ class World:
             objective: Settings of `ObjectiveConfig`.
             group: The number of samples per prompt, K.
             out: The run's directory.
-            settings: Settings of `OptimizerConfig`, and ``steps`` of `RunConfig`.
+            settings: Settings of `OptimizerConfig`, ``steps`` of `RunConfig`, and ``ahead`` of `RLTrainer`.
         """
+        ahead = settings.pop("ahead", None)
         return RLTrainer(
             self.policy,
             self,
@@ -95,6 +98,7 @@ class World:
             objective=ObjectiveConfig.model_validate(objective),
             run=RunConfig(out=out, steps=settings.pop("steps", 1), sample_every=1000, tensorboard=False),
             optimizer=OptimizerConfig(**{"micro_batch_size": 64, **settings}),
+            ahead=ahead,
         )
 
     # The environment.
@@ -108,6 +112,19 @@ class World:
         groups = engine.generate("policy", [self.encode(prompt) for prompt in prompts], params, seeds)
         return [[Chain(sample) for sample in group] for group in groups]
 
+    def begin_rollout(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        drawn: Sequence[Sequence[Completion]] | None = None,
+    ) -> BegunRollout:
+        if drawn is not None:
+            return BegunRollout(drawn, lambda: [[Chain(sample) for sample in group] for group in drawn])
+        chains = self.rollout(engine, prompts, params, seeds)
+        return BegunRollout([[chain.sample for chain in group] for group in chains], lambda: chains)
+
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> Scores:
         row = {prompt.id: p for p, prompt in enumerate(self.prompts)}
         drawn = [[self._number[tuple(chain.sample.tokens)] for chain in group] for group in chains]
@@ -116,6 +133,11 @@ class World:
         return Scores(values, texts)
 
     # Exact values.
+
+    def action_logprobs(self) -> Tensor:
+        """Return log ρ(a_t|s_t) of every action of every sequence for each prompt, (P, S, T), differentiable."""
+        tokens = self.space.tokens.expand(len(self.prompts), -1, -1).unsqueeze(-1)  # (P, S, T, 1)
+        return self.next_logprobs().gather(-1, tokens).squeeze(-1)
 
     def sequence_logprobs(self) -> Tensor:
         """Return log ρ(x'|x) of every sequence for each prompt, (P, S), differentiable."""
@@ -166,6 +188,26 @@ def credit(world: World, training: RLTrainer, groups: Sequence[Sequence[int]]) -
     prompts = [prompt for prompt in world.prompts for _ in groups]
     chains = [[world.chains[s] for s in group] for _ in world.prompts for group in groups]
     return training.compute_advantages(prompts, chains, world.score(prompts, chains))
+
+
+def credit_ahead(
+    world: World, training: RLTrainer, groups: Sequence[Sequence[int]], sampled: Tensor
+) -> tuple[Experience, list[list[Chain]]]:
+    """Compute the same of samples of another policy, before any correction, with the samples themselves.
+
+    Args:
+        world: Has the current policy.
+        training: Its trainer.
+        groups: Indices of sequences.
+        sampled: (P, S, T) log-probability of every action of every sequence under the policy that drew them.
+    """
+    prompts = [prompt for prompt in world.prompts for _ in groups]
+    chains = [
+        [Chain(replace(world.chains[s].sample, logprobs=each[s][world.space.mask[s]].tolist())) for s in group]
+        for each in sampled
+        for group in groups
+    ]
+    return training.compute_advantages(prompts, chains, world.score(prompts, chains)), chains
 
 
 def take_gradient(weights: Iterable[Tensor]) -> list[Tensor]:

@@ -61,6 +61,8 @@ class TrainConfig(RunSection, SpendingConfig):
         _check_group(self.objective, self.rollout.rewrites_per_prompt, "rollout.rewrites_per_prompt")
         _check_on_policy(self.rollout.rewrite, "rollout.rewrite")
         _check_minibatches(self.objective, self.rollout.prompts_per_step)
+        if self.rollout.ahead:
+            _check_ahead(self.objective)
         return self
 
 
@@ -329,6 +331,13 @@ def _check_group(objective: ObjectiveConfig, group: int, key: str) -> None:
 
         if objective.loss in LOSSES and objective.advantage in ADVANTAGES:  # the user's own are checked when loaded
             objective.check_group(LOSSES[objective.loss], ADVANTAGES[objective.advantage], group, key)
+
+
+def _check_ahead(objective: ObjectiveConfig) -> None:
+    from alignpro.objectives import ADVANTAGES, LOSSES  # imports torch, for which other configurations need not wait
+
+    if objective.loss in LOSSES and objective.advantage in ADVANTAGES:  # the user's own are checked when loaded
+        objective.check_ahead(LOSSES[objective.loss], ADVANTAGES[objective.advantage])
 
 
 def _check_on_policy(sampling: SamplingConfig, key: str) -> None:

@@ -131,6 +131,32 @@ class ObjectiveConfig(Section):
                 "tokens: leave `entropy_coef` and `normalize_by` at their defaults"
             )
 
+    def check_ahead(self, loss: type[Loss], advantage: type[Advantage]) -> None:
+        """Check that the settings fit rewrites that are one update old, which are corrected by importance weights.
+
+        Args:
+            loss: The class of the loss.
+            advantage: The class of the advantage.
+
+        Raises:
+            ValueError: They do not.
+        """
+        if not (loss.per_token or loss.any_sampler):
+            raise ValueError(
+                f"rollout.ahead=1 with objective.loss={self.loss}: it compares whole sequences, which importance weights do not "
+                "correct; use policy_gradient, ppo_clip or gibbs, or rollout.ahead=0"
+            )
+        if loss.uses_advantage and not advantage.reweightable:
+            raise ValueError(
+                f"rollout.ahead=1 with objective.advantage={self.advantage}: importance weights correct an advantage that takes "
+                "only a baseline from other samples; use leave_one_out, running_baseline or gae, or rollout.ahead=0"
+            )
+        if self.normalize_by == "token":
+            raise ValueError(
+                "rollout.ahead=1 with objective.normalize_by=token: the number of tokens is that of samples of another "
+                "policy, which importance weights do not correct; use normalize_by=sequence, or rollout.ahead=0"
+            )
+
     def check_group(self, loss: type[Loss], advantage: type[Advantage], group: int, key: str) -> None:
         """Check that there are enough samples per prompt.
 

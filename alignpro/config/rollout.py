@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignpro.config.section import Section
 
@@ -46,8 +46,19 @@ class RolloutConfig(Section):
     rewrite: SamplingConfig = SamplingConfig()
     respond: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
+    ahead: int = Field(0, ge=0, le=1)
+    """1: the rewrites of the next step are sampled before the answers to those of this step are awaited. They are one update
+    old when they are trained on, and importance weights correct for it; see `alignpro.objectives.importance`."""
+    max_importance_weight: float | None = Field(None, ge=1)
+    """Limit of these weights; None keeps the gradient unbiased."""
     keep_cache: bool = True
     """On an accelerator, the engine frees its memory for the update. If true, the frozen target's cached prompts are kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        if self.max_importance_weight is not None and not self.ahead:
+            raise ValueError("max_importance_weight limits the weights of rewrites sampled ahead: it needs ahead=1")
+        return self
 
 
 class ResponseRolloutConfig(Section):

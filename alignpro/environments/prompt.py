@@ -22,7 +22,7 @@ from alignpro.prompting.model_card import write_card
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.target_prompt import SentRewrite
 from alignpro.rewards import RewardStack
-from alignpro.targets.base import Responder
+from alignpro.targets.base import BegunRollout, Responder
 
 
 class PromptEnvironment:
@@ -58,7 +58,26 @@ class PromptEnvironment:
         self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Chain]]:
         """Sample x → K rewrites → M responses to each."""
-        finish = self.target.begin_rollout(
+        return self.begin_rollout(engine, prompts, params, seeds)()
+
+    def begin_rollout(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        drawn: Sequence[Sequence[Completion]] | None = None,
+    ) -> BegunRollout:
+        """Sample the rewrites, and ask for the responses; what is returned awaits them.
+
+        Args:
+            engine: Has the prompter as ``policy``.
+            prompts: P prompts.
+            params: How rewrites are sampled; ``n`` is K.
+            seeds: [P].
+            drawn: [P][K]: the rewrites, if they have been sampled before.
+        """
+        return self.target.begin_rollout(
             engine,
             prompts,
             [self.encode(prompt) for prompt in prompts],
@@ -66,8 +85,8 @@ class PromptEnvironment:
             rewrite=replace(params, stop_token_ids=self.prompter.stop_token_ids),
             respond=self.respond,
             seeds=seeds,
+            drawn=drawn,
         )
-        return finish()
 
     def rewrite_of(self, sample: Completion) -> str:
         """The text of a rewrite."""

@@ -14,6 +14,7 @@ from alignpro.objectives.advantages import (
     returns_to_go,
 )
 from alignpro.objectives.gibbs import Gibbs, gibbs_loss
+from alignpro.objectives.importance import ImportanceWeights, effective_sample_share, importance_weights
 from alignpro.objectives.kl import (
     SAMPLED,
     UNBIASED,
@@ -63,6 +64,7 @@ __all__ = [
     "Gibbs",
     "GibbsResample",
     "GroupNormalized",
+    "ImportanceWeights",
     "KLEstimator",
     "KLLossTerms",
     "KLPenalty",
@@ -77,11 +79,13 @@ __all__ = [
     "RunningBaseline",
     "SampledReturns",
     "TokenLoss",
+    "effective_sample_share",
     "entropy_rewards",
     "exact_kl_coef",
     "final_return",
     "gibbs_loss",
     "gibbs_resample",
+    "importance_weights",
     "is_unbiased",
     "kl_loss_terms",
     "last_action",

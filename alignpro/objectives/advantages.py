@@ -48,6 +48,9 @@ class Advantage:
     """Whether it compares the samples of one prompt, of which there must be at least 2."""
     needs_critic: ClassVar[bool] = False
     """Whether it reads `SampledReturns.values`, so that a critic is trained beside the policy."""
+    reweightable: ClassVar[bool] = False
+    """Whether importance weights correct it for samples of an earlier policy: all that a row takes from other rows is a
+    baseline, see `importance`."""
 
     unbiased: bool = False
     """Whether it is the return minus a baseline that depends on no later action; see `is_unbiased`."""
@@ -87,6 +90,7 @@ class LeaveOneOut(Advantage):
     """
 
     needs_group = True
+    reweightable = True
     unbiased = True
 
     def __call__(self, sampled: SampledReturns) -> Tensor:
@@ -146,6 +150,7 @@ class RunningBaseline(Advantage):
         decay: Decay of the moving average, which is bias-corrected like Adam's moments.
     """
 
+    reweightable = True
     unbiased = True
 
     def __init__(self, decay: float = 0.95) -> None:
@@ -191,6 +196,7 @@ class GAE(Advantage):
     """
 
     needs_critic = True
+    reweightable = True
 
     def __init__(self, lam: float = 1.0) -> None:
         self.lam = lam

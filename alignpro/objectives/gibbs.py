@@ -25,6 +25,7 @@ class Gibbs(Loss):
     needs_kl = True
     uses_advantage = False
     per_token = False
+    any_sampler = True
 
     def __call__(self, inputs: LossInputs, passes: Passes) -> LossOutput:
         """Compute the loss of a micro-batch of whole groups."""

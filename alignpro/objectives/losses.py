@@ -67,7 +67,7 @@ class LossInputs:
     sampled_share: float = 0.0
     """β of the estimator ``regressed``."""
     weights: Tensor | None = None
-    """(B,) weight of each row's terms, from `Advantage.weights`; None: all weigh 1."""
+    """(B,) weight of each row's terms, from `Advantage.weights` and `importance_weights`; None: all weigh 1."""
 
     def actions(self) -> PolicyGradientBatch:
         """Flatten the inputs to the actions alone, (N,)."""
@@ -118,7 +118,9 @@ class Loss:
     uses_advantage: ClassVar[bool] = True
     """Whether it reads `LossInputs.advantages`."""
     per_token: ClassVar[bool] = True
-    """Whether it is a sum over tokens, with an entropy bonus and a choice of `loss_count`."""
+    """Whether it is a sum over tokens, with an entropy bonus, a choice of `loss_count`, and the weights of `LossInputs`."""
+    any_sampler: ClassVar[bool] = False
+    """Whether its minimum is the same for samples of any policy, so that those of an earlier one need no weights."""
 
     def __call__(self, inputs: LossInputs, passes: Passes) -> LossOutput:
         """Compute the loss of a micro-batch; over all micro-batches of a step the losses add up."""

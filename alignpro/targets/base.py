@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.models.language_model import LanguageModel
 from alignpro.prompting.target_prompt import SentRewrite
+
+
+@dataclass(frozen=True)
+class BegunRollout:
+    """A rollout whose rewrites are there, and whose responses may still be awaited."""
+
+    samples: Sequence[Sequence[Completion]]
+    """[P][K]: the prompter's samples."""
+    finish: Callable[[], list[list[Chain]]]
+    """Waits for the responses, and returns the chains."""
+
+    def __call__(self) -> list[list[Chain]]:
+        """Wait for the responses, and return the chains, [P][K]."""
+        return self.finish()
 
 
 class Responder(Protocol):
@@ -38,7 +53,8 @@ class Responder(Protocol):
         rewrite: SamplingParams,
         respond: SamplingParams,
         seeds: Sequence[int],
-    ) -> Callable[[], list[list[Chain]]]:
+        drawn: Sequence[Sequence[Completion]] | None = None,
+    ) -> BegunRollout:
         """Sample x → K rewrites, and M responses to each; returns what awaits those that are not there yet.
 
         Response m to rewrite k of a prompt draws from (the prompt's seed, "respond", k, m).
@@ -51,6 +67,7 @@ class Responder(Protocol):
             rewrite: How the prompter is sampled; ``n`` is K.
             respond: How the target is sampled; ``n`` is M.
             seeds: [P].
+            drawn: [P][K]: the prompter's samples, if they have been drawn before; the same responses are drawn to them.
         """
 
     def text(self, completion: Completion) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 from alignpro.config import ModelConfig, PromptingConfig, SamplingConfig
 from alignpro.data import Prompt
-from alignpro.engine import Chain, Completion, Engine, SamplingParams
+from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
 from alignpro.models.input_room import max_input_tokens
 from alignpro.models.language_model import LanguageModel
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.target_prompt import SentRewrite, TargetPrompt, TargetTemplate
+from alignpro.targets.base import BegunRollout
 
 
 class LocalTarget:
@@ -84,8 +85,12 @@ class LocalTarget:
         rewrite: SamplingParams,
         respond: SamplingParams,
         seeds: Sequence[int],
-    ) -> Callable[[], list[list[Chain]]]:
+        drawn: Sequence[Sequence[Completion]] | None = None,
+    ) -> BegunRollout:
         """Sample chains; a rewrite becomes a request of the engine as soon as it ends."""
+        if drawn is not None:
+            chains = self._respond_to(engine, prompts, drawn, decode, respond, seeds)
+            return BegunRollout(drawn, lambda: chains)
         chains = engine.run_chains(
             inputs,
             rewrite=rewrite,
@@ -94,7 +99,7 @@ class LocalTarget:
             seeds=seeds,
             target=self.name,
         )
-        return lambda: chains
+        return BegunRollout([[chain.sample for chain in group] for group in chains], lambda: chains)
 
     def respond(
         self, engine: Engine, sent: Sequence[SentRewrite], params: SamplingParams, seeds: Sequence[int]
@@ -117,6 +122,31 @@ class LocalTarget:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing."""
+
+    def _respond_to(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        drawn: Sequence[Sequence[Completion]],
+        decode: Callable[[Completion], str],
+        params: SamplingParams,
+        seeds: Sequence[int],
+    ) -> list[list[Chain]]:
+        """Draw the responses to samples that are there, as in a rollout that samples them."""
+        groups = [
+            [Chain(sample, self.encode(prompt, decode(sample))) for sample in group]
+            for prompt, group in zip(prompts, drawn, strict=True)
+        ]
+        chains = [chain for group in groups for chain in group]
+        each = [
+            derive_seed(seed, "respond", k)
+            for seed, group in zip(seeds, groups, strict=True)
+            for k in range(len(group))
+        ]
+        responses = engine.generate(self.name, [chain.target_tokens for chain in chains], self._with_ends(params), each)
+        for chain, own in zip(chains, responses, strict=True):
+            chain.responses = own
+        return groups
 
     def _with_ends(self, params: SamplingParams) -> SamplingParams:
         return replace(params, stop_token_ids=self.template.stop_token_ids)

@@ -11,7 +11,7 @@ from typing import Any
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
 from alignpro.models.language_model import LanguageModel
-from alignpro.targets.base import Target
+from alignpro.targets.base import BegunRollout, Target
 from alignpro.targets.completion import TextCompletion
 
 
@@ -66,13 +66,15 @@ class TargetMixture:
         rewrite: SamplingParams,
         respond: SamplingParams,
         seeds: Sequence[int],
-    ) -> Callable[[], list[list[Chain]]]:
+        drawn: Sequence[Sequence[Completion]] | None = None,
+    ) -> BegunRollout:
         """Sample each prompt's chains with its target; those behind servers answer while others are sampled."""
         chosen = [self.choose(seed) for seed in seeds]
-        begun: list[tuple[Target, list[int], Callable[[], list[list[Chain]]]]] = []
+        begun: list[tuple[Target, list[int], BegunRollout]] = []
+        samples: list[Sequence[Completion]] = [[] for _ in prompts]
         for number, part in enumerate(self.parts):
             if places := [i for i, each in enumerate(chosen) if each == number]:
-                finish = part.target.begin_rollout(
+                own = part.target.begin_rollout(
                     engine,
                     [prompts[i] for i in places],
                     [inputs[i] for i in places],
@@ -80,19 +82,22 @@ class TargetMixture:
                     rewrite=rewrite,
                     respond=respond,
                     seeds=[seeds[i] for i in places],
+                    drawn=None if drawn is None else [drawn[i] for i in places],
                 )
-                begun.append((part.target, places, finish))
+                begun.append((part.target, places, own))
+                for i, group in zip(places, own.samples, strict=True):
+                    samples[i] = group
 
         def collect() -> list[list[Chain]]:
             groups: list[list[Chain]] = [[] for _ in prompts]
-            for target, places, finish in begun:
-                for i, group in zip(places, finish(), strict=True):
+            for target, places, own in begun:
+                for i, group in zip(places, own(), strict=True):
                     for chain in group:
                         chain.responses = [_with_text(target, response) for response in chain.responses]
                     groups[i] = group
             return groups
 
-        return collect
+        return BegunRollout(samples, collect)
 
     def text(self, completion: Completion) -> str:
         """The text of a response."""

@@ -19,6 +19,7 @@ from alignpro.errors import AlignProError, BudgetError, ConfigError
 from alignpro.models.language_model import LanguageModel
 from alignpro.prompting.reasoning import without_reasoning
 from alignpro.prompting.target_prompt import SentRewrite, text_to_send
+from alignpro.targets.base import BegunRollout
 from alignpro.targets.completion import TextCompletion
 from alignpro.targets.connection import Connection
 from alignpro.targets.server_metrics import ServerMetrics
@@ -102,7 +103,8 @@ class RemoteTarget:
         rewrite: SamplingParams,
         respond: SamplingParams,
         seeds: Sequence[int],
-    ) -> Callable[[], list[list[Chain]]]:
+        drawn: Sequence[Sequence[Completion]] | None = None,
+    ) -> BegunRollout:
         """Sample rewrites on the engine, and send each as soon as it ends; what is returned awaits the answers.
 
         Raises:
@@ -134,8 +136,13 @@ class RemoteTarget:
                 groups[i].append(Chain(each.sample, each.sent, responses))
             return groups
 
-        engine.generate("policy", inputs, rewrite, seeds, on_completion=ask)
-        return collect
+        if drawn is None:
+            samples = engine.generate("policy", inputs, rewrite, seeds, on_completion=ask)
+            return BegunRollout(samples, collect)
+        for i, group in enumerate(drawn):
+            for k, sample in enumerate(group):
+                ask(i, k, sample)
+        return BegunRollout(drawn, collect)
 
     def respond(
         self, engine: Engine, sent: Sequence[SentRewrite], params: SamplingParams, seeds: Sequence[int]

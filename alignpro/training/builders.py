@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from alignpro.config import RLHFConfig, TrainConfig
@@ -24,6 +25,9 @@ from alignpro.targets.build import build_responder
 from alignpro.targets.servers import NO_SERVERS, Servers
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.reinforcement import RLTrainer
+from alignpro.training.rollouts import SamplingAhead
+
+logger = logging.getLogger(__name__)
 
 
 def prompter_training(
@@ -80,6 +84,7 @@ def prompter_training(
         targets=targets,
         rewards=rewards,
         responder=target,
+        ahead=_sampling_ahead(config, environment),
     )
 
 
@@ -121,6 +126,28 @@ def response_training(
         sampling_model=sampled,
         rewards=rewards,
     )
+
+
+def _sampling_ahead(config: TrainConfig, environment: PromptEnvironment) -> SamplingAhead | None:
+    """Return how the next step's rewrites are drawn ahead, if they are.
+
+    Raises:
+        ConfigError: The environment is one of the user's own whose `rollout` cannot be begun ahead.
+    """
+    if not config.rollout.ahead:
+        return None
+    kind = type(environment)
+    if kind.rollout is not PromptEnvironment.rollout and kind.begin_rollout is PromptEnvironment.begin_rollout:
+        raise ConfigError(
+            f"rollout.ahead=1 with environment={config.environment}: it has a rollout of its own, which cannot be begun ahead; "
+            "override begin_rollout instead, or use rollout.ahead=0"
+        )
+    if not environment.target.remote:
+        logger.warning(
+            "rollout.ahead=1 with a target in this process: there are no answers to await, so that no time is gained, and "
+            "rewrites are one update old"
+        )
+    return SamplingAhead(environment.begin_rollout, config.rollout.max_importance_weight)
 
 
 def _refuse_merged(path: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from alignpro.data import Prompt
 from alignpro.engine import Chain
 from alignpro.models.sequences import SequenceBatch
+from alignpro.objectives import ImportanceWeights
 from alignpro.policy.reference_logprobs import TokenStats
 
 
@@ -33,6 +34,8 @@ class Experience:
     """(B,) weight of each row's terms in the loss, if the advantage weights them."""
     value_targets: Tensor | None
     """(B, T), for the critic."""
+    importance: ImportanceWeights | None = None
+    """(B,) of the whole rollout, if an earlier policy drew it; they are part of ``weights``."""
 
     def select(self, groups: Tensor, size: int) -> Experience:
         """Select the rows of some groups of ``size``; reference states stay whole: ``state_index`` points into them."""
@@ -94,6 +97,17 @@ def sample_batch(
     """
     inputs = [ids for prompt, group in zip(prompts, chains, strict=True) for ids in [encode(prompt)] * len(group)]
     return SequenceBatch.build(inputs, [chain.sample.tokens for group in chains for chain in group], device)
+
+
+def sampled_logprob(chains: Sequence[Sequence[Chain]], mask: Tensor) -> Tensor:
+    """Return log-probabilities under the distribution from which samples were drawn, (B, T) float64 on the CPU, 0 past the end.
+
+    Args:
+        chains: [P][K].
+        mask: (B, T) bool, True at the actions of the same samples.
+    """
+    drawn = torch.tensor([x for group in chains for chain in group for x in chain.sample.logprobs], dtype=torch.float64)
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter_(mask.cpu(), drawn)
 
 
 def no_actions(rows: int, device: torch.device, invocation: Sequence[int] = ()) -> SequenceBatch:

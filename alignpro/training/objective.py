@@ -15,12 +15,13 @@ from alignpro.objectives import ADVANTAGES, LOSSES, AdaptiveKL, Advantage, KLPen
 T = TypeVar("T")
 
 
-def build_objective(config: ObjectiveConfig, group: int) -> tuple[Loss, Advantage, KLPenalty]:
+def build_objective(config: ObjectiveConfig, group: int, ahead: bool = False) -> tuple[Loss, Advantage, KLPenalty]:
     """Build the loss, the advantage and the KL penalty of a run.
 
     Args:
         config: Their names and settings.
         group: Samples per prompt, K.
+        ahead: Whether samples are one update old.
 
     Raises:
         ConfigError: A class of the user's own cannot be loaded or made, or the settings do not fit it.
@@ -30,6 +31,8 @@ def build_objective(config: ObjectiveConfig, group: int) -> tuple[Loss, Advantag
     try:
         config.check_loss(loss)
         config.check_group(loss, advantage, group, "samples per prompt")
+        if ahead:
+            config.check_ahead(loss, advantage)
     except ValueError as error:
         raise ConfigError(f"objective: {error}") from error
     settings: dict[str, dict[str, Any]] = {

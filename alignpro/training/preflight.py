@@ -74,7 +74,7 @@ def check_inputs(config: Section) -> None:
             load_moves(config.data.moves)
         case TrainConfig():
             environment_kind(config.environment, config.environment_params, PromptEnvironment)
-            build_objective(config.objective, config.rollout.rewrites_per_prompt)
+            build_objective(config.objective, config.rollout.rewrites_per_prompt, config.rollout.ahead == 1)
         case RLHFConfig():
             environment_kind(config.environment, config.environment_params, ResponseEnvironment)
             build_objective(config.objective, config.rollout.responses_per_prompt)

@@ -10,7 +10,6 @@ sums and means over all processes, so results do not depend on their number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from alignpro.training.gradient_accumulation import GradientAccumulation, split_
 from alignpro.training.metrics import Metrics, mean_of_updates
 from alignpro.training.objective import build_objective
 from alignpro.training.resume import RunInputs
+from alignpro.training.rollouts import Rollouts, SamplingAhead
 from alignpro.training.step_metrics import StepMetrics
 from alignpro.training.step_phases import StepPhases
 from alignpro.training.stream import PromptStream
@@ -59,6 +59,7 @@ class RLTrainer:
         targets: Materializes the target for rollouts; by default it always is.
         rewards: Materializes the reward models to score; by default they always are.
         responder: What responds to the samples in the environment, for its metrics and its state.
+        ahead: Samples are drawn in the step before, and importance weights correct the gradient; by default in their own.
 
     Raises:
         ConfigError: The loss or the advantage cannot be loaded, or they do not fit together.
@@ -85,12 +86,13 @@ class RLTrainer:
         targets: FrozenModels | None = None,
         rewards: FrozenModels | None = None,
         responder: Responder | None = None,
+        ahead: SamplingAhead | None = None,
     ) -> None:
         distribution = distribution or SingleProcess()
         ranks = distribution.ranks
         self.environment, self.engine, self.heldout, self.keep_cached = environment, engine, heldout, keep_cached
         self.sampling, self.objective, self.optimizer, self.run = sampling, objective, optimizer, run
-        self.loss, self.advantage, self.kl = build_objective(objective, sampling.n)
+        self.loss, self.advantage, self.kl = build_objective(objective, sampling.n, ahead is not None)
         self.stream = PromptStream(training, prompts_per_step, run.seed)
         self.inputs = RunInputs(ranks, policy, self.stream)
         self.inputs.check_ranks()
@@ -117,6 +119,7 @@ class RLTrainer:
         }
         self.phase = StepPhases(ranks, contexts)
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
+        self.rollouts = Rollouts(ranks, environment, engine, self.assign, self.stream, sampling, run, ahead)
         self.measure = StepMetrics(ranks, responder)
         self.progress_metrics = ("reward/mean", "kl", "entropy", *self.measure.of_servers)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
@@ -131,27 +134,26 @@ class RLTrainer:
         """Sample K chains for each prompt, score them, compute advantages, update the policy."""
         self.phase.begin(f"step {step + 1}")
         before = self.engine.stats.snapshot()
-        prompts = self.stream.batch(step)
-        local, local_prompts = self.assign(prompts, self.sampling.n)
-        seeds = [derive_seed(self.run.seed, step, i) for i in local]
         with self.phase("rollout"):
-            chains = self.environment.rollout(self.engine, local_prompts, self.sampling, seeds)
+            rollout = self.rollouts(step)
+            prompts, chains = rollout.prompts, rollout.chains
             if self.policy.model.device.type != "cpu":
                 self.engine.release(keep=self.keep_cached)  # the update needs the accelerator's memory
         with self.phase("reward"):
-            scores = self.environment.score(local_prompts, chains)
+            scores = self.environment.score(prompts, chains)
         with self.phase("credit"):
-            experience = self.compute_advantages(local_prompts, chains, scores)
+            experience = self.rollouts.corrected(self.compute_advantages(prompts, chains, scores), chains)
         with self.phase("update"):
             rates = {"learning_rate": self.backend.learning_rate, **self.kl.metrics()}
-            metrics = rates | self.update(experience, step, local)
+            metrics = rates | self.update(experience, step, rollout.local)
         metrics |= self.measure(experience, scores, chains, self.engine.stats.since(before), self.kl.coef)
         self.assign.expected_length = metrics["sample/length"]
         moments = self.measure.score_logratio_moments(experience, self.sampling.n)
-        self.kl.update(metrics["kl"], len(prompts) * self.sampling.n, *moments)
+        self.kl.update(metrics["kl"], self.stream.batch_size * self.sampling.n, *moments)
         self.advantage.update(self.measure.mean_return(experience))
         if step % self.run.sample_every == 0:
-            self.measure.write_sample(self.run.out / "samples.jsonl", step, local_prompts, scores)
+            self.measure.write_sample(self.run.out / "samples.jsonl", step, prompts, scores)
+        self.rollouts.forget(step)
         return metrics | self.phase.seconds
 
     def compute_advantages(
@@ -210,23 +212,19 @@ class RLTrainer:
     @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
         """Compute reward and KL of one sample for each held-out prompt."""
-        prompts = self.heldout
-        if not prompts:
+        if not self.heldout:
             return {}
         self.phase.begin("evaluation")
-        local, local_prompts = self.assign(prompts, self.sampling.n)
-        seeds = [derive_seed(self.run.seed, "evaluate", i) for i in local]
-        chains, values, batch = list[list[Chain]](), torch.empty(0, 1), None
+        values, batch = torch.empty(0, 1), None
         with self.phase("rollout"):
-            if local:
-                chains = self.environment.rollout(self.engine, local_prompts, replace(self.sampling, n=1), seeds)
+            rollout = self.rollouts.evaluation(self.heldout)
         with self.phase("reward"):
-            if local:
-                values = self.environment.score(local_prompts, chains).values
-                batch = sample_batch(self.environment.encode, local_prompts, chains, self.policy.model.device)
+            if own := rollout.prompts:
+                values = self.environment.score(own, rollout.chains).values
+                batch = sample_batch(self.environment.encode, own, rollout.chains, self.policy.model.device)
         with self.phase("credit"):
             kl = sum(self.policy.token_stats(part).kl.sum().item() for part in self.accumulate.passes(batch))
-        return self.measure.evaluation(values, kl, len(prompts))
+        return self.measure.evaluation(values, kl, len(self.heldout))
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write weights and optimizers; returns the rest of the state."""
@@ -234,6 +232,7 @@ class RLTrainer:
         for name, backend in self._backends.items():
             with self._raise_together():  # the next one's writing is a collective, too
                 backend.save(directory, name)
+        self.rollouts.save(directory)
         learned = {"kl": self.kl.state_dict(), "baseline": self.advantage.state_dict(), **self.measure.state_dict()}
         return {**state, **learned, "expected_length": self.assign.expected_length}
 
@@ -251,6 +250,7 @@ class RLTrainer:
         self.advantage.load_state_dict(state["baseline"])
         self.assign.expected_length = float(state["expected_length"])
         self.measure.load_state_dict(state)
+        self.rollouts.load(directory)
 
     def export(self, directory: Path) -> None:
         """Write the whole model (or its adapter) and the tokenizer, from one process."""

@@ -13,9 +13,10 @@ from alignpro.data import Prompt
 from alignpro.distributed.ranks import Ranks
 from alignpro.engine import Chain, EngineStats
 from alignpro.environments.base import ABSTAINED, Scores
+from alignpro.objectives import effective_sample_share
 from alignpro.targets.base import Responder
 from alignpro.targets.server_metrics import CONCURRENCY, SHOWN
-from alignpro.training.experience import Experience
+from alignpro.training.experience import Experience, sampled_logprob
 from alignpro.training.loggers.jsonl import append_row
 from alignpro.training.metrics import Metrics
 
@@ -64,12 +65,17 @@ class StepMetrics:
             kl_coef: λ.
         """
         rows = _sample_rows(experience, scores) | _logprob_difference(experience, chains)
-        if experience.weights is not None:
+        importance = experience.importance
+        if importance is not None:
+            rows |= {"importance": importance.weights, "excess": importance.excess}
+        elif experience.weights is not None:
             rows["weights"] = experience.weights
         rows = self._ranks.all_gather(rows)
         merged = EngineStats.merged(self._ranks.all_gather_object(stats))
         metrics = _sample_means(rows) | self._mean(scores.metrics, len(scores.values)) | merged.metrics()
-        if experience.weights is not None:
+        if importance is not None:
+            metrics |= _importance_metrics(rows["importance"], rows["excess"])
+        elif experience.weights is not None:
             metrics["kl_coef_normalized"] = kl_coef * rows["weights"].mean().item()
         return metrics if self._servers is None else metrics | self._asked(self._servers.metrics())
 
@@ -139,15 +145,27 @@ def _sample_rows(experience: Experience, scores: Scores) -> dict[str, Tensor]:
 def _logprob_difference(experience: Experience, chains: Sequence[Sequence[Chain]]) -> dict[str, Tensor]:
     """How much the engine's log-probabilities of each sample's tokens differ from the trainer's: sum and maximum, (B,).
 
-    Both are computed with the same weights, so any difference beyond rounding is a bug: the gradient would be computed
-    on samples of another policy.
+    Unless samples are drawn ahead, both are computed with the same weights, and any difference beyond rounding is a bug: the
+    gradient would be computed on samples of another policy.
     """
-    sampled = torch.tensor([x for group in chains for chain in group for x in chain.sample.logprobs])
-    # (B, T), in the order of the chains
     mask, logprob = experience.batch.mask.cpu(), experience.values.logprob.cpu()
-    difference = torch.zeros_like(logprob)
-    difference[mask] = (logprob[mask] - sampled.to(logprob)).abs()
+    difference = torch.where(mask, (logprob - sampled_logprob(chains, mask).to(logprob)).abs(), 0.0)  # (B, T)
     return {"difference": difference.sum(1), "largest_difference": difference.amax(1)}
+
+
+def _importance_metrics(weights: Tensor, excess: Tensor) -> Metrics:
+    """Describe the importance weights of all ranks' rows, (B,), and what a limit took from them, (B,).
+
+    Returns:
+        ``importance/effective`` is the effective share of the samples; ``importance/truncated`` is the mean excess, which
+        bounds the bias.
+    """
+    return {
+        "importance/mean": weights.mean().item(),
+        "importance/max": weights.max().item(),
+        "importance/effective": effective_sample_share(weights),
+        "importance/truncated": excess.mean().item(),
+    }
 
 
 def _sample_means(rows: Mapping[str, Tensor]) -> Metrics:

@@ -291,6 +291,8 @@ def test_all_problems_are_reported_at_once() -> None:
         ("rollout.engine.max_batch=0", "rollout.engine.max_batch: Input should be greater than or equal to 1"),
         ("rollout.engine.pool_bytes=0", "rollout.engine.pool_bytes: Input should be greater than or equal to 1"),
         ("rollout.max_batch=4", "rollout.max_batch: "),
+        ("rollout.ahead=2", "rollout.ahead: Input should be less than or equal to 1 (got 2)"),
+        ("rollout={max_importance_weight: 2}", "rollout: max_importance_weight limits the weights"),
         ("reward.components=[]", "reward.components: List should have at least 1 item"),
         ("reward.components=[{kind: oracle}]", "reward.components.0: Input tag 'oracle'"),
         ("reward.guards=[{kind: copy_rate, penalty: 1}]", "reward.guards.0: a guard with a penalty needs `low`"),
@@ -312,6 +314,24 @@ def test_a_single_sample_needs_a_baseline_other_than_its_group(train_yaml: str) 
     assert load_config(TrainConfig, [*alone, "objective.advantage=gae"]).rollout.rewrites_per_prompt == 1
     assert "advantage=group_normalized" in problem(*alone, "objective.advantage=group_normalized")
     assert "loss=gibbs" in problem(*alone, "objective.loss=gibbs")
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ("{advantage: group_normalized}", "rollout.ahead=1 with objective.advantage=group_normalized"),
+        ("{loss: ppo_clip, normalize_by: token}", "rollout.ahead=1 with objective.normalize_by=token"),
+    ],
+)
+def test_what_importance_weights_do_not_correct_is_refused(train_yaml: str, objective: str, said: str) -> None:
+    assert said in problem(train_yaml, "rollout.ahead=1", f"objective={objective}")
+    for allowed in (
+        "{loss: gibbs}",
+        "{loss: ppo_clip, epochs: 2}",
+        "{advantage: gae}",
+        "{advantage: running_baseline}",
+    ):
+        assert load_config(TrainConfig, [train_yaml, "rollout.ahead=1", f"objective={allowed}"]).rollout.ahead == 1
 
 
 def test_only_the_target_may_be_sampled_with_filters(train_yaml: str) -> None:

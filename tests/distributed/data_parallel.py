@@ -19,6 +19,7 @@ from alignpro.engine import Chain, Engine, SamplingParams
 from alignpro.training.backend import Backend, TorchBackend
 from alignpro.training.distribution import SingleProcess
 from alignpro.training.reinforcement import RLTrainer
+from alignpro.training.rollouts import SamplingAhead
 
 BACKEND = "backend of "
 """What the phase of a collective of the backend begins with."""
@@ -106,6 +107,7 @@ def training(
     *,
     out: Path,
     micro_batch_size: int = 2,
+    ahead: SamplingAhead | None = None,
 ) -> RLTrainer:
     """Return a trainer of a world with two samples for each of some prompts in each step."""
     return RLTrainer(
@@ -120,4 +122,5 @@ def training(
         run=RunConfig(out=out, steps=4, sample_every=1000, tensorboard=False),
         optimizer=OptimizerConfig(learning_rate=0.01, micro_batch_size=micro_batch_size),
         distribution=SingleProcess() if ranks.group is None else DataParallel(ranks),
+        ahead=ahead,
     )

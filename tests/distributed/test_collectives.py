@@ -5,6 +5,7 @@ The ranks are threads here (`thread_ranks`); `test_forked_ranks.py` compares wha
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections import Counter
@@ -30,6 +31,7 @@ from alignpro.errors import CheckpointError, Interrupted, PeerError, TrainingErr
 from alignpro.training import run as run_module
 from alignpro.training.metrics import EXECUTION_METRICS, Metrics
 from alignpro.training.reinforcement import RLTrainer
+from alignpro.training.rollouts import FILE_NAME, SamplingAhead
 from alignpro.training.run import Run
 
 LAUNCH = Path(__file__).parents[2] / "docs" / "launch.md"
@@ -70,6 +72,32 @@ def test_all_ranks_issue_the_same_and_agree_with_one_process(
                     assert row[name] == pytest.approx(expected_row[name], rel=1e-5, abs=1e-6), name
         for weight, other in zip(own, weights, strict=True):
             torch.testing.assert_close(weight, other, rtol=1e-9, atol=1e-9)
+
+
+def test_ranks_draw_their_own_prompts_ahead_and_agree_with_one_process(tmp_path: Path) -> None:
+    def work(ranks: Ranks) -> tuple[list[Metrics], list[list[Chain]]]:
+        world, out = DrawnWorld(), tmp_path / str(ranks.size)
+        trainer = training(world, ranks, 5, {}, out=tmp_path, ahead=SamplingAhead(world.begin_rollout))
+        rows = [trainer.step(0), trainer.step(1)]
+        if ranks.is_rank_zero:
+            out.mkdir()
+        ranks.barrier()
+        trainer.rollouts.save(out)
+        ranks.barrier()
+        trainer.rollouts.load(out)
+        return rows, trainer.rollouts(2).chains
+
+    ((expected, _),) = results(run_ranks(1, work))
+    made = results(run_ranks(3, work))
+    for rows, _ in made:
+        for row, expected_row in zip(rows, expected, strict=True):
+            assert row.keys() == expected_row.keys()
+            for name in row:
+                if not name.startswith(EXECUTION_METRICS):
+                    assert row[name] == pytest.approx(expected_row[name], rel=1e-5, abs=1e-6), name
+    one, three = (json.loads((tmp_path / size / FILE_NAME).read_text()) for size in ("1", "3"))
+    assert [row["samples"] for row in one] == [row["samples"] for row in three]
+    assert sum(len(chains) for _, chains in made) == 5
 
 
 def counted(calls: Sequence[Call]) -> dict[str, Counter[str]]:

@@ -42,6 +42,14 @@ def test_it_is_made_with_its_arguments(file: Path) -> None:
     assert advantage.scale == 2.0  # type: ignore[attr-defined]
 
 
+def test_an_advantage_of_ones_own_says_whether_importance_weights_correct_it(file: Path) -> None:
+    config = ObjectiveConfig(advantage=f"{file}:Plain")
+    with pytest.raises(ConfigError, match="importance weights correct an advantage that takes only a baseline"):
+        build_objective(config, 2, ahead=True)
+    file.write_text(SOURCE.replace("needs_group = True", "reweightable = True"))
+    assert build_objective(ObjectiveConfig(advantage=f"{file}:Plain"), 2, ahead=True)[1].reweightable
+
+
 @pytest.mark.parametrize(
     ("settings", "group", "problem"),
     [

@@ -71,6 +71,19 @@ def test_each_prompt_is_answered_by_its_target_as_if_alone(prompter: LanguageMod
         assert [text for _, text in together[i]] == expected
 
 
+def test_samples_that_are_there_get_the_responses_that_they_got_first(
+    prompter: LanguageModel, local: LocalTarget
+) -> None:
+    mixed = mixture(("small", 1.0, local), ("a", 1.0, remote("a")))
+    engine, params = Engine({"policy": prompter, **mixed.models}), SamplingParams(n=2, max_tokens=4)
+    made = prompt_environment(prompter, mixed, RewardStack([], []), PromptingConfig(), SAMPLING, responses=2)
+    begun = made.begin_rollout(engine, PROMPTS, params, SEEDS)
+    again = made.begin_rollout(Engine(dict(mixed.models)), PROMPTS, params, SEEDS, drawn=begun.samples)
+    assert again.samples == begun.samples
+    assert again() == begun()
+    assert {mixed.choose(seed) for seed in SEEDS} == {0, 1}
+
+
 def test_metrics_are_told_together_and_apart() -> None:
     a, b = remote("a"), remote("b")
     mixed = mixture(("a", 1.0, a), ("b", 1.0, b))

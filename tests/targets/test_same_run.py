@@ -128,6 +128,20 @@ def test_a_spent_budget_stops_the_run_saved_and_a_higher_one_goes_on(
     assert not bought_twice(server)
 
 
+def test_a_run_that_samples_ahead_fails_and_goes_on_as_the_one_in_process(
+    remote: Callable[..., int], finished: Callable[..., Path], server: TinyServer, tmp_path: Path
+) -> None:
+    """Rewrites of two steps have been drawn when the server fails; the resumed run draws none of them again."""
+    ahead, out = (TWO_RESPONSES, "rollout.ahead=1"), tmp_path / "run"
+    server.faults = at({number: Fault("status", 403) for number in range(18, 100)})
+    assert remote("train", out, server, *ahead) == 1
+    assert 0 < rows(out) < 4
+    server.faults = None
+    assert remote("train", out, server, *ahead, "--resume") == 0
+    assert_same_results(out, finished("train", *ahead))
+    assert not bought_twice(server)
+
+
 @pytest.mark.slow
 def test_a_repeated_run_on_the_same_ledger_buys_nothing(
     remote: Callable[..., int], server: TinyServer, tmp_path: Path

@@ -9,13 +9,14 @@ from typing import get_args
 
 import pytest
 import torch
-from tiny_world import World, couple, credit, distance, shake, take_gradient
+from tiny_world import World, couple, credit, credit_ahead, distance, shake, take_gradient
 from torch import Tensor
 
 from alignpro import objectives
 from alignpro.config import AdapterConfig
 from alignpro.training.experience import Experience
 from alignpro.training.reinforcement import RLTrainer
+from alignpro.training.rollouts import SamplingAhead
 
 LAMBDA = 0.3
 GROUP = {name: 2 if kind.needs_group else 1 for name, kind in objectives.ADVANTAGES.items()}
@@ -29,12 +30,17 @@ UNBIASED = [
 
 
 def make_training(
-    world: World, estimator: str, advantage: str, loss: str = "policy_gradient", entropy_coef: float = 0.0
+    world: World,
+    estimator: str,
+    advantage: str,
+    loss: str = "policy_gradient",
+    entropy_coef: float = 0.0,
+    ahead: SamplingAhead | None = None,
 ) -> RLTrainer:
     """Return a trainer with micro-batches of three rows, which split groups, except for gibbs, which needs whole groups."""
     objective = {"loss": loss, "advantage": advantage, "kl": {"coef": LAMBDA, "estimator": estimator}}
     objective["entropy_coef"] = entropy_coef
-    training = world.training(objective, GROUP[advantage], micro_batch_size=3)
+    training = world.training(objective, GROUP[advantage], micro_batch_size=3, ahead=ahead)
     training.advantage.update(0.7)
     training.kl.update(0.0, 1, covariance=0.4 * LAMBDA, variance=1.0)  # of earlier steps: β = 0.4
     if training.critic is not None:
@@ -42,15 +48,27 @@ def make_training(
     return training
 
 
-def expected_gradient(world: World, training: RLTrainer) -> list[Tensor]:
+def expected_gradient(
+    world: World, training: RLTrainer, sampled: Tensor | None = None, corrected: bool = True
+) -> list[Tensor]:
     """Return the expected gradient of the loss, over every group of K samples for each of the two prompts.
 
     The order of a group's samples does not matter, so that each group stands for those in another order too.
+
+    Args:
+        world: Has the current policy.
+        training: Its trainer.
+        sampled: (P, S, T) log-probability of every action under the policy that draws the samples; None for the current one.
+        corrected: Whether samples of another policy are corrected.
     """
     size = training.sampling.n
     groups = list(itertools.combinations_with_replacement(range(len(world.chains)), size))
-    experience = credit(world, training, groups)
-    logprob = world.sequence_logprobs().detach()
+    if sampled is None:
+        experience, logprob = credit(world, training, groups), world.sequence_logprobs().detach()
+    else:
+        experience, chains = credit_ahead(world, training, groups, sampled)
+        logprob = torch.where(world.space.mask, sampled, 0.0).sum(-1)
+        experience = training.rollouts.corrected(experience, chains) if corrected else experience
     orders = torch.tensor([len(set(itertools.permutations(group))) for group in groups])
     probability = torch.stack([logprob[:, list(group)].sum(1) for group in groups], dim=1).exp() * orders  # (P, groups)
     expected = [torch.zeros_like(weight) for weight in training.policy.trainable.values()]
@@ -87,6 +105,46 @@ def test_expected_gradient_is_the_gradient_of_the_objective(estimator: str, adva
     truth = objective_gradient(world)
     assert distance(expected, truth, factor=-1.0) < 1e-10
     assert max(g.abs().max() for g in truth) > 0.1
+
+
+def drawn_before_an_update() -> tuple[World, Tensor]:
+    """Return a world whose policy has changed since samples were drawn, and their log-probabilities, (P, S, T)."""
+    world = World()
+    sampled = world.action_logprobs().detach()
+    shake(world.policy.model, 0.1)
+    return world, sampled
+
+
+@pytest.mark.parametrize(
+    ("estimator", "advantage", "loss"),
+    [
+        ("regressed", "leave_one_out", "policy_gradient"),
+        ("exact", "running_baseline", "policy_gradient"),
+        ("k1", "gae", "policy_gradient"),
+        ("k1_sequence", "running_baseline", "policy_gradient"),
+        ("exact", "running_baseline", "ppo_clip"),
+    ],
+)
+def test_weighted_samples_of_the_policy_before_an_update_have_the_gradient_of_the_current_objective(
+    estimator: str, advantage: str, loss: str
+) -> None:
+    world, sampled = drawn_before_an_update()
+    training = make_training(world, estimator, advantage, loss, ahead=SamplingAhead(world.begin_rollout))
+    truth = objective_gradient(world)
+    assert distance(expected_gradient(world, training, sampled), truth, factor=-1.0) < 1e-10
+    if GROUP[advantage] == 1:  # larger groups take longer
+        assert distance(expected_gradient(world, training, sampled, corrected=False), truth, factor=-1.0) > 1e-3
+
+
+def test_a_limit_of_the_weights_biases_the_gradient() -> None:
+    world, sampled = drawn_before_an_update()
+    bias = []
+    for limit in (1.0, 1.1, 100.0):
+        ahead = SamplingAhead(world.begin_rollout, limit)
+        expected = expected_gradient(world, make_training(world, "exact", "running_baseline", ahead=ahead), sampled)
+        bias.append(distance(expected, objective_gradient(world), factor=-1.0))
+    assert bias[0] > bias[1] > 1e-4
+    assert bias[2] < 1e-10
 
 
 def test_the_entropy_bonus_counts_the_states_that_an_action_leads_to() -> None:

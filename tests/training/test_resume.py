@@ -27,6 +27,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "Gibbs": ("train", "objective.loss=gibbs", "objective.epochs=2", "objective.minibatches=2"),
     "LoRA": ("train", "policy.adapter.kind=lora", "policy.adapter.rank=2"),
     "soft prompt": ("train", "policy.adapter.kind=soft_prompt", "policy.adapter.virtual_tokens=4"),
+    "ahead": ("train", "rollout.ahead=1", "rollout.prompts_per_step=3", "rollout.responses_per_rewrite=2"),
     "self mode": ("train", "policy.adapter.kind=lora", "policy.adapter.activated=true", "target=policy"),
     "SFT of an activated LoRA": ("sft", "policy.adapter.kind=lora", "policy.adapter.activated=true"),
     "bfloat16": ("train", "policy.dtype=bfloat16"),
