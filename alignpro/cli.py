@@ -126,6 +126,20 @@ def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
 
 
 @app.command(no_args_is_help=True)
+def headroom(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Measure what a prompter could gain on a task, before training it.
+
+    Compares no fine-tuning with hand-written instructions and with the best of 4, 16 and 64 rewrites of the prompter, and
+    says whether training is worth its cost. Writes summary.json and samples.jsonl.
+    """
+    from alignpro.config import HeadroomConfig
+
+    config = _configure(HeadroomConfig, arguments, dry_run)
+    if config is not None:
+        typer.echo(_load("alignpro.evaluation.headroom:headroom")(config).table())
+
+
+@app.command(no_args_is_help=True)
 def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
     """Resample N rewrites by their reward, without training.
 

@@ -21,6 +21,7 @@ from alignpro.config.jobs import (
     RewardModelConfig,
     RLHFConfig,
     SFTConfig,
+    TaskConfig,
     TrainConfig,
 )
 from alignpro.config.learning import KLConfig, ObjectiveConfig, OptimizerConfig
@@ -100,6 +101,7 @@ __all__ = [
     "TargetEndpointConfig",
     "TargetMixtureConfig",
     "TargetPart",
+    "TaskConfig",
     "TrainConfig",
     "TrainableModelConfig",
     "default_name",
