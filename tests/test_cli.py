@@ -33,7 +33,7 @@ from alignpro.config import (
 from alignpro.planning.dry_run import describe_work
 
 TRAINING = ("sft", "reward", "train", "rlhf")
-WITH_CONFIG = (*TRAINING, "eval", "optimal")
+WITH_CONFIG = (*TRAINING, "eval", "headroom", "optimal")
 
 
 def run(*arguments: str) -> int:
@@ -219,6 +219,18 @@ PPO = {"loss": "ppo_clip", "epochs": 2, "minibatches": 4}
                 "4 rewrites per prompt × 2 responses each",
                 "write to e",
             ],
+        ),
+        (
+            EvalConfig,
+            {
+                **BASE,
+                "out": "e",
+                "target": MODEL,
+                "reference": MODEL,
+                "gibbs_candidates": [4, 2],
+                "instructions": {"a": "b"},
+            },
+            ["compare no fine-tuning, instruction_a, reference, gibbs_2, gibbs_4 on at most 128 held-out prompts"],
         ),
         (
             OptimalConfig,

@@ -28,6 +28,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train": training.train,
     "rlhf": training.rlhf,
     "eval": comparing.evaluate,
+    "headroom": comparing.headroom,
     "experiment": comparing.experiment,
     "optimal": comparing.optimal,
     "rewrite": rewriting.rewrite,

@@ -1,4 +1,4 @@
-"""`alignpro eval`, `optimal` and `experiment`."""
+"""`alignpro eval`, `headroom`, `experiment` and `optimal`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
     config = configure(EvalConfig, arguments, dry_run)
     if config is not None:
         load_late("alignpro.evaluation.several_targets:evaluate_targets")(config)
+
+
+def headroom(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Measure what a prompter could gain on a task, before training it.
+
+    Compares no fine-tuning with hand-written instructions and with the best of 4, 16 and 64 rewrites of the prompter, and
+    says whether training is worth its cost. Writes summary.json and samples.jsonl.
+    """
+    from alignpro.config import HeadroomConfig
+
+    config = configure(HeadroomConfig, arguments, dry_run)
+    if config is not None:
+        typer.echo(load_late("alignpro.evaluation.headroom:headroom")(config).table())
 
 
 def experiment(

@@ -32,6 +32,7 @@ from alignpro.config.jobs import (
     RewardModelConfig,
     RLHFConfig,
     SFTConfig,
+    TaskConfig,
     TrainConfig,
 )
 from alignpro.config.learning import KLConfig, ObjectiveConfig, OptimizerConfig
@@ -117,6 +118,7 @@ __all__ = [
     "TargetEndpointConfig",
     "TargetMixtureConfig",
     "TargetPart",
+    "TaskConfig",
     "TrainConfig",
     "TrainMethod",
     "TrainableModelConfig",

@@ -264,7 +264,7 @@ class HeadroomConfig(ComparisonConfig):
     tasks: dict[InstructionName, TaskConfig] = Field(min_length=1)
     prompts: int = Field(48, ge=2)
     rewrites_per_prompt: int = Field(2, ge=2)
-    """Rewrites of ρ_sft, and rewrites kept of each prompt by Gibbs resampling, that get new responses."""
+    """Rewrites of a prompt in the arm of ρ_sft as it is, and kept of its candidates by Gibbs resampling."""
     responses_per_rewrite: int = Field(2, ge=2)
     gibbs_candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
     """As in `EvalConfig`. All tasks score the same candidates and the same responses to them."""

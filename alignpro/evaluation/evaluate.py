@@ -8,7 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import ConfigSource, EvalConfig, ModelConfig, TargetMixtureConfig, resolve_config, target_endpoints
+from alignpro.config import (
+    ConfigSource,
+    EvalConfig,
+    HeadroomConfig,
+    ModelConfig,
+    TargetMixtureConfig,
+    resolve_config,
+    target_endpoints,
+)
 from alignpro.data import DataSet, Prompt, choose, cluster_labels, load_prompts, split
 from alignpro.errors import ConfigError, DataError, TrainingError
 from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, drop_prompts_too_long_for_prompter, label
@@ -91,7 +99,7 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
     target = build_target(config.target, adapted, config.prompting, config.respond, connect=servers.connect)
     reward = build_reward(config.reward, session=servers)
     trained = Trained(prompter, _load(config.reference), _load(config.oracle))
-    prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, reward)
+    prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, [reward])
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
     sampler = ArmSampler(config, prompts, target, reward)
     with progress_bar(count_arms(config) * sampler.chunks, 0, ("reward",)) as advance:
@@ -101,11 +109,12 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
 
 
 def evaluation_prompts(
-    config: EvalConfig, data: DataSet, target: Target, trained: Trained, reward: RewardStack
+    config: EvalConfig | HeadroomConfig, data: DataSet, target: Target, trained: Trained, rewards: Sequence[RewardStack]
 ) -> list[Prompt]:
     """At most ``config.prompts`` held-out prompts that fit in the models' contexts; of all prompts if ``data.holdout`` is 0.
 
-    A prompt that does not fit in one of the models, or that one of their chat templates refuses, is left out of all arms.
+    A prompt that does not fit in one of the models, that one of their chat templates refuses, or that one of the rewards
+    cannot score, is left out of all arms.
 
     Raises:
         DataError: Fewer than two are left.
@@ -121,7 +130,7 @@ def evaluation_prompts(
         prompts = _drop_prompts_too_long_for_responder(
             prompts, target.template.chat, target.template.max_tokens, "target"
         )
-    if trained.oracle is not None:
+    if trained.oracle is not None and isinstance(config, EvalConfig):
         limit = max_input_tokens(trained.oracle, config.respond, "the oracle", "respond")
         prompts = _drop_prompts_too_long_for_responder(
             prompts, oracle_template(config, trained.oracle), limit, "oracle"
@@ -129,7 +138,9 @@ def evaluation_prompts(
     for prompter in (trained.prompter, trained.reference):
         if prompter is not None:
             prompts = drop_prompts_too_long_for_prompter(prompts, prompter, config)
-    return choose(reward.scorable(prompts), config.prompts)
+    for reward in rewards:
+        prompts = reward.scorable(prompts)
+    return choose(prompts, config.prompts)
 
 
 def _drop_prompts_too_long_for_responder(

@@ -128,7 +128,7 @@ def _of_comparison(config: EvalConfig | HeadroomConfig | OptimalConfig) -> list[
             for task in config.tasks.values():
                 groups += _of_arms(config, list(task.instructions), {})
             groups.append((P * max(config.gibbs_candidates), P * max(config.gibbs_candidates) * M))
-            groups += _of_arms(config, ["sft_prompter", *config.gibbs_arms], {}) * len(config.tasks)
+            groups += _of_arms(config, list(config.gibbs_arms), {}) * len(config.tasks)
         case OptimalConfig():
             groups = [(P * config.candidates, P * config.candidates * M), (P, P * M)]
     samples = sum(draws for _, draws in groups)

@@ -39,8 +39,10 @@ def sections(config: Section, key: str = "") -> Iterator[tuple[str, Section]]:
     """Yield all sections within one, with their dotted keys."""
     for name in type(config).model_fields:
         value = getattr(config, name)
-        for index, each in enumerate(value if isinstance(value, list) else [value]):
+        several = isinstance(value, list | dict)
+        items = value.items() if isinstance(value, dict) else enumerate(value if several else [value])
+        for index, each in items:
             if isinstance(each, Section):
-                where = f"{key}{name}" + (f".{index}" if isinstance(value, list) else "")
+                where = f"{key}{name}" + (f".{index}" if several else "")
                 yield where, each
                 yield from sections(each, f"{where}.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from alignpro.config import (
     DataConfig,
     FunctionRewardConfig,
+    HeadroomConfig,
     HTTPRewardConfig,
     JudgeRewardConfig,
     ModelConfig,
@@ -72,6 +73,8 @@ def check_inputs(config: Section) -> None:
     match config:
         case SFTConfig() if config.data.moves is not None:
             load_moves(config.data.moves)
+        case HeadroomConfig():
+            load_moves(config.moves)
         case TrainConfig():
             environment_kind(config.environment, config.environment_params, PromptEnvironment)
             build_objective(config.objective, config.rollout.rewrites_per_prompt, config.rollout.ahead == 1)

@@ -13,9 +13,11 @@ ALL = (
     "gpu.md",
     "launch.md",
     "rewards.md",
+    "tasks.md",
     "training.md",
     "walkthrough.md",
     "miniature/README.md",
+    "../launch/presets/real/README.md",
 )
 
 

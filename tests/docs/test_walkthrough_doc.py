@@ -15,7 +15,16 @@ from tiny_runs import Workshop
 from typer.main import get_command
 
 from alignpro.cli import app, main
-from alignpro.config import EvalConfig, OptimalConfig, RewardModelConfig, RLHFConfig, Section, SFTConfig, TrainConfig
+from alignpro.config import (
+    EvalConfig,
+    HeadroomConfig,
+    OptimalConfig,
+    RewardModelConfig,
+    RLHFConfig,
+    Section,
+    SFTConfig,
+    TrainConfig,
+)
 
 DOCUMENT = Document("walkthrough.md")
 
@@ -84,6 +93,7 @@ def test_the_table_lists_the_keys_that_only_other_commands_have() -> None:
         "reward": RewardModelConfig,
         "rlhf": RLHFConfig,
         "eval": EvalConfig,
+        "headroom": HeadroomConfig,
         "optimal": OptimalConfig,
     }
     common = set(settings(TrainConfig, elsewhere=()))

@@ -1,0 +1,19 @@
+"""Tasks: small rewards of a prompt and a response, in [0, 1], that ask for a style and for staying on topic.
+
+A target that is given a prompt as it is seldom has the style, and a prompt can ask for it, so a prompter has something to
+learn; each is hard to satisfy by text that ignores the prompt. Each module has the reward, by the module's name, and
+`INSTRUCTIONS` that a person would try; the configuration names the reward as a function:
+``{kind: function, function: "alignpro.rewards.tasks.house_style:house_style"}``.
+
+| file | good is |
+|---|---|
+| `house_style` | 8 to 40 words that end with a full stop |
+| `greeting` | a friendly opening, and then the subject |
+| `numbered_list` | at least three numbered items |
+| `plain_words` | short sentences of short words, as for a child |
+| `worked_example` | an example that is announced as one and spelt out |
+| `direct_address` | sentences that speak to the reader |
+| `words` | words, sentences, and how much of a prompt a text is about |
+
+May import `data`.
+"""

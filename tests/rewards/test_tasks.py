@@ -1,0 +1,91 @@
+"""The rewards of the built-in tasks: what is good scores high, and what only looks like it does not."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+
+from alignpro.config import FunctionRewardConfig
+from alignpro.data import Prompt
+from alignpro.prompting.rewrite_template import RewriteTemplate
+from alignpro.rewards import tasks
+from alignpro.rewards.function import FunctionReward
+from alignpro.rewards.tasks.words import on_topic, sentences
+
+NAMES = sorted(each.name for each in pkgutil.iter_modules(tasks.__path__) if each.name != "words")
+
+PROMPT = "Why do leaves change colour in autumn?"
+
+
+def reward(name: str) -> FunctionReward:
+    """The reward as a configuration names it."""
+    return FunctionReward(FunctionRewardConfig(kind="function", function=f"alignpro.rewards.tasks.{name}:{name}"))
+
+
+def score(name: str, response: str, prompt: str = PROMPT) -> float:
+    (value,) = reward(name)([Prompt.from_text(prompt)], [response]).values
+    assert value is not None
+    assert 0 <= value <= 1
+    return value
+
+
+GOOD = {
+    "house_style": "Leaves change colour in autumn because the green pigment fades and others show.",
+    "greeting": "Hello! Leaves change colour in autumn as the green fades.",
+    "numbered_list": "1. Days get short in autumn.\n2. Leaves lose their green.\n3. The other colour shows.",
+    "plain_words": "Leaves are green. In autumn the green goes away. Then you see a new colour.",
+    "worked_example": "The green fades. For example, maple leaves change from green to a red colour in autumn.",
+    "direct_address": "You see leaves change colour in autumn. Your eyes see less green.",
+}
+
+
+def test_there_are_at_least_four_tasks_each_with_instructions_to_try() -> None:
+    assert set(NAMES) == set(GOOD)
+    for name in NAMES:
+        instructions = importlib.import_module(f"alignpro.rewards.tasks.{name}").INSTRUCTIONS
+        assert len(instructions) >= 2
+        for text in instructions.values():
+            assert PROMPT in RewriteTemplate(text, name)(PROMPT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_good_answer_scores_one_and_an_empty_or_unrelated_one_nothing(name: str) -> None:
+    assert score(name, GOOD[name]) > 0.9
+    assert score(name, "") == 0
+    assert score(name, GOOD[name], "Translate the word cat to French") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "value"),
+    [
+        ("house_style", GOOD["house_style"].rstrip("."), 0),  # cut off
+        ("house_style", "Leaves change colour in autumn.", 0),  # too short
+        ("house_style", "Leaves change colour in autumn " * 10 + ".", 0),  # too long
+        ("house_style", "The leaves do so when the days get short and cold.", 1 / 3),  # one of three content words
+        ("greeting", "Leaves change colour in autumn. Hello!", 0),
+        ("greeting", "Hello! How can I help you today?", 0),
+        ("greeting", "Hidden pigments change leaves in autumn", 0),  # "Hi" is not a word of it
+        ("numbered_list", "1. Leaves change colour.\n3. Autumn is late.", 1 / 3),
+        ("numbered_list", "Leaves change colour in autumn 1. 2. 3.", 0),
+        ("numbered_list", "**1.** Leaves\n**2.** change\n**3.** in autumn\n**4.** colour", 1),
+        ("plain_words", "leaves leaves change colour in autumn and are red", 0),
+        ("worked_example", "Leaves change colour in autumn, for example.", 0),
+        ("direct_address", "You see leaves change colour in autumn. The green fades.", 0.5),
+    ],
+)
+def test_what_only_looks_good_scores_less(name: str, response: str, value: float) -> None:
+    assert score(name, response) == pytest.approx(value)
+
+
+def test_plain_words_prefer_short_words_and_sentences() -> None:
+    plain = score("plain_words", GOOD["plain_words"])
+    learned = "Autumnal discolouration, leaves change colour, characterises deciduous organisms undergoing senescence."
+    assert plain > score("plain_words", GOOD["plain_words"].replace(". ", " and ")) > score("plain_words", learned)
+
+
+def test_words_and_sentences_of_any_text() -> None:
+    assert on_topic("???", "anything") == 1
+    assert on_topic("Who was Ada Lovelace?", "ada lovelace") == 1
+    assert sentences("One.  Two!\n\n- \nThree 3.5 is not two") == ["One", "Two", "Three 3.5 is not two"]
