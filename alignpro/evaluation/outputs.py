@@ -15,6 +15,7 @@ from alignpro.evaluation.arms import LABELS
 from alignpro.evaluation.charts import plot_comparison
 from alignpro.evaluation.report import write_report
 from alignpro.evaluation.results import ArmGroup, Evaluation, Report
+from alignpro.evaluation.rewards_file import REWARDS_FILE
 from alignpro.theory.statistics import Estimate
 from alignpro.training.durability import disk_errors, replace_text
 from alignpro.training.loggers.jsonl import read_rows
@@ -26,7 +27,7 @@ _SHOWN_ROWS = 2000
 
 
 def write_outputs(config: EvalConfig, result: Evaluation, summary: Mapping[str, Any]) -> None:
-    """Write ``samples.jsonl``, ``figure.png``, ``report.html``, ``config.yaml`` and ``summary.json`` to ``config.out``.
+    """Write ``samples.jsonl``, ``rewards.json``, ``figure.png``, ``report.html``, ``config.yaml`` and ``summary.json``.
 
     Raises:
         CheckpointError: A file cannot be written.
@@ -44,6 +45,7 @@ def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[s
     pair = _pair(config)
     with (out / "samples.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+    replace_text(out / REWARDS_FILE, json.dumps(result.rewards.as_dict()))
     plot_comparison([ArmGroup(pair, result.arms)], out / "figure.png")
     report = Report(
         title=config.title,

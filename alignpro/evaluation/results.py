@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from alignpro.evaluation.convergence import Convergence
+from alignpro.evaluation.rewards_file import EvaluationRewards
 from alignpro.theory.statistics import (
     Clusters,
     Estimate,
@@ -259,6 +260,8 @@ class Evaluation:
     convergence: Mapping[str, Convergence]
     """Key of a trained arm -> whether the reward of its training was still rising, if its run directory is known."""
     seconds: float
+    rewards: EvaluationRewards
+    """The content of rewards.json."""
 
     def as_dict(self) -> dict[str, Any]:
         """The content of summary.json."""

@@ -10,7 +10,7 @@ from alignpro.theory.statistics.gap import gap_recovered
 from alignpro.theory.statistics.intervals import mean_estimate, paired_estimate
 from alignpro.theory.statistics.multiplicity import holm
 from alignpro.theory.statistics.pairs import PairStatistics, pair_statistics
-from alignpro.theory.statistics.values import FloatArray, Values, prompt_means
+from alignpro.theory.statistics.values import FloatArray, Values, finite, prompt_means
 from alignpro.theory.statistics.variance import VarianceParts, nested_variance
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "PairStatistics",
     "Values",
     "VarianceParts",
+    "finite",
     "finite_or_none",
     "gap_recovered",
     "holm",
