@@ -65,6 +65,11 @@ class ArmSummary:
         """Its 95 % interval; NaN if it is not estimable."""
         return self.reward.low, self.reward.high
 
+    @property
+    def total_variance(self) -> float:
+        """The variance of the rewards without penalties."""
+        return self.variance.total
+
     def as_dict(self) -> dict[str, Any]:
         """The content for summary.json; undefined numbers are None."""
         difference = None
@@ -138,11 +143,26 @@ def adjusted(arms: Sequence[ArmSummary]) -> list[ArmSummary]:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """What the figure shows of one arm or method."""
+
+    name: str
+    """Key of the arm, which decides its colour."""
+    label: str
+    mean: float
+    """Mean reward."""
+    ci95: tuple[float, float]
+    """Its 95 % interval; NaN if there is none."""
+    total_variance: float
+    """Variance of the reward."""
+
+
+@dataclass(frozen=True)
 class ArmGroup:
     """The arms of one prompter-target pair: one group of bars."""
 
     label: str
-    arms: Sequence[ArmSummary]
+    arms: Sequence[ArmSummary | Bar]
 
 
 @dataclass(frozen=True)
@@ -213,35 +233,6 @@ class SampleRow(TypedDict):
     """Without penalties."""
     penalised: float
     """With the penalties of guards and truncation."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """The content of the HTML report."""
-
-    title: str
-    pair: str
-    """The prompter-target pair, or another short name of the comparison."""
-    arms: Sequence[ArmSummary]
-    gap: Estimate | None = None
-    """Share of the gap recovered."""
-    bound: BoundSummary | None = None
-    gibbs: GibbsEstimates | None = None
-    kl_coef: float | None = None
-    """λ."""
-    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    """Label of a training run -> its rows of metrics.jsonl."""
-    convergence: Mapping[str, Convergence] = field(default_factory=dict)
-    """Label of a training run -> whether its reward was still rising."""
-    rows: Sequence[SampleRow] = ()
-    configuration: str = ""
-    """The resolved configuration, as YAML."""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    command: str = ""
-    """The command that reproduces this report."""
-    created: str = ""
-    notes: Sequence[str] = ()
-    """Sentences above the table, such as what was compared and what the numbers do not show."""
 
 
 @dataclass(frozen=True)
