@@ -12,11 +12,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.stats
 import typer
 
 from alignpro.theory.statistics import Clusters, FloatArray, NotEstimable, gap_recovered, holm
 from alignpro.theory.statistics.binary import korn_graubard, tango, tango_p_value
 from alignpro.theory.statistics.intervals import mean_bounds, p_values
+from alignpro.theory.statistics.seeds import seed_error
 from benchmarks import command
 from benchmarks.session import Session
 
@@ -24,6 +26,8 @@ CONFIDENCE = 0.95
 SIZES = (8, 20, 64, 200, 2000)
 CLUSTER = 5
 """Prompts of a cluster."""
+SEEDS = (2, 3, 5)
+"""Numbers of trainings."""
 ARMS = 4
 """Arms that are compared with no fine-tuning."""
 
@@ -150,6 +154,34 @@ def gap_coverage(prompts: int, gap: float, repeats: int) -> Cell:
     )
 
 
+def seed_coverage(seeds: int, between: float, prompts: int, repeats: int) -> Cell:
+    """The interval over seeds and prompts of a paired difference, in clusters of `CLUSTER` prompts.
+
+    Args:
+        seeds: Number of trainings.
+        between: Standard deviation between them; that between clusters and between their prompts is 0.2 each, and that of what
+            a seed and a prompt have alone 0.3.
+        prompts: P.
+        repeats: Number of data sets.
+    """
+    generator = np.random.default_rng([4, seeds, prompts])
+    clusters = Clusters([place // CLUSTER for place in range(prompts)])
+    held = total = 0
+    while total < repeats:
+        size = max(1, min(repeats - total, 4_000_000 // (prompts * seeds)))
+        shared = np.repeat(generator.normal(size=(size, 1, clusters.count)), CLUSTER, axis=-1)[..., :prompts]
+        tables = (
+            between * generator.normal(size=(size, seeds, 1))
+            + 0.2 * (shared + generator.normal(size=(size, 1, prompts)))
+            + 0.3 * generator.normal(size=(size, seeds, prompts))
+        )
+        error = seed_error([tables], clusters)
+        limit = scipy.stats.t.isf((1 - CONFIDENCE) / 2, error.degrees_of_freedom)
+        held += int((np.abs(error.mean) <= limit * error.stderr).sum())
+        total += size
+    return Cell(f"{seeds} seeds, {between:g} between them", prompts, held / total, 0.0, exact=False)
+
+
 @app.command(help=__doc__)
 def run(
     repeats: Annotated[int, typer.Option(min=100, help="Data sets per cell.")] = 10_000,
@@ -159,6 +191,12 @@ def run(
     session = Session("coverage", device="cpu", file=json_file)
     cells = [coverage(kind, prompts, repeats, seed=0) for kind in kinds() for prompts in SIZES]
     cells += [gap_coverage(prompts, gap=1.0, repeats=max(100, repeats // 4)) for prompts in SIZES[:-1]]
+    over_seeds = [
+        seed_coverage(seeds, between, prompts, repeats)
+        for seeds in SEEDS
+        for between in (0.0, 0.05, 0.2)
+        for prompts in SIZES[1:4]
+    ]
     errors = {
         name: {n: familywise_error(draw, n, repeats, binary=name == "0/1") for n in SIZES}
         for name, draw in EQUAL_ARMS.items()
@@ -167,10 +205,11 @@ def run(
         "run": session.describe(),
         "repeats": repeats,
         "cells": [vars(cell) for cell in cells],
+        "over_seeds": [vars(cell) for cell in over_seeds],
         "familywise_error": errors,
     }
     session.save(document)
-    typer.echo("\n".join(table(cells)))
+    typer.echo("\n".join(table([*cells, *over_seeds])))
     for name, each in errors.items():
         typer.echo(f"familywise error, {name}: " + ", ".join(f"{error:.3f} (n = {n})" for n, error in each.items()))
     typer.echo(f"{session.file}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -61,6 +62,27 @@ def experiment(
         load_late("alignpro.experiments.run:compare_done")(config)
     else:
         load_late("alignpro.experiments.run:run_experiment")(config)
+
+
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="Directories of evaluations, of experiments, or of training runs; all go into one report.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    paper: Annotated[bool, typer.Option("--paper", help="Draw the values of the paper's figure too.")] = False,
+) -> None:
+    """Compare evaluations: over seeds, methods, pairs and tasks, in one HTML file.
+
+    Says in a sentence what holds after correction for all comparisons, then who wins where, by how much and at what cost.
+    """
+    comparison = load_late("alignpro.evaluation.directory_report:report_directories")(directories, out, paper=paper)
+    typer.echo(comparison.verdict if comparison else "No evaluation: training curves only.")
+    typer.echo(str(out))
 
 
 def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:

@@ -61,6 +61,11 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "alignpro",  # with the date omitted, equal data give equal bytes
 }
 
+_GUARD = "reward/guard/"
+"""Prefix of the metrics of drift guards."""
+_MOST_POINTS = 400
+"""Points of a curve that are drawn."""
+
 # The metrics drawn by default, if the rows have them; other metrics are drawn only on request.
 CURVES: dict[str, str] = {
     "reward/mean": "Reward, mean",
@@ -98,13 +103,45 @@ def plot_comparison(groups: Sequence[ArmGroup], path: Path | IO[bytes], *, forma
         mean_axes, variance_axes = figure.subplots(1, 2)
         _bars(mean_axes, groups, styles, lambda arm: arm.mean, lambda arm: arm.ci95)
         mean_axes.set_title("Mean reward")
-        _bars(variance_axes, groups, styles, lambda arm: arm.variance.total, None)
+        _bars(variance_axes, groups, styles, lambda arm: arm.total_variance, None)
         variance_axes.set_title("Reward variance")
-        handles = [
-            Patch(facecolor=styles[name][0], hatch=styles[name][1], edgecolor="white", label=label)
-            for name, label in labels.items()
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.4)
+        handles = _legend(labels, styles)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), handlelength=1.4)
+        _save(figure, path, format)
+
+
+def plot_bars(
+    groups: Sequence[ArmGroup], quantity: str, path: Path | IO[bytes], *, legend: bool = True, format: str | None = None
+) -> None:
+    """Plot one of the two panels of `plot_comparison` by itself, narrow enough for a telephone.
+
+    Args:
+        groups: As in `plot_comparison`.
+        quantity: ``mean`` or ``variance``.
+        path: Where to write; the suffix determines the format.
+        legend: Whether to name the arms.
+        format: The format, if ``path`` is a stream.
+
+    Raises:
+        ValueError: There is no group, or a group has no arms.
+    """
+    if not groups or any(not group.arms for group in groups):
+        raise ValueError("plot_bars needs at least one group, and at least one arm in each")
+    labels = {arm.name: arm.label for group in groups for arm in group.arms}
+    styles = _arm_styles(list(labels))
+    slots = sum(len(group.arms) + 1 for group in groups)
+    with style.context(_STYLE):
+        figure = Figure(figsize=(min(max(4.6, 0.9 + 0.42 * slots), 11), 3.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        if quantity == "mean":
+            _bars(axes, groups, styles, lambda arm: arm.mean, lambda arm: arm.ci95)
+        else:
+            _bars(axes, groups, styles, lambda arm: arm.total_variance, None)
+        if legend:
+            figure.legend(
+                handles=_legend(labels, styles), loc="outside lower center", ncols=min(4, len(labels)), handlelength=1.4
+            )
         _save(figure, path, format)
 
 
@@ -122,13 +159,13 @@ def plot_curves(
     Args:
         runs: Label of a run -> rows of its metrics.jsonl, each with ``step``; a row may lack a metric.
         path: Where to write; the suffix determines the format.
-        keys: Metric -> title of its panel; by default those metrics of `CURVES` that occur in some row.
+        keys: Metric -> title of its panel; by default those metrics of `CURVES` that occur in some row, and drift guards.
         format: The format, if ``path`` is a stream.
 
     Returns:
         Whether there was anything to draw; if not, nothing is written.
     """
-    wanted = CURVES if keys is None else keys
+    wanted = CURVES | _drift(runs) if keys is None else keys
     panels = [key for key in wanted if any(len(_series(rows, key)[0]) for rows in runs.values())]
     if not panels:
         return False
@@ -144,8 +181,10 @@ def plot_curves(
                 if len(steps) == 0:
                     continue
                 smooth = _smooth(values, max(1, len(values) // 20))
-                axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
-                axes.plot(steps, smooth, color=color, label=label, marker="o" if len(steps) == 1 else None)
+                shown = _shown_places(len(steps))
+                axes.plot(steps[shown], values[shown], color=color, alpha=0.3, linewidth=0.8)
+                marker = "o" if len(steps) == 1 else None
+                axes.plot(steps[shown], smooth[shown], color=color, label=label, marker=marker)
             axes.set_title(wanted[key], fontsize=9)
             axes.margins(x=0.01)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -159,6 +198,56 @@ def plot_curves(
                 for color, label in zip(_cycle(LINES, len(runs)), runs, strict=True)
             ]
             figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        _save(figure, path, format)
+    return True
+
+
+def plot_frontier(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path | IO[bytes], *, format: str | None = None
+) -> bool:
+    """Plot the reward against the KL to the reference during training, one line per run, from its first step to its last.
+
+    Where the reward of training still rises with the KL and that of held-out prompts falls, the reward is over-optimised.
+
+    Args:
+        runs: Label of a run -> rows of its metrics.jsonl with ``kl`` and ``reward/mean``, and, at some steps, ``eval/kl`` and
+            ``eval/reward``.
+        path: Where to write; the suffix determines the format.
+        format: The format, if ``path`` is a stream.
+
+    Returns:
+        Whether there was anything to draw; if not, nothing is written.
+    """
+    drawn = {
+        label: (_pairs(rows, "kl", "reward/mean"), _pairs(rows, "eval/kl", "eval/reward"))
+        for label, rows in runs.items()
+    }
+    drawn = {label: both for label, both in drawn.items() if len(both[0]) > 1 or len(both[1]) > 0}
+    if not drawn:
+        return False
+    with style.context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.3), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for color, (label, (train, heldout)) in zip(_cycle(LINES, len(drawn)), drawn.items(), strict=True):
+            if len(train):
+                window = max(1, len(train) // 20)
+                kl, reward = (_smooth(values, window)[_shown_places(len(train))] for values in train.T)
+                axes.plot(kl, reward, color=color, alpha=0.55, label=f"{label}, training samples")
+                axes.plot(kl[-1:], reward[-1:], color=color, marker="s", markersize=5)
+            if len(heldout):
+                axes.plot(
+                    *heldout.T,
+                    color=color,
+                    marker="o",
+                    markersize=4,
+                    linestyle="--",
+                    label=f"{label}, held-out prompts",
+                )
+        axes.set_xlabel("KL to the reference (nats per sequence)")
+        axes.set_ylabel("reward")
+        axes.margins(x=0.03)
+        figure.legend(loc="outside lower center", ncols=2)
         _save(figure, path, format)
     return True
 
@@ -179,15 +268,15 @@ def plot_distributions(arms: Sequence[ArmSummary], path: Path | IO[bytes], *, fo
         _save(figure, path, format)
 
 
-def arm_color(name: str) -> str:
-    """The colour of an arm's bars; grey if the arm is not in `ARM_STYLE`."""
-    return ARM_STYLE[name][0] if name in ARM_STYLE else "#777777"
+def arm_colors(names: Sequence[str]) -> dict[str, str]:
+    """Key of an arm → the colour of its bars, if these are all arms of a figure, in its order."""
+    return {name: color for name, (color, _) in _arm_styles(names).items()}
 
 
-def to_svg(draw: Any, *arguments: Any) -> bytes:
+def to_svg(draw: Any, *arguments: Any, **options: Any) -> bytes:
     """The output of a plotting function as SVG; empty if it drew nothing."""
     stream = io.BytesIO()
-    draw(*arguments, stream, format="svg")
+    draw(*arguments, stream, format="svg", **options)
     return stream.getvalue()
 
 
@@ -231,9 +320,22 @@ def _bars(
     axes.set_ylim(low - margin if low < 0 else 0, high + margin if high > 0 else margin)
 
 
+def _legend(labels: Mapping[str, str], styles: Mapping[str, tuple[str, str]]) -> list[Patch]:
+    return [
+        Patch(facecolor=styles[name][0], hatch=styles[name][1], edgecolor="white", label=label)
+        for name, label in labels.items()
+    ]
+
+
 def _arm_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     others = iter(_cycle(_OTHERS, len(names)))
     return {name: ARM_STYLE.get(name) or next(others) for name in names}
+
+
+def _drift(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """Metric -> title of the drift guards that the runs measured."""
+    names = {key for rows in runs.values() for row in rows for key in row if key.startswith(_GUARD)}
+    return {key: f"Drift: {key.removeprefix(_GUARD).replace('_', ' ')}" for key in sorted(names)}
 
 
 def _cycle(items: Sequence[Any], count: int) -> list[Any]:
@@ -251,6 +353,21 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
         return np.empty(0), np.empty(0)
     steps, values = np.asarray(pairs, np.float64).T
     return steps, values
+
+
+def _pairs(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> np.ndarray:
+    """(n, 2) values of two metrics, of the rows in which both are finite numbers."""
+    found = [
+        (row[x], row[y])
+        for row in rows
+        if all(isinstance(row.get(key), int | float) and math.isfinite(row[key]) for key in (x, y))
+    ]
+    return np.asarray(found, np.float64).reshape(-1, 2)
+
+
+def _shown_places(count: int) -> np.ndarray:
+    """At most `_MOST_POINTS` places of a curve, evenly spread, with both ends: a file holds many curves."""
+    return np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).round().astype(np.int64))
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
+from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards, reward_hash
 from alignpro.evaluation.sampled_arms import Trained, count_arms, instruction_templates, oracle_template, sample_arms
 from alignpro.models.input_room import max_input_tokens
 from alignpro.models.language_model import LanguageModel
@@ -39,7 +40,7 @@ from alignpro.targets.build import build_target
 from alignpro.targets.local import LocalTarget
 from alignpro.targets.remote import RemoteTarget
 from alignpro.targets.servers import Servers, open_servers
-from alignpro.theory.statistics import Clusters, gap_recovered
+from alignpro.theory.statistics import Clusters, finite, gap_recovered
 from alignpro.training.loggers.jsonl import read_rows
 from alignpro.training.progress import progress_bar
 from alignpro.training.recorded_holdout import keep_holdout
@@ -213,6 +214,24 @@ def _compare(
         notes=[*_notes(config, summaries), *_server_notes(sampler.target, trained, config)],
         convergence=_convergence(config),
         seconds=seconds,
+        rewards=_rewards(config, sampler.prompts, arms, clusters),
+    )
+
+
+def _rewards(
+    config: EvalConfig, prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples], clusters: Clusters
+) -> EvaluationRewards:
+    """The rewards of the compared arms, for comparisons with other evaluations."""
+    return EvaluationRewards(
+        prompts=[prompt.id for prompt in prompts],
+        clusters=clusters.numbers.tolist(),
+        arms={
+            name: ArmRewards(finite(arm.raw), finite(arm.penalised))
+            for name, arm in arms.items()
+            if name != "candidates"
+        },
+        seed=config.seed,
+        reward=reward_hash(config.reward),
     )
 
 

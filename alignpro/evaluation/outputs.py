@@ -12,21 +12,23 @@ from typing import Any
 
 from alignpro.config import EvalConfig, ModelConfig, default_name, dump_config, target_parts
 from alignpro.evaluation.arms import LABELS
+from alignpro.evaluation.changes import largest_changes
 from alignpro.evaluation.charts import plot_comparison
+from alignpro.evaluation.comparison import Record, compare
 from alignpro.evaluation.report import write_report
-from alignpro.evaluation.results import ArmGroup, Evaluation, Report
+from alignpro.evaluation.report_content import Report
+from alignpro.evaluation.results import ArmGroup, Evaluation
+from alignpro.evaluation.rewards_file import REWARDS_FILE
+from alignpro.prompting.model_card import CARD_FILE, write_section
 from alignpro.theory.statistics import Estimate
 from alignpro.training.durability import disk_errors, replace_text
 from alignpro.training.loggers.jsonl import read_rows
 
 logger = logging.getLogger(__name__)
 
-_SHOWN_ROWS = 2000
-"""Number of samples in the report's table; samples.jsonl has all."""
-
 
 def write_outputs(config: EvalConfig, result: Evaluation, summary: Mapping[str, Any]) -> None:
-    """Write ``samples.jsonl``, ``figure.png``, ``report.html``, ``config.yaml`` and ``summary.json`` to ``config.out``.
+    """Write ``samples.jsonl``, ``rewards.json``, ``figure.png``, ``report.html``, ``config.yaml`` and ``summary.json``.
 
     Raises:
         CheckpointError: A file cannot be written.
@@ -44,6 +46,7 @@ def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[s
     pair = _pair(config)
     with (out / "samples.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+    replace_text(out / REWARDS_FILE, json.dumps(result.rewards.as_dict()))
     plot_comparison([ArmGroup(pair, result.arms)], out / "figure.png")
     report = Report(
         title=config.title,
@@ -56,13 +59,16 @@ def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[s
         curves=_curves(config),
         convergence={LABELS[name]: each for name, each in result.convergence.items()},
         notes=result.notes,
-        rows=result.rows[:_SHOWN_ROWS],
+        rows=result.rows,
+        changes=largest_changes(result.rows),
+        verdict=_verdict(config, result),
         configuration=dump_config(config),
         versions=summary["versions"],
         created=time.strftime("%Y-%m-%d"),
     )
     write_report(out / "report.html", report)
     (out / "config.yaml").write_text(dump_config(config))
+    _describe_models(config, result)
     # Written last and atomically: this file marks the evaluation as complete.
     replace_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
 
@@ -72,6 +78,39 @@ def _curves(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:
     models = {"align_pro": config.prompter, "oracle": config.oracle}
     rows = {LABELS[arm]: read_rows(Path(m.path).parent / "metrics.jsonl") for arm, m in models.items() if m is not None}
     return {label: metrics for label, metrics in rows.items() if metrics}
+
+
+def _describe_models(config: EvalConfig, result: Evaluation) -> None:
+    """Add the held-out rewards to the cards of the models that are the ``model/`` of a run directory."""
+    arms = {arm.name: arm for arm in result.arms}
+    for name, model in (("align_pro", config.prompter), ("oracle", config.oracle)):
+        if model is None or name not in arms or Path(model.path).name != "model":
+            continue
+        directory, arm = Path(model.path), arms[name]
+        if not (directory / CARD_FILE).is_file():
+            continue
+        rows = [("mean reward", _shown(arm.reward)), ("penalised", _shown(arm.penalised))]
+        if arm.difference is not None:
+            rows.append(("against no fine-tuning", _shown(arm.difference)))
+        if name == "align_pro" and result.gap is not None:
+            rows.append(("share of the oracle's gain", _shown(result.gap)))
+        if arm.kl is not None:
+            rows.append(("KL, nats per sequence", f"{arm.kl:.2f}"))
+        table = ["| | 95 % interval |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+        told = f"On {arm.n} held-out prompts of `{config.data.source}`, from `{config.out}`:"
+        try:
+            write_section(directory, "Held-out evaluation", [told, "", *table])
+        except OSError as error:
+            logger.warning("%s: its card does not tell this evaluation: %s", directory, error)
+
+
+def _verdict(config: EvalConfig, result: Evaluation) -> str:
+    """What the evaluation says in a sentence or two."""
+    records = [
+        Record(config.title, None, _pair(config), arm.name, config.seed, result.rewards, label=arm.label)
+        for arm in result.arms
+    ]
+    return compare(records).verdict
 
 
 def _shown(estimate: Estimate) -> str:

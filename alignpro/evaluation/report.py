@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignpro.evaluation import charts
-from alignpro.evaluation.results import ArmGroup, ArmSummary, Report, SampleRow
-from alignpro.theory.statistics import Estimate, finite_or_none
+from alignpro.evaluation.comparison_results import Comparison, Group, MethodResult
+from alignpro.evaluation.report_content import Report
+from alignpro.evaluation.results import ArmGroup, ArmSummary, Bar, SampleRow
+from alignpro.theory.statistics import Estimate, VarianceParts, finite_or_none
 from alignpro.training.durability import replace_text
+
+_SHOWN_ROWS = 2000
+"""Samples in the table at most."""
+_TEXT_BYTES = 1_500_000
+"""Bytes of their texts at most: a report stays below 3 MB whatever was sampled."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,29 @@ class _BarSegment:
     width: float
 
 
+@dataclass(frozen=True)
+class _Figure:
+    """The images of one group of bars, as data URIs."""
+
+    title: str
+    mean: str
+    variance: str
+    distribution: str = ""
+    note: str = ""
+    paper: bool = False
+
+
+@dataclass(frozen=True)
+class _GroupView:
+    """A group of a comparison with what its table shows beside the numbers."""
+
+    group: Group
+    parts: dict[str, list[_BarSegment]]
+    powers: list[str]
+    best_label: str
+    best_method: str | None
+
+
 def write_report(path: Path, report: Report) -> None:
     """Render `report` and write it to ``path`` atomically, so that a reader never sees a partial file.
 
@@ -34,7 +65,7 @@ def write_report(path: Path, report: Report) -> None:
         report: The content. Texts may contain anything, including HTML: they are escaped.
 
     Raises:
-        ValueError: The report has no arm.
+        ValueError: The report has nothing to show.
         OSError: The file cannot be written.
     """
     replace_text(path, render_report(report).encode("utf-8", "replace").decode("utf-8"))
@@ -44,12 +75,12 @@ def render_report(report: Report) -> str:
     """The report as HTML text.
 
     Raises:
-        ValueError: The report has no arm.
+        ValueError: The report has nothing to show: no arm, no comparison and no training run.
     """
-    if not report.arms:
-        raise ValueError("a report needs at least one arm")
+    if not report.arms and not report.comparison and not report.curves:
+        raise ValueError("a report needs at least one arm, a comparison or a training run")
     environment = Environment(
-        loader=PackageLoader("alignpro.evaluation", "."),
+        loader=PackageLoader("alignpro.evaluation", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -62,17 +93,86 @@ def render_report(report: Report) -> str:
         percent=_percent,
         gap_interval=_gap_interval,
         p_value=_p_value,
+        count=_count,
+        duration=_duration,
     )
-    colors = {arm.name: charts.arm_color(arm.name) for arm in report.arms}
-    return environment.get_template("report.jinja").render(
+    colors = _colors(report)
+    groups = report.comparison.groups if report.comparison else ()
+    return environment.get_template("page.jinja").render(
         report=report,
+        verdict=report.verdict or (report.comparison.verdict if report.comparison else ""),
         colors=colors,
-        parts={arm.name: _variance_bar(arm, report.arms) for arm in report.arms},
+        parts=_variance_bars({arm.name: arm.variance for arm in report.arms}),
+        groups=[_group_view(group) for group in groups],
+        clustered=any(group.clusters != group.prompts for group in groups),
         kl=[(arm.label, arm.kl) for arm in report.arms if arm.kl is not None],
-        comparison=_embed(charts.to_svg(charts.plot_comparison, [ArmGroup(report.pair, report.arms)])),
-        distributions=_embed(charts.to_svg(charts.plot_distributions, report.arms)),
+        figures=_figures(report),
         curves=_embed(charts.to_svg(charts.plot_curves, report.curves)),
+        frontier=_embed(charts.to_svg(charts.plot_frontier, report.curves)),
         table=_table(report.arms, report.rows, colors),
+    )
+
+
+def _colors(report: Report) -> dict[str, str]:
+    """Key of an arm or method → its colour, which is that of its bars."""
+    methods = [
+        each.method for group in (report.comparison.groups if report.comparison else ()) for each in group.methods
+    ]
+    return charts.arm_colors(list(dict.fromkeys([*(arm.name for arm in report.arms), *methods])))
+
+
+def _group_view(group: Group) -> _GroupView:
+    best = max(group.methods, key=lambda each: each.mean.value)
+    instruction = group.method(group.best_instruction) if group.best_instruction else None
+    powers = dict.fromkeys(
+        f"{each.label} against {versus.other}: {versus.needed}."
+        for each in group.methods
+        for versus in (each.versus_baseline, each.versus_instruction)
+        if versus is not None and versus.needed
+    )
+    return _GroupView(
+        group,
+        _variance_bars({each.method: each.variance for each in group.methods}),
+        list(powers),
+        f"the instruction {instruction.label}" if instruction else "the best instruction",
+        best.method if len(group.methods) > 1 else None,
+    )
+
+
+def _figures(report: Report) -> list[_Figure]:
+    """The bars of the evaluation, or of each task of a comparison, and those of the paper if they are wanted."""
+    figures = []
+    if report.arms:
+        distribution = _embed(charts.to_svg(charts.plot_distributions, report.arms))
+        figures.append(_figure("", [ArmGroup(report.pair, report.arms)], distribution=distribution))
+    elif report.comparison:
+        for task, groups in _by_task(report.comparison).items():
+            bars = [ArmGroup(group.pair, [_bar(each) for each in group.methods]) for group in groups]
+            figures.append(_figure(task, bars))
+    if report.paper is not None:
+        note = f"{report.paper.source}."
+        for name, groups in report.paper.groups.items():
+            figures.append(_figure(f"The paper's figure: {name}", groups, note=note, paper=True))
+    return figures
+
+
+def _figure(
+    title: str, groups: Sequence[ArmGroup], *, distribution: str = "", note: str = "", paper: bool = False
+) -> _Figure:
+    images = [_embed(charts.to_svg(charts.plot_bars, groups, quantity)) for quantity in ("mean", "variance")]
+    return _Figure(title, images[0], images[1], distribution, note, paper)
+
+
+def _by_task(comparison: Comparison) -> dict[str, list[Group]]:
+    tasks: dict[str, list[Group]] = {}
+    for group in comparison.groups:
+        tasks.setdefault(group.task, []).append(group)
+    return tasks
+
+
+def _bar(result: MethodResult) -> Bar:
+    return Bar(
+        result.method, result.label, result.mean.value, (result.mean.low, result.mean.high), result.variance.total
     )
 
 
@@ -81,17 +181,25 @@ def _embed(image: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(image).decode('ascii')}" if image else ""
 
 
-def _variance_bar(arm: ArmSummary, arms: Sequence[ArmSummary]) -> list[_BarSegment]:
+def _variance_bars(variances: Mapping[str, VarianceParts]) -> dict[str, list[_BarSegment]]:
     """Segments in proportion to the variance parts; a negative estimate has no width, but is shown as a number."""
     largest = max(
-        max(0.0, v.prompts) + max(0.0, v.rewrites) + max(0.0, v.responses) for v in (a.variance for a in arms)
+        (max(0.0, v.prompts) + max(0.0, v.rewrites) + max(0.0, v.responses) for v in variances.values()), default=0.0
     )
-    parts = {"prompts": arm.variance.prompts, "rewrites": arm.variance.rewrites, "responses": arm.variance.responses}
-    return [_BarSegment(name, value, 100 * max(0.0, value) / (largest or 1.0)) for name, value in parts.items()]
+    bars = {}
+    for name, variance in variances.items():
+        parts = {"prompts": variance.prompts, "rewrites": variance.rewrites, "responses": variance.responses}
+        bars[name] = [
+            _BarSegment(part, value, 100 * max(0.0, value) / (largest or 1.0)) for part, value in parts.items()
+        ]
+    return bars
 
 
 def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[str, str]) -> dict[str, Any]:
-    """The rows in the format of the page's script: each distinct text is stored once, and rows hold indices."""
+    """The rows in the format of the page's script: each distinct text is stored once, and rows hold indices.
+
+    Rows follow as long as there is room for their texts.
+    """
     known = {arm.name: arm.label for arm in arms}
     names = list(dict.fromkeys([*known, *(row["arm"] for row in rows)]))
     texts: dict[str, int] = {}
@@ -99,16 +207,21 @@ def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[s
     def index(text: str | None) -> int:
         return -1 if text is None else texts.setdefault(_replace_surrogates(text), len(texts))
 
-    packed = [
-        [
-            names.index(row["arm"]),
-            index(row["prompt"]),
-            index(row["rewrite"]),
-            index(row["response"]),
-            finite_or_none(row["reward"]),
-        ]
-        for row in rows
-    ]
+    packed, room = [], _TEXT_BYTES
+    for row in rows[:_SHOWN_ROWS]:
+        written = [text for text in (row["prompt"], row["rewrite"], row["response"]) if text is not None]
+        room -= sum(len(json.dumps(text)) for text in written if _replace_surrogates(text) not in texts)
+        if room < 0:
+            break
+        packed.append(
+            [
+                names.index(row["arm"]),
+                index(row["prompt"]),
+                index(row["rewrite"]),
+                index(row["response"]),
+                finite_or_none(row["reward"]),
+            ]
+        )
     labels = [[known.get(name, name), colors.get(name, "#777777")] for name in names]
     return {"arms": labels, "texts": list(texts), "rows": packed}
 
@@ -140,6 +253,18 @@ def _p_value(p: float | None) -> str:
     if p is None:
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _percent(value: float) -> str:

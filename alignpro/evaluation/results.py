@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from alignpro.evaluation.convergence import Convergence
+from alignpro.evaluation.rewards_file import EvaluationRewards
 from alignpro.theory.statistics import (
     Clusters,
     Estimate,
@@ -64,6 +65,11 @@ class ArmSummary:
     def ci95(self) -> tuple[float, float]:
         """Its 95 % interval; NaN if it is not estimable."""
         return self.reward.low, self.reward.high
+
+    @property
+    def total_variance(self) -> float:
+        """The variance of the rewards without penalties."""
+        return self.variance.total
 
     def as_dict(self) -> dict[str, Any]:
         """The content for summary.json; undefined numbers are None."""
@@ -138,11 +144,26 @@ def adjusted(arms: Sequence[ArmSummary]) -> list[ArmSummary]:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """What the figure shows of one arm or method."""
+
+    name: str
+    """Key of the arm, which decides its colour."""
+    label: str
+    mean: float
+    """Mean reward."""
+    ci95: tuple[float, float]
+    """Its 95 % interval; NaN if there is none."""
+    total_variance: float
+    """Variance of the reward."""
+
+
+@dataclass(frozen=True)
 class ArmGroup:
     """The arms of one prompter-target pair: one group of bars."""
 
     label: str
-    arms: Sequence[ArmSummary]
+    arms: Sequence[ArmSummary | Bar]
 
 
 @dataclass(frozen=True)
@@ -225,35 +246,6 @@ class SampleRow(TypedDict):
 
 
 @dataclass(frozen=True)
-class Report:
-    """The content of the HTML report."""
-
-    title: str
-    pair: str
-    """The prompter-target pair, or another short name of the comparison."""
-    arms: Sequence[ArmSummary]
-    gap: Estimate | None = None
-    """Share of the gap recovered."""
-    bound: BoundSummary | None = None
-    gibbs: GibbsEstimates | None = None
-    kl_coef: float | None = None
-    """λ."""
-    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    """Label of a training run -> its rows of metrics.jsonl."""
-    convergence: Mapping[str, Convergence] = field(default_factory=dict)
-    """Label of a training run -> whether its reward was still rising."""
-    rows: Sequence[SampleRow] = ()
-    configuration: str = ""
-    """The resolved configuration, as YAML."""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    command: str = ""
-    """The command that reproduces this report."""
-    created: str = ""
-    notes: Sequence[str] = ()
-    """Sentences above the table, such as what was compared and what the numbers do not show."""
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """The results of an evaluation."""
 
@@ -270,6 +262,8 @@ class Evaluation:
     convergence: Mapping[str, Convergence]
     """Key of a trained arm -> whether the reward of its training was still rising, if its run directory is known."""
     seconds: float
+    rewards: EvaluationRewards
+    """The content of rewards.json."""
     gibbs_by_arm: Mapping[str, GibbsEstimates] = field(default_factory=dict)
     """Key of each arm of Gibbs resampling -> the estimates from its candidates."""
 

@@ -1,7 +1,10 @@
-"""The card of a saved prompter: how to use it without this package."""
+"""The card of a saved model: how a prompter is used without this package, what it was trained from, and how good it is."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from alignpro.prompting.meta_prompt import MetaPrompt
@@ -40,7 +43,42 @@ inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return
 output = model.generate(**inputs, max_new_tokens={max_tokens}, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 ```
+
+Behind a server with OpenAI's interface, such as vLLM's:
+
+```sh
+{serve}
+```
+
+```python
+import json
+import urllib.request
+from pathlib import Path
+
+from jinja2 import Template
+
+template = Template((Path("path/to/this/directory") / "{file}").read_text())
+turns = [{{"role": "user", "content": template.render(prompt="explain dns to my mum", history=[])}}]
+body = {{"model": "prompter", "messages": turns, "max_tokens": {max_tokens}, "temperature": 0}}
+request = urllib.request.Request("http://localhost:8000/v1/chat/completions", json.dumps(body).encode())
+request.add_header("Content-Type", "application/json")
+with urllib.request.urlopen(request) as answer:
+    print(json.load(answer)["choices"][0]["message"]["content"].strip())
+```
 """
+
+_PLAIN_CARD = """\
+---
+library_name: {library}
+tags: [align-pro]
+---
+
+# A model trained with Align-Pro
+
+It is used like the model that it was trained from.
+"""
+
+CARD_FILE = "README.md"
 
 
 def write_card(directory: Path, meta_prompt: MetaPrompt, max_tokens: int) -> None:
@@ -59,5 +97,58 @@ def write_card(directory: Path, meta_prompt: MetaPrompt, max_tokens: int) -> Non
         meta_prompt=meta_prompt.source.strip(),
         peft=" and peft" if adapter else "",
         max_tokens=max_tokens,
+        serve=_serve(directory),
     )
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def write_section(directory: Path, name: str, lines: Sequence[str]) -> None:
+    """Add a section to the card of a saved model, or replace the one of that name; a model without a card gets a plain one.
+
+    Args:
+        directory: Of the saved model.
+        name: The section's heading.
+        lines: Its content in Markdown.
+
+    Raises:
+        OSError: The card cannot be read or written.
+    """
+    path = directory / CARD_FILE
+    adapter = (directory / "adapter_config.json").is_file()
+    card = (
+        path.read_text(encoding="utf-8")
+        if path.is_file()
+        else _PLAIN_CARD.format(library="peft" if adapter else "transformers")
+    )
+    begin, end = (f"<!-- {edge} of: {name} -->" for edge in ("begin", "end"))
+    section = "\n".join([begin, f"## {name}", "", *lines, end, ""])
+    if begin in card and end in card:
+        head, _, rest = card.partition(begin)
+        card = head + section + rest.partition(end)[2].removeprefix("\n")
+    else:
+        card = f"{card.rstrip()}\n\n{section}"
+    path.write_text(card, encoding="utf-8")
+
+
+def licence_of(directory: Path) -> str | None:
+    """The licence of a model as its directory tells it: in the card's front matter, or the first line of a LICENSE file."""
+    card = directory / CARD_FILE
+    if card.is_file():
+        found = re.match(r"---\n(?:.*\n)*?license(?:_name)?: *(.+)\n(?:.*\n)*?---", card.read_text("utf-8", "replace"))
+        if found:
+            return found[1].strip()
+    for file in sorted(directory.glob("LICEN[SC]E*")):
+        return next((line.strip() for line in file.read_text("utf-8", "replace").splitlines() if line.strip()), None)
+    return None
+
+
+def _serve(directory: Path) -> str:
+    """The command that serves a saved prompter with vLLM."""
+    adapter = directory / "adapter_config.json"
+    if not adapter.is_file():
+        return "vllm serve path/to/this/directory --served-model-name prompter"
+    settings = json.loads(adapter.read_text(encoding="utf-8"))
+    base, rank = settings.get("base_model_name_or_path") or "BASE", settings.get("r")
+    if rank is None:
+        return "# a soft prompt is used through peft: no server takes it"
+    return f"vllm serve {base} --enable-lora --max-lora-rank {max(16, rank)} --lora-modules prompter=path/to/this/directory"

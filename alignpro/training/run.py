@@ -32,6 +32,7 @@ from alignpro.training.resume import check_launcher, find_start
 from alignpro.training.rng_state import get_rng_state, preserved_rng_state, seed_all, set_rng_state
 from alignpro.training.run_directory import RUN_ID, RunDirectory
 from alignpro.training.stop_signals import stop_signals
+from alignpro.training.trained_card import describe_training
 
 logger = logging.getLogger(__name__)
 
@@ -309,6 +310,7 @@ class Run:
             trainer.export(directory)
             if self._directory is not None:
                 name_base(directory, self._directory.model)
+                describe_training(directory, self._directory.path)
                 self._directory.mark_export(directory, self.config.steps)
 
         def replace(write: Callable[[Path], None]) -> None:

@@ -21,6 +21,7 @@ from alignpro.evaluation.evaluate import evaluate
 from alignpro.evaluation.gibbs import gibbs_estimates, split_log_partition
 from alignpro.evaluation.optimal import optimal
 from alignpro.evaluation.results import Evaluation
+from alignpro.evaluation.rewards_file import read_rewards
 from alignpro.objectives import gibbs_resample
 from alignpro.theory.statistics import Clusters
 
@@ -137,6 +138,11 @@ def test_what_greedy_samples_report_is_said(workshop: Workshop, tmp_path: Path) 
     summary = json.loads((tmp_path / "greedy" / "summary.json").read_text())
     assert summary["notes"] == greedy.notes
     assert summary["align_pro"]["difference"]["adjusted_p"] == greedy.arms[-1].adjusted_p
+    rewards = read_rewards(tmp_path / "greedy" / "rewards.json")
+    assert len(set(rewards.prompts)) == len(rewards.clusters) == 6
+    assert {name: arm.raw.mean() for name, arm in rewards.arms.items()} == pytest.approx(
+        {arm.name: arm.mean for arm in greedy.arms}
+    )
     assert not any("greedy" in note for note in run(workshop, tmp_path / "drawn").notes)
 
 

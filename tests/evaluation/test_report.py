@@ -8,7 +8,8 @@ import pytest
 
 from alignpro.evaluation.convergence import convergence
 from alignpro.evaluation.report import render_report, write_report
-from alignpro.evaluation.results import ArmSummary, BoundSummary, Report, SampleRow, adjusted, summarize_arm
+from alignpro.evaluation.report_content import Report
+from alignpro.evaluation.results import ArmSummary, BoundSummary, SampleRow, adjusted, summarize_arm
 from alignpro.theory.statistics import Clusters, Estimate, Interval, NotEstimable
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&amp; $x$ $ \\frac{"
@@ -111,7 +112,7 @@ def test_the_file_is_self_contained(tmp_path):
     write_report(path, report(rows=rows, curves={"run": [{"step": 1, "kl": 1.0}, {"step": 2, "kl": 2.0}]}))
     page = Page(path.read_text(encoding="utf-8"))
     links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "data")]
-    assert len([link for link in links if link.startswith("data:image/svg+xml;base64,")]) == 3
+    assert len([link for link in links if link.startswith("data:image/svg+xml;base64,")]) == 5
     assert all(link.startswith(("data:", "#")) for link in links)
     assert not any(tag == "link" for tag, _ in page.tags)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

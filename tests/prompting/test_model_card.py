@@ -11,6 +11,7 @@ import pytest
 from tiny_runs import Workshop
 
 import alignpro
+from alignpro.prompting.model_card import licence_of, write_section
 
 
 def code_of_card(workshop: Workshop, root: Path, adapter: str) -> str:
@@ -21,8 +22,15 @@ def code_of_card(workshop: Workshop, root: Path, adapter: str) -> str:
     assert workshop.run("train", root / adapter, *settings) == 0
     card = (root / adapter / "model" / "README.md").read_text()
     assert "Say it better: {{ prompt }}" in card
-    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert "alignpro" not in code
+    code, served = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    compile(served, "served", "exec")
+    assert "alignpro" not in code + served
+    ((command),) = re.findall(r"```sh\n(vllm serve .*)\n```", card)
+    assert ("--lora-modules prompter=" in command) == (adapter == "lora")
+    training = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", card, flags=re.MULTILINE))
+    assert training["λ"].endswith("per nat")
+    assert training["steps, seed"] == "1, 0"
+    assert float(training["KL to the reference, nats per sequence"]) >= 0
     return code.replace("path/to/this/directory", str(root / adapter / "model"))
 
 
@@ -44,3 +52,34 @@ def test_only_prompters_have_one(workshop: Workshop, tmp_path: Path) -> None:
     assert "A prompter" in (tmp_path / "sft" / "model" / "README.md").read_text()
     assert workshop.run("rlhf", tmp_path / "rlhf", "run.steps=1") == 0
     assert not (tmp_path / "rlhf" / "model" / "meta_prompt.jinja").exists()
+    card = (tmp_path / "rlhf" / "model" / "README.md").read_text()
+    assert "used like the model that it was trained from" in card
+    assert "| estimator |" in card
+
+
+def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
+    write_section(tmp_path, "Training", ["| base | x |"])
+    write_section(tmp_path, "Held-out evaluation", ["0.5"])
+    write_section(tmp_path, "Held-out evaluation", ["0.7"])
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("## Held-out evaluation") == card.count("## Training") == 1
+    assert "0.7" in card
+    assert "0.5" not in card
+    write_section(tmp_path, "Training", ["| base | y |"])
+    card = (tmp_path / "README.md").read_text()
+    assert card.index("| base | y |") < card.index("0.7")
+    assert "| base | x |" not in card
+
+
+@pytest.mark.parametrize(
+    ("files", "licence"),
+    [
+        ({"README.md": "---\nlibrary_name: t\nlicense: apache-2.0\ntags: [x]\n---\n# A"}, "apache-2.0"),
+        ({"README.md": "# license: none\n", "LICENSE": "\n  MIT License\nCopyright"}, "MIT License"),
+        ({}, None),
+    ],
+)
+def test_the_licence_is_what_the_directory_tells(tmp_path: Path, files: dict[str, str], licence: str | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert licence_of(tmp_path) == licence

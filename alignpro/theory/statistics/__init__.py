@@ -10,7 +10,16 @@ from alignpro.theory.statistics.gap import gap_recovered
 from alignpro.theory.statistics.intervals import mean_estimate, paired_estimate
 from alignpro.theory.statistics.multiplicity import holm
 from alignpro.theory.statistics.pairs import PairStatistics, pair_statistics
-from alignpro.theory.statistics.values import FloatArray, Values, prompt_means
+from alignpro.theory.statistics.power import SampleSize, sample_size
+from alignpro.theory.statistics.seeds import (
+    SeedError,
+    SeedRewards,
+    difference_error,
+    difference_over_seeds,
+    gap_over_seeds,
+    mean_over_seeds,
+)
+from alignpro.theory.statistics.values import FloatArray, Values, finite, prompt_means
 from alignpro.theory.statistics.variance import VarianceParts, nested_variance
 
 __all__ = [
@@ -20,14 +29,23 @@ __all__ = [
     "Interval",
     "NotEstimable",
     "PairStatistics",
+    "SampleSize",
+    "SeedError",
+    "SeedRewards",
     "Values",
     "VarianceParts",
+    "difference_error",
+    "difference_over_seeds",
+    "finite",
     "finite_or_none",
+    "gap_over_seeds",
     "gap_recovered",
     "holm",
     "mean_estimate",
+    "mean_over_seeds",
     "nested_variance",
     "pair_statistics",
     "paired_estimate",
     "prompt_means",
+    "sample_size",
 ]

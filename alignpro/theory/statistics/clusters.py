@@ -35,6 +35,8 @@ class Clusters:
         numbers: dict[Hashable, int] = {}
         index = np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)
         self.prompts, self.count = len(index), len(numbers)
+        self.numbers: npt.NDArray[np.int64] = index
+        """(P,) the number of each prompt's cluster, from 0 in order of first appearance."""
         self._order = np.argsort(index, kind="stable")
         self._sizes: npt.NDArray[np.int64] = np.bincount(index, minlength=self.count)
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])

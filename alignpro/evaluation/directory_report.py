@@ -1,0 +1,132 @@
+"""`alignpro report`: one report on evaluations, experiments and training runs that lie in directories."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignpro.errors import DataError
+from alignpro.evaluation.changes import Change, largest_changes
+from alignpro.evaluation.comparison import Record, compare
+from alignpro.evaluation.comparison_results import Comparison
+from alignpro.evaluation.convergence import convergence
+from alignpro.evaluation.evaluated import (
+    EvaluatedDirectory,
+    curves_of,
+    find_evaluations,
+    interleaved_rows,
+    records_of,
+    runs_of,
+)
+from alignpro.evaluation.paper_figure import paper_figure
+from alignpro.evaluation.report import write_report
+from alignpro.evaluation.report_content import Report
+from alignpro.evaluation.results import SampleRow
+from alignpro.training.durability import disk_errors
+from alignpro.versions import versions
+
+
+def report_directories(directories: Sequence[Path], out: Path, *, paper: bool = False) -> Comparison | None:
+    """Write one report on all directories.
+
+    Args:
+        directories: Of evaluations, of experiments or anything else with evaluations below, or of training runs.
+        out: The HTML file.
+        paper: Whether to draw the values of the paper's figure too.
+
+    Returns:
+        The comparison; None if there are training runs only.
+
+    Raises:
+        DataError: A directory holds nothing to report, a file in it is damaged, or evaluations cannot be compared.
+        CheckpointError: The file cannot be written.
+    """
+    for directory in directories:
+        if not find_evaluations([directory]) and not (directory / "metrics.jsonl").is_file():
+            raise DataError(
+                f"{directory}: holds neither an evaluation (rewards.json, from `alignpro eval`) nor a training run "
+                "(metrics.jsonl)"
+            )
+    evaluations = find_evaluations(directories)
+    records, notes = records_of(evaluations)
+    runs = [directory for directory in directories if (directory / "metrics.jsonl").is_file()]
+    command = ["alignpro report", *map(str, directories), "--out", str(out), *(["--paper"] if paper else [])]
+    return report_records(records, evaluations, out, runs=runs, notes=notes, paper=paper, command=" ".join(command))
+
+
+def report_records(
+    records: Sequence[Record],
+    evaluations: Sequence[EvaluatedDirectory],
+    out: Path,
+    *,
+    title: str = "Align-Pro",
+    runs: Sequence[Path] = (),
+    notes: Sequence[str] = (),
+    paper: bool = False,
+    command: str = "",
+) -> Comparison | None:
+    """Write the report on records, such as the cells of an experiment that are done.
+
+    Args:
+        records: What is compared; ``origin`` of each is the directory of its evaluation.
+        evaluations: These directories.
+        out: The HTML file.
+        title: Of the report.
+        runs: Training runs whose curves are shown besides those of the evaluated models.
+        notes: Sentences that stand above the tables.
+        paper: Whether to draw the values of the paper's figure too.
+        command: What makes the report again.
+
+    Returns:
+        The comparison; None if there are no records.
+
+    Raises:
+        DataError: The records cannot be compared.
+        CheckpointError: The file cannot be written.
+    """
+    comparison = compare(records) if records else None
+    curves = curves_of(dict.fromkeys([*runs, *runs_of(evaluations)]))
+    converged = {label: each for label, rows in curves.items() if (each := convergence(rows)) is not None}
+    report = Report(
+        title=title,
+        pair=_subtitle(comparison, len(evaluations), len(curves)),
+        comparison=comparison,
+        verdict="" if comparison else "Training runs only: nothing here was evaluated on held-out prompts.",
+        curves=curves,
+        convergence=converged,
+        notes=notes,
+        rows=interleaved_rows(evaluations),
+        changes=_changes(evaluations, records),
+        paper=paper_figure() if paper else None,
+        versions=versions(),
+        command=command,
+        created=time.strftime("%Y-%m-%d"),
+    )
+    with disk_errors(str(out), "name another file with --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_report(out, report)
+    return comparison
+
+
+def _subtitle(comparison: Comparison | None, evaluations: int, runs: int) -> str:
+    tasks = len({group.task for group in comparison.groups}) if comparison else 0
+    counts = ((tasks, "task"), (evaluations, "evaluation"), (runs, "training run"))
+    return " · ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts if count)
+
+
+def _changes(evaluations: Sequence[EvaluatedDirectory], records: Sequence[Record]) -> list[Change]:
+    """The prompts that gained and lost most in each task and target, with the first seed of Align-Pro."""
+    rows: dict[tuple[str, str], list[SampleRow]] = {}
+    seen: set[tuple[str, str, str]] = set()
+    samples = {str(each.path): each for each in evaluations}
+    for record in records:
+        method = record.method.partition(":")[0]
+        key = (record.task, record.target, method)
+        if method in ("no_finetuning", "align_pro") and key not in seen:
+            seen.add(key)
+            found = samples[record.origin].rows
+            rows.setdefault(key[:2], []).extend(row for row in found if row["arm"] == method)
+    count = 5 if len(rows) < 2 else 2
+    titles = {key: "" if len(rows) < 2 else f"{key[0]} · {key[1]}" for key in rows}
+    return [change for key, each in rows.items() for change in largest_changes(each, count, title=titles[key])]

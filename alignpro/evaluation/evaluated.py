@@ -1,0 +1,243 @@
+"""Evaluations and training runs that lie in directories, as `alignpro report` compares them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from alignpro.errors import DataError
+from alignpro.evaluation.comparison import Record
+from alignpro.evaluation.comparison_results import Cost
+from alignpro.evaluation.results import SampleRow
+from alignpro.evaluation.rewards_file import REWARDS_FILE, EvaluationRewards, read_rewards
+from alignpro.evaluation.verdict import method_label
+from alignpro.training.loggers.jsonl import read_rows
+
+RECORD_FILE = "record.json"
+"""Beside rewards.json, where an experiment says what was evaluated: task, prompter, target, method, seed and cost."""
+TRAINED = {"align_pro": "prompter", "oracle": "oracle"}
+"""Arm whose model is trained → the key of the evaluation's configuration that names it."""
+
+
+@dataclass(frozen=True)
+class EvaluatedDirectory:
+    """The directory of one evaluation."""
+
+    path: Path
+    rewards: EvaluationRewards
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its resolved configuration; empty if it is not there."""
+        return _yaml(self.path / "config.yaml")
+
+    @cached_property
+    def record(self) -> dict[str, Any] | None:
+        """What an experiment says of it.
+
+        Raises:
+            DataError: The file is damaged or lacks a key.
+        """
+        file = self.path / RECORD_FILE
+        if not file.is_file():
+            return None
+        content = _json(file)
+        missing = [key for key in ("task", "target", "method", "seed") if key not in content]
+        if missing:
+            raise DataError(f"{file}: lacks {', '.join(missing)}")
+        return content
+
+    @property
+    def rows(self) -> list[SampleRow]:
+        """Its samples; none if the file is not there."""
+        file = self.path / "samples.jsonl"
+        if not file.is_file():
+            return []
+        with file.open(encoding="utf-8", errors="surrogatepass") as lines:
+            return [json.loads(line) for line in lines]
+
+    def run(self, arm: str) -> Path | None:
+        """The run directory that trained the model of an arm, if it is there."""
+        named = self.config.get(TRAINED.get(arm, "")) or {}
+        path = Path(named.get("path", ""))
+        return path.parent if path.name == "model" and (path.parent / "config.yaml").is_file() else None
+
+
+def find_evaluations(directories: Iterable[Path]) -> list[EvaluatedDirectory]:
+    """The evaluations in directories: each is one itself, or holds some at any depth; in the order of their paths.
+
+    Raises:
+        DataError: A rewards.json is damaged.
+    """
+    files = [
+        file
+        for directory in directories
+        for file in ([directory / REWARDS_FILE] if (directory / REWARDS_FILE).is_file() else _below(directory))
+    ]
+    return [EvaluatedDirectory(file.parent, read_rewards(file)) for file in dict.fromkeys(files)]
+
+
+def records_of(evaluations: Sequence[EvaluatedDirectory]) -> tuple[list[Record], list[str]]:
+    """One record per arm of each evaluation, and notes on those that were left out.
+
+    Trained arms whose configurations differ in more than seed and place are methods of their own, named by the directory.
+    What is not trained and was evaluated more than once with the same seed is taken once.
+    """
+    names: dict[str, dict[str, str]] = {}
+    for each in evaluations:
+        for arm in each.rewards.arms:
+            if each.record is None and (run := each.run(arm)) is not None:
+                of_arm = names.setdefault(arm, {})
+                of_arm.setdefault(_fingerprint(run), run.name if run.name not in of_arm.values() else str(run))
+    records: dict[tuple[str, str | None, str, str, int], Record] = {}
+    notes = []
+    for each in evaluations:
+        for arm in [each.record["method"]] if each.record else each.rewards.arms:
+            record = _recorded(each) if each.record else _record(each, arm, names.get(arm, {}))
+            key = (record.task, record.prompter, record.target, record.method, record.seed)
+            earlier = records.get(key)
+            if earlier is None:
+                records[key] = record
+            elif arm in TRAINED:
+                raise DataError(
+                    f"{record.origin} and {earlier.origin} are both {arm} with seed {record.seed}; leave one out"
+                )
+            elif not _same(earlier.rewards, record.rewards):
+                notes.append(
+                    f"{record.label or method_label(arm)} was evaluated more than once with seed {record.seed}; that of "
+                    f"{earlier.origin} is taken, not that of {record.origin}."
+                )
+    return list(records.values()), notes
+
+
+def curves_of(directories: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Name of a run directory → its metrics, of those that have any."""
+    curves = {}
+    for directory in directories:
+        rows = read_rows(directory / "metrics.jsonl")
+        if rows:
+            name = directory.name if directory.name not in curves else str(directory)
+            curves[name] = rows
+    return curves
+
+
+def runs_of(evaluations: Sequence[EvaluatedDirectory]) -> list[Path]:
+    """The run directories that trained the compared models."""
+    found = [each.run(arm) for each in evaluations for arm in each.rewards.arms]
+    return list(dict.fromkeys(run for run in found if run is not None))
+
+
+def interleaved_rows(evaluations: Sequence[EvaluatedDirectory]) -> list[SampleRow]:
+    """The samples of all evaluations in turn, so that the first of them come from each."""
+    turns = zip_longest(*(each.rows for each in evaluations))
+    return [row for row in chain.from_iterable(turns) if row is not None]
+
+
+def _below(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.rglob(REWARDS_FILE) if not any(p.startswith(".") for p in file.parts[-3:]))
+
+
+def _recorded(each: EvaluatedDirectory) -> Record:
+    assert each.record is not None
+    record = each.record
+    cost = {key: record.get("cost", {}).get(key) for key in ("target_calls", "tokens", "seconds")}
+    return Record(
+        task=record["task"],
+        prompter=record.get("prompter"),
+        target=record["target"],
+        method=record["method"],
+        seed=record["seed"],
+        rewards=each.rewards,
+        cost=Cost(**cost),
+        label=record.get("label", ""),
+        origin=str(each.path),
+    )
+
+
+def _record(each: EvaluatedDirectory, arm: str, names: Mapping[str, str]) -> Record:
+    config, run = each.config, each.run(arm)
+    prompter = _name(config.get("reference") or config.get("prompter"))
+    method, label = arm, ""
+    if len(names) > 1 and run is not None:
+        name = names[_fingerprint(run)]
+        method, label = f"{arm}: {name}", f"{method_label(arm)} ({name})"
+    trained = _yaml(run / "config.yaml") if run is not None else {}
+    return Record(
+        task=config.get("title", each.path.name),
+        prompter=None if arm in ("no_finetuning", "oracle") or arm.startswith("instruction") else prompter,
+        target=_name(config.get("target")) or "target",
+        method=method,
+        seed=trained.get("run", {}).get("seed", each.rewards.seed),
+        rewards=_only(each.rewards, arm),
+        cost=Cost() if run is None else _training_cost(run, trained),
+        label=label,
+        origin=str(each.path),
+    )
+
+
+def _same(a: EvaluationRewards, b: EvaluationRewards) -> bool:
+    """Whether the rewards of two evaluations of one arm are equal."""
+    (first,), (second,) = a.arms.values(), b.arms.values()
+    return list(a.prompts) == list(b.prompts) and np.array_equal(first.raw, second.raw)
+
+
+def _only(rewards: EvaluationRewards, arm: str) -> EvaluationRewards:
+    return EvaluationRewards(rewards.prompts, rewards.clusters, {arm: rewards.arms[arm]}, rewards.seed, rewards.reward)
+
+
+def _training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
+    """What a training run took, from its metrics: responses of the target, decoded tokens, seconds of its phases."""
+    rows = read_rows(run / "metrics.jsonl")
+    rollout = config.get("rollout", {})
+    each = [rollout.get(key) for key in ("prompts_per_step", "rewrites_per_prompt", "responses_per_rewrite")]
+    calls = float(len(rows) * np.prod(each)) if all(isinstance(number, int) for number in each) else None
+    tokens = [row["engine/computed/decode"] for row in rows if "engine/computed/decode" in row]
+    seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/"))
+    return Cost(calls, float(sum(tokens)) if tokens else None, float(seconds) if rows else None)
+
+
+def _fingerprint(run: Path) -> str:
+    """What decides whether two runs are the same method: their configuration without seed and place."""
+    config = _yaml(run / "config.yaml")
+    config["run"] = {key: value for key, value in config.get("run", {}).items() if key not in ("seed", "out")}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _name(model: Any) -> str | None:
+    """A model's name: its directory, or the run directory if it is a run's ``model/``."""
+    if not isinstance(model, dict):
+        return model if isinstance(model, str) else None
+    if "path" in model:
+        path = Path(model["path"])
+        return path.parent.name if path.name == "model" and path.parent.name else path.name
+    endpoint = model.get("endpoint")
+    return endpoint.get("model") if isinstance(endpoint, dict) else None
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected an object")
+    return content

@@ -1,0 +1,170 @@
+"""`alignpro report` on directories of evaluations, experiments and runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from synthetic_records import records
+
+from alignpro.cli import main
+from alignpro.errors import DataError
+from alignpro.evaluation.comparison import Record
+from alignpro.evaluation.directory_report import report_directories
+from alignpro.evaluation.evaluated import find_evaluations, records_of
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+def write_cell(root: Path, record: Record, *, words: int = 12) -> Path:
+    """The directory of an evaluation as an experiment writes it, with two samples per prompt."""
+    directory = root / record.task / record.method / f"seed_{record.seed}"
+    directory.mkdir(parents=True)
+    (directory / "rewards.json").write_text(json.dumps(record.rewards.as_dict()))
+    cost = {"target_calls": record.cost.target_calls, "tokens": record.cost.tokens, "seconds": record.cost.seconds}
+    named = {key: getattr(record, key) for key in ("task", "prompter", "target", "method", "seed")}
+    (directory / "record.json").write_text(json.dumps(named | {"cost": cost}))
+    with (directory / "samples.jsonl").open("w") as file:
+        for i, rewards in enumerate(record.rewards.arms[record.method].raw):
+            for reward in rewards[:, 0]:
+                prompt = f"prompt {i}: " + "please explain this to me " * (words // 6)
+                rewritten = (
+                    None if record.method == "no_finetuning" else prompt + "Answer in one short sentence <b>now</b>."
+                )
+                row = {
+                    "arm": record.method,
+                    "prompt": prompt,
+                    "rewrite": rewritten,
+                    "response": f"{record.method} {i} {reward:.6f} " + "word " * words,
+                    "reward": reward,
+                    "penalised": reward,
+                }
+                file.write(json.dumps(row) + "\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("experiment")
+    for record in records(("house style", "numbered list"), seeds=2):
+        write_cell(root, record)
+    return root
+
+
+def test_an_experiment_is_one_report(experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "report.html"
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(experiment), "--out", str(out), "--paper"])
+    assert not stopped.value.code
+    verdict = "Align-Pro is above no fine-tuning on 2 of 2 tasks after correction for all comparisons."
+    assert verdict in capsys.readouterr().out
+    html = out.read_text()
+    assert verdict in html
+    for shown in (
+        "numbered list",
+        "Gibbs, N = 16",
+        "<ins>Answer in one short sentence &lt;b&gt;now",
+        "UltraFeedback",
+        "2,560",
+    ):
+        assert shown in html
+    assert "to see 0.05 you need" in html
+
+
+def test_a_report_of_a_thousand_prompts_is_small(tmp_path: Path) -> None:
+    for record in records(seeds=1, means={"no_finetuning": 0.2, "align_pro": 0.7, "oracle": 0.9}, prompts=1000):
+        write_cell(tmp_path / "cells", record, words=300)
+    report_directories([tmp_path / "cells"], tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+    assert "samples; samples.jsonl has all." in (tmp_path / "report.html").read_text()
+
+
+def run_directory(root: Path, name: str, seed: int, steps: int = 20, **objective: float) -> Path:
+    run = root / name
+    (run / "model").mkdir(parents=True)
+    config = {"run": {"seed": seed, "out": str(run)}, "objective": objective}
+    config["rollout"] = {"prompts_per_step": 8, "rewrites_per_prompt": 4, "responses_per_rewrite": 2}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = [{"step": i, "kl": 0.1 * i, "reward/mean": 0.3, "seconds/rollout": 2.0} for i in range(1, steps + 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def write_evaluation(root: Path, run: Path, record: Record, base: Record) -> Path:
+    directory = root / f"eval_{run.name}"
+    directory.mkdir()
+    content = record.rewards.as_dict()
+    content["arms"] |= base.rewards.as_dict()["arms"]
+    (directory / "rewards.json").write_text(json.dumps(content))
+    config = {"title": "T", "prompter": {"path": str(run / "model")}, "target": {"path": "models/F1"}}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    return directory
+
+
+def test_runs_that_differ_in_their_seed_are_one_method(tmp_path: Path) -> None:
+    base, *ours = records(means={"no_finetuning": 0.2, "align_pro": 0.7})
+    runs = [run_directory(tmp_path, f"run{i}", seed=i) for i in range(3)]
+    for run, record in zip(runs, ours, strict=True):
+        write_evaluation(tmp_path, run, record, base)
+    found, notes = records_of(find_evaluations([tmp_path]))
+    assert [(each.method, each.seed) for each in found] == [
+        ("no_finetuning", 0), ("align_pro", 0), ("align_pro", 1), ("align_pro", 2),
+    ]  # fmt: skip
+    assert notes == [] or all("more than once" in note for note in notes)
+    trained = found[1]
+    assert (trained.target, trained.cost.target_calls, trained.cost.seconds) == ("F1", 20 * 64, 40.0)
+    compared = report_directories([tmp_path], tmp_path / "report.html")
+    assert compared.groups[0].method("align_pro").seeds == 3
+    assert 'alt="Reward against the KL' in (tmp_path / "report.html").read_text()
+
+
+def test_runs_that_differ_otherwise_are_compared(tmp_path: Path) -> None:
+    base, *ours = records(means={"no_finetuning": 0.2, "align_pro": 0.7}, seeds=2)
+    runs = [run_directory(tmp_path, f"run{i}", seed=0, kl=0.1 * i) for i in range(2)]
+    for run, record in zip(runs, ours, strict=True):
+        write_evaluation(tmp_path, run, record, base)
+    (group,) = report_directories([tmp_path], tmp_path / "report.html").groups
+    assert [each.label for each in group.methods] == ["No fine-tuning", "Align-Pro (run0)", "Align-Pro (run1)"]
+
+
+def test_training_runs_alone_are_shown_without_a_claim(tmp_path: Path) -> None:
+    run = run_directory(tmp_path, "run", seed=0)
+    assert report_directories([run], tmp_path / "report.html") is None
+    html = (tmp_path / "report.html").read_text()
+    assert "nothing here was evaluated on held-out prompts" in html
+    assert 'alt="Training curves"' in html
+
+
+def test_what_holds_nothing_or_is_damaged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds neither an evaluation"):
+        report_directories([tmp_path], tmp_path / "report.html")
+    cell = write_cell(tmp_path, records(means={"align_pro": 0.5}, seeds=1)[0])
+    (cell / "record.json").write_text('{"task": "a"}')
+    with pytest.raises(DataError, match=r"record.json: lacks target, method, seed"):
+        report_directories([tmp_path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_shows_it_without_an_error_or_a_request(experiment: Path, tmp_path: Path) -> None:
+    """The page's policy forbids every request, and a violation would be an error on the console."""
+    report_directories([experiment], tmp_path / "report.html")
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}/user",
+        f"--log-net-log={tmp_path}/net.json", "--disable-background-networking", "--disable-component-update",
+        "--virtual-time-budget=2000", "--dump-dom", (tmp_path / "report.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    shown = done.stdout.partition('<tbody id="body">')[2].partition("</tbody>")[0]
+    assert shown.count("<tr") == 25
+    requested = re.findall(r'"url":"(\w+):', (tmp_path / "net.json").read_text())
+    assert set(requested) <= {"file", "data"}
