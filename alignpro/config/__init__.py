@@ -26,6 +26,7 @@ from alignpro.config.experiment import (
     needs_prompter,
 )
 from alignpro.config.jobs import (
+    ComparisonConfig,
     EvalConfig,
     HeadroomConfig,
     OptimalConfig,
@@ -69,6 +70,7 @@ from alignpro.config.targets import (
 __all__ = [
     "AdapterConfig",
     "BudgetConfig",
+    "ComparisonConfig",
     "ConfigSource",
     "DataConfig",
     "DeepSpeedConfig",

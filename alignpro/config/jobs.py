@@ -190,6 +190,9 @@ class EvalConfig(ComparisonConfig):
     the rewrites are drawn once, and a smaller N has the first of them."""
     arms: list[str] | None = None
     """The arms to sample; by default all that the other keys describe. Without ``no_finetuning`` there are no differences."""
+    also_fit: list[ModelConfig] = Field(default_factory=list)
+    """Prompters that are evaluated elsewhere on the same prompts: what is too long for one of them is left out here, too. Only
+    their tokenizers are loaded; of one with an adapter, ``path`` is its base model."""
     kl_coef: float = Field(0.05, ge=0)
     bound: bool = False
     r_max: float = Field(1.0, gt=0)

@@ -19,12 +19,9 @@ from alignpro.environments.build import prompt_environment
 from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment, UnchangedPromptEnvironment
-from alignpro.models.input_room import max_input_tokens
 from alignpro.models.language_model import LanguageModel
 from alignpro.objectives import GibbsResample, gibbs_resample
 from alignpro.prompting.chat_template import ChatTemplate
-from alignpro.prompting.length_filter import filter_overlong_prompts
-from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.rewrite_template import RewriteTemplate
 from alignpro.prompting.target_prompt import SentRewrite
 from alignpro.rewards import RewardStack
@@ -249,16 +246,3 @@ def _joined(parts: Sequence[ArmSamples]) -> ArmSamples:
             responses=[group for each in scores for group in each.responses],
         ),
     )
-
-
-def drop_prompts_too_long_for_prompter(
-    prompts: Sequence[Prompt], prompter: LanguageModel, config: EvalConfig | HeadroomConfig | OptimalConfig
-) -> list[Prompt]:
-    """The prompts whose input fits in the prompter's context, beside the rewrite.
-
-    Raises:
-        ConfigError: The rewrite leaves no room for a prompt.
-    """
-    limit = max_input_tokens(prompter, config.rewrite, "the prompter", "rewrite")
-    encode = PrompterTemplate(prompter.tokenizer, config.prompting).encode
-    return filter_overlong_prompts(prompts, encode, min(config.prompting.max_prompt_tokens, limit))

@@ -11,30 +11,27 @@ from typing import Any
 from alignpro.config import (
     ConfigSource,
     EvalConfig,
-    HeadroomConfig,
     ModelConfig,
     TargetMixtureConfig,
     resolve_config,
     target_endpoints,
 )
-from alignpro.data import DataSet, Prompt, choose, cluster_labels, load_prompts, split
-from alignpro.errors import ConfigError, DataError, TrainingError
-from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, drop_prompts_too_long_for_prompter, label
+from alignpro.data import Prompt, cluster_labels, load_prompts
+from alignpro.errors import ConfigError, TrainingError
+from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, label
 from alignpro.evaluation.bound import NO_LOGPROBS, estimate_bound, target_inputs
 from alignpro.evaluation.convergence import Convergence, convergence
 from alignpro.evaluation.gibbs import arm_estimates
+from alignpro.evaluation.heldout_prompts import evaluation_prompts
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards, reward_hash
-from alignpro.evaluation.sampled_arms import Trained, count_arms, instruction_templates, oracle_template, sample_arms
-from alignpro.models.input_room import max_input_tokens
+from alignpro.evaluation.sampled_arms import Trained, count_arms, instruction_templates, sample_arms
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
-from alignpro.prompting.chat_template import ChatTemplate
-from alignpro.prompting.length_filter import filter_overlong_prompts
-from alignpro.rewards import RewardStack, build_reward
+from alignpro.rewards import build_reward
 from alignpro.targets.base import Target
 from alignpro.targets.build import build_target
 from alignpro.targets.local import LocalTarget
@@ -107,49 +104,6 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
         sampler.advance = advance
         arms = sample_arms(config, sampler, trained)
     return _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)
-
-
-def evaluation_prompts(
-    config: EvalConfig | HeadroomConfig, data: DataSet, target: Target, trained: Trained, rewards: Sequence[RewardStack]
-) -> list[Prompt]:
-    """At most ``config.prompts`` held-out prompts that fit in the models' contexts; of all prompts if ``data.holdout`` is 0.
-
-    A prompt that does not fit in one of the models, that one of their chat templates refuses, or that one of the rewards
-    cannot score, is left out of all arms.
-
-    Raises:
-        DataError: Fewer than two are left.
-    """
-    holdout, by = config.data.holdout, config.data.holdout_by
-    prompts = split(data.prompts, holdout, by)[1] if holdout > 0 else list(data.prompts)
-    if len(prompts) < 2:
-        raise DataError(
-            f"evaluation needs at least 2 held-out prompts, there are {len(prompts)}: raise data.holdout, or set it to 0 "
-            "to evaluate on all of data.source"
-        )
-    if isinstance(target, LocalTarget):
-        prompts = _drop_prompts_too_long_for_responder(
-            prompts, target.template.chat, target.template.max_tokens, "target"
-        )
-    if trained.oracle is not None and isinstance(config, EvalConfig):
-        limit = max_input_tokens(trained.oracle, config.respond, "the oracle", "respond")
-        prompts = _drop_prompts_too_long_for_responder(
-            prompts, oracle_template(config, trained.oracle), limit, "oracle"
-        )
-    for prompter in (trained.prompter, trained.reference):
-        if prompter is not None:
-            prompts = drop_prompts_too_long_for_prompter(prompts, prompter, config)
-    for reward in rewards:
-        prompts = reward.scorable(prompts)
-    return choose(prompts, config.prompts)
-
-
-def _drop_prompts_too_long_for_responder(
-    prompts: Sequence[Prompt], template: ChatTemplate, limit: int, name: str
-) -> list[Prompt]:
-    return filter_overlong_prompts(
-        prompts, lambda prompt: template.encode(prompt.messages), limit, input_name=f"the {name}'s input"
-    )
 
 
 def prepare_directory(out: Path, marker: str) -> Path:

@@ -9,9 +9,10 @@ from typing import Any
 
 from alignpro.config import OptimalConfig, dump_config, target_endpoints
 from alignpro.data import choose, cluster_labels, load_prompts
-from alignpro.evaluation.arms import ArmSampler, drop_prompts_too_long_for_prompter
+from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.evaluation.gibbs import arm_estimates
+from alignpro.evaluation.heldout_prompts import drop_prompts_too_long_for_prompter
 from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.rewards import build_reward

@@ -121,6 +121,7 @@ def eval_sections(
         "rewrite": config.rewrite.model_dump(mode="json"),
         "respond": config.respond.model_dump(mode="json"),
         "engine": config.engine.model_dump(mode="json"),
+        "also_fit": [model_sections(each.policy, each.policy["path"]) for each in config.prompters.values()],
         "kl_coef": config.kl_coef,
         **config.evaluation.model_dump(),
         **config.spending.model_dump(mode="json"),

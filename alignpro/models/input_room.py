@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from alignpro.config import SamplingConfig
+from transformers import AutoConfig
+
+from alignpro.config import ModelConfig, SamplingConfig
 from alignpro.errors import ConfigError
 from alignpro.models.language_model import LanguageModel
 
@@ -19,10 +21,26 @@ def max_input_tokens(model: LanguageModel, sampling: SamplingConfig, whose: str,
     Raises:
         ConfigError: No tokens are left.
     """
-    limit = model.context_length - sampling.max_tokens
+    return _room(model.context_length, model.name, sampling, whose, key)
+
+
+def max_input_tokens_of(config: ModelConfig, sampling: SamplingConfig, whose: str, key: str) -> int:
+    """Return `max_input_tokens` of a model that is not loaded; of a model with an adapter, ``config`` names its base model.
+
+    Raises:
+        ConfigError: No tokens are left.
+        OSError: There is no configuration of the model.
+    """
+    loaded = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    context: int = loaded.get_text_config().max_position_embeddings
+    return _room(context, config.path, sampling, whose, key)
+
+
+def _room(context: int, name: str, sampling: SamplingConfig, whose: str, key: str) -> int:
+    limit = context - sampling.max_tokens
     if limit < 1:
         raise ConfigError(
             f"{key}.max_tokens={sampling.max_tokens} leaves no room for a prompt in {whose}'s context of "
-            f"{model.context_length} tokens ({model.name})"
+            f"{context} tokens ({name})"
         )
     return limit
