@@ -142,7 +142,11 @@ def plot_bars(
             _bars(axes, groups, styles, lambda arm: arm.total_variance, None)
         if legend:
             figure.legend(
-                handles=_legend(labels, styles), loc="outside lower center", ncols=min(4, len(labels)), handlelength=1.4
+                handles=_legend(labels, styles),
+                loc="outside lower center",
+                ncols=min(3, len(labels)),
+                fontsize=8,
+                handlelength=1.4,
             )
         _save(figure, path, format)
 
