@@ -23,12 +23,14 @@ from alignpro.evaluation.results import ArmGroup, ArmSummary
 # Okabe & Ito (2008): distinguishable with every common colour blindness. Hatches keep bars distinct in greyscale.
 ARM_STYLE: dict[str, tuple[str, str]] = {
     "no_finetuning": ("#9A9A9A", ""),
-    "sft_prompter": ("#56B4E9", "...."),
+    "sft_prompter": ("#56B4E9", ".."),
     "gibbs": ("#009E73", "xxxx"),
     "align_pro": ("#0072B2", ""),
     "oracle": ("#E69F00", "////"),
 }
-_OTHERS = (("#CC79A7", "----"), ("#D55E00", "++++"), ("#F0E442", "oooo"))
+_OTHERS = (("#CC79A7", "----"), ("#D55E00", "++++"), ("#F0E442", "||||"), ("#8C6BB1", "----"), ("#A6761D", "++++"))
+_GIBBS = (("#99D8C9", "xxxx"), ("#41AE76", "xxxx"), ("#006D2C", "xxxx"))
+"""Gibbs with several numbers of candidates, from few to many. Hatches of lines: those of circles make large files."""
 LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 _STYLE: dict[str, Any] = {
@@ -140,7 +142,11 @@ def plot_bars(
             _bars(axes, groups, styles, lambda arm: arm.total_variance, None)
         if legend:
             figure.legend(
-                handles=_legend(labels, styles), loc="outside lower center", ncols=min(4, len(labels)), handlelength=1.4
+                handles=_legend(labels, styles),
+                loc="outside lower center",
+                ncols=min(3, len(labels)),
+                fontsize=8,
+                handlelength=1.4,
             )
         _save(figure, path, format)
 
@@ -231,7 +237,7 @@ def plot_frontier(
         axes = figure.subplots()
         for color, (label, (train, heldout)) in zip(_cycle(LINES, len(drawn)), drawn.items(), strict=True):
             if len(train):
-                window = max(1, len(train) // 20)
+                window = max(1, len(train) // 12)
                 kl, reward = (_smooth(values, window)[_shown_places(len(train))] for values in train.T)
                 axes.plot(kl, reward, color=color, alpha=0.55, label=f"{label}, training samples")
                 axes.plot(kl[-1:], reward[-1:], color=color, marker="s", markersize=5)
@@ -264,7 +270,7 @@ def plot_distributions(arms: Sequence[ArmSummary], path: Path | IO[bytes], *, fo
         axes.set_xlabel("mean reward of a prompt")
         axes.set_ylabel("share of prompts")
         axes.set_ylim(0, 1.02)
-        figure.legend(loc="outside lower center", ncols=min(5, len(arms)))
+        figure.legend(loc="outside lower center", ncols=min(3, len(arms)))
         _save(figure, path, format)
 
 
@@ -328,8 +334,8 @@ def _legend(labels: Mapping[str, str], styles: Mapping[str, tuple[str, str]]) ->
 
 
 def _arm_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    others = iter(_cycle(_OTHERS, len(names)))
-    return {name: ARM_STYLE.get(name) or next(others) for name in names}
+    others, gibbs = (iter(_cycle(styles, len(names))) for styles in (_OTHERS, _GIBBS))
+    return {name: ARM_STYLE.get(name) or (next(gibbs) if name.startswith("gibbs_") else next(others)) for name in names}
 
 
 def _drift(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:

@@ -126,6 +126,7 @@ def _ordered(rewards: EvaluationRewards, places: np.ndarray) -> EvaluationReward
 
 def _group(records: list[Record], prompter: str) -> Group:
     clusters = Clusters(list(records[0].rewards.clusters))
+    records = sorted(records, key=lambda record: _place(record.method))
     of_method = {
         key: [each for each in records if each.method == key] for key in dict.fromkeys(r.method for r in records)
     }
@@ -144,6 +145,13 @@ def _group(records: list[Record], prompter: str) -> Group:
         results[key] = replace(result, versus_baseline=baseline, versus_instruction=instruction, gap=gap)
     first = records[0]
     return Group(first.task, prompter, first.target, clusters.prompts, clusters.count, list(results.values()), best)
+
+
+def _place(method: str) -> int:
+    """Where a method stands in tables and figures: from what costs nothing to the oracle."""
+    order = (BASELINE, INSTRUCTION, "sft_prompter", "gibbs")
+    known = (place for place, key in enumerate(order) if method.startswith(key))
+    return len(order) + 1 if method.startswith(ORACLE) else next(known, len(order))
 
 
 def _arm(record: Record) -> np.ndarray:
@@ -208,7 +216,7 @@ def _versus(ours: SeedRewards, other: SeedRewards, label: str, clusters: Cluster
     if clusters.count < 2:
         return Versus(label, difference, None, "")
     needed = sample_size(SEEN_DIFFERENCE, difference_error(ours, other, clusters), clusters)
-    return Versus(label, difference, None, size_sentence(needed, SEEN_DIFFERENCE, clusters))
+    return Versus(label, difference, None, size_sentence(needed, SEEN_DIFFERENCE))
 
 
 def _adjusted(groups: list[Group]) -> tuple[list[Group], int]:

@@ -165,12 +165,12 @@ def _recorded(each: EvaluatedDirectory) -> Record:
 
 def _record(each: EvaluatedDirectory, arm: str, names: Mapping[str, str]) -> Record:
     config, run = each.config, each.run(arm)
-    prompter = _name(config.get("reference") or config.get("prompter"))
     method, label = arm, ""
     if len(names) > 1 and run is not None:
         name = names[_fingerprint(run)]
         method, label = f"{arm}: {name}", f"{method_label(arm)} ({name})"
     trained = _yaml(run / "config.yaml") if run is not None else {}
+    prompter = _name(config.get("reference") or trained.get("policy") or config.get("prompter"))
     return Record(
         task=config.get("title", each.path.name),
         prompter=None if arm in ("no_finetuning", "oracle") or arm.startswith("instruction") else prompter,

@@ -52,7 +52,6 @@ class _GroupView:
 
     group: Group
     parts: dict[str, list[_BarSegment]]
-    powers: list[str]
     best_label: str
     best_method: str | None
 
@@ -93,6 +92,7 @@ def render_report(report: Report) -> str:
         percent=_percent,
         gap_interval=_gap_interval,
         p_value=_p_value,
+        p_text=_p_text,
         count=_count,
         duration=_duration,
     )
@@ -124,16 +124,9 @@ def _colors(report: Report) -> dict[str, str]:
 def _group_view(group: Group) -> _GroupView:
     best = max(group.methods, key=lambda each: each.mean.value)
     instruction = group.method(group.best_instruction) if group.best_instruction else None
-    powers = dict.fromkeys(
-        f"{each.label} against {versus.other}: {versus.needed}."
-        for each in group.methods
-        for versus in (each.versus_baseline, each.versus_instruction)
-        if versus is not None and versus.needed
-    )
     return _GroupView(
         group,
         _variance_bars({each.method: each.variance for each in group.methods}),
-        list(powers),
         f"the instruction {instruction.label}" if instruction else "the best instruction",
         best.method if len(group.methods) > 1 else None,
     )
@@ -246,7 +239,7 @@ def _signed(value: float | None, digits: int = 3) -> str:
 def _interval(estimate: Estimate, digits: int = 3) -> str:
     if estimate.not_estimable is not None:
         return f"not estimable: {estimate.not_estimable}"
-    return f"[{_number(estimate.low, digits)}, {_number(estimate.high, digits)}]"
+    return f"[{_number(estimate.low, digits)},\N{NO-BREAK SPACE}{_number(estimate.high, digits)}]"
 
 
 def _p_value(p: float | None) -> str:
@@ -267,6 +260,10 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def _p_text(p: float | None) -> str:
+    return "not tested" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f} %".replace("-", "−") if math.isfinite(value) else "–"
 
@@ -274,4 +271,4 @@ def _percent(value: float) -> str:
 def _gap_interval(gap: Estimate) -> str:
     if gap.not_estimable is not None:
         return f"not estimable: {gap.not_estimable}"
-    return f"95 % [{_percent(gap.low)}, {_percent(gap.high)}]"
+    return f"95 % [{_percent(gap.low)}, {_percent(gap.high)}]".replace(" ", "\N{NO-BREAK SPACE}")

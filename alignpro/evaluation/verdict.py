@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from alignpro.evaluation.comparison_results import Group, MethodResult
-from alignpro.theory.statistics import Clusters, Estimate, NotEstimable, SampleSize
+from alignpro.theory.statistics import Estimate, NotEstimable, SampleSize
 
 _LABELS = {
     "no_finetuning": "No fine-tuning",
@@ -29,12 +29,11 @@ def method_label(method: str) -> str:
     return method.replace("_", " ")
 
 
-def size_sentence(needed: SampleSize | NotEstimable, difference: float, clusters: Clusters) -> str:
-    """How many prompts it takes to see a difference, beside how many there are."""
-    here = _prompts(clusters.prompts, clusters.count)
+def size_sentence(needed: SampleSize | NotEstimable, difference: float) -> str:
+    """How many prompts it takes to see a difference."""
     if isinstance(needed, NotEstimable):
-        return f"how many prompts it takes to see {difference:g} is not estimable: {needed.reason} (here {here})"
-    return f"to see {difference:g} you need {_prompts(needed.prompts, needed.clusters)} (here {here})"
+        return f"prompts to see {difference:g}: not estimable: {needed.reason}"
+    return f"to see {difference:g} you need {_prompts(needed.prompts, needed.clusters)}"
 
 
 def verdict_sentence(groups: Sequence[Group]) -> str:
@@ -85,14 +84,15 @@ def _against(label: str, results: list[tuple[Group, MethodResult]], *, baseline:
             return f"{label} is above {other} {shown}."
         if versus.below:
             return f"{label} is below {other} {shown}."
-        return f"{label} is not told from {other}: {_estimate(versus.difference)}; {versus.needed}."
+        here = _prompts(known[0][0].prompts, known[0][0].clusters)
+        return f"{label} is not told from {other}: {_estimate(versus.difference)}; {versus.needed}, here are {here}."
     tasks = len({group.task for group, _ in known}) == len(known)
     unit = "tasks" if tasks else "tasks and pairs"
     above, below = sum(v.above for _, v in known), sum(v.below for _, v in known)
     sentence = f"{label} is above {other} on {above} of {len(known)} {unit}"
     if below:
         sentence += f" and below on {below}"
-    return sentence + " after correction for all comparisons."
+    return sentence + (" after correction for all comparisons." if baseline else ".")
 
 
 def _recovered(shares: Sequence[Estimate]) -> str:

@@ -112,7 +112,7 @@ def test_the_file_is_self_contained(tmp_path):
     write_report(path, report(rows=rows, curves={"run": [{"step": 1, "kl": 1.0}, {"step": 2, "kl": 2.0}]}))
     page = Page(path.read_text(encoding="utf-8"))
     links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "data")]
-    assert len([link for link in links if link.startswith("data:image/svg+xml;base64,")]) == 5
+    assert len([link for link in links if link.startswith("data:image/svg+xml;base64,")]) == 4
     assert all(link.startswith(("data:", "#")) for link in links)
     assert not any(tag == "link" for tag, _ in page.tags)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
