@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from alignpro.theory.statistics import Estimate, VarianceParts
 
@@ -21,6 +22,10 @@ class Cost:
     """Tokens that were generated, by prompter and target."""
     seconds: float | None = None
 
+    def as_dict(self) -> dict[str, float | None]:
+        """The content for a record.json or a summary.json."""
+        return {"target_calls": self.target_calls, "tokens": self.tokens, "seconds": self.seconds}
+
 
 @dataclass(frozen=True)
 class Versus:
@@ -33,6 +38,15 @@ class Versus:
     """Adjusted for all differences of the comparison (Holm); None if it was not tested."""
     needed: str
     """How many prompts it takes to see `SEEN_DIFFERENCE`, as a sentence."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content for summary.json."""
+        return {
+            "other": self.other,
+            **self.difference.as_dict(),
+            "adjusted_p": self.adjusted_p,
+            "needed": self.needed,
+        }
 
     @property
     def above(self) -> bool:
@@ -69,6 +83,22 @@ class MethodResult:
     gap: Estimate | None = None
     """Share of the oracle's gain; None without an oracle, and for the oracle and no fine-tuning."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """The content for summary.json."""
+        return {
+            "label": self.label,
+            "mean": self.mean.as_dict(),
+            "penalised": self.penalised,
+            "variance": self.variance.total,
+            "seeds": self.seeds,
+            "seed_means": list(self.seed_means),
+            "samples": self.samples,
+            "cost": self.cost.as_dict(),
+            "versus_no_finetuning": self.versus_baseline.as_dict() if self.versus_baseline else None,
+            "versus_best_instruction": self.versus_instruction.as_dict() if self.versus_instruction else None,
+            "gap_recovered": self.gap.as_dict() if self.gap else None,
+        }
+
 
 @dataclass(frozen=True)
 class Group:
@@ -89,6 +119,18 @@ class Group:
         """The prompter-target pair."""
         return f"{self.prompter} → {self.target}" if self.prompter else self.target
 
+    def as_dict(self) -> dict[str, Any]:
+        """The content for summary.json."""
+        return {
+            "task": self.task,
+            "prompter": self.prompter or None,
+            "target": self.target,
+            "prompts": self.prompts,
+            "clusters": self.clusters,
+            "best_instruction": self.best_instruction,
+            "methods": {each.method: each.as_dict() for each in self.methods},
+        }
+
     def method(self, key: str) -> MethodResult | None:
         """The result of a method, if it is in the group."""
         return next((each for each in self.methods if each.method == key), None)
@@ -102,3 +144,7 @@ class Comparison:
     tests: int
     """Number of differences among which p-values are adjusted."""
     verdict: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return {"verdict": self.verdict, "tests": self.tests, "groups": [group.as_dict() for group in self.groups]}

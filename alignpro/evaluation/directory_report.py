@@ -27,12 +27,15 @@ from alignpro.training.durability import disk_errors
 from alignpro.versions import versions
 
 
-def report_directories(directories: Sequence[Path], out: Path, *, paper: bool = False) -> Comparison | None:
+def report_directories(
+    directories: Sequence[Path], out: Path, *, title: str = "Align-Pro", paper: bool = False
+) -> Comparison | None:
     """Write one report on all directories.
 
     Args:
         directories: Of evaluations, of experiments or anything else with evaluations below, or of training runs.
         out: The HTML file.
+        title: Of the report.
         paper: Whether to draw the values of the paper's figure too.
 
     Returns:
@@ -52,7 +55,9 @@ def report_directories(directories: Sequence[Path], out: Path, *, paper: bool = 
     records, notes = records_of(evaluations)
     runs = [directory for directory in directories if (directory / "metrics.jsonl").is_file()]
     command = ["alignpro report", *map(str, directories), "--out", str(out), *(["--paper"] if paper else [])]
-    return report_records(records, evaluations, out, runs=runs, notes=notes, paper=paper, command=" ".join(command))
+    return report_records(
+        records, evaluations, out, title=title, runs=runs, notes=notes, paper=paper, command=" ".join(command)
+    )
 
 
 def report_records(

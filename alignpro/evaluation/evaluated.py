@@ -23,9 +23,12 @@ from alignpro.evaluation.verdict import method_label
 from alignpro.training.loggers.jsonl import read_rows
 
 RECORD_FILE = "record.json"
-"""Beside rewards.json, where an experiment says what was evaluated: task, prompter, target, method, seed and cost."""
+"""Beside rewards.json, where an experiment says what was evaluated: ``task``, ``prompter`` (if there is one), ``target``,
+``seed``, and ``methods``: arm → ``method``, ``label`` (if it is not that of the arm) and ``cost``."""
 TRAINED = {"align_pro": "prompter", "oracle": "oracle"}
 """Arm whose model is trained → the key of the evaluation's configuration that names it."""
+_CHAIN = ("rewrites_per_prompt", "responses_per_rewrite")
+"""Samples of a prompt in the training of a prompter; in that of an oracle, ``responses_per_prompt``."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,12 @@ class EvaluatedDirectory:
         if not file.is_file():
             return None
         content = _json(file)
-        missing = [key for key in ("task", "target", "method", "seed") if key not in content]
+        missing = [key for key in ("task", "target", "seed", "methods") if key not in content]
         if missing:
             raise DataError(f"{file}: lacks {', '.join(missing)}")
+        unknown = [arm for arm in self.rewards.arms if "method" not in content["methods"].get(arm, {})]
+        if unknown:
+            raise DataError(f"{file}: methods.{unknown[0]} lacks its method: {REWARDS_FILE} beside it has this arm")
         return content
 
     @property
@@ -101,8 +107,8 @@ def records_of(evaluations: Sequence[EvaluatedDirectory]) -> tuple[list[Record],
     records: dict[tuple[str, str | None, str, str, int], Record] = {}
     notes = []
     for each in evaluations:
-        for arm in [each.record["method"]] if each.record else each.rewards.arms:
-            record = _recorded(each) if each.record else _record(each, arm, names.get(arm, {}))
+        for arm in each.rewards.arms:
+            record = _recorded(each, arm) if each.record else _record(each, arm, names.get(arm, {}))
             key = (record.task, record.prompter, record.target, record.method, record.seed)
             earlier = records.get(key)
             if earlier is None:
@@ -146,19 +152,19 @@ def _below(directory: Path) -> list[Path]:
     return sorted(file for file in directory.rglob(REWARDS_FILE) if not any(p.startswith(".") for p in file.parts[-3:]))
 
 
-def _recorded(each: EvaluatedDirectory) -> Record:
-    assert each.record is not None
-    record = each.record
-    cost = {key: record.get("cost", {}).get(key) for key in ("target_calls", "tokens", "seconds")}
+def _recorded(each: EvaluatedDirectory, arm: str) -> Record:
+    assert each.record is not None  # because it is asked of directories that have one
+    record, method = each.record, each.record["methods"][arm]
+    cost = {key: method.get("cost", {}).get(key) for key in ("target_calls", "tokens", "seconds")}
     return Record(
         task=record["task"],
         prompter=record.get("prompter"),
         target=record["target"],
-        method=record["method"],
+        method=method["method"],
         seed=record["seed"],
-        rewards=each.rewards,
+        rewards=_only(each.rewards, arm),
         cost=Cost(**cost),
-        label=record.get("label", ""),
+        label=method.get("label", ""),
         origin=str(each.path),
     )
 
@@ -178,7 +184,7 @@ def _record(each: EvaluatedDirectory, arm: str, names: Mapping[str, str]) -> Rec
         method=method,
         seed=trained.get("run", {}).get("seed", each.rewards.seed),
         rewards=_only(each.rewards, arm),
-        cost=Cost() if run is None else _training_cost(run, trained),
+        cost=Cost() if run is None else training_cost(run, trained),
         label=label,
         origin=str(each.path),
     )
@@ -194,11 +200,17 @@ def _only(rewards: EvaluationRewards, arm: str) -> EvaluationRewards:
     return EvaluationRewards(rewards.prompts, rewards.clusters, {arm: rewards.arms[arm]}, rewards.seed, rewards.reward)
 
 
-def _training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
-    """What a training run took, from its metrics: responses of the target, decoded tokens, seconds of its phases."""
+def training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
+    """What a training run took, from its metrics: responses of the target, decoded tokens, seconds of its phases.
+
+    Args:
+        run: The run directory.
+        config: The configuration of `alignpro train` or `alignpro rlhf`.
+    """
     rows = read_rows(run / "metrics.jsonl")
     rollout = config.get("rollout", {})
-    each = [rollout.get(key) for key in ("prompts_per_step", "rewrites_per_prompt", "responses_per_rewrite")]
+    samples = ("responses_per_prompt",) if "responses_per_prompt" in rollout else _CHAIN
+    each = [rollout.get(key) for key in ("prompts_per_step", *samples)]
     calls = float(len(rows) * np.prod(each)) if all(isinstance(number, int) for number in each) else None
     tokens = [row["engine/computed/decode"] for row in rows if "engine/computed/decode" in row]
     seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/"))

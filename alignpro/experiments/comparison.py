@@ -1,6 +1,68 @@
-"""placeholder"""
+"""What an experiment has found so far: a record beside each evaluation, then one report on all of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from alignpro.config import EvalConfig, ExperimentConfig, GibbsMethod, RLHFMethod, TrainMethod
+from alignpro.evaluation.comparison_results import Cost
+from alignpro.evaluation.directory_report import report_directories
+from alignpro.evaluation.evaluated import RECORD_FILE, training_cost
+from alignpro.experiments.cells import Cell
+from alignpro.training.durability import replace_text
+from alignpro.versions import versions
+
+logger = logging.getLogger(__name__)
 
 
-def write_comparison(config, plan):
-    (config.out / "report.html").write_text("Align-Pro")
-    (config.out / "summary.json").write_text('{"a":1}')
+def write_comparison(config: ExperimentConfig, plan: Sequence[Cell]) -> None:
+    """Write ``report.html`` and ``summary.json`` on the cells that are done; nothing if there are none.
+
+    Raises:
+        DataError: The cells cannot be compared.
+    """
+    done = [cell for cell in plan if cell.done and cell.task]
+    if not done:
+        return
+    for cell in done:
+        text = json.dumps(_record(config, cell), indent=1, ensure_ascii=False) + "\n"
+        replace_text(cell.directory / "evaluation" / RECORD_FILE, text)
+    report = config.out / "report.html"
+    comparison = report_directories([cell.directory / "evaluation" for cell in done], report, title=config.title)
+    assert comparison is not None  # because there are evaluations
+    cells_left = [cell.name for cell in plan if not cell.done]
+    summary = comparison.as_dict() | {"cells_done": len(done), "cells_left": cells_left, "versions": versions()}
+    replace_text(config.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    logger.info("%s", comparison.verdict)
+    logger.info("%s  %s", report, config.out / "summary.json")
+
+
+def _record(config: ExperimentConfig, cell: Cell) -> dict[str, Any]:
+    """The content of a cell's record.json."""
+    evaluation = cell.jobs[-1].config
+    assert isinstance(evaluation, EvalConfig)  # the last job of a cell that is compared
+    return {
+        "task": cell.task,
+        "prompter": cell.prompter,
+        "target": cell.target,
+        "seed": cell.seed,
+        "methods": {arm: _method(config, cell, evaluation, arm) for arm in evaluation.sampled_arms},
+    }
+
+
+def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: str) -> dict[str, Any]:
+    """One arm of a cell: a trained prompter is a method by its key; the others are what their arm is."""
+    method = config.methods[cell.method]
+    cost, name = Cost(target_calls=0.0), arm
+    if isinstance(method, TrainMethod | RLHFMethod):
+        cost = training_cost(cell.directory / "run", cell.jobs[0].config.model_dump())
+        name = cell.method if isinstance(method, TrainMethod) else arm
+    elif isinstance(method, GibbsMethod):
+        # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
+        candidates = evaluation.gibbs_arms[arm] * evaluation.responses_per_rewrite
+        cost = Cost(target_calls=float(candidates * evaluation.prompts))
+    label = method.label if method.label and arm == evaluation.sampled_arms[-1] else ""
+    return {"method": name, "label": label, "cost": cost.as_dict()}

@@ -28,8 +28,9 @@ def write_cell(root: Path, record: Record, *, words: int = 12) -> Path:
     directory.mkdir(parents=True)
     (directory / "rewards.json").write_text(json.dumps(record.rewards.as_dict()))
     cost = {"target_calls": record.cost.target_calls, "tokens": record.cost.tokens, "seconds": record.cost.seconds}
-    named = {key: getattr(record, key) for key in ("task", "prompter", "target", "method", "seed")}
-    (directory / "record.json").write_text(json.dumps(named | {"cost": cost}))
+    named = {key: getattr(record, key) for key in ("task", "prompter", "target", "seed")}
+    methods = {arm: {"method": record.method, "cost": cost} for arm in record.rewards.arms}
+    (directory / "record.json").write_text(json.dumps(named | {"methods": methods}))
     with (directory / "samples.jsonl").open("w") as file:
         for i, rewards in enumerate(record.rewards.arms[record.method].raw):
             for reward in rewards[:, 0]:
@@ -155,7 +156,7 @@ def test_what_holds_nothing_or_is_damaged_is_named(tmp_path: Path) -> None:
         report_directories([tmp_path], tmp_path / "report.html")
     cell = write_cell(tmp_path, records(means={"align_pro": 0.5}, seeds=1)[0])
     (cell / "record.json").write_text('{"task": "a"}')
-    with pytest.raises(DataError, match=r"record.json: lacks target, method, seed"):
+    with pytest.raises(DataError, match=r"record.json: lacks target, seed, methods"):
         report_directories([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
