@@ -80,6 +80,7 @@ def prompter_training(
         targets=targets,
         rewards=rewards,
         responder=target,
+        servers=servers,
     )
 
 
@@ -120,6 +121,7 @@ def response_training(
         distribution=distribution,
         sampling_model=sampled,
         rewards=rewards,
+        servers=servers,
     )
 
 

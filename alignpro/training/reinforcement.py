@@ -26,6 +26,7 @@ from alignpro.environments.base import Environment, Scores
 from alignpro.models.saving import save_pretrained
 from alignpro.policy.policy import Policy
 from alignpro.targets.base import Responder
+from alignpro.targets.servers import NO_SERVERS, Servers
 from alignpro.training.assignment import PromptAssignment
 from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
@@ -59,6 +60,7 @@ class RLTrainer:
         targets: Materializes the target for rollouts; by default it always is.
         rewards: Materializes the reward models to score; by default they always are.
         responder: What responds to the samples in the environment, for its metrics and its state.
+        servers: The job's servers, for the metrics of those that rewards ask.
 
     Raises:
         ConfigError: The loss or the advantage cannot be loaded, or they do not fit together.
@@ -85,6 +87,7 @@ class RLTrainer:
         targets: FrozenModels | None = None,
         rewards: FrozenModels | None = None,
         responder: Responder | None = None,
+        servers: Servers = NO_SERVERS,
     ) -> None:
         distribution = distribution or SingleProcess()
         ranks = distribution.ranks
@@ -117,7 +120,7 @@ class RLTrainer:
         }
         self.phase = StepPhases(ranks, contexts)
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
-        self.measure = StepMetrics(ranks, responder)
+        self.measure = StepMetrics(ranks, responder, servers)
         self.progress_metrics = ("reward/mean", "kl", "entropy", *self.measure.of_servers)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
         self._raise_together, self._writes_files = ranks.raise_together, ranks.is_rank_zero
