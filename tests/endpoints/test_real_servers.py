@@ -112,17 +112,17 @@ def config(server: RealServer, tmp_path: Path) -> dict[str, Any]:
 
 def test_a_prompter_is_trained_against_it(server: RealServer, config: dict[str, Any], tmp_path: Path) -> None:
     """A run that is repeated with its ledger pays nothing, and one that is resumed pays for its new steps alone."""
-    first = alignpro.train(config)
+    rows = alignpro.train(config).metrics
     requests = 4 if server.takes_n else 8
-    assert first.metrics[-1]["endpoint/requests"] == requests
+    assert rows[-1]["endpoint/requests"] == requests
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(config | {"run": {**config["run"], "out": str(tmp_path / "again")}}))
     second = alignpro.train(path)
     assert second.metrics[-1]["endpoint/replayed"] == 8 and second.metrics[-1]["endpoint/requests"] == 0
-    assert [row["reward/mean"] for row in first.metrics] == [row["reward/mean"] for row in second.metrics]
+    assert [row["reward/mean"] for row in second.metrics] == [row["reward/mean"] for row in rows]
     longer = alignpro.train(config | {"run": {**config["run"], "steps": 3}}, resume=True)
     assert [row["step"] for row in longer.metrics] == [1, 2, 3]
-    assert longer.metrics[:2] == first.metrics
+    assert longer.metrics[:2] == rows
     assert longer.metrics[-1]["endpoint/requests"] >= requests
 
 
