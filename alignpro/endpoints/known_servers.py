@@ -84,7 +84,7 @@ def _read(path: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     """The findings of a file; none of one that another version has written, or that is damaged: they can be found again."""
     names = set(Findings.__dataclass_fields__)
     try:
-        found = json.loads(path.read_text())
+        found: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())
         same = all(set(values) == names for each in found.values() for values in each.values())
     except (ValueError, AttributeError, TypeError):
         return {}
