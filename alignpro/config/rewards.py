@@ -134,6 +134,9 @@ class HTTPRewardConfig(Section):
     """Where in the answer the score is, or the list of scores; see `alignpro.rewards.json_mapping.ScorePath`."""
     batch_size: int | None = Field(None, ge=1)
     """Samples of one request; without it a request is for one sample, and its placeholders are no lists."""
+    on_error: Literal["stop", "abstain"] = "stop"
+    """What happens if the server refuses a text, or gives null or no finite number as its score: the run ends with an error
+    that names the prompt, or the component abstains from the response."""
     name: str | None = None
     weight: float = 1.0
 

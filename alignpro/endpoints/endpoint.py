@@ -9,102 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_base
 
 from alignpro.config import EndpointConfig
-from alignpro.endpoints.client import HttpClient
-from alignpro.endpoints.exchange import Bought, Exchange, FailureError, RefusalError, Request
-from alignpro.endpoints.limits import RateLimits
-from alignpro.endpoints.preflight import Findings, Probe, examine
-from alignpro.endpoints.types import Answer, Books, DrawKey, Limits, Query, Sampling, Usage, Verdict
+from alignpro.endpoints.exchange import Request
+from alignpro.endpoints.known_servers import KnownServers
+from alignpro.endpoints.preflight import Findings, Probe, confirm, examine
+from alignpro.endpoints.sender import BACKOFF, EndpointStats, Sender
+from alignpro.endpoints.types import Answer, Books, DrawKey, Limits, Query, Sampling, Usage
 from alignpro.endpoints.wire import Received, draw_keys, request_body, upper_bound, with_draws
 from alignpro.errors import EndpointError
 
 _log = logging.getLogger("alignpro")
-
-
-class _RandomExponential(wait_base):
-    """Random below a bound that doubles with each attempt.
-
-    tenacity's own draws from the global generator, from which a user's reward may draw: its results must not depend on how
-    often a server failed.
-
-    Args:
-        first: The first bound, in seconds.
-        most: The largest.
-    """
-
-    def __init__(self, first: float, most: float) -> None:
-        self._first, self._most = first, most
-        self._generator = random.Random()
-
-    def __call__(self, retry_state: RetryCallState) -> float:
-        bound = min(self._first * 2.0 ** (retry_state.attempt_number - 1), self._most)
-        return self._generator.uniform(0, bound)
-
-
-BACKOFF = _RandomExponential(0.5, 60)
-"""Seconds before a request is repeated, when the server does not say: random below 0.5, 1, 2, … 60."""
-
-
-@dataclass(frozen=True)
-class EndpointStats:
-    """What an endpoint has done since it was opened."""
-
-    requests: int = 0
-    """Sent, repetitions included."""
-    replayed: int = 0
-    """Answers that came from the ledger."""
-    input_tokens: int = 0
-    output_tokens: int = 0
-    throttled: int = 0
-    """Answers of 429."""
-    server_errors: int = 0
-    """Other failures that were repeated: 5xx, broken connections, answers that cannot be read."""
-    retries: int = 0
-    without_usage: int = 0
-    """Answers that did not say how many tokens they took, and were charged at their bound."""
-    filtered: int = 0
-    overflow: int = 0
-    seconds_waiting: float = 0.0
-    """For the limits, summed over requests."""
-    in_flight: int = 0
-    concurrency: int | None = None
-    """Most requests at the same time, as found so far; None if another process decides."""
-
-
-_COUNTS = tuple(one.name for one in fields(EndpointStats) if one.type == "int" and one.name != "in_flight")
-
-
-@dataclass
-class _Failures:
-    """Failures in a row, of any requests. Those that were in flight together when one failed count once."""
-
-    most: int
-    count: int = 0
-    _seen: int = 0
-
-    def begin(self) -> int:
-        """What a request that is sent now must tell when it fails."""
-        return self._seen
-
-    def succeed(self) -> None:
-        self.count = 0
-
-    def fail(self, began: int) -> bool:
-        """Count a failure; returns whether it was one too many."""
-        if began == self._seen:
-            self._seen += 1
-            self.count += 1
-        return self.count >= self.most
 
 
 T = TypeVar("T")
@@ -120,6 +42,7 @@ class Endpoint:
         loop: Where it runs.
         backoff: How long to wait before a request is repeated.
         path: Of a server of any JSON, what comes after the base URL; then it takes `post`, and no queries.
+        known: What was found of servers before; what this one finds is added.
 
     Raises:
         EndpointError: A variable of the environment is not set, or the certificates cannot be read.
@@ -133,20 +56,16 @@ class Endpoint:
         loop: asyncio.AbstractEventLoop,
         backoff: wait_base = BACKOFF,
         path: str | None = None,
+        known: KnownServers | None = None,
     ) -> None:
         self.config = config
+        self._known = known or KnownServers()
         self._path = path
-        self._loop, self._books, self._limits, self._backoff = loop, books, limits, backoff
-        self._client = HttpClient(config, path)
-        self._exchange = Exchange(config, self._client, books)
-        self._failures = _Failures(config.max_failures)
-        self._counts = dict.fromkeys(_COUNTS, 0)  # read by other threads, so it keeps its size
-        self._seconds_waiting = 0.0
+        self._loop, self._books = loop, books
+        self._sender = Sender(config, books, limits, loop, backoff, path, self.end)
         self._served: Counter[tuple[str, str]] = Counter()
-        self._fatal: BaseException | None = None
         self._pending: set[Future[Any]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._sending: set[asyncio.Task[Any]] = set()
         self._asked: dict[DrawKey, asyncio.Future[Answer]] = {}
         self._findings: asyncio.Task[Findings] | None = None
 
@@ -180,6 +99,8 @@ class Endpoint:
     def preflight(self, sampling: Sampling) -> Findings:
         """Check URL, key, model and parameters with a few small requests, and wait for the result; done once.
 
+        If the parameters were checked before, by this job or an earlier part of it, one request is sent.
+
         Raises:
             EndpointError: The server cannot be used, or refuses or ignores a parameter; the message names it.
             BudgetError: The requests could exceed the budget.
@@ -189,9 +110,7 @@ class Endpoint:
     @property
     def stats(self) -> EndpointStats:
         """What it has done so far."""
-        limit = self._limits.concurrency.limit if isinstance(self._limits, RateLimits) else None
-        counts = {**self._counts, "in_flight": len(self._sending)}
-        return EndpointStats(**counts, seconds_waiting=self._seconds_waiting, concurrency=limit)
+        return self._sender.stats
 
     @property
     def served(self) -> dict[tuple[str, str], int]:
@@ -204,8 +123,8 @@ class Endpoint:
     def _submit(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()  # what may have been sent cannot be taken back
-        if self._fatal is not None:
-            future.set_exception(self._fatal)
+        if self._sender.fatal is not None:
+            future.set_exception(self._sender.fatal)
         else:
             self._loop.call_soon_threadsafe(self._start, work, future)
         return future
@@ -213,8 +132,8 @@ class Endpoint:
     # ------------------------------------------------------------------------------------------------------- in the loop
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, Any]], future: Future[Any]) -> None:
-        if self._fatal is not None:
-            future.set_exception(self._fatal)
+        if self._sender.fatal is not None:
+            future.set_exception(self._sender.fatal)
             return
         self._pending.add(future)
         self._spawn(self._finish(work, future))
@@ -231,28 +150,28 @@ class Endpoint:
 
     def end(self, error: BaseException) -> None:
         """Fail all that wait with this error, and send nothing more; what is in flight goes on. The first error counts."""
-        if self._fatal is None:
-            self._fatal = error
+        if self._sender.fatal is None:
+            self._sender.fatal = error
         for future in self._pending:
-            future.set_exception(self._fatal)
+            future.set_exception(self._sender.fatal)
         self._pending.clear()
         self._cancel_waiting()
 
     def _cancel_waiting(self) -> None:
-        for task in self._tasks - self._sending:
+        for task in self._tasks - self._sender.sending:
             if task is not asyncio.current_task():
                 task.cancel()
 
     async def close(self, grace_seconds: float) -> None:
         """Send nothing more, await what is in flight for a while, then break its connections, so that it is written off."""
         self.end(EndpointError(f"{self.config.base_url}: the connection was closed"))
-        if self._sending:
-            await asyncio.wait(self._sending, timeout=grace_seconds)
-        self._client.abort()
+        if self._sender.sending:
+            await asyncio.wait(self._sender.sending, timeout=grace_seconds)
+        self._sender.client.abort()
         while others := self._tasks - {asyncio.current_task()}:
             self._cancel_waiting()
             await asyncio.wait(others, timeout=0.1)
-        await self._client.aclose()
+        await self._sender.client.aclose()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(work)
@@ -281,7 +200,7 @@ class Endpoint:
             (recorded,) = await self._books.find(keys)
             if recorded is None:
                 return await self._buy([Request((key,), body.encode(), Usage(0, 0), check=check)])
-            self._counts["replayed"] += 1
+            self._sender.count_replayed(1)
             return {key: recorded}
 
         return (await self._obtain([key], find_or_buy))[key]
@@ -315,7 +234,7 @@ class Endpoint:
         """Answers from the ledger, and those of the requests that it lacks: one for all draws, or one for each."""
         recorded = await self._books.find(keys)
         answers = {key: answer for key, answer in zip(keys, recorded, strict=True) if answer is not None}
-        self._counts["replayed"] += len(answers)
+        self._sender.count_replayed(len(answers))
         if not answers and len(keys) > 1 and found.n:
             answers |= await self._buy([self._request(query, body, keys, query.seed if found.seed else None)])
         missing = [key for key in keys if key not in answers]
@@ -354,105 +273,9 @@ class Endpoint:
     # ---------------------------------------------------------------------------------------------------------- requests
 
     async def _bought(self, request: Request) -> dict[DrawKey, Answer]:
-        received = await self._repeat(request)
+        received = await self._sender.send(request)
         pairs = zip(request.keys, received.answers, strict=True)
         return {key: answer for key, answer in pairs if answer is not None}
-
-    async def _repeat(self, request: Request) -> Received:
-        """Send a request until it is answered, or has failed too often.
-
-        Raises:
-            EndpointError: It has, or the failure cannot pass.
-        """
-        first: list[FailureError] = []
-        try:
-            return await self._send(request)  # outside of the machinery below, which takes a tenth of a request's time
-        except FailureError as failure:
-            first.append(failure)
-
-        async def attempt() -> Received:
-            if first:
-                raise first.pop()
-            return await self._send(request)
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(FailureError),
-            stop=stop_after_attempt(self.config.max_retries + 1),
-            wait=self._backoff,
-            before_sleep=self._count_retry,
-            reraise=True,
-        )
-        try:
-            return await retrying(attempt)
-        except FailureError as failure:
-            raise EndpointError(
-                f"{self.config.base_url}, model {self.config.model}: {failure}; tried {self.config.max_retries + 1} times"
-            ) from None
-
-    def _count_retry(self, state: RetryCallState) -> None:
-        self._counts["retries"] += 1
-
-    async def _send(self, request: Request) -> Received:
-        """Send a request once.
-
-        Raises:
-            FailureError: It failed in a way that may pass.
-            EndpointError: It failed in a way that cannot pass, or too many have failed in a row.
-        """
-        if self._fatal is not None:  # while it waited to be repeated
-            raise self._fatal
-        began = self._loop.time()
-        permit = await self._limits.acquire(request.bound.total)
-        self._seconds_waiting += self._loop.time() - began
-        task = asyncio.current_task()
-        assert task is not None
-        self._sending.add(task)  # from here on it is not cancelled: what is reserved must be settled
-        verdict = Verdict("failed", tokens=0)
-        try:
-            purchase = await self._books.reserve(request.keys, request.bound)
-            if self._fatal is not None:
-                await self._books.refund(purchase, "not sent: another request has ended the run")
-                raise self._fatal
-            failures = self._failures.begin()
-            result = await self._exchange.send(purchase, request)
-            verdict = result.verdict
-            self._count(result)
-            self._judge(result, failures)
-        except FailureError:
-            raise
-        except BaseException as error:
-            if not (request.is_probe and isinstance(error, RefusalError)):
-                self.end(error)  # before the permit goes to the next
-            raise
-        finally:
-            await permit.release(verdict)
-            self._sending.discard(task)
-        return result.received
-
-    def _judge(self, result: Bought, failures: int) -> None:
-        """Raise if it failed: for good if too many have in a row."""
-        if not result.failure:
-            self._failures.succeed()
-        elif self._failures.fail(failures):
-            raise EndpointError(
-                f"{self.config.base_url}, model {self.config.model}: {self._failures.count} failures in a row; "
-                f"the last: {result.failure}"
-            )
-        else:
-            raise FailureError(result.failure)
-
-    def _count(self, result: Bought) -> None:
-        counts, usage = self._counts, result.received.usage
-        counts["requests"] += 1
-        counts["throttled"] += result.verdict.kind == "throttled"
-        counts["server_errors"] += result.verdict.kind == "server_error"
-        if usage is not None:
-            counts["input_tokens"] += usage.input
-            counts["output_tokens"] += usage.output
-        counts["without_usage"] += usage is None and result.verdict.kind == "ok"
-        for answer in result.received.answers:
-            if answer is not None and answer.finish_reason in ("filtered", "overflow"):
-                counts[answer.finish_reason] += 1
 
     # --------------------------------------------------------------------------------------------------------- preflight
 
@@ -461,8 +284,18 @@ class Endpoint:
         if self._findings is None:
             if not always and self.config.n is not None and self.config.seed is not None:
                 return Findings(self.config.n, self.config.seed)
-            self._findings = self._spawn(examine(self.config, sampling, self._ask))
+            if not always and (before := self._known.of_any_sampling(self.config)) is not None:
+                return before
+            self._findings = self._spawn(self._examine(sampling))
         return await asyncio.shield(self._findings)
+
+    async def _examine(self, sampling: Sampling) -> Findings:
+        if (before := self._known.of(self.config, sampling)) is not None:
+            await confirm(self.config, sampling, before, self._ask)
+            return before
+        found = await examine(self.config, sampling, self._ask)
+        self._known.add(self.config, sampling, found)
+        return found
 
     async def _ask(self, probe: Probe) -> Received:
         """Send a probe: it is paid for, but its answers are not recorded."""
@@ -470,4 +303,4 @@ class Endpoint:
         keys = tuple(draw_keys(self.config, replace(probe.query, draws=tuple(range(probe.n))), body))
         bound = upper_bound(self.config, probe.query, body, probe.n)
         bytes_sent = with_draws(body, probe.n if probe.n > 1 else None, probe.seed)
-        return await self._spawn(self._repeat(Request(keys, bytes_sent, bound, is_probe=True)))
+        return await self._spawn(self._sender.send(Request(keys, bytes_sent, bound, is_probe=True)))

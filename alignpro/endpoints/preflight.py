@@ -93,6 +93,23 @@ async def examine(config: EndpointConfig, sampling: Sampling, ask: Ask) -> Findi
     )
 
 
+async def confirm(config: EndpointConfig, sampling: Sampling, found: Findings, ask: Ask) -> None:
+    """Ask a server that has been examined before one small question: whether it is there and takes the key.
+
+    Args:
+        config: The server.
+        sampling: What it will be asked with.
+        found: What was found of it.
+        ask: Sends a probe.
+
+    Raises:
+        EndpointError: The server cannot be used.
+    """
+    small = replace(sampling, max_tokens=min(TOKENS, sampling.max_tokens))
+    seed = SEED % (1 << config.seed_bits) if found.seed and sampling.temperature > 0 else None
+    await ask(Probe(_query(small), 1, seed))
+
+
 def _query(sampling: Sampling) -> Query:
     return Query(MESSAGES, sampling, SEED, (SEED,))
 

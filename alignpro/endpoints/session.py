@@ -12,8 +12,10 @@ from typing import Any, Self, TypeVar
 from tenacity.wait import wait_base
 
 from alignpro.config import EndpointConfig
-from alignpro.endpoints.endpoint import BACKOFF, Endpoint
+from alignpro.endpoints.endpoint import Endpoint
+from alignpro.endpoints.known_servers import KnownServers
 from alignpro.endpoints.limits import RateLimits
+from alignpro.endpoints.sender import BACKOFF
 from alignpro.endpoints.types import Books, Limits
 from alignpro.errors import EndpointError
 
@@ -31,6 +33,7 @@ class EndpointSession:
             which they are used, and left once all endpoints are closed.
         limits: From a configuration to the limits of its server; by default limits of this process.
         backoff: How long an endpoint waits before it repeats a request.
+        known: What was found of servers before; what is found is added.
     """
 
     def __init__(
@@ -38,7 +41,10 @@ class EndpointSession:
         books: Books | AbstractAsyncContextManager[Books],
         limits: Callable[[EndpointConfig], Limits] = RateLimits.of,
         backoff: wait_base = BACKOFF,
+        known: KnownServers | None = None,
     ) -> None:
+        self.known = known or KnownServers()
+        """What was found of servers; an endpoint that is opened twice is examined once."""
         self._new_limits, self._backoff = limits, backoff
         self._limits: dict[tuple[str, str | None, str], Limits] = {}
         self._endpoints: list[Endpoint] = []
@@ -78,7 +84,7 @@ class EndpointSession:
         group = (config.base_url, config.api_key_env, config.model)
         if group not in self._limits:
             self._limits[group] = self._new_limits(config)
-        endpoint = Endpoint(config, self._books, self._limits[group], self.loop, self._backoff, path)
+        endpoint = Endpoint(config, self._books, self._limits[group], self.loop, self._backoff, path, self.known)
         self._endpoints.append(endpoint)
         return endpoint
 

@@ -27,6 +27,7 @@ from alignpro.config import (
     TrainConfig,
     target_parts,
 )
+from alignpro.errors import BudgetError
 
 RUBRIC_TOKENS = 1024
 """Allowed for a judge's rubric without its texts; a token is at least a byte, and the built-in ones have less than 1,000."""
@@ -68,16 +69,41 @@ def describe_spending(config: Section) -> list[str]:
     """Lines that say what a job asks of servers at most and what that costs; none if it asks none."""
     match config:
         case TrainConfig():
-            lines, most = _lines(config, "a step", _of_training(config, 1)), _of_training(config, config.run.steps)
+            of_step, most = _of_training(config, 1), _of_training(config, config.run.steps)
         case RLHFConfig():
-            lines, most = _lines(config, "a step", _of_rlhf(config, 1)), _of_rlhf(config, config.run.steps)
+            of_step, most = _of_rlhf(config, 1), _of_rlhf(config, config.run.steps)
         case EvalConfig() | HeadroomConfig() | OptimalConfig():
-            lines, most = [], _of_comparison(config)
+            of_step, most = [], _of_comparison(config)
         case _:
             return []
     if not most:
         return []
-    return [*lines, *_lines(config, "in all", most), *_budget(config, most)]
+    lines = [*_lines(config, "a step", of_step), *_lines(config, "in all", most)]
+    return [*lines, *_budget(config, of_step, most)]
+
+
+def check_budget(config: Section) -> None:
+    """Check that the budget of a training run suffices for one step, before anything is sent.
+
+    Below that, requests would wait for those in flight one after another, and the step could still not be finished.
+
+    Raises:
+        BudgetError: It may not suffice; the message says which limit, and what a step can take.
+    """
+    match config:
+        case TrainConfig():
+            of_step = _of_training(config, 1)
+        case RLHFConfig():
+            of_step = _of_rlhf(config, 1)
+        case _:
+            return
+    for name, limit, total in _limits(config, of_step):
+        if total > limit:
+            raise BudgetError(
+                f"budget.{name} is {_shown(name, limit)}, and a step can take {_shown(name, total)}: raise budget.{name} to at "
+                "least that, or let a step take less (rollout.prompts_per_step, rewrites_per_prompt, respond.max_tokens, "
+                "prompting.max_prompt_tokens); nothing has been sent"
+            )
 
 
 def _of_training(config: TrainConfig, steps: int) -> list[Asked]:
@@ -182,25 +208,35 @@ def _lines(config: SpendingConfig, when: str, most: list[Asked]) -> list[str]:
     return lines
 
 
-def _budget(config: SpendingConfig, most: list[Asked]) -> list[str]:
+def _budget(config: SpendingConfig, of_step: list[Asked], most: list[Asked]) -> list[str]:
     """Which limits the job could reach."""
-    budget = config.budget
+    too_low = {name for name, limit, total in _limits(config, of_step) if total > limit}
+    lines = []
+    for name, limit, total in _limits(config, most):
+        within = "is enough" if total <= limit else "may not be enough: the run then stops, saved, and --resume goes on"
+        if name in too_low:
+            within = "may not be enough for a single step: the run does not start"
+        lines.append(f"the budget of {_shown(name, limit)}{'' if name == 'usd' else f' {name}'} {within}")
+    return lines or ["no budget: nothing limits what is spent"]
+
+
+def _limits(config: SpendingConfig, most: list[Asked]) -> list[tuple[str, Decimal | int, Decimal | int]]:
+    """Each limit that there is, by name, with the most that is asked; without that in dollars if a price is not known."""
     prices = [each.usd(config) for each in most]
     totals = {
         "usd": None if None in prices else sum(price for price in prices if price is not None),
         "requests": sum(each.requests for each in most),
         "tokens": sum(each.tokens for each in most),
     }
-    lines = []
-    for name, total in totals.items():
-        limit = getattr(budget, name)
-        if limit is not None and total is not None:
-            shown = _dollars(limit) if name == "usd" else f"{limit:,} {name}"
-            within = (
-                "is enough" if total <= limit else "may not be enough: the run then stops, saved, and --resume goes on"
-            )
-            lines.append(f"the budget of {shown} {within}")
-    return lines or ["no budget: nothing limits what is spent"]
+    return [
+        (name, limit, total)
+        for name, total in totals.items()
+        if total is not None and (limit := getattr(config.budget, name)) is not None
+    ]
+
+
+def _shown(name: str, amount: Decimal | int) -> str:
+    return _dollars(Decimal(amount)) if name == "usd" else f"{amount:,}"
 
 
 def _dollars(amount: Decimal) -> str:

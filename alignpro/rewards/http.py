@@ -28,7 +28,7 @@ class JSONMapping:
         self.what = f"reward {self.name!r}"
         batched = config.batch_size is not None
         self.body = BodyTemplate(config.body, batched=batched, what=self.what)
-        self.score = ScorePath(config.score, batched=batched)
+        self.score = ScorePath(config.score, batched=batched, abstains=config.on_error == "abstain")
 
     @property
     def needs_columns(self) -> bool:
@@ -75,6 +75,7 @@ class HTTPReward(ConcurrentReward):
         self.name = self._mapping.name
         self._what = f"{self._mapping.what}, {config.server.url}"
         self._batch_size = config.batch_size or 1
+        self._abstains = config.on_error == "abstain"
         endpoint, path = config.server.endpoint()
         with server_errors_named(self._mapping.what):
             self._server: Server = session.endpoint(endpoint, path)
@@ -90,7 +91,8 @@ class HTTPReward(ConcurrentReward):
         """Score (N,) responses; a sample that occurs repeatedly is sent once.
 
         Raises:
-            RewardError: The server refuses a text, or its answer holds no finite score.
+            RewardError: The server refuses a text, or gives no finite score, and the component may not abstain; or its answer
+                has no score at its place.
         """
         rewritten: Sequence[str | None] = rewrites if rewrites is not None else [None] * len(prompts)
         samples = [Sample(*row) for row in zip(prompts, responses, rewritten, strict=True)]
@@ -114,13 +116,16 @@ class HTTPReward(ConcurrentReward):
             for prompt in prompts[:1]:
                 asyncio.run(self._ask([Sample(prompt, "a response", "a rewrite")]))
 
-    async def _ask(self, samples: Sequence[Sample]) -> list[float]:
+    async def _ask(self, samples: Sequence[Sample]) -> list[float | None]:
         read = partial(self._mapping.score.read, samples=samples, what=self._what)
         answer = await asyncio.wrap_future(self._server.post(self._mapping.write(samples), read))
+        if answer.finish_reason != "stop" and self._abstains:
+            return [None] * len(samples)
         if answer.finish_reason != "stop":
             why = "its content filter" if answer.finish_reason == "filtered" else "its length"
             raise RewardError(
-                f"{self._what}: the server refused a text for {why}\n  for {describe_prompt(samples[0].prompt)}"
+                f"{self._what}: the server refused a text for {why}; set on_error: abstain to leave such responses out\n"
+                f"  for {describe_prompt(samples[0].prompt)}"
             )
         parsed: Any = json.loads(answer.text)
         return read(parsed)

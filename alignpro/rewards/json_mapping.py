@@ -153,13 +153,15 @@ class ScorePath:
     Args:
         path: The path; an empty one is the answer itself.
         batched: Whether an answer holds the scores of a batch, as a list.
+        abstains: Whether a score that is null or no finite number is None, and not an error.
     """
 
-    def __init__(self, path: str, *, batched: bool) -> None:
+    def __init__(self, path: str, *, batched: bool, abstains: bool = False) -> None:
+        self._abstains = abstains
         self._parts = path.split(".") if path else []
         self._batched = batched
 
-    def read(self, answer: Any, samples: Sequence[Sample], what: str) -> list[float]:
+    def read(self, answer: Any, samples: Sequence[Sample], what: str) -> list[float | None]:
         """The scores of a batch, or of one sample.
 
         Args:
@@ -176,11 +178,19 @@ class ScorePath:
         except LookupError as error:
             raise RewardError(f"{what}: {error.args[0]}{about}") from None
         if not self._batched:
-            return [_number(found, samples[0], what)]
+            return [self._score(found, samples[0], what)]
         if not isinstance(found, list) or len(found) != len(samples):
             got = f"{len(found)} scores" if isinstance(found, list) else f"{_kind(found)}, not a list of scores"
             raise RewardError(f"{what}: the answer to {len(samples)} samples holds {got}{about}")
-        return [_number(value, sample, what) for value, sample in zip(found, samples, strict=True)]
+        return [self._score(value, sample, what) for value, sample in zip(found, samples, strict=True)]
+
+    def _score(self, value: Any, sample: Sample, what: str) -> float | None:
+        try:
+            return _number(value, sample, what)
+        except RewardError:
+            if self._abstains:
+                return None
+            raise
 
 
 def _find(value: Any, parts: Sequence[str], walked: Sequence[str]) -> Any:

@@ -13,6 +13,7 @@ from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_se
 from alignpro.models.language_model import LanguageModel
 from alignpro.targets.base import BegunRollout, Target
 from alignpro.targets.completion import TextCompletion
+from alignpro.targets.server_metrics import added
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,8 @@ class TargetMixture:
     def metrics(self) -> dict[str, float]:
         """What responding took: sums over the targets, and each target's own as ``NAME`` of ``endpoint/requests/NAME``."""
         of_parts = [(part.name, part.target.metrics()) for part in self.parts]
-        metrics: dict[str, float] = {}
+        metrics = added(*(own for _, own in of_parts))
         for name, own in of_parts:
-            for key, value in own.items():
-                metrics[key] = metrics.get(key, 0.0) + value
             metrics |= {f"{key}/{name}": value for key, value in own.items() if key.startswith("endpoint/")}
         return metrics
 

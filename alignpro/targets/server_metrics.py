@@ -16,6 +16,23 @@ SHOWN = ("endpoint/usd", "endpoint/throttled", CONCURRENCY)
 """The metrics that the progress bar shows."""
 
 
+OF_REWARDS = "reward"
+"""The name of all servers that rewards ask, as in ``endpoint/usd/reward``."""
+
+
+def added(*metrics: Mapping[str, float]) -> dict[str, float]:
+    """The sums of metrics by name."""
+    return {
+        name: sum(each.get(name, 0.0) for each in metrics) for name in {key: None for each in metrics for key in each}
+    }
+
+
+def reward_metrics(asked: Mapping[str, float]) -> dict[str, float]:
+    """What the servers of rewards were asked, as metrics of a step: in the sums over all servers, and by themselves."""
+    total = {f"endpoint/{name}": value for name, value in asked.items()}
+    return total | {f"{name}/{OF_REWARDS}": value for name, value in total.items()}
+
+
 class ServerMetrics:
     """Counts for one target.
 

@@ -14,6 +14,8 @@ from uuid import uuid4
 from alignpro.config import EndpointConfig, PriceConfig, SamplingConfig, SpendingConfig
 from alignpro.endpoints.books import LedgerBooks
 from alignpro.endpoints.endpoint import Endpoint
+from alignpro.endpoints.known_servers import FILE_NAME as KNOWN_FILE
+from alignpro.endpoints.known_servers import KnownServers
 from alignpro.endpoints.ledger import Ledger
 from alignpro.endpoints.ledger_schema import FILE_NAME
 from alignpro.endpoints.preflight import Findings
@@ -22,6 +24,7 @@ from alignpro.endpoints.types import Answer, Query, Sampling, Usage
 from alignpro.endpoints.wire import request_body, upper_bound
 from alignpro.errors import ConfigError, PeerError
 from alignpro.targets.connection import AskedSoFar, Connection
+from alignpro.targets.server_metrics import added, reward_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +35,24 @@ _RUN_ID = "run_id"
 class Servers(Protocol):
     """The servers of a job."""
 
+    known: KnownServers
+    """What was found of them."""
+
     def connect(self, config: EndpointConfig) -> Connection:
         """The connection to a target's server, which has been checked."""
 
     def endpoint(self, config: EndpointConfig, path: str | None = None) -> Endpoint:
         """Open the server of a reward; see `EndpointSession.endpoint`."""
 
+    def reward_metrics(self) -> dict[str, float]:
+        """What the servers of rewards were asked since the last call, as metrics of a step; nothing without such servers."""
+
 
 class NoServers:
     """Of a job that asks none."""
+
+    def __init__(self) -> None:
+        self.known = KnownServers()
 
     def connect(self, config: EndpointConfig) -> Connection:
         """Never called: a job with an endpoint has servers."""
@@ -57,6 +69,10 @@ class NoServers:
             "alignpro.train or alignpro.evaluate, or build the trainer with open servers"
         )
 
+    def reward_metrics(self) -> dict[str, float]:
+        """Nothing: there are none."""
+        return {}
+
 
 NO_SERVERS = NoServers()
 
@@ -70,6 +86,8 @@ def open_servers(
     rewards: Sequence[EndpointConfig] = (),
 ) -> Iterator[Servers]:
     """Connect to the servers of a job and check each target's with a few small requests, which are paid for.
+
+    What was found is kept in the job's directory: when the job continues, each server gets one request.
 
     Args:
         spending: Budget, prices and ledger.
@@ -88,7 +106,7 @@ def open_servers(
         return
     with Ledger(spending.ledger or out / FILE_NAME) as ledger:
         books = LedgerBooks(ledger, spending.budget, spending.prices, job_identity(out))
-        with EndpointSession(books) as session:
+        with EndpointSession(books, known=KnownServers(out / KNOWN_FILE)) as session:
             yield OpenServers(session, spending, endpoints, respond)
 
 
@@ -106,14 +124,14 @@ def job_identity(out: Path) -> str:
 
 
 class OpenServers:
-    """Servers that are checked when this is made.
+    """Servers that are checked when this is made, unless another process has done so.
 
     Args:
         session: Where they are opened.
         spending: The prices.
         endpoints: The servers.
         respond: How they will be sampled.
-        known: What another process has found of each, which then is not checked again.
+        check: Whether they are checked; if not, the session knows what another process has found.
         tell_failure: Called once with what ended a server for good, in a thread of its own.
 
     Raises:
@@ -127,25 +145,39 @@ class OpenServers:
         spending: SpendingConfig,
         endpoints: Sequence[EndpointConfig],
         respond: SamplingConfig,
-        known: Sequence[Findings] | None = None,
+        check: bool = True,
         tell_failure: Callable[[str], None] | None = None,
     ) -> None:
-        self.endpoint = session.endpoint
-        self.found: list[Findings] = []
-        """What is known of each server."""
+        self._session, self.known = session, session.known
+        self._prices = spending.prices
+        self._of_rewards: list[_EndpointConnection] = []
+        self._counted: list[AskedSoFar] = []
         self._connections: list[tuple[EndpointConfig, _EndpointConnection]] = []
-        for i, config in enumerate(endpoints):
-            settled = {} if known is None else {"n": known[i].n, "seed": known[i].seed}
-            endpoint = session.endpoint(config.model_copy(update=settled))
-            if known is None:
-                self.found.append(endpoint.preflight(to_sampling(respond)))
-                _report(config, self.found[-1])
-            price = spending.prices.get(config.model)
-            self._connections.append((config, _EndpointConnection(endpoint, price, tell_failure)))
+        for config in endpoints:
+            endpoint = session.endpoint(config)
+            if check:
+                _report(config, endpoint.preflight(to_sampling(respond)))
+            self._connections.append((config, self._connection(endpoint, tell_failure)))
 
     def connect(self, config: EndpointConfig) -> Connection:
         """The connection to a server."""
         return next(connection for known, connection in self._connections if known == config)
+
+    def endpoint(self, config: EndpointConfig, path: str | None = None) -> Endpoint:
+        """Open the server of a reward, and count what it is asked."""
+        opened = self._session.endpoint(config, path)
+        self._of_rewards.append(self._connection(opened, None))
+        self._counted.append(AskedSoFar())
+        return opened
+
+    def reward_metrics(self) -> dict[str, float]:
+        """What the servers of rewards were asked since the last call."""
+        before, self._counted = self._counted, [each.asked() for each in self._of_rewards]
+        asked = [now.since(then) for now, then in zip(self._counted, before, strict=True)]
+        return reward_metrics(added(*asked)) if asked else {}
+
+    def _connection(self, endpoint: Endpoint, tell_failure: Callable[[str], None] | None) -> _EndpointConnection:
+        return _EndpointConnection(endpoint, self._prices.get(endpoint.config.model), tell_failure)
 
 
 class _EndpointConnection:

@@ -85,6 +85,7 @@ def prompter_training(
         rewards=rewards,
         responder=target,
         ahead=_sampling_ahead(config, environment),
+        servers=servers,
     )
 
 
@@ -125,6 +126,7 @@ def response_training(
         distribution=distribution,
         sampling_model=sampled,
         rewards=rewards,
+        servers=servers,
     )
 
 

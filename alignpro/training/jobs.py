@@ -20,6 +20,7 @@ from alignpro.distributed.ranks import Ranks
 from alignpro.errors import ConfigError
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.planning.memory import ONE_PROCESS
+from alignpro.planning.spending import check_budget
 from alignpro.targets.servers import NO_SERVERS, Servers, open_servers
 from alignpro.training import multi_process
 from alignpro.training.builders import prompter_training, response_training
@@ -84,6 +85,7 @@ def train(
     with Run(config, resume=resume, from_step=from_step) as run:  # before any model is loaded
         if not run.finished:
             check_inputs(config)
+            check_budget(config)
             with _servers(config) as servers:
                 check_reward_servers(config, servers)
                 config = settle_micro_batch_size(config, run, ONE_PROCESS)

@@ -9,7 +9,7 @@ from math import isfinite
 
 Metrics = dict[str, float]
 
-EXECUTION_METRICS = ("seconds/", "engine/", "endpoint/", "sample/logprob_difference")
+EXECUTION_METRICS = ("seconds/", "engine/", "endpoint/", "eval/seconds/", "eval/endpoint/", "sample/logprob_difference")
 """Prefixes of metrics that describe how a step was executed (timings, contents of the engine's cache, requests, rounding), not
 its result. These may differ in a run that was interrupted and resumed; on a CPU, all other metrics are bit-identical.
 """

@@ -17,6 +17,7 @@ from alignpro.distributed.launcher import launched_here, launched_world_size
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.session import distributed_session
 from alignpro.errors import ConfigError
+from alignpro.planning.spending import check_budget
 from alignpro.targets.servers import NO_SERVERS, Servers
 from alignpro.training.distribution import Distribution
 from alignpro.training.micro_batch_size import keep_micro_batch_size, settle_micro_batch_size
@@ -83,6 +84,7 @@ def _train_on(
     _require_equal_configurations(ranks, config)
     with ranks.raise_together():
         check_inputs(config)
+        check_budget(config)
     logger.info("%d ranks, ZeRO stage %d (%s)", ranks.size, zero.stage, zero.name)
     if resume:
         config = keep_micro_batch_size(config, ranks)
@@ -93,7 +95,7 @@ def _train_on(
             if run.checkpoint_ranks() not in (None, ranks.size):
                 zero = zero.loading_universal_checkpoint()
             with _servers(ranks, config) as servers:
-                ranks.on_rank_zero(partial(check_reward_servers, config, servers))
+                servers.known.update(ranks.on_rank_zero(partial(_check_rewards, config, servers)))
                 run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed), servers))
     return run
 
@@ -105,6 +107,12 @@ def _servers(ranks: Ranks, config: TrainConfig | RLHFConfig) -> AbstractContextM
         rewards = config.reward.endpoints
         return open_rank_servers(ranks, config, targets, config.run.out, config.rollout.respond, rewards)
     return nullcontext(NO_SERVERS)
+
+
+def _check_rewards(config: RunSection, servers: Servers) -> dict[str, Any]:
+    """Check the servers of rewards; returns all that is known of servers now, for the other ranks."""
+    check_reward_servers(config, servers)
+    return servers.known.as_dict()
 
 
 def _require_equal_configurations(ranks: Ranks, config: RunSection) -> None:

@@ -8,16 +8,18 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alignpro.config import EndpointConfig, SamplingConfig, SpendingConfig
 from alignpro.distributed.launcher import launched_here
 from alignpro.distributed.ranks import Ranks
 from alignpro.endpoints.books import LedgerBooks
 from alignpro.endpoints.grants import GrantServer, new_token
+from alignpro.endpoints.known_servers import FILE_NAME as KNOWN_FILE
+from alignpro.endpoints.known_servers import KnownServers
 from alignpro.endpoints.ledger import Ledger
 from alignpro.endpoints.ledger_schema import FILE_NAME
 from alignpro.endpoints.limits import RateLimits
-from alignpro.endpoints.preflight import Findings
 from alignpro.endpoints.remote import RankConnection, RemoteBooks, RemoteLimits
 from alignpro.endpoints.session import EndpointSession
 from alignpro.endpoints.types import Books, Limits
@@ -37,12 +39,12 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Invitation:
-    """How the other ranks reach rank 0, and what it has found of each server."""
+    """How the other ranks reach rank 0, and what it has found of the servers."""
 
     host: str
     port: int
     token: str
-    found: Sequence[Findings]
+    known: dict[str, Any]
 
 
 @contextmanager
@@ -109,13 +111,14 @@ def _open_on_rank_zero(job: _Job, stack: ExitStack) -> tuple[Servers, _Invitatio
         finally:
             await grants.close()
 
-    session = stack.enter_context(EndpointSession(granting(), lambda endpoint: limits[_name(endpoint)]))
+    known = KnownServers(job.out / KNOWN_FILE)
+    session = stack.enter_context(EndpointSession(granting(), lambda endpoint: limits[_name(endpoint)], known=known))
 
     def tell_failure(reason: str) -> None:
         asyncio.run_coroutine_threadsafe(grants.fail(f"rank 0: {reason}"), session.loop)
 
     servers = OpenServers(session, job.spending, job.endpoints, job.respond, tell_failure=tell_failure)
-    return servers, _Invitation(*address[0], token, servers.found)
+    return servers, _Invitation(*address[0], token, known.as_dict())
 
 
 def _join(job: _Job, invitation: _Invitation, stack: ExitStack) -> Servers:
@@ -133,11 +136,12 @@ def _join(job: _Job, invitation: _Invitation, stack: ExitStack) -> Servers:
     session = stack.enter_context(
         EndpointSession(joined(), lambda endpoint: RemoteLimits(connections[0], _name(endpoint)))
     )
+    session.known.update(invitation.known)
 
     def tell_failure(reason: str) -> None:
         asyncio.run_coroutine_threadsafe(connections[0].fail(reason), session.loop)
 
-    return OpenServers(session, job.spending, job.endpoints, job.respond, invitation.found, tell_failure)
+    return OpenServers(session, job.spending, job.endpoints, job.respond, check=False, tell_failure=tell_failure)
 
 
 def _name(endpoint: EndpointConfig) -> str:

@@ -25,6 +25,7 @@ from alignpro.environments.base import Environment, Scores
 from alignpro.models.saving import save_pretrained
 from alignpro.policy.policy import Policy
 from alignpro.targets.base import Responder
+from alignpro.targets.servers import NO_SERVERS, Servers
 from alignpro.training.assignment import PromptAssignment
 from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
@@ -60,6 +61,7 @@ class RLTrainer:
         rewards: Materializes the reward models to score; by default they always are.
         responder: What responds to the samples in the environment, for its metrics and its state.
         ahead: Samples are drawn in the step before, and importance weights correct the gradient; by default in their own.
+        servers: The job's servers, for the metrics of those that rewards ask.
 
     Raises:
         ConfigError: The loss or the advantage cannot be loaded, or they do not fit together.
@@ -87,6 +89,7 @@ class RLTrainer:
         rewards: FrozenModels | None = None,
         responder: Responder | None = None,
         ahead: SamplingAhead | None = None,
+        servers: Servers = NO_SERVERS,
     ) -> None:
         distribution = distribution or SingleProcess()
         ranks = distribution.ranks
@@ -120,7 +123,7 @@ class RLTrainer:
         self.phase = StepPhases(ranks, contexts)
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
         self.rollouts = Rollouts(ranks, environment, engine, self.assign, self.stream, sampling, run, ahead)
-        self.measure = StepMetrics(ranks, responder)
+        self.measure = StepMetrics(ranks, responder, servers)
         self.progress_metrics = ("reward/mean", "kl", "entropy", *self.measure.of_servers)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
         self._raise_together, self._writes_files = ranks.raise_together, ranks.is_rank_zero

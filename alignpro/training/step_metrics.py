@@ -15,7 +15,8 @@ from alignpro.engine import Chain, EngineStats
 from alignpro.environments.base import ABSTAINED, Scores
 from alignpro.objectives import effective_sample_share
 from alignpro.targets.base import Responder
-from alignpro.targets.server_metrics import CONCURRENCY, SHOWN
+from alignpro.targets.server_metrics import CONCURRENCY, SHOWN, added
+from alignpro.targets.servers import NO_SERVERS, Servers
 from alignpro.training.experience import Experience, sampled_logprob
 from alignpro.training.loggers.jsonl import append_row
 from alignpro.training.metrics import Metrics
@@ -26,26 +27,30 @@ class StepMetrics:
 
     Args:
         ranks: All ranks.
-        responder: What responds to the samples; it counts what is asked of servers.
+        responder: What responds to the samples; it counts what is asked of its servers.
+        servers: Those of the job; they count what rewards ask.
     """
 
-    def __init__(self, ranks: Ranks, responder: Responder | None = None) -> None:
+    def __init__(self, ranks: Ranks, responder: Responder | None = None, servers: Servers = NO_SERVERS) -> None:
         self._ranks = ranks
-        self._servers = responder if responder is not None and responder.remote else None
+        self._responder = responder if responder is not None and responder.remote else None
+        self._servers = servers
+        asked_by_check = servers.reward_metrics()  # is of no step
+        self._has_servers = self._responder is not None or bool(asked_by_check)
 
     @property
     def of_servers(self) -> tuple[str, ...]:
         """The metrics of servers that progress shows; none without servers."""
-        return () if self._servers is None else SHOWN
+        return SHOWN if self._has_servers else ()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the servers."""
-        return {} if self._servers is None else {"responder": self._servers.state_dict()}
+        return {} if self._responder is None else {"responder": self._responder.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        if self._servers is not None:
-            self._servers.load_state_dict(state.get("responder", {}))
+        if self._responder is not None:
+            self._responder.load_state_dict(state.get("responder", {}))
 
     def __call__(
         self,
@@ -77,10 +82,17 @@ class StepMetrics:
             metrics |= _importance_metrics(rows["importance"], rows["excess"])
         elif experience.weights is not None:
             metrics["kl_coef_normalized"] = kl_coef * rows["weights"].mean().item()
-        return metrics if self._servers is None else metrics | self._asked(self._servers.metrics())
+        return metrics | self._asked()
 
-    def _asked(self, metrics: Mapping[str, float]) -> Metrics:
-        """Add up over ranks what was asked of servers; times and shares are means, and concurrency is that of rank 0."""
+    def _asked(self) -> Metrics:
+        """What was asked of servers since the last call; none without servers.
+
+        It is added up over ranks; times and shares are means, and concurrency is that of rank 0.
+        """
+        if not self._has_servers:
+            return {}
+        of_target = {} if self._responder is None else self._responder.metrics()
+        metrics = added(of_target, self._servers.reward_metrics())
         means = self._ranks.mean(metrics, 1)
         summed = {
             name: each * self._ranks.size if name.startswith("endpoint/") else each for name, each in means.items()
@@ -106,7 +118,7 @@ class StepMetrics:
         return self._ranks.all_gather({"returns": experience.returns[:, 0]})["returns"].mean().item()
 
     def evaluation(self, values: Tensor, kl: float, count: int) -> Metrics:
-        """Compute the metrics of an evaluation.
+        """Compute the metrics of an evaluation; those of servers are of its own requests, which are in no step's.
 
         Args:
             values: (P, 1) R of this rank's prompts.
@@ -114,7 +126,13 @@ class StepMetrics:
             count: Number of prompts of all ranks.
         """
         reward = self._ranks.all_gather({"reward": values})["reward"].mean().item()
-        return {"eval/reward": reward, "eval/kl": self._ranks.sum(kl) / count}
+        own = ("endpoint/", "seconds/")
+        asked = {
+            f"eval/{name}": value
+            for name, value in self._asked().items()
+            if name.startswith(own) and not name.startswith(CONCURRENCY)
+        }
+        return {"eval/reward": reward, "eval/kl": self._ranks.sum(kl) / count, **asked}
 
     def write_sample(self, path: Path, step: int, prompts: Sequence[Prompt], scores: Scores) -> None:
         """Append the first prompt's first sample to a JSON Lines file, on rank 0."""

@@ -1,6 +1,7 @@
 """python -m benchmarks.endpoints: answers a second that the client takes on one core, its memory, and the time of rollouts.
 
-The server is a process of its own on this machine that gives the same answer every time. Nothing is recorded in a ledger.
+The server is a process of its own on this machine that gives the same answer every time. Speed and memory are measured without a
+ledger and with one, in which every request and answer is on disk before it is used; rollouts without.
 """
 
 from __future__ import annotations
@@ -27,11 +28,16 @@ def run(
 ) -> None:
     """See the module."""
     session = Session("endpoints", device="cpu", threads=1, quick=quick, file=json_file)
-    speed = throughput(200 if quick else answers, concurrency)
-    document: dict[str, Any] = {"run": session.describe(), "throughput": speed, "rollouts": []}
-    session.save(document)
-    heads = ["answers", "at once", "answers/s", "answers/CPU s", "CPU µs each", "MiB", "MiB more"]
-    print_table(session.console, heads, [[format(value, ",.0f") for value in speed.values()]], left=0, title="client")
+    document: dict[str, Any] = {"run": session.describe(), "throughput": [], "rollouts": []}
+    for recorded in (False, True):
+        document["throughput"].append(throughput(200 if quick else answers, concurrency, recorded))
+        session.save(document)
+    heads = ["ledger", "answers", "at once", "answers/s", "answers/CPU s", "CPU µs each", "MiB", "MiB more"]
+    cells = [
+        ["yes" if speed["ledger"] else "no", *(format(value, ",.0f") for value in list(speed.values())[1:])]
+        for speed in document["throughput"]
+    ]
+    print_table(session.console, heads, cells, title="client")
     for limit, prompter_seconds in ((concurrency, 0.0), (concurrency, 1.2), (max(concurrency // 4, 1), 0.6)):
         scale = 0.05 if quick else 1.0
         document["rollouts"].append(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from alignpro.config import EndpointConfig
+from alignpro.config import BudgetConfig, EndpointConfig
+from alignpro.endpoints.books import LedgerBooks
 from alignpro.endpoints.endpoint import Endpoint
+from alignpro.endpoints.ledger import Ledger
 from alignpro.endpoints.session import EndpointSession
-from alignpro.endpoints.types import Answer, DrawKey, Purchase, Query, Sampling, Usage
+from alignpro.endpoints.types import Answer, Books, DrawKey, Purchase, Query, Sampling, Usage
 from benchmarks.endpoints.server import running
 
 SAMPLING = Sampling(max_tokens=128)
@@ -59,9 +64,22 @@ def _resident_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def throughput(answers: int, concurrency: int) -> dict[str, Any]:
-    """Answers a second from a server that answers at once, and memory before and after nine tenths of them."""
-    with running(0.0) as url, EndpointSession(NoBooks()) as session:
+@contextmanager
+def _books(recorded: bool) -> Iterator[Books]:
+    """A ledger in a directory of its own, with the limits of a budget that suffices; or nothing."""
+    if not recorded:
+        yield NoBooks()
+        return
+    with TemporaryDirectory() as directory, Ledger(Path(directory) / "ledger.sqlite") as ledger:
+        yield LedgerBooks(ledger, BudgetConfig(requests=10**9, tokens=10**12), {}, "bench")
+
+
+def throughput(answers: int, concurrency: int, recorded: bool) -> dict[str, Any]:
+    """Answers a second from a server that answers at once, and memory before and after nine tenths of them.
+
+    ``cpu_us_per_answer`` is that of this process with all its threads, the ledger's included.
+    """
+    with running(0.0) as url, _books(recorded) as books, EndpointSession(books) as session:
         config = EndpointConfig(base_url=url, model="bench", max_concurrency=concurrency, n=False, seed=True)
         endpoint = session.endpoint(config)
         warm = max(answers // 10, 1)
@@ -70,6 +88,7 @@ def throughput(answers: int, concurrency: int) -> dict[str, Any]:
         _ask(endpoint, warm, answers)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return {
+            "ledger": recorded,
             "answers": answers,
             "concurrency": concurrency,
             "answers_per_s": answers / wall,

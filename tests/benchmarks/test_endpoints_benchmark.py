@@ -11,7 +11,8 @@ from benchmarks.endpoints.__main__ import app
 def test_it_runs(tmp_path: Path) -> None:
     app(["--quick", "--json", str(tmp_path / "results.json")], standalone_mode=False)
     document = json.loads((tmp_path / "results.json").read_text())
-    assert document["throughput"]["answers"] == 200 and document["throughput"]["answers_per_cpu_s"] > 0
+    assert [speed["ledger"] for speed in document["throughput"]] == [False, True]
+    assert all(speed["answers"] == 200 and speed["answers_per_cpu_s"] > 0 for speed in document["throughput"])
     assert all(
         row["median_s"] >= row["prompter_s"] and row["median_s"] >= row["latency"] for row in document["rollouts"]
     )

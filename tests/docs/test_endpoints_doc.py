@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 import yaml
-from document import Document
+from document import Document, recorded
 from typer.main import get_command
 
 from alignpro.cli import app
@@ -46,3 +46,29 @@ def test_its_budget_is_valid_and_its_error_is_the_budgets() -> None:
         Budget(config.budget, Charge(9, 9, 4_998 * 10**9)).reserve(Charge(1, 1, 21 * 10**8))
     assert f"    error: {refused.value}\n" in DOCUMENT.text
     assert f"`prompt_overhead` ({EndpointConfig.model_fields['prompt_overhead'].default})" in DOCUMENT.text
+
+
+def test_the_clients_figures_are_the_recorded_ones() -> None:
+    without, recorded_too = recorded("endpoints")["throughput"]
+    assert [without["ledger"], recorded_too["ledger"]] == [False, True]
+    for each in (without, recorded_too):
+        assert each["answers"] == 100_000
+        assert f"{each['answers_per_s']:,.0f} answers a second" in DOCUMENT.text
+        assert f"{each['mib_growth']:,.0f} MiB" in DOCUMENT.text
+
+
+def test_the_figures_of_training_against_a_server_are_the_recorded_ones() -> None:
+    document = recorded("server_training")
+    for name in ("untrained", "in process", "server"):
+        assert shown(document["rewards"][name]) in DOCUMENT.text
+    assert shown(document["difference"]) in DOCUMENT.text
+    assert document["difference"]["low"] <= 0 <= document["difference"]["high"]  # "within its interval"
+    steps = {len(rows) for rows in document["training"].values()}
+    assert f"{steps.pop()} steps" in DOCUMENT.text and not steps
+    assert f"vLLM {document['server']}" in DOCUMENT.text
+    assert f"{document['heldout_prompts']} held-out prompts" in DOCUMENT.text
+
+
+def shown(estimate: dict[str, float]) -> str:
+    """A mean with its interval."""
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]".replace("-", "−")

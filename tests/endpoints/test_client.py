@@ -94,13 +94,15 @@ def test_no_message_record_or_repr_holds_the_key(caplog: pytest.LogCaptureFixtur
                 seen.write(f"{chain} {chain!r} {vars(chain)}\n")
                 chain = chain.__cause__ or chain.__context__
             seen.write("".join(traceback.format_exception(error)))
-            seen.write(f"{endpoint!r} {endpoint.config!r} {endpoint._client!r} {endpoint.stats} {endpoint.served}\n")
+            seen.write(
+                f"{endpoint!r} {endpoint.config!r} {endpoint._sender.client!r} {endpoint.stats} {endpoint.served}\n"
+            )
         assert not books.answers
         seen.writelines(books.reasons)
         seen.writelines(map(repr, books.open.values()))
     with TinyServer(key=KEY, faults=randomly(0.5, 1)) as server, opened(server.url, books := MemoryBooks()) as endpoint:
         endpoint.submit(HELLO).result()
-        seen.write(f"{books} {endpoint._exchange!r}")
+        seen.write(f"{books} {endpoint._sender._exchange!r}")
     seen.writelines(f"{record.getMessage()} {record.args!r}\n" for record in caplog.records)
     text = seen.getvalue()
     assert "[key]" in text and "TINY_KEY" in text

@@ -321,7 +321,7 @@ def test_endpoints_of_one_server_and_key_share_their_limits(monkeypatch: pytest.
         assert len([future.result() for future in futures]) == 12
         assert server.most_in_flight == 2
         other = session.endpoint(config.model_copy(update={"api_key_env": "SOME_KEY"}))
-        assert other._limits is not endpoints[0]._limits
+        assert other._sender._limits is not endpoints[0]._sender._limits
 
 
 def test_missing_certificates_and_variables_are_named(tmp_path: Path) -> None:

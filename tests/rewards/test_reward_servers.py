@@ -31,6 +31,8 @@ from alignpro.rewards.preflight import check_servers
 PROMPTS = [Prompt.from_text(f"question {i}", source=f"data.jsonl:{i}", metadata={"level": i}) for i in range(3)]
 RESPONSES = ["a", "bb", "ccc"]
 KEY = "sk-planted-secret-0123456789"
+ZERO = {"kind": "function", "function": f"{__file__}:zero"}
+"""A component that scores every response."""
 
 
 @dataclass
@@ -116,6 +118,28 @@ class TestJSONServers:
             (server.url, "json", "json", 0)
         }
         assert sorted(key.body for key in books.answers) == ['{"y":"a"}', '{"y":"bb"}', '{"y":"ccc"}']
+
+    def test_it_abstains_where_a_server_gives_no_score(self) -> None:
+        def score(body: Any) -> Any:
+            return [{"score": None if text == "bb" else len(text)} for text in body["y"]]
+
+        batches = {"body": {"y": "$response"}, "score": "*.score", "batch_size": 3}
+        with ScoreServer(score=score) as server, asking(http(server, **batches, on_error="abstain"), ZERO) as reward:
+            assert reward(PROMPTS, RESPONSES, None).components["http"] == [1.0, None, 3.0]
+
+    def test_it_abstains_where_a_server_refuses_a_text(self) -> None:
+        refused = Fault("status", 400, body=json.dumps({"error": {"code": "content_filter", "message": "no"}}).encode())
+        with (
+            ScoreServer(faults=at({0: refused})) as server,
+            asking(http(server, max_concurrency=1, on_error="abstain"), ZERO) as reward,
+        ):
+            assert reward(PROMPTS, RESPONSES, None).components["http"] == [None, 2.0, 3.0]
+        with (
+            ScoreServer(faults=always(refused)) as server,
+            asking(http(server)) as reward,
+            pytest.raises(RewardError, match="refused a text for its content filter; set on_error: abstain"),
+        ):
+            reward(PROMPTS, RESPONSES, None)
 
     def test_failures_that_may_pass_are_repeated_and_nothing_is_bought_twice(self) -> None:
         responses = [f"{'x' * (i % 7)}{i}" for i in range(60)]
@@ -352,3 +376,7 @@ def test_keys_of_both_kinds_of_servers_mean_the_same() -> None:
         "http://proxy:1",
         3,
     )
+
+
+def zero(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    return [0.0] * len(responses)

@@ -142,6 +142,16 @@ def test_a_run_that_samples_ahead_fails_and_goes_on_as_the_one_in_process(
     assert not bought_twice(server)
 
 
+@pytest.mark.parametrize(("limit", "step"), [("requests=7", "8"), ("tokens=8255", "8,256")])
+def test_a_budget_below_a_step_is_refused_before_anything_is_sent(
+    limit: str, step: str, remote: Callable[..., int], server: TinyServer, tmp_path: Path, capsys: Any
+) -> None:
+    assert remote("train", tmp_path / "run", server, TWO_RESPONSES, f"budget.{limit}") == 1
+    told = capsys.readouterr().err
+    assert f"budget.{limit.split('=')[0]} is" in told and f"a step can take {step}: raise" in told
+    assert server.count == 0
+
+
 @pytest.mark.slow
 def test_a_repeated_run_on_the_same_ledger_buys_nothing(
     remote: Callable[..., int], server: TinyServer, tmp_path: Path
@@ -188,7 +198,7 @@ def test_a_dry_run_sends_nothing_and_tells_the_cost(
     told = capsys.readouterr().out
     # 2 prompts × 2 rewrites × 2 responses, 1024 tokens of a prompt and 4 of its rewrite, 4 of an answer
     assert "in a step: at most 8 requests and 8,256 tokens" in told.replace("big at " + server.url + ", a", "in a")
-    assert "may not be enough" in told
+    assert "may not be enough for a single step: the run does not start" in told
     assert server.count == 0
 
 
