@@ -32,7 +32,7 @@ class InstructionEnvironment:
         """Rewrite each prompt, and sample ``params.n`` responses: [P][1] chains."""
         sent = [self.target.encode(prompt, self.template(prompt.text)) for prompt in prompts]
         responses = self.target.respond(engine, sent, params, seeds)
-        return [[Chain(Completion([], [], "stop"), each, group)] for each, group in zip(sent, responses, strict=True)]
+        return [[Chain(Completion([], [], "stop"), responses=group)] for group in responses]
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Score each response against the original prompt."""

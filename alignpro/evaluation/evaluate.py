@@ -164,7 +164,7 @@ def _compare(
         bound=estimate_bound(config, sampler, arms, trained.oracle, clusters) if config.bound else None,
         gibbs=next(reversed(gibbs.values()), None),
         gibbs_by_arm=gibbs,
-        rows=_sample_rows(config.sampled_arms, sampler.prompts, arms),
+        rows=sample_rows(config.sampled_arms, sampler.prompts, arms),
         notes=[*_notes(config, summaries), *_server_notes(sampler.target, trained, config)],
         convergence=_convergence(config),
         seconds=seconds,
@@ -261,7 +261,7 @@ def _trained_rows(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:
     return {name: read_rows(Path(m.path).parent / "metrics.jsonl") for name, m in models.items() if m is not None}
 
 
-def _sample_rows(names: Sequence[str], prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples]) -> list[SampleRow]:
+def sample_rows(names: Sequence[str], prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples]) -> list[SampleRow]:
     """One row per sample of each arm, with its first response. Arms are interleaved, so that truncation keeps all arms."""
     rows: list[SampleRow] = []
     for i, prompt in enumerate(prompts):

@@ -13,7 +13,7 @@ from typing import Any
 from alignpro.config import ConfigSource, HeadroomConfig, TaskConfig, dump_config, resolve_config, target_endpoints
 from alignpro.data import Prompt, cluster_labels, load_prompts
 from alignpro.evaluation.arms import ArmSampler, ArmSamples, label
-from alignpro.evaluation.evaluate import prepare_directory
+from alignpro.evaluation.evaluate import prepare_directory, sample_rows
 from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.evaluation.headroom_verdict import Verdict, judge_headroom
 from alignpro.evaluation.heldout_prompts import evaluation_prompts
@@ -131,10 +131,7 @@ def _headroom(config: HeadroomConfig, moves: MoveBank, servers: Servers, started
             name: _sample_task(config, task, samplers[name], unchanged, candidates, prompter)
             for name, task in config.tasks.items()
         }
-    tasks = {
-        name: _judge_task(config, samplers[name], arms_of, samplers[name].scored(candidates, prompter), clusters)
-        for name, arms_of in sampled.items()
-    }
+    tasks = {name: _judge_task(config, samplers[name], arms_of, clusters) for name, arms_of in sampled.items()}
     use = moves.use([prompt.text for prompt in prompts], candidates.scores.samples)
     result = Headroom(tasks, use, time.perf_counter() - started)
     with disk_errors(str(config.out), "make room, then measure again"):
@@ -150,7 +147,7 @@ def _sample_task(
     candidates: ArmSamples,
     prompter: LanguageModel,
 ) -> dict[str, ArmSamples]:
-    """The arms of a task, in the order of the table; the prompter as it is has the first of the candidates."""
+    """The arms of a task, in the order of the table, and last the candidates, of which ρ_sft as it is has the first."""
     K, M = config.rewrites_per_prompt, config.responses_per_rewrite
     arms = {"no_finetuning": sampler.scored(unchanged, None)}
     for name, template in instruction_templates(task.instructions).items():
@@ -159,14 +156,13 @@ def _sample_task(
     arms["sft_prompter"] = own.first(K)
     for name, count in config.gibbs_arms.items():
         arms[name] = sampler.resample(own.first(count), prompter, config.kl_coef, K, name)
-    return arms
+    return arms | {"candidates": own}
 
 
 def _judge_task(
     config: HeadroomConfig,
     sampler: ArmSampler,
     arms: Mapping[str, ArmSamples],
-    candidates: ArmSamples,
     clusters: Clusters,
 ) -> TaskHeadroom:
     baseline = arms["no_finetuning"].raw
@@ -181,10 +177,11 @@ def _judge_task(
                 clusters=clusters,
             )
             for name, samples in arms.items()
+            if name != "candidates"
         ]
     )
     gibbs = {
-        name: arm_estimates(sampler, candidates.first(count), arms[name], config.kl_coef, clusters)
+        name: arm_estimates(sampler, arms["candidates"].first(count), arms[name], config.kl_coef, clusters)
         for name, count in config.gibbs_arms.items()
     }
     return TaskHeadroom(summaries, gibbs, judge_headroom(summaries, config.worthwhile))
@@ -198,17 +195,8 @@ def _write(
 ) -> None:
     with (config.out / "samples.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
         for task, arms in sampled.items():
-            for i, prompt in enumerate(prompts):
-                for name, samples in arms.items():
-                    row = {
-                        "task": task,
-                        "arm": name,
-                        "prompt": prompt.text,
-                        "rewrite": samples.scores.samples[i][0] if samples.scores_rewrites else None,
-                        "response": samples.scores.responses[i][0][0],
-                        "reward": samples.scores.raw[i, 0, 0].item(),
-                    }
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows = sample_rows([name for name in arms if name != "candidates"], prompts, arms)
+            file.writelines(json.dumps({"task": task, **row}, ensure_ascii=False) + "\n" for row in rows)
     summary = {
         "tasks": {name: task.as_dict() for name, task in result.tasks.items()},
         "moves": result.moves.as_dict(),

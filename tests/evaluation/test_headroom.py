@@ -75,7 +75,8 @@ def test_every_task_has_its_arms_and_a_sentence(measured: tuple[Headroom, Path])
     )
     assert summary["moves"]["other"] == 1  # the tiny prompter writes no move
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 5 * 5
+    assert len(rows) == 2 * 5 * (4 + 1 + 2 + 2 + 2)
+    assert {row["task"] for row in rows} == {"letters", "nothing"}
     table = result.table()
     assert "Gibbs, N = 4" in table
     assert summary["tasks"]["letters"]["verdict"] in table

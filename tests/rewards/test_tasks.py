@@ -37,7 +37,6 @@ GOOD = {
     "numbered_list": "1. Days get short in autumn.\n2. Leaves lose their green.\n3. The other colour shows.",
     "plain_words": "Leaves are green. In autumn the green goes away. Then you see a new colour.",
     "worked_example": "The green fades. For example, maple leaves change from green to a red colour in autumn.",
-    "direct_address": "You see leaves change colour in autumn. Your eyes see less green.",
 }
 
 
@@ -72,7 +71,6 @@ def test_a_good_answer_scores_one_and_an_empty_or_unrelated_one_nothing(name: st
         ("numbered_list", "**1.** Leaves\n**2.** change\n**3.** in autumn\n**4.** colour", 1),
         ("plain_words", "leaves leaves change colour in autumn and are red", 0),
         ("worked_example", "Leaves change colour in autumn, for example.", 0),
-        ("direct_address", "You see leaves change colour in autumn. The green fades.", 0.5),
     ],
 )
 def test_what_only_looks_good_scores_less(name: str, response: str, value: float) -> None:
