@@ -77,8 +77,8 @@ def largest_changes(rows: Sequence[SampleRow], count: int = 5, *, title: str = "
     lost = [prompt for prompt in reversed(order) if gains[prompt] < 0][:count]
     changes = []
     for prompt in [*gained, *lost]:
-        pick = max if gains[prompt] > 0 else min
-        shown = pick(ours[prompt], key=lambda row: row["reward"])
+        ordered = sorted(ours[prompt], key=lambda row: row["reward"])
+        shown = ordered[-1] if gains[prompt] > 0 else ordered[0]
         changes.append(
             Change(
                 gains[prompt],

@@ -200,7 +200,8 @@ def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[s
     def index(text: str | None) -> int:
         return -1 if text is None else texts.setdefault(_replace_surrogates(text), len(texts))
 
-    packed, room = [], _TEXT_BYTES
+    packed: list[list[Any]] = []
+    room = _TEXT_BYTES
     for row in rows[:_SHOWN_ROWS]:
         written = [text for text in (row["prompt"], row["rewrite"], row["response"]) if text is not None]
         room -= sum(len(json.dumps(text)) for text in written if _replace_surrogates(text) not in texts)

@@ -67,7 +67,7 @@ def _without_baseline(groups: Sequence[Group]) -> str:
     methods = [each for group in groups for each in group.methods]
     if len(methods) == 1:
         return f"{methods[0].label} has a mean reward of {_estimate(methods[0].mean)}; nothing was compared with it."
-    return "No fine-tuning was not evaluated, so the methods are shown without a comparison to it."
+    return "The target without fine-tuning was not evaluated, so nothing is compared with it."
 
 
 def _against(label: str, results: list[tuple[Group, MethodResult]], *, baseline: bool) -> str:

@@ -53,11 +53,9 @@ def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         guards = [each["kind"] for each in reward.get("guards", ())]
         facts += [("guards", ", ".join(guards))] if guards else []
     if objective := config.get("objective"):
-        facts.append(("λ (kl_coef)", f"{objective.get('kl_coef')} per nat"))
-        names = ("loss", "advantage", "kl_estimator")
-        facts.append(
-            ("estimator", ", ".join(f"{key} {objective[key]}" for key in names if objective.get(key) is not None))
-        )
+        kl = objective.get("kl") or {}
+        facts.append(("λ", f"{kl.get('coef')} per nat"))
+        facts.append(("estimator", f"{objective.get('loss')}, {objective.get('advantage')}, KL {kl.get('estimator')}"))
     run = config.get("run") or {}
     return [*facts, ("steps, seed", f"{run.get('steps')}, {run.get('seed')}")]
 

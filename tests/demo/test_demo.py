@@ -33,7 +33,13 @@ def test_summary_has_all_fields(short):
     assert summary["seed"] == 1
     assert summary["versions"]["torch"]
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert "<html" in (out / "report.html").read_text()
+    report = (out / "report.html").read_text()
+    assert '<p class="verdict">Align-Pro ' in report
+    assert 'alt="Reward against the KL' in report
+    for arm in ("align_pro", "oracle"):
+        card = (out / arm / "model" / "README.md").read_text()
+        assert "## Held-out evaluation" in card
+        assert "| against no fine-tuning | " in card
 
 
 def test_reward_of_no_finetuning_leaves_headroom(short):

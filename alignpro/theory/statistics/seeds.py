@@ -8,7 +8,7 @@ within clusters of prompts. The variance of the mean over S seeds is
 where V_prompts is the cluster-robust one of the prompts' means over seeds, which holds the variance of b and of e,
 V_seeds = Var_s(mean of seed s) / S, which holds that of a and of e, and V_interaction is that of e, counted in both. Its degrees
 of freedom are those of Satterthwaite (1946), in which three seeds, two degrees of freedom, weigh as much as they contribute.
-Simulated 95 % intervals hold the truth in 93 to 97 % of data sets from three seeds on; with two seeds whose results differ more
+Simulated 95 % intervals hold the truth in 92 to 98 % of data sets from three seeds on; with two seeds whose results differ more
 than prompts explain, in 88 % (`benchmarks.coverage`).
 """
 
