@@ -18,6 +18,8 @@ from alignpro.endpoints.ledger_schema import FILE_NAME, TABLES
 from alignpro.errors import BudgetError
 
 DOCUMENT = Document("endpoints.md")
+TEXT = " ".join(DOCUMENT.text.split())
+"""Without line breaks."""
 
 
 def test_its_commands_exist_with_their_options() -> None:
@@ -53,20 +55,20 @@ def test_the_clients_figures_are_the_recorded_ones() -> None:
     assert [without["ledger"], recorded_too["ledger"]] == [False, True]
     for each in (without, recorded_too):
         assert each["answers"] == 100_000
-        assert f"{each['answers_per_s']:,.0f} answers a second" in DOCUMENT.text
-        assert f"{each['mib_growth']:,.0f} MiB" in DOCUMENT.text
+        assert f"{each['answers_per_s']:,.0f} answers a second" in TEXT
+        assert f"{each['mib_growth']:,.0f} MiB" in TEXT
 
 
 def test_the_figures_of_training_against_a_server_are_the_recorded_ones() -> None:
     document = recorded("server_training")
     for name in ("untrained", "in process", "server"):
-        assert shown(document["rewards"][name]) in DOCUMENT.text
-    assert shown(document["difference"]) in DOCUMENT.text
+        assert shown(document["rewards"][name]) in TEXT
+    assert shown(document["difference"]) in TEXT
     assert document["difference"]["low"] <= 0 <= document["difference"]["high"]  # "within its interval"
     steps = {len(rows) for rows in document["training"].values()}
-    assert f"{steps.pop()} steps" in DOCUMENT.text and not steps
-    assert f"vLLM {document['server']}" in DOCUMENT.text
-    assert f"{document['heldout_prompts']} held-out prompts" in DOCUMENT.text
+    assert f"{steps.pop()} steps" in TEXT and not steps
+    assert f"vLLM {document['server']}" in TEXT
+    assert f"{document['heldout_prompts']} held-out prompts" in TEXT
 
 
 def shown(estimate: dict[str, float]) -> str:
