@@ -10,7 +10,6 @@ sums and means over all processes, so results do not depend on their number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.experience import Experience, join_rows, join_values, sample_batch
 from alignpro.training.gradient_accumulation import GradientAccumulation, split_minibatches
+from alignpro.training.heldout_evaluation import HeldoutEvaluation
 from alignpro.training.metrics import Metrics, mean_of_updates
 from alignpro.training.objective import build_objective
 from alignpro.training.resume import RunInputs
@@ -118,6 +118,9 @@ class RLTrainer:
         self.phase = StepPhases(ranks, contexts)
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
         self.measure = StepMetrics(ranks, responder)
+        self.evaluation = HeldoutEvaluation(
+            environment, engine, self.accumulate, sampling, run.seed, objective.kl.coef, self.phase, self.assign, ranks
+        )
         self.progress_metrics = ("reward/mean", "kl", "entropy", *self.measure.of_servers)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
         self._raise_together, self._writes_files = ranks.raise_together, ranks.is_rank_zero
@@ -207,26 +210,9 @@ class RLTrainer:
                 updates.append(metrics)
         return mean_of_updates(updates, self.optimizer.max_grad_norm)
 
-    @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
-        """Compute reward and KL of one sample for each held-out prompt."""
-        prompts = self.heldout
-        if not prompts:
-            return {}
-        self.phase.begin("evaluation")
-        local, local_prompts = self.assign(prompts, self.sampling.n)
-        seeds = [derive_seed(self.run.seed, "evaluate", i) for i in local]
-        chains, values, batch = list[list[Chain]](), torch.empty(0, 1), None
-        with self.phase("rollout"):
-            if local:
-                chains = self.environment.rollout(self.engine, local_prompts, replace(self.sampling, n=1), seeds)
-        with self.phase("reward"):
-            if local:
-                values = self.environment.score(local_prompts, chains).values
-                batch = sample_batch(self.environment.encode, local_prompts, chains, self.policy.model.device)
-        with self.phase("credit"):
-            kl = sum(self.policy.token_stats(part).kl.sum().item() for part in self.accumulate.passes(batch))
-        return self.measure.evaluation(values, kl, len(prompts))
+        """Compute reward, KL and objective of one sample for each held-out prompt."""
+        return self.evaluation(self.heldout) if self.heldout else {}
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write weights and optimizers; returns the rest of the state."""

@@ -99,17 +99,6 @@ class StepMetrics:
         """Return the mean of G_0, the return of whole sequences."""
         return self._ranks.all_gather({"returns": experience.returns[:, 0]})["returns"].mean().item()
 
-    def evaluation(self, values: Tensor, kl: float, count: int) -> Metrics:
-        """Compute the metrics of an evaluation.
-
-        Args:
-            values: (P, 1) R of this rank's prompts.
-            kl: Sum of the sequence KL of its samples, in nats.
-            count: Number of prompts of all ranks.
-        """
-        reward = self._ranks.all_gather({"reward": values})["reward"].mean().item()
-        return {"eval/reward": reward, "eval/kl": self._ranks.sum(kl) / count}
-
     def write_sample(self, path: Path, step: int, prompts: Sequence[Prompt], scores: Scores) -> None:
         """Append the first prompt's first sample to a JSON Lines file, on rank 0."""
         if self._ranks.is_rank_zero:
