@@ -41,6 +41,7 @@ from alignpro.objectives.losses import (
     value_loss,
 )
 from alignpro.objectives.resampling import GibbsResample, gibbs_resample
+from alignpro.objectives.step_size import StepSize
 
 ADVANTAGES: dict[str, type[Advantage]] = {
     "leave_one_out": LeaveOneOut,
@@ -76,6 +77,7 @@ __all__ = [
     "PolicyGradientBatch",
     "RunningBaseline",
     "SampledReturns",
+    "StepSize",
     "TokenLoss",
     "entropy_rewards",
     "exact_kl_coef",

@@ -31,6 +31,7 @@ from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.experience import Experience, join_rows, join_values, sample_batch
 from alignpro.training.gradient_accumulation import GradientAccumulation, split_minibatches
 from alignpro.training.heldout_evaluation import HeldoutEvaluation
+from alignpro.training.limited_updates import LimitedUpdates
 from alignpro.training.metrics import Metrics, mean_of_updates
 from alignpro.training.objective import build_objective
 from alignpro.training.resume import RunInputs
@@ -108,6 +109,7 @@ class RLTrainer:
         self.accumulate = GradientAccumulation(
             self.policy, self.loss, self.backend, self.critic, objective, sampling.n, optimizer.rows_per_pass, ranks
         )
+        self.limited = LimitedUpdates(self.policy, self.backend, self.accumulate, objective, optimizer, ranks)
         targets, rewards = targets or FrozenModels(), rewards or FrozenModels()
         contexts = {
             "rollout": (self.sampled.gathered, targets.materialized, ranks.raise_together),
@@ -197,18 +199,19 @@ class RLTrainer:
             local: The indices of these groups among those of the step.
         """
         updates, place = list[Metrics](), {group: i for i, group in enumerate(local)}
+        self.limited.begin(experience, step, local, self.stream.batch_size, self.sampling.n)
         for epoch in range(self.objective.epochs):
             seed = derive_seed(self.run.seed, "minibatch", step, epoch)
             for groups in split_minibatches(self.stream.batch_size, self.objective.minibatches, seed):
                 rows = torch.tensor([place[g] for g in groups.tolist() if g in place], dtype=torch.int64)
                 minibatch = experience.select(rows, self.sampling.n)
                 metrics = self.accumulate(minibatch, self.kl, None if updates else experience.values.states)
-                metrics["gradient_norm"] = self.backend.step()
+                metrics["gradient_norm"] = self.limited()
                 self.engine.weights_updated("policy")
                 if self.critic is not None:
                     metrics |= self.critic.step()
                 updates.append(metrics)
-        return mean_of_updates(updates, self.optimizer.max_grad_norm)
+        return mean_of_updates(updates, self.optimizer.max_grad_norm) | self.limited.end()
 
     def evaluate(self, step: int) -> Metrics:
         """Compute reward, KL and objective of one sample for each held-out prompt."""
@@ -221,6 +224,7 @@ class RLTrainer:
             with self._raise_together():  # the next one's writing is a collective, too
                 backend.save(directory, name)
         learned = {"kl": self.kl.state_dict(), "baseline": self.advantage.state_dict(), **self.measure.state_dict()}
+        learned |= self.limited.state_dict()
         return {**state, **learned, "expected_length": self.assign.expected_length}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
@@ -237,6 +241,7 @@ class RLTrainer:
         self.advantage.load_state_dict(state["baseline"])
         self.assign.expected_length = float(state["expected_length"])
         self.measure.load_state_dict(state)
+        self.limited.load_state_dict(state)
 
     def export(self, directory: Path) -> None:
         """Write the whole model (or its adapter) and the tokenizer, from one process."""
