@@ -43,7 +43,7 @@ LABELS = {
 }
 
 
-def _show_nothing(metrics: Mapping[str, float]) -> None:
+def _show_nothing(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
     pass
 
 

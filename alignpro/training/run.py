@@ -31,6 +31,7 @@ from alignpro.training.progress import progress_bar
 from alignpro.training.resume import check_launcher, find_start
 from alignpro.training.rng_state import get_rng_state, preserved_rng_state, seed_all, set_rng_state
 from alignpro.training.run_directory import RUN_ID, RunDirectory
+from alignpro.training.runaway import RunawayWatch
 from alignpro.training.selection import Selection
 from alignpro.training.stop_signals import stop_signals
 
@@ -129,6 +130,7 @@ class Run:
         progress = progress_bar(
             self.config.steps, self.start_step, trainer.progress_metrics, shown=self.ranks.is_rank_zero
         )
+        watch = RunawayWatch()
         stopping = stop_signals(patience=0.0 if self.ranks.group is None else LAUNCHER_PATIENCE)
         with self._open_log() as log, progress as advance, stopping as stop:
             if self._evaluation_due(self.start_step) and not self.ranks.on_rank_zero(
@@ -141,7 +143,10 @@ class Run:
                 with self._saved_on_failure(step, trainer, log):
                     metrics = trainer.step(step)
                 self._write(log, step + 1, metrics)
-                advance(metrics)
+                warnings = watch(metrics)
+                advance(metrics, watch.notes)
+                for warning in warnings if self.ranks.is_rank_zero else ():
+                    logger.warning("step %d: %s", step + 1, warning)
                 if self._evaluation_due(step + 1):
                     self._evaluate(step + 1, trainer, log)
                 best = self._selection.best_step == step + 1
