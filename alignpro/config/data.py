@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignpro.config.section import Section
 
@@ -20,6 +20,9 @@ class DataConfig(Section):
     """Field of `Prompt` -> column; dotted paths address nested values (``conversations.0.value``)."""
     holdout: float = Field(0.1, ge=0, lt=1)
     """Share of prompts held out for evaluation, selected by a hash of the content."""
+    validation: float = Field(0.0, ge=0, lt=1)
+    """Share of prompts on which a run evaluates itself, beside those held out: `alignpro eval` reports none of them, so that
+    ``run.select: best`` may choose by them. Without it, a run evaluates itself on held-out prompts."""
     holdout_by: Literal["first_turn", "conversation"] = "first_turn"
     """What is hashed. ``conversation`` is the way of earlier versions: resumed runs and the evaluation of their models keep
     what their run directory records."""
@@ -28,6 +31,12 @@ class DataConfig(Section):
     cluster. ``source`` is the prompt's file or data set if it is no such key."""
     limit: int | None = Field(None, ge=1)
     max_bad_rows: int = Field(100, ge=0)
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> DataConfig:
+        if self.holdout + self.validation >= 1:
+            raise ValueError(f"holdout={self.holdout} and validation={self.validation} leave no prompts to train on")
+        return self
 
 
 class SFTDataConfig(DataConfig):

@@ -13,7 +13,7 @@ from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
 from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.rewards import RewardConfig
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
-from alignpro.config.run import DeepSpeedConfig, RunSection
+from alignpro.config.run import DeepSpeedConfig, RunSection, SelectingSection
 from alignpro.config.section import OutputPath, Section
 from alignpro.config.targets import (
     PolicyOrTarget,
@@ -25,7 +25,7 @@ from alignpro.config.targets import (
 )
 
 
-class TrainConfig(RunSection, SpendingConfig):
+class TrainConfig(SelectingSection, SpendingConfig):
     """`alignpro train`: train a prompter against a frozen target."""
 
     policy: PolicyConfig
@@ -66,7 +66,7 @@ class TrainConfig(RunSection, SpendingConfig):
         return self
 
 
-class RLHFConfig(RunSection, SpendingConfig):
+class RLHFConfig(SelectingSection, SpendingConfig):
     """`alignpro rlhf`: fine-tune the target itself on the same reward (the oracle)."""
 
     policy: PolicyConfig

@@ -64,6 +64,9 @@ class ObjectiveConfig(Section):
     advantage_params: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the user's own advantage."""
     kl: KLConfig = KLConfig()
+    step_kl: float | None = Field(0.2, gt=0)
+    """What KL(ρ_new ‖ ρ_old) of a step should be at most, in nats per sequence: the learning rate is lowered where it would
+    be more. None measures and limits nothing."""
     entropy_coef: float = Field(0.0, ge=0)
     clip_range: float = Field(0.2, gt=0)
     gae_lambda: float = Field(1.0, ge=0, le=1)

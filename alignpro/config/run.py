@@ -22,6 +22,9 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     sample_every: int = Field(10, ge=1)
     """Number of steps between rows of samples.jsonl."""
+    select: Literal["best", "last"] | None = None
+    """Which checkpoint becomes ``model/``: the one with the best objective on ``data.validation``, or the last. None: the best
+    where a reinforcement learning run evaluates itself on such prompts."""
     tensorboard: bool = True
     wandb_project: str | None = None
 
@@ -31,6 +34,30 @@ class RunSection(Section):
 
     run: RunConfig
     data: DataConfig
+
+    @property
+    def selects_best(self) -> bool:
+        """Whether ``model/`` is the best checkpoint by the run's own evaluations."""
+        return False
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> RunSection:
+        if self.run.select == "best" and not self.selects_best:
+            raise ValueError(
+                "run.select=best: it takes `alignpro train` or `rlhf` with run.eval_every and data.validation, the share of "
+                "prompts to choose by: those that `alignpro eval` reports must not be chosen by"
+            )
+        return self
+
+
+class SelectingSection(RunSection):
+    """The base class of those that may export their best checkpoint."""
+
+    @property
+    def selects_best(self) -> bool:
+        """Whether ``model/`` is the best checkpoint by the objective on ``data.validation``."""
+        evaluated = self.run.eval_every > 0 and self.data.validation > 0
+        return evaluated and self.run.select != "last"
 
 
 class DeepSpeedConfig(Section):

@@ -17,7 +17,7 @@ from alignpro.data.columns import available_fields
 from alignpro.data.loading import DataSet, LoadReport, load_prompts
 from alignpro.data.presets import available_presets
 from alignpro.data.prompt import Message, Prompt, replace_lone_surrogates
-from alignpro.data.splits import choose, cluster_labels, is_held_out, split
+from alignpro.data.splits import choose, cluster_labels, is_held_out, split, split_for_training
 
 __all__ = [
     "DataSet",
@@ -32,4 +32,5 @@ __all__ = [
     "load_prompts",
     "replace_lone_surrogates",
     "split",
+    "split_for_training",
 ]

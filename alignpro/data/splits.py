@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
+from alignpro.config import DataConfig
 from alignpro.data.prompt import Prompt
 from alignpro.errors import DataError
 
@@ -58,6 +59,26 @@ def split(prompts: Sequence[Prompt], holdout: float, by: HoldoutBy = "first_turn
             f"data.holdout={holdout} leaves none of {len(prompts)} prompts to train on: lower it, or give more prompts"
         )
     return sides
+
+
+def split_for_training(prompts: Sequence[Prompt], config: DataConfig, count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Split into those to train on and at most ``count`` on which a run evaluates itself, each in the given order.
+
+    The latter are validation prompts if ``data.validation`` is positive, else held-out ones. The held-out prompts are those
+    of `split`, whatever the share of validation prompts is.
+
+    Args:
+        prompts: The data set.
+        config: The shares.
+        count: See `choose`.
+
+    Raises:
+        DataError: There are prompts, but none is left to train on.
+    """
+    training, others = split(prompts, config.holdout + config.validation, config.holdout_by)
+    if config.validation > 0:
+        others = [prompt for prompt in others if not is_held_out(prompt, config.holdout, config.holdout_by)]
+    return training, choose(others, count, config.holdout_by)
 
 
 def choose(prompts: Sequence[Prompt], count: int, by: HoldoutBy = "first_turn") -> list[Prompt]:

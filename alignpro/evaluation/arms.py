@@ -52,7 +52,7 @@ def label(name: str) -> str:
     return LABELS[name]
 
 
-def _show_nothing(metrics: Mapping[str, float]) -> None:
+def _show_nothing(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
     pass
 
 

@@ -42,6 +42,7 @@ from alignpro.objectives.losses import (
     value_loss,
 )
 from alignpro.objectives.resampling import GibbsResample, gibbs_resample
+from alignpro.objectives.step_size import StepSize
 
 ADVANTAGES: dict[str, type[Advantage]] = {
     "leave_one_out": LeaveOneOut,
@@ -78,6 +79,7 @@ __all__ = [
     "PolicyGradientBatch",
     "RunningBaseline",
     "SampledReturns",
+    "StepSize",
     "TokenLoss",
     "effective_sample_share",
     "entropy_rewards",

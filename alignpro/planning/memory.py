@@ -115,7 +115,7 @@ def estimate_memory(
         ConfigError: The DeepSpeed configuration cannot be read, or ``optimizer.micro_batch_size`` is not a number.
     """
     models = models or JobModels.of(config)
-    policy, full = models.policy, trains_all(config.policy)
+    policy, full, measured = models.policy, trains_all(config.policy), config.objective.step_kl is not None
     zero = {"stage": 0} if setup == ONE_PROCESS else read_zero_config(setup)["zero_optimization"]
     sharded = zero["stage"] == 3
     rollout = _Rollout.of(config, models, ranks)
@@ -139,8 +139,9 @@ def estimate_memory(
         activations=(
             policy.activation_bytes(rollout.micro_batch_tokens, checkpointing=config.policy.gradient_checkpointing)
             + rollout.state_bytes(policy)
+            * (2 if measured else 1)  # the reference's, and the policy's before the update
         ),
-        head=policy.head_gradient_bytes if full else 0.0,
+        head=(policy.head_gradient_bytes + (policy.head_bytes if measured else 0)) if full else 0.0,
         packed_policy=packed_policy,
         packed_frozen=packed_target + (packed_policy if full and not sharded else 0.0),
         several_micro_batches=rollout.samples > rollout.micro_batch_rows,

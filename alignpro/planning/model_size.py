@@ -46,6 +46,11 @@ class ModelSize:
         return self.parameters * self.dtype_bytes
 
     @property
+    def head_bytes(self) -> int:
+        """Bytes of the output layer."""
+        return self.head * self.dtype_bytes
+
+    @property
     def head_gradient_bytes(self) -> float:
         """Bytes of the output layer's gradient in float32 and in the weights' dtype, which is the same for float32."""
         return self.head * (4.0 if self.dtype_bytes == 4 else 4.0 + self.dtype_bytes)

@@ -108,19 +108,26 @@ def check_budget(config: Section) -> None:
 
 def _of_training(config: TrainConfig, steps: int) -> list[Asked]:
     """What steps ask, with the evaluations after them."""
-    rollout, run = config.rollout, config.run
-    evaluations = steps // run.eval_every * run.eval_prompts if run.eval_every else 0
-    groups = steps * rollout.prompts_per_step * rollout.rewrites_per_prompt + evaluations
+    rollout = config.rollout
+    groups = steps * rollout.prompts_per_step * rollout.rewrites_per_prompt + _evaluated(config, steps)
     draws, prompt_tokens = groups * rollout.responses_per_rewrite, config.prompting.max_prompt_tokens
     rewrite_tokens, answer_tokens = rollout.rewrite.max_tokens, rollout.respond.max_tokens
     asked = _shared(config.target, [(groups, draws)], prompt_tokens + rewrite_tokens, answer_tokens)
     return asked + _of_reward(config.reward, draws, prompt_tokens + rewrite_tokens, answer_tokens)
 
 
+def _evaluated(config: TrainConfig | RLHFConfig, steps: int) -> int:
+    """Number of prompts evaluated in so many steps; a run that selects its best checkpoint evaluates the last one, too."""
+    every = config.run.eval_every
+    if not every:
+        return 0
+    last = config.selects_best and steps == config.run.steps and steps % every > 0
+    return (steps // every + last) * config.run.eval_prompts
+
+
 def _of_rlhf(config: RLHFConfig, steps: int) -> list[Asked]:
-    rollout, run = config.rollout, config.run
-    evaluations = steps // run.eval_every * run.eval_prompts if run.eval_every else 0
-    samples = steps * rollout.prompts_per_step * rollout.responses_per_prompt + evaluations
+    rollout = config.rollout
+    samples = steps * rollout.prompts_per_step * rollout.responses_per_prompt + _evaluated(config, steps)
     return _of_reward(config.reward, samples, config.max_prompt_tokens, rollout.respond.max_tokens)
 
 

@@ -23,6 +23,7 @@ from alignpro.policy.reference import fingerprint, load_reference
 from alignpro.policy.reference_logprobs import (
     TokenStats,
     completion_logprob,
+    kl_between_heads,
     policy_and_reference_stats,
     reference_arguments,
 )
@@ -129,9 +130,8 @@ class Policy:
         with torch.set_grad_enabled(keep_states and torch.is_grad_enabled()):
             states, reference_states, *stats = self._wrapper(lambda: self._token_stats(batch))
         logprob, reference_logprob, kl, entropy = map(batch.scatter, stats)
-        return TokenStats(
-            logprob, reference_logprob, kl, entropy, reference_states, states=states if keep_states else None
-        )
+        kept = states if keep_states else None
+        return TokenStats(logprob, reference_logprob, kl, entropy, reference_states, states.detach(), states=kept)
 
     def loss(
         self,
@@ -175,6 +175,39 @@ class Policy:
         return self._head_pass(
             batch, lambda states: completion_logprob(self.model.head, states, batch, self.temperature)
         )
+
+    @torch.no_grad()
+    def copy_head(self, states: Tensor) -> Head | None:
+        """Copy the output layer as it is now; None if it is not trained.
+
+        Args:
+            states: (N, D), of any actions.
+        """
+        if not any(weight.requires_grad for weight in self.module.head.weights()):
+            return None
+
+        def copies(states: Tensor) -> tuple[Tensor, ...]:
+            head = self.model.head
+            return (head.merged.clone(),) if head.bias is None else (head.merged.clone(), head.bias.clone())
+
+        weight, *bias = self._wrapper(lambda: self.module.head(states, copies))
+        return Head(weight, bias[0] if bias else None, self.model.head.softcap)
+
+    @torch.no_grad()
+    def kl_from(self, batch: SequenceBatch, states: Tensor, head: Head | None) -> Tensor:
+        """Compute KL(ρ ‖ ρ_old) at the state before each action, exactly, in nats: (B, T), zero outside the mask.
+
+        Args:
+            batch: The sequences.
+            states: (N, D) of the policy at the old weights.
+            head: Its output layer, as `copy_head` returned it.
+        """
+
+        def head_kl(new: Tensor) -> Tensor:
+            own = self.model.head
+            return kl_between_heads(own, new, own if head is None else head, states, batch.targets, self.temperature)
+
+        return batch.scatter(self._head_pass(batch, head_kl))
 
     def _head_pass(
         self, batch: SequenceBatch, function: Callable[[Tensor], Outputs], states: Tensor | None = None

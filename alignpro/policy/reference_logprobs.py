@@ -31,6 +31,8 @@ class TokenStats:
     """Entropy of ρ(·|s_t), in nats."""
     reference_states: Tensor
     """(N, D): the reference's hidden states, row by row. They do not change while the policy is updated."""
+    policy_states: Tensor
+    """(N, D): the policy's hidden states, without a graph; from them the KL to the policy after an update is computed."""
     states: Tensor | None = None
     """(N, D): the policy's hidden states with their autograd graph, if requested; valid until its weights change."""
 
@@ -72,6 +74,31 @@ def policy_and_reference_stats(
     )
     assert stats.kl is not None and stats.entropy is not None  # requested above
     return stats.logprob, reference_stats.logprob, stats.kl, stats.entropy
+
+
+def kl_between_heads(
+    head: Head, states: Tensor, other_head: Head, other_states: Tensor, targets: Tensor, temperature: float
+) -> Tensor:
+    """Compute KL(p ‖ q) over the whole vocabulary at N states, in nats, (N,) float32.
+
+    Args:
+        head: The output layer of p.
+        states: (N, D) of p.
+        other_head: The output layer of q.
+        other_states: (N, D) of q.
+        targets: (N,) int64: the actions.
+        temperature: The sampling temperature.
+    """
+    stats = linear_logprob(
+        states,
+        head.weight,
+        targets,
+        temperature=temperature,
+        **head.options,
+        **reference_arguments(head, other_head, other_states),
+    )
+    assert stats.kl is not None  # requested above
+    return stats.kl
 
 
 def reference_arguments(head: Head, reference_head: Head, reference_states: Tensor) -> dict[str, Any]:

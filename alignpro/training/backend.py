@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alignpro.config import OptimizerConfig
 from alignpro.errors import ConfigError, TrainingError
+from alignpro.training.adamw_update import rescale_update
 from alignpro.training.checkpoint import save_torch
 from alignpro.training.learning_rate_schedule import learning_rate, learning_rate_schedule, sync_learning_rate
 from alignpro.training.resume import check_weights
@@ -31,8 +32,19 @@ class Backend(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those that the next `step` uses."""
 
-    def step(self) -> float:
-        """Clip gradients, update weights, advance the schedule, clear gradients; returns the norm before clipping."""
+    @property
+    def can_shorten(self) -> bool:
+        """Whether `shorten` is possible."""
+
+    def step(self, factor: float = 1.0) -> float:
+        """Clip gradients, update weights, advance the schedule, clear gradients; returns the norm before clipping.
+
+        Args:
+            factor: Multiplies the learning rate of this update.
+        """
+
+    def shorten(self, factor: float) -> None:
+        """Replace the last update by that which `step` would have made with another factor; 0 takes it back."""
 
     def save(self, directory: Path, name: str) -> None:
         """Write weights and optimizer state to files whose names start with ``name``."""
@@ -68,6 +80,8 @@ class TorchBackend:
         self.weights = dict(weights)
         self.updates = 0
         self._config = config
+        self._updated: list[Tensor] = []
+        self._rate = self._applied = 0.0  # of the last update: by the schedule, and with its factor
         self._master: dict[str, Tensor] = {
             name: weight.detach().float().clone() if weight.dtype in (torch.bfloat16, torch.float16) else weight
             for name, weight in self.weights.items()
@@ -101,8 +115,13 @@ class TorchBackend:
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 weight.grad = None
 
-    def step(self) -> float:
-        """Clip the gradient norm and update the weights.
+    @property
+    def can_shorten(self) -> bool:
+        """True: AdamW's state says what the last update was."""
+        return True
+
+    def step(self, factor: float = 1.0) -> float:
+        """Clip the gradient norm and update the weights, at the scheduled learning rate times a factor.
 
         Raises:
             TrainingError: The gradient norm is NaN or infinite; the weights are unchanged.
@@ -115,6 +134,8 @@ class TorchBackend:
                 "wider dtype; --resume continues from the last checkpoint"
             )
         self.updates += 1  # before the weights change: as long as the count is the same, so are the weights
+        self._updated = [weight for weight in self._master.values() if weight.grad is not None]
+        self._rate, self._applied = self.learning_rate, sync_learning_rate(self._schedule, factor)
         self._optimizer.step()
         # Fused kernels do not increment version counters, by which a copy in another layout detects that it is stale.
         torch.autograd.graph.increment_version(list(self._master.values()))
@@ -122,6 +143,12 @@ class TorchBackend:
         self._copy_from_master()
         self._clear()
         return norm
+
+    def shorten(self, factor: float) -> None:
+        """Replace the last update by that with another factor; 0 takes it back."""
+        rescale_update(self._optimizer, self._updated, self._applied, self._rate * factor)
+        self._applied = self._rate * factor
+        self._copy_from_master()
 
     @property
     def learning_rate(self) -> float:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from alignpro.config import RLHFConfig, TrainConfig
-from alignpro.data import choose, load_prompts, split
+from alignpro.data import load_prompts, split_for_training
 from alignpro.engine import Engine
 from alignpro.environments.base import sampling_params
 from alignpro.environments.build import environment_kind, prompt_environment
@@ -64,8 +64,7 @@ def prompter_training(
         )
         prompts = reward.scorable(target.answerable(prompts))
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
-        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
-        heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
+        training, heldout = split_for_training(prompts, config.data, config.run.eval_prompts)
     sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
         policy,
@@ -109,8 +108,7 @@ def response_training(
         )
         prompts = reward.scorable(prompts)
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
-        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
-        heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
+        training, heldout = split_for_training(prompts, config.data, config.run.eval_prompts)
     sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
         policy,

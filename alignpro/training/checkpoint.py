@@ -40,8 +40,13 @@ class CheckpointStore:
         self.keep = keep
         self._run_id = run_id
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+    def save(self, step: int, write: Callable[[Path], None], best: int | None = None) -> Path:
         """Write a checkpoint: ``write`` puts its files into the directory that it is given.
+
+        Args:
+            step: Its step.
+            write: Writes its files.
+            best: The step of a checkpoint that is kept beside the newest.
 
         Raises:
             CheckpointError: It cannot be written (disk full, read-only, …). Earlier checkpoints are intact.
@@ -55,7 +60,8 @@ class CheckpointStore:
         with self.write_errors(step):
             replace_directory(final, write_checked)
             for old in self.available()[: -self.keep]:
-                remove_directory(self.path(old))
+                if old != best:
+                    remove_directory(self.path(old))
         return final
 
     def write_errors(self, step: int) -> AbstractContextManager[None]:

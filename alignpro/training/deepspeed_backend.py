@@ -28,6 +28,7 @@ from alignpro.models.language_model import LanguageModel
 from alignpro.models.pickled_files import foreign_globals
 from alignpro.policy.policy import Policy
 from alignpro.policy.zero3_module import HeadPass
+from alignpro.training.adamw_update import rescale_update, rescale_weight
 from alignpro.training.backend import Backend
 from alignpro.training.durability import PARTIAL
 from alignpro.training.learning_rate_schedule import learning_rate, learning_rate_schedule, sync_learning_rate
@@ -123,7 +124,9 @@ class DeepSpeedBackend:
         self.updates = 0
         self._config, self._zero, self._ranks = config, zero, ranks
         self._skipped = 0
+        self._rate = self._applied = 0.0  # of the last update: by the schedule, and with its factor
         self._trained = trained
+        self._updated: list[Tensor] = []
         self._replicated = zero.replicated
         optimizer = _optimizer(trained, config, zero)
         self._schedule = learning_rate_schedule(optimizer, config, total_updates)
@@ -160,8 +163,16 @@ class DeepSpeedBackend:
         # DeepSpeed takes the mean over ranks; the loss is one rank's part of a sum.
         self.engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
 
-    def step(self) -> float:
+    @property
+    def can_shorten(self) -> bool:
+        """Whether the state of the last update is in memory: not if it is swapped to a disk."""
+        return self._zero.content["zero_optimization"].get("offload_optimizer", {}).get("device") != "nvme"
+
+    def step(self, factor: float = 1.0) -> float:
         """Clip the norm of the summed gradient and update; if it is not finite on any rank, all skip the update.
+
+        Args:
+            factor: Multiplies the learning rate of this update.
 
         Returns:
             The norm before clipping; infinite if the update was skipped.
@@ -169,15 +180,15 @@ class DeepSpeedBackend:
         Raises:
             TrainingError: Too many consecutive updates were skipped.
         """
+        self._rate, self._applied = self.learning_rate, sync_learning_rate(self._schedule, factor)
         norm = self._clip_and_update()
-        for model in self._models:
-            if any(weight.requires_grad for weight in model.parameters()):  # not the reference
-                model.weights_updated()  # DeepSpeed does not increment version counters
+        self._weights_updated()
         if math.isfinite(norm):
             self.updates += 1
             self._skipped = 0
             return norm
         self._skipped += 1
+        sync_learning_rate(self._schedule)  # a skipped update does not advance the schedule
         if self._ranks.is_rank_zero:
             logger.warning("update %d skipped on all ranks: a gradient is not finite", self.updates + 1)
         if self._skipped >= MAX_CONSECUTIVE_SKIPS:
@@ -188,6 +199,36 @@ class DeepSpeedBackend:
                     "last checkpoint"
                 )
         return math.inf
+
+    def shorten(self, factor: float) -> None:
+        """Replace the last update by that with another factor, each rank its shard; 0 takes it back; a collective."""
+        before, after = self._applied, self._rate * factor
+        if self._replicated:
+            rescale_update(self._optimizer, self._updated, before, after)
+        elif self._zero.stage < 3:
+            base = self._optimizer.optimizer
+            rescale_update(base, [shard for group in base.param_groups for shard in group["params"]], before, after)
+            self._optimizer.update_lp_params()
+        else:
+            self._shorten_shards_of_weights(before, after)
+        self._applied = after
+        self._weights_updated()
+
+    def _shorten_shards_of_weights(self, before: float, after: float) -> None:
+        """Do that at stage 3, whose optimizer holds a flat tensor for each subgroup, and copies it as its own step does."""
+        sharded = self._optimizer
+        for i, shard in enumerate(sharded.fp32_partitioned_groups_flat):
+            settings = sharded.optimizer.param_groups[sharded.sub_group_to_group_id[i]]
+            rescale_weight(shard, sharded.optimizer.state[shard], settings, before, after)
+            sharded._reassign_or_swap_out_partitioned_parameters(i)
+        if persistent := sharded.persistent_parameters:
+            persistent[0].all_gather(persistent)
+
+    def _weights_updated(self) -> None:
+        """Tell the models, since DeepSpeed does not increment version counters."""
+        for model in self._models:
+            if any(weight.requires_grad for weight in model.parameters()):  # not the reference
+                model.weights_updated()
 
     def save(self, directory: Path, name: str) -> None:
         """Write this rank's shards to the folder ``name``, without frozen weights.
@@ -246,6 +287,7 @@ class DeepSpeedBackend:
             gradients = [weight.grad for weight in self._trained if weight.grad is not None]
             norm = nn.utils.get_total_norm(gradients).item()
             if math.isfinite(norm):
+                self._updated = [weight for weight in self._trained if weight.grad is not None]
                 self.engine.step()
             else:
                 self.engine.zero_grad()

@@ -72,7 +72,7 @@ class Experience:
         return Experience(
             batch=no_actions(rows, self.scores.device, invocation),
             scores=self.scores.new_zeros(rows),
-            values=TokenStats(none, none, none, none, self.values.reference_states),
+            values=TokenStats(none, none, none, none, self.values.reference_states, self.values.policy_states),
             state_index=torch.zeros_like(none, dtype=torch.int64),
             returns=none,
             advantages=none,
@@ -129,6 +129,7 @@ def join_values(parts: Sequence[TokenStats], rows: int, width: int) -> TokenStat
         kl=join_rows([part.kl for part in parts], rows, width),
         entropy=join_rows([part.entropy for part in parts], rows, width),
         reference_states=torch.cat([part.reference_states for part in parts]),
+        policy_states=torch.cat([part.policy_states for part in parts]),
     )
 
 

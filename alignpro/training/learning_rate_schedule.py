@@ -36,12 +36,13 @@ def learning_rate(schedule: LambdaLR) -> float:
     return float(schedule.optimizer.param_groups[0]["lr"])
 
 
-def sync_learning_rate(schedule: LambdaLR) -> None:
-    """Set the learning rate of the next update from a restored schedule.
+def sync_learning_rate(schedule: LambdaLR, factor: float = 1.0) -> float:
+    """Set the learning rate of the next update to the schedule's, times a factor, and return it.
 
     The rate in a checkpoint is that of the run that wrote it, whose schedule was shorter if ``run.steps`` has been raised.
     """
-    for group, base, factor in zip(
+    for group, base, scheduled in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):
-        group["lr"] = base * factor(schedule.last_epoch)
+        group["lr"] = base * scheduled(schedule.last_epoch) * factor
+    return learning_rate(schedule)

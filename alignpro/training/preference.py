@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alignpro.config import RewardModelConfig
-from alignpro.data import Prompt, choose, cluster_labels, load_prompts, split
+from alignpro.data import Prompt, cluster_labels, load_prompts, split_for_training
 from alignpro.prompting.length_filter import filter_refused_prompts
 from alignpro.rewards.model import SequenceRewardModel, load_reward_model
 from alignpro.theory.statistics import Clusters, Interval, pair_statistics
@@ -44,8 +44,7 @@ class RewardTrainer:
         prompts = filter_refused_prompts(
             data.prompts, lambda pair: self.model.encode(pair, pair.chosen or ""), input_name="the reward model's input"
         )
-        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
-        self.heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
+        training, self.heldout = split_for_training(prompts, config.data, config.run.eval_prompts)
         self.stream = PromptStream(training, config.batch_size, config.run.seed)
         self.model.requires_grad_(True)
         if config.model.gradient_checkpointing:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 logger = logging.getLogger(__name__)
 
-Advance = Callable[[Mapping[str, float]], None]
+
+class Advance(Protocol):
+    """Shows that another step has been made."""
+
+    def __call__(self, metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
+        """Show the metrics of the step, and what is worth noting, in a few words."""
+
+
 _SECONDS_BETWEEN_LINES = 10.0
 _ROUNDING = 1e-6
 """Of a sum of float32 terms of order one."""
@@ -63,7 +71,7 @@ def progress_bar(
         shown: Whether this process shows the bar.
     """
     if not shown:
-        yield lambda metrics: None
+        yield lambda metrics, notes=(): None
         return
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
@@ -80,10 +88,10 @@ def progress_bar(
     task = bar.add_task("", total=total, completed=completed, pace="", shown="")
     started = time.monotonic()
 
-    def advance(metrics: Mapping[str, float]) -> None:
+    def advance(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
         done = int(bar.tasks[0].completed) + 1
         pace = show_pace(done - completed, time.monotonic() - started, total - done)
-        bar.update(task, advance=1, pace=pace, shown=_show(metrics, progress_metrics))
+        bar.update(task, advance=1, pace=pace, shown=_show(metrics, progress_metrics, notes))
 
     if not console.is_jupyter:
         with bar:
@@ -94,9 +102,9 @@ def progress_bar(
 
     handle, updated = display(bar, display_id=True), time.monotonic()
 
-    def advance_and_show(metrics: Mapping[str, float]) -> None:
+    def advance_and_show(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
         nonlocal updated
-        advance(metrics)
+        advance(metrics, notes)
         if time.monotonic() - updated >= _SECONDS_BETWEEN_UPDATES:
             handle.update(bar)
             updated = time.monotonic()
@@ -111,20 +119,21 @@ def _line_writer(total: int, completed: int, progress_metrics: Sequence[str]) ->
     """Log a line at most every `_SECONDS_BETWEEN_LINES`, and at the last step."""
     done, started, last_line = completed, time.monotonic(), -_SECONDS_BETWEEN_LINES
 
-    def advance(metrics: Mapping[str, float]) -> None:
+    def advance(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
         nonlocal done, last_line
         done += 1
         now = time.monotonic()
         if now - last_line >= _SECONDS_BETWEEN_LINES or done == total:
             pace = show_pace(done - completed, now - started, total - done)
-            shown = [f"step {done}/{total}", pace, _show(metrics, progress_metrics)]
+            shown = [f"step {done}/{total}", pace, _show(metrics, progress_metrics, notes)]
             logger.info("%s", "  ".join(part for part in shown if part))
             last_line = now
 
     return advance
 
 
-def _show(metrics: Mapping[str, float], progress_metrics: Sequence[str]) -> str:
-    """Format the metrics; what is 0 but for rounding, such as the KL before the first update, is shown as 0."""
+def _show(metrics: Mapping[str, float], progress_metrics: Sequence[str], notes: Sequence[str] = ()) -> str:
+    """Format the metrics and notes; what is 0 but for rounding, such as the KL before the first update, is shown as 0."""
     shown = {name: metrics[name] for name in progress_metrics if name in metrics}
-    return "  ".join(f"{name} {0.0 if abs(value) < _ROUNDING else value:.4g}" for name, value in shown.items())
+    values = [f"{name} {0.0 if abs(value) < _ROUNDING else value:.4g}" for name, value in shown.items()]
+    return "  ".join([*values, *notes])

@@ -31,6 +31,8 @@ from alignpro.training.critic import Critic, ValueModel
 from alignpro.training.distribution import Distribution, SingleProcess
 from alignpro.training.experience import Experience, join_rows, join_values, sample_batch
 from alignpro.training.gradient_accumulation import GradientAccumulation, split_minibatches
+from alignpro.training.heldout_evaluation import HeldoutEvaluation
+from alignpro.training.limited_updates import LimitedUpdates
 from alignpro.training.metrics import Metrics, mean_of_updates
 from alignpro.training.objective import build_objective
 from alignpro.training.resume import RunInputs
@@ -113,6 +115,7 @@ class RLTrainer:
         self.accumulate = GradientAccumulation(
             self.policy, self.loss, self.backend, self.critic, objective, sampling.n, optimizer.rows_per_pass, ranks
         )
+        self.limited = LimitedUpdates(self.policy, self.backend, self.accumulate, objective, optimizer, ranks)
         targets, rewards = targets or FrozenModels(), rewards or FrozenModels()
         contexts = {
             "rollout": (self.sampled.gathered, targets.materialized, ranks.raise_together),
@@ -124,6 +127,9 @@ class RLTrainer:
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
         self.rollouts = Rollouts(ranks, environment, engine, self.assign, self.stream, sampling, run, ahead)
         self.measure = StepMetrics(ranks, responder, servers)
+        self.evaluation = HeldoutEvaluation(
+            environment, engine, self.accumulate, sampling, run.seed, objective.kl.coef, self.phase, self.assign, ranks
+        )
         self.progress_metrics = ("reward/mean", "kl", "entropy", *self.measure.of_servers)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
         self._raise_together, self._writes_files = ranks.raise_together, ranks.is_rank_zero
@@ -199,35 +205,23 @@ class RLTrainer:
             local: The indices of these groups among those of the step.
         """
         updates, place = list[Metrics](), {group: i for i, group in enumerate(local)}
+        self.limited.begin(experience, step, local, self.stream.batch_size, self.sampling.n)
         for epoch in range(self.objective.epochs):
             seed = derive_seed(self.run.seed, "minibatch", step, epoch)
             for groups in split_minibatches(self.stream.batch_size, self.objective.minibatches, seed):
                 rows = torch.tensor([place[g] for g in groups.tolist() if g in place], dtype=torch.int64)
                 minibatch = experience.select(rows, self.sampling.n)
                 metrics = self.accumulate(minibatch, self.kl, None if updates else experience.values.states)
-                metrics["gradient_norm"] = self.backend.step()
+                metrics["gradient_norm"] = self.limited()
                 self.engine.weights_updated("policy")
                 if self.critic is not None:
                     metrics |= self.critic.step()
                 updates.append(metrics)
-        return mean_of_updates(updates, self.optimizer.max_grad_norm)
+        return mean_of_updates(updates, self.optimizer.max_grad_norm) | self.limited.end()
 
-    @torch.no_grad()
     def evaluate(self, step: int) -> Metrics:
-        """Compute reward and KL of one sample for each held-out prompt."""
-        if not self.heldout:
-            return {}
-        self.phase.begin("evaluation")
-        values, batch = torch.empty(0, 1), None
-        with self.phase("rollout"):
-            rollout = self.rollouts.evaluation(self.heldout)
-        with self.phase("reward"):
-            if own := rollout.prompts:
-                values = self.environment.score(own, rollout.chains).values
-                batch = sample_batch(self.environment.encode, own, rollout.chains, self.policy.model.device)
-        with self.phase("credit"):
-            kl = sum(self.policy.token_stats(part).kl.sum().item() for part in self.accumulate.passes(batch))
-        return self.measure.evaluation(values, kl, len(self.heldout))
+        """Compute reward, KL and objective of one sample for each held-out prompt."""
+        return self.evaluation(self.heldout) | self.measure.of_evaluation() if self.heldout else {}
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write weights and optimizers; returns the rest of the state."""
@@ -237,6 +231,7 @@ class RLTrainer:
                 backend.save(directory, name)
         self.rollouts.save(directory)
         learned = {"kl": self.kl.state_dict(), "baseline": self.advantage.state_dict(), **self.measure.state_dict()}
+        learned |= self.limited.state_dict()
         return {**state, **learned, "expected_length": self.assign.expected_length}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
@@ -254,6 +249,7 @@ class RLTrainer:
         self.assign.expected_length = float(state["expected_length"])
         self.measure.load_state_dict(state)
         self.rollouts.load(directory)
+        self.limited.load_state_dict(state)
 
     def export(self, directory: Path) -> None:
         """Write the whole model (or its adapter) and the tokenizer, from one process."""

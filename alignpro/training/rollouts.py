@@ -86,7 +86,7 @@ class _Begun:
 
 
 class Rollouts:
-    """Draws the samples of each step and of evaluations; a sample's seed is derived from (run seed, step, prompt).
+    """Draws the samples of each step; a sample's seed is derived from (run seed, step, prompt).
 
     Args:
         ranks: All ranks.
@@ -118,15 +118,14 @@ class Rollouts:
     def __call__(self, step: int) -> Rollout:
         """Return the samples of a step with their responses, and begin the next step's if samples are drawn ahead."""
         if self._ahead is None:
-            return self._sample(self._stream.batch(step), self._sampling, step)
+            local, own = self._assign(self._stream.batch(step), self._sampling.n)
+            seeds = self._seeds(step, local)
+            chains = self._environment.rollout(self._engine, own, self._sampling, seeds) if own else []
+            return Rollout(local, own, chains)
         begun = self._begin(self._ahead, step)
         if step + 1 < self._run.steps:
             self._begin(self._ahead, step + 1)
         return Rollout(begun.local, begun.prompts, begun.rollout())
-
-    def evaluation(self, prompts: Sequence[Prompt]) -> Rollout:
-        """Return one sample of the current policy for each prompt, with its responses."""
-        return self._sample(prompts, replace(self._sampling, n=1), "evaluate")
 
     def corrected(self, experience: Experience, chains: Sequence[Sequence[Chain]]) -> Experience:
         """Multiply all terms of a row by ρ_t / ρ_{t−1} if samples are drawn ahead: the policy that drew them is not the current.
@@ -170,10 +169,8 @@ class Rollouts:
             for row in rows
         }
 
-    def _sample(self, prompts: Sequence[Prompt], params: SamplingParams, purpose: int | str) -> Rollout:
-        local, own = self._assign(prompts, self._sampling.n)
-        seeds = [derive_seed(self._run.seed, purpose, i) for i in local]
-        return Rollout(local, own, self._environment.rollout(self._engine, own, params, seeds) if own else [])
+    def _seeds(self, step: int, local: Sequence[int]) -> list[int]:
+        return [derive_seed(self._run.seed, step, i) for i in local]
 
     def _begin(self, ahead: SamplingAhead, step: int) -> _Begun:
         """Begin a step's rollout, unless it has begun."""
@@ -181,9 +178,8 @@ class Rollouts:
             saved = self._drawn.pop(step, None)
             expected_length = self._assign.expected_length if saved is None else saved.expected_length
             local, prompts = self._assign(self._stream.batch(step), self._sampling.n, expected_length)
-            seeds = [derive_seed(self._run.seed, step, i) for i in local]
             drawn = None if saved is None else [saved.samples[i] for i in local]
-            rollout = ahead.begin(self._engine, prompts, self._sampling, seeds, drawn)
+            rollout = ahead.begin(self._engine, prompts, self._sampling, self._seeds(step, local), drawn)
             self._begun[step] = _Begun(expected_length, local, prompts, rollout)
         return self._begun[step]
 

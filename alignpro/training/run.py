@@ -31,6 +31,8 @@ from alignpro.training.progress import progress_bar
 from alignpro.training.resume import check_launcher, find_start
 from alignpro.training.rng_state import get_rng_state, preserved_rng_state, seed_all, set_rng_state
 from alignpro.training.run_directory import RUN_ID, RunDirectory
+from alignpro.training.runaway import RunawayWatch
+from alignpro.training.selection import Selection
 from alignpro.training.stop_signals import stop_signals
 from alignpro.training.trained_card import describe_training
 
@@ -95,6 +97,7 @@ class Run:
         self.checkpoints = CheckpointStore(self.out / "checkpoints", self.config.keep_checkpoints, self.out / RUN_ID)
         self._description = config.model_dump(mode="json")
         self._directory: RunDirectory | None = None
+        self._selection = Selection(config.selects_best)
         start = self.ranks.on_rank_zero(lambda: self._open(config, resume, from_step))
         self.finished = start is None
         """Whether every step has been made and ``model/`` has been written."""
@@ -128,22 +131,29 @@ class Run:
         progress = progress_bar(
             self.config.steps, self.start_step, trainer.progress_metrics, shown=self.ranks.is_rank_zero
         )
+        watch = RunawayWatch()
         stopping = stop_signals(patience=0.0 if self.ranks.group is None else LAUNCHER_PATIENCE)
         with self._open_log() as log, progress as advance, stopping as stop:
             if self._evaluation_due(self.start_step) and not self.ranks.on_rank_zero(
                 lambda: log is not None and log.has_evaluation(self.start_step)
             ):
                 self._evaluate(self.start_step, trainer, log)
+                if self._selection.best_step == self.start_step:
+                    self._save(self.start_step, trainer, log)  # again, to record that it is the best
             for step in range(self.start_step, self.config.steps):
                 with self._saved_on_failure(step, trainer, log):
                     metrics = trainer.step(step)
                 self._write(log, step + 1, metrics)
-                advance(metrics)
+                warnings = watch(metrics)
+                advance(metrics, watch.notes)
+                for warning in warnings if self.ranks.is_rank_zero else ():
+                    logger.warning("step %d: %s", step + 1, warning)
                 if self._evaluation_due(step + 1):
                     self._evaluate(step + 1, trainer, log)
+                best = self._selection.best_step == step + 1
                 last = step + 1 == self.config.steps
                 signum = self.ranks.reduce_max(stop[0] if stop else 0)  # a signal to one rank stops all
-                if (step + 1) % self.config.checkpoint_every == 0 or last or signum:
+                if (step + 1) % self.config.checkpoint_every == 0 or last or best or signum:
                     self._save(step + 1, trainer, log)
                 if signum and not last:
                     raise Interrupted(signum, self.checkpoints.path(step + 1))
@@ -222,7 +232,8 @@ class Run:
                 log.write(step, metrics)
 
     def _evaluation_due(self, step: int) -> bool:
-        return self.config.eval_every > 0 and step > 0 and step % self.config.eval_every == 0
+        every, last = self.config.eval_every, self._selection.active and step == self.config.steps
+        return every > 0 and step > 0 and (step % every == 0 or last)
 
     def _evaluate(self, step: int, trainer: Trainer, log: MetricsLogger | None) -> None:
         """Log metrics on held-out data; if this fails, a resume from this step's checkpoint evaluates again.
@@ -233,6 +244,7 @@ class Run:
             metrics = trainer.evaluate(step - 1)
         if metrics:
             self._write(log, step, metrics)
+        self._selection.add(step, metrics)
 
     def _save(
         self, step: int, trainer: Trainer, log: MetricsLogger | None, rng_state: dict[str, Any] | None = None
@@ -242,6 +254,7 @@ class Run:
         def write_part(directory: Path) -> None:
             with self.checkpoints.write_errors(step):  # on the rank that it happens to, which reports it
                 state = {"step": step, "ranks": self._ranks_launched, "task": trainer.save(directory)}
+                state["selection"] = self._selection.state_dict()
                 if self.ranks.is_rank_zero:
                     (directory / "state.json").write_text(json.dumps(state, indent=1))
                 save_torch(get_rng_state() if rng_state is None else rng_state, directory / self._rng_file)
@@ -249,7 +262,9 @@ class Run:
         with self.ranks.raise_together():
             if log:
                 log.fsync()
-        self.ranks.write_directory(lambda write: self.checkpoints.save(step, write), write_part)
+        self.ranks.write_directory(
+            lambda write: self.checkpoints.save(step, write, self._selection.best_step), write_part
+        )
 
     @property
     def _rng_file(self) -> str:
@@ -292,10 +307,15 @@ class Run:
                 state = _read_state(directory)
                 check_launcher(directory, state["ranks"], self._ranks_launched)
                 trainer.load(directory, state["task"])
+                self._selection.load_state_dict(state.get("selection", {}))
                 if (rng_file := directory / self._rng_file).is_file():  # absent if this rank did not exist then
                     set_rng_state(torch.load(rng_file, weights_only=True))
             logger.info("continuing from %s", directory)
         self.ranks.on_rank_zero(self._remove_later)
+        best = self._selection.best_step
+        if best is not None and not self.ranks.on_rank_zero(lambda: best in self.checkpoints.available()):
+            logger.warning("%s, the best so far, is gone: a later one is selected", self.checkpoints.path(best))
+            self._selection.reset()
 
     def _remove_later(self) -> None:
         """Remove checkpoints and models of steps after `start_step`."""
@@ -303,15 +323,27 @@ class Run:
         self.checkpoints.remove_after(self.start_step)
         self._directory.remove_export_after(self.start_step)
 
+    def _load_selected(self, trainer: Trainer) -> None:
+        """Load the weights of the best checkpoint, unless they are those of the last step."""
+        best = self._selection.best
+        if best is None:
+            return
+        if best.step != self.config.steps:
+            self.ranks.on_rank_zero(lambda: self.checkpoints.require(best.step))
+            with _read_errors(self.checkpoints.path(best.step)) as directory:
+                trainer.load(directory, _read_state(directory)["task"])
+        logger.info("run.select=best: the model is that of %s; the last was %s", best, self._selection.last)
+
     def _export(self, trainer: Trainer) -> None:
         """Write the trained model to ``model/``."""
+        self._load_selected(trainer)
 
         def write_part(directory: Path) -> None:
             trainer.export(directory)
             if self._directory is not None:
                 name_base(directory, self._directory.model)
                 describe_training(directory, self._directory.path)
-                self._directory.mark_export(directory, self.config.steps)
+                self._directory.mark_export(directory, self.config.steps, self._selection.state_dict())
 
         def replace(write: Callable[[Path], None]) -> None:
             assert self._directory is not None  # on rank 0

@@ -6,8 +6,9 @@ import fcntl
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 from alignpro.config import RunSection, dump_config
@@ -96,9 +97,16 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.model}: was not written by a run ({error}); move it away") from error
 
-    def mark_export(self, model: Path, step: int) -> None:
-        """Record the step of a model in its directory, before the directory is renamed into place."""
-        (model / _EXPORT_STEP).write_text(json.dumps({"step": step}) + "\n")
+    def mark_export(self, model: Path, step: int, selected: Mapping[str, Any]) -> None:
+        """Record where a model comes from in its directory, before the directory is renamed into place.
+
+        Args:
+            model: Its directory.
+            step: The step that the run had reached.
+            selected: The evaluations of the selected and of the last model, if one was selected; they are recorded.
+        """
+        record = {"step": step, **({"selected": selected} if selected else {})}
+        (model / _EXPORT_STEP).write_text(json.dumps(record) + "\n")
 
     def remove_export_after(self, step: int) -> None:
         """Remove the model of a later step, which a run that continues from ``step`` will write again."""

@@ -117,22 +117,14 @@ class StepMetrics:
         """Return the mean of G_0, the return of whole sequences."""
         return self._ranks.all_gather({"returns": experience.returns[:, 0]})["returns"].mean().item()
 
-    def evaluation(self, values: Tensor, kl: float, count: int) -> Metrics:
-        """Compute the metrics of an evaluation; those of servers are of its own requests, which are in no step's.
-
-        Args:
-            values: (P, 1) R of this rank's prompts.
-            kl: Sum of the sequence KL of its samples, in nats.
-            count: Number of prompts of all ranks.
-        """
-        reward = self._ranks.all_gather({"reward": values})["reward"].mean().item()
+    def of_evaluation(self) -> Metrics:
+        """What an evaluation asked of servers, which is in no step's metrics; none without servers."""
         own = ("endpoint/", "seconds/")
-        asked = {
+        return {
             f"eval/{name}": value
             for name, value in self._asked().items()
             if name.startswith(own) and not name.startswith(CONCURRENCY)
         }
-        return {"eval/reward": reward, "eval/kl": self._ranks.sum(kl) / count, **asked}
 
     def write_sample(self, path: Path, step: int, prompts: Sequence[Prompt], scores: Scores) -> None:
         """Append the first prompt's first sample to a JSON Lines file, on rank 0."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alignpro.config import SamplingConfig, SFTConfig
-from alignpro.data import Prompt, choose, load_prompts, split
+from alignpro.data import Prompt, load_prompts, split_for_training
 from alignpro.models.adapters import add_adapter, describe_training
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_trainable
@@ -77,8 +77,7 @@ class SFTTrainer:
         prompts = filter_overlong_prompts(
             prompts, self._encode_prompt, self._max_prompt_tokens, input_name="the model's input, beside a completion"
         )
-        training, heldout = split(prompts, config.data.holdout, config.data.holdout_by)
-        self.heldout = choose(heldout, config.run.eval_prompts, config.data.holdout_by)
+        training, self.heldout = split_for_training(prompts, config.data, config.run.eval_prompts)
         self.stream = PromptStream(training, config.batch_size, config.run.seed)
         trainable = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
         self.backend = TorchBackend(trainable, config.optimizer, config.run.steps)

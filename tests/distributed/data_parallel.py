@@ -78,12 +78,12 @@ class SummingBackend(TorchBackend):
         with of_the_backend(self.ranks):
             dist.all_reduce(torch.zeros(2), group=self.ranks.group)
 
-    def step(self) -> float:
+    def step(self, factor: float = 1.0) -> float:
         with of_the_backend(self.ranks):
             for weight in self.weights.values():
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 dist.all_reduce(weight.grad, group=self.ranks.group)
-        return super().step()
+        return super().step(factor)
 
     def save(self, directory: Path, name: str) -> None:
         super().save(directory, f"{name}_{self.ranks.rank}")

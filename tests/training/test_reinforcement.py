@@ -1,5 +1,6 @@
 """The trainer's minibatches, micro-batches, number of updates and metrics."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -265,8 +266,15 @@ def test_evaluation_is_the_same_each_time_and_changes_nothing() -> None:
     assert len(world.sampled) == 2  # one sample of each prompt
     logprob, reference = world.next_logprobs(), world.reference_next_logprobs()
     kl = torch.where(world.space.mask, (logprob.exp() * (logprob - reference)).sum(-1), 0.0).sum(-1)
+    reward, kl = rows_of(world, world.rewards), rows_of(world, kl)
+    objective = reward - training.objective.kl.coef * kl
     assert first == pytest.approx(
-        {"eval/reward": rows_of(world, world.rewards).mean().item(), "eval/kl": rows_of(world, kl).mean().item()}
+        {
+            "eval/reward": reward.mean().item(),
+            "eval/kl": kl.mean().item(),
+            "eval/objective": objective.mean().item(),
+            "eval/objective_error": objective.std().item() / math.sqrt(2),
+        }
     )
     assert training.evaluate(7) == first
     assert all(map(torch.equal, weights, weights_of(training)))

@@ -1,0 +1,165 @@
+"""Updates of the policy whose KL to the policy that drew the rollout is measured and limited; see `objectives.step_size`.
+
+KL(ρ_new ‖ ρ_old) is exact at each state, over the whole vocabulary, and its sum over a sequence is averaged over a part of
+the rollout's sequences: every other sample of one prompt in four, other prompts in each step. The old policy's hidden states
+are those of the pass that computed the advantages, so the measurement costs one forward pass over an eighth of the rollout;
+where the output layer is trained, a copy of it is kept until the end of the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignpro.config import ObjectiveConfig, OptimizerConfig
+from alignpro.distributed.ranks import Ranks
+from alignpro.models.head import Head
+from alignpro.models.sequences import SequenceBatch
+from alignpro.objectives import StepSize
+from alignpro.policy.policy import Policy
+from alignpro.training.backend import Backend
+from alignpro.training.experience import Experience
+from alignpro.training.gradient_accumulation import GradientAccumulation
+from alignpro.training.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_PROMPTS, _SAMPLES = 4, 2
+"""Sequences of one prompt in so many are measured, and one in so many of its samples."""
+_ATTEMPTS = 8
+"""Number of times that an update is shortened, the last time to nothing."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """The policy before the step's first update."""
+
+    parts: Sequence[SequenceBatch]
+    """Micro-batches of the sequences that are measured."""
+    states: Sequence[Tensor]
+    """(N, D) of each."""
+    head: Head | None
+    """Its output layer, if that is trained."""
+    count: float
+    """Number of sequences of all ranks."""
+
+
+class LimitedUpdates:
+    """Makes the updates of a step; every method is a collective.
+
+    Args:
+        policy: The policy.
+        backend: Trains it.
+        accumulate: Divides sequences into passes.
+        objective: ``step_kl`` is the limit; None makes updates without measuring them.
+        optimizer: The learning rate, which is the highest.
+        ranks: All ranks.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        backend: Backend,
+        accumulate: GradientAccumulation,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        ranks: Ranks,
+    ) -> None:
+        self._policy, self._backend, self._passes, self._ranks = policy, backend, accumulate.passes, ranks
+        self._size = None if objective.step_kl is None else StepSize(objective.step_kl)
+        self._highest_rate = optimizer.learning_rate
+        self._before: Before | None = None
+        self._metrics: Metrics = {}
+        self._share = 1.0
+        if self._size is not None and not backend.can_shorten and ranks.is_rank_zero:
+            logger.warning(
+                "objective.step_kl: updates cannot be shortened at once, since DeepSpeed swaps their state to a disk; only "
+                "the learning rate of the next one follows the KL"
+            )
+
+    def begin(self, experience: Experience, step: int, groups: Sequence[int], of: int, size: int) -> None:
+        """Begin a step's updates: keep what the policy is now, at some of its samples.
+
+        Args:
+            experience: The rollout of this rank's groups.
+            step: The number of the step.
+            groups: The indices of these groups among those of the step.
+            of: Number of groups of all ranks.
+            size: Samples per group.
+        """
+        if self._size is None:
+            return
+        apart = min(_PROMPTS, max(1, of // 2))
+        measured = [place for place, group in enumerate(groups) if (group + step) % apart == 0]
+        rows = torch.tensor([p * size + k for p in measured for k in range(0, size, _SAMPLES)], dtype=torch.int64)
+        rows = rows.to(experience.scores.device)
+        batch = experience.batch.select(rows) if len(rows) else None
+        parts = self._passes(batch)
+        states = experience.values.policy_states
+        # (N, D) of the measured sequences; the passes that only keep ranks in step have none
+        states = states[experience.state_index[rows][experience.batch.mask[rows]]]
+        self._metrics = {}
+        self._before = Before(
+            parts,
+            states.split([len(part.targets) for part in parts]),
+            self._policy.copy_head(states),
+            max(self._ranks.sum(len(rows)), 1.0),
+        )
+
+    def __call__(self) -> float:
+        """Update the weights with the accumulated gradients, and shorten the update while it goes too far.
+
+        Returns:
+            The gradient's norm, as the backend does.
+        """
+        if self._size is None or self._before is None:
+            return self._backend.step()
+        self._share = self._backend.learning_rate / self._highest_rate
+        applied = self._size.factor
+        norm = self._backend.step(applied)
+        if not math.isfinite(norm):
+            return norm  # the update was skipped
+        kl = self._measure(self._before)
+        attempts = 0
+        while self._backend.can_shorten and self._size.shorten(kl, self._share):
+            attempts += 1
+            applied = self._size.factor if attempts < _ATTEMPTS else 0.0
+            self._backend.shorten(applied)
+            kl = self._measure(self._before)
+            if not applied:
+                break
+        self._metrics = {"kl_step": kl, "learning_rate_factor": applied}
+        return norm
+
+    def end(self) -> Metrics:
+        """End the step's updates.
+
+        Returns:
+            ``kl_step`` is the KL of the policy to that before the step, in nats per sequence; ``learning_rate_factor``
+            that of its last update.
+        """
+        if self._size is not None and self._metrics:
+            self._size.adapt(self._metrics["kl_step"], self._share)
+        self._before = None
+        return self._metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to checkpoint."""
+        return {} if self._size is None else {"step_size": self._size.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; runs of earlier versions saved nothing."""
+        if self._size is not None:
+            self._size.load_state_dict(state.get("step_size", {}))
+
+    def _measure(self, before: Before) -> float:
+        """KL(ρ_new ‖ ρ_old) in nats per sequence."""
+        parts = zip(before.parts, before.states, strict=True)
+        total = sum(self._policy.kl_from(part, states, before.head).sum().item() for part, states in parts)
+        return self._ranks.sum(total) / before.count
