@@ -59,7 +59,10 @@ def run(
     advice.write(out / "heldout.jsonl", texts[TRAINING_PROMPTS:])
     (out / "meta_prompt.jinja").write_text(META_PROMPT)
     document: dict[str, Any] = {"run": session.describe(), "server": server_version(url), "training": {}}
-    targets = {"in process": {"path": str(model)}, "server": {"endpoint": {"base_url": url, "model": served}}}
+    targets: dict[str, dict[str, Any]] = {
+        "in process": {"path": str(model)},
+        "server": {"endpoint": {"base_url": url, "model": served}},
+    }
     for name, target in targets.items():
         finished = alignpro.train(
             training(out, out / name.replace(" ", "_"), model, target, steps, learning_rate), resume=True
