@@ -74,8 +74,8 @@ def compare(records: Iterable[Record]) -> Comparison:
     for task, target in dict.fromkeys((record.task, record.target) for record in given):
         same = _aligned([record for record in given if (record.task, record.target) == (task, target)])
         prompters = list(dict.fromkeys(each.prompter for each in same if each.prompter is not None))
-        for prompter in prompters or [None]:
-            groups.append(_group([each for each in same if each.prompter in (None, prompter)], prompter or ""))
+        for prompter in prompters or [""]:
+            groups.append(_group([each for each in same if each.prompter in (None, prompter)], prompter))
     groups, tests = _adjusted(groups)
     return Comparison(groups, tests, verdict_sentence(groups))
 

@@ -144,8 +144,8 @@ def _figures(report: Report) -> list[_Figure]:
             figures.append(_figure(task, bars))
     if report.paper is not None:
         note = f"{report.paper.source}."
-        for name, groups in report.paper.groups.items():
-            figures.append(_figure(f"The paper's figure: {name}", groups, note=note, paper=True))
+        for name, digitised in report.paper.groups.items():
+            figures.append(_figure(f"The paper's figure: {name}", digitised, note=note, paper=True))
     return figures
 
 

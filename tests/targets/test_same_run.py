@@ -133,7 +133,7 @@ def test_a_run_that_samples_ahead_fails_and_goes_on_as_the_one_in_process(
 ) -> None:
     """Rewrites of two steps have been drawn when the server fails; the resumed run draws none of them again."""
     ahead, out = (TWO_RESPONSES, "rollout.ahead=1"), tmp_path / "run"
-    server.faults = at({number: Fault("status", 403) for number in range(18, 100)})
+    server.faults = at({number: Fault("status", 403) for number in range(14, 100)})
     assert remote("train", out, server, *ahead) == 1
     assert 0 < rows(out) < 4
     server.faults = None

@@ -160,8 +160,8 @@ def gap_over_seeds(
         The estimate; not estimable if the oracle's gain over seeds and prompts is not clear of zero.
     """
     if len(no_finetuning.seeds) == len(ours.seeds) == len(oracle.seeds) == 1:
-        systems = (each.rewards[0] for each in (no_finetuning, ours, oracle))
-        return gap_recovered(*systems, clusters, confidence=confidence)
+        first, second, third = (each.rewards[0] for each in (no_finetuning, ours, oracle))
+        return gap_recovered(first, second, third, clusters, confidence=confidence)
     of_gap = difference_over_seeds(oracle, no_finetuning, clusters, confidence=confidence)
     if of_gap.not_estimable is not None and not of_gap.value > 0:
         return Estimate(math.nan, of_gap.interval)
