@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from alignpro.config import EvalConfig, HeadroomConfig, OptimalConfig
-from alignpro.config.jobs import INSTRUCTION
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import ResponseScores, sampling_params
@@ -19,6 +18,7 @@ from alignpro.environments.build import prompt_environment
 from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment, UnchangedPromptEnvironment
+from alignpro.evaluation.labels import method_label
 from alignpro.models.language_model import LanguageModel
 from alignpro.objectives import GibbsResample, gibbs_resample
 from alignpro.prompting.chat_template import ChatTemplate
@@ -33,23 +33,6 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 32
 """Prompts that are sampled together."""
-
-LABELS = {
-    "no_finetuning": "No fine-tuning",
-    "sft_prompter": "Reference prompter",
-    "gibbs": "Gibbs",
-    "align_pro": "Align-Pro",
-    "oracle": "Oracle (RLHF)",
-}
-
-
-def label(name: str) -> str:
-    """The name of an arm in figures and reports."""
-    if name.startswith(INSTRUCTION):
-        return f"Instruction: {name.removeprefix(INSTRUCTION).replace('_', ' ')}"
-    if name.startswith("gibbs_"):
-        return f"Gibbs, N = {name.removeprefix('gibbs_')}"
-    return LABELS[name]
 
 
 def _show_nothing(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
@@ -219,7 +202,7 @@ class ArmSampler:
         sample: Callable[[range], list[list[Chain]]],
     ) -> ArmSamples:
         """Sample and score the prompts chunk by chunk; each prompt has its own seed, so chunks do not change samples."""
-        logger.info("%s: %d prompts", "Candidates" if name == "candidates" else label(name), len(self.prompts))
+        logger.info("%s: %d prompts", method_label(name), len(self.prompts))
         parts = []
         for start in range(0, len(self.prompts), _CHUNK):
             places = range(start, min(start + _CHUNK, len(self.prompts)))

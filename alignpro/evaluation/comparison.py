@@ -14,8 +14,9 @@ import numpy as np
 
 from alignpro.errors import DataError
 from alignpro.evaluation.comparison_results import SEEN_DIFFERENCE, Comparison, Cost, Group, MethodResult, Versus
+from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.rewards_file import EvaluationRewards
-from alignpro.evaluation.verdict import method_label, size_sentence, verdict_sentence
+from alignpro.evaluation.verdict import size_sentence, verdict_sentence
 from alignpro.theory.statistics import (
     Clusters,
     SeedRewards,

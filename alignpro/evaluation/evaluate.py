@@ -18,11 +18,12 @@ from alignpro.config import (
 )
 from alignpro.data import Prompt, cluster_labels, load_prompts
 from alignpro.errors import ConfigError, TrainingError
-from alignpro.evaluation.arms import LABELS, ArmSampler, ArmSamples, label
+from alignpro.evaluation.arms import ArmSampler, ArmSamples
 from alignpro.evaluation.bound import NO_LOGPROBS, estimate_bound, target_inputs
 from alignpro.evaluation.convergence import Convergence, convergence
 from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.evaluation.heldout_prompts import evaluation_prompts
+from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
@@ -139,7 +140,7 @@ def _compare(
         [
             summarize_arm(
                 name,
-                label(name),
+                method_label(name),
                 arms[name].raw,
                 penalised=arms[name].penalised,
                 baseline=None if name == "no_finetuning" else baseline,
@@ -216,8 +217,8 @@ def _server_notes(target: Target, trained: Trained, config: EvalConfig) -> list[
         changed = [int(row["step"]) for row in curves[name] if row.get("target/changed", 0) > 0]
         if changed:
             notes.append(
-                f"{LABELS[name]}: the model behind the target's server changed during training (first at step {changed[0]}): "
-                "the reward is not the same before and after."
+                f"{method_label(name)}: the model behind the target's server changed during training (first at step "
+                f"{changed[0]}): the reward is not the same before and after."
             )
     return notes
 

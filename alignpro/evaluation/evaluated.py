@@ -17,9 +17,9 @@ import yaml
 from alignpro.errors import DataError
 from alignpro.evaluation.comparison import Record
 from alignpro.evaluation.comparison_results import Cost
+from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.results import SampleRow
 from alignpro.evaluation.rewards_file import REWARDS_FILE, EvaluationRewards, read_rewards
-from alignpro.evaluation.verdict import method_label
 from alignpro.training.loggers.jsonl import read_rows
 
 RECORD_FILE = "record.json"

@@ -12,11 +12,12 @@ from typing import Any
 
 from alignpro.config import ConfigSource, HeadroomConfig, TaskConfig, dump_config, resolve_config, target_endpoints
 from alignpro.data import Prompt, cluster_labels, load_prompts
-from alignpro.evaluation.arms import ArmSampler, ArmSamples, label
+from alignpro.evaluation.arms import ArmSampler, ArmSamples
 from alignpro.evaluation.evaluate import prepare_directory, sample_rows
 from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.evaluation.headroom_verdict import Verdict, judge_headroom
 from alignpro.evaluation.heldout_prompts import evaluation_prompts
+from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.results import ArmSummary, GibbsEstimates, adjusted, summarize_arm
 from alignpro.evaluation.sampled_arms import Trained, instruction_templates
 from alignpro.models.language_model import LanguageModel
@@ -170,7 +171,7 @@ def _judge_task(
         [
             summarize_arm(
                 name,
-                label(name),
+                method_label(name),
                 samples.raw,
                 penalised=samples.penalised,
                 baseline=None if name == "no_finetuning" else baseline,

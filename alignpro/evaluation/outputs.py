@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.config import EvalConfig, ModelConfig, default_name, dump_config, target_parts
-from alignpro.evaluation.arms import LABELS
 from alignpro.evaluation.changes import largest_changes
 from alignpro.evaluation.charts import plot_comparison
 from alignpro.evaluation.comparison import Record, compare
+from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.report import write_report
 from alignpro.evaluation.report_content import Report
 from alignpro.evaluation.results import ArmGroup, Evaluation
@@ -57,7 +57,7 @@ def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[s
         gibbs=result.gibbs,
         kl_coef=config.kl_coef,
         curves=_curves(config),
-        convergence={LABELS[name]: each for name, each in result.convergence.items()},
+        convergence={method_label(name): each for name, each in result.convergence.items()},
         notes=result.notes,
         rows=result.rows,
         changes=largest_changes(result.rows),
@@ -76,7 +76,11 @@ def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[s
 def _curves(config: EvalConfig) -> dict[str, list[dict[str, Any]]]:
     """Label → metrics of the run that produced a model, if the model is the ``model/`` of a run directory."""
     models = {"align_pro": config.prompter, "oracle": config.oracle}
-    rows = {LABELS[arm]: read_rows(Path(m.path).parent / "metrics.jsonl") for arm, m in models.items() if m is not None}
+    rows = {
+        method_label(arm): read_rows(Path(m.path).parent / "metrics.jsonl")
+        for arm, m in models.items()
+        if m is not None
+    }
     return {label: metrics for label, metrics in rows.items() if metrics}
 
 

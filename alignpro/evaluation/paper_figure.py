@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.results import ArmGroup, Bar
-from alignpro.evaluation.verdict import method_label
 
 _FILE = Path(__file__).with_name("paper_figure.json")
 

@@ -127,7 +127,7 @@ def _group_view(group: Group) -> _GroupView:
     return _GroupView(
         group,
         _variance_bars({each.method: each.variance for each in group.methods}),
-        f"the instruction {instruction.label}" if instruction else "the best instruction",
+        f"“{instruction.label}”" if instruction else "the best instruction",
         best.method if len(group.methods) > 1 else None,
     )
 

@@ -8,26 +8,6 @@ from collections.abc import Sequence
 from alignpro.evaluation.comparison_results import Group, MethodResult
 from alignpro.theory.statistics import Estimate, NotEstimable, SampleSize
 
-_LABELS = {
-    "no_finetuning": "No fine-tuning",
-    "sft_prompter": "Reference prompter",
-    "gibbs": "Gibbs",
-    "align_pro": "Align-Pro",
-    "oracle": "Oracle (RLHF)",
-}
-
-
-def method_label(method: str) -> str:
-    """The name of a method in figures and tables."""
-    if method in _LABELS:
-        return _LABELS[method]
-    kind, _, rest = method.partition("_")
-    if kind == "gibbs" and rest.isdecimal():
-        return f"Gibbs, N = {rest}"
-    if kind == "instruction" and rest:
-        return f"“{rest.replace('_', ' ')}”"
-    return method.replace("_", " ")
-
 
 def size_sentence(needed: SampleSize | NotEstimable, difference: float) -> str:
     """How many prompts it takes to see a difference."""

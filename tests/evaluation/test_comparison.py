@@ -9,7 +9,7 @@ from synthetic_records import MEANS, records, rewards
 
 from alignpro.errors import DataError
 from alignpro.evaluation.comparison import compare
-from alignpro.evaluation.verdict import method_label
+from alignpro.evaluation.labels import method_label
 from alignpro.theory.statistics import holm, paired_estimate
 
 
@@ -21,7 +21,7 @@ def test_methods_are_compared_over_seeds_and_prompts():
     assert ours.mean.low < 0.7 < ours.mean.high
     assert ours.penalised == pytest.approx(ours.mean.value - 0.05)
     assert ours.versus_baseline.difference.low < 0.5 < ours.versus_baseline.difference.high
-    assert ours.versus_instruction.other == "“short”"
+    assert ours.versus_instruction.other == "Instruction: short"
     assert ours.versus_instruction.above
     assert group.best_instruction == "instruction_short"
     assert ours.gap.low < 0.5 / 0.7 < ours.gap.high
@@ -152,7 +152,11 @@ def test_one_prompt_has_no_interval():
 
 @pytest.mark.parametrize(
     ("key", "label"),
-    [("gibbs_64", "Gibbs, N = 64"), ("instruction_be_brief", "“be brief”"), ("align_pro_grpo", "align pro grpo")],
+    [
+        ("gibbs_64", "Gibbs, N = 64"),
+        ("instruction_be_brief", "Instruction: be brief"),
+        ("align_pro_grpo", "align pro grpo"),
+    ],
 )
 def test_methods_have_readable_names(key, label):
     assert method_label(key) == label

@@ -1,0 +1,24 @@
+"""The names of methods in figures and reports."""
+
+from __future__ import annotations
+
+_LABELS = {
+    "no_finetuning": "No fine-tuning",
+    "sft_prompter": "Reference prompter",
+    "gibbs": "Gibbs",
+    "align_pro": "Align-Pro",
+    "oracle": "Oracle (RLHF)",
+    "candidates": "Candidates",
+}
+_INSTRUCTION, _GIBBS = "instruction_", "gibbs_"
+
+
+def method_label(method: str) -> str:
+    """The name of a method, by its key or that of its arm."""
+    if method in _LABELS:
+        return _LABELS[method]
+    if method.startswith(_GIBBS) and method.removeprefix(_GIBBS).isdecimal():
+        return f"Gibbs, N = {method.removeprefix(_GIBBS)}"
+    if method.startswith(_INSTRUCTION):
+        return f"Instruction: {method.removeprefix(_INSTRUCTION).replace('_', ' ')}"
+    return method.replace("_", " ")
