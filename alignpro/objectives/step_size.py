@@ -69,5 +69,5 @@ class StepSize:
         return {"factor": self.factor}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore a saved state; runs of earlier versions have none."""
-        self.factor = float(state.get("factor", 1.0))
+        """Restore a saved state."""
+        self.factor = float(state["factor"])

@@ -154,9 +154,11 @@ class LimitedUpdates:
         return {} if self._size is None else {"step_size": self._size.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; runs of earlier versions saved nothing."""
-        if self._size is not None:
-            self._size.load_state_dict(state.get("step_size", {}))
+        """Restore what `state_dict` returned. Runs of earlier versions saved nothing, and go on without a limit as before."""
+        if "step_size" not in state:
+            self._size = None
+        elif self._size is not None:
+            self._size.load_state_dict(state["step_size"])
 
     def _measure(self, before: Before) -> float:
         """KL(ρ_new ‖ ρ_old) in nats per sequence."""

@@ -59,10 +59,8 @@ def test_a_decayed_rate_has_a_smaller_limit_but_none_below_rounding() -> None:
     assert not StepSize(0.5).shorten(1e-5, 0.0)
 
 
-def test_the_state_is_the_factor_and_earlier_versions_have_none() -> None:
+def test_the_state_is_the_factor() -> None:
     size, restored = StepSize(0.5), StepSize(0.5)
     size.shorten(7.0, 1.0)
     restored.load_state_dict(size.state_dict())
     assert restored.factor == size.factor < 1
-    restored.load_state_dict({})
-    assert restored.factor == 1.0

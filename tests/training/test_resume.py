@@ -21,6 +21,7 @@ Finished = Callable[..., Path]
 PPO = ("objective.loss=ppo_clip", "objective.epochs=2", "objective.minibatches=2")
 JOBS: dict[str, tuple[str, ...]] = {
     "adaptive KL": ("train", "objective.kl.target=0.001", "objective.kl.horizon=10"),
+    "limited steps": ("train", "objective.step_kl=0.0005", "optimizer.schedule=constant"),
     "running baseline": ("train", "objective.advantage=running_baseline", "objective.kl.estimator=k1"),
     "PPO with a critic": ("train", *PPO, "objective.advantage=gae", "objective.gae_lambda=0.9"),
     "GRPO": ("train", *PPO, "objective.advantage=group_normalized", "objective.kl.estimator=k3"),
@@ -269,7 +270,12 @@ def test_the_state_holds_everything_besides_weights(finished: Finished) -> None:
     state = json.loads((finished(*JOBS["adaptive KL"]) / "checkpoints/step_000004/state.json").read_text())
     assert state["step"] == 4
     assert state["task"]["kl"] != {}
-    assert {"reference", "data", "baseline"} <= state["task"].keys()
+    assert {"reference", "data", "baseline", "step_size"} <= state["task"].keys()
+
+
+def test_limited_steps_are_shortened_in_the_compared_runs(finished: Finished) -> None:
+    state = json.loads((finished(*JOBS["limited steps"]) / "checkpoints/step_000002/state.json").read_text())
+    assert 0 < state["task"]["step_size"]["factor"] < 1
 
 
 def test_truncated_pairs_are_counted_per_step(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:

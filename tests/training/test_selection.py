@@ -153,6 +153,7 @@ def test_selection_by_reported_prompts_is_refused(workshop: Workshop) -> None:
     assert validate_config(TrainConfig, given | {"data": {"source": "d", "validation": 0.1}}).selects_best
 
 
+@pytest.mark.slow
 def test_the_command_exports_the_weights_of_the_best_checkpoint(workshop: Workshop, tmp_path: Path) -> None:
     """They are those of a run that ends with the selected step."""
     settings = ("data.validation=0.3", "run.eval_every=1", "optimizer.schedule=constant")
