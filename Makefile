@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-endpoints bench-coverage bench-demo clean
+.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature real bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-endpoints bench-coverage bench-demo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -84,6 +84,13 @@ demo-weights: $(STAMP) ## retrain the two starting models of the toy task
 miniature: OUT ?= runs/miniature
 miniature: $(STAMP) ## run the whole pipeline on the real prompts in DATA, with models small enough for a CPU
 	DATA='$(DATA)' OUT='$(OUT)' PYTHON='$(BIN)/python' bash launch/presets/miniature/run.sh
+
+real: OUT ?= runs/real
+real: export MODEL ?= runs/smollm2
+real: $(STAMP) ## train and compare on one task of the real prompts in DATA, with a real model: an hour on two cores, resumable
+	@[ -n '$(DATA)' ] || { echo 'make real DATA=DIR: name the directory with the prompts (launch/presets/real/README.md)' >&2; exit 2; }
+	[ -e '$(MODEL)' ] || $(BIN)/alignpro model get smollm2 --out '$(MODEL)'
+	DATA='$(DATA)' OUT='$(OUT)' $(BIN)/alignpro experiment launch/presets/real/experiment.yaml $(ARGS)
 
 bench-kernels: $(STAMP) ## compare the head's operators with bare matrix products and other implementations; ARGS: see --help
 	$(BIN)/python -m benchmarks.kernels $(ARGS)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from document import ROOT, Document
 
-from alignpro.config import EvalConfig, HeadroomConfig, RLHFConfig, SFTConfig, TrainConfig, load_config, validate_config
+from alignpro.config import ExperimentConfig, HeadroomConfig, SFTConfig, load_config, validate_config
 from alignpro.config.section import Section
+from alignpro.experiments.cells import cells
 from alignpro.prompting.moves import load_moves
 from alignpro.rewards import build_reward, tasks
 
@@ -34,19 +35,17 @@ def test_its_table_lists_every_task() -> None:
     assert told == {f"{name}:{name}" for name in names}
 
 
-def test_the_preset_is_valid_for_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_real_preset_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("DATA", "OUT", "MODEL"):
         monkeypatch.setenv(name, str(tmp_path))
-    prompts = str(PRESET / "prompts.yaml")
-    assert load_config(SFTConfig, [prompts, str(PRESET / "sft.yaml")]).data.moves == "default"
-    measured = load_config(HeadroomConfig, [prompts, str(PRESET / "headroom.yaml")])
-    files = {path.stem: path for path in (PRESET / "tasks").glob("*.yaml")}
-    assert files.keys() == measured.tasks.keys()
-    for name, path in files.items():
-        monkeypatch.setenv("TASK", name)
-        train = load_config(TrainConfig, [prompts, str(PRESET / "train.yaml"), str(path)])
-        assert train.reward == measured.tasks[name].reward
-        assert build_reward(train.reward)
-        for file, kind in (("rlhf.yaml", RLHFConfig), ("eval.yaml", EvalConfig)):
-            given = load_config(kind, [prompts, str(PRESET / file), str(path)])
-            assert given.data == train.data
+    one = load_config(ExperimentConfig, [str(PRESET / "experiment.yaml")])
+    full = load_config(ExperimentConfig, [str(PRESET / "experiment.yaml"), str(PRESET / "full.yaml")])
+    of_one, of_full = (cells(each) for each in (one, full))
+    names = {cell.name: cell for cell in of_full}
+    assert all(names[cell.name] == cell for cell in of_one)  # what has been done is kept
+    assert len(of_one) == 1 + 5 and len(of_full) == 1 + 3 * (4 * 6 + 7)
+    measured = load_config(HeadroomConfig, [str(PRESET / "headroom.yaml")])
+    assert measured.prompter.path == str(of_one[0].jobs[0].result)
+    for name, task in full.tasks.items():
+        assert (task.reward, task.instructions) == (measured.tasks[name].reward, measured.tasks[name].instructions)
+        assert build_reward(task.reward)
