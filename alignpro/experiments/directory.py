@@ -71,8 +71,11 @@ def _begun(job: Job) -> bool:
 
 
 def _change(job: Job) -> str | None:
-    """How the configuration of a job differs from the recorded one; None if it does not."""
+    """How the configuration of a job differs from the recorded one; None if it does not.
+
+    Prompters that were added later do not count (``also_fit``): whether the prompts are still the same is found in comparing.
+    """
     recorded = load_config(type(job.config), [str(job.file)])
     before, now = recorded.model_dump(mode="json"), job.config.model_dump(mode="json")
-    found = [f"{key} was {old!r}, is {new!r}" for key, old, new in differences(before, now)]
+    found = [f"{key} was {old!r}, is {new!r}" for key, old, new in differences(before, now) if key != "also_fit"]
     return f"{job.file}: {', '.join(found)}" if found else None
