@@ -217,6 +217,7 @@ class DeepSpeedBackend:
     def _shorten_shards_of_weights(self, before: float, after: float) -> None:
         """Do that at stage 3, whose optimizer holds a flat tensor for each subgroup, and copies it as its own step does."""
         sharded = self._optimizer
+        sharded._partition_all_parameters()  # or the whole weights that it holds would stay as they are
         for i, shard in enumerate(sharded.fp32_partitioned_groups_flat):
             settings = sharded.optimizer.param_groups[sharded.sub_group_to_group_id[i]]
             rescale_weight(shard, sharded.optimizer.state[shard], settings, before, after)

@@ -96,6 +96,6 @@ def _configuration(task: Task, device: torch.device) -> dict[str, Any]:
             "rewrite": {"max_tokens": workload.rewrite},
             "respond": {"max_tokens": workload.response},
         },
-        "objective": {"kl": {"coef": task.kl_coef}},
+        "objective": {"kl": {"coef": task.kl_coef}, "step_kl": None},  # the peers do not measure how far a step goes
         "optimizer": {"learning_rate": task.learning_rate, "micro_batch_size": workload.prompts * workload.K},
     }

@@ -118,7 +118,7 @@ def test_the_number_of_collectives_is_documented_and_independent_of_the_number_o
         for phase, reduced, gathered in rows
     }
     for prompts in (4, 13):
-        outcomes = run_ranks(4, trained([DrawnWorld() for _ in range(4)], prompts, {}, tmp_path))
+        outcomes = run_ranks(4, trained([DrawnWorld() for _ in range(4)], prompts, {"step_kl": 1e3}, tmp_path))
         results(outcomes)
         made = counted(outcomes[0].calls)
         assert {phase: dict(made[phase]) for phase in documented} == documented, prompts

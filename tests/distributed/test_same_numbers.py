@@ -54,7 +54,8 @@ MATRIX = {
         "z2",
         ["objective.normalize_by=token", "objective.advantage=running_baseline", "objective.kl.target=0.1"],
     ),
-    "z2 offload": ("train", "z2_offload", []),
+    "z2 offload": ("train", "z2_offload", LIMITED),
+    "z3 offload": ("train", "z3_offload", LIMITED),
     "z3 offload, PPO with a critic": ("rlhf", "z3_offload", PPO),
     "z3 gradient checkpointing": ("rlhf", "z3", ["policy.gradient_checkpointing=true"]),
 }

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from scripted_server import ScriptedConnection
 from tiny_server import Choice, TinyServer
 
@@ -107,7 +106,7 @@ def test_an_evaluation_counts_its_own_requests() -> None:
     target = RemoteTarget(ScriptedConnection(), TargetEndpointConfig(base_url="http://127.0.0.1:1/v1", model="big"))
     measure = StepMetrics(Ranks(), target)
     target.respond(Engine({}), [target.encode(prompt, None) for prompt in PROMPTS], SamplingParams(), [1, 2, 3])
-    evaluated = measure.evaluation(torch.ones(3, 1), 0.0, 3)
+    evaluated = measure.of_evaluation()
     assert evaluated["eval/endpoint/requests"] == 3 and "endpoint/requests" not in evaluated
     assert measure._asked()["endpoint/requests"] == 0
 
@@ -115,4 +114,4 @@ def test_an_evaluation_counts_its_own_requests() -> None:
 def test_without_servers_there_are_no_metrics_of_them() -> None:
     measure = StepMetrics(Ranks(), None, NO_SERVERS)
     assert measure.of_servers == () and measure._asked() == {}
-    assert measure.evaluation(torch.ones(3, 1), 0.0, 3).keys() == {"eval/reward", "eval/kl"}
+    assert measure.of_evaluation() == {}
