@@ -84,7 +84,7 @@ class Cell:
     @property
     def kind(self) -> str:
         """Cells of one kind take about the same time."""
-        return self.method if self.task else "prior"
+        return self.method if self.task else "priors"
 
 
 def cells(config: ExperimentConfig) -> list[Cell]:

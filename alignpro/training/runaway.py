@@ -1,7 +1,7 @@
 """Early warning of a policy that runs away: its KL to the reference rises, or its entropy falls, faster than training should.
 
-Both show before the reward falls. What is compared is a few steps apart, because KL and entropy may end anywhere: an optimum
-of a small λ is far from the reference, and almost deterministic.
+What is compared is a few steps apart, because KL and entropy may end anywhere: an optimum of a small λ is far from the
+reference, and almost deterministic. A policy that grows certain while its reward rises is one that learns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ STEPS = 5
 KL_RISE = 3.0
 """Nats per sequence by which the KL must have risen, and it must have doubled."""
 ENTROPY_FALL = 0.1
-"""Nats per token by which the entropy must have fallen, and to a fifth of what it was."""
+"""Nats per token by which the entropy must have fallen, and to a fifth of what it was, while the reward did not rise."""
+_REWARD = "reward/mean"
 _REMEDY = (
     "read samples.jsonl; if the rewrites are no longer what they should be, stop, and start a new run with a lower "
     "optimizer.learning_rate, a lower objective.step_kl or a higher objective.kl.coef"
@@ -27,6 +28,7 @@ class RunawayWatch:
     def __init__(self) -> None:
         self._kl: deque[float] = deque(maxlen=STEPS + 1)
         self._entropy: deque[float] = deque(maxlen=STEPS + 1)
+        self._reward: deque[float] = deque(maxlen=STEPS + 1)
         self.notes: tuple[str, ...] = ()
         """What is happening now, in a few words, for the progress line."""
 
@@ -37,11 +39,13 @@ class RunawayWatch:
             metrics: Of the step; without ``kl`` and ``entropy`` there is nothing to watch.
         """
         before, self.notes, warnings = self.notes, (), list[str]()
-        for name, window, runs_away in (("kl", self._kl, _rises), ("entropy", self._entropy, _falls)):
+        if "entropy" in metrics:
+            self._reward.append(metrics.get(_REWARD, 0.0))
+        for name, window in (("kl", self._kl), ("entropy", self._entropy)):
             if name not in metrics:
                 continue
             window.append(metrics[name])
-            since = runs_away(window)
+            since = _rises(window) if name == "kl" else _falls(window, self._reward)
             if since is None:
                 continue
             note = f"{name} {'RISES' if name == 'kl' else 'COLLAPSES'}"
@@ -59,7 +63,8 @@ def _rises(kl: deque[float]) -> float | None:
     return least if kl[-1] > max(2 * least, least + KL_RISE) else None
 
 
-def _falls(entropy: deque[float]) -> float | None:
-    """The highest entropy of the window if the last one is too far below it."""
+def _falls(entropy: deque[float], reward: deque[float]) -> float | None:
+    """The highest entropy of the window if the last one is too far below it, and the reward is no higher than it was there."""
     most = max(entropy)
-    return most if entropy[-1] < min(most / 5, most - ENTROPY_FALL) else None
+    fell = entropy[-1] < min(most / 5, most - ENTROPY_FALL)
+    return most if fell and reward[-1] <= reward[entropy.index(most)] else None

@@ -36,6 +36,13 @@ def test_an_entropy_that_collapses_is_reported_and_one_that_converges_is_not() -
     assert warnings_of([1.0] * 60, [0.3 * 0.9**step for step in range(60)]) == []
 
 
+def test_a_policy_that_grows_certain_of_a_higher_reward_is_not_reported() -> None:
+    for rewards, expected in (([0.8] * 4 + [0.99] * 4, 0), ([0.8] * 4 + [0.1] * 4, 1)):
+        watch, entropy = RunawayWatch(), [0.15] * 4 + [0.02] * 4
+        rows = [{"kl": 1.0, "entropy": h, "reward/mean": r} for h, r in zip(entropy, rewards, strict=True)]
+        assert len([line for row in rows for line in watch(row)]) == expected
+
+
 def test_what_is_happening_is_noted_for_the_progress_line() -> None:
     watch = RunawayWatch()
     watch({"kl": 0.0, "entropy": 1.0})
