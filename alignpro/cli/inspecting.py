@@ -30,7 +30,7 @@ def plan(
         float | None, typer.Option(min=0, help="Memory of one device in GiB: adds a column that says what fits.")
     ] = None,
 ) -> None:
-    """Estimate memory per device, and what servers are asked and what that costs, without loading any weights.
+    """Estimate memory per device, arithmetic, and what servers are asked and what that costs, without loading any weights.
 
     Prints one row for a single process and one per DeepSpeed set-up; docs/launch.md explains the columns.
     """
@@ -49,8 +49,9 @@ def plan(
     typer.echo(
         f"GiB per rank on {ranks} rank{'' if ranks == 1 else 's'}, by formula (docs/launch.md)\n" + "\n".join(lines)
     )
-    for line in load_late("alignpro.planning.spending:describe_spending")(config):
-        typer.echo(line)
+    for what in ("compute:describe_compute", "spending:describe_spending"):
+        for line in load_late(f"alignpro.planning.{what}")(config):
+            typer.echo(line)
 
 
 def doctor() -> None:

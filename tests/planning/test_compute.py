@@ -1,0 +1,67 @@
+"""The arithmetic of a run by formula is what PyTorch counts, without the scores of attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import Workshop
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from alignpro.config import RLHFConfig, TrainConfig, load_config
+from alignpro.planning.compute import describe_compute, step_compute
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("compute"))
+
+
+def training(made: Workshop, *overrides: str) -> TrainConfig:
+    return load_config(TrainConfig, made.arguments("train", made.root / "run", *overrides)[1:])
+
+
+def counted(path: Path, tokens: int, logits: int) -> float:
+    """FLOP of the matrix products of a forward pass, as PyTorch counts them."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hidden = model.base_model(torch.zeros(1, tokens, dtype=torch.int64)).last_hidden_state
+        model.lm_head(hidden[:, :logits])
+    found = {str(name): value for name, value in counter.get_flop_counts()["Global"].items()}
+    return sum(value for name, value in found.items() if "mm" in name and "bmm" not in name)
+
+
+def test_each_part_is_what_its_passes_take(made: Workshop) -> None:
+    config = training(
+        made,
+        "rollout.prompts_per_step=3",
+        "rollout.rewrites_per_prompt=4",
+        "rollout.responses_per_rewrite=2",
+        "rollout.rewrite.max_tokens=5",
+        "rollout.respond.max_tokens=6",
+        "prompting.max_prompt_tokens=7",
+    )
+    step = step_compute(config)
+    forward = counted(made.root / "prompter", 3 * 7 + 3 * 4 * 5, 3 * 4 * 5)
+    answers = 3 * 4 * 2 * 6
+    assert step.parts["rewrites"] == forward
+    assert step.parts["responses"] == counted(made.root / "target", 3 * 4 * 5 + answers, answers)
+    assert step.parts["credit"] == 2 * forward
+    assert step.parts["update"] == (3 + 1 / 8) * forward
+    assert step.total == sum(step.parts.values())
+
+
+def test_an_adapter_needs_no_gradient_of_weights_and_a_server_computes_its_own(made: Workshop) -> None:
+    full, lora = (step_compute(training(made, *each)) for each in ((), ("policy.adapter.kind=lora",)))
+    assert lora.parts["update"] == pytest.approx(full.parts["update"] * (2 + 1 / 8) / (3 + 1 / 8))
+    remote = training(made, "objective.step_kl=null").model_dump()
+    remote["target"] = {"endpoint": {"base_url": "http://127.0.0.1:1/v1", "model": "big"}}
+    assert "responses" not in step_compute(TrainConfig.model_validate(remote)).parts
+
+
+def test_it_is_described_for_a_whole_run(made: Workshop) -> None:
+    oracle = load_config(RLHFConfig, made.arguments("rlhf", made.root / "oracle", "run.steps=7")[1:])
+    (line,) = describe_compute(oracle)
+    assert "PFLOP in 7 steps" in line and "responses" in line and "credit" in line
