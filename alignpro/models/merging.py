@@ -31,6 +31,8 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
     try:
         _untie(model.get_base_model())
         merged: PreTrainedModel = model.merge_and_unload()
+        # peft writes past the version counters, by which a copy of the weights in another layout detects that it is stale.
+        torch.autograd.graph.increment_version(list(merged.parameters()))
         after = _logits(merged)
     except (AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise _refusal(name, str(error)) from error
