@@ -109,6 +109,13 @@ class TestKinds:
         assert len(trainable(model)) == len(list(model.parameters()))
 
 
+def test_merging_reaches_weights_that_are_wide_enough_to_be_packed(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base", hidden_size=128, intermediate_size=128)
+    given = save_adapter(base, tmp_path / "adapter")
+    model = add_adapter(load_trainable(policy_config(tmp_path / "adapter"), 0), AdapterConfig(kind="full"))
+    assert torch.allclose(head_logits(model), logits(given), atol=1e-3)
+
+
 class TestTied:
     @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
     def test_merging_into_one_leaves_the_other(self, module: str, tmp_path: Path) -> None:
