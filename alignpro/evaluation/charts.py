@@ -133,7 +133,8 @@ def plot_bars(
     styles = _arm_styles(list(labels))
     slots = sum(len(group.arms) + 1 for group in groups)
     with style.context(_STYLE):
-        figure = Figure(figsize=(min(max(4.6, 0.9 + 0.42 * slots), 11), 3.2), layout="constrained")
+        width = min(max(4.6, 0.9 + 0.42 * slots), 11)
+        figure = Figure(figsize=(width, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         if quantity == "mean":
@@ -144,11 +145,17 @@ def plot_bars(
             figure.legend(
                 handles=_legend(labels, styles),
                 loc="outside lower center",
-                ncols=min(3, len(labels)),
+                ncols=_legend_columns(list(labels.values()), width),
                 fontsize=8,
                 handlelength=1.4,
             )
         _save(figure, path, format)
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns of a legend in 8 points fit in a figure of some inches: a letter takes about 0.065, a swatch 0.5."""
+    each = 0.5 + 0.065 * max(map(len, labels))
+    return max(1, min(3, len(labels), int(width / each)))
 
 
 def plot_curves(

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignpro.evaluation import charts
 from alignpro.evaluation.comparison_results import Comparison, Group, MethodResult
+from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.report_content import Report
 from alignpro.evaluation.results import ArmGroup, ArmSummary, Bar, SampleRow
 from alignpro.theory.statistics import Estimate, VarianceParts, finite_or_none
@@ -216,7 +217,7 @@ def _table(arms: Sequence[ArmSummary], rows: Sequence[SampleRow], colors: dict[s
                 finite_or_none(row["reward"]),
             ]
         )
-    labels = [[known.get(name, name), colors.get(name, "#777777")] for name in names]
+    labels = [[known.get(name, method_label(name)), colors.get(name, "#777777")] for name in names]
     return {"arms": labels, "texts": list(texts), "rows": packed}
 
 
