@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from pathlib import Path
 
 import yaml
-from document import Document
+from document import ROOT, Document
 from typer.main import get_command
 
 from alignpro.cli import app
-from alignpro.config import ExperimentConfig, validate_config
+from alignpro.config import ExperimentConfig, TrainConfig, load_config, validate_config
 from alignpro.experiments.cells import cells
+from alignpro.planning.compute import describe_compute
 
 DOCUMENT = Document("experiments.md")
 
@@ -37,3 +40,33 @@ def test_its_commands_exist_with_their_options() -> None:
     command = get_command(app).commands["experiment"]  # type: ignore[attr-defined]
     for line in lines:
         command.make_context("experiment", shlex.split(line, comments=True)[2:])
+
+
+def test_the_figures_of_the_real_model_are_those_of_its_cells() -> None:
+    text = (ROOT / "docs" / "real" / "README.md").read_text(encoding="utf-8")
+    told = [
+        tuple(map(float, row)) for row in re.findall(r"\| ([\d.]+) \| \[([\d.]+), ([\d.]+)\] \|$", text, re.MULTILINE)
+    ]
+    summary = json.loads((ROOT / "docs" / "real" / "summary.json").read_text())
+    (group,) = summary["groups"]
+    keys = ("no_finetuning", "instruction_one_sentence", "instruction_thirty_words", "sft_prompter")
+    assert group["methods"].keys() == set(keys)
+    means = [group["methods"][key]["mean"] for key in keys]
+    assert told == [tuple(round(mean[name], 3) for name in ("value", "low", "high")) for mean in means]
+    gain = group["methods"]["instruction_one_sentence"]["versus_no_finetuning"]
+    assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**gain) in text
+    assert group["prompts"] == 160
+
+
+def test_the_arithmetic_of_the_larger_pair_is_that_of_the_plan() -> None:
+    config = load_config(TrainConfig, [str(ROOT / "launch" / "sizing" / "pair.yaml")])
+    config = config.model_copy(
+        update={
+            "policy": config.policy.model_copy(update={"path": str(ROOT / config.policy.path)}),
+            "target": config.target_model.model_copy(update={"path": str(ROOT / config.target_model.path)}),
+            "reward": config.reward.model_copy(update={"components": []}),
+        }
+    )
+    (line,) = describe_compute(config)
+    assert "340 PFLOP in 100 steps: 0.24 h" in line
+    assert "340 PFLOP" in DOCUMENT.text and "0.24 hours" in DOCUMENT.text
