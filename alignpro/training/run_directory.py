@@ -12,6 +12,7 @@ from typing import IO, Any
 from uuid import uuid4
 
 from alignpro.config import RunSection, dump_config
+from alignpro.endpoints.known_servers import FILE_NAME as KNOWN_SERVERS
 from alignpro.endpoints.ledger_schema import FILE_NAME
 from alignpro.errors import CheckpointError, TrainingError
 from alignpro.training.checkpoint import recorded_run
@@ -26,7 +27,7 @@ RUN_ID = "run_id"
 _EXPORT_STEP = "alignpro.json"
 _RESULTS = ("metrics.jsonl", "samples.jsonl", "checkpoints", "model")
 """Entries that make a run worth keeping; a run without any of these failed before its first step."""
-_OTHER_FILES = (_LOCK, RUN_ID, "config.yaml", "tensorboard", "wandb", "wandb_id")
+_OTHER_FILES = (_LOCK, RUN_ID, KNOWN_SERVERS, "config.yaml", "tensorboard", "wandb", "wandb_id")
 
 
 class RunDirectory:

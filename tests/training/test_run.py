@@ -228,6 +228,15 @@ def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_what_a_run_leaves_that_was_killed_before_its_first_step_is_no_obstacle(tmp_path: Path) -> None:
+    with Run(configure(tmp_path)):
+        pass
+    for name in ("servers.json", "ledger.sqlite", "ledger.sqlite-wal"):
+        (tmp_path / name).write_text("{}")
+    with Run(configure(tmp_path)) as run:
+        assert not run.finished
+
+
 def test_the_directory_of_an_evaluation_is_refused(tmp_path: Path) -> None:
     for name in ("config.yaml", "summary.json"):
         (tmp_path / name).write_text("{}")
