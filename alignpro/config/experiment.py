@@ -15,7 +15,6 @@ from alignpro.config.rollout import EngineConfig, SamplingConfig
 from alignpro.config.section import OutputPath, Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_TITLE = re.compile(r"[\w .,()+=/-]{1,64}")
 
 
 class ExperimentPrompter(Section):
@@ -40,48 +39,47 @@ class ExperimentTask(Section):
     """Name → what a person would add to a prompt, or a template with ``{{ prompt }}``; see `alignpro eval`."""
 
 
-class _Method(Section):
-    label: str | None = Field(None, pattern=_TITLE)
-    """Its name in the report; by default its key."""
-
-
-class UnchangedMethod(_Method):
+class UnchangedMethod(Section):
     """The target is given the prompt as it is."""
 
     kind: Literal["none"]
 
 
-class InstructionMethod(_Method):
+class InstructionMethod(Section):
     """The hand-written instructions of the task; each is a cell of its own."""
 
     kind: Literal["instruction"]
 
 
-class PriorMethod(_Method):
+class PriorMethod(Section):
     """The prompter before training."""
 
     kind: Literal["prior"]
 
 
-class GibbsMethod(_Method):
+class GibbsMethod(Section):
     """The best of N rewrites of the prompter before training, resampled by exp(R/λ) and answered anew."""
 
     kind: Literal["gibbs"]
     candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
 
 
-class TrainMethod(_Method):
+class TrainMethod(Section):
     """A prompter trained by `alignpro train`."""
 
     kind: Literal["train"]
+    label: str | None = None
+    """Its name in the report; by default that of its key."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Sections of `alignpro train` that differ from the experiment's ``train``."""
 
 
-class RLHFMethod(_Method):
+class RLHFMethod(Section):
     """The target itself, trained by `alignpro rlhf`: the oracle."""
 
     kind: Literal["rlhf"]
+    label: str | None = None
+    """Its name in the report; by default that of its key."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Sections of `alignpro rlhf` that differ from the experiment's ``rlhf``."""
 

@@ -55,12 +55,12 @@ def report_directories(
     records, notes = records_of(evaluations)
     runs = [directory for directory in directories if (directory / "metrics.jsonl").is_file()]
     command = ["alignpro report", *map(str, directories), "--out", str(out), *(["--paper"] if paper else [])]
-    return report_records(
+    return _report_records(
         records, evaluations, out, title=title, runs=runs, notes=notes, paper=paper, command=" ".join(command)
     )
 
 
-def report_records(
+def _report_records(
     records: Sequence[Record],
     evaluations: Sequence[EvaluatedDirectory],
     out: Path,

@@ -71,7 +71,6 @@ class Cell:
     target: str = ""
     prompter: str | None = None
     """None if the method has none: the cell then counts for all prompters."""
-    instruction: str | None = None
     seed: int = 0
     needs: Cell | None = None
     """The preparation that has to be done before."""
@@ -140,7 +139,6 @@ def _of_method(
             task=task,
             target=target,
             prompter=prompter,
-            instruction=None if prompter else variant,
             seed=seed,
             needs=priors.get(prompter) if prompter else None,
         )

@@ -56,13 +56,12 @@ def _record(config: ExperimentConfig, cell: Cell) -> dict[str, Any]:
 def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: str) -> dict[str, Any]:
     """One arm of a cell: a trained prompter is a method by its key; the others are what their arm is."""
     method = config.methods[cell.method]
-    cost, name = Cost(target_calls=0.0), arm
+    cost, name, label = Cost(target_calls=0.0), arm, ""
     if isinstance(method, TrainMethod | RLHFMethod):
         cost = training_cost(cell.directory / "run", cell.jobs[0].config.model_dump())
-        name = cell.method if isinstance(method, TrainMethod) else arm
+        name, label = cell.method if isinstance(method, TrainMethod) else arm, method.label or ""
     elif isinstance(method, GibbsMethod):
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
         candidates = evaluation.gibbs_arms[arm] * evaluation.responses_per_rewrite
         cost = Cost(target_calls=float(candidates * evaluation.prompts))
-    label = method.label if method.label and arm == evaluation.sampled_arms[-1] else ""
     return {"method": name, "label": label, "cost": cost.as_dict()}
