@@ -50,6 +50,8 @@ class ModelRewardConfig(Section):
     max_length: int = Field(2048, ge=1)
     scale: float = 1.0
     offset: float = 0.0
+    must_beat_length: bool = False
+    """Whether a model of `alignpro reward` is refused that ranks held-out pairs no better than the lengths of their responses."""
 
 
 class JudgeRewardConfig(Section):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignpro.config import DataConfig, ModelConfig, PolicyConfig, Section
+from alignpro.config import DataConfig, ModelConfig, ModelRewardConfig, PolicyConfig, Section
 from alignpro.data.loading import check_files
 from alignpro.prompting.pretrained import require_pretrained
+from alignpro.rewards.held_out_pairs import require_better_than_length
 
 
 def check_input_files(config: Section) -> None:
@@ -15,13 +16,15 @@ def check_input_files(config: Section) -> None:
     A name on the hub is looked for in its cache alone, and only where the hub is not to be asked.
 
     Raises:
-        ModelError: A model is not there.
+        ModelError: A model is not there, or is a reward model that has to know more than length and does not.
         DataError: A file of data is not there.
     """
     for key, section in sections(config):
         if isinstance(section, ModelConfig):
             for name, path in model_paths(key, section):
                 require_pretrained(path, name, ask_hub=False)
+        if isinstance(section, ModelRewardConfig) and section.must_beat_length:
+            require_better_than_length(section.model.path)
     if isinstance(data := getattr(config, "data", None), DataConfig):
         check_files(data)
 

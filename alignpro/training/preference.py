@@ -16,8 +16,9 @@ from torch import Tensor
 from alignpro.config import RewardModelConfig
 from alignpro.data import Prompt, cluster_labels, load_prompts, split_for_training
 from alignpro.prompting.length_filter import filter_refused_prompts
+from alignpro.rewards.held_out_pairs import HeldOutPairs
 from alignpro.rewards.model import SequenceRewardModel, load_reward_model
-from alignpro.theory.statistics import Clusters, Interval, pair_statistics
+from alignpro.theory.statistics import Clusters, Estimate, Interval, PairStatistics, pair_statistics
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Metrics, PhaseTimer
 from alignpro.training.resume import check_data
@@ -50,6 +51,7 @@ class RewardTrainer:
         if config.model.gradient_checkpointing:
             self.model.classifier.gradient_checkpointing_enable({"use_reentrant": False})
         self.backend = TorchBackend(dict(self.model.named_parameters()), config.optimizer, config.run.steps)
+        self._evaluated: tuple[int, HeldOutPairs | None] = -1, None  # after how many updates, and the result
 
     @property
     def updates(self) -> int:
@@ -91,12 +93,11 @@ class RewardTrainer:
             [(len(pair.chosen or ""), len(pair.rejected or "")) for pair in pairs],
             Clusters(cluster_labels(pairs, self.config.data.cluster)),
         )
-        interval = statistics.accuracy.interval
-        bounds = (
-            {"accuracy_low": interval.low, "accuracy_high": interval.high} if isinstance(interval, Interval) else {}
-        )
-        others = {name: value for name, value in vars(statistics).items() if name != "accuracy"}
-        return {f"eval/{name}": value for name, value in (_describe(margins) | bounds | others).items()}
+        self._evaluated = self.updates, _kept(statistics, len(pairs))
+        metrics = _describe(margins)
+        for name, value in vars(statistics).items():
+            metrics |= _with_bounds(name, value) if isinstance(value, Estimate) else {name: value}
+        return {f"eval/{name}": value for name, value in metrics.items()}
 
     def margins(self, pairs: Sequence[Prompt]) -> Tensor:
         """Compute r(x, y_chosen) − r(x, y_rejected), (B,)."""
@@ -115,9 +116,28 @@ class RewardTrainer:
         self.backend.load(directory, "model")
 
     def export(self, directory: Path) -> None:
-        """Write the classifier and its tokenizer."""
+        """Write the classifier, its tokenizer, and how it ranks the held-out pairs."""
+        if self.heldout and self._evaluated[0] != self.updates:
+            self.evaluate(self.updates)
+        if self._evaluated[1] is not None:
+            self._evaluated[1].write(directory)
         self.model.classifier.save_pretrained(directory)
         self.model.tokenizer.save_pretrained(directory)
+
+
+def _kept(statistics: PairStatistics, pairs: int) -> HeldOutPairs:
+    """What is written beside the weights."""
+    accuracy, above = statistics.accuracy.as_dict(), statistics.above_length.as_dict()
+    return HeldOutPairs(
+        pairs, accuracy["value"], accuracy["low"], accuracy["high"], above["value"], above["low"], above["high"]
+    )
+
+
+def _with_bounds(name: str, estimate: Estimate) -> Metrics:
+    """The value, and the ends of its interval if it has one."""
+    if not isinstance(estimate.interval, Interval):
+        return {name: estimate.value}
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def _describe(margins: Tensor) -> Metrics:

@@ -35,3 +35,18 @@ def test_a_model_that_measures_length_is_found_out():
     assert statistics.longer_chosen == pytest.approx(5 / 8)
     swapped = pair_statistics(-longer, [(b, a) for a, b in lengths], Clusters.single(4))
     assert swapped.length_correlation == pytest.approx(1.0), "the order within pairs does not matter"
+
+
+def test_what_it_knows_beyond_length_is_a_paired_difference():
+    """Lengths are right in three pairs of four; so is a model that follows them, and one that is always right knows more."""
+    lengths = [(5, 2), (9, 3), (4, 8), (7, 2)] * 50
+    clusters = Clusters.single(200)
+    longer = np.array([a - b for a, b in lengths], float)
+    assert pair_statistics(longer, lengths, clusters).above_length.value == 0.0
+    right = pair_statistics(np.ones(200), lengths, clusters).above_length
+    assert right.value == pytest.approx(0.25)
+    assert 0.15 < right.low < 0.25 < right.high < 0.35
+    shorter = [(b, a) for a, b in lengths]
+    assert pair_statistics(np.ones(200), shorter, clusters).above_length.value == pytest.approx(0.25), (
+        "the shorter wins"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from tiny_runs import Workshop
 
-from alignpro.config import RewardModelConfig, load_config
+from alignpro.config import ModelRewardConfig, RewardModelConfig, Section, load_config
+from alignpro.errors import ModelError
+from alignpro.training.input_files import check_input_files
 from alignpro.training.preference import RewardTrainer
 
 
@@ -37,3 +40,29 @@ def test_a_model_that_cannot_tell_is_right_half_of_the_time(trainer: RewardTrain
     assert metrics["eval/ties"] == 1.0
     assert metrics["eval/accuracy"] == metrics["eval/longer_preferred"] == 0.5
     assert "eval/accuracy_low" not in metrics, "not estimable"
+
+
+class Scorer(Section):
+    """A configuration that uses a reward model."""
+
+    reward: ModelRewardConfig
+
+
+def test_a_reward_model_that_may_follow_length_can_be_refused(trainer: RewardTrainer, tmp_path: Path) -> None:
+    trainer.export(tmp_path)
+    record = tmp_path / "held_out_pairs.json"
+    kept = json.loads(record.read_text())
+    assert kept["pairs"] == len(trainer.heldout)
+    assert kept["accuracy"] == pytest.approx(trainer.evaluate(0)["eval/accuracy"])
+    model = {"kind": "model", "model": {"path": str(tmp_path)}}
+    uses, insists = (Scorer(reward=ModelRewardConfig(**model, must_beat_length=must)) for must in (False, True))
+    check_input_files(uses)
+    for above in (-0.01, 0.0, None):
+        record.write_text(json.dumps({**kept, "above_length_low": above, "above_length_high": 0.2}))
+        with pytest.raises(ModelError, match=r"above that of the responses' lengths alone.*must_beat_length: false"):
+            check_input_files(insists)
+    record.write_text(json.dumps({**kept, "above_length_low": 0.01}))
+    check_input_files(insists)
+    record.unlink()
+    with pytest.raises(ModelError, match=r"needs the file held_out_pairs\.json"):
+        check_input_files(insists)

@@ -9,7 +9,7 @@ import numpy as np
 
 from alignpro.theory.statistics.clusters import Clusters
 from alignpro.theory.statistics.estimates import Estimate
-from alignpro.theory.statistics.intervals import mean_estimate
+from alignpro.theory.statistics.intervals import mean_estimate, paired_estimate
 from alignpro.theory.statistics.values import FloatArray, Values, prompt_means
 
 _BINS = 10
@@ -34,6 +34,9 @@ class PairStatistics:
     """Share of pairs in which the data prefer the longer response; equal lengths count half."""
     longer_preferred: float
     """Share of pairs in which the model does."""
+    above_length: Estimate
+    """Accuracy minus that of a rule that knows lengths alone: the longer response, or the shorter one if the data prefer that
+    more often. The rule is chosen on the same pairs, which favours it."""
 
 
 def pair_statistics(margins: Values, lengths: Sequence[tuple[int, int]], clusters: Clusters) -> PairStatistics:
@@ -51,6 +54,8 @@ def pair_statistics(margins: Values, lengths: Sequence[tuple[int, int]], cluster
     right = _half_for_ties(margin)  # (N,)
     probability = 1 / (1 + np.exp(-np.abs(margin)))
     longer = np.array([chosen - rejected for chosen, rejected in lengths], np.float64)
+    by_length = _half_for_ties(longer)
+    rule = by_length if by_length.mean() >= 0.5 else 1 - by_length
     scale = float(np.sqrt((margin**2).sum() * (longer**2).sum()))
     return PairStatistics(
         accuracy=mean_estimate(right, clusters),
@@ -58,8 +63,9 @@ def pair_statistics(margins: Values, lengths: Sequence[tuple[int, int]], cluster
         overconfidence=float(probability.mean() - right.mean()),
         calibration_error=_calibration_error(probability, right),
         length_correlation=float((margin * longer).sum()) / scale if scale > 0 else 0.0,
-        longer_chosen=float(_half_for_ties(longer).mean()),
+        longer_chosen=float(by_length.mean()),
         longer_preferred=float(_half_for_ties(margin * longer).mean()),
+        above_length=paired_estimate(right, rule, clusters),
     )
 
 
