@@ -1,7 +1,8 @@
-"""python -m benchmarks.endpoints: answers a second that the client takes on one core, its memory, and the time of rollouts.
+"""python -m benchmarks.endpoints: answers a second that the client takes on one core, its memory, the time of rollouts and steps.
 
 The server is a process of its own on this machine that gives the same answer every time. Speed and memory are measured without a
-ledger and with one, in which every request and answer is on disk before it is used; rollouts without.
+ledger and with one, in which every request and answer is on disk before it is used; rollouts without; training steps of the
+demo's prompter with one, once with `rollout.ahead` and once without it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import typer
 
 from benchmarks import command
 from benchmarks.endpoints.measure import rollout, throughput
+from benchmarks.endpoints.steps import step_seconds
 from benchmarks.session import Session
 from benchmarks.table import print_table
 
@@ -28,7 +30,7 @@ def run(
 ) -> None:
     """See the module."""
     session = Session("endpoints", device="cpu", threads=1, quick=quick, file=json_file)
-    document: dict[str, Any] = {"run": session.describe(), "throughput": [], "rollouts": []}
+    document: dict[str, Any] = {"run": session.describe(), "throughput": [], "rollouts": [], "steps": []}
     for recorded in (False, True):
         document["throughput"].append(throughput(200 if quick else answers, concurrency, recorded))
         session.save(document)
@@ -38,8 +40,8 @@ def run(
         for speed in document["throughput"]
     ]
     print_table(session.console, heads, cells, title="client")
+    scale = 0.05 if quick else 1.0
     for limit, prompter_seconds in ((concurrency, 0.0), (concurrency, 1.2), (max(concurrency // 4, 1), 0.6)):
-        scale = 0.05 if quick else 1.0
         document["rollouts"].append(
             rollout(scale * latency, 64, limit, scale * prompter_seconds, rounds=1 if quick else 7)
         )
@@ -47,6 +49,13 @@ def run(
     keys = ["latency", "chains", "concurrency", "prompter_s", "endpoint_s", "median_s", "least_s", "goal_s"]
     rows = [[format(row[key], ",.3g") for key in keys] for row in document["rollouts"]]
     print_table(session.console, keys, rows, left=0, title="rollouts")
+    for limit in (concurrency, max(concurrency // 4, 1)):
+        for ahead in (0, 1):
+            document["steps"].append(step_seconds(scale * latency, limit, ahead, steps=2 if quick else 12))
+            session.save(document)
+    keys = list(document["steps"][0])
+    rows = [[format(row[key], ",.3g") for key in keys] for row in document["steps"]]
+    print_table(session.console, keys, rows, left=0, title="training steps")
     session.finish()
 
 

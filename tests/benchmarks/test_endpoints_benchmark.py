@@ -17,3 +17,5 @@ def test_it_runs(tmp_path: Path) -> None:
         row["median_s"] >= row["prompter_s"] and row["median_s"] >= row["latency"] for row in document["rollouts"]
     )
     assert len(document["rollouts"]) == 3
+    assert [(row["concurrency"], row["ahead"]) for row in document["steps"]] == [(64, 0), (64, 1), (16, 0), (16, 1)]
+    assert all(row["steps"] == 2 and row["step_s"] > row["update_s"] > 0 for row in document["steps"])
