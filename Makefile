@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature real bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-endpoints bench-coverage bench-demo clean
+.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature real bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-endpoints bench-coverage bench-demo bench-step-size clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -115,6 +115,9 @@ bench-coverage: $(STAMP) ## simulate how often the intervals hold the truth; ARG
 
 bench-demo: $(STAMP) ## run the demo with five seeds, for README.md's table; ARGS: see --help
 	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+bench-step-size: $(STAMP) ## train at learning rates over decades, with the limit on a step's KL and without; ARGS: see --help
+	$(BIN)/python -m benchmarks.step_size $(ARGS)
 
 clean: ## remove caches and build products (not VENV, not runs/)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
