@@ -52,6 +52,8 @@ from alignpro.config.rewards import (
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
+from alignpro.config.serving import AccessConfig, ListenConfig, ServeConfig, ServeLimitsConfig, ServeLogConfig
+from alignpro.config.serving_rewriting import RewritingConfig
 from alignpro.config.targets import (
     MixedEndpointConfig,
     MixedModelConfig,
@@ -68,6 +70,7 @@ from alignpro.config.targets import (
 )
 
 __all__ = [
+    "AccessConfig",
     "AdapterConfig",
     "BudgetConfig",
     "ComparisonConfig",
@@ -87,6 +90,7 @@ __all__ = [
     "JSONServerConfig",
     "JudgeRewardConfig",
     "KLConfig",
+    "ListenConfig",
     "Method",
     "MixedEndpointConfig",
     "MixedModelConfig",
@@ -108,6 +112,7 @@ __all__ = [
     "RewardComponentConfig",
     "RewardConfig",
     "RewardModelConfig",
+    "RewritingConfig",
     "RolloutConfig",
     "RunConfig",
     "RunSection",
@@ -115,6 +120,9 @@ __all__ = [
     "SFTDataConfig",
     "SamplingConfig",
     "Section",
+    "ServeConfig",
+    "ServeLimitsConfig",
+    "ServeLogConfig",
     "SpendingConfig",
     "TargetConfig",
     "TargetEndpointConfig",
