@@ -14,6 +14,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from alignpro.config import ServeLimitsConfig
+from alignpro.serving.corked_transport import CorkedTransport
 from alignpro.serving.exchange import new_request_id
 from alignpro.serving.refusals import Refusal
 
@@ -30,7 +31,7 @@ def limited_protocol(limits: ServeLimitsConfig, count_refused: Callable[[str], N
         _arrival: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+            super().connection_made(CorkedTransport(transport, self.loop))
             if len(self.connections) > limits.connections:
                 count_refused("too_many")
                 transport.abort()

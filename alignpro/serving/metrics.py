@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from alignpro.serving.exchange import Exchange
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+MetricT = TypeVar("MetricT", Counter, Histogram)
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
@@ -41,30 +43,38 @@ class Metrics:
         self._refused = Counter(
             "alignpro_refused_connections", "Connections that ended before a request.", ["reason"], registry=registry
         )
+        self._children: dict[tuple[Counter | Histogram, tuple[str, ...]], Counter | Histogram] = {}
         for name, (what, read) in gauges.items():
             Gauge(name, what, registry=registry).set_function(read)
 
+    def _of(self, metric: MetricT, *labels: str) -> MetricT:
+        """A metric with these labels; the library takes a while to find it."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[metric, labels] = metric.labels(*labels)
+        return cast(MetricT, child)
+
     def count(self, exchange: Exchange) -> None:
         """Count a request that has ended."""
-        self._requests.labels(exchange.route, str(exchange.status)).inc()
+        self._of(self._requests, exchange.route, str(exchange.status)).inc()
         if exchange.status == 0:
             self._gone.inc()
         if exchange.error is not None:
             self._errors.labels(exchange.error).inc()
         if (outcome := exchange.outcome) is not None:
             if outcome.skipped is None:
-                self._rewrites.labels(outcome.run or "").inc()
+                self._of(self._rewrites, outcome.run or "").inc()
             else:
-                self._skips.labels(outcome.skipped).inc()
+                self._of(self._skips, outcome.skipped).inc()
         for phase, seconds in exchange.phases.items():
-            self._seconds.labels(phase).observe(seconds)
+            self._of(self._seconds, phase).observe(seconds)
         if exchange.first_byte is not None:
-            self._seconds.labels("first_byte").observe(exchange.first_byte - exchange.began)
-        self._seconds.labels("total").observe(time.perf_counter() - exchange.began)
+            self._of(self._seconds, "first_byte").observe(exchange.first_byte - exchange.began)
+        self._of(self._seconds, "total").observe(time.perf_counter() - exchange.began)
         for kind, count in exchange.tokens.items():
-            self._tokens.labels(kind).inc(count)
-        self._bytes.labels("in").inc(exchange.bytes_in)
-        self._bytes.labels("out").inc(exchange.bytes_out)
+            self._of(self._tokens, kind).inc(count)
+        self._of(self._bytes, "in").inc(exchange.bytes_in)
+        self._of(self._bytes, "out").inc(exchange.bytes_out)
 
     def count_refused(self, reason: str) -> None:
         """Count a connection that never became a request."""

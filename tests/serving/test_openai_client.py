@@ -1,0 +1,102 @@
+"""The official client of OpenAI's API against the proxy, over real sockets: nothing of it is changed but the base URL."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+from proxies import Proxy
+from upstream import WORDS, Upstream
+
+MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def client(proxy: Proxy) -> Iterator[OpenAI]:
+    with OpenAI(base_url=proxy.url, api_key="sk-client", max_retries=0, timeout=20) as client:
+        yield client
+
+
+def _chat(client: OpenAI, model: str = "m", **more: Any) -> Any:
+    return client.chat.completions.create(model=model, messages=MESSAGES, **more)
+
+
+def test_a_chat_a_stream_and_the_models(client: OpenAI) -> None:
+    answer = _chat(client)
+    assert answer.choices[0].message.content == "stone river"
+    assert answer.usage.completion_tokens == 2
+    assert answer._request_id.startswith("req_")
+    with _chat(client, stream=True) as stream:
+        words = [event.choices[0].delta.content for event in stream]
+    assert words == [f"{word} " for word in WORDS]
+    assert [model.id for model in client.models.list()] == ["m"]
+    raw = client.chat.completions.with_raw_response.create(model="m", messages=MESSAGES)
+    assert raw.headers["x-alignpro-rewrite"] == "skipped:no_run"
+    assert client.completions.create(model="m", prompt="hello").id == "chatcmpl-1"
+
+
+def test_tools_images_and_unknown_fields(client: OpenAI, upstream: Upstream) -> None:
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    call = (
+        _chat(client, tools=[tool], response_format={"type": "json_object"}, logprobs=True)
+        .choices[0]
+        .message.tool_calls[0]
+    )
+    assert (call.function.name, call.function.arguments) == ("weather", '{"city":"Rome"}')
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + 300_000 * "A"}}
+    content: Any = [{"type": "text", "text": "what is it?"}, image]
+    client.chat.completions.create(
+        model="m",
+        messages=[{"role": "user", "content": content}],
+        extra_body={"top_k": 3, "alignpro": {"opt_out": True}},
+    )
+    received = upstream.received[-1].body
+    assert b'"top_k":3' in received
+    assert received.count(b"A") == 300_000
+    assert b"alignpro" not in received
+
+
+@pytest.mark.parametrize(
+    ("model", "error"),
+    [
+        ("limited", openai.RateLimitError),
+        ("unknown", openai.NotFoundError),
+        ("broken", openai.InternalServerError),
+        ("dies-before", openai.InternalServerError),
+        ("dies-in-body", openai.APIConnectionError),
+    ],
+)
+def test_errors(client: OpenAI, model: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        _chat(client, model)
+
+
+def test_an_error_of_the_proxy_and_one_in_a_stream(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="expected at least one message") as refused:
+        client.chat.completions.create(model="m", messages=[])
+    assert (refused.value.code, refused.value.param) == ("empty_array", "messages")
+    words = []
+    with pytest.raises(openai.APIError, match="broke off"):
+        for event in _chat(client, "dies-in-stream", stream=True):
+            words.append(event.choices[0].delta.content)
+    assert words == [f"{word} " for word in WORDS[:2]]
+
+
+def test_a_timeout_and_a_closed_stream_cancel_the_target(client: OpenAI, upstream: Upstream) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        _chat(client.with_options(timeout=0.2), "never")
+    upstream.wait_for(lambda: upstream.cancelled == 1)
+    stream = _chat(client, "stalls", stream=True)
+    assert next(iter(stream)).choices[0].delta.content == "stone "
+    stream.close()
+    upstream.wait_for(lambda: upstream.cancelled == 2)
+
+
+def test_events_come_as_the_target_sends_them(client: OpenAI, upstream: Upstream) -> None:
+    upstream.pause = 0.1
+    moments = [time.monotonic() for _ in _chat(client, stream=True)]
+    assert moments[-1] - moments[0] > 0.25
