@@ -117,6 +117,7 @@ class Service:
             }
         )
         self.is_stopping = False
+        self._expects_runs = bool(config.runs)
         self._reloading = asyncio.Lock()
         self._reach = _Remembered(target.reachable, _READY_SECONDS)
 
@@ -126,7 +127,7 @@ class Service:
         if self._runs is not None:
             if self._runs.failure is not None:
                 problems.append(self._runs.failure)
-            elif not self.rewriter.runs:
+            elif self._expects_runs and not self.rewriter.runs:
                 problems.append("No run is loaded.")
         if (unreachable := await self._reach()) is not None:
             problems.append(unreachable)
@@ -151,6 +152,7 @@ class Service:
                     if run not in loaded:
                         await self._runs.unload(run)
             self.tokens, self.admin = tokens, admin
+            self._expects_runs = bool(config.runs)
             return self.rewriter.runs
 
     async def close(self) -> None:

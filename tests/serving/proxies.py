@@ -122,7 +122,7 @@ class Proxy:
 
 
 @contextmanager
-def proxied(target: str, runs: Shouting | None = None, **keys: Any) -> Iterator[Proxy]:
+def proxied(target: str, prompters: Shouting | None = None, /, **keys: Any) -> Iterator[Proxy]:
     """Serve in front of a target. Keys are those of the configuration."""
     keys.setdefault("listen", {"port": 0})
     keys.setdefault("log", {"requests": False})
@@ -132,7 +132,7 @@ def proxied(target: str, runs: Shouting | None = None, **keys: Any) -> Iterator[
 
     async def serve() -> None:
         with bind(config) as listener:
-            service = Service(config, HttpTarget(config), runs)
+            service = Service(config, HttpTarget(config), prompters)
             server = ProxyServer(service)
             found.extend([listener.getsockname()[1], service, server, asyncio.get_running_loop()])
             ready.set()

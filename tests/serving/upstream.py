@@ -131,6 +131,7 @@ class Upstream:
         finally:
             answer.cancel()
             gone.cancel()
+            await asyncio.gather(answer, gone, return_exceptions=True)
 
     async def _answer(self, request: Received, writer: asyncio.StreamWriter) -> None:
         if request.path.split("?")[0] == "/v1/models":
