@@ -7,6 +7,7 @@ import re
 import time
 from hashlib import sha256
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
@@ -142,7 +143,7 @@ class Rewritten(_Forwarding):
         told = scope["headers"]
         run, opt_out = document.wishes.run, document.wishes.opt_out
         if run is None and (named := first(told, headers.RUN)) is not None:
-            run = named.decode("latin-1")
+            run = unquote(named.decode("latin-1"))
         if run is not None and run not in self._service.rewriter.runs:
             raise Refusal(404, "No run of this id is served: /ready lists them.", "run_not_found", "alignpro.run")
         opt_out = opt_out or (first(told, headers.OPT_OUT) or b"").strip().lower() in _TRUE
@@ -172,8 +173,8 @@ class Rewritten(_Forwarding):
         exchange.outcome = outcome
         exchange.phases["rewrite"] = outcome.seconds
         if outcome.later is not None:
-            log, request_id = self._service.log, exchange.request_id
-            outcome.later.add_done_callback(lambda done: log.write_later(request_id, done.result()))
+            request_id = exchange.request_id
+            outcome.later.add_done_callback(lambda done: self._service.note_later(request_id, done.result()))
         return outcome
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from alignpro.serving.contract import Outcome
 from alignpro.serving.exchange import Exchange
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -30,6 +31,9 @@ class Metrics:
         self._errors = Counter("alignpro_errors", "Errors of the proxy's own.", ["code"], registry=registry)
         self._rewrites = Counter("alignpro_rewrites", "Prompts that were rewritten.", ["run"], registry=registry)
         self._skips = Counter("alignpro_skips", "Prompts that went as they came.", ["reason"], registry=registry)
+        self._unused = Counter(
+            "alignpro_unused_rewrites", "What became of prompts in shadow mode.", ["result"], registry=registry
+        )
         self._seconds = Histogram(
             "alignpro_phase_seconds",
             "Seconds of a request: in the queue, at the prompter, until the target's head, until the first byte, in all.",
@@ -75,6 +79,10 @@ class Metrics:
             self._of(self._tokens, kind).inc(count)
         self._of(self._bytes, "in").inc(exchange.bytes_in)
         self._of(self._bytes, "out").inc(exchange.bytes_out)
+
+    def count_later(self, outcome: Outcome) -> None:
+        """Count a rewrite that was not waited for."""
+        self._of(self._unused, outcome.skipped or "rewritten").inc()
 
     def count_refused(self, reason: str) -> None:
         """Count a connection that never became a request."""

@@ -121,6 +121,11 @@ class Service:
         self._reloading = asyncio.Lock()
         self._reach = _Remembered(target.reachable, _READY_SECONDS)
 
+    def note_later(self, request_id: str, outcome: Outcome) -> None:
+        """Record what a rewrite that was not waited for became."""
+        self.metrics.count_later(outcome)
+        self.log.write_later(request_id, outcome)
+
     async def readiness(self) -> Readiness:
         """Whether runs are loaded, the prompter works and the target answers."""
         problems = ["The proxy stops."] if self.is_stopping else []

@@ -32,6 +32,7 @@ class Shouting:
         self.seconds = 0.0
         self.asked: list[Asked] = []
         self.cancelled = 0
+        self.shadow = False
 
     @property
     def rewriter(self) -> RequestRewriter:
@@ -47,6 +48,10 @@ class Shouting:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+        if self.shadow:
+            later = asyncio.get_running_loop().create_future()
+            later.set_result(Outcome(asked.raw, None, original, original.upper(), self.runs[0]))
+            return Outcome(asked.raw, "shadow", original, later=later)
         body = asked.raw.replace(original.encode(), original.upper().encode())
         run = asked.run or self.runs[0]
         return Outcome(body, None, original, original.upper(), run, 0.0125, {"ratio": 1.0})

@@ -83,6 +83,17 @@ def test_the_log_holds_no_text_unless_asked(upstream: Upstream, tmp_path: Path) 
         assert "ann@" not in file.read_text()
 
 
+def test_what_a_shadow_rewrite_became_is_logged_and_counted(upstream: Upstream, tmp_path: Path) -> None:
+    runs = Shouting()
+    runs.shadow = True
+    with proxied(upstream.url, runs, log={"file": str(tmp_path / "log.jsonl")}) as proxy:
+        assert proxy.ask(CHAT, x_request_id="r-1").headers["x-alignpro-rewrite"] == "skipped:shadow"
+        proxy.settle()
+        assert proxy.metric('alignpro_unused_rewrites_total{result="rewritten"}') == 1
+    later = next(line for line in _log(tmp_path / "log.jsonl") if line.get("later"))
+    assert (later["request_id"], later["rewrite"], later["run"]) == ("r-1", "applied", "loud")
+
+
 def test_a_reload_changes_the_runs_and_keeps_what_is_in_flight(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
