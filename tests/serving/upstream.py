@@ -140,8 +140,11 @@ class Upstream:
         elif request.path.startswith("/v1/echo"):
             kind = request.header("content-type") or "text/plain"
             writer.write(head("200 OK", len(request.body), kind) + request.body)
+        elif not request.path.startswith(("/v1/chat/completions", "/v1/completions")):
+            await _BEHAVIOURS["unknown"](self, request, writer)
         else:
-            await _BEHAVIOURS[json.loads(request.body).get("model", "m")](self, request, writer)
+            model = json.loads(request.body).get("model", "m")
+            await _BEHAVIOURS.get(model, _BEHAVIOURS["unknown"])(self, request, writer)
         await writer.drain()
 
 
