@@ -109,7 +109,10 @@ class HttpTarget:
         """Send a request, and wait for the head of the response."""
         connection = self._connection()
         try:
-            return _HttpResponse(self, connection, await connection.http.handle_async_request(self._request(request)))
+            response = await connection.http.handle_async_request(self._request(request))
+            if not 200 <= response.status < 600:
+                raise httpcore2.RemoteProtocolError(f"status {response.status}")
+            return _HttpResponse(self, connection, response)
         except BaseException as error:
             connection.drop()
             if isinstance(error, httpcore2.ConnectTimeout):
@@ -117,7 +120,7 @@ class HttpTarget:
             if isinstance(error, httpcore2.ConnectError):
                 raise TargetFailure("The target cannot be reached.") from error
             if isinstance(error, _BROKEN):
-                raise TargetFailure("The target closed the connection without an answer.") from error
+                raise TargetFailure("The target gave no valid answer.") from error
             raise
 
     def _request(self, request: TargetRequest) -> httpcore2.Request:

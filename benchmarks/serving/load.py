@@ -58,7 +58,10 @@ class _Loop(asyncio.Protocol):
 
 async def _load(url: str, concurrency: int, seconds: float, latency: float) -> list[float]:
     parts, request = urlsplit(url), _request(url)
-    loop, answered, loops = asyncio.get_running_loop(), [], []
+    assert parts.hostname is not None
+    assert parts.port is not None
+    answered: list[float] = []
+    loop, loops = asyncio.get_running_loop(), []
     until = time.perf_counter() + seconds
     for _ in range(concurrency):
         _, protocol = await loop.create_connection(lambda: _Loop(request, until, answered), parts.hostname, parts.port)

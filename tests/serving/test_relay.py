@@ -135,7 +135,7 @@ def test_a_target_that_dies_in_a_body_ends_the_connection(proxy: Proxy) -> None:
     assert proxy.metric('alignpro_errors_total{code="target_failed"}') == 1
 
 
-@pytest.mark.parametrize("model", ["dies-before", "garbage"])
+@pytest.mark.parametrize("model", ["dies-before", "garbage", "odd-status", "upgrades"])
 def test_a_target_that_gives_no_answer_is_a_bad_gateway(proxy: Proxy, model: str) -> None:
     reply = proxy.ask(CHAT | {"model": model})
     assert (reply.status, reply.json()["error"]["code"]) == (502, "target_failed")

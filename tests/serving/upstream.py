@@ -273,6 +273,8 @@ _BEHAVIOURS: dict[str, Callable[[Upstream, Received, asyncio.StreamWriter], Awai
     "zipped": _zipped,
     "large": _large,
     "garbage": _garbage,
+    "odd-status": _error("799 What"),
+    "upgrades": _error("101 Switching Protocols"),
     "limited": _error("429 Too Many Requests", "retry-after: 7", "x-ratelimit-limit-requests: 10"),
     "unknown": _error("404 Not Found"),
     "broken": _error("500 Internal Server Error"),
