@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -31,7 +32,9 @@ class Outcome:
     """What became of a request's prompt."""
 
     body: bytes
-    """What is sent to the target: ``raw``, byte for byte, if nothing is rewritten; else ``raw`` with the text alone replaced."""
+    """What is sent to the target: ``raw``, byte for byte, if nothing is rewritten; else ``raw`` with the text alone replaced.
+
+    Earlier turns that were rewritten stay rewritten, so this can differ from ``raw`` though the last turn was skipped."""
     skipped: str | None
     """Why the original is sent (a word such as ``deadline`` or ``guard:numbers``); None if the rewrite is."""
     original: str | None = None
@@ -44,6 +47,8 @@ class Outcome:
     """Spent on it, waiting included."""
     details: Mapping[str, float] | None = None
     """Further measures by name, for metrics and logs."""
+    later: asyncio.Future[Outcome] | None = None
+    """In shadow mode, what would have become of it, which the request need not wait for; it never raises."""
 
 
 class RequestRewriter(Protocol):
