@@ -91,7 +91,9 @@ class RewritingConfig(Section):
         kinds = [guard.kind for guard in guards]
         for guard in guards:
             if guard.low is None and guard.high is None:
-                raise ValueError(f"the guard {guard.kind} needs `low`, `high` or both: outside of them nothing is rewritten")
+                raise ValueError(
+                    f"the guard {guard.kind} needs `low`, `high` or both: outside of them nothing is rewritten"
+                )
             if guard.penalty:
                 raise ValueError(f"the guard {guard.kind} has a penalty, which only training uses: leave it out")
             if kinds.count(guard.kind) > 1:

@@ -2,7 +2,7 @@
 
 | owns | does not own |
 |---|---|
-| the runs, who is in the share, the rewrites of earlier turns, shadow mode, the reason of each skip | how a rewrite is made and judged |
+| the runs, who is in the share, the rewrites of earlier turns, shadow mode | how a rewrite is made and judged |
 
 Earlier turns that were rewritten are rewritten the same way again, whatever becomes of the last one: the target's answers
 below them are answers to the rewrites, and its prefix cache holds those.
@@ -22,7 +22,7 @@ from alignpro.config.serving_rewriting import RewritingConfig
 from alignpro.serving.contract import Asked, Outcome
 from alignpro.serving.engine_thread import EngineThread
 from alignpro.serving.prompt_span import Conversation, Turn, read_conversation, replaced
-from alignpro.serving.prompt_writer import PromptWriter, ServedRun, Written
+from alignpro.serving.prompt_writer import PromptWriter, ServedRun
 from alignpro.serving.recent import Recent
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,9 @@ class PromptRewriter:
         try:
             outcome = await self._rewrite(asked)
         except Exception:
-            logger.exception("request %s: rewriting failed", asked.request_id)
-            outcome = Outcome(asked.raw, "error")
+            if not self._closed:
+                logger.exception("request %s: rewriting failed", asked.request_id)
+            outcome = Outcome(asked.raw, "closed" if self._closed else "error")
         return replace(outcome, seconds=perf_counter() - started)
 
     async def close(self) -> None:
