@@ -15,6 +15,11 @@ from alignpro.serving.contract import Api
 from alignpro.serving.prompt_span import ROLES
 
 MAX_STOPS = 16
+LARGEST = 1e300
+"""An integer of JSON can be larger than any float."""
+MAX_TEMPERATURE = 100.0
+LEAST_TEMPERATURE = 1e-4
+"""Lower ones are greedy: logits divided by them can exceed the numbers of float16, bfloat16 and float32."""
 _WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 )
@@ -158,9 +163,9 @@ def _number(body: Mapping[str, Any], name: str, default: float) -> float:
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise _refused(name, "is no finite number")
-    return float(value)
+    return float(max(-LARGEST, min(value, LARGEST)))
 
 
 def _max_tokens(body: Mapping[str, Any]) -> int | None:
@@ -183,7 +188,7 @@ def _seed(body: Mapping[str, Any]) -> int | None:
 def _sampling(body: Mapping[str, Any], n: int, max_tokens: int) -> SamplingParams:
     top_k = _of(body, "top_k", int, "an integer") or 0
     values: dict[str, Callable[[], Any]] = {
-        "temperature": lambda: _number(body, "temperature", 1.0),
+        "temperature": lambda: _temperature(body),
         "top_p": lambda: _number(body, "top_p", 1.0),
         "min_p": lambda: _number(body, "min_p", 0.0),
         "top_k": lambda: max(top_k, 0) if top_k >= -1 else top_k,
@@ -196,6 +201,13 @@ def _sampling(body: Mapping[str, Any], n: int, max_tokens: int) -> SamplingParam
         except (ConfigError, OverflowError) as error:
             raise _refused(name, f"cannot be used: {error}") from None
     return SamplingParams(n=n, max_tokens=max_tokens, **read)
+
+
+def _temperature(body: Mapping[str, Any]) -> float:
+    value = _number(body, "temperature", 1.0)
+    if value > MAX_TEMPERATURE:
+        raise _refused("temperature", f"is {value:g}: expected at most {MAX_TEMPERATURE:g}")
+    return 0.0 if 0 < value < LEAST_TEMPERATURE else value
 
 
 def _stops(value: Any) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ import torch
 
 from alignpro.config import EngineConfig
 from alignpro.engine import Completion, Engine, Request, SamplingParams
+from alignpro.engine.sequence import SampledSequence
 from alignpro.errors import AlignProError
 from alignpro.models.language_model import LanguageModel
 
@@ -283,7 +284,7 @@ class EngineThread:
 
     def _streamed(self, engine: Engine) -> list[tuple[Generation, list[list[int]]]]:
         return [
-            (generation, [list(sequence.output_ids) for sequence in request.sequences])
+            (generation, [_tokens_so_far(sequence) for sequence in request.sequences])
             for request, (own, generation) in self._pending.items()
             if generation.streamed and own is engine
         ]
@@ -344,6 +345,11 @@ class EngineThread:
             calls[generation.loop].append(partial(generation.note_tokens, tokens))
         for loop, own in calls.items():
             _on(loop, partial(_make_all, own))
+
+
+def _tokens_so_far(sequence: SampledSequence) -> list[int]:
+    """The tokens of a draw's text; once it has ended, without those of what ended it."""
+    return list(sequence.output_ids) if sequence.completion is None else sequence.completion.text_tokens
 
 
 def _make_all(calls: Sequence[Callable[[], None]]) -> None:

@@ -88,10 +88,11 @@ class PromptWriter:
         except TimeoutError:
             return Written(None, "deadline")
         except EngineFailedError as error:
-            logger.error("a rewrite failed: %s", error)
+            logger.error("request %s: a rewrite failed: %s", asked.request_id, error)
             return Written(None, "engine_failed")
-        except AlignProError as error:
-            logger.warning("a rewrite failed: %s", error)
+        except AlignProError as error:  # whose message may hold the prompt, which logs must not
+            logger.warning("request %s: a rewrite failed: %s", asked.request_id, type(error).__name__)
+            logger.debug("request %s", asked.request_id, exc_info=error)
             return Written(None, "error")
         if written.problem is None or written.problem in UNUSABLE or written.problem.startswith("guard:"):
             self._cache.put((run.name, prompt.id), written)
@@ -107,7 +108,7 @@ class PromptWriter:
         try:
             tokens = await self._run(len(prompt.text), run.prompter.encode, prompt, params.max_tokens)
         except AlignProError as error:
-            logger.info("a prompt is not rewritten: %s", error)
+            logger.debug("request %s: the prompter cannot have it: %s", asked.request_id, error)
             return Written(None, "refused")
         began = perf_counter()
         samples = await self._engine.complete(run.name, tokens, params, derive_seed(self._config.seed, prompt.id))
@@ -119,7 +120,7 @@ class PromptWriter:
         texts = []
         for sample in samples:
             if sample.error is not None:
-                logger.error("a rewrite failed: %s", sample.error)
+                logger.error("request %s: a rewrite failed: %s", asked.request_id, sample.error)
                 return Written(None, "error", details)
             truncated = sample.finish_reason == "length" and self._config.skip_truncated
             texts.append((run.prompter.text(sample), "truncated" if truncated else None))

@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from time import perf_counter
 from typing import Any
@@ -26,6 +27,9 @@ from alignpro.serving.prompt_writer import PromptWriter, ServedRun
 from alignpro.serving.recent import Recent
 
 logger = logging.getLogger(__name__)
+
+INLINE_BYTES = 1 << 18
+"""Bodies up to this size are read and written on the event loop; larger ones, with images, on another thread."""
 
 
 class PromptRewriter:
@@ -73,7 +77,8 @@ class PromptRewriter:
         if asked.opt_out or self._closed or run is None:
             reason = "opt_out" if asked.opt_out else "closed" if self._closed else "unknown_run"
             return Outcome(asked.raw, reason if self.served or reason != "unknown_run" else "no_run")
-        conversation = read_conversation(asked)
+        large = len(asked.raw) > INLINE_BYTES
+        conversation = await asyncio.to_thread(read_conversation, asked) if large else read_conversation(asked)
         last = conversation.last
         original = None if last is None else last.text
         treated = self._in_share(asked, conversation)
@@ -84,7 +89,8 @@ class PromptRewriter:
                 later = self._in_background(lambda: self._write(asked, run, conversation, reason, original))
             return Outcome(asked.raw, reason, original, run=run.id, details={"treated": float(treated)}, later=later)
         outcome = await self._write(asked, run, conversation, None, original)
-        return self._with_history(asked, run, conversation, outcome)
+        with_history = partial(self._with_history, asked, run, conversation, outcome)
+        return await asyncio.to_thread(with_history) if large else with_history()
 
     async def _write(
         self, asked: Asked, run: ServedRun, conversation: Conversation, unused: str | None, original: str | None

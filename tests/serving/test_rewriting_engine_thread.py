@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -189,5 +190,28 @@ def test_closing_fails_what_is_pending(llama: LanguageModel) -> None:
         await engine.close()
         with pytest.raises(EngineFailedError, match="closed"):
             await pending
+
+    with_engine(llama, use)
+
+
+def test_random_cancellations_leak_no_page(llama: LanguageModel) -> None:
+    chance = random.Random(0)
+
+    async def client(engine: EngineThread) -> None:
+        for _ in range(6):
+            prompt = [chance.randrange(5, 90) for _ in range(chance.randrange(1, 60))]
+            try:
+                async with asyncio.timeout(chance.choice([0, 0.001, 0.01, 60])):
+                    await engine.complete("m", prompt, PARAMS, chance.randrange(99))
+            except TimeoutError:
+                pass
+
+    async def use(engine: EngineThread) -> None:
+        await asyncio.gather(*(client(engine) for _ in range(20)))
+        await engine.complete("m", [5], SamplingParams(max_tokens=1))
+        (inner,) = engine._engines
+        assert (inner.num_unfinished_requests, engine._pending, engine._requests) == (0, {}, {})
+        inner.release()
+        assert all(sum(pool.used.values()) == 0 for pool in inner.pools.values())
 
     with_engine(llama, use)

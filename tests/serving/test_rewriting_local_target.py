@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rewriting_runs import ENGINE
 from tiny_models import tiny_language_model
 
@@ -100,6 +102,11 @@ def test_greedy_needs_no_seed_and_samples_without_one_differ(llama: LanguageMode
         == drawn(llama, temperature=0.0)[0]
     )
 
+    assert (
+        send(llama, CHAT | {"temperature": 1e-300})[1]["choices"][0]["message"]["content"]
+        == drawn(llama, temperature=0.0)[0]
+    )
+
     async def several(target: LocalServedTarget, _: EngineThread) -> set[str]:
         answers = [await read(target, request(body | {"temperature": 2})) for _ in range(3)]
         return {answer["choices"][0]["message"]["content"] for _, answer in answers}
@@ -144,7 +151,7 @@ def test_a_stream_is_the_answer_in_pieces(architecture: str, path: str) -> None:
                 choice["message"]["content"] if "message" in choice else choice["text"] for choice in answer["choices"]
             ]
             assert not any(stop in text for text in texts for stop in stops)
-            assert len(chunks) > 12
+            assert len(chunks) >= sum(map(bool, texts)) + 4
 
     with_target(model, compare)
 
@@ -154,7 +161,7 @@ def test_nothing_that_was_streamed_is_taken_back() -> None:
     parts = ["a", "b<", "stop", "\ufffd", "é", "<", "st"]
     stream = TextStream(lambda tokens: "".join(parts[: len(tokens)]).replace("\ufffdé", "é"), ["<stop>"])
     pieces = [stream.push(range(n)) for n in range(1, len(parts) + 1)]
-    assert pieces == ["a", "b", "", "<stop", "é", "", ""]
+    assert pieces == ["a", "b", "", "", "<stopé", "", ""]
     assert stream.finish("ab<stopé<st") == "<st"
     thinking = ["<th", "<think>", "", "", "answer"]
     stream = TextStream(lambda tokens: thinking[len(tokens) - 1], [])
@@ -215,6 +222,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 1e9}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -2}, "top_k"),
@@ -285,6 +294,29 @@ def test_what_is_no_json_object_is_refused(body: bytes, echo: Any) -> None:
     assert answer["error"]["message"].startswith("the body is no JSON")
 
 
+Values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["user", "text"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "name"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+FIELDS = ["model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop"]
+
+
+@settings(max_examples=150)
+@given(
+    st.dictionaries(st.sampled_from([*FIELDS, "stream", "tools", "logprobs", "x"]), Values, max_size=3), st.booleans()
+)
+def test_any_json_is_answered_or_refused(echo: Any, change: dict[str, Any], chat: bool) -> None:
+    base = CHAT if chat else COMPLETION
+    body = json.dumps(base | {"max_tokens": 1} | change).encode("utf-8", "surrogatepass")
+    status, answer = echo(body, "/chat/completions" if chat else "/completions")
+    assert status in (200, 400, 404)
+    assert status == 200 or answer["error"]["message"]
+
+
 def test_models_and_paths(echo: Any) -> None:
     status, listed = echo(b"", "/models", "GET")
     assert (status, [each["id"] for each in listed["data"]]) == (200, ["big"])
@@ -316,6 +348,7 @@ def test_overload_is_refused_with_429(llama: LanguageModel) -> None:
         assert (response.status, dict(response.headers)[b"retry-after"]) == (429, b"1")
         for each in streams:
             await each.close()
+        await asyncio.sleep(0)
         assert (await target.send(request(CHAT))).status == 200
 
     with_target(llama, use, max_waiting=2)
@@ -326,6 +359,7 @@ def test_cancelled_requests_and_closed_streams_end_at_once(llama: LanguageModel)
 
     async def use(target: LocalServedTarget, engine: EngineThread) -> None:
         task = asyncio.create_task(target.send(request(long)))
+        await asyncio.sleep(0)
         stream = await target.send(request(long | {"stream": True}))
         pieces = stream.chunks()
         await anext(pieces)

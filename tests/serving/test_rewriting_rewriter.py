@@ -61,6 +61,23 @@ def test_the_rewrite_is_that_of_the_run_and_takes_the_place_of_the_text(run: Ser
     assert json.loads(completion.body) == {"model": "m", "prompt": rewrite}
 
 
+def test_a_large_body_is_rewritten_too(run: ServedRun) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:," + "A" * 300_000}}
+    request = ask([image, {"type": "text", "text": TEXT}])
+    (outcome,) = outcomes(run, request)
+    assert outcome.body == request.raw.replace(
+        TEXT.encode(), json.dumps(expected(run), ensure_ascii=False)[1:-1].encode()
+    )
+
+
+def test_no_log_holds_a_prompt(run: ServedRun, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    found = outcomes(run, ask("secret " * 60), ask(TEXT), guards=(GuardConfig(kind="length_ratio", high=0.0),))
+    assert [each.skipped for each in found] == ["refused", "guard:length_ratio"]
+    assert "secret" not in caplog.text
+    assert TEXT not in caplog.text
+
+
 def test_many_at_the_same_time_get_what_each_gets_alone(run: ServedRun) -> None:
     texts = [f"sort {word}" for word in ("stone", "abc", "lamp", "tree", "x" * 30)]
 
