@@ -53,6 +53,7 @@ from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, Rollout
 from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
 from alignpro.config.serving import AccessConfig, ListenConfig, ServeConfig, ServeLimitsConfig, ServeLogConfig
+from alignpro.config.serving_page import PageConfig
 from alignpro.config.serving_rewriting import RewritingConfig
 from alignpro.config.targets import (
     MixedEndpointConfig,
@@ -99,6 +100,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimalConfig",
     "OptimizerConfig",
+    "PageConfig",
     "PolicyConfig",
     "PolicyOrTarget",
     "PriceConfig",

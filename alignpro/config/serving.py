@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from alignpro.config.endpoints import require_http_url
 from alignpro.config.section import OutputPath, Section
+from alignpro.config.serving_page import PageConfig
 from alignpro.config.serving_rewriting import RewritingConfig
 
 
@@ -134,6 +135,7 @@ class ServeConfig(Section):
     limits: ServeLimitsConfig = ServeLimitsConfig()
     log: ServeLogConfig = ServeLogConfig()
     rewriting: RewritingConfig = RewritingConfig()
+    page: PageConfig = PageConfig()
 
     @property
     def url(self) -> str | None:
@@ -149,6 +151,12 @@ class ServeConfig(Section):
             raise ValueError(
                 f"listen.host {self.listen.host} can be reached from other machines: name tokens in access.tokens_env or "
                 "access.tokens_file, or set access.anyone=true"
+            )
+        is_open = self.listen.is_local and not (access.tokens_env or access.tokens_file)
+        if self.page.recent_requests and not is_open and not access.admin_tokens_env:
+            raise ValueError(
+                "page.recent_requests lists the requests of all clients: name tokens of those who may see it in "
+                "access.admin_tokens_env"
             )
         if access.forward_authorization and self.api_key_env:
             raise ValueError(

@@ -1,7 +1,14 @@
 """The proxy that rewrites prompts in front of any OpenAI-compatible target, and the page to try it.
 
 One process: HTTP on an event loop, the engine with the prompters (and a local target) on a thread of its own. What passes
-between the two sides is in `contract`. The rewriting side:
+between the two sides is in `contract`. HTTP:
+
+| file | subject |
+|---|---|
+| `page_routes`, `page/` | the page at ``/``: plain HTML, CSS and JavaScript |
+| `recent_requests`, `run_rewards` | what the page shows: the last requests, rewards of answers |
+
+The rewriting side:
 
 | file | subject |
 |---|---|

@@ -22,6 +22,7 @@ from alignpro.serving.exchange import Exchange
 from alignpro.serving.frame import Errors, Frame
 from alignpro.serving.headers import Headers, first
 from alignpro.serving.openapi import openapi_document
+from alignpro.serving.page_routes import page_routes
 from alignpro.serving.refusals import Refusal
 from alignpro.serving.relay import Given, Relay
 from alignpro.serving.request_body import Document, Wishes, decompress, parse, read_body
@@ -53,6 +54,8 @@ def build_app(service: Service) -> ASGIApp:
         Route("/metrics", ShownMetrics(service), methods=["GET"]),
         Route("/openapi.json", OpenAPI(), methods=["GET"]),
     ]
+    if service.config.page.enabled:
+        routes += page_routes(service)
     if service.admin is not None:
         routes.append(Route("/admin/reload", Reload(service), methods=["POST"]))
     app: ASGIApp = Errors(Router(routes, redirect_slashes=False))

@@ -48,6 +48,7 @@ class Frame:
         finally:
             self._service.metrics.count(exchange)
             self._service.log.write(exchange)
+            self._service.recent.add(exchange)
 
 
 def _own_headers(exchange: Exchange) -> Headers:

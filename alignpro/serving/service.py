@@ -15,6 +15,7 @@ from alignpro.serving.admission import Admission
 from alignpro.serving.authentication import admin_tokens, client_tokens
 from alignpro.serving.contract import Asked, Outcome, RequestRewriter, ServedTarget
 from alignpro.serving.metrics import Metrics
+from alignpro.serving.recent_requests import RecentRequests
 
 _READY_SECONDS = 2.0
 """How long an answer of the target to "are you there" holds."""
@@ -105,6 +106,9 @@ class Service:
         self.tokens, self.admin = client_tokens(config.access), admin_tokens(config.access)
         self.admission = Admission(config.limits)
         self.log = AccessLog(config.log)
+        self.recent = RecentRequests(config.page)
+        self.run_paths = _absolute(config.runs)
+        """The directories of the runs; the last part of each is the run's id."""
         self.metrics = Metrics(
             {
                 "alignpro_in_flight": ("Requests at the prompter or the target.", lambda: self.admission.running),
@@ -158,6 +162,7 @@ class Service:
                         await self._runs.unload(run)
             self.tokens, self.admin = tokens, admin
             self._expects_runs = bool(config.runs)
+            self.run_paths = _absolute(config.runs)
             return self.rewriter.runs
 
     async def close(self) -> None:
@@ -166,6 +171,10 @@ class Service:
             await self._runs.close()
         await self.target.close()
         self.log.close()
+
+
+def _absolute(paths: Sequence[Path]) -> tuple[Path, ...]:
+    return tuple(path.absolute() for path in paths)
 
 
 class _Remembered:
