@@ -43,9 +43,9 @@ class RunRewards:
             cause = error if error.__cause__ is None else error.__cause__
             _LOGGER.warning("the reward of run %s failed: %s", run.name, type(cause).__name__)
             _LOGGER.debug("the reward of run %s failed", run.name, exc_info=error)
+            how = "" if isinstance(cause, AlignProError) else f" ({type(cause).__name__})"
             raise RewardError(
-                f"the reward of run {run.name} cannot score this prompt ({type(cause).__name__}): it may need a column of the "
-                "data that it was trained on"
+                f"the reward of run {run.name} cannot score this prompt{how}: it may need a column of its training data"
             ) from error
 
     def _load(self, run: Path) -> RewardStack:

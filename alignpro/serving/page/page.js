@@ -116,6 +116,7 @@ function showRewrite(prompt, headers) {
   at("rewritten-title").textContent =
     headers.get("x-alignpro-rewrite") === "applied" ? "Answer to the rewrite" : "Answer with the proxy, not rewritten";
   at("rewrite").hidden = false;
+  if (matchMedia("(max-width: 48rem)").matches) at("rewrite").scrollIntoView(); // it is below the form there
   drawRewrite();
 }
 

@@ -11,13 +11,14 @@ const REASONS = {
   engine_failed: "the prompter has failed",
   error: "rewriting failed; the proxy's log says why",
   closed: "the proxy stops",
-  refused: "the prompter cannot have this prompt",
   empty: "the rewrite is empty",
   truncated: "the rewrite reached its limit of tokens",
   unchanged: "the prompter keeps it as it is",
-  too_long: "the prompt is too long for the prompter",
+  too_long: "the prompt is longer than the proxy rewrites",
   encoding: "the text cannot be replaced in the request",
-  no_text: "the last message has no text of a user",
+  no_user_text: "the last message has no text of a user",
+  several_texts: "the last message has several texts",
+  refused: "the prompter cannot have this prompt",
 };
 const GUARDS = {
   language_change: "the rewrite is in another language",
@@ -25,6 +26,7 @@ const GUARDS = {
   numbers_kept: "the rewrite loses a number",
   names_kept: "the rewrite loses a name",
   code_kept: "the rewrite changes code",
+  embedding_similarity: "the rewrite means something else",
   copy_rate: "the rewrite copies too little or too much",
 };
 
