@@ -208,5 +208,8 @@ at("prompt").addEventListener("keydown", (event) => {
 at("stop").addEventListener("click", () => running?.abort());
 at("show-changes").addEventListener("change", drawRewrite);
 at("token").addEventListener("change", listModels);
-at("refresh").addEventListener("click", refresh);
+at("list").addEventListener("submit", (event) => {
+  event.preventDefault();
+  refresh();
+});
 open();
