@@ -180,7 +180,7 @@ async def _leave(url: str, moment: float, stream: bool) -> None:
 
 
 def disconnects(count: int, concurrency: int, latency: float) -> dict[str, Any]:
-    """Memory and sockets of the proxy before and after clients that leave at random moments."""
+    """Memory and sockets of the proxy before and after clients that leave at random moments, when as many have left before."""
     draw = random.Random(0)
     with _target(latency) as (url, _), _proxy(url) as (proxy_url, proxy):
 
@@ -193,7 +193,7 @@ def disconnects(count: int, concurrency: int, latency: float) -> dict[str, Any]:
 
             await asyncio.gather(*(one(draw.random() * 3 * latency, draw.random() < 0.5) for _ in range(number)))
 
-        asyncio.run(run(min(count, 500)))
+        asyncio.run(run(count))  # how many are open at once decides how much memory the process keeps
         before = _settled(proxy)
         asyncio.run(run(count))
         after = _settled(proxy)
