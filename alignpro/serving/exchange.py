@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from dataclasses import dataclass, field
-from uuid import uuid4
 
 from alignpro.serving.contract import Api, Outcome
 from alignpro.serving.headers import REQUEST_ID, Headers, first
@@ -15,7 +15,7 @@ _SAFE_ID = re.compile(rb"[!-~]{1,128}")
 
 def new_request_id() -> str:
     """An id that no other request has."""
-    return f"req_{uuid4().hex}"
+    return f"req_{random.getrandbits(128):032x}"
 
 
 @dataclass

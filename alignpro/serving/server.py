@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import logging
 import resource
@@ -47,6 +48,8 @@ async def _serve(config: ServeConfig, reread: Callable[[], ServeConfig] | None) 
     listener = bind(config)
     with contextlib.closing(listener):
         service = await open_service(config, reread)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: to search it again and again for garbage would hold up requests
         try:
             await ProxyServer(service).serve(sockets=[listener])
         finally:

@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -122,6 +123,17 @@ def _state(process: psutil.Process) -> dict[str, float]:
     return {"mib": process.memory_info().rss / 2**20, "files": process.num_fds()}
 
 
+def _settled(process: psutil.Process) -> dict[str, float]:
+    """The state once the number of open files has not changed for two seconds: what was sent is worked through."""
+    counts = [-1]
+    for _ in range(240):
+        counts.append(process.num_fds())
+        if len(set(counts[-5:])) == 1:
+            break
+        time.sleep(0.5)
+    return _state(process)
+
+
 def streams(count: int, interval: float) -> dict[str, Any]:
     """Memory of the proxy before, during and after this many streams at the same time, all of which must be the target's."""
     with _target(interval) as (url, _), _proxy(url) as (proxy_url, proxy):
@@ -168,7 +180,7 @@ async def _leave(url: str, moment: float, stream: bool) -> None:
 
 
 def disconnects(count: int, concurrency: int, latency: float) -> dict[str, Any]:
-    """Memory and sockets of the proxy before and after clients that leave at random moments."""
+    """Memory and sockets of the proxy before and after clients that leave at random moments, when as many have left before."""
     draw = random.Random(0)
     with _target(latency) as (url, _), _proxy(url) as (proxy_url, proxy):
 
@@ -180,10 +192,9 @@ def disconnects(count: int, concurrency: int, latency: float) -> dict[str, Any]:
                     await _leave(proxy_url, moment, stream)
 
             await asyncio.gather(*(one(draw.random() * 3 * latency, draw.random() < 0.5) for _ in range(number)))
-            await asyncio.sleep(5 * latency)
 
-        asyncio.run(run(min(count, 500)))
-        before = _state(proxy)
+        asyncio.run(run(count))  # how many are open at once decides how much memory the process keeps
+        before = _settled(proxy)
         asyncio.run(run(count))
-        after = _state(proxy)
+        after = _settled(proxy)
     return {"disconnects": count, "before": before, "after": after}
