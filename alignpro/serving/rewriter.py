@@ -112,19 +112,21 @@ class PromptRewriter:
             if (known := self._history.get((run.id, turn.digest))) is not None:
                 texts.append((turn, known))
         details = {**(outcome.details or {}), "history": float(len(texts))}
-        last, rewrite = conversation.last, outcome.rewrite
-        applied = outcome.skipped is None and last is not None and rewrite is not None
-        if applied and last is not None and rewrite is not None:
+        last = conversation.last
+        rewrite = outcome.rewrite if outcome.skipped is None else None
+        if last is not None and rewrite is not None:
             texts.append((last, rewrite))
-        if not texts:
-            return replace(outcome, details=details)
-        try:
-            body = replaced(asked.raw, asked.api, texts)
-        except ValueError as error:
-            logger.warning("request %s: its text cannot be replaced: %s", asked.request_id, error)
-            return replace(outcome, skipped="encoding", details=details)
-        if applied and last is not None and rewrite is not None:
+        body = asked.raw
+        if texts:
+            try:
+                body = replaced(asked.raw, asked.api, texts)
+            except ValueError as error:
+                logger.warning("request %s: its text cannot be replaced: %s", asked.request_id, error)
+                rewrite, outcome = None, replace(outcome, skipped="encoding")
+        if last is not None and rewrite is not None:
             self._history.put((run.id, last.digest), rewrite)
+        elif last is not None:
+            self._history.drop((run.id, last.digest))  # the target answers the original this time
         return replace(outcome, body=body, details=details)
 
     def _in_share(self, asked: Asked, conversation: Conversation) -> bool:
