@@ -138,21 +138,24 @@ class PromptRewriter:
         number = int.from_bytes(sha256(f"{self._config.seed}:{whose}".encode()).digest()[:8], "big")
         return number / 2**64 * 100 < self._config.percent
 
-    def _in_background(self, work: Callable[[], Coroutine[Any, Any, Outcome]]) -> asyncio.Task[Outcome]:
+    def _in_background(self, work: Callable[[], Coroutine[Any, Any, Outcome]]) -> asyncio.Future[Outcome]:
         """Rewrite without anyone waiting."""
         started = perf_counter()
+        later: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
-        async def outcome() -> Outcome:
-            try:
-                result = await work()
-            except asyncio.CancelledError:
-                result = Outcome(b"", "closed")
-            except Exception:
-                logger.exception("rewriting in shadow mode failed")
-                result = Outcome(b"", "error")
-            return replace(result, seconds=perf_counter() - started)
+        def finish(task: asyncio.Task[Outcome]) -> None:
+            self._later.discard(task)
+            if task.cancelled():
+                outcome = Outcome(b"", "closed")
+            elif (error := task.exception()) is not None:
+                logger.error("rewriting in shadow mode failed", exc_info=error)
+                outcome = Outcome(b"", "error")
+            else:
+                outcome = task.result()
+            if not later.done():
+                later.set_result(replace(outcome, seconds=perf_counter() - started))
 
-        task = asyncio.create_task(outcome())
+        task = asyncio.create_task(work())
         self._later.add(task)
-        task.add_done_callback(self._later.discard)
-        return task
+        task.add_done_callback(finish)
+        return later

@@ -268,12 +268,14 @@ def test_shadow_mode_rewrites_without_using_it(run: ServedRun) -> None:
     assert later.details["treated"] == 1
 
 
-def test_a_shadow_that_is_not_awaited_ends_with_the_proxy() -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_shadow_that_is_not_awaited_ends_with_the_proxy(begun: bool) -> None:
     run = slow(served(), 0.05)
 
     async def use(rewriter: PromptRewriter, engine: EngineThread) -> Outcome:
         outcome = await rewriter.rewrite(ask(TEXT))
-        await asyncio.sleep(0.01)
+        if begun:
+            await asyncio.sleep(0.01)
         await rewriter.close()
         assert outcome.later is not None
         return await outcome.later
