@@ -36,3 +36,7 @@ class Recent(Generic[K, V]):
         self._entries.move_to_end(key)
         while len(self._entries) > self._size:
             self._entries.popitem(last=False)
+
+    def drop(self, key: K) -> None:
+        """Forget an entry, if there is one."""
+        self._entries.pop(key, None)

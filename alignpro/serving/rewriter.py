@@ -112,19 +112,21 @@ class PromptRewriter:
             if (known := self._history.get((run.id, turn.digest))) is not None:
                 texts.append((turn, known))
         details = {**(outcome.details or {}), "history": float(len(texts))}
-        last, rewrite = conversation.last, outcome.rewrite
-        applied = outcome.skipped is None and last is not None and rewrite is not None
-        if applied and last is not None and rewrite is not None:
+        last = conversation.last
+        rewrite = outcome.rewrite if outcome.skipped is None else None
+        if last is not None and rewrite is not None:
             texts.append((last, rewrite))
-        if not texts:
-            return replace(outcome, details=details)
-        try:
-            body = replaced(asked.raw, asked.api, texts)
-        except ValueError as error:
-            logger.warning("request %s: its text cannot be replaced: %s", asked.request_id, error)
-            return replace(outcome, skipped="encoding", details=details)
-        if applied and last is not None and rewrite is not None:
+        body = asked.raw
+        if texts:
+            try:
+                body = replaced(asked.raw, asked.api, texts)
+            except ValueError as error:
+                logger.warning("request %s: its text cannot be replaced: %s", asked.request_id, error)
+                rewrite, outcome = None, replace(outcome, skipped="encoding")
+        if last is not None and rewrite is not None:
             self._history.put((run.id, last.digest), rewrite)
+        elif last is not None:
+            self._history.drop((run.id, last.digest))  # the target answers the original this time
         return replace(outcome, body=body, details=details)
 
     def _in_share(self, asked: Asked, conversation: Conversation) -> bool:
@@ -136,21 +138,24 @@ class PromptRewriter:
         number = int.from_bytes(sha256(f"{self._config.seed}:{whose}".encode()).digest()[:8], "big")
         return number / 2**64 * 100 < self._config.percent
 
-    def _in_background(self, work: Callable[[], Coroutine[Any, Any, Outcome]]) -> asyncio.Task[Outcome]:
+    def _in_background(self, work: Callable[[], Coroutine[Any, Any, Outcome]]) -> asyncio.Future[Outcome]:
         """Rewrite without anyone waiting."""
         started = perf_counter()
+        later: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
-        async def outcome() -> Outcome:
-            try:
-                result = await work()
-            except asyncio.CancelledError:
-                result = Outcome(b"", "closed")
-            except Exception:
-                logger.exception("rewriting in shadow mode failed")
-                result = Outcome(b"", "error")
-            return replace(result, seconds=perf_counter() - started)
+        def finish(task: asyncio.Task[Outcome]) -> None:
+            self._later.discard(task)
+            if task.cancelled():
+                outcome = Outcome(b"", "closed")
+            elif (error := task.exception()) is not None:
+                logger.error("rewriting in shadow mode failed", exc_info=error)
+                outcome = Outcome(b"", "error")
+            else:
+                outcome = task.result()
+            if not later.done():
+                later.set_result(replace(outcome, seconds=perf_counter() - started))
 
-        task = asyncio.create_task(outcome())
+        task = asyncio.create_task(work())
         self._later.add(task)
-        task.add_done_callback(self._later.discard)
-        return task
+        task.add_done_callback(finish)
+        return later

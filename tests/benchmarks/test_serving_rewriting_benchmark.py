@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.serving_rewriting import app
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
     app(["--quick", "--json", str(tmp_path / "results.json")], standalone_mode=False)
     arms = {arm["arm"]: arm for arm in json.loads((tmp_path / "results.json").read_text())["arms"]}

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignpro.serving.json_spans import Edit, Span, edited, elements, members, root
@@ -56,11 +56,13 @@ def check(raw: bytes, span: Span, value: Any) -> None:
             check(raw, inner, each)
 
 
+@settings(max_examples=50)
 @given(documents())
 def test_every_value_is_found(raw: bytes) -> None:
     check(raw, root(raw), json.loads(raw))
 
 
+@settings(max_examples=50)
 @given(documents(), st.binary(max_size=3), st.integers(0), st.integers(0, 20))
 def test_bytes_that_are_no_json_raise_nothing_but_value_errors(raw: bytes, put: bytes, at: int, cut: int) -> None:
     at %= len(raw) + 1

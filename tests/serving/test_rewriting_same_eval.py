@@ -24,7 +24,7 @@ from alignpro.engine import derive_seed
 from alignpro.serving.contract import Asked, TargetRequest
 from alignpro.serving.rewriting import Rewriting
 
-PROMPTS = 8
+PROMPTS = 6
 ROLLOUT = {"rewrite": {"max_tokens": 40}, "respond": {"max_tokens": 12}}
 
 
