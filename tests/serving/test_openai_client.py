@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from openai import OpenAI
-from proxies import Proxy
-from upstream import WORDS, Upstream
+from openai import AsyncOpenAI, OpenAI
+from proxies import Proxy, Shouting, proxied
+from pydantic import BaseModel
+from upstream import WORDS, Upstream, chat_answer
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -100,3 +103,57 @@ def test_events_come_as_the_target_sends_them(client: OpenAI, upstream: Upstream
     upstream.pause = 0.1
     moments = [time.monotonic() for _ in _chat(client, stream=True)]
     assert moments[-1] - moments[0] > 0.25
+
+
+class Place(BaseModel):
+    """What an answer and the arguments of a tool are parsed into."""
+
+    city: str
+
+
+def test_a_program_that_knows_only_its_environment(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", proxy.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-client")
+
+    async def stream() -> list[str]:
+        async with AsyncOpenAI() as client:
+            events = await client.chat.completions.create(model="m", messages=MESSAGES, stream=True)
+            return [event.choices[0].delta.content or "" async for event in events]
+
+    assert asyncio.run(stream()) == [f"{word} " for word in WORDS]
+    with OpenAI() as client:
+        assert _chat(client).choices[0].message.content == "stone river"
+
+
+def test_answers_and_tools_that_the_client_parses(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = openai.pydantic_function_tool(Place, name="weather")
+    parsed = client.chat.completions.parse(model="m", messages=MESSAGES, tools=[tool]).choices[0].message
+    assert parsed.tool_calls is not None
+    assert parsed.tool_calls[0].function.parsed_arguments == Place(city="Rome")
+    monkeypatch.setattr("upstream.chat_answer", lambda *_, **__: chat_answer('{"city": "Oslo"}'))
+    answer = client.chat.completions.parse(model="m", messages=MESSAGES, response_format=Place)
+    assert answer.choices[0].message.parsed == Place(city="Oslo")
+
+
+def test_the_clients_own_streams(client: OpenAI) -> None:
+    with client.chat.completions.stream(model="m", messages=MESSAGES) as stream:
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
+    assert deltas == [f"{word} " for word in WORDS]
+
+
+def test_a_rewrite_that_the_client_asks_for(upstream: Upstream) -> None:
+    with proxied(upstream.url, Shouting()) as proxy, OpenAI(base_url=proxy.url, api_key="sk") as client:
+        answer = _chat(client, extra_body={"alignpro": {"run": "quiet", "return": "body"}})
+        assert answer.model_extra["alignpro"] | {"ms": 0} == {
+            "rewrite": "HELLO",
+            "applied": True,
+            "skipped": None,
+            "run": "quiet",
+            "ms": 0,
+        }
+        assert json.loads(upstream.received[-1].body)["messages"][0]["content"] == "HELLO"
+        raw = client.chat.completions.with_raw_response.create(
+            model="m", messages=MESSAGES, extra_headers={"x-alignpro-opt-out": "1"}
+        )
+        assert raw.headers["x-alignpro-rewrite"] == "skipped:opt_out"
+        assert json.loads(upstream.received[-1].body)["messages"][0]["content"] == "hello"

@@ -23,7 +23,7 @@ export function wordDiff(before, after) {
 }
 
 function words(text) {
-  return text.match(/\s+|[\p{L}\p{N}_'’-]+|[^\s]/gu) ?? [];
+  return text.match(/\s+|[\p{L}\p{M}\p{N}_'’-]+|[^\s]/gu) ?? [];
 }
 
 function add(pieces, kind, tokens) {
