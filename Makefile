@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature real bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-endpoints bench-coverage bench-demo bench-step-size clean
+.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature real bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-endpoints bench-serving bench-coverage bench-demo bench-step-size clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -109,6 +109,9 @@ bench-estimators: $(STAMP) ## compare bias, variance and samples of the gradient
 
 bench-endpoints: $(STAMP) ## measure the client of servers: answers a second on one core, memory, time of rollouts; ARGS: see --help
 	$(BIN)/python -m benchmarks.endpoints $(ARGS)
+
+bench-serving: $(STAMP) ## measure what the proxy adds to a request, its memory under streams and disconnects; ARGS: see --help
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 bench-coverage: $(STAMP) ## simulate how often the intervals hold the truth; ARGS: see --help
 	$(BIN)/python -m benchmarks.coverage $(ARGS)

@@ -25,7 +25,7 @@ ROOMS = [
     {"environments"},
     {"training"},
     {"evaluation"},
-    {"experiments"},
+    {"experiments", "serving"},
     {"demo"},
     {"doctor"},
     {"cli"},

@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = PROJECT["optional-dependencies"]
 DEV = [Requirement(line) for line in EXTRAS["dev"]]
-NEEDED += [Requirement(line) for line in EXTRAS["deepspeed"]]  # `make setup` installs it for every device
+NEEDED += [Requirement(line) for name in ("deepspeed", "serve") for line in EXTRAS[name]]  # `make setup` installs them
 
 
 def listed(name: str) -> dict[str, Requirement]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import alignpro
-from alignpro.cli import comparing, inspecting, ledgers, models, rewriting, training
+from alignpro.cli import comparing, inspecting, ledgers, models, rewriting, serving, training
 from alignpro.cli.output import quiet_libraries
 from alignpro.distributed.launcher import launched_rank
 from alignpro.errors import AlignProError, Interrupted, PeerError
@@ -33,6 +33,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": comparing.report,
     "optimal": comparing.optimal,
     "rewrite": rewriting.rewrite,
+    "serve": serving.serve,
     "demo": inspecting.demo,
     "plan": inspecting.plan,
     "doctor": inspecting.doctor,

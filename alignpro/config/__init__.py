@@ -52,6 +52,9 @@ from alignpro.config.rewards import (
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
+from alignpro.config.serving import AccessConfig, ListenConfig, ServeConfig, ServeLimitsConfig, ServeLogConfig
+from alignpro.config.serving_page import PageConfig
+from alignpro.config.serving_rewriting import RewritingConfig
 from alignpro.config.targets import (
     MixedEndpointConfig,
     MixedModelConfig,
@@ -68,6 +71,7 @@ from alignpro.config.targets import (
 )
 
 __all__ = [
+    "AccessConfig",
     "AdapterConfig",
     "BudgetConfig",
     "ComparisonConfig",
@@ -87,6 +91,7 @@ __all__ = [
     "JSONServerConfig",
     "JudgeRewardConfig",
     "KLConfig",
+    "ListenConfig",
     "Method",
     "MixedEndpointConfig",
     "MixedModelConfig",
@@ -95,6 +100,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimalConfig",
     "OptimizerConfig",
+    "PageConfig",
     "PolicyConfig",
     "PolicyOrTarget",
     "PriceConfig",
@@ -108,6 +114,7 @@ __all__ = [
     "RewardComponentConfig",
     "RewardConfig",
     "RewardModelConfig",
+    "RewritingConfig",
     "RolloutConfig",
     "RunConfig",
     "RunSection",
@@ -115,6 +122,9 @@ __all__ = [
     "SFTDataConfig",
     "SamplingConfig",
     "Section",
+    "ServeConfig",
+    "ServeLimitsConfig",
+    "ServeLogConfig",
     "SpendingConfig",
     "TargetConfig",
     "TargetEndpointConfig",

@@ -149,7 +149,15 @@ class GuardConfig(Section):
     The penalty is ``penalty`` times the distance of the metric from [low, high].
     """
 
-    kind: Literal["length_ratio", "copy_rate", "language_change", "embedding_similarity"]
+    kind: Literal[
+        "length_ratio",
+        "copy_rate",
+        "language_change",
+        "embedding_similarity",
+        "numbers_kept",
+        "names_kept",
+        "code_kept",
+    ]
     penalty: float = Field(0.0, ge=0)
     low: float | None = None
     high: float | None = None

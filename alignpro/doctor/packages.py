@@ -14,6 +14,7 @@ EXTRAS = {
     "deepspeed": "ZeRO on one or several devices",
     "flash-attn": "attention kernels for CUDA: prefill and packed training",
     "gguf": "models from and to GGUF files, the format of llama.cpp",
+    "serve": "alignpro serve: the proxy that rewrites prompts",
     "wandb": "metrics to Weights & Biases",
     "benchmarks": "the libraries that the benchmarks compare with",
     "dev": "tests, lint and types",

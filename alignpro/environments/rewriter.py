@@ -6,34 +6,27 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from alignpro.config import (
-    ModelConfig,
     RolloutConfig,
     SamplingConfig,
     SFTConfig,
     TargetMixtureConfig,
     TrainConfig,
-    load_config,
-    separate_models,
     target_endpoints,
 )
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
-from alignpro.environments.base import refuse_errors, sampling_params
+from alignpro.environments.base import refuse_errors
 from alignpro.environments.build import prompt_environment
-from alignpro.environments.finished_run import require_finished_run
 from alignpro.environments.prompt import PromptEnvironment
-from alignpro.errors import AlignProError, DataError, ModelError
+from alignpro.environments.trained_prompter import TrainedPrompter, load_prompter, read_run, require_no_code
+from alignpro.errors import AlignProError, ModelError
 from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
-from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import RewardStack
 from alignpro.targets.base import Target
 from alignpro.targets.build import build_target
@@ -69,8 +62,8 @@ class Rewriter:
         resources: ExitStack | None = None,
     ) -> None:
         self.config = config
-        self.rollout = config.rollout if isinstance(config, TrainConfig) else _default_rollout(prompter)
-        self.prompter = PrompterTemplate(prompter.tokenizer, config.prompting, stop_token_ids=prompter.end_token_ids)
+        self._trained = TrainedPrompter(prompter, config)
+        self.rollout, self.prompter = self._trained.rollout, self._trained.template
         self.environment: PromptEnvironment | None = None
         models = {"policy": prompter}
         if target is not None:
@@ -119,8 +112,7 @@ class Rewriter:
             EndpointError: The target's server cannot be used.
         """
         run = Path(run)
-        require_finished_run(run)
-        config = _load_config(run)
+        config = read_run(run)
         if with_target and not isinstance(config, TrainConfig):
             raise ModelError(
                 f"run directory {run}: is a run of `alignpro sft`, which has no target to answer; leave out --answer (in "
@@ -132,11 +124,9 @@ class Rewriter:
                 "--answer (in Python, with_target=True)"
             )
         if not trust_remote_code:
-            _require_no_code(run, config, with_target)
-        # The run's tokenizer has been saved with its model, and the chat template with the tokenizer.
-        saved = {"path": str(run / "model"), "tokenizer": None, "chat_template": None}
+            require_no_code(run, config, with_target=with_target)
         if not with_target or not isinstance(config, TrainConfig):
-            return cls(load_language_model(config.policy.model_copy(update=saved)), None, config)
+            return cls(load_prompter(run, config), None, config)
         endpoints = target_endpoints(config.target)
         for endpoint in endpoints:
             if endpoint.variables and not trust_endpoint:
@@ -147,7 +137,7 @@ class Rewriter:
             logger.warning("answers come from %s at %s", endpoint.model, endpoint.base_url)
         with ExitStack() as stack:
             servers = stack.enter_context(open_servers(config, endpoints, run, _greedy(config.rollout)))
-            prompter = load_language_model(config.policy.model_copy(update=saved))
+            prompter = load_prompter(run, config)
             target = build_target(
                 config.target,
                 (prompter, config.policy),
@@ -179,10 +169,9 @@ class Rewriter:
         self, prompts: Sequence[Prompt], seeds: Sequence[int], *, n: int = 1, temperature: float = 0.0
     ) -> list[list[Rewritten] | AlignProError]:
         """Sample ``n`` rewrites of each prompt, or return the error of `rewrite` in their place."""
-        sampling = self.rollout.rewrite.model_copy(update={"temperature": temperature})
-        params = replace(sampling_params(sampling, n), stop_token_ids=self.prompter.stop_token_ids)
+        params = self._trained.params(n, temperature)
         results: list[list[Rewritten] | AlignProError] = [
-            self._refusal(prompt, params.max_tokens) or [] for prompt in prompts
+            self._trained.refusal(prompt, params.max_tokens) or [] for prompt in prompts
         ]
         usable = [i for i, result in enumerate(results) if not isinstance(result, AlignProError)]
         chosen = [prompts[i] for i in usable]
@@ -194,22 +183,6 @@ class Rewriter:
             except ModelError as error:
                 results[i] = error
         return results
-
-    def _refusal(self, prompt: Prompt, max_tokens: int) -> AlignProError | None:
-        """Why a prompt cannot be given to the prompter, which then samples up to ``max_tokens``."""
-        if not prompt.text.strip():
-            return DataError(f"prompt {prompt.source or prompt.id}: is empty: there is nothing to rewrite")
-        try:
-            length = len(self.prompter.encode(prompt))
-        except AlignProError as error:
-            return error
-        context = self.engine.models["policy"].context_length
-        if length + max_tokens > context:
-            return ModelError(
-                f"prompt {prompt.source or repr(prompt.text[:60])}: its {length} tokens, instruction included, and a rewrite "
-                f"of up to {max_tokens} do not fit in the context of {context} tokens of the prompter: shorten the prompt"
-            )
-        return None
 
     def _rollout(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
@@ -223,52 +196,9 @@ class Rewriter:
         response: str | None = None
         if self.environment is not None:
             response = self.environment.target.text(chain.responses[0])
-        return Rewritten(self.prompter.decode(chain.sample.text_tokens), response)
+        return Rewritten(self._trained.text(chain.sample), response)
 
 
 def _greedy(rollout: RolloutConfig) -> SamplingConfig:
     """How the target responds."""
     return rollout.respond.model_copy(update={"temperature": 0.0})
-
-
-def _default_rollout(prompter: LanguageModel) -> RolloutConfig:
-    """The defaults, which leave a prompt half of a small context."""
-    default = RolloutConfig()
-    longest = min(default.rewrite.max_tokens, prompter.context_length // 2)
-    return default.model_copy(update={"rewrite": default.rewrite.model_copy(update={"max_tokens": longest})})
-
-
-def _load_config(run: Path) -> TrainConfig | SFTConfig:
-    """The configuration of a prompter's run; its keys tell which command wrote it."""
-    file = run / "config.yaml"
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        raw = None  # `load_config` says what is wrong
-    keys = raw.keys() if isinstance(raw, dict) else set()
-    if "model" in keys:
-        raise ModelError(f"run directory {run}: is a run of `alignpro reward`, whose model scores and does not rewrite")
-    if "task" in keys:
-        config = load_config(SFTConfig, [str(file)])
-        if config.task != "rewrite":
-            raise ModelError(
-                f"run directory {run}: is a run of `alignpro sft` with task={config.task}, not of a prompter"
-            )
-        return config
-    if {"policy", "reward"} <= keys and "target" not in keys:
-        raise ModelError(f"run directory {run}: is a run of `alignpro rlhf`, whose model responds and does not rewrite")
-    return load_config(TrainConfig, [str(file)])
-
-
-def _require_no_code(run: Path, config: TrainConfig | SFTConfig, with_target: bool) -> None:
-    """Check that the models to be loaded bring no Python code: neither their own nor attention kernels from the hub."""
-    models: dict[str, ModelConfig] = {"policy": config.policy}
-    if with_target and isinstance(config, TrainConfig):
-        models |= {f"target{i or ''}": model for i, model in enumerate(separate_models(config.target))}
-    keys = [f"{name}.trust_remote_code" for name, model in models.items() if model.trust_remote_code]
-    keys += [f"{name}.attention={model.attention}" for name, model in models.items() if "/" in model.attention]
-    if keys:
-        raise ModelError(
-            f"run directory {run}: its config.yaml lets code run that comes with a model ({', '.join(keys)}); if you trust "
-            "it, repeat that: --trust-remote-code (in Python, trust_remote_code=True)"
-        )

@@ -5,8 +5,6 @@ Each is always reported as a metric; if configured, values outside [low, high] a
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -15,6 +13,8 @@ from alignpro.config import GuardConfig
 from alignpro.data import Prompt
 from alignpro.rewards.component import Measurement, checked_values, guarded_call
 from alignpro.rewards.embedding import EmbeddingSimilarity
+from alignpro.rewards.kept import code_kept, names_kept, numbers_kept
+from alignpro.rewards.words import words
 
 Measure = Callable[[Sequence[str], Sequence[str]], list[float]]
 """(originals (N,), rewrites (N,)) -> (N,)."""
@@ -25,11 +25,6 @@ NGRAM = 3
 LANGUAGE_CONFIDENCE = 0.8
 LANGUAGE_MIN_BYTES = 20
 """Below either threshold, the detected language is a guess: it is random for single words, code and names."""
-
-# Scripts written without spaces: each character counts as a word (Han, kana, Thai, Lao, Myanmar, Khmer).
-_UNSPACED = re.compile(
-    "([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])"
-)
 
 
 class Guard:
@@ -46,15 +41,27 @@ class Guard:
         Raises:
             RewardError: The guard raised or returned something that is not a number; the message names it and the prompt.
         """
-        called = guarded_call(
-            self.name, prompts, lambda: Measurement([*self._measure([prompt.text for prompt in prompts], rewrites)])
-        )
-        measured = checked_values(self.name, prompts, called.values)
+        measured = self.measure(prompts, rewrites)
         penalties = [self._config.penalty * self._excess(value) for value in measured]
         metrics = {self.name: measured}
         if self._config.penalty > 0:
             metrics[f"{self.name}/penalty"] = penalties
         return Measurement([*penalties], metrics)
+
+    def measure(self, prompts: Sequence[Prompt], rewrites: Sequence[str]) -> list[float]:
+        """Compute the measures (N,).
+
+        Raises:
+            RewardError: As for calling it.
+        """
+        called = guarded_call(
+            self.name, prompts, lambda: Measurement([*self._measure([prompt.text for prompt in prompts], rewrites)])
+        )
+        return checked_values(self.name, prompts, called.values)
+
+    def allows(self, value: float) -> bool:
+        """Whether a measure is within [low, high]."""
+        return self._excess(value) == 0
 
     def _excess(self, value: float) -> float:
         """Distance from [low, high]."""
@@ -75,7 +82,7 @@ def copy_rate(originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
     Case, punctuation and the encoding of accents are ignored. n is `NGRAM`, or the number of words of the shorter text if
     that is less. A rewrite without words has a copy rate of 0.
     """
-    return [_copied(_words(x), _words(x2)) for x, x2 in zip(originals, rewrites, strict=True)]
+    return [_copied(words(x), words(x2)) for x, x2 in zip(originals, rewrites, strict=True)]
 
 
 class LanguageChange:
@@ -109,7 +116,7 @@ def _measure(config: GuardConfig) -> Measure:
         return EmbeddingSimilarity(config.model)
     if config.kind == "language_change":
         return LanguageChange()
-    return length_ratio if config.kind == "length_ratio" else copy_rate
+    return _MEASURES[config.kind]
 
 
 def _copied(original: list[str], rewrite: list[str]) -> float:
@@ -125,8 +132,10 @@ def _ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def _words(text: str) -> list[str]:
-    """Split into runs of letters, marks and digits; in scripts without spaces, each character is a word."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in plain)
-    return _UNSPACED.sub(r" \1 ", kept).split()
+_MEASURES: dict[str, Measure] = {
+    "length_ratio": length_ratio,
+    "copy_rate": copy_rate,
+    "numbers_kept": numbers_kept,
+    "names_kept": names_kept,
+    "code_kept": code_kept,
+}

@@ -13,6 +13,7 @@ ALL = (
     "gpu.md",
     "launch.md",
     "rewards.md",
+    "serving.md",
     "tasks.md",
     "training.md",
     "walkthrough.md",

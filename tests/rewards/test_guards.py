@@ -11,6 +11,7 @@ from alignpro.errors import ConfigError, ModelError, RewardError
 from alignpro.rewards import build_reward
 from alignpro.rewards.embedding import EmbeddingSimilarity
 from alignpro.rewards.guards import LanguageChange, copy_rate, length_ratio
+from alignpro.rewards.kept import code_kept, names_kept, numbers_kept
 
 BPO = Path(__file__).parents[2] / "../shared/data/bpo_test.json"
 
@@ -92,10 +93,81 @@ def test_language_change(language_change, original, rewrite, changed):
     assert language_change([original], [rewrite]) == [changed]
 
 
+@pytest.mark.parametrize(
+    ("original", "rewrite", "share"),
+    [
+        ("add 12 and 30", "What is 12 plus 30?", 1.0),
+        ("add 12 and 30", "What is 12 plus thirty?", 0.5),
+        ("add 12 and 12", "Double 12.", 1.0),
+        ("pay 1,000.50 now", "Pay 1000.50 today.", 1.0),
+        ("from 2024-01-31", "since 31.01.2024", 0.0),
+        ("from 2024 on", "since 2024.", 1.0),
+        ("version 1.5", "version 1.50", 0.0),
+        ("use gpt4", "use gpt-4", 1.0),
+        ("\u0663 apples", "3 apples", 1.0),
+        ("no numbers", "none", 1.0),
+        ("", "", 1.0),
+    ],
+)
+def test_numbers_kept(original, rewrite, share):
+    assert numbers_kept([original], [rewrite]) == [share]
+
+
+@pytest.mark.parametrize(
+    ("original", "rewrite", "share"),
+    [
+        ("write to Anna and O'Brien", "Write a letter to anna and O\u2019Brien.", 1.0),
+        ("write to Anna and Bob", "Write a letter to Anna.", 0.5),
+        ("Write a poem. Make it short", "Compose short verses.", 1.0),  # capitals that begin sentences
+        ("why does NASA use the iPhone", "explain it", 0.0),
+        ("what is Anna's age", "How old is Anna?", 1.0),
+        ("what can I do, and what could I've done", "what to do", 1.0),
+        ("HELP ME WRITE A POEM", "Write verses.", 1.0),  # capitals everywhere
+        ("he said:\n- Stop it", "end", 1.0),
+        ("给我写一首诗", "诗", 1.0),
+        ("", "Anna", 1.0),
+    ],
+)
+def test_names_kept(original, rewrite, share):
+    assert names_kept([original], [rewrite]) == [share]
+
+
+@pytest.mark.parametrize(
+    ("original", "rewrite", "share"),
+    [
+        ("fix this\n```python\nx = 1\n```", "Correct the code:\n```\nx  =  1\n```", 1.0),
+        ("fix this\n```python\nx = 1\n```", "Correct the code.", 0.0),
+        ("what does `ls -l` do", "Explain ls -l.", 1.0),
+        ("compare `a` with `b c`", "Compare a with something.", 0.5),
+        ("read https://a.b/c?d=1, please", "Summarise https://a.b/c?d=1.", 1.0),
+        ("read https://a.b/c?d=1", "Summarise the page.", 0.0),
+        ("why is max_tokens ignored", "Why is the limit ignored?", 0.0),
+        ("why is `max_tokens` ignored", "Why is max_tokens ignored?", 1.0),
+        ("no code", "none", 1.0),
+        ("``` ```", "", 1.0),
+    ],
+)
+def test_code_kept(original, rewrite, share):
+    assert code_kept([original], [rewrite]) == [share]
+
+
+def test_what_is_kept_is_penalised_as_configured(guarded):
+    reward = guarded(*({"kind": f"{kind}_kept", "penalty": 1.0, "low": 1.0} for kind in ("numbers", "names", "code")))
+    scored = reward([Prompt.from_text("give Bob 5 `x` and 6")], ["y"], ["Give 5."])
+    assert scored.values == [-2.5]
+    assert scored.components["guard/numbers_kept"] == [0.5]
+
+
 def test_half_a_surrogate_pair_is_accepted(language_change):
     garbled = "a text of some length with half a pair \ud800"
     assert language_change([garbled], [garbled]) == [0.0]
     assert copy_rate([garbled], [garbled]) == [1.0]
+    assert (
+        names_kept([garbled], [garbled])
+        == numbers_kept([garbled], [garbled])
+        == code_kept([garbled], [garbled])
+        == [1.0]
+    )
 
 
 def test_guards_without_a_penalty_are_metrics(guarded):

@@ -1,0 +1,157 @@
+"""A proxy for the tests: the real server on a loopback socket, in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignpro.config import ServeConfig, validate_config
+from alignpro.serving.contract import Asked, Outcome, RequestRewriter
+from alignpro.serving.http_target import HttpTarget
+from alignpro.serving.server import ProxyServer, bind
+from alignpro.serving.service import Service
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+class Shouting:
+    """Prompters that write the last message in capitals: the simplest rewriting there is."""
+
+    def __init__(self) -> None:
+        self.runs: tuple[str, ...] = ("loud", "quiet")
+        self.failure: str | None = None
+        self.waiting = 0
+        self.seconds = 0.0
+        self.asked: list[Asked] = []
+        self.cancelled = 0
+        self.shadow = False
+
+    @property
+    def rewriter(self) -> RequestRewriter:
+        return self
+
+    async def rewrite(self, asked: Asked) -> Outcome:
+        self.asked.append(asked)
+        if asked.opt_out:
+            return Outcome(asked.raw, "opt_out")
+        original = asked.body["messages"][-1]["content"]
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.shadow:
+            later = asyncio.get_running_loop().create_future()
+            later.set_result(Outcome(asked.raw, None, original, original.upper(), self.runs[0]))
+            return Outcome(asked.raw, "shadow", original, later=later)
+        body = asked.raw.replace(original.encode(), original.upper().encode())
+        run = asked.run or self.runs[0]
+        return Outcome(body, None, original, original.upper(), run, 0.0125, {"ratio": 1.0})
+
+    async def load(self, path: Path) -> str:
+        self.runs = (*(run for run in self.runs if run != path.name), path.name)
+        return path.name
+
+    async def unload(self, run: str) -> None:
+        self.runs = tuple(each for each in self.runs if each != run)
+
+    async def close(self) -> None:
+        self.failure = "closed"
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Proxy:
+    """A proxy that serves."""
+
+    port: int
+    service: Service
+    server: ProxyServer
+    loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def ask(
+        self,
+        body: Mapping[str, Any] | bytes | None = None,
+        path: str = "/v1/chat/completions",
+        method: str = "POST",
+        **headers: str,
+    ) -> Reply:
+        """Send a request and read its whole answer; underscores of header names are dashes."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            raw = json.dumps(body).encode() if isinstance(body, Mapping) else body
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, raw, named)
+            response = connection.getresponse()
+            return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def in_loop(self, call: Any) -> Any:
+        """Run a coroutine in the proxy's loop."""
+        return asyncio.run_coroutine_threadsafe(call, self.loop).result(20)
+
+    def settle(self) -> None:
+        """Wait until nothing is in flight."""
+        end = time.monotonic() + 10
+        while self.server.server_state.tasks or self.service.admission.running:
+            assert time.monotonic() < end, self.server.server_state.tasks
+            time.sleep(0.005)
+
+    def metric(self, line: str) -> float:
+        """The value of a line of the metrics, by its name with labels; 0 without it."""
+        text = self.ask(path="/metrics", method="GET").body.decode()
+        return next((float(each.rsplit(" ", 1)[1]) for each in text.splitlines() if each.startswith(f"{line} ")), 0.0)
+
+
+@contextmanager
+def proxied(target: str, prompters: Shouting | None = None, /, **keys: Any) -> Iterator[Proxy]:
+    """Serve in front of a target. Keys are those of the configuration."""
+    keys.setdefault("listen", {"port": 0})
+    keys.setdefault("log", {"requests": False})
+    config = validate_config(ServeConfig, {"target": target, **keys})
+    ready = threading.Event()
+    found: list[Any] = []
+
+    async def serve() -> None:
+        with bind(config) as listener:
+            service = Service(config, HttpTarget(config), prompters)
+            server = ProxyServer(service)
+            found.extend([listener.getsockname()[1], service, server, asyncio.get_running_loop()])
+            ready.set()
+            try:
+                await server.serve(sockets=[listener])
+            finally:
+                await service.close()
+
+    thread = threading.Thread(target=asyncio.run, args=[serve()], daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    proxy = Proxy(*found, thread)
+    try:
+        yield proxy
+    finally:
+        proxy.server.should_exit = True
+        thread.join(20)
