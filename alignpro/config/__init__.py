@@ -36,6 +36,7 @@ from alignpro.config.jobs import (
     TaskConfig,
     TrainConfig,
 )
+from alignpro.config.judging import JudgeConfig, JudgeModelConfig, JudgingConfig
 from alignpro.config.learning import KLConfig, ObjectiveConfig, OptimizerConfig
 from alignpro.config.loading import ConfigSource, dump_config, load_config, resolve_config, validate_config
 from alignpro.config.models import AdapterConfig, ModelConfig, PolicyConfig, TrainableModelConfig
@@ -85,7 +86,10 @@ __all__ = [
     "HeadroomConfig",
     "InstructionMethod",
     "JSONServerConfig",
+    "JudgeConfig",
+    "JudgeModelConfig",
     "JudgeRewardConfig",
+    "JudgingConfig",
     "KLConfig",
     "Method",
     "MixedEndpointConfig",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from alignpro.config.data import DataConfig, PromptingConfig, SFTDataConfig
 from alignpro.config.endpoints import EndpointConfig, SpendingConfig
+from alignpro.config.judging import JudgingConfig
 from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
 from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.rewards import RewardConfig
@@ -198,6 +199,8 @@ class EvalConfig(ComparisonConfig):
     r_max: float = Field(1.0, gt=0)
     """Upper end of the reward's range [0, r_max], for the bound."""
     title: str = "Align-Pro"
+    judge: JudgingConfig | None = None
+    """Who compares the arms' responses in pairs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -209,6 +212,11 @@ class EvalConfig(ComparisonConfig):
     def rewards(self) -> list[RewardConfig]:
         """The one reward."""
         return [self.reward]
+
+    @property
+    def reward_endpoints(self) -> list[EndpointConfig]:
+        """The servers that the reward and the judges ask."""
+        return [*super().reward_endpoints, *(self.judge.endpoints if self.judge else [])]
 
     @property
     def gibbs_arms(self) -> dict[str, int]:
@@ -247,6 +255,11 @@ class EvalConfig(ComparisonConfig):
             raise ValueError(
                 f"arms: {unknown[0] if unknown else 'none'}: expected some of {', '.join(self.described_arms)}; others need "
                 "their key (prompter, reference, oracle, instructions, gibbs_candidates)"
+            )
+        if self.judge is not None and (other := [x for x in self.judge.against if x not in self.sampled_arms]):
+            raise ValueError(
+                f"judge.against: {other[0]}: is not sampled, so nothing can be compared with it: expected some of "
+                f"{', '.join(self.sampled_arms)}"
             )
         return self
 

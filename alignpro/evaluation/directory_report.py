@@ -103,6 +103,11 @@ def _report_records(
         notes=notes,
         rows=interleaved_rows(evaluations),
         changes=_changes(evaluations, records),
+        judgements={
+            each.config.get("title", each.path.name) if len(evaluations) == 1 else str(each.path): each.summary["judge"]
+            for each in evaluations
+            if each.summary.get("judge")
+        },
         paper=paper_figure() if paper else None,
         versions=versions(),
         command=command,

