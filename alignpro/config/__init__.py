@@ -40,6 +40,7 @@ from alignpro.config.judging import JudgeConfig, JudgeModelConfig, JudgingConfig
 from alignpro.config.learning import KLConfig, ObjectiveConfig, OptimizerConfig
 from alignpro.config.loading import ConfigSource, dump_config, load_config, resolve_config, validate_config
 from alignpro.config.models import AdapterConfig, ModelConfig, PolicyConfig, TrainableModelConfig
+from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import (
     FunctionRewardConfig,
     GuardConfig,
@@ -107,6 +108,7 @@ __all__ = [
     "PromptingConfig",
     "RLHFConfig",
     "RLHFMethod",
+    "RefusalsConfig",
     "RemoteTargetConfig",
     "ResponseRolloutConfig",
     "RewardComponentConfig",

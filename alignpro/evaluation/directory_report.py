@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from alignpro.errors import DataError
 from alignpro.evaluation.changes import Change, largest_changes
@@ -93,21 +94,23 @@ def _report_records(
     comparison = compare(records) if records else None
     curves = curves_of(dict.fromkeys([*runs, *runs_of(evaluations)]))
     converged = {label: each for label, rows in curves.items() if (each := convergence(rows)) is not None}
+    verdict = (
+        comparison.verdict if comparison else "Training runs only: nothing here was evaluated on held-out prompts."
+    )
+    refusals = _found(evaluations, "refusals")
+    warnings = dict.fromkeys(sentence for each in refusals.values() for sentence in each["warnings"])
     report = Report(
         title=title,
         pair=_subtitle(comparison, len(evaluations), len(curves)),
         comparison=comparison,
-        verdict="" if comparison else "Training runs only: nothing here was evaluated on held-out prompts.",
+        verdict=" ".join([*warnings, verdict]),
         curves=curves,
         convergence=converged,
         notes=notes,
         rows=interleaved_rows(evaluations),
         changes=_changes(evaluations, records),
-        judgements={
-            each.config.get("title", each.path.name) if len(evaluations) == 1 else str(each.path): each.summary["judge"]
-            for each in evaluations
-            if each.summary.get("judge")
-        },
+        judgements=_found(evaluations, "judge"),
+        refusals=refusals,
         paper=paper_figure() if paper else None,
         versions=versions(),
         command=command,
@@ -117,6 +120,13 @@ def _report_records(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_report(out, report)
     return comparison
+
+
+def _found(evaluations: Sequence[EvaluatedDirectory], key: str) -> dict[str, Any]:
+    """Title → what an evaluation's summary has under a key, of those that have it."""
+    found = [each for each in evaluations if each.summary.get(key)]
+    alone = len(evaluations) == 1
+    return {"" if alone else str(each.path): each.summary[key] for each in found}
 
 
 def _subtitle(comparison: Comparison | None, evaluations: int, runs: int) -> str:

@@ -31,6 +31,7 @@ from alignpro.evaluation.judging_directories import write_judgement
 from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
+from alignpro.evaluation.refusals import measure_refusals, refusals_content
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards, reward_hash
 from alignpro.evaluation.sampled_arms import Trained, count_arms, instruction_templates, sample_arms
@@ -115,7 +116,11 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
     with progress_bar(count_arms(config) * sampler.chunks, 0, ("reward",)) as advance:
         sampler.advance = advance
         arms = sample_arms(config, sampler, trained)
-    return _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)
+    compared = _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)
+    if config.refusals is None:
+        return compared
+    found = measure_refusals(config, config.refusals, sampler, arms, trained, servers)
+    return replace(compared, refusals=refusals_content(found))
 
 
 def _judge(config: EvalConfig, judging: JudgingConfig, result: Evaluation, servers: Servers) -> Mapping[str, Any]:

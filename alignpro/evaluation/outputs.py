@@ -63,6 +63,7 @@ def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[s
         changes=largest_changes(result.rows),
         verdict=_verdict(config, result),
         judgements={"": result.judge} if result.judge is not None else {},
+        refusals={"": result.refusals} if result.refusals is not None else {},
         configuration=dump_config(config),
         versions=summary["versions"],
         created=time.strftime("%Y-%m-%d"),
@@ -116,7 +117,8 @@ def _verdict(config: EvalConfig, result: Evaluation) -> str:
         for arm in result.arms
     ]
     judged = [result.judge["verdict"]] if result.judge is not None else []
-    return " ".join([compare(records).verdict, *judged])
+    warnings = result.refusals["warnings"] if result.refusals is not None else []
+    return " ".join([*warnings, compare(records).verdict, *judged])
 
 
 def _shown(estimate: Estimate) -> str:

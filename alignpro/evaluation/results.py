@@ -271,6 +271,9 @@ class Evaluation:
     judge: Mapping[str, Any] | None = None
     """What judges say of the arms (`alignpro.evaluation.judging.Judgement.as_dict`), or ``problem``: why they say nothing."""
 
+    refusals: Mapping[str, Any] | None = None
+    """How often the arms refuse (`alignpro.evaluation.refusals.refusals_content`)."""
+
     def as_dict(self) -> dict[str, Any]:
         """The content of summary.json."""
         gap = self.gap.as_dict() if self.gap else None
@@ -286,4 +289,5 @@ class Evaluation:
             "convergence": {name: each.as_dict() for name, each in self.convergence.items()},
             "notes": self.notes,
             **({"judge": dict(self.judge)} if self.judge is not None else {}),
+            **({"refusals": dict(self.refusals)} if self.refusals is not None else {}),
         }
