@@ -311,10 +311,14 @@ class TestWithinAnEvaluation:
         assert "No judgement of Align-Pro and No fine-tuning by target" in page
         assert json.loads((tmp_path / "out" / "summary.json").read_text())["judge"] == result.judge
 
-    def test_a_judge_that_fails_costs_nothing_of_what_was_sampled(self, workshop: Workshop, tmp_path: Path) -> None:
+    def test_a_judge_that_fails_costs_nothing_of_what_was_sampled(
+        self, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("alignpro.evaluation.evaluate.write_outputs", lambda *_: None)
         judge = {"endpoint": ENDPOINT | {"max_retries": 0}}
         result = self.run(workshop, tmp_path / "out", judge)
         assert result.judge is not None
         assert "127.0.0.1:9" in result.judge["problem"]
-        assert "The arms were not judged" in (tmp_path / "out" / "report.html").read_text()
-        assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 4 * (4 + 2)
+        assert result.judge["verdict"].startswith("The arms were not judged: ")
+        assert f"`alignpro judge {tmp_path / 'out'}` judges what was sampled" in caplog.text
+        assert len(result.rows) == 4 * (4 + 2)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+from tiny_runs import Workshop, assert_same, read_metrics
 
 from alignpro.config import GuardConfig, HeadroomConfig, RewardConfig, TrainConfig, validate_config
 from alignpro.data import Prompt
@@ -64,3 +69,12 @@ def test_what_it_cannot_be_used_with_is_refused():
     headroom = {"out": "o", "data": common["data"], "prompter": {"path": "p"}, "target": {"path": "a"}}
     with pytest.raises(ConfigError, match="headroom is measured without this guard"):
         validate_config(HeadroomConfig, headroom | {"tasks": {"a": {"reward": reward}}})
+
+
+def test_a_guarded_run_is_resumed_bit_for_bit(workshop: Workshop, finished: Callable[..., Path], tmp_path: Path):
+    guarded = "reward.guards=[{kind: refusal_kept, penalty: 1}]"
+    reference = finished("train", guarded)
+    assert read_metrics(reference)[0]["reward/guard/refusal_kept"] == 1.0
+    out = shutil.copytree(reference, tmp_path / "run")
+    assert workshop.run("train", out, guarded, "--resume", "--at", "2") == 0
+    assert_same(out, reference)
