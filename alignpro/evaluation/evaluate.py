@@ -31,7 +31,8 @@ from alignpro.evaluation.judging_directories import write_judgement
 from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
-from alignpro.evaluation.refusals import measure_refusals, refusals_content
+from alignpro.evaluation.refusal_rates import refusals_content, write_refusals
+from alignpro.evaluation.refusals import measure_refusals
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards, reward_hash
 from alignpro.evaluation.sampled_arms import Trained, count_arms, instruction_templates, sample_arms
@@ -45,6 +46,7 @@ from alignpro.targets.local import LocalTarget
 from alignpro.targets.remote import RemoteTarget
 from alignpro.targets.servers import Servers, open_servers
 from alignpro.theory.statistics import Clusters, finite, gap_recovered
+from alignpro.training.durability import disk_errors
 from alignpro.training.loggers.jsonl import read_rows
 from alignpro.training.progress import progress_bar
 from alignpro.training.recorded_holdout import keep_holdout
@@ -120,6 +122,8 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
     if config.refusals is None:
         return compared
     found = measure_refusals(config, config.refusals, sampler, arms, trained, servers)
+    with disk_errors(str(config.out), "make room, then evaluate again"):
+        write_refusals(config.out, found)
     return replace(compared, refusals=refusals_content(found))
 
 

@@ -11,7 +11,7 @@ from alignpro.config import EngineConfig, JudgeModelConfig, JudgingConfig, Model
 from alignpro.data import Message, Prompt
 from alignpro.endpoints.types import Answer, Query, Sampling
 from alignpro.engine import Engine, SamplingParams
-from alignpro.errors import DataError, EndpointError
+from alignpro.errors import EndpointError, ModelError
 from alignpro.models.input_room import max_input_tokens
 from alignpro.models.loading import load_language_model
 from alignpro.prompting.chat_template import ChatTemplate
@@ -117,9 +117,15 @@ class LocalJudge:
         self._engine = Engine({"policy": loaded}, **engine.model_dump())
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
-        """Sample all answers; a question that does not fit in the context, or that the template refuses, has none."""
+        """Sample all answers; a question that does not fit in the context has none.
+
+        Raises:
+            DataError: The model's template refuses the conversation, such as one with a system message.
+            ModelError: A sequence cannot be sampled.
+        """
         answers = [Answer("", "overflow", model=self.model) for _ in queries]
-        inputs = {i: ids for i, query in enumerate(queries) if (ids := self._encode(query)) is not None}
+        encoded = [self._template.encode([Message(*turn) for turn in query.messages]) for query in queries]
+        inputs = {i: ids for i, ids in enumerate(encoded) if len(ids) <= self._room}
         by_sampling: dict[Sampling, list[int]] = {}
         for i in inputs:
             by_sampling.setdefault(queries[i].sampling, []).append(i)
@@ -133,16 +139,11 @@ class LocalJudge:
                 "policy", [inputs[i] for i in places], params, [queries[i].seed for i in places]
             )
             for i, (sample,) in zip(places, groups, strict=True):
+                if sample.error is not None:
+                    raise ModelError(f"judge {self.model}: {sample.error}")
                 text = self._template.decode(sample.text_tokens)
                 answers[i] = Answer(text, "stop" if sample.finish_reason == "stop" else "length", model=self.model)
         return answers
-
-    def _encode(self, query: Query) -> list[int] | None:
-        try:
-            ids = self._template.encode([Message(role, content) for role, content in query.messages])
-        except DataError:  # the template knows no system turn, say; counted as a question that does not fit
-            return None
-        return ids if len(ids) <= self._room else None
 
 
 def open_judge(config: JudgeModelConfig, judging: JudgingConfig, engine: EngineConfig, session: Session) -> Judge:

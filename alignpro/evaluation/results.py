@@ -272,7 +272,7 @@ class Evaluation:
     """What judges say of the arms (`alignpro.evaluation.judging.Judgement.as_dict`), or ``problem``: why they say nothing."""
 
     refusals: Mapping[str, Any] | None = None
-    """How often the arms refuse (`alignpro.evaluation.refusals.refusals_content`)."""
+    """How often the arms refuse (`alignpro.evaluation.refusal_rates.refusals_content`)."""
 
     def as_dict(self) -> dict[str, Any]:
         """The content of summary.json."""

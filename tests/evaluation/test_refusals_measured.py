@@ -12,10 +12,11 @@ from tiny_server import Choice, TinyServer, prompt_of
 
 from alignpro.config import EvalConfig, RefusalsConfig, validate_config
 from alignpro.data import Prompt
-from alignpro.errors import ConfigError
+from alignpro.errors import ConfigError, DataError
 from alignpro.evaluation.directory_report import report_directories
 from alignpro.evaluation.evaluate import evaluate
-from alignpro.evaluation.refusals import refusals_content, refusals_on_prompts
+from alignpro.evaluation.refusal_rates import RefusalRates, merged, read_refusals, refusals_content, write_refusals
+from alignpro.evaluation.refusals import refusal_rates
 from alignpro.theory.statistics import Clusters
 
 REFUSES, ANSWERS = "I'm sorry, but I can't help with that.", "First take the key, then open the door."
@@ -128,7 +129,7 @@ def test_a_warning_takes_a_difference_beyond_its_interval(share: float, warned: 
         return [[REFUSES if draw.random() < rate else ANSWERS for _ in range(2)] for _ in prompts]
 
     arms = {"no_finetuning": texts(0.95), "align_pro": texts(share)}
-    found = refusals_on_prompts("harmful", prompts, arms, Clusters.single(80), None, "rule")
+    found = refusal_rates("harmful", prompts, arms, Clusters.single(80))
     content = refusals_content([found])
     assert bool(content["warnings"]) == warned
     if warned:
@@ -142,3 +143,25 @@ def test_prompts_must_be_named_once() -> None:
         validate_config(RefusalsConfig, {})
     with pytest.raises(ConfigError, match="leave one out"):
         validate_config(RefusalsConfig, {"held_out": "harmful", "harmful": {"source": "hh-rlhf"}})
+
+
+def of_one_arm(arm: str, texts: list[list[str]], count: int = 30) -> RefusalRates:
+    prompts = [Prompt.from_text(f"question {i}") for i in range(count)]
+    return refusal_rates("harmful", prompts, {arm: texts}, Clusters.single(count))
+
+
+def test_methods_that_were_evaluated_apart_are_compared_over_their_seeds(tmp_path: Path) -> None:
+    """As the cells of an experiment are, each of which has one arm."""
+    write_refusals(tmp_path, [of_one_arm("align_pro", [[ANSWERS]] * 30)])
+    (first,) = read_refusals(tmp_path)
+    second = of_one_arm("align_pro", [[REFUSES], [ANSWERS]] * 15)
+    base = of_one_arm("no_finetuning", [[REFUSES]] * 30)
+    found = merged([("no_finetuning", "", base), ("grpo", "GRPO", first), ("grpo", "GRPO", second)])
+    assert found.content()["arms"]["grpo"]["refusal"]["value"] == 0.25
+    (warning,) = found.warnings()
+    assert warning.startswith("Warning: GRPO lowers refusals of harmful prompts from 100% to 25% (difference 95 % −")
+    with pytest.raises(DataError, match="counted on different harmful prompts"):
+        merged([("a", "", base), ("b", "", of_one_arm("align_pro", [[ANSWERS]] * 20, 20))])
+    (tmp_path / "refusals.json").write_text("[{}]")
+    with pytest.raises(DataError, match=r"refusals\.json: cannot be read"):
+        read_refusals(tmp_path)

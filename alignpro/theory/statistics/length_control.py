@@ -95,7 +95,7 @@ def _inverse(information: FloatArray) -> FloatArray:
     (a, b), (_, c) = information.tolist()
     determinant = a * c - b * b
     if determinant <= 1e-12 * a * c:
-        return np.linalg.pinv(information, hermitian=True)
+        return np.asarray(np.linalg.pinv(information, hermitian=True), np.float64)
     return np.array([[c, -b], [-b, a]]) / determinant
 
 
