@@ -32,7 +32,8 @@ def judge_directories(
 
     Args:
         directories: Of evaluations, or of anything with evaluations below.
-        config: The judges; by default the section ``judge`` of each evaluation's own configuration.
+        config: The judges; by default the section ``judge`` of each evaluation's own configuration, if it sends no secret, runs
+            no code, and names no rubric or ledger.
         force: Whether to judge what has been judged before.
 
     Raises:
@@ -78,10 +79,32 @@ def write_judgement(directory: Path, judgement: Judgement) -> None:
 
 
 def _own_config(each: EvaluatedDirectory) -> JudgeConfig:
-    """The judges that an evaluation's own configuration names."""
+    """The judges that an evaluation's own configuration names.
+
+    Raises:
+        ConfigError: It names none, or they need more trust than a directory has that may come from someone else.
+    """
     if not each.config.get("judge"):
         raise ConfigError(
             f"{each.path}: its config.yaml has no section `judge`, which says who judges: give one with --config judge.yaml"
         )
     kept = {key: each.config[key] for key in JudgeConfig.model_fields if key in each.config}
-    return validate_config(JudgeConfig, kept)
+    config = validate_config(JudgeConfig, kept)
+    if needs := _needed_trust(config):
+        raise ConfigError(
+            f"{each.path}: its config.yaml {needs}; if you trust it, copy the section `judge` and what it needs to a file of "
+            "yours, and give that with --config"
+        )
+    return config
+
+
+def _needed_trust(config: JudgeConfig) -> str:
+    """What a configuration would do besides asking: send secrets, run code, read or write a file; empty if nothing."""
+    for judge in config.judge.judges:
+        if judge.endpoint is not None and judge.endpoint.variables:
+            return f"sends {', '.join(f'${name}' for name in judge.endpoint.variables)} to {judge.endpoint.base_url}"
+        if judge.model is not None and (judge.model.trust_remote_code or "/" in judge.model.attention):
+            return f"lets code run that comes with the model {judge.model.path}"
+    if config.judge.rubric is not None:
+        return f"reads the rubric {config.judge.rubric}"
+    return "" if config.ledger is None else f"writes the ledger {config.ledger}"

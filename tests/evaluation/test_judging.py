@@ -270,6 +270,24 @@ def test_an_evaluation_that_names_no_judge_needs_one(directory: Path) -> None:
         judge_directories([directory / "nothing"], JudgeConfig(judge=judging()))
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"endpoint": ENDPOINT | {"api_key_env": "MY_KEY"}}, r"sends \$MY_KEY to http://127\.0\.0\.1:9/v1"),
+        ({"model": {"path": "theirs", "trust_remote_code": True}}, "lets code run that comes with the model theirs"),
+        ({"model": {"path": "theirs"}, "rubric": "/etc/passwd"}, "reads the rubric /etc/passwd"),
+        ({"endpoint": ENDPOINT, "ledger": "/tmp/theirs"}, "writes the ledger /tmp/theirs"),
+    ],
+)
+def test_a_directory_from_someone_else_is_not_trusted_with_more_than_asking(
+    directory: Path, settings: dict[str, Any], says: str
+) -> None:
+    ledger = {"ledger": settings.pop("ledger")} if "ledger" in settings else {}
+    (directory / "config.yaml").write_text(yaml.safe_dump({"judge": settings} | ledger))
+    with pytest.raises(ConfigError, match=says + ".*give that with --config"):
+        judge_directories([directory])
+
+
 class TestWithinAnEvaluation:
     @pytest.fixture(scope="class")
     def workshop(self, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
