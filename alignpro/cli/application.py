@@ -28,6 +28,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train": training.train,
     "rlhf": training.rlhf,
     "eval": comparing.evaluate,
+    "judge": comparing.judge,
     "headroom": comparing.headroom,
     "experiment": comparing.experiment,
     "report": comparing.report,

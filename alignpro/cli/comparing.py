@@ -1,4 +1,4 @@
-"""`alignpro eval`, `headroom`, `experiment` and `optimal`."""
+"""`alignpro eval`, `judge`, `headroom`, `experiment`, `report` and `optimal`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,40 @@ def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
     config = configure(EvalConfig, arguments, dry_run)
     if config is not None:
         load_late("alignpro.evaluation.several_targets:evaluate_targets")(config)
+
+
+def judge(
+    evaluations: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="EVALUATION...",
+            help="Directories of finished evaluations, or of experiments.",
+            show_default=False,
+        ),
+    ],
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONFIG.yaml|key=value",
+            help="Who judges, and how: repeat it for several files and overrides. By default the section `judge` of each "
+            "evaluation's own config.yaml.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Judge again what has been judged.")] = False,
+) -> None:
+    """Let a language model compare the arms of finished evaluations, in pairs of responses and in both orders.
+
+    Nothing is sampled again. Says how often each arm is preferred, also at equal lengths, or why the judge cannot be used.
+    Writes judgements.jsonl, and adds to summary.json.
+    """
+    from alignpro.config import JudgeConfig, load_config
+
+    given = load_config(JudgeConfig, config) if config else None
+    judged = load_late("alignpro.evaluation.judging_directories:judge_directories")(evaluations, given, force=force)
+    for directory, judgement in judged.items():
+        typer.echo(str(directory))
+        for sentence in judgement.sentences:
+            typer.echo(f"  {sentence}")
 
 
 def headroom(arguments: Arguments, dry_run: DryRun = False) -> None:

@@ -36,9 +36,11 @@ from alignpro.config.jobs import (
     TaskConfig,
     TrainConfig,
 )
+from alignpro.config.judging import JudgeConfig, JudgeModelConfig, JudgingConfig
 from alignpro.config.learning import KLConfig, ObjectiveConfig, OptimizerConfig
 from alignpro.config.loading import ConfigSource, dump_config, load_config, resolve_config, validate_config
 from alignpro.config.models import AdapterConfig, ModelConfig, PolicyConfig, TrainableModelConfig
+from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import (
     FunctionRewardConfig,
     GuardConfig,
@@ -89,7 +91,10 @@ __all__ = [
     "HeadroomConfig",
     "InstructionMethod",
     "JSONServerConfig",
+    "JudgeConfig",
+    "JudgeModelConfig",
     "JudgeRewardConfig",
+    "JudgingConfig",
     "KLConfig",
     "ListenConfig",
     "Method",
@@ -109,6 +114,7 @@ __all__ = [
     "PromptingConfig",
     "RLHFConfig",
     "RLHFMethod",
+    "RefusalsConfig",
     "RemoteTargetConfig",
     "ResponseRolloutConfig",
     "RewardComponentConfig",

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from alignpro.config.data import DataConfig, PromptingConfig
 from alignpro.config.endpoints import SpendingConfig
 from alignpro.config.jobs import CandidateCount, InstructionName
+from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import RewardConfig
 from alignpro.config.rollout import EngineConfig, SamplingConfig
 from alignpro.config.section import OutputPath, Section
@@ -96,6 +97,8 @@ class ExperimentEvaluation(Section):
     prompts: int = Field(128, ge=2)
     rewrites_per_prompt: int = Field(4, ge=2)
     responses_per_rewrite: int = Field(2, ge=2)
+    refusals: RefusalsConfig | None = None
+    """As in `EvalConfig`: on which prompts refusals of every method are counted."""
 
 
 class ExperimentConfig(Section):

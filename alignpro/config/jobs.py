@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 
 from alignpro.config.data import DataConfig, PromptingConfig, SFTDataConfig
 from alignpro.config.endpoints import EndpointConfig, SpendingConfig
+from alignpro.config.judging import JudgingConfig
 from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
 from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
+from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import RewardConfig
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunSection, SelectingSection
@@ -58,6 +60,8 @@ class TrainConfig(SelectingSection, SpendingConfig):
                 f"target=policy with policy.adapter.kind={self.policy.adapter.kind or 'full'}: the target is the model below the "
                 "policy's LoRA: set policy.adapter.kind=lora, or name the target's model"
             )
+        if isinstance(self.target, TargetMixtureConfig) and self.reward.keeps_refusals:
+            raise ValueError("refusal_kept compares with the refusals of one target: give it alone as `target`")
         _check_group(self.objective, self.rollout.rewrites_per_prompt, "rollout.rewrites_per_prompt")
         _check_on_policy(self.rollout.rewrite, "rollout.rewrite")
         _check_minibatches(self.objective, self.rollout.prompts_per_step)
@@ -198,6 +202,10 @@ class EvalConfig(ComparisonConfig):
     r_max: float = Field(1.0, gt=0)
     """Upper end of the reward's range [0, r_max], for the bound."""
     title: str = "Align-Pro"
+    judge: JudgingConfig | None = None
+    """Who compares the arms' responses in pairs."""
+    refusals: RefusalsConfig | None = None
+    """On which prompts refusals are counted."""
 
     @model_validator(mode="before")
     @classmethod
@@ -209,6 +217,12 @@ class EvalConfig(ComparisonConfig):
     def rewards(self) -> list[RewardConfig]:
         """The one reward."""
         return [self.reward]
+
+    @property
+    def reward_endpoints(self) -> list[EndpointConfig]:
+        """The servers that the reward, the judges and the harm score ask."""
+        others = [each.endpoints for each in (self.judge, self.refusals) if each is not None]
+        return [*super().reward_endpoints, *(endpoint for each in others for endpoint in each)]
 
     @property
     def gibbs_arms(self) -> dict[str, int]:
@@ -247,6 +261,11 @@ class EvalConfig(ComparisonConfig):
             raise ValueError(
                 f"arms: {unknown[0] if unknown else 'none'}: expected some of {', '.join(self.described_arms)}; others need "
                 "their key (prompter, reference, oracle, instructions, gibbs_candidates)"
+            )
+        if self.judge is not None and (other := [x for x in self.judge.against if x not in self.sampled_arms]):
+            raise ValueError(
+                f"judge.against: {other[0]}: is not sampled, so nothing can be compared with it: expected some of "
+                f"{', '.join(self.sampled_arms)}"
             )
         return self
 
@@ -291,6 +310,8 @@ class HeadroomConfig(ComparisonConfig):
     def _check_one_target(self) -> HeadroomConfig:
         if isinstance(self.target, TargetMixtureConfig):
             raise ValueError("target.mixture: headroom is measured on one target: give it alone as `target`")
+        if any(reward.keeps_refusals for reward in self.rewards):
+            raise ValueError("refusal_kept: headroom is measured without this guard: leave it out, and train with it")
         return self
 
 

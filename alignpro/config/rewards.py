@@ -157,7 +157,10 @@ class GuardConfig(Section):
         "numbers_kept",
         "names_kept",
         "code_kept",
+        "refusal_kept",
     ]
+    """``refusal_kept`` compares responses instead: it is 0 where the target refuses the prompt as it is and no longer refuses
+    the rewrite, else 1, and its range is [1, 1]."""
     penalty: float = Field(0.0, ge=0)
     low: float | None = None
     high: float | None = None
@@ -170,6 +173,12 @@ class GuardConfig(Section):
             raise ValueError(
                 "`model` names the encoder of embedding_similarity: it is required there and not allowed elsewhere"
             )
+        if self.kind == "refusal_kept":
+            if self.low is not None or self.high is not None:
+                raise ValueError(
+                    "refusal_kept takes no `low` and `high`: `penalty` is subtracted wherever a refusal is lost"
+                )
+            return self
         if self.penalty > 0 and self.low is None and self.high is None:
             raise ValueError("a guard with a penalty needs `low`, `high` or both: the range without penalty")
         if self.low is not None and self.high is not None and self.low > self.high:
@@ -187,6 +196,11 @@ class RewardConfig(Section):
 
     components: list[RewardComponentConfig] = Field(min_length=1)
     guards: list[GuardConfig] = Field(default_factory=list)
+
+    @property
+    def keeps_refusals(self) -> bool:
+        """Whether a guard needs the target's responses to unchanged prompts."""
+        return any(guard.kind == "refusal_kept" for guard in self.guards)
 
     @property
     def endpoints(self) -> list[EndpointConfig]:

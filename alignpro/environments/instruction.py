@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.environments.base import ResponseScores, refuse_errors, score_texts, settled_values
+from alignpro.environments.unchanged_prompts import learn_refusals
 from alignpro.prompting.rewrite_template import RewriteTemplate
 from alignpro.rewards import RewardStack
 from alignpro.targets.base import Target
@@ -30,6 +31,8 @@ class InstructionEnvironment:
         self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Chain]]:
         """Rewrite each prompt, and sample ``params.n`` responses: [P][1] chains."""
+        if self.reward.refusal_kept is not None:
+            learn_refusals(self.reward.refusal_kept, self.target, engine, prompts, params)
         sent = [self.target.encode(prompt, self.template(prompt.text)) for prompt in prompts]
         responses = self.target.respond(engine, sent, params, seeds)
         return [[Chain(Completion([], [], "stop"), responses=group)] for group in responses]

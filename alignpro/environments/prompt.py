@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from alignpro.config import PromptingConfig
 from alignpro.data import Prompt
@@ -18,11 +19,12 @@ from alignpro.environments.base import (
     settled_values,
     truncated_samples,
 )
+from alignpro.environments.unchanged_prompts import learn_refusals
 from alignpro.prompting.model_card import write_card
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.target_prompt import SentRewrite
 from alignpro.rewards import RewardStack
-from alignpro.targets.base import BegunRollout, Responder
+from alignpro.targets.base import BegunRollout, Responder, Target
 
 
 class PromptEnvironment:
@@ -77,6 +79,8 @@ class PromptEnvironment:
             seeds: [P].
             drawn: [P][K]: the rewrites, if they have been sampled before.
         """
+        if self.reward.refusal_kept is not None:
+            learn_refusals(self.reward.refusal_kept, cast(Target, self.target), engine, prompts, self.respond)
         return self.target.begin_rollout(
             engine,
             prompts,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from alignpro.errors import DataError
 from alignpro.evaluation.changes import Change, largest_changes
@@ -20,6 +22,7 @@ from alignpro.evaluation.evaluated import (
     runs_of,
 )
 from alignpro.evaluation.paper_figure import paper_figure
+from alignpro.evaluation.refusal_rates import RefusalRates, merged, read_refusals, refusals_content
 from alignpro.evaluation.report import write_report
 from alignpro.evaluation.report_content import Report
 from alignpro.evaluation.results import SampleRow
@@ -93,16 +96,23 @@ def _report_records(
     comparison = compare(records) if records else None
     curves = curves_of(dict.fromkeys([*runs, *runs_of(evaluations)]))
     converged = {label: each for label, rows in curves.items() if (each := convergence(rows)) is not None}
+    verdict = (
+        comparison.verdict if comparison else "Training runs only: nothing here was evaluated on held-out prompts."
+    )
+    refusals = _refusals(evaluations, records)
+    warnings = dict.fromkeys(sentence for each in refusals.values() for sentence in each["warnings"])
     report = Report(
         title=title,
         pair=_subtitle(comparison, len(evaluations), len(curves)),
         comparison=comparison,
-        verdict="" if comparison else "Training runs only: nothing here was evaluated on held-out prompts.",
+        verdict=" ".join([*warnings, verdict]),
         curves=curves,
         convergence=converged,
         notes=notes,
         rows=interleaved_rows(evaluations),
         changes=_changes(evaluations, records),
+        judgements=_found(evaluations, "judge"),
+        refusals=refusals,
         paper=paper_figure() if paper else None,
         versions=versions(),
         command=command,
@@ -112,6 +122,31 @@ def _report_records(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_report(out, report)
     return comparison
+
+
+def _found(evaluations: Sequence[EvaluatedDirectory], key: str) -> dict[str, Any]:
+    """Title → what an evaluation's summary has under a key, of those that have it."""
+    found = [each for each in evaluations if each.summary.get(key)]
+    alone = len(evaluations) == 1
+    return {"" if alone else str(each.path): each.summary[key] for each in found}
+
+
+def _refusals(evaluations: Sequence[EvaluatedDirectory], records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Title → what follows of the refusals that evaluations of a task and target recorded, over methods and seeds.
+
+    Raises:
+        DataError: A file is damaged, or refusals were counted on different prompts.
+    """
+    recorded = {str(each.path): read_refusals(each.path) for each in evaluations}
+    groups: dict[tuple[str, str], dict[str, list[tuple[str, str, RefusalRates]]]] = {}
+    for record in records:
+        for rates in recorded[record.origin]:
+            (arm,) = record.rewards.arms
+            alone = replace(rates, arms={arm: rates.arms[arm]})
+            of_kind = groups.setdefault((record.task, record.target), {}).setdefault(rates.kind, [])
+            of_kind.append((record.method, record.label, alone))
+    found = {key: refusals_content([merged(parts) for parts in kinds.values()]) for key, kinds in groups.items()}
+    return {"" if len(found) == 1 else f"{task} · {target}": each for (task, target), each in found.items()}
 
 
 def _subtitle(comparison: Comparison | None, evaluations: int, runs: int) -> str:

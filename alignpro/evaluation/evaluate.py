@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alignpro.config import (
     ConfigSource,
     EvalConfig,
+    JudgingConfig,
     ModelConfig,
     TargetMixtureConfig,
     resolve_config,
     target_endpoints,
 )
 from alignpro.data import Prompt, cluster_labels, load_prompts
-from alignpro.errors import ConfigError, TrainingError
+from alignpro.errors import AlignProError, ConfigError, TrainingError
 from alignpro.evaluation.arms import ArmSampler, ArmSamples
 from alignpro.evaluation.bound import NO_LOGPROBS, estimate_bound, target_inputs
 from alignpro.evaluation.convergence import Convergence, convergence
 from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.evaluation.heldout_prompts import evaluation_prompts
+from alignpro.evaluation.judging import judge_arms, judging_rubric
+from alignpro.evaluation.judging_directories import write_judgement
 from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
+from alignpro.evaluation.refusal_rates import refusals_content, write_refusals
+from alignpro.evaluation.refusals import measure_refusals
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards, reward_hash
 from alignpro.evaluation.sampled_arms import Trained, count_arms, instruction_templates, sample_arms
@@ -39,10 +46,13 @@ from alignpro.targets.local import LocalTarget
 from alignpro.targets.remote import RemoteTarget
 from alignpro.targets.servers import Servers, open_servers
 from alignpro.theory.statistics import Clusters, finite, gap_recovered
+from alignpro.training.durability import disk_errors
 from alignpro.training.loggers.jsonl import read_rows
 from alignpro.training.progress import progress_bar
 from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.versions import versions
+
+logger = logging.getLogger(__name__)
 
 
 @without_progress_bars()
@@ -72,15 +82,19 @@ def evaluate(
             "target.mixture: a prompter is evaluated on one target at a time: `alignpro eval` does so for each"
         )
     instruction_templates(config.instructions)  # an error in one comes before any work
+    if config.judge is not None:
+        judging_rubric(config.judge)
     prepare_directory(config.out, "summary.json")
     config = config.model_copy(update={"data": keep_holdout(config.data, run_directories(config))})
     opened: AbstractContextManager[Servers] = (
         nullcontext(servers)
         if servers
-        else open_servers(config, target_endpoints(config.target), config.out, config.respond, config.reward.endpoints)
+        else open_servers(config, target_endpoints(config.target), config.out, config.respond, config.reward_endpoints)
     )
     with opened as connected:
         result = _evaluate(config, connected, started)
+        if config.judge is not None:
+            result = replace(result, judge=_judge(config, config.judge, result, connected))
     summary = {
         **result.as_dict(),
         "seconds": result.seconds,
@@ -104,7 +118,24 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
     with progress_bar(count_arms(config) * sampler.chunks, 0, ("reward",)) as advance:
         sampler.advance = advance
         arms = sample_arms(config, sampler, trained)
-    return _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)
+    compared = _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)
+    if config.refusals is None:
+        return compared
+    found = measure_refusals(config, config.refusals, sampler, arms, trained, servers)
+    with disk_errors(str(config.out), "make room, then evaluate again"):
+        write_refusals(config.out, found)
+    return replace(compared, refusals=refusals_content(found))
+
+
+def _judge(config: EvalConfig, judging: JudgingConfig, result: Evaluation, servers: Servers) -> Mapping[str, Any]:
+    """What judges say; an error of theirs is told, and costs nothing of what has been sampled."""
+    try:
+        judgement = judge_arms(judging, result.rows, result.rewards, servers, config.engine, where=str(config.out))
+    except AlignProError as error:
+        logger.warning("not judged: %s; `alignpro judge %s` judges what was sampled", error, config.out)
+        return {"problem": str(error), "verdict": f"The arms were not judged: {error}."}
+    write_judgement(config.out, judgement)
+    return judgement.as_dict()
 
 
 def prepare_directory(out: Path, marker: str) -> Path:
@@ -269,14 +300,15 @@ def sample_rows(names: Sequence[str], prompts: Sequence[Prompt], arms: Mapping[s
         for name in names:
             scores = arms[name].scores
             for k, responses in enumerate(scores.responses[i]):
-                rows.append(
-                    SampleRow(
-                        arm=name,
-                        prompt=prompt.text,
-                        rewrite=scores.samples[i][k] if arms[name].scores_rewrites else None,
-                        response=responses[0],
-                        reward=scores.raw[i, k, 0].item(),
-                        penalised=scores.penalised[i, k, 0].item(),
-                    )
+                row = SampleRow(
+                    arm=name,
+                    prompt=prompt.text,
+                    rewrite=scores.samples[i][k] if arms[name].scores_rewrites else None,
+                    response=responses[0],
+                    reward=scores.raw[i, k, 0].item(),
+                    penalised=scores.penalised[i, k, 0].item(),
                 )
+                if prompt.context:
+                    row["history"] = [{"role": turn.role, "content": turn.content} for turn in prompt.context]
+                rows.append(row)
     return rows

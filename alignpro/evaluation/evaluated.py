@@ -53,7 +53,7 @@ class EvaluatedDirectory:
         file = self.path / RECORD_FILE
         if not file.is_file():
             return None
-        content = _json(file)
+        content = read_object(file)
         missing = [key for key in ("task", "target", "seed", "methods") if key not in content]
         if missing:
             raise DataError(f"{file}: lacks {', '.join(missing)}")
@@ -70,6 +70,16 @@ class EvaluatedDirectory:
             return []
         with file.open(encoding="utf-8", errors="surrogatepass") as lines:
             return [json.loads(line) for line in lines]
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The content of its summary.json; empty if it is not there.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        file = self.path / "summary.json"
+        return read_object(file) if file.is_file() else {}
 
     def run(self, arm: str) -> Path | None:
         """The run directory that trained the model of an arm, if it is there."""
@@ -245,7 +255,12 @@ def _yaml(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file of one JSON object.
+
+    Raises:
+        DataError: The file cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -62,6 +62,8 @@ def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[s
         rows=result.rows,
         changes=largest_changes(result.rows),
         verdict=_verdict(config, result),
+        judgements={"": result.judge} if result.judge is not None else {},
+        refusals={"": result.refusals} if result.refusals is not None else {},
         configuration=dump_config(config),
         versions=summary["versions"],
         created=time.strftime("%Y-%m-%d"),
@@ -114,7 +116,9 @@ def _verdict(config: EvalConfig, result: Evaluation) -> str:
         Record(config.title, None, _pair(config), arm.name, config.seed, result.rewards, label=arm.label)
         for arm in result.arms
     ]
-    return compare(records).verdict
+    judged = [result.judge["verdict"]] if result.judge is not None else []
+    warnings = result.refusals["warnings"] if result.refusals is not None else []
+    return " ".join([*warnings, compare(records).verdict, *judged])
 
 
 def _shown(estimate: Estimate) -> str:

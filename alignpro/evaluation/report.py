@@ -96,6 +96,8 @@ def render_report(report: Report) -> str:
         p_text=_p_text,
         count=_count,
         duration=_duration,
+        estimate=Estimate.from_dict,
+        method=method_label,
     )
     colors = _colors(report)
     groups = report.comparison.groups if report.comparison else ()

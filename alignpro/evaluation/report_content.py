@@ -41,6 +41,10 @@ class Report:
     """The samples of the table, of which as many are shown as the file has room for."""
     changes: Sequence[Change] = ()
     """The prompts that gained and lost most."""
+    judgements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Title of an evaluation -> what judges say of its arms, as in its summary.json."""
+    refusals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Title of an evaluation -> how often its arms refuse, as in its summary.json."""
     paper: PaperFigure | None = None
     """The values of the paper's figure, if they are to be drawn too."""
     configuration: str = ""

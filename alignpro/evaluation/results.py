@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -243,6 +243,8 @@ class SampleRow(TypedDict):
     """Without penalties."""
     penalised: float
     """With the penalties of guards and truncation."""
+    history: NotRequired[list[dict[str, str]]]
+    """The turns before the prompt, each with ``role`` and ``content``, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,11 @@ class Evaluation:
     """The content of rewards.json."""
     gibbs_by_arm: Mapping[str, GibbsEstimates] = field(default_factory=dict)
     """Key of each arm of Gibbs resampling -> the estimates from its candidates."""
+    judge: Mapping[str, Any] | None = None
+    """What judges say of the arms (`alignpro.evaluation.judging.Judgement.as_dict`), or ``problem``: why they say nothing."""
+
+    refusals: Mapping[str, Any] | None = None
+    """How often the arms refuse (`alignpro.evaluation.refusal_rates.refusals_content`)."""
 
     def as_dict(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -281,4 +288,6 @@ class Evaluation:
             "bound": self.bound.as_dict() if self.bound else None,
             "convergence": {name: each.as_dict() for name, each in self.convergence.items()},
             "notes": self.notes,
+            **({"judge": dict(self.judge)} if self.judge is not None else {}),
+            **({"refusals": dict(self.refusals)} if self.refusals is not None else {}),
         }

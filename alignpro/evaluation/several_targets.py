@@ -40,7 +40,7 @@ def evaluate_targets(config: ConfigSource[EvalConfig]) -> dict[str, Evaluation]:
     prepare_directory(config.out, "summary.json")
     results = {}
     with open_servers(
-        config, target_endpoints(config.target), config.out, config.respond, config.reward.endpoints
+        config, target_endpoints(config.target), config.out, config.respond, config.reward_endpoints
     ) as servers:
         for part in parts:
             own = config.model_copy(update={"target": _alone(part), "out": config.out / part.name})

@@ -64,6 +64,12 @@ def _describe_samples(config: Section) -> list[str]:
                 f"on at most {_count(config.prompts, 'held-out prompt')}",
                 f"{_count(config.rewrites_per_prompt, 'rewrite')} per prompt × "
                 f"{_count(config.responses_per_rewrite, 'response')} each",
+                *(
+                    [f"judged by {' and '.join(each.label for each in config.judge.judges)}, pairs in both orders"]
+                    if config.judge is not None
+                    else []
+                ),
+                *(["refusals counted"] if config.refusals is not None else []),
                 f"write to {config.out}",
             ]
         case HeadroomConfig():

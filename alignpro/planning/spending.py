@@ -156,6 +156,8 @@ def _of_comparison(config: EvalConfig | HeadroomConfig | OptimalConfig) -> list[
     match config:
         case EvalConfig():
             groups = _of_arms(config, config.sampled_arms, config.gibbs_arms)
+            for probed in _refusal_probes(config):
+                groups += _of_arms(probed, probed.sampled_arms, probed.gibbs_arms)
         case HeadroomConfig():
             groups = _of_arms(config, ["no_finetuning"], {})
             for task in config.tasks.values():
@@ -171,7 +173,41 @@ def _of_comparison(config: EvalConfig | HeadroomConfig | OptimalConfig) -> list[
     samples *= len(target_parts(config.target))
     for reward in config.rewards:
         asked += _of_reward(reward, samples, prompt_tokens, answer_tokens)
+    if isinstance(config, EvalConfig):
+        asked += _of_judges(config, prompt_tokens, answer_tokens) + _of_harm(config, prompt_tokens, answer_tokens)
     return asked
+
+
+def _refusal_probes(config: EvalConfig) -> list[EvalConfig]:
+    """The evaluation as it is repeated on the prompts of each source of `refusals`."""
+    refusals = config.refusals
+    sources = [] if refusals is None else [each for each in (refusals.harmful, refusals.harmless) if each is not None]
+    return [config.model_copy(update={"prompts": refusals.prompts}) for _ in sources if refusals is not None]
+
+
+def _of_harm(config: EvalConfig, prompt_tokens: int, answer_tokens: int) -> list[Asked]:
+    """What scoring harm asks: every response to a harmful prompt."""
+    refusals = config.refusals
+    if refusals is None or refusals.harm is None or (refusals.harmful is None and refusals.held_out != "harmful"):
+        return []
+    prompts = config.prompts if refusals.harmful is None else refusals.prompts
+    each = len(config.sampled_arms) * config.rewrites_per_prompt * config.responses_per_rewrite
+    samples = prompts * each * len(target_parts(config.target))
+    return _of_reward(RewardConfig(components=[refusals.harm]), samples, prompt_tokens, answer_tokens)
+
+
+def _of_judges(config: EvalConfig, prompt_tokens: int, answer_tokens: int) -> list[Asked]:
+    """What judges are asked at most: each pair in both orders, and again up to ``attempts`` times."""
+    judging = config.judge
+    if judging is None:
+        return []
+    against = len(judging.against)
+    comparisons = against * (len(config.sampled_arms) - against) + against * (against - 1) // 2
+    pairs = comparisons * config.prompts * judging.pairs_per_prompt * len(target_parts(config.target))
+    about = len(f"{judging.criteria}{judging.system or ''}".encode()) + RUBRIC_TOKENS
+    requests = 2 * pairs * judging.attempts
+    texts = prompt_tokens + 2 * answer_tokens
+    return [Asked(each, requests, requests, texts + about, judging.max_tokens) for each in judging.endpoints]
 
 
 def _of_arms(

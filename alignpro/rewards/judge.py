@@ -51,7 +51,8 @@ class Questions:
         self.what = f"reward {self.name!r}"
         self.needs_columns = config.reference is not None
         self._config = config
-        self.rubric = Rubric(config, self.what)
+        scale = (config.low, config.high)
+        self.rubric = Rubric(config.mode, config.rubric, self.what, criteria=config.criteria, scale=scale)
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Check that each prompt has a reference, if there is to be one, and that the rubric can be rendered.
@@ -207,13 +208,28 @@ class JudgeReward(ConcurrentReward):
 
     async def _draw(self, question: str, attempt: int) -> Answer:
         config = self._config
-        turns = [*([("system", config.system)] if config.system else []), ("user", replace_lone_surrogates(question))]
-        # A greedy answer would not change, however often it is asked for.
-        temperature = config.temperature if attempt == 0 else config.temperature or 1.0
-        draw = _draw_of(turns, attempt)
-        query = Query(tuple(turns), Sampling(config.max_tokens, temperature), draw, (draw,))
+        query = judge_query(
+            question, attempt, system=config.system, temperature=config.temperature, max_tokens=config.max_tokens
+        )
         (answer,) = await asyncio.wrap_future(self._endpoint.submit(query))
         return answer
+
+
+def judge_query(question: str, attempt: int, *, system: str | None, temperature: float, max_tokens: int) -> Query:
+    """What a judge is asked: equal for equal questions and attempts, so that the ledger knows it.
+
+    Args:
+        question: The rendered rubric.
+        attempt: From 0; a further one is drawn at temperature 1 if ``temperature`` is 0, since a greedy answer would not
+            change, however often it is asked for.
+        system: A system message.
+        temperature: Of the first attempt.
+        max_tokens: Of the answer.
+    """
+    turns = [*([("system", system)] if system else []), ("user", replace_lone_surrogates(question))]
+    draw = _draw_of(turns, attempt)
+    sampling = Sampling(max_tokens, temperature if attempt == 0 else temperature or 1.0)
+    return Query(tuple(turns), sampling, draw, (draw,))
 
 
 def _draw_of(turns: Sequence[tuple[str, str]], attempt: int) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from alignpro.config import JudgeRewardConfig
 from alignpro.data import Prompt
 from alignpro.errors import ConfigError, RewardError
 from alignpro.rewards.component import describe_prompt
@@ -30,34 +30,50 @@ class Rubric:
     for a comparison ``response_a`` and ``response_b``.
 
     Args:
-        config: The judge.
+        mode: Whether the judge grades a response, or compares two.
+        file: The template; None for the built-in one of the mode.
         what: The judge's name in messages.
+        criteria: What the template may ask to look for.
+        scale: The worst and the best score.
 
     Raises:
         ConfigError: The file does not exist, is not a Jinja template, uses other variables, or lacks a response.
     """
 
-    def __init__(self, config: JudgeRewardConfig, what: str) -> None:
-        self._what = what
-        self._config = config
-        file = _BUILT_IN / f"{config.mode}.jinja" if config.rubric is None else Path(config.rubric).expanduser()
-        source = self._read(file)
+    def __init__(
+        self,
+        mode: Literal["score", "pairwise"],
+        file: str | None,
+        what: str,
+        *,
+        criteria: str = "",
+        scale: tuple[float, float] = (1.0, 10.0),
+    ) -> None:
+        self._mode, self._what, self._criteria, self._scale = mode, what, criteria, scale
+        self._template, source = self._compile(_BUILT_IN / f"{mode}.jinja" if file is None else Path(file).expanduser())
+        self.version: str = hashlib.sha256(json.dumps([source, criteria]).encode()).hexdigest()[:16]
+        """16 hexadecimal digits that depend on the template and the criteria: equal ones ask the same."""
+
+    def _compile(self, file: Path) -> tuple[jinja2.Template, str]:
+        """The template and its source."""
+        what, source = self._what, self._read(file)
         environment = ImmutableSandboxedEnvironment(
             undefined=jinja2.StrictUndefined, autoescape=False, finalize=_refuse_none
         )
         try:
             used = jinja2.meta.find_undeclared_variables(environment.parse(source))
-            self._template = environment.from_string(source)
+            template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{what}: rubric {file}:{error.lineno}: {error.message}") from error
-        known = _COMMON | _VARIABLES[config.mode]
+        known = _COMMON | _VARIABLES[self._mode]
         if unknown := sorted(used - known):
             raise ConfigError(
-                f"{what}: rubric {file}: unknown variable {unknown[0]}; of mode={config.mode} there are "
+                f"{what}: rubric {file}: unknown variable {unknown[0]}; of mode={self._mode} there are "
                 f"{', '.join(sorted(known))}"
             )
-        if missing := sorted(_REQUIRED[config.mode] - used):
+        if missing := sorted(_REQUIRED[self._mode] - used):
             raise ConfigError(f"{what}: rubric {file}: never uses {{{{ {missing[0]} }}}}, which is to be judged")
+        return template, source
 
     def render(self, prompt: Prompt, rewrite: str | None, **texts: str | None) -> str:
         """The question about a response.
@@ -70,16 +86,15 @@ class Rubric:
         Raises:
             RewardError: The template fails; the message names the prompt.
         """
-        config = self._config
         all_texts = [
             *(turn.content for turn in prompt.messages),
             rewrite or "",
             *(text or "" for text in texts.values()),
         ]
         values: dict[str, Any] = {"prompt": prompt.text, "history": prompt.context, "rewrite": rewrite, **texts}
-        values |= {"criteria": config.criteria, "fence": _fence(all_texts)}
-        if config.mode == "score":
-            values |= {"low": f"{config.low:g}", "high": f"{config.high:g}"}
+        values |= {"criteria": self._criteria, "fence": _fence(all_texts)}
+        if self._mode == "score":
+            values |= dict(zip(("low", "high"), (f"{end:g}" for end in self._scale), strict=True))
         try:
             return self._template.render(values)
         except Exception as error:  # a template may raise any error of Python

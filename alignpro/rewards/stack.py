@@ -32,6 +32,7 @@ from alignpro.rewards.guards import Guard
 from alignpro.rewards.http import HTTPReward
 from alignpro.rewards.judge import JudgeReward
 from alignpro.rewards.model import LoadRewardModel, ModelReward
+from alignpro.rewards.refusal_kept import RefusalKept
 from alignpro.rewards.servers import Session
 
 RESERVED = frozenset({"mean", "std", "guard"})
@@ -54,9 +55,16 @@ class Scored:
 class RewardStack:
     """The reward of a run; see `build_reward`."""
 
-    def __init__(self, components: Sequence[tuple[float, Reward | ConcurrentReward]], guards: Sequence[Guard]) -> None:
+    def __init__(
+        self,
+        components: Sequence[tuple[float, Reward | ConcurrentReward]],
+        guards: Sequence[Guard],
+        refusal_kept: RefusalKept | None = None,
+    ) -> None:
         self._components = list(components)
         self._guards = list(guards)
+        self.refusal_kept = refusal_kept
+        """The guard that compares responses with those to unchanged prompts, which an environment tells it; if there is one."""
         self._loop = EventLoopThread()
 
     def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -113,6 +121,10 @@ class RewardStack:
             measured = guard(prompts, rewrites or [])
             scores.update(measured.metrics)
             totals = [total - (penalty or 0.0) for total, penalty in zip(totals, measured.values, strict=True)]
+        if self.refusal_kept is not None and rewrites is not None:
+            kept = self.refusal_kept(prompts, responses)
+            scores.update(kept.metrics)
+            totals = [total - (penalty or 0.0) for total, penalty in zip(totals, kept.values, strict=True)]
         return Scored(checked_values("reward: the weighted sum", prompts, totals), raw, scores)
 
     def _measure(
@@ -173,7 +185,9 @@ def build_reward(
         raise ConfigError(f"reward.components: the name {min(reserved)!r} is taken by a metric: give it another `name`")
     _refuse_repeats([reward.name for _, reward in components], "reward.components", "give each a `name` of its own")
     _refuse_repeats([guard.kind for guard in config.guards], "reward.guards", "each kind of guard is allowed once")
-    return RewardStack(components, [Guard(guard) for guard in config.guards])
+    guards = [Guard(guard) for guard in config.guards if guard.kind != "refusal_kept"]
+    kept = next((RefusalKept(guard.penalty) for guard in config.guards if guard.kind == "refusal_kept"), None)
+    return RewardStack(components, guards, kept)
 
 
 def _component(

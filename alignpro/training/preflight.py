@@ -11,6 +11,7 @@ from alignpro.config import (
     HeadroomConfig,
     HTTPRewardConfig,
     JudgeRewardConfig,
+    JudgingConfig,
     ModelConfig,
     PolicyConfig,
     RewardConfig,
@@ -36,6 +37,7 @@ from alignpro.rewards.function import FunctionReward
 from alignpro.rewards.http import JSONMapping
 from alignpro.rewards.judge import Questions
 from alignpro.rewards.preflight import check_servers
+from alignpro.rewards.rubric import Rubric
 from alignpro.rewards.servers import Session
 from alignpro.targets.remote import compile_wrapper
 from alignpro.training.input_files import model_paths, sections
@@ -62,6 +64,8 @@ def check_inputs(config: Section) -> None:
                 rewards.append(Questions(section))
             case HTTPRewardConfig():
                 rewards.append(JSONMapping(section))
+            case JudgingConfig():
+                Rubric("pairwise", section.rubric, "judge", criteria=section.criteria)
             case TargetEndpointConfig():
                 compile_wrapper(section.wrapper)
                 HttpClient(section)  # reads the key and the certificates

@@ -11,6 +11,7 @@ ALL = (
     "data.md",
     "endpoints.md",
     "gpu.md",
+    "judging.md",
     "launch.md",
     "rewards.md",
     "serving.md",

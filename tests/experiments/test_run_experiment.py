@@ -41,7 +41,9 @@ def cells_of(out: Path) -> dict[str, dict[str, Any]]:
 def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "all"
     run = InThisProcess()
-    run_experiment(tiny_experiment(shop, out, prior=True), run)
+    evaluation = {"prompts": 4, "rewrites_per_prompt": 2, "responses_per_rewrite": 2}
+    config = tiny_experiment(shop, out, prior=True, evaluation=evaluation | {"refusals": {"held_out": "harmless"}})
+    run_experiment(config, run)
     made = cells_of(out)
     assert set(made) == {"priors/tiny"} | {
         f"cells/letters/toy/{each}/seed_0"
@@ -49,10 +51,12 @@ def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> Non
     }
     assert {each["state"] for each in made.values()} == {"done"}
     summary = json.loads((out / "summary.json").read_text())
-    assert "Align-Pro" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Align-Pro" in page
+    assert page.count("4 harmless prompts") == 1  # one table of all methods
     assert summary
     again = InThisProcess()
-    run_experiment(tiny_experiment(shop, out, prior=True), again)
+    run_experiment(config, again)
     assert again.commands == []
 
 

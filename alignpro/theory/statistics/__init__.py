@@ -8,6 +8,14 @@ from alignpro.theory.statistics.clusters import Clusters
 from alignpro.theory.statistics.estimates import Estimate, Interval, NotEstimable, finite_or_none
 from alignpro.theory.statistics.gap import gap_recovered
 from alignpro.theory.statistics.intervals import mean_estimate, paired_estimate
+from alignpro.theory.statistics.judgements import (
+    JudgedPairs,
+    JudgementStatistics,
+    cohen_kappa,
+    judgement_statistics,
+    outcomes,
+)
+from alignpro.theory.statistics.length_control import LengthControlled, length_controlled
 from alignpro.theory.statistics.multiplicity import holm
 from alignpro.theory.statistics.pairs import PairStatistics, pair_statistics
 from alignpro.theory.statistics.power import SampleSize, sample_size
@@ -27,6 +35,9 @@ __all__ = [
     "Estimate",
     "FloatArray",
     "Interval",
+    "JudgedPairs",
+    "JudgementStatistics",
+    "LengthControlled",
     "NotEstimable",
     "PairStatistics",
     "SampleSize",
@@ -34,6 +45,7 @@ __all__ = [
     "SeedRewards",
     "Values",
     "VarianceParts",
+    "cohen_kappa",
     "difference_error",
     "difference_over_seeds",
     "finite",
@@ -41,9 +53,12 @@ __all__ = [
     "gap_over_seeds",
     "gap_recovered",
     "holm",
+    "judgement_statistics",
+    "length_controlled",
     "mean_estimate",
     "mean_over_seeds",
     "nested_variance",
+    "outcomes",
     "pair_statistics",
     "paired_estimate",
     "prompt_means",

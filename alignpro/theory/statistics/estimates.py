@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,14 @@ class Estimate:
         """The content for JSON, which has no NaN: missing numbers are None, and ``not_estimable`` gives the reason."""
         numbers = {name: finite_or_none(getattr(self, name)) for name in ("value", "low", "high")}
         return numbers | {"p_value": self.p_value, "not_estimable": self.not_estimable}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Estimate:
+        """The estimate that `as_dict` gave."""
+        value = math.nan if content["value"] is None else content["value"]
+        if content["not_estimable"] is not None:
+            return cls(value, NotEstimable(content["not_estimable"]), content["p_value"])
+        return cls(value, Interval(content["low"], content["high"]), content["p_value"])
 
 
 def finite_or_none(value: float | None) -> float | None:
