@@ -15,6 +15,7 @@ from alignpro.config.endpoints import (
     TargetEndpointConfig,
 )
 from alignpro.config.experiment import (
+    BestOfMethod,
     ExperimentConfig,
     GibbsMethod,
     InstructionMethod,
@@ -69,6 +70,7 @@ from alignpro.config.targets import (
 
 __all__ = [
     "AdapterConfig",
+    "BestOfMethod",
     "BudgetConfig",
     "ComparisonConfig",
     "ConfigSource",

@@ -64,6 +64,13 @@ class GibbsMethod(Section):
     candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
 
 
+class BestOfMethod(Section):
+    """The best of N rewrites of the prompter before training, answered anew."""
+
+    kind: Literal["best_of"]
+    candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
+
+
 class TrainMethod(Section):
     """A prompter trained by `alignpro train`."""
 
@@ -85,7 +92,7 @@ class RLHFMethod(Section):
 
 
 Method = Annotated[
-    UnchangedMethod | InstructionMethod | PriorMethod | GibbsMethod | TrainMethod | RLHFMethod,
+    UnchangedMethod | InstructionMethod | PriorMethod | GibbsMethod | BestOfMethod | TrainMethod | RLHFMethod,
     Field(discriminator="kind"),
 ]
 
@@ -148,7 +155,7 @@ class ExperimentConfig(Section):
 
 def needs_prompter(method: Method) -> bool:
     """Whether a method has one cell for each prompter."""
-    return isinstance(method, PriorMethod | GibbsMethod | TrainMethod)
+    return isinstance(method, PriorMethod | GibbsMethod | BestOfMethod | TrainMethod)
 
 
 def _check_name(name: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from alignpro.config import (
+    BestOfMethod,
     ExperimentConfig,
     GibbsMethod,
     InstructionMethod,
@@ -178,6 +179,9 @@ def _jobs(
             elif isinstance(method, GibbsMethod):
                 arms["arms"] = list(gibbs_arms(method.candidates))
                 arms["gibbs_candidates"] = list(method.candidates)
+            elif isinstance(method, BestOfMethod):
+                arms["best_of"] = list(method.candidates)
+                arms["arms"] = [f"best_of_{count}" for count in sorted(set(method.candidates))]
             else:
                 assert isinstance(method, TrainMethod)  # the last kind
                 training = train_sections(

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from alignpro.config import EvalConfig, ExperimentConfig, GibbsMethod, RLHFMethod, TrainMethod
+from alignpro.config import BestOfMethod, EvalConfig, ExperimentConfig, GibbsMethod, RLHFMethod, TrainMethod
 from alignpro.evaluation.comparison_results import Cost
 from alignpro.evaluation.directory_report import report_directories
 from alignpro.evaluation.evaluated import RECORD_FILE, training_cost
@@ -60,8 +60,8 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
     if isinstance(method, TrainMethod | RLHFMethod):
         cost = training_cost(cell.directory / "run", cell.jobs[0].config.model_dump())
         name, label = cell.method if isinstance(method, TrainMethod) else arm, method.label or ""
-    elif isinstance(method, GibbsMethod):
+    elif isinstance(method, GibbsMethod | BestOfMethod):
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
-        candidates = evaluation.gibbs_arms[arm] * evaluation.responses_per_rewrite
+        candidates = evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite
         cost = Cost(target_calls=float(candidates * evaluation.prompts))
     return {"method": name, "label": label, "cost": cost.as_dict()}
