@@ -30,6 +30,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": comparing.evaluate,
     "headroom": comparing.headroom,
     "experiment": comparing.experiment,
+    "sweep": comparing.sweep,
     "report": comparing.report,
     "optimal": comparing.optimal,
     "rewrite": rewriting.rewrite,

@@ -53,6 +53,7 @@ from alignpro.config.rewards import (
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
+from alignpro.config.sweep import RangeConfig, SweepConfig, concerns
 from alignpro.config.targets import (
     MixedEndpointConfig,
     MixedModelConfig,
@@ -105,6 +106,7 @@ __all__ = [
     "PromptingConfig",
     "RLHFConfig",
     "RLHFMethod",
+    "RangeConfig",
     "RemoteTargetConfig",
     "ResponseRolloutConfig",
     "RewardComponentConfig",
@@ -118,6 +120,7 @@ __all__ = [
     "SamplingConfig",
     "Section",
     "SpendingConfig",
+    "SweepConfig",
     "TargetConfig",
     "TargetEndpointConfig",
     "TargetMixtureConfig",
@@ -127,6 +130,7 @@ __all__ = [
     "TrainMethod",
     "TrainableModelConfig",
     "UnchangedMethod",
+    "concerns",
     "default_name",
     "dump_config",
     "load_config",

@@ -16,6 +16,7 @@ from alignpro.config.jobs import (
     SFTConfig,
     TrainConfig,
 )
+from alignpro.config.sweep import SweepConfig
 
 COMMANDS: dict[str, type[BaseModel]] = {
     "sft": SFTConfig,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "headroom": HeadroomConfig,
     "optimal": OptimalConfig,
     "experiment": ExperimentConfig,
+    "sweep": SweepConfig,
 }
 """Command → its configuration."""
 

@@ -21,14 +21,19 @@ from alignpro.evaluation.evaluated import (
 )
 from alignpro.evaluation.paper_figure import paper_figure
 from alignpro.evaluation.report import write_report
-from alignpro.evaluation.report_content import Report
+from alignpro.evaluation.report_content import Analysis, Report
 from alignpro.evaluation.results import SampleRow
 from alignpro.training.durability import disk_errors
 from alignpro.versions import versions
 
 
 def report_directories(
-    directories: Sequence[Path], out: Path, *, title: str = "Align-Pro", paper: bool = False
+    directories: Sequence[Path],
+    out: Path,
+    *,
+    title: str = "Align-Pro",
+    paper: bool = False,
+    analyses: Sequence[Analysis] = (),
 ) -> Comparison | None:
     """Write one report on all directories.
 
@@ -37,6 +42,7 @@ def report_directories(
         out: The HTML file.
         title: Of the report.
         paper: Whether to draw the values of the paper's figure too.
+        analyses: Of an experiment, shown below the comparison.
 
     Returns:
         The comparison; None if there are training runs only.
@@ -56,7 +62,15 @@ def report_directories(
     runs = [directory for directory in directories if (directory / "metrics.jsonl").is_file()]
     command = ["alignpro report", *map(str, directories), "--out", str(out), *(["--paper"] if paper else [])]
     return _report_records(
-        records, evaluations, out, title=title, runs=runs, notes=notes, paper=paper, command=" ".join(command)
+        records,
+        evaluations,
+        out,
+        title=title,
+        runs=runs,
+        notes=notes,
+        paper=paper,
+        analyses=analyses,
+        command=" ".join(command),
     )
 
 
@@ -69,6 +83,7 @@ def _report_records(
     runs: Sequence[Path] = (),
     notes: Sequence[str] = (),
     paper: bool = False,
+    analyses: Sequence[Analysis] = (),
     command: str = "",
 ) -> Comparison | None:
     """Write the report on records, such as the cells of an experiment that are done.
@@ -81,6 +96,7 @@ def _report_records(
         runs: Training runs whose curves are shown besides those of the evaluated models.
         notes: Sentences that stand above the tables.
         paper: Whether to draw the values of the paper's figure too.
+        analyses: Shown below the comparison.
         command: What makes the report again.
 
     Returns:
@@ -104,6 +120,7 @@ def _report_records(
         rows=interleaved_rows(evaluations),
         changes=_changes(evaluations, records),
         paper=paper_figure() if paper else None,
+        analyses=analyses,
         versions=versions(),
         command=command,
         created=time.strftime("%Y-%m-%d"),

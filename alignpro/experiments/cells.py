@@ -1,7 +1,7 @@
 """The cells of an experiment: which there are, what each runs, and where its results lie.
 
 out/priors/PROMPTER/                                       the prompter that all methods start from
-out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION]/seed_N/
+out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep]/seed_N/
     train.yaml or rlhf.yaml, run/                          the training: configuration, run directory
     eval.yaml, evaluation/                                 the evaluation; its summary.json marks the cell as done
     log.txt                                                what the commands printed
@@ -25,11 +25,13 @@ from alignpro.config import (
     Method,
     PriorMethod,
     RLHFMethod,
+    SweepConfig,
     TrainMethod,
     UnchangedMethod,
     needs_prompter,
 )
 from alignpro.config.jobs import gibbs_arms
+from alignpro.experiments.points import Point, points_of
 from alignpro.experiments.sections import (
     eval_sections,
     model_sections,
@@ -73,6 +75,8 @@ class Cell:
     prompter: str | None = None
     """None if the method has none: the cell then counts for all prompters."""
     seed: int = 0
+    point: Point | None = None
+    """Of a sweep; None if the method is not swept."""
     needs: Cell | None = None
     """The preparation that has to be done before."""
 
@@ -94,13 +98,15 @@ def cells(config: ExperimentConfig) -> list[Cell]:
         ConfigError: The configuration of a cell is invalid; the message names the cell.
     """
     priors = {name: _prior(config, name) for name, each in config.prompters.items() if each.prior is not None}
+    points = points_of(config) if isinstance(config, SweepConfig) else {}
     used = any(needs_prompter(method) for method in config.methods.values())
     found = list(priors.values()) if used else []
     for seed in config.seeds:
         for task in config.tasks:
             for target in config.targets:
-                for name, method in config.methods.items():
-                    found += _of_method(config, name, method, task, target, seed, priors)
+                for name in config.methods:
+                    for point in points.get(name, (None,)):
+                        found += _of_method(config, name, task, target, seed, priors, point)
     return found
 
 
@@ -112,14 +118,16 @@ def _prior(config: ExperimentConfig, name: str) -> Cell:
 
 
 def _of_method(
-    config: ExperimentConfig,
+    experiment: ExperimentConfig,
     name: str,
-    method: Method,
     task: str,
     target: str,
     seed: int,
     priors: dict[str, Cell],
+    point: Point | None,
 ) -> Iterator[Cell]:
+    config = experiment if point is None else point.config
+    method = config.methods[name]
     if isinstance(method, InstructionMethod):
         variants: list[str | None] = list(config.tasks[task].instructions)
     elif needs_prompter(method):
@@ -129,7 +137,15 @@ def _of_method(
     if isinstance(method, RLHFMethod) and "path" not in config.targets[target]:
         return  # it is behind a server, or several targets: what cannot be trained has no oracle
     for variant in variants:
-        parts = ["cells", task, target, name, *([variant] if variant else []), f"seed_{seed}"]
+        parts = [
+            "cells",
+            task,
+            target,
+            name,
+            *([variant] if variant else []),
+            *([point.name] if point else []),
+            f"seed_{seed}",
+        ]
         directory = config.out.joinpath(*parts)
         prompter = variant if needs_prompter(method) else None
         yield Cell(
@@ -141,6 +157,7 @@ def _of_method(
             target=target,
             prompter=prompter,
             seed=seed,
+            point=point,
             needs=priors.get(prompter) if prompter else None,
         )
 

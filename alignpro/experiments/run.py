@@ -55,7 +55,7 @@ def run_experiment(config: ConfigSource[ExperimentConfig], run: Runner = run_com
             raise Interrupted(received[0], config.out, "continue with the same command")
     if failed:
         raise TrainingError(
-            f"{len(failed)} of {len(plan)} cells failed, and are tried again by the next `alignpro experiment`:\n"
+            f"{len(failed)} of {len(plan)} cells failed, and are tried again by the same command:\n"
             + "\n".join(f"  {name}: {error}" for name, error in failed.items())
         )
 
@@ -135,5 +135,5 @@ def compare_done(config: ConfigSource[ExperimentConfig]) -> None:
     with locked(config.out):
         record_configurations(plan)
         if not any(cell.done and cell.task for cell in plan):
-            raise TrainingError(f"{config.out}: no cell is done yet: run `alignpro experiment` without --compare")
+            raise TrainingError(f"{config.out}: no cell is done yet: run the same command without --compare")
         write_comparison(config, plan)
