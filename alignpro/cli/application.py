@@ -31,6 +31,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "headroom": comparing.headroom,
     "experiment": comparing.experiment,
     "sweep": comparing.sweep,
+    "rival": comparing.rival,
     "report": comparing.report,
     "optimal": comparing.optimal,
     "rewrite": rewriting.rewrite,

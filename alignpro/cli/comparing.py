@@ -1,4 +1,4 @@
-"""`alignpro eval`, `headroom`, `experiment`, `sweep` and `optimal`."""
+"""`alignpro eval`, `headroom`, `experiment`, `sweep`, `rival` and `optimal`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,19 @@ def sweep(arguments: Arguments, dry_run: ListCells = False, compare: CompareOnly
     from alignpro.config import SweepConfig, load_config
 
     _experiment(load_config(SweepConfig, arguments), dry_run, compare)
+
+
+def rival(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Search an instruction with GEPA or MIPROv2, within a number of responses of the target.
+
+    What Align-Pro is compared with at equal target calls; needs the extra `rivals`. Writes instruction.txt and rival.json. An
+    interrupted search goes on where it stopped.
+    """
+    from alignpro.config import RivalConfig
+
+    config = configure(RivalConfig, arguments, dry_run)
+    if config is not None:
+        load_late("alignpro.experiments.rivals.run:search_instruction")(config)
 
 
 def _experiment(config: ExperimentConfig, dry_run: bool, compare: bool) -> None:

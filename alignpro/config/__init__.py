@@ -21,6 +21,7 @@ from alignpro.config.experiment import (
     InstructionMethod,
     Method,
     PriorMethod,
+    RivalMethod,
     RLHFMethod,
     TrainMethod,
     UnchangedMethod,
@@ -50,6 +51,7 @@ from alignpro.config.rewards import (
     RewardComponentConfig,
     RewardConfig,
 )
+from alignpro.config.rival import RivalConfig, RivalKind, SearchSection
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
@@ -112,12 +114,16 @@ __all__ = [
     "RewardComponentConfig",
     "RewardConfig",
     "RewardModelConfig",
+    "RivalConfig",
+    "RivalKind",
+    "RivalMethod",
     "RolloutConfig",
     "RunConfig",
     "RunSection",
     "SFTConfig",
     "SFTDataConfig",
     "SamplingConfig",
+    "SearchSection",
     "Section",
     "SpendingConfig",
     "SweepConfig",

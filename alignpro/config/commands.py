@@ -16,6 +16,7 @@ from alignpro.config.jobs import (
     SFTConfig,
     TrainConfig,
 )
+from alignpro.config.rival import RivalConfig
 from alignpro.config.sweep import SweepConfig
 
 COMMANDS: dict[str, type[BaseModel]] = {
@@ -28,6 +29,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "optimal": OptimalConfig,
     "experiment": ExperimentConfig,
     "sweep": SweepConfig,
+    "rival": RivalConfig,
 }
 """Command → its configuration."""
 

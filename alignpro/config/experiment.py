@@ -11,6 +11,7 @@ from alignpro.config.data import DataConfig, PromptingConfig
 from alignpro.config.endpoints import SpendingConfig
 from alignpro.config.jobs import CandidateCount, InstructionName
 from alignpro.config.rewards import RewardConfig
+from alignpro.config.rival import RivalKind, SearchSection
 from alignpro.config.rollout import EngineConfig, SamplingConfig
 from alignpro.config.section import OutputPath, Section
 
@@ -91,8 +92,26 @@ class RLHFMethod(Section):
     """Sections of `alignpro rlhf` that differ from the experiment's ``rlhf``."""
 
 
+class RivalMethod(Section):
+    """An instruction that an optimiser of prompts finds: GEPA or MIPROv2, within a number of responses of the target."""
+
+    kind: RivalKind
+    target_calls: Annotated[int, Field(ge=4)] | str
+    """Most responses of the target, or the ``train`` method that takes as many."""
+    search: SearchSection = SearchSection()
+    label: str | None = None
+    """Its name in the report; by default that of the optimiser."""
+
+
 Method = Annotated[
-    UnchangedMethod | InstructionMethod | PriorMethod | GibbsMethod | BestOfMethod | TrainMethod | RLHFMethod,
+    UnchangedMethod
+    | InstructionMethod
+    | PriorMethod
+    | GibbsMethod
+    | BestOfMethod
+    | TrainMethod
+    | RLHFMethod
+    | RivalMethod,
     Field(discriminator="kind"),
 ]
 
@@ -147,10 +166,23 @@ class ExperimentConfig(Section):
         of_prompters = [name for name, method in self.methods.items() if needs_prompter(method)]
         if of_prompters and not self.prompters:
             raise ValueError(f"methods.{of_prompters[0]} needs a prompter: name one in `prompters`")
+        for name, method in self.methods.items():
+            if isinstance(method, RivalMethod):
+                self._check_rival(name, method)
         wanting = [name for name, method in self.methods.items() if isinstance(method, InstructionMethod)]
         if wanting and not any(task.instructions for task in self.tasks.values()):
             raise ValueError(f"methods.{wanting[0]} needs `instructions` in a task")
         return self
+
+    def _check_rival(self, name: str, method: RivalMethod) -> None:
+        bare = [task for task, each in self.tasks.items() if not each.instructions]
+        if bare:
+            raise ValueError(f"methods.{name} begins with hand-written `instructions`: give some in tasks.{bare[0]}")
+        given = method.target_calls
+        if isinstance(given, str) and not isinstance(self.methods.get(given), TrainMethod):
+            raise ValueError(
+                f"methods.{name}.target_calls={given}: expected a number, or the name of a `train` method that takes as many"
+            )
 
 
 def needs_prompter(method: Method) -> bool:

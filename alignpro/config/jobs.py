@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -185,6 +186,8 @@ class EvalConfig(ComparisonConfig):
     instructions: dict[InstructionName, str] = Field(default_factory=dict)
     """Name → hand-written instruction, which is appended to every prompt after a blank line, or a Jinja template around
     ``{{ prompt }}``: arm ``instruction_NAME``."""
+    instruction_files: dict[InstructionName, Path] = Field(default_factory=dict)
+    """Likewise, name → a text file that is read when the evaluation begins, such as the instruction.txt of `alignpro rival`."""
     gibbs_candidates: Annotated[int, Field(ge=0)] | Annotated[list[CandidateCount], Field(min_length=1)] = 0
     """Number N of rewrites of ρ_sft to resample from; 0 omits the arm ``gibbs``. Several numbers are the arms ``gibbs_N``:
     the rewrites are drawn once, and a smaller N has the first of them."""
@@ -235,7 +238,7 @@ class EvalConfig(ComparisonConfig):
         """The keys of all arms that the configuration describes, in the order of figures and reports."""
         return [
             "no_finetuning",
-            *(f"{INSTRUCTION}{name}" for name in self.instructions),
+            *(f"{INSTRUCTION}{name}" for name in {**self.instructions, **self.instruction_files}),
             *(["sft_prompter"] if self.reference is not None else []),
             *self.candidate_counts,
             *(["align_pro"] if self.prompter is not None else []),
@@ -257,6 +260,8 @@ class EvalConfig(ComparisonConfig):
             raise ValueError("best_of are rewrites of ρ_sft: they need `reference`, the prompter before training")
         if self.gibbs_arms and self.kl_coef == 0:
             raise ValueError("gibbs_candidates weighs rewrites by exp(R/λ): kl_coef must be positive")
+        if twice := sorted(self.instructions.keys() & self.instruction_files.keys()):
+            raise ValueError(f"instruction_files.{twice[0]}: instructions has this name too: give one of them another")
         unknown = [name for name in self.arms or [] if name not in self.described_arms]
         if unknown or self.arms == []:
             raise ValueError(

@@ -30,7 +30,14 @@ from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.outputs import write_outputs
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards, reward_hash
-from alignpro.evaluation.sampled_arms import Trained, candidate_kl, count_arms, instruction_templates, sample_arms
+from alignpro.evaluation.sampled_arms import (
+    Trained,
+    candidate_kl,
+    count_arms,
+    instruction_templates,
+    sample_arms,
+    written_instructions,
+)
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
@@ -73,7 +80,7 @@ def evaluate(
         raise ConfigError(
             "target.mixture: a prompter is evaluated on one target at a time: `alignpro eval` does so for each"
         )
-    instruction_templates(config.instructions)  # an error in one comes before any work
+    instruction_templates(written_instructions(config))  # an error in one comes before any work
     prepare_directory(config.out, "summary.json")
     config = config.model_copy(update={"data": keep_holdout(config.data, run_directories(config))})
     opened: AbstractContextManager[Servers] = (

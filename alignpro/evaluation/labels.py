@@ -9,6 +9,8 @@ _LABELS = {
     "align_pro": "Align-Pro",
     "oracle": "Oracle (RLHF)",
     "candidates": "Candidates",
+    "gepa": "GEPA",
+    "miprov2": "MIPROv2",
 }
 _INSTRUCTION, _GIBBS, _BEST_OF = "instruction_", "gibbs_", "best_of_"
 

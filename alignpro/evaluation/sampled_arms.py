@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignpro.config import EvalConfig, target_endpoints
 from alignpro.config.jobs import INSTRUCTION
+from alignpro.errors import ConfigError
 from alignpro.evaluation.arms import ArmSampler, ArmSamples
 from alignpro.models.language_model import LanguageModel
 from alignpro.objectives import best_of_kl, best_of_weights
@@ -33,7 +34,7 @@ def sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> di
         Key of the arm → its samples, in the order of `EvalConfig.sampled_arms`.
     """
     K, M = config.rewrites_per_prompt, config.responses_per_rewrite
-    templates = instruction_templates(config.instructions)
+    templates = instruction_templates(written_instructions(config))
     sizes = {name: count for name, count in config.candidate_counts.items() if name in config.sampled_arms}
     arms: dict[str, ArmSamples] = {}
     if sizes:
@@ -85,6 +86,21 @@ def candidate_kl(config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, Arm
 def count_arms(config: EvalConfig) -> int:
     """How many arms are sampled, the candidates of those that choose among some included."""
     return len(config.sampled_arms) + any(name in config.candidate_counts for name in config.sampled_arms)
+
+
+def written_instructions(config: EvalConfig) -> dict[str, str]:
+    """Name → instruction, those in files included.
+
+    Raises:
+        ConfigError: A file cannot be read.
+    """
+    found = dict(config.instructions)
+    for name, path in config.instruction_files.items():
+        try:
+            found[name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"instruction_files.{name}: {path}: cannot be read: {error}") from error
+    return found
 
 
 def instruction_templates(instructions: Mapping[str, str]) -> dict[str, RewriteTemplate]:

@@ -2,7 +2,7 @@
 
 out/priors/PROMPTER/                                       the prompter that all methods start from
 out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep]/seed_N/
-    train.yaml or rlhf.yaml, run/                          the training: configuration, run directory
+    train.yaml, rlhf.yaml or rival.yaml, run/              the training or search: configuration, its directory
     eval.yaml, evaluation/                                 the evaluation; its summary.json marks the cell as done
     log.txt                                                what the commands printed
 """
@@ -24,6 +24,7 @@ from alignpro.config import (
     InstructionMethod,
     Method,
     PriorMethod,
+    RivalMethod,
     RLHFMethod,
     SweepConfig,
     TrainMethod,
@@ -36,6 +37,7 @@ from alignpro.experiments.sections import (
     eval_sections,
     model_sections,
     prior_sections,
+    rival_sections,
     rlhf_sections,
     train_sections,
 )
@@ -48,7 +50,7 @@ class Job:
     """A command of `alignpro` with its configuration."""
 
     command: str
-    """``sft``, ``train``, ``rlhf`` or ``eval``."""
+    """``sft``, ``train``, ``rlhf``, ``rival`` or ``eval``."""
     config: BaseModel
     file: Path
     """Where the configuration is written."""
@@ -185,6 +187,13 @@ def _jobs(
             oracle = rlhf_sections(config, name, target=target, task=task, settings=method.settings, seed=seed, out=run)
             yield Job("rlhf", oracle, directory / "rlhf.yaml", run / "model")
             arms = {"arms": ["oracle"], "oracle": model_sections(config.targets[target], str(run / "model"))}
+        case RivalMethod():
+            calls = _target_calls(config, method, name, target, task, seed)
+            rival = rival_sections(
+                config, name, target=target, task=task, method=method, calls=calls, seed=seed, out=run
+            )
+            yield Job("rival", rival, directory / "rival.yaml", run / "rival.json")
+            arms = {"arms": ["instruction_found"], "instruction_files": {"found": str(run / "instruction.txt")}}
         case _:
             assert variant is not None  # a cell is of one prompter
             policy = config.prompters[variant].policy
@@ -218,3 +227,26 @@ def _jobs(
         config, name, target=target, task=task, seed=seed, out=directory / "evaluation", arms=arms
     )
     yield Job("eval", evaluation, directory / "eval.yaml", directory / "evaluation" / "summary.json")
+
+
+def _target_calls(config: ExperimentConfig, method: RivalMethod, where: str, target: str, task: str, seed: int) -> int:
+    """How many responses of the target a rival may draw: those that a training draws, if it names one."""
+    if isinstance(method.target_calls, int):
+        return method.target_calls
+    named = config.methods[method.target_calls]
+    assert isinstance(named, TrainMethod)  # the configuration checks it
+    prompter, each = next(iter(config.prompters.items()))
+    training = train_sections(
+        config,
+        where,
+        prompter=prompter,
+        start=each.policy["path"],
+        target=target,
+        task=task,
+        settings=named.settings,
+        seed=seed,
+        out=Path("run"),
+    )
+    rollout = training.rollout
+    per_step = rollout.prompts_per_step * rollout.rewrites_per_prompt * rollout.responses_per_rewrite
+    return training.run.steps * per_step

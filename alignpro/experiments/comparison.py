@@ -12,6 +12,7 @@ from alignpro.config import (
     EvalConfig,
     ExperimentConfig,
     GibbsMethod,
+    RivalMethod,
     RLHFMethod,
     SweepConfig,
     TrainMethod,
@@ -22,8 +23,10 @@ from alignpro.evaluation.evaluated import RECORD_FILE, training_cost
 from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.report_content import Analysis
 from alignpro.experiments.cells import Cell
+from alignpro.experiments.crossing import crossing_analyses
 from alignpro.experiments.evaluated_cells import evaluated_methods
 from alignpro.experiments.frontier import frontier_analyses
+from alignpro.experiments.rivals.run import read_result
 from alignpro.experiments.sweep_results import sweep_analyses
 from alignpro.training.durability import replace_text
 from alignpro.versions import versions
@@ -67,7 +70,7 @@ def _analyses(config: ExperimentConfig, done: Sequence[Cell]) -> list[Analysis]:
     """What the cells say together, beyond each method by itself."""
     methods = evaluated_methods(done)
     swept = sweep_analyses(config, methods) if isinstance(config, SweepConfig) else []
-    return [*swept, *frontier_analyses(config, methods)]
+    return [*swept, *frontier_analyses(config, methods), *crossing_analyses(config, done, methods)]
 
 
 def _record(config: ExperimentConfig, cell: Cell) -> dict[str, Any]:
@@ -90,6 +93,10 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
     if isinstance(method, TrainMethod | RLHFMethod):
         cost = training_cost(cell.directory / "run", cell.jobs[0].config.model_dump())
         name, label = cell.method if isinstance(method, TrainMethod) else arm, method.label or ""
+    elif isinstance(method, RivalMethod):
+        found = read_result(cell.directory / "run")
+        cost = Cost(float(found["target_calls"]), found["tokens"], found["seconds"])
+        name, label = cell.method, method.label or method_label(method.kind)
     elif isinstance(method, GibbsMethod | BestOfMethod):
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
         candidates = evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from alignpro.evaluation.comparison import Record
 from alignpro.evaluation.evaluated import find_evaluations, records_of
 from alignpro.evaluation.labels import method_label
@@ -28,14 +31,25 @@ class MethodRecords:
     records: Sequence[Record]
 
     @property
+    def prompts(self) -> list[str]:
+        """(P,) the ids of the held-out prompts, sorted: so are all below, so that methods are paired by prompt."""
+        return sorted(self.records[0].rewards.prompts)
+
+    @property
     def arms(self) -> dict[int, ArmRewards]:
         """Seed → rewards and KL."""
-        return {record.seed: next(iter(record.rewards.arms.values())) for record in self.records}
+        found = {}
+        for record in self.records:
+            (arm,), order = record.rewards.arms.values(), _order(record)
+            kl = None if arm.kl is None else arm.kl[order]
+            found[record.seed] = ArmRewards(arm.raw[order], arm.penalised[order], kl)
+        return found
 
     @property
     def clusters(self) -> Clusters:
         """Of the held-out prompts."""
-        return Clusters(list(self.records[0].rewards.clusters))
+        first = self.records[0]
+        return Clusters([first.rewards.clusters[i] for i in _order(first)])
 
     @property
     def rewards(self) -> SeedRewards:
@@ -47,6 +61,11 @@ class MethodRecords:
         """The KL of each prompt, by seed; None if a seed has none."""
         known = {seed: arm.kl[:, None] for seed, arm in self.arms.items() if arm.kl is not None}
         return SeedRewards.of(known) if len(known) == len(self.records) else None
+
+
+def _order(record: Record) -> npt.NDArray[np.int64]:
+    """(P,) the places of a record's prompts in the order of their ids."""
+    return np.argsort(np.array(record.rewards.prompts), kind="stable")
 
 
 def evaluated_methods(done: Sequence[Cell]) -> list[MethodRecords]:

@@ -107,7 +107,7 @@ def _run(config: ExperimentConfig, cell: Cell, run: Runner, stopped: Callable[[]
 def arguments(job: Job) -> list[str]:
     """The arguments of ``alignpro`` for a job."""
     path = os.fspath(job.file)
-    return [job.command, path] if job.command == "eval" else [job.command, path, "--resume"]
+    return [job.command, path] if job.command in ("eval", "rival") else [job.command, path, "--resume"]
 
 
 def _starter(config: ExperimentConfig, job: Job) -> Sequence[str]:

@@ -12,6 +12,8 @@ from alignpro.config import (
     EvalConfig,
     ExperimentConfig,
     ModelConfig,
+    RivalConfig,
+    RivalMethod,
     RLHFConfig,
     SFTConfig,
     TrainConfig,
@@ -90,6 +92,36 @@ def rlhf_sections(
         },
     }
     return _validated(RLHFConfig, where, common, config.rlhf, settings)
+
+
+def rival_sections(
+    config: ExperimentConfig,
+    where: str,
+    *,
+    target: str,
+    task: str,
+    method: RivalMethod,
+    calls: int,
+    seed: int,
+    out: Path,
+) -> RivalConfig:
+    """`alignpro rival` of a cell, with at most ``calls`` responses; the other arguments are those of `train_sections`."""
+    common = {
+        "out": str(out),
+        "seed": seed,
+        "kind": method.kind,
+        "data": config.tasks[task].data.model_dump(mode="json"),
+        "target": config.targets[target],
+        "reward": config.tasks[task].reward.model_dump(mode="json"),
+        "instructions": config.tasks[task].instructions,
+        "target_calls": calls,
+        "search": method.search.model_dump(mode="json"),
+        "prompting": config.prompting.model_dump(mode="json"),
+        "respond": config.respond.model_dump(mode="json"),
+        "engine": config.engine.model_dump(mode="json"),
+        **config.spending.model_dump(mode="json"),
+    }
+    return _validated(RivalConfig, where, common)
 
 
 def eval_sections(

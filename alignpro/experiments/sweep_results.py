@@ -95,17 +95,12 @@ def _analysis(
 
 
 def _part(each: MethodRecords, share: float, *, chosen: bool) -> tuple[SeedRewards, Clusters]:
-    """The rewards of one part of the prompts, in the order of the ids, so that those of two methods are paired."""
-    first = each.records[0].rewards
-    places = selection_places(first.prompts, first.clusters, share) == chosen
-    order = [i for i in np.argsort(np.array(first.prompts), kind="stable") if places[i]]
-    of_seeds = {}
-    for record in each.records:
-        own = np.argsort(np.array(record.rewards.prompts), kind="stable")
-        own_places = selection_places(record.rewards.prompts, record.rewards.clusters, share) == chosen
-        (arm,) = record.rewards.arms.values()
-        of_seeds[record.seed] = arm.raw[[i for i in own if own_places[i]]]
-    return SeedRewards.of(of_seeds), Clusters([first.clusters[i] for i in order])
+    """The rewards of one part of the prompts."""
+    clusters = each.clusters.numbers
+    places = selection_places(each.prompts, clusters.tolist(), share) == chosen
+    return SeedRewards.of({seed: arm.raw[places] for seed, arm in each.arms.items()}), Clusters(
+        clusters[places].tolist()
+    )
 
 
 def _mean(each: MethodRecords, share: float, *, chosen: bool) -> Estimate:
