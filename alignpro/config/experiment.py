@@ -134,9 +134,11 @@ class ExperimentConfig(Section):
     """What starts a training, such as ``[deepspeed, --num_gpus, "8", --module]``; by default this Python."""
     prompters: dict[str, ExperimentPrompter] = Field(default_factory=dict)
     targets: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Name → a target, as in `alignpro train`."""
+    """Name → a target, as in `alignpro train`; in a ``mixture``, a name stands for another target of the experiment."""
     tasks: dict[str, ExperimentTask] = Field(min_length=1)
     methods: dict[str, Method] = Field(min_length=1)
+    transfer: bool | list[str] = False
+    """Whether each trained prompter is evaluated on the other targets as well, or on which."""
     prompting: PromptingConfig = PromptingConfig()
     kl_coef: float = Field(0.05, gt=0)
     """λ, of all methods that have one."""
@@ -158,8 +160,28 @@ class ExperimentConfig(Section):
             _check_name(name)
         return given
 
+    @property
+    def transfer_targets(self) -> list[str]:
+        """The targets on which every trained prompter is evaluated: single ones, since a mixture is several."""
+        if isinstance(self.transfer, list):
+            return self.transfer
+        return [name for name, each in self.targets.items() if "mixture" not in each] if self.transfer else []
+
+    def _check_targets(self) -> None:
+        for name, each in self.targets.items():
+            parts = each.get("mixture", ())
+            for part in parts if isinstance(parts, list) else ():
+                if isinstance(part, str) and (part not in self.targets or "mixture" in self.targets[part]):
+                    raise ValueError(f"targets.{name}.mixture: {part!r} is no single target of this experiment")
+        for name in self.transfer if isinstance(self.transfer, list) else ():
+            if name not in self.targets or "mixture" in self.targets[name]:
+                raise ValueError(f"transfer: {name!r} is no single target of this experiment")
+        if self.transfer and not any(isinstance(method, TrainMethod) for method in self.methods.values()):
+            raise ValueError("transfer needs a `train` method, whose prompters it evaluates")
+
     @model_validator(mode="after")
     def _check(self) -> ExperimentConfig:
+        self._check_targets()
         for i, seed in enumerate(self.seeds):
             if seed in self.seeds[:i]:
                 raise ValueError(f"seeds: {seed} is given twice")

@@ -1,7 +1,7 @@
 """The cells of an experiment: which there are, what each runs, and where its results lie.
 
 out/priors/PROMPTER/                                       the prompter that all methods start from
-out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep]/seed_N/
+out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep][/from_TARGET of the training]/seed_N/
     train.yaml, rlhf.yaml or rival.yaml, run/              the training or search: configuration, its directory
     eval.yaml, evaluation/                                 the evaluation; its summary.json marks the cell as done
     log.txt                                                what the commands printed
@@ -9,58 +9,22 @@ out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep]/seed_N
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
 
 from alignpro.config import (
-    BestOfMethod,
     ExperimentConfig,
-    GibbsMethod,
     InstructionMethod,
     Method,
-    PriorMethod,
-    RivalMethod,
     RLHFMethod,
     SweepConfig,
     TrainMethod,
-    UnchangedMethod,
     needs_prompter,
 )
-from alignpro.config.jobs import gibbs_arms
+from alignpro.experiments.cell_jobs import Job, Place, cell_jobs, transfer_jobs
 from alignpro.experiments.points import Point, points_of
-from alignpro.experiments.sections import (
-    eval_sections,
-    model_sections,
-    prior_sections,
-    rival_sections,
-    rlhf_sections,
-    train_sections,
-)
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A command of `alignpro` with its configuration."""
-
-    command: str
-    """``sft``, ``train``, ``rlhf``, ``rival`` or ``eval``."""
-    config: BaseModel
-    file: Path
-    """Where the configuration is written."""
-    result: Path
-    """What exists once it has finished."""
-
-    @property
-    def done(self) -> bool:
-        """Whether it has finished."""
-        return self.result.exists()
+from alignpro.experiments.sections import is_mixture, prior_sections
 
 
 @dataclass(frozen=True)
@@ -79,6 +43,8 @@ class Cell:
     seed: int = 0
     point: Point | None = None
     """Of a sweep; None if the method is not swept."""
+    trained_on: str | None = None
+    """The target on which the prompter was trained, if it is another one than that of the evaluation."""
     needs: Cell | None = None
     """The preparation that has to be done before."""
 
@@ -90,7 +56,12 @@ class Cell:
     @property
     def kind(self) -> str:
         """Cells of one kind take about the same time."""
-        return self.method if self.task else "priors"
+        return "priors" if not self.task else self.method if self.trained_on is None else "transfer"
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether its results are of an evaluation."""
+        return self.jobs[-1].command == "eval"
 
 
 def cells(config: ExperimentConfig) -> list[Cell]:
@@ -128,125 +99,70 @@ def _of_method(
     priors: dict[str, Cell],
     point: Point | None,
 ) -> Iterator[Cell]:
+    """The cells of a method, each followed by those that evaluate its prompter on other targets."""
     config = experiment if point is None else point.config
     method = config.methods[name]
-    if isinstance(method, InstructionMethod):
-        variants: list[str | None] = list(config.tasks[task].instructions)
-    elif needs_prompter(method):
-        variants = list(config.prompters)
-    else:
-        variants = [None]
+    alone = is_mixture(config, target) and bool(config.transfer_targets)
     if isinstance(method, RLHFMethod) and "path" not in config.targets[target]:
         return  # it is behind a server, or several targets: what cannot be trained has no oracle
-    for variant in variants:
-        parts = [
-            "cells",
-            task,
-            target,
-            name,
-            *([variant] if variant else []),
-            *([point.name] if point else []),
-            f"seed_{seed}",
-        ]
-        directory = config.out.joinpath(*parts)
-        prompter = variant if needs_prompter(method) else None
-        yield Cell(
-            directory,
-            "/".join(parts),
-            tuple(_jobs(config, method, "/".join(parts), directory, task, target, seed, variant)),
-            method=name,
-            task=task,
-            target=target,
-            prompter=prompter,
-            seed=seed,
-            point=point,
-            needs=priors.get(prompter) if prompter else None,
-        )
+    if alone and not isinstance(method, TrainMethod):
+        return  # each of its targets is evaluated by itself
+    transferred = config.transfer_targets if isinstance(method, TrainMethod) else []
+    for variant in _variants(config, method, task):
+        place = _place(config, name, task, target, seed, variant, point)
+        needed = priors.get(variant or "") if needs_prompter(method) else None
+        own = _cell(place, name, cell_jobs(place, method, evaluated=not alone), point, needed)
+        yield own
+        for other in transferred:
+            if other != target:
+                there = _place(config, name, task, other, seed, variant, point, origin=target)
+                yield _cell(there, name, transfer_jobs(there, own.directory / "run"), point, own, trained_on=target)
 
 
-def _jobs(
+def _place(
     config: ExperimentConfig,
-    method: Method,
-    name: str,
-    directory: Path,
+    method: str,
     task: str,
     target: str,
     seed: int,
     variant: str | None,
-) -> Iterator[Job]:
-    arms: dict[str, Any]
-    run = directory / "run"
-    match method:
-        case UnchangedMethod():
-            arms = {"arms": ["no_finetuning"]}
-        case InstructionMethod():
-            assert variant is not None  # a cell is of one instruction
-            instruction = config.tasks[task].instructions[variant]
-            arms = {"arms": [f"instruction_{variant}"], "instructions": {variant: instruction}}
-        case RLHFMethod():
-            oracle = rlhf_sections(config, name, target=target, task=task, settings=method.settings, seed=seed, out=run)
-            yield Job("rlhf", oracle, directory / "rlhf.yaml", run / "model")
-            arms = {"arms": ["oracle"], "oracle": model_sections(config.targets[target], str(run / "model"))}
-        case RivalMethod():
-            calls = _target_calls(config, method, name, target, task, seed)
-            rival = rival_sections(
-                config, name, target=target, task=task, method=method, calls=calls, seed=seed, out=run
-            )
-            yield Job("rival", rival, directory / "rival.yaml", run / "rival.json")
-            arms = {"arms": ["instruction_found"], "instruction_files": {"found": str(run / "instruction.txt")}}
-        case _:
-            assert variant is not None  # a cell is of one prompter
-            policy = config.prompters[variant].policy
-            prepared = config.prompters[variant].prior is not None
-            start = str(config.out / "priors" / variant / "run" / "model") if prepared else policy["path"]
-            arms = {"reference": model_sections(policy, start)}
-            if isinstance(method, PriorMethod):
-                arms["arms"] = ["sft_prompter"]
-            elif isinstance(method, GibbsMethod):
-                arms["arms"] = list(gibbs_arms(method.candidates))
-                arms["gibbs_candidates"] = list(method.candidates)
-            elif isinstance(method, BestOfMethod):
-                arms["best_of"] = list(method.candidates)
-                arms["arms"] = [f"best_of_{count}" for count in sorted(set(method.candidates))]
-            else:
-                assert isinstance(method, TrainMethod)  # the last kind
-                training = train_sections(
-                    config,
-                    name,
-                    prompter=variant,
-                    start=start,
-                    target=target,
-                    task=task,
-                    settings=method.settings,
-                    seed=seed,
-                    out=run,
-                )
-                yield Job("train", training, directory / "train.yaml", run / "model")
-                arms |= {"arms": ["align_pro"], "prompter": model_sections(policy, str(run / "model"))}
-    evaluation = eval_sections(
-        config, name, target=target, task=task, seed=seed, out=directory / "evaluation", arms=arms
-    )
-    yield Job("eval", evaluation, directory / "eval.yaml", directory / "evaluation" / "summary.json")
+    point: Point | None,
+    *,
+    origin: str | None = None,
+) -> Place:
+    """Where a cell stands; ``origin`` is the target of its training, if it is another one."""
+    parts = ["cells", task, target, method]
+    parts += [part for part in (variant, point and point.name, origin and f"from_{origin}") if part]
+    name = "/".join([*parts, f"seed_{seed}"])
+    return Place(config, name, config.out / name, task, target, seed, variant)
 
 
-def _target_calls(config: ExperimentConfig, method: RivalMethod, where: str, target: str, task: str, seed: int) -> int:
-    """How many responses of the target a rival may draw: those that a training draws, if it names one."""
-    if isinstance(method.target_calls, int):
-        return method.target_calls
-    named = config.methods[method.target_calls]
-    assert isinstance(named, TrainMethod)  # the configuration checks it
-    prompter, each = next(iter(config.prompters.items()))
-    training = train_sections(
-        config,
-        where,
-        prompter=prompter,
-        start=each.policy["path"],
-        target=target,
-        task=task,
-        settings=named.settings,
-        seed=seed,
-        out=Path("run"),
+def _cell(
+    place: Place,
+    method: str,
+    jobs: tuple[Job, ...],
+    point: Point | None,
+    needs: Cell | None,
+    *,
+    trained_on: str | None = None,
+) -> Cell:
+    return Cell(
+        place.directory,
+        place.name,
+        jobs,
+        method=method,
+        task=place.task,
+        target=place.target,
+        prompter=place.variant if needs_prompter(place.config.methods[method]) else None,
+        seed=place.seed,
+        point=point,
+        trained_on=trained_on,
+        needs=needs,
     )
-    rollout = training.rollout
-    per_step = rollout.prompts_per_step * rollout.rewrites_per_prompt * rollout.responses_per_rewrite
-    return training.run.steps * per_step
+
+
+def _variants(config: ExperimentConfig, method: Method, task: str) -> list[str | None]:
+    """The prompters or instructions of which a method has a cell each."""
+    if isinstance(method, InstructionMethod):
+        return list(config.tasks[task].instructions)
+    return list(config.prompters) if needs_prompter(method) else [None]

@@ -28,6 +28,7 @@ from alignpro.experiments.evaluated_cells import evaluated_methods
 from alignpro.experiments.frontier import frontier_analyses
 from alignpro.experiments.rivals.run import read_result
 from alignpro.experiments.sweep_results import sweep_analyses
+from alignpro.experiments.transfer import transfer_analyses
 from alignpro.training.durability import replace_text
 from alignpro.versions import versions
 
@@ -40,7 +41,7 @@ def write_comparison(config: ExperimentConfig, plan: Sequence[Cell]) -> None:
     Raises:
         DataError: The cells cannot be compared.
     """
-    done = [cell for cell in plan if cell.done and cell.task]
+    done = [cell for cell in plan if cell.done and cell.evaluated]
     if not done:
         return
     for cell in done:
@@ -70,7 +71,12 @@ def _analyses(config: ExperimentConfig, done: Sequence[Cell]) -> list[Analysis]:
     """What the cells say together, beyond each method by itself."""
     methods = evaluated_methods(done)
     swept = sweep_analyses(config, methods) if isinstance(config, SweepConfig) else []
-    return [*swept, *frontier_analyses(config, methods), *crossing_analyses(config, done, methods)]
+    return [
+        *swept,
+        *frontier_analyses(config, methods),
+        *transfer_analyses(config, methods),
+        *crossing_analyses(config, done, methods),
+    ]
 
 
 def _record(config: ExperimentConfig, cell: Cell) -> dict[str, Any]:
@@ -91,7 +97,9 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
     method = (config if cell.point is None else cell.point.config).methods[cell.method]
     cost, name, label = Cost(target_calls=0.0), arm, ""
     if isinstance(method, TrainMethod | RLHFMethod):
-        cost = training_cost(cell.directory / "run", cell.jobs[0].config.model_dump())
+        trained = cell if cell.trained_on is None else cell.needs
+        assert trained is not None  # what is transferred was trained
+        cost = training_cost(trained.directory / "run", trained.jobs[0].config.model_dump())
         name, label = cell.method if isinstance(method, TrainMethod) else arm, method.label or ""
     elif isinstance(method, RivalMethod):
         found = read_result(cell.directory / "run")
@@ -101,6 +109,8 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
         candidates = evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite
         cost = Cost(target_calls=float(candidates * evaluation.prompts))
+    if cell.trained_on is not None:
+        name, label = f"{name}: from {cell.trained_on}", f"{label or method_label(name)} trained on {cell.trained_on}"
     if cell.point is not None:
         name, label = f"{name}: {cell.point.name}", f"{label or method_label(name)}, {cell.point.label}"
     return {"method": name, "label": label, "cost": cost.as_dict()}

@@ -37,7 +37,11 @@ def crossing_analyses(
     found = []
     for (task, target, prompter), each in by_group(methods).items():
         rivals = [method for method in each if isinstance(config.methods[method.cell.method], RivalMethod)]
-        trained = [method for method in each if isinstance(config.methods[method.cell.method], TrainMethod)]
+        trained = [
+            method
+            for method in each
+            if isinstance(config.methods[method.cell.method], TrainMethod) and method.cell.trained_on is None
+        ]
         if rivals and trained:
             pair = f"{prompter} → {target}" if prompter else target
             found.append(_analysis(f"{task} · {pair}", rivals, trained, done))
@@ -132,6 +136,7 @@ def _curve(each: MethodRecords, done: Sequence[Cell]) -> CallCurve | None:
         if (cell.task, cell.target, cell.method, cell.prompter)
         == (each.task, each.target, each.cell.method, each.prompter)
         and (cell.point and cell.point.name) == point
+        and cell.trained_on is None
     ]
     curves = [_of_cell(cell) for cell in of_seeds]
     known = [curve for curve in curves if curve is not None]

@@ -69,7 +69,7 @@ def _order(record: Record) -> npt.NDArray[np.int64]:
 
 
 def evaluated_methods(done: Sequence[Cell]) -> list[MethodRecords]:
-    """The methods of all groups in the order of their first cells.
+    """The methods of all groups in the order of their first cells, without evaluations on several targets at once.
 
     Args:
         done: Cells whose evaluations are there, each with its record.json.
@@ -81,6 +81,8 @@ def evaluated_methods(done: Sequence[Cell]) -> list[MethodRecords]:
     records, _ = records_of(find_evaluations([cell.directory / "evaluation" for cell in done]))
     groups: dict[tuple[str, str, str | None, str], list[Record]] = {}
     for record in records:
+        if record.origin not in of_directory:
+            continue  # one of several targets, in a directory below that of its cell
         groups.setdefault((record.task, record.target, record.prompter, record.method), []).append(record)
     return [
         MethodRecords(

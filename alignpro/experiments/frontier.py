@@ -72,6 +72,8 @@ def _series(config: ExperimentConfig, methods: Sequence[MethodRecords]) -> dict[
     where the points of a sweep are of something else."""
     series: dict[str, list[FrontierPoint]] = {}
     for each in methods:
+        if each.cell.trained_on is not None:
+            continue  # transfer has a map of its own
         reward = mean_over_seeds(each.rewards, each.clusters)
         if each.method.partition(":")[0] == "sft_prompter":
             series.setdefault(each.label, []).append(FrontierPoint(each.label, Estimate(0.0, _NO_KL), reward))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from alignpro.config import ConfigSource, ExperimentConfig, dump_config, resolve_config
 from alignpro.errors import Interrupted, TrainingError
+from alignpro.experiments.cell_jobs import Job
 from alignpro.experiments.cell_record import CellRecord, State, read_record
-from alignpro.experiments.cells import Cell, Job, cells
+from alignpro.experiments.cells import Cell, cells
 from alignpro.experiments.comparison import write_comparison
 from alignpro.experiments.directory import locked, record_configurations
 from alignpro.experiments.process import THIS_PYTHON, last_error, run_command
@@ -134,6 +135,6 @@ def compare_done(config: ConfigSource[ExperimentConfig]) -> None:
     plan = cells(config)
     with locked(config.out):
         record_configurations(plan)
-        if not any(cell.done and cell.task for cell in plan):
+        if not any(cell.done and cell.evaluated for cell in plan):
             raise TrainingError(f"{config.out}: no cell is done yet: run the same command without --compare")
         write_comparison(config, plan)

@@ -69,7 +69,7 @@ def train_sections(
     """
     common = _of_run(config, task, seed, out) | {
         "policy": config.prompters[prompter].policy | {"path": start},
-        "target": config.targets[target],
+        "target": target_sections(config, target),
         "prompting": config.prompting.model_dump(mode="json"),
         "rollout": {
             "rewrite": config.rewrite.model_dump(mode="json"),
@@ -111,7 +111,7 @@ def rival_sections(
         "seed": seed,
         "kind": method.kind,
         "data": config.tasks[task].data.model_dump(mode="json"),
-        "target": config.targets[target],
+        "target": target_sections(config, target),
         "reward": config.tasks[task].reward.model_dump(mode="json"),
         "instructions": config.tasks[task].instructions,
         "target_calls": calls,
@@ -147,7 +147,7 @@ def eval_sections(
         "title": config.title,
         "seed": seed,
         "data": data.model_dump(mode="json"),
-        "target": config.targets[target],
+        "target": target_sections(config, target),
         "reward": config.tasks[task].reward.model_dump(mode="json"),
         "prompting": config.prompting.model_dump(mode="json"),
         "rewrite": config.rewrite.model_dump(mode="json"),
@@ -159,6 +159,20 @@ def eval_sections(
         **config.spending.model_dump(mode="json"),
     }
     return _validated(EvalConfig, where, common, arms)
+
+
+def target_sections(config: ExperimentConfig, name: str) -> dict[str, Any]:
+    """A target of an experiment, in whose mixture names stand for other targets of the experiment."""
+    given = config.targets[name]
+    if not is_mixture(config, name):
+        return given
+    named = [config.targets[each] | {"name": each} if isinstance(each, str) else each for each in given["mixture"]]
+    return given | {"mixture": named}
+
+
+def is_mixture(config: ExperimentConfig, name: str) -> bool:
+    """Whether a target is a mixture of several."""
+    return "mixture" in config.targets[name]
 
 
 def model_sections(given: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def sweep_analyses(config: SweepConfig, methods: Sequence[MethodRecords]) -> lis
     """
     found = []
     for (task, target, prompter), each in by_group(methods).items():
-        points = [method for method in each if method.cell.point is not None]
+        points = [method for method in each if method.cell.point is not None and method.cell.trained_on is None]
         if points:
             pair = f"{prompter} → {target}" if prompter else target
             baseline = next((method for method in each if method.method == "no_finetuning"), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from tiny_experiment import InThisProcess, tiny_experiment
 from tiny_runs import Workshop
 
-from alignpro.config import RivalConfig, resolve_config
+from alignpro.config import ExperimentConfig, RivalConfig, resolve_config
 from alignpro.errors import ConfigError, TrainingError
 from alignpro.experiments.cells import cells
 from alignpro.experiments.rivals.optimizers import require_dspy
@@ -89,7 +90,7 @@ def test_a_rival_is_a_method_of_an_experiment_at_the_calls_of_a_training(shop: W
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "dspy", None)
+    monkeypatch.setitem(sys.modules, "dspy", None)
     with pytest.raises(ConfigError, match=r"kind=gepa: needs dspy: pip install 'alignpro\[rivals\]'"):
         require_dspy("gepa")
 
@@ -102,8 +103,6 @@ def test_the_calls_must_suffice_for_the_hand_written_instructions(shop: Workshop
 
 
 def test_a_rival_has_the_calls_of_the_training_that_it_names(shop: Workshop, tmp_path: Path) -> None:
-    from alignpro.config import ExperimentConfig
-
     methods = {
         "align_pro": {"kind": "train", "settings": {"run": {"steps": 50}}},
         "miprov2": {"kind": "miprov2", "target_calls": "align_pro"},

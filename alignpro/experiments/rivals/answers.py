@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from alignpro.errors import TrainingError
+from alignpro.training.durability import replace_text
 
 FILE_NAME = "answers.jsonl"
 
@@ -55,7 +56,7 @@ class AnswerFile:
             self._known[key] = Answer(**row)
         try:
             whole = "".join(f"{line}\n" for line in lines) or json.dumps({"fingerprint": fingerprint}) + "\n"
-            path.write_text(whole, encoding="utf-8")
+            replace_text(path, whole)
             self._file: IO[str] = path.open("a", encoding="utf-8")
         except OSError as error:
             raise TrainingError(f"{path}: cannot be written: {error}") from error

@@ -17,11 +17,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
+from pydantic import ValidationError
+
 from alignpro.config import RivalConfig, RivalKind
 from alignpro.data import Prompt
 from alignpro.errors import AlignProError, ConfigError
 from alignpro.experiments.rivals.asking import TargetAsker, usable
 from alignpro.experiments.rivals.proposing import ProposerAsker
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 16
 """Prompts of MIPROv2's partial evaluations at most."""
@@ -95,7 +99,7 @@ class InstructionSearch:
         def propose_or_keep(candidate: dict[str, str], **others: Any) -> dict[str, str]:
             try:
                 proposed: dict[str, str] = propose(candidate=candidate, **others)
-            except (parse_error, ValueError):  # a ValueError of pydantic: the text is empty
+            except (parse_error, ValidationError):  # the latter: the text is empty
                 self.unusable += 1
                 return candidate
             return {name: usable(text) for name, text in proposed.items()}
@@ -136,13 +140,14 @@ class InstructionSearch:
                 minibatch_full_eval_steps=_FULL_EVERY,
             )
         except self._parse_error():
-            self.unusable += 1  # without an instruction of the proposer it has nothing to choose from
+            self.unusable += 1
+            logger.warning("MIPROv2: the proposer wrote no instruction; only the hand-written ones were tried")
 
     def _program(self, instruction: str) -> Any:
         """A module of dspy with one predictor, whose instruction the target gets with the prompt."""
         dspy, adapter = self._dspy, self._target_adapter()
 
-        class Respond(dspy.Module):  # type: ignore[misc, name-defined]
+        class Respond(dspy.Module):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 super().__init__()
                 self.respond = dspy.Predict(dspy.Signature("prompt -> response", instruction))
@@ -157,7 +162,7 @@ class InstructionSearch:
         """An adapter that asks the target in place of a language model of dspy."""
         target, prompts = self._target, self._prompts
 
-        class TargetAdapter(self._dspy.Adapter):  # type: ignore[misc, name-defined]
+        class TargetAdapter(self._dspy.Adapter):  # type: ignore[name-defined]
             def __call__(
                 self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any
             ) -> list[dict[str, Any]]:
@@ -176,7 +181,7 @@ class InstructionSearch:
         """
         parse_error = self._parse_error()
 
-        class LenientAdapter(self._dspy.ChatAdapter):  # type: ignore[misc, name-defined]
+        class LenientAdapter(self._dspy.ChatAdapter):  # type: ignore[name-defined]
             def parse(self, signature: Any, completion: str) -> dict[str, Any]:
                 try:
                     fields: dict[str, Any] = super().parse(signature, completion)
