@@ -31,6 +31,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "judge": comparing.judge,
     "headroom": comparing.headroom,
     "experiment": comparing.experiment,
+    "sweep": comparing.sweep,
+    "rival": comparing.rival,
     "report": comparing.report,
     "optimal": comparing.optimal,
     "rewrite": rewriting.rewrite,

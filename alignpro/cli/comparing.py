@@ -1,13 +1,16 @@
-"""`alignpro eval`, `judge`, `headroom`, `experiment`, `report` and `optimal`."""
+"""`alignpro eval`, `judge`, `headroom`, `experiment`, `sweep`, `rival`, `report` and `optimal`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alignpro.cli.arguments import Arguments, DryRun, configure, load_late
+
+if TYPE_CHECKING:
+    from alignpro.config import ExperimentConfig
 
 
 def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
@@ -70,26 +73,54 @@ def headroom(arguments: Arguments, dry_run: DryRun = False) -> None:
         typer.echo(load_late("alignpro.evaluation.headroom:headroom")(config).table())
 
 
-def experiment(
-    arguments: Arguments,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Check the configuration of every cell, list the cells with those that are done, and exit.",
-        ),
-    ] = False,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Run nothing: compare the cells that are done, and write the report.")
-    ] = False,
-) -> None:
+ListCells = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check the configuration of every cell, list the cells with those that are done, and exit.",
+    ),
+]
+CompareOnly = Annotated[
+    bool, typer.Option("--compare", help="Run nothing: compare the cells that are done, and write the report.")
+]
+
+
+def experiment(arguments: Arguments, dry_run: ListCells = False, compare: CompareOnly = False) -> None:
     """Train and evaluate prompters × targets × tasks × methods × seeds, each in a process of its own, and compare them.
 
     Cells that are done are kept: the same command continues an interrupted experiment and tries failed cells again.
     """
     from alignpro.config import ExperimentConfig, load_config
 
-    config = load_config(ExperimentConfig, arguments)
+    _experiment(load_config(ExperimentConfig, arguments), dry_run, compare)
+
+
+def sweep(arguments: Arguments, dry_run: ListCells = False, compare: CompareOnly = False) -> None:
+    """Run an experiment's methods at each point of a grid or a random search over its keys, and compare them.
+
+    Says which point is best on one part of the held-out prompts and what it reaches on the other, and draws reward against
+    KL. It is interrupted, continued and extended as an experiment is.
+    """
+    from alignpro.config import SweepConfig, load_config
+
+    _experiment(load_config(SweepConfig, arguments), dry_run, compare)
+
+
+def rival(arguments: Arguments, dry_run: DryRun = False) -> None:
+    """Search an instruction with GEPA or MIPROv2, within a number of responses of the target.
+
+    What Align-Pro is compared with at equal target calls; needs the extra `rivals`. Writes instruction.txt and rival.json. An
+    interrupted search goes on where it stopped.
+    """
+    from alignpro.config import RivalConfig
+
+    config = configure(RivalConfig, arguments, dry_run)
+    if config is not None:
+        load_late("alignpro.experiments.rivals.run:search_instruction")(config)
+
+
+def _experiment(config: ExperimentConfig, dry_run: bool, compare: bool) -> None:
+    """Describe, compare or run the cells of an experiment or a sweep."""
     if dry_run:
         typer.echo("\n".join(load_late("alignpro.experiments.run:describe_plan")(config)))
     elif compare:

@@ -15,11 +15,13 @@ from alignpro.config.endpoints import (
     TargetEndpointConfig,
 )
 from alignpro.config.experiment import (
+    BestOfMethod,
     ExperimentConfig,
     GibbsMethod,
     InstructionMethod,
     Method,
     PriorMethod,
+    RivalMethod,
     RLHFMethod,
     TrainMethod,
     UnchangedMethod,
@@ -51,12 +53,14 @@ from alignpro.config.rewards import (
     RewardComponentConfig,
     RewardConfig,
 )
+from alignpro.config.rival import RivalConfig, RivalKind, SearchSection
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
 from alignpro.config.serving import AccessConfig, ListenConfig, ServeConfig, ServeLimitsConfig, ServeLogConfig
 from alignpro.config.serving_page import PageConfig
 from alignpro.config.serving_rewriting import RewritingConfig
+from alignpro.config.sweep import RangeConfig, SweepConfig, concerns
 from alignpro.config.targets import (
     MixedEndpointConfig,
     MixedModelConfig,
@@ -75,6 +79,7 @@ from alignpro.config.targets import (
 __all__ = [
     "AccessConfig",
     "AdapterConfig",
+    "BestOfMethod",
     "BudgetConfig",
     "ComparisonConfig",
     "ConfigSource",
@@ -114,6 +119,7 @@ __all__ = [
     "PromptingConfig",
     "RLHFConfig",
     "RLHFMethod",
+    "RangeConfig",
     "RefusalsConfig",
     "RemoteTargetConfig",
     "ResponseRolloutConfig",
@@ -121,17 +127,22 @@ __all__ = [
     "RewardConfig",
     "RewardModelConfig",
     "RewritingConfig",
+    "RivalConfig",
+    "RivalKind",
+    "RivalMethod",
     "RolloutConfig",
     "RunConfig",
     "RunSection",
     "SFTConfig",
     "SFTDataConfig",
     "SamplingConfig",
+    "SearchSection",
     "Section",
     "ServeConfig",
     "ServeLimitsConfig",
     "ServeLogConfig",
     "SpendingConfig",
+    "SweepConfig",
     "TargetConfig",
     "TargetEndpointConfig",
     "TargetMixtureConfig",
@@ -141,6 +152,7 @@ __all__ = [
     "TrainMethod",
     "TrainableModelConfig",
     "UnchangedMethod",
+    "concerns",
     "default_name",
     "dump_config",
     "load_config",

@@ -17,6 +17,8 @@ from alignpro.config.jobs import (
     TrainConfig,
 )
 from alignpro.config.judging import JudgeConfig
+from alignpro.config.rival import RivalConfig
+from alignpro.config.sweep import SweepConfig
 
 COMMANDS: dict[str, type[BaseModel]] = {
     "sft": SFTConfig,
@@ -28,6 +30,8 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "optimal": OptimalConfig,
     "experiment": ExperimentConfig,
     "judge": JudgeConfig,
+    "sweep": SweepConfig,
+    "rival": RivalConfig,
 }
 """Command → its configuration."""
 

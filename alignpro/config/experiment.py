@@ -12,6 +12,7 @@ from alignpro.config.endpoints import SpendingConfig
 from alignpro.config.jobs import CandidateCount, InstructionName
 from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import RewardConfig
+from alignpro.config.rival import RivalKind, SearchSection
 from alignpro.config.rollout import EngineConfig, SamplingConfig
 from alignpro.config.section import OutputPath, Section
 
@@ -65,6 +66,13 @@ class GibbsMethod(Section):
     candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
 
 
+class BestOfMethod(Section):
+    """The best of N rewrites of the prompter before training, answered anew."""
+
+    kind: Literal["best_of"]
+    candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
+
+
 class TrainMethod(Section):
     """A prompter trained by `alignpro train`."""
 
@@ -85,8 +93,26 @@ class RLHFMethod(Section):
     """Sections of `alignpro rlhf` that differ from the experiment's ``rlhf``."""
 
 
+class RivalMethod(Section):
+    """An instruction that an optimiser of prompts finds: GEPA or MIPROv2, within a number of responses of the target."""
+
+    kind: RivalKind
+    target_calls: Annotated[int, Field(ge=4)] | str
+    """Most responses of the target, or the ``train`` method that takes as many."""
+    search: SearchSection = SearchSection()
+    label: str | None = None
+    """Its name in the report; by default that of the optimiser."""
+
+
 Method = Annotated[
-    UnchangedMethod | InstructionMethod | PriorMethod | GibbsMethod | TrainMethod | RLHFMethod,
+    UnchangedMethod
+    | InstructionMethod
+    | PriorMethod
+    | GibbsMethod
+    | BestOfMethod
+    | TrainMethod
+    | RLHFMethod
+    | RivalMethod,
     Field(discriminator="kind"),
 ]
 
@@ -111,9 +137,11 @@ class ExperimentConfig(Section):
     """What starts a training, such as ``[deepspeed, --num_gpus, "8", --module]``; by default this Python."""
     prompters: dict[str, ExperimentPrompter] = Field(default_factory=dict)
     targets: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Name → a target, as in `alignpro train`."""
+    """Name → a target, as in `alignpro train`; in a ``mixture``, a name stands for another target of the experiment."""
     tasks: dict[str, ExperimentTask] = Field(min_length=1)
     methods: dict[str, Method] = Field(min_length=1)
+    transfer: bool | list[str] = False
+    """Whether each trained prompter is evaluated on the other targets as well, or on which."""
     prompting: PromptingConfig = PromptingConfig()
     kl_coef: float = Field(0.05, gt=0)
     """λ, of all methods that have one."""
@@ -135,23 +163,56 @@ class ExperimentConfig(Section):
             _check_name(name)
         return given
 
+    @property
+    def transfer_targets(self) -> list[str]:
+        """The targets on which every trained prompter is evaluated: single ones, since a mixture is several."""
+        if isinstance(self.transfer, list):
+            return self.transfer
+        return [name for name, each in self.targets.items() if "mixture" not in each] if self.transfer else []
+
+    def _check_targets(self) -> None:
+        for name, each in self.targets.items():
+            parts = each.get("mixture", ())
+            for part in parts if isinstance(parts, list) else ():
+                if isinstance(part, str) and (part not in self.targets or "mixture" in self.targets[part]):
+                    raise ValueError(f"targets.{name}.mixture: {part!r} is no single target of this experiment")
+        for name in self.transfer if isinstance(self.transfer, list) else ():
+            if name not in self.targets or "mixture" in self.targets[name]:
+                raise ValueError(f"transfer: {name!r} is no single target of this experiment")
+        if self.transfer and not any(isinstance(method, TrainMethod) for method in self.methods.values()):
+            raise ValueError("transfer needs a `train` method, whose prompters it evaluates")
+
     @model_validator(mode="after")
     def _check(self) -> ExperimentConfig:
+        self._check_targets()
         for i, seed in enumerate(self.seeds):
             if seed in self.seeds[:i]:
                 raise ValueError(f"seeds: {seed} is given twice")
         of_prompters = [name for name, method in self.methods.items() if needs_prompter(method)]
         if of_prompters and not self.prompters:
             raise ValueError(f"methods.{of_prompters[0]} needs a prompter: name one in `prompters`")
+        for name, method in self.methods.items():
+            if isinstance(method, RivalMethod):
+                self._check_rival(name, method)
         wanting = [name for name, method in self.methods.items() if isinstance(method, InstructionMethod)]
         if wanting and not any(task.instructions for task in self.tasks.values()):
             raise ValueError(f"methods.{wanting[0]} needs `instructions` in a task")
         return self
 
+    def _check_rival(self, name: str, method: RivalMethod) -> None:
+        bare = [task for task, each in self.tasks.items() if not each.instructions]
+        if bare:
+            raise ValueError(f"methods.{name} begins with hand-written `instructions`: give some in tasks.{bare[0]}")
+        given = method.target_calls
+        if isinstance(given, str) and not isinstance(self.methods.get(given), TrainMethod):
+            raise ValueError(
+                f"methods.{name}.target_calls={given}: expected a number, or the name of a `train` method that takes as many"
+            )
+
 
 def needs_prompter(method: Method) -> bool:
     """Whether a method has one cell for each prompter."""
-    return isinstance(method, PriorMethod | GibbsMethod | TrainMethod)
+    return isinstance(method, PriorMethod | GibbsMethod | BestOfMethod | TrainMethod)
 
 
 def _check_name(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -189,9 +190,14 @@ class EvalConfig(ComparisonConfig):
     instructions: dict[InstructionName, str] = Field(default_factory=dict)
     """Name → hand-written instruction, which is appended to every prompt after a blank line, or a Jinja template around
     ``{{ prompt }}``: arm ``instruction_NAME``."""
+    instruction_files: dict[InstructionName, Path] = Field(default_factory=dict)
+    """Likewise, name → a text file that is read when the evaluation begins, such as the instruction.txt of `alignpro rival`."""
     gibbs_candidates: Annotated[int, Field(ge=0)] | Annotated[list[CandidateCount], Field(min_length=1)] = 0
     """Number N of rewrites of ρ_sft to resample from; 0 omits the arm ``gibbs``. Several numbers are the arms ``gibbs_N``:
     the rewrites are drawn once, and a smaller N has the first of them."""
+    best_of: list[CandidateCount] = Field(default_factory=list)
+    """Numbers N of rewrites of ρ_sft of which the one with the highest reward is kept and answered anew: arms ``best_of_N``.
+    They are the first of the candidates of Gibbs resampling, if there are any."""
     arms: list[str] | None = None
     """The arms to sample; by default all that the other keys describe. Without ``no_finetuning`` there are no differences."""
     also_fit: list[ModelConfig] = Field(default_factory=list)
@@ -232,13 +238,23 @@ class EvalConfig(ComparisonConfig):
         return gibbs_arms(self.gibbs_candidates)
 
     @property
+    def best_of_arms(self) -> dict[str, int]:
+        """Key of each arm of best-of-N → its N."""
+        return {f"best_of_{count}": count for count in sorted(set(self.best_of))}
+
+    @property
+    def candidate_counts(self) -> dict[str, int]:
+        """Key of each arm that chooses among candidates → the number of them."""
+        return self.gibbs_arms | self.best_of_arms
+
+    @property
     def described_arms(self) -> list[str]:
         """The keys of all arms that the configuration describes, in the order of figures and reports."""
         return [
             "no_finetuning",
-            *(f"{INSTRUCTION}{name}" for name in self.instructions),
+            *(f"{INSTRUCTION}{name}" for name in {**self.instructions, **self.instruction_files}),
             *(["sft_prompter"] if self.reference is not None else []),
-            *self.gibbs_arms,
+            *self.candidate_counts,
             *(["align_pro"] if self.prompter is not None else []),
             *(["oracle"] if self.oracle is not None else []),
         ]
@@ -254,13 +270,17 @@ class EvalConfig(ComparisonConfig):
             raise ValueError(
                 "gibbs_candidates are rewrites of ρ_sft: they need `reference`, the prompter before training"
             )
+        if self.best_of and self.reference is None:
+            raise ValueError("best_of are rewrites of ρ_sft: they need `reference`, the prompter before training")
         if self.gibbs_arms and self.kl_coef == 0:
             raise ValueError("gibbs_candidates weighs rewrites by exp(R/λ): kl_coef must be positive")
+        if twice := sorted(self.instructions.keys() & self.instruction_files.keys()):
+            raise ValueError(f"instruction_files.{twice[0]}: instructions has this name too: give one of them another")
         unknown = [name for name in self.arms or [] if name not in self.described_arms]
         if unknown or self.arms == []:
             raise ValueError(
                 f"arms: {unknown[0] if unknown else 'none'}: expected some of {', '.join(self.described_arms)}; others need "
-                "their key (prompter, reference, oracle, instructions, gibbs_candidates)"
+                "their key (prompter, reference, oracle, instructions, gibbs_candidates, best_of)"
             )
         if self.judge is not None and (other := [x for x in self.judge.against if x not in self.sampled_arms]):
             raise ValueError(

@@ -140,20 +140,19 @@ class ArmSampler:
         )
 
     def resample(
-        self, candidates: ArmSamples, prompter: LanguageModel, kl_coef: float, count: int, name: str = "gibbs"
+        self, candidates: ArmSamples, prompter: LanguageModel, weights: Tensor, count: int, name: str = "gibbs"
     ) -> ArmSamples:
-        """Resample ``count`` candidates per prompt with weights softmax(R/λ) and draw new responses of the target.
+        """Resample ``count`` candidates per prompt and draw new responses of the target.
 
         The resampled rewrites are not scored with the responses that selected them, which would favour lucky ones.
 
         Args:
             candidates: Rewrites of ρ_sft.
             prompter: ρ_sft, for its template.
-            kl_coef: λ.
+            weights: (P, N) probability of each candidate, such as those of `gibbs_weights`.
             count: Rewrites to keep of each prompt, drawn with replacement.
             name: The arm's key.
         """
-        weights = self.gibbs_weights(candidates, kl_coef).weights  # (P, N)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "gibbs"))
         chosen = torch.multinomial(weights.double(), count, replacement=True, generator=generator).tolist()
         environment = self.environment(prompter)

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from alignpro.evaluation.figure_style import LINES, STYLE, save_figure
 from alignpro.evaluation.results import ArmGroup, ArmSummary
 
 # Okabe & Ito (2008): distinguishable with every common colour blindness. Hatches keep bars distinct in greyscale.
@@ -31,37 +32,6 @@ ARM_STYLE: dict[str, tuple[str, str]] = {
 _OTHERS = (("#CC79A7", "----"), ("#D55E00", "++++"), ("#F0E442", "||||"), ("#8C6BB1", "----"), ("#A6761D", "++++"))
 _GIBBS = (("#99D8C9", "xxxx"), ("#41AE76", "xxxx"), ("#006D2C", "xxxx"))
 """Gibbs with several numbers of candidates, from few to many. Hatches of lines: those of circles make large files."""
-LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-
-_STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "ytick.major.size": 0,
-    "xtick.major.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "hatch.linewidth": 0.6,
-    "lines.linewidth": 1.5,
-    "savefig.dpi": 200,
-    "text.parse_math": False,  # a $ in a label is literal
-    "svg.hashsalt": "alignpro",  # with the date omitted, equal data give equal bytes
-}
 
 _GUARD = "reward/guard/"
 """Prefix of the metrics of drift guards."""
@@ -99,7 +69,7 @@ def plot_comparison(groups: Sequence[ArmGroup], path: Path | IO[bytes], *, forma
     labels = {arm.name: arm.label for group in groups for arm in group.arms}
     styles = _arm_styles(list(labels))
     slots = sum(len(group.arms) + 1 for group in groups)
-    with style.context(_STYLE):
+    with style.context(STYLE):
         figure = Figure(figsize=(min(max(6.4, 2.4 + 0.62 * slots), 14), 3.3), layout="constrained")
         FigureCanvasAgg(figure)
         mean_axes, variance_axes = figure.subplots(1, 2)
@@ -109,7 +79,7 @@ def plot_comparison(groups: Sequence[ArmGroup], path: Path | IO[bytes], *, forma
         variance_axes.set_title("Reward variance")
         handles = _legend(labels, styles)
         figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), handlelength=1.4)
-        _save(figure, path, format)
+        save_figure(figure, path, format)
 
 
 def plot_bars(
@@ -132,7 +102,7 @@ def plot_bars(
     labels = {arm.name: arm.label for group in groups for arm in group.arms}
     styles = _arm_styles(list(labels))
     slots = sum(len(group.arms) + 1 for group in groups)
-    with style.context(_STYLE):
+    with style.context(STYLE):
         width = min(max(4.6, 0.9 + 0.42 * slots), 11)
         figure = Figure(figsize=(width, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
@@ -149,7 +119,7 @@ def plot_bars(
                 fontsize=8,
                 handlelength=1.4,
             )
-        _save(figure, path, format)
+        save_figure(figure, path, format)
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
@@ -184,7 +154,7 @@ def plot_curves(
         return False
     columns = 4 if len(panels) in (4, 7, 8) else min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    with style.context(_STYLE):
+    with style.context(STYLE):
         figure = Figure(figsize=(max(3.1 * columns, 4.6), 2.2 * lines + 0.4), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(lines, columns, squeeze=False)
@@ -211,7 +181,7 @@ def plot_curves(
                 for color, label in zip(_cycle(LINES, len(runs)), runs, strict=True)
             ]
             figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        _save(figure, path, format)
+        save_figure(figure, path, format)
     return True
 
 
@@ -238,7 +208,7 @@ def plot_frontier(
     drawn = {label: both for label, both in drawn.items() if len(both[0]) > 1 or len(both[1]) > 0}
     if not drawn:
         return False
-    with style.context(_STYLE):
+    with style.context(STYLE):
         figure = Figure(figsize=(6.4, 3.3), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -261,14 +231,14 @@ def plot_frontier(
         axes.set_ylabel("reward")
         axes.margins(x=0.03)
         figure.legend(loc="outside lower center", ncols=2)
-        _save(figure, path, format)
+        save_figure(figure, path, format)
     return True
 
 
 def plot_distributions(arms: Sequence[ArmSummary], path: Path | IO[bytes], *, format: str | None = None) -> None:
     """Plot the empirical distribution of the prompts' mean rewards, one line per arm."""
     styles = _arm_styles([arm.name for arm in arms])
-    with style.context(_STYLE):
+    with style.context(STYLE):
         figure = Figure(figsize=(6.4, 3.3), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -278,7 +248,7 @@ def plot_distributions(arms: Sequence[ArmSummary], path: Path | IO[bytes], *, fo
         axes.set_ylabel("share of prompts")
         axes.set_ylim(0, 1.02)
         figure.legend(loc="outside lower center", ncols=min(3, len(arms)))
-        _save(figure, path, format)
+        save_figure(figure, path, format)
 
 
 def arm_colors(names: Sequence[str]) -> dict[str, str]:
@@ -389,8 +359,3 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     index = np.arange(len(values))
     start, stop = np.maximum(index - window, 0), np.minimum(index + window + 1, len(values))
     return (total[stop] - total[start]) / (stop - start)
-
-
-def _save(figure: Figure, path: Path | IO[bytes], format: str | None) -> None:
-    kind = format or Path(str(path)).suffix.removeprefix(".")
-    figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)

@@ -15,7 +15,7 @@ import numpy as np
 from alignpro.errors import DataError
 from alignpro.evaluation.comparison_results import SEEN_DIFFERENCE, Comparison, Cost, Group, MethodResult, Versus
 from alignpro.evaluation.labels import method_label
-from alignpro.evaluation.rewards_file import EvaluationRewards
+from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards
 from alignpro.evaluation.verdict import size_sentence, verdict_sentence
 from alignpro.theory.statistics import (
     Clusters,
@@ -119,7 +119,7 @@ def _ordered(rewards: EvaluationRewards, places: np.ndarray) -> EvaluationReward
         prompts=[rewards.prompts[i] for i in places],
         clusters=[rewards.clusters[i] for i in places],
         arms={
-            name: replace(arm, raw=arm.raw[places], penalised=arm.penalised[places])
+            name: ArmRewards(arm.raw[places], arm.penalised[places], None if arm.kl is None else arm.kl[places])
             for name, arm in rewards.arms.items()
         },
     )
@@ -150,7 +150,7 @@ def _group(records: list[Record], prompter: str) -> Group:
 
 def _place(method: str) -> int:
     """Where a method stands in tables and figures: from what costs nothing to the oracle."""
-    order = (BASELINE, INSTRUCTION, "sft_prompter", "gibbs")
+    order = (BASELINE, INSTRUCTION, "sft_prompter", "gibbs", "best_of")
     known = (place for place, key in enumerate(order) if method.startswith(key))
     return len(order) + 1 if method.startswith(ORACLE) else next(known, len(order))
 

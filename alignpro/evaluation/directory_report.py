@@ -24,14 +24,19 @@ from alignpro.evaluation.evaluated import (
 from alignpro.evaluation.paper_figure import paper_figure
 from alignpro.evaluation.refusal_rates import RefusalRates, merged, read_refusals, refusals_content
 from alignpro.evaluation.report import write_report
-from alignpro.evaluation.report_content import Report
+from alignpro.evaluation.report_content import Analysis, Report
 from alignpro.evaluation.results import SampleRow
 from alignpro.training.durability import disk_errors
 from alignpro.versions import versions
 
 
 def report_directories(
-    directories: Sequence[Path], out: Path, *, title: str = "Align-Pro", paper: bool = False
+    directories: Sequence[Path],
+    out: Path,
+    *,
+    title: str = "Align-Pro",
+    paper: bool = False,
+    analyses: Sequence[Analysis] = (),
 ) -> Comparison | None:
     """Write one report on all directories.
 
@@ -40,6 +45,7 @@ def report_directories(
         out: The HTML file.
         title: Of the report.
         paper: Whether to draw the values of the paper's figure too.
+        analyses: Of an experiment, shown below the comparison.
 
     Returns:
         The comparison; None if there are training runs only.
@@ -59,7 +65,15 @@ def report_directories(
     runs = [directory for directory in directories if (directory / "metrics.jsonl").is_file()]
     command = ["alignpro report", *map(str, directories), "--out", str(out), *(["--paper"] if paper else [])]
     return _report_records(
-        records, evaluations, out, title=title, runs=runs, notes=notes, paper=paper, command=" ".join(command)
+        records,
+        evaluations,
+        out,
+        title=title,
+        runs=runs,
+        notes=notes,
+        paper=paper,
+        analyses=analyses,
+        command=" ".join(command),
     )
 
 
@@ -72,6 +86,7 @@ def _report_records(
     runs: Sequence[Path] = (),
     notes: Sequence[str] = (),
     paper: bool = False,
+    analyses: Sequence[Analysis] = (),
     command: str = "",
 ) -> Comparison | None:
     """Write the report on records, such as the cells of an experiment that are done.
@@ -84,6 +99,7 @@ def _report_records(
         runs: Training runs whose curves are shown besides those of the evaluated models.
         notes: Sentences that stand above the tables.
         paper: Whether to draw the values of the paper's figure too.
+        analyses: Shown below the comparison.
         command: What makes the report again.
 
     Returns:
@@ -114,6 +130,7 @@ def _report_records(
         judgements=_found(evaluations, "judge"),
         refusals=refusals,
         paper=paper_figure() if paper else None,
+        analyses=analyses,
         versions=versions(),
         command=command,
         created=time.strftime("%Y-%m-%d"),

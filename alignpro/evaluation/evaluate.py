@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from alignpro.config import (
     ConfigSource,
     EvalConfig,
@@ -35,7 +37,14 @@ from alignpro.evaluation.refusal_rates import refusals_content, write_refusals
 from alignpro.evaluation.refusals import measure_refusals
 from alignpro.evaluation.results import ArmSummary, Evaluation, SampleRow, adjusted, summarize_arm
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards, reward_hash
-from alignpro.evaluation.sampled_arms import Trained, count_arms, instruction_templates, sample_arms
+from alignpro.evaluation.sampled_arms import (
+    Trained,
+    candidate_kl,
+    count_arms,
+    instruction_templates,
+    sample_arms,
+    written_instructions,
+)
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
@@ -81,7 +90,7 @@ def evaluate(
         raise ConfigError(
             "target.mixture: a prompter is evaluated on one target at a time: `alignpro eval` does so for each"
         )
-    instruction_templates(config.instructions)  # an error in one comes before any work
+    instruction_templates(written_instructions(config))  # an error in one comes before any work
     if config.judge is not None:
         judging_rubric(config.judge)
     prepare_directory(config.out, "summary.json")
@@ -165,7 +174,8 @@ def _compare(
     clusters: Clusters,
     seconds: float,
 ) -> Evaluation:
-    kl = _kl(config, sampler, arms, trained)
+    prompt_kl = _kl(config, sampler, arms, trained)
+    kl = {name: each.mean().item() for name, each in prompt_kl.items()}
     baseline = arms["no_finetuning"].raw if "no_finetuning" in arms else None
     summaries = adjusted(
         [
@@ -200,19 +210,24 @@ def _compare(
         notes=[*_notes(config, summaries), *_server_notes(sampler.target, trained, config)],
         convergence=_convergence(config),
         seconds=seconds,
-        rewards=_rewards(config, sampler.prompts, arms, clusters),
+        rewards=_rewards(config, sampler, arms, clusters, prompt_kl),
     )
 
 
 def _rewards(
-    config: EvalConfig, prompts: Sequence[Prompt], arms: Mapping[str, ArmSamples], clusters: Clusters
+    config: EvalConfig,
+    sampler: ArmSampler,
+    arms: Mapping[str, ArmSamples],
+    clusters: Clusters,
+    trained_kl: Mapping[str, Tensor],
 ) -> EvaluationRewards:
-    """The rewards of the compared arms, for comparisons with other evaluations."""
+    """The rewards of the compared arms with their KL, for comparisons with other evaluations."""
+    kl = {**trained_kl, **candidate_kl(config, sampler, arms)}
     return EvaluationRewards(
-        prompts=[prompt.id for prompt in prompts],
+        prompts=[prompt.id for prompt in sampler.prompts],
         clusters=clusters.numbers.tolist(),
         arms={
-            name: ArmRewards(finite(arm.raw), finite(arm.penalised))
+            name: ArmRewards(finite(arm.raw), finite(arm.penalised), finite(kl[name]) if name in kl else None)
             for name, arm in arms.items()
             if name != "candidates"
         },
@@ -221,10 +236,10 @@ def _rewards(
     )
 
 
-def _kl(config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, ArmSamples], trained: Trained) -> dict[str, float]:
-    """KL of each trained arm to its initial model, in nats per sequence."""
+def _kl(config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, ArmSamples], trained: Trained) -> dict[str, Tensor]:
+    """(P,) KL of each trained arm to its initial model, in nats per sequence."""
     prompter, reference, oracle = trained.prompter, trained.reference, trained.oracle
-    kl: dict[str, float] = {}
+    kl: dict[str, Tensor] = {}
     if prompter is not None and reference is not None and "align_pro" in arms:
         encode = sampler.environment(prompter).encode
         inputs = [encode(prompt) for prompt in sampler.prompts]
@@ -267,10 +282,10 @@ def _notes(config: EvalConfig, arms: Sequence[ArmSummary]) -> list[str]:
         notes.append(
             "All rewards are 0 or 1: their total variance is p(1 − p) of the mean and adds nothing to it; its parts do."
         )
-    if any(arm.name.startswith("gibbs") for arm in arms):
+    if any(arm.name in config.candidate_counts for arm in arms):
         notes.append(
-            "Gibbs: the rewrites of a prompt are resampled from one set of candidates, so its variance between prompts also "
-            "holds that between sets of candidates."
+            "Gibbs and best of N: the rewrites of a prompt are chosen from one set of candidates, so their variance between "
+            "prompts also holds that between sets of candidates."
         )
     return notes
 

@@ -156,7 +156,9 @@ def _sample_task(
     own = sampler.scored(candidates, prompter)
     arms["sft_prompter"] = own.first(K)
     for name, count in config.gibbs_arms.items():
-        arms[name] = sampler.resample(own.first(count), prompter, config.kl_coef, K, name)
+        first = own.first(count)
+        weights = sampler.gibbs_weights(first, config.kl_coef).weights  # (P, N)
+        arms[name] = sampler.resample(first, prompter, weights, K, name)
     return arms | {"candidates": own}
 
 

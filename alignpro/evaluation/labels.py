@@ -9,8 +9,10 @@ _LABELS = {
     "align_pro": "Align-Pro",
     "oracle": "Oracle (RLHF)",
     "candidates": "Candidates",
+    "gepa": "GEPA",
+    "miprov2": "MIPROv2",
 }
-_INSTRUCTION, _GIBBS = "instruction_", "gibbs_"
+_INSTRUCTION, _GIBBS, _BEST_OF = "instruction_", "gibbs_", "best_of_"
 
 
 def method_label(method: str) -> str:
@@ -19,6 +21,8 @@ def method_label(method: str) -> str:
         return _LABELS[method]
     if method.startswith(_GIBBS) and method.removeprefix(_GIBBS).isdecimal():
         return f"Gibbs, N = {method.removeprefix(_GIBBS)}"
+    if method.startswith(_BEST_OF) and method.removeprefix(_BEST_OF).isdecimal():
+        return f"Best of {method.removeprefix(_BEST_OF)}"
     if method.startswith(_INSTRUCTION):
         return f"Instruction: {method.removeprefix(_INSTRUCTION).replace('_', ' ')}"
     return method.replace("_", " ")

@@ -17,15 +17,17 @@ from alignpro.policy.reference_logprobs import sequence_logprob
 
 def sequence_kl(
     model: LanguageModel, reference: LanguageModel, inputs: Sequence[Sequence[int]], arm: ArmSamples, temperature: float
-) -> float:
-    """Mean exact KL(model ‖ reference) on an arm's samples, in nats per sequence; both models share one vocabulary."""
+) -> Tensor:
+    """Exact KL(model ‖ reference) on an arm's samples, in nats per sequence; both models share one vocabulary.
+
+    Returns:
+        (P,) float64 on the CPU: the mean over the samples of each prompt.
+    """
     policy = Policy(model, reference, temperature=temperature)
     prompts = [ids for ids, group in zip(inputs, arm.chains, strict=True) for _ in group]
     samples = [chain.sample.tokens for group in arm.chains for chain in group]
-    total = 0.0
-    for batch in _batches(prompts, samples, model):
-        total += policy.token_stats(batch).kl.sum().item()
-    return total / len(samples)
+    sums = [policy.token_stats(batch).kl.sum(1).double().cpu() for batch in _batches(prompts, samples, model)]
+    return torch.cat(sums).view(len(arm.chains), -1).mean(1)
 
 
 @torch.no_grad()

@@ -51,8 +51,8 @@ def _optimal(config: OptimalConfig, out: Path, servers: Servers) -> dict[str, An
     with progress_bar(2 * sampler.chunks, 0, ("reward",)) as advance:
         sampler.advance = advance
         candidates = sampler.sample_rewrites("candidates", prompter, config.candidates)
-        resampled = sampler.resample(candidates, prompter, config.kl_coef, 1)
-    weighed = sampler.gibbs_weights(candidates, config.kl_coef)
+        weighed = sampler.gibbs_weights(candidates, config.kl_coef)
+        resampled = sampler.resample(candidates, prompter, weighed.weights, 1)
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
     estimates = arm_estimates(sampler, candidates, resampled, config.kl_coef, clusters)
     with (out / "rewrites.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:

@@ -110,6 +110,7 @@ def render_report(report: Report) -> str:
         clustered=any(group.clusters != group.prompts for group in groups),
         kl=[(arm.label, arm.kl) for arm in report.arms if arm.kl is not None],
         figures=_figures(report),
+        analyses=[(each, _embed(each.figure)) for each in report.analyses],
         curves=_embed(charts.to_svg(charts.plot_curves, report.curves)),
         frontier=_embed(charts.to_svg(charts.plot_frontier, report.curves)),
         table=_table(report.arms, report.rows, colors),

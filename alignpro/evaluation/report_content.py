@@ -15,6 +15,22 @@ from alignpro.theory.statistics import Estimate
 
 
 @dataclass(frozen=True)
+class Analysis:
+    """A part of the report of an experiment."""
+
+    title: str
+    text: str
+    """What it says, and what it does not."""
+    figure: bytes = b""
+    """SVG."""
+    header: Sequence[str] = ()
+    """Of the table."""
+    rows: Sequence[Sequence[str]] = ()
+    results: Mapping[str, Any] = field(default_factory=dict)
+    """The same for summary.json."""
+
+
+@dataclass(frozen=True)
 class Report:
     """The content of the HTML report."""
 
@@ -53,5 +69,7 @@ class Report:
     command: str = ""
     """The command that reproduces this report."""
     created: str = ""
+    analyses: Sequence[Analysis] = ()
+    """Of an experiment: shown below the comparison."""
     notes: Sequence[str] = ()
     """Sentences above the table, such as what was compared and what the numbers do not show."""

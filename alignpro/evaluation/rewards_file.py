@@ -26,6 +26,9 @@ class ArmRewards:
     """(P, K, M) float64, without penalties; K = 1 in an arm without rewrites."""
     penalised: FloatArray
     """(P, K, M) with the penalties of guards and truncation."""
+    kl: FloatArray | None = None
+    """(P,) KL of the arm to what it started from, in nats per sequence, or the most that it can be on average; None if it
+    started from nothing or its KL is not known."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,11 @@ class EvaluationRewards:
 
     def as_dict(self) -> dict[str, Any]:
         """The content of rewards.json."""
-        arms = {name: {"raw": arm.raw.tolist(), "penalised": arm.penalised.tolist()} for name, arm in self.arms.items()}
+        arms = {
+            name: {"raw": arm.raw.tolist(), "penalised": arm.penalised.tolist()}
+            | ({} if arm.kl is None else {"kl": arm.kl.tolist()})
+            for name, arm in self.arms.items()
+        }
         return {
             "prompts": list(self.prompts),
             "clusters": list(self.clusters),
@@ -125,4 +132,7 @@ def _parse_arm(content: Any, prompts: int, where: str) -> ArmRewards:
             place = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
             raise DataError(f"{where}.{key}{place}: the reward is not finite")
         arrays[key] = array
-    return ArmRewards(**arrays)
+    kl = content.get("kl")  # evaluations by earlier versions have none
+    if kl is not None and (not isinstance(kl, list) or len(kl) != prompts):
+        raise DataError(f"{where}.kl: expected one number for each of the {prompts} prompts")
+    return ArmRewards(**arrays, kl=None if kl is None else np.asarray(kl, np.float64))

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from alignpro.config import EvalConfig, target_endpoints
 from alignpro.config.jobs import INSTRUCTION
+from alignpro.errors import ConfigError
 from alignpro.evaluation.arms import ArmSampler, ArmSamples
 from alignpro.models.language_model import LanguageModel
+from alignpro.objectives import best_of_kl, best_of_weights
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.rewrite_template import RewriteTemplate
 
@@ -24,14 +28,14 @@ class Trained:
 
 
 def sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> dict[str, ArmSamples]:
-    """Sample the arms of an evaluation; those of Gibbs resampling come with their ``candidates``.
+    """Sample the arms of an evaluation; those that choose among candidates come with these, as ``candidates``.
 
     Returns:
         Key of the arm → its samples, in the order of `EvalConfig.sampled_arms`.
     """
     K, M = config.rewrites_per_prompt, config.responses_per_rewrite
-    templates = instruction_templates(config.instructions)
-    sizes = {name: count for name, count in config.gibbs_arms.items() if name in config.sampled_arms}
+    templates = instruction_templates(written_instructions(config))
+    sizes = {name: count for name, count in config.candidate_counts.items() if name in config.sampled_arms}
     arms: dict[str, ArmSamples] = {}
     if sizes:
         assert trained.reference is not None  # the configuration requires it
@@ -42,7 +46,9 @@ def sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> di
         elif name in sizes:
             assert trained.reference is not None
             chosen_from = arms["candidates"].first(sizes[name])
-            arms[name] = sampler.resample(chosen_from, trained.reference, config.kl_coef, K, name)
+            arms[name] = sampler.resample(
+                chosen_from, trained.reference, _weights(config, name, sampler, chosen_from), K, name
+            )
         elif name == "no_finetuning":
             arms[name] = sampler.sample_unchanged(K * M)
         elif name == "oracle":
@@ -55,9 +61,46 @@ def sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> di
     return arms
 
 
+def _weights(config: EvalConfig, name: str, sampler: ArmSampler, candidates: ArmSamples) -> Tensor:
+    """(P, N): how an arm chooses among its candidates."""
+    if name in config.best_of_arms:
+        return best_of_weights(candidates.scores.values.double())
+    return sampler.gibbs_weights(candidates, config.kl_coef).weights
+
+
+def candidate_kl(config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, ArmSamples]) -> dict[str, Tensor]:
+    """Key of each sampled arm that chooses among candidates → (P,) the most that its KL to ρ_sft can be on average, in nats."""
+    found = {}
+    for name, count in config.candidate_counts.items():
+        if name in arms:
+            candidates = arms["candidates"].first(count)
+            best = name in config.best_of_arms
+            found[name] = (
+                best_of_kl(_weights(config, name, sampler, candidates))
+                if best
+                else sampler.gibbs_weights(candidates, config.kl_coef).kl
+            )
+    return found
+
+
 def count_arms(config: EvalConfig) -> int:
-    """How many arms are sampled, the candidates of Gibbs resampling included."""
-    return len(config.sampled_arms) + any(name in config.gibbs_arms for name in config.sampled_arms)
+    """How many arms are sampled, the candidates of those that choose among some included."""
+    return len(config.sampled_arms) + any(name in config.candidate_counts for name in config.sampled_arms)
+
+
+def written_instructions(config: EvalConfig) -> dict[str, str]:
+    """Name → instruction, those in files included.
+
+    Raises:
+        ConfigError: A file cannot be read.
+    """
+    found = dict(config.instructions)
+    for name, path in config.instruction_files.items():
+        try:
+            found[name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"instruction_files.{name}: {path}: cannot be read: {error}") from error
+    return found
 
 
 def instruction_templates(instructions: Mapping[str, str]) -> dict[str, RewriteTemplate]:

@@ -1,61 +1,30 @@
 """The cells of an experiment: which there are, what each runs, and where its results lie.
 
 out/priors/PROMPTER/                                       the prompter that all methods start from
-out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION]/seed_N/
-    train.yaml or rlhf.yaml, run/                          the training: configuration, run directory
+out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep][/from_TARGET of the training]/seed_N/
+    train.yaml, rlhf.yaml or rival.yaml, run/              the training or search: configuration, its directory
     eval.yaml, evaluation/                                 the evaluation; its summary.json marks the cell as done
     log.txt                                                what the commands printed
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
 
 from alignpro.config import (
     ExperimentConfig,
-    GibbsMethod,
     InstructionMethod,
     Method,
-    PriorMethod,
     RLHFMethod,
+    SweepConfig,
     TrainMethod,
-    UnchangedMethod,
     needs_prompter,
 )
-from alignpro.config.jobs import gibbs_arms
-from alignpro.experiments.sections import (
-    eval_sections,
-    model_sections,
-    prior_sections,
-    rlhf_sections,
-    train_sections,
-)
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A command of `alignpro` with its configuration."""
-
-    command: str
-    """``sft``, ``train``, ``rlhf`` or ``eval``."""
-    config: BaseModel
-    file: Path
-    """Where the configuration is written."""
-    result: Path
-    """What exists once it has finished."""
-
-    @property
-    def done(self) -> bool:
-        """Whether it has finished."""
-        return self.result.exists()
+from alignpro.experiments.cell_jobs import Job, Place, cell_jobs, transfer_jobs
+from alignpro.experiments.points import Point, points_of
+from alignpro.experiments.sections import is_mixture, prior_sections
 
 
 @dataclass(frozen=True)
@@ -72,6 +41,10 @@ class Cell:
     prompter: str | None = None
     """None if the method has none: the cell then counts for all prompters."""
     seed: int = 0
+    point: Point | None = None
+    """Of a sweep; None if the method is not swept."""
+    trained_on: str | None = None
+    """The target on which the prompter was trained, if it is another one than that of the evaluation."""
     needs: Cell | None = None
     """The preparation that has to be done before."""
 
@@ -83,7 +56,12 @@ class Cell:
     @property
     def kind(self) -> str:
         """Cells of one kind take about the same time."""
-        return self.method if self.task else "priors"
+        return "priors" if not self.task else self.method if self.trained_on is None else "transfer"
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether its results are of an evaluation."""
+        return self.jobs[-1].command == "eval"
 
 
 def cells(config: ExperimentConfig) -> list[Cell]:
@@ -93,13 +71,15 @@ def cells(config: ExperimentConfig) -> list[Cell]:
         ConfigError: The configuration of a cell is invalid; the message names the cell.
     """
     priors = {name: _prior(config, name) for name, each in config.prompters.items() if each.prior is not None}
+    points = points_of(config) if isinstance(config, SweepConfig) else {}
     used = any(needs_prompter(method) for method in config.methods.values())
     found = list(priors.values()) if used else []
     for seed in config.seeds:
         for task in config.tasks:
             for target in config.targets:
-                for name, method in config.methods.items():
-                    found += _of_method(config, name, method, task, target, seed, priors)
+                for name in config.methods:
+                    for point in points.get(name, (None,)):
+                        found += _of_method(config, name, task, target, seed, priors, point)
     return found
 
 
@@ -111,89 +91,78 @@ def _prior(config: ExperimentConfig, name: str) -> Cell:
 
 
 def _of_method(
-    config: ExperimentConfig,
+    experiment: ExperimentConfig,
     name: str,
-    method: Method,
     task: str,
     target: str,
     seed: int,
     priors: dict[str, Cell],
+    point: Point | None,
 ) -> Iterator[Cell]:
-    if isinstance(method, InstructionMethod):
-        variants: list[str | None] = list(config.tasks[task].instructions)
-    elif needs_prompter(method):
-        variants = list(config.prompters)
-    else:
-        variants = [None]
+    """The cells of a method, each followed by those that evaluate its prompter on other targets."""
+    config = experiment if point is None else point.config
+    method = config.methods[name]
+    alone = is_mixture(config, target) and bool(config.transfer_targets)
     if isinstance(method, RLHFMethod) and "path" not in config.targets[target]:
         return  # it is behind a server, or several targets: what cannot be trained has no oracle
-    for variant in variants:
-        parts = ["cells", task, target, name, *([variant] if variant else []), f"seed_{seed}"]
-        directory = config.out.joinpath(*parts)
-        prompter = variant if needs_prompter(method) else None
-        yield Cell(
-            directory,
-            "/".join(parts),
-            tuple(_jobs(config, method, "/".join(parts), directory, task, target, seed, variant)),
-            method=name,
-            task=task,
-            target=target,
-            prompter=prompter,
-            seed=seed,
-            needs=priors.get(prompter) if prompter else None,
-        )
+    if alone and not isinstance(method, TrainMethod):
+        return  # each of its targets is evaluated by itself
+    transferred = config.transfer_targets if isinstance(method, TrainMethod) else []
+    for variant in _variants(config, method, task):
+        place = _place(config, name, task, target, seed, variant, point)
+        needed = priors.get(variant or "") if needs_prompter(method) else None
+        own = _cell(place, name, cell_jobs(place, method, evaluated=not alone), point, needed)
+        yield own
+        for other in transferred:
+            if other != target:
+                there = _place(config, name, task, other, seed, variant, point, origin=target)
+                yield _cell(there, name, transfer_jobs(there, own.directory / "run"), point, own, trained_on=target)
 
 
-def _jobs(
+def _place(
     config: ExperimentConfig,
-    method: Method,
-    name: str,
-    directory: Path,
+    method: str,
     task: str,
     target: str,
     seed: int,
     variant: str | None,
-) -> Iterator[Job]:
-    arms: dict[str, Any]
-    run = directory / "run"
-    match method:
-        case UnchangedMethod():
-            arms = {"arms": ["no_finetuning"]}
-        case InstructionMethod():
-            assert variant is not None  # a cell is of one instruction
-            instruction = config.tasks[task].instructions[variant]
-            arms = {"arms": [f"instruction_{variant}"], "instructions": {variant: instruction}}
-        case RLHFMethod():
-            oracle = rlhf_sections(config, name, target=target, task=task, settings=method.settings, seed=seed, out=run)
-            yield Job("rlhf", oracle, directory / "rlhf.yaml", run / "model")
-            arms = {"arms": ["oracle"], "oracle": model_sections(config.targets[target], str(run / "model"))}
-        case _:
-            assert variant is not None  # a cell is of one prompter
-            policy = config.prompters[variant].policy
-            prepared = config.prompters[variant].prior is not None
-            start = str(config.out / "priors" / variant / "run" / "model") if prepared else policy["path"]
-            arms = {"reference": model_sections(policy, start)}
-            if isinstance(method, PriorMethod):
-                arms["arms"] = ["sft_prompter"]
-            elif isinstance(method, GibbsMethod):
-                arms["arms"] = list(gibbs_arms(method.candidates))
-                arms["gibbs_candidates"] = list(method.candidates)
-            else:
-                assert isinstance(method, TrainMethod)  # the last kind
-                training = train_sections(
-                    config,
-                    name,
-                    prompter=variant,
-                    start=start,
-                    target=target,
-                    task=task,
-                    settings=method.settings,
-                    seed=seed,
-                    out=run,
-                )
-                yield Job("train", training, directory / "train.yaml", run / "model")
-                arms |= {"arms": ["align_pro"], "prompter": model_sections(policy, str(run / "model"))}
-    evaluation = eval_sections(
-        config, name, target=target, task=task, seed=seed, out=directory / "evaluation", arms=arms
+    point: Point | None,
+    *,
+    origin: str | None = None,
+) -> Place:
+    """Where a cell stands; ``origin`` is the target of its training, if it is another one."""
+    parts = ["cells", task, target, method]
+    parts += [part for part in (variant, point and point.name, origin and f"from_{origin}") if part]
+    name = "/".join([*parts, f"seed_{seed}"])
+    return Place(config, name, config.out / name, task, target, seed, variant)
+
+
+def _cell(
+    place: Place,
+    method: str,
+    jobs: tuple[Job, ...],
+    point: Point | None,
+    needs: Cell | None,
+    *,
+    trained_on: str | None = None,
+) -> Cell:
+    return Cell(
+        place.directory,
+        place.name,
+        jobs,
+        method=method,
+        task=place.task,
+        target=place.target,
+        prompter=place.variant if needs_prompter(place.config.methods[method]) else None,
+        seed=place.seed,
+        point=point,
+        trained_on=trained_on,
+        needs=needs,
     )
-    yield Job("eval", evaluation, directory / "eval.yaml", directory / "evaluation" / "summary.json")
+
+
+def _variants(config: ExperimentConfig, method: Method, task: str) -> list[str | None]:
+    """The prompters or instructions of which a method has a cell each."""
+    if isinstance(method, InstructionMethod):
+        return list(config.tasks[task].instructions)
+    return list(config.prompters) if needs_prompter(method) else [None]

@@ -7,11 +7,28 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from alignpro.config import EvalConfig, ExperimentConfig, GibbsMethod, RLHFMethod, TrainMethod
+from alignpro.config import (
+    BestOfMethod,
+    EvalConfig,
+    ExperimentConfig,
+    GibbsMethod,
+    RivalMethod,
+    RLHFMethod,
+    SweepConfig,
+    TrainMethod,
+)
 from alignpro.evaluation.comparison_results import Cost
 from alignpro.evaluation.directory_report import report_directories
 from alignpro.evaluation.evaluated import RECORD_FILE, training_cost
+from alignpro.evaluation.labels import method_label
+from alignpro.evaluation.report_content import Analysis
 from alignpro.experiments.cells import Cell
+from alignpro.experiments.crossing import crossing_analyses
+from alignpro.experiments.evaluated_cells import evaluated_methods
+from alignpro.experiments.frontier import frontier_analyses
+from alignpro.experiments.rivals.run import read_result
+from alignpro.experiments.sweep_results import sweep_analyses
+from alignpro.experiments.transfer import transfer_analyses
 from alignpro.training.durability import replace_text
 from alignpro.versions import versions
 
@@ -24,20 +41,42 @@ def write_comparison(config: ExperimentConfig, plan: Sequence[Cell]) -> None:
     Raises:
         DataError: The cells cannot be compared.
     """
-    done = [cell for cell in plan if cell.done and cell.task]
+    done = [cell for cell in plan if cell.done and cell.evaluated]
     if not done:
         return
     for cell in done:
         text = json.dumps(_record(config, cell), indent=1, ensure_ascii=False) + "\n"
         replace_text(cell.directory / "evaluation" / RECORD_FILE, text)
     report = config.out / "report.html"
-    comparison = report_directories([cell.directory / "evaluation" for cell in done], report, title=config.title)
+    analyses = _analyses(config, done)
+    comparison = report_directories(
+        [cell.directory / "evaluation" for cell in done], report, title=config.title, analyses=analyses
+    )
     assert comparison is not None  # because there are evaluations
     cells_left = [cell.name for cell in plan if not cell.done]
-    summary = comparison.as_dict() | {"cells_done": len(done), "cells_left": cells_left, "versions": versions()}
+    summary = comparison.as_dict() | {
+        "analyses": [each.results for each in analyses],
+        "cells_done": len(done),
+        "cells_left": cells_left,
+        "versions": versions(),
+    }
     replace_text(config.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     logger.info("%s", comparison.verdict)
+    for each in analyses:
+        logger.info("%s: %s", each.title, each.text)
     logger.info("%s  %s", report, config.out / "summary.json")
+
+
+def _analyses(config: ExperimentConfig, done: Sequence[Cell]) -> list[Analysis]:
+    """What the cells say together, beyond each method by itself."""
+    methods = evaluated_methods(done)
+    swept = sweep_analyses(config, methods) if isinstance(config, SweepConfig) else []
+    return [
+        *swept,
+        *frontier_analyses(config, methods),
+        *transfer_analyses(config, methods),
+        *crossing_analyses(config, done, methods),
+    ]
 
 
 def _record(config: ExperimentConfig, cell: Cell) -> dict[str, Any]:
@@ -55,13 +94,23 @@ def _record(config: ExperimentConfig, cell: Cell) -> dict[str, Any]:
 
 def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: str) -> dict[str, Any]:
     """One arm of a cell: a trained prompter is a method by its key; the others are what their arm is."""
-    method = config.methods[cell.method]
+    method = (config if cell.point is None else cell.point.config).methods[cell.method]
     cost, name, label = Cost(target_calls=0.0), arm, ""
     if isinstance(method, TrainMethod | RLHFMethod):
-        cost = training_cost(cell.directory / "run", cell.jobs[0].config.model_dump())
+        trained = cell if cell.trained_on is None else cell.needs
+        assert trained is not None  # what is transferred was trained
+        cost = training_cost(trained.directory / "run", trained.jobs[0].config.model_dump())
         name, label = cell.method if isinstance(method, TrainMethod) else arm, method.label or ""
-    elif isinstance(method, GibbsMethod):
+    elif isinstance(method, RivalMethod):
+        found = read_result(cell.directory / "run")
+        cost = Cost(float(found["target_calls"]), found["tokens"], found["seconds"])
+        name, label = cell.method, method.label or method_label(method.kind)
+    elif isinstance(method, GibbsMethod | BestOfMethod):
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
-        candidates = evaluation.gibbs_arms[arm] * evaluation.responses_per_rewrite
+        candidates = evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite
         cost = Cost(target_calls=float(candidates * evaluation.prompts))
+    if cell.trained_on is not None:
+        name, label = f"{name}: from {cell.trained_on}", f"{label or method_label(name)} trained on {cell.trained_on}"
+    if cell.point is not None:
+        name, label = f"{name}: {cell.point.name}", f"{label or method_label(name)}, {cell.point.label}"
     return {"method": name, "label": label, "cost": cost.as_dict()}

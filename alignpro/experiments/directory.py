@@ -10,7 +10,8 @@ from pathlib import Path
 
 from alignpro.config import dump_config, load_config
 from alignpro.errors import TrainingError
-from alignpro.experiments.cells import Cell, Job
+from alignpro.experiments.cell_jobs import Job
+from alignpro.experiments.cells import Cell
 from alignpro.training.durability import replace_text
 from alignpro.training.resume import differences
 

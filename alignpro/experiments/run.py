@@ -11,8 +11,9 @@ from pathlib import Path
 
 from alignpro.config import ConfigSource, ExperimentConfig, dump_config, resolve_config
 from alignpro.errors import Interrupted, TrainingError
+from alignpro.experiments.cell_jobs import Job
 from alignpro.experiments.cell_record import CellRecord, State, read_record
-from alignpro.experiments.cells import Cell, Job, cells
+from alignpro.experiments.cells import Cell, cells
 from alignpro.experiments.comparison import write_comparison
 from alignpro.experiments.directory import locked, record_configurations
 from alignpro.experiments.process import THIS_PYTHON, last_error, run_command
@@ -55,7 +56,7 @@ def run_experiment(config: ConfigSource[ExperimentConfig], run: Runner = run_com
             raise Interrupted(received[0], config.out, "continue with the same command")
     if failed:
         raise TrainingError(
-            f"{len(failed)} of {len(plan)} cells failed, and are tried again by the next `alignpro experiment`:\n"
+            f"{len(failed)} of {len(plan)} cells failed, and are tried again by the same command:\n"
             + "\n".join(f"  {name}: {error}" for name, error in failed.items())
         )
 
@@ -107,7 +108,7 @@ def _run(config: ExperimentConfig, cell: Cell, run: Runner, stopped: Callable[[]
 def arguments(job: Job) -> list[str]:
     """The arguments of ``alignpro`` for a job."""
     path = os.fspath(job.file)
-    return [job.command, path] if job.command == "eval" else [job.command, path, "--resume"]
+    return [job.command, path] if job.command in ("eval", "rival") else [job.command, path, "--resume"]
 
 
 def _starter(config: ExperimentConfig, job: Job) -> Sequence[str]:
@@ -134,6 +135,6 @@ def compare_done(config: ConfigSource[ExperimentConfig]) -> None:
     plan = cells(config)
     with locked(config.out):
         record_configurations(plan)
-        if not any(cell.done and cell.task for cell in plan):
-            raise TrainingError(f"{config.out}: no cell is done yet: run `alignpro experiment` without --compare")
+        if not any(cell.done and cell.evaluated for cell in plan):
+            raise TrainingError(f"{config.out}: no cell is done yet: run the same command without --compare")
         write_comparison(config, plan)

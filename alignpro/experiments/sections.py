@@ -12,6 +12,8 @@ from alignpro.config import (
     EvalConfig,
     ExperimentConfig,
     ModelConfig,
+    RivalConfig,
+    RivalMethod,
     RLHFConfig,
     SFTConfig,
     TrainConfig,
@@ -67,7 +69,7 @@ def train_sections(
     """
     common = _of_run(config, task, seed, out) | {
         "policy": config.prompters[prompter].policy | {"path": start},
-        "target": config.targets[target],
+        "target": target_sections(config, target),
         "prompting": config.prompting.model_dump(mode="json"),
         "rollout": {
             "rewrite": config.rewrite.model_dump(mode="json"),
@@ -90,6 +92,36 @@ def rlhf_sections(
         },
     }
     return _validated(RLHFConfig, where, common, config.rlhf, settings)
+
+
+def rival_sections(
+    config: ExperimentConfig,
+    where: str,
+    *,
+    target: str,
+    task: str,
+    method: RivalMethod,
+    calls: int,
+    seed: int,
+    out: Path,
+) -> RivalConfig:
+    """`alignpro rival` of a cell, with at most ``calls`` responses; the other arguments are those of `train_sections`."""
+    common = {
+        "out": str(out),
+        "seed": seed,
+        "kind": method.kind,
+        "data": config.tasks[task].data.model_dump(mode="json"),
+        "target": target_sections(config, target),
+        "reward": config.tasks[task].reward.model_dump(mode="json"),
+        "instructions": config.tasks[task].instructions,
+        "target_calls": calls,
+        "search": method.search.model_dump(mode="json"),
+        "prompting": config.prompting.model_dump(mode="json"),
+        "respond": config.respond.model_dump(mode="json"),
+        "engine": config.engine.model_dump(mode="json"),
+        **config.spending.model_dump(mode="json"),
+    }
+    return _validated(RivalConfig, where, common)
 
 
 def eval_sections(
@@ -115,7 +147,7 @@ def eval_sections(
         "title": config.title,
         "seed": seed,
         "data": data.model_dump(mode="json"),
-        "target": config.targets[target],
+        "target": target_sections(config, target),
         "reward": config.tasks[task].reward.model_dump(mode="json"),
         "prompting": config.prompting.model_dump(mode="json"),
         "rewrite": config.rewrite.model_dump(mode="json"),
@@ -127,6 +159,20 @@ def eval_sections(
         **config.spending.model_dump(mode="json"),
     }
     return _validated(EvalConfig, where, common, arms)
+
+
+def target_sections(config: ExperimentConfig, name: str) -> dict[str, Any]:
+    """A target of an experiment, in whose mixture names stand for other targets of the experiment."""
+    given = config.targets[name]
+    if not is_mixture(config, name):
+        return given
+    named = [config.targets[each] | {"name": each} if isinstance(each, str) else each for each in given["mixture"]]
+    return given | {"mixture": named}
+
+
+def is_mixture(config: ExperimentConfig, name: str) -> bool:
+    """Whether a target is a mixture of several."""
+    return "mixture" in config.targets[name]
 
 
 def model_sections(given: Mapping[str, Any], path: str) -> dict[str, Any]:

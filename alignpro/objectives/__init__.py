@@ -41,7 +41,7 @@ from alignpro.objectives.losses import (
     loss_count,
     value_loss,
 )
-from alignpro.objectives.resampling import GibbsResample, gibbs_resample
+from alignpro.objectives.resampling import GibbsResample, best_of_kl, best_of_weights, gibbs_resample
 from alignpro.objectives.step_size import StepSize
 
 ADVANTAGES: dict[str, type[Advantage]] = {
@@ -81,6 +81,8 @@ __all__ = [
     "SampledReturns",
     "StepSize",
     "TokenLoss",
+    "best_of_kl",
+    "best_of_weights",
     "effective_sample_share",
     "entropy_rewards",
     "exact_kl_coef",

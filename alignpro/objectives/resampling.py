@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from alignpro.errors import ConfigError
@@ -63,3 +64,34 @@ def gibbs_resample(rewards: Tensor, kl_coef: float) -> GibbsResample:
         kl=(weights * log_weights).sum(-1) + math.log(count),
         reward=(weights * rewards).sum(-1),
     )
+
+
+def best_of_weights(rewards: Tensor) -> Tensor:
+    """The weights of best-of-N: 1 for the best of N rewrites, shared equally by those that are equally good.
+
+    Args:
+        rewards: (..., N) float.
+
+    Returns:
+        (..., N), in the dtype of ``rewards``.
+    """
+    best = (rewards == rewards.amax(-1, keepdim=True)).to(rewards.dtype)
+    return best / best.sum(-1, keepdim=True)
+
+
+def best_of_kl(weights: Tensor) -> Tensor:
+    """The smaller of two upper bounds on the KL of best-of-N to ρ_sft, which is drawn from, for each prompt in nats.
+
+    log N − (N − 1)/N holds for any reward (Beirami et al., 2024, "Theoretical guarantees on the best-of-n alignment policy");
+    the mean of log N − entropy(w) does as well, and is smaller where many rewrites are equally good.
+
+    Args:
+        weights: (P, N) of `best_of_weights`.
+
+    Returns:
+        (P,)
+    """
+    count = weights.shape[-1]
+    by_weights = math.log(count) + torch.xlogy(weights, weights).sum(-1)
+    by_count = math.log(count) - (count - 1) / count
+    return by_weights if by_weights.mean() < by_count else torch.full_like(by_weights, by_count)

@@ -7,10 +7,13 @@ from pathlib import Path
 from alignpro.config import (
     EvalConfig,
     HeadroomConfig,
+    ModelConfig,
     ObjectiveConfig,
     OptimalConfig,
     PolicyConfig,
+    RemoteTargetConfig,
     RewardModelConfig,
+    RivalConfig,
     RLHFConfig,
     RunConfig,
     Section,
@@ -80,6 +83,13 @@ def _describe_samples(config: Section) -> list[str]:
                 f"{_count(sum(len(task.instructions) for task in config.tasks.values()), 'instruction')}",
                 f"write to {config.out}",
             ]
+        case RivalConfig():
+            return [
+                f"{config.kind} against the frozen {_source(config.target)}: at most "
+                f"{_count(config.target_calls, 'response')} on {_count(config.search.validation, 'validation prompt')} and "
+                f"{_count(config.search.training, 'training prompt')}",
+                f"write to {config.out}",
+            ]
         case OptimalConfig():
             return [
                 f"{_count(config.candidates, 'candidate rewrite')} for each of at most {_count(config.prompts, 'prompt')} × "
@@ -93,13 +103,14 @@ def _describe_samples(config: Section) -> list[str]:
 def _target(config: TrainConfig | HeadroomConfig) -> str:
     """The target's path, its model and server, or those of all targets of a mixture."""
     own = config.policy if isinstance(config, TrainConfig) else config.prompter
-    names = []
-    for part in target_parts(config.target):
-        source = own if isinstance(part.source, str) else part.source
-        names.append(
-            f"{source.model} at {source.base_url}" if isinstance(source, TargetEndpointConfig) else source.path
-        )
-    return " and ".join(names)
+    return " and ".join(_source(own if isinstance(p.source, str) else p.source) for p in target_parts(config.target))
+
+
+def _source(source: ModelConfig | RemoteTargetConfig | TargetEndpointConfig) -> str:
+    if isinstance(source, ModelConfig):
+        return source.path
+    server = source.endpoint if isinstance(source, RemoteTargetConfig) else source
+    return f"{server.model} at {server.base_url}"
 
 
 def _trained(policy: PolicyConfig) -> str:

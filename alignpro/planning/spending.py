@@ -155,9 +155,9 @@ def _of_comparison(config: EvalConfig | HeadroomConfig | OptimalConfig) -> list[
     )
     match config:
         case EvalConfig():
-            groups = _of_arms(config, config.sampled_arms, config.gibbs_arms)
+            groups = _of_arms(config, config.sampled_arms, config.candidate_counts)
             for probed in _refusal_probes(config):
-                groups += _of_arms(probed, probed.sampled_arms, probed.gibbs_arms)
+                groups += _of_arms(probed, probed.sampled_arms, probed.candidate_counts)
         case HeadroomConfig():
             groups = _of_arms(config, ["no_finetuning"], {})
             for task in config.tasks.values():
@@ -211,13 +211,13 @@ def _of_judges(config: EvalConfig, prompt_tokens: int, answer_tokens: int) -> li
 
 
 def _of_arms(
-    config: EvalConfig | HeadroomConfig, names: Sequence[str], gibbs: Mapping[str, int]
+    config: EvalConfig | HeadroomConfig, names: Sequence[str], candidates: Mapping[str, int]
 ) -> list[tuple[int, int]]:
-    """(requests, draws) of the target in each arm, and of the candidates of those of Gibbs resampling."""
+    """(requests, draws) of the target in each arm, and of the candidates of those that choose among some."""
     P, K, M = config.prompts, config.rewrites_per_prompt, config.responses_per_rewrite
-    several = ("sft_prompter", "align_pro", *config.gibbs_arms)  # others have one rewrite or none
+    several = ("sft_prompter", "align_pro", *config.gibbs_arms, *candidates)  # others have one rewrite or none
     groups = [(P * (K if name in several else 1), P * K * M) for name in names if name != "oracle"]
-    if sizes := [count for name, count in gibbs.items() if name in names]:
+    if sizes := [count for name, count in candidates.items() if name in names]:
         groups.append((P * max(sizes), P * max(sizes) * M))
     return groups
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import yaml
 from document import ROOT, Document
+from settings_table import settings
 from typer.main import get_command
 
 from alignpro.cli import app
-from alignpro.config import ExperimentConfig, TrainConfig, load_config, validate_config
+from alignpro.config import ExperimentConfig, SweepConfig, TrainConfig, load_config, validate_config
+from alignpro.config.sweep import SweepSection
 from alignpro.experiments.cells import cells
+from alignpro.experiments.points import points_of
 from alignpro.planning.compute import describe_compute
 
 DOCUMENT = Document("experiments.md")
@@ -24,10 +27,10 @@ def test_its_links_resolve() -> None:
 
 
 def test_its_configuration_has_a_cell_of_each_method() -> None:
-    ((_, block),) = DOCUMENT.blocks("yaml")
+    (_, block), _ = DOCUMENT.blocks("yaml")
     config = validate_config(ExperimentConfig, yaml.safe_load(block))
     plan = cells(config)
-    assert len(plan) == 1 + 3 * 7
+    assert len(plan) == 1 + 3 * 8
     names = [cell.directory.relative_to(config.out) for cell in plan if cell.seed == 0]
     assert names[0] == Path("priors/small") and Path("cells/house_style/small/align_pro/small/seed_0") in names
     assert Path("cells/house_style/small/instruction/one_sentence/seed_0") in names
@@ -36,10 +39,23 @@ def test_its_configuration_has_a_cell_of_each_method() -> None:
 
 def test_its_commands_exist_with_their_options() -> None:
     lines = [line for _, block in DOCUMENT.blocks("sh") for line in block.splitlines()]
-    assert len(lines) == 3
-    command = get_command(app).commands["experiment"]  # type: ignore[attr-defined]
+    assert [line.split()[1] for line in lines] == ["experiment"] * 3 + ["sweep"] * 2
     for line in lines:
-        command.make_context("experiment", shlex.split(line, comments=True)[2:])
+        name = line.split()[1]
+        command = get_command(app).commands[name]  # type: ignore[attr-defined]
+        command.make_context(name, shlex.split(line, comments=True)[2:])
+
+
+def test_its_sweep_has_the_points_and_settings_that_it_tells(tmp_path: Path) -> None:
+    files = []
+    for i, (_, block) in enumerate(DOCUMENT.blocks("yaml")):
+        files.append(str(tmp_path / f"{i}.yaml"))
+        Path(files[-1]).write_text(block)
+    config = load_config(SweepConfig, files)
+    points = {name: len(each) for name, each in points_of(config).items()}
+    assert points == {"gibbs": 4, "align_pro": 12, "grpo": 12, "rlhf": 4}
+    table = dict(re.findall(r"^\| `(sweep\.\w+)` \| (\w*\.?\w*) \|", DOCUMENT.text, re.MULTILINE))
+    assert table == dict(settings(SweepSection, (), "sweep.")) | {"sweep.methods": "all"}
 
 
 def test_the_figures_of_the_real_model_are_those_of_its_cells() -> None:

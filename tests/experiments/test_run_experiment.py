@@ -15,6 +15,7 @@ from tiny_runs import Workshop, read_model
 
 from alignpro.config import ExperimentConfig, resolve_config
 from alignpro.errors import Interrupted, TrainingError
+from alignpro.evaluation.rewards_file import read_rewards
 from alignpro.experiments.run import compare_done, describe_plan, run_experiment
 
 PLAIN_REWARD = "def score(prompts, responses):\n    return [sum(map(ord, each)) % 17 / 17 for each in responses]\n"
@@ -47,7 +48,16 @@ def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> Non
     made = cells_of(out)
     assert set(made) == {"priors/tiny"} | {
         f"cells/letters/toy/{each}/seed_0"
-        for each in ("none", "instruction/short", "prior/tiny", "gibbs/tiny", "align_pro/tiny", "grpo/tiny", "oracle")
+        for each in (
+            "none",
+            "instruction/short",
+            "prior/tiny",
+            "gibbs/tiny",
+            "best_of/tiny",
+            "align_pro/tiny",
+            "grpo/tiny",
+            "oracle",
+        )
     }
     assert {each["state"] for each in made.values()} == {"done"}
     summary = json.loads((out / "summary.json").read_text())
@@ -55,6 +65,9 @@ def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> Non
     assert "Align-Pro" in page
     assert page.count("4 harmless prompts") == 1  # one table of all methods
     assert summary
+    for method, arm in (("align_pro", "align_pro"), ("gibbs", "gibbs_4"), ("best_of", "best_of_2")):
+        kl = read_rewards(out / f"cells/letters/toy/{method}/tiny/seed_0/evaluation/rewards.json").arms[arm].kl
+        assert kl is not None and kl.shape == (4,) and (kl > -1e-6).all()
     again = InThisProcess()
     run_experiment(config, again)
     assert again.commands == []

@@ -16,6 +16,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "instruction": {"kind": "instruction"},
     "prior": {"kind": "prior"},
     "gibbs": {"kind": "gibbs", "candidates": [2, 4]},
+    "best_of": {"kind": "best_of", "candidates": [2]},
     "align_pro": {"kind": "train"},
     "grpo": {
         "kind": "train",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignpro.errors import ConfigError
-from alignpro.objectives import gibbs_resample
+from alignpro.objectives import best_of_kl, best_of_weights, gibbs_resample
 from alignpro.theory import kl_divergence, log_partition, optimal_policy
 
 LAMBDA = 0.5
@@ -56,3 +56,25 @@ def test_bad_arguments_are_refused() -> None:
         gibbs_resample(torch.zeros(3), 0.0)
     with pytest.raises(ValueError, match="no rewrites"):
         gibbs_resample(torch.zeros(2, 0), LAMBDA)
+
+
+@pytest.mark.parametrize("rewards", [[0.0, 0.5, 2.0], [1.0, 1.0, 0.0]])
+def test_the_kl_of_best_of_n_is_not_above_its_bound(rewards: list[float]) -> None:
+    reference = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    of_each = torch.tensor(rewards, dtype=torch.float64)
+    count = 4
+    samples = torch.cartesian_prod(*[torch.arange(3)] * count)  # every draw of N, weighted exactly
+    probability = reference[samples].prod(-1)
+    weights = best_of_weights(of_each[samples])
+    kept = torch.stack([(probability[:, None] * weights * (samples == i)).sum() for i in range(3)])
+    assert kept.sum().item() == pytest.approx(1.0)
+    exact = torch.xlogy(kept, kept / reference).sum().item()
+    by_ties = (probability * (math.log(count) + torch.xlogy(weights, weights).sum(-1))).sum().item()
+    assert exact <= min(by_ties, math.log(count) - (count - 1) / count) + 1e-12
+
+
+def test_the_best_of_n_share_their_weight_where_they_are_equal() -> None:
+    weights = best_of_weights(torch.tensor([[1.0, 0.0, 1.0, 0.5]]))
+    assert weights.tolist() == [[0.5, 0.0, 0.5, 0.0]]
+    assert best_of_kl(weights).item() == pytest.approx(min(math.log(2), math.log(4) - 0.75))
+    assert best_of_kl(torch.full((2, 4), 0.25)).tolist() == pytest.approx([0.0, 0.0])

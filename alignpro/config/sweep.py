@@ -1,0 +1,152 @@
+"""The configuration of `alignpro sweep`: an experiment, of which some keys take several values."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from alignpro.config.experiment import (
+    BestOfMethod,
+    ExperimentConfig,
+    GibbsMethod,
+    Method,
+    RLHFMethod,
+    TrainMethod,
+    needs_prompter,
+)
+from alignpro.config.section import Section
+
+
+class RangeConfig(Section):
+    """Values between two bounds, on a linear or a logarithmic scale."""
+
+    low: float
+    high: float
+    scale: Literal["linear", "log"] = "linear"
+    integer: bool = False
+    """Whether values are rounded to whole numbers."""
+    count: int | None = Field(None, ge=2)
+    """How many values a grid takes, both bounds included; a random search needs none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RangeConfig:
+        if not self.low < self.high:
+            raise ValueError(f"low={self.low:g} is not below high={self.high:g}")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"low={self.low:g}: a logarithmic scale needs positive bounds")
+        return self
+
+    def at(self, share: float) -> int | float:
+        """The value at a share of the way from low to high, to 4 significant digits."""
+        if self.scale == "log":
+            value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        else:
+            value = self.low + share * (self.high - self.low)
+        return round(value) if self.integer else float(f"{value:.4g}")
+
+
+def _kind(value: Any) -> str:
+    return "range" if isinstance(value, dict | RangeConfig) else "values"
+
+
+Parameter = Annotated[
+    Annotated[RangeConfig, Tag("range")] | Annotated[list[Any], Field(min_length=1), Tag("values")],
+    Discriminator(_kind),
+]
+"""The values of a key: a list, or a range."""
+
+_SWEPT = ("kl_coef", "rewrite", "prompting", "train", "rlhf", "methods")
+_CROSSED = ("prompters", "targets", "tasks", "seeds")
+
+
+class SweepSection(Section):
+    """Which keys take which values."""
+
+    parameters: dict[str, Parameter] = Field(min_length=1)
+    """Dotted key of the experiment → its values: ``kl_coef``, ``train.optimizer.learning_rate``, ``methods.gibbs.candidates``."""
+    search: Literal["grid", "random"] = "grid"
+    """``grid`` crosses all values; ``random`` draws ``points`` of them."""
+    points: int | None = Field(None, ge=1)
+    """Points of a random search. With more, those that were drawn before stay."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the random search."""
+    methods: list[str] | None = None
+    """Which methods take part; by default all that a swept key concerns."""
+    selection: float = Field(0.5, gt=0, lt=1)
+    """Share of the held-out prompts on which the best point is chosen; it is reported on the others."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_keys(cls, given: dict[str, Parameter]) -> dict[str, Parameter]:
+        for key in given:
+            head = key.partition(".")[0]
+            if head in _CROSSED:
+                raise ValueError(f"{key}: an experiment crosses {head} itself: name several there")
+            if head not in _SWEPT:
+                raise ValueError(
+                    f"{key}: cannot be swept; sweep keys of {', '.join(_SWEPT)}: the others would change what all are compared on"
+                )
+        return given
+
+    @model_validator(mode="after")
+    def _check_search(self) -> SweepSection:
+        if self.search == "random" and self.points is None:
+            raise ValueError("search=random needs `points`, the number of draws")
+        if self.search == "grid":
+            if self.points is not None:
+                raise ValueError("points: a grid has as many as its values; give search=random, or leave it out")
+            for key, parameter in self.parameters.items():
+                if isinstance(parameter, RangeConfig) and parameter.count is None:
+                    raise ValueError(f"parameters.{key}: a range in a grid needs `count`, the number of its values")
+        return self
+
+
+class SweepConfig(ExperimentConfig):
+    """`alignpro sweep`: an experiment whose methods are run at each point of a grid, or of a random search."""
+
+    sweep: SweepSection
+
+    @property
+    def swept_methods(self) -> list[str]:
+        """The methods that are run at each point."""
+        concerned = [
+            name
+            for name, method in self.methods.items()
+            if any(concerns(key, name, method) for key in self.sweep.parameters)
+        ]
+        return concerned if self.sweep.methods is None else [each for each in concerned if each in self.sweep.methods]
+
+    @model_validator(mode="after")
+    def _check_sweep(self) -> SweepConfig:
+        for name in self.sweep.methods or []:
+            if name not in self.methods:
+                raise ValueError(f"sweep.methods: {name}: no such method (methods: {', '.join(self.methods)})")
+        for key in self.sweep.parameters:
+            if not any(concerns(key, name, self.methods[name]) for name in self.swept_methods):
+                raise ValueError(f"sweep.parameters.{key}: concerns none of the methods")
+            prepared = [name for name, each in self.prompters.items() if each.prior is not None]
+            if key.startswith("prompting") and prepared:
+                raise ValueError(
+                    f"sweep.parameters.{key}: prompters.{prepared[0]}.prior is made once, with one `prompting`: leave "
+                    "out one of them"
+                )
+        return self
+
+
+def concerns(key: str, name: str, method: Method) -> bool:
+    """Whether a swept key changes what a method does, or how its rewrites are sampled."""
+    match key.split(".")[0]:
+        case "train":
+            return isinstance(method, TrainMethod)
+        case "rlhf":
+            return isinstance(method, RLHFMethod)
+        case "kl_coef":
+            return isinstance(method, TrainMethod | RLHFMethod | GibbsMethod)
+        case "methods":
+            return key.split(".")[1:2] == [name] and isinstance(
+                method, TrainMethod | RLHFMethod | GibbsMethod | BestOfMethod
+            )
+        case _:
+            return needs_prompter(method)

@@ -1,0 +1,179 @@
+"""The charts of an experiment's analyses: reward against KL, reward against target calls, transfer between targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from alignpro.evaluation.figure_style import LINES, new_figure, save_figure
+from alignpro.theory.statistics import Estimate
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """Where a method stands between reward and KL."""
+
+    label: str
+    kl: Estimate
+    """Nats per sequence."""
+    reward: Estimate
+
+
+def plot_reward_against_kl(
+    series: Mapping[str, Sequence[FrontierPoint]],
+    baseline: float | None,
+    path: Path | IO[bytes],
+    *,
+    format: str | None = None,
+) -> bool:
+    """Plot the mean reward against the KL to the prompter before training, with 95 % intervals of both.
+
+    Args:
+        series: Name → its points, which are joined in the order of their KL; any names.
+        baseline: The mean reward of no fine-tuning, drawn as a line; None if it is not known.
+        path: Where to write; the suffix determines the format.
+        format: The format, if ``path`` is a stream.
+
+    Returns:
+        Whether there was anything to draw; if not, nothing is written.
+    """
+    if not any(series.values()):
+        return False
+    with new_figure((6.4, 4.0)) as figure:
+        axes = figure.subplots()
+        for i, (name, points) in enumerate(series.items()):
+            ordered = sorted(points, key=lambda point: point.kl.value)
+            axes.errorbar(
+                [point.kl.value for point in ordered],
+                [point.reward.value for point in ordered],
+                xerr=_arms([point.kl for point in ordered]),
+                yerr=_arms([point.reward for point in ordered]),
+                color=LINES[i % len(LINES)],
+                marker=_MARKERS[i % len(_MARKERS)],
+                markersize=5,
+                elinewidth=0.8,
+                capsize=2,
+                label=name,
+            )
+        if baseline is not None:
+            axes.axhline(baseline, color="#777777", linestyle=":", label="No fine-tuning")
+        axes.set_xlabel("KL to the prompter before training (nats per sequence)")
+        axes.set_ylabel("mean reward")
+        figure.legend(loc="outside lower center", ncols=2)
+        save_figure(figure, path, format)
+    return True
+
+
+@dataclass(frozen=True)
+class CallCurve:
+    """A reward after numbers of responses of the target."""
+
+    calls: Sequence[float]
+    reward: Sequence[float]
+    steps: bool = False
+    """Whether it stays until the next number, as a best so far does."""
+
+
+def plot_reward_against_calls(
+    curves: Mapping[str, CallCurve], path: Path | IO[bytes], *, format: str | None = None
+) -> bool:
+    """Plot what methods reach after how many responses of the target.
+
+    Args:
+        curves: Name of a method → its curve.
+        path: Where to write; the suffix determines the format.
+        format: The format, if ``path`` is a stream.
+
+    Returns:
+        Whether there was anything to draw; if not, nothing is written.
+    """
+    drawn = {name: curve for name, curve in curves.items() if len(curve.calls)}
+    if not drawn:
+        return False
+    with new_figure((6.4, 3.6)) as figure:
+        axes = figure.subplots()
+        for i, (name, curve) in enumerate(drawn.items()):
+            axes.plot(
+                curve.calls,
+                curve.reward,
+                color=LINES[i % len(LINES)],
+                drawstyle="steps-post" if curve.steps else "default",
+                marker=_MARKERS[i % len(_MARKERS)] if len(curve.calls) < 12 else None,
+                markersize=4,
+                label=name,
+            )
+        axes.set_xlabel("responses of the target")
+        axes.set_ylabel("reward")
+        axes.set_xlim(left=0)
+        figure.legend(loc="outside lower center", ncols=2)
+        save_figure(figure, path, format)
+    return True
+
+
+def plot_transfer(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Mapping[tuple[str, str], Estimate],
+    label: str,
+    path: Path | IO[bytes],
+    *,
+    format: str | None = None,
+) -> bool:
+    """Plot a heat map: what was trained on each target, evaluated on each; every field has its 95 % interval.
+
+    Args:
+        rows: Names of the targets of training, or of what was not trained on one.
+        columns: Names of the targets of the evaluation.
+        values: (row, column) → its value; those that are missing are empty.
+        label: What the values are.
+        path: Where to write; the suffix determines the format.
+        format: The format, if ``path`` is a stream.
+
+    Returns:
+        Whether there was anything to draw; if not, nothing is written.
+    """
+    if not values:
+        return False
+    table = np.full((len(rows), len(columns)), math.nan)
+    for (row, column), each in values.items():
+        table[rows.index(row), columns.index(column)] = each.value
+    # White is 0 in a map of gains: colours tell gains from losses.
+    largest = float(np.nanmax(np.abs(table))) or 1.0
+    with new_figure((2.2 + 1.45 * len(columns), 1.3 + 0.62 * len(rows))) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(table, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlabel("evaluated on")
+        axes.set_ylabel("trained on")
+        axes.grid(False)
+        for (row, column), each in values.items():
+            place = (columns.index(column), rows.index(row))
+            known = math.isfinite(each.low) and math.isfinite(each.high)
+            interval = f"\n[{each.low:.3f}, {each.high:.3f}]" if known else ""
+            dark = abs(each.value) > 0.6 * largest
+            axes.annotate(
+                f"{each.value:+.3f}{interval}",
+                place,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "#222222",
+            )
+        figure.colorbar(image, ax=axes, label=label)
+        save_figure(figure, path, format)
+    return True
+
+
+def _arms(estimates: Sequence[Estimate]) -> np.ndarray:
+    """(2, n): how far intervals reach below and above their values; 0 where there is none."""
+    below = [each.value - each.low if math.isfinite(each.low) else 0.0 for each in estimates]
+    above = [each.high - each.value if math.isfinite(each.high) else 0.0 for each in estimates]
+    return np.maximum(np.array([below, above]), 0.0)

@@ -1,0 +1,112 @@
+"""Rivals ask the target no more often than they may, and nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny_runs import Workshop
+
+from alignpro.config import ModelConfig, PromptingConfig, RewardConfig, SamplingConfig, validate_config
+from alignpro.data import Prompt
+from alignpro.engine import Engine
+from alignpro.errors import TrainingError
+from alignpro.experiments.rivals.answers import Answer, AnswerFile
+from alignpro.experiments.rivals.asking import CallsSpent, Scoreboard, TargetAsker, template, usable
+from alignpro.models.loading import load_language_model
+from alignpro.rewards import build_reward
+from alignpro.targets.local import LocalTarget
+
+PROMPTS = [Prompt.from_text(text) for text in ("flip stone", "sort river")]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TargetAsker]:
+    """Makes an asker with the answers of a file."""
+    shop = Workshop(tmp_path_factory.mktemp("asking"))
+    (shop.root / "plain_reward.py").write_text(
+        "def score(prompts, responses):\n    return [sum(map(ord, each)) % 17 / 17 for each in responses]\n"
+    )
+    given = {"components": [{"kind": "function", "function": f"{shop.root}/plain_reward.py:score"}]}
+    reward = build_reward(validate_config(RewardConfig, given))
+    config, respond = ModelConfig(path=str(shop.root / "target"), device="cpu"), SamplingConfig(max_tokens=4)
+    target = LocalTarget.build(load_language_model(config), config, PromptingConfig(), respond)
+
+    def make(answers: AnswerFile, limit: int) -> TargetAsker:
+        board = Scoreboard([prompt.id for prompt in PROMPTS])
+        engine = Engine(dict(target.models))
+        return TargetAsker(target, engine, reward, respond, answers, limit=limit, seed=0, scoreboard=board)
+
+    return make
+
+
+@contextmanager
+def answers(path: Path, fingerprint: str = "a") -> Iterator[AnswerFile]:
+    file = AnswerFile(path, fingerprint)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def test_the_call_that_is_one_too_many_is_not_made(opened: Callable[..., TargetAsker], tmp_path: Path) -> None:
+    with answers(tmp_path / "answers.jsonl") as file:
+        asker = opened(file, 3)
+        for _ in range(3):
+            asker.ask("Be brief.", PROMPTS[0])
+        assert not asker.refused
+        with pytest.raises(CallsSpent):
+            asker.ask("Be brief.", PROMPTS[0])
+    assert (asker.calls, asker.left, asker.refused) == (3, 0, True)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + 3
+
+
+def test_an_interrupted_search_asks_only_for_what_it_has_not_got(
+    opened: Callable[..., TargetAsker], tmp_path: Path
+) -> None:
+    questions = [("Be brief.", PROMPTS[0]), ("Be brief.", PROMPTS[0]), ("Be kind.", PROMPTS[1])]
+    with answers(tmp_path / "whole") as file:
+        asker = opened(file, 9)
+        whole = [asker.ask(*each) for each in questions]
+    with answers(tmp_path / "parts") as file:
+        opened(file, 9).ask(*questions[0])
+    text = (tmp_path / "parts").read_text()
+    (tmp_path / "parts").write_text(text + text.splitlines()[-1][:20])  # a kill while it wrote
+    with answers(tmp_path / "parts") as file:
+        asker = opened(file, 9)
+        assert [asker.ask(*each) for each in questions] == whole
+        assert asker.calls == 3  # those that were answered before count as well
+    lines = (tmp_path / "parts").read_text().splitlines()
+    assert len(lines) == 1 + 3 and lines[1] == text.splitlines()[1]
+
+
+def test_answers_of_another_search_are_refused(tmp_path: Path) -> None:
+    with answers(tmp_path / "answers.jsonl") as file:
+        file.add(file.question("target", "Be brief.", "p"), Answer("yes", 1, 0.5))
+    with pytest.raises(TrainingError, match="another configuration: name another `out`"):
+        AnswerFile(tmp_path / "answers.jsonl", "b")
+
+
+def test_an_instruction_counts_once_it_has_a_reward_on_every_validation_prompt() -> None:
+    board = Scoreboard(["a", "b"])
+    board.add("first", "a", 1.0, 1)
+    assert board.best(1) is None
+    board.add("first", "b", 0.0, 2)
+    board.add("second", "a", 1.0, 3)
+    board.add("second", "elsewhere", 9.0, 4)
+    board.add("second", "b", 0.5, 5)
+    board.add("second", "b", 0.0, 6)
+    assert board.means() == {"first": 0.5, "second": 0.625}
+    assert [(each.calls, each.mean, each.instruction) for each in board.curve] == [
+        (2, 0.5, "first"),
+        (5, 0.75, "second"),
+        (6, 0.625, "second"),
+    ]
+
+
+def test_a_proposed_text_is_an_instruction_whatever_braces_it_has() -> None:
+    assert template(usable("Say {{ it }} {% now"))("x") == "x\n\nSay { { it } } { % now"
+    assert template(usable("First {{ prompt }}, then stop."))("x") == "First x, then stop."
+    assert template(usable("  "))("x") == "x"

@@ -1,0 +1,116 @@
+"""GEPA and MIPROv2 as they are in dspy, with models of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_experiment import InThisProcess, tiny_experiment
+from tiny_runs import Workshop
+
+from alignpro.config import ExperimentConfig, RivalConfig, resolve_config
+from alignpro.errors import ConfigError, TrainingError
+from alignpro.experiments.cells import cells
+from alignpro.experiments.rivals.optimizers import require_dspy
+from alignpro.experiments.rivals.run import search_instruction
+from alignpro.experiments.run import run_experiment
+
+SEARCH = {"validation": 4, "training": 4, "proposals": 2, "propose": {"max_tokens": 8}}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    made = Workshop(tmp_path_factory.mktemp("rivals"))
+    (made.root / "plain_reward.py").write_text(
+        "def score(prompts, responses):\n    return [sum(map(ord, each)) % 17 / 17 for each in responses]\n"
+    )
+    return made
+
+
+def rival(shop: Workshop, out: Path, kind: str, **changes: Any) -> dict[str, Any]:
+    task = tiny_experiment(shop, out)["tasks"]["letters"]
+    return {
+        "out": str(out),
+        "kind": kind,
+        "data": task["data"],
+        "target": {"path": str(shop.root / "target"), "device": "cpu"},
+        "reward": task["reward"],
+        "instructions": {"short": "Be brief.", "kind": "Be kind."},
+        "target_calls": 40,
+        "search": SEARCH,
+        "respond": {"max_tokens": 4},
+    } | changes
+
+
+@pytest.mark.parametrize(("kind", "needs"), [("gepa", "gepa"), ("miprov2", "optuna")])
+def test_a_search_stays_within_its_calls_and_continues_where_it_was_killed(
+    shop: Workshop, tmp_path: Path, kind: str, needs: str
+) -> None:
+    pytest.importorskip("dspy")
+    pytest.importorskip(needs)
+    result = search_instruction(rival(shop, tmp_path / "whole", kind))
+    assert result["target_calls"] <= 40 and result["limit"] == 40
+    assert kind != "gepa" or (result["target_calls"] == 40 and result["refused"])
+    assert result["mean"] == max(result["instructions"].values()) == result["instructions"][result["instruction"]]
+    assert {"Be brief.", "Be kind."} <= result["instructions"].keys()
+    assert result["proposer_calls"] > 0
+    calls, means = zip(*result["curve"], strict=True)
+    assert list(calls) == sorted(calls) and means[-1] == result["mean"]
+    assert (tmp_path / "whole/instruction.txt").read_text() == result["instruction"]
+    with pytest.raises(TrainingError, match="already exists"):
+        search_instruction(rival(shop, tmp_path / "whole", kind))
+    lines = (tmp_path / "whole/answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/answers.jsonl").write_text("".join(lines[:20]) + lines[20][:9])
+    again = search_instruction(rival(shop, tmp_path / "killed", kind))
+    assert again | {"seconds": 0} == result | {"seconds": 0}
+
+
+def test_a_rival_is_a_method_of_an_experiment_at_the_calls_of_a_training(shop: Workshop, tmp_path: Path) -> None:
+    pytest.importorskip("dspy")
+    pytest.importorskip("gepa")
+    out = tmp_path / "experiment"
+    methods = {
+        "none": {"kind": "none"},
+        "align_pro": {"kind": "train"},
+        "gepa": {"kind": "gepa", "target_calls": "align_pro", "search": SEARCH},
+    }
+    config = tiny_experiment(shop, out, methods=methods)
+    config["train"]["run"] = {"steps": 3, "eval_every": 0, "checkpoint_every": 3}
+    run_experiment(config, InThisProcess())
+    summary = json.loads((out / "summary.json").read_text())
+    costs = {name: each["cost"]["target_calls"] for name, each in summary["groups"][0]["methods"].items()}
+    assert costs == {"no_finetuning": 0.0, "align_pro": 12.0, "gepa": 12.0}
+    (crossing,) = (each for each in summary["analyses"] if each["kind"] == "crossing")
+    assert crossing["pairs"][0]["rival"] == "gepa" and crossing["pairs"][0]["difference"]["value"] is not None
+    assert "Target calls: letters" in (out / "report.html").read_text()
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dspy", None)
+    with pytest.raises(ConfigError, match=r"kind=gepa: needs dspy: pip install 'alignpro\[rivals\]'"):
+        require_dspy("gepa")
+
+
+def test_the_calls_must_suffice_for_the_hand_written_instructions(shop: Workshop, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"target_calls=8: 2 hand-written instructions on 4 validation prompts take 8 alone"
+    ):
+        resolve_config(RivalConfig, rival(shop, tmp_path / "few", "gepa", target_calls=8))
+
+
+def test_a_rival_has_the_calls_of_the_training_that_it_names(shop: Workshop, tmp_path: Path) -> None:
+    methods = {
+        "align_pro": {"kind": "train", "settings": {"run": {"steps": 50}}},
+        "miprov2": {"kind": "miprov2", "target_calls": "align_pro"},
+    }
+    config = resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path / "plan", methods=methods))
+    (cell,) = (each for each in cells(config) if each.method == "miprov2")
+    assert [job.command for job in cell.jobs] == ["rival", "eval"]
+    assert cell.jobs[0].config.target_calls == 50 * 2 * 2  # type: ignore[attr-defined]
+    unknown = methods | {"miprov2": {"kind": "miprov2", "target_calls": "grpo"}}
+    with pytest.raises(ConfigError, match=r"methods.miprov2.target_calls=grpo: expected a number"):
+        resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path / "plan", methods=unknown))
