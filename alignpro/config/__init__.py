@@ -53,7 +53,6 @@ from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, Rollout
 from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
 from alignpro.config.serving import AccessConfig, ListenConfig, ServeConfig, ServeLimitsConfig, ServeLogConfig
-from alignpro.config.serving_rewriting import RewritingConfig
 from alignpro.config.targets import (
     MixedEndpointConfig,
     MixedModelConfig,
@@ -112,7 +111,6 @@ __all__ = [
     "RewardComponentConfig",
     "RewardConfig",
     "RewardModelConfig",
-    "RewritingConfig",
     "RolloutConfig",
     "RunConfig",
     "RunSection",
