@@ -53,6 +53,7 @@ async def _serve(config: ServeConfig, reread: Callable[[], ServeConfig] | None) 
         try:
             await ProxyServer(service).serve(sockets=[listener])
         finally:
+            gc.unfreeze()  # libraries that check at the end that they were freed would complain
             await service.close()
 
 
