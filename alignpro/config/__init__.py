@@ -54,7 +54,6 @@ from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
 from alignpro.config.serving import AccessConfig, ListenConfig, ServeConfig, ServeLimitsConfig, ServeLogConfig
 from alignpro.config.serving_page import PageConfig
-from alignpro.config.serving_rewriting import RewritingConfig
 from alignpro.config.targets import (
     MixedEndpointConfig,
     MixedModelConfig,
@@ -114,7 +113,6 @@ __all__ = [
     "RewardComponentConfig",
     "RewardConfig",
     "RewardModelConfig",
-    "RewritingConfig",
     "RolloutConfig",
     "RunConfig",
     "RunSection",
