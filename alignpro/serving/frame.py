@@ -77,9 +77,9 @@ class Errors:
         except Refusal as refusal:
             await _refuse(exchange, refusal, send)
         except HTTPException as error:
-            refusal = refusal_of_status(error.status_code)
-            refusal.headers = [(key.lower().encode(), value.encode()) for key, value in (error.headers or {}).items()]
-            await _refuse(exchange, refusal, send)
+            wrong = refusal_of_status(error.status_code)
+            wrong.headers = [(key.lower().encode(), value.encode()) for key, value in (error.headers or {}).items()]
+            await _refuse(exchange, wrong, send)
         except ClientGone:
             exchange.error = "client_gone"
         except BrokenOff as broken:

@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import uvicorn
@@ -54,7 +54,7 @@ async def _serve(config: ServeConfig, reread: Callable[[], ServeConfig] | None) 
         try:
             await ProxyServer(service).serve(sockets=[listener])
         finally:
-            gc.unfreeze()  # what is still held at the interpreter's end is reported as leaked
+            gc.unfreeze()  # libraries that check at the end that they were freed would complain
             await service.close()
 
 
@@ -157,7 +157,7 @@ class ProxyServer(uvicorn.Server):
             await asyncio.wait(list(self.server_state.tasks), timeout=_LAST_WORDS_SECONDS)
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Generator[None, None, None]:
         """SIGTERM and SIGINT drain, a second SIGINT ends at once, SIGHUP reloads."""
         if threading.current_thread() is not threading.main_thread():
             yield

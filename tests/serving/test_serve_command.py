@@ -60,7 +60,7 @@ def test_options_and_files_make_one_configuration(tmp_path: Path, capsys: pytest
         (["--target", TARGET, "--config", "log.file=/nowhere/log"], "/nowhere/log cannot be written"),
         (
             ["--target", TARGET, "--host", "192.0.2.1", "--config", "access.anyone=true"],
-            "192.0.2.1 port 8000 cannot be served",
+            "192.0.2.1 port 0 cannot be served",
         ),
         (["--target", TARGET, "--config", "forward_headers=[Cookie]"], "cookie is not passed on"),
         (["--target", TARGET, "--config", "forward_headers=['a b']"], "'a b' is no name of a header"),
@@ -69,7 +69,7 @@ def test_options_and_files_make_one_configuration(tmp_path: Path, capsys: pytest
 def test_what_cannot_be_served_is_said_at_once(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _run(*arguments) == 1
+    assert _run(*arguments, "--config", "listen.port=0") == 1
     assert said in capsys.readouterr().err
 
 
@@ -83,7 +83,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     for name in [name for name in sys.modules if name.startswith("alignpro.serving.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert _run("--target", TARGET) == 1
+    assert _run("--target", TARGET, "--port", "0") == 1
     assert "`alignpro serve` needs uvicorn: pip install 'alignpro[serve]'" in capsys.readouterr().err
 
 
