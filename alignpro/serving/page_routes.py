@@ -4,9 +4,11 @@ the tokens that its user types."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.resources import files
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +132,22 @@ class Requests:
             raise Refusal(404, "No requests are kept: page.recent_requests is 0.", "not_kept")
         if self._service.admin is not None:
             self._service.admin.require(first(scope["headers"], b"authorization"))
+        elif not _names_this_machine(first(scope["headers"], b"host")):
+            raise Refusal(
+                403,
+                "Without access.admin_tokens_env the list is for this machine alone: open the page at 127.0.0.1.",
+                "foreign_host",
+            )
         await _answer(send, {"requests": self._service.recent.newest_first()})
+
+
+def _names_this_machine(host: bytes | None) -> bool:
+    """Whether a browser was sent to this machine's own name, not to one that a foreign page had point here."""
+    name = re.sub(r":\d+$", "", (host or b"").decode("latin-1")).strip("[]")
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return name.lower() == "localhost"
 
 
 class Rewards:

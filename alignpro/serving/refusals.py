@@ -41,4 +41,5 @@ class Refusal(Exception):  # noqa: N818
 def refusal_of_status(status: int) -> Refusal:
     """The refusal for a status that a library chose, such as 404 for an unknown path."""
     phrase = HTTPStatus(status).phrase
-    return Refusal(status, f"{phrase}: see /openapi.json for what is served.", phrase.lower().replace(" ", "_"))
+    where = "the API is below /v1, and /openapi.json lists what is served" if status == 404 else "see /openapi.json"
+    return Refusal(status, f"{phrase}: {where}.", phrase.lower().replace(" ", "_"))

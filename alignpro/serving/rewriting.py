@@ -15,6 +15,7 @@ from alignpro.environments.trained_prompter import TrainedPrompter
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
+from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards import build_reward
 from alignpro.serving.candidates import CandidateChooser
@@ -68,7 +69,7 @@ class Rewriting:
             ModelError: A directory holds no finished run of a prompter, two have the same name, or a model cannot be loaded.
             ConfigError: The reward of a run cannot choose among candidates.
         """
-        model = None if target is None else await asyncio.to_thread(load_language_model, target)
+        model = None if target is None else await asyncio.to_thread(_load_target, target)
         engine = EngineThread({} if model is None else {"target": model}, config.engine)
         local = None
         try:
@@ -165,3 +166,8 @@ class Rewriting:
         reward = build_reward(config.reward)
         reward.scorable([Prompt.from_text("a request has no columns of the data")])
         return CandidateChooser(self._config.candidates, reward, self._answers, self._config.seed)
+
+
+@without_progress_bars()
+def _load_target(target: ModelConfig) -> LanguageModel:
+    return load_language_model(target)

@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 
 from alignpro.config import ModelConfig, ServeConfig
+from alignpro.environments.finished_run import require_finished_run
 from alignpro.errors import AlignProError, ConfigError
 from alignpro.serving.app import build_app
 from alignpro.serving.connections import limited_protocol
@@ -63,6 +64,8 @@ async def open_service(config: ServeConfig, reread: Callable[[], ServeConfig] | 
     Raises:
         AlignProError: One of them is not there.
     """
+    for run in config.runs:
+        require_finished_run(run)  # before anything large is loaded
     target: ServedTarget | None = HttpTarget(config) if config.url is not None else None
     if target is not None and not config.runs:
         return Service(config, target, None, reread)
@@ -143,6 +146,8 @@ class ProxyServer(uvicorn.Server):
             named = f"[{host}]" if ":" in host else host
             runs = ", ".join(self._service.rewriter.runs) or "none: requests pass as they are"
             _LOGGER.info("serving http://%s:%d/v1 in front of %s; runs: %s", named, port, self._target, runs)
+            if self._service.config.page.enabled:
+                _LOGGER.info("a page to try prompts: http://%s:%d/", named, port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no further connections, and let requests in flight end."""

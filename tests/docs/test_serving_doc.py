@@ -15,7 +15,8 @@ from settings_table import settings
 from typer.main import get_command
 
 from alignpro.cli import app
-from alignpro.config import RewritingConfig, ServeConfig, ServeLimitsConfig, load_config, validate_config
+from alignpro.config import ServeConfig, ServeLimitsConfig, load_config, validate_config
+from alignpro.config.serving_rewriting import RewritingConfig
 from alignpro.serving import headers
 from alignpro.serving.contract import Outcome
 from alignpro.serving.openapi import openapi_document

@@ -13,7 +13,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from proxies import Proxy, Shouting, proxied
 from pydantic import BaseModel
-from upstream import WORDS, Upstream, chat_answer
+from upstream import EVENTS, WORDS, Upstream, chat_answer
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -135,7 +135,9 @@ def test_answers_and_tools_that_the_client_parses(client: OpenAI, monkeypatch: p
     assert answer.choices[0].message.parsed == Place(city="Oslo")
 
 
-def test_the_clients_own_streams(client: OpenAI) -> None:
+def test_the_clients_own_streams(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = b'data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m",'
+    monkeypatch.setattr("upstream.EVENTS", [event.replace(b"data: {", named) for event in EVENTS])
     with client.chat.completions.stream(model="m", messages=MESSAGES) as stream:
         deltas = [event.delta for event in stream if event.type == "content.delta"]
     assert deltas == [f"{word} " for word in WORDS]

@@ -115,6 +115,8 @@ def test_the_last_requests_are_kept_without_texts_unless_asked(
             proxy.settle()
             reply = _get(proxy, "/page/requests")
             assert reply.headers["cache-control"] == "no-store"
+            hosts = {"localhost": 200, "[::1]:80": 200, "rebound.example": 403, "127.0.0.1.example:80": 403}
+            assert {host: _get(proxy, "/page/requests", host=host).status for host in hosts} == hosts
             newest, older = reply.json()["requests"]
         assert [newest["request_id"], older["request_id"]] == ["l", "a"]
         assert (newest["rewrite"], newest["run"], newest["status"], newest["tokens"]) == ("applied", "loud", 200, 5)

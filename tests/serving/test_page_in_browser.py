@@ -168,6 +168,7 @@ def test_errors_and_stops_are_told(browser: Browser, upstream: Upstream) -> None
         browser.press("Enter")
         browser.wait_for(DONE)
         assert browser.text("#status") == "Stopped."
+        assert browser.value("document.activeElement.id") == "send"
         upstream.wait_for(lambda: upstream.cancelled == 2)
 
 

@@ -49,6 +49,7 @@ def test_options_and_files_make_one_configuration(tmp_path: Path, capsys: pytest
         (["--port", "1"], "target: missing"),
         (["--target", "ftp://a"], "target: expected http://HOST/"),
         (["--target", "https://me:key@a/v1"], "holds a user name or password"),
+        (["runs/none", "--target", "models/none"], "run directory runs/none: has no config.yaml and model/"),
         (["--target", TARGET, "--host", "0.0.0.0"], "can be reached from other machines: name tokens"),
         (["--target", "models/a", "--api-key-env", "KEY"], "target models/a is a model"),
         (
@@ -101,6 +102,7 @@ def test_signals_reload_and_drain_and_torch_is_not_loaded(upstream: Upstream, tm
         assert process.stderr is not None
         found = re.search(r"serving http://127\.0\.0\.1:(\d+)/v1 in front of .*; runs: none", process.stderr.readline())
         assert found
+        assert process.stderr.readline() == f"a page to try prompts: http://127.0.0.1:{found[1]}/\n"
 
         def ask(token: str) -> tuple[int, bytes]:
             connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)

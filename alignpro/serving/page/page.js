@@ -180,9 +180,10 @@ async function showRewards(views, body, signal) {
 }
 
 function busy(is) {
-  at("send").disabled = is;
-  at("stop").disabled = !is;
-  if (!is && document.activeElement === document.body) at("prompt").focus({ preventScroll: true });
+  const [off, on] = is ? [at("send"), at("stop")] : [at("stop"), at("send")];
+  on.disabled = false;
+  if (document.activeElement === off) on.focus({ preventScroll: true }); // a disabled button would lose it
+  off.disabled = true;
 }
 
 async function refresh() {
