@@ -112,7 +112,9 @@ def _of_training(config: TrainConfig, steps: int) -> list[Asked]:
     groups = steps * rollout.prompts_per_step * rollout.rewrites_per_prompt + _evaluated(config, steps)
     draws, prompt_tokens = groups * rollout.responses_per_rewrite, config.prompting.max_prompt_tokens
     rewrite_tokens, answer_tokens = rollout.rewrite.max_tokens, rollout.respond.max_tokens
-    asked = _shared(config.target, [(groups, draws)], prompt_tokens + rewrite_tokens, answer_tokens)
+    unchanged = steps * rollout.prompts_per_step + _evaluated(config, steps) if config.reward.keeps_refusals else 0
+    wanted = [(groups, draws), (unchanged, unchanged)]
+    asked = _shared(config.target, wanted, prompt_tokens + rewrite_tokens, answer_tokens)
     return asked + _of_reward(config.reward, draws, prompt_tokens + rewrite_tokens, answer_tokens)
 
 
@@ -169,6 +171,8 @@ def _of_comparison(config: EvalConfig | HeadroomConfig | OptimalConfig) -> list[
     samples = sum(draws for _, draws in groups)
     if isinstance(config, EvalConfig) and "oracle" in config.sampled_arms:
         samples += P * config.rewrites_per_prompt * M
+    if any(reward.keeps_refusals for reward in config.rewards):
+        groups.append((P, P))  # a greedy response to each unchanged prompt, which is not scored
     asked = _shared(config.target, groups, prompt_tokens, answer_tokens, split=False)
     samples *= len(target_parts(config.target))
     for reward in config.rewards:

@@ -186,6 +186,29 @@ def test_what_judges_and_servers_of_rewards_are_asked_is_counted() -> None:
     assert "at most 48 requests" in lines[0] and f"({190 + 4 + 1024:,} of a prompt" in lines[0]
 
 
+def test_what_judges_of_arms_and_counts_of_refusals_ask_is_counted() -> None:
+    """Two arms of 5 prompts × 4 responses; 3 harmful prompts likewise; 5 pairs in both orders, each asked up to 3 times."""
+    comparison = {
+        "out": "runs/e",
+        "data": TRAIN["data"],
+        "target": ENDPOINT,
+        "reward": TRAIN["reward"],
+        "instructions": {"short": "Be brief."},
+        "prompts": 5,
+        "rewrites_per_prompt": 2,
+        "judge": {"endpoint": {"base_url": "http://judge.example", "model": "j"}, "max_tokens": 5},
+        "refusals": {"harmful": {"source": "harmful.jsonl"}, "prompts": 3},
+    }
+    lines = describe_spending(validate_config(EvalConfig, comparison))
+    assert "gpt at https://api.example/v1, in all: at most 64 requests and " in lines[0]
+    assert "j at http://judge.example, in all: at most 30 requests and " in lines[1]
+    kept = TRAIN["reward"] | {"guards": [{"kind": "refusal_kept"}]}
+    lines = describe_spending(validate_config(EvalConfig, comparison | {"reward": kept}))
+    assert "in all: at most 69 requests and " in lines[0]
+    assert "at most 128 requests" in describe_spending(config(ENDPOINT))[0]
+    assert "at most 144 requests" in describe_spending(config(ENDPOINT, reward=kept))[0]
+
+
 def test_overrides_reach_into_a_target(tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump({**TRAIN, "target": ENDPOINT}))
