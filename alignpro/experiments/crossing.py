@@ -96,8 +96,11 @@ def _analysis(
             point = None
             if ours.label in curves and theirs.label in curves:
                 point = crossing_point(curves[ours.label], curves[theirs.label])
-                reach = f"from {point:,.0f} target calls on" if point is not None else "not within the calls of both"
-                sentences.append(f"{ours.label} is not below {theirs.label} {reach}.")
+                last = f"{ours.label} is below {theirs.label} at the last number of target calls that both have."
+                onwards = (
+                    f"{ours.label} is not below {theirs.label} from {point:,.0f} target calls on." if point else last
+                )
+                sentences.append(onwards)
             difference = difference_over_seeds(ours.rewards, theirs.rewards, ours.clusters)
             rows.append(
                 (f"{ours.label} − {theirs.label}", shown(difference), "–" if point is None else f"{point:,.0f}")
