@@ -42,10 +42,22 @@ def mix_models(
     """
     rest = 1.0 - sum(weights)
     given = zip([*prompters, reference], [*weights, rest if abs(rest) > _ROUNDING else 0.0], strict=True)
-    parts = [(model, weight) for model, weight in given if weight != 0]
+    return combine([(model, weight) for model, weight in given if weight != 0], name)
+
+
+def combine(parts: Sequence[tuple[LanguageModel, float]], name: str) -> LanguageModel:
+    """Return the mixture of models with weights other than 0, of sum 1; a single model as it is, and mixtures by their parts.
+
+    Raises:
+        ModelError: The models cannot be mixed; see `MixedModel`.
+    """
     if len(parts) == 1:
         return parts[0][0]
-    return MixedModel([model for model, _ in parts], [weight for _, weight in parts], name)
+    single: list[tuple[LanguageModel, float]] = []
+    for model, weight in parts:
+        own = zip(model.parts, model.weights, strict=True) if isinstance(model, MixedModel) else [(model, 1.0)]
+        single += [(part, weight * share) for part, share in own]
+    return MixedModel([part for part, _ in single], [weight for _, weight in single], name)
 
 
 class MixedModel(LanguageModel):
@@ -188,7 +200,7 @@ def share_equal_weights(models: Sequence[LanguageModel]) -> int:
     """
     held: dict[str, list[Tensor]] = {}
     saved = 0
-    for model in models:
+    for model in (part for each in models for part in each.parts):
         changed = 0
         for name, weight in model.causal.named_parameters():
             others = held.setdefault(name.replace(".base_layer.", "."), [])
