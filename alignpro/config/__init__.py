@@ -15,6 +15,7 @@ from alignpro.config.endpoints import (
     TargetEndpointConfig,
 )
 from alignpro.config.experiment import (
+    DialMethod,
     ExperimentConfig,
     GibbsMethod,
     InstructionMethod,
@@ -74,6 +75,7 @@ __all__ = [
     "ConfigSource",
     "DataConfig",
     "DeepSpeedConfig",
+    "DialMethod",
     "EndpointConfig",
     "EngineConfig",
     "EvalConfig",

@@ -10,7 +10,7 @@ _LABELS = {
     "oracle": "Oracle (RLHF)",
     "candidates": "Candidates",
 }
-_INSTRUCTION, _GIBBS = "instruction_", "gibbs_"
+_INSTRUCTION, _GIBBS, _DIAL = "instruction_", "gibbs_", "dial_"
 
 
 def method_label(method: str) -> str:
@@ -19,6 +19,8 @@ def method_label(method: str) -> str:
         return _LABELS[method]
     if method.startswith(_GIBBS) and method.removeprefix(_GIBBS).isdecimal():
         return f"Gibbs, N = {method.removeprefix(_GIBBS)}"
+    if method.startswith(_DIAL):
+        return f"Dial, s = {method.removeprefix(_DIAL)}"
     if method.startswith(_INSTRUCTION):
         return f"Instruction: {method.removeprefix(_INSTRUCTION).replace('_', ' ')}"
     return method.replace("_", " ")

@@ -11,20 +11,21 @@ from alignpro.engine import Completion
 from alignpro.evaluation.arms import ArmSamples
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
-from alignpro.policy.policy import Policy
-from alignpro.policy.reference_logprobs import sequence_logprob
+from alignpro.policy.reference_logprobs import kl_between_heads, sequence_logprob
 
 
+@torch.no_grad()
 def sequence_kl(
     model: LanguageModel, reference: LanguageModel, inputs: Sequence[Sequence[int]], arm: ArmSamples, temperature: float
 ) -> float:
     """Mean exact KL(model ‖ reference) on an arm's samples, in nats per sequence; both models share one vocabulary."""
-    policy = Policy(model, reference, temperature=temperature)
     prompts = [ids for ids, group in zip(inputs, arm.chains, strict=True) for _ in group]
     samples = [chain.sample.tokens for group in arm.chains for chain in group]
     total = 0.0
     for batch in _batches(prompts, samples, model):
-        total += policy.token_stats(batch).kl.sum().item()
+        states, others = model.action_states(batch), reference.action_states(batch)
+        kl = kl_between_heads(model.head, states, reference.head, others, batch.targets, temperature)
+        total += kl.sum().item()
     return total / len(samples)
 
 

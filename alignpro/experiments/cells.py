@@ -1,7 +1,7 @@
 """The cells of an experiment: which there are, what each runs, and where its results lie.
 
 out/priors/PROMPTER/                                       the prompter that all methods start from
-out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION]/seed_N/
+out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/s_STRENGTH]/seed_N/
     train.yaml or rlhf.yaml, run/                          the training: configuration, run directory
     eval.yaml, evaluation/                                 the evaluation; its summary.json marks the cell as done
     log.txt                                                what the commands printed
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from alignpro.config import (
+    DialMethod,
+    EvalConfig,
     ExperimentConfig,
     GibbsMethod,
     InstructionMethod,
@@ -28,7 +30,7 @@ from alignpro.config import (
     UnchangedMethod,
     needs_prompter,
 )
-from alignpro.config.jobs import gibbs_arms
+from alignpro.config.jobs import dial_arms, gibbs_arms
 from alignpro.experiments.sections import (
     eval_sections,
     model_sections,
@@ -73,7 +75,7 @@ class Cell:
     """None if the method has none: the cell then counts for all prompters."""
     seed: int = 0
     needs: Cell | None = None
-    """The preparation that has to be done before."""
+    """What has to be done before: the preparation, or of a prompter at another strength its training."""
 
     @property
     def done(self) -> bool:
@@ -95,11 +97,17 @@ def cells(config: ExperimentConfig) -> list[Cell]:
     priors = {name: _prior(config, name) for name, each in config.prompters.items() if each.prior is not None}
     used = any(needs_prompter(method) for method in config.methods.values())
     found = list(priors.values()) if used else []
+    methods = sorted(config.methods.items(), key=lambda item: isinstance(item[1], DialMethod))  # after what it needs
     for seed in config.seeds:
         for task in config.tasks:
             for target in config.targets:
-                for name, method in config.methods.items():
-                    found += _of_method(config, name, method, task, target, seed, priors)
+                for name, method in methods:
+                    if not isinstance(method, DialMethod):
+                        found += _of_method(config, name, method, task, target, seed, priors)
+                        continue
+                    where = (method.of, task, target, seed)
+                    for cell in [c for c in found if (c.method, c.task, c.target, c.seed) == where]:
+                        found += _of_dial(config.out, name, method, cell)
     return found
 
 
@@ -142,6 +150,20 @@ def _of_method(
             seed=seed,
             needs=priors.get(prompter) if prompter else None,
         )
+
+
+def _of_dial(out: Path, name: str, method: DialMethod, training: Cell) -> Iterator[Cell]:
+    """The cells of a trained prompter at each strength: they are evaluated as the trained one is."""
+    evaluation = training.jobs[-1].config
+    assert isinstance(evaluation, EvalConfig)  # the last job of each cell that is compared
+    for arm, strength in dial_arms(method.strengths).items():
+        parts = ["cells", training.task, training.target, name, training.prompter or "", f"s_{strength:g}"]
+        path = "/".join([*parts, f"seed_{training.seed}"])
+        directory = out / path
+        results = directory / "evaluation"
+        own = evaluation.model_copy(update={"out": results, "arms": [arm], "strengths": [strength]})
+        job = Job("eval", own, directory / "eval.yaml", results / "summary.json")
+        yield replace(training, directory=directory, name=path, jobs=(job,), method=name, needs=training)
 
 
 def _jobs(

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from alignpro.config import EvalConfig, ExperimentConfig, GibbsMethod, RLHFMethod, TrainMethod
+from alignpro.config import DialMethod, EvalConfig, ExperimentConfig, GibbsMethod, RLHFMethod, TrainMethod
 from alignpro.evaluation.comparison_results import Cost
 from alignpro.evaluation.directory_report import report_directories
 from alignpro.evaluation.evaluated import RECORD_FILE, training_cost
@@ -60,6 +60,11 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
     if isinstance(method, TrainMethod | RLHFMethod):
         cost = training_cost(cell.directory / "run", cell.jobs[0].config.model_dump())
         name, label = cell.method if isinstance(method, TrainMethod) else arm, method.label or ""
+    elif isinstance(method, DialMethod):
+        assert cell.needs is not None  # its training, which serves all strengths
+        cost = training_cost(cell.needs.directory / "run", cell.needs.jobs[0].config.model_dump())
+        strength = f"{evaluation.dial_arms[arm]:g}"
+        name, label = f"{cell.method}_{strength}", f"{method.label or 'Dial'}, s = {strength}"
     elif isinstance(method, GibbsMethod):
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
         candidates = evaluation.gibbs_arms[arm] * evaluation.responses_per_rewrite
