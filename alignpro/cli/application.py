@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import alignpro
-from alignpro.cli import comparing, inspecting, ledgers, models, rewriting, training
+from alignpro.cli import comparing, inspecting, ledgers, mixing, models, rewriting, training
 from alignpro.cli.output import quiet_libraries
 from alignpro.distributed.launcher import launched_rank
 from alignpro.errors import AlignProError, Interrupted, PeerError
@@ -32,6 +32,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "experiment": comparing.experiment,
     "report": comparing.report,
     "optimal": comparing.optimal,
+    "mix": mixing.mix,
     "rewrite": rewriting.rewrite,
     "demo": inspecting.demo,
     "plan": inspecting.plan,

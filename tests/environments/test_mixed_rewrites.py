@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rewriter import TEXTS, finished_run
+from finished_runs import finished_run
+from test_rewriter import TEXTS
 from tiny_models import apply_head, policy_config, tiny_language_model
 
 from alignpro.config import SFTConfig, dump_config
