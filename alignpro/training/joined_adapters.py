@@ -10,6 +10,7 @@ is adapted.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ from alignpro.prompting.tokenization import load_tokenizer
 _JOINED = "joined"
 
 
+def require_adapters(prompters: Sequence[str]) -> None:
+    """Check that the directories of prompters hold adapters.
+
+    Raises:
+        ModelError: One holds a model with weights of its own.
+    """
+    for path in prompters:
+        if not is_adapter(path):
+            raise ModelError(f"model {path}: its weights are its own: only LoRAs of one base model become one model")
+
+
 def join_adapters(mixture: Mixture, config: ModelConfig, directory: Path, final: Path) -> None:
     """Write the LoRA Σ_k w_k s_k B_k A_k on the prompters' base model.
 
@@ -34,13 +46,10 @@ def join_adapters(mixture: Mixture, config: ModelConfig, directory: Path, final:
         final: Where the directory will be.
 
     Raises:
-        ModelError: A prompter is not a LoRA, or the LoRAs do not act alike, so that no single LoRA is their sum.
+        ModelError: The LoRAs do not act alike, so that no single LoRA is their sum.
     """
-    for path in mixture.prompters:
-        if not is_adapter(path):
-            raise ModelError(f"model {path}: its weights are its own: only LoRAs of one base model become one model")
     model = load_causal(config)
-    assert is_peft_model(model)  # checked above
+    assert is_peft_model(model)  # see `require_adapters`
     names = [str(model.active_adapter)]
     try:
         for k, path in enumerate(mixture.prompters[1:], 1):

@@ -7,15 +7,14 @@ optimal for the weighted sum of their rewards (`alignpro.theory.mixtures`).
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alignpro.config import dump_config
+from alignpro.engine import Completion
 from alignpro.environments.exact_mixture import group_logprobs
 from alignpro.errors import ConfigError, TrainingError
 from alignpro.models.garbage_collection import paused_collection
@@ -26,13 +25,12 @@ from alignpro.models.mixture_files import Mixture
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.training.durability import disk_errors, replace_directory, replace_text
-from alignpro.training.joined_adapters import join_adapters
+from alignpro.training.joined_adapters import join_adapters, require_adapters
 from alignpro.training.mixed_runs import MixedRun, check_weights, read_runs
 from alignpro.training.mixture_weights import MixtureSamples, sample_reference
 from alignpro.versions import versions
 
-logger = logging.getLogger(__name__)
-
+REMEDY = "free some space, or name another --out"
 SUMMARY_FILE = "mixture.json"
 """In the run directory: the weights, how they were found and what was measured."""
 
@@ -78,11 +76,12 @@ def mix(
         raise ConfigError("mix: --weights gives what --max-min finds: leave one of them out")
     runs = read_runs(directories, trust_remote_code=trust_remote_code)
     chosen = check_weights(weights, len(runs))
+    if one_model:
+        require_adapters([run.mixture.prompters[0] for run in runs])
     models, reference = _load(runs)
     samples = sample_reference([run.config for run in runs], models, reference, prompts, rewrites, seed)
     if max_min:
         chosen = samples.max_min_weights(seed)
-    mixture = Mixture(tuple(run.mixture.prompters[0] for run in runs), tuple(chosen), runs[0].mixture.reference)
     summary: dict[str, Any] = {
         "runs": [str(run.directory) for run in runs],
         "weights": chosen,
@@ -91,18 +90,12 @@ def mix(
         "seed": seed,
         **samples.estimates(chosen),
     }
-    with disk_errors(str(out), "free some space, or name another --out", TrainingError):
-        out.mkdir(parents=True, exist_ok=True)
-        model = (out / "model").absolute()
-        if one_model:
-            write = partial(join_adapters, mixture, runs[0].model_config, final=model)
-            replace_directory(model, lambda path: write(directory=path))
-        else:
-            replace_directory(model, partial(_write_mixture, mixture, runs[0]))
-        summary |= _gaps(
-            samples, mix_models(models, chosen, reference, str(out)), runs[0], model if one_model else None
-        )
-        summary["versions"] = versions()
+    summary["gap_to_whole_rewrites"], drawn = samples.gap(mix_models(models, chosen, reference, str(out)))
+    _write_model(runs, chosen, out / "model", one_model=one_model)
+    if one_model:
+        summary["gap_of_one_model"] = _gap_of_one_model(samples, drawn, runs[0], out / "model")
+    summary["versions"] = versions()
+    with disk_errors(str(out), REMEDY, TrainingError):
         replace_text(out / SUMMARY_FILE, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         replace_text(out / "config.yaml", _config_text(runs, chosen, out))  # last: it makes a run directory of it
     return summary
@@ -120,23 +113,29 @@ def _load(runs: Sequence[MixedRun]) -> tuple[list[LanguageModel], LanguageModel]
     return models, reference
 
 
-def _write_mixture(mixture: Mixture, first: MixedRun, directory: Path) -> None:
-    load_tokenizer(first.model_config).save_pretrained(directory)
-    mixture.write(directory)
+def _write_model(runs: Sequence[MixedRun], weights: Sequence[float], model: Path, *, one_model: bool) -> None:
+    first, final = runs[0], model.absolute()
+    mixture = Mixture(tuple(run.mixture.prompters[0] for run in runs), tuple(weights), first.mixture.reference)
+
+    def write(directory: Path) -> None:
+        if one_model:
+            join_adapters(mixture, first.model_config, directory, final)
+        else:
+            load_tokenizer(first.model_config).save_pretrained(directory)
+            mixture.write(directory)
+
+    with disk_errors(str(model), REMEDY, TrainingError):
+        replace_directory(final, write)
 
 
-def _gaps(
-    samples: MixtureSamples, mixture: LanguageModel, first: MixedRun, one_model: Path | None
-) -> dict[str, dict[str, float]]:
-    """How far the token-wise mixture is from that over whole rewrites, and one model from the token-wise mixture."""
-    gap, groups = samples.gap(mixture)
-    gaps = {"gap_to_whole_rewrites": gap}
-    if one_model is not None:
-        single = load_language_model(first.model_config.model_copy(update={"path": str(one_model)}))
-        drawn = torch.tensor([[sum(each.logprobs) for each in group] for group in groups], dtype=torch.float64)
-        own = group_logprobs(single, samples.inputs, groups, samples.params.temperature)
-        gaps["gap_of_one_model"] = {"kl": (drawn - own).mean().item()}
-    return gaps
+def _gap_of_one_model(
+    samples: MixtureSamples, drawn: Sequence[Sequence[Completion]], first: MixedRun, model: Path
+) -> dict[str, float]:
+    """KL of the token-wise mixture to the model that approximates it, in nats per rewrite, on the mixture's draws."""
+    single = load_language_model(first.model_config.model_copy(update={"path": str(model)}))
+    logprob = torch.tensor([[sum(each.logprobs) for each in group] for group in drawn], dtype=torch.float64)
+    own = group_logprobs(single, samples.inputs, drawn, samples.params.temperature)
+    return {"kl": (logprob - own).mean().item()}
 
 
 def _config_text(runs: Sequence[MixedRun], weights: Sequence[float], out: Path) -> str:

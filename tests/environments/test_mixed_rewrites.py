@@ -12,6 +12,7 @@ from finished_runs import finished_run
 from test_rewriter import TEXTS
 from tiny_models import apply_head, policy_config, tiny_language_model
 
+from alignpro.cli import main
 from alignpro.config import SFTConfig, dump_config
 from alignpro.engine import Completion, Engine, SamplingParams
 from alignpro.environments.exact_mixture import correct_draws, group_logprobs, resample
@@ -26,11 +27,11 @@ from alignpro.theory import enumerate_sequences, mixture_policy, total_variation
 Directory = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_strength_leads_from_the_prompter_before_training_to_the_trained_one(
-    kind: str, model_directory: Directory, tmp_path: Path
+    model_directory: Directory, tmp_path: Path
 ) -> None:
-    config = finished_run(tmp_path, model_directory, kind)
+    """Of a LoRA: the reference is the model below it; other runs name theirs, as in the test of candidates."""
+    config = finished_run(tmp_path, model_directory, "lora")
     trained = Rewriter.load(tmp_path)
     before = Rewriter(load_language_model(policy_config(model_directory("qwen2"))), None, config)
     assert Rewriter.load(tmp_path, strength=0.0).rewrite(TEXTS) == before.rewrite(TEXTS)
@@ -55,7 +56,7 @@ def test_a_run_without_a_reference_has_no_strength(model_directory: Directory, t
 
 
 def test_candidates_correct_a_mixture_and_nothing_else(
-    model_directory: Directory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model_directory: Directory, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finished_run(tmp_path, model_directory)
     half = Rewriter.load(tmp_path, strength=0.5)
@@ -66,6 +67,11 @@ def test_candidates_correct_a_mixture_and_nothing_else(
     drawn = half.rewrite(TEXTS, n=8, temperature=1.0, seed=1)
     for kept, candidates in zip(groups, drawn, strict=True):
         assert len(kept) == 2 and {each.rewrite for each in kept} <= {each.rewrite for each in candidates}
+    given = ["--strength", "0.5", "--n", "2", "--temperature", "1", "--seed", "1", "--candidates", "8"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["rewrite", *TEXTS, "--run", str(tmp_path), *given])
+    pairs = [(text, each.rewrite) for text, group in zip(TEXTS, groups, strict=True) for each in group]
+    assert "".join(f"{text}\t{rewrite}\n" for text, rewrite in pairs) in capsys.readouterr().out
     with pytest.raises(ConfigError, match="set a temperature above 0"):
         half.rewrite(TEXTS, candidates=8)
     with pytest.raises(ConfigError, match="is a single one, whose samples are exact"):

@@ -20,7 +20,10 @@ from alignpro.errors import AlignProError, ConfigError, ModelError, TrainingErro
 from alignpro.models.loading import load_language_model
 from alignpro.models.mixed_model import MixedModel
 from alignpro.models.sequences import SequenceBatch
+from alignpro.training.mixed_runs import check_weights
 from alignpro.training.mixing import SUMMARY_FILE, mix
+from alignpro.training.model_destination import model_of
+from alignpro.training.model_files import export_model
 
 Directory = Callable[[str], Path]
 BATCH = SequenceBatch.build([[5, 17, 3]], [[8, 2, 4]])
@@ -71,15 +74,20 @@ def test_the_mixture_is_a_run_directory_whose_logits_are_the_weighted_sum(
     half = Rewriter.load(out, strength=0.5).engine.models["policy"]
     assert isinstance(half, MixedModel) and half.weights == (0.125, 0.375, 0.5)
     assert len(Rewriter.load(out).rewrite(["flip the word stone pls"], n=2, temperature=1.0, candidates=4)[0]) == 2
+    with pytest.raises(
+        ModelError, match="is neither trained nor exported: name one of its prompters, or write one model"
+    ):
+        export_model(model_of(out), tmp_path / "both.gguf")
     summary = json.loads((out / SUMMARY_FILE).read_text())
     assert summary["weights_by"] == "given" and summary["F"] < 0 < summary["effective_sample_size"] <= 4
 
 
+@pytest.mark.slow
 def test_max_min_weights_even_out_the_normalised_rewards(model_directory: Directory, tmp_path: Path) -> None:
     runs = two_runs(tmp_path, model_directory)
-    found = mix(runs, tmp_path / "mixed", max_min=True, prompts=8, rewrites=16)
+    found = mix(runs, tmp_path / "mixed", max_min=True, prompts=4, rewrites=8)
     assert found["weights_by"] == "max_min" and sum(found["weights"]) == pytest.approx(1)
-    equal = mix(runs, tmp_path / "equal", prompts=8, rewrites=16)
+    equal = mix(runs, tmp_path / "equal", prompts=4, rewrites=8)
     assert equal["weights"] == [0.5, 0.5] and found["F"] <= equal["F"] + 1e-3
     apart = [abs(one - other) for one, other in (each["normalised_rewards"] for each in (found, equal))]
     assert apart[0] < apart[1] or found["weights"] == pytest.approx([0.5, 0.5], abs=0.05)
@@ -107,13 +115,6 @@ def test_loras_of_one_base_become_one_lora_which_is_said_to_approximate(
     assert mixture.parts[0].head.shares_storage_with(mixture.parts[1].head)
 
 
-def test_models_with_weights_of_their_own_do_not_become_one(model_directory: Directory, tmp_path: Path) -> None:
-    runs = two_runs(tmp_path, model_directory)
-    with pytest.raises(ModelError, match="only LoRAs of one base model become one model"):
-        mix(runs, tmp_path / "one", one_model=True, prompts=2, rewrites=2)
-    assert not (tmp_path / "one" / "config.yaml").exists()
-
-
 REFUSED = {
     "objective.kl.coef": (
         0.2,
@@ -128,37 +129,36 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_runs_that_differ_in_more_than_their_rewards_are_refused(
-    key: str, model_directory: Directory, tmp_path: Path
-) -> None:
-    value, message = REFUSED[key]
+def test_runs_that_differ_in_more_than_their_rewards_are_refused(model_directory: Directory, tmp_path: Path) -> None:
     runs = two_runs(tmp_path, model_directory)
-    change(runs[1], key, str(model_directory("llama")) if value == "llama" else value)
-    with pytest.raises(AlignProError, match=message) as caught:
-        mix(runs, tmp_path / "mixed")
-    assert "\n" not in str(caught.value) and not (tmp_path / "mixed").exists()
-
-
-def test_a_run_with_another_tokenizer_is_refused(model_directory: Directory, tmp_path: Path) -> None:
-    runs = two_runs(tmp_path, model_directory)
-    file = runs[1] / "model" / "chat_template.jinja"
-    file.write_text(file.read_text() + " ")
+    config = runs[1] / "config.yaml"
+    before = config.read_text()
+    for key, (value, message) in REFUSED.items():
+        change(runs[1], key, str(model_directory("llama")) if value == "llama" else value)
+        with pytest.raises(AlignProError, match=message) as caught:
+            mix(runs, tmp_path / "mixed")
+        assert "\n" not in str(caught.value) and not (tmp_path / "mixed").exists()
+        config.write_text(before)
+    template = runs[1] / "model" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
     with pytest.raises(ConfigError, match=r"polite/model has another chat template than .*short/model"):
         mix(runs, tmp_path / "mixed")
-
-
-def test_arguments_that_do_not_fit_are_refused_before_a_model_is_loaded(
-    model_directory: Directory, tmp_path: Path
-) -> None:
-    runs, out = two_runs(tmp_path, model_directory), tmp_path / "mixed"
     with pytest.raises(ConfigError, match="mix: 1 run: give at least two"):
-        mix(runs[:1], out)
+        mix(runs[:1], tmp_path / "mixed")
+    template.write_text(template.read_text()[:-1])
+    with pytest.raises(ModelError, match="only LoRAs of one base model become one model"):
+        mix(runs, tmp_path / "mixed", one_model=True)
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_weights_are_one_for_each_run_and_of_sum_one(tmp_path: Path) -> None:
+    assert check_weights(None, 4) == [0.25] * 4
     with pytest.raises(ConfigError, match="1 weights for 2 runs"):
-        mix(runs, out, weights=[1.0])
+        check_weights([1.0], 2)
     with pytest.raises(ConfigError, match=r"weights 0\.5, 0\.6: expected numbers from 0, of sum 1"):
-        mix(runs, out, weights=[0.5, 0.6])
+        check_weights([0.5, 0.6], 2)
     with pytest.raises(ConfigError, match="leave one of them out"):
-        mix(runs, out, weights=[0.5, 0.5], max_min=True)
-    with pytest.raises(TrainingError, match="short: already exists; choose another --out"):
-        mix(runs, runs[0])
+        mix([tmp_path, tmp_path], tmp_path / "mixed", weights=[0.5, 0.5], max_min=True)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(TrainingError, match="already exists; choose another --out"):
+        mix([tmp_path, tmp_path], tmp_path)
