@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import alignpro
-from alignpro.cli import comparing, inspecting, ledgers, models, rewriting, serving, training
+from alignpro.cli import comparing, inspecting, ledgers, mixing, models, rewriting, serving, training
 from alignpro.cli.output import quiet_libraries
 from alignpro.distributed.launcher import launched_rank
 from alignpro.errors import AlignProError, Interrupted, PeerError
@@ -35,6 +35,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "rival": comparing.rival,
     "report": comparing.report,
     "optimal": comparing.optimal,
+    "mix": mixing.mix,
     "rewrite": rewriting.rewrite,
     "serve": serving.serve,
     "demo": inspecting.demo,

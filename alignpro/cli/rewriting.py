@@ -13,7 +13,9 @@ from alignpro.errors import AlignProError
 
 
 def rewrite(
-    run: Annotated[Path, typer.Option(help="Run directory of a finished `alignpro train` or `alignpro sft`.")],
+    run: Annotated[
+        Path, typer.Option(help="Run directory of a finished `alignpro train` or `sft`, or of `alignpro mix`.")
+    ],
     text: Annotated[list[str] | None, typer.Argument(help="Prompts to rewrite, each one argument.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Rewrite a data source instead: a preset or a file, as in `data.source`.")
@@ -22,6 +24,23 @@ def rewrite(
     n: Annotated[int, typer.Option(min=1, help="Rewrites per prompt.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    strength: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=2,
+            help="How far to follow training: 0 is the prompter before it, 1 the trained one. With λ in training, s acts "
+            "like λ/s.",
+        ),
+    ] = 1.0,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Of a mixture, or a strength other than 0 and 1: draw so many rewrites of each prompt, and keep those that "
+            "make the mixture exact over whole rewrites.",
+        ),
+    ] = None,
     answer: Annotated[
         bool, typer.Option("--answer", help="Also load the run's target and let it answer each rewrite.")
     ] = False,
@@ -58,15 +77,20 @@ def rewrite(
 
         check_files(DataConfig(source=data, holdout=0))
     rewriter = load_late("alignpro.environments.rewriter:Rewriter.load")(
-        run, with_target=answer, trust_remote_code=trust_remote_code, trust_endpoint=trust_endpoint
+        run,
+        with_target=answer,
+        strength=strength,
+        trust_remote_code=trust_remote_code,
+        trust_endpoint=trust_endpoint,
     )
     if data is not None:
         load_late("alignpro.environments.rewritten_data:rewrite_data")(
-            rewriter, data, out, n=n, temperature=temperature, seed=seed
+            rewriter, data, out, n=n, temperature=temperature, seed=seed, candidates=candidates
         )
         return
     assert text  # or an error was raised above
-    for prompt, rewrites in zip(text, rewriter.rewrite(text, n=n, temperature=temperature, seed=seed), strict=True):
+    groups = rewriter.rewrite(text, n=n, temperature=temperature, seed=seed, candidates=candidates)
+    for prompt, rewrites in zip(text, groups, strict=True):
         for rewritten in rewrites:
             typer.echo(rewritten.rewrite if len(text) == 1 else f"{prompt}\t{rewritten.rewrite}")
             if rewritten.response is not None:

@@ -16,6 +16,7 @@ from alignpro.config.endpoints import (
 )
 from alignpro.config.experiment import (
     BestOfMethod,
+    DialMethod,
     ExperimentConfig,
     GibbsMethod,
     InstructionMethod,
@@ -85,6 +86,7 @@ __all__ = [
     "ConfigSource",
     "DataConfig",
     "DeepSpeedConfig",
+    "DialMethod",
     "EndpointConfig",
     "EngineConfig",
     "EvalConfig",

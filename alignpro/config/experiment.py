@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from alignpro.config.data import DataConfig, PromptingConfig
 from alignpro.config.endpoints import SpendingConfig
-from alignpro.config.jobs import CandidateCount, InstructionName
+from alignpro.config.jobs import CandidateCount, InstructionName, Strength
 from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import RewardConfig
 from alignpro.config.rival import RivalKind, SearchSection
@@ -83,6 +83,17 @@ class TrainMethod(Section):
     """Sections of `alignpro train` that differ from the experiment's ``train``."""
 
 
+class DialMethod(Section):
+    """A prompter that another method trains, at other strengths s: ρ_sft^{1−s} ρ^s, token by token. Each is a cell of its own."""
+
+    kind: Literal["dial"]
+    label: str | None = None
+    """Its name in the report, to which the strength is added; by default Dial."""
+    of: str
+    """The key of a method of the kind ``train``."""
+    strengths: list[Strength] = Field(default=[0.25, 0.5, 0.75, 1.25], min_length=1)
+
+
 class RLHFMethod(Section):
     """The target itself, trained by `alignpro rlhf`: the oracle."""
 
@@ -111,6 +122,7 @@ Method = Annotated[
     | GibbsMethod
     | BestOfMethod
     | TrainMethod
+    | DialMethod
     | RLHFMethod
     | RivalMethod,
     Field(discriminator="kind"),
@@ -194,6 +206,8 @@ class ExperimentConfig(Section):
         for name, method in self.methods.items():
             if isinstance(method, RivalMethod):
                 self._check_rival(name, method)
+            if isinstance(method, DialMethod) and not isinstance(self.methods.get(method.of), TrainMethod):
+                raise ValueError(f"methods.{name}.of={method.of}: expected the key of a method of the kind train")
         wanting = [name for name, method in self.methods.items() if isinstance(method, InstructionMethod)]
         if wanting and not any(task.instructions for task in self.tasks.values()):
             raise ValueError(f"methods.{wanting[0]} needs `instructions` in a task")
@@ -212,7 +226,7 @@ class ExperimentConfig(Section):
 
 def needs_prompter(method: Method) -> bool:
     """Whether a method has one cell for each prompter."""
-    return isinstance(method, PriorMethod | GibbsMethod | BestOfMethod | TrainMethod)
+    return isinstance(method, PriorMethod | GibbsMethod | BestOfMethod | TrainMethod | DialMethod)
 
 
 def _check_name(name: str) -> None:

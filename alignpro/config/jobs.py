@@ -131,6 +131,7 @@ INSTRUCTION = "instruction_"
 """What the key of an arm of a hand-written instruction begins with; the instruction's name follows."""
 
 CandidateCount = Annotated[int, Field(ge=2)]
+Strength = Annotated[float, Field(ge=0, le=2)]
 InstructionName = Annotated[str, Field(pattern=r"^\w+$")]
 
 
@@ -198,6 +199,8 @@ class EvalConfig(ComparisonConfig):
     best_of: list[CandidateCount] = Field(default_factory=list)
     """Numbers N of rewrites of ρ_sft of which the one with the highest reward is kept and answered anew: arms ``best_of_N``.
     They are the first of the candidates of Gibbs resampling, if there are any."""
+    strengths: list[Strength] = Field(default_factory=list)
+    """Each s is an arm ``dial_s``: the prompter ρ_sft^{1−s} ρ^s, token by token, which needs `reference` and `prompter`."""
     arms: list[str] | None = None
     """The arms to sample; by default all that the other keys describe. Without ``no_finetuning`` there are no differences."""
     also_fit: list[ModelConfig] = Field(default_factory=list)
@@ -248,6 +251,11 @@ class EvalConfig(ComparisonConfig):
         return self.gibbs_arms | self.best_of_arms
 
     @property
+    def dial_arms(self) -> dict[str, float]:
+        """Key of each arm of the prompter at another strength → s."""
+        return dial_arms(self.strengths)
+
+    @property
     def described_arms(self) -> list[str]:
         """The keys of all arms that the configuration describes, in the order of figures and reports."""
         return [
@@ -256,6 +264,7 @@ class EvalConfig(ComparisonConfig):
             *(["sft_prompter"] if self.reference is not None else []),
             *self.candidate_counts,
             *(["align_pro"] if self.prompter is not None else []),
+            *self.dial_arms,
             *(["oracle"] if self.oracle is not None else []),
         ]
 
@@ -276,11 +285,13 @@ class EvalConfig(ComparisonConfig):
             raise ValueError("gibbs_candidates weighs rewrites by exp(R/λ): kl_coef must be positive")
         if twice := sorted(self.instructions.keys() & self.instruction_files.keys()):
             raise ValueError(f"instruction_files.{twice[0]}: instructions has this name too: give one of them another")
+        if self.strengths and (self.reference is None or self.prompter is None):
+            raise ValueError("strengths lead from ρ_sft to the trained prompter: they need `reference` and `prompter`")
         unknown = [name for name in self.arms or [] if name not in self.described_arms]
         if unknown or self.arms == []:
             raise ValueError(
                 f"arms: {unknown[0] if unknown else 'none'}: expected some of {', '.join(self.described_arms)}; others need "
-                "their key (prompter, reference, oracle, instructions, gibbs_candidates, best_of)"
+                "their key (prompter, reference, oracle, instructions, gibbs_candidates, best_of, strengths)"
             )
         if self.judge is not None and (other := [x for x in self.judge.against if x not in self.sampled_arms]):
             raise ValueError(
@@ -338,6 +349,11 @@ class HeadroomConfig(ComparisonConfig):
 def gibbs_arms(candidates: Sequence[int]) -> dict[str, int]:
     """Key of the arm of Gibbs resampling with each of several numbers N → N, in ascending order."""
     return {f"gibbs_{count}": count for count in sorted(set(candidates))}
+
+
+def dial_arms(strengths: Sequence[float]) -> dict[str, float]:
+    """Key of the arm of a prompter at each of several strengths s → s, in ascending order."""
+    return {f"dial_{strength:g}": strength for strength in sorted(set(strengths))}
 
 
 class OptimalConfig(ComparisonConfig):

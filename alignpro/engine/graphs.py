@@ -328,8 +328,9 @@ class DecodeGraphs:
 
 def _unsuited(model: LanguageModel) -> str | None:
     """The reason why a model cannot be captured, as far as its configuration shows; None if there is none."""
-    rope = getattr(model.causal.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [each.get("rope_type") or "" for each in (rope, *rope.values()) if isinstance(each, dict)]
+    configs = [part.causal.config.get_text_config() for part in model.parts]
+    ropes = [getattr(config, "rope_parameters", None) or {} for config in configs]
+    kinds = [e.get("rope_type") or "" for rope in ropes for e in (rope, *rope.values()) if isinstance(e, dict)]
     for kind in ("dynamic", "longrope"):
         if any(kind in each for each in kinds):
             return f"its rotary embedding (rope_type {kind}) depends on the longest sequence, which the host looks up"

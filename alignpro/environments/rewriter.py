@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignpro.config import (
@@ -18,14 +18,16 @@ from alignpro.config import (
     target_endpoints,
 )
 from alignpro.data import Prompt
-from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
+from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import refuse_errors
 from alignpro.environments.build import prompt_environment
+from alignpro.environments.exact_mixture import correct_draws, describe_correction, resample
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.trained_prompter import TrainedPrompter, load_prompter, read_run, require_no_code
-from alignpro.errors import AlignProError, ModelError
+from alignpro.errors import AlignProError, ConfigError, ModelError
 from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.mixed_model import MixedModel
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.rewards import RewardStack
 from alignpro.targets.base import Target
@@ -52,6 +54,7 @@ class Rewriter:
         config: The run's configuration, for meta-prompt, templates and sampling. That of `alignpro sft` has neither a
             target nor a section `rollout`; the defaults apply, with rewrites of at most half the prompter's context.
         resources: What is closed by `close`.
+        strength: That at which the prompter has been loaded.
     """
 
     def __init__(
@@ -60,8 +63,9 @@ class Rewriter:
         target: Target | None,
         config: TrainConfig | SFTConfig,
         resources: ExitStack | None = None,
+        strength: float = 1.0,
     ) -> None:
-        self.config = config
+        self.config, self.strength = config, strength
         self._trained = TrainedPrompter(prompter, config)
         self.rollout, self.prompter = self._trained.rollout, self._trained.template
         self.environment: PromptEnvironment | None = None
@@ -92,13 +96,15 @@ class Rewriter:
         run: str | os.PathLike[str],
         *,
         with_target: bool = False,
+        strength: float = 1.0,
         trust_remote_code: bool = False,
         trust_endpoint: bool = False,
     ) -> Rewriter:
-        """Load the prompter that `alignpro train` or `alignpro sft` saved in a run directory.
+        """Load the prompter that `alignpro train` or `alignpro sft` saved in a run directory, or a mixture of `alignpro mix`.
 
         Args:
             run: The run directory, or the finished run.
+            strength: s of ρ_sft^{1−s} ρ^s, token by token: 0 is the prompter before training, 1 the trained one.
             with_target: Whether to load the target too, which then responds to the rewrites. For one behind a server this
                 uses the run's ledger, counts against its budget, and needs `close` (or ``with``) at the end.
             trust_remote_code: Whether Python code that comes with the models may run, if the run's configuration says
@@ -126,7 +132,7 @@ class Rewriter:
         if not trust_remote_code:
             require_no_code(run, config, with_target=with_target)
         if not with_target or not isinstance(config, TrainConfig):
-            return cls(load_prompter(run, config), None, config)
+            return cls(load_prompter(run, config, strength), None, config, strength=strength)
         endpoints = target_endpoints(config.target)
         for endpoint in endpoints:
             if endpoint.variables and not trust_endpoint:
@@ -137,7 +143,7 @@ class Rewriter:
             logger.warning("answers come from %s at %s", endpoint.model, endpoint.base_url)
         with ExitStack() as stack:
             servers = stack.enter_context(open_servers(config, endpoints, run, _greedy(config.rollout)))
-            prompter = load_prompter(run, config)
+            prompter = load_prompter(run, config, strength)
             target = build_target(
                 config.target,
                 (prompter, config.policy),
@@ -145,28 +151,48 @@ class Rewriter:
                 _greedy(config.rollout),
                 connect=servers.connect,
             )
-            return cls(prompter, target, config, stack.pop_all())
+            return cls(prompter, target, config, stack.pop_all(), strength)
 
     def rewrite(
-        self, texts: Sequence[str | Prompt], *, n: int = 1, temperature: float = 0.0, seed: int = 0
+        self,
+        texts: Sequence[str | Prompt],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        candidates: int | None = None,
     ) -> list[list[Rewritten]]:
         """Sample ``n`` rewrites of each prompt; the target decodes greedily.
 
+        Args:
+            texts: The prompts.
+            n: Rewrites of each.
+            temperature: 0 is greedy.
+            seed: Of all samples.
+            candidates: For a mixture: draw this many token by token, and keep ``n`` by the weights that correct for it.
+
         Raises:
+            ConfigError: ``candidates`` are given, but samples are greedy or filtered, or the prompter is not a mixture.
             ModelError: A prompt does not fit in the prompter's context, or a rewrite cannot be given to the target.
             DataError: A prompt is empty, or the prompter's chat template refuses a conversation.
         """
         prompts = [text if isinstance(text, Prompt) else Prompt.from_text(text) for text in texts]
         seeds = [derive_seed(seed, i) for i in range(len(prompts))]
         groups = []
-        for group in self.rewrite_each(prompts, seeds, n=n, temperature=temperature):
+        for group in self.rewrite_each(prompts, seeds, n=n, temperature=temperature, candidates=candidates):
             if isinstance(group, AlignProError):
                 raise group
             groups.append(group)
         return groups
 
     def rewrite_each(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, n: int = 1, temperature: float = 0.0
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        candidates: int | None = None,
     ) -> list[list[Rewritten] | AlignProError]:
         """Sample ``n`` rewrites of each prompt, or return the error of `rewrite` in their place."""
         params = self._trained.params(n, temperature)
@@ -175,7 +201,7 @@ class Rewriter:
         ]
         usable = [i for i, result in enumerate(results) if not isinstance(result, AlignProError)]
         chosen = [prompts[i] for i in usable]
-        chains = self._rollout(chosen, params, [seeds[i] for i in usable])
+        chains = self._rollout(chosen, params, [seeds[i] for i in usable], candidates)
         for i, prompt, group in zip(usable, chosen, chains, strict=True):
             try:
                 refuse_errors([prompt], [group], ModelError)
@@ -185,12 +211,37 @@ class Rewriter:
         return results
 
     def _rollout(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int], candidates: int | None
     ) -> Sequence[Sequence[Chain]]:
+        drawn = None if candidates is None else self._corrected(prompts, params, seeds, candidates)
         if self.environment is not None:
-            return self.environment.rollout(self.engine, prompts, params, seeds)
-        groups = self.engine.generate("policy", [self.prompter.encode(p) for p in prompts], params, seeds)
-        return [[Chain(sample) for sample in group] for group in groups]
+            return self.environment.begin_rollout(self.engine, prompts, params, seeds, drawn)()
+        if drawn is None:
+            drawn = self.engine.generate("policy", [self.prompter.encode(p) for p in prompts], params, seeds)
+        return [[Chain(sample) for sample in group] for group in drawn]
+
+    def _corrected(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int], candidates: int
+    ) -> list[list[Completion]]:
+        """Rewrites of the mixture over whole sequences, [P][n], with a word on how far the token-wise one is from it."""
+        model = self.engine.models["policy"]
+        if not isinstance(model, MixedModel):
+            raise ConfigError(
+                f"rewrite: {candidates} candidates correct a mixture of models, and {model.name} is a single one, whose samples "
+                "are exact: leave them out"
+            )
+        if params.temperature == 0 or params.top_k or params.top_p < 1 or params.min_p:
+            raise ConfigError(
+                "rewrite: candidates are weighed by the probabilities of whole samples: set a temperature above 0, and no top_k, "
+                "top_p or min_p in the run's rollout.rewrite"
+            )
+        inputs = [self.prompter.encode(prompt) for prompt in prompts]
+        groups = self.engine.generate("policy", inputs, replace(params, n=candidates), seeds)
+        refuse_errors(prompts, [[Chain(sample) for sample in group] for group in groups], ModelError)
+        found = correct_draws(model, inputs, groups, params.temperature)
+        logger.warning("%s", describe_correction(found))
+        places = resample(found, params.n, [derive_seed(seed, "resample") for seed in seeds])
+        return [[group[j] for j in row] for group, row in zip(groups, places, strict=True)]
 
     def _decode(self, chain: Chain) -> Rewritten:
         response: str | None = None

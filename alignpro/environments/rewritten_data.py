@@ -22,7 +22,14 @@ CHUNK = 1024
 
 
 def rewrite_data(
-    rewriter: Rewriter, source: str, out: Path, *, n: int = 1, temperature: float = 0.0, seed: int = 0
+    rewriter: Rewriter,
+    source: str,
+    out: Path,
+    *,
+    n: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    candidates: int | None = None,
 ) -> None:
     """Rewrite all prompts of a data source and write JSON Lines, `CHUNK` prompts at a time.
 
@@ -40,6 +47,7 @@ def rewrite_data(
         n: Rewrites per prompt.
         temperature: Sampling temperature of the rewrites; the target decodes greedily.
         seed: Seed of the rewrites.
+        candidates: As for `Rewriter.rewrite`.
 
     Raises:
         DataError: The data cannot be read, no prompt can be rewritten, ``out`` is finished, or it was begun with other
@@ -53,6 +61,8 @@ def rewrite_data(
         "n": n,
         "temperature": temperature,
         "seed": seed,
+        "strength": None if rewriter.strength == 1 else rewriter.strength,
+        "candidates": candidates,
     }
     done = _begin(out, job)
     # A prompt draws from its place in the data, so that neither skipped rows nor a second call change its rewrites.
@@ -65,7 +75,8 @@ def rewrite_data(
         for start in range(0, len(waiting), CHUNK):
             chunk = waiting[start : start + CHUNK]
             chosen = [prompts[i] for i in chunk]
-            groups = rewriter.rewrite_each(chosen, [seeds[i] for i in chunk], n=n, temperature=temperature)
+            own = [seeds[i] for i in chunk]
+            groups = rewriter.rewrite_each(chosen, own, n=n, temperature=temperature, candidates=candidates)
             for prompt, group in zip(chosen, groups, strict=True):
                 if isinstance(group, AlignProError):
                     skipped.append(_at(prompt, group))

@@ -22,10 +22,11 @@ from alignpro.data import Prompt
 from alignpro.engine import Completion, SamplingParams
 from alignpro.environments.base import sampling_params
 from alignpro.environments.finished_run import require_finished_run
+from alignpro.environments.run_mixture import run_mixture
 from alignpro.errors import AlignProError, DataError, ModelError
 from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import load_language_model
+from alignpro.models.loading import load_language_model, load_mixture
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 
@@ -99,10 +100,18 @@ class TrainedPrompter:
         return self.template.decode(sample.text_tokens)
 
 
-def load_prompter(run: Path, config: TrainConfig | SFTConfig) -> LanguageModel:
-    """The model of a run. Its tokenizer has been saved with it, and the chat template with the tokenizer."""
-    saved = {"path": str(run / "model"), "tokenizer": None, "chat_template": None}
-    return load_language_model(config.policy.model_copy(update=saved))
+def load_prompter(run: Path, config: TrainConfig | SFTConfig, strength: float = 1.0) -> LanguageModel:
+    """The model of a run, at a strength s of ρ_sft^{1−s} ρ^s, token by token.
+
+    Its tokenizer has been saved with it, and the chat template with the tokenizer.
+
+    Raises:
+        ModelError: It cannot be loaded, or has no other strength than 1: see `run_mixture`.
+    """
+    model = config.policy.model_copy(update={"path": str(run / "model"), "tokenizer": None, "chat_template": None})
+    if strength == 1:
+        return load_language_model(model)
+    return load_mixture(run_mixture(run, config).at_strength(strength), model)
 
 
 def read_run(run: Path) -> TrainConfig | SFTConfig:

@@ -240,10 +240,14 @@ def _kl(config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, ArmSamples],
     """(P,) KL of each trained arm to its initial model, in nats per sequence."""
     prompter, reference, oracle = trained.prompter, trained.reference, trained.oracle
     kl: dict[str, Tensor] = {}
-    if prompter is not None and reference is not None and "align_pro" in arms:
+    strengths = {"align_pro": 1.0, **config.dial_arms}
+    if prompter is not None and reference is not None:
         encode = sampler.environment(prompter).encode
         inputs = [encode(prompt) for prompt in sampler.prompts]
-        kl["align_pro"] = sequence_kl(prompter, reference, inputs, arms["align_pro"], config.rewrite.temperature or 1.0)
+        for name, strength in strengths.items():
+            if name in arms:
+                model = prompter if strength == 1 else trained.at_strength(strength)
+                kl[name] = sequence_kl(model, reference, inputs, arms[name], config.rewrite.temperature or 1.0)
     if oracle is not None and "oracle" in arms and isinstance(sampler.target, LocalTarget):
         inputs = target_inputs(sampler.target, sampler.prompts)
         temperature = config.respond.temperature or 1.0

@@ -12,7 +12,7 @@ _LABELS = {
     "gepa": "GEPA",
     "miprov2": "MIPROv2",
 }
-_INSTRUCTION, _GIBBS, _BEST_OF = "instruction_", "gibbs_", "best_of_"
+_INSTRUCTION, _GIBBS, _BEST_OF, _DIAL = "instruction_", "gibbs_", "best_of_", "dial_"
 
 
 def method_label(method: str) -> str:
@@ -23,6 +23,8 @@ def method_label(method: str) -> str:
         return f"Gibbs, N = {method.removeprefix(_GIBBS)}"
     if method.startswith(_BEST_OF) and method.removeprefix(_BEST_OF).isdecimal():
         return f"Best of {method.removeprefix(_BEST_OF)}"
+    if method.startswith(_DIAL):
+        return f"Dial, s = {method.removeprefix(_DIAL)}"
     if method.startswith(_INSTRUCTION):
         return f"Instruction: {method.removeprefix(_INSTRUCTION).replace('_', ' ')}"
     return method.replace("_", " ")

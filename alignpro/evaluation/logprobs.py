@@ -11,10 +11,10 @@ from alignpro.engine import Completion
 from alignpro.evaluation.arms import ArmSamples
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
-from alignpro.policy.policy import Policy
-from alignpro.policy.reference_logprobs import sequence_logprob
+from alignpro.policy.reference_logprobs import kl_between_heads, sequence_logprob
 
 
+@torch.no_grad()
 def sequence_kl(
     model: LanguageModel, reference: LanguageModel, inputs: Sequence[Sequence[int]], arm: ArmSamples, temperature: float
 ) -> Tensor:
@@ -23,10 +23,13 @@ def sequence_kl(
     Returns:
         (P,) float64 on the CPU: the mean over the samples of each prompt.
     """
-    policy = Policy(model, reference, temperature=temperature)
     prompts = [ids for ids, group in zip(inputs, arm.chains, strict=True) for _ in group]
     samples = [chain.sample.tokens for group in arm.chains for chain in group]
-    sums = [policy.token_stats(batch).kl.sum(1).double().cpu() for batch in _batches(prompts, samples, model)]
+    sums = []
+    for batch in _batches(prompts, samples, model):
+        states, others = model.action_states(batch), reference.action_states(batch)
+        kl = kl_between_heads(model.head, states, reference.head, others, batch.targets, temperature)
+        sums.append(batch.scatter(kl).sum(1).double().cpu())
     return torch.cat(sums).view(len(arm.chains), -1).mean(1)
 
 

@@ -12,6 +12,7 @@ from alignpro.config.jobs import INSTRUCTION
 from alignpro.errors import ConfigError
 from alignpro.evaluation.arms import ArmSampler, ArmSamples
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.mixed_model import mix_models, share_equal_weights
 from alignpro.objectives import best_of_kl, best_of_weights
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.rewrite_template import RewriteTemplate
@@ -25,6 +26,16 @@ class Trained:
     reference: LanguageModel | None
     """ρ_sft, the prompter before training."""
     oracle: LanguageModel | None
+
+    def at_strength(self, strength: float) -> LanguageModel:
+        """The prompter ρ_sft^{1−s} ρ^s, token by token.
+
+        Raises:
+            ModelError: The prompters before and after training cannot be mixed; see `MixedModel`.
+        """
+        assert self.prompter is not None and self.reference is not None  # the configuration requires both
+        share_equal_weights([self.reference, self.prompter])
+        return mix_models([self.prompter], [strength], self.reference, f"the prompter at strength {strength:g}")
 
 
 def sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> dict[str, ArmSamples]:
@@ -49,6 +60,8 @@ def sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> di
             arms[name] = sampler.resample(
                 chosen_from, trained.reference, _weights(config, name, sampler, chosen_from), K, name
             )
+        elif name in config.dial_arms:
+            arms[name] = sampler.sample_rewrites(name, trained.at_strength(config.dial_arms[name]), K)
         elif name == "no_finetuning":
             arms[name] = sampler.sample_unchanged(K * M)
         elif name == "oracle":

@@ -1,7 +1,7 @@
 """The cells of an experiment: which there are, what each runs, and where its results lie.
 
 out/priors/PROMPTER/                                       the prompter that all methods start from
-out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep][/from_TARGET of the training]/seed_N/
+out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep][/from_TARGET of the training][/s_STRENGTH]/seed_N/
     train.yaml, rlhf.yaml or rival.yaml, run/              the training or search: configuration, its directory
     eval.yaml, evaluation/                                 the evaluation; its summary.json marks the cell as done
     log.txt                                                what the commands printed
@@ -10,10 +10,12 @@ out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep][/from_
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignpro.config import (
+    DialMethod,
+    EvalConfig,
     ExperimentConfig,
     InstructionMethod,
     Method,
@@ -22,6 +24,7 @@ from alignpro.config import (
     TrainMethod,
     needs_prompter,
 )
+from alignpro.config.jobs import dial_arms
 from alignpro.experiments.cell_jobs import Job, Place, cell_jobs, transfer_jobs
 from alignpro.experiments.points import Point, points_of
 from alignpro.experiments.sections import is_mixture, prior_sections
@@ -46,7 +49,7 @@ class Cell:
     trained_on: str | None = None
     """The target on which the prompter was trained, if it is another one than that of the evaluation."""
     needs: Cell | None = None
-    """The preparation that has to be done before."""
+    """What has to be done before: the preparation, or of a prompter elsewhere or at another strength its training."""
 
     @property
     def done(self) -> bool:
@@ -74,10 +77,14 @@ def cells(config: ExperimentConfig) -> list[Cell]:
     points = points_of(config) if isinstance(config, SweepConfig) else {}
     used = any(needs_prompter(method) for method in config.methods.values())
     found = list(priors.values()) if used else []
+    methods = sorted(config.methods.items(), key=lambda item: isinstance(item[1], DialMethod))  # after what it needs
     for seed in config.seeds:
         for task in config.tasks:
             for target in config.targets:
-                for name in config.methods:
+                for name, method in methods:
+                    if isinstance(method, DialMethod):
+                        found += _of_dial(config, name, method, found, (method.of, task, target, seed))
+                        continue
                     for point in points.get(name, (None,)):
                         found += _of_method(config, name, task, target, seed, priors, point)
     return found
@@ -117,6 +124,29 @@ def _of_method(
             if other != target:
                 there = _place(config, name, task, other, seed, variant, point, origin=target)
                 yield _cell(there, name, transfer_jobs(there, own.directory / "run"), point, own, trained_on=target)
+
+
+def _of_dial(
+    config: ExperimentConfig, name: str, method: DialMethod, found: list[Cell], of: tuple[str, str, str, int]
+) -> list[Cell]:
+    """The cells of trained prompters at each strength: they are evaluated as the trained ones are."""
+    made = []
+    for training in found:
+        at = (training.method, training.task, training.target, training.seed)
+        evaluation = training.jobs[-1].config
+        if at != of or training.trained_on is not None or not isinstance(evaluation, EvalConfig):
+            continue
+        for arm, strength in dial_arms(method.strengths).items():
+            parts = ["cells", training.task, training.target, name, training.prompter or ""]
+            parts += [*([training.point.name] if training.point else []), f"s_{strength:g}", f"seed_{training.seed}"]
+            directory = config.out.joinpath(*parts)
+            results = directory / "evaluation"
+            own = evaluation.model_copy(update={"out": results, "arms": [arm], "strengths": [strength]})
+            job = Job("eval", own, directory / "eval.yaml", results / "summary.json")
+            made.append(
+                replace(training, directory=directory, name="/".join(parts), jobs=(job,), method=name, needs=training)
+            )
+    return made
 
 
 def _place(

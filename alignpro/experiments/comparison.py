@@ -9,6 +9,7 @@ from typing import Any
 
 from alignpro.config import (
     BestOfMethod,
+    DialMethod,
     EvalConfig,
     ExperimentConfig,
     GibbsMethod,
@@ -105,6 +106,11 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
         found = read_result(cell.directory / "run")
         cost = Cost(float(found["target_calls"]), found["tokens"], found["seconds"])
         name, label = cell.method, method.label or method_label(method.kind)
+    elif isinstance(method, DialMethod):
+        assert cell.needs is not None  # its training, which serves all strengths
+        cost = training_cost(cell.needs.directory / "run", cell.needs.jobs[0].config.model_dump())
+        strength = f"{evaluation.dial_arms[arm]:g}"
+        name, label = f"{cell.method}_{strength}", f"{method.label or 'Dial'}, s = {strength}"
     elif isinstance(method, GibbsMethod | BestOfMethod):
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
         candidates = evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite

@@ -184,9 +184,14 @@ class LanguageModel(nn.Module):
         """Whether its adapter is a LoRA that can be switched off for a subset of the tokens of a pass."""
         return self._active is not None
 
+    @property
+    def parts(self) -> tuple[LanguageModel, ...]:
+        """The models whose logits it sums: itself, unless it is a mixture."""
+        return (self,)
+
     def shares_weights(self, other: LanguageModel) -> bool:
         """Whether both are views of one model, with or without its adapter."""
-        return self.causal is other.causal
+        return len(self.parts) == len(other.parts) == 1 and self.causal is other.causal
 
     def action_states(self, batch: SequenceBatch) -> Tensor:
         """Compute the last hidden states at which the actions were chosen; shared prompts are computed once.

@@ -16,6 +16,8 @@ from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.merging import merge_adapter
+from alignpro.models.mixed_model import combine, share_equal_weights
+from alignpro.models.mixture_files import MIXTURE_FILE, Mixture, read_mixture
 from alignpro.models.peft_types import is_peft_model
 from alignpro.models.pickled_files import describe_refusal
 from alignpro.models.saving import BASE_DIRECTORY
@@ -52,11 +54,43 @@ def resolve_device(device: str) -> torch.device:
 def load_language_model(config: ModelConfig) -> LanguageModel:
     """Load a frozen model and its tokenizer, by name or directory; for a peft adapter's directory, with its base model.
 
+    Of a mixture's directory, its parts are loaded.
+
     Raises:
         ModelError: There is no such model, it is not a causal language model, or it has no usable tokenizer.
     """
+    if (mixture := read_mixture(config.path)) is not None:
+        return load_mixture(mixture, config)
     language_model = LanguageModel(load_causal(config), load_tokenizer(config), config.path)
     return language_model.requires_grad_(False).eval()
+
+
+def load_mixture(mixture: Mixture, config: ModelConfig) -> LanguageModel:
+    """Load a mixture of models; those of weight 0 are not loaded, and equal weights of different models are held once.
+
+    Args:
+        mixture: The parts.
+        config: How they are loaded, and the tokenizer of the mixture.
+
+    Raises:
+        ModelError: As `load_language_model`, or the parts cannot be mixed; see `MixedModel`.
+    """
+
+    def load(path: str) -> LanguageModel:
+        return load_language_model(config.model_copy(update={"path": path, "tokenizer": None}))
+
+    weighed = [(path, weight) for path, weight in zip(mixture.prompters, mixture.weights, strict=True) if weight != 0]
+    parts = [(load(path), weight) for path, weight in weighed]
+    if rest := mixture.reference_weight:
+        if mixture.reference is not None:
+            reference = load(mixture.reference)
+        else:
+            reference = (parts[0][0] if parts else load(mixture.prompters[0])).without_adapter()
+        parts.append((reference, rest))
+    share_equal_weights([part for part, _ in parts])
+    mixed = combine(parts, config.path)
+    mixed.tokenizer = load_tokenizer(config)
+    return mixed
 
 
 def load_target(
@@ -145,6 +179,11 @@ def load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedMo
     """
     require_pretrained(config.path)
     directory = Path(config.path)
+    if (directory / MIXTURE_FILE).is_file():
+        raise ModelError(
+            f"model {config.path}: it is a mixture of models, which rewrites and is evaluated, but is neither trained nor "
+            "exported: name one of its prompters, or write one model with `alignpro mix --one-model`"
+        )
     with _loading_errors(config.path):
         if is_adapter(config.path):
             return _load_adapter(config, directory, trainable=trainable)

@@ -1,4 +1,4 @@
-"""The theory in exact form: closed form, divergences, bound, enumeration; and `statistics` of samples. Pure functions.
+"""The theory in exact form: closed form, divergences, bound, mixtures, enumeration; and `statistics` of samples. Pure functions.
 
 May import `alignpro_kernels` and `errors` only.
 """
@@ -15,10 +15,25 @@ from alignpro.theory.enumeration import (
     groups,
     state_kl,
 )
+from alignpro.theory.mixtures import (
+    Correction,
+    SampledMixture,
+    correction,
+    dial,
+    mirror_descent,
+    mixture_gradient,
+    mixture_policy,
+    mixture_value,
+    sampled_mixture,
+)
 
 __all__ = [
     "Bound",
+    "Correction",
+    "SampledMixture",
     "SequenceSpace",
+    "correction",
+    "dial",
     "divergence_term",
     "enumerate_sequences",
     "exact_bound",
@@ -29,9 +44,14 @@ __all__ = [
     "groups",
     "kl_divergence",
     "log_partition",
+    "mirror_descent",
+    "mixture_gradient",
+    "mixture_policy",
+    "mixture_value",
     "objective",
     "optimal_policy",
     "sampled_bound",
+    "sampled_mixture",
     "state_kl",
     "total_variation",
     "tv_from_logprobs",

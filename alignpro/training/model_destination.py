@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignpro.errors import ModelError
+from alignpro.models.mixture_files import MIXTURE_FILE
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Of the weights of a converted model."""
@@ -55,7 +56,7 @@ def model_of(run: Path) -> Path:
         ModelError: There is no model.
     """
     for directory in (run / "model", run):
-        if any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if any((directory / name).is_file() for name in ("config.json", "adapter_config.json", MIXTURE_FILE)):
             return directory
     reason = "has no model yet" if run.is_dir() else "does not exist"
     raise ModelError(f"{run}: {reason}; name the directory of a finished run (with model/ in it) or of a model")

@@ -7,46 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from finished_runs import finished_run
 from tiny_models import policy_config
 
-from alignpro.config import TrainConfig, dump_config
 from alignpro.data import Message, Prompt
 from alignpro.engine import Engine, SamplingParams
 from alignpro.environments.rewriter import Rewriter, Rewritten
 from alignpro.errors import ModelError
-from alignpro.models.adapters import add_adapter
-from alignpro.models.loading import load_language_model, load_trainable
-from alignpro.models.saving import save_pretrained
+from alignpro.models.loading import load_language_model
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.target_prompt import TargetTemplate
 
 Directory = Callable[[str], Path]
 
 TEXTS = ["flip the word stone pls", "sort these letters: dcba"]
-
-
-def finished_run(out: Path, models: Directory, kind: str = "full", **sections: dict) -> TrainConfig:
-    """Write the files that `alignpro train` leaves, for a Qwen prompter and a Llama target."""
-    policy = policy_config(models("qwen2"), adapter={"kind": kind, "rank": 4, "virtual_tokens": 4})
-    config = TrainConfig.model_validate(
-        {
-            "run": {"out": out},
-            "data": {"source": "nowhere.jsonl"},
-            "policy": policy.model_dump(),
-            "target": {"path": str(models("llama")), "device": "cpu"},
-            "reward": {"components": [{"kind": "function", "function": "nowhere:reward"}]},
-            "rollout": {"rewrite": {"max_tokens": 12}, "respond": {"max_tokens": 10}},
-            **sections,
-        }
-    )
-    model = add_adapter(load_trainable(policy, 0), policy.adapter)
-    with torch.no_grad():
-        for index, weight in enumerate(model.parameters()):
-            if weight.requires_grad:
-                weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
-    save_pretrained(model, out / "model")
-    (out / "config.yaml").write_text(dump_config(config))
-    return config
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "soft_prompt"])

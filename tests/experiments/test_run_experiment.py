@@ -14,7 +14,7 @@ from tiny_experiment import CommandError, InThisProcess, tiny_experiment
 from tiny_runs import Workshop, read_model
 
 from alignpro.config import ExperimentConfig, resolve_config
-from alignpro.errors import Interrupted, TrainingError
+from alignpro.errors import ConfigError, Interrupted, TrainingError
 from alignpro.evaluation.rewards_file import read_rewards
 from alignpro.experiments.run import compare_done, describe_plan, run_experiment
 
@@ -46,19 +46,9 @@ def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> Non
     config = tiny_experiment(shop, out, prior=True, evaluation=evaluation | {"refusals": {"held_out": "harmless"}})
     run_experiment(config, run)
     made = cells_of(out)
-    assert set(made) == {"priors/tiny"} | {
-        f"cells/letters/toy/{each}/seed_0"
-        for each in (
-            "none",
-            "instruction/short",
-            "prior/tiny",
-            "gibbs/tiny",
-            "best_of/tiny",
-            "align_pro/tiny",
-            "grpo/tiny",
-            "oracle",
-        )
-    }
+    alone = ("none", "instruction/short", "oracle")
+    of_prompter = ("prior/tiny", "gibbs/tiny", "best_of/tiny", "align_pro/tiny", "grpo/tiny", "dial/tiny/s_0.5")
+    assert set(made) == {"priors/tiny"} | {f"cells/letters/toy/{each}/seed_0" for each in (*alone, *of_prompter)}
     assert {each["state"] for each in made.values()} == {"done"}
     summary = json.loads((out / "summary.json").read_text())
     page = (out / "report.html").read_text()
@@ -68,6 +58,11 @@ def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> Non
     for method, arm in (("align_pro", "align_pro"), ("gibbs", "gibbs_4"), ("best_of", "best_of_2")):
         kl = read_rewards(out / f"cells/letters/toy/{method}/tiny/seed_0/evaluation/rewards.json").arms[arm].kl
         assert kl is not None and kl.shape == (4,) and (kl > -1e-6).all()
+    dial = out / "cells/letters/toy/dial/tiny/s_0.5/seed_0/evaluation"
+    record = json.loads((dial / "record.json").read_text())["methods"]["dial_0.5"]
+    assert (record["method"], record["label"]) == ("dial_0.5", "Dial, s = 0.5") and record["cost"]["target_calls"] > 0
+    arm = json.loads((dial / "summary.json").read_text())["dial_0.5"]
+    assert arm["kl"] >= 0 and arm["mean"] is not None  # a point of the frontier
     again = InThisProcess()
     run_experiment(config, again)
     assert again.commands == []
@@ -144,6 +139,12 @@ def test_seeds_and_methods_can_be_added_later_but_not_changed(shop: Workshop, tm
     with pytest.raises(TrainingError, match=r"eval.yaml: kl_coef was 0.05, is 0.2.*name another `out`"):
         run_experiment(other, more)
     assert len(more.commands) == 1
+
+
+def test_a_dial_is_of_a_method_that_trains(shop: Workshop, tmp_path: Path) -> None:
+    methods = NONE | {"dial": {"kind": "dial", "of": "none"}}
+    with pytest.raises(ConfigError, match=r"methods\.dial\.of=none: expected the key of a method of the kind train"):
+        resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods))
 
 
 def test_the_plan_says_what_is_left(shop: Workshop, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "kind": "train",
         "settings": {"objective": {"advantage": "group_normalized", "kl": {"estimator": "k3"}}},
     },
+    "dial": {"kind": "dial", "of": "align_pro", "strengths": [0.5]},
     "oracle": {"kind": "rlhf"},
 }
 
