@@ -363,16 +363,17 @@ def test_runs_are_loaded_and_unloaded_while_requests_are_rewritten(tmp_path: Pat
             found = []
             while not stop.is_set():
                 found.append((await rewriter.rewrite(ask(f"{i} {len(found)}"))).skipped)
+                await asyncio.sleep(0.005)
             return found
 
         clients = [asyncio.create_task(client(i)) for i in range(2)]
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.02)
         assert await rewriting.load(second) == "second"
         assert await rewriting.load(first) == "first"
         assert rewriter.runs == ("first", "second")
         await rewriting.unload("first")
         assert rewriter.runs == ("second",)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.02)
         stop.set()
         found = [each for client in clients for each in await client]
         assert len(found) > 8
