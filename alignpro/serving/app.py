@@ -176,8 +176,8 @@ class Rewritten(_Forwarding):
         exchange.outcome = outcome
         exchange.phases["rewrite"] = outcome.seconds
         if outcome.later is not None:
-            request_id = exchange.request_id
-            outcome.later.add_done_callback(lambda done: self._service.note_later(request_id, done.result()))
+            note = self._service.note_later
+            outcome.later.add_done_callback(lambda done: note(exchange.request_id, outcome.skipped, done.result()))
         return outcome
 
 

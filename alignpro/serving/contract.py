@@ -48,7 +48,8 @@ class Outcome:
     details: Mapping[str, float] | None = None
     """Further measures by name, for metrics and logs."""
     later: asyncio.Future[Outcome] | None = None
-    """In shadow mode, what would have become of it, which the request need not wait for; it never raises."""
+    """In shadow mode, and for users out of a canary's share, what becomes of a rewrite that the request need not wait for. It
+    never raises. Its ``skipped`` is that of this outcome if the rewrite could have been used."""
 
 
 class RequestRewriter(Protocol):

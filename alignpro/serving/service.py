@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,8 +125,16 @@ class Service:
         self._reloading = asyncio.Lock()
         self._reach = _Remembered(target.reachable, _READY_SECONDS)
 
-    def note_later(self, request_id: str, outcome: Outcome) -> None:
-        """Record what a rewrite that was not waited for became."""
+    def note_later(self, request_id: str, reason: str | None, outcome: Outcome) -> None:
+        """Record what a rewrite that was not waited for became.
+
+        Args:
+            request_id: Of its request.
+            reason: Why the request did not use it; a rewrite that has no other problem would have been applied.
+            outcome: What became of it.
+        """
+        if outcome.skipped == reason:
+            outcome = replace(outcome, skipped=None)
         self.metrics.count_later(outcome)
         self.log.write_later(request_id, outcome)
 

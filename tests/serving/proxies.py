@@ -50,7 +50,7 @@ class Shouting:
             raise
         if self.shadow:
             later = asyncio.get_running_loop().create_future()
-            later.set_result(Outcome(asked.raw, None, original, original.upper(), self.runs[0]))
+            later.set_result(Outcome(asked.raw, "shadow", original, original.upper(), self.runs[0]))
             return Outcome(asked.raw, "shadow", original, later=later)
         body = asked.raw.replace(original.encode(), original.upper().encode())
         run = asked.run or self.runs[0]

@@ -193,3 +193,26 @@ def test_only_rewards_of_functions_score(upstream: Upstream, tmp_path: Path) -> 
         reply = proxy.ask({"run": "loud", "prompt": "x", "answers": ["y"]}, path="/page/rewards")
         assert reply.status == 422
         assert "has a component of kind model: the page scores by functions alone" in reply.json()["error"]["message"]
+
+
+def _luminance(colour: str) -> float:
+    """Of WCAG 2."""
+    digits = colour.lstrip("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_its_texts_stand_out_by_day_and_by_night() -> None:
+    css = (FILES / "page.css").read_text()
+    day, night = (
+        dict(re.findall(r"--([\w-]+): (#\w+);", block)) for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    )
+    assert day.keys() == night.keys()
+    pairs = [("ink", "ground"), ("ink", "panel"), ("soft", "ground"), ("soft", "panel"), ("accent", "panel")]
+    pairs += [("on-accent", "accent"), ("added-ink", "added"), ("removed-ink", "removed")]
+    for colours in (day, night):
+        for text, ground in pairs:
+            lighter, darker = sorted((_luminance(colours[text]), _luminance(colours[ground])), reverse=True)
+            assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (text, ground)
