@@ -60,7 +60,6 @@ from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
 from alignpro.config.serving import AccessConfig, ListenConfig, ServeConfig, ServeLimitsConfig, ServeLogConfig
 from alignpro.config.serving_page import PageConfig
-from alignpro.config.serving_rewriting import RewritingConfig
 from alignpro.config.sweep import RangeConfig, SweepConfig, concerns
 from alignpro.config.targets import (
     MixedEndpointConfig,
@@ -128,7 +127,6 @@ __all__ = [
     "RewardComponentConfig",
     "RewardConfig",
     "RewardModelConfig",
-    "RewritingConfig",
     "RivalConfig",
     "RivalKind",
     "RivalMethod",

@@ -153,10 +153,10 @@ class GuardConfig(Section):
         "length_ratio",
         "copy_rate",
         "language_change",
-        "embedding_similarity",
         "numbers_kept",
         "names_kept",
         "code_kept",
+        "embedding_similarity",
         "refusal_kept",
     ]
     """``refusal_kept`` compares responses instead: it is 0 where the target refuses the prompt as it is and no longer refuses

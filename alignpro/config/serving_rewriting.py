@@ -90,6 +90,10 @@ class RewritingConfig(Section):
     def _check_guards(cls, guards: tuple[GuardConfig, ...]) -> tuple[GuardConfig, ...]:
         kinds = [guard.kind for guard in guards]
         for guard in guards:
+            if guard.kind == "refusal_kept":
+                raise ValueError(
+                    "the guard refusal_kept compares responses, which are not there before the request: leave it out"
+                )
             if guard.low is None and guard.high is None:
                 raise ValueError(
                     f"the guard {guard.kind} needs `low`, `high` or both: outside of them nothing is rewritten"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from alignpro.config import DataConfig, ModelConfig, ModelRewardConfig, PolicyConfig, Section
 from alignpro.data.loading import check_files
 from alignpro.prompting.pretrained import require_pretrained
-from alignpro.rewards.held_out_pairs import require_better_than_length
+from alignpro.training.held_out_pairs import require_better_than_length
 
 
 def check_input_files(config: Section) -> None:

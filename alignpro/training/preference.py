@@ -16,10 +16,10 @@ from torch import Tensor
 from alignpro.config import RewardModelConfig
 from alignpro.data import Prompt, cluster_labels, load_prompts, split_for_training
 from alignpro.prompting.length_filter import filter_refused_prompts
-from alignpro.rewards.held_out_pairs import HeldOutPairs
 from alignpro.rewards.model import SequenceRewardModel, load_reward_model
 from alignpro.theory.statistics import Clusters, Estimate, Interval, PairStatistics, pair_statistics
 from alignpro.training.backend import TorchBackend
+from alignpro.training.held_out_pairs import HeldOutPairs
 from alignpro.training.metrics import Metrics, PhaseTimer
 from alignpro.training.resume import check_data
 from alignpro.training.stream import PromptStream

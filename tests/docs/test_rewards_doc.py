@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -72,6 +73,6 @@ def test_defaults_and_guards_match_the_code() -> None:
     fields = ModelRewardConfig.model_fields
     for keys, defaults, _ in DOCUMENT.rows("A reward model"):
         for key, default in zip(keys.replace("`", "").split(", "), defaults.split(", "), strict=True):
-            assert fields[key].default == float(default), key
+            assert fields[key].default == json.loads(default), key
     guards = get_args(GuardConfig.model_fields["kind"].annotation)
     assert [cells[0] for cells in DOCUMENT.rows("Drift guards")] == list(guards)

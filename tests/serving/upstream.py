@@ -87,8 +87,10 @@ class Upstream:
         self._started.set()
         await self._stop.wait()
         server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        open_tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in open_tasks:
             task.cancel()
+        await asyncio.gather(*open_tasks, return_exceptions=True)  # none is left for a loop that is closed
 
     @property
     def url(self) -> str:
