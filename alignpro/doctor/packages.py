@@ -15,6 +15,7 @@ EXTRAS = {
     "flash-attn": "attention kernels for CUDA: prefill and packed training",
     "gguf": "models from and to GGUF files, the format of llama.cpp",
     "serve": "alignpro serve: the proxy that rewrites prompts",
+    "rivals": "alignpro rival: GEPA and MIPROv2 of dspy",
     "wandb": "metrics to Weights & Biases",
     "benchmarks": "the libraries that the benchmarks compare with",
     "dev": "tests, lint and types",

@@ -25,6 +25,7 @@ def run(
     answers: Annotated[int, typer.Option(min=10, help="Answers of the measurement of speed and memory.")] = 100_000,
     concurrency: Annotated[int, typer.Option(min=1, help="Most requests at the same time.")] = 64,
     latency: Annotated[float, typer.Option(min=0, help="Seconds of an answer in a rollout.")] = 0.3,
+    steps: Annotated[int, typer.Option(min=0, help="Training steps of each kind; 0 leaves them out.")] = 12,
     quick: command.Quick = False,
     json_file: command.ResultsFile = None,
 ) -> None:
@@ -49,13 +50,14 @@ def run(
     keys = ["latency", "chains", "concurrency", "prompter_s", "endpoint_s", "median_s", "least_s", "goal_s"]
     rows = [[format(row[key], ",.3g") for key in keys] for row in document["rollouts"]]
     print_table(session.console, keys, rows, left=0, title="rollouts")
-    for limit in (concurrency, max(concurrency // 4, 1)):
+    for limit in (concurrency, max(concurrency // 4, 1)) if steps else ():
         for ahead in (0, 1):
-            document["steps"].append(step_seconds(scale * latency, limit, ahead, steps=2 if quick else 12))
+            document["steps"].append(step_seconds(scale * latency, limit, ahead, 2 if quick else steps))
             session.save(document)
-    keys = list(document["steps"][0])
-    rows = [[format(row[key], ",.3g") for key in keys] for row in document["steps"]]
-    print_table(session.console, keys, rows, left=0, title="training steps")
+    if steps:
+        keys = list(document["steps"][0])
+        rows = [[format(row[key], ",.3g") for key in keys] for row in document["steps"]]
+        print_table(session.console, keys, rows, left=0, title="training steps")
     session.finish()
 
 

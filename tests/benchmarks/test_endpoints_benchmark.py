@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.endpoints.__main__ import app
 
 
 def test_it_runs(tmp_path: Path) -> None:
-    app(["--quick", "--json", str(tmp_path / "results.json")], standalone_mode=False)
+    app(["--quick", "--steps", "0", "--json", str(tmp_path / "results.json")], standalone_mode=False)
     document = json.loads((tmp_path / "results.json").read_text())
     assert [speed["ledger"] for speed in document["throughput"]] == [False, True]
     assert all(speed["answers"] == 200 and speed["answers_per_cpu_s"] > 0 for speed in document["throughput"])
@@ -17,5 +19,11 @@ def test_it_runs(tmp_path: Path) -> None:
         row["median_s"] >= row["prompter_s"] and row["median_s"] >= row["latency"] for row in document["rollouts"]
     )
     assert len(document["rollouts"]) == 3
+
+
+@pytest.mark.slow
+def test_steps_are_measured_with_and_without_sampling_ahead(tmp_path: Path) -> None:
+    app(["--quick", "--json", str(tmp_path / "results.json")], standalone_mode=False)
+    document = json.loads((tmp_path / "results.json").read_text())
     assert [(row["concurrency"], row["ahead"]) for row in document["steps"]] == [(64, 0), (64, 1), (16, 0), (16, 1)]
     assert all(row["steps"] == 2 and row["step_s"] > row["update_s"] > 0 for row in document["steps"])

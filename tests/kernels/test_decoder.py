@@ -189,6 +189,7 @@ def test_mismatched_arguments_are_named(name: str) -> None:
         decoder_stack(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", FEWER)
 def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (

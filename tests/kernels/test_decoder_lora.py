@@ -118,6 +118,7 @@ def test_rows_that_do_not_fit_are_named(rows: Tensor) -> None:
         Sequence(decoder, 4).run(decoder.packed(), 0, 4, replace(DecoderLoRA(decoder.loras()), rows=rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", FEWER)
 def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (

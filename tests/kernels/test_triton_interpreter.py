@@ -1,4 +1,7 @@
-"""Run the tests of tests/kernels/interpreted: every Triton kernel in Triton's interpreter on the CPU, in separate processes."""
+"""Run the tests of tests/kernels/interpreted: every Triton kernel in Triton's interpreter on the CPU, in separate processes.
+
+The interpreter takes seconds for a case, so cases that only combine what others try one by one are marked slow there, too.
+"""
 
 import os
 import subprocess
@@ -13,11 +16,34 @@ FILES = sorted(path.name for path in DIRECTORY.glob("test_*.py"))
 pytest.importorskip("triton")
 
 
+WITH_SLOW_CASES = [name for name in FILES if "pytest.mark.slow" in (DIRECTORY / name).read_text()]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_interpreted(name: str) -> None:
+    run_interpreted(name, "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_SLOW_CASES)
+def test_further_cases_interpreted(name: str) -> None:
+    run_interpreted(name, "slow")
+
+
+def run_interpreted(name: str, marked: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--confcutdir={DIRECTORY}", "--tb=short"]
+    options = [
+        "-q",
+        "-m",
+        marked,
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        f"--confcutdir={DIRECTORY}",
+        "--tb=short",
+    ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(DIRECTORY / name)],
         env=environment,

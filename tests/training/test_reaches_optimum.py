@@ -20,7 +20,7 @@ def distance_to_optimum(world: World, best: Tensor) -> float:
 @pytest.mark.parametrize(
     ("objective", "group", "steps", "learning_rate"),
     [
-        pytest.param({"loss": "gibbs"}, 96, 250, 0.02, id="gibbs"),
+        pytest.param({"loss": "gibbs"}, 96, 250, 0.02, id="gibbs", marks=pytest.mark.slow),
         pytest.param({"loss": "policy_gradient"}, 128, 200, 0.02, id="policy_gradient"),
         pytest.param({"advantage": "gae"}, 256, 300, 0.01, id="critic", marks=pytest.mark.slow),
     ],

@@ -79,6 +79,11 @@ class StubModel:
         """See `LanguageModel.graph_key`: as after a training step that updates the weights in place."""
         return (id(self),)
 
+    @property
+    def parts(self) -> tuple[StubModel, ...]:
+        """It is no mixture."""
+        return (self,)
+
     def shares_weights(self, other: LanguageModel) -> bool:
         """See `LanguageModel.shares_weights`."""
         return self is other

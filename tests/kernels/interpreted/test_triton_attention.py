@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,13 +44,19 @@ def parted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 SINGLE, *HALF = DTYPES
 IN_HALF = itertools.cycle(itertools.product(HALF, ("whole", "parts")))
 """The dtype only changes how entries are loaded and stored, so each problem takes one way of running in 16 bits in turn."""
+IN_SINGLE = itertools.cycle((("whole", "parts"), ("parts", "whole")))
+"""Likewise one of two ways in float32; the other is marked slow."""
+
+
+def ways(name: str) -> list[Any]:
+    """The dtypes of a problem, with its keys whole or in parts."""
+    first, second = next(IN_SINGLE)
+    half = next(IN_HALF)
+    return [(name, SINGLE, first), pytest.param(name, SINGLE, second, marks=pytest.mark.slow), (name, *half)]
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "parted"),
-    [(name, *how) for name in PROBLEMS for how in ((SINGLE, "whole"), (SINGLE, "parts"), next(IN_HALF))],
-    indirect=["parted"],
-    ids=str,
+    ("name", "dtype", "parted"), [way for name in PROBLEMS for way in ways(name)], indirect=["parted"], ids=str
 )
 def test_as_exact_as_plain_attention(name: str, dtype: torch.dtype, parted: None) -> None:
     """Unused slots hold NaN, and unused entries of the page table are out of range."""

@@ -69,7 +69,7 @@ def test_each_coefficient(coefficients: str, ref: str) -> None:
 @pytest.mark.parametrize(
     "active", [[4], [0, 1, 2], [12], [0, 3, 4, 9, 11, 12], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
 )
-@pytest.mark.parametrize("kind", [1, 4])
+@pytest.mark.parametrize("kind", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_active_rows(active: list[int], kind: int) -> None:
     index = torch.tensor(active)
     case = silenced(make_case(torch.float32, **HEADS[kind]), index)
