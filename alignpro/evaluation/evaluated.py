@@ -211,7 +211,7 @@ def _only(rewards: EvaluationRewards, arm: str) -> EvaluationRewards:
 
 
 def training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
-    """What a training run took, from its metrics: responses of the target, decoded tokens, seconds of its phases.
+    """What a training run took, from its metrics: responses of the target to its rollouts, decoded tokens, seconds of its phases.
 
     Args:
         run: The run directory.
@@ -221,7 +221,8 @@ def training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
     rollout = config.get("rollout", {})
     samples = ("responses_per_prompt",) if "responses_per_prompt" in rollout else _CHAIN
     each = [rollout.get(key) for key in ("prompts_per_step", *samples)]
-    calls = float(len(rows) * np.prod(each)) if all(isinstance(number, int) for number in each) else None
+    steps = sum("reward/mean" in row for row in rows)  # the rows of evaluations have other metrics
+    calls = float(steps * np.prod(each)) if all(isinstance(number, int) for number in each) else None
     tokens = [row["engine/computed/decode"] for row in rows if "engine/computed/decode" in row]
     seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/"))
     return Cost(calls, float(sum(tokens)) if tokens else None, float(seconds) if rows else None)

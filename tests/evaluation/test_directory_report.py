@@ -14,8 +14,9 @@ from synthetic_records import records
 from alignpro.cli import main
 from alignpro.errors import DataError
 from alignpro.evaluation.comparison import Record
+from alignpro.evaluation.comparison_results import Cost
 from alignpro.evaluation.directory_report import report_directories
-from alignpro.evaluation.evaluated import find_evaluations, records_of
+from alignpro.evaluation.evaluated import find_evaluations, records_of, training_cost
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -187,3 +188,12 @@ def test_a_browser_shows_it_without_an_error_or_a_request(experiment: Path, tmp_
     (tmp_path / "asking.html").write_text(html)
     _, log = open_in_browser(tmp_path / "asking.html")
     assert "CONSOLE" in log
+
+
+def test_the_cost_of_a_training_is_that_of_its_rollouts(tmp_path: Path) -> None:
+    """Evaluations during training have rows of their own among the metrics."""
+    step = {"reward/mean": 0.5, "engine/computed/decode": 100.0, "seconds/rollout": 2.0}
+    rows = [step, step, {"eval/reward": 0.4}, step, {"eval/reward": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row | {'step': i})}\n" for i, row in enumerate(rows)))
+    rollout = {"prompts_per_step": 4, "rewrites_per_prompt": 2, "responses_per_rewrite": 3}
+    assert training_cost(tmp_path, {"rollout": rollout}) == Cost(3 * 24.0, 300.0, 6.0)
