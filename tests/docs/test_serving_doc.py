@@ -126,7 +126,9 @@ def test_its_figures_are_the_recorded_ones() -> None:
         values = [overhead[way][name] for way in ("direct", "proxy", "overhead")]
         assert row[1:] == [f"{value:.1f} ms" for value in values]
     assert f"{overhead['proxy']['cpu_ms_per_chat']['proxy']:.1f} ms of CPU time a chat" in TEXT
-    assert f"load average was {document['run']['load_average']:.1f}" in TEXT
+    assert (
+        f"load average was {document['run']['load_average']:.1f}" in TEXT and "chrt -f 10" in document["run"]["command"]
+    )
     assert f"{streams['streams']:,} slow streams" in TEXT
     assert streams["equal"] == streams["streams"]
     assert f"{streams['mib_before']:.0f} to {streams['mib_most']:.0f} MiB" in TEXT
@@ -134,6 +136,12 @@ def test_its_figures_are_the_recorded_ones() -> None:
     assert f"{gone['disconnects']:,} requests whose clients left" in TEXT
     assert f"from {gone['before']['files']} open files to {gone['after']['files']}" in TEXT
     assert f"{gone['before']['mib']:.0f} to {gone['after']['mib']:.0f} MiB" in TEXT
+    arms = {row["arm"]: row for row in recorded("serving_rewriting")["arms"]}
+    written, late = arms["rewriting"], arms["deadline of 20 ms"]
+    assert f"adds {written['median_ms']:.0f} ms (median; 99th percentile {written['p99_ms']:.0f} ms)" in TEXT
+    assert f"{written['cpu_ms']:.0f} ms of CPU time to a request" in TEXT
+    assert f"from the cache adds {arms['again, from the cache']['median_ms']:.1f} ms" in TEXT
+    assert late["skipped"] == {"deadline": late["requests"]} and f"went, after {late['median_ms']:.0f} ms" in TEXT
 
 
 def test_its_limits_are_those_of_the_examples(tmp_path: Path) -> None:
