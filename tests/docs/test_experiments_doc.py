@@ -65,11 +65,13 @@ def test_the_figures_of_the_real_model_are_those_of_its_cells() -> None:
     ]
     summary = json.loads((ROOT / "docs" / "real" / "summary.json").read_text())
     (group,) = summary["groups"]
-    keys = ("no_finetuning", "instruction_one_sentence", "instruction_thirty_words", "sft_prompter")
+    keys = ("no_finetuning", "instruction_one_sentence", "instruction_thirty_words", "sft_prompter", "align_pro")
     assert group["methods"].keys() == set(keys)
     means = [group["methods"][key]["mean"] for key in keys]
     assert told == [tuple(round(mean[name], 3) for name in ("value", "low", "high")) for mean in means]
     gain = group["methods"]["instruction_one_sentence"]["versus_no_finetuning"]
+    assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**gain) in text
+    gain = group["methods"]["align_pro"]["versus_no_finetuning"]
     assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**gain) in text
     assert group["prompts"] == 160
 
