@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +29,15 @@ class Span(NamedTuple):
     def of(self, raw: bytes) -> bytes:
         """The bytes themselves."""
         return raw[self.start : self.end]
+
+
+class Member(NamedTuple):
+    """A key with its value."""
+
+    key: str
+    start: int
+    """Where the key begins; the member ends with its value."""
+    value: Span
 
 
 @dataclass(frozen=True)
@@ -57,15 +66,22 @@ def members(raw: bytes, span: Span) -> dict[str, Span]:
     Raises:
         ValueError: There is no object.
     """
-    found: dict[str, Span] = {}
+    return {member.key: member.value for member in each_member(raw, span)}
+
+
+def each_member(raw: bytes, span: Span) -> Iterator[Member]:
+    """The members of an object in their order, repeated keys too.
+
+    Raises:
+        ValueError: There is no object.
+    """
     at = _opened(raw, span, b"{")
     while raw[at : at + 1] != b"}":
-        key_end = _end(raw, at)
-        key = json.loads(raw[at:key_end])
+        start, key_end = at, _end(raw, at)
         at = _expect(raw, _skip_space(raw, key_end), b":")
-        found[key] = value = Span(at, _end(raw, at))
+        value = Span(at, _end(raw, at))
+        yield Member(json.loads(raw[start:key_end]), start, value)
         at = _next(raw, value.end, b"}")
-    return found
 
 
 def elements(raw: bytes, span: Span) -> list[Span]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from json.decoder import JSONDecoder
 from typing import Any, Literal, NoReturn
@@ -17,12 +17,11 @@ from starlette.types import Receive
 
 from alignpro.config import ServeLimitsConfig
 from alignpro.serving.contract import Api
+from alignpro.serving.json_spans import each_member, root
 from alignpro.serving.refusals import Refusal
 
 FIELD = "alignpro"
 """The field of a request and of an answer that is the proxy's own."""
-
-_SPACE = " \t\n\r"
 
 
 class ClientGone(Exception):  # noqa: N818
@@ -140,7 +139,7 @@ def parse(raw: bytes, api: Api) -> Document:
     _check_fields(body, api)
     if wishes is None:
         return Document(body, raw, Wishes())
-    return Document(body, _cut(text, FIELD).encode(), wishes)
+    return Document(body, _cut(raw, FIELD), wishes)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -204,39 +203,18 @@ def _wishes(field: Any) -> Wishes:
     return Wishes(run, opt_out, give)
 
 
-def _skip_space(text: str, at: int) -> int:
-    while text[at] in _SPACE:
-        at += 1
-    return at
-
-
-def _members(text: str) -> Iterator[tuple[str, int, int]]:
-    """The members of a JSON object that is known to be valid: name, and where the member begins and ends."""
-    at = _skip_space(text, _skip_space(text, 0) + 1)
-    while text[at] != "}":
-        start = at
-        name, at = _DECODER.raw_decode(text, at)
-        at = _skip_space(text, _skip_space(text, at) + 1)
-        _, end = _DECODER.raw_decode(text, at)
-        yield name, start, end
-        at = _skip_space(text, end)
-        if text[at] == ",":
-            at = _skip_space(text, at + 1)
-
-
-def _cut(text: str, name: str) -> str:
-    """A JSON object without the members of this name; all other characters stay, but for one comma each."""
-    spans = list(_members(text))
-    kept = [span for span in spans if span[0] != name]
-    if not kept:
-        return text[: text.index("{") + 1] + text[spans[-1][2] :]
-    pieces, first = [text[: spans[0][1]]], True
-    for index, (member, start, end) in enumerate(spans):
-        if member == name:
+def _cut(raw: bytes, name: str) -> bytes:
+    """A JSON object without the members of this name; all other bytes stay, but for one comma each."""
+    found = list(each_member(raw, root(raw)))
+    if not any(member.key != name for member in found):
+        return raw[: found[0].start] + raw[found[-1].value.end :]
+    pieces, first = [raw[: found[0].start]], True
+    for index, member in enumerate(found):
+        if member.key == name:
             continue
         if not first:
-            pieces.append(text[spans[index - 1][2] : start])  # the comma with the space around it
-        pieces.append(text[start:end])
+            pieces.append(raw[found[index - 1].value.end : member.start])  # the comma with the space around it
+        pieces.append(raw[member.start : member.value.end])
         first = False
-    pieces.append(text[spans[-1][2] :])
-    return "".join(pieces)
+    pieces.append(raw[found[-1].value.end :])
+    return b"".join(pieces)

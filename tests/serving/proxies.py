@@ -7,7 +7,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,12 +132,23 @@ def proxied(target: str, prompters: Shouting | None = None, /, **keys: Any) -> I
     keys.setdefault("listen", {"port": 0})
     keys.setdefault("log", {"requests": False})
     config = validate_config(ServeConfig, {"target": target, **keys})
+
+    async def opened() -> Service:
+        return Service(config, HttpTarget(config), prompters)
+
+    with running(config, opened) as proxy:
+        yield proxy
+
+
+@contextmanager
+def running(config: ServeConfig, opened: Callable[[], Awaitable[Service]], seconds: float = 10) -> Iterator[Proxy]:
+    """Serve a service in a thread, which opens it within some seconds."""
     ready = threading.Event()
     found: list[Any] = []
 
     async def serve() -> None:
         with bind(config) as listener:
-            service = Service(config, HttpTarget(config), prompters)
+            service = await opened()
             server = ProxyServer(service)
             found.extend([listener.getsockname()[1], service, server, asyncio.get_running_loop()])
             ready.set()
@@ -148,7 +159,7 @@ def proxied(target: str, prompters: Shouting | None = None, /, **keys: Any) -> I
 
     thread = threading.Thread(target=asyncio.run, args=[serve()], daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(seconds)
     proxy = Proxy(*found, thread)
     try:
         yield proxy

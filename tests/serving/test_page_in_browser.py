@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
-from proxies import Proxy, Shouting, proxied
+from proxies import Proxy, Shouting, proxied, running
 from rewriting_runs import run_config
 from upstream import Upstream
 
 from alignpro.config import ServeConfig, dump_config, validate_config
 from alignpro.demo.run import WEIGHTS
-from alignpro.serving.server import ProxyServer, bind, open_service
+from alignpro.serving.server import open_service
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 
@@ -51,28 +48,8 @@ def demo_proxy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "rewriting": {"guards": [], "deadline_ms": 20_000},
     }
     config = validate_config(ServeConfig, keys)
-    found: list[Any] = []
-    ready = threading.Event()
-
-    async def serve() -> None:
-        with bind(config) as listener:
-            service = await open_service(config)
-            server = ProxyServer(service)
-            found.extend([listener.getsockname()[1], server])
-            ready.set()
-            try:
-                await server.serve(sockets=[listener])
-            finally:
-                await service.close()
-
-    thread = threading.Thread(target=asyncio.run, args=[serve()], daemon=True)
-    thread.start()
-    assert ready.wait(60)
-    try:
-        yield f"http://127.0.0.1:{found[0]}/"
-    finally:
-        found[1].should_exit = True
-        thread.join(20)
+    with running(config, lambda: open_service(config), seconds=60) as proxy:
+        yield f"http://127.0.0.1:{proxy.port}/"
 
 
 @pytest.fixture
