@@ -21,6 +21,11 @@ settings.register_profile("shared machine", deadline=None)  # its load makes the
 settings.load_profile("shared machine")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name an argument of raw bytes by its length: every worker must collect the same names, and people read them."""
+    return f"{argname} of {len(val)} bytes" if isinstance(val, bytes) and not val.isascii() else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Use one thread: tiny products are slower on several, and parallel test processes share the cores."""

@@ -55,10 +55,10 @@ def _raw(proxy: Proxy, data: bytes, seconds: float = 5) -> bytes:
         (b'{"messages": []}', {}, (400, "empty_array")),
         (b'{"messages": [{"role": "user", "content": "\xff"}]}', {}, (400, "invalid_utf8")),
         (b"not gzip", {"content_encoding": "gzip"}, (400, "invalid_encoding")),
-        (gzip.compress(b"{}")[:-3], {"content_encoding": "gzip"}, (400, "invalid_encoding")),
+        (gzip.compress(b"{}", mtime=0)[:-3], {"content_encoding": "gzip"}, (400, "invalid_encoding")),
         (b"{}", {"content_encoding": "br"}, (415, "unsupported_encoding")),
         (b" " * 3000, {}, (413, "request_too_large")),
-        (gzip.compress(b" " * 3000), {"content_encoding": "gzip"}, (413, "request_too_large")),
+        (gzip.compress(b" " * 3000, mtime=0), {"content_encoding": "gzip"}, (413, "request_too_large")),
     ],
 )
 def test_a_bad_body_never_reaches_the_target(
