@@ -23,8 +23,9 @@ class RunConfig(Section):
     sample_every: int = Field(10, ge=1)
     """Number of steps between rows of samples.jsonl."""
     select: Literal["best", "last"] | None = None
-    """Which checkpoint becomes ``model/``: the one with the best objective on ``data.validation``, or the last. None: the best
-    where a reinforcement learning run evaluates itself on such prompts."""
+    """Which checkpoint becomes ``model/``: the one with the best objective on ``data.validation``, if the last is worse by more
+    than the noise of their difference, or always the last. None: the best where a reinforcement learning run evaluates itself on
+    such prompts."""
     tensorboard: bool = True
     wandb_project: str | None = None
 

@@ -16,11 +16,11 @@ from alignpro.environments.base import Environment
 from alignpro.training.assignment import PromptAssignment
 from alignpro.training.experience import sample_batch
 from alignpro.training.gradient_accumulation import GradientAccumulation
-from alignpro.training.metrics import Metrics
+from alignpro.training.metrics import Evaluation
 from alignpro.training.step_phases import StepPhases
 
 OBJECTIVE = "eval/objective"
-"""The metric by which checkpoints are compared: J = R − λ KL of the evaluated prompts."""
+"""The metric J = R − λ KL of the evaluated prompts, by which checkpoints are compared."""
 OBJECTIVE_ERROR = "eval/objective_error"
 """Its standard error over prompts."""
 
@@ -43,14 +43,15 @@ class HeldoutEvaluation:
     ranks: Ranks
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt]) -> Metrics:
+    def __call__(self, prompts: Sequence[Prompt]) -> Evaluation:
         """Evaluate; a collective.
 
         Args:
             prompts: At least one, the same on all ranks.
 
         Returns:
-            ``eval/reward``, ``eval/kl`` in nats per sequence, and their J with its standard error, which needs two prompts.
+            ``eval/reward``, ``eval/kl`` in nats per sequence, and their J with its standard error, which needs two prompts;
+            and J of each prompt, in their order.
         """
         self.phase.begin("evaluation")
         local, local_prompts = self.assign(prompts, self.sampling.n)
@@ -66,20 +67,23 @@ class HeldoutEvaluation:
                 batch = sample_batch(self.environment.encode, local_prompts, chains, policy.model.device)
         with self.phase("credit"):
             kl = [policy.token_stats(part).kl.sum(1) for part in self.accumulate.passes(batch)]
-        return self._metrics(values, torch.cat(kl)[: len(local)], len(prompts))
+        return self._gather(local, values, torch.cat(kl)[: len(local)])
 
-    def _metrics(self, values: Tensor, kl: Tensor, count: int) -> Metrics:
-        """Average over the prompts of all ranks.
+    def _gather(self, local: Sequence[int], values: Tensor, kl: Tensor) -> Evaluation:
+        """Gather and average over the prompts of all ranks.
 
         Args:
+            local: (P,) indices of this rank's prompts.
             values: (P, 1) R of this rank's prompts.
             kl: (P,) KL of their samples, in nats.
-            count: Number of prompts of all ranks.
         """
-        rows = self.ranks.all_gather({"reward": values[:, 0].cpu(), "kl": kl.cpu()})
+        own = torch.tensor(local, dtype=torch.int64)
+        rows = self.ranks.all_gather({"prompt": own, "reward": values[:, 0].cpu(), "kl": kl.cpu()})
+        count = len(rows["prompt"])
         metrics = {"eval/reward": rows["reward"].mean().item(), "eval/kl": rows["kl"].sum().item() / count}
-        each = rows["reward"].double() - self.kl_coef * rows["kl"].double()
+        # Which rank has which prompt follows the lengths of samples, and so changes between evaluations.
+        each = (rows["reward"].double() - self.kl_coef * rows["kl"].double())[rows["prompt"].argsort()]
         metrics[OBJECTIVE] = each.mean().item()
         if count > 1:
             metrics[OBJECTIVE_ERROR] = each.std().item() / math.sqrt(count)
-        return metrics
+        return Evaluation(metrics, each.tolist())

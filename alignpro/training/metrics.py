@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import isfinite
 
 Metrics = dict[str, float]
@@ -13,6 +14,16 @@ EXECUTION_METRICS = ("seconds/", "engine/", "endpoint/", "eval/seconds/", "eval/
 """Prefixes of metrics that describe how a step was executed (timings, contents of the engine's cache, requests, rounding), not
 its result. These may differ in a run that was interrupted and resumed; on a CPU, all other metrics are bit-identical.
 """
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of a model on held-out data."""
+
+    metrics: Metrics = field(default_factory=dict)
+    """Named ``eval/…``; none if no data is held out."""
+    objective: Sequence[float] = ()
+    """J of each prompt, in an order that is the same each time; none where nothing is selected by it."""
 
 
 class PhaseTimer:

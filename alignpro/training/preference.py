@@ -20,7 +20,7 @@ from alignpro.rewards.model import SequenceRewardModel, load_reward_model
 from alignpro.theory.statistics import Clusters, Estimate, Interval, PairStatistics, pair_statistics
 from alignpro.training.backend import TorchBackend
 from alignpro.training.held_out_pairs import HeldOutPairs
-from alignpro.training.metrics import Metrics, PhaseTimer
+from alignpro.training.metrics import Evaluation, Metrics, PhaseTimer
 from alignpro.training.resume import check_data
 from alignpro.training.stream import PromptStream
 
@@ -80,12 +80,12 @@ class RewardTrainer:
         }
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> Metrics:
+    def evaluate(self, step: int) -> Evaluation:
         """Compute loss, accuracy with its interval, calibration and the part of length on held-out pairs."""
         self.model.eval()
         pairs = self.heldout
         if not pairs:
-            return {}
+            return Evaluation()
         size = self.config.batch_size
         margins = torch.cat([self.margins(pairs[start : start + size]) for start in range(0, len(pairs), size)])
         statistics = pair_statistics(
@@ -97,7 +97,7 @@ class RewardTrainer:
         metrics = _describe(margins)
         for name, value in vars(statistics).items():
             metrics |= _with_bounds(name, value) if isinstance(value, Estimate) else {name: value}
-        return {f"eval/{name}": value for name, value in metrics.items()}
+        return Evaluation({f"eval/{name}": value for name, value in metrics.items()})
 
     def margins(self, pairs: Sequence[Prompt]) -> Tensor:
         """Compute r(x, y_chosen) − r(x, y_rejected), (B,)."""

@@ -33,7 +33,7 @@ from alignpro.training.experience import Experience, join_rows, join_values, sam
 from alignpro.training.gradient_accumulation import GradientAccumulation, split_minibatches
 from alignpro.training.heldout_evaluation import HeldoutEvaluation
 from alignpro.training.limited_updates import LimitedUpdates
-from alignpro.training.metrics import Metrics, mean_of_updates
+from alignpro.training.metrics import Evaluation, Metrics, mean_of_updates
 from alignpro.training.objective import build_objective
 from alignpro.training.resume import RunInputs
 from alignpro.training.rollouts import Rollouts, SamplingAhead
@@ -219,9 +219,12 @@ class RLTrainer:
                 updates.append(metrics)
         return mean_of_updates(updates, self.optimizer.max_grad_norm) | self.limited.end()
 
-    def evaluate(self, step: int) -> Metrics:
+    def evaluate(self, step: int) -> Evaluation:
         """Compute reward, KL and objective of one sample for each held-out prompt."""
-        return self.evaluation(self.heldout) | self.measure.of_evaluation() if self.heldout else {}
+        if not self.heldout:
+            return Evaluation()
+        made = self.evaluation(self.heldout)
+        return Evaluation(made.metrics | self.measure.of_evaluation(), made.objective)
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write weights and optimizers; returns the rest of the state."""

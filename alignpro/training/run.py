@@ -26,7 +26,7 @@ from alignpro.training.durability import disk_errors, replace_directory
 from alignpro.training.loggers.jsonl import read_rows
 from alignpro.training.loggers.metrics_logger import MetricsLogger
 from alignpro.training.loggers.wandb import import_wandb
-from alignpro.training.metrics import Metrics
+from alignpro.training.metrics import Evaluation, Metrics
 from alignpro.training.progress import progress_bar
 from alignpro.training.resume import check_launcher, find_start
 from alignpro.training.rng_state import get_rng_state, preserved_rng_state, seed_all, set_rng_state
@@ -56,8 +56,8 @@ class Trainer(Protocol):
     def step(self, step: int) -> Metrics:
         """Make training step ``step`` (counted from 0)."""
 
-    def evaluate(self, step: int) -> Metrics:
-        """Compute metrics on held-out data after step ``step``, named ``eval/…``; none if no data is held out."""
+    def evaluate(self, step: int) -> Evaluation:
+        """Evaluate on held-out data after step ``step``."""
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write weights and optimizers into a directory; returns the rest of the state, serializable as JSON."""
@@ -241,10 +241,10 @@ class Run:
         Training draws the same random numbers as if there were no evaluation.
         """
         with self._saved_on_failure(step, trainer, log), preserved_rng_state():
-            metrics = trainer.evaluate(step - 1)
-        if metrics:
-            self._write(log, step, metrics)
-        self._selection.add(step, metrics)
+            evaluation = trainer.evaluate(step - 1)
+        if evaluation.metrics:
+            self._write(log, step, evaluation.metrics)
+        self._selection.add(step, evaluation.objective)
 
     def _save(
         self, step: int, trainer: Trainer, log: MetricsLogger | None, rng_state: dict[str, Any] | None = None
@@ -324,15 +324,15 @@ class Run:
         self._directory.remove_export_after(self.start_step)
 
     def _load_selected(self, trainer: Trainer) -> None:
-        """Load the weights of the best checkpoint, unless they are those of the last step."""
-        best = self._selection.best
-        if best is None:
+        """Load the weights of the selected checkpoint, unless they are those of the last step."""
+        step = self._selection.selected_step
+        if step is None:
             return
-        if best.step != self.config.steps:
-            self.ranks.on_rank_zero(lambda: self.checkpoints.require(best.step))
-            with _read_errors(self.checkpoints.path(best.step)) as directory:
+        if step != self.config.steps:
+            self.ranks.on_rank_zero(lambda: self.checkpoints.require(step))
+            with _read_errors(self.checkpoints.path(step)) as directory:
                 trainer.load(directory, _read_state(directory)["task"])
-        logger.info("run.select=best: the model is that of %s; the last was %s", best, self._selection.last)
+        logger.info("run.select=best: %s", self._selection)
 
     def _export(self, trainer: Trainer) -> None:
         """Write the trained model to ``model/``."""
@@ -343,7 +343,7 @@ class Run:
             if self._directory is not None:
                 name_base(directory, self._directory.model)
                 describe_training(directory, self._directory.path)
-                self._directory.mark_export(directory, self.config.steps, self._selection.state_dict())
+                self._directory.mark_export(directory, self.config.steps, self._selection.record())
 
         def replace(write: Callable[[Path], None]) -> None:
             assert self._directory is not None  # on rank 0

@@ -24,7 +24,7 @@ from alignpro.prompting.model_card import write_card
 from alignpro.prompting.moves import load_moves
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.training.backend import TorchBackend
-from alignpro.training.metrics import Metrics, PhaseTimer
+from alignpro.training.metrics import Evaluation, Metrics, PhaseTimer
 from alignpro.training.resume import check_data
 from alignpro.training.stream import PromptStream
 from alignpro_kernels import policy_loss
@@ -114,17 +114,17 @@ class SFTTrainer:
         }
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> Metrics:
+    def evaluate(self, step: int) -> Evaluation:
         """Compute cross-entropy per token and perplexity on held-out pairs."""
         self.model.eval()
         pairs = [self._encode(prompt) for prompt in self.heldout]
         tokens = sum(len(completion) for _, completion in pairs)
         if tokens == 0:
-            return {}
+            return Evaluation()
         size = self.config.optimizer.rows_per_pass
         batches = (pairs[start : start + size] for start in range(0, len(pairs), size))
         loss = sum(self._loss(batch, tokens).item() for batch in batches)
-        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+        return Evaluation({"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))})
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write weights and optimizer; returns the rest of the state."""

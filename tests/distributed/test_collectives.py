@@ -46,7 +46,7 @@ def trained(
 
     def work(ranks: Ranks) -> tuple[list[Metrics], list[torch.Tensor]]:
         trainer = training(worlds[ranks.rank], ranks, prompts, objective, out=out, micro_batch_size=micro_batch_size)
-        metrics = [trainer.step(0), trainer.evaluate(0)]
+        metrics = [trainer.step(0), trainer.evaluate(0).metrics]
         return metrics, [weight.detach() for weight in trainer.policy.trainable.values()]
 
     return work

@@ -24,7 +24,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> RewardTrainer:
 
 
 def test_accuracy_has_an_interval_beside_calibration_and_length(trainer: RewardTrainer) -> None:
-    metrics = trainer.evaluate(0)
+    metrics = trainer.evaluate(0).metrics
     assert metrics["eval/accuracy_low"] < metrics["eval/accuracy"] < metrics["eval/accuracy_high"]
     for name in ("ties", "overconfidence", "calibration_error", "length_correlation", "longer_chosen"):
         assert math.isfinite(metrics[f"eval/{name}"]), name
@@ -36,7 +36,7 @@ def test_accuracy_has_an_interval_beside_calibration_and_length(trainer: RewardT
 def test_a_model_that_cannot_tell_is_right_half_of_the_time(trainer: RewardTrainer) -> None:
     with torch.no_grad():
         trainer.model.classifier.score.weight.zero_()
-    metrics = trainer.evaluate(0)
+    metrics = trainer.evaluate(0).metrics
     assert metrics["eval/ties"] == 1.0
     assert metrics["eval/accuracy"] == metrics["eval/longer_preferred"] == 0.5
     assert "eval/accuracy_low" not in metrics, "not estimable"
@@ -53,7 +53,7 @@ def test_a_reward_model_that_may_follow_length_can_be_refused(trainer: RewardTra
     record = tmp_path / "held_out_pairs.json"
     kept = json.loads(record.read_text())
     assert kept["pairs"] == len(trainer.heldout)
-    assert kept["accuracy"] == pytest.approx(trainer.evaluate(0)["eval/accuracy"])
+    assert kept["accuracy"] == pytest.approx(trainer.evaluate(0).metrics["eval/accuracy"])
     model = {"kind": "model", "model": {"path": str(tmp_path)}}
     uses, insists = (Scorer(reward=ModelRewardConfig(**model, must_beat_length=must)) for must in (False, True))
     check_input_files(uses)

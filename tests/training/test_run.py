@@ -21,7 +21,7 @@ from alignpro.config import DataConfig, OptimizerConfig, RunConfig, RunSection
 from alignpro.errors import AlignProError, CheckpointError, RewardError, TrainingError
 from alignpro.training.backend import TorchBackend
 from alignpro.training.loggers.jsonl import read_rows
-from alignpro.training.metrics import Metrics
+from alignpro.training.metrics import Evaluation, Metrics
 from alignpro.training.run import Run
 
 Finished = Callable[..., Path]
@@ -60,10 +60,10 @@ class Descent:
         self._maybe_fail("after update", step)
         return {"loss": loss.item(), "gradient_norm": norm}
 
-    def evaluate(self, step: int) -> Metrics:
+    def evaluate(self, step: int) -> Evaluation:
         self._maybe_fail("evaluate", step)
         self.evaluated.append(step)
-        return {"eval/distance": abs(self.weight.item() - self.goal)}
+        return Evaluation({"eval/distance": abs(self.weight.item() - self.goal)})
 
     def save(self, directory: Path) -> dict[str, Any]:
         self.backend.save(directory, "w")

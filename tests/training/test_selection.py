@@ -1,4 +1,4 @@
-"""The exported model is that of the best checkpoint by prompts that nothing else uses, in interrupted runs too."""
+"""The exported model is the best by prompts that nothing else uses, or the last within noise; in interrupted runs too."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from alignpro.config.run import SelectingSection
 from alignpro.data import Prompt, split, split_for_training
 from alignpro.errors import ConfigError
 from alignpro.training.backend import TorchBackend
-from alignpro.training.heldout_evaluation import OBJECTIVE, OBJECTIVE_ERROR
+from alignpro.training.heldout_evaluation import OBJECTIVE
 from alignpro.training.loggers.jsonl import read_rows
-from alignpro.training.metrics import Metrics
+from alignpro.training.metrics import Evaluation, Metrics
 from alignpro.training.run import Run
+from alignpro.training.selection import Selection
 
 OBJECTIVES = [0.1, 0.5, 0.4, 0.9, 0.2, 0.3, 0.6]
+SPREAD = 0.05
+"""Standard error of each, over two prompts; their differences are the same for both prompts."""
 
 
 class Curve:
@@ -48,8 +51,9 @@ class Curve:
         self.trajectory[step + 1] = self.weight.item()
         return {"loss": 0.0}
 
-    def evaluate(self, step: int) -> Metrics:
-        return {OBJECTIVE: OBJECTIVES[step], OBJECTIVE_ERROR: 0.05}
+    def evaluate(self, step: int) -> Evaluation:
+        objective = OBJECTIVES[step]
+        return Evaluation({OBJECTIVE: objective}, [objective - SPREAD, objective + SPREAD])
 
     def save(self, directory: Path) -> dict[str, Any]:
         self.backend.save(directory, "w")
@@ -86,8 +90,10 @@ def test_the_best_evaluated_step_is_exported_and_recorded(tmp_path: Path) -> Non
     assert record == {
         "step": 7,
         "selected": {
-            "best": {"step": 4, "objective": 0.9, "error": 0.05},
-            "last": {"step": 7, "objective": 0.6, "error": 0.05},  # the last step is evaluated, too
+            "step": 4,
+            "best": {"step": 4, "objective": pytest.approx(0.9), "error": pytest.approx(SPREAD)},
+            "last": {"step": 7, "objective": pytest.approx(0.6), "error": pytest.approx(SPREAD)},  # evaluated, too
+            "best_minus_last": {"objective": pytest.approx(0.3), "error": pytest.approx(0.0, abs=1e-12)},
         },
     }
     assert steps_of_checkpoints(tmp_path) == [4, 7]  # the best is kept beside the newest
@@ -121,13 +127,50 @@ def test_going_back_forgets_later_evaluations(tmp_path: Path) -> None:
         train(config, resume=True, from_step=3)
     finally:
         OBJECTIVES[3] = kept
-    assert exported(tmp_path)[1]["selected"]["best"] == {"step": 7, "objective": 0.6, "error": 0.05}
+    assert exported(tmp_path)[1]["selected"]["best"] == {
+        "step": 7,
+        "objective": pytest.approx(0.6),
+        "error": pytest.approx(SPREAD),
+    }
 
 
 def test_an_objective_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "OBJECTIVES", [float("nan")] * 5 + [0.1, 0.0])
     trainer = train(configure(tmp_path))
     assert exported(tmp_path)[0] == trainer.trajectory[6]
+
+
+def test_the_last_is_exported_unless_it_is_worse_on_the_same_prompts() -> None:
+    """Each estimate has a standard error of 0.5; what counts is that of their difference."""
+    best = [0.0, 1.0, 0.0, 1.0]
+    for last, step in (
+        ([0.1, 0.9, -0.1, 0.9], 20),  # worse by 0.05 ± 0.05
+        ([-0.1, 0.9, -0.1, 1.0], 10),  # worse by 0.075 ± 0.025
+        ([0.0, 1.0, 0.0, 1.0], 20),
+        ([0.0, 2.0, 0.0, 0.0], 20),  # worse by 0 ± 0.41
+    ):
+        selection = Selection(True)
+        selection.add(10, best)
+        selection.add(20, last)
+        assert (selection.best_step, selection.selected_step) == (10, step), last
+        restored = Selection(True)
+        restored.load_state_dict(json.loads(json.dumps(selection.state_dict())))
+        assert str(restored) == str(selection)
+        assert restored.record() == selection.record()
+        selection.add(30, [each + 0.5 for each in best])
+        restored.add(30, [each + 0.5 for each in best])
+        assert selection.selected_step == restored.selected_step == 30
+        selection.add(40, [-1.0] * 4)
+        assert selection.selected_step == 30
+
+
+def test_without_noise_to_compare_with_the_best_is_exported() -> None:
+    selection = Selection(True)
+    assert selection.selected_step is None
+    for step, value in ((1, 0.5), (2, 0.4)):
+        selection.add(step, [value])
+    assert selection.selected_step == 1
+    assert selection.record()["best_minus_last"]["error"] is None
 
 
 def test_validation_prompts_are_neither_trained_on_nor_reported() -> None:
@@ -154,13 +197,13 @@ def test_selection_by_reported_prompts_is_refused(workshop: Workshop) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_exports_the_weights_of_the_best_checkpoint(workshop: Workshop, tmp_path: Path) -> None:
+def test_the_command_exports_the_weights_of_the_selected_checkpoint(workshop: Workshop, tmp_path: Path) -> None:
     """They are those of a run that ends with the selected step."""
     settings = ("data.validation=0.3", "run.eval_every=1", "optimizer.schedule=constant")
     assert workshop.run("train", tmp_path / "whole", *settings, "run.steps=3") == 0
     rows = [row for row in read_rows(tmp_path / "whole" / "metrics.jsonl") if OBJECTIVE in row]
     assert all(row[OBJECTIVE] == pytest.approx(row["eval/reward"] - 0.05 * row["eval/kl"], abs=1e-6) for row in rows)
-    best = json.loads((tmp_path / "whole/model/alignpro.json").read_text())["selected"]["best"]
-    assert best["step"] == max(rows, key=lambda row: row[OBJECTIVE])["step"]
-    assert workshop.run("train", tmp_path / "short", *settings, f"run.steps={best['step']}", "run.select=last") == 0
+    selected = json.loads((tmp_path / "whole/model/alignpro.json").read_text())["selected"]
+    assert selected["best"]["step"] == max(rows, key=lambda row: row[OBJECTIVE])["step"]
+    assert workshop.run("train", tmp_path / "short", *settings, f"run.steps={selected['step']}", "run.select=last") == 0
     assert read_model(tmp_path / "whole") == read_model(tmp_path / "short")
