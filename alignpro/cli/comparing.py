@@ -140,12 +140,17 @@ def report(
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     paper: Annotated[bool, typer.Option("--paper", help="Draw the values of the paper's figure too.")] = False,
+    no_texts: Annotated[
+        bool, typer.Option("--no-texts", help="Show no prompts, rewrites and answers, for a report to publish.")
+    ] = False,
 ) -> None:
     """Compare evaluations: over seeds, methods, pairs and tasks, in one HTML file.
 
     Says in a sentence what holds after correction for all comparisons, then who wins where, by how much and at what cost.
     """
-    comparison = load_late("alignpro.evaluation.directory_report:report_directories")(directories, out, paper=paper)
+    comparison = load_late("alignpro.evaluation.directory_report:report_directories")(
+        directories, out, paper=paper, texts=not no_texts
+    )
     typer.echo(comparison.verdict if comparison else "No evaluation: training curves only.")
     typer.echo(str(out))
 

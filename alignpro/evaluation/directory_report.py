@@ -36,6 +36,7 @@ def report_directories(
     *,
     title: str = "Align-Pro",
     paper: bool = False,
+    texts: bool = True,
     analyses: Sequence[Analysis] = (),
 ) -> Comparison | None:
     """Write one report on all directories.
@@ -45,6 +46,8 @@ def report_directories(
         out: The HTML file.
         title: Of the report.
         paper: Whether to draw the values of the paper's figure too.
+        texts: Whether prompts, rewrites and answers are shown; without them a report can be published whatever licence the
+            prompts have.
         analyses: Of an experiment, shown below the comparison.
 
     Returns:
@@ -63,7 +66,8 @@ def report_directories(
     evaluations = find_evaluations(directories)
     records, notes = records_of(evaluations)
     runs = [directory for directory in directories if (directory / "metrics.jsonl").is_file()]
-    command = ["alignpro report", *map(str, directories), "--out", str(out), *(["--paper"] if paper else [])]
+    flags = [*(["--paper"] if paper else []), *([] if texts else ["--no-texts"])]
+    command = ["alignpro report", *map(str, directories), "--out", str(out), *flags]
     return _report_records(
         records,
         evaluations,
@@ -72,6 +76,7 @@ def report_directories(
         runs=runs,
         notes=notes,
         paper=paper,
+        texts=texts,
         analyses=analyses,
         command=" ".join(command),
     )
@@ -86,6 +91,7 @@ def _report_records(
     runs: Sequence[Path] = (),
     notes: Sequence[str] = (),
     paper: bool = False,
+    texts: bool = True,
     analyses: Sequence[Analysis] = (),
     command: str = "",
 ) -> Comparison | None:
@@ -99,6 +105,7 @@ def _report_records(
         runs: Training runs whose curves are shown besides those of the evaluated models.
         notes: Sentences that stand above the tables.
         paper: Whether to draw the values of the paper's figure too.
+        texts: Whether samples are shown.
         analyses: Shown below the comparison.
         command: What makes the report again.
 
@@ -125,8 +132,8 @@ def _report_records(
         curves=curves,
         convergence=converged,
         notes=notes,
-        rows=interleaved_rows(evaluations),
-        changes=_changes(evaluations, records),
+        rows=interleaved_rows(evaluations) if texts else (),
+        changes=_changes(evaluations, records) if texts else (),
         judgements=_found(evaluations, "judge"),
         refusals=refusals,
         paper=paper_figure() if paper else None,

@@ -79,6 +79,18 @@ def test_an_experiment_is_one_report(experiment: Path, tmp_path: Path, capsys: p
     assert "to see 0.05 you need" in html
 
 
+def test_a_report_to_publish_has_no_text_of_the_data(experiment: Path, tmp_path: Path) -> None:
+    html = {}
+    for name, options in (("whole", []), ("published", ["--no-texts"])):
+        with pytest.raises(SystemExit):
+            main(["report", str(experiment), "--out", str(tmp_path / name), *options])
+        html[name] = (tmp_path / name).read_text()
+    for text in ("please explain this to me", "Answer in one short sentence", "word word"):
+        assert text in html["whole"]
+        assert text not in html["published"]
+    assert "Align-Pro is above no fine-tuning on 2 of 2 tasks" in html["published"]
+
+
 def test_a_report_of_a_thousand_prompts_is_small(tmp_path: Path) -> None:
     for record in records(seeds=1, means={"no_finetuning": 0.2, "align_pro": 0.7, "oracle": 0.9}, prompts=1000):
         write_cell(tmp_path / "cells", record, words=300)
