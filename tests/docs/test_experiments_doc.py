@@ -74,6 +74,10 @@ def test_the_figures_of_the_real_model_are_those_of_its_cells() -> None:
     gain = group["methods"]["align_pro"]["versus_no_finetuning"]
     assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**gain) in text
     assert group["prompts"] == 160
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "reward {value:.3f} [{low:.3f}, {high:.3f}]".format(**group["methods"]["align_pro"]["mean"]) in readme
+    assert f"the prompt as it is has {means[0]['value']:.3f}" in readme
+    assert f"instruction that a person wrote {means[1]['value']:.3f}" in readme
 
 
 def test_the_arithmetic_of_the_larger_pair_is_that_of_the_plan() -> None:
