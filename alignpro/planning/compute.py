@@ -16,8 +16,6 @@ from alignpro.planning.model_size import ModelSize, trains_all
 
 _DEVICE, _PEAK, _SHARE = "H100 SXM", 989e12, 0.4
 """A device, its FLOP/s in bfloat16 without sparsity (NVIDIA's data sheet), and the share of it that training reaches."""
-_MEASURED = 1 / 8
-"""Share of the rollout whose KL to the policy before the step is measured (`objective.step_kl`)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def step_compute(config: TrainConfig | RLHFConfig, models: JobModels | None = No
     parts["credit"] = 2 * forward  # policy and reference
     parts["update"] = forward * (3 if trains_all(config.policy) else 2)
     if config.objective.step_kl is not None:
-        parts["update"] += _MEASURED * forward
+        parts["update"] += _flop(policy, P * (prompt + sample), P * sample)  # the KL of a sample of each prompt
     return StepCompute(parts)
 
 

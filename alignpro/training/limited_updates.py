@@ -1,9 +1,10 @@
 """Updates of the policy whose KL to the policy that drew the rollout is measured and limited; see `objectives.step_size`.
 
-KL(ρ_new ‖ ρ_old) is exact at each state, over the whole vocabulary, and its sum over a sequence is averaged over a part of
-the rollout's sequences: every other sample of one prompt in four, other prompts in each step. The old policy's hidden states
-are those of the pass that computed the advantages, so the measurement costs one forward pass over an eighth of the rollout;
-where the output layer is trained, a copy of it is kept until the end of the step.
+KL(ρ_new ‖ ρ_old) is exact at each state, over the whole vocabulary, and its sum over a sequence is averaged over one sample of
+each prompt, since a step does to the samples of a prompt nearly the same, and to prompts very different things: so many samples
+of a quarter of the prompts were twice as far off in the logarithm. The old policy's hidden states are those of the pass that
+computed the advantages, so the measurement costs one forward pass over a sample of each prompt; where the output layer is
+trained, a copy of it is kept until the end of the step.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ from alignpro.training.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_PROMPTS, _SAMPLES = 4, 2
-"""Sequences of one prompt in so many are measured, and one in so many of its samples."""
 _ATTEMPTS = 8
 """Number of times that an update is shortened, the last time to nothing."""
 
@@ -83,22 +82,20 @@ class LimitedUpdates:
                 "the learning rate of the next one follows the KL"
             )
 
-    def begin(self, experience: Experience, step: int, groups: Sequence[int], of: int, size: int) -> None:
+    def begin(self, experience: Experience, step: int, groups: Sequence[int], size: int) -> None:
         """Begin a step's updates: keep what the policy is now, at some of its samples.
 
         Args:
             experience: The rollout of this rank's groups.
             step: The number of the step.
             groups: The indices of these groups among those of the step.
-            of: Number of groups of all ranks.
             size: Samples per group.
         """
         if self._size is None:
             return
-        apart = min(_PROMPTS, max(1, of // 2))
-        measured = [place for place, group in enumerate(groups) if (group + step) % apart == 0]
-        rows = torch.tensor([p * size + k for p in measured for k in range(0, size, _SAMPLES)], dtype=torch.int64)
-        rows = rows.to(experience.scores.device)
+        # Whichever rank has a group, the same sample of it is measured.
+        samples = [place * size + (group + step) % size for place, group in enumerate(groups)]
+        rows = torch.tensor(samples, dtype=torch.int64, device=experience.scores.device)
         batch = experience.batch.select(rows) if len(rows) else None
         parts = self._passes(batch)
         states = experience.values.policy_states

@@ -205,7 +205,7 @@ class RLTrainer:
             local: The indices of these groups among those of the step.
         """
         updates, place = list[Metrics](), {group: i for i, group in enumerate(local)}
-        self.limited.begin(experience, step, local, self.stream.batch_size, self.sampling.n)
+        self.limited.begin(experience, step, local, self.sampling.n)
         for epoch in range(self.objective.epochs):
             seed = derive_seed(self.run.seed, "minibatch", step, epoch)
             for groups in split_minibatches(self.stream.batch_size, self.objective.minibatches, seed):
