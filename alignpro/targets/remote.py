@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from alignpro.config import TargetEndpointConfig
 from alignpro.data import Message, Prompt, replace_lone_surrogates
 from alignpro.endpoints.types import Answer, Query, Sampling
 from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
-from alignpro.errors import AlignProError, BudgetError, ConfigError
+from alignpro.errors import AlignProError, BudgetError, ConfigError, DataError
 from alignpro.models.language_model import LanguageModel
 from alignpro.prompting.reasoning import without_reasoning
 from alignpro.prompting.target_prompt import SentRewrite, text_to_send
@@ -24,6 +25,10 @@ from alignpro.targets.base import Answered, BegunRollout, OnAnswers
 from alignpro.targets.completion import TextCompletion
 from alignpro.targets.connection import Connection
 from alignpro.targets.server_metrics import ServerMetrics
+
+logger = logging.getLogger(__name__)
+
+_ONE_TEXT = "completions are of one text; use api: chat, or prompts of a single turn"
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,30 @@ class RemoteTarget:
         return {}
 
     def answerable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """All prompts: only the server knows what fits in its context, and a rewrite that does not fit is an outcome."""
-        return list(prompts)
+        """All prompts: only the server knows what fits in its context, and a rewrite that does not fit is an outcome.
+
+        A server of plain completions gets one text, so prompts with earlier turns are left out.
+        """
+        kept = [prompt for prompt in prompts if not self._loses_turns(prompt)]
+        left_out = [prompt for prompt in prompts if self._loses_turns(prompt)]
+        if left_out:
+            first = left_out[0].source or left_out[0].id
+            told = f"{len(left_out)} of {len(prompts)} prompts have turns before the last one (the first: {first})"
+            if not kept:
+                raise DataError(f"no prompt is left: {told}, which {self._name} does not get: {_ONE_TEXT}")
+            logger.warning("%s, which %s does not get: they were dropped; %s", told, self._name, _ONE_TEXT)
+        return kept
 
     def encode(self, prompt: Prompt, rewrite: str | None) -> Conversation:
-        """The conversation that the server gets."""
+        """The conversation that the server gets.
+
+        Raises:
+            DataError: It has earlier turns, and the server gets one text.
+        """
+        if self._loses_turns(prompt):
+            raise DataError(
+                f"prompt {prompt.source or prompt.id}: {self._name} does not get the turns before the last one: {_ONE_TEXT}"
+            )
         text, empty = (prompt.text, False) if rewrite is None else text_to_send(prompt, rewrite, self.on_empty)
         context = prompt.context
         if self.config.system is not None and not any(message.role == "system" for message in context):
@@ -205,6 +229,9 @@ class RemoteTarget:
 
         answers.add_done_callback(answered)
         return _Asked(sent, query, answers, told)
+
+    def _loses_turns(self, prompt: Prompt) -> bool:
+        return self.config.api == "completions" and bool(prompt.context)
 
     def _await(self, asked: Sequence[_Asked]) -> None:
         """Wait for all answers, even if some fail: those that come are paid for, and in the ledger."""
