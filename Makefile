@@ -107,7 +107,7 @@ bench-distributed: $(STAMP) ## compare DeepSpeed training with one process, and 
 bench-estimators: $(STAMP) ## compare bias, variance and samples of the gradient's estimators where all rewrites are enumerated; ARGS: see --help
 	$(BIN)/python -m benchmarks.estimators $(ARGS)
 
-bench-endpoints: $(STAMP) ## measure the client of servers: answers a second on one core, memory, time of rollouts; ARGS: see --help
+bench-endpoints: $(STAMP) ## measure the client of servers: answers a second on one core, memory, time of rollouts and steps; ARGS: see --help
 	$(BIN)/python -m benchmarks.endpoints $(ARGS)
 
 bench-serving: $(STAMP) ## measure what the proxy adds to a request, its memory under streams and disconnects; ARGS: see --help

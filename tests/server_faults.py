@@ -50,6 +50,7 @@ COMMON = (
     throttled(retry_after="0.01"),
     throttled(retry_after_ms="10"),
     throttled(x_ratelimit_reset_requests="10ms"),
+    throttled(retry_after="Sun, 09 Sep 2001 02:00:00 GMT", date="Sun, 09 Sep 2001 02:00:00 GMT"),
     throttled(),
     Fault("status", 500),
     Fault("status", 503, {"retry-after": "0.01"}),

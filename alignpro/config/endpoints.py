@@ -103,6 +103,12 @@ class TargetEndpointConfig(EndpointConfig):
     overflow_reward: float | None = None
     """The value of a rewrite that does not fit in the server's context; without it such a rewrite ends the run."""
 
+    @model_validator(mode="after")
+    def _check_system(self) -> TargetEndpointConfig:
+        if self.system is not None and self.api == "completions":
+            raise ValueError("`system` needs api=chat: completions get one text; put it into `wrapper`")
+        return self
+
 
 class PriceConfig(Section):
     """What a model costs, in US dollars."""

@@ -33,6 +33,9 @@ class FunctionRewardConfig(Section):
     name: str | None = None
     weight: float = 1.0
     params: dict[str, Any] = Field(default_factory=dict)
+    whole_batch: bool = False
+    """Whether an ``async def`` function gets all samples of a step at once, and not those of each rewrite as soon as they are
+    there: for one whose scores depend on the other samples. Every other function does."""
 
     @field_serializer("function")
     def _serialize(self, function: str | Callable[..., Any]) -> str:

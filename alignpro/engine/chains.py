@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from alignpro.engine.faults import describe
 from alignpro.engine.sampler import derive_seed
-from alignpro.engine.sequence import Request
+from alignpro.engine.sequence import OnCompletion, Request
 from alignpro.engine.types import Chain, Completion, HasTokens, SamplingParams, token_ids
 from alignpro.errors import AlignProError
 
@@ -22,8 +23,23 @@ logger = logging.getLogger(__name__)
 ToTarget = Callable[[int, Completion], HasTokens]
 """(prompt index, the policy's sample) → the target's prompt."""
 
-Submit = Callable[[str, tuple[int, ...], SamplingParams, int], Request]
-"""(model, prompt, parameters, seed) → the request, which has been queued."""
+OnChain = Callable[[int, Chain], None]
+"""(prompt index, a chain whose responses have all ended)"""
+
+
+class Submit(Protocol):
+    """Queues a request."""
+
+    def __call__(
+        self,
+        name: str,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        seed: int,
+        *,
+        on_completion: OnCompletion | None = None,
+    ) -> Request: ...
+
 
 _Parts = tuple[Completion, HasTokens | None, Request | list[Completion]]
 
@@ -41,6 +57,8 @@ class ChainRun:
     seeds: Sequence[int]
     """One per prompt."""
     submit: Submit
+    on_chain: OnChain | None = None
+    """Called with each chain as soon as its responses have ended."""
     responses: list[Request] = field(default_factory=list)
     """The requests submitted so far."""
     _parts: dict[tuple[int, int], _Parts] = field(default_factory=dict)
@@ -60,9 +78,27 @@ class ChainRun:
             logger.exception("to_target failed on a sample of prompt %d", i)
             self._fail(i, k, sample, f"{refusal}: {describe('to_target', error)}")
         else:
-            request = self.submit(self.target, tokens, self.respond, derive_seed(self.seeds[i], "respond", k))
+            seed = derive_seed(self.seeds[i], "respond", k)
+            tell = None if self.on_chain is None else self._countdown(i, k)
+            request = self.submit(self.target, tokens, self.respond, seed, on_completion=tell)
             self.responses.append(request)
             self._parts[i, k] = sample, prompt, request
+
+    def _countdown(self, i: int, k: int) -> OnCompletion:
+        """What is called with each response to a rewrite, and tells of the chain at the last."""
+        left = self.respond.n
+
+        def ended(_: int, response: Completion) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 and self.on_chain is not None:
+                self.on_chain(i, self._chain(i, k))
+
+        return ended
+
+    def _chain(self, i: int, k: int) -> Chain:
+        sample, prompt, responses = self._parts[i, k]
+        return Chain(sample, prompt, responses.completions if isinstance(responses, Request) else responses)
 
     def _fail(self, i: int, k: int, sample: Completion, problem: str) -> None:
         responses = [Completion([], [], "error", problem) for _ in range(self.respond.n)]
@@ -72,8 +108,5 @@ class ChainRun:
         """The chains of each prompt, once all requests have finished."""
         groups: list[list[Chain]] = [[] for _ in self.seeds]
         for i, k in sorted(self._parts):
-            sample, prompt, responses = self._parts[i, k]
-            groups[i].append(
-                Chain(sample, prompt, responses.completions if isinstance(responses, Request) else responses)
-            )
+            groups[i].append(self._chain(i, k))
         return groups

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from alignpro.config import EngineConfig
-from alignpro.engine.chains import ChainRun, ToTarget
+from alignpro.engine.chains import ChainRun, OnChain, ToTarget
 from alignpro.engine.faults import describe
 from alignpro.engine.pool import KVPool
 from alignpro.engine.sampler import derive_seed
@@ -199,20 +199,22 @@ class Engine:
         seeds: Sequence[int] | None = None,
         policy: str = "policy",
         target: str = "target",
+        on_chain: OnChain | None = None,
     ) -> list[list[Chain]]:
         """Draw ``rewrite.n`` rewrites of each prompt from `policy`, and ``respond.n`` responses of `target` to each rewrite.
 
         A rewrite is passed to the target as soon as it ends. Response m to rewrite k of a prompt draws from (the prompt's
         seed, "respond", k, m). If a rewrite fails or ``to_target`` raises, the responses of that chain are errors that
         state the reason. ``to_target`` gets the prompt's index and the rewrite, and returns an object whose ``tokens``
-        are the target's prompt; the chain carries that object as ``target_prompt``.
+        are the target's prompt; the chain carries that object as ``target_prompt``. ``on_chain`` is called with the prompt's
+        index and a chain as soon as its responses have ended; whatever it raises ends the call.
 
         Raises:
             Exception: As for `step`.
         """
         tokens, seeds = list(map(token_ids, prompts)), _seeds(rewrite, len(prompts)) if seeds is None else seeds
         arrival = next(self._arrivals)
-        run = ChainRun(target, respond, to_target, seeds, partial(self._submit, arrival=arrival))
+        run = ChainRun(target, respond, to_target, seeds, partial(self._submit, arrival=arrival), on_chain)
         with self._timed(), _Change(self):
             self._finish(
                 [

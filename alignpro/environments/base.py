@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.errors import AlignProError, TrainingError
 from alignpro.rewards import RewardStack, Scored
+from alignpro.targets.base import Answered
 from alignpro.targets.completion import TextCompletion
 
 ABSTAINED = "/abstained"
@@ -127,6 +129,34 @@ def score_texts(
     )
 
 
+def begin_scores(reward: RewardStack, prompts: Sequence[Prompt], text: Callable[[Completion], str]) -> Answered | None:
+    """What a target is given, so that the reward begins with responses as soon as they are there; None if none of it waits.
+
+    Args:
+        reward: The reward.
+        prompts: The prompts of the rollout, which are scored later.
+        text: A response's text.
+    """
+    if not reward.begins_early:
+        return None
+
+    def begin(i: int, rewrite: str | None, responses: Sequence[Completion]) -> None:
+        if all(response.error is None for response in responses):  # otherwise nothing will be scored
+            reward.begin(prompts[i], [text(each) for each in responses if _value(each) is None], rewrite)
+
+    return begin
+
+
+@contextmanager
+def begun_scores(reward: RewardStack) -> Iterator[None]:
+    """Of a rollout that fails, let the reward drop what it has begun."""
+    try:
+        yield
+    except BaseException:
+        reward.forget_begun()
+        raise
+
+
 def settled_values(responses: Sequence[Sequence[Sequence[Completion]]]) -> dict[int, float]:
     """Return place among the P·K·M responses → value, of the responses whose value does not depend on their text.
 
@@ -134,7 +164,12 @@ def settled_values(responses: Sequence[Sequence[Sequence[Completion]]]) -> dict[
         responses: [P][K][M].
     """
     every = [response for group in responses for each in group for response in each]
-    return {i: r.value for i, r in enumerate(every) if isinstance(r, TextCompletion) and r.value is not None}
+    return {i: value for i, response in enumerate(every) if (value := _value(response)) is not None}
+
+
+def _value(response: Completion) -> float | None:
+    """The value of a response that is not scored."""
+    return response.value if isinstance(response, TextCompletion) else None
 
 
 def _with_settled(scored: Scored, settled: Mapping[int, float], count: int) -> Scored:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
-from alignpro.environments.base import ResponseScores, refuse_errors, score_texts, settled_values
+from alignpro.environments.base import (
+    ResponseScores,
+    begin_scores,
+    begun_scores,
+    refuse_errors,
+    score_texts,
+    settled_values,
+)
 from alignpro.environments.unchanged_prompts import learn_refusals
 from alignpro.prompting.rewrite_template import RewriteTemplate
 from alignpro.rewards import RewardStack
@@ -33,8 +40,12 @@ class InstructionEnvironment:
         """Rewrite each prompt, and sample ``params.n`` responses: [P][1] chains."""
         if self.reward.refusal_kept is not None:
             learn_refusals(self.reward.refusal_kept, self.target, engine, prompts, params)
-        sent = [self.target.encode(prompt, self.template(prompt.text)) for prompt in prompts]
-        responses = self.target.respond(engine, sent, params, seeds)
+        rewrites = [self.template(prompt.text) for prompt in prompts]
+        sent = [self.target.encode(prompt, rewrite) for prompt, rewrite in zip(prompts, rewrites, strict=True)]
+        begin = begin_scores(self.reward, prompts, self.target.text)
+        told = None if begin is None else lambda i, responses: begin(i, rewrites[i], responses)
+        with begun_scores(self.reward):
+            responses = self.target.respond(engine, sent, params, seeds, told)
         return [[Chain(Completion([], [], "stop"), responses=group)] for group in responses]
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:

@@ -14,6 +14,8 @@ from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.environments.base import (
     ResponseScores,
+    begin_scores,
+    begun_scores,
     refuse_errors,
     score_texts,
     settled_values,
@@ -72,6 +74,9 @@ class PromptEnvironment:
     ) -> BegunRollout:
         """Sample the rewrites, and ask for the responses; what is returned awaits them.
 
+        Components of the reward that wait begin with the responses to a rewrite as soon as they are there. In an environment
+        of the user's own that has its own `score` they wait for that: only it knows what it will score.
+
         Args:
             engine: Has the prompter as ``policy``.
             prompts: P prompts.
@@ -81,16 +86,25 @@ class PromptEnvironment:
         """
         if self.reward.refusal_kept is not None:
             learn_refusals(self.reward.refusal_kept, cast(Target, self.target), engine, prompts, self.respond)
-        return self.target.begin_rollout(
-            engine,
-            prompts,
-            [self.encode(prompt) for prompt in prompts],
-            decode=self.rewrite_of,
-            rewrite=replace(params, stop_token_ids=self.prompter.stop_token_ids),
-            respond=self.respond,
-            seeds=seeds,
-            drawn=drawn,
-        )
+        own_score = type(self).score is not PromptEnvironment.score
+        with begun_scores(self.reward):
+            begun = self.target.begin_rollout(
+                engine,
+                prompts,
+                [self.encode(prompt) for prompt in prompts],
+                decode=self.rewrite_of,
+                rewrite=replace(params, stop_token_ids=self.prompter.stop_token_ids),
+                respond=self.respond,
+                seeds=seeds,
+                drawn=drawn,
+                on_answered=None if own_score else begin_scores(self.reward, prompts, self.target.text),
+            )
+
+        def finish() -> list[list[Chain]]:
+            with begun_scores(self.reward):
+                return begun()
+
+        return BegunRollout(begun.samples, finish)
 
     def rewrite_of(self, sample: Completion) -> str:
         """The text of a rewrite."""

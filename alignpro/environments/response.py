@@ -10,6 +10,8 @@ from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.environments.base import (
     ResponseScores,
+    begin_scores,
+    begun_scores,
     refuse_errors,
     score_texts,
     settled_values,
@@ -41,7 +43,16 @@ class ResponseEnvironment:
     ) -> list[list[Chain]]:
         """Sample x → K responses."""
         params = replace(params, stop_token_ids=self.template.stop_token_ids)
-        groups = engine.generate("policy", [self.encode(prompt) for prompt in prompts], params, seeds)
+        own_score = type(self).score is not ResponseEnvironment.score  # only that knows what it will score
+        begin = None if own_score else begin_scores(self.reward, prompts, self._text)
+
+        def ended(i: int, k: int, sample: Completion) -> None:
+            if begin is not None:
+                begin(i, None, [sample])
+
+        with begun_scores(self.reward):
+            inputs = [self.encode(prompt) for prompt in prompts]
+            groups = engine.generate("policy", inputs, params, seeds, None if begin is None else ended)
         return [[Chain(sample) for sample in group] for group in groups]
 
     def write_card(self, directory: Path, max_tokens: int) -> None:
@@ -49,7 +60,10 @@ class ResponseEnvironment:
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Score each response."""
-        return _score(prompts, chains, lambda sample: self.template.decode(sample.text_tokens), self.reward)
+        return _score(prompts, chains, self._text, self.reward)
+
+    def _text(self, sample: Completion) -> str:
+        return self.template.decode(sample.text_tokens)
 
 
 class UnchangedPromptEnvironment:
@@ -69,7 +83,11 @@ class UnchangedPromptEnvironment:
     ) -> list[list[Chain]]:
         """Sample x → K responses."""
         sent = [self.target.encode(prompt, None) for prompt in prompts]
-        return [[Chain(sample) for sample in group] for group in self.target.respond(engine, sent, params, seeds)]
+        begin = begin_scores(self.reward, prompts, self.target.text)
+        told = None if begin is None else lambda i, responses: begin(i, None, responses)
+        with begun_scores(self.reward):
+            groups = self.target.respond(engine, sent, params, seeds, told)
+        return [[Chain(sample) for sample in group] for group in groups]
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Score each response."""

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from alignpro.config import EvalConfig, HeadroomConfig, OptimalConfig
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
-from alignpro.environments.base import ResponseScores, sampling_params
+from alignpro.environments.base import ResponseScores, begin_scores, begun_scores, sampling_params
 from alignpro.environments.build import prompt_environment
 from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.environments.prompt import PromptEnvironment
@@ -84,6 +85,8 @@ class ArmSamples:
         return ArmSamples(self.name, [group[:count] for group in self.chains], cut)
 
 
+_Begin = Callable[[range], Callable[[], list[list[Chain]]]]
+"""The places of some prompts → what returns their chains, once these are there."""
 _Environment = PromptEnvironment | ResponseEnvironment | UnchangedPromptEnvironment | InstructionEnvironment
 
 
@@ -159,19 +162,23 @@ class ArmSampler:
         chosen_chains = [[group[j] for j in row] for group, row in zip(candidates.chains, chosen, strict=True)]
         engine = self._engine()
 
-        def respond(places: range) -> list[list[Chain]]:
+        def respond(places: Sequence[int]) -> list[list[Chain]]:
             groups = [chosen_chains[i] for i in places]
-            sent = [chain.target_prompt for group in groups for chain in group]
-            responses = self.target.respond(
-                engine,
-                [each for each in sent if isinstance(each, SentRewrite)],
-                environment.respond,
-                [derive_seed(self.config.seed, "fresh", i, k) for i in places for k in range(count)],
-            )
+            chains = [chain for group in groups for chain in group]
+            rewrites = [environment.rewrite_of(chain.sample) for chain in chains]
+            begin = begin_scores(self.reward, [self.prompts[i] for i in places for _ in range(count)], self.target.text)
+            with begun_scores(self.reward):
+                responses = self.target.respond(
+                    engine,
+                    [each.target_prompt for each in chains if isinstance(each.target_prompt, SentRewrite)],
+                    environment.respond,
+                    [derive_seed(self.config.seed, "fresh", i, k) for i in places for k in range(count)],
+                    None if begin is None else lambda number, own: begin(number, rewrites[number], own),
+                )
             of_each = iter(responses)
             return [[replace(chain, responses=next(of_each)) for chain in group] for group in groups]
 
-        return self._in_chunks(name, environment, respond)
+        return self._in_chunks(name, environment, lambda places: partial(respond, places))
 
     def scored(self, samples: ArmSamples, prompter: LanguageModel | None) -> ArmSamples:
         """The same samples with the scores of this sampler's reward: of rewrites of ``prompter``, or of unchanged prompts."""
@@ -188,24 +195,35 @@ class ArmSampler:
         return Engine({**(models or {}), **self.target.models}, **self.config.engine.model_dump())
 
     def _sample(self, name: str, environment: _Environment, engine: Engine, params: SamplingParams) -> ArmSamples:
-        def rollout(places: range) -> list[list[Chain]]:
+        def begin(places: range) -> Callable[[], list[list[Chain]]]:
             seeds = [derive_seed(self.config.seed, "evaluation", i) for i in places]
-            return environment.rollout(engine, [self.prompts[i] for i in places], params, seeds)
+            prompts = [self.prompts[i] for i in places]
+            if isinstance(environment, PromptEnvironment) and self.target.remote:
+                return environment.begin_rollout(engine, prompts, params, seeds)
+            return lambda: environment.rollout(engine, prompts, params, seeds)
 
-        return self._in_chunks(name, environment, rollout)
+        return self._in_chunks(name, environment, begin)
 
     def _in_chunks(
         self,
         name: str,
         environment: _Environment,
-        sample: Callable[[range], list[list[Chain]]],
+        begin: _Begin,
     ) -> ArmSamples:
-        """Sample and score the prompts chunk by chunk; each prompt has its own seed, so chunks do not change samples."""
+        """Sample and score the prompts chunk by chunk; each prompt has its own seed, so chunks do not change samples.
+
+        A chunk is begun before the chains of the last one are there, so that a server answers those while this one's rewrites
+        are sampled.
+        """
         logger.info("%s: %d prompts", method_label(name), len(self.prompts))
-        parts = []
-        for start in range(0, len(self.prompts), _CHUNK):
-            places = range(start, min(start + _CHUNK, len(self.prompts)))
-            chains = sample(places)
+        ends = [*range(_CHUNK, len(self.prompts), _CHUNK), len(self.prompts)]
+        chunks = [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        parts, begun = list[ArmSamples](), begin(chunks[0])
+        for number, places in enumerate(chunks):
+            finish = begun
+            if number + 1 < len(chunks):
+                begun = begin(chunks[number + 1])
+            chains = finish()
             scores = environment.score([self.prompts[i] for i in places], chains)
             parts.append(ArmSamples(name, chains, scores))
             self.advance({"reward": scores.values.mean().item()})

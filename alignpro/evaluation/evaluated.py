@@ -20,6 +20,7 @@ from alignpro.evaluation.comparison_results import Cost
 from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.results import SampleRow
 from alignpro.evaluation.rewards_file import REWARDS_FILE, EvaluationRewards, read_rewards
+from alignpro.targets.server_metrics import AWAITED
 from alignpro.training.loggers.jsonl import read_rows
 
 RECORD_FILE = "record.json"
@@ -224,7 +225,7 @@ def training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
     steps = sum("reward/mean" in row for row in rows)  # the rows of evaluations have other metrics
     calls = float(steps * np.prod(each)) if all(isinstance(number, int) for number in each) else None
     tokens = [row["engine/computed/decode"] for row in rows if "engine/computed/decode" in row]
-    seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/"))
+    seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/") and key != AWAITED)
     return Cost(calls, float(sum(tokens)) if tokens else None, float(seconds) if rows else None)
 
 

@@ -51,6 +51,9 @@ class ConcurrentReward(ABC):
     """One component of r*(x, y) that waits, for a server as a rule: those of one reward wait at the same time."""
 
     name: str
+    by_row: bool = False
+    """Whether it may be asked about some rows before the others are there: what it measures of a row, and what it sends for
+    that, must then not depend on the rows that it is asked about together."""
 
     @abstractmethod
     def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -20,14 +20,16 @@ class EventLoopThread:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the start
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start a coroutine; cancelling the future cancels it."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=_run, args=(self._loop,), name="rewards", daemon=True).start()
-            weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        """Start a coroutine, from any thread; cancelling the future cancels it."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run, args=(self._loop,), name="rewards", daemon=True).start()
+                weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class FunctionReward:
             load_object(path, "reward function") if isinstance(config.function, str) else config.function
         )
         self._params = config.params
+        self._known_columns: dict[str, None] = {}
         self.is_async = any(map(inspect.iscoroutinefunction, (self._function, type(self._function).__call__)))
         self.name = config.name or path.rpartition(":")[2].rpartition("<locals>.")[2]
         try:
@@ -63,12 +64,13 @@ class FunctionReward:
         return self._named is not None and any(name not in _BATCH for name in self._named.required)
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
-        """Check that the data has the columns that the function requires.
+        """Check that the data has the columns that the function requires; each call gets them, whatever its prompts have.
 
         Raises:
             ConfigError: No prompt has one of them.
         """
-        if self._named is not None and prompts and (absent := self._named.absent_columns(prompts)):
+        self._known_columns |= _columns(prompts)
+        if self._named is not None and prompts and (absent := self._named.absent_columns(_columns(prompts))):
             raise ConfigError(
                 f"reward function {self._path}: its parameter {absent[0]!r} is neither in params nor a column of the data "
                 f"(columns: {', '.join(_columns(prompts)) or 'none'}); give it in params, map a column with "
@@ -90,19 +92,24 @@ class FunctionReward:
         """What the function returns: (N,) values, unchecked, or for an ``async def`` function an awaitable of them."""
         if self._named is None:
             return self._function(list(prompts), list(responses), **self._params)
-        if absent := self._named.absent_columns(prompts):
+        columns = self._known_columns | _columns(prompts)
+        if absent := self._named.absent_columns(columns):
             raise RewardError(
                 f"reward {self.name!r}: no prompt of a batch has {absent[0]!r} in its metadata, which the function takes: "
                 f"give the parameter a default\n  for a batch that begins with {describe_prompt(prompts[0])}"
             )
-        return self._function(**self._named.values(prompts, responses, rewrites), **self._params)
+        return self._function(**self._named.values(prompts, responses, rewrites, columns), **self._params)
 
 
 class AsyncFunctionReward(ConcurrentReward):
-    """Awaits an ``async def`` function, which is called as every other one: once per batch."""
+    """Awaits an ``async def`` function, which is called as every other one.
 
-    def __init__(self, function: FunctionReward) -> None:
+    In a rollout it is called once per rewrite, as soon as the responses to that are there, unless it wants the whole batch.
+    """
+
+    def __init__(self, function: FunctionReward, whole_batch: bool = False) -> None:
         self.name = function.name
+        self.by_row = not whole_batch
         self._function = function
 
     def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -159,15 +166,18 @@ class NamedArguments:
         )  # raises if it takes some only by position, or not all params
         return cls(tuple(names), tuple(required), takes_all)
 
-    def absent_columns(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Required parameters that are no column of any of these prompts."""
-        columns = _columns(prompts)
+    def absent_columns(self, columns: Container[str]) -> list[str]:
+        """Required parameters that are none of these columns of the data."""
         return [name for name in self.required if name not in _BATCH and name not in columns]
 
     def values(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        rewrites: Sequence[str] | None,
+        columns: Iterable[str],
     ) -> dict[str, Any]:
-        """Name → argument, in new lists."""
+        """Name → argument, in new lists; ``columns`` are those of the data."""
         as_records = "responses" in self.names and "completions" not in self.names
         batch: dict[str, Any] = {
             "prompts": list(prompts) if as_records else [prompt.text for prompt in prompts],
@@ -180,8 +190,8 @@ class NamedArguments:
         if self.takes_all:
             given = {name: batch[name] for name in ("prompts", "rewrites", "metadata")} | given
             given.setdefault("responses" if as_records else "completions", list(responses))
-        columns = [name for name in _columns(prompts) if name not in _BATCH and (self.takes_all or name in self.names)]
-        return given | {name: [prompt.metadata.get(name) for prompt in prompts] for name in columns}
+        taken = [name for name in columns if name not in _BATCH and (self.takes_all or name in self.names)]
+        return given | {name: [prompt.metadata.get(name) for prompt in prompts] for name in taken}
 
 
 def _columns(prompts: Sequence[Prompt]) -> dict[str, None]:

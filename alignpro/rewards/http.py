@@ -75,6 +75,7 @@ class HTTPReward(ConcurrentReward):
         self.name = self._mapping.name
         self._what = f"{self._mapping.what}, {config.server.url}"
         self._batch_size = config.batch_size or 1
+        self.by_row = config.batch_size is None  # what is in a batch must not depend on the order of responses
         self._abstains = config.on_error == "abstain"
         endpoint, path = config.server.endpoint()
         with server_errors_named(self._mapping.what):

@@ -114,6 +114,8 @@ class JudgeReward(ConcurrentReward):
         EndpointError: The server cannot be used as configured.
     """
 
+    by_row = True
+
     def __init__(self, config: JudgeRewardConfig, session: Session) -> None:
         self._questions = Questions(config)
         self.name = self._questions.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,10 +22,8 @@ from alignpro.rewards.component import (
     Reward,
     checked_values,
     describe_prompt,
-    guarded_await,
     guarded_call,
 )
-from alignpro.rewards.event_loop import EventLoopThread
 from alignpro.rewards.function import AsyncFunctionReward, FunctionReward
 from alignpro.rewards.guards import Guard
 from alignpro.rewards.http import HTTPReward
@@ -34,6 +31,7 @@ from alignpro.rewards.judge import JudgeReward
 from alignpro.rewards.model import LoadRewardModel, ModelReward
 from alignpro.rewards.refusal_kept import RefusalKept
 from alignpro.rewards.servers import Session
+from alignpro.rewards.waiting import WaitingComponents
 
 RESERVED = frozenset({"mean", "std", "guard"})
 """Names used by metrics of the whole reward: ``reward/mean``, ``reward/std``, ``reward/guard/…``."""
@@ -65,7 +63,8 @@ class RewardStack:
         self._guards = list(guards)
         self.refusal_kept = refusal_kept
         """The guard that compares responses with those to unchanged prompts, which an environment tells it; if there is one."""
-        self._loop = EventLoopThread()
+        waiting = {_named(each): each for _, each in components if isinstance(each, ConcurrentReward)}
+        self._waiting = WaitingComponents(waiting)
 
     def scorable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts to which responses can be scored; those that a reward model's template refuses are dropped and counted.
@@ -78,6 +77,22 @@ class RewardStack:
         for _, reward in self._components:
             kept = reward.scorable(kept)
         return kept
+
+    @property
+    def begins_early(self) -> bool:
+        """Whether `begin` is of use: a component waits, and can be asked about some responses before the others are there."""
+        return self._waiting.begin_early
+
+    def begin(self, prompt: Prompt, responses: Sequence[str], rewrite: str | None) -> None:
+        """Let the components that wait begin with responses to one rewrite, or to one prompt; returns at once.
+
+        A call to score them, with the same `Prompt`, then waits for what was begun. From any thread.
+        """
+        self._waiting.begin(prompt, responses, rewrite)
+
+    def forget_begun(self) -> None:
+        """Cancel what was begun: it will not be scored."""
+        self._waiting.forget()
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None) -> Scored:
         """Score N responses y against the ORIGINAL prompts x.
@@ -131,23 +146,17 @@ class RewardStack:
         self, prompts: Sequence[Prompt], responses: Sequence[str], rewrites: Sequence[str] | None
     ) -> list[Measurement]:
         """The results of the components, in their order; of several errors, the first in that order is raised."""
-        named = [(f"reward {reward.name!r}", reward) for _, reward in self._components]
-        waiting = {
-            what: self._loop.submit(guarded_await(what, prompts, partial(reward.measure, prompts, responses, rewrites)))
-            for what, reward in named
-            if isinstance(reward, ConcurrentReward)
-        }
+        named = [(_named(reward), reward) for _, reward in self._components]
+        waiting = self._waiting.start(prompts, responses, rewrites)
         try:
             computed = {
                 what: guarded_call(what, prompts, partial(reward, prompts, responses, rewrites))
                 for what, reward in named
                 if not isinstance(reward, ConcurrentReward)
             }
-            ended = wait(waiting.values(), return_when=FIRST_EXCEPTION).done
-            awaited = {what: future.result() for what, future in waiting.items() if future in ended}
+            awaited = waiting.results()
         finally:
-            for future in waiting.values():
-                future.cancel()
+            waiting.cancel()
         return [(computed | awaited)[what] for what, _ in named]
 
     def _refuse_unscored(self, prompts: Sequence[Prompt], scores: Mapping[str, Sequence[float | None]]) -> None:
@@ -196,7 +205,7 @@ def _component(
     match config:
         case FunctionRewardConfig():
             function = FunctionReward(config)
-            return AsyncFunctionReward(function) if function.is_async else function
+            return AsyncFunctionReward(function, config.whole_batch) if function.is_async else function
         case ModelRewardConfig():
             return ModelReward(config, load)
     if session is None:
@@ -204,6 +213,10 @@ def _component(
             f"reward {config.name or config.kind!r} asks a server, and nothing here connects to one: give build_reward a session"
         )
     return JudgeReward(config, session) if isinstance(config, JudgeRewardConfig) else HTTPReward(config, session)
+
+
+def _named(reward: Reward | ConcurrentReward) -> str:
+    return f"reward {reward.name!r}"
 
 
 def _refuse_repeats(names: Sequence[str], key: str, remedy: str) -> None:

@@ -11,6 +11,14 @@ from alignpro.engine import Chain, Completion, Engine, SamplingParams
 from alignpro.models.language_model import LanguageModel
 from alignpro.prompting.target_prompt import SentRewrite
 
+Answered = Callable[[int, str | None, Sequence[Completion]], None]
+"""(prompt index, rewrite, the responses to it, whose text `Responder.text` gives); it is called once for each rewrite, as soon as
+the responses are there, possibly in another thread, and before they are returned. Without a rewrite, None."""
+
+
+OnAnswers = Callable[[int, Sequence[Completion]], None]
+"""Likewise, (index of what was sent, the responses to it)."""
+
 
 @dataclass(frozen=True)
 class BegunRollout:
@@ -54,6 +62,7 @@ class Responder(Protocol):
         respond: SamplingParams,
         seeds: Sequence[int],
         drawn: Sequence[Sequence[Completion]] | None = None,
+        on_answered: Answered | None = None,
     ) -> BegunRollout:
         """Sample x → K rewrites, and M responses to each; returns what awaits those that are not there yet.
 
@@ -68,6 +77,7 @@ class Responder(Protocol):
             respond: How the target is sampled; ``n`` is M.
             seeds: [P].
             drawn: [P][K]: the prompter's samples, if they have been drawn before; the same responses are drawn to them.
+            on_answered: Told of the responses to each rewrite as soon as they are there.
         """
 
     def text(self, completion: Completion) -> str:
@@ -94,6 +104,14 @@ class Target(Responder, Protocol):
         """
 
     def respond(
-        self, engine: Engine, sent: Sequence[SentRewrite], params: SamplingParams, seeds: Sequence[int]
+        self,
+        engine: Engine,
+        sent: Sequence[SentRewrite],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        on_answered: OnAnswers | None = None,
     ) -> list[list[Completion]]:
-        """Draw ``params.n`` responses to each of what `encode` returned; response m draws from (its seed, m)."""
+        """Draw ``params.n`` responses to each of what `encode` returned; response m draws from (its seed, m).
+
+        ``on_answered`` is told of the responses to each as soon as they are there.
+        """

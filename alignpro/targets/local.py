@@ -13,7 +13,7 @@ from alignpro.models.input_room import max_input_tokens
 from alignpro.models.language_model import LanguageModel
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.target_prompt import SentRewrite, TargetPrompt, TargetTemplate
-from alignpro.targets.base import BegunRollout
+from alignpro.targets.base import Answered, BegunRollout, OnAnswers
 
 
 class LocalTarget:
@@ -86,10 +86,17 @@ class LocalTarget:
         respond: SamplingParams,
         seeds: Sequence[int],
         drawn: Sequence[Sequence[Completion]] | None = None,
+        on_answered: Answered | None = None,
     ) -> BegunRollout:
         """Sample chains; a rewrite becomes a request of the engine as soon as it ends."""
+
+        def tell(i: int, chain: Chain) -> None:
+            if on_answered is not None:
+                on_answered(i, decode(chain.sample), chain.responses)
+
+        told = None if on_answered is None else tell
         if drawn is not None:
-            chains = self._respond_to(engine, prompts, drawn, decode, respond, seeds)
+            chains = self._respond_to(engine, prompts, drawn, decode, respond, seeds, told)
             return BegunRollout(drawn, lambda: chains)
         chains = engine.run_chains(
             inputs,
@@ -98,15 +105,22 @@ class LocalTarget:
             respond=self._with_ends(respond),
             seeds=seeds,
             target=self.name,
+            on_chain=told,
         )
         return BegunRollout([[chain.sample for chain in group] for group in chains], lambda: chains)
 
     def respond(
-        self, engine: Engine, sent: Sequence[SentRewrite], params: SamplingParams, seeds: Sequence[int]
+        self,
+        engine: Engine,
+        sent: Sequence[SentRewrite],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        on_answered: OnAnswers | None = None,
     ) -> list[list[Completion]]:
         """Draw responses to encoded prompts."""
         tokens = [each.tokens for each in sent if isinstance(each, TargetPrompt)]
-        return engine.generate(self.name, tokens, self._with_ends(params), seeds)
+        told = None if on_answered is None else _once_all_are_there(params.n, on_answered)
+        return engine.generate(self.name, tokens, self._with_ends(params), seeds, told)
 
     def text(self, completion: Completion) -> str:
         """Decode a response."""
@@ -131,6 +145,7 @@ class LocalTarget:
         decode: Callable[[Completion], str],
         params: SamplingParams,
         seeds: Sequence[int],
+        on_chain: Callable[[int, Chain], None] | None,
     ) -> list[list[Chain]]:
         """Draw the responses to samples that are there, as in a rollout that samples them."""
         groups = [
@@ -138,15 +153,36 @@ class LocalTarget:
             for prompt, group in zip(prompts, drawn, strict=True)
         ]
         chains = [chain for group in groups for chain in group]
+        prompt_of = [i for i, group in enumerate(groups) for _ in group]
+
+        def tell(number: int, responses: Sequence[Completion]) -> None:
+            if on_chain is not None:
+                on_chain(prompt_of[number], replace(chains[number], responses=list(responses)))
+
+        told = None if on_chain is None else _once_all_are_there(params.n, tell)
         each = [
             derive_seed(seed, "respond", k)
             for seed, group in zip(seeds, groups, strict=True)
             for k in range(len(group))
         ]
-        responses = engine.generate(self.name, [chain.target_tokens for chain in chains], self._with_ends(params), each)
+        tokens = [chain.target_tokens for chain in chains]
+        responses = engine.generate(self.name, tokens, self._with_ends(params), each, told)
         for chain, own in zip(chains, responses, strict=True):
             chain.responses = own
         return groups
 
     def _with_ends(self, params: SamplingParams) -> SamplingParams:
         return replace(params, stop_token_ids=self.template.stop_token_ids)
+
+
+def _once_all_are_there(n: int, tell: OnAnswers) -> Callable[[int, int, Completion], None]:
+    """What the engine calls with each completion; it tells of the n completions of a prompt together, in their order."""
+    ended: dict[int, dict[int, Completion]] = {}
+
+    def on_completion(i: int, m: int, completion: Completion) -> None:
+        own = ended.setdefault(i, {})
+        own[m] = completion
+        if len(own) == n:
+            tell(i, [own[each] for each in range(n)])
+
+    return on_completion

@@ -11,7 +11,7 @@ from typing import Any
 from alignpro.data import Prompt
 from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
 from alignpro.models.language_model import LanguageModel
-from alignpro.targets.base import BegunRollout, Target
+from alignpro.targets.base import Answered, BegunRollout, Target
 from alignpro.targets.completion import TextCompletion
 from alignpro.targets.server_metrics import added
 
@@ -68,6 +68,7 @@ class TargetMixture:
         respond: SamplingParams,
         seeds: Sequence[int],
         drawn: Sequence[Sequence[Completion]] | None = None,
+        on_answered: Answered | None = None,
     ) -> BegunRollout:
         """Sample each prompt's chains with its target; those behind servers answer while others are sampled."""
         chosen = [self.choose(seed) for seed in seeds]
@@ -84,6 +85,7 @@ class TargetMixture:
                     respond=respond,
                     seeds=[seeds[i] for i in places],
                     drawn=None if drawn is None else [drawn[i] for i in places],
+                    on_answered=None if on_answered is None else _told_with_text(part.target, places, on_answered),
                 )
                 begun.append((part.target, places, own))
                 for i, group in zip(places, own.samples, strict=True):
@@ -121,6 +123,15 @@ class TargetMixture:
         """Restore the state of each target."""
         for part in self.parts:
             part.target.load_state_dict(state.get(part.name, {}))
+
+
+def _told_with_text(target: Target, places: Sequence[int], on_answered: Answered) -> Answered:
+    """What a target is given to tell of its responses, with the places of its prompts among all."""
+
+    def tell(i: int, rewrite: str | None, responses: Sequence[Completion]) -> None:
+        on_answered(places[i], rewrite, [_with_text(target, response) for response in responses])
+
+    return tell
 
 
 def _with_text(target: Target, response: Completion) -> Completion:

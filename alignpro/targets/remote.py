@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -15,14 +17,18 @@ from alignpro.config import TargetEndpointConfig
 from alignpro.data import Message, Prompt, replace_lone_surrogates
 from alignpro.endpoints.types import Answer, Query, Sampling
 from alignpro.engine import Chain, Completion, Engine, SamplingParams, derive_seed
-from alignpro.errors import AlignProError, BudgetError, ConfigError
+from alignpro.errors import AlignProError, BudgetError, ConfigError, DataError
 from alignpro.models.language_model import LanguageModel
 from alignpro.prompting.reasoning import without_reasoning
 from alignpro.prompting.target_prompt import SentRewrite, text_to_send
-from alignpro.targets.base import BegunRollout
+from alignpro.targets.base import Answered, BegunRollout, OnAnswers
 from alignpro.targets.completion import TextCompletion
 from alignpro.targets.connection import Connection
 from alignpro.targets.server_metrics import ServerMetrics
+
+logger = logging.getLogger(__name__)
+
+_ONE_TEXT = "completions are of one text; use api: chat, or prompts of a single turn"
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,11 @@ class Conversation(SentRewrite):
 class _Asked:
     """A rewrite, and the answers to it that are awaited; or why there can be none."""
 
-    sample: Completion
     sent: Conversation | None = None
     query: Query | None = None
     answers: Future[list[Answer]] | None = None
+    told: Future[None] | None = None
+    """Ends once the answers have been told of, if somebody is told."""
     problem: str = ""
 
 
@@ -80,11 +87,30 @@ class RemoteTarget:
         return {}
 
     def answerable(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """All prompts: only the server knows what fits in its context, and a rewrite that does not fit is an outcome."""
-        return list(prompts)
+        """All prompts: only the server knows what fits in its context, and a rewrite that does not fit is an outcome.
+
+        A server of plain completions gets one text, so prompts with earlier turns are left out.
+        """
+        kept = [prompt for prompt in prompts if not self._loses_turns(prompt)]
+        left_out = [prompt for prompt in prompts if self._loses_turns(prompt)]
+        if left_out:
+            first = left_out[0].source or left_out[0].id
+            told = f"{len(left_out)} of {len(prompts)} prompts have turns before the last one (the first: {first})"
+            if not kept:
+                raise DataError(f"no prompt is left: {told}, which {self._name} does not get: {_ONE_TEXT}")
+            logger.warning("%s, which %s does not get: they were dropped; %s", told, self._name, _ONE_TEXT)
+        return kept
 
     def encode(self, prompt: Prompt, rewrite: str | None) -> Conversation:
-        """The conversation that the server gets."""
+        """The conversation that the server gets.
+
+        Raises:
+            DataError: It has earlier turns, and the server gets one text.
+        """
+        if self._loses_turns(prompt):
+            raise DataError(
+                f"prompt {prompt.source or prompt.id}: {self._name} does not get the turns before the last one: {_ONE_TEXT}"
+            )
         text, empty = (prompt.text, False) if rewrite is None else text_to_send(prompt, rewrite, self.on_empty)
         context = prompt.context
         if self.config.system is not None and not any(message.role == "system" for message in context):
@@ -104,6 +130,7 @@ class RemoteTarget:
         respond: SamplingParams,
         seeds: Sequence[int],
         drawn: Sequence[Sequence[Completion]] | None = None,
+        on_answered: Answered | None = None,
     ) -> BegunRollout:
         """Sample rewrites on the engine, and send each as soon as it ends; what is returned awaits the answers.
 
@@ -111,29 +138,31 @@ class RemoteTarget:
             EndpointError: The server has failed for good.
             BudgetError: An answer could exceed the budget. What has been answered is in the ledger.
         """
-        asked: dict[tuple[int, int], _Asked] = {}
+        asked: dict[tuple[int, int], tuple[Completion, _Asked]] = {}
 
         def ask(i: int, k: int, sample: Completion) -> None:
-            asked[i, k] = _Asked(sample, problem=f"there is no sample to respond to: {sample.error}")
+            asked[i, k] = sample, _Asked(problem=f"there is no sample to respond to: {sample.error}")
             if sample.error is None:
                 try:
-                    sent = self.encode(prompts[i], decode(sample))
+                    text = decode(sample)
+                    sent = self.encode(prompts[i], text)
                 except AlignProError as error:
-                    asked[i, k].problem = f"the sample cannot be given to the target: {error}"
+                    asked[i, k] = sample, _Asked(problem=f"the sample cannot be given to the target: {error}")
                     return
                 query = _query(sent, respond, derive_seed(seeds[i], "respond", k))
-                asked[i, k] = _Asked(sample, sent, query, self.connection.submit(query))
+                tell = None if on_answered is None else partial(on_answered, i, text)
+                asked[i, k] = sample, self._ask(sent, query, tell)
 
         def collect() -> list[list[Chain]]:
-            self._await([(each.query, each.answers) for each in asked.values()])
+            self._await([each for _, each in asked.values()])
             groups: list[list[Chain]] = [[] for _ in prompts]
             for i, k in sorted(asked):
-                each = asked[i, k]
+                sample, each = asked[i, k]
                 if each.answers is None:
                     responses: list[Completion] = [Completion([], [], "error", each.problem) for _ in range(respond.n)]
                 else:
                     responses = self._completions(each.answers)
-                groups[i].append(Chain(each.sample, each.sent, responses))
+                groups[i].append(Chain(sample, each.sent, responses))
             return groups
 
         if drawn is None:
@@ -145,14 +174,21 @@ class RemoteTarget:
         return BegunRollout(drawn, collect)
 
     def respond(
-        self, engine: Engine, sent: Sequence[SentRewrite], params: SamplingParams, seeds: Sequence[int]
+        self,
+        engine: Engine,
+        sent: Sequence[SentRewrite],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        on_answered: OnAnswers | None = None,
     ) -> list[list[Completion]]:
         """Ask for responses to conversations; the engine is not used."""
         conversations = [each for each in sent if isinstance(each, Conversation)]
-        queries = [_query(each, params, seed) for each, seed in zip(conversations, seeds, strict=True)]
-        asked = [self.connection.submit(query) for query in queries]
-        self._await(list(zip(queries, asked, strict=True)))
-        return [self._completions(each) for each in asked]
+        asked = [
+            self._ask(each, _query(each, params, seed), None if on_answered is None else partial(on_answered, i))
+            for i, (each, seed) in enumerate(zip(conversations, seeds, strict=True))
+        ]
+        self._await(asked)
+        return [self._completions(each.answers) for each in asked if each.answers is not None]
 
     def text(self, completion: Completion) -> str:
         """The text of a response."""
@@ -175,18 +211,44 @@ class RemoteTarget:
         """Restore which model has answered."""
         self._measure.load_state_dict(state)
 
-    def _await(self, asked: Sequence[tuple[Query | None, Future[list[Answer]] | None]]) -> None:
+    def _ask(self, sent: Conversation, query: Query, tell: Callable[[Sequence[Completion]], None] | None) -> _Asked:
+        """Send a rewrite; ``tell`` gets the responses as soon as they are there, in the connection's thread."""
+        answers = self.connection.submit(query)
+        if tell is None:
+            return _Asked(sent, query, answers)
+        told: Future[None] = Future()
+
+        def answered(answers: Future[list[Answer]]) -> None:
+            try:
+                if answers.exception() is None:
+                    tell([self._completion(answer) for answer in answers.result()])
+            except BaseException as error:  # whoever waits must learn of it
+                told.set_exception(error)
+            else:
+                told.set_result(None)
+
+        answers.add_done_callback(answered)
+        return _Asked(sent, query, answers, told)
+
+    def _loses_turns(self, prompt: Prompt) -> bool:
+        return self.config.api == "completions" and bool(prompt.context)
+
+    def _await(self, asked: Sequence[_Asked]) -> None:
         """Wait for all answers, even if some fail: those that come are paid for, and in the ledger."""
-        futures = [answers for _, answers in asked if answers is not None]
+        futures = [each.answers for each in asked if each.answers is not None]
+        told = [each.told for each in asked if each.told is not None]
         started = perf_counter()
         wait(futures)
+        wait(told)
         self._measure.seconds += perf_counter() - started
+        for each in told:
+            each.result()
         errors = [error for each in futures if (error := each.exception()) is not None]
         for error in errors:
             if not isinstance(error, BudgetError):  # such as a server that has failed
                 raise error
         if errors:
-            left = [query for query, each in asked if query is not None and each is not None and each.exception()]
+            left = [each.query for each in asked if each.query and each.answers and each.answers.exception()]
             raise BudgetError(
                 f"{errors[0]}; {len(futures) - len(left)} of {len(futures)} rewrites have been answered and are kept, and "
                 f"the others take at most {self.connection.describe_most(left)}: raise the budget and continue with --resume"

@@ -11,6 +11,8 @@ from alignpro.targets.connection import Connection
 
 logger = logging.getLogger(__name__)
 
+AWAITED = "seconds/target"
+"""A part of the rollout's seconds."""
 CONCURRENCY = "endpoint/concurrency"
 SHOWN = ("endpoint/usd", "endpoint/throttled", CONCURRENCY)
 """The metrics that the progress bar shows."""
@@ -78,7 +80,7 @@ class ServerMetrics:
         now, before = self._connection.asked(), self._before
         count = max(1, self._answers["all"])
         metrics = {
-            "seconds/target": self.seconds,
+            AWAITED: self.seconds,
             "target/filtered": self._answers["filtered"] / count,
             "target/overflow": self._answers["overflow"] / count,
             "target/changed": self._answers["changed"] / count,

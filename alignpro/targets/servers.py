@@ -234,11 +234,22 @@ class _EndpointConnection:
 
 
 def _report(config: EndpointConfig, found: Findings) -> None:
-    """Log what is known of a server, and what is not."""
+    """Log what is known of a server, and what is not; warn of what it does otherwise than it should."""
+    who = f"{config.model} at {config.base_url}"
     draws = "one request for all draws" if found.n else "one request for each draw"
     seeds = "with seeds" if found.seed else "without seeds: a repeated run gets other answers where the ledger has none"
-    logger.info("%s at %s: %s, %s", config.model, config.base_url, draws, seeds)
+    logger.info("%s: %s, %s", who, draws, seeds)
     if found.unverified:
-        logger.info(
-            "%s at %s: cannot be checked from outside: %s", config.model, config.base_url, ", ".join(found.unverified)
+        logger.info("%s: cannot be checked from outside: %s", who, ", ".join(found.unverified))
+    if found.seed_repeats is False:
+        logger.warning(
+            "%s: a seed gave two different answers: a repeated run gets other answers where the ledger has none", who
         )
+    if found.greedy_repeats is False:
+        logger.warning(
+            "%s: temperature 0 gave two different answers to one question; the first one that is received is kept for all "
+            "who ask it",
+            who,
+        )
+    if found.reports_usage is False:
+        logger.warning("%s: does not say how many tokens an answer took: each is charged at its bound", who)

@@ -58,6 +58,7 @@ def prompter_training(
             responses=config.rollout.responses_per_rewrite,
             kind=environment_kind(config.environment, config.environment_params, PromptEnvironment),
         )
+        _tell_of_own_score(environment, PromptEnvironment)
         limit = max_input_tokens(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
         prompts = filter_overlong_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, limit)
@@ -102,6 +103,7 @@ def response_training(
         kind = environment_kind(config.environment, config.environment_params, ResponseEnvironment)
         reward = build_reward(config.reward, rewards.load, servers)
         environment = kind(template, reward)
+        _tell_of_own_score(environment, ResponseEnvironment)
         limit = max_input_tokens(policy.model, config.rollout.respond, "the policy", "rollout.respond")
         prompts = filter_overlong_prompts(
             load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, limit)
@@ -148,6 +150,17 @@ def _sampling_ahead(config: TrainConfig, environment: PromptEnvironment) -> Samp
             "rewrites are one update old"
         )
     return SamplingAhead(environment.begin_rollout, config.rollout.max_importance_weight)
+
+
+def _tell_of_own_score(
+    environment: PromptEnvironment | ResponseEnvironment, base: type[PromptEnvironment | ResponseEnvironment]
+) -> None:
+    """Say that components of the reward that could begin early do not, since only the environment knows what it scores."""
+    if type(environment).score is not base.score and environment.reward.begins_early:
+        logger.warning(
+            "%s has a score of its own: judges and servers of the reward are asked once all responses are there",
+            type(environment).__name__,
+        )
 
 
 def _refuse_merged(path: str) -> None:

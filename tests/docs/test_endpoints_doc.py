@@ -59,6 +59,26 @@ def test_the_clients_figures_are_the_recorded_ones() -> None:
         assert f"{each['mib_growth']:,.0f} MiB" in TEXT
 
 
+def test_the_times_of_rollouts_and_steps_are_the_recorded_ones() -> None:
+    document = recorded("endpoints")
+    for row in document["rollouts"]:
+        assert f"{row['median_s']:.2f} s" in TEXT
+        assert row["median_s"] <= row["goal_s"]
+    for row in document["steps"] + document["judged_steps"]:
+        assert row["latency"] == 0.3 and f"{row['step_s']:.2f} s" in TEXT
+    load = max(part["load_average"] for part in document["parts"].values())
+    assert f"up to {load:.1f}" in TEXT
+    assert {part["scheduler"] for part in document["parts"].values()} == {"SCHED_FIFO 10"} and "`chrt -f 10`" in TEXT
+
+
+def test_the_cost_of_the_run_that_is_measured_is_the_recorded_one() -> None:
+    rows = recorded("server_training")["training"]["server"]
+    requests, tokens = (int(sum(row[f"endpoint/{name}"] for row in rows)) for name in ("requests", "tokens"))
+    assert f"made {requests} requests of at most 208 tokens" in TEXT
+    assert f"{requests * 208:,} tokens by the formula. It took {tokens:,}." in TEXT
+    assert f"${tokens * 0.60 / 1e6:.4f} at the very most" in TEXT
+
+
 def test_the_figures_of_training_against_a_server_are_the_recorded_ones() -> None:
     document = recorded("server_training")
     for name in ("untrained", "in process", "server"):

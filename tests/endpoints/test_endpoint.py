@@ -146,6 +146,22 @@ def test_a_failure_that_passes_is_repeated_and_ends_its_purchase_once(fault: Fau
     assert books.ended == {ended: 1, "settled": 1} and server.count == 2
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"retry_after": "0.15"},
+        {"retry_after_ms": "150"},
+        {"x_ratelimit_reset_tokens": "150ms"},
+        {"retry_after": "0.01", "x_ratelimit_reset_requests": "0.15"},
+    ],
+)
+def test_a_server_is_left_alone_for_as_long_as_it_asks_in_whatever_form(headers: dict[str, str]) -> None:
+    with TinyServer(faults=at({0: throttled(**headers)})) as server, opened(server, **KNOWN) as endpoint:
+        began = time.monotonic()
+        assert all(texts(endpoint.submit(query(1)).result()))
+        assert 0.15 <= time.monotonic() - began < 2 and server.count == 2
+
+
 def test_a_slow_answer_is_an_answer() -> None:
     with TinyServer(faults=at({0: Fault("slow", seconds=0.01)})) as server, opened(server, **KNOWN) as endpoint:
         assert all(texts(endpoint.submit(query(7)).result())) and server.count == 1

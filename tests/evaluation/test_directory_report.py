@@ -203,8 +203,8 @@ def test_a_browser_shows_it_without_an_error_or_a_request(experiment: Path, tmp_
 
 
 def test_the_cost_of_a_training_is_that_of_its_rollouts(tmp_path: Path) -> None:
-    """Evaluations during training have rows of their own among the metrics."""
-    step = {"reward/mean": 0.5, "engine/computed/decode": 100.0, "seconds/rollout": 2.0}
+    """Evaluations during training have rows of their own among the metrics; what is awaited is a part of the rollout."""
+    step = {"reward/mean": 0.5, "engine/computed/decode": 100.0, "seconds/rollout": 2.0, "seconds/target": 1.5}
     rows = [step, step, {"eval/reward": 0.4}, step, {"eval/reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row | {'step': i})}\n" for i, row in enumerate(rows)))
     rollout = {"prompts_per_step": 4, "rewrites_per_prompt": 2, "responses_per_rewrite": 3}

@@ -18,7 +18,7 @@ from alignpro.engine import Engine, SamplingParams, derive_seed
 from alignpro.environments.base import Scores
 from alignpro.environments.build import prompt_environment
 from alignpro.environments.prompt import PromptEnvironment
-from alignpro.errors import BudgetError, ConfigError, EndpointError, TrainingError
+from alignpro.errors import BudgetError, ConfigError, DataError, EndpointError, TrainingError
 from alignpro.models.language_model import LanguageModel
 from alignpro.rewards import Measurement, RewardStack
 from alignpro.targets.completion import TextCompletion
@@ -116,6 +116,20 @@ def test_an_empty_rewrite_is_sent_or_replaced() -> None:
 
 def test_half_a_surrogate_pair_is_replaced() -> None:
     assert target().encode(PROMPTS[0], "a\ud800").messages == (("user", "a\ufffd"),)
+
+
+def test_turns_that_a_server_of_completions_would_not_get_are_not_dropped_in_silence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    answering = target(api="completions", wrapper="Q: {{ rewrite }}\nA:")
+    assert answering.encode(PROMPTS[0], "add").messages == (("user", "Q: add\nA:"),)
+    assert answering.answerable(PROMPTS) == PROMPTS[:1]
+    assert "1 of 2 prompts have turns before the last one" in caplog.text and "api: chat" in caplog.text
+    with pytest.raises(DataError, match="no prompt is left: 1 of 1 prompts have turns"):
+        answering.answerable(PROMPTS[1:])
+    with pytest.raises(DataError, match="does not get the turns before the last one"):
+        answering.encode(PROMPTS[1], "river")
+    assert target().answerable(PROMPTS) == PROMPTS
 
 
 def test_a_rewrite_is_asked_with_the_seeds_of_the_engine(prompter: LanguageModel) -> None:

@@ -13,7 +13,7 @@ import yaml
 from engine_server import EngineModel
 from server_faults import Fault, at, randomly
 from tiny_runs import Workshop, read_metrics, read_model, rows
-from tiny_server import TinyServer
+from tiny_server import Choice, TinyServer, prompt_of
 
 import alignpro
 from alignpro.cli import main
@@ -106,7 +106,8 @@ def test_a_server_that_fails_stops_the_run_saved_and_nothing_is_bought_twice(
     out = tmp_path / "run"
     server.faults = at({number: Fault("status", 403) for number in range(14, 100)})
     assert remote("train", out, server, TWO_RESPONSES) == 1
-    assert server.url in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert server.url in told.err and KEY not in told.err + told.out
     assert 0 < rows(out) < 4
     server.faults = None
     assert remote("train", out, server, TWO_RESPONSES, "--resume") == 0
@@ -140,6 +141,38 @@ def test_a_run_that_samples_ahead_fails_and_goes_on_as_the_one_in_process(
     assert remote("train", out, server, *ahead, "--resume") == 0
     assert_same_results(out, finished("train", *ahead))
     assert not bought_twice(server)
+
+
+def graded(request: Any, seed: int | None, index: int) -> Choice:
+    """A judge whose score depends on every letter of the question."""
+    return Choice(f"Score: {1 + sum(map(ord, prompt_of(request))) % 10}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_judge_that_fails_is_asked_again_for_nothing_that_it_has_answered(
+    ahead: int, remote: Callable[..., int], server: TinyServer, tmp_path: Path
+) -> None:
+    """It is asked while the target still answers; whatever fails, the run has the results of one in which nothing did."""
+    outs = [tmp_path / name for name in ("disturbed", "calm")]
+    for out in outs:
+        with TinyServer(graded) as judge:
+            given = f"[{{kind: judge, endpoint: {{base_url: '{judge.url}', model: tiny}}, max_tokens: 8}}]"
+            arguments = ("train", out, server, TWO_RESPONSES, f"rollout.ahead={ahead}", f"reward.components={given}")
+            if out == outs[0]:
+                # the first requests check the judge
+                judge.faults = at({number: Fault("status", 403) for number in range(16, 100)})
+                assert remote(*arguments) == 1
+                assert rows(out) < 4
+                judge.faults = randomly(0.2, seed=7)
+            assert remote(*arguments, *(["--resume"] if out == outs[0] else [])) == 0
+            assert not bought_twice(server)
+            questions = [each for each in judge.computed.items() if "one to twenty" not in each[0][0]]
+            if out == outs[1]:
+                assert questions and all(count == 1 for _, count in questions)
+        server.computed.clear()
+    assert results(outs[0]) == results(outs[1])
+    assert read_model(outs[0]) == read_model(outs[1])
 
 
 @pytest.mark.parametrize(("limit", "step"), [("requests=7", "8"), ("tokens=8255", "8,256")])
@@ -290,6 +323,8 @@ def test_an_evaluation_equals_that_in_process(
     assert written["bound"]["note"] == told
     assert any(told in note for note in written["notes"])
     assert told in (tmp_path / "remote" / "report.html").read_text()
+    files = [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
     assert not bought_twice(server)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scripted_server import ScriptedConnection
-from tiny_server import Choice, TinyServer
+from tiny_server import Choice, TinyServer, some_words
 
 from alignpro.config import (
     BudgetConfig,
@@ -62,6 +63,24 @@ def test_a_job_that_continues_sends_one_request_to_a_server_that_it_knows(tmp_pa
         assert server.url not in written and "sk-secret" not in written
         (tmp_path / FILE_NAME).write_text("{")
         assert sent() == first
+
+
+def test_what_a_server_does_otherwise_than_it_should_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def anything(request: Any, seed: int | None, index: int) -> Choice:
+        return Choice(f"{next(numbers)} words", tokens=2)
+
+    numbers = count()
+    for complete in (some_words, anything):
+        with TinyServer(complete) as server:
+            config = EndpointConfig(base_url=server.url, model="tiny")
+            with open_servers(SPENDING, [config], tmp_path, SamplingConfig(max_tokens=8)):
+                pass
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(told) == (0 if complete is some_words else 2)
+    assert "a seed gave two different answers" in told[0] and "temperature 0 gave two different answers" in told[1]
+    assert all(f"tiny at {server.url}: " in each for each in told)
 
 
 def test_what_was_found_is_taken_over_whole(tmp_path: Path) -> None:

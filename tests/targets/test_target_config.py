@@ -82,6 +82,10 @@ def test_the_parts_of_a_target() -> None:
             "target.endpoint.sede: unknown key (did you mean 'seed'?)",
         ),
         ({"endpoint": ENDPOINT["endpoint"] | {"base_url": "ftp://x"}}, "target.endpoint.base_url: expected http"),
+        (
+            {"endpoint": ENDPOINT["endpoint"] | {"api": "completions", "system": "Be brief."}},
+            "target.endpoint: `system` needs api=chat",
+        ),
         ({"mixture": [ENDPOINT]}, "target.mixture: List should have at least 2 items"),
         ({"mixture": [ENDPOINT, ENDPOINT]}, "two targets are called 'gpt'"),
         (
