@@ -72,9 +72,8 @@ class MemoryContext:
         return tokens, len(chosen)
 
     def _shortened(self, each: PastRewrite) -> PastRewrite:
+        return replace(each, prompt=self._cut(each.prompt), rewrite=self._cut(each.rewrite))
+
+    def _cut(self, text: str) -> str:
         longest = self.memory.config.max_characters
-        texts = {
-            name: text if len(text) <= longest else f"{text[:longest].rstrip()} …"
-            for name, text in (("prompt", each.prompt), ("rewrite", each.rewrite))
-        }
-        return replace(each, **texts)
+        return text if len(text) <= longest else f"{text[:longest].rstrip()} …"

@@ -30,6 +30,7 @@ from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import TrainingError
 from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.memory import read_memory
 from alignpro.prompting.memory_template import MemoryTemplate
 from alignpro.prompting.moves import load_moves
 from alignpro.prompting.pretrained import require_pretrained
@@ -107,6 +108,8 @@ def _check_model(key: str, model: ModelConfig) -> None:
     """Check that a model is there, and that the template of one that converses can be used."""
     for name, path in model_paths(key, model):
         require_pretrained(path, name)
+    if key in ("prompter", "reference"):
+        read_memory(model.path)
     if key in ("policy", "target", "prompter", "oracle") or key.startswith("target.mixture."):
         ChatTemplate(load_tokenizer(model), model.chat_template)
 

@@ -14,10 +14,12 @@ from alignpro.data import Prompt
 from alignpro.demo.world import prompt_records, write_records
 from alignpro.environments.rewriter import Rewriter
 from alignpro.environments.trained_prompter import TrainedPrompter
+from alignpro.errors import ModelError
 from alignpro.evaluation.evaluate import evaluate
 from alignpro.evaluation.optimal import optimal
 from alignpro.prompting.memory import FILE_NAME, Memory
 from alignpro.prompting.memory_template import MemoryTemplate
+from alignpro.training.preflight import check_inputs
 
 Directory = Callable[[str], Path]
 
@@ -88,3 +90,14 @@ def test_resampling_without_training_sees_it_too(run: Path, model_directory: Dir
     given = sections(run, model_directory, rewrite={"max_tokens": 12}, prompts=2, candidates=2)
     summary = optimal(validate_config(OptimalConfig, given))
     assert summary["memory"][0].startswith("All prompters see a memory of 13 past rewrites")
+
+
+@pytest.mark.parametrize("key", ["prompter", "reference"])
+def test_a_damaged_memory_is_found_before_a_model_is_loaded(run: Path, model_directory: Directory, key: str) -> None:
+    (run / "model" / FILE_NAME).write_text("{")
+    given = sections(run, model_directory)
+    config = validate_config(EvalConfig, given | {"prompter": None} | {key: given["prompter"]})
+    with pytest.raises(
+        ModelError, match=r"model/memory\.jsonl:1: the memory of past rewrites is damaged .*: restore the file"
+    ):
+        check_inputs(config)
