@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HU
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature real bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-endpoints bench-serving bench-coverage bench-demo bench-step-size clean
+.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature real bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-estimators-real bench-endpoints bench-serving bench-coverage bench-demo bench-step-size clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -106,6 +106,13 @@ bench-distributed: $(STAMP) ## compare DeepSpeed training with one process, and 
 
 bench-estimators: $(STAMP) ## compare bias, variance and samples of the gradient's estimators where all rewrites are enumerated; ARGS: see --help
 	$(BIN)/python -m benchmarks.estimators $(ARGS)
+
+bench-estimators-real: OUT ?= runs/real
+bench-estimators-real: export MODEL ?= runs/smollm2
+bench-estimators-real: $(STAMP) ## compare what the gradient's estimators reach at equal KL on a real model and the real prompts in DATA: days on a CPU, resumable
+	@[ -n '$(DATA)' ] || { echo 'make bench-estimators-real DATA=DIR: name the directory with the prompts (launch/presets/real/README.md)' >&2; exit 2; }
+	[ -e '$(MODEL)' ] || $(BIN)/alignpro model get smollm2 --out '$(MODEL)'
+	DATA='$(DATA)' OUT='$(OUT)' $(BIN)/python -m benchmarks.estimators_real $(ARGS)
 
 bench-endpoints: $(STAMP) ## measure the client of servers: answers a second on one core, memory, time of rollouts and steps; ARGS: see --help
 	$(BIN)/python -m benchmarks.endpoints $(ARGS)

@@ -42,6 +42,7 @@ from alignpro.config.jobs import (
 from alignpro.config.judging import JudgeConfig, JudgeModelConfig, JudgingConfig
 from alignpro.config.learning import KLConfig, ObjectiveConfig, OptimizerConfig
 from alignpro.config.loading import ConfigSource, dump_config, load_config, resolve_config, validate_config
+from alignpro.config.memory import MemoryConfig
 from alignpro.config.models import AdapterConfig, ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import (
@@ -103,6 +104,7 @@ __all__ = [
     "JudgingConfig",
     "KLConfig",
     "ListenConfig",
+    "MemoryConfig",
     "Method",
     "MixedEndpointConfig",
     "MixedModelConfig",

@@ -12,6 +12,7 @@ from alignpro.config.data import DataConfig, PromptingConfig, SFTDataConfig
 from alignpro.config.endpoints import EndpointConfig, SpendingConfig
 from alignpro.config.judging import JudgingConfig
 from alignpro.config.learning import ObjectiveConfig, OptimizerConfig
+from alignpro.config.memory import MemoryConfig
 from alignpro.config.models import ModelConfig, PolicyConfig, TrainableModelConfig
 from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import RewardConfig
@@ -35,6 +36,8 @@ class TrainConfig(SelectingSection, SpendingConfig):
     target: PolicyOrTarget
     reward: RewardConfig
     prompting: PromptingConfig = PromptingConfig()
+    memory: MemoryConfig | None = None
+    """Which past rewrites of similar prompts the prompter sees; None for none."""
     rollout: RolloutConfig = RolloutConfig()
     environment: str | None = None
     """A class of the user's own in place of `PromptEnvironment`, which it extends, as package.module:Class or file.py:Class."""
@@ -68,6 +71,11 @@ class TrainConfig(SelectingSection, SpendingConfig):
         _check_minibatches(self.objective, self.rollout.prompts_per_step)
         if self.rollout.ahead:
             _check_ahead(self.objective)
+            if self.memory is not None:
+                raise ValueError(
+                    "rollout.ahead=1 with memory: rewrites drawn ahead would have seen another memory than the step that learns "
+                    "from them: set rollout.ahead=0, or leave `memory` out"
+                )
         return self
 
 

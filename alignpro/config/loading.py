@@ -136,7 +136,17 @@ def _load(path: Path) -> DictConfig:
     return located
 
 
-_FILE_KEYS = {"function", "environment", "loss", "advantage", "chat_template", "meta_prompt", "rubric", "moves"}
+_FILE_KEYS = {
+    "function",
+    "environment",
+    "loss",
+    "advantage",
+    "chat_template",
+    "meta_prompt",
+    "template",
+    "rubric",
+    "moves",
+}
 """Keys whose values may name a file of the user's: code as ``file.py:name``, or a template."""
 
 

@@ -11,6 +11,7 @@ from alignpro.config.dotted_path import load_class
 from alignpro.environments.base import sampling_params
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.models.language_model import LanguageModel
+from alignpro.prompting.memory_context import MemoryContext
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.rewards import RewardStack
 from alignpro.targets.base import Responder
@@ -26,6 +27,7 @@ def prompt_environment(
     respond: SamplingConfig,
     *,
     responses: int,
+    memory: MemoryContext | None = None,
     kind: Callable[..., PromptEnvironment] = PromptEnvironment,
 ) -> PromptEnvironment:
     """Build the environment of chains x → x' → y from the prompter's template, the target and the reward.
@@ -37,10 +39,11 @@ def prompt_environment(
         prompting: Meta-prompt, and how empty and truncated rewrites are treated.
         respond: How the target is sampled.
         responses: M, its responses per rewrite.
+        memory: Past rewrites that the prompter sees.
         kind: Makes the environment; see `environment_kind`.
     """
     return kind(
-        PrompterTemplate(prompter.tokenizer, prompting, stop_token_ids=prompter.end_token_ids),
+        PrompterTemplate(prompter.tokenizer, prompting, stop_token_ids=prompter.end_token_ids, memory=memory),
         target,
         reward,
         sampling_params(respond, responses),

@@ -22,7 +22,7 @@ from alignpro.environments.base import (
     truncated_samples,
 )
 from alignpro.environments.unchanged_prompts import learn_refusals
-from alignpro.prompting.model_card import write_card
+from alignpro.prompting.model_card import write_card, write_memory
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.target_prompt import SentRewrite
 from alignpro.rewards import RewardStack
@@ -111,8 +111,10 @@ class PromptEnvironment:
         return self.prompter.decode(sample.text_tokens)
 
     def write_card(self, directory: Path, max_tokens: int) -> None:
-        """Write the prompter's meta-prompt, and how to use both without this package."""
+        """Write the prompter's meta-prompt and memory, and how to use the prompter without this package."""
         write_card(directory, self.prompter.meta_prompt, max_tokens)
+        if self.prompter.memory is not None:
+            write_memory(directory, self.prompter.memory.memory)
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Average the rewards of the responses to each rewrite, scored against the original prompt."""

@@ -29,6 +29,7 @@ from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.mixed_model import MixedModel
 from alignpro.models.progress_bars import without_progress_bars
+from alignpro.prompting.memory import Memory, read_memory
 from alignpro.rewards import RewardStack
 from alignpro.targets.base import Target
 from alignpro.targets.build import build_target
@@ -55,6 +56,7 @@ class Rewriter:
             target nor a section `rollout`; the defaults apply, with rewrites of at most half the prompter's context.
         resources: What is closed by `close`.
         strength: That at which the prompter has been loaded.
+        memory: Past rewrites that the prompter sees.
     """
 
     def __init__(
@@ -64,16 +66,23 @@ class Rewriter:
         config: TrainConfig | SFTConfig,
         resources: ExitStack | None = None,
         strength: float = 1.0,
+        memory: Memory | None = None,
     ) -> None:
         self.config, self.strength = config, strength
-        self._trained = TrainedPrompter(prompter, config)
+        self._trained = TrainedPrompter(prompter, config, memory)
         self.rollout, self.prompter = self._trained.rollout, self._trained.template
         self.environment: PromptEnvironment | None = None
         models = {"policy": prompter}
         if target is not None:
             models |= target.models
             self.environment = prompt_environment(
-                prompter, target, RewardStack([], []), config.prompting, _greedy(self.rollout), responses=1
+                prompter,
+                target,
+                RewardStack([], []),
+                config.prompting,
+                _greedy(self.rollout),
+                responses=1,
+                memory=self._trained.memory,
             )
         self.engine = Engine(models, **self.rollout.engine.model_dump())
         self._resources = resources or ExitStack()
@@ -132,7 +141,13 @@ class Rewriter:
         if not trust_remote_code:
             require_no_code(run, config, with_target=with_target)
         if not with_target or not isinstance(config, TrainConfig):
-            return cls(load_prompter(run, config, strength), None, config, strength=strength)
+            return cls(
+                load_prompter(run, config, strength),
+                None,
+                config,
+                strength=strength,
+                memory=read_memory(run / "model"),
+            )
         endpoints = target_endpoints(config.target)
         for endpoint in endpoints:
             if endpoint.variables and not trust_endpoint:
@@ -151,7 +166,8 @@ class Rewriter:
                 _greedy(config.rollout),
                 connect=servers.connect,
             )
-            return cls(prompter, target, config, stack.pop_all(), strength)
+            memory = read_memory(run / "model")
+            return cls(prompter, target, config, stack.pop_all(), strength, memory)
 
     def rewrite(
         self,

@@ -28,6 +28,8 @@ from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_mixture
 from alignpro.models.progress_bars import without_progress_bars
+from alignpro.prompting.memory import Memory, read_memory
+from alignpro.prompting.memory_context import MemoryContext
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 
 
@@ -38,12 +40,17 @@ class TrainedPrompter:
         model: The prompter.
         config: The run's configuration, for meta-prompt, templates and sampling. That of `alignpro sft` has no section
             `rollout`; the defaults apply, with rewrites of at most half the prompter's context.
+        memory: Past rewrites that the prompter sees, as at the end of its training.
     """
 
-    def __init__(self, model: LanguageModel, config: TrainConfig | SFTConfig) -> None:
+    def __init__(self, model: LanguageModel, config: TrainConfig | SFTConfig, memory: Memory | None = None) -> None:
         self.model, self.config = model, config
         self.rollout = config.rollout if isinstance(config, TrainConfig) else _default_rollout(model)
-        self.template = PrompterTemplate(model.tokenizer, config.prompting, stop_token_ids=model.end_token_ids)
+        room = min(config.prompting.max_prompt_tokens, model.context_length - self.rollout.rewrite.max_tokens)
+        self.memory = None if memory is None else MemoryContext(memory, room)
+        self.template = PrompterTemplate(
+            model.tokenizer, config.prompting, stop_token_ids=model.end_token_ids, memory=self.memory
+        )
 
     @classmethod
     @without_progress_bars()
@@ -57,7 +64,7 @@ class TrainedPrompter:
         config = read_run(run)
         if not trust_remote_code:
             require_no_code(run, config, with_target=False)
-        return cls(load_prompter(run, config), config)
+        return cls(load_prompter(run, config), config, read_memory(run / "model"))
 
     def params(self, n: int = 1, temperature: float = 0.0) -> SamplingParams:
         """How rewrites are sampled: as in training, at another temperature."""

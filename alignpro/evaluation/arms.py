@@ -20,9 +20,12 @@ from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment, UnchangedPromptEnvironment
 from alignpro.evaluation.labels import method_label
+from alignpro.models.input_room import max_input_tokens
 from alignpro.models.language_model import LanguageModel
 from alignpro.objectives import GibbsResample, gibbs_resample
 from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.memory import Memory
+from alignpro.prompting.memory_context import MemoryContext
 from alignpro.prompting.rewrite_template import RewriteTemplate
 from alignpro.prompting.target_prompt import SentRewrite
 from alignpro.rewards import RewardStack
@@ -101,6 +104,8 @@ class ArmSampler:
     prompts: Sequence[Prompt]
     target: Target
     reward: RewardStack
+    memory: Memory | None = None
+    """Past rewrites that all prompters see, so that they are compared in the same context."""
     advance: Advance = _show_nothing
     """Called with the mean reward of each chunk of prompts, `chunks` times for an arm."""
 
@@ -132,7 +137,10 @@ class ArmSampler:
 
     def environment(self, prompter: LanguageModel) -> PromptEnvironment:
         """The environment of the chain prompter → target → reward."""
-        config = self.config
+        config, memory = self.config, None
+        if self.memory is not None:
+            limit = max_input_tokens(prompter, config.rewrite, "the prompter", "rewrite")
+            memory = MemoryContext(self.memory, min(config.prompting.max_prompt_tokens, limit))
         return prompt_environment(
             prompter,
             self.target,
@@ -140,6 +148,7 @@ class ArmSampler:
             config.prompting,
             config.respond,
             responses=config.responses_per_rewrite,
+            memory=memory,
         )
 
     def resample(

@@ -32,6 +32,7 @@ from alignpro.evaluation.judging import judge_arms, judging_rubric
 from alignpro.evaluation.judging_directories import write_judgement
 from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.logprobs import sequence_kl
+from alignpro.evaluation.memories import memory_notes, shown_memory
 from alignpro.evaluation.outputs import write_outputs
 from alignpro.evaluation.refusal_rates import refusals_content, write_refusals
 from alignpro.evaluation.refusals import measure_refusals
@@ -123,7 +124,7 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
     trained = Trained(prompter, _load(config.reference), _load(config.oracle))
     prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, [reward])
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
-    sampler = ArmSampler(config, prompts, target, reward)
+    sampler = ArmSampler(config, prompts, target, reward, shown_memory(config.prompter, config.reference))
     with progress_bar(count_arms(config) * sampler.chunks, 0, ("reward",)) as advance:
         sampler.advance = advance
         arms = sample_arms(config, sampler, trained)
@@ -207,7 +208,11 @@ def _compare(
         gibbs=next(reversed(gibbs.values()), None),
         gibbs_by_arm=gibbs,
         rows=sample_rows(config.sampled_arms, sampler.prompts, arms),
-        notes=[*_notes(config, summaries), *_server_notes(sampler.target, trained, config)],
+        notes=[
+            *_notes(config, summaries),
+            *memory_notes(sampler.memory, sampler.prompts),
+            *_server_notes(sampler.target, trained, config),
+        ],
         convergence=_convergence(config),
         seconds=seconds,
         rewards=_rewards(config, sampler, arms, clusters, prompt_kl),

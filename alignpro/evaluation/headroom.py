@@ -18,6 +18,7 @@ from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.evaluation.headroom_verdict import Verdict, judge_headroom
 from alignpro.evaluation.heldout_prompts import evaluation_prompts
 from alignpro.evaluation.labels import method_label
+from alignpro.evaluation.memories import shown_memory
 from alignpro.evaluation.results import ArmSummary, GibbsEstimates, adjusted, summarize_arm
 from alignpro.evaluation.sampled_arms import Trained, instruction_templates
 from alignpro.models.language_model import LanguageModel
@@ -120,7 +121,8 @@ def _headroom(config: HeadroomConfig, moves: MoveBank, servers: Servers, started
     trained = Trained(None, prompter, None)
     prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, list(rewards.values()))
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
-    samplers = {name: ArmSampler(config, prompts, target, reward) for name, reward in rewards.items()}
+    memory = shown_memory(config.prompter)
+    samplers = {name: ArmSampler(config, prompts, target, reward, memory) for name, reward in rewards.items()}
     first = next(iter(samplers.values()))
     arms = 2 + sum(len(task.instructions) + len(config.gibbs_arms) for task in config.tasks.values())
     with progress_bar(arms * first.chunks, 0, ("reward",)) as advance:

@@ -13,6 +13,7 @@ from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.evaluation.heldout_prompts import drop_prompts_too_long_for_prompter
+from alignpro.evaluation.memories import memory_notes, shown_memory
 from alignpro.models.loading import load_language_model
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.rewards import build_reward
@@ -47,7 +48,7 @@ def _optimal(config: OptimalConfig, out: Path, servers: Servers) -> dict[str, An
     target = build_target(config.target, adapted, config.prompting, config.respond, connect=servers.connect)
     reward = build_reward(config.reward, session=servers)
     prompts = choose(reward.scorable(target.answerable(prompts)), config.prompts)
-    sampler = ArmSampler(config, prompts, target, reward)
+    sampler = ArmSampler(config, prompts, target, reward, shown_memory(config.prompter))
     with progress_bar(2 * sampler.chunks, 0, ("reward",)) as advance:
         sampler.advance = advance
         candidates = sampler.sample_rewrites("candidates", prompter, config.candidates)
@@ -77,6 +78,7 @@ def _optimal(config: OptimalConfig, out: Path, servers: Servers) -> dict[str, An
         "prompts": len(prompts),
         "note": "log_partition is λ log Ẑ: N candidates make it too low, noise in R too high for the optimum λ log Z; "
         "lower_bound and split are on average not above it",
+        "memory": memory_notes(sampler.memory, prompts),
         "seed": config.seed,
         "versions": versions(),
     }

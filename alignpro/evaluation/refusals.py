@@ -58,7 +58,7 @@ def measure_refusals(
         needed = [reward, *([harm] if harm is not None and kind == "harmful" else [])]
         prompts = evaluation_prompts(own, load_prompts(data), sampler.target, trained, needed)
         logger.info("refusals of %d %s prompts", len(prompts), kind)
-        sampled = sample_arms(config, ArmSampler(config, prompts, sampler.target, reward), trained)
+        sampled = sample_arms(config, ArmSampler(config, prompts, sampler.target, reward, sampler.memory), trained)
         clusters = Clusters(cluster_labels(prompts, data.cluster))
         found.append(refusal_rates(kind, prompts, _texts(config, sampled), clusters, harm, scored_by))
     if refusals.held_out is not None:

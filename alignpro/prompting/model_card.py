@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignpro.prompting.memory import FILE_NAME, Memory
 from alignpro.prompting.meta_prompt import MetaPrompt
 
 META_PROMPT_FILE = "meta_prompt.jinja"
@@ -100,6 +101,23 @@ def write_card(directory: Path, meta_prompt: MetaPrompt, max_tokens: int) -> Non
         serve=_serve(directory),
     )
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def write_memory(directory: Path, memory: Memory) -> None:
+    """Write the memory of a saved prompter, and a section of its card on it.
+
+    Args:
+        directory: Of the saved model, with its card.
+        memory: What the prompter saw at the end of its training.
+    """
+    (directory / FILE_NAME).write_bytes(memory.dumps())
+    lines = [
+        f"It was trained with {len(memory.rewrites)} past rewrites of {len(memory)} training prompts in `{FILE_NAME}`: before "
+        "its message it sees those of similar prompts with their rewards, written by the template in the first line of that "
+        "file. `alignpro rewrite`, `eval` and `serve` show them; the code above does not, and the rewrites are then those of a "
+        "prompter that sees none.",
+    ]
+    write_section(directory, "Memory", lines)
 
 
 def write_section(directory: Path, name: str, lines: Sequence[str]) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from alignpro.config import PromptingConfig
-from alignpro.data import Prompt
+from alignpro.data import Message, Prompt
 from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.memory_context import MemoryContext
 from alignpro.prompting.meta_prompt import MetaPrompt
 
 
@@ -23,13 +24,20 @@ class PrompterTemplate:
         tokenizer: The prompter's tokenizer, with its chat template set (`load_tokenizer`).
         config: Names the meta-prompt.
         stop_token_ids: As for `ChatTemplate`.
+        memory: Past rewrites that the prompter sees; None for none.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: PromptingConfig, *, stop_token_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PromptingConfig,
+        *,
+        stop_token_ids: Sequence[int] = (),
+        memory: MemoryContext | None = None,
     ) -> None:
         self.chat = ChatTemplate(tokenizer, stop_token_ids=stop_token_ids)
         self.meta_prompt = MetaPrompt(config.meta_prompt)
+        self.memory = memory
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -37,12 +45,17 @@ class PrompterTemplate:
         return self.chat.stop_token_ids
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Encode the prompter's input: meta-prompt and chat template around x.
+        """Encode the prompter's input: meta-prompt, memory and chat template around x.
 
         Raises:
             DataError: The chat template refuses the conversation.
         """
-        return self.chat.encode(self.meta_prompt.messages(prompt))
+        *before, turn = self.meta_prompt.messages(prompt)
+        if self.memory is None:
+            return self.chat.encode([*before, turn])
+        return self.memory.encode(
+            prompt, turn.content, lambda text: self.chat.encode([*before, Message(turn.role, text)])
+        )
 
     def completion(self, rewrite: str) -> list[int]:
         """Encode a given rewrite with its end-of-turn token, for SFT."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from alignpro.config import RLHFConfig, TrainConfig
 from alignpro.data import load_prompts, split_for_training
@@ -20,6 +21,8 @@ from alignpro.models.loading import is_activated_lora, is_adapter, load_language
 from alignpro.policy.policy import Policy
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
+from alignpro.prompting.memory import FILE_NAME, Memory
+from alignpro.prompting.memory_context import MemoryContext
 from alignpro.rewards import build_reward
 from alignpro.targets.build import build_responder
 from alignpro.targets.servers import NO_SERVERS, Servers
@@ -49,6 +52,9 @@ def prompter_training(
             load=lambda each: targets.load(each, load_language_model),
         )
         reward = build_reward(config.reward, rewards.load, servers)
+        limit = max_input_tokens(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
+        limit = min(config.prompting.max_prompt_tokens, limit)
+        memory = _empty_memory(config, limit)
         environment = prompt_environment(
             policy.model,
             target,
@@ -56,13 +62,11 @@ def prompter_training(
             config.prompting,
             config.rollout.respond,
             responses=config.rollout.responses_per_rewrite,
+            memory=memory,
             kind=environment_kind(config.environment, config.environment_params, PromptEnvironment),
         )
         _tell_of_own_score(environment, PromptEnvironment)
-        limit = max_input_tokens(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
-        prompts = filter_overlong_prompts(
-            load_prompts(config.data).prompts, environment.encode, min(config.prompting.max_prompt_tokens, limit)
-        )
+        prompts = filter_overlong_prompts(load_prompts(config.data).prompts, environment.encode, limit)
         prompts = reward.scorable(target.answerable(prompts))
         _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split_for_training(prompts, config.data, config.run.eval_prompts)
@@ -86,6 +90,7 @@ def prompter_training(
         responder=target,
         ahead=_sampling_ahead(config, environment),
         servers=servers,
+        memory=memory,
     )
 
 
@@ -128,6 +133,19 @@ def response_training(
         rewards=rewards,
         servers=servers,
     )
+
+
+def _empty_memory(config: TrainConfig, max_input_tokens: int) -> MemoryContext | None:
+    """The memory of a new run: what another run remembers may be of prompts that this one holds out."""
+    if (Path(config.policy.path) / FILE_NAME).is_file():
+        logger.warning(
+            "policy.path=%s: was trained with a memory of past rewrites, which is not used: %s",
+            config.policy.path,
+            "this run begins without any"
+            if config.memory
+            else "its prompter sees none here; `memory` shows those of this run",
+        )
+    return None if config.memory is None else MemoryContext(Memory(config.memory), max_input_tokens)
 
 
 def _sampling_ahead(config: TrainConfig, environment: PromptEnvironment) -> SamplingAhead | None:

@@ -58,6 +58,11 @@ def read_runs(directories: Sequence[Path], *, trust_remote_code: bool = False) -
         mixture = run_mixture(directory, config)
         if not isinstance(config, TrainConfig) or len(mixture.prompters) > 1:
             raise ModelError(f"run directory {directory}: is a mixture already: mix the runs that it was made of")
+        if config.memory is not None:
+            raise ConfigError(
+                f"run directory {directory}: its prompter was trained with a `memory` of its own: prompters that see different "
+                "inputs cannot be mixed"
+            )
         if config.policy.trust_remote_code and not trust_remote_code:
             raise ModelError(
                 f"run directory {directory}: its config.yaml lets code run that comes with a model "

@@ -20,6 +20,7 @@ from alignpro.models.gguf.reading import ReadModel
 from alignpro.models.gguf.writing import check_architecture, write_gguf
 from alignpro.models.loading import DTYPES, load_causal
 from alignpro.models.merging import merge_adapter
+from alignpro.prompting.memory import FILE_NAME
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.training.durability import PARTIAL, disk_errors, replace_directory, replace_file
 
@@ -92,6 +93,8 @@ def export_model(directory: Path, file: Path, *, quantization: str = "f32") -> N
             lambda path: write_gguf(model, tokenizer, path, quantization=quantization, name=name, title=title),
         )
     logger.info("wrote %s: %s, %s", file, model.config.model_type, quantization)
+    if (directory / FILE_NAME).is_file():
+        logger.warning("%s: its past rewrites (%s) are not in the file, and the model sees none", directory, FILE_NAME)
 
 
 def _merged(model: PeftModel, name: str) -> PreTrainedModel:

@@ -27,7 +27,7 @@ from alignpro.training.run import Run, Trainer
 
 logger = logging.getLogger(__name__)
 
-_PATH_KEYS = {"out", "source", "path", "tokenizer", "chat_template", "meta_prompt", "function"}
+_PATH_KEYS = {"out", "source", "path", "tokenizer", "chat_template", "meta_prompt", "template", "function"}
 """Last parts of the keys whose values may be file names."""
 
 

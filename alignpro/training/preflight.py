@@ -30,6 +30,8 @@ from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import TrainingError
 from alignpro.prompting.chat_template import ChatTemplate
+from alignpro.prompting.memory import read_memory
+from alignpro.prompting.memory_template import MemoryTemplate
 from alignpro.prompting.moves import load_moves
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
@@ -82,6 +84,8 @@ def check_inputs(config: Section) -> None:
         case TrainConfig():
             environment_kind(config.environment, config.environment_params, PromptEnvironment)
             build_objective(config.objective, config.rollout.rewrites_per_prompt, config.rollout.ahead == 1)
+            if config.memory is not None:
+                MemoryTemplate.read(config.memory.template)
         case RLHFConfig():
             environment_kind(config.environment, config.environment_params, ResponseEnvironment)
             build_objective(config.objective, config.rollout.responses_per_prompt)
@@ -104,6 +108,8 @@ def _check_model(key: str, model: ModelConfig) -> None:
     """Check that a model is there, and that the template of one that converses can be used."""
     for name, path in model_paths(key, model):
         require_pretrained(path, name)
+    if key in ("prompter", "reference"):
+        read_memory(model.path)
     if key in ("policy", "target", "prompter", "oracle") or key.startswith("target.mixture."):
         ChatTemplate(load_tokenizer(model), model.chat_template)
 

@@ -24,6 +24,7 @@ from alignpro.engine import Chain, Engine, SamplingParams, derive_seed
 from alignpro.environments.base import Environment, Scores
 from alignpro.models.saving import save_pretrained
 from alignpro.policy.policy import Policy
+from alignpro.prompting.memory_context import MemoryContext
 from alignpro.targets.base import Responder
 from alignpro.targets.servers import NO_SERVERS, Servers
 from alignpro.training.assignment import PromptAssignment
@@ -37,6 +38,7 @@ from alignpro.training.metrics import Evaluation, Metrics, mean_of_updates
 from alignpro.training.objective import build_objective
 from alignpro.training.resume import RunInputs
 from alignpro.training.rollouts import Rollouts, SamplingAhead
+from alignpro.training.step_memory import StepMemory
 from alignpro.training.step_metrics import StepMetrics
 from alignpro.training.step_phases import StepPhases
 from alignpro.training.stream import PromptStream
@@ -64,6 +66,7 @@ class RLTrainer:
         responder: What responds to the samples in the environment, for its metrics and its state.
         ahead: Samples are drawn in the step before, and importance weights correct the gradient; by default in their own.
         servers: The job's servers, for the metrics of those that rewards ask.
+        memory: Past rewrites that the environment shows, to which each step's are added.
 
     Raises:
         ConfigError: The loss or the advantage cannot be loaded, or they do not fit together.
@@ -92,6 +95,7 @@ class RLTrainer:
         responder: Responder | None = None,
         ahead: SamplingAhead | None = None,
         servers: Servers = NO_SERVERS,
+        memory: MemoryContext | None = None,
     ) -> None:
         distribution = distribution or SingleProcess()
         ranks = distribution.ranks
@@ -126,6 +130,7 @@ class RLTrainer:
         self.phase = StepPhases(ranks, contexts)
         self.assign = PromptAssignment(ranks, environment.encode, sampling.max_tokens)
         self.rollouts = Rollouts(ranks, environment, engine, self.assign, self.stream, sampling, run, ahead)
+        self.memory = None if memory is None else StepMemory(ranks, memory, run.out)
         self.measure = StepMetrics(ranks, responder, servers)
         self.evaluation = HeldoutEvaluation(
             environment, engine, self.accumulate, sampling, run.seed, objective.kl.coef, self.phase, self.assign, ranks
@@ -163,6 +168,8 @@ class RLTrainer:
         if step % self.run.sample_every == 0:
             self.measure.write_sample(self.run.out / "samples.jsonl", step, prompts, scores)
         self.rollouts.forget(step)
+        if self.memory is not None:
+            metrics |= self.memory.add(step, self.stream.batch(step), rollout.local, prompts, scores)
         return metrics | self.phase.seconds
 
     def compute_advantages(
@@ -233,6 +240,8 @@ class RLTrainer:
             with self._raise_together():  # the next one's writing is a collective, too
                 backend.save(directory, name)
         self.rollouts.save(directory)
+        if self.memory is not None:
+            self.memory.save(directory)
         learned = {"kl": self.kl.state_dict(), "baseline": self.advantage.state_dict(), **self.measure.state_dict()}
         learned |= self.limited.state_dict()
         return {**state, **learned, "expected_length": self.assign.expected_length}
@@ -252,6 +261,8 @@ class RLTrainer:
         self.assign.expected_length = float(state["expected_length"])
         self.measure.load_state_dict(state)
         self.rollouts.load(directory)
+        if self.memory is not None:
+            self.memory.load(directory)
         self.limited.load_state_dict(state)
 
     def export(self, directory: Path) -> None:

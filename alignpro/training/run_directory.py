@@ -15,6 +15,7 @@ from alignpro.config import RunSection, dump_config
 from alignpro.endpoints.known_servers import FILE_NAME as KNOWN_SERVERS
 from alignpro.endpoints.ledger_schema import FILE_NAME
 from alignpro.errors import CheckpointError, TrainingError
+from alignpro.prompting.memory import FILE_NAME as MEMORY
 from alignpro.training.checkpoint import recorded_run
 from alignpro.training.durability import is_leftover, remove_directory, remove_leftovers, replace_text
 from alignpro.training.resume import check_configuration
@@ -25,7 +26,7 @@ _LOCK = "run.lock"
 RUN_ID = "run_id"
 """File with the identity of the run, which its checkpoints repeat."""
 _EXPORT_STEP = "alignpro.json"
-_RESULTS = ("metrics.jsonl", "samples.jsonl", "checkpoints", "model")
+_RESULTS = ("metrics.jsonl", "samples.jsonl", MEMORY, "checkpoints", "model")
 """Entries that make a run worth keeping; a run without any of these failed before its first step."""
 _OTHER_FILES = (_LOCK, RUN_ID, KNOWN_SERVERS, "config.yaml", "tensorboard", "wandb", "wandb_id")
 

@@ -181,7 +181,7 @@ def test_arguments_are_checked_before_transformers_is_loaded(gguf: Path, tmp_pat
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-def test_a_run_is_exported_with_its_lora_merged(tmp_path: Path) -> None:
+def test_a_run_is_exported_with_its_lora_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = save(tiny_model("llama"), tmp_path / "base")
     adapted: Any = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "up_proj"])
@@ -191,7 +191,9 @@ def test_a_run_is_exported_with_its_lora_merged(tmp_path: Path) -> None:
             if "lora_B" in name:
                 weight.normal_(0, 0.2)
     save(adapted, tmp_path / "run" / "model")
+    (tmp_path / "run" / "model" / "memory.jsonl").touch()
     assert run("export", tmp_path / "run", "--gguf", tmp_path / "mine.gguf") == 0
+    assert "its past rewrites (memory.jsonl) are not in the file" in caplog.text
     header = read_header(tmp_path / "mine.gguf")
     assert header.metadata["general.name"] == "run"
     assert header.metadata["tokenizer.chat_template"] == TEMPLATE
