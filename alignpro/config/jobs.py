@@ -18,6 +18,7 @@ from alignpro.config.rewards import RewardConfig
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunSection, SelectingSection
 from alignpro.config.section import OutputPath, Section
+from alignpro.config.self_reward import SelfRewardConfig
 from alignpro.config.targets import (
     PolicyOrTarget,
     PrompterOrTarget,
@@ -40,6 +41,8 @@ class TrainConfig(SelectingSection, SpendingConfig):
     """A class of the user's own in place of `PromptEnvironment`, which it extends, as package.module:Class or file.py:Class."""
     environment_params: dict[str, Any] = Field(default_factory=dict)
     """Its further arguments."""
+    self_reward: SelfRewardConfig | None = None
+    """If given, the policy learns from candidates that it grows and judges itself; by default from the reward of its samples."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -68,6 +71,9 @@ class TrainConfig(SelectingSection, SpendingConfig):
         _check_minibatches(self.objective, self.rollout.prompts_per_step)
         if self.rollout.ahead:
             _check_ahead(self.objective)
+        if self.self_reward is not None:
+            mixture = isinstance(self.target, TargetMixtureConfig)
+            self.self_reward.check(self.rollout, self.objective, self.deepspeed, self.environment, mixture=mixture)
         return self
 
 

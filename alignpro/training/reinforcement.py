@@ -64,6 +64,7 @@ class RLTrainer:
         responder: What responds to the samples in the environment, for its metrics and its state.
         ahead: Samples are drawn in the step before, and importance weights correct the gradient; by default in their own.
         servers: The job's servers, for the metrics of those that rewards ask.
+        heldout_environment: Scores what is evaluated; by default the environment of training.
 
     Raises:
         ConfigError: The loss or the advantage cannot be loaded, or they do not fit together.
@@ -92,6 +93,7 @@ class RLTrainer:
         responder: Responder | None = None,
         ahead: SamplingAhead | None = None,
         servers: Servers = NO_SERVERS,
+        heldout_environment: Environment | None = None,
     ) -> None:
         distribution = distribution or SingleProcess()
         ranks = distribution.ranks
@@ -128,7 +130,15 @@ class RLTrainer:
         self.rollouts = Rollouts(ranks, environment, engine, self.assign, self.stream, sampling, run, ahead)
         self.measure = StepMetrics(ranks, responder, servers)
         self.evaluation = HeldoutEvaluation(
-            environment, engine, self.accumulate, sampling, run.seed, objective.kl.coef, self.phase, self.assign, ranks
+            heldout_environment or environment,
+            engine,
+            self.accumulate,
+            sampling,
+            run.seed,
+            objective.kl.coef,
+            self.phase,
+            self.assign,
+            ranks,
         )
         self.progress_metrics = ("reward/mean", "kl", "entropy", *self.measure.of_servers)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1
