@@ -115,7 +115,7 @@ def compare_mixtures(
 def _evaluation(runs: Sequence[MixedRun], out: Path, sizes: Mapping[str, int]) -> EvalConfig:
     """How the first run's prompter would be evaluated."""
     first: TrainConfig = runs[0].config
-    target = "prompter" if first.target == "policy" else first.target.model_dump(mode="json")  # type: ignore[union-attr]
+    target = "prompter" if first.target == "policy" else first.target.model_dump(mode="json")
     sections = {
         "out": str(out),
         "data": keep_holdout(first.data, [run.directory for run in runs]).model_dump(mode="json"),
@@ -129,7 +129,7 @@ def _evaluation(runs: Sequence[MixedRun], out: Path, sizes: Mapping[str, int]) -
         "prices": {name: each.model_dump(mode="json") for name, each in first.prices.items()},
         "budget": first.budget.model_dump(mode="json"),
     }
-    return validate_config(EvalConfig, sections | sizes)
+    return validate_config(EvalConfig, {**sections, **sizes})
 
 
 def _check_targets(runs: Sequence[MixedRun]) -> None:
