@@ -36,6 +36,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": comparing.report,
     "optimal": comparing.optimal,
     "mix": mixing.mix,
+    "pareto": mixing.pareto,
     "rewrite": rewriting.rewrite,
     "serve": serving.serve,
     "demo": inspecting.demo,

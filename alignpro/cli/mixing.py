@@ -1,9 +1,9 @@
-"""`alignpro mix`."""
+"""`alignpro mix` and `alignpro pareto`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,8 +64,78 @@ def mix(
     typer.echo(str(out))
 
 
+def pareto(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN", help="Two run directories of `alignpro train`, one for each reward."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write: pareto.json and pareto.png.")],
+    trained: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WEIGHT=RUN",
+            help="A run that was trained for the weighted sum of both rewards, with the weight of the second; may be repeated.",
+        ),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Of the second run, at which both are mixed.")] = "0,0.25,0.5,0.75,1",
+    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts.")] = 64,
+    rewrites: Annotated[int, typer.Option(min=2, help="Rewrites of each.")] = 2,
+    responses: Annotated[int, typer.Option(min=2, help="Responses to each rewrite.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Let Python code that comes with the models run, if a run's config says so."
+        ),
+    ] = False,
+) -> None:
+    """Compare mixtures of two prompters with prompters that were trained for the weighted sum of both rewards."""
+    found = load_late("alignpro.evaluation.pareto:compare_mixtures")(
+        runs,
+        out,
+        trained=_weighted_runs(trained or []),
+        weights=_numbers(weights),
+        prompts=prompts,
+        rewrites=rewrites,
+        responses=responses,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    for each in found["points"]:
+        first, second = (_shown(reward) for reward in each["rewards"])
+        typer.echo(f"{each['weight']:.2f}  {each['series']}: {first}  {second}  KL {_shown(each['kl'])}")
+    for each in found["mixture_above_trained"]:
+        typer.echo(
+            f"at {each['weight']:.2f}, the mixture less the trained: weighted reward {_shown(each['weighted_reward'])}, "
+            f"KL {_shown(each['kl'])}"
+        )
+    typer.echo(str(out))
+
+
+def _weighted_runs(given: list[str]) -> dict[float, Path]:
+    found = {}
+    for each in given:
+        weight, equals, run = each.partition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals or not run:
+            raise ConfigError(
+                f"pareto: --trained {each}: expected the weight of the second reward and a run, such as 0.5=runs/both"
+            )
+        found[number] = Path(run)
+    return found
+
+
+def _shown(estimate: dict[str, Any]) -> str:
+    if estimate["value"] is None or estimate["low"] is None:
+        return f"{estimate['value']} ({estimate['not_estimable']})"
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
 def _numbers(text: str) -> list[float]:
     try:
         return [float(each) for each in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"mix: --weights {text}: expected numbers with commas between, such as 0.7,0.3") from error
+        raise ConfigError(f"--weights {text}: expected numbers with commas between, such as 0.7,0.3") from error

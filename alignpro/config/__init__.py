@@ -44,6 +44,7 @@ from alignpro.config.learning import KLConfig, ObjectiveConfig, OptimizerConfig
 from alignpro.config.loading import ConfigSource, dump_config, load_config, resolve_config, validate_config
 from alignpro.config.memory import MemoryConfig
 from alignpro.config.models import AdapterConfig, ModelConfig, PolicyConfig, TrainableModelConfig
+from alignpro.config.policy_methods import SoftPromptMethod, TargetAdapterMethod
 from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import (
     FunctionRewardConfig,
@@ -59,6 +60,7 @@ from alignpro.config.rival import RivalConfig, RivalKind, SearchSection
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunConfig, RunSection
 from alignpro.config.section import Section
+from alignpro.config.self_reward import SelfRewardConfig, SelfRewardMethod
 from alignpro.config.serving import AccessConfig, ListenConfig, ServeConfig, ServeLimitsConfig, ServeLogConfig
 from alignpro.config.serving_page import PageConfig
 from alignpro.config.sweep import RangeConfig, SweepConfig, concerns
@@ -140,11 +142,15 @@ __all__ = [
     "SamplingConfig",
     "SearchSection",
     "Section",
+    "SelfRewardConfig",
+    "SelfRewardMethod",
     "ServeConfig",
     "ServeLimitsConfig",
     "ServeLogConfig",
+    "SoftPromptMethod",
     "SpendingConfig",
     "SweepConfig",
+    "TargetAdapterMethod",
     "TargetConfig",
     "TargetEndpointConfig",
     "TargetMixtureConfig",

@@ -10,11 +10,13 @@ from pydantic import Field, field_validator, model_validator
 from alignpro.config.data import DataConfig, PromptingConfig
 from alignpro.config.endpoints import SpendingConfig
 from alignpro.config.jobs import CandidateCount, InstructionName, Strength
+from alignpro.config.policy_methods import SoftPromptMethod, TargetAdapterMethod
 from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import RewardConfig
 from alignpro.config.rival import RivalKind, SearchSection
 from alignpro.config.rollout import EngineConfig, SamplingConfig
 from alignpro.config.section import OutputPath, Section
+from alignpro.config.self_reward import SelfRewardMethod
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -124,6 +126,9 @@ Method = Annotated[
     | TrainMethod
     | DialMethod
     | RLHFMethod
+    | TargetAdapterMethod
+    | SoftPromptMethod
+    | SelfRewardMethod
     | RivalMethod,
     Field(discriminator="kind"),
 ]
@@ -206,12 +211,32 @@ class ExperimentConfig(Section):
         for name, method in self.methods.items():
             if isinstance(method, RivalMethod):
                 self._check_rival(name, method)
+            if isinstance(method, TrainMethod) and "self_reward" in self.train | method.settings:
+                raise ValueError(f"methods.{name}: self_reward is a method of its own: set kind=self_reward")
+            if isinstance(method, TargetAdapterMethod | SoftPromptMethod):
+                self._check_models_of_targets(name, method)
             if isinstance(method, DialMethod) and not isinstance(self.methods.get(method.of), TrainMethod):
                 raise ValueError(f"methods.{name}.of={method.of}: expected the key of a method of the kind train")
         wanting = [name for name, method in self.methods.items() if isinstance(method, InstructionMethod)]
         if wanting and not any(task.instructions for task in self.tasks.values()):
             raise ValueError(f"methods.{wanting[0]} needs `instructions` in a task")
         return self
+
+    def _check_models_of_targets(self, name: str, method: TargetAdapterMethod | SoftPromptMethod) -> None:
+        """Check that the weights of every target are here, if the method needs them."""
+        if isinstance(method, SoftPromptMethod) and method.before == "prompter":
+            return
+        for target, each in self.targets.items():
+            if "path" not in each and isinstance(method, SoftPromptMethod):
+                raise ValueError(
+                    f"methods.{name}.before=target: targets.{target} is not a model of this process, and a soft prompt is "
+                    "vectors, not text that could be sent to it: leave one of them out, or use before=prompter"
+                )
+            if "path" not in each:
+                raise ValueError(
+                    f"methods.{name}: targets.{target} is not a model of this process, so no adapter can be put on it: leave one "
+                    "of them out, or train a prompter of its own"
+                )
 
     def _check_rival(self, name: str, method: RivalMethod) -> None:
         bare = [task for task, each in self.tasks.items() if not each.instructions]
@@ -226,7 +251,9 @@ class ExperimentConfig(Section):
 
 def needs_prompter(method: Method) -> bool:
     """Whether a method has one cell for each prompter."""
-    return isinstance(method, PriorMethod | GibbsMethod | BestOfMethod | TrainMethod | DialMethod)
+    if isinstance(method, SoftPromptMethod):
+        return method.before == "prompter"
+    return isinstance(method, PriorMethod | GibbsMethod | BestOfMethod | TrainMethod | DialMethod | SelfRewardMethod)
 
 
 def _check_name(name: str) -> None:

@@ -19,6 +19,7 @@ from alignpro.config.rewards import RewardConfig
 from alignpro.config.rollout import EngineConfig, ResponseRolloutConfig, RolloutConfig, SamplingConfig
 from alignpro.config.run import DeepSpeedConfig, RunSection, SelectingSection
 from alignpro.config.section import OutputPath, Section
+from alignpro.config.self_reward import SelfRewardConfig
 from alignpro.config.targets import (
     PolicyOrTarget,
     PrompterOrTarget,
@@ -43,6 +44,8 @@ class TrainConfig(SelectingSection, SpendingConfig):
     """A class of the user's own in place of `PromptEnvironment`, which it extends, as package.module:Class or file.py:Class."""
     environment_params: dict[str, Any] = Field(default_factory=dict)
     """Its further arguments."""
+    self_reward: SelfRewardConfig | None = None
+    """If given, the policy learns from candidates that it grows and judges itself; by default from the reward of its samples."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -76,6 +79,13 @@ class TrainConfig(SelectingSection, SpendingConfig):
                     "rollout.ahead=1 with memory: rewrites drawn ahead would have seen another memory than the step that learns "
                     "from them: set rollout.ahead=0, or leave `memory` out"
                 )
+        if self.self_reward is not None:
+            if self.memory is not None:
+                raise ValueError(
+                    "self_reward with memory: rewrites that the policy judges itself have no reward to remember: leave one out"
+                )
+            mixture = isinstance(self.target, TargetMixtureConfig)
+            self.self_reward.check(self.rollout, self.objective, self.deepspeed, self.environment, mixture=mixture)
         return self
 
 

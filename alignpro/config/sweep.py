@@ -16,7 +16,9 @@ from alignpro.config.experiment import (
     TrainMethod,
     needs_prompter,
 )
+from alignpro.config.policy_methods import SoftPromptMethod, TargetAdapterMethod
 from alignpro.config.section import Section
+from alignpro.config.self_reward import SelfRewardMethod
 
 
 class RangeConfig(Section):
@@ -137,16 +139,19 @@ class SweepConfig(ExperimentConfig):
 
 def concerns(key: str, name: str, method: Method) -> bool:
     """Whether a swept key changes what a method does, or how its rewrites are sampled."""
+    trains = isinstance(method, TrainMethod | TargetAdapterMethod | SelfRewardMethod)
+    before = method.before if isinstance(method, SoftPromptMethod) else None
     match key.split(".")[0]:
         case "train":
-            return isinstance(method, TrainMethod)
+            return trains or before == "prompter"
         case "rlhf":
-            return isinstance(method, RLHFMethod)
+            return isinstance(method, RLHFMethod) or before == "target"
         case "kl_coef":
-            return isinstance(method, TrainMethod | RLHFMethod | GibbsMethod)
+            return trains or isinstance(method, SoftPromptMethod | RLHFMethod | GibbsMethod)
         case "methods":
-            return key.split(".")[1:2] == [name] and isinstance(
-                method, TrainMethod | RLHFMethod | GibbsMethod | BestOfMethod
+            chooses = isinstance(method, GibbsMethod | BestOfMethod)
+            return key.split(".")[1:2] == [name] and (
+                trains or chooses or isinstance(method, SoftPromptMethod | RLHFMethod)
             )
         case _:
-            return needs_prompter(method)
+            return needs_prompter(method) or isinstance(method, TargetAdapterMethod)

@@ -122,6 +122,7 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
     target = build_target(config.target, adapted, config.prompting, config.respond, connect=servers.connect)
     reward = build_reward(config.reward, session=servers)
     trained = Trained(prompter, _load(config.reference), _load(config.oracle))
+    trained.share_weights(target.models.values())
     prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, [reward])
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
     sampler = ArmSampler(config, prompts, target, reward, shown_memory(config.prompter, config.reference))

@@ -1,4 +1,4 @@
-"""The charts of an experiment's analyses: reward against KL, reward against target calls, transfer between targets."""
+"""The charts of an experiment's analyses: reward against KL, against target calls, iterations, another reward; transfer."""
 
 from __future__ import annotations
 
@@ -112,6 +112,103 @@ def plot_reward_against_calls(
         axes.set_xlabel("responses of the target")
         axes.set_ylabel("reward")
         axes.set_xlim(left=0)
+        figure.legend(loc="outside lower center", ncols=2)
+        save_figure(figure, path, format)
+    return True
+
+
+def plot_reward_over_iterations(
+    series: Mapping[str, Sequence[tuple[int, Estimate]]], path: Path | IO[bytes], *, format: str | None = None
+) -> bool:
+    """Plot the mean reward after each iteration of a training, with 95 % intervals.
+
+    Args:
+        series: Name → number of the iteration, 0 before the first, and mean reward.
+        path: Where to write; the suffix determines the format.
+        format: The format, if ``path`` is a stream.
+
+    Returns:
+        Whether there was anything to draw; if not, nothing is written.
+    """
+    if not any(series.values()):
+        return False
+    with new_figure((6.4, 3.8)) as figure:
+        axes = figure.subplots()
+        for i, (name, points) in enumerate(series.items()):
+            axes.errorbar(
+                [iteration + 0.04 * (i - (len(series) - 1) / 2) for iteration, _ in points],  # intervals side by side
+                [reward.value for _, reward in points],
+                yerr=_arms([reward for _, reward in points]),
+                color=LINES[i % len(LINES)],
+                marker=_MARKERS[i % len(_MARKERS)],
+                markersize=5,
+                elinewidth=0.8,
+                capsize=2,
+                label=name,
+            )
+        axes.set_xticks(sorted({iteration for points in series.values() for iteration, _ in points}))
+        axes.set_xlabel("iteration")
+        axes.set_ylabel("mean reward on held-out prompts")
+        figure.legend(loc="outside lower center", ncols=2)
+        save_figure(figure, path, format)
+    return True
+
+
+@dataclass(frozen=True)
+class ParetoPoint:
+    """Where a prompter stands between two rewards."""
+
+    weight: float
+    """Of the second."""
+    first: Estimate
+    second: Estimate
+
+
+def plot_pareto(
+    series: Mapping[str, Sequence[ParetoPoint]],
+    names: tuple[str, str],
+    path: Path | IO[bytes],
+    *,
+    format: str | None = None,
+) -> bool:
+    """Plot one mean reward against another, with 95 % intervals of both.
+
+    Args:
+        series: Name → its points in the order of their weights, which joins them.
+        names: Of both rewards.
+        path: Where to write; the suffix determines the format.
+        format: The format, if ``path`` is a stream.
+
+    Returns:
+        Whether there was anything to draw; if not, nothing is written.
+    """
+    if not any(series.values()):
+        return False
+    with new_figure((5.2, 4.2)) as figure:
+        axes = figure.subplots()
+        for i, (name, points) in enumerate(series.items()):
+            axes.errorbar(
+                [point.first.value for point in points],
+                [point.second.value for point in points],
+                xerr=_arms([point.first for point in points]),
+                yerr=_arms([point.second for point in points]),
+                color=LINES[i % len(LINES)],
+                marker=_MARKERS[i % len(_MARKERS)],
+                markersize=5,
+                elinewidth=0.6,
+                capsize=2,
+                label=name,
+            )
+            for point in points:
+                axes.annotate(
+                    f"{point.weight:g}",
+                    (point.first.value, point.second.value),
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
+        axes.set_xlabel(f"mean reward of {names[0]}")
+        axes.set_ylabel(f"mean reward of {names[1]}")
         figure.legend(loc="outside lower center", ncols=2)
         save_figure(figure, path, format)
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,6 +26,11 @@ class Trained:
     reference: LanguageModel | None
     """ρ_sft, the prompter before training."""
     oracle: LanguageModel | None
+
+    def share_weights(self, targets: Iterable[LanguageModel]) -> None:
+        """Hold once what all these models have in common, such as the base of a target and of a LoRA on it."""
+        own = (self.reference, self.prompter, self.oracle)
+        share_equal_weights([*targets, *(model for model in own if model is not None)])
 
     def at_strength(self, strength: float) -> LanguageModel:
         """The prompter ρ_sft^{1−s} ρ^s, token by token.

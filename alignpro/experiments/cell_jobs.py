@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from alignpro.config import (
     PriorMethod,
     RivalMethod,
     RLHFMethod,
+    SelfRewardMethod,
+    SoftPromptMethod,
+    TargetAdapterMethod,
     TrainConfig,
     TrainMethod,
     UnchangedMethod,
     needs_prompter,
 )
 from alignpro.config.jobs import gibbs_arms
+from alignpro.engine import derive_seed
 from alignpro.experiments.sections import (
     eval_sections,
     model_sections,
@@ -96,6 +101,37 @@ def transfer_jobs(place: Place, run: Path) -> tuple[Job, ...]:
     return (_evaluation(place, _trained_arms(place, run)),)
 
 
+def self_reward_jobs(
+    place: Place, method: SelfRewardMethod, alpha: float, iteration: int, before: Path | None
+) -> tuple[Job, ...]:
+    """An iteration of self-reward, and its evaluation.
+
+    Args:
+        place: Of the cell.
+        method: Its method.
+        alpha: α.
+        iteration: Its number, from 1.
+        before: The run directory of the iteration before; None of the first.
+
+    Raises:
+        ConfigError: A configuration is invalid; the message names the cell.
+    """
+    run = place.directory / "run"
+    start = {"path": start_of(place.config, place.variant)}
+    training = train_sections(
+        place.config,
+        place.name,
+        policy=_policy(place) | (start if before is None else {"path": str(before / "model"), "from_scratch": False}),
+        target=place.target,
+        task=place.task,
+        settings=[method.sections(alpha), method.settings],
+        seed=place.seed if before is None else derive_seed(place.seed, "iteration", iteration),
+        out=run,
+    )
+    job = Job("train", training, place.directory / "train.yaml", run / "model")
+    return job, _evaluation(place, _trained_arms(place, run))
+
+
 def _evaluation(place: Place, arms: dict[str, Any]) -> Job:
     out = place.directory / "evaluation"
     evaluation: EvalConfig = eval_sections(
@@ -115,17 +151,13 @@ def _preparation(place: Place, method: Method) -> tuple[list[Job], dict[str, Any
             instruction = config.tasks[place.task].instructions[place.variant]
             return [], {"arms": [f"instruction_{place.variant}"], "instructions": {place.variant: instruction}}
         case RLHFMethod():
-            oracle = rlhf_sections(
-                config,
-                place.name,
-                target=place.target,
-                task=place.task,
-                settings=method.settings,
-                seed=place.seed,
-                out=run,
-            )
-            arms = {"arms": ["oracle"], "oracle": model_sections(config.targets[place.target], str(run / "model"))}
-            return [Job("rlhf", oracle, place.directory / "rlhf.yaml", run / "model")], arms
+            return _trained_target(place, [method.settings], run)
+        case SoftPromptMethod(before="target"):
+            return _trained_target(place, [method.sections, method.settings], run)
+        case SoftPromptMethod():
+            return _trained_prompter(place, [method.sections, method.settings], run)
+        case TargetAdapterMethod():
+            return _adapted_target(place, method, run)
         case RivalMethod():
             rival = rival_sections(
                 config,
@@ -140,10 +172,52 @@ def _preparation(place: Place, method: Method) -> tuple[list[Job], dict[str, Any
             found = {"arms": ["instruction_found"], "instruction_files": {"found": str(run / "instruction.txt")}}
             return [Job("rival", rival, place.directory / "rival.yaml", run / "rival.json")], found
         case TrainMethod():
-            training = _training(place, method, place.variant, run)
-            return [Job("train", training, place.directory / "train.yaml", run / "model")], _trained_arms(place, run)
+            return _trained_prompter(place, [method.settings], run)
         case _:
             return [], _untrained_arms(place, method)
+
+
+def _trained_prompter(
+    place: Place, settings: Sequence[Mapping[str, Any]], run: Path
+) -> tuple[list[Job], dict[str, Any]]:
+    training = _training(place, settings, place.variant, run)
+    return [Job("train", training, place.directory / "train.yaml", run / "model")], _trained_arms(place, run)
+
+
+def _trained_target(place: Place, settings: Sequence[Mapping[str, Any]], run: Path) -> tuple[list[Job], dict[str, Any]]:
+    training = rlhf_sections(
+        place.config,
+        place.name,
+        target=place.target,
+        task=place.task,
+        settings=settings,
+        seed=place.seed,
+        out=run,
+    )
+    arms = {"arms": ["oracle"], "oracle": model_sections(place.config.targets[place.target], str(run / "model"))}
+    return [Job("rlhf", training, place.directory / "rlhf.yaml", run / "model")], arms
+
+
+def _adapted_target(place: Place, method: TargetAdapterMethod, run: Path) -> tuple[list[Job], dict[str, Any]]:
+    """A prompter on the target's own weights: the target is the model below its LoRA, and so is ρ_sft."""
+    model = place.config.targets[place.target]
+    training = train_sections(
+        place.config,
+        place.name,
+        policy=model | {"adapter": {"kind": "lora"}},
+        target=place.target,
+        task=place.task,
+        settings=[{"target": "policy"}, method.settings],
+        seed=place.seed,
+        out=run,
+    )
+    arms = {
+        "arms": ["align_pro"],
+        "prompter": model_sections(model, str(run / "model")),
+        "reference": model_sections(model, model["path"]),
+        "target": "prompter",
+    }
+    return [Job("train", training, place.directory / "train.yaml", run / "model")], arms
 
 
 def _untrained_arms(place: Place, method: Method) -> dict[str, Any]:
@@ -185,16 +259,15 @@ def start_of(config: ExperimentConfig, prompter: str | None) -> str:
     return start
 
 
-def _training(place: Place, method: TrainMethod, prompter: str | None, run: Path) -> TrainConfig:
+def _training(place: Place, settings: Sequence[Mapping[str, Any]], prompter: str | None, run: Path) -> TrainConfig:
     assert prompter is not None  # a cell is of one prompter
     return train_sections(
         place.config,
         place.name,
-        prompter=prompter,
-        start=start_of(place.config, prompter),
+        policy=place.config.prompters[prompter].policy | {"path": start_of(place.config, prompter)},
         target=place.target,
         task=place.task,
-        settings=method.settings,
+        settings=settings,
         seed=place.seed,
         out=run,
     )
@@ -206,7 +279,7 @@ def _target_calls(place: Place, method: RivalMethod) -> int:
         return method.target_calls
     named = place.config.methods[method.target_calls]
     assert isinstance(named, TrainMethod) and needs_prompter(named)  # the configuration checks it
-    training = _training(place, named, next(iter(place.config.prompters)), place.directory / "run")
+    training = _training(place, [named.settings], next(iter(place.config.prompters)), place.directory / "run")
     rollout = training.rollout
     per_step = rollout.prompts_per_step * rollout.rewrites_per_prompt * rollout.responses_per_rewrite
     return training.run.steps * per_step

@@ -1,7 +1,8 @@
 """The cells of an experiment: which there are, what each runs, and where its results lie.
 
 out/priors/PROMPTER/                                       the prompter that all methods start from
-out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep][/from_TARGET of the training][/s_STRENGTH]/seed_N/
+out/cells/TASK/TARGET/METHOD[/PROMPTER or INSTRUCTION][/POINT of a sweep][/from_TARGET of the training][/s_STRENGTH]
+    [/alpha_α/iteration_I]/seed_N/
     train.yaml, rlhf.yaml or rival.yaml, run/              the training or search: configuration, its directory
     eval.yaml, evaluation/                                 the evaluation; its summary.json marks the cell as done
     log.txt                                                what the commands printed
@@ -20,12 +21,13 @@ from alignpro.config import (
     InstructionMethod,
     Method,
     RLHFMethod,
+    SelfRewardMethod,
     SweepConfig,
     TrainMethod,
     needs_prompter,
 )
 from alignpro.config.jobs import dial_arms
-from alignpro.experiments.cell_jobs import Job, Place, cell_jobs, transfer_jobs
+from alignpro.experiments.cell_jobs import Job, Place, cell_jobs, self_reward_jobs, transfer_jobs
 from alignpro.experiments.points import Point, points_of
 from alignpro.experiments.sections import is_mixture, prior_sections
 
@@ -49,7 +51,12 @@ class Cell:
     trained_on: str | None = None
     """The target on which the prompter was trained, if it is another one than that of the evaluation."""
     needs: Cell | None = None
-    """What has to be done before: the preparation, or of a prompter elsewhere or at another strength its training."""
+    """What has to be done before: the preparation, the iteration before, or of a prompter elsewhere or at another strength its
+    training."""
+    iteration: int = 0
+    """Of self-reward, from 1; 0 of other methods."""
+    alpha: float = 1.0
+    """α of self-reward; other methods learn from the reward alone."""
 
     @property
     def done(self) -> bool:
@@ -114,6 +121,11 @@ def _of_method(
         return  # it is behind a server, or several targets: what cannot be trained has no oracle
     if alone and not isinstance(method, TrainMethod):
         return  # each of its targets is evaluated by itself
+    if isinstance(method, SelfRewardMethod):
+        for prompter in config.prompters:
+            place = _place(config, name, task, target, seed, prompter, point)
+            yield from _of_self_reward(place, name, method, point, priors.get(prompter))
+        return
     transferred = config.transfer_targets if isinstance(method, TrainMethod) else []
     for variant in _variants(config, method, task):
         place = _place(config, name, task, target, seed, variant, point)
@@ -124,6 +136,22 @@ def _of_method(
             if other != target:
                 there = _place(config, name, task, other, seed, variant, point, origin=target)
                 yield _cell(there, name, transfer_jobs(there, own.directory / "run"), point, own, trained_on=target)
+
+
+def _of_self_reward(
+    place: Place, name: str, method: SelfRewardMethod, point: Point | None, prior: Cell | None
+) -> Iterator[Cell]:
+    """The iterations for each α, each from the prompter of the one before; ``place`` is that of all of them."""
+    for alpha in method.alphas:
+        before: Cell | None = None
+        for iteration in range(1, method.iterations + 1):
+            *parts, seed = place.name.split("/")
+            own = "/".join([*parts, f"alpha_{alpha:g}", f"iteration_{iteration}", seed])
+            here = replace(place, name=own, directory=place.config.out / own)
+            run = None if before is None else before.directory / "run"
+            jobs = self_reward_jobs(here, method, alpha, iteration, run)
+            before = replace(_cell(here, name, jobs, point, before or prior), iteration=iteration, alpha=alpha)
+            yield before
 
 
 def _of_dial(

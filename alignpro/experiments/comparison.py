@@ -15,7 +15,10 @@ from alignpro.config import (
     GibbsMethod,
     RivalMethod,
     RLHFMethod,
+    SelfRewardMethod,
+    SoftPromptMethod,
     SweepConfig,
+    TargetAdapterMethod,
     TrainMethod,
 )
 from alignpro.evaluation.comparison_results import Cost
@@ -28,6 +31,7 @@ from alignpro.experiments.crossing import crossing_analyses
 from alignpro.experiments.evaluated_cells import evaluated_methods
 from alignpro.experiments.frontier import frontier_analyses
 from alignpro.experiments.rivals.run import read_result
+from alignpro.experiments.self_reward_gains import self_reward_analyses
 from alignpro.experiments.sweep_results import sweep_analyses
 from alignpro.experiments.transfer import transfer_analyses
 from alignpro.training.durability import replace_text
@@ -75,6 +79,7 @@ def _analyses(config: ExperimentConfig, done: Sequence[Cell]) -> list[Analysis]:
     return [
         *swept,
         *frontier_analyses(config, methods),
+        *self_reward_analyses(config, methods),
         *transfer_analyses(config, methods),
         *crossing_analyses(config, done, methods),
     ]
@@ -97,11 +102,14 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
     """One arm of a cell: a trained prompter is a method by its key; the others are what their arm is."""
     method = (config if cell.point is None else cell.point.config).methods[cell.method]
     cost, name, label = Cost(target_calls=0.0), arm, ""
-    if isinstance(method, TrainMethod | RLHFMethod):
+    if isinstance(method, TrainMethod | RLHFMethod | TargetAdapterMethod | SoftPromptMethod):
         trained = cell if cell.trained_on is None else cell.needs
         assert trained is not None  # what is transferred was trained
         cost = training_cost(trained.directory / "run", trained.jobs[0].config.model_dump())
-        name, label = cell.method if isinstance(method, TrainMethod) else arm, method.label or ""
+        name, label = arm if isinstance(method, RLHFMethod) else cell.method, method.label or ""
+    elif isinstance(method, SelfRewardMethod):
+        cost, name = _cost_so_far(cell), f"{cell.method}_{cell.alpha:g}_{cell.iteration}"
+        label = f"{method.title(cell.alpha)}, iteration {cell.iteration}"
     elif isinstance(method, RivalMethod):
         found = read_result(cell.directory / "run")
         cost = Cost(float(found["target_calls"]), found["tokens"], found["seconds"])
@@ -120,3 +128,21 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
     if cell.point is not None:
         name, label = f"{name}: {cell.point.name}", f"{label or method_label(name)}, {cell.point.label}"
     return {"method": name, "label": label, "cost": cost.as_dict()}
+
+
+def _cost_so_far(cell: Cell) -> Cost:
+    """What an iteration and those before it took; a number is None if it is not known of one of them."""
+    own = training_cost(cell.directory / "run", cell.jobs[0].config.model_dump())
+    if cell.iteration == 1:
+        return own
+    assert cell.needs is not None  # the iteration before
+    before = _cost_so_far(cell.needs)
+
+    def added(one: float | None, other: float | None) -> float | None:
+        return None if one is None or other is None else one + other
+
+    return Cost(
+        added(own.target_calls, before.target_calls),
+        added(own.tokens, before.tokens),
+        added(own.seconds, before.seconds),
+    )

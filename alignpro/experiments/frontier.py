@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignpro.config import ExperimentConfig, TrainMethod
+from alignpro.config import ExperimentConfig, SelfRewardMethod, SoftPromptMethod, TrainMethod
 from alignpro.evaluation.charts import to_svg
 from alignpro.evaluation.experiment_charts import FrontierPoint, plot_reward_against_kl
 from alignpro.evaluation.labels import method_label
@@ -85,7 +85,9 @@ def _series(config: ExperimentConfig, methods: Sequence[MethodRecords]) -> dict[
 
 def _name(config: ExperimentConfig, each: MethodRecords) -> str:
     method = config.methods[each.cell.method]
-    if isinstance(method, TrainMethod):
+    if isinstance(method, SelfRewardMethod):
+        return method.title(each.cell.alpha)
+    if isinstance(method, TrainMethod | SoftPromptMethod):
         return method.label or method_label(each.cell.method)
     if each.cell.point is not None and not any(key.startswith("methods.") for key in each.cell.point.values):
         return method_label(each.method.partition(":")[0])  # one N at several λ

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from alignpro.config import (
     RivalMethod,
     RLHFConfig,
     SFTConfig,
+    TargetAdapterMethod,
     TrainConfig,
     validate_config,
 )
@@ -43,11 +44,10 @@ def train_sections(
     config: ExperimentConfig,
     where: str,
     *,
-    prompter: str,
-    start: str,
+    policy: Mapping[str, Any],
     target: str,
     task: str,
-    settings: Mapping[str, Any],
+    settings: Sequence[Mapping[str, Any]],
     seed: int,
     out: Path,
 ) -> TrainConfig:
@@ -56,11 +56,10 @@ def train_sections(
     Args:
         config: The experiment.
         where: What the settings belong to, for messages.
-        prompter: Name of the prompter.
-        start: Directory or name of the model that training starts from, ρ_sft.
+        policy: The section of the policy; its path is that of the model that training starts from.
         target: Name of the target.
         task: Name of the task.
-        settings: What the method sets.
+        settings: What the method sets, the last word last.
         seed: The run's seed.
         out: The run directory.
 
@@ -68,7 +67,7 @@ def train_sections(
         ConfigError: The sections are invalid; the message names ``where``.
     """
     common = _of_run(config, task, seed, out) | {
-        "policy": config.prompters[prompter].policy | {"path": start},
+        "policy": policy,
         "target": target_sections(config, target),
         "prompting": config.prompting.model_dump(mode="json"),
         "rollout": {
@@ -77,11 +76,18 @@ def train_sections(
             "engine": config.engine.model_dump(mode="json"),
         },
     }
-    return _validated(TrainConfig, where, common, config.train, settings)
+    return _validated(TrainConfig, where, common, config.train, *settings)
 
 
 def rlhf_sections(
-    config: ExperimentConfig, where: str, *, target: str, task: str, settings: Mapping[str, Any], seed: int, out: Path
+    config: ExperimentConfig,
+    where: str,
+    *,
+    target: str,
+    task: str,
+    settings: Sequence[Mapping[str, Any]],
+    seed: int,
+    out: Path,
 ) -> RLHFConfig:
     """`alignpro rlhf` of a cell; the arguments are those of `train_sections`."""
     common = _of_run(config, task, seed, out) | {
@@ -91,7 +97,7 @@ def rlhf_sections(
             "engine": config.engine.model_dump(mode="json"),
         },
     }
-    return _validated(RLHFConfig, where, common, config.rlhf, settings)
+    return _validated(RLHFConfig, where, common, config.rlhf, *settings)
 
 
 def rival_sections(
@@ -153,12 +159,18 @@ def eval_sections(
         "rewrite": config.rewrite.model_dump(mode="json"),
         "respond": config.respond.model_dump(mode="json"),
         "engine": config.engine.model_dump(mode="json"),
-        "also_fit": [model_sections(each.policy, each.policy["path"]) for each in config.prompters.values()],
+        "also_fit": [model_sections(each, each["path"]) for each in _prompters(config)],
         "kl_coef": config.kl_coef,
         **config.evaluation.model_dump(),
         **config.spending.model_dump(mode="json"),
     }
     return _validated(EvalConfig, where, common, arms)
+
+
+def _prompters(config: ExperimentConfig) -> list[Mapping[str, Any]]:
+    """The models that write rewrites in some cell: prompters, and targets with an adapter."""
+    adapted = any(isinstance(method, TargetAdapterMethod) for method in config.methods.values())
+    return [*(each.policy for each in config.prompters.values()), *(config.targets.values() if adapted else ())]
 
 
 def target_sections(config: ExperimentConfig, name: str) -> dict[str, Any]:

@@ -46,18 +46,21 @@ def step_compute(config: TrainConfig | RLHFConfig, models: JobModels | None = No
     if isinstance(config, TrainConfig):
         K, M = config.rollout.rewrites_per_prompt, config.rollout.responses_per_rewrite
         prompt, sample = config.prompting.max_prompt_tokens, config.rollout.rewrite.max_tokens
-        name = "rewrites"
+        name, answered, grown = "rewrites", K, config.self_reward
     else:
         K, M = config.rollout.responses_per_prompt, 0
         prompt, sample = config.max_prompt_tokens, config.rollout.respond.max_tokens
-        name = "responses"
+        name, answered, grown = "responses", 0, None
     drawn = P * K * sample
     forward = _flop(policy, P * prompt + drawn, drawn)
     parts = {name: forward}
+    if grown is not None:  # what is trained on is chosen among more
+        sentences = P * grown.grown * (sample // grown.sentences)
+        parts, answered = {name: _flop(policy, P * prompt + sentences, sentences)}, grown.answered
     targets = models.targets or ((policy,) if isinstance(config, TrainConfig) and config.target == "policy" else ())
     if targets:
-        answers = P * K * M * rollout.respond.max_tokens
-        parts["responses"] = sum(_flop(each, drawn + answers, answers) for each in targets) / len(targets)
+        read, answers = P * answered * sample, P * answered * M * rollout.respond.max_tokens
+        parts["responses"] = sum(_flop(each, read + answers, answers) for each in targets) / len(targets)
     parts["credit"] = 2 * forward  # policy and reference
     parts["update"] = forward * (3 if trains_all(config.policy) else 2)
     if config.objective.step_kl is not None:

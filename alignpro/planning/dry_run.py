@@ -36,11 +36,21 @@ def _describe_samples(config: Section) -> list[str]:
             rollout, steps = config.rollout, config.run.steps
             P, K, M = rollout.prompts_per_step, rollout.rewrites_per_prompt, rollout.responses_per_rewrite
             chains = P * K
-            return [
-                f"train {config.policy.path} ({_trained(config.policy)}) against the frozen {_target(config)}",
+            samples = (
                 f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'rewrite')} × {_count(M, 'response')}: "
                 f"{_count(chains, 'chain')} per step, {_count(chains * steps, 'rewrite')} and "
-                f"{_count(chains * M * steps, 'response')} in total",
+                f"{_count(chains * M * steps, 'response')} in total"
+            )
+            if config.self_reward is not None:
+                asked = config.self_reward.answered * M
+                samples = (
+                    f"{steps:,} steps × {_count(P, 'prompt')} × {_count(K, 'rewrite')}, chosen among those that grow from at "
+                    f"most {_count(config.self_reward.grown, 'sentence')} with {_count(asked, 'response')}: at most "
+                    f"{_count(P * asked * steps, 'response')} in total"
+                )
+            return [
+                f"train {config.policy.path} ({_trained(config.policy)}) against the frozen {_target(config)}",
+                samples,
                 *_updates(config.objective, steps),
                 *_writes(config.run),
             ]

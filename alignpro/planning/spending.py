@@ -109,7 +109,8 @@ def check_budget(config: Section) -> None:
 def _of_training(config: TrainConfig, steps: int) -> list[Asked]:
     """What steps ask, with the evaluations after them."""
     rollout = config.rollout
-    groups = steps * rollout.prompts_per_step * rollout.rewrites_per_prompt + _evaluated(config, steps)
+    answered = rollout.rewrites_per_prompt if config.self_reward is None else config.self_reward.answered
+    groups = steps * rollout.prompts_per_step * answered + _evaluated(config, steps)
     draws, prompt_tokens = groups * rollout.responses_per_rewrite, config.prompting.max_prompt_tokens
     rewrite_tokens, answer_tokens = rollout.rewrite.max_tokens, rollout.respond.max_tokens
     unchanged = steps * rollout.prompts_per_step + _evaluated(config, steps) if config.reward.keeps_refusals else 0

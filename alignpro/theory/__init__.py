@@ -1,6 +1,6 @@
-"""The theory in exact form: closed form, divergences, bound, mixtures, enumeration; and `statistics` of samples. Pure functions.
+"""The theory in exact form: closed form, divergences, bound, mixtures, self-reward, enumeration; and `statistics` of samples.
 
-May import `alignpro_kernels` and `errors` only.
+All are pure functions. May import `alignpro_kernels` and `errors` only.
 """
 
 from alignpro.theory.bound import Bound, divergence_term, exact_bound, sampled_bound
@@ -26,6 +26,7 @@ from alignpro.theory.mixtures import (
     mixture_value,
     sampled_mixture,
 )
+from alignpro.theory.self_reward import ranks, self_reward_iterations, sentence_scores
 
 __all__ = [
     "Bound",
@@ -50,8 +51,11 @@ __all__ = [
     "mixture_value",
     "objective",
     "optimal_policy",
+    "ranks",
     "sampled_bound",
     "sampled_mixture",
+    "self_reward_iterations",
+    "sentence_scores",
     "state_kl",
     "total_variation",
     "tv_from_logprobs",

@@ -13,6 +13,7 @@ from alignpro.environments.base import sampling_params
 from alignpro.environments.build import environment_kind, prompt_environment
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
+from alignpro.environments.self_reward import SelfRewardEnvironment
 from alignpro.errors import ConfigError, DataError
 from alignpro.models.input_room import max_input_tokens
 from alignpro.models.invocation import invocation_start
@@ -73,7 +74,7 @@ def prompter_training(
     sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
         policy,
-        environment,
+        environment if config.self_reward is None else SelfRewardEnvironment(environment, config.self_reward),
         Engine({"policy": sampled.model, **target.models}, **config.rollout.engine.model_dump()),
         training,
         heldout,
@@ -91,6 +92,7 @@ def prompter_training(
         ahead=_sampling_ahead(config, environment),
         servers=servers,
         memory=memory,
+        heldout_environment=environment,
     )
 
 

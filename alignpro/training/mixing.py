@@ -78,7 +78,7 @@ def mix(
     chosen = check_weights(weights, len(runs))
     if one_model:
         require_adapters([run.mixture.prompters[0] for run in runs])
-    models, reference = _load(runs)
+    models, reference = load_mixed(runs)
     samples = sample_reference([run.config for run in runs], models, reference, prompts, rewrites, seed)
     if max_min:
         chosen = samples.max_min_weights(seed)
@@ -101,8 +101,12 @@ def mix(
     return summary
 
 
-def _load(runs: Sequence[MixedRun]) -> tuple[list[LanguageModel], LanguageModel]:
-    """The prompters and ρ_sft; equal weights are held once."""
+def load_mixed(runs: Sequence[MixedRun]) -> tuple[list[LanguageModel], LanguageModel]:
+    """The prompters of runs and their ρ_sft, frozen; equal weights are held once.
+
+    Raises:
+        ModelError: A model cannot be loaded.
+    """
     models = [load_language_model(run.model_config) for run in runs]
     path = runs[0].mixture.reference
     if path is None:

@@ -67,6 +67,7 @@ class RLTrainer:
         ahead: Samples are drawn in the step before, and importance weights correct the gradient; by default in their own.
         servers: The job's servers, for the metrics of those that rewards ask.
         memory: Past rewrites that the environment shows, to which each step's are added.
+        heldout_environment: Scores what is evaluated; by default the environment of training.
 
     Raises:
         ConfigError: The loss or the advantage cannot be loaded, or they do not fit together.
@@ -96,6 +97,7 @@ class RLTrainer:
         ahead: SamplingAhead | None = None,
         servers: Servers = NO_SERVERS,
         memory: MemoryContext | None = None,
+        heldout_environment: Environment | None = None,
     ) -> None:
         distribution = distribution or SingleProcess()
         ranks = distribution.ranks
@@ -133,7 +135,15 @@ class RLTrainer:
         self.memory = None if memory is None else StepMemory(ranks, memory, run.out)
         self.measure = StepMetrics(ranks, responder, servers)
         self.evaluation = HeldoutEvaluation(
-            environment, engine, self.accumulate, sampling, run.seed, objective.kl.coef, self.phase, self.assign, ranks
+            heldout_environment or environment,
+            engine,
+            self.accumulate,
+            sampling,
+            run.seed,
+            objective.kl.coef,
+            self.phase,
+            self.assign,
+            ranks,
         )
         self.progress_metrics = ("reward/mean", "kl", "entropy", *self.measure.of_servers)
         self._can_keep_graph = distribution.can_keep_graph and self.loss.per_token and objective.minibatches == 1

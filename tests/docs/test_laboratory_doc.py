@@ -25,7 +25,7 @@ def test_its_links_resolve() -> None:
 def test_every_kind_of_method_is_in_the_table() -> None:
     (union, _) = get_args(Method)
     kinds = {kind for each in get_args(union) for kind in get_args(each.model_fields["kind"].annotation)}
-    table = DOCUMENT.text.partition("## Rivals")[0]
+    table = DOCUMENT.text.partition("## Adapters")[0]
     told = {
         kind
         for row in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", table, re.MULTILINE)
@@ -52,15 +52,22 @@ def experiment(number: int) -> ExperimentConfig:
     return validate_config(ExperimentConfig, given | added)
 
 
+def test_its_policies_are_trained_on_what_it_says() -> None:
+    plan = {cell.method: cell for cell in cells(experiment(0)) if cell.seed == 0}
+    commands = {name: plan[name].jobs[0].command for name in ("own_adapter", "soft_prompter", "soft_target")}
+    assert commands == {"own_adapter": "train", "soft_prompter": "train", "soft_target": "rlhf"}
+    assert plan["own_adapter"].prompter is None and plan["soft_prompter"].prompter == "small"
+
+
 def test_its_rivals_have_the_calls_of_the_training() -> None:
-    plan = cells(experiment(0))
+    plan = cells(experiment(1))
     rivals = [cell for cell in plan if cell.jobs[0].command == "rival" and cell.seed == 0]
     assert [cell.method for cell in rivals] == ["gepa", "gepa_helped", "miprov2"]
     assert {cell.jobs[0].config.target_calls for cell in rivals} == {40 * 8 * 8}  # type: ignore[attr-defined]
 
 
 def test_its_transfer_has_a_cell_for_each_other_target() -> None:
-    config = experiment(1)
+    config = experiment(2)
     moved = {(cell.trained_on, cell.target) for cell in cells(config) if cell.trained_on}
     assert moved == {("a", "b"), ("b", "a"), ("both", "a"), ("both", "b")}
     assert Path("cells/house_style/b/align_pro/small/from_a/seed_0") in {

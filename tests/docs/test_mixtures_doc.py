@@ -20,7 +20,7 @@ def test_its_links_resolve() -> None:
 
 def test_its_commands_exist_with_their_options() -> None:
     lines = [line for _, block in DOCUMENT.blocks("sh") for line in block.splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         name, *arguments = shlex.split(line, comments=True)[1:]
         get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from alignpro.config import RLHFConfig, TrainConfig, load_config
 from alignpro.planning.compute import describe_compute, step_compute
+from alignpro.planning.dry_run import describe_work
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +67,16 @@ def test_it_is_described_for_a_whole_run(made: Workshop) -> None:
     oracle = load_config(RLHFConfig, made.arguments("rlhf", made.root / "oracle", "run.steps=7")[1:])
     (line,) = describe_compute(oracle)
     assert "PFLOP in 7 steps" in line and "responses" in line and "credit" in line
+
+
+def test_self_reward_draws_and_asks_for_more_than_it_trains_on(made: Workshop) -> None:
+    grown = ("objective.loss=gibbs", "rollout.rewrites_per_prompt=2", "rollout.rewrite.max_tokens=8")
+    grown += ("self_reward.sentences=2", "self_reward.beams=3", "self_reward.branches=4")
+    plain = step_compute(training(made, *grown[:3])).parts
+    calibrated, alone = (step_compute(training(made, *grown, f"self_reward.alpha={alpha}")).parts for alpha in (0.5, 0))
+    assert calibrated["update"] == plain["update"] and calibrated["credit"] == plain["credit"]
+    assert calibrated["responses"] == pytest.approx(plain["responses"] * (4 + 3 * 4) / 2)
+    assert alone["responses"] == 0 and alone["rewrites"] == calibrated["rewrites"] > plain["rewrites"]
+    (_, line, *_) = describe_work(training(made, *grown))
+    assert "chosen among those that grow from at most 16 sentences with 16 responses" in line
+    assert line.endswith(": at most 128 responses in total")
