@@ -250,6 +250,8 @@ class EngineThread:
             wait = False
 
     def _start(self, generation: Generation) -> None:
+        if generation.done.done():  # given up before its turn came
+            return
         engine = next((each for each in reversed(self._engines) if generation.model in each.models), None)
         if engine is None:
             reason = self.failure or f"the engine has no model {generation.model} any more"
