@@ -63,7 +63,7 @@ class LocalServedTarget:
     def __init__(
         self, model: LanguageModel, engine: EngineThread, template: ChatTemplate, name: str, config: LocalTargetConfig
     ) -> None:
-        self.name = name
+        self.model = name
         self._model, self._engine, self._template, self._config = model, engine, template, config
         self._created = int(time.time())
         self._texts = TokenTexts(model.tokenizer)
@@ -71,13 +71,13 @@ class LocalServedTarget:
     async def send(self, request: TargetRequest) -> LocalResponse:
         """Answer a request; what cannot be honoured gets an error in OpenAI's form."""
         if self._engine.failure is not None:
-            raise TargetFailure(f"the model {self.name} cannot answer: {self._engine.failure}")
+            raise TargetFailure(f"the model {self.model} cannot answer: {self._engine.failure}")
         path = request.path.partition("?")[0].rstrip("/")
         try:
             if (api := APIS.get(path)) is not None:
                 _require(request.method, "POST")
                 return await self._answer(api, request.body)
-            if path in ("/models", f"/models/{self.name}"):
+            if path in ("/models", f"/models/{self.model}"):
                 _require(request.method, "GET")
                 return _whole(200, self._listed(whole=path == "/models"))
             raise RefusedRequestError(f"{path} does not exist", status=404)
@@ -93,21 +93,21 @@ class LocalServedTarget:
         """Nothing: the engine is closed by its owner."""
 
     def _listed(self, *, whole: bool) -> dict[str, Any]:
-        own = {"id": self.name, "object": "model", "created": self._created, "owned_by": "alignpro"}
+        own = {"id": self.model, "object": "model", "created": self._created, "owned_by": "alignpro"}
         return {"object": "list", "data": [own]} if whole else own
 
     async def _answer(self, api: Api, content: bytes) -> LocalResponse:
         limits = {"max_tokens": self._config.max_tokens, "max_draws": self._config.max_draws}
-        request = read_request(api, content, self.name, **limits)
+        request = read_request(api, content, self.model, **limits)
         if self._engine.waiting("target") >= self._config.max_waiting:
             raise RefusedRequestError(
-                f"the model {self.name} has {self._config.max_waiting} requests to answer: try again later",
+                f"the model {self.model} has {self._config.max_waiting} requests to answer: try again later",
                 code="overloaded",
                 status=429,
             )
         tokens = self._encode(request)
         generation = self._start(request, tokens)
-        answer = _Answer(self.name, request, len(tokens), lambda each: self._decode(api, each), self._texts)
+        answer = _Answer(self.model, request, len(tokens), lambda each: self._decode(api, each), self._texts)
         if request.stream:
             return LocalResponse(
                 200, (_EVENTS,), answer.events(generation), close=lambda: self._engine.cancel(generation)
@@ -118,7 +118,7 @@ class LocalServedTarget:
             self._engine.cancel(generation)
             raise
         except EngineFailedError as error:
-            raise TargetFailure(f"the model {self.name} cannot answer: {error}") from None
+            raise TargetFailure(f"the model {self.model} cannot answer: {error}") from None
         if failed := next((each.error for each in completions if each.error is not None), None):
             return _whole(500, _error(failed, status=500))
         return _whole(200, answer.whole(completions))
@@ -139,7 +139,7 @@ class LocalServedTarget:
         try:
             return self._engine.start("target", tokens, params, seed, draws=draws, streamed=request.stream)
         except EngineFailedError as error:
-            raise TargetFailure(f"the model {self.name} cannot answer: {error}") from None
+            raise TargetFailure(f"the model {self.model} cannot answer: {error}") from None
 
     def _encode(self, request: ModelRequest) -> list[int]:
         if request.api == "completions":
