@@ -29,7 +29,7 @@ def serve(
     target: Annotated[
         str | None, typer.Option(metavar="URL|PATH", help="Base URL of an OpenAI-compatible server, or a model.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The only model that clients may ask for.")] = None,
+    model: Annotated[str | None, typer.Option(help="The only model that clients may ask a server for.")] = None,
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Environment variable that holds the target's key.")
     ] = None,

@@ -119,7 +119,7 @@ class ServeConfig(Section):
     target: Annotated[str, AfterValidator(_require_url_or_path)] = Field(min_length=1)
     """The base URL of an OpenAI-compatible server, such as ``https://api.openai.com/v1``, or a model for this process."""
     model: str | None = None
-    """The only model that clients may ask for; by default the target decides."""
+    """The only model that clients may ask a server for; by default it decides."""
     api_key_env: str | None = None
     """The environment variable that holds the target's key."""
     extra_headers: dict[HeaderName, str] = Field(default_factory=dict)
@@ -165,6 +165,10 @@ class ServeConfig(Section):
         if self.url is None and (self.api_key_env or self.extra_headers or self.ca_bundle):
             raise ValueError(
                 f"target {self.target} is a model: api_key_env, extra_headers and ca_bundle are of servers"
+            )
+        if self.url is None and self.model is not None:
+            raise ValueError(
+                f"target {self.target} is a model: its name for clients is rewriting.target.name, not model"
             )
         if access.forward_authorization and self.url is None:
             raise ValueError(

@@ -7,7 +7,7 @@ from alignpro.engine.engine import Engine
 from alignpro.engine.sampler import derive_seed
 from alignpro.engine.sequence import Request
 from alignpro.engine.stats import EngineStats
-from alignpro.engine.types import Chain, Completion, HasTokens, SamplingParams, TokenPrompt
+from alignpro.engine.types import Chain, Completion, HasTokens, SamplingParams, TokenLogprobs, TokenPrompt
 
 __all__ = [
     "Chain",
@@ -17,6 +17,7 @@ __all__ = [
     "HasTokens",
     "Request",
     "SamplingParams",
+    "TokenLogprobs",
     "TokenPrompt",
     "derive_seed",
 ]

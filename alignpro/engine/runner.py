@@ -17,7 +17,7 @@ from alignpro.engine.faults import describe
 from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import Node
-from alignpro.engine.sampler import position_seeds, sample
+from alignpro.engine.sampler import model_logprobs, position_seeds, sample
 from alignpro.engine.scheduler import Batch, Chunk
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.sequence_table import Ints, SequenceTable
@@ -147,7 +147,9 @@ def _alike(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSeque
     for place, sequence in enumerate(sequences):
         params = sequence.params  # heads of one batch differ only in their LoRA
         head_name = sequence.model if lora[sequence.model] else ""
-        alike.setdefault((head_name, params.temperature, params.top_k, params.top_p, params.min_p), []).append(place)
+        recorded = -1 if params.top_logprobs is None else params.top_logprobs
+        key = head_name, params.temperature, params.top_k, params.top_p, params.min_p, recorded
+        alike.setdefault(key, []).append(place)
     return list(alike.values())
 
 
@@ -162,6 +164,10 @@ def _draw(
     drawn = torch.cat([tokens.double(), logprobs, total.reshape(1)]).cpu().numpy()  # (2 B + 1,)
     for check in (drawn[-1], drawn[count:-1].sum()):
         check_finite_sum(model.name, check)
+    if (recorded := first.params.top_logprobs) is not None:
+        known = model_logprobs(states, model.head, tokens, recorded)
+        for sequence, position, record in zip(table.sequences(rows), table.columns["count"][rows], known, strict=True):
+            sequence.model_logprobs[position:] = [record]  # in place of that of a draw that raised afterwards
     may_end = table.add_tokens(rows, drawn[:count].astype(np.int64), drawn[count:-1])
     sequences = table.sequences(rows[may_end])
     for sequence in sequences:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alignpro.engine.types import SamplingParams
+from alignpro.engine.types import SamplingParams, TokenLogprobs
 from alignpro.models.head import Head
 from alignpro_kernels import gumbel_noise, linear_sample
 from alignpro_kernels.reference import head_logits
@@ -85,6 +85,26 @@ def sample(hidden: Tensor, head: Head, params: SamplingParams, seeds: Tensor) ->
     logprobs = filter_logits(logits, params).log_softmax(-1)
     token = (logprobs + gumbel_noise(seeds, logprobs.shape[-1], logprobs.dtype)).argmax(-1)
     return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
+
+
+def model_logprobs(hidden: Tensor, head: Head, tokens: Tensor, count: int) -> list[TokenLogprobs]:
+    """The log-probabilities of drawn tokens under the model itself: at temperature 1, without filters.
+
+    Args:
+        hidden: (B, D) the hidden states that they were drawn from.
+        head: The output layer.
+        tokens: (B,) int64, the drawn tokens.
+        count: Number of likeliest tokens that are reported at each position.
+
+    Returns:
+        One per row.
+    """
+    logits = head_logits(hidden, head.weight, head.bias, 1.0, head.softcap, head.lora)  # (B, V)
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(-1, tokens[:, None]).squeeze(-1)  # (B,)
+    top = logprobs.topk(min(count, logprobs.shape[-1]))  # (B, count)
+    rows = zip(tokens.tolist(), own.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return [TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True))) for token, logprob, ids, values in rows]
 
 
 def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:

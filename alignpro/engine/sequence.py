@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from alignpro.engine.pool import Segment
 from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import derive_seed
-from alignpro.engine.types import Completion, SamplingParams
+from alignpro.engine.types import Completion, SamplingParams, TokenLogprobs
 
 _OF_ADAPTER = 1 << 40
 """Offset of the tokens that an adapter acts on, which keeps them distinct from the base model's tokens."""
@@ -109,6 +109,8 @@ class SampledSequence:
     """The sampled tokens that have been read."""
     read_logprobs: list[float] = field(default_factory=list)
     """Their log-probabilities."""
+    model_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of each sampled token, whether it has been read or not; empty if nobody asks."""
     num_cached_tokens: int = 0
     """Prompt tokens that were already computed when it was first admitted."""
     num_preemptions: int = 0
@@ -152,7 +154,12 @@ class SampledSequence:
     ) -> None:
         """Complete the sequence with the tokens sampled so far."""
         self.completion = Completion(
-            self.output_ids, self.logprobs, reason, num_text_tokens=num_text_tokens, rest_tokens=rest_tokens
+            self.output_ids,
+            self.logprobs,
+            reason,
+            num_text_tokens=num_text_tokens,
+            rest_tokens=rest_tokens,
+            model_logprobs=self.model_logprobs,
         )
 
     def fail(self, error: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from alignpro.errors import ConfigError
 
@@ -30,6 +30,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Texts that end a sequence."""
     seed: int = 0
+    top_logprobs: int | None = None
+    """Record the model's own log-probabilities at each position, of the drawn token and of so many likeliest ones; None records
+    nothing."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -40,10 +43,21 @@ class SamplingParams:
             "min_p": (0 <= self.min_p < 1, "at least 0, below 1"),
             "n": (self.n >= 1, "at least 1"),
             "stop": (all(self.stop), "non-empty texts"),
+            "top_logprobs": (self.top_logprobs is None or self.top_logprobs >= 0, "at least 0"),
         }
         for name, (holds, expected) in ranges.items():
             if not holds:
                 raise ConfigError(f"sampling: {name}={getattr(self, name)}: expected {expected}")
+
+
+class TokenLogprobs(NamedTuple):
+    """What the model's own distribution, at temperature 1 and without filters, says at one position; in nats."""
+
+    token: int
+    """The id of the drawn token."""
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """Ids of the likeliest tokens with their log-probabilities, the likeliest first."""
 
 
 @dataclass
@@ -60,6 +74,8 @@ class Completion:
     """Number of whole tokens before the stop text that ended the sequence; None if no stop text did."""
     rest_tokens: tuple[int, ...] = ()
     """The ids of the text between those tokens and a stop text that begins inside a token. They were not sampled."""
+    model_logprobs: Sequence[TokenLogprobs] = ()
+    """One for each of ``tokens``, if ``SamplingParams.top_logprobs`` asks for them; ``logprobs`` are those of sampling."""
 
     @property
     def text_tokens(self) -> list[int]:

@@ -155,7 +155,7 @@ class Rewritten(_Forwarding):
     def _note(self, scope: Scope, document: Document) -> None:
         exchange: Exchange = scope["exchange"]
         exchange.model, exchange.is_stream = document.body.get("model"), bool(document.body.get("stream"))
-        only = self._service.config.model
+        only = self._service.target.model
         if only is not None and exchange.model not in (None, only):
             raise Refusal(404, f"The model is not served: ask for {only}.", "model_not_found", "model")
         user = (document.body.get("user") or "").encode("utf-8", "surrogatepass")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignpro.data import Message
@@ -15,6 +15,8 @@ from alignpro.serving.contract import Api
 from alignpro.serving.prompt_span import ROLES
 
 MAX_STOPS = 16
+MAX_LOGPROBS = 20
+"""Likeliest tokens of a position that can be asked for."""
 LARGEST = 1e300
 """An integer of JSON can be larger than any float."""
 MAX_TEMPERATURE = 100.0
@@ -35,8 +37,6 @@ _ASKING_NOTHING: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "store": (False,),
     "best_of": (1,),
     "echo": (False,),
@@ -46,7 +46,7 @@ _ASKING_NOTHING: dict[str, tuple[Any, ...]] = {
 _READ = frozenset(
     {
         *("model", "messages", "prompt", "max_tokens", "max_completion_tokens", "stop", "n", "seed"),
-        *("temperature", "top_p", "top_k", "min_p", "stream", "stream_options"),
+        *("temperature", "top_p", "top_k", "min_p", "stream", "stream_options", "logprobs", "top_logprobs"),
     }
 )
 
@@ -110,7 +110,7 @@ def read_request(api: Api, content: bytes, model: str, *, max_tokens: int, max_d
     return ModelRequest(
         api,
         _messages(body.get("messages")) if api == "chat" else (_prompt(body.get("prompt")),),
-        _sampling(body, n or 1, asked or max_tokens),
+        replace(_sampling(body, n or 1, asked or max_tokens), top_logprobs=_top_logprobs(body, api)),
         asked is not None,
         _seed(body),
         n is None,
@@ -183,6 +183,29 @@ def _seed(body: Mapping[str, Any]) -> int | None:
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise _refused("seed", "has more than 64 bits")
     return None if seed is None else int(seed)
+
+
+def _top_logprobs(body: Mapping[str, Any], api: Api) -> int | None:
+    """How many likeliest tokens are wanted at each position, beside the own one; None if no log-probabilities are."""
+    name, count = _of_chat(body) if api == "chat" else _of_completion(body)
+    if count is not None and not 0 <= count <= MAX_LOGPROBS:
+        raise _refused(name, f"is {count}: expected 0 to {MAX_LOGPROBS}")
+    return count
+
+
+def _of_chat(body: Mapping[str, Any]) -> tuple[str, int | None]:
+    """A chat asks with a boolean ``logprobs`` and the number ``top_logprobs``."""
+    wanted, count = _of(body, "logprobs", bool, "a boolean"), _of(body, "top_logprobs", int, "an integer") or 0
+    if count and not wanted:
+        raise _refused("top_logprobs", "needs logprobs: true")
+    return "top_logprobs", count if wanted else None
+
+
+def _of_completion(body: Mapping[str, Any]) -> tuple[str, int | None]:
+    """A completion asks with a number in ``logprobs``."""
+    if body.get("top_logprobs") not in (None, 0):
+        raise _refused("top_logprobs", "is a field of chats: a completion gives the number in logprobs")
+    return "logprobs", None if body.get("logprobs") is False else _of(body, "logprobs", int, "an integer")
 
 
 def _sampling(body: Mapping[str, Any], n: int, max_tokens: int) -> SamplingParams:

@@ -108,6 +108,10 @@ class TargetFailure(Exception):  # noqa: N818
 class ServedTarget(Protocol):
     """The target that requests are passed to: a server, or a model in this process."""
 
+    @property
+    def model(self) -> str | None:
+        """The only model that may be asked for; None if the target is the one to say."""
+
     async def send(self, request: TargetRequest) -> TargetResponse:
         """Send a request, and wait for the head of the response. Cancelling the call cancels the request.
 

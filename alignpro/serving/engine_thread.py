@@ -23,7 +23,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from alignpro.config import EngineConfig
-from alignpro.engine import Completion, Engine, Request, SamplingParams
+from alignpro.engine import Completion, Engine, Request, SamplingParams, TokenLogprobs
 from alignpro.engine.sequence import SampledSequence
 from alignpro.errors import AlignProError
 from alignpro.models.language_model import LanguageModel
@@ -69,6 +69,8 @@ class Generation:
         )
         self.loop = asyncio.get_running_loop()
         self.done: asyncio.Future[list[Completion]] = self.loop.create_future()
+        self.request: Request | None = None
+        """Set on the engine's thread, which may be changing what it holds."""
         self._tokens: list[list[int]] | None = None  # those that nobody has read
         self._changed = asyncio.Event()
         self.done.add_done_callback(lambda _: self._changed.set())
@@ -81,6 +83,10 @@ class Generation:
             if self._tokens is not None and not self.done.done():
                 tokens, self._tokens = self._tokens, None
                 yield tokens
+
+    def model_logprobs(self, draw: int) -> Sequence[TokenLogprobs]:
+        """The log-probabilities of a draw's sampled tokens, of at least those that `updates` gave, if they are recorded."""
+        return () if self.request is None else tuple(self.request.sequences[draw].model_logprobs)
 
     def note_tokens(self, tokens: list[list[int]]) -> None:
         """Keep the tokens so far for `updates`."""
@@ -244,6 +250,8 @@ class EngineThread:
             wait = False
 
     def _start(self, generation: Generation) -> None:
+        if generation.done.done():  # given up before its turn came
+            return
         engine = next((each for each in reversed(self._engines) if generation.model in each.models), None)
         if engine is None:
             reason = self.failure or f"the engine has no model {generation.model} any more"
@@ -258,6 +266,7 @@ class EngineThread:
         if generation.draws is not None:  # before anything is drawn
             for sequence, seed in zip(request.sequences, generation.draws, strict=True):
                 sequence.seed = seed
+        generation.request = request
         self._pending[request] = engine, generation
         self._requests[generation] = request
 

@@ -92,6 +92,7 @@ class HttpTarget:
             host, port = (parts.hostname or "").encode("idna"), parts.port
         except ValueError as error:
             raise EndpointError(f"target {config.url}: its host or port is not valid: {error}") from None
+        self.model = config.model
         self._url = config.url
         self._origin = httpcore2.URL(scheme=parts.scheme.encode(), host=host, port=port, target=b"/").origin
         self._parts = (parts.scheme.encode(), host, port)

@@ -23,6 +23,7 @@ from alignpro.serving.chat_request import ModelRequest, RefusedRequestError, rea
 from alignpro.serving.contract import Api, TargetFailure, TargetRequest
 from alignpro.serving.engine_thread import EngineFailedError, EngineThread, Generation
 from alignpro.serving.text_stream import TextStream
+from alignpro.serving.token_logprobs import AnswerLogprobs, TokenTexts
 
 APIS: dict[str, Api] = {"/chat/completions": "chat", "/completions": "completions"}
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -62,20 +63,21 @@ class LocalServedTarget:
     def __init__(
         self, model: LanguageModel, engine: EngineThread, template: ChatTemplate, name: str, config: LocalTargetConfig
     ) -> None:
-        self.name = name
+        self.model = name
         self._model, self._engine, self._template, self._config = model, engine, template, config
         self._created = int(time.time())
+        self._texts = TokenTexts(model.tokenizer)
 
     async def send(self, request: TargetRequest) -> LocalResponse:
         """Answer a request; what cannot be honoured gets an error in OpenAI's form."""
         if self._engine.failure is not None:
-            raise TargetFailure(f"the model {self.name} cannot answer: {self._engine.failure}")
+            raise TargetFailure(f"the model {self.model} cannot answer: {self._engine.failure}")
         path = request.path.partition("?")[0].rstrip("/")
         try:
             if (api := APIS.get(path)) is not None:
                 _require(request.method, "POST")
                 return await self._answer(api, request.body)
-            if path in ("/models", f"/models/{self.name}"):
+            if path in ("/models", f"/models/{self.model}"):
                 _require(request.method, "GET")
                 return _whole(200, self._listed(whole=path == "/models"))
             raise RefusedRequestError(f"{path} does not exist", status=404)
@@ -91,21 +93,21 @@ class LocalServedTarget:
         """Nothing: the engine is closed by its owner."""
 
     def _listed(self, *, whole: bool) -> dict[str, Any]:
-        own = {"id": self.name, "object": "model", "created": self._created, "owned_by": "alignpro"}
+        own = {"id": self.model, "object": "model", "created": self._created, "owned_by": "alignpro"}
         return {"object": "list", "data": [own]} if whole else own
 
     async def _answer(self, api: Api, content: bytes) -> LocalResponse:
         limits = {"max_tokens": self._config.max_tokens, "max_draws": self._config.max_draws}
-        request = read_request(api, content, self.name, **limits)
+        request = read_request(api, content, self.model, **limits)
         if self._engine.waiting("target") >= self._config.max_waiting:
             raise RefusedRequestError(
-                f"the model {self.name} has {self._config.max_waiting} requests to answer: try again later",
+                f"the model {self.model} has {self._config.max_waiting} requests to answer: try again later",
                 code="overloaded",
                 status=429,
             )
         tokens = self._encode(request)
         generation = self._start(request, tokens)
-        answer = _Answer(self.name, request, len(tokens), lambda each: self._decode(api, each))
+        answer = _Answer(self.model, request, len(tokens), lambda each: self._decode(api, each), self._texts)
         if request.stream:
             return LocalResponse(
                 200, (_EVENTS,), answer.events(generation), close=lambda: self._engine.cancel(generation)
@@ -116,7 +118,7 @@ class LocalServedTarget:
             self._engine.cancel(generation)
             raise
         except EngineFailedError as error:
-            raise TargetFailure(f"the model {self.name} cannot answer: {error}") from None
+            raise TargetFailure(f"the model {self.model} cannot answer: {error}") from None
         if failed := next((each.error for each in completions if each.error is not None), None):
             return _whole(500, _error(failed, status=500))
         return _whole(200, answer.whole(completions))
@@ -137,7 +139,7 @@ class LocalServedTarget:
         try:
             return self._engine.start("target", tokens, params, seed, draws=draws, streamed=request.stream)
         except EngineFailedError as error:
-            raise TargetFailure(f"the model {self.name} cannot answer: {error}") from None
+            raise TargetFailure(f"the model {self.model} cannot answer: {error}") from None
 
     def _encode(self, request: ModelRequest) -> list[int]:
         if request.api == "completions":
@@ -159,9 +161,15 @@ class _Answer:
     """The JSON of an answer, in one piece or as a stream of events."""
 
     def __init__(
-        self, name: str, request: ModelRequest, num_prompt_tokens: int, decode: Callable[[Sequence[int]], str]
+        self,
+        name: str,
+        request: ModelRequest,
+        num_prompt_tokens: int,
+        decode: Callable[[Sequence[int]], str],
+        texts: TokenTexts,
     ) -> None:
         self._request, self._num_prompt_tokens, self._decode = request, num_prompt_tokens, decode
+        self._logprobs = [AnswerLogprobs(request.api, texts, decode) for _ in range(request.params.n)]
         self._chat = request.api == "chat"
         self._common = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -172,7 +180,8 @@ class _Answer:
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The answer in one piece."""
         choices = [
-            self._choice(k, self._decode(each.text_tokens), each.finish_reason) for k, each in enumerate(completions)
+            self._choice(k, self._decode(each.text_tokens), each.finish_reason, self._whole(k, each))
+            for k, each in enumerate(completions)
         ]
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._common, "object": kind, "choices": choices, "usage": self._usage(completions)}
@@ -184,10 +193,10 @@ class _Answer:
             for k in range(len(streams)):
                 yield self._event([self._delta(k, {"role": "assistant", "content": ""})])
         async for tokens in generation.updates():
-            pieces = [(k, stream.push(own)) for k, (stream, own) in enumerate(zip(streams, tokens, strict=True)) if own]
-            for k, piece in pieces:
-                if piece:
-                    yield self._event([self._piece(k, piece)])
+            for k, (stream, own) in enumerate(zip(streams, tokens, strict=True)):
+                if piece := stream.push(own):
+                    logprobs = self._logprobs[k].within(stream.sent, own, generation.model_logprobs(k))
+                    yield self._event([self._piece(k, piece, logprobs)])
         try:
             completions = await generation.done
         except EngineFailedError as error:
@@ -197,8 +206,9 @@ class _Answer:
             if completion.error is not None:
                 yield _event(_error(completion.error, status=500))
                 return
-            if piece := stream.finish(self._decode(completion.text_tokens)):
-                yield self._event([self._piece(k, piece)])
+            piece, logprobs = stream.finish(self._decode(completion.text_tokens)), self._rest(k, completion)
+            if piece or logprobs:
+                yield self._event([self._piece(k, piece, logprobs)])
             end = self._delta(k, {}) if self._chat else self._choice(k, "", None)
             yield self._event([{**end, "finish_reason": completion.finish_reason}])
         if self._request.usage_in_stream:
@@ -209,15 +219,27 @@ class _Answer:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return _event({**self._common, "object": kind, "choices": choices, **more})
 
-    def _piece(self, k: int, text: str) -> dict[str, Any]:
-        return self._delta(k, {"content": text}) if self._chat else self._choice(k, text, None)
+    def _whole(self, k: int, completion: Completion) -> dict[str, Any] | None:
+        """The log-probabilities of draw k, if they were asked for."""
+        if self._request.params.top_logprobs is None:
+            return None
+        return self._logprobs[k].whole(completion.text_tokens, completion.model_logprobs)
 
-    def _delta(self, k: int, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"index": k, "delta": delta, "logprobs": None, "finish_reason": None}
+    def _rest(self, k: int, completion: Completion) -> dict[str, Any] | None:
+        """The log-probabilities of draw k that have not been given."""
+        return self._logprobs[k].rest(completion.text_tokens, completion.model_logprobs)
 
-    def _choice(self, k: int, text: str, reason: str | None) -> dict[str, Any]:
+    def _piece(self, k: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        if self._chat:
+            return self._delta(k, {"content": text}, logprobs)
+        return self._choice(k, text, None, logprobs)
+
+    def _delta(self, k: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"index": k, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _choice(self, k: int, text: str, reason: str | None, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
         own = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
-        return {"index": k, **own, "logprobs": None, "finish_reason": reason}
+        return {"index": k, **own, "logprobs": logprobs, "finish_reason": reason}
 
     def _usage(self, completions: Sequence[Completion]) -> dict[str, int]:
         drawn = sum(len(each.tokens) for each in completions)

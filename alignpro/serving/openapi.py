@@ -83,7 +83,7 @@ def _rewritable(summary: str, body: dict[str, Any]) -> dict[str, Any]:
     replies = {status: _reply(what, _ERROR) for status, what in _REFUSED.items()}
     answer = {
         "description": "The target's answer, with the target's status; a stream if the request asks for one.",
-        "content": {_JSON: {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}},
+        "content": {_JSON: {"schema": {"type": "object"}}, "text/event-stream": {}},
     }
     return {
         "post": {

@@ -72,8 +72,15 @@ class PromptWriter:
         self._cache: Recent[tuple[str, str], Written] = Recent(config.cached_rewrites)
         self._thread = ThreadPoolExecutor(1, "texts of the proxy")
 
-    async def write(self, run: ServedRun, conversation: Conversation, asked: Asked) -> Written:
-        """Rewrite the last turn of a conversation; whatever goes wrong is a problem of the result."""
+    async def write(self, run: ServedRun, conversation: Conversation, asked: Asked, began: float) -> Written:
+        """Rewrite the last turn of a conversation; whatever goes wrong is a problem of the result.
+
+        Args:
+            run: Whose prompter writes it.
+            conversation: Of the request.
+            asked: The request.
+            began: Time of the event loop from which the deadline counts.
+        """
         prompt = conversation.prompt
         assert prompt is not None and conversation.last is not None  # or there is nothing to rewrite
         if (known := self._cache.get((run.name, prompt.id))) is not None:
@@ -83,7 +90,7 @@ class PromptWriter:
         if self._engine.waiting(run.name) >= self._config.max_waiting:
             return Written(None, "queue_full")
         try:
-            async with asyncio.timeout(self._config.deadline_ms / 1000):
+            async with asyncio.timeout_at(began + self._config.deadline_ms / 1000):
                 written = await self._write(run, conversation, prompt, asked)
         except TimeoutError:
             return Written(None, "deadline")

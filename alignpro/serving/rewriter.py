@@ -77,6 +77,7 @@ class PromptRewriter:
         if asked.opt_out or self._closed or run is None:
             reason = "opt_out" if asked.opt_out else "closed" if self._closed else "unknown_run"
             return Outcome(asked.raw, reason if self.served or reason != "unknown_run" else "no_run")
+        began = asyncio.get_running_loop().time()
         large = len(asked.raw) > INLINE_BYTES
         conversation = await asyncio.to_thread(read_conversation, asked) if large else read_conversation(asked)
         last = conversation.last
@@ -86,21 +87,27 @@ class PromptRewriter:
             reason = "shadow" if treated else "canary"
             later = None
             if last is not None and (treated or self._config.compare):
-                later = self._in_background(lambda: self._write(asked, run, conversation, reason, original))
+                later = self._in_background(lambda: self._write(asked, run, conversation, reason, began))
             return Outcome(asked.raw, reason, original, run=run.id, details={"treated": float(treated)}, later=later)
-        outcome = await self._write(asked, run, conversation, None, original)
+        outcome = await self._write(asked, run, conversation, None, began)
         with_history = partial(self._with_history, asked, run, conversation, outcome)
         return await asyncio.to_thread(with_history) if large else with_history()
 
     async def _write(
-        self, asked: Asked, run: ServedRun, conversation: Conversation, unused: str | None, original: str | None
+        self,
+        asked: Asked,
+        run: ServedRun,
+        conversation: Conversation,
+        unused: str | None,
+        began: float,
     ) -> Outcome:
         """Rewrite the last turn; ``unused`` is why the rewrite is not sent in any case."""
         if conversation.last is None:
             return Outcome(asked.raw, conversation.reason, run=run.id)
+        original = conversation.last.text
         if self._engine.failure is not None:
             return Outcome(asked.raw, "closed" if self._closed else "engine_failed", original, run=run.id)
-        written = await self._writer.write(run, conversation, asked)
+        written = await self._writer.write(run, conversation, asked, began)
         problem = "closed" if written.problem == "engine_failed" and self._closed else written.problem
         details = {**written.details, "treated": float(unused != "canary")}
         return Outcome(asked.raw, problem or unused, original, written.rewrite, run.id, details=details)

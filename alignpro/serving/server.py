@@ -77,6 +77,8 @@ async def open_service(config: ServeConfig, reread: Callable[[], ServeConfig] | 
 
 async def _open_runs(config: ServeConfig, target: ServedTarget | None) -> tuple[ServedRuns, ServedTarget | None]:
     """The prompters, and the target if it is a model: both run in one engine. Loads torch."""
+    models = [str(run) for run in config.runs] + ([config.target] if target is None else [])
+    _LOGGER.info("loading %s; requests that come meanwhile wait", " and ".join(models))
     module = await asyncio.to_thread(importlib.import_module, "alignpro.serving.rewriting")
     model = ModelConfig(path=config.target) if target is None else None
     opened: Any = await module.Rewriting.open(config.rewriting, config.runs, model, answers=target)

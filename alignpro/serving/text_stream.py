@@ -21,6 +21,11 @@ class TextStream:
         self._decode, self._stops = decode, stops
         self._sent = ""
 
+    @property
+    def sent(self) -> str:
+        """What can have been sent."""
+        return self._sent
+
     def push(self, tokens: Sequence[int]) -> str:
         """What can be sent now."""
         text = self._decode(tokens).rstrip("\ufffd")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import random
+import socket
+import struct
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,3 +169,31 @@ def running(config: ServeConfig, opened: Callable[[], Awaitable[Service]], secon
     finally:
         proxy.server.should_exit = True
         thread.join(20)
+
+
+def leave_at_random(proxy: Proxy, count: int, models: Sequence[str], seconds: float = 0.01) -> None:
+    """Ask, and leave at a random moment: while the request is sent, before the answer, within it, or after."""
+    draw = random.Random(7)
+    for number in range(count):
+        messages = [{"role": "user", "content": f"hello {number}"}]
+        fields = {"model": draw.choice(models), "messages": messages, "max_tokens": 40}
+        body = json.dumps(fields | {"stream": draw.random() < 0.7}).encode()
+        whole = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        client = socket.create_connection(("127.0.0.1", proxy.port), 10)
+        client.sendall(whole if draw.random() < 0.8 else whole[: draw.randrange(len(whole))])
+        if draw.random() < 0.5:
+            client.settimeout(draw.random() * seconds)
+            with suppress(TimeoutError, ConnectionError):
+                client.recv(draw.randrange(1, 2000))
+        if draw.random() < 0.5:
+            reset(client)
+        else:
+            client.close()
+        if number % 50 == 49:
+            proxy.settle()
+
+
+def reset(client: socket.socket) -> None:
+    """Break a connection."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import random
 import socket
-import struct
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from proxies import CHAT, Proxy, Shouting, proxied
+from proxies import CHAT, Proxy, Shouting, leave_at_random, proxied, reset
 from upstream import EVENTS, Upstream
+
+MODELS = ("m", "odd", "stalls", "never", "slow", "dies-in-stream")
 
 
 def _ask(proxy: Proxy, **fields: object) -> socket.socket:
@@ -32,11 +31,6 @@ def _read_until(client: socket.socket, part: bytes) -> bytes:
     return data
 
 
-def _reset(client: socket.socket) -> None:
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
-
-
 def _leave_before(proxy: Proxy, upstream: Upstream, stream: bool) -> None:
     client = _ask(proxy, model="never", stream=stream)
     upstream.wait_for(lambda: len(upstream.received) == 1)
@@ -46,7 +40,7 @@ def _leave_before(proxy: Proxy, upstream: Upstream, stream: bool) -> None:
 def _leave_in_stream(proxy: Proxy, upstream: Upstream, stream: bool) -> None:
     client = _ask(proxy, model="stalls", stream=True)
     _read_until(client, EVENTS[1])
-    _reset(client)
+    reset(client)
 
 
 @pytest.mark.parametrize(("leave", "stream"), [(_leave_before, True), (_leave_before, False), (_leave_in_stream, True)])
@@ -98,27 +92,6 @@ def test_a_client_that_reads_nothing_is_cut_off(upstream: Upstream) -> None:
         client.close()
 
 
-def _leave_at_random(proxy: Proxy, upstream: Upstream, count: int) -> None:
-    """Ask, and leave at a random moment: while the request is sent, before the answer, within it, or after."""
-    draw = random.Random(7)
-    for number in range(count):
-        model = draw.choice(["m", "odd", "stalls", "never", "slow", "dies-in-stream"])
-        body = json.dumps(CHAT | {"model": model, "stream": draw.random() < 0.7}).encode()
-        whole = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-        client = socket.create_connection(("127.0.0.1", proxy.port), 10)
-        client.sendall(whole if draw.random() < 0.8 else whole[: draw.randrange(len(whole))])
-        if draw.random() < 0.5:
-            client.settimeout(draw.random() * 0.01)
-            with suppress(TimeoutError, ConnectionError):
-                client.recv(draw.randrange(1, 2000))
-        if draw.random() < 0.5:
-            _reset(client)
-        else:
-            client.close()
-        if number % 50 == 49:
-            proxy.settle()
-
-
 def _open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -127,12 +100,12 @@ def _open_files() -> int:
 def test_disconnects_leave_nothing_behind(upstream: Upstream, count: int) -> None:
     upstream.pause = 0.001
     with proxied(upstream.url) as proxy:
-        _leave_at_random(proxy, upstream, 30)
+        leave_at_random(proxy, 30, MODELS)
         upstream.wait_for(lambda: not proxy.server.server_state.connections)
         time.sleep(0.1)
         gc.collect()
         files, objects = _open_files(), len(gc.get_objects())
-        _leave_at_random(proxy, upstream, count)
+        leave_at_random(proxy, count, MODELS)
         upstream.wait_for(lambda: not proxy.server.server_state.connections)
         proxy.settle()
         time.sleep(0.1)

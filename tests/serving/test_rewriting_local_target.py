@@ -204,7 +204,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"modalities": ["audio"]}, "modalities"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs"),
         ({"logit_bias": {"1": 2}}, "logit_bias"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"presence_penalty": False}, "presence_penalty"),
@@ -272,6 +275,22 @@ def echo(llama: LanguageModel) -> Any:
     loop.close()
 
 
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+    ],
+)
+def test_what_a_completion_cannot_have_is_refused_by_name(change: dict[str, Any], param: str, echo: Any) -> None:
+    status, answer = echo(COMPLETION | change, "/completions")
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
 @pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], [], "", None])
 def test_a_completion_has_one_prompt(prompt: Any, echo: Any) -> None:
     status, answer = echo(COMPLETION | {"prompt": prompt}, "/completions")
@@ -303,12 +322,11 @@ Values = st.recursive(
     max_leaves=6,
 )
 FIELDS = ["model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop"]
+FIELDS += ["logprobs", "top_logprobs"]
 
 
 @settings(max_examples=60)
-@given(
-    st.dictionaries(st.sampled_from([*FIELDS, "stream", "tools", "logprobs", "x"]), Values, max_size=3), st.booleans()
-)
+@given(st.dictionaries(st.sampled_from([*FIELDS, "stream", "tools", "x"]), Values, max_size=3), st.booleans())
 def test_any_json_is_answered_or_refused(echo: Any, change: dict[str, Any], chat: bool) -> None:
     base = CHAT if chat else COMPLETION
     body = json.dumps(base | {"max_tokens": 1} | change).encode("utf-8", "surrogatepass")

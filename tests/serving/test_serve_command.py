@@ -52,6 +52,7 @@ def test_options_and_files_make_one_configuration(tmp_path: Path, capsys: pytest
         (["runs/none", "--target", "models/none"], "run directory runs/none: has no config.yaml and model/"),
         (["--target", TARGET, "--host", "0.0.0.0"], "can be reached from other machines: name tokens"),
         (["--target", "models/a", "--api-key-env", "KEY"], "target models/a is a model"),
+        (["--target", "models/a", "--model", "m"], "its name for clients is rewriting.target.name"),
         (
             ["--target", TARGET, "--api-key-env", "NOT_SET"],
             "environment variable NOT_SET, named by api_key_env, is not set",

@@ -145,9 +145,16 @@ class Upstream:
         elif not request.path.startswith(("/v1/chat/completions", "/v1/completions")):
             await _BEHAVIOURS["unknown"](self, request, writer)
         else:
-            model = json.loads(request.body).get("model", "m")
-            await _BEHAVIOURS.get(model, _BEHAVIOURS["unknown"])(self, request, writer)
+            await _BEHAVIOURS.get(_model(request), _BEHAVIOURS["unknown"])(self, request, writer)
         await writer.drain()
+
+
+def _model(request: Received) -> str:
+    """The behaviour that a request asks for; a body that is no JSON object is refused."""
+    try:
+        return str(json.loads(request.body).get("model", "m"))
+    except (ValueError, AttributeError):
+        return "refused"
 
 
 async def _read_request(reader: asyncio.StreamReader) -> Received | None:
@@ -279,5 +286,6 @@ _BEHAVIOURS: dict[str, Callable[[Upstream, Received, asyncio.StreamWriter], Awai
     "upgrades": _error("101 Switching Protocols"),
     "limited": _error("429 Too Many Requests", "retry-after: 7", "x-ratelimit-limit-requests: 10"),
     "unknown": _error("404 Not Found"),
+    "refused": _error("400 Bad Request"),
     "broken": _error("500 Internal Server Error"),
 }

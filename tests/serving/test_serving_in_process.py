@@ -1,0 +1,64 @@
+"""Prompter and target in one process, over HTTP: what is refused before it costs anything, and what clients leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from proxies import Proxy, leave_at_random, running
+from rewriting_runs import save_run
+from tiny_models import save_tiny
+
+from alignpro.config import ServeConfig, validate_config
+from alignpro.serving.rewriting import Rewriting
+from alignpro.serving.server import open_service
+
+CHAT: Any = {"model": "target", "messages": [{"role": "user", "content": "stay"}], "max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """Return a proxy of a random prompter before a random target."""
+    folder = tmp_path_factory.mktemp("serving")
+    run, target = save_run(folder / "run"), save_tiny("llama", folder / "target")
+    settings = {"engine": {"pool_bytes": 1 << 22}, "guards": [], "skip_truncated": False, "deadline_ms": 60_000}
+    common = {"listen": {"port": 0}, "log": {"requests": False}, "rewriting": settings}
+    config = validate_config(ServeConfig, {"target": str(target), "runs": [str(run)], **common})
+    with running(config, lambda: open_service(config), 60) as served:
+        yield served
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_rewritten(proxy: Proxy) -> None:
+    reply = proxy.ask(CHAT | {"model": "other"})
+    error = reply.json()["error"]
+    assert (reply.status, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert "target" in error["message"]
+    assert reply.headers["x-alignpro-rewrite"] == "skipped:refused"
+    assert proxy.ask(CHAT).headers["x-alignpro-rewrite"] == "applied"
+
+
+def test_the_official_client_gets_log_probabilities(proxy: Proxy) -> None:
+    with OpenAI(base_url=proxy.url, api_key="unused", max_retries=0) as client:
+        (choice,) = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=2).choices
+        assert {len(each.top_logprobs) for each in choice.logprobs.content} == {2}
+        (text,) = client.completions.create(model="target", prompt="stay", max_tokens=4, logprobs=1, seed=1).choices
+        assert len(text.logprobs.token_logprobs) == len(text.logprobs.tokens) > 0
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(2000, marks=pytest.mark.slow)])
+def test_disconnects_leave_no_page_of_the_engine(proxy: Proxy, count: int) -> None:
+    """Clients leave while their prompt is rewritten, and while it is answered."""
+    gone = 'alignpro_errors_total{code="client_gone"}'
+    before = proxy.metric(gone)
+    leave_at_random(proxy, count, ["target"], 0.05)
+    proxy.settle()
+    assert proxy.metric(gone) - before > 0.2 * count
+    assert proxy.ask(CHAT).status == 200
+    assert isinstance(proxy.service._runs, Rewriting)
+    thread = proxy.service._runs._engine
+    (engine,) = thread._engines
+    assert (engine.num_unfinished_requests, thread._pending, thread._requests, thread._waiting) == (0, {}, {}, {})
+    engine.release()
+    assert all(sum(pool.used.values()) == 0 for pool in engine.pools.values())
