@@ -11,6 +11,7 @@ import pytest
 import torch
 from launching import assert_close_runs, run_cases, run_to_end, workshop
 from tiny_models import ARCHITECTURES, attention, save_tiny, tiny_config, tokenizer
+from tiny_runs import read_metrics
 from transformers import LlamaForSequenceClassification
 
 from alignpro.config import ModelConfig
@@ -95,4 +96,24 @@ def test_training_against_sharded_frozen_models(tmp_path: Path) -> None:
     assert made.run("train", single, *settings) == 0
     run_cases(tmp_path, [made.arguments("train", tmp_path / name, *settings, *each) for name, each in cases.items()])
     for name in cases:
+        assert_close_runs(single, tmp_path / name)
+
+
+@pytest.mark.slow
+def test_refusals_are_kept_with_everything_sharded(tmp_path: Path) -> None:
+    """The guard asks the target for responses to unchanged prompts, on each rank for its own, while it is gathered."""
+    made = workshop(tmp_path)
+    target, _ = save_models(tmp_path / "frozen")
+    guard = "reward.guards=[{kind: refusal_kept, penalty: 1}]"
+    settings = [*STEP, f"target.path={target}", guard]
+    single = tmp_path / "single"
+    assert made.run("train", single, *settings) == 0
+    assert all("reward/guard/refusal_kept" in row for row in read_metrics(single) if "reward/mean" in row)
+    stages = {"policy sharded": [], "policy and target sharded": ["deepspeed.target_stage=3"]}
+    cases = [
+        made.arguments("train", tmp_path / name, *settings, "deepspeed.config=z3", *each)
+        for name, each in stages.items()
+    ]
+    run_cases(tmp_path, cases)
+    for name in stages:
         assert_close_runs(single, tmp_path / name)
