@@ -1,8 +1,10 @@
 """python -m benchmarks.serving_rewriting: the time that rewriting adds to requests, and how rewrites are skipped under load.
 
 Clients send prompts of the embedded world one after another; before each next one, they wait as long as a target takes to answer.
-The prompter is the demo's, on the engine's thread of this process; HTTP is not part of it. Arms take turns, so that the machine's
-other work strikes all alike. A task that only sleeps measures how late the event loop wakes it.
+The prompter is the demo's, on the engine's thread of this process; HTTP is not part of it. All prompts are sent once before they
+are measured, so that the engine has them in its cache and only the rewrites are new; those of "new prompts" are new altogether.
+Arms take turns, so that the machine's other work strikes all alike. A task that only sleeps measures how late the event loop
+wakes it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from alignpro.serving.rewriting import Rewriting
 from benchmarks import command
 from benchmarks.session import Session
 from benchmarks.table import print_table
+
+NEW_PROMPTS = "rewriting, new prompts"
 
 app = command.new_app()
 
@@ -60,18 +64,21 @@ async def _measure(clients: int, requests: int, rounds: int, latency: float) -> 
         settings: dict[str, dict[str, Any]] = {
             "opt out": {},
             "rewriting": {"cached_rewrites": 0},
+            NEW_PROMPTS: {"cached_rewrites": 0},
             "again, from the cache": {},
             "deadline of 20 ms": {"cached_rewrites": 0, "deadline_ms": 20.0},
         }
         proxies = {name: await Rewriting.open(RewritingConfig(**more), [run]) for name, more in settings.items()}
-        texts = [each["prompt"] for each in world.prompt_records(requests, 0, heldout=True)]
+        records = world.prompt_records((rounds + 1) * requests, 0, heldout=True)
+        texts, *new = ([each["prompt"] for each in records[i :: rounds + 1]] for i in range(rounds + 1))
         seen: dict[str, list[dict[str, Any]]] = {name: [] for name in proxies}
         try:
             for name, proxy in proxies.items():  # what is computed once, and for the cache everything
                 await _clients(proxy, texts, clients, 0.0, opt_out=name == "opt out")
-            for _ in range(rounds):
+            for prompts in new:
                 for name, proxy in proxies.items():
-                    seen[name].append(await _clients(proxy, texts, clients, latency, opt_out=name == "opt out"))
+                    sent = prompts if name == NEW_PROMPTS else texts
+                    seen[name].append(await _clients(proxy, sent, clients, latency, opt_out=name == "opt out"))
         finally:
             for proxy in proxies.values():
                 await proxy.close()

@@ -8,7 +8,7 @@ the sequences that share it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignpro.engine.pool import Geometry, KVPool
+from alignpro.engine.pool import Geometry, KVPool, Segment
 from alignpro.engine.scheduler import Chunk
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
@@ -51,10 +51,11 @@ class AttentionPlan(PagedAttention):
         self.ids = torch.tensor(ids, device=device)  # (T,) int64
         self.positions = torch.from_numpy(positions).to(device)  # (T,) int64
         depths = range(max(len(chunk.path) for chunk in self.chunks))
+        computed = {chunk.segment: chunk.end for chunk in self.chunks}
         super().__init__(
             pool.layers(model),
             torch.tensor(slots, device=device),  # (T,) int64
-            [_level(self.chunks, depth, positions, device) for depth in depths],
+            [_level(self.chunks, computed, depth, positions, device) for depth in depths],
         )
 
     def rows_of(self, model: str) -> Tensor | bool:
@@ -65,9 +66,17 @@ class AttentionPlan(PagedAttention):
         return torch.from_numpy(np.repeat(owned, self._counts).nonzero()[0]).to(self.ids.device)
 
 
-def _level(chunks: Sequence[Chunk], depth: int, positions: np.ndarray[Any, Any], device: torch.device) -> PagedKeys:
-    """Build the cascade level of the segments at one depth of the chunks' paths. At depth 0 every token has a segment."""
-    ends = {chunk.segment: chunk.end for chunk in chunks}
+def _level(
+    chunks: Sequence[Chunk],
+    ends: Mapping[Segment, int],
+    depth: int,
+    positions: np.ndarray[Any, Any],
+    device: torch.device,
+) -> PagedKeys:
+    """Build the cascade level of the segments at one depth of the chunks' paths. At depth 0 every token has a segment.
+
+    ``ends`` are the lengths, after the batch, of the segments that it computes.
+    """
     tables: list[list[int]] = []
     lengths: list[int] = []
     starts: list[int] = []

@@ -76,6 +76,7 @@ class Engine:
         self.audit = audit
         self.stats = EngineStats()
         self._workers: dict[torch.device, Worker] = {}
+        self._worker_of: dict[str, Worker] = {}  # by the name of a model
         self._arrivals = itertools.count()
         self._ended: deque[SampledSequence] = deque()  # their callbacks have not been called yet
         self._submitted: dict[Request, None] = {}  # by `submit`, unfinished
@@ -87,8 +88,9 @@ class Engine:
     def workers(self) -> Mapping[torch.device, Worker]:
         """What generates on each device. Made on first use, which runs each model on one token to learn its geometry."""
         if not self._workers:
-            devices = dict.fromkeys(model.device for model in self.models.values())
-            self._workers = {device: self._new_worker(device) for device in devices}
+            devices = {name: model.device for name, model in self.models.items()}
+            self._workers = {device: self._new_worker(device) for device in dict.fromkeys(devices.values())}
+            self._worker_of = {name: self._workers[device] for name, device in devices.items()}
         return self._workers
 
     @property
@@ -264,7 +266,8 @@ class Engine:
                 worker.release(keep)
 
     def _worker(self, name: str) -> Worker:
-        return self.workers[self.models[name].device]
+        _ = self.workers
+        return self._worker_of[name]
 
     def _new_worker(self, device: torch.device) -> Worker:
         return Worker(

@@ -24,16 +24,20 @@ import numpy as np
 from torch import Tensor
 
 from alignpro.engine.faults import describe, is_fatal, is_out_of_memory
-from alignpro.engine.graphs import DecodeGraphs, padded
+from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.runner import forward, sample_tokens, settle_draw
 from alignpro.engine.scheduler import Batch, Chunk, Scheduler
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.sequence_table import Ints
+from alignpro.engine.static_plan import StaticPlans, exact, padded
 from alignpro.engine.stats import EngineStats
 from alignpro.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
+
+MAX_PLANS = 256
+"""Maximum number of plans kept of decode batches without graphs."""
 
 
 class Executor:
@@ -54,6 +58,7 @@ class Executor:
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.models, self.pool, self.scheduler, self.graphs = models, pool, scheduler, graphs
+        self._plans = StaticPlans(pool.device, MAX_PLANS, exact)
         self.max_tokens: int | None = None
         """Maximum number of tokens in a pass; None until memory has run out."""
         self._token_budget = scheduler.token_budget
@@ -95,7 +100,8 @@ class Executor:
     ) -> list[SampledSequence] | Exception:
         """Compute a batch and draw. Returns the sequences that have ended, or the exception of the computation."""
         try:
-            states = forward(self.models[batch.model], self.pool, batch, stats, self.scheduler.table, graphs)
+            model, table = self.models[batch.model], self.scheduler.table
+            states = forward(model, self.pool, batch, stats, table, self._plans, graphs)
         except Exception as error:
             if is_fatal(error):
                 raise

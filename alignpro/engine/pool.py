@@ -84,7 +84,7 @@ class KVPool:
         total: int = 0,
         arena: Callable[[int, torch.device], Arena] = new_arena,
     ) -> None:
-        self.geometries, self._device = geometries, device
+        self.geometries, self.device = geometries, device
         largest = max(geometry.token_bytes for geometry in geometries.values())
         self.page_bytes = -(-page_tokens * largest // 16) * 16  # whole elements of any dtype
         self.page_size = {name: self.page_bytes // geometry.token_bytes for name, geometry in geometries.items()}
@@ -125,10 +125,10 @@ class KVPool:
         if needed <= self._arena.backed:
             return True
         sizes = [2 * needed, needed + needed // 2, needed + needed // 4, needed]
-        if self.try_resize([self.total, *sizes] if self._device.type == "cpu" else sizes):
+        if self.try_resize([self.total, *sizes] if self.device.type == "cpu" else sizes):
             return True
         backed = self._arena.backed
-        logger.warning("%s has memory for %d of the %d pages of the pool", self._device, backed, self.total)
+        logger.warning("%s has memory for %d of the %d pages of the pool", self.device, backed, self.total)
         self.total = backed
         return False
 
@@ -184,7 +184,7 @@ class KVPool:
         if (others := self.total - self.num_free - len(old)) != 0:
             raise RuntimeError(f"{others} pages of the pool are in use: its memory cannot be freed now")
         if old:
-            index = torch.tensor(old, dtype=torch.int64, device=self._device)
+            index = torch.tensor(old, dtype=torch.int64, device=self.device)
             # Copied as int64: uint8 elements would be copied byte by byte.
             words = self._arena.pages.view(torch.int64)
             words[: len(old)] = words.index_select(0, index)
@@ -214,12 +214,12 @@ class KVPool:
 
     def copy(self, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy whole pages of any model; no page may be both a source and a destination."""
-        device = self._device
+        device = self.device
         copy_pages(self._arena.pages, torch.tensor(source, device=device), torch.tensor(destination, device=device))
 
     def move(self, model: str, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the keys and values of some slots to others, which may overlap. If this raises, nothing was copied."""
-        device = self._device
+        device = self.device
         come, go = torch.tensor(source, device=device), torch.tensor(destination, device=device)
         states = [read_kv(pages, come) for pages in self.layers(model)]
         for pages, (keys, values) in zip(self.layers(model), states, strict=True):

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -21,8 +23,10 @@ from alignpro.engine.sampler import model_logprobs, position_seeds, sample
 from alignpro.engine.scheduler import Batch, Chunk
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.sequence_table import Ints, SequenceTable
+from alignpro.engine.static_plan import StaticPlans
 from alignpro.engine.stats import EngineStats
 from alignpro.engine.stopping import find_end
+from alignpro.engine.types import SamplingParams
 from alignpro.models.admission import check_finite_sum, finite_sum
 from alignpro.models.language_model import LanguageModel
 
@@ -36,21 +40,19 @@ def forward(
     batch: Batch,
     stats: EngineStats,
     table: SequenceTable,
+    plans: StaticPlans,
     graphs: DecodeGraphs | None = None,
 ) -> Tensor:
     """Compute a batch. Returns the hidden states from which the sequences of ``batch.to_sample`` draw, (B, D).
 
-    With ``graphs``, they compute the sequences that decode, which are put in another order, and a pass without a graph
-    computes the chunks. If this raises, nothing counts as computed.
+    With ``graphs``, they compute the sequences that decode, and a pass without a graph computes the chunks. Without them,
+    sequences that decode and chunks share a pass, and ``plans`` serve batches without chunks. Sequences that decode may be
+    put in another order. If this raises, nothing counts as computed.
     """
     stats.ticks += 1
-    if graphs and len(batch.decoding) and graphs.runs(batch.model):
-        with _timed(stats, "plan"):
-            decoding = table.gather(batch.decoding)
-            batch.decoding = decoding.rows
-            plan = graphs.plan(batch.model, model, table, decoding)
-        with _timed(stats, "forward"):
-            states = graphs.states(batch.model, model, plan, stats)[: len(batch.decoding)]
+    graphs = graphs if graphs and graphs.runs(batch.model) else None
+    if len(batch.decoding) and (graphs or not batch.chunks):
+        states = _decode(model, pool, batch, stats, table, plans, graphs)
         if batch.chunks or batch.drawing:
             states = torch.cat([states, _compute(model, batch.model, pool, batch.chunks, batch.drawing, stats)])
     else:
@@ -62,6 +64,29 @@ def forward(
             chunk.segment.computed = chunk.end
         stats.computed[chunk.kind] += chunk.count
     return states
+
+
+def _decode(
+    model: LanguageModel,
+    pool: KVPool,
+    batch: Batch,
+    stats: EngineStats,
+    table: SequenceTable,
+    plans: StaticPlans,
+    graphs: DecodeGraphs | None,
+) -> Tensor:
+    """Compute the last tokens of the sequences that decode, which are put in order. Returns their states, (B, D)."""
+    with _timed(stats, "plan"):
+        decoding = table.gather(batch.decoding)
+        batch.decoding = decoding.rows
+        if graphs:
+            plan = graphs.plan(batch.model, model, table, decoding)
+        else:
+            plan = plans.plan(batch.model, table, decoding, with_adapter=model.has_token_lora)
+    with _timed(stats, "forward"):
+        if graphs:
+            return graphs.states(batch.model, model, plan, stats)[: len(batch.decoding)]
+        return plan.forward(model, pool.layers(batch.model))[: len(batch.decoding)]
 
 
 def _compute(
@@ -77,7 +102,7 @@ def _compute(
     if not chunks:
         return _known_states(ends)
     with _timed(stats, "plan"):
-        plan = AttentionPlan(pool, name, chunks, model.device)
+        plan = AttentionPlan(pool, name, chunks, pool.device)
     with _timed(stats, "forward"):
         active = plan.rows_of(name) if model.has_token_lora else True
         hidden = model.token_states(plan.ids, plan.positions, plan, active)  # (T, D)
@@ -89,7 +114,7 @@ def _compute(
         if known:
             hidden = torch.cat([hidden, _known_states(known)])
         rows = plan.last_row | {id(end): len(plan.ids) + i for i, end in enumerate(known)}
-        index = torch.tensor([rows[id(end)] for end in ends], dtype=torch.int64, device=model.device)
+        index = torch.tensor([rows[id(end)] for end in ends], dtype=torch.int64, device=pool.device)
         return hidden.index_select(0, index)
 
 
@@ -128,15 +153,13 @@ def sample_tokens(
 def _sample_tokens(
     models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, states: Tensor
 ) -> list[SampledSequence]:
-    noise = position_seeds(table.columns["seed_state"][rows], table.columns["count"][rows])
-    seeds = torch.from_numpy(noise).to(states.device, non_blocking=True)  # (B,)
     total = finite_sum(states)  # a greedy token has log-probability 0, whatever its logit
     if table.sampled_alike(rows):  # as in most batches
-        return _draw(models, table, rows, states, seeds, total)
+        return _draw(models, table, rows, states, total)
     ended = []
     for alike in _alike(models, table.sequences(rows)):
         index = torch.tensor(alike, device=states.device)
-        ended += _draw(models, table, rows[alike], states.index_select(0, index), seeds.index_select(0, index), total)
+        ended += _draw(models, table, rows[alike], states.index_select(0, index), total)
     return ended
 
 
@@ -154,25 +177,42 @@ def _alike(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSeque
 
 
 def _draw(
-    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, states: Tensor, seeds: Tensor, total: Tensor
+    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, states: Tensor, total: Tensor
 ) -> list[SampledSequence]:
     """Draw for B sequences of the same head and sampling parameters; ``total`` is the `finite_sum` of all states."""
     first = table.sequences(rows[:1])[0]
-    model, count = models[first.model], len(rows)
-    tokens, logprobs = sample(states, model.head, first.params, seeds)
-    # One copy, for which the host waits once. A float64 holds every token id exactly.
-    drawn = torch.cat([tokens.double(), logprobs, total.reshape(1)]).cpu().numpy()  # (2 B + 1,)
-    for check in (drawn[-1], drawn[count:-1].sum()):
+    model, params = models[first.model], first.params
+    tokens, logprobs = sample(states, model.head, params, _seeds(table, rows, params, states.device))
+    on_host, own_logprobs, of_states = _to_host(tokens, logprobs, total)
+    for check in (of_states, float(own_logprobs.sum())):
         check_finite_sum(model.name, check)
-    if (recorded := first.params.top_logprobs) is not None:
+    if (recorded := params.top_logprobs) is not None:
         known = model_logprobs(states, model.head, tokens, recorded)
         for sequence, position, record in zip(table.sequences(rows), table.columns["count"][rows], known, strict=True):
             sequence.model_logprobs[position:] = [record]  # in place of that of a draw that raised afterwards
-    may_end = table.add_tokens(rows, drawn[:count].astype(np.int64), drawn[count:-1])
+    may_end = table.add_tokens(rows, on_host, own_logprobs)
     sequences = table.sequences(rows[may_end])
     for sequence in sequences:
         _end_if_stopped(sequence, model.tokenizer)
     return [sequence for sequence in sequences if sequence.completion is not None]
+
+
+def _seeds(table: SequenceTable, rows: Ints, params: SamplingParams, device: torch.device) -> Tensor:
+    """The seeds of the next tokens of B sequences, (B,) int64; zeros for greedy ones, which do not read them."""
+    if params.temperature == 0:
+        return torch.zeros(len(rows), dtype=torch.int64, device=device)
+    noise = position_seeds(table.columns["seed_state"][rows], table.columns["count"][rows])
+    return torch.from_numpy(noise).to(device, non_blocking=True)
+
+
+def _to_host(tokens: Tensor, logprobs: Tensor, total: Tensor) -> tuple[Ints, NDArray[Any], float]:
+    """Tokens (B,) int64, their log-probabilities (B,) and a sum, on the host."""
+    if tokens.device.type == "cpu":
+        return tokens.numpy(), logprobs.numpy(), total.item()
+    # One copy, for which the host waits once. A float64 holds every token id exactly.
+    drawn = torch.cat([tokens.double(), logprobs, total.reshape(1)]).cpu().numpy()  # (2 B + 1,)
+    count = len(tokens)
+    return drawn[:count].astype(np.int64), drawn[count:-1], float(drawn[-1])
 
 
 def settle_draw(sequence: SampledSequence, before: int, models: Mapping[str, LanguageModel]) -> bool:

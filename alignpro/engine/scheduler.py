@@ -143,6 +143,7 @@ class Scheduler:
         self.table = SequenceTable(pool, tree)
         self.running: dict[SampledSequence, None] = {}  # in the order in which they were admitted
         self._stages = {name: _Stage() for name in self.models}
+        self._alone: set[SampledSequence] = set()  # running ones beside which none is admitted
         self._failed: list[SampledSequence] = []
         self._last = ""
 
@@ -193,7 +194,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all sequences, whatever state an interrupt left; pool and tree must be cleared too."""
         self._stages = {name: _Stage() for name in self.models}
-        self.running, self._failed, self._last = {}, [], ""
+        self.running, self._alone, self._failed, self._last = {}, set(), [], ""
         self.table.clear()
 
     def audit(self) -> None:
@@ -235,7 +236,7 @@ class Scheduler:
     def _admit(self, model: str) -> None:
         """Admit waiting sequences while the batch has room and there are pages for them and for growth of the others."""
         waiting, places = self._stages[model].waiting, self.max_batch - len(self._stages[model].running)
-        if not waiting or any(sequence.needs_empty_pool for sequence in self.running):
+        if not waiting or self._alone:
             return
         while waiting and places:
             sequence = waiting[0]
@@ -277,6 +278,8 @@ class Scheduler:
         sequence.output = Segment(sequence.output_ids, start, serial, pages, model=model)
         self.table.add(sequence)
         self.running[sequence] = None
+        if sequence.needs_empty_pool:
+            self._alone.add(sequence)
         self._stages[sequence.forward_model].start(sequence)
         return True
 
@@ -318,6 +321,7 @@ class Scheduler:
     def _stop(self, sequence: SampledSequence) -> None:
         assert sequence.node is not None and sequence.output is not None
         del self.running[sequence]
+        self._alone.discard(sequence)
         self._stages[sequence.forward_model].stop(sequence)
         self.table.remove(sequence)
         self.tree.release(sequence.node)

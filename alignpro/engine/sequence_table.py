@@ -21,6 +21,7 @@ from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.prefix_tree import PrefixTree
 from alignpro.engine.sampler import seed_state
 from alignpro.engine.sequence import SampledSequence
+from alignpro.engine.types import SamplingParams
 
 Ints = NDArray[np.int64]
 
@@ -42,7 +43,7 @@ _COLUMNS = np.dtype(
         ("depth", np.int64),  # number of segments on its path
         ("model", np.int64),  # the number of its model
         ("forward_model", np.int64),  # the number of the model in whose forward passes it runs
-        ("sampling", np.int64),  # equal for two that have the same model and the same object as sampling parameters
+        ("sampling", np.int64),  # equal for two that have the same model and are drawn in the same way
     ]
 )
 """The columns of sequences."""
@@ -105,6 +106,7 @@ class SequenceTable:
         self._sequences: list[SampledSequence | None] = []  # by row
         self._running: dict[SampledSequence, None] = {}
         self._free_sequences = list[int]()
+        self._samplings: dict[tuple[int | float, ...], int] = {}  # what two that are drawn alike have in common
         self._stop_tokens = np.zeros(0, np.int64)  # of all sequences that have run
         self._last: tuple[Ints, DecodeRows] | None = None  # valid while no row changes
 
@@ -132,7 +134,7 @@ class SequenceTable:
             0,  # see `_read_path`
             number,
             self._model_numbers[sequence.forward_model],
-            id(params) * len(self._model_numbers) + number,
+            self._sampling(number, params),
         )
         if not set(params.stop_token_ids).issubset(self._stop_tokens.tolist()):
             self._stop_tokens = np.union1d(self._stop_tokens, params.stop_token_ids)
@@ -186,7 +188,7 @@ class SequenceTable:
         self.columns["slots_from"][rows] = new * size - room
         self.columns["room"][rows] = room + size
 
-    def add_tokens(self, rows: Ints, tokens: Ints, logprobs: NDArray[np.float64]) -> Ints:
+    def add_tokens(self, rows: Ints, tokens: Ints, logprobs: NDArray[Any]) -> Ints:
         """Add a token to each of N sequences. If this raises, no sequence has got one.
 
         Returns:
@@ -209,6 +211,8 @@ class SequenceTable:
         if row >= len(self._sequences) or self._sequences[row] is not sequence:
             return
         count = int(self.columns["count"][row])
+        if len(sequence.read_ids) == count == len(sequence.read_logprobs):
+            return
         lists: list[tuple[list[Any], NDArray[Any]]] = [
             (sequence.read_ids, self._tokens),
             (sequence.read_logprobs, self._logprobs),
@@ -233,7 +237,7 @@ class SequenceTable:
                 sequence.read_logprobs.append(logprob)
 
     def sampled_alike(self, rows: Ints) -> bool:
-        """Whether sequences have the same model and the same object as sampling parameters."""
+        """Whether sequences have the same model and are drawn in the same way."""
         sampling = self.columns["sampling"][rows]
         return bool((sampling == sampling[0]).all())
 
@@ -297,6 +301,17 @@ class SequenceTable:
         self._paths[: len(path) + 1, row] = [*path, self.columns["segment"][row]]
         self.columns["depth"][row] = len(path) + 1
         self._last = None
+
+    def _sampling(self, model: int, params: SamplingParams) -> int:
+        """A number that two have in common if they are drawn alike; clients of a server may ask for ever new temperatures."""
+        if len(self._samplings) > 64 + 2 * len(self._running):
+            self._samplings.clear()
+            for sequence in self._running:
+                numbered = self._sampling(self._model_numbers[sequence.model], sequence.params)
+                self.columns["sampling"][sequence.row] = numbered
+        recorded = -1 if params.top_logprobs is None else params.top_logprobs
+        key = model, params.temperature, params.top_k, params.top_p, params.min_p, recorded
+        return self._samplings.setdefault(key, len(self._samplings))
 
     def _add_segment(self, segment: Segment, max_pages: int) -> int:
         row = self._free_segments.pop() if self._free_segments else self._num_segments

@@ -66,6 +66,7 @@ class LanguageModel(nn.Module):
         if self.invocation:
             self._active = self._install_token_lora()
         admission.check_layers(name, self.causal)
+        self._softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
         self._longest: int | None = None
         trial = admission.Trial(self)
         try:
@@ -148,7 +149,8 @@ class LanguageModel(nn.Module):
     @property
     def head(self) -> Head:
         """The current output layer; a LoRA on it is kept separate from the weight."""
-        head, layer = self.base_head, self.causal.get_output_embeddings()
+        layer = self.causal.get_output_embeddings()
+        head = Head(layer.weight, getattr(layer, "bias", None), self._softcap)
         if self.is_base or not is_lora_layer(layer) or layer.disable_adapters or layer.merged:
             return head
         down: Any = layer.lora_A
@@ -165,8 +167,7 @@ class LanguageModel(nn.Module):
     def base_head(self) -> Head:
         """The output layer without a LoRA."""
         layer = self.causal.get_output_embeddings()
-        softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
-        return Head(layer.weight, getattr(layer, "bias", None), softcap)
+        return Head(layer.weight, getattr(layer, "bias", None), self._softcap)
 
     def without_adapter(self) -> LanguageModel:
         """Return a view of the model without its LoRA; it shares the weights, and a pass may serve both (`token_states`).
@@ -256,7 +257,7 @@ class LanguageModel(nn.Module):
             output = self.causal.base_model(
                 **inputs,
                 # transformers takes a mask of four dimensions as it is, and so does not build one of T × T.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
                 position_ids=positions[None],
                 use_cache=False,
                 attention_backend=attention,

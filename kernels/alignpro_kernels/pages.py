@@ -134,9 +134,12 @@ def copy_pages(arena: Tensor, source: Tensor, destination: Tensor) -> None:
         raise ValueError(f"source has {len(source)} pages, destination {len(destination)}: the numbers must be equal")
     _check_range("source", source, 0, len(arena))
     _check_range("destination", destination, 0, len(arena))
-    if arena.device.type == "cpu" and bool((overlap := torch.isin(destination, source)).any()):
-        raise ValueError(f"destination: page {int(destination[overlap][0])} is also a source")
-    if arena.device.type != "cpu" and _has_kernels(arena.device.type):
+    if arena.device.type == "cpu":
+        if bool((overlap := torch.isin(destination, source)).any()):
+            raise ValueError(f"destination: page {int(destination[overlap][0])} is also a source")
+        arena.index_copy_(0, destination, arena.index_select(0, source))  # all numbers have been checked
+        return
+    if _has_kernels(arena.device.type):
         torch.ops.alignpro.copy_pages(arena, source, destination)
         return
     valid = _in_range(source, len(arena)) & _in_range(destination, len(arena))

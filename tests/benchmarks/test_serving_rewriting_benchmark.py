@@ -17,3 +17,4 @@ def test_it_runs(tmp_path: Path) -> None:
     assert arms["opt out"]["skipped"] == {"opt_out": 20}
     assert arms["rewriting"]["rewritten"] == arms["again, from the cache"]["rewritten"] > 0
     assert arms["again, from the cache"]["median_ms"] < arms["rewriting"]["median_ms"]
+    assert arms["rewriting, new prompts"]["rewritten"] > 0

@@ -136,10 +136,14 @@ def test_its_figures_are_the_recorded_ones() -> None:
     assert f"{gone['disconnects']:,} requests whose clients left" in TEXT
     assert f"from {gone['before']['files']} open files to {gone['after']['files']}" in TEXT
     assert f"{gone['before']['mib']:.0f} to {gone['after']['mib']:.0f} MiB" in TEXT
-    arms = {row["arm"]: row for row in recorded("serving_rewriting")["arms"]}
+    rewriting = recorded("serving_rewriting")
+    arms = {row["arm"]: row for row in rewriting["arms"]}
     written, late = arms["rewriting"], arms["deadline of 20 ms"]
     assert f"adds {written['median_ms']:.0f} ms (median; 99th percentile {written['p99_ms']:.0f} ms)" in TEXT
     assert f"{written['cpu_ms']:.0f} ms of CPU time to a request" in TEXT
+    new = arms["rewriting, new prompts"]
+    assert f"not seen before it adds {new['median_ms']:.0f} ms ({new['p99_ms']:.0f} ms)" in TEXT
+    assert f"same priority; load average {rewriting['run']['load_average']:.1f}" in TEXT
     assert f"from the cache adds {arms['again, from the cache']['median_ms']:.1f} ms" in TEXT
     assert late["skipped"] == {"deadline": late["requests"]} and f"went, after {late['median_ms']:.0f} ms" in TEXT
 

@@ -163,14 +163,14 @@ def test_graphs_outlive_release_where_the_pages_stay(
     assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected)
     (one,) = engine.workers.values()
     assert one.graphs
-    plans = dict(one.graphs._plans)
+    plans = dict(one.graphs._plans.by_shape)
     for keep in ((), ("m",), ("m",)):
         engine.release(keep)
         assert bool(memory.mapped) == (fixed and bool(keep))
-        assert (dict(one.graphs._plans) == plans) == fixed
+        assert (dict(one.graphs._plans.by_shape) == plans) == fixed
         assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected)
         if fixed:
-            assert dict(one.graphs._plans) == plans, "no new shape, and no plan made anew"
+            assert dict(one.graphs._plans.by_shape) == plans, "no new shape, and no plan made anew"
 
 
 CHECK = """

@@ -16,7 +16,8 @@ from alignpro.config import AdapterConfig
 from alignpro.engine import Chain, Engine, SamplingParams, TokenPrompt
 from alignpro.engine import worker as worker_module
 from alignpro.engine.arena import MovingArena
-from alignpro.engine.graphs import ALL_ROWS, MAX_GRAPHS, DecodeGraphs, Shape, StaticPlan, padded, power_of_two
+from alignpro.engine.graphs import MAX_GRAPHS, DecodeGraphs
+from alignpro.engine.static_plan import ALL_ROWS, Shape, StaticPlan, padded, power_of_two
 from alignpro.errors import ConfigError, ModelError
 from alignpro.models import paged_attention
 from alignpro.models.adapters import add_adapter
@@ -43,11 +44,11 @@ def test_few_shapes_cover_all_decode_steps() -> None:
     assert all(n <= padded(n) <= 5 * n // 4 for n in range(257, 4000))
     assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
     # A level has one segment, one for eight rows, or as many as rows.
-    shape = Shape.for_batch(17, [(1, 3), (4, 1), (5, 1), (17, 5)], ALL_ROWS)
+    shape = Shape.for_batch(17, [(1, 3), (4, 1), (5, 1), (17, 5)], ALL_ROWS, padded)
     assert shape == (32, ((1, 4), (4, 1), (32, 1), (32, 8)), ALL_ROWS)
     # An adapter on some of the tokens needs a padding token.
-    assert Shape.for_batch(8, [(1, 1)], 5) == (16, ((1, 1),), 16)
-    assert Shape.for_batch(24, [(24, 1)], 0).levels == ((32, 1),)
+    assert Shape.for_batch(8, [(1, 1)], 5, padded) == (16, ((1, 1),), 16)
+    assert Shape.for_batch(24, [(24, 1)], 0, padded).levels == ((32, 1),)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 16, 17])
@@ -158,9 +159,9 @@ def test_changes_that_invalidate_graphs_are_detected() -> None:
     engine.generate("m", PROMPTS, PARAMS)
     (worker,) = engine.workers.values()
     assert worker.graphs
-    kept = dict(worker.graphs._plans)
+    kept = dict(worker.graphs._plans.by_shape)
     worker.graphs.prepare("m", model)
-    assert dict(worker.graphs._plans) == kept
+    assert dict(worker.graphs._plans.by_shape) == kept
     weight.data = weight.data.clone()
     worker.graphs.prepare("m", model)
     assert not worker.graphs._plans

@@ -78,3 +78,16 @@ def test_a_draw_that_is_repeated_after_an_error_is_recorded_once(
             assert [record.token for record in one.model_logprobs] == one.tokens
     assert calls > 10
     assert_nothing_is_held(engine)
+
+
+def test_ever_new_temperatures_are_told_apart(llama: LanguageModel) -> None:
+    """As clients of a server may ask for them, for as long as it runs."""
+    params = [SamplingParams(max_tokens=3, temperature=0.5 + 0.01 * i) for i in range(90)]
+    alone = [Engine({"m": llama}).generate("m", PROMPTS[:1], each, [i]) for i, each in enumerate(params)]
+    engine = Engine({"m": llama}, max_batch=8)
+    requests = [engine.submit("m", PROMPTS[0], each, i) for i, each in enumerate(params)]
+    while engine.num_unfinished_requests:
+        engine.step()
+    for request, expected in zip(requests, alone, strict=True):
+        assert_same(request.completions[0], expected[0][0])
+    assert len(engine._table._samplings) < 90

@@ -241,7 +241,7 @@ def test_decode_steps_of_fixed_shapes_change_nothing(activated: bool) -> None:
     assert_same_chains(chains(engine, inputs), chains(shared(model, max_batch=8), inputs))
     (worker,) = engine.workers.values()
     assert worker.graphs and engine.stats.decode_ticks["padded"] > 10
-    assert [plan for plan in worker.graphs._plans.values() if plan.shape.active > 0]
+    assert [plan for plan in worker.graphs._plans.by_shape.values() if plan.shape.active > 0]
 
 
 def test_prompts_of_the_base_can_be_kept_on_release(prompter: LanguageModel, expected: list[list[Chain]]) -> None:

@@ -12,17 +12,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from alignpro.models.attention_interface import AttentionSettings
 from alignpro.models.cpu.decoder_lora import AdaptedProjection, UnsupportedError, active_tokens, base_of, collect
 from alignpro.models.cpu.fused_layers import FusedRMSNorm, mix_in
-from alignpro.models.cpu.packed_linear import PackedLinear, PackedWeights, Panels
+from alignpro.models.cpu.packed_linear import PackedLinear, PackedWeights, weights_version
+from alignpro.models.cpu.rotary_table import RotaryTable
 from alignpro.models.paged_attention import PagedAttention
 from alignpro.models.thresholds import thresholds
 from alignpro_kernels import PagedKeys, cpp_library
@@ -32,6 +32,13 @@ logger = logging.getLogger(__name__)
 
 _SEPARATE = "layers of %s run as separate operations on the CPU: %s"
 _PROBE_TOKENS = 5  # on which both implementations are compared
+
+
+class _LastStates(NamedTuple):
+    """The part of a transformers model's output that generation reads; making the whole takes longer than a layer."""
+
+    last_hidden_state: Tensor
+    """(1, T, D)"""
 
 
 class _FusedDecoder(nn.Module):
@@ -52,7 +59,7 @@ class _FusedDecoder(nn.Module):
         states = self.fused_layers.states(
             options.get("input_ids"), options.get("inputs_embeds"), options["position_ids"], attention, lora
         )
-        return BaseModelOutputWithPast(last_hidden_state=states)
+        return _LastStates(states)
 
 
 def fuse_decoder(model: nn.Module, packed_weights: PackedWeights) -> None:
@@ -304,6 +311,8 @@ class _DecoderLayers:
         head_dim = self._calls[0].pages.shape[-1]
         if any(norm.weight.shape != (head_dim,) for part in parts for norm in part.head_norms or ()):
             raise UnsupportedError("their norms of queries and keys are not per head")
+        self._table = RotaryTable(self._rotary)
+        self._linear = tuple(m for p in parts for m in (*p.projections, p.out, p.gate, p.up, p.down))
         self._model, self._inside = model, _Inside(model, parts)
         self._name, self._announced = type(model).__name__, set[str]()
 
@@ -342,19 +351,18 @@ class _DecoderLayers:
     ) -> Tensor:
         """Compute the last hidden states, (1, T, D), of token ids (1, T) or of their embeddings (1, T, D)."""
         hidden = self._embedding(ids) if embedded is None else embedded
-        cos, sin = self._rotary(hidden, positions)
+        cos, sin = self._table(hidden, positions)
         weights = self._weights()
-        states = decoder_stack(
-            hidden[0], weights, cos[0], sin[0], attention.layers, attention.slots, attention.levels, lora
-        )
+        states = decoder_stack(hidden[0], weights, cos, sin, attention.layers, attention.slots, attention.levels, lora)
         return states.unsqueeze(0)
 
     def _weights(self) -> DecoderWeights:
         """Return the current weights, packed again if they have changed."""
-        of = self._packed_weights.panels
-        packed = [x for p in self._parts for x in (of(*p.projections), of(p.out), of(p.gate), of(p.up), of(p.down))]
-        cached: tuple[list[Panels], DecoderWeights] | None = self._packed_weights.derived.get(self)
-        if cached is None or any(a is not b for a, b in zip(packed, cached[0], strict=True)):
+        cached: tuple[tuple[int, ...], DecoderWeights] | None = self._packed_weights.derived.get(self)
+        version = weights_version(self._linear)
+        if cached is None or cached[0] != version:
+            of = self._packed_weights.panels
+            packed = [x for p in self._parts for x in (of(*p.projections), of(p.out), of(p.gate), of(p.up), of(p.down))]
             layers = [
                 DecoderLayer(
                     attention_norm=part.norms[0].weight,
@@ -379,5 +387,5 @@ class _DecoderLayers:
             weights = DecoderWeights(
                 layers, self._norm.weight, norm.fused_eps, norm.fused_offset, settings.scale, settings.softcap
             )
-            cached = self._packed_weights.derived[self] = packed, weights
+            cached = self._packed_weights.derived[self] = version, weights
         return cached[1]

@@ -9,6 +9,7 @@ packed copy takes as much memory as the weights.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ class PackedWeights:
 
     def panels(self, *layers: nn.Linear) -> Panels:
         """Return the current weights of layers with the same input, concatenated; a new object after they change."""
-        cached, version = self._panels.get(layers), _version(layers)
+        cached, version = self._panels.get(layers), weights_version(layers)
         if cached is None or cached[0] != version:
             weights = [layer.weight.detach() for layer in layers]
             biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
@@ -65,7 +66,7 @@ class PackedWeights:
             if len(layers) > 1 and all(layer.out_features % PANEL == 0 for layer in layers):
                 parts = packed.split([layer.out_features // PANEL for layer in layers])
                 for layer, part in zip(layers, parts, strict=True):  # views of the same memory
-                    self._panels[layer,] = _version((layer,)), Panels(part, layer.bias)
+                    self._panels[layer,] = weights_version((layer,)), Panels(part, layer.bias)
         return cached[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
@@ -140,11 +141,11 @@ def unpack_linear_layers(model: nn.Module) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _version(layers: tuple[nn.Linear, ...]) -> tuple[int, ...]:
+def weights_version(layers: Sequence[nn.Linear]) -> tuple[int, ...]:
     """Return addresses and version counters, which reveal a change of the weights."""
-    return tuple(
-        x for layer in layers for p in (layer.weight, layer.bias) if p is not None for x in (p.data_ptr(), p._version)
-    )
+    # Read in every step of generation: a module's attributes would take five times as long as its dictionary.
+    found = [x for layer in layers for x in layer._parameters.values() if x is not None]
+    return tuple([x.data_ptr() for x in found] + [x._version for x in found])
 
 
 def _unsupported_reason(size: int) -> str | None:

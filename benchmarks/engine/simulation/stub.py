@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from alignpro.engine.arena import MovingArena
-from alignpro.engine.graphs import DecodeGraphs, StaticPlan
+from alignpro.engine.graphs import DecodeGraphs
+from alignpro.engine.static_plan import StaticPlan
 from alignpro.models.attention_interface import AttentionBackend, AttentionSettings
 from alignpro.models.head import Head
 from alignpro.models.language_model import LanguageModel
@@ -149,7 +150,7 @@ class StubGraphs(DecodeGraphs):
         return states
 
     def _capture(self, name: str, model: LanguageModel, plan: StaticPlan) -> None:
-        plan.graph, plan.states = _Replay(), self._forward(name, model, plan)  # type: ignore[assignment]
+        plan.graph, plan.states = _Replay(), plan.forward(model, self.pool.layers(name))  # type: ignore[assignment]
 
 
 def _pass_of(model: str, how: How, attention: PagedAttention, rows: int) -> Pass:
