@@ -90,4 +90,5 @@ def test_ever_new_temperatures_are_told_apart(llama: LanguageModel) -> None:
         engine.step()
     for request, expected in zip(requests, alone, strict=True):
         assert_same(request.completions[0], expected[0][0])
-    assert len(engine._scheduler.table._samplings) < 90
+    (worker,) = engine._workers.values()
+    assert len(worker.scheduler.table._samplings) < 90
