@@ -74,7 +74,7 @@ class Completion:
     """Number of whole tokens before the stop text that ended the sequence; None if no stop text did."""
     rest_tokens: tuple[int, ...] = ()
     """The ids of the text between those tokens and a stop text that begins inside a token. They were not sampled."""
-    model_logprobs: Sequence[TokenLogprobs] = ()
+    model_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One for each of ``tokens``, if ``SamplingParams.top_logprobs`` asks for them; ``logprobs`` are those of sampling."""
 
     @property

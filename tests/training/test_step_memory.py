@@ -61,7 +61,7 @@ def test_policy_and_reference_see_what_is_remembered_and_a_checkpoint_keeps_it(
     assert made.memory is not None
     memory = made.memory.memory
     before = memory.dumps()
-    assert made.evaluate(2)["eval/kl"] < 1e-9
+    assert made.evaluate(2).metrics["eval/kl"] < 1e-9
     assert memory.dumps() == before  # what is evaluated is not remembered
     assert {each.prompt for each in memory.rewrites} <= {each.text for each in made.stream.prompts}
     assert made.heldout and not any(memory.holds(each) for each in made.heldout)
