@@ -41,6 +41,7 @@ def check(root: Path, cases: dict[str, tuple[str, list[str]]]) -> None:
         assert_close_runs(root / f"whole {name}", root / f"fewer {name}")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     check(tmp_path, CASES)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "whole z2 full" / "model")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import ends_well, launch
 
-FIGURES = {"no_finetuning": 0.329, "align_pro": 0.924, "oracle": 0.927}
+FIGURES = {"no_finetuning": 0.329, "align_pro": 0.920, "oracle": 0.927}
 """The figures in README.md: seed 0, one process."""
 
 

@@ -216,6 +216,7 @@ def test_samples_equal_the_references(backend, rows, vocabulary, temperature, so
     torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", FEWER)
 def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (

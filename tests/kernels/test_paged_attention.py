@@ -307,6 +307,7 @@ def test_shapes_can_be_traced_and_no_gradient_flows() -> None:
     assert not paged_attention(query.requires_grad_(), *rest, scale=1.0)[0].requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", FEWER)
 def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:
     names = (

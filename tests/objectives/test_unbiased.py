@@ -229,6 +229,7 @@ def second_moment(world: Tabular, estimator: str, share: float = 0.0) -> float:
     return sum(moment.sum().item() for moment in expectation(world, 2, squares))
 
 
+@pytest.mark.slow
 def test_which_estimator_varies_least_depends_on_where_the_policy_is() -> None:
     world = Tabular()
     noise = torch.randn(world.hidden.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -92,6 +92,7 @@ def test_the_compared_runs_change_the_policy(finished: Finished) -> None:
 LONG = ("train", "run.steps=100", "run.checkpoint_every=1000", "run.eval_every=7", "optimizer.schedule=constant")
 
 
+@pytest.mark.slow
 def test_sigint_saves_and_exits_and_resume_continues(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = Process(workshop.arguments(LONG[0], out, *LONG[1:]), tmp_path / "log")
