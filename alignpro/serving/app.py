@@ -172,7 +172,10 @@ class Rewritten(_Forwarding):
             run=wishes.run,
             opt_out=wishes.opt_out,
         )
-        outcome = await self._service.rewriter.rewrite(asked)
+        if self._service.target.refuses(self._api, document.raw):
+            outcome = Outcome(document.raw, "refused")
+        else:
+            outcome = await self._service.rewriter.rewrite(asked)
         exchange.outcome = outcome
         exchange.phases["rewrite"] = outcome.seconds
         if outcome.later is not None:

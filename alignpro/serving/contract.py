@@ -112,6 +112,9 @@ class ServedTarget(Protocol):
     def model(self) -> str | None:
         """The only model that may be asked for; None if the target is the one to say."""
 
+    def refuses(self, api: Api, body: bytes) -> bool:
+        """Whether it is known that a request will be refused, without sending it: nothing is rewritten for it then."""
+
     async def send(self, request: TargetRequest) -> TargetResponse:
         """Send a request, and wait for the head of the response. Cancelling the call cancels the request.
 

@@ -16,7 +16,7 @@ from alignpro.config import ServeConfig
 from alignpro.endpoints.client import IDLE_SECONDS, REFERENCE
 from alignpro.endpoints.sockets import Network
 from alignpro.errors import EndpointError
-from alignpro.serving.contract import TargetFailure, TargetRequest, TargetResponse
+from alignpro.serving.contract import Api, TargetFailure, TargetRequest, TargetResponse
 
 _MOST_IDLE = 256
 """Idle connections that are kept."""
@@ -105,6 +105,10 @@ class HttpTarget:
         self._connect_seconds = config.limits.connect_seconds
         logging.getLogger("httpcore2").setLevel(logging.WARNING)  # its records show headers
         self._idle: deque[_Connection] = deque()
+
+    def refuses(self, api: Api, body: bytes) -> bool:
+        """Never: the server is the one to say."""
+        return False
 
     async def send(self, request: TargetRequest) -> TargetResponse:
         """Send a request, and wait for the head of the response."""

@@ -68,6 +68,14 @@ class LocalServedTarget:
         self._created = int(time.time())
         self._texts = TokenTexts(model.tokenizer)
 
+    def refuses(self, api: Api, body: bytes) -> bool:
+        """Whether a field of the request cannot be honoured."""
+        try:
+            self._read(api, body)
+        except RefusedRequestError:
+            return True
+        return False
+
     async def send(self, request: TargetRequest) -> LocalResponse:
         """Answer a request; what cannot be honoured gets an error in OpenAI's form."""
         if self._engine.failure is not None:
@@ -97,8 +105,7 @@ class LocalServedTarget:
         return {"object": "list", "data": [own]} if whole else own
 
     async def _answer(self, api: Api, content: bytes) -> LocalResponse:
-        limits = {"max_tokens": self._config.max_tokens, "max_draws": self._config.max_draws}
-        request = read_request(api, content, self.model, **limits)
+        request = self._read(api, content)
         if self._engine.waiting("target") >= self._config.max_waiting:
             raise RefusedRequestError(
                 f"the model {self.model} has {self._config.max_waiting} requests to answer: try again later",
@@ -122,6 +129,10 @@ class LocalServedTarget:
         if failed := next((each.error for each in completions if each.error is not None), None):
             return _whole(500, _error(failed, status=500))
         return _whole(200, answer.whole(completions))
+
+    def _read(self, api: Api, content: bytes) -> ModelRequest:
+        limits = {"max_tokens": self._config.max_tokens, "max_draws": self._config.max_draws}
+        return read_request(api, content, self.model, **limits)
 
     def _start(self, request: ModelRequest, tokens: Sequence[int]) -> Generation:
         room = self._model.context_length - len(tokens)

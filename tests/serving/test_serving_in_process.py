@@ -39,6 +39,12 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_rewritten(proxy
     assert proxy.ask(CHAT).headers["x-alignpro-rewrite"] == "applied"
 
 
+def test_what_the_target_cannot_honour_costs_no_rewrite(proxy: Proxy) -> None:
+    reply = proxy.ask(CHAT | {"tools": [{"type": "function", "function": {"name": "f"}}]})
+    assert (reply.status, reply.json()["error"]["param"]) == (400, "tools")
+    assert reply.headers["x-alignpro-rewrite"] == "skipped:refused"
+
+
 def test_the_official_client_gets_log_probabilities(proxy: Proxy) -> None:
     with OpenAI(base_url=proxy.url, api_key="unused", max_retries=0) as client:
         (choice,) = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=2).choices
