@@ -235,7 +235,8 @@ def test_rollout_and_reward_take_the_time_of_the_longer_not_of_both(prompter: La
         whole_rollout(environment, prompter, answering)
         return time.perf_counter() - began
 
-    early, late = seconds(), seconds(whole_batch=True)
+    early = min(seconds() for _ in range(3))  # another process may take the processor for a while
+    late = seconds(whole_batch=True)
     assert late > 12 * each
     assert early < late - 3 * each  # 5, since only the last rewrite's reward comes after the last answer
 
