@@ -83,8 +83,9 @@ def _level(
     bounds = [0]
     rows: list[int] = []
     at = 0
-    for serial, group in groupby(chunks, key=lambda c: c.path[depth].serial if len(c.path) > depth else None):
-        members = list(group)
+    serials = [chunk.path[depth].serial if len(chunk.path) > depth else None for chunk in chunks]
+    for serial, group in groupby(range(len(chunks)), key=serials.__getitem__):
+        members = [chunks[i] for i in group]
         count = sum(chunk.count for chunk in members)
         if serial is not None:
             segment = members[0].path[depth]
