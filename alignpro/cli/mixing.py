@@ -10,6 +10,13 @@ import typer
 from alignpro.cli.arguments import load_late
 from alignpro.errors import ConfigError
 
+_TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Let Python code that comes with the models run, if a run's config says so."
+    ),
+]
+
 
 def mix(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN…", help="Run directories of `alignpro train`.")],
@@ -30,12 +37,7 @@ def mix(
     prompts: Annotated[int, typer.Option(min=1, help="Training prompts on which the mixture is measured.")] = 32,
     rewrites: Annotated[int, typer.Option(min=2, help="Rewrites of each.")] = 16,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Let Python code that comes with the models run, if a run's config says so."
-        ),
-    ] = False,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Mix prompters that were trained for different rewards, from one reference with one λ, into one prompter.
 
@@ -82,12 +84,7 @@ def pareto(
     rewrites: Annotated[int, typer.Option(min=2, help="Rewrites of each.")] = 2,
     responses: Annotated[int, typer.Option(min=2, help="Responses to each rewrite.")] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Let Python code that comes with the models run, if a run's config says so."
-        ),
-    ] = False,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Compare mixtures of two prompters with prompters that were trained for the weighted sum of both rewards."""
     found = load_late("alignpro.evaluation.pareto:compare_mixtures")(

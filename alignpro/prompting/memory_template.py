@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from alignpro.errors import ConfigError
+from alignpro.prompting.jinja_source import parse_template
 
 _BUILT_IN = Path(__file__).with_name("memory_templates")
-_VARIABLES = {"request", "best", "worst"}
+_VARIABLES = ("request", "best", "worst")
 
 
 @dataclass(frozen=True)
@@ -50,16 +47,7 @@ class MemoryTemplate:
 
     def __init__(self, source: str, name: str) -> None:
         self.source, self._name = source, name
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
-        try:
-            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"memory.template {name}:{error.lineno}: {error.message}") from error
-        if unknown := sorted(variables - _VARIABLES):
-            raise ConfigError(f"memory.template {name}: unknown variable {unknown[0]}; expected request, best or worst")
-        if "request" not in variables:
-            raise ConfigError(f"memory.template {name}: never uses {{{{ request }}}}, the text to be rewritten")
+        self._template, _ = parse_template(f"memory.template {name}", source, _VARIABLES, "request")
         self.version: str = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         """16 hexadecimal digits that depend on the source: equal ones write the same."""
 

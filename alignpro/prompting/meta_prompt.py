@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import jinja2
-import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from alignpro.data import Message, Prompt
 from alignpro.errors import ConfigError
+from alignpro.prompting.jinja_source import parse_template
 
 _BUILT_IN = Path(__file__).with_name("meta_prompts")
-
-
-_VARIABLES = {"prompt", "history"}
+_VARIABLES = ("prompt", "history")
 
 
 class MetaPrompt:
@@ -34,19 +31,9 @@ class MetaPrompt:
     def __init__(self, name: str) -> None:
         self.name = name
         self.source = source = _read_meta_prompt(name)
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
-        try:
-            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"prompting.meta_prompt {name}:{error.lineno}: {error.message}") from error
-        if variables - _VARIABLES:
-            unknown = ", ".join(sorted(variables - _VARIABLES))
-            raise ConfigError(f"prompting.meta_prompt {name}: unknown variable {unknown}; expected prompt or history")
-        if "prompt" not in variables:
-            raise ConfigError(f"prompting.meta_prompt {name}: never uses {{{{ prompt }}}}, the text to be rewritten")
+        self._template, variables = parse_template(f"prompting.meta_prompt {name}", source, _VARIABLES, "prompt")
         self.uses_history = "history" in variables
-        self.doc = _leading_comment(environment, source)
+        self.doc = _leading_comment(source)
 
     def messages(self, prompt: Prompt) -> tuple[Message, ...]:
         """Return the prompter's conversation for this prompt.
@@ -82,9 +69,9 @@ def _read_meta_prompt(name: str) -> str:
         raise ConfigError(f"prompting.meta_prompt {name}: not UTF-8") from error
 
 
-def _leading_comment(environment: jinja2.Environment, source: str) -> str:
+def _leading_comment(source: str) -> str:
     """Return the text of the ``{# … #}`` that opens a template, on one line."""
-    for _, kind, text in environment.lex(source):
+    for _, kind, text in jinja2.Environment().lex(source):
         if kind == "comment":
             return " ".join(text.split())
         if kind == "data" and text.strip():

@@ -1,10 +1,9 @@
 """Updates of the policy whose KL to the policy that drew the rollout is measured and limited; see `objectives.step_size`.
 
 KL(ρ_new ‖ ρ_old) is exact at each state, over the whole vocabulary, and its sum over a sequence is averaged over one sample of
-each prompt, since a step does to the samples of a prompt nearly the same, and to prompts very different things: so many samples
-of a quarter of the prompts were twice as far off in the logarithm. The old policy's hidden states are those of the pass that
-computed the advantages, so the measurement costs one forward pass over a sample of each prompt; where the output layer is
-trained, a copy of it is kept until the end of the step.
+each prompt, since a step does to the samples of a prompt nearly the same, and to prompts very different things. The old
+policy's hidden states are those of the pass that computed the advantages, so the measurement costs one forward pass over a
+sample of each prompt; where the output layer is trained, a copy of it is kept until the end of the step.
 """
 
 from __future__ import annotations
