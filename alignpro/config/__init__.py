@@ -6,7 +6,7 @@ key. The sections are defined here by subject; `loading` reads and writes config
 May import `errors`, and `objectives` to check what a loss needs.
 """
 
-from alignpro.config.data import DataConfig, PromptingConfig, SFTDataConfig
+from alignpro.config.data import DataConfig, PromptingConfig, RewriteForm, SFTDataConfig
 from alignpro.config.endpoints import (
     BudgetConfig,
     EndpointConfig,
@@ -131,6 +131,7 @@ __all__ = [
     "RewardComponentConfig",
     "RewardConfig",
     "RewardModelConfig",
+    "RewriteForm",
     "RivalConfig",
     "RivalKind",
     "RivalMethod",

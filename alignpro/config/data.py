@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -51,9 +52,15 @@ class SFTDataConfig(DataConfig):
     """Share of these pairs whose rewrite is the prompt itself."""
 
 
+RewriteForm = Literal["whole", "addition"]
+"""What the prompter writes of a rewrite."""
+
+
 class PromptingConfig(Section):
     """How the prompter's input is built from x, and the target's from x'."""
 
+    form: RewriteForm = "whole"
+    """What the prompter writes: the ``whole`` rewrite, or an ``addition`` that follows the prompt after a blank line."""
     meta_prompt: str = "none"
     """A built-in (`alignpro doctor` lists them) or a Jinja file."""
     max_prompt_tokens: int = Field(1024, ge=1)
@@ -62,3 +69,21 @@ class PromptingConfig(Section):
     """Whether an empty rewrite is sent to the target as an empty user message, or replaced by the original prompt."""
     truncation_penalty: float = Field(0.0, ge=0)
     """Subtracted from the reward of a rewrite that reached its token limit without an end token."""
+
+    @model_validator(mode="after")
+    def _asks_for_the_form(self) -> Self:
+        form = _FORM_ASKED_FOR.get(self.meta_prompt, self.form)
+        if form != self.form:
+            raise ValueError(
+                f"meta_prompt={self.meta_prompt} asks for {_ASKED[form]}, but form={self.form} takes what the prompter writes as "
+                f"{_ASKED[self.form]}: set form={form}, or another meta_prompt"
+            )
+        return self
+
+
+_ASKED: Mapping[RewriteForm, str] = {"whole": "the whole rewrite", "addition": "an addition to the prompt"}
+_FORM_ASKED_FOR: Mapping[str, RewriteForm] = {
+    **dict.fromkeys(("rewrite", "clarify", "expand", "structure"), "whole"),
+    "addition": "addition",
+}
+"""Of the built-in meta-prompts; ``none`` asks for nothing."""

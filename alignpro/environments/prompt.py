@@ -106,20 +106,24 @@ class PromptEnvironment:
 
         return BegunRollout(begun.samples, finish)
 
-    def rewrite_of(self, sample: Completion) -> str:
+    def rewrite_of(self, prompt: Prompt, sample: Completion) -> str:
         """The text of a rewrite."""
-        return self.prompter.decode(sample.text_tokens)
+        return self.prompter.decode(prompt, sample.text_tokens)
+
+    def rewrites_of(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> list[list[str]]:
+        """[P][K] the texts of the rewrites."""
+        return [[self.rewrite_of(x, each.sample) for each in group] for x, group in zip(prompts, chains, strict=True)]
 
     def write_card(self, directory: Path, max_tokens: int) -> None:
         """Write the prompter's meta-prompt and memory, and how to use the prompter without this package."""
-        write_card(directory, self.prompter.meta_prompt, max_tokens)
+        write_card(directory, self.prompter, max_tokens)
         if self.prompter.memory is not None:
             write_memory(directory, self.prompter.memory.memory)
 
     def score(self, prompts: Sequence[Prompt], chains: Sequence[Sequence[Chain]]) -> ResponseScores:
         """Average the rewards of the responses to each rewrite, scored against the original prompt."""
         refuse_errors(prompts, chains)
-        rewrites = [[self.rewrite_of(c.sample) for c in group] for group in chains]
+        rewrites = self.rewrites_of(prompts, chains)
         responses = [[[self.target.text(y) for y in c.responses] for c in group] for group in chains]
         scores = score_texts(
             prompts,

@@ -221,7 +221,7 @@ class Rewriter:
         for i, prompt, group in zip(usable, chosen, chains, strict=True):
             try:
                 refuse_errors([prompt], [group], ModelError)
-                results[i] = [self._decode(chain) for chain in group]
+                results[i] = [self._decode(prompt, chain) for chain in group]
             except ModelError as error:
                 results[i] = error
         return results
@@ -259,11 +259,11 @@ class Rewriter:
         places = resample(found, params.n, [derive_seed(seed, "resample") for seed in seeds])
         return [[group[j] for j in row] for group, row in zip(groups, places, strict=True)]
 
-    def _decode(self, chain: Chain) -> Rewritten:
+    def _decode(self, prompt: Prompt, chain: Chain) -> Rewritten:
         response: str | None = None
         if self.environment is not None:
             response = self.environment.target.text(chain.responses[0])
-        return Rewritten(self._trained.text(chain.sample), response)
+        return Rewritten(self._trained.text(prompt, chain.sample), response)
 
 
 def _greedy(rollout: RolloutConfig) -> SamplingConfig:

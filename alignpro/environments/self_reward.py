@@ -108,7 +108,7 @@ class SelfRewardEnvironment:
         of_all = [each for group in groups for each in group]
         return Scores(
             values - self._plain.config.truncation_penalty * truncated,
-            [[self._plain.rewrite_of(chain.sample) for chain in group] for group in chains],
+            self._plain.rewrites_of(prompts, chains),
             {
                 "self_reward/score": scores.mean().item(),
                 "self_reward/spread": (scores.amax(1) - scores.amin(1)).mean().item(),

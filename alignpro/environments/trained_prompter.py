@@ -47,7 +47,7 @@ class TrainedPrompter:
         self.model, self.config = model, config
         self.rollout = config.rollout if isinstance(config, TrainConfig) else _default_rollout(model)
         room = min(config.prompting.max_prompt_tokens, model.context_length - self.rollout.rewrite.max_tokens)
-        self.memory = None if memory is None else MemoryContext(memory, room)
+        self.memory = None if memory is None else MemoryContext(memory, room, config.prompting.form)
         self.template = PrompterTemplate(
             model.tokenizer, config.prompting, stop_token_ids=model.end_token_ids, memory=self.memory
         )
@@ -102,9 +102,9 @@ class TrainedPrompter:
             return error
         return None
 
-    def text(self, sample: Completion) -> str:
+    def text(self, prompt: Prompt, sample: Completion) -> str:
         """The rewrite that was sampled."""
-        return self.template.decode(sample.text_tokens)
+        return self.template.decode(prompt, sample.text_tokens)
 
 
 def load_prompter(run: Path, config: TrainConfig | SFTConfig, strength: float = 1.0) -> LanguageModel:

@@ -140,7 +140,7 @@ class ArmSampler:
         config, memory = self.config, None
         if self.memory is not None:
             limit = max_input_tokens(prompter, config.rewrite, "the prompter", "rewrite")
-            memory = MemoryContext(self.memory, min(config.prompting.max_prompt_tokens, limit))
+            memory = MemoryContext(self.memory, min(config.prompting.max_prompt_tokens, limit), config.prompting.form)
         return prompt_environment(
             prompter,
             self.target,
@@ -174,7 +174,8 @@ class ArmSampler:
         def respond(places: Sequence[int]) -> list[list[Chain]]:
             groups = [chosen_chains[i] for i in places]
             chains = [chain for group in groups for chain in group]
-            rewrites = [environment.rewrite_of(chain.sample) for chain in chains]
+            own = environment.rewrites_of([self.prompts[i] for i in places], groups)
+            rewrites = [each for group in own for each in group]
             begin = begin_scores(self.reward, [self.prompts[i] for i in places for _ in range(count)], self.target.text)
             with begun_scores(self.reward):
                 responses = self.target.respond(

@@ -47,10 +47,11 @@ def step_compute(config: TrainConfig | RLHFConfig, models: JobModels | None = No
         K, M = config.rollout.rewrites_per_prompt, config.rollout.responses_per_rewrite
         prompt, sample = config.prompting.max_prompt_tokens, config.rollout.rewrite.max_tokens
         name, answered, grown = "rewrites", K, config.self_reward
+        before = prompt if config.prompting.form == "addition" else 0  # what the rewrites of a prompt share
     else:
         K, M = config.rollout.responses_per_prompt, 0
         prompt, sample = config.max_prompt_tokens, config.rollout.respond.max_tokens
-        name, answered, grown = "responses", 0, None
+        name, answered, grown, before = "responses", 0, None, 0
     drawn = P * K * sample
     forward = _flop(policy, P * prompt + drawn, drawn)
     parts = {name: forward}
@@ -59,7 +60,7 @@ def step_compute(config: TrainConfig | RLHFConfig, models: JobModels | None = No
         parts, answered = {name: _flop(policy, P * prompt + sentences, sentences)}, grown.answered
     targets = models.targets or ((policy,) if isinstance(config, TrainConfig) and config.target == "policy" else ())
     if targets:
-        read, answers = P * answered * sample, P * answered * M * rollout.respond.max_tokens
+        read, answers = P * (before + answered * sample), P * answered * M * rollout.respond.max_tokens
         parts["responses"] = sum(_flop(each, read + answers, answers) for each in targets) / len(targets)
     parts["credit"] = 2 * forward  # policy and reference
     parts["update"] = forward * (3 if trains_all(config.policy) else 2)

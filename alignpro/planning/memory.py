@@ -239,7 +239,8 @@ class _Rollout:
         if isinstance(config, TrainConfig):
             group_size, responses = config.rollout.rewrites_per_prompt, config.rollout.responses_per_rewrite
             sample, prompt = config.rollout.rewrite.max_tokens, config.prompting.max_prompt_tokens
-            longest = prompt + max(sample, config.rollout.respond.max_tokens)
+            answer = config.rollout.respond.max_tokens
+            longest = prompt + (sample + answer if config.prompting.form == "addition" else max(sample, answer))
             keeps_cache = config.rollout.keep_cache and bool(models.targets)
         else:
             group_size, responses = config.rollout.responses_per_prompt, 1

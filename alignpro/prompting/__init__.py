@@ -4,6 +4,7 @@
 |---|---|
 | `prompter_prompt` | x → the prompter's tokens, and its tokens → the rewrite x' |
 | `target_prompt` | a rewrite x' → the target's tokens, and its tokens → the response y |
+| `rewrite_form` | what the prompter writes of a rewrite: all of it, or an addition to the prompt |
 | `meta_prompt`, `meta_prompts/` | the instruction around x that asks for a rewrite |
 | `memory`, `bm25` | past rewrites of training prompts with their rewards; which of them are shown with x |
 | `memory_template`, `memory_templates/` | how they are written before the instruction |

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
 
+from alignpro.config import RewriteForm
 from alignpro.data import Prompt
 from alignpro.prompting.memory import Memory
 from alignpro.prompting.memory_template import PastRewrite
+from alignpro.prompting.rewrite_form import written_part
 
 _CACHED = 4096
 """Inputs that are kept: a step encodes those of its prompts several times."""
@@ -23,10 +25,11 @@ class MemoryContext:
     Args:
         memory: The past rewrites.
         max_input_tokens: Maximum length of the input.
+        form: What the prompter writes of a rewrite, and so what is shown of one; one that is not of this form is shown whole.
     """
 
-    def __init__(self, memory: Memory, max_input_tokens: int) -> None:
-        self.memory, self._max_input_tokens = memory, max_input_tokens
+    def __init__(self, memory: Memory, max_input_tokens: int, form: RewriteForm = "whole") -> None:
+        self.memory, self._max_input_tokens, self._form = memory, max_input_tokens, form
         self._version = memory.version
         self._known: dict[str, tuple[list[int], int]] = {}  # id of a prompt → its input, and how many rewrites it shows
 
@@ -72,7 +75,9 @@ class MemoryContext:
         return tokens, len(chosen)
 
     def _shortened(self, each: PastRewrite) -> PastRewrite:
-        return replace(each, prompt=self._cut(each.prompt), rewrite=self._cut(each.rewrite))
+        written = written_part(self._form, each.prompt, each.rewrite)
+        shown = each.rewrite if written is None else written
+        return replace(each, prompt=self._cut(each.prompt), rewrite=self._cut(shown))
 
     def _cut(self, text: str) -> str:
         longest = self.memory.config.max_characters

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from alignpro.config import RewriteForm
 from alignpro.prompting.memory import FILE_NAME, Memory
-from alignpro.prompting.meta_prompt import MetaPrompt
+from alignpro.prompting.prompter_prompt import PrompterTemplate
 
 META_PROMPT_FILE = "meta_prompt.jinja"
 
@@ -28,6 +29,8 @@ in this directory, a Jinja template of `prompt` and of `history`, the turns befo
 {meta_prompt}
 ````
 
+{form}
+
 With transformers{peft}:
 
 ```python
@@ -38,11 +41,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 directory = Path("path/to/this/directory")
 tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
-message = Template((directory / "{file}").read_text()).render(prompt="explain dns to my mum", history=[])
+prompt = "explain dns to my mum"
+message = Template((directory / "{file}").read_text()).render(prompt=prompt, history=[])
 turns = [{{"role": "user", "content": message}}]
 inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**inputs, max_new_tokens={max_tokens}, do_sample=False)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+written = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+print({rewrite})
 ```
 
 Behind a server with OpenAI's interface, such as vLLM's:
@@ -59,14 +64,26 @@ from pathlib import Path
 from jinja2 import Template
 
 template = Template((Path("path/to/this/directory") / "{file}").read_text())
-turns = [{{"role": "user", "content": template.render(prompt="explain dns to my mum", history=[])}}]
+prompt = "explain dns to my mum"
+turns = [{{"role": "user", "content": template.render(prompt=prompt, history=[])}}]
 body = {{"model": "prompter", "messages": turns, "max_tokens": {max_tokens}, "temperature": 0}}
 request = urllib.request.Request("http://localhost:8000/v1/chat/completions", json.dumps(body).encode())
 request.add_header("Content-Type", "application/json")
 with urllib.request.urlopen(request) as answer:
-    print(json.load(answer)["choices"][0]["message"]["content"].strip())
+    written = json.load(answer)["choices"][0]["message"]["content"].strip()
+print({rewrite})
 ```
 """
+
+_FORMS: Mapping[RewriteForm, str] = {
+    "whole": "Its answer is the rewrite.",
+    "addition": "Its answer is added to the prompt, after a blank line; both are the rewrite.",
+}
+_REWRITES: Mapping[RewriteForm, str] = {
+    "whole": "written",
+    "addition": 'f"{prompt}\\n\\n{written}" if written else prompt',
+}
+"""The rewrite in Python."""
 
 _PLAIN_CARD = """\
 ---
@@ -82,20 +99,22 @@ It is used like the model that it was trained from.
 CARD_FILE = "README.md"
 
 
-def write_card(directory: Path, meta_prompt: MetaPrompt, max_tokens: int) -> None:
+def write_card(directory: Path, prompter: PrompterTemplate, max_tokens: int) -> None:
     """Write ``README.md`` and the meta-prompt beside a saved prompter.
 
     Args:
         directory: Of the saved model.
-        meta_prompt: With which it was trained.
-        max_tokens: Most tokens of a rewrite.
+        prompter: How it was trained: its meta-prompt, and what it writes of a rewrite.
+        max_tokens: Most tokens that it writes.
     """
     adapter = (directory / "adapter_config.json").is_file()
-    (directory / META_PROMPT_FILE).write_text(meta_prompt.source, encoding="utf-8")
+    (directory / META_PROMPT_FILE).write_text(prompter.meta_prompt.source, encoding="utf-8")
     card = _CARD.format(
         library="peft" if adapter else "transformers",
         file=META_PROMPT_FILE,
-        meta_prompt=meta_prompt.source.strip(),
+        meta_prompt=prompter.meta_prompt.source.strip(),
+        form=_FORMS[prompter.form],
+        rewrite=_REWRITES[prompter.form],
         peft=" and peft" if adapter else "",
         max_tokens=max_tokens,
         serve=_serve(directory),

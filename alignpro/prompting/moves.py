@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from alignpro.config import RewriteForm
 from alignpro.data import Prompt
 from alignpro.errors import ConfigError
 from alignpro.prompting.rewrite_template import RewriteTemplate
@@ -80,6 +81,21 @@ class MoveBank:
                 text = prompt.text if draw.random() < copies else template(prompt.text)
                 made.append(replace(prompt, rewrite=text))
         return made
+
+    def of_form(self, form: RewriteForm) -> MoveBank:
+        """The moves whose rewrites a prompter that writes this form can write.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        kept = {
+            name: [each for each in templates if form == "whole" or each.adds] for name, templates in self.moves.items()
+        }
+        if not any(kept.values()):
+            raise ConfigError(
+                "prompting.form=addition: none of the moves adds a text after the prompt: give templates without {{ prompt }}"
+            )
+        return MoveBank({name: templates for name, templates in kept.items() if templates})
 
     def move_of(self, prompt: str, rewrite: str) -> str:
         """The move whose template a rewrite matches, the longest if several do; else `COPY` or `OTHER`.

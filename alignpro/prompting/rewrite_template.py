@@ -43,6 +43,8 @@ class RewriteTemplate:
         """The text before the prompt, stripped."""
         self.after = after.strip()
         """The text after the prompt, stripped."""
+        self.adds = self(_MARK).strip().startswith(_MARK) and self(_MARK).count(_MARK) == 1
+        """Whether it leaves the prompt as it is, and adds a text after it."""
 
     def __call__(self, prompt: str) -> str:
         """The rewrite of a prompt.

@@ -130,7 +130,7 @@ class PromptWriter:
                 logger.error("request %s: a rewrite failed: %s", asked.request_id, sample.error)
                 return Written(None, "error", details)
             truncated = sample.finish_reason == "length" and self._config.skip_truncated
-            texts.append((run.prompter.text(sample), "truncated" if truncated else None))
+            texts.append((run.prompter.text(prompt, sample), "truncated" if truncated else None))
         judged = await self._run(sum(len(text) for text, _ in texts), self._judge, prompt, texts)
         if run.chooser is None:
             (chosen,) = judged

@@ -57,7 +57,7 @@ class Responder(Protocol):
         prompts: Sequence[Prompt],
         inputs: Sequence[Sequence[int]],
         *,
-        decode: Callable[[Completion], str],
+        decode: Callable[[Prompt, Completion], str],
         rewrite: SamplingParams,
         respond: SamplingParams,
         seeds: Sequence[int],
@@ -72,7 +72,7 @@ class Responder(Protocol):
             engine: Has the prompter as ``policy``, and `models`.
             prompts: P prompts.
             inputs: [P]: the prompter's tokens for each.
-            decode: A sample of the prompter → the rewrite.
+            decode: A prompt and a sample of the prompter → the rewrite.
             rewrite: How the prompter is sampled; ``n`` is K.
             respond: How the target is sampled; ``n`` is M.
             seeds: [P].

@@ -81,7 +81,7 @@ class LocalTarget:
         prompts: Sequence[Prompt],
         inputs: Sequence[Sequence[int]],
         *,
-        decode: Callable[[Completion], str],
+        decode: Callable[[Prompt, Completion], str],
         rewrite: SamplingParams,
         respond: SamplingParams,
         seeds: Sequence[int],
@@ -92,7 +92,7 @@ class LocalTarget:
 
         def tell(i: int, chain: Chain) -> None:
             if on_answered is not None:
-                on_answered(i, decode(chain.sample), chain.responses)
+                on_answered(i, decode(prompts[i], chain.sample), chain.responses)
 
         told = None if on_answered is None else tell
         if drawn is not None:
@@ -101,7 +101,7 @@ class LocalTarget:
         chains = engine.run_chains(
             inputs,
             rewrite=rewrite,
-            to_target=lambda i, sample: self.encode(prompts[i], decode(sample)),
+            to_target=lambda i, sample: self.encode(prompts[i], decode(prompts[i], sample)),
             respond=self._with_ends(respond),
             seeds=seeds,
             target=self.name,
@@ -142,14 +142,14 @@ class LocalTarget:
         engine: Engine,
         prompts: Sequence[Prompt],
         drawn: Sequence[Sequence[Completion]],
-        decode: Callable[[Completion], str],
+        decode: Callable[[Prompt, Completion], str],
         params: SamplingParams,
         seeds: Sequence[int],
         on_chain: Callable[[int, Chain], None] | None,
     ) -> list[list[Chain]]:
         """Draw the responses to samples that are there, as in a rollout that samples them."""
         groups = [
-            [Chain(sample, self.encode(prompt, decode(sample))) for sample in group]
+            [Chain(sample, self.encode(prompt, decode(prompt, sample))) for sample in group]
             for prompt, group in zip(prompts, drawn, strict=True)
         ]
         chains = [chain for group in groups for chain in group]

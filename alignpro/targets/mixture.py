@@ -63,7 +63,7 @@ class TargetMixture:
         prompts: Sequence[Prompt],
         inputs: Sequence[Sequence[int]],
         *,
-        decode: Callable[[Completion], str],
+        decode: Callable[[Prompt, Completion], str],
         rewrite: SamplingParams,
         respond: SamplingParams,
         seeds: Sequence[int],

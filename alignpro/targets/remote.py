@@ -125,7 +125,7 @@ class RemoteTarget:
         prompts: Sequence[Prompt],
         inputs: Sequence[Sequence[int]],
         *,
-        decode: Callable[[Completion], str],
+        decode: Callable[[Prompt, Completion], str],
         rewrite: SamplingParams,
         respond: SamplingParams,
         seeds: Sequence[int],
@@ -144,7 +144,7 @@ class RemoteTarget:
             asked[i, k] = sample, _Asked(problem=f"there is no sample to respond to: {sample.error}")
             if sample.error is None:
                 try:
-                    text = decode(sample)
+                    text = decode(prompts[i], sample)
                     sent = self.encode(prompts[i], text)
                 except AlignProError as error:
                     asked[i, k] = sample, _Asked(problem=f"the sample cannot be given to the target: {error}")

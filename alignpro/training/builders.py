@@ -147,7 +147,9 @@ def _empty_memory(config: TrainConfig, max_input_tokens: int) -> MemoryContext |
             if config.memory
             else "its prompter sees none here; `memory` shows those of this run",
         )
-    return None if config.memory is None else MemoryContext(Memory(config.memory), max_input_tokens)
+    return (
+        None if config.memory is None else MemoryContext(Memory(config.memory), max_input_tokens, config.prompting.form)
+    )
 
 
 def _sampling_ahead(config: TrainConfig, environment: PromptEnvironment) -> SamplingAhead | None:

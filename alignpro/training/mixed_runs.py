@@ -114,6 +114,7 @@ def _check_alike(runs: Sequence[MixedRun]) -> None:
 _SHARED: dict[str, Callable[[MixedRun], Any]] = {
     "objective.kl.coef": lambda run: run.config.objective.kl.coef,
     "prompting.meta_prompt": lambda run: run.config.prompting.meta_prompt,
+    "prompting.form": lambda run: run.config.prompting.form,
     "rollout.rewrite.temperature": lambda run: run.config.rollout.rewrite.temperature,
 }
 """Key of the configuration → its value, which the log ratio log (ρ_k/ρ_sft)(x'|x) depends on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from alignpro.config import SamplingConfig, SFTConfig
 from alignpro.data import Prompt, load_prompts, split_for_training
+from alignpro.errors import DataError
 from alignpro.models.adapters import add_adapter, describe_training
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_trainable
@@ -23,6 +25,7 @@ from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.model_card import write_card
 from alignpro.prompting.moves import load_moves
 from alignpro.prompting.prompter_prompt import PrompterTemplate
+from alignpro.prompting.rewrite_form import written_part
 from alignpro.training.backend import TorchBackend
 from alignpro.training.metrics import Evaluation, Metrics, PhaseTimer
 from alignpro.training.resume import check_data
@@ -35,12 +38,17 @@ logger = logging.getLogger(__name__)
 def sft_pairs(config: SFTConfig) -> list[Prompt]:
     """The pairs to train on: those of the data, or its prompts rewritten by the moves that the configuration names.
 
+    With ``prompting.form=addition``, moves and pairs that are no additions to the prompt are left out, and counted in the log.
+
     Raises:
-        ConfigError: The moves cannot be read.
+        ConfigError: The moves cannot be read, or none of them is an addition.
         DataError: The data cannot be read, or has no pairs for the task.
     """
-    moves = None if config.data.moves is None else load_moves(config.data.moves)
+    form = config.prompting.form
+    moves = None if config.data.moves is None else load_moves(config.data.moves).of_form(form)
     prompts = load_prompts(config.data, require=config.required_fields).prompts
+    if config.task == "rewrite" and form == "addition":
+        prompts = _without_other_rewrites(prompts, keep_prompts=moves is not None)
     if moves is None:
         return prompts
     pairs = moves.pairs(prompts, config.data.moves_per_prompt, config.data.copies, config.run.seed)
@@ -48,6 +56,24 @@ def sft_pairs(config: SFTConfig) -> list[Prompt]:
         "%d pairs from %d prompts by %d moves (%s)", len(pairs), len(prompts), len(moves.moves), config.data.moves
     )
     return pairs
+
+
+def _without_other_rewrites(prompts: Sequence[Prompt], *, keep_prompts: bool) -> list[Prompt]:
+    """Leave out the rewrites that do not begin with their prompt, and the prompts too unless they are to be kept."""
+    other = [x for x in prompts if x.rewrite is not None and written_part("addition", x.text, x.rewrite) is None]
+    if not other:
+        return list(prompts)
+    pairs = sum(x.rewrite is not None for x in prompts)
+    told = (
+        f"{len(other)} of {pairs} pairs are no additions to their prompt (the first: {other[0].source or other[0].id})"
+    )
+    if len(other) == len(prompts) and not keep_prompts:
+        raise DataError(f"{told}: set prompting.form=whole")
+    logger.warning("%s; they are left out, as prompting.form=addition wants it", told)
+    dropped = {x.id for x in other}
+    if keep_prompts:
+        return [replace(x, rewrite=None) if x.id in dropped else x for x in prompts]
+    return [x for x in prompts if x.id not in dropped]
 
 
 class SFTTrainer:
@@ -140,7 +166,7 @@ class SFTTrainer:
         """Write the model and its tokenizer."""
         save_pretrained(self.model, directory)
         if self.config.task == "rewrite":
-            write_card(directory, self.prompter.meta_prompt, SamplingConfig().max_tokens)
+            write_card(directory, self.prompter, SamplingConfig().max_tokens)
 
     @property
     def _max_prompt_tokens(self) -> int:
@@ -160,7 +186,7 @@ class SFTTrainer:
         ids = self._encode_prompt(prompt)
         if self.config.task == "rewrite":
             assert prompt.rewrite is not None
-            completion = self.prompter.completion(prompt.rewrite)
+            completion = self.prompter.completion(prompt, prompt.rewrite)
         else:
             assert prompt.response is not None
             completion = self.chat.completion(prompt.response)

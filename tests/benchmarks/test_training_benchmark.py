@@ -57,7 +57,7 @@ def test_a_rewrite_has_as_many_tokens_for_the_target_as_for_the_prompter(task: T
     assert vocabulary == 259
     for start in range(vocabulary):
         rewrite = [(start + i) % vocabulary for i in range(32)]
-        given = target.encode(Prompt.from_text(task.prompts[0]), prompter.decode(rewrite))
+        given = target.encode(Prompt.from_text(task.prompts[0]), prompter.decode(Prompt.from_text(""), rewrite))
         assert len(given.tokens) == 48 + 32
         assert given.tokens[40:72] == rewrite  # the sampled tokens, between the two parts of the template
     assert all(token >= vocabulary for token in (*prompter.stop_token_ids, *target.stop_token_ids))

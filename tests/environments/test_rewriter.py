@@ -37,7 +37,10 @@ def test_rewrites_with_the_trained_model_and_its_templates(
     inputs = [template.encode(Prompt.from_text(text)) for text in TEXTS]
     params = SamplingParams(max_tokens=12, temperature=0.0, stop_token_ids=template.stop_token_ids)
     expected = Engine({"m": model}).generate("m", inputs, params)
-    assert rewritten == [[Rewritten(template.decode(c.text_tokens), None)] for (c,) in expected]
+    assert rewritten == [
+        [Rewritten(template.decode(Prompt.from_text(text), c.text_tokens), None)]
+        for text, (c,) in zip(TEXTS, expected, strict=True)
+    ]
 
 
 def test_the_target_answers_the_rewrite_greedily(model_directory: Directory, tmp_path: Path) -> None:

@@ -35,8 +35,7 @@ def counted(path: Path, tokens: int, logits: int) -> float:
 
 
 def test_each_part_is_what_its_passes_take(made: Workshop) -> None:
-    config = training(
-        made,
+    settings = (
         "rollout.prompts_per_step=3",
         "rollout.rewrites_per_prompt=4",
         "rollout.responses_per_rewrite=2",
@@ -44,7 +43,7 @@ def test_each_part_is_what_its_passes_take(made: Workshop) -> None:
         "rollout.respond.max_tokens=6",
         "prompting.max_prompt_tokens=7",
     )
-    step = step_compute(config)
+    step = step_compute(training(made, *settings))
     forward = counted(made.root / "prompter", 3 * 7 + 3 * 4 * 5, 3 * 4 * 5)
     answers = 3 * 4 * 2 * 6
     assert step.parts["rewrites"] == forward
@@ -53,6 +52,9 @@ def test_each_part_is_what_its_passes_take(made: Workshop) -> None:
     measured = counted(made.root / "prompter", 3 * 7 + 3 * 5, 3 * 5)
     assert step.parts["update"] == 3 * forward + measured
     assert step.total == sum(step.parts.values())
+    added = step_compute(training(made, *settings, "prompting.form=addition")).parts
+    shared = counted(made.root / "target", 3 * (7 + 4 * 5) + answers, answers)  # a prompt and the additions to it
+    assert added == step.parts | {"responses": shared}
 
 
 def test_an_adapter_needs_no_gradient_of_weights_and_a_server_computes_its_own(made: Workshop) -> None:

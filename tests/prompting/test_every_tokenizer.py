@@ -101,7 +101,7 @@ def test_a_completion_has_the_tokens_of_the_whole_conversation(tokenizer, text: 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_completion_does_not_begin_with_a_space(legacy: bool) -> None:
     tokenizer = sentencepiece(legacy=legacy)
-    completion = PrompterTemplate(tokenizer, PromptingConfig()).completion("Explain")
+    completion = PrompterTemplate(tokenizer, PromptingConfig()).completion(Prompt.from_text("?"), "Explain")
     assert tokenizer.convert_ids_to_tokens(completion) == [*"Explain", "</s>"]
 
 
@@ -174,7 +174,7 @@ class TestPlain:
 def test_sft_pairs_of_a_prompter_are_whole_conversations(tokenizer) -> None:
     prompter = PrompterTemplate(tokenizer, PromptingConfig())
     prompt = Prompt.from_text("a question")
-    pair = prompter.encode(prompt) + prompter.completion("Explain </s>")
+    pair = prompter.encode(prompt) + prompter.completion(prompt, "Explain </s>")
     whole = prompter.chat.encode([*prompt.messages, Message("assistant", "Explain </s>")], add_generation_prompt=False)
     assert whole[: len(pair)] == pair
 

@@ -67,5 +67,7 @@ def test_an_error_of_python_in_a_meta_prompt(tmp_path, expression, error):
 
 
 def test_an_unknown_meta_prompt_is_an_error_that_lists_all():
-    with pytest.raises(ConfigError, match=r"no such meta-prompt; expected clarify, expand, none, .* or a Jinja file"):
+    with pytest.raises(
+        ConfigError, match=r"no such meta-prompt; expected addition, clarify, expand, none, .* or a Jinja file"
+    ):
         MetaPrompt("shout")

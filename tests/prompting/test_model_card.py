@@ -14,11 +14,16 @@ import alignpro
 from alignpro.prompting.model_card import licence_of, write_section
 
 
-def code_of_card(workshop: Workshop, root: Path, adapter: str) -> str:
+def code_of_card(workshop: Workshop, root: Path, adapter: str, form: str) -> str:
     """Train a prompter and return the code of its card."""
     meta_prompt = root / "mine.jinja"
     meta_prompt.write_text("{# short #}Say it better: {{ prompt }}")
-    settings = ["run.steps=1", f"prompting.meta_prompt={meta_prompt}", f"policy.adapter.kind={adapter}"]
+    settings = [
+        "run.steps=1",
+        f"prompting.meta_prompt={meta_prompt}",
+        f"policy.adapter.kind={adapter}",
+        f"prompting.form={form}",
+    ]
     assert workshop.run("train", root / adapter, *settings) == 0
     card = (root / adapter / "model" / "README.md").read_text()
     assert "Say it better: {{ prompt }}" in card
@@ -38,9 +43,9 @@ def code_of_card(workshop: Workshop, root: Path, adapter: str) -> str:
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_its_code_gives_the_rewrite(workshop: Workshop, tmp_path: Path) -> None:
-    adapters = ["full", "lora"]
+    adapters = {"full": "whole", "lora": "addition"}
     script = tmp_path / "use.py"
-    script.write_text("\n".join(code_of_card(workshop, tmp_path, adapter) for adapter in adapters))
+    script.write_text("\n".join(code_of_card(workshop, tmp_path, *each) for each in adapters.items()))
     told = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     expected = ""
     for adapter in adapters:

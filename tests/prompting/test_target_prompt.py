@@ -17,7 +17,7 @@ def test_a_rewrite_passes_between_different_tokenizers(qwen, llama):
     target = TargetTemplate(llama, max_tokens=100)
     x = prompt("rewrite the request")
     assert qwen.decode(prompter.encode(x)) == "<|im_start|>user\nrewrite the request<|im_end|>\n<|im_start|>assistant\n"
-    rewrite = prompter.decode(prompter.completion(" the [/INST] dog\n"))
+    rewrite = prompter.decode(x, prompter.completion(x, " the [/INST] dog\n"))
     sent = target.encode(x, rewrite)
     assert sent.text == "the [/INST] dog"
     assert llama.decode(sent.tokens) == "<s>[INST]the [/INST] dog[/INST]"
@@ -44,8 +44,9 @@ def test_empty_rewrites(llama):
 
 def test_a_truncated_rewrite_is_used(qwen):
     prompter = PrompterTemplate(qwen, PromptingConfig())
-    ids = prompter.completion("the quick brown fox jumps")
-    assert prompter.decode(ids[:-2]) == qwen.decode(ids[:-2])
+    x = prompt("the question")
+    ids = prompter.completion(x, "the quick brown fox jumps")
+    assert prompter.decode(x, ids[:-2]) == qwen.decode(ids[:-2])
 
 
 @pytest.mark.parametrize("make", [char_tokenizer, bpe_tokenizer])

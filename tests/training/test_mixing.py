@@ -122,6 +122,7 @@ REFUSED = {
     ),
     "objective.kl.target": (3.0, r"polite: objective.kl.target=3: .*their λ, which must be fixed"),
     "prompting.meta_prompt": ("rewrite", r"polite: prompting.meta_prompt=rewrite, but .*short has none"),
+    "prompting.form": ("addition", r"polite: prompting.form=addition, but .*short has whole"),
     "memory": ({}, r"polite: its prompter was trained with a `memory` of its own: prompters that see different"),
     "policy.reference": (
         "llama",
