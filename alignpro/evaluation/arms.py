@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,15 +31,16 @@ from alignpro.prompting.target_prompt import SentRewrite
 from alignpro.rewards import RewardStack
 from alignpro.targets.base import Target
 from alignpro.training.metrics import weighted_mean
-from alignpro.training.progress import Advance
+from alignpro.training.progress import Advance, progress_bar
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 32
-"""Prompts that are sampled together."""
+_CHUNK_PROMPTS, _CHUNK_RESPONSES = 32, 1024
+"""At most so many prompts and, if it is more than one prompt, responses are sampled together: enough to fill an engine, and few
+enough for a sign of life."""
 
 
-def _show_nothing(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
+def _show_nothing(metrics: Mapping[str, float], notes: Sequence[str] = (), steps: int = 1, /) -> None:
     pass
 
 
@@ -107,12 +108,11 @@ class ArmSampler:
     memory: Memory | None = None
     """Past rewrites that all prompters see, so that they are compared in the same context."""
     advance: Advance = _show_nothing
-    """Called with the mean reward of each chunk of prompts, `chunks` times for an arm."""
+    """Called with the mean reward of each chunk of prompts, and its number of responses."""
 
-    @property
-    def chunks(self) -> int:
-        """In how many chunks of prompts an arm is sampled, so that progress can be shown."""
-        return math.ceil(len(self.prompts) / _CHUNK)
+    def progress(self, responses: int) -> AbstractContextManager[Advance]:
+        """A progress bar over so many responses to each prompt."""
+        return progress_bar(responses * len(self.prompts), 0, ("reward",), unit="response")
 
     def sample_unchanged(self, count: int) -> ArmSamples:
         """Draw ``count`` responses of the target to each original prompt: no fine-tuning."""
@@ -188,7 +188,9 @@ class ArmSampler:
             of_each = iter(responses)
             return [[replace(chain, responses=next(of_each)) for chain in group] for group in groups]
 
-        return self._in_chunks(name, environment, lambda places: partial(respond, places))
+        return self._in_chunks(
+            name, environment, count * environment.respond.n, lambda places: partial(respond, places)
+        )
 
     def scored(self, samples: ArmSamples, prompter: LanguageModel | None) -> ArmSamples:
         """The same samples with the scores of this sampler's reward: of rewrites of ``prompter``, or of unchanged prompts."""
@@ -212,12 +214,14 @@ class ArmSampler:
                 return environment.begin_rollout(engine, prompts, params, seeds)
             return lambda: environment.rollout(engine, prompts, params, seeds)
 
-        return self._in_chunks(name, environment, begin)
+        answers = environment.respond.n if isinstance(environment, PromptEnvironment) else 1
+        return self._in_chunks(name, environment, params.n * answers, begin)
 
     def _in_chunks(
         self,
         name: str,
         environment: _Environment,
+        responses: int,
         begin: _Begin,
     ) -> ArmSamples:
         """Sample and score the prompts chunk by chunk; each prompt has its own seed, so chunks do not change samples.
@@ -226,7 +230,8 @@ class ArmSampler:
         are sampled.
         """
         logger.info("%s: %d prompts", method_label(name), len(self.prompts))
-        ends = [*range(_CHUNK, len(self.prompts), _CHUNK), len(self.prompts)]
+        size = max(1, min(_CHUNK_PROMPTS, _CHUNK_RESPONSES // responses))
+        ends = [*range(size, len(self.prompts), size), len(self.prompts)]
         chunks = [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         parts, begun = list[ArmSamples](), begin(chunks[0])
         for number, places in enumerate(chunks):
@@ -236,7 +241,7 @@ class ArmSampler:
             chains = finish()
             scores = environment.score([self.prompts[i] for i in places], chains)
             parts.append(ArmSamples(name, chains, scores))
-            self.advance({"reward": scores.values.mean().item()})
+            self.advance({"reward": scores.values.mean().item()}, (), responses * len(places))
         return _joined(parts)
 
 

@@ -41,7 +41,7 @@ from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards, rewa
 from alignpro.evaluation.sampled_arms import (
     Trained,
     candidate_kl,
-    count_arms,
+    count_responses,
     instruction_templates,
     sample_arms,
     written_instructions,
@@ -58,7 +58,6 @@ from alignpro.targets.servers import Servers, open_servers
 from alignpro.theory.statistics import Clusters, finite, gap_recovered
 from alignpro.training.durability import disk_errors
 from alignpro.training.loggers.jsonl import read_rows
-from alignpro.training.progress import progress_bar
 from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.versions import versions
 
@@ -126,7 +125,7 @@ def _evaluate(config: EvalConfig, servers: Servers, started: float) -> Evaluatio
     prompts = evaluation_prompts(config, load_prompts(config.data), target, trained, [reward])
     clusters = Clusters(cluster_labels(prompts, config.data.cluster))
     sampler = ArmSampler(config, prompts, target, reward, shown_memory(config.prompter, config.reference))
-    with progress_bar(count_arms(config) * sampler.chunks, 0, ("reward",)) as advance:
+    with sampler.progress(count_responses(config)) as advance:
         sampler.advance = advance
         arms = sample_arms(config, sampler, trained)
     compared = _compare(config, sampler, arms, trained, clusters, time.perf_counter() - started)

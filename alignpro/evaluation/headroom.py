@@ -30,7 +30,6 @@ from alignpro.targets.build import build_target
 from alignpro.targets.servers import Servers, open_servers
 from alignpro.theory.statistics import Clusters
 from alignpro.training.durability import disk_errors, replace_text
-from alignpro.training.progress import progress_bar
 from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.versions import versions
 
@@ -124,8 +123,9 @@ def _headroom(config: HeadroomConfig, moves: MoveBank, servers: Servers, started
     memory = shown_memory(config.prompter)
     samplers = {name: ArmSampler(config, prompts, target, reward, memory) for name, reward in rewards.items()}
     first = next(iter(samplers.values()))
-    arms = 2 + sum(len(task.instructions) + len(config.gibbs_arms) for task in config.tasks.values())
-    with progress_bar(arms * first.chunks, 0, ("reward",)) as advance:
+    arms = 1 + sum(len(task.instructions) + len(config.gibbs_arms) for task in config.tasks.values())
+    rewrites = arms * config.rewrites_per_prompt + max(config.gibbs_candidates)
+    with first.progress(rewrites * config.responses_per_rewrite) as advance:
         for sampler in samplers.values():
             sampler.advance = advance
         unchanged = first.sample_unchanged(config.rewrites_per_prompt * config.responses_per_rewrite)

@@ -21,7 +21,6 @@ from alignpro.targets.build import build_target
 from alignpro.targets.servers import Servers, open_servers
 from alignpro.theory.statistics import Clusters
 from alignpro.training.durability import disk_errors, replace_text
-from alignpro.training.progress import progress_bar
 from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ def _optimal(config: OptimalConfig, out: Path, servers: Servers) -> dict[str, An
     reward = build_reward(config.reward, session=servers)
     prompts = choose(reward.scorable(target.answerable(prompts)), config.prompts)
     sampler = ArmSampler(config, prompts, target, reward, shown_memory(config.prompter))
-    with progress_bar(2 * sampler.chunks, 0, ("reward",)) as advance:
+    with sampler.progress((config.candidates + 1) * config.responses_per_rewrite) as advance:
         sampler.advance = advance
         candidates = sampler.sample_rewrites("candidates", prompter, config.candidates)
         weighed = sampler.gibbs_weights(candidates, config.kl_coef)

@@ -101,9 +101,11 @@ def candidate_kl(config: EvalConfig, sampler: ArmSampler, arms: Mapping[str, Arm
     return found
 
 
-def count_arms(config: EvalConfig) -> int:
-    """How many arms are sampled, the candidates of those that choose among some included."""
-    return len(config.sampled_arms) + any(name in config.candidate_counts for name in config.sampled_arms)
+def count_responses(config: EvalConfig) -> int:
+    """How many responses to each prompt are sampled, those of the candidates that some arms choose among included."""
+    candidates = [config.candidate_counts[name] for name in config.sampled_arms if name in config.candidate_counts]
+    rewrites = len(config.sampled_arms) * config.rewrites_per_prompt + max(candidates, default=0)
+    return rewrites * config.responses_per_rewrite
 
 
 def written_instructions(config: EvalConfig) -> dict[str, str]:

@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class Advance(Protocol):
-    """Shows that another step has been made."""
+    """Shows that another step has been made, or several."""
 
-    def __call__(self, metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
-        """Show the metrics of the step, and what is worth noting, in a few words."""
+    def __call__(self, metrics: Mapping[str, float], notes: Sequence[str] = (), steps: int = 1, /) -> None:
+        """Show the metrics of the last step, and what is worth noting, in a few words."""
 
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_UPDATES = 0.25
 """Of a bar in a notebook, where each update is a message to the browser."""
 
 
-def show_pace(steps: int, seconds: float, left: int) -> str:
+def show_pace(steps: int, seconds: float, left: int, unit: str = "step") -> str:
     """Format how fast steps are made, and how long the others will take.
 
     Steps of a second or more are shown as ``17 s/step, 9 min left``, shorter ones as ``2.5 steps/s, 40 s left``.
@@ -37,9 +37,10 @@ def show_pace(steps: int, seconds: float, left: int) -> str:
         steps: Number of steps that this process has made, at least 1.
         seconds: The time that these took.
         left: Number of steps that are left; without any, no time is shown.
+        unit: What a step is called.
     """
     each = max(seconds, 1e-9) / steps
-    pace = f"{_two_digits(each)} s/step" if each >= 1 else f"{_two_digits(1 / each)} steps/s"
+    pace = f"{_two_digits(each)} s/{unit}" if each >= 1 else f"{_two_digits(1 / each)} {unit}s/s"
     return f"{pace}, {show_duration(each * left)} left" if left else pace
 
 
@@ -60,7 +61,7 @@ def show_duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(
-    total: int, completed: int, progress_metrics: Sequence[str], *, shown: bool = True
+    total: int, completed: int, progress_metrics: Sequence[str], *, unit: str = "step", shown: bool = True
 ) -> Iterator[Advance]:
     """Show a progress bar over steps; call the yielded function with the metrics of each step.
 
@@ -68,14 +69,15 @@ def progress_bar(
         total: Number of steps.
         completed: Number of steps completed before.
         progress_metrics: Names of the metrics to show.
+        unit: What a step is called.
         shown: Whether this process shows the bar.
     """
     if not shown:
-        yield lambda metrics, notes=(): None
+        yield lambda metrics, notes=(), steps=1: None
         return
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
-        yield _line_writer(total, completed, progress_metrics)
+        yield _line_writer(total, completed, progress_metrics, unit)
         return
     columns = (
         BarColumn(),
@@ -88,10 +90,10 @@ def progress_bar(
     task = bar.add_task("", total=total, completed=completed, pace="", shown="")
     started = time.monotonic()
 
-    def advance(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
-        done = int(bar.tasks[0].completed) + 1
-        pace = show_pace(done - completed, time.monotonic() - started, total - done)
-        bar.update(task, advance=1, pace=pace, shown=_show(metrics, progress_metrics, notes))
+    def advance(metrics: Mapping[str, float], notes: Sequence[str] = (), steps: int = 1, /) -> None:
+        done = int(bar.tasks[0].completed) + steps
+        pace = show_pace(done - completed, time.monotonic() - started, total - done, unit)
+        bar.update(task, advance=steps, pace=pace, shown=_show(metrics, progress_metrics, notes))
 
     if not console.is_jupyter:
         with bar:
@@ -102,9 +104,9 @@ def progress_bar(
 
     handle, updated = display(bar, display_id=True), time.monotonic()
 
-    def advance_and_show(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
+    def advance_and_show(metrics: Mapping[str, float], notes: Sequence[str] = (), steps: int = 1, /) -> None:
         nonlocal updated
-        advance(metrics, notes)
+        advance(metrics, notes, steps)
         if time.monotonic() - updated >= _SECONDS_BETWEEN_UPDATES:
             handle.update(bar)
             updated = time.monotonic()
@@ -115,17 +117,17 @@ def progress_bar(
         handle.update(bar)
 
 
-def _line_writer(total: int, completed: int, progress_metrics: Sequence[str]) -> Advance:
+def _line_writer(total: int, completed: int, progress_metrics: Sequence[str], unit: str) -> Advance:
     """Log a line at most every `_SECONDS_BETWEEN_LINES`, and at the last step."""
     done, started, last_line = completed, time.monotonic(), -_SECONDS_BETWEEN_LINES
 
-    def advance(metrics: Mapping[str, float], notes: Sequence[str] = (), /) -> None:
+    def advance(metrics: Mapping[str, float], notes: Sequence[str] = (), steps: int = 1, /) -> None:
         nonlocal done, last_line
-        done += 1
+        done += steps
         now = time.monotonic()
         if now - last_line >= _SECONDS_BETWEEN_LINES or done == total:
-            pace = show_pace(done - completed, now - started, total - done)
-            shown = [f"step {done}/{total}", pace, _show(metrics, progress_metrics, notes)]
+            pace = show_pace(done - completed, now - started, total - done, unit)
+            shown = [f"{unit} {done}/{total}", pace, _show(metrics, progress_metrics, notes)]
             logger.info("%s", "  ".join(part for part in shown if part))
             last_line = now
 

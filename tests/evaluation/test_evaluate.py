@@ -108,13 +108,15 @@ def test_progress_is_shown_with_the_time_left_and_changes_nothing(
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     whole = run(workshop, tmp_path / "whole", gibbs_candidates=3)
     caplog.set_level(logging.INFO, logger="alignpro")
-    monkeypatch.setattr(arms, "_CHUNK", 2)
+    monkeypatch.setattr(arms, "_CHUNK_PROMPTS", 2)
     parts = run(workshop, tmp_path / "parts", gibbs_candidates=3)
     assert parts.rows == whole.rows
-    lines = [message for message in caplog.messages if message.startswith("step ")]
-    assert lines[0].startswith("step 1/15  ")
+    lines = [message for message in caplog.messages if message.startswith("response ")]
+    assert lines[0].startswith(
+        "response 12/132  "
+    )  # to 2 prompts; 6 prompts × M × (3 candidates, 4 arms of K rewrites)
     assert " left  reward" in lines[0]
-    assert lines[-1].startswith("step 15/15  ")
+    assert lines[-1].startswith("response 132/132  ")
 
 
 def test_training_free_resampling_shows_progress_and_a_lower_bound(
@@ -125,7 +127,7 @@ def test_training_free_resampling_shows_progress_and_a_lower_bound(
     config = configuration(workshop, tmp_path / "out", candidates=3)
     del config["reference"], config["rewrites_per_prompt"]
     summary = optimal(validate_config(OptimalConfig, config))
-    assert any(message.startswith("step 2/2  ") for message in caplog.messages)
+    assert any(message.startswith("response 48/48  ") for message in caplog.messages)
     lower, inflation = summary["lower_bound"], summary["inflation"]
     assert summary["log_partition"] == pytest.approx(lower["value"] + inflation["value"])
     assert lower["low"] < lower["value"] < lower["high"]

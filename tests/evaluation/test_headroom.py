@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +85,20 @@ def test_every_task_has_its_arms_and_a_sentence(measured: tuple[Headroom, Path])
 
 
 def test_tasks_score_the_same_draws_as_they_do_alone(
-    workshop: Workshop, measured: tuple[Headroom, Path], tmp_path: Path
+    workshop: Workshop,
+    measured: tuple[Headroom, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = configuration(workshop, tmp_path / "out")
+    monkeypatch.setattr("alignpro.evaluation.arms._CHUNK_RESPONSES", 8)  # chunks of other sizes
+    caplog.set_level(logging.INFO, logger="alignpro.training.progress")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
     alone = headroom(config.model_copy(update={"tasks": {"letters": config.tasks["letters"]}}))
+    last = re.match(r"response (\d+)/(\d+) ", caplog.messages[-1])
+    # prompts × M × (K × (no fine-tuning, an instruction, two of Gibbs) + the candidates)
+    assert last is not None and last[1] == last[2] == str(5 * 2 * (2 * 4 + 4))
     both = measured[0].tasks["letters"]
     assert [arm.mean for arm in alone.tasks["letters"].arms] == [arm.mean for arm in both.arms]
     assert alone.tasks["letters"].gibbs == both.gibbs

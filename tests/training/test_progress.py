@@ -78,6 +78,18 @@ def test_slow_steps_are_shown_as_seconds_a_step_and_time_left(
     assert show_pace(steps, seconds, left) == shown
 
 
+def test_steps_may_have_another_name_and_come_several_at_once(
+    lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((0.0, 2.0, 2.0, 6.0, 6.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress_bar(12, 0, (), unit="response") as advance:
+        advance({}, (), 4)
+        advance({}, (), 8)
+    assert lines.messages[0].strip() == "response 4/12  2.0 responses/s, 4 s left"
+    assert lines.messages[-1].startswith("response 12/12  ")
+
+
 def test_the_bar_shows_the_pace_of_the_log_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
