@@ -50,6 +50,8 @@ class SFTDataConfig(DataConfig):
     """Pairs that are made of each prompt, by different moves."""
     copies: float = Field(0.1, ge=0, le=1)
     """Share of these pairs whose rewrite is the prompt itself."""
+    joined: float = Field(0.0, ge=0, le=1)
+    """Share of the other ones whose rewrite makes two different moves, one after the other."""
 
 
 RewriteForm = Literal["whole", "addition"]

@@ -60,7 +60,9 @@ class MoveBank:
         longest_first = [(name, template) for name, templates in moves.items() for template in templates]
         self._templates = sorted(longest_first, key=lambda each: -len(each[1].before + each[1].after))
 
-    def pairs(self, prompts: Sequence[Prompt], per_prompt: int, copies: float, seed: int) -> list[Prompt]:
+    def pairs(
+        self, prompts: Sequence[Prompt], per_prompt: int, copies: float, seed: int, joined: float = 0.0
+    ) -> list[Prompt]:
         """Rewrite each prompt by ``per_prompt`` different moves, drawn uniformly; a share of the rewrites are copies.
 
         What is drawn depends on the seed and the prompt alone, so it is the same whatever other prompts there are.
@@ -70,6 +72,7 @@ class MoveBank:
             per_prompt: Pairs of moves per prompt; at most as many as there are moves.
             copies: Probability that a rewrite is the prompt itself, in [0, 1].
             seed: Of the draws.
+            joined: Probability that a rewrite that is no copy is rewritten again by another move, in [0, 1].
         """
         made = []
         names = list(self.moves)
@@ -78,7 +81,13 @@ class MoveBank:
             made += [prompt] if prompt.rewrite is not None else []
             for name in draw.sample(names, min(per_prompt, len(names))):
                 template = draw.choice(self.moves[name])
-                text = prompt.text if draw.random() < copies else template(prompt.text)
+                if draw.random() < copies:
+                    made.append(replace(prompt, rewrite=prompt.text))
+                    continue
+                text = template(prompt.text)
+                if joined and len(names) > 1 and draw.random() < joined:
+                    second = draw.choice([each for each in names if each != name])
+                    text = draw.choice(self.moves[second])(text)
                 made.append(replace(prompt, rewrite=text))
         return made
 
@@ -100,7 +109,8 @@ class MoveBank:
     def move_of(self, prompt: str, rewrite: str) -> str:
         """The move whose template a rewrite matches, the longest if several do; else `COPY` or `OTHER`.
 
-        The text around the prompt decides, so a rewrite that restates the prompt in other words still matches.
+        The text around the prompt decides, so a rewrite that restates the prompt in other words still matches. Of two moves
+        one after the other it is the second.
         """
         if rewrite.split() == prompt.split():
             return COPY

@@ -51,7 +51,7 @@ def sft_pairs(config: SFTConfig) -> list[Prompt]:
         prompts = _without_other_rewrites(prompts, keep_prompts=moves is not None)
     if moves is None:
         return prompts
-    pairs = moves.pairs(prompts, config.data.moves_per_prompt, config.data.copies, config.run.seed)
+    pairs = moves.pairs(prompts, config.data.moves_per_prompt, config.data.copies, config.run.seed, config.data.joined)
     logger.info(
         "%d pairs from %d prompts by %d moves (%s)", len(pairs), len(prompts), len(moves.moves), config.data.moves
     )

@@ -42,6 +42,20 @@ def test_moves_are_drawn_uniformly_and_depend_on_seed_and_prompt_alone() -> None
     assert max(of_one.values()) == 1  # the moves of a prompt differ
 
 
+def test_a_share_of_the_pairs_makes_two_moves() -> None:
+    bank = load_moves("default").of_form("addition")
+    plain, joined = (bank.pairs(PROMPTS, 4, 0.1, 0, share) for share in (0.0, 0.5))
+    assert bank.pairs(PROMPTS, 4, 0.1, seed=0) == plain
+    counts = Counter((pair.rewrite or "").removeprefix(pair.text).count("\n\n") for pair in joined)
+    assert counts[0] / len(joined) == pytest.approx(0.1, abs=0.03)
+    templates = {template("").strip(): name for name, own in bank.moves.items() for template in own}
+    twice = [pair for pair in joined if (pair.rewrite or "").removeprefix(pair.text).strip() not in {*templates, ""}]
+    assert len(twice) / len(joined) == pytest.approx(0.45, abs=0.03)
+    for pair in twice:
+        assert any((pair.rewrite or "").startswith(f"{pair.text}\n\n{first}\n\n") for first in templates)
+        assert bank.move_of(pair.text, pair.rewrite or "") != OTHER
+
+
 def test_pairs_of_the_data_are_kept_beside_the_moves_on_the_same_side_of_the_split(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}"} | ({"rewrite": "r"} if i < 5 else {}) for i in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
