@@ -88,7 +88,7 @@ miniature: $(STAMP) ## run the whole pipeline on the real prompts in DATA, with 
 
 real: OUT ?= runs/real
 real: export MODEL ?= runs/smollm2
-real: $(STAMP) ## train and compare on one task of the real prompts in DATA, with a real model: an hour or two on two cores, resumable
+real: $(STAMP) ## train and compare on one task of the real prompts in DATA, with a real model: about an hour on two cores, resumable
 	@[ -n '$(DATA)' ] || { echo 'make real DATA=DIR: name the directory with the prompts (launch/presets/real/README.md)' >&2; exit 2; }
 	[ -e '$(MODEL)' ] || $(BIN)/alignpro model get smollm2 --out '$(MODEL)'
 	DATA='$(DATA)' OUT='$(OUT)' $(BIN)/alignpro experiment launch/presets/real/experiment.yaml $(ARGS)

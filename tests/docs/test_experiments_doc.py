@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -56,28 +55,6 @@ def test_its_sweep_has_the_points_and_settings_that_it_tells(tmp_path: Path) -> 
     assert points == {"gibbs": 4, "align_pro": 12, "grpo": 12, "rlhf": 4}
     table = dict(re.findall(r"^\| `(sweep\.\w+)` \| (\w*\.?\w*) \|", DOCUMENT.text, re.MULTILINE))
     assert table == dict(settings(SweepSection, (), "sweep.")) | {"sweep.methods": "all"}
-
-
-def test_the_figures_of_the_real_model_are_those_of_its_cells() -> None:
-    text = (ROOT / "docs" / "real" / "README.md").read_text(encoding="utf-8")
-    told = [
-        tuple(map(float, row)) for row in re.findall(r"\| ([\d.]+) \| \[([\d.]+), ([\d.]+)\] \|$", text, re.MULTILINE)
-    ]
-    summary = json.loads((ROOT / "docs" / "real" / "summary.json").read_text())
-    (group,) = summary["groups"]
-    keys = ("no_finetuning", "instruction_one_sentence", "instruction_thirty_words", "sft_prompter", "align_pro")
-    assert group["methods"].keys() == set(keys)
-    means = [group["methods"][key]["mean"] for key in keys]
-    assert told == [tuple(round(mean[name], 3) for name in ("value", "low", "high")) for mean in means]
-    gain = group["methods"]["instruction_one_sentence"]["versus_no_finetuning"]
-    assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**gain) in text
-    gain = group["methods"]["align_pro"]["versus_no_finetuning"]
-    assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**gain) in text
-    assert group["prompts"] == 160
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "reward {value:.3f} [{low:.3f}, {high:.3f}]".format(**group["methods"]["align_pro"]["mean"]) in readme
-    assert f"the prompt as it is has {means[0]['value']:.3f}" in readme
-    assert f"instruction that a person wrote {means[1]['value']:.3f}" in readme
 
 
 def test_the_arithmetic_of_the_larger_pair_is_that_of_the_plan() -> None:

@@ -1,0 +1,64 @@
+"""docs/real tells the figures of its cells: each row of its tables is that of a summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from document import ROOT
+
+REAL = ROOT / "docs" / "real"
+FORMS = {"addition": REAL / "summary.json", "whole": REAL / "whole" / "summary.json"}
+
+
+def interval(found: dict[str, Any] | None) -> str:
+    return "" if found is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
+
+
+def rows(summary: Path) -> list[str]:
+    """The rows of the tables: a method's mean reward, and its differences to no fine-tuning and to the best instruction."""
+    columns = ("mean", "versus_no_finetuning", "versus_best_instruction")
+    return [
+        f"| {method['label']} | {' | '.join(interval(method.get(name)) for name in columns)} |"
+        for group in json.loads(summary.read_text())["groups"]
+        for method in group["methods"].values()
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_its_tables_have_the_figures_of_the_summaries(form: str) -> None:
+    text = (REAL / "README.md").read_text(encoding="utf-8")
+    expected = rows(FORMS[form])
+    assert len(expected) >= 5
+    assert [row for row in expected if row not in text] == []
+
+
+def test_the_readme_has_those_of_additions() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if "docs/real/summary.json" in line)
+    for group in json.loads(FORMS["addition"].read_text())["groups"]:
+        methods = group["methods"]
+        trained, best = methods["align_pro"]["mean"], methods[group["best_instruction"]]["mean"]
+        for each in (interval(trained), f"{methods['no_finetuning']['mean']['value']:.3f}", f"{best['value']:.3f}"):
+            assert each in row
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_classes_are_those_of_the_labels(form: str) -> None:
+    directory, name = {
+        "addition": (REAL / "classes", "additions"),
+        "whole": (REAL / "whole" / "classes", "house_style"),
+    }[form]
+    shares = json.loads((directory / f"{name}.json").read_text())
+    labels, keys = (
+        {row["id"]: row for row in map(json.loads, (directory / file).read_text().splitlines())}
+        for file in (f"{name}.jsonl", f"{name}.key.jsonl")
+    )
+    texts = [(REAL / file).read_text(encoding="utf-8") for file in ("README.md", "classes/README.md")]
+    for method, share in shares.items():
+        classes = [labels[each]["class"] for each, key in keys.items() if key["method"] == method]
+        assert {each: classes.count(each) for each in share["classes"]} == share["classes"]
+        kept = "{:.2f} [{:.2f}, {:.2f}]".format(share["kept"], *share["interval"])
+        assert all(kept in text for text in texts)
