@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from alignpro.engine.plan_buffers import PlanBuffers
 from alignpro.engine.sequence_arrays import COLUMNS, DecodeRows, Ints, SequenceArrays
 
 logger = logging.getLogger(__name__)
 
-_NUMBERS = {name: number for number, name in enumerate(COLUMNS.names or ())}
+_NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def new_sequence_arrays(unread: int) -> SequenceArrays:
@@ -33,9 +35,13 @@ def _has_operators() -> bool:
 class CppSequenceArrays(SequenceArrays):
     """See `SequenceArrays`; the library of C++ operators must be loaded."""
 
+    def __init__(self, unread: int) -> None:
+        super().__init__(unread)
+        self._last: tuple[Ints, Tensor, Tensor] | None = None  # rows and their tensor, and the paths, of the last order
+
     def moved(self) -> None:
         """See `SequenceArrays.moved`: the operators read and write the same memory."""
-        self._columns = torch.from_numpy(self.columns.view(np.int64).reshape(-1, len(_NUMBERS)))
+        self._columns = torch.from_numpy(self.columns.view(np.int64).reshape(-1, len(COLUMNS)))
         self._tokens, self._logprobs = torch.from_numpy(self.tokens), torch.from_numpy(self.logprobs)
         self._paths, self._stop_tokens = torch.from_numpy(self.paths), torch.from_numpy(self.stop_tokens)
         self._pages, self._max_pages = torch.from_numpy(self.pages), torch.from_numpy(self.max_pages)
@@ -44,49 +50,58 @@ class CppSequenceArrays(SequenceArrays):
 
     def ordered(self, rows: Ints) -> DecodeRows:
         """See `SequenceArrays.ordered`."""
-        in_order, paths, sizes = torch.ops.alignpro.order_rows.default(
-            self._columns, self._paths, self._serials, self._max_pages, torch.from_numpy(rows)
+        in_order, paths, segments, pages, alike = torch.ops.alignpro.order_rows.default(
+            self._columns, self._paths, self._serials, self._max_pages, self._tensor(rows)
         )
-        return DecodeRows(in_order.numpy(), paths.numpy(), sizes.tolist())
+        batch = DecodeRows(in_order.numpy(), paths.numpy(), segments, pages, alike)
+        self._last = batch.rows, in_order, paths
+        return batch
+
+    def seeds(self, rows: Ints) -> Ints:
+        """See `SequenceArrays.seeds`."""
+        seeds: Ints = torch.ops.alignpro.next_seeds.default(self._columns, self._tensor(rows)).numpy()
+        return seeds
 
     def fill(self, batch: DecodeRows, active: Ints, buffers: PlanBuffers) -> None:
         """See `SequenceArrays.fill`."""
+        last = self._last
         torch.ops.alignpro.fill_plan.default(
             self._columns,
             self._starts,
             self._lengths,
             self._pages,
-            torch.from_numpy(batch.rows),
-            torch.from_numpy(batch.paths),
-            torch.from_numpy(active),
+            self._tensor(batch.rows),
+            last[2] if last is not None and last[0] is batch.rows else torch.from_numpy(batch.paths),
+            torch.from_numpy(active) if len(active) else _NONE,
             buffers.memory,
             *buffers.layout,
         )
 
-    def add_tokens(self, rows: Ints, tokens: torch.Tensor, logprobs: torch.Tensor) -> tuple[Ints, Ints]:
+    def add_tokens(self, rows: Ints, tokens: Tensor, logprobs: Tensor) -> tuple[list[int], list[int], float]:
         """See `SequenceArrays.add_tokens`."""
-        may_end, full = torch.ops.alignpro.add_tokens.default(
+        added: tuple[list[int], list[int], float] = torch.ops.alignpro.add_tokens.default(
             self._columns,
             self._tokens,
             self._logprobs,
             self._stop_tokens,
-            torch.from_numpy(rows),
+            self._tensor(rows),
             tokens,
             logprobs,
         )
-        return may_end.numpy(), full.numpy()
+        return added
 
-    def without_room(self, forward_model: int) -> Ints:
+    def without_room(self, forward_model: int) -> tuple[Ints, bool]:
         """See `SequenceArrays.without_room`."""
-        rows: Ints = torch.ops.alignpro.rows_without_room.default(self._columns, self._serials, forward_model).numpy()
-        return rows
+        rows, alike = torch.ops.alignpro.rows_without_room.default(self._columns, self._serials, forward_model)
+        return rows.numpy(), alike
 
-    def add_pages(self, rows: Ints, pages: Ints, size: int) -> None:
+    def add_pages(self, rows: Ints, pages: Sequence[int], size: int) -> None:
         """See `SequenceArrays.add_pages`."""
-        torch.ops.alignpro.add_pages.default(
-            self._columns, self._pages, torch.from_numpy(rows), torch.from_numpy(pages), size
-        )
+        torch.ops.alignpro.add_pages.default(self._columns, self._pages, self._tensor(rows), pages, size)
 
-    def same(self, column: str, rows: Ints) -> bool:
-        """See `SequenceArrays.same`."""
-        return bool(torch.ops.alignpro.same_in_column.default(self._columns, torch.from_numpy(rows), _NUMBERS[column]))
+    def drawn_alike(self, rows: Ints) -> bool:
+        """See `SequenceArrays.drawn_alike`."""
+        return bool(torch.ops.alignpro.drawn_alike.default(self._columns, self._tensor(rows)))
+
+    def _tensor(self, rows: Ints) -> Tensor:
+        return self._last[1] if self._last is not None and self._last[0] is rows else torch.from_numpy(rows)

@@ -21,6 +21,7 @@ from dataclasses import replace
 from sys import maxsize
 
 import numpy as np
+import torch
 
 from alignpro.engine.faults import describe, is_fatal, is_out_of_memory
 from alignpro.engine.graphs import DecodeGraphs
@@ -67,6 +68,7 @@ class Executor:
         """Forget how much memory there was: there may be more now."""
         self.max_tokens, self.scheduler.token_budget = None, self._token_budget
 
+    @torch.no_grad()
     def execute(self, batch: Batch, stats: EngineStats) -> list[SampledSequence]:
         """Compute a batch and draw tokens for its sequences. Returns the sequences that have ended or failed.
 

@@ -76,7 +76,7 @@ def exact(count: int) -> int:
 
 def _padded_segments(rows: int, segments: int) -> int:
     """Round up to 1 (what all sequences share), an eighth of the rows (what many share), or all rows."""
-    return next(size for size in (1, rows // 8, rows) if segments <= size)
+    return 1 if segments <= 1 else rows // 8 if segments <= rows // 8 else rows
 
 
 class HostLevel(NamedTuple):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -42,11 +42,10 @@ class Drawable(NamedTuple):
 
     def at(self, places: list[int]) -> Drawable:
         """That of some of the sequences."""
-        index = torch.tensor(places, dtype=torch.int64, device=self.states.device)
+        (index,) = to_device([np.array(places, np.int64)], self.states.device)
         return Drawable(self.states.index_select(0, index), self.seeds.index_select(0, index))
 
 
-@torch.no_grad()
 def forward(
     model: LanguageModel,
     pool: KVPool,
@@ -89,7 +88,7 @@ def _decode(
     graphs: DecodeGraphs | None,
 ) -> Drawable:
     """Compute the last tokens of the sequences that decode, which are put in order."""
-    with _timed(stats, "plan"):
+    with _Timed(stats, "plan"):
         decoding = table.gather(batch.decoding)
         batch.decoding = decoding.rows
         if graphs:
@@ -97,7 +96,7 @@ def _decode(
         else:
             plan = plans.plan(batch.model, table, decoding, with_adapter=model.has_token_lora)
     count = len(batch.decoding)
-    with _timed(stats, "forward"):
+    with _Timed(stats, "forward"):
         if graphs:
             return Drawable(graphs.states(batch.model, model, plan, stats)[:count], plan.seeds[:count])
         return Drawable(plan.forward(model, pool.layers(batch.model))[:count], plan.seeds[:count])
@@ -106,13 +105,13 @@ def _decode(
 def _compute(model: LanguageModel, batch: Batch, pool: KVPool, stats: EngineStats, table: SequenceTable) -> Drawable:
     """Compute the chunks of a batch in a pass of exactly their size, for the sequences that draw after them."""
     ends = [sequence.last_segment for sequence in batch.drawing]
-    with _timed(stats, "plan"):
-        seeds = table.position_seeds(rows_of(batch.drawing))
+    with _Timed(stats, "plan"):
+        seeds = table.seeds(rows_of(batch.drawing))
         if not batch.chunks:
             return Drawable(_known_states(ends), *to_device([seeds], pool.device))
         adapted = batch.model if model.has_token_lora else None
         plan = AttentionPlan(pool, batch.model, batch.chunks, ends, seeds, adapted)
-    with _timed(stats, "forward"):
+    with _Timed(stats, "forward"):
         hidden = model.token_states(plan.ids, plan.positions, plan, plan.active)  # (T, D)
         for end in dict.fromkeys(ends):
             if isinstance(end, Node) and id(end) in plan.last_row:
@@ -129,7 +128,6 @@ def _known_states(ends: Sequence[Segment]) -> Tensor:
     return torch.stack(states)
 
 
-@torch.no_grad()
 def sample_tokens(
     models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, drawable: Drawable, stats: EngineStats
 ) -> list[SampledSequence]:
@@ -150,7 +148,7 @@ def sample_tokens(
     """
     if not len(rows):
         return []
-    with _timed(stats, "sample"):
+    with _Timed(stats, "sample"):
         return _sample_tokens(models, table, rows, drawable)
 
 
@@ -187,14 +185,13 @@ def _draw(
     model, params = models[first.model], first.params
     tokens, logprobs = sample(drawable.states, model.head, params, drawable.seeds)
     on_host, own_logprobs, of_states = _to_host(tokens, logprobs, total)
-    for check in (of_states, float(own_logprobs.sum())):
-        check_finite_sum(model.name, check)
+    check_finite_sum(model.name, of_states)
     if (recorded := params.top_logprobs) is not None:
         known = model_logprobs(drawable.states, model.head, tokens, recorded)
         for sequence, position, record in zip(table.sequences(rows), table.counts(rows), known, strict=True):
             sequence.model_logprobs[position:] = [record]  # in place of that of a draw that raised afterwards
-    may_end = table.add_tokens(rows, on_host, own_logprobs)
-    sequences = table.sequences(rows[may_end])
+    sequences, of_logprobs = table.add_tokens(rows, on_host, own_logprobs)
+    check_finite_sum(model.name, of_logprobs)
     for sequence in sequences:
         _end_if_stopped(sequence, model.tokenizer)
     return [sequence for sequence in sequences if sequence.completion is not None]
@@ -236,8 +233,15 @@ def _end_if_stopped(sequence: SampledSequence, tokenizer: PreTrainedTokenizerBas
             sequence.end(*end)
 
 
-@contextmanager
-def _timed(stats: EngineStats, phase: str) -> Iterator[None]:
-    started = perf_counter()
-    yield
-    stats.seconds[phase] += perf_counter() - started
+class _Timed:
+    """Counts the seconds of a phase that does not raise; `contextlib.contextmanager` takes several times as long."""
+
+    def __init__(self, stats: EngineStats, phase: str) -> None:
+        self._stats, self._phase = stats, phase
+
+    def __enter__(self) -> None:
+        self._started = perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._stats.seconds[self._phase] += perf_counter() - self._started

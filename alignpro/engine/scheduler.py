@@ -286,9 +286,9 @@ class Scheduler:
 
     def _grow(self, model: str) -> None:
         """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
-        rows = self.table.without_room(model)
+        rows, same_model = self.table.without_room(model)
         growing = self.table.sequences(rows)
-        if growing and self.table.same_model(rows):  # as in most batches; all get one if there are enough
+        if growing and same_model:  # as in most batches; all get one if there are enough
             pages = self.tree.allocate(growing[0].model, len(growing))
             if pages is not None:
                 self.table.add_pages(growing, rows, pages)

@@ -10,6 +10,8 @@ the same with them, and its results have the same bits.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,8 +51,12 @@ class DecodeRows(NamedTuple):
     """(N,) the row of each sequence."""
     paths: Ints
     """(D, N) the row of each sequence's segment at each depth, or `NO_SEGMENT`; C-contiguous."""
-    sizes: list[list[int]]
-    """D pairs: the number of segments at a depth, and the most pages that one of them has once it is complete."""
+    segments: list[int]
+    """D: the number of segments at each depth."""
+    pages: list[int]
+    """D: the most pages that one of them has once it is complete."""
+    alike: bool
+    """Whether all have the same model and are drawn in the same way."""
 
 
 class SequenceArrays:
@@ -69,6 +75,7 @@ class SequenceArrays:
         """(R, unread) float64: their log-probabilities, in nats."""
         self.paths = np.zeros((4, 64), np.int64)
         """(D, R): the segment at each depth of a sequence's path."""
+        self._stops: set[int] = set()
         self.stop_tokens = np.zeros(0, np.int64)
         """The tokens that may end a sequence."""
         self.pages = np.zeros((64, 16), np.int32)
@@ -111,8 +118,9 @@ class SequenceArrays:
 
     def add_stop_tokens(self, tokens: tuple[int, ...]) -> None:
         """Note tokens that may end a sequence."""
-        if not set(tokens).issubset(self.stop_tokens.tolist()):
-            self.stop_tokens = np.union1d(self.stop_tokens, tokens)
+        if not self._stops.issuperset(tokens):
+            self._stops.update(tokens)
+            self.stop_tokens = np.array(sorted(self._stops), np.int64)
             self.moved()
 
     def ordered(self, rows: Ints) -> DecodeRows:
@@ -122,7 +130,12 @@ class SequenceArrays:
         order = np.lexsort(self.serials[paths[::-1]])
         paths = paths.take(order, axis=1)
         segments = [path[_begins(path)] for path in paths]
-        return DecodeRows(rows[order], paths, [[len(each), int(self.max_pages[each].max())] for each in segments])
+        pages = [int(self.max_pages[each].max()) for each in segments]
+        return DecodeRows(rows[order], paths, [*map(len, segments)], pages, self.drawn_alike(rows))
+
+    def seeds(self, rows: Ints) -> Ints:
+        """The seed of the next token of each of N sequences, (N,)."""
+        return position_seeds(self.columns["seed_state"][rows], self.columns["count"][rows])
 
     def fill(self, batch: DecodeRows, active: Ints, buffers: PlanBuffers) -> None:
         """Write the inputs of a step into a buffer on the host.
@@ -140,7 +153,7 @@ class SequenceArrays:
         host.ids[:count], host.ids[count:] = self.columns["last_token"][batch.rows], 0
         host.positions[:count], host.positions[count:] = at, 0
         host.slots[:count], host.slots[count:] = self.columns["slots_from"][batch.rows] + last, -1
-        host.seeds[:count], host.seeds[count:] = position_seeds(self.columns["seed_state"][batch.rows], counts), 0
+        host.seeds[:count], host.seeds[count:] = self.seeds(batch.rows), 0
         host.active[: len(active)], host.active[len(active) :] = active, padded - 1
         for level, path in zip(host.levels, batch.paths, strict=True):
             begins = _begins(path)
@@ -155,8 +168,8 @@ class SequenceArrays:
             width = min(level.page_table.shape[1], self.pages.shape[1])
             level.page_table[:segments, :width] = self.pages.take(own, axis=0)[:, :width]
 
-    def add_tokens(self, rows: Ints, tokens: Tensor, logprobs: Tensor) -> tuple[Ints, Ints]:
-        """Add a token to each of N sequences.
+    def add_tokens(self, rows: Ints, tokens: Tensor, logprobs: Tensor) -> tuple[list[int], list[int], float]:
+        """Add a token to each of N sequences, unless the sum of the log-probabilities is not finite.
 
         Args:
             rows: (N,).
@@ -164,9 +177,12 @@ class SequenceArrays:
             logprobs: (N,) float32 or float64, on the CPU.
 
         Returns:
-            The places, in ``rows``, of all sequences that may end with it, and possibly of others; and of those whose kept
-            tokens must be read before the next one is added.
+            The rows of all sequences that may end with it, and possibly of others; those of sequences whose kept tokens must
+            be read before the next one is added; the sum.
         """
+        total = float(logprobs.double().sum())
+        if not math.isfinite(total):
+            return [], [], total
         drawn, counts = tokens.numpy(), self.columns["count"][rows]
         places = counts % self.tokens.shape[1]
         self.tokens[rows, places], self.logprobs[rows, places] = drawn, logprobs.numpy()
@@ -174,26 +190,30 @@ class SequenceArrays:
         self.columns["last_token"][rows] = drawn
         self.columns["count"][rows] = counts
         may_end = (self.stop_tokens[:, None] == drawn).any(0) | (counts >= self.columns["may_end_at"][rows])
-        return may_end.nonzero()[0], (counts % self.tokens.shape[1] == 0).nonzero()[0]
+        return rows[may_end].tolist(), rows[counts % self.tokens.shape[1] == 0].tolist(), total
 
-    def without_room(self, forward_model: int) -> Ints:
-        """The sequences of a model's batches whose pages do not hold all their tokens, oldest first; their rows, (N,)."""
+    def without_room(self, forward_model: int) -> tuple[Ints, bool]:
+        """The sequences of a model's batches whose pages do not hold all their tokens, oldest first.
+
+        Returns:
+            Their rows, (N,); whether all are sampled from the same model.
+        """
         full = (self.columns["count"] > self.columns["room"]) & (self.columns["forward_model"] == forward_model)
         (rows,) = full.nonzero()
-        return rows[self.serials[self.columns["segment"][rows]].argsort()]
+        models = self.columns["model"][rows]
+        return rows[self.serials[self.columns["segment"][rows]].argsort()], bool((models == models[:1]).all())
 
-    def add_pages(self, rows: Ints, pages: Ints, size: int) -> None:
-        """Give another page, which holds ``size`` tokens, to each of N > 0 sequences, whose segments have room for it."""
-        room = self.columns["room"][rows]
-        places = room // size
-        self.pages[self.columns["segment"][rows], places] = pages
-        self.columns["slots_from"][rows] = pages * size - room
+    def add_pages(self, rows: Ints, pages: Sequence[int], size: int) -> None:
+        """Give another page, which holds ``size`` tokens, to each of N sequences, whose segments have room for it."""
+        room, new = self.columns["room"][rows], np.array(pages, np.int64)
+        self.pages[self.columns["segment"][rows], room // size] = new
+        self.columns["slots_from"][rows] = new * size - room
         self.columns["room"][rows] = room + size
 
-    def same(self, column: str, rows: Ints) -> bool:
-        """Whether N > 0 sequences have the same number in a column."""
-        values = self.columns[column][rows]
-        return bool((values == values[0]).all())
+    def drawn_alike(self, rows: Ints) -> bool:
+        """Whether N sequences have the same model and are drawn in the same way."""
+        sampling = self.columns["sampling"][rows]
+        return bool((sampling == sampling[:1]).all())
 
 
 def _begins(path: Ints) -> Ints:

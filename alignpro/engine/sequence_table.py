@@ -21,7 +21,7 @@ from torch import Tensor
 from alignpro.engine.cpp_sequence_arrays import new_sequence_arrays
 from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.prefix_tree import PrefixTree
-from alignpro.engine.sampler import position_seeds, seed_state
+from alignpro.engine.sampler import seed_state
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.sequence_arrays import NO_SEGMENT, DecodeRows, Ints
 from alignpro.engine.types import SamplingParams
@@ -105,33 +105,37 @@ class SequenceTable:
 
     def counts(self, rows: Ints) -> Ints:
         """The number of tokens that each of N sequences has drawn, (N,)."""
-        return self.arrays.columns["count"][rows]
+        return self.arrays.columns["count"].take(rows)
 
-    def position_seeds(self, rows: Ints) -> Ints:
+    def seeds(self, rows: Ints) -> Ints:
         """The seed of the next token of each of N sequences, (N,)."""
-        return position_seeds(self.arrays.columns["seed_state"][rows], self.counts(rows))
+        return self.arrays.seeds(rows)
 
-    def without_room(self, forward_model: str) -> Ints:
-        """The sequences of a model's batches whose pages do not hold all their tokens, oldest first; their rows, (N,)."""
+    def without_room(self, forward_model: str) -> tuple[Ints, bool]:
+        """The sequences of a model's batches whose pages do not hold all their tokens, oldest first.
+
+        Returns:
+            Their rows, (N,); whether all are sampled from the same model.
+        """
         return self.arrays.without_room(self._model_numbers[forward_model])
 
-    def same_model(self, rows: Ints) -> bool:
-        """Whether N > 0 sequences are sampled from the same model."""
-        return self.arrays.same("model", rows)
-
     def sampled_alike(self, rows: Ints) -> bool:
-        """Whether N > 0 sequences have the same model and are drawn in the same way."""
-        return self.arrays.same("sampling", rows)
+        """Whether N sequences have the same model and are drawn in the same way."""
+        if self._last is not None and self._last.rows is rows:
+            return self._last.alike
+        return self.arrays.drawn_alike(rows)
 
     def add_pages(self, sequences: Sequence[SampledSequence], rows: Ints, pages: Sequence[int]) -> None:
         """Give another page for its sampled tokens to each of N sequences of the same model, whose rows are given too."""
         for sequence, page in zip(sequences, pages, strict=True):
             assert sequence.output is not None
             sequence.output.pages.append(page)
-        self.arrays.add_pages(rows, np.array(pages), self.pool.page_size[sequences[0].model])
+        self.arrays.add_pages(rows, pages, self.pool.page_size[sequences[0].model])
 
-    def add_tokens(self, rows: Ints, tokens: Tensor, logprobs: Tensor) -> Ints:
-        """Add a token to each of N sequences. If this raises an `Exception`, no sequence has got one.
+    def add_tokens(self, rows: Ints, tokens: Tensor, logprobs: Tensor) -> tuple[list[SampledSequence], float]:
+        """Add a token to each of N sequences, unless the sum of the log-probabilities is not finite.
+
+        If this raises an `Exception`, no sequence has got one.
 
         Args:
             rows: (N,).
@@ -139,12 +143,13 @@ class SequenceTable:
             logprobs: (N,) float32 or float64, on the CPU.
 
         Returns:
-            The places, in ``rows``, of all sequences that may end with it, and possibly of others.
+            All sequences that may end with it, and possibly others; the sum.
         """
-        may_end, full = self.arrays.add_tokens(rows, tokens, logprobs)
-        for sequence in self.sequences(rows[full]):
-            self.read_tokens(sequence)  # before the tokens are overwritten
-        return may_end
+        may_end, full, total = self.arrays.add_tokens(rows, tokens, logprobs)
+        for row in full:  # before the tokens are overwritten
+            if (sequence := self._sequences[row]) is not None:
+                self.read_tokens(sequence)
+        return [sequence for row in may_end if (sequence := self._sequences[row]) is not None], total
 
     def read_tokens(self, sequence: SampledSequence) -> None:
         """See `UnreadTokens`. If an interrupt has cleared the table, there are none."""

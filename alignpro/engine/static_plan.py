@@ -101,8 +101,8 @@ class StaticPlans:
         """The plan of a batch of a model, valid until the next one; ``with_adapter``: it may act on some rows only."""
         active = table.rows_of_model(batch.rows, name) if with_adapter else _NO_ROWS
         whole = not with_adapter or len(active) == len(batch.rows)
-        widths = self._widths.setdefault(name, _Widths()).of_next([pages for _, pages in batch.sizes])
-        levels = [(segments, width) for (segments, _), width in zip(batch.sizes, widths, strict=True)]
+        widths = self._widths.setdefault(name, _Widths()).of_next(batch.pages)
+        levels = list(zip(batch.segments, widths, strict=True))
         shape = Shape.for_batch(len(batch.rows), levels, ALL_ROWS if whole else len(active), self._rows_for)
         plan = self.by_shape.pop((name, shape), None) or StaticPlan(shape, self._device)
         self.by_shape[name, shape] = plan

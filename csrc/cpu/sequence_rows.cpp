@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <tuple>
@@ -63,8 +64,16 @@ std::vector<int64_t> sorted_places(const std::vector<int64_t>& keys, int64_t cou
   return places;
 }
 
-// -> rows (N) in order, paths (D, N): the segment at each depth, sizes (D, 2): segments, and the most pages of one.
-std::tuple<Tensor, Tensor, Tensor> order_rows(const Tensor& columns, const Tensor& paths, const Tensor& serials,
+// Whether all have the same number in a column.
+bool same_in_column(const Columns& table, const int64_t* row, int64_t count, Column column) {
+  return std::all_of(row, row + count, [&](int64_t each) { return table.at(each, column) == table.at(row[0], column); });
+}
+
+using Ints = std::vector<int64_t>;
+
+// -> rows (N) in order, paths (D, N): the segment at each depth; of each depth, the number of segments and the most pages of
+// one; whether all are drawn alike.
+std::tuple<Tensor, Tensor, Ints, Ints, bool> order_rows(const Tensor& columns, const Tensor& paths, const Tensor& serials,
                                               const Tensor& max_pages, const Tensor& rows) {
   const Columns table(columns);
   const int64_t *row = rows_within(rows, table), *path = elements<int64_t>(paths), *serial = elements<int64_t>(serials);
@@ -77,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> order_rows(const Tensor& columns, const Tenso
   }
   const std::vector<int64_t> places = sorted_places(keys, count, depths);
   const auto int64 = rows.options();
-  Tensor ordered = at::empty({count}, int64), segments = at::empty({depths, count}, int64), sizes = at::empty({depths, 2}, int64);
+  Tensor ordered = at::empty({count}, int64), segments = at::empty({depths, count}, int64);
+  Ints numbers, most_pages;
   int64_t* out = elements<int64_t>(ordered);
   for (int64_t i = 0; i < count; ++i) out[i] = row[places[i]];
   const int64_t* pages = elements<int64_t>(max_pages);
@@ -91,10 +101,10 @@ std::tuple<Tensor, Tensor, Tensor> order_rows(const Tensor& columns, const Tenso
         most = std::max(most, pages[segment[i]]);
       }
     }
-    elements<int64_t>(sizes)[2 * d] = number;
-    elements<int64_t>(sizes)[2 * d + 1] = most;
+    numbers.push_back(number);
+    most_pages.push_back(most);
   }
-  return {ordered, segments, sizes};
+  return {ordered, segments, numbers, most_pages, same_in_column(table, out, count, kSampling)};
 }
 
 // Takes the parts of a buffer of int32, each of which begins at a multiple of 16 bytes.
@@ -112,6 +122,20 @@ class Parts {
  private:
   int32_t *at_, *end_;
 };
+
+// As `sampler.position_seeds`.
+int64_t next_seed(const Columns& table, int64_t row) {
+  return static_cast<int64_t>(mix64(static_cast<uint64_t>(table.at(row, kSeedState) ^ table.at(row, kCount))) >> 1);
+}
+
+// -> the seeds of the next tokens (N).
+Tensor next_seeds(const Tensor& columns, const Tensor& rows) {
+  const Columns table(columns);
+  const int64_t* row = rows_within(rows, table);
+  Tensor seeds = at::empty_like(rows);
+  std::transform(row, row + rows.numel(), elements<int64_t>(seeds), [&](int64_t each) { return next_seed(table, each); });
+  return seeds;
+}
 
 // Writes the inputs of a step into `memory`, laid out as PlanBuffers says; `levels` are (segments, pages) of each level.
 void fill_plan(const Tensor& columns, const Tensor& starts, const Tensor& lengths, const Tensor& pages, const Tensor& rows,
@@ -136,8 +160,7 @@ void fill_plan(const Tensor& columns, const Tensor& starts, const Tensor& length
     ids[i] = table.at(row[i], kLastToken);
     positions[i] = start[output] + drawn - 1;
     slots[i] = table.at(row[i], kSlotsFrom) + drawn - 1;
-    // As `sampler.position_seeds`.
-    seeds[i] = static_cast<int64_t>(mix64(static_cast<uint64_t>(table.at(row[i], kSeedState)) ^ static_cast<uint64_t>(drawn)) >> 1);
+    seeds[i] = next_seed(table, row[i]);
   }
   std::fill(ids + count, ids + padded, 0);
   std::fill(positions + count, positions + padded, 0);
@@ -169,10 +192,11 @@ void fill_plan(const Tensor& columns, const Tensor& starts, const Tensor& length
   }
 }
 
-// -> the places of those that may end, and of those whose kept tokens must be read before the next one.
-std::tuple<Tensor, Tensor> add_tokens(const Tensor& columns, const Tensor& kept_tokens, const Tensor& kept_logprobs,
-                                      const Tensor& stop_tokens, const Tensor& rows, const Tensor& tokens,
-                                      const Tensor& logprobs) {
+// -> the rows of those that may end, those whose kept tokens must be read before the next one, and the sum of the
+// log-probabilities; if that is not finite, nothing has been added.
+std::tuple<Ints, Ints, double> add_tokens(const Tensor& columns, const Tensor& kept_tokens, const Tensor& kept_logprobs,
+                                          const Tensor& stop_tokens, const Tensor& rows, const Tensor& tokens,
+                                          const Tensor& logprobs) {
   const Columns table(columns);
   const int64_t *row = rows_within(rows, table), *token = elements<int64_t>(tokens), *stop = elements<int64_t>(stop_tokens);
   const int64_t count = rows.numel(), kept = kept_tokens.size(1);
@@ -180,9 +204,12 @@ std::tuple<Tensor, Tensor> add_tokens(const Tensor& columns, const Tensor& kept_
   const bool single = logprobs.scalar_type() == at::kFloat;
   const float* as_float = single ? elements<float>(logprobs) : nullptr;
   const double* as_double = single ? nullptr : elements<double>(logprobs);
+  const double sum = single ? std::accumulate(as_float, as_float + count, 0.0) : std::accumulate(as_double, as_double + count, 0.0);
+  Ints may_end, full;
+  if (!std::isfinite(sum)) return {may_end, full, sum};
   int64_t* token_ring = elements<int64_t>(kept_tokens);
   double* logprob_ring = elements<double>(kept_logprobs);
-  std::vector<int64_t> may_end, full;
+  const int64_t* stop_end = stop + stop_tokens.numel();
   for (int64_t i = 0; i < count; ++i) {
     int64_t& drawn = table.at(row[i], kCount);
     const int64_t place = row[i] * kept + drawn % kept;
@@ -190,72 +217,73 @@ std::tuple<Tensor, Tensor> add_tokens(const Tensor& columns, const Tensor& kept_
     logprob_ring[place] = single ? as_float[i] : as_double[i];
     table.at(row[i], kLastToken) = token[i];
     ++drawn;
-    const bool stops = std::find(stop, stop + stop_tokens.numel(), token[i]) != stop + stop_tokens.numel();
-    if (stops || drawn >= table.at(row[i], kMayEndAt)) may_end.push_back(i);
-    if (drawn % kept == 0) full.push_back(i);
+    if (drawn >= table.at(row[i], kMayEndAt) || std::find(stop, stop_end, token[i]) != stop_end) may_end.push_back(row[i]);
+    if (drawn % kept == 0) full.push_back(row[i]);
   }
-  return {at::tensor(may_end, at::kLong), at::tensor(full, at::kLong)};
+  return {may_end, full, sum};
 }
 
-// -> the rows of a model's sequences whose pages do not hold all their tokens, by the serial of their segments.
-Tensor rows_without_room(const Tensor& columns, const Tensor& serials, int64_t forward_model) {
+// -> the rows of a model's sequences whose pages do not hold all their tokens, by the serial of their segments; whether all
+// have the same model.
+std::tuple<Tensor, bool> rows_without_room(const Tensor& columns, const Tensor& serials, int64_t forward_model) {
   const Columns table(columns);
   const int64_t* serial = elements<int64_t>(serials);
-  std::vector<int64_t> rows;
+  Ints rows;
   for (int64_t row = 0; row < table.rows; ++row) {
     if (table.at(row, kCount) > table.at(row, kRoom) && table.at(row, kForwardModel) == forward_model) rows.push_back(row);
   }
   const auto serial_of = [&](int64_t row) { return serial[table.at(row, kSegment)]; };
   std::sort(rows.begin(), rows.end(), [&](int64_t a, int64_t b) { return serial_of(a) < serial_of(b); });
-  return at::tensor(rows, at::kLong);
+  return {at::tensor(rows, at::kLong), same_in_column(table, rows.data(), static_cast<int64_t>(rows.size()), kModel)};
 }
 
 // Gives another page, which holds `size` tokens, to each of N sequences; `pages` has room for it.
-void add_pages(const Tensor& columns, const Tensor& pages, const Tensor& rows, const Tensor& added, int64_t size) {
+void add_pages(const Tensor& columns, const Tensor& pages, const Tensor& rows, at::IntArrayRef added, int64_t size) {
   const Columns table(columns);
-  const int64_t *row = rows_within(rows, table), *page = elements<int64_t>(added);
+  const int64_t* row = rows_within(rows, table);
   int32_t* held = elements<int32_t>(pages);
-  for (int64_t i = 0; i < rows.numel(); ++i) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(added.size()) == rows.numel(), "added: expected a page per row");
+  for (size_t i = 0; i < added.size(); ++i) {
     int64_t& room = table.at(row[i], kRoom);
     TORCH_CHECK_VALUE(room / size < pages.size(1), "pages: no room for another page");
-    held[table.at(row[i], kSegment) * pages.size(1) + room / size] = static_cast<int32_t>(page[i]);
-    table.at(row[i], kSlotsFrom) = page[i] * size - room;
+    held[table.at(row[i], kSegment) * pages.size(1) + room / size] = static_cast<int32_t>(added[i]);
+    table.at(row[i], kSlotsFrom) = added[i] * size - room;
     room += size;
   }
 }
 
-// -> whether all have the same number in a column.
-bool same_in_column(const Tensor& columns, const Tensor& rows, int64_t column) {
+// -> whether N sequences are drawn alike.
+bool drawn_alike(const Tensor& columns, const Tensor& rows) {
   const Columns table(columns);
-  const int64_t* row = rows_within(rows, table);
-  for (int64_t i = 1; i < rows.numel(); ++i) {
-    if (table.data[row[i] * kColumns + column] != table.data[row[0] * kColumns + column]) return false;
-  }
-  return true;
+  return same_in_column(table, rows_within(rows, table), rows.numel(), kSampling);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(alignpro, m) {
-  m.def("order_rows(Tensor columns, Tensor paths, Tensor serials, Tensor max_pages, Tensor rows) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "order_rows(Tensor columns, Tensor paths, Tensor serials, Tensor max_pages, Tensor rows) -> "
+      "(Tensor, Tensor, int[], int[], bool)");
+  m.def("next_seeds(Tensor columns, Tensor rows) -> Tensor");
   m.def(
       "fill_plan(Tensor columns, Tensor starts, Tensor(a!) lengths, Tensor pages, Tensor rows, Tensor paths, Tensor active, "
       "Tensor(b!) memory, int padded, int num_active, int[] levels) -> ()");
   m.def(
       "add_tokens(Tensor(a!) columns, Tensor(b!) kept_tokens, Tensor(c!) kept_logprobs, Tensor stop_tokens, Tensor rows, "
-      "Tensor tokens, Tensor logprobs) -> (Tensor, Tensor)");
-  m.def("rows_without_room(Tensor columns, Tensor serials, int forward_model) -> Tensor");
-  m.def("add_pages(Tensor(a!) columns, Tensor(b!) pages, Tensor rows, Tensor added, int size) -> ()");
-  m.def("same_in_column(Tensor columns, Tensor rows, int column) -> bool");
+      "Tensor tokens, Tensor logprobs) -> (int[], int[], float)");
+  m.def("rows_without_room(Tensor columns, Tensor serials, int forward_model) -> (Tensor, bool)");
+  m.def("add_pages(Tensor(a!) columns, Tensor(b!) pages, Tensor rows, int[] added, int size) -> ()");
+  m.def("drawn_alike(Tensor columns, Tensor rows) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(alignpro, CPU, m) {
   m.impl("order_rows", &order_rows);
+  m.impl("next_seeds", &next_seeds);
   m.impl("fill_plan", &fill_plan);
   m.impl("add_tokens", &add_tokens);
   m.impl("rows_without_room", &rows_without_room);
   m.impl("add_pages", &add_pages);
-  m.impl("same_in_column", &same_in_column);
+  m.impl("drawn_alike", &drawn_alike);
 }
 
 }  // namespace alignpro
