@@ -41,7 +41,7 @@ class CppSequenceArrays(SequenceArrays):
 
     def moved(self) -> None:
         """See `SequenceArrays.moved`: the operators read and write the same memory."""
-        self._columns = torch.from_numpy(self.columns.view(np.int64).reshape(-1, len(COLUMNS)))
+        self._columns = torch.from_numpy(self.columns.view(np.int64).reshape(-1, len(COLUMNS.fields or ())))
         self._tokens, self._logprobs = torch.from_numpy(self.tokens), torch.from_numpy(self.logprobs)
         self._paths, self._stop_tokens = torch.from_numpy(self.paths), torch.from_numpy(self.stop_tokens)
         self._pages, self._max_pages = torch.from_numpy(self.pages), torch.from_numpy(self.max_pages)

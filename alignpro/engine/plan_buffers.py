@@ -126,6 +126,12 @@ class PlanBuffers:
     @cached_property
     def arrays(self) -> HostArrays:
         """The parts of a buffer on the host."""
-        own = (x.numpy() for x in (self.ids, self.positions, self.slots, self.seeds, self.active))
         levels = [HostLevel(*(getattr(each, name).numpy() for name in HostLevel._fields)) for each in self.levels]
-        return HostArrays(*own, levels)
+        return HostArrays(
+            self.ids.numpy(),
+            self.positions.numpy(),
+            self.slots.numpy(),
+            self.seeds.numpy(),
+            self.active.numpy(),
+            levels,
+        )
