@@ -7,7 +7,8 @@ from checks import assert_same_groups
 from tiny_models import ragged, tiny_language_model
 
 from alignpro.config import AdapterConfig
-from alignpro.engine import Completion, Engine, SamplingParams, static_plan
+from alignpro.engine import Completion, Engine, SamplingParams, sequence_table, static_plan
+from alignpro.engine.sequence_arrays import SequenceArrays
 from alignpro.models.adapters import add_adapter
 from alignpro.models.language_model import LanguageModel
 
@@ -42,6 +43,17 @@ def test_an_adapter_on_some_rows_gives_what_passes_over_chunks_give() -> None:
     (worker,) = planned.workers.values()
     actives = {plan.shape.active for plan in worker._executor._plans.by_shape.values()}
     assert any(active > 0 for active in actives), "some steps computed rows of both models"
+
+
+def test_plans_in_numpy_give_what_those_of_the_operators_give(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, (fast, plain) = ["m"] * len(PROMPTS), (Engine({"m": llama}, page_tokens=4, audit=True) for _ in range(2))
+    expected = run(fast, names, in_chunks=False)
+    monkeypatch.setattr(sequence_table, "new_sequence_arrays", SequenceArrays)
+    assert run(plain, names, in_chunks=False) == expected
+    (worker,) = plain.workers.values()
+    assert type(worker.scheduler.table.arrays) is SequenceArrays
 
 
 def test_steps_of_one_batch_share_a_plan_without_padding(llama: LanguageModel) -> None:
