@@ -8,16 +8,19 @@ the sequences that share it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from alignpro.engine.host_copy import to_device
 from alignpro.engine.pool import Geometry, KVPool, Segment
 from alignpro.engine.scheduler import Chunk
+from alignpro.engine.sequence_arrays import Ints
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.paged_attention import PagedAttention, layer_keys
@@ -31,51 +34,63 @@ class AttentionPlan(PagedAttention):
         pool: Holds the keys and values.
         model: Name of the model that runs.
         chunks: The chunks to compute, in any order.
-        device: Where the index tensors are placed.
+        ends: The segments at whose ends B sequences draw after the pass, which need not be computed in it.
+        seeds: (B,) int64: the seeds of their next tokens.
+        adapted: Name of the model whose tokens a token LoRA acts on; None if there is none.
     """
 
-    def __init__(self, pool: KVPool, model: str, chunks: Sequence[Chunk], device: torch.device) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        model: str,
+        chunks: Sequence[Chunk],
+        ends: Sequence[Segment],
+        seeds: Ints,
+        adapted: str | None,
+    ) -> None:
         self.chunks = sorted(chunks, key=lambda chunk: [segment.serial for segment in chunk.path])
         counts = [chunk.count for chunk in self.chunks]
-        ends = np.cumsum(counts)
-        self.last_row = {id(chunk.segment): int(end) - 1 for chunk, end in zip(self.chunks, ends, strict=True)}
+        row_ends = np.cumsum(counts)
+        self.last_row = {id(each.segment): int(end) - 1 for each, end in zip(self.chunks, row_ends, strict=True)}
         """``id`` of a segment → the row of its last computed token."""
-        self._counts = counts
         ids = [token for chunk in self.chunks for token in chunk.segment.tokens[chunk.first : chunk.end]]
         starts = [chunk.segment.start + chunk.first for chunk in self.chunks]
-        positions = np.repeat(np.array(starts) - (ends - counts), counts) + np.arange(len(ids))
+        positions = np.repeat(np.array(starts) - (row_ends - counts), counts) + np.arange(len(ids))
         slots: list[int] = []
         for chunk in self.chunks:
             pages, first, count = chunk.segment.pages, chunk.first, chunk.count
             slots += pool.slots(model, pages, first, count) if chunk.write else [-1] * count
-        self.ids = torch.tensor(ids, device=device)  # (T,) int64
-        self.positions = torch.from_numpy(positions).to(device)  # (T,) int64
+        self.not_computed = [end for end in ends if id(end) not in self.last_row]
+        """Those of ``ends`` that are not computed in the pass."""
+        behind = itertools.count(len(ids))
+        drawn_rows = [self.last_row[id(end)] if id(end) in self.last_row else next(behind) for end in ends]
+        owned = [adapted in (None, chunk.segment.model) for chunk in self.chunks]
+        active = np.repeat(owned, counts).nonzero()[0]
         depths = range(max(len(chunk.path) for chunk in self.chunks))
         computed = {chunk.segment: chunk.end for chunk in self.chunks}
+        levels = [_level(self.chunks, computed, depth, positions) for depth in depths]
+        own = [np.array(ids), positions, np.array(slots), np.array(drawn_rows, np.int64), seeds, active]
+        on_device = iter(to_device([*own, *(array for level in levels for array in level.values())], pool.device))
+        self.ids, self.positions, slots_on_device, self.drawn_rows, self.seeds, active_rows = islice(
+            on_device, len(own)
+        )
+        """(T,) int64 each; then for each of ``ends`` its row, the rows after the T tokens being those of `not_computed`; the
+        seeds."""
+        self.active: Tensor | bool = active_rows if any(owned) and not all(owned) else all(owned)
+        """The rows that a token LoRA acts on, (A,) int64; True for all of them, False for none."""
         super().__init__(
             pool.layers(model),
-            torch.tensor(slots, device=device),  # (T,) int64
-            [_level(self.chunks, computed, depth, positions, device) for depth in depths],
+            slots_on_device,  # (T,) int64
+            [PagedKeys(**{name: next(on_device) for name in level}) for level in levels],
         )
-
-    def rows_of(self, model: str) -> Tensor | bool:
-        """The rows of the tokens that belong to a model, (A,) int64; True if all of them do, False if none does."""
-        owned = [chunk.segment.model == model for chunk in self.chunks]
-        if all(owned) or not any(owned):
-            return owned[0]
-        return torch.from_numpy(np.repeat(owned, self._counts).nonzero()[0]).to(self.ids.device)
 
 
 def _level(
-    chunks: Sequence[Chunk],
-    ends: Mapping[Segment, int],
-    depth: int,
-    positions: np.ndarray[Any, Any],
-    device: torch.device,
-) -> PagedKeys:
+    chunks: Sequence[Chunk], ends: Mapping[Segment, int], depth: int, positions: NDArray[Any]
+) -> dict[str, NDArray[Any]]:
     """Build the cascade level of the segments at one depth of the chunks' paths. At depth 0 every token has a segment.
 
-    ``ends`` are the lengths, after the batch, of the segments that it computes.
+    ``ends`` are the lengths, after the batch, of the segments that it computes. Returns the fields of a `PagedKeys`.
     """
     tables: list[list[int]] = []
     lengths: list[int] = []
@@ -98,18 +113,14 @@ def _level(
     table = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
     for line, pages in zip(table, tables, strict=True):
         line[: len(pages)] = pages
-
-    def int32(values: Any) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(device)
-
-    return PagedKeys(
-        rows=None if len(rows) == at else torch.tensor(rows, device=device),
-        query_positions=int32(positions[rows]),
-        cu_queries=int32(bounds),
-        page_table=int32(table),
-        key_lengths=int32(lengths),
-        key_starts=int32(starts),
-    )
+    level = {
+        "query_positions": positions[rows].astype(np.int32),
+        "cu_queries": np.array(bounds, np.int32),
+        "page_table": table,
+        "key_lengths": np.array(lengths, np.int32),
+        "key_starts": np.array(starts, np.int32),
+    }
+    return level if len(rows) == at else level | {"rows": np.array(rows)}
 
 
 def probe_geometry(model: LanguageModel) -> Geometry:

@@ -21,16 +21,17 @@ from dataclasses import replace
 from sys import maxsize
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from alignpro.engine.faults import describe, is_fatal, is_out_of_memory
 from alignpro.engine.graphs import DecodeGraphs
+from alignpro.engine.plan_buffers import exact, padded
 from alignpro.engine.pool import KVPool, Segment
-from alignpro.engine.runner import forward, sample_tokens, settle_draw
+from alignpro.engine.runner import Drawable, forward, sample_tokens, settle_draw
 from alignpro.engine.scheduler import Batch, Chunk, Scheduler
 from alignpro.engine.sequence import SampledSequence
-from alignpro.engine.sequence_table import Ints
-from alignpro.engine.static_plan import StaticPlans, exact, padded
+from alignpro.engine.sequence_arrays import Ints
+from alignpro.engine.static_plan import StaticPlans
 from alignpro.engine.stats import EngineStats
 from alignpro.models.language_model import LanguageModel
 
@@ -67,6 +68,7 @@ class Executor:
         """Forget how much memory there was: there may be more now."""
         self.max_tokens, self.scheduler.token_budget = None, self._token_budget
 
+    @torch.no_grad()
     def execute(self, batch: Batch, stats: EngineStats) -> list[SampledSequence]:
         """Compute a batch and draw tokens for its sequences. Returns the sequences that have ended or failed.
 
@@ -101,12 +103,12 @@ class Executor:
         """Compute a batch and draw. Returns the sequences that have ended, or the exception of the computation."""
         try:
             model, table = self.models[batch.model], self.scheduler.table
-            states = forward(model, self.pool, batch, stats, table, self._plans, graphs)
+            drawable = forward(model, self.pool, batch, stats, table, self._plans, graphs)
         except Exception as error:
             if is_fatal(error):
                 raise
             return error
-        return self._sample(batch.to_sample, states, stats)
+        return self._sample(batch.to_sample, drawable, stats)
 
     def _isolate(self, parts: Sequence[Batch], stats: EngineStats, known: Exception | None = None) -> None:
         """Compute the parts of a batch one by one, halving those that raise; fail the sequences that need a bad chunk.
@@ -164,15 +166,15 @@ class Executor:
         self.max_tokens = tokens
         self.scheduler.token_budget = min(self.scheduler.token_budget, tokens)
 
-    def _sample(self, rows: Ints, states: Tensor, stats: EngineStats) -> list[SampledSequence]:
-        """Draw one token per sequence from (B, D) states; a sequence whose draw raises even alone fails.
+    def _sample(self, rows: Ints, drawable: Drawable, stats: EngineStats) -> list[SampledSequence]:
+        """Draw one token for each of B sequences; a sequence whose draw raises even alone fails.
 
         Returns the sequences that have ended or failed.
         """
         table = self.scheduler.table
-        before = table.columns["count"][rows]
+        before = table.counts(rows)
         try:
-            return sample_tokens(self.models, table, rows, states, stats)
+            return sample_tokens(self.models, table, rows, drawable, stats)
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -185,7 +187,7 @@ class Executor:
                 sequences[0].fail(describe("the draw of a token", error))
                 return sequences
         for half in np.array_split(waiting, 2):
-            self._sample(rows[half], states[half.tolist()], stats)
+            self._sample(rows[half], drawable.at(half.tolist()), stats)
         return [sequence for sequence in sequences if sequence.completion is not None]
 
 
@@ -193,13 +195,6 @@ def _path(sequence: SampledSequence) -> set[Segment]:
     """The segments that a running sequence consists of."""
     assert sequence.node is not None and sequence.output is not None
     return {*sequence.node.path(), sequence.output}
-
-
-def _end(sequence: SampledSequence) -> Segment:
-    """The segment at whose end a sequence draws its next token."""
-    end = sequence.output if sequence.output_ids else sequence.node
-    assert end is not None
-    return end
 
 
 def _remaining(part: Batch, failed: set[Segment]) -> Batch:
@@ -242,4 +237,4 @@ def _partition(batch: Batch, groups: Sequence[list[Chunk]]) -> list[Batch]:
 def _sampling_at(batch: Batch, chunks: Sequence[Chunk]) -> list[SampledSequence]:
     """The sequences of a batch that can draw once the given chunks are computed."""
     ends = {chunk.segment for chunk in chunks if chunk.end == len(chunk.segment.tokens)}
-    return [sequence for sequence in batch.drawing if _end(sequence) in ends]
+    return [sequence for sequence in batch.drawing if sequence.last_segment in ends]

@@ -24,9 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignpro.engine.plan_buffers import padded
 from alignpro.engine.pool import KVPool
-from alignpro.engine.sequence_table import DecodeRows, SequenceTable
-from alignpro.engine.static_plan import StaticPlan, StaticPlans, padded
+from alignpro.engine.sequence_arrays import DecodeRows
+from alignpro.engine.sequence_table import SequenceTable
+from alignpro.engine.static_plan import StaticPlan, StaticPlans
 from alignpro.engine.stats import EngineStats
 from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel

@@ -96,7 +96,9 @@ class PrefixTree:
         """
         root = base or model
         self._root_models[model] = root
-        node: Node | None = self._roots.setdefault(root, Node((), 0, next(self.serials), model=root))
+        if root not in self._roots:
+            self._roots[root] = Node((), 0, next(self.serials), model=root)
+        node: Node | None = self._roots[root]
         assert node is not None
         if base and shared:
             node = self._descend(node, base, tokens[:shared])

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignpro.engine.attention_plan import AttentionPlan
 from alignpro.engine.faults import describe
 from alignpro.engine.graphs import DecodeGraphs
-from alignpro.engine.pool import KVPool
+from alignpro.engine.host_copy import to_device
+from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.prefix_tree import Node
-from alignpro.engine.sampler import model_logprobs, position_seeds, sample
-from alignpro.engine.scheduler import Batch, Chunk
+from alignpro.engine.sampler import model_logprobs, sample
+from alignpro.engine.scheduler import Batch, rows_of
 from alignpro.engine.sequence import SampledSequence
-from alignpro.engine.sequence_table import Ints, SequenceTable
+from alignpro.engine.sequence_arrays import Ints
+from alignpro.engine.sequence_table import SequenceTable
 from alignpro.engine.static_plan import StaticPlans
 from alignpro.engine.stats import EngineStats
 from alignpro.engine.stopping import find_end
-from alignpro.engine.types import SamplingParams
 from alignpro.models.admission import check_finite_sum, finite_sum
 from alignpro.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
+class Drawable(NamedTuple):
+    """What B sequences draw from, on the device."""
+
+    states: Tensor
+    """(B, D): the hidden states."""
+    seeds: Tensor
+    """(B,) int64: the seeds of the next tokens. Greedy sequences do not read them."""
+
+    def at(self, places: list[int]) -> Drawable:
+        """That of some of the sequences."""
+        (index,) = to_device([np.array(places, np.int64)], self.states.device)
+        return Drawable(self.states.index_select(0, index), self.seeds.index_select(0, index))
+
+
 def forward(
     model: LanguageModel,
     pool: KVPool,
@@ -42,8 +54,8 @@ def forward(
     table: SequenceTable,
     plans: StaticPlans,
     graphs: DecodeGraphs | None = None,
-) -> Tensor:
-    """Compute a batch. Returns the hidden states from which the sequences of ``batch.to_sample`` draw, (B, D).
+) -> Drawable:
+    """Compute a batch. Returns what the sequences of ``batch.to_sample`` draw from, valid until the next batch.
 
     With ``graphs``, they compute the sequences that decode, and a pass without a graph computes the chunks. Without them,
     sequences that decode and chunks share a pass, and ``plans`` serve batches without chunks. Sequences that decode may be
@@ -52,18 +64,18 @@ def forward(
     stats.ticks += 1
     graphs = graphs if graphs and graphs.runs(batch.model) else None
     if len(batch.decoding) and (graphs or not batch.chunks):
-        states = _decode(model, pool, batch, stats, table, plans, graphs)
+        drawable = _decode(model, pool, batch, stats, table, plans, graphs)
         if batch.chunks or batch.drawing:
-            states = torch.cat([states, _compute(model, batch.model, pool, batch.chunks, batch.drawing, stats)])
+            others = _compute(model, batch, pool, stats, table)
+            drawable = Drawable(*(torch.cat(both) for both in zip(drawable, others, strict=True)))
     else:
-        whole = batch.in_chunks(table)
-        states = _compute(model, batch.model, pool, whole.chunks, whole.drawing, stats)
+        drawable = _compute(model, batch.in_chunks(table), pool, stats, table)
     stats.computed["decode"] += len(batch.decoding)
     for chunk in batch.chunks:
         if chunk.write:
             chunk.segment.computed = chunk.end
         stats.computed[chunk.kind] += chunk.count
-    return states
+    return drawable
 
 
 def _decode(
@@ -74,60 +86,50 @@ def _decode(
     table: SequenceTable,
     plans: StaticPlans,
     graphs: DecodeGraphs | None,
-) -> Tensor:
-    """Compute the last tokens of the sequences that decode, which are put in order. Returns their states, (B, D)."""
-    with _timed(stats, "plan"):
+) -> Drawable:
+    """Compute the last tokens of the sequences that decode, which are put in order."""
+    with _Timed(stats, "plan"):
         decoding = table.gather(batch.decoding)
         batch.decoding = decoding.rows
         if graphs:
             plan = graphs.plan(batch.model, model, table, decoding)
         else:
             plan = plans.plan(batch.model, table, decoding, with_adapter=model.has_token_lora)
-    with _timed(stats, "forward"):
+    count = len(batch.decoding)
+    with _Timed(stats, "forward"):
         if graphs:
-            return graphs.states(batch.model, model, plan, stats)[: len(batch.decoding)]
-        return plan.forward(model, pool.layers(batch.model))[: len(batch.decoding)]
+            return Drawable(graphs.states(batch.model, model, plan, stats)[:count], plan.seeds[:count])
+        return Drawable(plan.forward(model, pool.layers(batch.model))[:count], plan.seeds[:count])
 
 
-def _compute(
-    model: LanguageModel,
-    name: str,
-    pool: KVPool,
-    chunks: Sequence[Chunk],
-    drawing: Sequence[SampledSequence],
-    stats: EngineStats,
-) -> Tensor:
-    """Compute chunks in a pass of exactly their size. Returns the states from which sequences draw after it, (B, D)."""
-    ends = [s.output if s.output_ids else s.node for s in drawing]
-    if not chunks:
-        return _known_states(ends)
-    with _timed(stats, "plan"):
-        plan = AttentionPlan(pool, name, chunks, pool.device)
-    with _timed(stats, "forward"):
-        active = plan.rows_of(name) if model.has_token_lora else True
-        hidden = model.token_states(plan.ids, plan.positions, plan, active)  # (T, D)
-        for node in {s.node: None for s in drawing if not s.output_ids}:
-            assert node is not None
-            if id(node) in plan.last_row:
-                node.state = hidden[plan.last_row[id(node)]].clone()
-        known = [end for end in ends if id(end) not in plan.last_row]
-        if known:
-            hidden = torch.cat([hidden, _known_states(known)])
-        rows = plan.last_row | {id(end): len(plan.ids) + i for i, end in enumerate(known)}
-        index = torch.tensor([rows[id(end)] for end in ends], dtype=torch.int64, device=pool.device)
-        return hidden.index_select(0, index)
+def _compute(model: LanguageModel, batch: Batch, pool: KVPool, stats: EngineStats, table: SequenceTable) -> Drawable:
+    """Compute the chunks of a batch in a pass of exactly their size, for the sequences that draw after them."""
+    ends = [sequence.last_segment for sequence in batch.drawing]
+    with _Timed(stats, "plan"):
+        seeds = table.seeds(rows_of(batch.drawing))
+        if not batch.chunks:
+            return Drawable(_known_states(ends), *to_device([seeds], pool.device))
+        adapted = batch.model if model.has_token_lora else None
+        plan = AttentionPlan(pool, batch.model, batch.chunks, ends, seeds, adapted)
+    with _Timed(stats, "forward"):
+        hidden = model.token_states(plan.ids, plan.positions, plan, plan.active)  # (T, D)
+        for end in dict.fromkeys(ends):
+            if isinstance(end, Node) and id(end) in plan.last_row:
+                end.state = hidden[plan.last_row[id(end)]].clone()
+        if plan.not_computed:
+            hidden = torch.cat([hidden, _known_states(plan.not_computed)])
+        return Drawable(hidden.index_select(0, plan.drawn_rows), plan.seeds)
 
 
-def _known_states(ends: Sequence[object]) -> Tensor:
+def _known_states(ends: Sequence[Segment]) -> Tensor:
     """The states kept from the ends of prompts, (B, D)."""
     states = [end.state for end in ends if isinstance(end, Node) and end.state is not None]
     assert len(states) == len(ends)
     return torch.stack(states)
 
 
-@torch.no_grad()
 def sample_tokens(
-    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, states: Tensor, stats: EngineStats
+    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, drawable: Drawable, stats: EngineStats
 ) -> list[SampledSequence]:
     """Draw one token per sequence, and give a completion to each sequence that ends.
 
@@ -138,7 +140,7 @@ def sample_tokens(
         models: Name → model.
         table: The running sequences.
         rows: (B,) the rows of those that draw.
-        states: (B, D) the hidden states from which they draw.
+        drawable: What they draw from.
         stats: Counters to update.
 
     Returns:
@@ -146,20 +148,19 @@ def sample_tokens(
     """
     if not len(rows):
         return []
-    with _timed(stats, "sample"):
-        return _sample_tokens(models, table, rows, states)
+    with _Timed(stats, "sample"):
+        return _sample_tokens(models, table, rows, drawable)
 
 
 def _sample_tokens(
-    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, states: Tensor
+    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, drawable: Drawable
 ) -> list[SampledSequence]:
-    total = finite_sum(states)  # a greedy token has log-probability 0, whatever its logit
+    total = finite_sum(drawable.states)  # a greedy token has log-probability 0, whatever its logit
     if table.sampled_alike(rows):  # as in most batches
-        return _draw(models, table, rows, states, total)
+        return _draw(models, table, rows, drawable, total)
     ended = []
     for alike in _alike(models, table.sequences(rows)):
-        index = torch.tensor(alike, device=states.device)
-        ended += _draw(models, table, rows[alike], states.index_select(0, index), total)
+        ended += _draw(models, table, rows[alike], drawable.at(alike), total)
     return ended
 
 
@@ -177,42 +178,33 @@ def _alike(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSeque
 
 
 def _draw(
-    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, states: Tensor, total: Tensor
+    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, drawable: Drawable, total: Tensor
 ) -> list[SampledSequence]:
     """Draw for B sequences of the same head and sampling parameters; ``total`` is the `finite_sum` of all states."""
     first = table.sequences(rows[:1])[0]
     model, params = models[first.model], first.params
-    tokens, logprobs = sample(states, model.head, params, _seeds(table, rows, params, states.device))
+    tokens, logprobs = sample(drawable.states, model.head, params, drawable.seeds)
     on_host, own_logprobs, of_states = _to_host(tokens, logprobs, total)
-    for check in (of_states, float(own_logprobs.sum())):
-        check_finite_sum(model.name, check)
+    check_finite_sum(model.name, of_states)
     if (recorded := params.top_logprobs) is not None:
-        known = model_logprobs(states, model.head, tokens, recorded)
-        for sequence, position, record in zip(table.sequences(rows), table.columns["count"][rows], known, strict=True):
+        known = model_logprobs(drawable.states, model.head, tokens, recorded)
+        for sequence, position, record in zip(table.sequences(rows), table.counts(rows), known, strict=True):
             sequence.model_logprobs[position:] = [record]  # in place of that of a draw that raised afterwards
-    may_end = table.add_tokens(rows, on_host, own_logprobs)
-    sequences = table.sequences(rows[may_end])
+    sequences, of_logprobs = table.add_tokens(rows, on_host, own_logprobs)
+    check_finite_sum(model.name, of_logprobs)
     for sequence in sequences:
         _end_if_stopped(sequence, model.tokenizer)
     return [sequence for sequence in sequences if sequence.completion is not None]
 
 
-def _seeds(table: SequenceTable, rows: Ints, params: SamplingParams, device: torch.device) -> Tensor:
-    """The seeds of the next tokens of B sequences, (B,) int64; zeros for greedy ones, which do not read them."""
-    if params.temperature == 0:
-        return torch.zeros(len(rows), dtype=torch.int64, device=device)
-    noise = position_seeds(table.columns["seed_state"][rows], table.columns["count"][rows])
-    return torch.from_numpy(noise).to(device, non_blocking=True)
-
-
-def _to_host(tokens: Tensor, logprobs: Tensor, total: Tensor) -> tuple[Ints, NDArray[Any], float]:
+def _to_host(tokens: Tensor, logprobs: Tensor, total: Tensor) -> tuple[Tensor, Tensor, float]:
     """Tokens (B,) int64, their log-probabilities (B,) and a sum, on the host."""
     if tokens.device.type == "cpu":
-        return tokens.numpy(), logprobs.numpy(), total.item()
+        return tokens, logprobs, total.item()
     # One copy, for which the host waits once. A float64 holds every token id exactly.
-    drawn = torch.cat([tokens.double(), logprobs, total.reshape(1)]).cpu().numpy()  # (2 B + 1,)
+    drawn = torch.cat([tokens.double(), logprobs, total.reshape(1)]).cpu()  # (2 B + 1,)
     count = len(tokens)
-    return drawn[:count].astype(np.int64), drawn[count:-1], float(drawn[-1])
+    return drawn[:count].long(), drawn[count:-1], float(drawn[-1])
 
 
 def settle_draw(sequence: SampledSequence, before: int, models: Mapping[str, LanguageModel]) -> bool:
@@ -241,8 +233,15 @@ def _end_if_stopped(sequence: SampledSequence, tokenizer: PreTrainedTokenizerBas
             sequence.end(*end)
 
 
-@contextmanager
-def _timed(stats: EngineStats, phase: str) -> Iterator[None]:
-    started = perf_counter()
-    yield
-    stats.seconds[phase] += perf_counter() - started
+class _Timed:
+    """Counts the seconds of a phase that does not raise; `contextlib.contextmanager` takes several times as long."""
+
+    def __init__(self, stats: EngineStats, phase: str) -> None:
+        self._stats, self._phase = stats, phase
+
+    def __enter__(self) -> None:
+        self._started = perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._stats.seconds[self._phase] += perf_counter() - self._started

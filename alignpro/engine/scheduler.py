@@ -23,7 +23,8 @@ import numpy as np
 from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.prefix_tree import Node, PrefixTree
 from alignpro.engine.sequence import SampledSequence
-from alignpro.engine.sequence_table import Ints, SequenceTable
+from alignpro.engine.sequence_arrays import Ints
+from alignpro.engine.sequence_table import SequenceTable
 
 TAIL_FRACTION = 1 / 4
 """A model with no waiting sequences and fewer than ``TAIL_FRACTION * max_batch`` running alternates with the next one."""
@@ -90,7 +91,7 @@ class _Stage:
         self.waiting: deque[SampledSequence] = deque()
         self.running: dict[SampledSequence, None] = {}  # in the order in which they were admitted
         self.decoding = rows_of([])
-        """Rows of those that compute their last token in each batch; a new array whenever one comes or goes."""
+        """Rows of those that compute their last token in each batch, most of them in order; a new array at each change."""
         self.starting: dict[SampledSequence, None] = {}  # the others
         self._arrivals: Counter[int] = Counter()  # of the sequences that run
 
@@ -285,18 +286,18 @@ class Scheduler:
 
     def _grow(self, model: str) -> None:
         """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
-        rows = self.table.without_room(model)
+        rows, same_model = self.table.without_room(model)
         growing = self.table.sequences(rows)
-        if growing and self.table.same_model(rows):  # as in most batches; all get one if there are enough
+        if growing and same_model:  # as in most batches; all get one if there are enough
             pages = self.tree.allocate(growing[0].model, len(growing))
             if pages is not None:
-                self.table.add_pages(rows, pages)
+                self.table.add_pages(growing, rows, pages)
                 return
         for sequence in growing:
             while sequence.output is not None:  # None if it was preempted in favour of an older one
                 pages = self.tree.allocate(sequence.model, 1)
                 if pages is not None:
-                    self.table.add_pages(rows_of([sequence]), pages)
+                    self.table.add_pages([sequence], rows_of([sequence]), pages)
                     break
                 youngest = next(reversed(self.running))
                 if youngest.needs_empty_pool and len(self.running) == 1:  # it has the pool to itself already
@@ -332,6 +333,8 @@ class Scheduler:
         """Build a model's batch: next tokens first, then chunks of prefill and recomputation up to the token budget."""
         stage = self._stages[model]
         stage.find_decoding()
+        if len(stage.decoding):
+            stage.decoding = self.table.gather(stage.decoding).rows  # in order, which the next step keeps
         batch = Batch(model, stage.decoding)
         ends: dict[Segment, int] = {}  # segment → its number of computed tokens after the batch
         budget = self.token_budget - len(batch.decoding)

@@ -132,6 +132,13 @@ class SampledSequence:
         return self.read_logprobs
 
     @property
+    def last_segment(self) -> Segment:
+        """The segment at whose end it draws its next token, while it runs."""
+        end = self.output if self.output_ids else self.node
+        assert end is not None
+        return end
+
+    @property
     def model(self) -> str:
         """Name of the model that it is sampled from."""
         return self.request.model
@@ -154,8 +161,8 @@ class SampledSequence:
     ) -> None:
         """Complete the sequence with the tokens sampled so far."""
         self.completion = Completion(
-            self.output_ids,
-            self.logprobs,
+            self.output_ids,  # which reads log-probabilities as well
+            self.read_logprobs,
             reason,
             num_text_tokens=num_text_tokens,
             rest_tokens=rest_tokens,

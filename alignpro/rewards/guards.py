@@ -6,6 +6,7 @@ Each is always reported as a metric; if configured, values outside [low, high] a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -85,6 +86,10 @@ def copy_rate(originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
     return [_copied(words(x), words(x2)) for x, x2 in zip(originals, rewrites, strict=True)]
 
 
+LANGUAGES_KEPT = 256
+"""Number of texts whose language is remembered."""
+
+
 class LanguageChange:
     """1.0 if the languages of both texts are detected with confidence (by py3langid) and differ, else 0.0.
 
@@ -94,6 +99,8 @@ class LanguageChange:
 
     def __init__(self) -> None:
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        # A prompt has several rewrites, of which some are the prompt itself; a detection takes half a millisecond.
+        self._language = lru_cache(LANGUAGES_KEPT)(self._detected)
 
     def __call__(self, originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
         changed = []
@@ -102,7 +109,7 @@ class LanguageChange:
             changed.append(float(before is not None and after is not None and before != after))
         return changed
 
-    def _language(self, text: str) -> str | None:
+    def _detected(self, text: str) -> str | None:
         stripped = text.strip()
         if len(stripped.encode("utf-8", "surrogatepass")) < LANGUAGE_MIN_BYTES:
             return None

@@ -77,7 +77,9 @@ def print_simulation(console: Console, runs: Sequence[dict[str, Any]]) -> None:
         )
         if full := result["host_full_median_s"]:
             times += f" ({full * 1e3:.2f} ms a decode tick of a full batch, median of {result['host_full_ticks']})"
-        mixed = f"{result['mixed_ticks']} of them with prefill beside"
+        mixed = (
+            f"{result['mixed_ticks']} of them with prefill beside, {result['copies_to_device']} copies to the device"
+        )
         console.print(f"run {turn}: {result['ticks']} ticks, {mixed}; {times}", highlight=False)
 
 

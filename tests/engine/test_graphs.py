@@ -17,7 +17,8 @@ from alignpro.engine import Chain, Engine, SamplingParams, TokenPrompt
 from alignpro.engine import worker as worker_module
 from alignpro.engine.arena import MovingArena
 from alignpro.engine.graphs import MAX_GRAPHS, DecodeGraphs
-from alignpro.engine.static_plan import ALL_ROWS, Shape, StaticPlan, padded, power_of_two
+from alignpro.engine.plan_buffers import ALL_ROWS, Shape, padded, power_of_two
+from alignpro.engine.static_plan import StaticPlan
 from alignpro.errors import ConfigError, ModelError
 from alignpro.models import paged_attention
 from alignpro.models.adapters import add_adapter

@@ -13,15 +13,17 @@ from alignpro.engine import (
     Engine,
     SamplingParams,
     arena,
+    cpp_sequence_arrays,
     derive_seed,
     pool,
     prefix_tree,
     scheduler,
+    sequence_arrays,
     sequence_table,
 )
 from alignpro.models.language_model import LanguageModel
 
-BOOKKEEPING = (arena, pool, prefix_tree, scheduler, sequence_table)
+BOOKKEEPING = (arena, pool, prefix_tree, scheduler, sequence_table, sequence_arrays, cpp_sequence_arrays)
 SHORT = SamplingParams(max_tokens=6, n=2)
 GROUPS = [*PROMPTS[:3], PROMPTS[0][:24], TEMPLATE[:6], ragged(1, 60, shortest=40, longest=40, seed=3)[0]]
 """Prompts that share long, short and no beginnings, so that nodes are split, pages copied, moved and evicted."""

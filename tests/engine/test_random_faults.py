@@ -19,6 +19,8 @@ from alignpro.engine import (
     attention_plan,
     derive_seed,
     fault_isolation,
+    host_copy,
+    plan_buffers,
     runner,
     sampler,
     static_plan,
@@ -92,7 +94,7 @@ def test_random_faults(
                 assert_same(one, expected)
 
 
-COMPUTING = (runner, sampler, stopping, attention_plan, static_plan, fault_isolation)
+COMPUTING = (runner, sampler, stopping, attention_plan, host_copy, plan_buffers, static_plan, fault_isolation)
 """The modules of a forward pass and of sampling."""
 ERRORS = (MemoryError, StopIteration, OSError, RuntimeError)
 

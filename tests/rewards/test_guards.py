@@ -158,6 +158,13 @@ def test_what_is_kept_is_penalised_as_configured(guarded):
     assert scored.components["guard/numbers_kept"] == [0.5]
 
 
+def test_the_language_of_a_prompt_is_detected_once_for_all_its_rewrites(language_change):
+    prompt, rewrites = "Which of the two cats is older?", [f"Which of the {n} cats is the older one?" for n in range(3)]
+    before = language_change._language.cache_info().misses
+    assert language_change([prompt] * 4, [*rewrites, prompt]) == [0.0] * 4
+    assert language_change._language.cache_info().misses == before + 4
+
+
 def test_half_a_surrogate_pair_is_accepted(language_change):
     garbled = "a text of some length with half a pair \ud800"
     assert language_change([garbled], [garbled]) == [0.0]

@@ -15,8 +15,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from alignpro.engine import Engine, SamplingParams, TokenPrompt, runner, worker
+from alignpro.engine import Engine, SamplingParams, TokenPrompt, attention_plan, runner, worker
+from alignpro.engine.host_copy import to_device
 from alignpro.engine.pool import KVPool
+from alignpro.engine.static_plan import StaticPlan
 from alignpro.engine.stats import EngineStats
 from alignpro.models.head import Head
 from benchmarks.engine.floor import num_weights
@@ -25,8 +27,8 @@ from benchmarks.engine.simulation.operations import attention_operations, operat
 from benchmarks.engine.simulation.stub import HEAD_DIM, Pass, StubArena, StubGraphs, StubModel
 from benchmarks.workload import ModelShape, Workload
 
-HEAD_OPERATIONS = 12
-"""Kernels of a draw: seeds, finite checks, the fused head, the copy to the host."""
+HEAD_OPERATIONS = 11
+"""Kernels of a draw: finite checks, the fused head, the copy to the host."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Tick:
     sequences: int
     """Running when it began."""
     passes: list[Pass] = field(default_factory=list)
+    copies: int = 0
+    """Copies from the host to the device."""
 
     @property
     def decodes(self) -> bool:
@@ -77,7 +81,7 @@ def simulate(workload: Workload, card: Card, *, max_batch: int, runs: int, seed:
             for _ in range(workload.prompts)
         ]
         engine.stats = EngineStats()
-        with _stubs(log), _ticks(engine, log) as ticks:
+        with _stubs(log) as copies, _ticks(engine, log, copies) as ticks:
             engine.run_chains(
                 prompts,
                 rewrite=SamplingParams(max_tokens=2 * workload.rewrite, n=workload.K, stop_token_ids=(0,), seed=turn),
@@ -91,8 +95,9 @@ def simulate(workload: Workload, card: Card, *, max_batch: int, runs: int, seed:
 
 
 @contextmanager
-def _stubs(log: list[Pass]) -> Iterator[None]:
-    """Replace graphs and the draw within the context."""
+def _stubs(log: list[Pass]) -> Iterator[list[int]]:
+    """Replace graphs and the draw within the context; yields the number of arrays in each copy to the device."""
+    copies: list[int] = []
 
     def graphs(pool: KVPool, device: torch.device, _: object) -> StubGraphs:
         return StubGraphs(pool, device, log=log)
@@ -104,28 +109,41 @@ def _stubs(log: list[Pass]) -> Iterator[None]:
             log[-1].seconds += time.perf_counter() - started
         return drawn
 
+    def copy(arrays: Sequence[Any], device: torch.device) -> list[Tensor]:
+        copies.append(len(arrays))
+        return to_device(arrays, device)
+
+    def fill(plan: StaticPlan, *args: Any) -> None:
+        copies.append(1)
+        filled(plan, *args)
+
+    filled = StaticPlan.fill
     with (
         mock.patch.object(worker, "new_arena", StubArena),
         mock.patch.object(worker, "_decode_graphs", graphs),
         mock.patch.object(runner, "sample", draw),
+        mock.patch.object(runner, "to_device", copy),
+        mock.patch.object(attention_plan, "to_device", copy),
+        mock.patch.object(StaticPlan, "fill", fill),
     ):
-        yield
+        yield copies
 
 
 @contextmanager
-def _ticks(engine: Engine, log: list[Pass]) -> Iterator[list[Tick]]:
+def _ticks(engine: Engine, log: list[Pass], copies: list[int]) -> Iterator[list[Tick]]:
     """Record the steps of the engine's only worker within the context."""
     (one,) = engine.workers.values()
     ticks: list[Tick] = []
     step = one.step
 
     def timed(stats: EngineStats) -> Any:
-        before, sequences = len(log), len(one.scheduler.running)
+        before, sequences, copied = len(log), len(one.scheduler.running), len(copies)
         started = time.perf_counter()
         ended = step(stats)
         seconds = time.perf_counter() - started
         passes = log[before:]
-        ticks.append(Tick(seconds - sum(each.seconds for each in passes), sequences, passes))
+        host = seconds - sum(each.seconds for each in passes)
+        ticks.append(Tick(host, sequences, passes, len(copies) - copied))
         return ended
 
     with mock.patch.object(one, "step", timed):
@@ -157,16 +175,17 @@ def _figures(
             "rows_over_tokens": sum(one.rows for one in passes) / sum(one.tokens for one in passes),
         }
     full = [tick.host for tick in ticks if tick.decodes and tick.sequences >= 0.9 * max_batch]
-    host = sum(tick.host for tick in ticks)
+    host, copies = sum(tick.host for tick in ticks), sum(tick.copies for tick in ticks)
     return {
         "ticks": len(ticks),
         "mixed_ticks": sum(len(tick.passes) > 1 for tick in ticks),
         "models": by_model,
+        "copies_to_device": copies,
         "host_s": host,
         "host_full_ticks": len(full),
         "host_full_median_s": statistics.median(full) if full else None,
         "host_full_mean_s": statistics.mean(full) if full else None,
-        "predicted_s": host + sum(each["predicted_s"] for each in by_model.values()),
+        "predicted_s": host + copies * LAUNCH_SECONDS + sum(each["predicted_s"] for each in by_model.values()),
         "floor_s": sum(each["floor_s"] for each in by_model.values()),
     }
 
