@@ -17,8 +17,9 @@ endif
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
-# No test needs the network: HF_HUB_OFFLINE keeps libraries from waiting for it.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+# No test needs the network: HF_HUB_OFFLINE keeps libraries from waiting for it. Tests start many processes: without
+# bytecode each would compile the whole package again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help

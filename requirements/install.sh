@@ -7,14 +7,16 @@
 #
 # PYTHON names the interpreter, TORCH_INDEX another package index for torch. To run it again is safe at any time: what is
 # installed stays. Only where a run was killed in the middle of an installation, or was for another device, the
-# environment is made anew; pip keeps what it had downloaded. Last it builds the kernels in csrc/, which
-# need a C++ compiler; without them everything runs, but slower.
+# environment is made anew; pip keeps what it had downloaded. It builds the kernels in csrc/, which need a C++ compiler;
+# without them everything runs, but slower. On a CPU they are compiled as soon as torch is there, while pip, which keeps one
+# core busy at most, installs the rest.
 set -eu
 
 venv=$1
 device=$2
 python=${PYTHON:-python3}
 requirements=$(dirname "$0")
+unset PYTHONDONTWRITEBYTECODE # the new environment keeps its own bytecode: imports would take half a minute without
 torch_cpu_index=https://download.pytorch.org/whl/cpu
 torch_rocm_index=https://download.pytorch.org/whl/rocm7.2
 
@@ -24,7 +26,8 @@ fail() {
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install "$@"
+    # compile_modules does that for all packages at once.
+    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --no-compile "$@"
 }
 
 pins_of_oldest() {
@@ -43,7 +46,7 @@ install_oldest_torch() {
 install_oldest() {
     pins_of_oldest >"$venv/pins.txt"
     grep '^torch==' "$venv/pins.txt" >"$venv/torch.txt"
-    install_oldest_torch && pip_install -r "$venv/pins.txt" -r "$requirements/dev.txt"
+    install_oldest_torch && begin_kernels "$venv/pins.txt" && pip_install -r "$venv/pins.txt" -r "$requirements/dev.txt"
 }
 
 install_torch_for_cpu() {
@@ -64,9 +67,49 @@ install_torch_for_gpu() {
     pip_install --index-url "${TORCH_INDEX:-$torch_rocm_index}" "$(grep '^torch>=' "$requirements/gpu.txt")"
 }
 
+build_kernels() {
+    # The sources of this tree, which is not installed yet while pip is at work. The libraries go to the user's cache, which
+    # outlives the environment.
+    exec env PYTHONPATH="$requirements/../kernels" "$venv/bin/python" -m alignpro_kernels.build
+}
+
+begin_kernels() {
+    # With the packages that torch and its headers' finder need, by the pins in the file $1. The output waits for pip's.
+    pip_install -r "$venv/torch.txt" setuptools -c "$1" || return
+    echo "set-up: building the kernels in csrc/, once, while the other packages are installed"
+    build_kernels >"$venv/kernels.log" 2>&1 &
+    kernels=$!
+}
+
+end_kernels() {
+    if [ -z "$kernels" ]; then
+        echo "set-up: building the kernels in csrc/, once"
+        (build_kernels)
+    elif wait "$kernels"; then
+        cat "$venv/kernels.log"
+    else
+        cat "$venv/kernels.log" >&2
+        return 1
+    fi
+}
+
+compile_modules() {
+    # To bytecode, on all cores, as pip would on one. The packages' own tests and most of the hundreds of architectures are
+    # never imported; Python compiles a module that is. A file that no version of Python 3 compiles is no error here.
+    "$venv/bin/python" -m compileall -qq -j 0 -x '/(tests?|transformers/models)/' "$venv"/lib/python3*/site-packages || true
+}
+
+stop_kernels() {
+    # A background process of a shell ignores an interrupt from the terminal. It removes what it has built by itself.
+    [ -z "$kernels" ] || kill "$kernels" 2>/dev/null || true
+}
+
 install_all() {
     case $device in
-        cpu) install_torch_for_cpu && pip_install -r "$requirements/cpu.txt" -r "$requirements/dev.txt" ;;
+        cpu)
+            install_torch_for_cpu && begin_kernels "$requirements/cpu.txt" &&
+                pip_install -r "$requirements/cpu.txt" -r "$requirements/dev.txt"
+            ;;
         oldest) install_oldest ;;
         *) install_torch_for_gpu && pip_install -r "$requirements/gpu.txt" -r "$requirements/dev.txt" ;;
     esac && pip_install --no-deps --no-build-isolation -e "$requirements/.."
@@ -96,11 +139,13 @@ fi
 
 # A signal leaves the marker behind, since pip may have been stopped between the files of a package. A pip that gives up
 # by itself has undone what it began.
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
+kernels=
+trap 'stop_kernels; exit 130' INT
+trap 'stop_kernels; exit 143' TERM HUP
 : >"$venv/.installing"
 install_all || {
     rm -f "$venv/.installing"
+    stop_kernels
     fail "pip could not install the packages; see its message above. The same command goes on from here"
 }
 printf '%s\n' "$device" >"$venv/.device"
@@ -110,15 +155,18 @@ rm -f "$venv/.installing"
 [ "$on_cpu" = yes ] || "$venv/bin/python" -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))' ||
     fail "torch came as a CPU build; name an index with one for $device (make TORCH_INDEX=https://…), or take DEVICE=cpu"
 
-# The libraries go to the user's cache, which outlives the environment. On a GPU machine too: some work stays on the CPU.
-echo "set-up: building the kernels in csrc/, once"
-"$venv/bin/python" -m alignpro_kernels.build || {
-    echo "set-up: the kernels in csrc/ could not all be built, see the message above; everything else is installed."
-    echo "set-up: in their place runs plain PyTorch, slower. To try again: $venv/bin/python -m alignpro_kernels.build"
-} >&2
+compile_modules &
+modules=$!
 
 # DeepSpeed compiles this when several ranks first start on a CPU; better a minute here than in a job.
 [ "$on_cpu" = no ] || DS_ACCELERATOR=cpu "$venv/bin/python" -m alignpro.distributed.deepspeed.compilation || {
     echo "set-up: DeepSpeed's part for several processes on a CPU could not be built, see the message above."
     echo "set-up: one process trains without it. To try again: $venv/bin/python -m alignpro.distributed.deepspeed.compilation"
 } >&2
+
+# On a GPU machine too: some work stays on the CPU.
+end_kernels || {
+    echo "set-up: the kernels in csrc/ could not all be built, see the message above; everything else is installed."
+    echo "set-up: in their place runs plain PyTorch, slower. To try again: $venv/bin/python -m alignpro_kernels.build"
+} >&2
+wait "$modules"

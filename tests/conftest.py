@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,20 @@ from hypothesis import settings
 from tiny_models import ARCHITECTURES, save_tiny, tiny_language_model
 from tiny_runs import Workshop
 
+from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
 
 settings.register_profile("shared machine", deadline=None)  # its load makes the time of an example meaningless
 settings.load_profile("shared machine")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector from searching the modules and the tests again and again."""
+    with paused_collection():
+        collected = yield
+    gc.freeze()
+    return collected
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

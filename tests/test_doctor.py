@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from tiny_runs import fork
 
 from alignpro.doctor import Finding, diagnose, print_diagnosis
 from alignpro.doctor.findings import first_error
@@ -21,7 +22,7 @@ from alignpro.doctor.kernels import attention_libraries
 from alignpro.doctor.packages import EXTRAS
 from alignpro.models import packed_choice
 from alignpro.prompting.meta_prompt import available_meta_prompts
-from alignpro_kernels import backends, cpp_library, prefill_choice, varlen_kernels
+from alignpro_kernels import backends, cpp_library, linear_logprob, prefill_choice, varlen_kernels
 from alignpro_kernels.timed_trial import Choice
 from alignpro_kernels.varlen_reference import ReferenceKernels
 
@@ -138,20 +139,21 @@ def test_a_reason_of_several_lines_is_shortened_to_one(reason: str, told: str) -
     assert first_error(reason) == ("g++ failed: " if "\n" in reason else "") + told
 
 
+def diagnose_without_a_compiler(compiler: str, cache: str) -> None:
+    """Print the finding about the kernels, and a probability that an operator gives all the same."""
+    os.environ |= {"CXX": compiler, "ALIGNPRO_KERNELS_CACHE": cache}
+    finding = found(diagnose(), "Kernels", "cpp")
+    logprob = linear_logprob(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3])).logprob
+    print(finding.status, finding.detail, finding.remedy, logprob.exp().item(), sep="\n", flush=True)
+
+
 def test_a_failed_build_is_reported_and_operators_still_run(tmp_path: Path) -> None:
     program(tmp_path / "g++", "[ $1 = --version ] && exit; echo 'a.h:1:' >&2; echo 'a.h:7: error: no such' >&2; exit 1")
-    code = """if True:
-        from alignpro.doctor import diagnose
-        finding, = (each for each in diagnose() if (each.section, each.name) == ("Kernels", "cpp"))
-        print(finding.status, finding.detail, finding.remedy, sep="\\n")
-        import torch
-        from alignpro_kernels import linear_logprob
-        print(linear_logprob(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3])).logprob.exp().item())
-    """
-    environment = os.environ | {"CXX": str(tmp_path / "g++"), "ALIGNPRO_KERNELS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    status, detail, remedy, probability = done.stdout.splitlines()
+    log = tmp_path / "log"
+    process = fork(diagnose_without_a_compiler, log, str(tmp_path / "g++"), str(tmp_path / "cache"))
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+    status, detail, remedy, probability = log.read_text().splitlines()[-4:]
     assert (status, float(probability)) == ("off", 0.25)
     assert detail == "g++ failed: a.h:7: error: no such"
     assert remedy.startswith("python -m alignpro_kernels.build")

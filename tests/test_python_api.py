@@ -39,10 +39,12 @@ def test_the_import_is_cheap_and_lists_what_there_is() -> None:
     script = (
         "import sys, alignpro\nprint([name for name in ('torch', 'pydantic', 'rich') if name in sys.modules])\n"
         "print({'train', 'evaluate', 'Rewriter'} <= set(dir(alignpro)))\n"
-        "from alignpro import *\nprint(train.__name__, evaluate.__name__, Rewriter.__name__, 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-3:] == ["[]", "True", "train evaluate Rewriter True"]
+    assert done.stdout.splitlines() == ["[]", "True"]
+    starred: dict[str, Any] = {}
+    exec("from alignpro import *", starred)
+    assert [starred[name].__name__ for name in ("train", "evaluate", "Rewriter")] == ["train", "evaluate", "Rewriter"]
     with pytest.raises(AttributeError, match="module 'alignpro' has no attribute 'trian'"):
         alignpro.trian  # noqa: B018
 

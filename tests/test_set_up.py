@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,27 @@ def test_the_oldest_versions_take_the_place_of_their_pins(tmp_path: Path, fails:
     names = [line.partition("==")[0] for line in pins if not line.startswith("#")]
     assert len(names) == len(set(names))
     assert set(names) >= {line.partition("==")[0] for line in newest if not line.startswith("#")}
-    (installed,) = [call for call in (tmp_path / "calls").read_text().splitlines() if f"{torch} " in call]
-    assert "torch.txt" in installed
+    calls = (tmp_path / "calls").read_text().splitlines()
+    installed, *_ = [call for call in calls if f"{torch} " in call]  # its dependencies come later
+    assert "torch.txt" in installed and "setuptools" not in installed
     assert (tmp_path / "venv" / "torch.txt").read_text() == f"{oldest[2]}\n"
+
+
+def test_an_interrupted_set_up_stops_the_kernels_that_are_built_beside_it(tmp_path: Path) -> None:
+    begun, stopped = tmp_path / "begun", tmp_path / "stopped"
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+    *alignpro_kernels.build) trap 'touch "{stopped}"; exit' TERM; touch "{begun}"; while :; do sleep 0.01; done ;;
+    *dev.txt) until [ -e "{begun}" ]; do sleep 0.01; done; kill -TERM $PPID ;;
+esac
+""")
+    python.chmod(0o755)
+    done = subprocess.run(["sh", str(SCRIPT), str(tmp_path / "venv"), "cpu"], capture_output=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 30
+    while not stopped.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert (tmp_path / "venv" / ".installing").exists()

@@ -24,6 +24,7 @@ import torch
 import yaml
 from tiny_models import save_tiny
 
+from alignpro import __main__
 from alignpro.cli import main
 from alignpro.demo.world import prompt_records, prompter_records, target_records, write_records
 from alignpro.training.metrics import EXECUTION_METRICS
@@ -249,15 +250,16 @@ class Process:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def fork(function: Callable[..., None], log: Path, *arguments: Any) -> Any:
+def fork(function: Callable[..., None], log: Path, *arguments: Any, daemon: bool = False) -> Any:
     """Start a function in a process forked from one that has imported everything, and return the process.
 
     Args:
         function: A function of a module.
         log: File for its standard output and standard error.
         arguments: The function's arguments.
+        daemon: Whether it ends with this process.
     """
-    process = _context().Process(target=_begin, args=(function, log, arguments))
+    process = _context().Process(target=_begin, args=(function, log, arguments), daemon=daemon)
     process.start()
     return process
 
@@ -290,7 +292,8 @@ def _child(arguments: list[str], kill_at: int | None, largest_file: int | None) 
     if kill_at is not None:
         out = next(a.removeprefix("run.out=") for a in arguments if a.startswith("run.out="))
         sys.addaudithook(_Killer(out, kill_at))
-    main(arguments)
+    sys.argv = ["alignpro", *arguments]
+    __main__.main()
 
 
 class _Killer:

@@ -33,7 +33,7 @@ from alignpro.training.reinforcement import RLTrainer
 END = 0
 VOCABULARY = {"<end>": END, "a": 1, "b": 2}
 LENGTH = 3
-"""Longest completion, including its end token; there are 15 sequences."""
+"""Longest completion, including its end token; there are 15 sequences, and 7 of at most two tokens."""
 
 
 class World:
@@ -46,6 +46,7 @@ class World:
         drift: Distance of the policy's initial weights from the reference's; 0 starts at the reference.
         temperature: Sampling temperature.
         adapter: Which weights of the policy are trained.
+        length: Longest completion, including its end token.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class World:
         drift: float = 0.1,
         temperature: float = 0.8,
         adapter: AdapterConfig | None = None,
+        length: int = LENGTH,
     ) -> None:
         torch.manual_seed(seed)
-        self.space: SequenceSpace = enumerate_sequences(len(VOCABULARY), END, LENGTH)
+        self.length = length
+        self.space: SequenceSpace = enumerate_sequences(len(VOCABULARY), END, length)
         self.prompts = [Prompt.from_text("a"), Prompt.from_text("b a a")]
         self.rewards = torch.rand(len(self.prompts), len(self.space.tokens), dtype=dtype)  # (P, S)
         start = _language_model(dtype)
@@ -92,7 +95,7 @@ class World:
             self.prompts,
             self.prompts,
             sampling=SamplingParams(
-                n=group, max_tokens=LENGTH, temperature=self.policy.temperature, stop_token_ids=(END,)
+                n=group, max_tokens=self.length, temperature=self.policy.temperature, stop_token_ids=(END,)
             ),
             prompts_per_step=len(self.prompts),
             objective=ObjectiveConfig.model_validate(objective),
@@ -167,7 +170,7 @@ class World:
     def _enumerate(self, model: Callable[..., Any]) -> Tensor:
         given = [torch.tensor([self.encode(prompt)] * len(self.chains)) for prompt in self.prompts]  # (S, L) each
         inputs = [torch.cat([prompt, self.space.tokens], dim=1) for prompt in given]
-        logits = torch.stack([model(input_ids=ids).logits[:, -LENGTH - 1 : -1] for ids in inputs])
+        logits = torch.stack([model(input_ids=ids).logits[:, -self.length - 1 : -1] for ids in inputs])
         return (logits / self.policy.temperature).log_softmax(-1)
 
     def _along(self, next_logprobs: Tensor) -> Tensor:

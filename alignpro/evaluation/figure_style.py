@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -62,4 +63,8 @@ def save_figure(figure: Figure, path: Path | IO[bytes], format: str | None) -> N
         format: The format, if ``path`` is a stream.
     """
     kind = format or Path(str(path)).suffix.removeprefix(".")
-    figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    if kind == "svg":
+        # A drawing begins with the layout; `savefig` draws everything once before, for the layout alone.
+        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+    else:
+        figure.savefig(path, format=kind)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignpro.config import (
@@ -402,16 +402,16 @@ def test_a_dumped_configuration_loads_unchanged(tmp_path: Path, kind: type, raw:
     assert load_config(kind, [written(tmp_path / "dumped.yaml", dump_config(config))]) == config
 
 
-@given(
-    text=st.lists(
-        st.sampled_from(
-            ["${", "}", "\\", "a", "1", "e", "3", ".", ":", " ", "#", "'", '"', "\n", "é", "-", "[", "null"]
-        ),
-        max_size=8,
-    ).map("".join)
-)
-def test_any_text_survives_the_round_trip(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    raw = EVAL | {"title": text, "reward": {"components": [{**REWARD["components"][0], "params": {"text": [text]}}]}}
+TEXTS = st.lists(
+    st.sampled_from(["${", "}", "\\", "a", "1", "e", "3", ".", ":", " ", "#", "'", '"', "\n", "é", "-", "[", "null"]),
+    max_size=8,
+).map("".join)
+
+
+@settings(max_examples=25)
+@given(texts=st.lists(TEXTS, min_size=4, max_size=8))
+def test_any_text_survives_the_round_trip(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    raw = EVAL | {"title": texts[0], "reward": {"components": [{**REWARD["components"][0], "params": {"text": texts}}]}}
     config = validate_config(EvalConfig, raw)
     dumped = written(tmp_path_factory.getbasetemp() / "dumped.yaml", dump_config(config))
     assert load_config(EvalConfig, [dumped]) == config

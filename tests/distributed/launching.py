@@ -1,4 +1,4 @@
-"""Jobs on two ranks over gloo: started by the deepspeed launcher, or forked from a process that has imported everything.
+"""Jobs on some ranks over gloo: started by the deepspeed launcher, or forked from a process that has imported everything.
 
 A launch takes many seconds of imports, so only tests of launching use the launcher, and cases share the forked ranks.
 """
@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
-from multiprocessing import connection
+from functools import cache
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+from forked_ranks import ROOT, Job, environment, serve_jobs
 from safetensors.torch import load_file
 from tiny_runs import Workshop, fork, read_metrics
 
-ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
 REWARD = '''
@@ -37,17 +37,6 @@ def workshop(root: Path) -> Workshop:
     made = Workshop(root)
     (root / "reward.py").write_text(REWARD)
     return made
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of a launcher: no GPU, one thread per rank, and the packages of this source tree."""
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
 
 
 def free_port() -> int:
@@ -117,34 +106,18 @@ class ForkedRanks:
         self, program: Path, arguments: Sequence[str], directory: Path, ranks: Sequence[int] = (0, 1), size: int = 2
     ) -> None:
         self.port = str(free_port())
-        common = {
-            "WORLD_SIZE": str(size),
-            "LOCAL_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": self.port,
-        }
-        self._logs = [directory / f"output_{self.port}_{rank}.txt" for rank in ranks]
-        self._processes = [
-            fork(_run, log, program, list(arguments), common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank, log in zip(ranks, self._logs, strict=True)
-        ]
+        self._job = Job(program, list(arguments), directory, list(ranks), size, self.port)
 
     def ends(self, within: float = 300.0) -> tuple[list[int], str]:
-        """Wait for all ranks; return their exit statuses and output. As under the launcher, a failure ends the others."""
-        deadline = time.monotonic() + within
-        sentinels = {process.sentinel: process for process in self._processes}
-        while sentinels and time.monotonic() < deadline:
-            for sentinel in connection.wait(list(sentinels), timeout=1.0):
-                if sentinels.pop(sentinel).exitcode:
-                    deadline = min(deadline, time.monotonic() + 30.0)
-        for process in self._processes:
-            process.kill()
-            process.join()
-        output = "".join(log.read_text(errors="replace") for log in self._logs if log.exists())
-        return [process.exitcode for process in self._processes], output
+        """Run all ranks; return their exit statuses and output. As under the launcher, a failure ends the others."""
+        launcher = _launcher()
+        launcher.send((self._job, within))
+        statuses: list[int] = launcher.recv()
+        logs = map(self._job.log, self._job.ranks)
+        return statuses, "".join(log.read_text(errors="replace") for log in logs if log.exists())
 
     def end_badly(self) -> str:
-        """Wait for the ranks, which must all exit with an error, of which one rank says why; return its message."""
+        """Run the ranks, which must all exit with an error, of which one rank says why; return its message."""
         statuses, output = self.ends()
         errors = [line for line in output.splitlines() if line.startswith("error:")]
         assert set(statuses) == {1}, output[-4000:]
@@ -152,11 +125,13 @@ class ForkedRanks:
         return errors[0]
 
 
-def _run(program: Path, arguments: list[str], variables: dict[str, str]) -> None:
-    os.environ.update(environment() | variables)
-    sys.argv = [str(program), *arguments]
-    sys.path.insert(0, str(program.parent))
-    runpy.run_path(str(program), run_name="__main__")
+@cache
+def _launcher() -> Any:
+    """Start the process that forks ranks; return a connection that takes jobs and gives the ranks' exit statuses."""
+    ours, theirs = Pipe()
+    fork(serve_jobs, Path(tempfile.mkdtemp()) / "launcher.txt", theirs, daemon=True)
+    theirs.close()
+    return ours
 
 
 def run_to_end(directory: Path, worker: str, *arguments: str, ranks: int = 2) -> None:

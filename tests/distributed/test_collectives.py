@@ -54,8 +54,12 @@ def trained(
 
 @pytest.mark.parametrize(
     ("size", "prompts", "objective", "micro_batch_size"),
-    [(3, 5, PPO, 2), (5, 7, GIBBS, 2), (64, 70, {}, 4)],
-    ids=["3 ranks, PPO with a critic", "5 ranks, Gibbs", "64 ranks"],
+    [
+        pytest.param(3, 5, PPO, 2, id="3 ranks, PPO with a critic"),
+        pytest.param(5, 7, GIBBS, 2, id="5 ranks, Gibbs"),
+        pytest.param(16, 21, {}, 4, id="16 ranks"),
+        pytest.param(64, 70, {}, 4, id="64 ranks", marks=pytest.mark.slow),
+    ],
 )
 def test_all_ranks_issue_the_same_and_agree_with_one_process(
     size: int, prompts: int, objective: dict[str, Any], micro_batch_size: int, tmp_path: Path

@@ -71,16 +71,31 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
         assert first["norms"][0] == pytest.approx(math.sqrt(3) * 8, rel=1e-2), case  # 1 + 2 + 2 + 3, three times
 
 
+def assert_killed_in_step_three(out: Path, error: str) -> None:
+    assert "in vain" in error and "rank 1" in error and "--resume" in error
+    assert steps_of_checkpoints(out) == [1, 2]
+
+
 def test_a_killed_rank_ends_the_job_and_resume_continues(made: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     started = time.monotonic()
-    error, _ = ends_badly(start(made, out, "kill"))
-    assert "in vain" in error and "rank 1" in error and "--resume" in error
+    statuses, output = ForkedRanks(SCRIPT, given(made, out, "kill"), tmp_path).ends()
+    assert statuses == [1, -signal.SIGKILL], output[-4000:]
+    (error,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert_killed_in_step_three(out, error)
     assert time.monotonic() - started < 110  # a minute of waiting, and the time to start
-    assert steps_of_checkpoints(out) == [1, 2]
     statuses, output = ForkedRanks(SCRIPT, given(made, out, "kill", "--resume"), tmp_path).ends()
     assert statuses == [0, 0], output[-4000:]  # a third call would be in step 5
     assert rows(out) == 4
+
+
+@pytest.mark.slow
+def test_the_launcher_ends_a_job_of_which_a_rank_is_killed(made: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    started = time.monotonic()
+    error, _ = ends_badly(start(made, out, "kill"))
+    assert_killed_in_step_three(out, error)
+    assert time.monotonic() - started < 110
 
 
 @pytest.mark.slow
@@ -119,9 +134,9 @@ def test_ranks_with_different_settings_are_an_error(made: Workshop, tmp_path: Pa
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_cannot_reach_the_others_says_so(rank: int, made: Workshop, tmp_path: Path) -> None:
-    job = made.arguments("train", tmp_path / "run", "deepspeed.timeout_seconds=3")[1:]
+    job = made.arguments("train", tmp_path / "run", "deepspeed.timeout_seconds=1")[1:]
     error = ForkedRanks(SCRIPT, job, tmp_path, [rank]).end_badly()
-    assert f"rank {rank} has not found the others at 127.0.0.1:" in error and "within 3 s" in error
+    assert f"rank {rank} has not found the others at 127.0.0.1:" in error and "within 1 s" in error
 
 
 @pytest.mark.slow

@@ -1,16 +1,13 @@
-"""A program that imports everything once and forks ranks, which run commands of `alignpro` and record their collectives.
+"""The program of a test's ranks: commands of `alignpro train`, whose collectives are recorded.
 
-    python worker_forked.py SIZE DIRECTORY
-
-The directory holds ``cases.json``, a list of cases: the arguments of `alignpro train`, and the rank, if any, that cannot
-write files. Each rank writes ``rank_N.json``: for each case, what it has issued and the error that ended it.
+The directory named last holds ``cases.json``, a list of cases: the arguments of `alignpro train`, and the rank, if any,
+that cannot write files. Each rank writes ``rank_N.json``: for each case, what it has issued and the error that ended it.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import resource
 import sys
 from collections.abc import Callable
@@ -19,6 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from alignpro.distributed.session import distributed_session
+from alignpro.errors import AlignProError
+from alignpro.training.jobs import train
 
 RECORDED = (
     "all_gather",
@@ -58,10 +59,7 @@ class Recorder:
 
 
 def run_rank(directory: Path) -> None:
-    from alignpro.distributed.session import distributed_session
-    from alignpro.errors import AlignProError
-    from alignpro.training.jobs import train
-
+    torch.set_num_threads(1)
     recorder, outcomes = Recorder(), []
     with distributed_session(60.0) as ranks:
         recorder.phase = lambda: ranks.phase
@@ -85,36 +83,5 @@ def run_rank(directory: Path) -> None:
     (directory / f"rank_{ranks.rank}.json").write_text(json.dumps(outcomes))
 
 
-def main(size: int, directory: Path) -> None:
-    import deepspeed  # noqa: F401 - before the fork, so that the ranks share it
-    import peft  # noqa: F401
-    import transformers.models.llama.modeling_llama
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
-
-    import alignpro.training.deepspeed_backend
-    import alignpro.training.jobs  # noqa: F401
-    from alignpro.distributed.deepspeed.compilation import compile_operators
-
-    torch.set_num_threads(1)
-    compile_operators(offload=False)
-    children = []
-    for rank in range(size):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size))
-        if (child := os.fork()) == 0:
-            status = 1
-            try:
-                run_rank(directory)
-                status = 0
-            except BaseException:
-                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, ended)))
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    run_rank(Path(sys.argv[-1]))

@@ -28,18 +28,33 @@ def drawn(groups: list[list[Completion]]) -> list[list[int]]:
     return [one.tokens for group in groups for one in group]
 
 
-@pytest.mark.parametrize("options", [{}, {"page_tokens": 3}, {"page_tokens": 64}, {"token_budget": 5}])
-@pytest.mark.parametrize("common", [MIN_COPIED_TOKENS - 1, MIN_COPIED_TOKENS, 9, MIN_NODE_TOKENS - 1])
+COMMON = [MIN_COPIED_TOKENS - 1, MIN_COPIED_TOKENS, 9, MIN_NODE_TOKENS - 1]
+OPTIONS: list[dict[str, Any]] = [{}, {"page_tokens": 3}, {"page_tokens": 64}, {"token_budget": 5}]
+
+
+@pytest.mark.parametrize(("common", "options"), zip(COMMON, OPTIONS, strict=True))
 def test_tokens_that_a_sibling_has_computed_are_copied(
     any_model: LanguageModel, common: int, options: dict[str, Any]
 ) -> None:
-    engine = Engine({"m": any_model}, audit=True, **options)
+    assert_copied(any_model, common, options)
+
+
+@pytest.mark.parametrize(("common", "options"), [(c, o) for c in COMMON for o in OPTIONS])
+def test_tokens_are_copied_whatever_their_number_and_the_engines_options(
+    llama: LanguageModel, common: int, options: dict[str, Any]
+) -> None:
+    """The options say how pages are used, which is the same for every architecture."""
+    assert_copied(llama, common, options)
+
+
+def assert_copied(model: LanguageModel, common: int, options: dict[str, Any]) -> None:
+    engine = Engine({"m": model}, audit=True, **options)
     engine.generate("m", PARTED, PARAMS)
     copied = common if common >= MIN_COPIED_TOKENS else 0
     for i, prompt in enumerate(prompts(common)):
         before = engine.stats.snapshot()
         groups = engine.generate("m", [prompt], PARAMS, [i])
-        (alone,) = Engine({"m": any_model}).generate("m", [prompt], PARAMS, [i])
+        (alone,) = Engine({"m": model}).generate("m", [prompt], PARAMS, [i])
         assert drawn(groups) == drawn([alone])
         assert groups[0][0].logprobs == pytest.approx(alone[0].logprobs, abs=2e-5)
         there = len(TEMPLATE) + (copied if i else 0)

@@ -21,7 +21,7 @@ def one(logprob, entropy, kl, rows):
     return -logprob, -torch.ones_like(logprob), None, None
 
 
-def main(rows: int, width: int = 64, vocabulary: int = 40_000) -> None:
+def main(rows: int, width: int = 16, vocabulary: int = 40_000) -> None:
     """Measure one loss with a trained head."""
     weight = torch.randn(vocabulary, width, requires_grad=True)
     hidden = torch.randn(rows, width, requires_grad=True)

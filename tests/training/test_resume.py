@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,47 +86,26 @@ def test_the_compared_runs_change_the_policy(finished: Finished) -> None:
     assert adaptive[0]["kl_coef"] != adaptive[-2]["kl_coef"]
 
 
-LONG = ("train", "run.steps=100", "run.checkpoint_every=1000", "run.eval_every=7", "optimizer.schedule=constant")
+LONG = ("train", "run.steps=60", "run.checkpoint_every=1000", "run.eval_every=7", "optimizer.schedule=constant")
 
 
-@pytest.mark.slow
-def test_sigint_saves_and_exits_and_resume_continues(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+def test_a_signal_saves_and_exits_and_resume_continues(
+    workshop: Workshop, finished: Finished, tmp_path: Path, signum: int
+) -> None:
     out = tmp_path / "run"
     process = Process(workshop.arguments(LONG[0], out, *LONG[1:]), tmp_path / "log")
     process.wait_until(lambda: rows(out) >= 2)
-    process.signal(signal.SIGINT)
-    assert process.wait() == 128 + signal.SIGINT
+    process.signal(signum)
+    assert process.wait() == 128 + signum
     assert_stopped_well(out, process.output())
-    assert workshop.run(LONG[0], out, *LONG[1:], "--resume") == 0
-    assert_same(out, finished(*LONG))
-
-
-def test_sigterm_to_the_command_saves_and_exits_and_resume_continues(
-    workshop: Workshop, finished: Finished, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "alignpro", *workshop.arguments(LONG[0], out, *LONG[1:])],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 300
-    while rows(out) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.terminate()
-    _, output = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert_stopped_well(out, output)
     assert workshop.run(LONG[0], out, *LONG[1:], "--resume") == 0
     assert_same(out, finished(*LONG))
 
 
 def assert_stopped_well(out: Path, output: str) -> None:
     (step,) = steps_of_checkpoints(out)
-    assert 2 <= step < 100
+    assert 2 <= step < 60
     assert read_metrics(out)[-1]["step"] == step
     assert f"state saved in {out / 'checkpoints'}/step_{step:06d}; continue with --resume" in output
     assert "Traceback" not in output
@@ -170,15 +146,15 @@ KILLED = ("sft", "run.steps=3", "run.eval_every=2", "run.keep_checkpoints=1", "r
 
 
 def test_a_run_killed_at_some_file_operations_resumes(workshop: Workshop, finished: Finished, tmp_path: Path) -> None:
-    """Kills at every fifteenth operation on files of the whole run. Most operations belong to saving checkpoints."""
+    """Kills at every 25th operation on files of the whole run. Most operations belong to saving checkpoints."""
     kills = 0
-    for at in range(random.Random(0).randrange(1, 15), 2000, 15):
+    for at in range(random.Random(0).randrange(1, 25), 2000, 25):
         out = kill_and_resume(workshop, tmp_path, KILLED, at)
         if out is None:
             break
         kills += 1
         assert_same(out, finished(*KILLED))
-    assert kills > 6
+    assert kills > 3
 
 
 @pytest.mark.slow
