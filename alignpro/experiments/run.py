@@ -100,10 +100,10 @@ def _run(config: ExperimentConfig, cell: Cell, run: Runner, stopped: Callable[[]
     log, started = cell.directory / "log.txt", time.monotonic()
     state: State = "done"
     error = None
+    log.unlink(missing_ok=True)  # of an attempt before, whose error is not that of this one
     for job in cell.jobs:
         if job.done:
             continue
-        log.unlink(missing_ok=True)
         status = run(_starter(config, job), arguments(job), log, stopped)
         if not job.done:
             state = "failed" if stopped() is None else "stopped"
