@@ -26,8 +26,8 @@ from alignpro.demo import world
 from alignpro.demo.run import HERE, TRAINING_PROMPTS, WEIGHTS
 from alignpro.experiments.cells import Cell, cells
 from alignpro.experiments.evaluated_cells import MethodRecords, evaluated_methods
-from alignpro.experiments.process import run_command
-from alignpro.experiments.run import Runner, run_experiment
+from alignpro.experiments.forking import Runner
+from alignpro.experiments.run import run_experiment
 from alignpro.theory.statistics import Clusters, SeedRewards, difference_over_seeds, mean_over_seeds
 from alignpro.theory.statistics.values import FloatArray
 from benchmarks import command
@@ -91,7 +91,7 @@ def measure(
     against: str = "exact",
     quick: bool = False,
     json_file: Path | None = None,
-    runner: Runner = run_command,
+    runner: Runner | None = None,
 ) -> dict[str, Any]:
     """Run what is not done, and compare; returns the content of the results file.
 

@@ -79,11 +79,24 @@ def pareto(
             help="A run that was trained for the weighted sum of both rewards, with the weight of the second; may be repeated.",
         ),
     ] = None,
+    mixed: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN",
+            help="What `alignpro mix` has made of both, such as their max-min mixture, as a point; may be repeated.",
+        ),
+    ] = None,
     weights: Annotated[str, typer.Option(help="Of the second run, at which both are mixed.")] = "0,0.25,0.5,0.75,1",
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts.")] = 64,
     rewrites: Annotated[int, typer.Option(min=2, help="Rewrites of each.")] = 2,
     responses: Annotated[int, typer.Option(min=2, help="Responses to each rewrite.")] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A file of prompts that no run was trained on; may be repeated. By default, those held out.",
+        ),
+    ] = None,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Compare mixtures of two prompters with prompters that were trained for the weighted sum of both rewards."""
@@ -91,11 +104,13 @@ def pareto(
         runs,
         out,
         trained=_weighted_runs(trained or []),
+        mixed=mixed or (),
         weights=_numbers(weights),
         prompts=prompts,
         rewrites=rewrites,
         responses=responses,
         seed=seed,
+        data=data or (),
         trust_remote_code=trust_remote_code,
     )
     for each in found["points"]:
@@ -106,6 +121,9 @@ def pareto(
             f"at {each['weight']:.2f}, the mixture less the trained: weighted reward {_shown(each['weighted_reward'])}, "
             f"KL {_shown(each['kl'])}"
         )
+    for each in found["mixed"]:
+        above = " and ".join(_shown(difference) for difference in each["least_reward_above"])
+        typer.echo(f"{each['run']}, at {each['weight']:.3f}: its lower reward is above that of either alone by {above}")
     typer.echo(str(out))
 
 

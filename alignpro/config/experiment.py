@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from alignpro.config.data import DataConfig, PromptingConfig
 from alignpro.config.endpoints import SpendingConfig
 from alignpro.config.jobs import CandidateCount, InstructionName, Strength
+from alignpro.config.method import MethodSection
 from alignpro.config.policy_methods import SoftPromptMethod, TargetAdapterMethod
 from alignpro.config.refusals import RefusalsConfig
 from alignpro.config.rewards import RewardConfig
@@ -43,39 +44,39 @@ class ExperimentTask(Section):
     """Name → what a person would add to a prompt, or a template with ``{{ prompt }}``; see `alignpro eval`."""
 
 
-class UnchangedMethod(Section):
+class UnchangedMethod(MethodSection):
     """The target is given the prompt as it is."""
 
     kind: Literal["none"]
 
 
-class InstructionMethod(Section):
+class InstructionMethod(MethodSection):
     """The hand-written instructions of the task; each is a cell of its own."""
 
     kind: Literal["instruction"]
 
 
-class PriorMethod(Section):
+class PriorMethod(MethodSection):
     """The prompter before training."""
 
     kind: Literal["prior"]
 
 
-class GibbsMethod(Section):
+class GibbsMethod(MethodSection):
     """The best of N rewrites of the prompter before training, resampled by exp(R/λ) and answered anew."""
 
     kind: Literal["gibbs"]
     candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
 
 
-class BestOfMethod(Section):
+class BestOfMethod(MethodSection):
     """The best of N rewrites of the prompter before training, answered anew."""
 
     kind: Literal["best_of"]
     candidates: list[CandidateCount] = Field(default=[4, 16, 64], min_length=1)
 
 
-class TrainMethod(Section):
+class TrainMethod(MethodSection):
     """A prompter trained by `alignpro train`."""
 
     kind: Literal["train"]
@@ -83,9 +84,11 @@ class TrainMethod(Section):
     """Its name in the report; by default that of its key."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Sections of `alignpro train` that differ from the experiment's ``train``."""
+    transfer: bool = True
+    """Whether its prompters are evaluated on other targets too, where the experiment's ``transfer`` is set."""
 
 
-class DialMethod(Section):
+class DialMethod(MethodSection):
     """A prompter that another method trains, at other strengths s: ρ_sft^{1−s} ρ^s, token by token. Each is a cell of its own."""
 
     kind: Literal["dial"]
@@ -96,7 +99,7 @@ class DialMethod(Section):
     strengths: list[Strength] = Field(default=[0.25, 0.5, 0.75, 1.25], min_length=1)
 
 
-class RLHFMethod(Section):
+class RLHFMethod(MethodSection):
     """The target itself, trained by `alignpro rlhf`: the oracle."""
 
     kind: Literal["rlhf"]
@@ -106,7 +109,7 @@ class RLHFMethod(Section):
     """Sections of `alignpro rlhf` that differ from the experiment's ``rlhf``."""
 
 
-class RivalMethod(Section):
+class RivalMethod(MethodSection):
     """An instruction that an optimiser of prompts finds: GEPA or MIPROv2, within a number of responses of the target."""
 
     kind: RivalKind
@@ -196,7 +199,8 @@ class ExperimentConfig(Section):
         for name in self.transfer if isinstance(self.transfer, list) else ():
             if name not in self.targets or "mixture" in self.targets[name]:
                 raise ValueError(f"transfer: {name!r} is no single target of this experiment")
-        if self.transfer and not any(isinstance(method, TrainMethod) for method in self.methods.values()):
+        trained = [method for method in self.methods.values() if isinstance(method, TrainMethod)]
+        if self.transfer and not any(method.transfer for method in trained):
             raise ValueError("transfer needs a `train` method, whose prompters it evaluates")
 
     @model_validator(mode="after")
@@ -209,6 +213,7 @@ class ExperimentConfig(Section):
         if of_prompters and not self.prompters:
             raise ValueError(f"methods.{of_prompters[0]} needs a prompter: name one in `prompters`")
         for name, method in self.methods.items():
+            self._check_places(name, method)
             if isinstance(method, RivalMethod):
                 self._check_rival(name, method)
             if isinstance(method, TrainMethod) and "self_reward" in self.train | method.settings:
@@ -222,11 +227,22 @@ class ExperimentConfig(Section):
             raise ValueError(f"methods.{wanting[0]} needs `instructions` in a task")
         return self
 
+    def _check_places(self, name: str, method: MethodSection) -> None:
+        """Check that the tasks and targets of a method are some of the experiment."""
+        for key, given, known in (("tasks", method.tasks, self.tasks), ("targets", method.targets, self.targets)):
+            for each in given or ():
+                if each not in known:
+                    raise ValueError(
+                        f"methods.{name}.{key}: {each!r} is none of the experiment: expected one of {', '.join(known)}"
+                    )
+
     def _check_models_of_targets(self, name: str, method: TargetAdapterMethod | SoftPromptMethod) -> None:
         """Check that the weights of every target are here, if the method needs them."""
         if isinstance(method, SoftPromptMethod) and method.before == "prompter":
             return
         for target, each in self.targets.items():
+            if not any(method.runs(task, target) for task in self.tasks):
+                continue
             if "path" not in each and isinstance(method, SoftPromptMethod):
                 raise ValueError(
                     f"methods.{name}.before=target: targets.{target} is not a model of this process, and a soft prompt is "
@@ -239,7 +255,8 @@ class ExperimentConfig(Section):
                 )
 
     def _check_rival(self, name: str, method: RivalMethod) -> None:
-        bare = [task for task, each in self.tasks.items() if not each.instructions]
+        at = [task for task in self.tasks if any(method.runs(task, target) for target in self.targets)]
+        bare = [task for task in at if not self.tasks[task].instructions]
         if bare:
             raise ValueError(f"methods.{name} begins with hand-written `instructions`: give some in tasks.{bare[0]}")
         given = method.target_calls

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from alignpro.config.section import Section
+from alignpro.config.method import MethodSection
 
 
-class TargetAdapterMethod(Section):
+class TargetAdapterMethod(MethodSection):
     """A prompter that is a LoRA on the target itself, whose weights are in memory once for both.
 
     Its ρ_sft is the target as it is, asked with the meta-prompt. It has no entry in ``prompters``, and counts for all of them.
@@ -22,7 +22,7 @@ class TargetAdapterMethod(Section):
     """Sections of `alignpro train` that differ from the experiment's ``train``, such as the ``rank`` of ``policy.adapter``."""
 
 
-class SoftPromptMethod(Section):
+class SoftPromptMethod(MethodSection):
     """Trained embedding vectors in front of a model's prompt, all of whose weights stay as they are (Lester et al., 2021).
 
     ``before: prompter``: the policy is the prompter with these vectors. It writes rewrites, which are text, and its KL is to the

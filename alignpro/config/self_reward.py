@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from alignpro.config.learning import ObjectiveConfig
+from alignpro.config.method import MethodSection
 from alignpro.config.rollout import RolloutConfig
 from alignpro.config.run import DeepSpeedConfig
 from alignpro.config.section import Section
@@ -85,7 +86,7 @@ class SelfRewardConfig(Section):
                 raise ValueError(f"self_reward with {problem}")
 
 
-class SelfRewardMethod(Section):
+class SelfRewardMethod(MethodSection):
     """A prompter trained by self-reward, in iterations that each start from the one before, which is its reference too."""
 
     kind: Literal["self_reward"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from alignpro.config import EvalConfig, TrainConfig, target_endpoints, validate_config
 from alignpro.data import cluster_labels, load_prompts
-from alignpro.errors import ConfigError
+from alignpro.errors import ConfigError, ModelError
 from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import prepare_directory
 from alignpro.evaluation.experiment_charts import ParetoPoint, plot_pareto
@@ -31,7 +31,7 @@ from alignpro.targets.servers import open_servers
 from alignpro.theory.statistics import Clusters, FloatArray, mean_estimate, paired_estimate, prompt_means
 from alignpro.training.durability import disk_errors, replace_text
 from alignpro.training.mixed_runs import MixedRun, read_runs
-from alignpro.training.mixing import load_mixed
+from alignpro.training.mixing import SUMMARY_FILE, load_mixed
 from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.versions import versions
 
@@ -58,6 +58,11 @@ class _Measured:
         """(P,) the weighted sum of both rewards."""
         return (1 - self.weight) * self.rewards[0] + self.weight * self.rewards[1]
 
+    @property
+    def least(self) -> FloatArray:
+        """(P,) the reward whose mean is the lower one."""
+        return min(self.rewards, key=lambda values: float(values.mean()))
+
 
 @without_progress_bars()
 def compare_mixtures(
@@ -65,11 +70,13 @@ def compare_mixtures(
     out: Path,
     *,
     trained: Mapping[float, Path],
+    mixed: Sequence[Path] = (),
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     prompts: int = 64,
     rewrites: int = 2,
     responses: int = 1,
     seed: int = 0,
+    data: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Sample and compare; write `RESULT_FILE` and `FIGURE_FILE`.
@@ -78,19 +85,24 @@ def compare_mixtures(
         directories: Two run directories of `alignpro train`, whose configurations have both rewards, the target and the data.
         out: The directory to write.
         trained: Weight of the second reward → run directory of a prompter that was trained for that weighted sum.
+        mixed: Run directories that `alignpro mix` has made of the two, such as their max-min mixture, whose weights are added.
         weights: Of the second run, at which the two are mixed; those of ``trained`` are added.
         prompts: Held-out prompts, at most.
         rewrites: Of each prompt.
         responses: To each rewrite.
         seed: Of all samples.
+        data: Files of prompts that no run was trained on, read as the first run reads its own; without them, the
+            prompts that the first run holds out.
         trust_remote_code: Whether Python code that comes with the models may run, if the runs' configurations say so.
 
     Returns:
         The content of `RESULT_FILE`.
 
     Raises:
-        ConfigError: There are not two runs, a weight is outside [0, 1], or runs differ in what they must share.
-        ModelError: A run is not a finished one of `alignpro train`, or its model cannot be mixed.
+        ConfigError: There are not two runs, a weight is outside [0, 1], runs differ in what they must share, or the
+            first holds no prompts out and ``data`` is empty.
+        ModelError: A run is not a finished one of `alignpro train`, its model cannot be mixed, or one of ``mixed`` is no
+            mixture of the two.
         DataError: There are fewer than two held-out prompts.
         TrainingError: ``out`` holds a result already, or cannot be written.
     """
@@ -98,13 +110,16 @@ def compare_mixtures(
         raise ConfigError(f"pareto: {len(directories)} runs: give two, one for each reward")
     if wrong := [each for each in (*weights, *trained) if not 0 <= each <= 1]:
         raise ConfigError(f"pareto: weight {wrong[0]:g}: expected one of the second reward from 0 to 1")
+    made = {each: _weight_of(each, directories) for each in mixed}
     runs = read_runs([*directories, *trained.values()], trust_remote_code=trust_remote_code)
     _check_targets(runs)
     prepare_directory(out, RESULT_FILE)
     sizes = {"prompts": prompts, "rewrites_per_prompt": rewrites, "responses_per_rewrite": responses, "seed": seed}
-    config = _evaluation(runs, out, sizes)
-    measured, clusters = _measure(config, runs, sorted({*weights, *trained}), list(trained))
-    result = _result(directories, measured, clusters, runs) | sizes | {"versions": versions()}
+    config = _evaluation(runs, out, sizes, data)
+    at = {*weights, *trained, *made.values(), *((0.0, 1.0) if made else ())}
+    measured, clusters = _measure(config, runs, sorted(at), list(trained))
+    result = _result(directories, measured, clusters, runs)
+    result |= {"mixed": _least_rewards(made, measured, clusters)} | sizes | {"versions": versions()}
     points = _points(measured, clusters)
     with disk_errors(str(out), "make room, then compare again"):
         plot_pareto(points, (runs[0].directory.name, runs[1].directory.name), out / FIGURE_FILE)
@@ -112,13 +127,20 @@ def compare_mixtures(
     return result
 
 
-def _evaluation(runs: Sequence[MixedRun], out: Path, sizes: Mapping[str, int]) -> EvalConfig:
+def _evaluation(runs: Sequence[MixedRun], out: Path, sizes: Mapping[str, int], data: Sequence[str]) -> EvalConfig:
     """How the first run's prompter would be evaluated."""
     first: TrainConfig = runs[0].config
+    prompts = keep_holdout(first.data, [run.directory for run in runs]).model_dump(mode="json")
+    if not data and first.data.holdout == 0:
+        raise ConfigError(
+            f"{runs[0].directory}: data.holdout=0: the run holds no prompts out: name a file of others with --data"
+        )
+    if data:
+        prompts |= {"source": list(data), "holdout": 0.0, "validation": 0.0}
     target = "prompter" if first.target == "policy" else first.target.model_dump(mode="json")
     sections = {
         "out": str(out),
-        "data": keep_holdout(first.data, [run.directory for run in runs]).model_dump(mode="json"),
+        "data": prompts,
         "target": target,
         "reward": first.reward.model_dump(mode="json"),
         "prompter": runs[0].model_config.model_dump(mode="json"),
@@ -198,6 +220,35 @@ def _result(
             if each.series == TRAINED
         ],
     }
+
+
+def _weight_of(mixed: Path, directories: Sequence[Path]) -> float:
+    """The weight of the second run in what `alignpro mix` has made of both."""
+    try:
+        summary = json.loads((mixed / SUMMARY_FILE).read_text())
+        of, (_, weight) = [Path(each).absolute() for each in summary["runs"]], summary["weights"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{mixed}: not a run directory that `alignpro mix` has made of two runs: {error}") from error
+    if of != [each.absolute() for each in directories]:
+        raise ModelError(f"{mixed}: is a mixture of {' and '.join(map(str, of))}: give these runs, in this order")
+    return float(weight)
+
+
+def _least_rewards(
+    made: Mapping[Path, float], measured: Sequence[_Measured], clusters: Clusters
+) -> list[dict[str, Any]]:
+    """Of each mixture, how far the lower of its two mean rewards is above that of either prompter alone."""
+    at = {each.weight: each for each in measured if each.series == MIXTURE}
+    return [
+        {
+            "run": str(run),
+            "weight": weight,
+            "least_reward_above": [
+                paired_estimate(at[weight].least, at[end].least, clusters).as_dict() for end in (0.0, 1.0)
+            ],
+        }
+        for run, weight in made.items()
+    ]
 
 
 def _points(measured: Sequence[_Measured], clusters: Clusters) -> dict[str, list[ParetoPoint]]:

@@ -88,17 +88,17 @@ def cell_jobs(place: Place, method: Method, *, evaluated: bool = True) -> tuple[
     return (*prepare, *evaluation)
 
 
-def transfer_jobs(place: Place, run: Path) -> tuple[Job, ...]:
+def transfer_jobs(place: Place, training: TrainConfig) -> tuple[Job, ...]:
     """The evaluation on the target of ``place`` of a prompter that was trained on another one.
 
     Args:
         place: Of the cell; its variant is the prompter.
-        run: The run directory of the training.
+        training: Its training.
 
     Raises:
         ConfigError: Its configuration is invalid; the message names the cell.
     """
-    return (_evaluation(place, _trained_arms(place, run)),)
+    return (_evaluation(place, _trained_arms(place, training)),)
 
 
 def self_reward_jobs(
@@ -129,7 +129,7 @@ def self_reward_jobs(
         out=run,
     )
     job = Job("train", training, place.directory / "train.yaml", run / "model")
-    return job, _evaluation(place, _trained_arms(place, run))
+    return job, _evaluation(place, _trained_arms(place, training))
 
 
 def _evaluation(place: Place, arms: dict[str, Any]) -> Job:
@@ -181,7 +181,7 @@ def _trained_prompter(
     place: Place, settings: Sequence[Mapping[str, Any]], run: Path
 ) -> tuple[list[Job], dict[str, Any]]:
     training = _training(place, settings, place.variant, run)
-    return [Job("train", training, place.directory / "train.yaml", run / "model")], _trained_arms(place, run)
+    return [Job("train", training, place.directory / "train.yaml", run / "model")], _trained_arms(place, training)
 
 
 def _trained_target(place: Place, settings: Sequence[Mapping[str, Any]], run: Path) -> tuple[list[Job], dict[str, Any]]:
@@ -216,6 +216,7 @@ def _adapted_target(place: Place, method: TargetAdapterMethod, run: Path) -> tup
         "prompter": model_sections(model, str(run / "model")),
         "reference": model_sections(model, model["path"]),
         "target": "prompter",
+        **_written_as(training),
     }
     return [Job("train", training, place.directory / "train.yaml", run / "model")], arms
 
@@ -236,12 +237,21 @@ def _untrained_arms(place: Place, method: Method) -> dict[str, Any]:
             raise TypeError(f"{type(method).__name__} is no method of a prompter before training")
 
 
-def _trained_arms(place: Place, run: Path) -> dict[str, Any]:
+def _trained_arms(place: Place, training: TrainConfig) -> dict[str, Any]:
     policy = _policy(place)
     return {
         "reference": model_sections(policy, start_of(place.config, place.variant)),
         "arms": ["align_pro"],
-        "prompter": model_sections(policy, str(run / "model")),
+        "prompter": model_sections(policy, str(training.run.out / "model")),
+        **_written_as(training),
+    }
+
+
+def _written_as(training: TrainConfig) -> dict[str, Any]:
+    """How a trained prompter is asked and sampled: with the meta-prompt and the temperature of its training."""
+    return {
+        "prompting": training.prompting.model_dump(mode="json"),
+        "rewrite": training.rollout.rewrite.model_dump(mode="json"),
     }
 
 

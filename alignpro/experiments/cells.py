@@ -23,6 +23,7 @@ from alignpro.config import (
     RLHFMethod,
     SelfRewardMethod,
     SweepConfig,
+    TrainConfig,
     TrainMethod,
     needs_prompter,
 )
@@ -89,6 +90,8 @@ def cells(config: ExperimentConfig) -> list[Cell]:
         for task in config.tasks:
             for target in config.targets:
                 for name, method in methods:
+                    if not method.runs(task, target):
+                        continue
                     if isinstance(method, DialMethod):
                         found += _of_dial(config, name, method, found, (method.of, task, target, seed))
                         continue
@@ -126,7 +129,7 @@ def _of_method(
             place = _place(config, name, task, target, seed, prompter, point)
             yield from _of_self_reward(place, name, method, point, priors.get(prompter))
         return
-    transferred = config.transfer_targets if isinstance(method, TrainMethod) else []
+    transferred = config.transfer_targets if isinstance(method, TrainMethod) and method.transfer else []
     for variant in _variants(config, method, task):
         place = _place(config, name, task, target, seed, variant, point)
         needed = priors.get(variant or "") if needs_prompter(method) else None
@@ -135,7 +138,9 @@ def _of_method(
         for other in transferred:
             if other != target:
                 there = _place(config, name, task, other, seed, variant, point, origin=target)
-                yield _cell(there, name, transfer_jobs(there, own.directory / "run"), point, own, trained_on=target)
+                training = own.jobs[0].config
+                assert isinstance(training, TrainConfig)  # only such a method is transferred
+                yield _cell(there, name, transfer_jobs(there, training), point, own, trained_on=target)
 
 
 def _of_self_reward(

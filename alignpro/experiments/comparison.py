@@ -28,6 +28,7 @@ from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.report_content import Analysis
 from alignpro.experiments.cells import Cell
 from alignpro.experiments.crossing import crossing_analyses
+from alignpro.experiments.dial_accuracy import dial_analyses
 from alignpro.experiments.evaluated_cells import evaluated_methods
 from alignpro.experiments.frontier import frontier_analyses
 from alignpro.experiments.rivals.run import read_result
@@ -79,6 +80,7 @@ def _analyses(config: ExperimentConfig, done: Sequence[Cell]) -> list[Analysis]:
     return [
         *swept,
         *frontier_analyses(config, methods),
+        *dial_analyses(config, methods),
         *self_reward_analyses(config, methods),
         *transfer_analyses(config, methods),
         *crossing_analyses(config, done, methods),

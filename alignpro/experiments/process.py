@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_LOOKS = 0.2
 _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -40,17 +40,17 @@ def run_command(starter: Sequence[str], arguments: Sequence[str], log: Path, sto
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process only, which passes it on
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         try:
             while process.poll() is None and stopped() is None:
                 _wait(process)
             if process.poll() is None:
-                _signal(process, signal.SIGTERM)
+                signal_session(process.pid, signal.SIGTERM)
             return process.wait()
         finally:
             if process.poll() is None:  # a second signal: nothing is waited for
-                _signal(process, signal.SIGKILL)
+                signal_session(process.pid, signal.SIGKILL)
                 process.wait()
 
 
@@ -63,16 +63,16 @@ def last_error(log: Path) -> str | None:
 
 def _wait(process: subprocess.Popen[bytes]) -> None:
     with suppress(subprocess.TimeoutExpired):
-        process.wait(_SECONDS_BETWEEN_LOOKS)
+        process.wait(SECONDS_BETWEEN_LOOKS)
 
 
-def _signal(process: subprocess.Popen[bytes], signum: int) -> None:
-    """Signal a command and the processes that it has started."""
+def signal_session(leader: int, signum: int) -> None:
+    """Signal a command that leads a session of its own, and the processes that it has started."""
     with suppress(ProcessLookupError):  # it may have just ended
-        os.killpg(process.pid, signum)
+        os.killpg(leader, signum)
 
 
-def _end_with_parent() -> None:
-    """Have the kernel send this process a SIGTERM when the experiment's process ends, however it ends."""
+def end_with_parent() -> None:
+    """Have the kernel send this process a SIGTERM when the one that started it ends, however that ends."""
     if _LIBC is not None:
         _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager, closing, nullcontext
+
+import torch
 
 from alignpro.config import ConfigSource, ExperimentConfig, dump_config, resolve_config
 from alignpro.errors import Interrupted, TrainingError
@@ -16,6 +19,7 @@ from alignpro.experiments.cell_record import CellRecord, State, read_record
 from alignpro.experiments.cells import Cell, cells
 from alignpro.experiments.comparison import write_comparison
 from alignpro.experiments.directory import locked, record_configurations
+from alignpro.experiments.forking import ForkingRunner, Runner
 from alignpro.experiments.process import THIS_PYTHON, last_error, run_command
 from alignpro.experiments.time_left import describe_time_left
 from alignpro.training.durability import replace_text
@@ -26,11 +30,7 @@ from alignpro.versions import versions
 logger = logging.getLogger(__name__)
 
 
-Runner = Callable[[Sequence[str], Sequence[str], Path, Callable[[], int | None]], int]
-"""What runs a command; see `run_command`."""
-
-
-def run_experiment(config: ConfigSource[ExperimentConfig], run: Runner = run_command) -> None:
+def run_experiment(config: ConfigSource[ExperimentConfig], run: Runner | None = None) -> None:
     """Run every cell that is not done, and write ``report.html`` and ``summary.json`` of all that are.
 
     A cell that is done is never run again; one that was interrupted goes on where it stopped; one that failed is tried again
@@ -50,7 +50,8 @@ def run_experiment(config: ConfigSource[ExperimentConfig], run: Runner = run_com
     with locked(config.out), stop_signals() as received:
         record_configurations(plan)
         replace_text(config.out / "config.yaml", dump_config(config))
-        failed = _run_all(config, plan, run, lambda: received[0] if received else None)
+        with nullcontext(run) if run is not None else _command_runner() as runner:
+            failed = _run_all(config, plan, runner, lambda: received[0] if received else None)
         write_comparison(config, plan)
         if received:
             raise Interrupted(received[0], config.out, "continue with the same command")
@@ -59,6 +60,16 @@ def run_experiment(config: ConfigSource[ExperimentConfig], run: Runner = run_com
             f"{len(failed)} of {len(plan)} cells failed, and are tried again by the same command:\n"
             + "\n".join(f"  {name}: {error}" for name, error in failed.items())
         )
+
+
+def _command_runner() -> AbstractContextManager[Runner]:
+    """What runs the commands of cells: forks on a CPU under Linux, and new processes elsewhere.
+
+    A process that has asked for a GPU cannot be forked into one that uses it, and loading is little of what runs there.
+    """
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return nullcontext(run_command)
+    return closing(ForkingRunner())
 
 
 def _run_all(
@@ -89,10 +100,10 @@ def _run(config: ExperimentConfig, cell: Cell, run: Runner, stopped: Callable[[]
     log, started = cell.directory / "log.txt", time.monotonic()
     state: State = "done"
     error = None
+    log.unlink(missing_ok=True)  # of an attempt before, whose error is not that of this one
     for job in cell.jobs:
         if job.done:
             continue
-        log.unlink(missing_ok=True)
         status = run(_starter(config, job), arguments(job), log, stopped)
         if not job.done:
             state = "failed" if stopped() is None else "stopped"

@@ -169,8 +169,13 @@ def eval_sections(
 
 def _prompters(config: ExperimentConfig) -> list[Mapping[str, Any]]:
     """The models that write rewrites in some cell: prompters, and targets with an adapter."""
-    adapted = any(isinstance(method, TargetAdapterMethod) for method in config.methods.values())
-    return [*(each.policy for each in config.prompters.values()), *(config.targets.values() if adapted else ())]
+    adapters = [method for method in config.methods.values() if isinstance(method, TargetAdapterMethod)]
+    adapted = [
+        each
+        for name, each in config.targets.items()
+        if any(method.runs(task, name) for method in adapters for task in config.tasks)
+    ]
+    return [*(each.policy for each in config.prompters.values()), *adapted]
 
 
 def target_sections(config: ExperimentConfig, name: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def dial(reference: Tensor, prompter: Tensor, strength: float) -> Tensor:
 
 @dataclass(frozen=True)
 class SampledMixture:
-    """Estimates at weights w from m rewrites of ρ_sft to each of P prompts."""
+    """Estimates at weights w from m rewrites to each of P prompts."""
 
     value: Tensor
     """() F̂ = mean over prompts of log (1/m) Σ exp(Σ_k w_k g_k); on average at most F, which it approaches as m grows."""
@@ -71,14 +71,23 @@ class SampledMixture:
     """(P,) 1 / Σ W² of the normalised weights of a prompt's rewrites, in [1, m]."""
 
 
-def sampled_mixture(log_ratios: Tensor, weights: Tensor) -> SampledMixture:
+def sampled_mixture(log_ratios: Tensor, weights: Tensor, shares: Tensor | None = None) -> SampledMixture:
     """Estimate F and its gradient.
 
+    Rewrites of ρ_sft alone hold little of what prompters far from it write: of m of them, F̂ at a prompter alone is about
+    log m less its KL, if that is greater, and not 0. If each prompter writes a share of the rewrites, the weights of the
+    balance heuristic (Veach and Guibas, 1995), ρ_sft exp(Σ_k w_k g_k) over the mean of the densities, are at most the
+    inverse of the least share for every w on the simplex: a weighted geometric mean is at most an arithmetic one.
+
     Args:
-        log_ratios: (P, m, K) g_k of rewrites drawn from ρ_sft.
+        log_ratios: (P, m, K) g_k of the rewrites.
         weights: (K,) w.
+        shares: (1 + K,) of the rewrites, which ρ_sft and each prompter has drawn, of sum 1; by default ρ_sft all of them.
     """
     exponents = log_ratios @ weights  # (P, m)
+    if shares is not None:
+        densities = torch.cat([torch.zeros_like(log_ratios[..., :1]), log_ratios], -1)  # (P, m, 1 + K), over ρ_sft
+        exponents = exponents - (densities + shares.to(densities).log()).logsumexp(-1)
     normalised = exponents.softmax(1)
     return SampledMixture(
         value=(exponents.logsumexp(1) - math.log(exponents.shape[1])).mean(),
@@ -88,7 +97,12 @@ def sampled_mixture(log_ratios: Tensor, weights: Tensor) -> SampledMixture:
 
 
 def mirror_descent(
-    draw: Callable[[int], Tensor], prompters: int, *, steps: int = 400, step_size: float = 0.5
+    draw: Callable[[int], Tensor],
+    prompters: int,
+    *,
+    shares: Tensor | None = None,
+    steps: int = 400,
+    step_size: float = 0.5,
 ) -> Tensor:
     """Minimise F over the simplex by stochastic mirror descent with the entropy as its mirror map, from equal weights.
 
@@ -97,8 +111,9 @@ def mirror_descent(
     (suffix averaging; Rakhlin, Shamir and Sridharan, 2012).
 
     Args:
-        draw: Step → (P, m, K) g_k of rewrites of ρ_sft to that step's prompts.
+        draw: Step → (P, m, K) g_k of rewrites to that step's prompts.
         prompters: K.
+        shares: Who has drawn them, as in `sampled_mixture`.
         steps: Number of steps, at least 2.
         step_size: Of each step, per nat.
 
@@ -116,7 +131,7 @@ def mirror_descent(
         log_ratios = draw(step).double()
         if not bool(log_ratios.isfinite().all()):
             raise ValueError(f"mirror_descent: a log ratio of step {step} is not finite")
-        gradient = sampled_mixture(log_ratios, log_weights.exp()).gradient
+        gradient = sampled_mixture(log_ratios, log_weights.exp(), shares).gradient
         log_weights = (log_weights - step_size * gradient).log_softmax(0)
         if step >= steps // 2:
             total += log_weights.exp()

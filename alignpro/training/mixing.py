@@ -27,7 +27,7 @@ from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.training.durability import disk_errors, replace_directory, replace_text
 from alignpro.training.joined_adapters import join_adapters, require_adapters
 from alignpro.training.mixed_runs import MixedRun, check_weights, read_runs
-from alignpro.training.mixture_weights import MixtureSamples, sample_reference
+from alignpro.training.mixture_weights import MixtureSamples, sample_rewrites
 from alignpro.versions import versions
 
 REMEDY = "free some space, or name another --out"
@@ -79,7 +79,7 @@ def mix(
     if one_model:
         require_adapters([run.mixture.prompters[0] for run in runs])
     models, reference = load_mixed(runs)
-    samples = sample_reference([run.config for run in runs], models, reference, prompts, rewrites, seed)
+    samples = sample_rewrites([run.config for run in runs], models, reference, prompts, rewrites, seed)
     if max_min:
         chosen = samples.max_min_weights(seed)
     summary: dict[str, Any] = {

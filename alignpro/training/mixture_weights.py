@@ -28,7 +28,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class MixtureSamples:
-    """Rewrites of ρ_sft to prompts on which the mixed prompters were trained."""
+    """Rewrites of ρ_sft and of each prompter to prompts on which these were trained."""
 
     config: TrainConfig
     """Of the first run: how rewrites are sampled."""
@@ -40,6 +40,8 @@ class MixtureSamples:
     """[P]"""
     log_ratios: Tensor
     """(P, m, K) g_k of the rewrites, float64, nats."""
+    shares: Tensor
+    """(1 + K,) of the m rewrites, which ρ_sft and each prompter has drawn, float64."""
 
     def max_min_weights(self, seed: int) -> list[float]:
         """The weights that minimise F, by mirror descent over batches of these prompts."""
@@ -49,17 +51,17 @@ class MixtureSamples:
         def draw(step: int) -> Tensor:
             return self.log_ratios[torch.randint(count, (min(_BATCH, count),), generator=generator)]
 
-        found: list[float] = mirror_descent(draw, self.log_ratios.shape[2]).tolist()
+        found: list[float] = mirror_descent(draw, self.log_ratios.shape[2], shares=self.shares).tolist()
         return found
 
     def estimates(self, weights: Sequence[float]) -> dict[str, Any]:
         """F, the normalised reward λ E g_k of each prompter under the mixture, and how many rewrites count."""
-        found = sampled_mixture(self.log_ratios, torch.tensor(weights, dtype=torch.float64))
+        found = sampled_mixture(self.log_ratios, torch.tensor(weights, dtype=torch.float64), self.shares)
         return {
             "F": found.value.item(),
             "normalised_rewards": (self.config.objective.kl.coef * found.gradient).tolist(),
             "prompts": len(self.inputs),
-            "rewrites": self.params.n,
+            "rewrites": self.log_ratios.shape[1],
             "effective_sample_size": found.effective_sample_size.mean().item(),
         }
 
@@ -76,7 +78,7 @@ class MixtureSamples:
         }, groups
 
 
-def sample_reference(
+def sample_rewrites(
     configs: Sequence[TrainConfig],
     prompters: Sequence[LanguageModel],
     reference: LanguageModel,
@@ -84,14 +86,16 @@ def sample_reference(
     rewrites: int,
     seed: int,
 ) -> MixtureSamples:
-    """Draw rewrites of ρ_sft to training prompts, an equal share of each run's, and compute the prompters' log ratios.
+    """Draw rewrites to training prompts, an equal share of each run's, and compute the prompters' log ratios.
+
+    ρ_sft and each prompter draw an equal share of them: see `sampled_mixture`.
 
     Args:
         configs: Those of the K runs, for their data; the first one says how rewrites are sampled.
         prompters: K.
         reference: ρ_sft.
         prompts: P, at most; prompts of several runs count once.
-        rewrites: m.
+        rewrites: m; at least one of each model.
         seed: Of the rewrites.
 
     Raises:
@@ -109,10 +113,19 @@ def sample_reference(
     params = sampling_params(config.rollout.rewrite, rewrites)
     params = SamplingParams(**vars(params) | {"stop_token_ids": template.stop_token_ids})
     seeds = [derive_seed(seed, "mix", i) for i in range(len(inputs))]
-    groups = _draw(reference, config, inputs, params, seeds)
+    models = [reference, *prompters]
+    counts = [max(1, (rewrites + i) // len(models)) for i in range(len(models))]
+    groups: list[list[Completion]] = [[] for _ in inputs]
+    for k, (model, count) in enumerate(zip(models, counts, strict=True)):
+        own = [derive_seed(each, "model", k) for each in seeds]
+        for group, drawn in zip(
+            groups, _draw(model, config, inputs, SamplingParams(**vars(params) | {"n": count}), own), strict=True
+        ):
+            group += drawn
     before = group_logprobs(reference, inputs, groups, params.temperature)
     ratios = [group_logprobs(each, inputs, groups, params.temperature) - before for each in prompters]
-    return MixtureSamples(config, inputs, params, seeds, torch.stack(ratios, dim=2))
+    shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+    return MixtureSamples(config, inputs, params, seeds, torch.stack(ratios, dim=2), shares)
 
 
 def _draw(

@@ -20,14 +20,14 @@ def test_its_links_resolve() -> None:
 
 def test_its_commands_exist_with_their_options() -> None:
     lines = [line for _, block in DOCUMENT.blocks("sh") for line in block.splitlines()]
-    assert len(lines) == 8
+    assert len(lines) == 9
     for line in lines:
         name, *arguments = shlex.split(line, comments=True)[1:]
         get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
 
 
-def test_its_method_is_one_of_an_experiment() -> None:
-    ((_, block),) = DOCUMENT.blocks("yaml")
+def test_its_methods_are_some_of_an_experiment() -> None:
+    dial, trained = (yaml.safe_load(block) for _, block in DOCUMENT.blocks("yaml"))
     config = {
         "out": "runs/experiment",
         "prompters": {"small": {"policy": {"path": "small"}}},
@@ -35,6 +35,6 @@ def test_its_method_is_one_of_an_experiment() -> None:
         "tasks": {
             "one": {"data": {"source": "x"}, "reward": {"components": [{"kind": "function", "function": "a:b"}]}}
         },
-        "methods": {"align_pro": {"kind": "train"}, **yaml.safe_load(block)},
+        "methods": {"align_pro": {"kind": "train"}, **dial, **trained},
     }
     validate_config(ExperimentConfig, config)

@@ -12,8 +12,10 @@ import yaml
 from finished_runs import finished_run
 
 from alignpro.cli import main
+from alignpro.data import Prompt
 from alignpro.demo.world import prompt_records, write_records
-from alignpro.errors import ConfigError, TrainingError
+from alignpro.errors import ConfigError, ModelError, TrainingError
+from alignpro.evaluation import pareto
 from alignpro.evaluation.pareto import compare_mixtures
 
 Directory = Callable[[str], Path]
@@ -74,6 +76,58 @@ def test_mixtures_are_compared_with_what_was_trained_for_the_sum(
     assert "at 0.50, the mixture less the trained: weighted reward" in said
     with pytest.raises(TrainingError, match="already exists"):
         compare_mixtures(three[:2], tmp_path / "out", trained={})
+
+
+def test_prompts_of_a_file_take_the_place_of_those_that_were_held_out(three: list[Path], tmp_path: Path) -> None:
+    copies = []
+    for run in three[:2]:
+        copies.append(tmp_path / run.name)
+        copies[-1].mkdir()
+        content = yaml.safe_load((run / "config.yaml").read_text())
+        content["data"]["holdout"] = 0
+        (copies[-1] / "config.yaml").write_text(yaml.safe_dump(content))
+        (copies[-1] / "model").symlink_to(run / "model")
+    with pytest.raises(ConfigError, match=r"short: data\.holdout=0: the run holds no prompts out: name .* --data"):
+        compare_mixtures(copies, tmp_path / "out", trained={})
+    write_records(tmp_path / "new.jsonl", prompt_records(3, 0, heldout=True))
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        whole = pareto.evaluation_prompts
+
+        def look(*arguments: Any) -> list[Prompt]:
+            prompts = whole(*arguments)
+            seen.extend(prompt.text for prompt in prompts)
+            return prompts
+
+        patch.setattr(pareto, "evaluation_prompts", look)
+        files = ["--data", str(tmp_path / "new.jsonl"), "--weights", "0"]
+        with pytest.raises(SystemExit, match="0"):
+            main(["pareto", *map(str, copies), "--out", str(tmp_path / "out"), *files])
+    assert sorted(seen) == sorted(row["prompt"] for row in prompt_records(3, 0, heldout=True))
+
+
+def test_a_mixture_that_was_made_is_a_point_beside_both_alone(
+    three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "fair"
+    made.mkdir()
+    summary = {"runs": [str(each) for each in three[:2]], "weights": [0.7, 0.3]}
+    (made / "mixture.json").write_text(json.dumps(summary))
+    sizes = ["--prompts", "3", "--weights", "0.5", "--mixed", str(made)]
+    with pytest.raises(SystemExit, match="0"):
+        main(["pareto", *map(str, three[:2]), "--out", str(tmp_path / "out"), *sizes])
+    found = json.loads((tmp_path / "out/pareto.json").read_text())
+    assert [each["weight"] for each in found["points"]] == [0.0, 0.3, 0.5, 1.0]
+    least = [min(reward["value"] for reward in each["rewards"]) for each in found["points"]]
+    (mixed,) = found["mixed"]
+    assert (mixed["run"], mixed["weight"]) == (str(made), 0.3)
+    above = [each["value"] for each in mixed["least_reward_above"]]
+    assert above == pytest.approx([least[1] - least[0], least[1] - least[3]])
+    assert "at 0.300: its lower reward is above that of either alone by" in capsys.readouterr().out
+    with pytest.raises(ModelError, match=r"is a mixture of .*: give these runs, in this order"):
+        compare_mixtures([three[1], three[0]], tmp_path / "other", trained={}, mixed=[made])
+    with pytest.raises(ModelError, match="not a run directory that `alignpro mix` has made of two runs"):
+        compare_mixtures(three[:2], tmp_path / "other", trained={}, mixed=[three[0]])
 
 
 def test_what_cannot_be_compared_is_named(three: list[Path], tmp_path: Path) -> None:

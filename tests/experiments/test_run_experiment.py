@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,17 @@ def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> Non
 def test_the_recorded_command_repeats_a_cell(shop: Workshop, tmp_path: Path) -> None:
     out = tmp_path / "repeated"
     config = tiny_experiment(shop, out, methods=FEW)
-    run_experiment(config, InThisProcess())
+    run = InThisProcess()
+
+    def noting(starter: Sequence[str], arguments: Sequence[str], log: Path, stopped: Callable[[], int | None]) -> int:
+        with log.open("a") as file:
+            file.write(f"$ alignpro {arguments[0]}\n")
+        return run(starter, arguments, log, stopped)
+
+    run_experiment(config, noting)
     cell = out / "cells/letters/toy/align_pro/tiny/seed_0"
+    said = (cell / "log.txt").read_text().splitlines()
+    assert [line for line in said if line.startswith("$")] == ["$ alignpro train", "$ alignpro eval"]
     rewards, weights = (cell / "evaluation/rewards.json").read_text(), read_model(cell / "run")
     for directory in ("run", "evaluation"):
         (cell / directory).rename(tmp_path / directory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -132,6 +134,37 @@ def test_at_the_least_value_no_prompter_that_counts_is_better_off_than_another()
     assert counted.sum() >= 2
     assert (rewards[counted].max() - rewards[counted].min()).item() < 0.02
     assert (rewards[~counted] > rewards[counted].min() - 0.02).all()
+
+
+def far_prompters(prompts: int, m: int, shares: list[int]) -> tuple[Tensor, Tensor]:
+    """g_k of two prompters that write almost always what ρ_sft writes once in 200 times: of m rewrites to each prompt, drawn
+    in these shares by ρ_sft and both; with the shares, of sum 1."""
+    reference = torch.full((200,), -math.log(200), dtype=torch.float64)
+    prompters = torch.full((2, 200), 0.01 / 199, dtype=torch.float64)
+    prompters[0, 0] = prompters[1, 1] = 0.99
+    g = torch.Generator().manual_seed(0)
+    laws = [reference.exp(), *prompters]
+    counts = [m * share // sum(shares) for share in shares]
+    drawn = [
+        torch.multinomial(law.expand(prompts, -1), count, replacement=True, generator=g)
+        for law, count in zip(laws, counts, strict=True)
+        if count
+    ]
+    ratios = (prompters.log() - reference).T[torch.cat(drawn, 1)]  # (P, m, K)
+    return ratios, torch.tensor(counts, dtype=torch.float64) / m
+
+
+def test_rewrites_of_the_prompters_hold_what_those_of_the_reference_lack() -> None:
+    """At each prompter alone F is 0, and by symmetry the least value is at equal weights."""
+    alone = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    ratios, shares = far_prompters(16, 15, [1, 1, 1])
+    balanced = sampled_mixture(ratios, alone, shares)
+    assert balanced.value.item() == pytest.approx(0.0, abs=0.1)
+    assert balanced.effective_sample_size.min() > 4  # of 15: those of the prompter itself
+    assert mirror_descent(lambda step: ratios, 2, shares=shares).tolist() == pytest.approx([0.5, 0.5], abs=0.1)
+    lacking, _ = far_prompters(16, 15, [1, 0, 0])
+    assert sampled_mixture(lacking, alone).value.item() < -1.5
+    assert max(mirror_descent(lambda step: lacking, 2).tolist()) > 0.7  # where the chance of the draws has led
 
 
 def test_mirror_descent_refuses_what_it_cannot_use() -> None:
