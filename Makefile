@@ -23,7 +23,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZER
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature real bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-estimators-real bench-endpoints bench-serving bench-coverage bench-demo bench-step-size clean
+.PHONY: help setup demo test test-all test-gpu test-oldest test-endpoint gpu gpu-wheels lint format types ci doctor demo-weights miniature laboratory real bench-kernels bench-engine bench-training bench-distributed bench-estimators bench-estimators-real bench-endpoints bench-serving bench-coverage bench-demo bench-step-size clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
@@ -86,6 +86,10 @@ demo-weights: $(STAMP) ## retrain the two starting models of the toy task
 miniature: OUT ?= runs/miniature
 miniature: $(STAMP) ## run the whole pipeline on the real prompts in DATA, with models small enough for a CPU
 	DATA='$(DATA)' OUT='$(OUT)' PYTHON='$(BIN)/python' bash launch/presets/miniature/run.sh
+
+laboratory: OUT ?= runs/laboratory
+laboratory: $(STAMP) ## run the laboratory's methods on the toy task with three seeds: about an hour on two cores, resumable
+	OUT='$(OUT)' PYTHON='$(BIN)/python' bash launch/presets/laboratory/run.sh
 
 real: OUT ?= runs/real
 real: export MODEL ?= runs/smollm2

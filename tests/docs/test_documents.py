@@ -19,6 +19,7 @@ ALL = (
     "training.md",
     "walkthrough.md",
     "miniature/README.md",
+    "../launch/presets/laboratory/README.md",
     "../launch/presets/real/README.md",
 )
 

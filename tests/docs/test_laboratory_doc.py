@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
 import yaml
-from document import Document
+from document import ROOT, Document
 from settings_table import settings
 
-from alignpro.config import ExperimentConfig, Method, validate_config
+from alignpro.config import ExperimentConfig, Method, load_config, validate_config
 from alignpro.config.rival import SearchSection
 from alignpro.experiments.cells import cells
 
@@ -73,3 +76,40 @@ def test_its_transfer_has_a_cell_for_each_other_target() -> None:
     assert Path("cells/house_style/b/align_pro/small/from_a/seed_0") in {
         cell.directory.relative_to(config.out) for cell in cells(config)
     }
+
+
+PRESET = ROOT / "launch/presets/laboratory"
+KEPT = ROOT / "docs/laboratory"
+
+
+def test_the_preset_has_a_cell_of_each_method_of_the_laboratory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", "runs/laboratory")
+    config = load_config(ExperimentConfig, [str(PRESET / "experiment.yaml")])
+    plan = [cell for cell in cells(config) if cell.seed == 0]
+    assert len(plan) == 39
+    names = {cell.name for cell in plan}
+    for line in re.findall(r"\$\(run (\w+) (\w+) ", (PRESET / "run.sh").read_text(encoding="utf-8")):
+        assert "cells/{}/first/{}/small/seed_0".format(*line) in names
+    strengths = [cell.name.split("/")[-2] for cell in plan if cell.method == "dial"]
+    assert strengths == ["s_0.25", "s_0.5", "s_0.75", "s_1.25", "s_1.5"]
+    trained = [cell.jobs[0].config for cell in plan if cell.method.startswith("lambda_")]
+    coefs = [each.objective.kl.coef for each in trained]  # type: ignore[attr-defined]
+    assert coefs == pytest.approx([config.kl_coef / float(each.removeprefix("s_")) for each in strengths])
+    memory = next(cell for cell in plan if cell.method == "memory").jobs[0].config
+    assert Path(memory.memory.template).is_file()  # type: ignore[attr-defined]
+
+
+def test_its_tables_are_those_of_the_cells_that_are_kept() -> None:
+    tables = runpy.run_path(str(PRESET / "collect.py"))["tables"](KEPT)
+    told = DOCUMENT.text.partition("## On the embedded world")[2]
+    assert [line for table in tables.values() for line in table if line not in told.splitlines()] == []
+    rows = sum(len(table) for table in tables.values())
+    assert len([line for line in told.splitlines() if line.startswith("|")]) == rows
+
+
+def test_the_summary_that_is_kept_is_of_the_cells_beside_it() -> None:
+    summary = json.loads((KEPT / "summary.json").read_text(encoding="utf-8"))
+    kept = list(KEPT.glob("cells/**/cell.json"))
+    assert len(kept) == summary["cells_done"]
+    assert all(json.loads(path.read_text())["state"] == "done" for path in kept)
+    assert f"{summary['cells_done']} of {summary['cells_done'] + len(summary['cells_left'])} cells" in DOCUMENT.text
