@@ -33,7 +33,7 @@ def test_the_preset_gives_all_estimators_the_same_samples_and_strengths(monkeypa
     assert trained == ["align_pro", "exact", "k1", "grpo", "gibbs_loss"]
     dials = {each.of: each.strengths for each in config.methods.values() if isinstance(each, DialMethod)}
     assert list(dials) == trained and len({tuple(each) for each in dials.values()}) == 1
-    assert samples(plan) == 40 * 8 * 8
+    assert samples(plan) == 30 * 16 * 8
     text = (REAL / "README.md").read_text()
     trainings = sum(job.command == "train" for cell in plan for job in cell.jobs)
     evaluations = sum(cell.method in trained or cell.method.startswith("dial") for cell in plan)

@@ -72,7 +72,7 @@ def test_prompts_are_asked_about_before_those_before_them_are_answered(
 ) -> None:
     """The answers to a prompt come only when the next one has been asked about, so otherwise it would wait forever."""
     expected = sampled(ScriptedConnection(), tmp_path)
-    monkeypatch.setattr(arms, "_CHUNK", 1)
+    monkeypatch.setattr(arms, "_CHUNK_PROMPTS", 1)
     late = sampled(Late(), tmp_path)
     assert late.scores.rewards.equal(expected.scores.rewards)
     assert late.scores.samples == expected.scores.samples
