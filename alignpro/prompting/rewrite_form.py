@@ -27,9 +27,12 @@ def rewrite_from(form: RewriteForm, prompt: str, written: str) -> str:
 def written_part(form: RewriteForm, prompt: str, rewrite: str) -> str | None:
     """What the prompter has to write for a rewrite, stripped; None if no addition to the prompt gives it.
 
-    White space between prompt and addition does not matter, so ``rewrite_from`` may return it with a blank line there.
+    White space before the addition does not matter, as `rewrite_from` puts a blank line there; a text that goes on in the
+    prompt's last word is none.
     """
     if form == "whole":
         return rewrite.strip()
     start, text = prompt.strip(), rewrite.strip()
-    return text[len(start) :].strip() if text.startswith(start) else None
+    rest = text[len(start) :]
+    within_word = start[-1:].isalnum() and rest[:1].isalnum()
+    return rest.strip() if text.startswith(start) and not within_word else None

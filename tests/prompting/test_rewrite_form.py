@@ -44,6 +44,8 @@ def test_the_prompter_writes_the_addition_alone(qwen: PreTrainedTokenizerBase) -
     assert prompter.decode(FOX, []) == "the fox"
     with pytest.raises(DataError, match=r"its rewrite does not begin with the prompt.*set prompting\.form=whole"):
         prompter.completion(FOX, "a fox jumps")
+    assert written_part("addition", "the fox", "the fox in short") == "in short"
+    assert written_part("addition", "the fox", "the foxes jump") is None  # which goes on in the prompt's last word
 
 
 def test_a_memory_shows_additions(qwen: PreTrainedTokenizerBase, tmp_path: Path) -> None:
