@@ -88,7 +88,7 @@ miniature: $(STAMP) ## run the whole pipeline on the real prompts in DATA, with 
 	DATA='$(DATA)' OUT='$(OUT)' PYTHON='$(BIN)/python' bash launch/presets/miniature/run.sh
 
 laboratory: OUT ?= runs/laboratory
-laboratory: $(STAMP) ## run the laboratory's methods on the toy task with three seeds: about an hour on two cores, resumable
+laboratory: $(STAMP) ## run the laboratory's methods on the toy task with three seeds: some 80 minutes on a busy core, resumable
 	OUT='$(OUT)' PYTHON='$(BIN)/python' bash launch/presets/laboratory/run.sh
 
 real: OUT ?= runs/real

@@ -60,20 +60,18 @@ def sft_pairs(config: SFTConfig) -> list[Prompt]:
 
 def _without_other_rewrites(prompts: Sequence[Prompt], *, keep_prompts: bool) -> list[Prompt]:
     """Leave out the rewrites that do not begin with their prompt, and the prompts too unless they are to be kept."""
-    other = [x for x in prompts if x.rewrite is not None and written_part("addition", x.text, x.rewrite) is None]
-    if not other:
+    fits = [x.rewrite is None or written_part("addition", x.text, x.rewrite) is not None for x in prompts]
+    if all(fits):
         return list(prompts)
-    pairs = sum(x.rewrite is not None for x in prompts)
+    pairs, first = sum(x.rewrite is not None for x in prompts), prompts[fits.index(False)]
     told = (
-        f"{len(other)} of {pairs} pairs are no additions to their prompt (the first: {other[0].source or other[0].id})"
+        f"{fits.count(False)} of {pairs} pairs are no additions to their prompt (the first: {first.source or first.id})"
     )
-    if len(other) == len(prompts) and not keep_prompts:
+    if not any(fits) and not keep_prompts:
         raise DataError(f"{told}: set prompting.form=whole")
     logger.warning("%s; they are left out, as prompting.form=addition wants it", told)
-    dropped = {x.id for x in other}
-    if keep_prompts:
-        return [replace(x, rewrite=None) if x.id in dropped else x for x in prompts]
-    return [x for x in prompts if x.id not in dropped]
+    left = [x if fit else replace(x, rewrite=None) for x, fit in zip(prompts, fits, strict=True)]
+    return left if keep_prompts else [x for x, fit in zip(left, fits, strict=True) if fit]
 
 
 class SFTTrainer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from alignpro.data import Prompt
 from alignpro.errors import ConfigError, DataError
 from alignpro.prompting.memory import Memory
 from alignpro.prompting.memory_context import MemoryContext
+from alignpro.prompting.meta_prompt import available_meta_prompts
 from alignpro.prompting.moves import load_moves
 from alignpro.prompting.prompter_prompt import PrompterTemplate
 from alignpro.prompting.rewrite_form import rewrite_from, written_part
@@ -87,6 +89,9 @@ def test_pairs_that_are_no_additions_are_left_out_and_counted(tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         assert [x.rewrite for x in sft_pairs(sft_config(tmp_path, ["q0 in short", "another"], None))] == ["q0 in short"]
     assert "1 of 2 pairs are no additions to their prompt (the first: " in caplog.text
+    config = sft_config(tmp_path, ["another", "q0 in short"], None)
+    (tmp_path / "data.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace('"q1"', '"q0"'))
+    assert [x.rewrite for x in sft_pairs(config)] == ["q0 in short"]  # of the two pairs of one prompt
     pairs = sft_pairs(sft_config(tmp_path, ["q0 in short", "another"], "default"))
     assert [x.text for x in pairs] == ["q0", "q0", "q0", "q1", "q1"]
     with pytest.raises(DataError, match=r"2 of 2 pairs are no additions .*set prompting\.form=whole"):
@@ -97,6 +102,15 @@ def test_pairs_that_are_no_additions_are_left_out_and_counted(tmp_path: Path, ca
 def test_a_meta_prompt_that_asks_for_the_other_form_is_refused(form: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f"meta_prompt={name} asks for .*set form="):
         validate_config(PromptingConfig, {"form": form, "meta_prompt": name})
+
+
+def test_the_form_of_every_built_in_meta_prompt_is_known() -> None:
+    fitting = {form: set[str]() for form in ("whole", "addition")}
+    for name in available_meta_prompts():
+        for form, names in fitting.items():
+            with suppress(ConfigError):
+                names.add(validate_config(PromptingConfig, {"form": form, "meta_prompt": name}).meta_prompt)
+    assert fitting["whole"] & fitting["addition"] == {"none"}
 
 
 def test_a_run_trains_and_uses_additions(workshop: Workshop, tmp_path: Path) -> None:
