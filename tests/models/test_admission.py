@@ -26,6 +26,7 @@ from transformers import (
 
 from alignpro.engine import Engine, SamplingParams
 from alignpro.errors import DataError, ModelError
+from alignpro.models.admission import agree
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
 from alignpro.models.sequences import SequenceBatch
@@ -229,3 +230,20 @@ class TestNotFinite:
         model.base_model.layers[0].mlp.up_proj.weight.data *= 1e5
         with pytest.raises(ModelError, match=r"with float16, try bfloat16 or float32"):
             LanguageModel(model, tokenizer("llama"), "m")
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([2e-4, 7e-5], True),  # a fine-tuned SmolLM2: two of twelve tokens amplify rounding
+        ([2e-4] * 3, False),  # more of them are another computation
+        ([5e-2], False),  # and so is one by more
+        ([float("nan")], False),
+    ],
+)
+def test_rounding_may_be_amplified_at_few_tokens(errors: list[float], expected: bool) -> None:
+    logits = torch.ones(12, 4)
+    changed = logits.clone()
+    for token, error in enumerate(errors):
+        changed[token] *= 1 + error
+    assert agree(changed, logits, tiny_transformer("llama")) is expected
