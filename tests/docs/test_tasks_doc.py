@@ -39,11 +39,17 @@ def test_the_real_preset_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for name in ("DATA", "OUT", "MODEL"):
         monkeypatch.setenv(name, str(tmp_path))
     one = load_config(ExperimentConfig, [str(PRESET / "experiment.yaml")])
-    full = load_config(ExperimentConfig, [str(PRESET / "experiment.yaml"), str(PRESET / "full.yaml")])
-    of_one, of_full = (cells(each) for each in (one, full))
-    names = {cell.name: cell for cell in of_full}
-    assert all(names[cell.name] == cell for cell in of_one)  # what has been done is kept
-    assert len(of_one) == 1 + 5 and len(of_full) == 1 + 3 * (4 * 6 + 7)
+    several, full = (
+        load_config(ExperimentConfig, [str(PRESET / f"{name}.yaml") for name in ("experiment", *more)])
+        for more in (["tasks"], ["tasks", "full"])
+    )
+    of_one, of_several, of_full = (cells(each) for each in (one, several, full))
+    for fewer, more in ((of_one, of_several), (of_several, of_full)):
+        names = {cell.name: cell for cell in more}
+        assert all(names[cell.name] == cell for cell in fewer)  # what has been done is kept
+    instructions = sum(len(task.instructions) for task in full.tasks.values())
+    assert len(of_one) == 1 + 5 and len(of_several) == 1 + 5 * 3 + instructions
+    assert len(of_full) == 1 + 3 * (5 * 6 + instructions)
     measured = load_config(HeadroomConfig, [str(PRESET / "headroom.yaml")])
     assert measured.prompter.path == str(of_one[0].jobs[0].result)
     for name, task in full.tasks.items():

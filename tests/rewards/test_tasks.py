@@ -12,6 +12,7 @@ from alignpro.data import Prompt
 from alignpro.prompting.rewrite_template import RewriteTemplate
 from alignpro.rewards import tasks
 from alignpro.rewards.function import FunctionReward
+from alignpro.rewards.tasks.fitting_form import asks_for_several
 from alignpro.rewards.tasks.words import on_topic, sentences
 
 NAMES = sorted(each.name for each in pkgutil.iter_modules(tasks.__path__) if each.name != "words")
@@ -32,6 +33,7 @@ def score(name: str, response: str, prompt: str = PROMPT) -> float:
 
 
 GOOD = {
+    "fitting_form": "Leaves change colour in autumn because the green pigment fades and others show.",
     "house_style": "Leaves change colour in autumn because the green pigment fades and others show.",
     "greeting": "Hello! Leaves change colour in autumn as the green fades.",
     "numbered_list": "1. Days get short in autumn.\n2. Leaves lose their green.\n3. The other colour shows.",
@@ -75,6 +77,31 @@ def test_a_good_answer_scores_one_and_an_empty_or_unrelated_one_nothing(name: st
 )
 def test_what_only_looks_good_scores_less(name: str, response: str, value: float) -> None:
     assert score(name, response) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "several"),
+    [
+        ("Give me a list of ways to use paper", True),
+        ("What are some good books on cooking?", True),
+        ("how to center a div", True),
+        ("How can I sit best?", True),
+        ("Name three oceans.", True),
+        ("Suggest a recipe for a vegan dessert.", True),
+        ("Why do leaves change colour?", False),
+        ("Hi, what are you?", False),
+        ("How can leaves be red?", False),
+        ("Name an ocean.", False),
+        ("Is the glass listed?", False),
+    ],
+)
+def test_a_list_fits_what_asks_for_several_things(prompt: str, several: bool) -> None:
+    assert asks_for_several(prompt) is several
+    content = prompt.rstrip("?.")
+    as_list = f"1. {content}\n2. First\n3. Second"
+    as_sentence = f"The one short answer to this is simply: {content}."
+    assert score("fitting_form", as_list, prompt) == several
+    assert score("fitting_form", as_sentence, prompt) == (not several)
 
 
 def test_plain_words_prefer_short_words_and_sentences() -> None:
