@@ -130,11 +130,11 @@ def check_finite_sum(name: str, total: float) -> None:
         )
 
 
-def agree(logits: Tensor, expected: Tensor, model: PreTrainedModel) -> bool:
-    """Whether two computations of the logits of N tokens, (N, V) float32, differ by no more than rounding in ``model``."""
+def agree(logits: Tensor, expected: Tensor, model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether two computations of the logits of N tokens, (N, V) float32, differ by no more than rounding in ``dtype``."""
     # Each layer adds rounding errors of its own: 0.6 · eps · √layers were measured on random models.
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-    tolerance = max(1e-4, 4 * math.sqrt(layers) * torch.finfo(model.dtype).eps)
+    tolerance = max(1e-4, 4 * math.sqrt(layers) * torch.finfo(dtype).eps)
     error = (logits - expected).norm(dim=-1).max()
     return bool(error <= tolerance * expected.norm(dim=-1).square().mean().sqrt())  # False if a logit is NaN
 
@@ -249,7 +249,7 @@ class Trial:
         """Whether states, (N, D), have the expected logits, (N, V)."""
         head = self._model.head
         logits = head_logits(states, head.weight, head.bias, 1.0, head.softcap, head.lora).float()
-        return agree(logits, expected, self._model.causal)
+        return agree(logits, expected, self._model.causal, states.dtype)
 
     def _packed_states(self) -> Tensor:
         """The states of all tokens but the first of the prompt and the last, sequence by sequence, as in training."""

@@ -280,4 +280,5 @@ def _reward_bytes(config: ModelConfig) -> int:
 def _packed_bytes(size: ModelSize) -> float:
     """Bytes of the packed copies of a model's linear layers; see `packed_linear`."""
     linear_bytes = size.linear * size.dtype_bytes
-    return float(linear_bytes) if size.dtype_bytes == 4 and linear_bytes <= MAX_PACKED_BYTES else 0.0
+    most = {dtype.itemsize: limit for dtype, limit in MAX_PACKED_BYTES.items()}.get(size.dtype_bytes, 0)
+    return float(linear_bytes) if linear_bytes <= most else 0.0
