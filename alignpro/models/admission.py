@@ -130,6 +130,15 @@ def check_finite_sum(name: str, total: float) -> None:
         )
 
 
+def _not_finite(model: PreTrainedModel) -> str | None:
+    """Say which weight is not finite, or return None if all are."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            return f"its weight {name} holds NaN or infinity in {dtype}: repair its files, or set a wider dtype"
+    return None
+
+
 def agree(logits: Tensor, expected: Tensor, model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether two computations of the logits of N tokens, (N, V) float32, differ by no more than rounding in ``dtype``."""
     # Each layer adds rounding errors of its own: 0.6 · eps · √layers were measured on random models.
@@ -209,6 +218,8 @@ class Trial:
                 with mode:
                     found.append([self._model.logits(ids)[0] for ids in self._rows()])
         for logits in itertools.chain.from_iterable(found):
+            if not math.isfinite(finite_sum(logits).item()) and (weight := _not_finite(self._model.causal)) is not None:
+                raise ModelError(f"model {self._model.name}: its outputs are not finite: {weight}")
             check_finite(self._model.name, logits)
         return found
 

@@ -172,6 +172,11 @@ def unpackable(model: nn.Module) -> str | None:
     for dtype, most in MAX_PACKED_BYTES.items():
         if (size := sum(weight.nbytes for weight in weights if weight.dtype == dtype)) > most:
             return f"{size >> 20} MiB of weights are too many to keep a second copy in panels"
+    return no_kernels()
+
+
+def no_kernels() -> str | None:
+    """Return why packed products do not run on this processor, or None if they do."""
     if (reason := cpp_library.unavailable()) is not None:
         return reason
     if cpp_library.instructions() == "generic":

@@ -42,7 +42,7 @@ def widen_states(model: PreTrainedModel) -> bool:
     """
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return False
-    if not has_wide_states(model) and (reason := _obstacle(model)) is not None:
+    if not has_wide_states(model) and (reason := obstacle(model)) is not None:
         logger.warning(
             "%s computes in bfloat16 on the CPU as transformers does, which is slow without arithmetic for it: %s; "
             "dtype=float32 is faster",
@@ -72,8 +72,8 @@ def narrow_states(model: nn.Module) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _obstacle(model: PreTrainedModel) -> str | None:
-    """Return which part of a model needs states in bfloat16, or None."""
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Return what is in the way of `widen_states`, such as a part that needs states in bfloat16; None if nothing is."""
     if (reason := unpackable(model.base_model)) is not None:
         return reason
     for name, module in model.named_modules():
