@@ -60,7 +60,8 @@ def widen_states(model: PreTrainedModel) -> bool:
 
 def has_wide_states(model: PreTrainedModel) -> bool:
     """Whether `widen_states` has changed a model."""
-    return isinstance(model.get_input_embeddings(), _WideEmbedding)
+    # An adapter may have wrapped the embedding.
+    return any(isinstance(module, _WideEmbedding) for module in model.get_input_embeddings().modules())
 
 
 def narrow_states(model: nn.Module) -> None:

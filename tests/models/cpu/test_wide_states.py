@@ -11,7 +11,7 @@ import torch
 from tiny_models import ADAPTERS, perturb, tiny_language_model
 from torch import nn
 
-from alignpro.config import OptimizerConfig
+from alignpro.config import AdapterConfig, OptimizerConfig
 from alignpro.engine import Engine, SamplingParams
 from alignpro.models.adapters import add_adapter
 from alignpro.models.cpu.packed_linear import PackedLinear
@@ -100,6 +100,16 @@ def test_sampling_and_training_compute_the_same_before_and_after_an_update(adapt
         previous = weights
         backend.backward(-values.mean())
         assert backend.step() > 0
+
+
+def test_an_adapter_on_the_embedding_and_the_head_leaves_the_states_wide() -> None:
+    adapter = AdapterConfig(kind="lora", rank=2, target_modules=["embed_tokens", "lm_head", "down_proj"])
+    model = perturb(add_adapter(tiny_language_model("llama", dtype=torch.bfloat16, tie_word_embeddings=False), adapter))
+    assert model.states_dtype == torch.float32
+    tokens, drawn = draw(model)
+    batch, head = batch_of(tokens), model.head
+    values = linear_logprob(model.action_states(batch), head.weight, batch.targets, **head.options).logprob
+    assert (values - torch.tensor(list(chain.from_iterable(drawn)))).abs().max() < 1e-5
 
 
 def test_gradients_are_those_of_float32_rounded_once() -> None:
