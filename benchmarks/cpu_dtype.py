@@ -105,10 +105,14 @@ def accuracy(path: Path, new: int) -> list[dict[str, Any]]:
     """Compare log-probabilities of drawn tokens; see the module."""
     batch = drawn_batch(load(path, "float32"), new)
     exact = plain_logprobs(path, torch.float64, batch)
-    found = [{"computed by": "transformers, bfloat16"} | errors(plain_logprobs(path, torch.bfloat16, batch), exact)]
+    found: list[dict[str, Any]] = [
+        {"computed by": "transformers, bfloat16"} | errors(plain_logprobs(path, torch.bfloat16, batch), exact)
+    ]
     for dtype in DTYPES:
         model = load(path, dtype)
-        row = {"computed by": f"ours, {dtype}"} | errors(trained_logprobs(model, batch).detach().double(), exact)
+        row: dict[str, Any] = {"computed by": f"ours, {dtype}"} | errors(
+            trained_logprobs(model, batch).detach().double(), exact
+        )
         found.append(row | sampler_difference(model, new))
         del model  # before the next one is loaded
     return [row | {key: row.get(key) for key in found[-1]} for row in found]
