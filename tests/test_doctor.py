@@ -99,6 +99,8 @@ def test_the_instruction_set_of_the_cpus_kernels_is_named() -> None:
         pytest.skip(reason)
     finding = found(diagnose(), "Kernels", "cpp")
     assert finding.detail == f"runs on the CPU, with {cpp_library.instructions()} instructions"
+    narrow = found(diagnose(), "Kernels", "bfloat16")
+    assert narrow.status == ("off" if cpp_library.instructions() == "generic" else "ok")
 
 
 def test_the_engine_runs_and_reports_its_statistics() -> None:

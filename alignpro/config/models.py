@@ -43,7 +43,8 @@ class ModelConfig(Section):
     path: str
     tokenizer: str | None = None
     """Name or directory of the tokenizer; by default the model's own."""
-    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float64", "float32", "bfloat16", "float16", "auto"] = "float32"
+    """``auto``: that of the files, or on a CPU float32 unless they are bfloat16 and that is as exact and faster."""
     attention: str = "sdpa"
     chat_template: str | None = None
     """``plain``, the name of one of the tokenizer's templates, or a Jinja file; by default the tokenizer's own."""
@@ -55,6 +56,7 @@ class ModelConfig(Section):
 class TrainableModelConfig(ModelConfig):
     """A model that is trained."""
 
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
     from_scratch: bool = False
     """Start from random weights; ``path`` then only needs a ``config.json``."""
     gradient_checkpointing: bool = False

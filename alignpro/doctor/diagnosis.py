@@ -20,6 +20,7 @@ _PROBES: list[tuple[str, str, Callable[[], Iterator[Finding]]]] = [
     ("Devices", "devices", devices.gpus),
     ("Devices", "triton", devices.triton),
     ("Kernels", "kernels", kernels.backends),
+    ("Kernels", "bfloat16", kernels.bfloat16_weights),
     ("Attention", "attention", kernels.attention_libraries),
     ("Generation", "generation", generation.chains),
     ("Compilers", "compilers", machine.compilers),

@@ -29,6 +29,17 @@ def backends() -> Iterator[Finding]:
             yield Finding("Kernels", name, "ok", _BACKENDS[name] + instructions)
 
 
+def bfloat16_weights() -> Iterator[Finding]:
+    """How a model in bfloat16 runs on the CPU."""
+    from alignpro.models.cpu.packed_linear import no_kernels
+
+    if (reason := no_kernels()) is None:
+        detail = "stored in memory, widened to float32 in registers; the processor's own arithmetic in it is not used"
+        yield Finding("Kernels", "bfloat16", "ok", detail)
+    else:
+        yield Finding("Kernels", "bfloat16", "off", f"slow on this CPU, take float32: {first_error(reason)}")
+
+
 def attention_libraries() -> Iterator[Finding]:
     """The libraries of attention kernels, and which of them a trial on the GPU chooses for a model of a usual shape."""
     from alignpro_kernels import varlen_kernels

@@ -133,15 +133,24 @@ def check_finite_sum(name: str, total: float) -> None:
         )
 
 
-def agree(logits: Tensor, expected: Tensor, model: PreTrainedModel) -> bool:
-    """Whether two computations of the logits of N tokens, (N, V) float32, differ by no more than rounding in ``model``.
+def _not_finite(model: PreTrainedModel) -> str | None:
+    """Say which weight is not finite, or return None if all are."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            return f"its weight {name} holds NaN or infinity in {dtype}: repair its files, or set a wider dtype"
+    return None
+
+
+def agree(logits: Tensor, expected: Tensor, model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether two computations of the logits of N tokens, (N, V) float32, differ by no more than rounding in ``dtype``.
 
     A fine-tuned model may amplify rounding a thousand times at a token here and there, so one token in six may differ by a
     percent in float32. A mask or a position that is treated differently shows in more tokens, or by more.
     """
     # Each layer adds rounding errors of its own: 0.6 · eps · √layers were measured on random models.
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-    usual = max(1e-4, 4 * math.sqrt(layers) * torch.finfo(model.dtype).eps)
+    usual = max(1e-4, 4 * math.sqrt(layers) * torch.finfo(dtype).eps)
     errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1).square().mean().sqrt()
     amplified = int((errors > usual).sum())  # not counted if a logit is NaN, which the next line refuses
     return bool(errors.max() <= max(usual, _AMPLIFIED)) and amplified <= len(errors) // 6
@@ -217,6 +226,8 @@ class Trial:
                 with mode:
                     found.append([self._model.logits(ids)[0] for ids in self._rows()])
         for logits in itertools.chain.from_iterable(found):
+            if not math.isfinite(finite_sum(logits).item()) and (weight := _not_finite(self._model.causal)) is not None:
+                raise ModelError(f"model {self._model.name}: its outputs are not finite: {weight}")
             check_finite(self._model.name, logits)
         return found
 
@@ -257,7 +268,7 @@ class Trial:
         """Whether states, (N, D), have the expected logits, (N, V)."""
         head = self._model.head
         logits = head_logits(states, head.weight, head.bias, 1.0, head.softcap, head.lora).float()
-        return agree(logits, expected, self._model.causal)
+        return agree(logits, expected, self._model.causal, states.dtype)
 
     def _packed_states(self) -> Tensor:
         """The states of all tokens but the first of the prompt and the last, sequence by sequence, as in training."""

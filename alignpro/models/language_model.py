@@ -20,6 +20,7 @@ from alignpro.errors import DataError, ModelError
 from alignpro.models import admission
 from alignpro.models.attention_interface import AttentionBackend, install_attention
 from alignpro.models.cpu.replacement import replace_modules, restore_modules
+from alignpro.models.cpu.wide_states import has_wide_states, widen_states
 from alignpro.models.head import Head
 from alignpro.models.invocation import ActiveTokens, invocation_tokens
 from alignpro.models.packed_attention import PackedAttention
@@ -68,12 +69,13 @@ class LanguageModel(nn.Module):
         admission.check_layers(name, self.causal)
         self._softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
         self._longest: int | None = None
+        widen_states(self.causal)
         trial = admission.Trial(self)
         try:
             install_attention(self.causal)
         except ValueError as error:
             raise ModelError(f"model {name}: {type(self.causal).__name__} is not supported: {error}") from error
-        self._packed_weights = replace_modules(self.causal.base_model)
+        self._packed_weights = replace_modules(self.causal)
         self._longest = trial.compare()
 
     def weights_updated(self) -> None:
@@ -96,6 +98,11 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.causal.device
+
+    @property
+    def states_dtype(self) -> torch.dtype:
+        """The dtype of the hidden states: that of the weights, or float32 with weights in bfloat16 on a CPU (`wide_states`)."""
+        return torch.float32 if has_wide_states(self.causal) else self.causal.dtype
 
     @property
     def context_length(self) -> int:
@@ -158,9 +165,9 @@ class LanguageModel(nn.Module):
         active = [(down[name].weight, up[name].weight, layer.scaling[name]) for name in layer.active_adapters]
         if not active:
             return head
-        # Adapters may be float32 with a 16-bit weight. Several adapters form one of their summed rank.
-        a = torch.cat([scale * a for a, _, scale in active]).to(head.weight.dtype)
-        b = torch.cat([b for _, b, _ in active], dim=1).to(head.weight.dtype)
+        # Adapters may be float32 with 16-bit states. Several adapters form one of their summed rank.
+        a = torch.cat([scale * a for a, _, scale in active]).to(self.states_dtype)
+        b = torch.cat([b for _, b, _ in active], dim=1).to(self.states_dtype)
         return replace(head, lora=LoRA(a, b, 1.0))
 
     @property
@@ -198,7 +205,7 @@ class LanguageModel(nn.Module):
         """Compute the last hidden states at which the actions were chosen; shared prompts are computed once.
 
         Returns:
-            (N, D) in the model's dtype, in row-major order of the batch's mask.
+            (N, D) in `states_dtype`, in row-major order of the batch's mask.
 
         Raises:
             DataError: A prompt lacks the invocation tokens of an activated LoRA, or a sequence exceeds the context.
@@ -244,7 +251,7 @@ class LanguageModel(nn.Module):
             soft_prompt: False if there are no virtual tokens among them; this avoids a synchronisation with the device.
 
         Returns:
-            (T, D) in the model's dtype.
+            (T, D) in `states_dtype`.
         """
         inputs: dict[str, Any] = {"input_ids": ids[None]}
         if soft_prompt and self.virtual_tokens:
@@ -274,7 +281,7 @@ class LanguageModel(nn.Module):
                 here.
 
         Returns:
-            (B, L, D) in the model's dtype.
+            (B, L, D) in `states_dtype`.
         """
         inputs: dict[str, Any] = {"input_ids": ids}
         attention_mask = attention_mask.to(torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
+from alignpro.models.cpu.packed_linear import no_kernels
+from alignpro.models.cpu.wide_states import obstacle
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.merging import merge_adapter
 from alignpro.models.mixed_model import combine, share_equal_weights
@@ -26,6 +29,8 @@ from alignpro.prompting.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float64": torch.float64,
@@ -49,6 +54,32 @@ def resolve_device(device: str) -> torch.device:
             raise ModelError(f"device {device}: cannot be used: {reason}; set device to auto, cpu or cuda:N") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def resolve_dtype(config: ModelConfig, *, language_model: bool = True) -> torch.dtype:
+    """Resolve the dtype of a model's weights.
+
+    ``auto`` is the dtype in which its files are, as its config.json says. On a CPU it is bfloat16 only where the files are
+    and products read them as they are: then nothing is rounded, and generation reads half as much. Otherwise it is float32.
+
+    Args:
+        config: The model; an adapter has the dtype of its base.
+        language_model: Whether it is a causal language model; others compute in the dtype of their weights.
+
+    Raises:
+        ModelError: ``auto`` needs its config.json, which cannot be read.
+    """
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    with _loading_errors(config.path):
+        path = config.path
+        while is_adapter(path):
+            path = base_of_adapter(Path(path))
+        stored = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).dtype
+    if resolve_device(config.device).type != "cpu":
+        return stored if stored in DTYPES.values() else torch.float32
+    narrow = language_model and stored == torch.bfloat16 and no_kernels() is None
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def load_language_model(config: ModelConfig) -> LanguageModel:
@@ -130,7 +161,7 @@ def load_trainable(config: PolicyConfig, seed: int) -> LanguageModel:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         model = AutoModelForCausalLM.from_config(
             architecture,
-            dtype=DTYPES[config.dtype],
+            dtype=resolve_dtype(config),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
         )
@@ -187,9 +218,10 @@ def load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedMo
     with _loading_errors(config.path):
         if is_adapter(config.path):
             return _load_adapter(config, directory, trainable=trainable)
+        dtype = resolve_dtype(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
-            dtype=DTYPES[config.dtype],
+            dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
@@ -197,7 +229,13 @@ def load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedMo
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
-    return model.to(resolve_device(config.device))
+    device = resolve_device(config.device)
+    if config.dtype == "auto" and device.type == "cpu" and dtype == torch.bfloat16 and obstacle(model) is not None:
+        dtype = torch.float32
+        model = model.float()
+    if config.dtype == "auto":
+        logger.info("%s: dtype=auto is %s on %s", config.path, str(dtype).removeprefix("torch."), device.type)
+    return model.to(device)
 
 
 def _load_adapter(config: ModelConfig, directory: Path, *, trainable: bool) -> PeftModel:

@@ -36,7 +36,7 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
         after = _logits(merged)
     except (AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise _refusal(name, str(error)) from error
-    if not agree(after, before, merged):
+    if not agree(after, before, merged, merged.dtype):
         raise _refusal(name, "the merged weights compute something else")
     return merged
 

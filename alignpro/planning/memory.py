@@ -16,7 +16,7 @@ from alignpro.config import ModelConfig, ModelRewardConfig, RLHFConfig, TrainCon
 from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES
-from alignpro.models.loading import DTYPES
+from alignpro.models.loading import resolve_dtype
 from alignpro.planning.model_size import ModelSize, build_empty, goes_on_training, measure, trained_weights, trains_all
 from alignpro.planning.zero_memory import TrainingMemory, torch_memory, zero_memory
 
@@ -231,7 +231,7 @@ class _Rollout:
 
     def state_bytes(self, policy: ModelSize) -> float:
         """Bytes of the reference's hidden states of all actions, from which the update computes its KL."""
-        return self.samples * self.sample_tokens * policy.hidden * policy.dtype_bytes
+        return self.samples * self.sample_tokens * policy.hidden * policy.states_bytes
 
     @classmethod
     def of(cls, config: TrainConfig | RLHFConfig, models: JobModels, ranks: int) -> _Rollout:
@@ -274,10 +274,12 @@ def micro_batch_rows(config: TrainConfig | RLHFConfig, group_size: int) -> int:
 
 def _reward_bytes(config: ModelConfig) -> int:
     model = build_empty(config, AutoModelForSequenceClassification)
-    return sum(weight.numel() for weight in model.parameters()) * DTYPES[config.dtype].itemsize
+    return sum(weight.numel() for weight in model.parameters()) * resolve_dtype(config, language_model=False).itemsize
 
 
 def _packed_bytes(size: ModelSize) -> float:
     """Bytes of the packed copies of a model's linear layers; see `packed_linear`."""
     linear_bytes = size.linear * size.dtype_bytes
-    return float(linear_bytes) if size.dtype_bytes == 4 and linear_bytes <= MAX_PACKED_BYTES else 0.0
+    # On a CPU float32 states are those of float32 weights or of bfloat16 weights.
+    most = {dtype.itemsize: limit for dtype, limit in MAX_PACKED_BYTES.items()}.get(size.dtype_bytes, 0)
+    return float(linear_bytes) if size.states_bytes == 4 and linear_bytes <= most else 0.0

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
-from alignpro.models.loading import DTYPES, base_of_adapter, is_adapter
+from alignpro.models.cpu.packed_linear import no_kernels
+from alignpro.models.loading import base_of_adapter, is_adapter, resolve_dtype
 from alignpro.prompting.pretrained import require_pretrained
 
 
@@ -34,6 +35,9 @@ class ModelSize:
     kv_width: int
     """Number of elements of a token's keys in one layer."""
     dtype_bytes: int
+    """Bytes of an element of a weight."""
+    states_bytes: int
+    """Bytes of an element of a hidden state, a key or a value; with weights in bfloat16 on a CPU, these are float32."""
 
     @property
     def parameters(self) -> int:
@@ -58,12 +62,12 @@ class ModelSize:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values of one token, in all layers."""
-        return 2 * self.layers * self.kv_width * self.dtype_bytes
+        return 2 * self.layers * self.kv_width * self.states_bytes
 
     @property
     def pass_bytes(self) -> int:
         """Bytes per token at the peak of a pass without gradients, which is inside a gated MLP."""
-        return (2 * self.intermediate + 4 * self.hidden) * self.dtype_bytes
+        return (2 * self.intermediate + 4 * self.hidden) * self.states_bytes
 
     def activation_bytes(self, tokens: int, *, checkpointing: bool) -> float:
         """Bytes that a forward pass saves for the backward pass, plus what the latter needs when it begins.
@@ -77,7 +81,7 @@ class ModelSize:
             tokens: Number of tokens in the pass.
             checkpointing: Whether only the layers' inputs are saved, and one layer at a time is recomputed.
         """
-        b, wide, hidden = self.dtype_bytes, self.intermediate, self.hidden
+        b, wide, hidden = self.states_bytes, self.intermediate, self.hidden
         layer = b * (4 * wide + 10.5 * hidden + 3 * self.kv_width) + (4 * hidden if b == 2 else 0)
         layers = self.layers * b * hidden + layer if checkpointing else self.layers * layer
         ends = 3.3 * b * hidden  # embeddings and the last norm
@@ -110,7 +114,8 @@ def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
     Raises:
         ModelError: Its configuration lacks a dimension.
     """
-    text = model.config.get_text_config()
+    text, dtype = model.config.get_text_config(), resolve_dtype(config)
+    widened = config.device == "cpu" and dtype == torch.bfloat16 and no_kernels() is None
     head: Any = model.get_output_embeddings()
     try:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -125,7 +130,8 @@ def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
             hidden=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             kv_width=heads * width,
-            dtype_bytes=DTYPES[config.dtype].itemsize,
+            dtype_bytes=dtype.itemsize,
+            states_bytes=torch.float32.itemsize if widened else dtype.itemsize,
         )
     except AttributeError as error:
         raise ModelError(

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from alignpro.config import ModelConfig
 from alignpro.errors import ModelError
-from alignpro.models.loading import DTYPES, resolve_device
+from alignpro.models.loading import resolve_device, resolve_dtype
 from alignpro.models.pickled_files import describe_refusal
 from alignpro.prompting.tokenization import load_tokenizer
 from alignpro.rewards.model import pad_right, usable_length
@@ -35,7 +35,7 @@ class EmbeddingSimilarity:
         try:
             model = AutoModel.from_pretrained(
                 config.path,
-                dtype=DTYPES[config.dtype],
+                dtype=resolve_dtype(config, language_model=False),
                 attn_implementation=config.attention,
                 trust_remote_code=config.trust_remote_code,
             )

@@ -22,7 +22,7 @@ from alignpro.config import ModelConfig, ModelRewardConfig, TrainableModelConfig
 from alignpro.data import Prompt
 from alignpro.errors import ModelError
 from alignpro.models.admission import check_finite
-from alignpro.models.loading import DTYPES, base_of_adapter, is_adapter, resolve_device
+from alignpro.models.loading import base_of_adapter, is_adapter, resolve_device, resolve_dtype
 from alignpro.models.pickled_files import describe_refusal
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_refused_prompts
@@ -173,10 +173,12 @@ def _load_classifier(config: ModelConfig, num_labels: int | None) -> tuple[PreTr
     overrides: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if isinstance(config, TrainableModelConfig) and config.from_scratch:
         architecture = AutoConfig.from_pretrained(config.path, **overrides)
-        return AutoModelForSequenceClassification.from_config(architecture, dtype=DTYPES[config.dtype]), []
+        return AutoModelForSequenceClassification.from_config(
+            architecture, dtype=resolve_dtype(config, language_model=False)
+        ), []
     classifier, report = AutoModelForSequenceClassification.from_pretrained(
         config.path,
-        dtype=DTYPES[config.dtype],
+        dtype=resolve_dtype(config, language_model=False),
         attn_implementation=config.attention,
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,

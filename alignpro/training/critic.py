@@ -28,14 +28,14 @@ class ValueModel(nn.Module):
         self.decoder = copy.deepcopy(policy).requires_grad_(True).eval()
         self.decoder.causal.get_output_embeddings().requires_grad_(_is_tied(self.decoder))
         weight = policy.head.weight
-        self.output = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+        self.output = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=policy.states_dtype)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Compute V, (B, T), zero outside the mask; float32, or float64 for a float64 policy."""
         states = self.decoder.action_states(batch)
-        values = self.output(states).squeeze(-1)
+        values = self.output(states.to(self.output.weight.dtype)).squeeze(-1)  # which DeepSpeed may have made narrower
         return batch.scatter(values if values.dtype == torch.float64 else values.float())
 
 

@@ -84,11 +84,19 @@ inline HeadInputs head_inputs(const Tensor& hidden, const Tensor& weight, const 
   return in;
 }
 
-// Rows [start, start + columns) of a weight in float32; 16-bit weights are converted into a per-thread buffer.
+// Whether `TileProducts::logits` takes the weight as it is, in bfloat16.
+inline bool read_narrow(const Tensor& weight) {
+  return cpu_kernels().vectorised && weight.defined() && weight.scalar_type() == at::kBFloat16 && weight.size(1) % 2 == 0;
+}
+
+// Rows [start, start + columns) of a weight in float32; 16-bit weights are converted into a per-thread buffer unless they are
+// to be read as they are.
 class WeightTile {
  public:
-  explicit WeightTile(const Tensor& weight, int64_t width) : weight_(weight) {
-    if (weight.defined() && weight.scalar_type() != at::kFloat) buffer_ = at::empty({width, weight.size(1)}, at::kFloat);
+  explicit WeightTile(const Tensor& weight, int64_t width, bool as_it_is = false) : weight_(weight) {
+    if (weight.defined() && weight.scalar_type() != at::kFloat && !as_it_is) {
+      buffer_ = at::empty({width, weight.size(1)}, at::kFloat);
+    }
   }
   Tensor at_columns(int64_t start, int64_t columns) const {
     const Tensor rows = weight_.narrow(0, start, columns);

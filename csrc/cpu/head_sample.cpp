@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tenso
   const auto work = [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowAutograd no_autograd_here;
     const int64_t thread = begin / ceil_div(tiling.count, threads);
-    const WeightTile weights(in.weight, tiling.width), lora_tiles(in.lora_b, tiling.width);
+    const WeightTile weights(in.weight, tiling.width, read_narrow(in.weight)), lora_tiles(in.lora_b, tiling.width);
     TileProducts products(tiling.width, in.weight.size(1), worth_packing(rows));
     const int64_t block = rows_of_block(rows);
     const Tensor scratch = at::empty({block, tiling.width}, at::kFloat);

@@ -33,7 +33,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_statistics(
 
   at::parallel_for(0, tiling.count, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowAutograd no_autograd_here;
-    const WeightTile weights(in.weight, tiling.width), others(in.shared() ? Tensor() : in.ref_weight, tiling.width);
+    const WeightTile weights(in.weight, tiling.width, read_narrow(in.weight));
+    const WeightTile others(in.shared() ? Tensor() : in.ref_weight, tiling.width, read_narrow(in.ref_weight));
     const WeightTile lora_tiles(in.lora_b, tiling.width);
     const Tensor& other = reference ? in.ref_weight : in.weight;  // its hidden size may differ
     TileProducts products(tiling.width, in.weight.size(1), worth_packing(rows));

@@ -63,6 +63,11 @@ struct Isa {
   static F load_bfloat16(const uint16_t* p) {
     return each([&](int i) { return static_cast<float>(c10::BFloat16(p[i], c10::BFloat16::from_bits())); });
   }
+  // The even and the odd ones of 2 width elements.
+  static F load_even_bfloat16(const uint16_t* p) {
+    return each([&](int i) { return static_cast<float>(c10::BFloat16(p[2 * i], c10::BFloat16::from_bits())); });
+  }
+  static F load_odd_bfloat16(const uint16_t* p) { return load_even_bfloat16(p + 1); }
   static F load_half(const uint16_t* p) {
     return each([&](int i) { return static_cast<float>(c10::Half(p[i], c10::Half::from_bits())); });
   }

@@ -13,27 +13,40 @@ namespace {
 
 using at::Tensor;
 
-// weight (N, K) float32, contiguous or transposed -> (ceil(N / kPanel), K, kPanel), zero-padded beyond the last output
+// Packs `width` outputs from `first` on of a weight (K, N), contiguous, into a panel.
+template <typename Weight>
+void pack_transposed(const Weight* weight, int64_t outputs, int64_t inputs, int64_t first, int64_t width, Weight* panel) {
+  constexpr int64_t alternating = sizeof(Weight) == 2 ? 2 : 1;  // inputs, as panel_kernels.h describes
+  for (int64_t k = 0; k < inputs; ++k) {
+    const Weight* from = weight + k * outputs + first;
+    Weight* to = panel + k / alternating * alternating * kPanel + k % alternating;
+    for (int64_t j = 0; j < width; ++j) to[j * alternating] = from[j];
+    for (int64_t j = width; j < kPanel; ++j) to[j * alternating] = 0;
+  }
+}
+
+// weight (N, K) float32 or bfloat16, contiguous or transposed -> (ceil(N / kPanel), K, kPanel), zero-padded beyond the last
+// output. In bfloat16, K is even.
 Tensor pack_weight(const Tensor& weight) {
   const at::AutoDispatchBelowAutograd no_autograd;
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kFloat, "weight must be (N, K) float32");
+  const bool narrow = weight.scalar_type() == at::kBFloat16;
+  TORCH_CHECK_VALUE(weight.dim() == 2 && (narrow || weight.scalar_type() == at::kFloat), "weight must be (N, K) float32 or bfloat16");
   const bool transposed = weight.stride(0) == 1 && weight.size(0) > 1;
   const Tensor from = transposed ? weight.t().contiguous() : weight.contiguous();
   const int64_t outputs = weight.size(0), inputs = weight.size(1), panels = ceil_div(outputs, kPanel);
+  TORCH_CHECK_VALUE(!narrow || inputs % 2 == 0, "weight is bfloat16 with ", inputs, " inputs: they must be an even number");
   const Tensor packed = at::empty({panels, inputs, kPanel}, weight.options());
-  const float* source = from.const_data_ptr<float>();
-  float* target = packed.mutable_data_ptr<float>();
   at::parallel_for(0, panels, std::max<int64_t>(1, kGrain / (inputs * kPanel)), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      float* to = target + panel * inputs * kPanel;
-      const int64_t first = panel * kPanel, width = std::min(kPanel, outputs - first);
-      if (!transposed) {
-        cpu_kernels().panels.pack(source + first * inputs, inputs, width, inputs, to);
-        continue;
-      }
-      for (int64_t k = 0; k < inputs; ++k, to += kPanel) {
-        std::copy_n(source + k * outputs + first, width, to);
-        std::fill(to + width, to + kPanel, 0.0f);
+      const int64_t at = panel * inputs * kPanel, first = panel * kPanel, width = std::min(kPanel, outputs - first);
+      if (transposed && narrow) {
+        pack_transposed(bfloat16_data(from), outputs, inputs, first, width, static_cast<uint16_t*>(packed.mutable_data_ptr()) + at);
+      } else if (transposed) {
+        pack_transposed(from.const_data_ptr<float>(), outputs, inputs, first, width, packed.mutable_data_ptr<float>() + at);
+      } else {
+        const int64_t words = narrow ? inputs / 2 : inputs;  // of four bytes
+        const float* source = static_cast<const float*>(from.const_data_ptr()) + first * words;
+        cpu_kernels().panels.pack(source, words, width, words, static_cast<float*>(packed.mutable_data_ptr()) + panel * words * kPanel);
       }
     }
   });

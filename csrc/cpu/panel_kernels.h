@@ -1,6 +1,10 @@
 // The row-wise parts of a decoder layer (everything but attention), in float32: products with weights in panels of kPanel
 // outputs, norms, rotations and gates. Compiled once per instruction set; the version is chosen at run time.
 //
+// Weights may be stored in bfloat16, as uint16_t. They are widened in registers, which is exact: products with them have the
+// bits of products with the same weights in float32. In a panel, the elements of two inputs alternate, so that one load
+// serves both: input k of output j is at (k / 2, j, k % 2), and the number of inputs is even.
+//
 // A row's results depend only on that row, with a fixed order of additions: they have the same bits in every batch.
 #pragma once
 
@@ -16,12 +20,19 @@ struct PanelKernels {
   // unless it is null; it need not be valid memory.
   void (*multiply)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
                    int64_t out_stride, bool add, const float* next);
-  // The same with x^T, for x (depth, rows).
+  // The same with a panel in bfloat16, for an even depth.
+  void (*multiply_bfloat16)(const float* x, int64_t stride, int64_t rows, const uint16_t* panel, int64_t depth, float* out,
+                            int64_t out_stride, bool add, const uint16_t* next);
+  // The same as `multiply` with x^T, for x (depth, rows).
   void (*multiply_transposed)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
                               int64_t out_stride, bool add, const float* next);
   // out (rows, rank) = scale x a^T: x (rows, depth); a (rank, depth), which is not packed.
   void (*project)(const float* x, int64_t rows, const float* a, int64_t rank, int64_t depth, float scale, float* out);
+  // out (rows, outputs) = x w^T: x (rows, depth) with row stride `stride`; w (outputs, depth) in bfloat16, which is not packed.
+  void (*dot_bfloat16)(const float* x, int64_t stride, int64_t rows, const uint16_t* w, int64_t outputs, int64_t depth, float* out,
+                       int64_t out_stride);
   // Packs weights (outputs, inputs) with row stride `stride` into a panel (inputs, kPanel), zero-padded beyond the outputs.
+  // Two elements in bfloat16 are packed as one.
   void (*pack)(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel);
   // out = x / sqrt(mean(x^2) + eps) (weight + offset), for a row of `dim` elements; out may alias x.
   void (*rms_norm)(const float* x, const float* weight, int64_t dim, float eps, float offset, float* out);

@@ -16,25 +16,50 @@
 namespace alignpro {
 namespace {
 
+// How a panel stores its weights: the number of inputs whose elements alternate, and how a vector of outputs is loaded for one
+// of them.
+template <typename Weight>
+struct Stored;
+
+template <>
+struct Stored<float> {
+  static constexpr int inputs = 1;
+  static F load(const float* panel, int) { return Isa::load(panel); }
+};
+
+template <>
+struct Stored<uint16_t> {
+  static constexpr int inputs = 2;
+  static F load(const uint16_t* panel, int input) {
+    return input == 0 ? Isa::load_even_bfloat16(panel) : Isa::load_odd_bfloat16(panel);
+  }
+};
+
 // Memory that the next products will read, of which each step of the present ones loads an equal part.
+template <typename Weight>
 struct Ahead {
-  const float* from;  // null for none
+  const Weight* from;  // null for none
   int64_t step;
 };
 
 // Multiplies R rows by two vectors of outputs, with all sums in registers.
-template <int R, bool Transposed, bool Prefetch>
-void multiply_rows(const float* x, int64_t stride, const float* panel, int64_t depth, float* out, int64_t out_stride, bool add,
-                   Ahead ahead) {
+template <int R, typename Weight, bool Transposed, bool Prefetch>
+void multiply_rows(const float* x, int64_t stride, const Weight* panel, int64_t depth, float* out, int64_t out_stride, bool add,
+                   Ahead<Weight> ahead) {
+  constexpr int inputs = Stored<Weight>::inputs;
   F low[R], high[R];
   for (int r = 0; r < R; ++r) low[r] = high[r] = Isa::set(0);
-  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+  for (int64_t k = 0; k < depth; k += inputs, panel += inputs * kPanel) {
     if constexpr (Prefetch) __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
-    const F a = Isa::load(panel), b = Isa::load(panel + Isa::width);
-    for (int r = 0; r < R; ++r) {
-      const F scale = Isa::set(Transposed ? x[k * stride + r] : x[r * stride + k]);
-      low[r] = Isa::fma(scale, a, low[r]);
-      high[r] = Isa::fma(scale, b, high[r]);
+    for (int i = 0; i < inputs; ++i) {
+      // The second input's weights are loaded again: with those of both in registers, there is no room for all sums.
+      if (i > 0) asm("" : "+r"(panel));
+      const F a = Stored<Weight>::load(panel, i), b = Stored<Weight>::load(panel + inputs * Isa::width, i);
+      for (int r = 0; r < R; ++r) {
+        const F scale = Isa::set(Transposed ? x[(k + i) * stride + r] : x[r * stride + k + i]);
+        low[r] = Isa::fma(scale, a, low[r]);
+        high[r] = Isa::fma(scale, b, high[r]);
+      }
     }
   }
   for (int r = 0; r < R; ++r, out += out_stride) {
@@ -43,30 +68,31 @@ void multiply_rows(const float* x, int64_t stride, const float* panel, int64_t d
   }
 }
 
-using MultiplyRows = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool, Ahead);
+template <typename Weight>
+using MultiplyRows = void (*)(const float*, int64_t, const Weight*, int64_t, float*, int64_t, bool, Ahead<Weight>);
 
-template <bool Transposed, bool Prefetch, int... R>
-constexpr MultiplyRows multiply_rows_of(int64_t rows, std::integer_sequence<int, R...>) {
-  constexpr MultiplyRows all[] = {multiply_rows<R + 1, Transposed, Prefetch>...};
+template <typename Weight, bool Transposed, bool Prefetch, int... R>
+constexpr MultiplyRows<Weight> multiply_rows_of(int64_t rows, std::integer_sequence<int, R...>) {
+  constexpr MultiplyRows<Weight> all[] = {multiply_rows<R + 1, Weight, Transposed, Prefetch>...};
   return all[rows - 1];
 }
 
 // Uses blocks of nearly equal numbers of rows, since a block of few rows costs almost as much as one of many.
-template <bool Transposed>
-void multiply(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out, int64_t out_stride,
-              bool add, const float* next) {
+template <typename Weight, bool Transposed>
+void multiply(const float* x, int64_t stride, int64_t rows, const Weight* panel, int64_t depth, float* out, int64_t out_stride,
+              bool add, const Weight* next) {
   constexpr int64_t most = Isa::product_rows, columns = 2 * Isa::width;
   constexpr auto counts = std::make_integer_sequence<int, most>();
   int64_t blocks = (rows + most - 1) / most;
   // What is read next is loaded during all passes over the panel, or the first few if there are many.
   int64_t passes = next == nullptr ? 0 : std::min(blocks * (kPanel / columns), kPanel / 4);
-  Ahead ahead{next, passes == 0 ? 0 : (kPanel + passes - 1) / passes};
+  Ahead<Weight> ahead{next, passes == 0 ? 0 : (kPanel + passes - 1) / passes};
   for (; blocks > 0; --blocks) {
     const int64_t count = (rows + blocks - 1) / blocks;
     for (int64_t j = 0; j < kPanel; j += columns) {
-      const MultiplyRows block = passes-- > 0 ? multiply_rows_of<Transposed, true>(count, counts)
-                                              : multiply_rows_of<Transposed, false>(count, counts);
-      block(x, stride, panel + j, depth, out + j, out_stride, add, ahead);
+      const MultiplyRows<Weight> block = passes-- > 0 ? multiply_rows_of<Weight, Transposed, true>(count, counts)
+                                                      : multiply_rows_of<Weight, Transposed, false>(count, counts);
+      block(x, stride, panel + Stored<Weight>::inputs * j, depth, out + j, out_stride, add, ahead);
       ahead.from += depth * ahead.step;
     }
     rows -= count;
@@ -75,9 +101,14 @@ void multiply(const float* x, int64_t stride, int64_t rows, const float* panel, 
   }
 }
 
+inline F load_weights(const float* p) { return Isa::load(p); }
+inline F load_weights(const uint16_t* p) { return Isa::load_bfloat16(p); }
+inline float widen(float weight) { return weight; }
+inline float widen(uint16_t weight) { return static_cast<float>(c10::BFloat16(weight, c10::BFloat16::from_bits())); }
+
 // Multiplies R rows of x by C rows of a: sums over lanes, then over what is left of a row.
-template <int R, int C>
-void project_block(const float* x, const float* a, int64_t depth, float scale, float* out, int64_t out_stride) {
+template <int R, int C, typename Weight>
+void project_block(const float* x, int64_t stride, const Weight* a, int64_t depth, float scale, float* out, int64_t out_stride) {
   F sums[R][C];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) sums[r][c] = Isa::set(0);
@@ -85,32 +116,48 @@ void project_block(const float* x, const float* a, int64_t depth, float scale, f
   int64_t k = 0;
   for (; k + Isa::width <= depth; k += Isa::width) {
     F from[R];
-    for (int r = 0; r < R; ++r) from[r] = Isa::load(x + r * depth + k);
+    for (int r = 0; r < R; ++r) from[r] = Isa::load(x + r * stride + k);
     for (int c = 0; c < C; ++c) {
-      const F weight = Isa::load(a + c * depth + k);
+      const F weight = load_weights(a + c * depth + k);
       for (int r = 0; r < R; ++r) sums[r][c] = Isa::fma(from[r], weight, sums[r][c]);
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) {
       float sum = Isa::sum(sums[r][c]);
-      for (int64_t j = k; j < depth; ++j) sum = __builtin_fmaf(x[r * depth + j], a[c * depth + j], sum);
+      for (int64_t j = k; j < depth; ++j) sum = __builtin_fmaf(x[r * stride + j], widen(a[c * depth + j]), sum);
       out[r * out_stride + c] = scale * sum;
     }
   }
 }
 
-template <int R>
-void project_rows(const float* x, const float* a, int64_t rank, int64_t depth, float scale, float* out) {
+template <int R, typename Weight>
+void project_rows(const float* x, int64_t stride, const Weight* a, int64_t rank, int64_t depth, float scale, float* out,
+                  int64_t out_stride) {
   int64_t c = 0;
-  for (; c + 4 <= rank; c += 4) project_block<R, 4>(x, a + c * depth, depth, scale, out + c, rank);
-  for (; c < rank; ++c) project_block<R, 1>(x, a + c * depth, depth, scale, out + c, rank);
+  for (; c + 4 <= rank; c += 4) project_block<R, 4>(x, stride, a + c * depth, depth, scale, out + c, out_stride);
+  for (; c < rank; ++c) project_block<R, 1>(x, stride, a + c * depth, depth, scale, out + c, out_stride);
+}
+
+template <typename Weight>
+void project_all(const float* x, int64_t stride, int64_t rows, const Weight* a, int64_t rank, int64_t depth, float scale, float* out,
+                 int64_t out_stride) {
+  int64_t row = 0;
+  for (; row + 3 <= rows; row += 3) {
+    project_rows<3>(x + row * stride, stride, a, rank, depth, scale, out + row * out_stride, out_stride);
+  }
+  for (; row < rows; ++row) {
+    project_rows<1>(x + row * stride, stride, a, rank, depth, scale, out + row * out_stride, out_stride);
+  }
 }
 
 void project(const float* x, int64_t rows, const float* a, int64_t rank, int64_t depth, float scale, float* out) {
-  int64_t row = 0;
-  for (; row + 3 <= rows; row += 3) project_rows<3>(x + row * depth, a, rank, depth, scale, out + row * rank);
-  for (; row < rows; ++row) project_rows<1>(x + row * depth, a, rank, depth, scale, out + row * rank);
+  project_all(x, depth, rows, a, rank, depth, scale, out, rank);
+}
+
+void dot_bfloat16(const float* x, int64_t stride, int64_t rows, const uint16_t* w, int64_t outputs, int64_t depth, float* out,
+                  int64_t out_stride) {
+  project_all(x, stride, rows, w, outputs, depth, 1.0f, out, out_stride);
 }
 
 void pack(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel) {
@@ -178,7 +225,8 @@ void gate(float* gate, const float* up, int64_t count) {
   }
 }
 
-constexpr PanelKernels kPanelKernels = {multiply<false>, multiply<true>, project, pack, rms_norm, rotate, gate};
+constexpr PanelKernels kPanelKernels = {
+    multiply<float, false>, multiply<uint16_t, false>, multiply<float, true>, project, dot_bfloat16, pack, rms_norm, rotate, gate};
 
 }  // namespace
 }  // namespace alignpro

@@ -26,20 +26,35 @@ void for_rows(int64_t rows, int64_t width, const Work& work) {
   });
 }
 
-// (panels, inputs, kPanel)
+// The elements of a tensor in bfloat16, as the kernels take them.
+inline const uint16_t* bfloat16_data(const at::Tensor& x) { return reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()); }
+
+// (panels, inputs, kPanel) in float32 or bfloat16
 struct Panels {
-  const float* data;
+  const float* wide;       // null for bfloat16
+  const uint16_t* narrow;  // null for float32
   int64_t count, inputs;
-  explicit Panels(const at::Tensor& packed) : data(packed.const_data_ptr<float>()), count(packed.size(0)), inputs(packed.size(1)) {}
+  explicit Panels(const at::Tensor& packed)
+      : wide(packed.scalar_type() == at::kFloat ? packed.const_data_ptr<float>() : nullptr),
+        narrow(wide == nullptr ? bfloat16_data(packed) : nullptr),
+        count(packed.size(0)),
+        inputs(packed.size(1)) {}
 };
 
 // out (rows, kPanel) = x (rows, inputs) times one panel.
 inline void multiply_panel(const float* x, int64_t stride, int64_t rows, const Panels& weight, int64_t panel, float* out) {
-  const float* from = weight.data + panel * weight.inputs * kPanel;
-  for (int64_t k = 0; k < weight.inputs; k += kDepthChunk) {
-    const int64_t depth = std::min(kDepthChunk, weight.inputs - k);
-    const float *part = from + k * kPanel, *next = part + depth * kPanel;
-    cpu_kernels().panels.multiply(x + k, stride, rows, part, depth, out, kPanel, k > 0, next);
+  const auto multiply = [&](const auto* weights, auto kernel) {
+    const auto* from = weights + panel * weight.inputs * kPanel;
+    for (int64_t k = 0; k < weight.inputs; k += kDepthChunk) {
+      const int64_t depth = std::min(kDepthChunk, weight.inputs - k);
+      const auto *part = from + k * kPanel, *next = part + depth * kPanel;
+      kernel(x + k, stride, rows, part, depth, out, kPanel, k > 0, next);
+    }
+  };
+  if (weight.wide != nullptr) {
+    multiply(weight.wide, cpu_kernels().panels.multiply);
+  } else {
+    multiply(weight.narrow, cpu_kernels().panels.multiply_bfloat16);
   }
 }
 

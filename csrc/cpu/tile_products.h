@@ -3,7 +3,8 @@
 //     logits (C, columns) = h w^T        d_h (C, D) += du w        d_w (columns, D) = du^T h
 //
 // They use panels (panel_kernels.h), into which each thread packs its tile while it is in the cache. For few rows, and on
-// processors without vectorised kernels, PyTorch's BLAS is used. Included only by head.h.
+// processors without vectorised kernels, PyTorch's BLAS is used. A w in bfloat16, for the logits alone, is not widened in
+// memory: for few rows it is read as it is. Included only by head.h.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -24,13 +25,13 @@ inline bool worth_packing(int64_t rows) { return rows >= kMinPackedRows && cpu_k
 
 inline int64_t panels_of(int64_t outputs) { return ceil_div(outputs, kPanel); }
 
-// Calls take(first, count) for chunks of a depth, of nearly equal size.
+// Calls take(first, count) for chunks of a depth, of nearly equal size; all but the last are even.
 template <typename Take>
 void for_chunks(int64_t depth, const Take& take) {
   const int64_t chunks = ceil_div(depth, kDepthChunk);
   for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t first = i * depth / chunks;
-    take(first, (i + 1) * depth / chunks - first);
+    const auto start = [&](int64_t chunk) { return chunk == chunks ? depth : chunk * depth / chunks / 2 * 2; };
+    take(start(i), start(i + 1) - start(i));
   }
 }
 
@@ -64,17 +65,30 @@ class TileProducts {
 
   // logits = h w^T, with row stride `width`; the values beyond w's columns are undefined.
   void logits(const Tensor& h, const Tensor& w, float* out, int64_t width) {
+    const bool narrow = w.scalar_type() == at::kBFloat16;
+    const float* x = h.const_data_ptr<float>();
+    if (!packed_.defined() && narrow) {
+      cpu_kernels().panels.dot_bfloat16(x, h.stride(0), h.size(0), bfloat16_data(w), w.size(0), dim_, out, width);
+      return;
+    }
     if (!packed_.defined()) {
       Tensor u = at::from_blob(out, {h.size(0), w.size(0)}, {width, 1}, at::kFloat);
       at::mm_out(u, h, w.t());
       return;
     }
     pack_columns(w);
-    const float *x = h.const_data_ptr<float>(), *from = packed_.const_data_ptr<float>();
+    const void* from = packed_.const_data_ptr();
     for_chunks(dim_, [&](int64_t first, int64_t depth) {
       for (int64_t panel = 0; panel < panels_of(w.size(0)); ++panel) {
-        cpu_kernels().panels.multiply(x + first, h.stride(0), h.size(0), from + (panel * dim_ + first) * kPanel, depth,
-                                 out + panel * kPanel, width, first > 0, nullptr);
+        const auto multiply = [&](const auto* weights, auto kernel) {
+          kernel(x + first, h.stride(0), h.size(0), weights + (panel * dim_ + first) * kPanel, depth, out + panel * kPanel, width,
+                 first > 0, nullptr);
+        };
+        if (narrow) {
+          multiply(static_cast<const uint16_t*>(from), cpu_kernels().panels.multiply_bfloat16);
+        } else {
+          multiply(static_cast<const float*>(from), cpu_kernels().panels.multiply);
+        }
       }
     });
   }
@@ -125,9 +139,11 @@ class TileProducts {
   void pack_columns(const Tensor& w) {
     if (packed_for_ == w.const_data_ptr() && by_columns_) return;
     float* to = packed_.mutable_data_ptr<float>();
+    const int64_t words = w.scalar_type() == at::kBFloat16 ? dim_ / 2 : dim_;  // of four bytes; w is contiguous
+    const float* from = static_cast<const float*>(w.const_data_ptr());
     for (int64_t panel = 0; panel < panels_of(w.size(0)); ++panel) {
-      cpu_kernels().panels.pack(w.const_data_ptr<float>() + panel * kPanel * w.stride(0), w.stride(0),
-                           std::min(kPanel, w.size(0) - panel * kPanel), dim_, to + panel * dim_ * kPanel);
+      cpu_kernels().panels.pack(from + panel * kPanel * words, words, std::min(kPanel, w.size(0) - panel * kPanel), words,
+                                to + panel * words * kPanel);
     }
     packed_for_ = w.const_data_ptr();
     by_columns_ = true;

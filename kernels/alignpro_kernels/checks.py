@@ -18,15 +18,15 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
-    """Check hidden (..., D), weight (V, D) and bias (V,): the same floating-point dtype and device."""
+    """Check hidden (..., D), weight (V, D) and bias (V,): the same device, and dtypes that `_check_product` allows."""
     _check_product("hidden", hidden, "weight", weight)
     _check_bias("bias", bias, weight)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: it must be positive, or None to disable it")
 
 
-def check_lora(lora: LoRA | None, weight: Tensor) -> None:
-    """Check a (r, D) and b (V, r): the weight's dtype and device."""
+def check_lora(lora: LoRA | None, hidden: Tensor, weight: Tensor) -> None:
+    """Check a (r, D) and b (V, r): the dtype and device of the hidden states."""
     if lora is None:
         return
     vocabulary, width = weight.shape
@@ -36,9 +36,9 @@ def check_lora(lora: LoRA | None, weight: Tensor) -> None:
             f"({vocabulary}, r)"
         )
     for name, value in (("a", lora.a), ("b", lora.b)):
-        if value.dtype != weight.dtype or value.device != weight.device:
+        if value.dtype != hidden.dtype or value.device != hidden.device:
             raise ValueError(
-                f"lora: {name} is {value.dtype} on {value.device}, weight is {weight.dtype} on {weight.device}: "
+                f"lora: {name} is {value.dtype} on {value.device}, hidden is {hidden.dtype} on {hidden.device}: "
                 "they must agree"
             )
 
@@ -130,6 +130,7 @@ def check_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
 
 
 def _check_product(left_name: str, left: Tensor, right_name: str, right: Tensor) -> None:
+    """Check the states and the weight of a product: one dtype, or on a CPU float32 states and a 16-bit weight."""
     if left.dtype not in FLOATS:
         raise TypeError(f"{left_name} is {left.dtype}: expected one of {', '.join(map(str, FLOATS))}")
     if left.ndim < 1 or right.ndim != 2 or left.shape[-1] != right.shape[1]:
@@ -141,7 +142,8 @@ def _check_product(left_name: str, left: Tensor, right_name: str, right: Tensor)
         raise ValueError(
             f"{right_name} has shape {tuple(right.shape)}: the vocabulary and the hidden size must not be empty"
         )
-    if right.dtype != left.dtype:
+    widened = left.is_cpu and left.dtype == torch.float32 and right.dtype in (torch.bfloat16, torch.float16)
+    if right.dtype != left.dtype and not widened:
         raise TypeError(f"{right_name} is {right.dtype} and {left_name} is {left.dtype}: they must agree")
     if right.device != left.device:
         raise ValueError(f"{right_name} is on {right.device} and {left_name} is on {left.device}: they must agree")

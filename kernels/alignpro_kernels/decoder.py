@@ -27,7 +27,7 @@ _MAX_MLP_ROWS = 512
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """The weights of one layer, float32 on the CPU; matrices are packed by `pack_weight`.
+    """The weights of one layer on the CPU: matrices packed by `pack_weight`, in float32 or bfloat16; the others float32.
 
     h = x + out(attention(rotate(qkv(norm(x)))))        x' = h + down(silu(gate(norm'(h))) · up(norm'(h)))
     """

@@ -148,9 +148,12 @@ class _GradientAccumulator:
             for x in (weight, bias, lora_b):
                 if x is not None:
                     x.zero_()
-        dtype = self._call.head.weight.dtype
+        head = self._call.head
         self._weight = self._bias = self._lora_b = None  # so that each wide accumulator is freed once it is rounded
-        rounded = [None if x is None else x.to(dtype) for x in (weight, bias, lora_b)]
+        rounded = [
+            x if x is None or like is None else x.to(like.dtype)
+            for x, like in ((weight, head.weight), (bias, head.bias), (lora_b, head.lora_b))
+        ]
         return [self._hidden, rounded[0], rounded[1], self._lora_hidden, rounded[2]]
 
 

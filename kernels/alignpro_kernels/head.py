@@ -61,15 +61,15 @@ class Rows(NamedTuple):
     """A chunk of C tokens; all tensors are contiguous."""
 
     hidden: Tensor
-    """(C, D) in the head's dtype."""
+    """(C, D) in the head's dtype, or on a CPU float32 with a 16-bit head."""
     target: Tensor | None
     """(C,) int64 in [0, V); None when sampling."""
     temperature: float | Tensor
     """τ: a number, or (C,) in `stats_dtype`."""
     lora_hidden: Tensor | None = None
-    """(C, r) in the head's dtype: scale · h Aᵀ of a LoRA."""
+    """(C, r) in the dtype of ``hidden``: scale · h Aᵀ of a LoRA."""
     ref_hidden: Tensor | None = None
-    """(C, D') in the head's dtype."""
+    """(C, D') in the dtype of ``hidden``."""
 
     def select(self, index: Tensor | slice) -> Rows:
         """Return the given rows."""

@@ -41,13 +41,13 @@ def linear_logprob(
 
     Args:
         hidden: (..., D) float64, float32, bfloat16 or float16.
-        weight: (V, D), the head; same dtype and device.
+        weight: (V, D), the head; same dtype and device. On a CPU, it may be bfloat16 or float16 with float32 states.
         target: (...,) int64.
         mask: (...,) bool, True for the rows that count. The others take part in no matrix product: their statistics and
             gradients are 0, and their targets may be anything. On a GPU, a mask costs one synchronisation.
         bias: (V,) bias of the head.
-        lora: A LoRA on the head; the policy's logits are those of W + scale · B A, which is never materialised. It does
-            not apply to a reference that shares ``weight``.
+        lora: A LoRA on the head, in the dtype of ``hidden``; the policy's logits are those of W + scale · B A, which is
+            never materialised. It does not apply to a reference that shares ``weight``.
         temperature: τ > 0, or one per row, (...,). A constant. It applies to the policy and to the reference.
         softcap: Logits become softcap · tanh(logits / softcap) before the temperature (Gemma 2), for the policy and for
             the reference.
@@ -171,7 +171,7 @@ def linear_sample(
         BackendError: The backend cannot run.
     """
     checks.check_head(hidden, weight, bias, softcap)
-    checks.check_lora(lora, weight)
+    checks.check_lora(lora, hidden, weight)
     checks.check_seeds(seeds, hidden)
     checks.check_temperature(temperature, hidden, greedy=True)
     chosen = choose_backend("linear_sample", backend, hidden)
@@ -220,7 +220,7 @@ def _prepare(
 ) -> tuple[str, dict[str, Any], Tensor | None]:
     """Check the arguments; return the backend, the arguments for N rows, and the positions of the rows, as `_flatten`."""
     checks.check_head(hidden, weight, head["bias"], head["softcap"])
-    checks.check_lora(head["lora"], weight)
+    checks.check_lora(head["lora"], hidden, weight)
     checks.check_mask(mask, hidden)
     checks.check_target(target, hidden, len(weight), mask)
     checks.check_temperature(temperature, hidden)

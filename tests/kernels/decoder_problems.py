@@ -70,10 +70,11 @@ class Decoder:
             for _ in range(self.layers)
         ]
 
-    def packed(self) -> DecoderWeights:
+    def packed(self, *stored: torch.dtype) -> DecoderWeights:
+        """Return the packed weights; matrices go through the given dtypes in turn, and are stored in the last one."""
         layers = []
         for weights in self.plain():
-            packed = {name: pack_weight(x) if x.ndim == 2 else x for name, x in weights.items()}
+            packed = {name: pack_weight(_through(x, *stored)) if x.ndim == 2 else x for name, x in weights.items()}
             layer = DecoderLayer(**packed, window=self.window)
             if not self.bias:
                 layer = replace(layer, qkv_bias=None)
@@ -170,6 +171,12 @@ class Decoder:
             inner = functional.silu(gate) * (h @ w["up"].T + bias["up"] + added(h, layer, "up"))
             x = x + inner @ w["down"].T + bias["down"] + added(inner, layer, "down")
         return norm(x, self.last_norm())
+
+
+def _through(weight: Tensor, *dtypes: torch.dtype) -> Tensor:
+    for dtype in dtypes:
+        weight = weight.to(dtype)
+    return weight
 
 
 class Sequence:

@@ -99,9 +99,20 @@ class Result:
         }
 
 
-def run(problem: Problem, operator: str, backend: str, dtype: torch.dtype, device: str = "cpu") -> Result:
-    """Return statistics, loss and gradients of `policy_loss` or `linear_logprob`."""
+def run(
+    problem: Problem,
+    operator: str,
+    backend: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    weights: torch.dtype | None = None,
+) -> Result:
+    """Return statistics, loss and gradients of `policy_loss` or `linear_logprob`; heads may have another dtype, ``weights``."""
     arguments = problem.tensors(dtype, device)
+    for name in ("weight", "bias", "ref_weight", "ref_bias"):
+        if weights is not None and name in arguments:
+            arguments[name] = arguments[name].detach().to(weights).requires_grad_(arguments[name].requires_grad)
     upstream = problem.upstream().to(device)
     if operator == "policy_loss":
 

@@ -33,7 +33,37 @@ void run_multiply(int64_t rows, int64_t depth, bool transposed) {
   const auto x = read<float>(rows * depth), panel = read<float>(depth * kPanel);
   std::vector<float> out(static_cast<size_t>(rows * kPanel), 1.0f);
   const auto multiply = transposed ? kPanelKernels.multiply_transposed : kPanelKernels.multiply;
-  multiply(x.data(), transposed ? rows : depth, rows, panel.data(), depth, out.data(), kPanel, true);
+  multiply(x.data(), transposed ? rows : depth, rows, panel.data(), depth, out.data(), kPanel, true, nullptr);
+  write(out);
+}
+
+// Values that are exact in bfloat16.
+std::vector<uint16_t> narrow(const std::vector<float>& values) {
+  std::vector<uint16_t> found;
+  for (const float value : values) found.push_back(c10::BFloat16(value).x);
+  return found;
+}
+
+// The same with a panel in bfloat16, for an even depth: input k of output j is at (k / 2, j, k % 2).
+void run_multiply_bfloat16(int64_t rows, int64_t depth) {
+  const auto x = read<float>(rows * depth);
+  const auto weights = narrow(read<float>(depth * kPanel));
+  std::vector<uint16_t> panel(weights.size());
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t j = 0; j < kPanel; ++j) {
+      panel[static_cast<size_t>((k / 2 * kPanel + j) * 2 + k % 2)] = weights[static_cast<size_t>(k * kPanel + j)];
+    }
+  }
+  std::vector<float> out(static_cast<size_t>(rows * kPanel), 1.0f);
+  kPanelKernels.multiply_bfloat16(x.data(), depth, rows, panel.data(), depth, out.data(), kPanel, true, nullptr);
+  write(out);
+}
+
+void run_dot_bfloat16(int64_t rows, int64_t outputs, int64_t depth) {
+  const auto x = read<float>(rows * depth);
+  const auto w = narrow(read<float>(outputs * depth));
+  auto out = zeros(rows * outputs);
+  kPanelKernels.dot_bfloat16(x.data(), depth, rows, w.data(), outputs, depth, out.data(), outputs);
   write(out);
 }
 
@@ -170,6 +200,8 @@ int main(int argc, char** argv) {
   size.resize(5);
   if (kernel == "multiply") run_multiply(size[0], size[1], false);
   else if (kernel == "multiply_transposed") run_multiply(size[0], size[1], true);
+  else if (kernel == "multiply_bfloat16") run_multiply_bfloat16(size[0], size[1]);
+  else if (kernel == "dot_bfloat16") run_dot_bfloat16(size[0], size[1], size[2]);
   else if (kernel == "project") run_project(size[0], size[1], size[2]);
   else if (kernel == "pack") run_pack(size[0], size[1]);
   else if (kernel == "rms_norm") run_norm(size[0]);

@@ -84,6 +84,13 @@ def test_products(kernel: Kernel, rows: int, depth: int) -> None:
     assert_close(kernel("project", rows, 5, depth, inputs=[x, a]), 0.5 * x @ a.T)
 
 
+@pytest.mark.parametrize(("rows", "depth"), [(1, 2), (7, 34), (13, 96)])
+def test_products_with_weights_in_bfloat16(kernel: Kernel, rows: int, depth: int) -> None:
+    x, panel, w = normal(rows, depth), normal(depth, 32), normal(5, depth - 1)
+    assert_close(kernel("multiply_bfloat16", rows, depth, inputs=[x, panel]), 1 + x @ panel)
+    assert_close(kernel("dot_bfloat16", rows, 5, depth - 1, inputs=[x[:, 1:].copy(), w]), x[:, 1:] @ w.T)
+
+
 @pytest.mark.parametrize("outputs", [32, 9])
 def test_packing(kernel: Kernel, outputs: int) -> None:
     weight = normal(outputs, 11)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_models import (
     ARCHITECTURES,
     IDS,
@@ -22,9 +23,11 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from alignpro.config import AdapterConfig
+from alignpro.config import AdapterConfig, ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
+from alignpro.models import loading
 from alignpro.models.adapters import add_adapter
+from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_trainable
 from alignpro.models.saving import BASE_DIRECTORY, save_pretrained
 
@@ -43,6 +46,28 @@ class TestLoading:
         assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
         exact = tiny_transformer("llama")(input_ids=IDS).logits
         assert (head_logits(model) - exact).abs().max() < 0.05 * exact.abs().max()
+
+    def test_auto_takes_bfloat16_only_where_it_is_exact_and_runs(
+        self, model_directory: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(path: Path, **settings: object) -> LanguageModel:
+            config = ModelConfig.model_validate(
+                {"path": str(path), "tokenizer": str(path), "dtype": "auto", **settings}
+            )
+            return load_language_model(config)
+
+        stored = save_tiny("llama", tmp_path / "llama", dtype=torch.bfloat16)
+        assert load(model_directory("llama")).causal.dtype == torch.float32  # whose files are
+        narrow, wide = load(stored), load(stored, dtype="float32")
+        assert (narrow.causal.dtype, narrow.states_dtype) == (torch.bfloat16, torch.float32)
+        assert (head_logits(narrow) - head_logits(wide)).abs().max() < 1e-5
+        assert load(save_tiny("gpt2", tmp_path / "gpt2", dtype=torch.bfloat16)).causal.dtype == torch.float32
+        monkeypatch.setattr(loading, "no_kernels", lambda: "there is no compiler")
+        assert load(stored).causal.dtype == torch.float32
+
+    def test_auto_is_not_for_trained_models(self) -> None:
+        with pytest.raises(ValidationError, match=r"dtype\n.*'float64', 'float32', 'bfloat16' or 'float16'"):
+            PolicyConfig.model_validate({"path": "p", "dtype": "auto"})
 
     def test_a_directory_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="nowhere"):

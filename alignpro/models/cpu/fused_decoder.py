@@ -298,7 +298,7 @@ class _DecoderLayers:
         if (
             not isinstance(self._norm, FusedRMSNorm)
             or len(forms) != 1
-            or any(norm.weight.dtype != torch.float32 for norm in norms)
+            or len({norm.weight.dtype for norm in norms}) != 1
         ):
             raise UnsupportedError("their norms differ from one another")
         if (
@@ -312,7 +312,10 @@ class _DecoderLayers:
         if any(norm.weight.shape != (head_dim,) for part in parts for norm in part.head_norms or ()):
             raise UnsupportedError("their norms of queries and keys are not per head")
         self._table = RotaryTable(self._rotary)
-        self._linear = tuple(m for p in parts for m in (*p.projections, p.out, p.gate, p.up, p.down))
+        self._dtype = self._norm.weight.dtype
+        linear = tuple(m for p in parts for m in (*p.projections, p.out, p.gate, p.up, p.down))
+        # Of norms in bfloat16, copies in float32 are kept.
+        self._kept = linear if self._dtype == torch.float32 else (*linear, *norms)
         self._model, self._inside = model, _Inside(model, parts)
         self._name, self._announced = type(model).__name__, set[str]()
 
@@ -323,8 +326,8 @@ class _DecoderLayers:
             UnsupportedError: The model now has modules, hooks or weights that the operator would ignore.
         """
         model, weight = self._model, self._norm.weight
-        if weight.dtype != torch.float32 or weight.device.type != "cpu":
-            raise UnsupportedError(f"its weights are {weight.dtype} on {weight.device}, not float32 on the CPU")
+        if weight.dtype != self._dtype or weight.device.type != "cpu":
+            raise UnsupportedError(f"its weights are {weight.dtype} on {weight.device}, not {self._dtype} on the CPU")
         if self._inside.has_changed():
             self._inside = _Inside(model, self._parts)
         if self._inside.problem is not None:
@@ -359,22 +362,22 @@ class _DecoderLayers:
     def _weights(self) -> DecoderWeights:
         """Return the current weights, packed again if they have changed."""
         cached: tuple[tuple[int, ...], DecoderWeights] | None = self._packed_weights.derived.get(self)
-        version = weights_version(self._linear)
+        version = weights_version(self._kept)
         if cached is None or cached[0] != version:
             of = self._packed_weights.panels
             packed = [x for p in self._parts for x in (of(*p.projections), of(p.out), of(p.gate), of(p.up), of(p.down))]
             layers = [
                 DecoderLayer(
-                    attention_norm=part.norms[0].weight,
+                    attention_norm=part.norms[0].weight.float(),
                     qkv=packed[5 * i].weight,
                     out=packed[5 * i + 1].weight,
-                    mlp_norm=part.norms[1].weight,
+                    mlp_norm=part.norms[1].weight.float(),
                     gate=packed[5 * i + 2].weight,
                     up=packed[5 * i + 3].weight,
                     down=packed[5 * i + 4].weight,
                     qkv_bias=packed[5 * i].bias,
-                    query_norm=part.head_norms[0].weight if part.head_norms else None,
-                    key_norm=part.head_norms[1].weight if part.head_norms else None,
+                    query_norm=part.head_norms[0].weight.float() if part.head_norms else None,
+                    key_norm=part.head_norms[1].weight.float() if part.head_norms else None,
                     out_bias=packed[5 * i + 1].bias,
                     gate_bias=packed[5 * i + 2].bias,
                     up_bias=packed[5 * i + 3].bias,
@@ -385,7 +388,7 @@ class _DecoderLayers:
             ]
             norm, settings = self._parts[0].norms[0], self._calls[0].settings
             weights = DecoderWeights(
-                layers, self._norm.weight, norm.fused_eps, norm.fused_offset, settings.scale, settings.softcap
+                layers, self._norm.weight.float(), norm.fused_eps, norm.fused_offset, settings.scale, settings.softcap
             )
             cached = self._packed_weights.derived[self] = version, weights
         return cached[1]

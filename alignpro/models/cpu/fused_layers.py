@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alignpro.models.cpu.packed_linear import PackedLinear
-from alignpro_kernels.linear import packed_gate
+from alignpro_kernels.linear import WEIGHTS, packed_gate
 
 
 class FusedRMSNorm(nn.Module):
@@ -30,7 +30,8 @@ class FusedRMSNorm(nn.Module):
         if torch.is_grad_enabled() or not _is_supported(hidden_states):
             plain: Tensor = super().forward(hidden_states)
             return plain
-        out: Tensor = torch.ops.alignpro.rms_norm.default(hidden_states, self.weight, self.fused_eps, self.fused_offset)
+        weight = self.weight.float()  # the weight itself, unless it is bfloat16
+        out: Tensor = torch.ops.alignpro.rms_norm.default(hidden_states, weight, self.fused_eps, self.fused_offset)
         return out
 
 
@@ -60,7 +61,7 @@ def fuse_layers(model: nn.Module) -> None:
         if _is_gated_mlp(module):
             mix_in(module, _FusedGatedMLP)
         elif type(module).__name__.endswith("RMSNorm"):
-            _fuse_norm(module)
+            fuse_norm(module)
 
 
 def _is_supported(x: Tensor) -> bool:
@@ -68,18 +69,21 @@ def _is_supported(x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _fuse_norm(module: nn.Module) -> None:
-    """Fuse an RMS norm, if the operator computes what the module computes."""
+def fuse_norm(module: nn.Module) -> None:
+    """Fuse an RMS norm, if the operator computes what the module computes of float32 states."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float):
         return
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if weight.dtype not in WEIGHTS or weight.device.type != "cpu":
         return
     scales = torch.tensor([[1.0], [30.0], [eps**0.5]])
     x = scales * torch.linspace(-2, 3, len(weight)).sin()  # (3, D); one row is so small that ε matters
     expected = module(x)
+    if expected.dtype != torch.float32:
+        return
     for offset in (0.0, 1.0):  # Gemma stores weight − 1
-        if torch.allclose(torch.ops.alignpro.rms_norm.default(x, weight, eps, offset), expected, rtol=1e-5, atol=1e-6):
+        found = torch.ops.alignpro.rms_norm.default(x, weight.float(), eps, offset)
+        if torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
             mix_in(module, FusedRMSNorm)
             assert isinstance(module, FusedRMSNorm)
             module.fused_eps, module.fused_offset = eps, offset

@@ -3,7 +3,7 @@
 PyTorch multiplies float32 matrices on a CPU with its BLAS, which reads a weight in its stored layout and is optimised for
 many rows. With a weight in panels, products with few rows are faster and those with many about as fast (docs/kernels.md).
 Generation multiplies by the same weights at every token, so they are packed once, and again after they have changed. The
-packed copy takes as much memory as the weights.
+packed copy takes as much memory as the weights, which may be bfloat16 (`wide_states`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignpro_kernels import cpp_library
-from alignpro_kernels.linear import PANEL, pack_weight, packed_linear
+from alignpro_kernels.linear import PANEL, WEIGHTS, pack_weight, packed_linear
 
 logger = logging.getLogger(__name__)
 
-MAX_PACKED_BYTES = 1 << 30
-"""Models whose linear weights have more bytes than this are not packed."""
+MAX_PACKED_BYTES = {torch.float32: 1 << 30, torch.bfloat16: 4 << 30}
+"""Models whose linear weights have more bytes than this are not packed. In bfloat16, weights and their copy take the memory of
+float32 weights, and not to pack costs more time."""
 _ATTRIBUTE = "packed_weights"
 """The attribute of a model that holds its `PackedWeights`."""
 _MIN_FEATURES = 64
@@ -37,7 +38,7 @@ class Panels:
     weight: Tensor
     """As `pack_weight` returns it."""
     bias: Tensor | None
-    """(N,)"""
+    """(N,) float32"""
 
 
 class PackedWeights:
@@ -59,19 +60,29 @@ class PackedWeights:
         cached, version = self._panels.get(layers), weights_version(layers)
         if cached is None or cached[0] != version:
             weights = [layer.weight.detach() for layer in layers]
-            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+            biases = [layer.bias.detach().float() for layer in layers if layer.bias is not None]
             packed = pack_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
             cached = version, Panels(packed, torch.cat(biases) if biases else None)
             self._panels[layers] = cached
             if len(layers) > 1 and all(layer.out_features % PANEL == 0 for layer in layers):
                 parts = packed.split([layer.out_features // PANEL for layer in layers])
                 for layer, part in zip(layers, parts, strict=True):  # views of the same memory
-                    self._panels[layer,] = weights_version((layer,)), Panels(part, layer.bias)
+                    bias = None if layer.bias is None else layer.bias.detach().float()
+                    self._panels[layer,] = weights_version((layer,)), Panels(part, bias)
         return cached[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
         """Return an empty cache: a copied model has its own weights."""
         return PackedWeights()
+
+
+class WideLinear(nn.Linear):
+    """A linear layer in bfloat16 that takes and gives float32; its weight is widened in each pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features) in the dtype of ``input``."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
 
 
 class PackedLinear(nn.Linear):
@@ -81,8 +92,10 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        if input.dtype != torch.float32 or self.weight.device.type != "cpu" or not input.numel():
+        if input.dtype != torch.float32 or self.weight.dtype not in WEIGHTS or self.weight.device.type != "cpu":
             return super().forward(input)
+        if not input.numel():
+            return input @ self.weight.T.to(input.dtype)
         panels = self.packed_weights.panels(self)
         if not torch.is_grad_enabled():
             return packed_linear(input, panels.weight, self.out_features, panels.bias)
@@ -104,20 +117,24 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         # PackedWeights it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.
         d_x = packed_linear(gradient, pack_weight(weight.T), weight.shape[1]) if ctx.needs_input_grad[0] else None
+        # Autograd rounds the gradient of a weight to its dtype.
         return d_x, None if x is None else gradient.flatten(0, -2).T @ x.flatten(0, -2), None
 
 
 def pack_linear_layers(model: nn.Module) -> PackedWeights | None:
-    """Pack the linear layers of a float32 model on a CPU; return None if they cannot or should not be packed.
+    """Pack the linear layers of a model on a CPU, in float32 or bfloat16; return None if they cannot or should not be packed.
+
+    Those in bfloat16 are packed if they take float32 (`wide_states`).
 
     A model has one `PackedWeights`, however often it is packed, so that `PackedWeights.invalidate` reaches all users of its
     weights.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_packable(module)]
-    weights = [layer.weight for layer in layers]
-    if not all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights):
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    narrow = any(type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 for layer in linear)
+    layers = [layer for layer in linear if _is_packable(layer)]
+    if narrow or any(layer.weight.dtype not in WEIGHTS or layer.weight.device.type != "cpu" for layer in layers):
         return None
-    if (reason := _unsupported_reason(sum(weight.nbytes for weight in weights))) is not None:
+    if (reason := unpackable(model)) is not None:
         logger.info("linear layers run on PyTorch's BLAS: %s", reason)
         return None
     packed_weights = getattr(model, _ATTRIBUTE, None)
@@ -138,7 +155,8 @@ def unpack_linear_layers(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop(_ATTRIBUTE, None)
         if type(module) is PackedLinear:
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+            narrow = module.weight.dtype == torch.bfloat16
+            module.__class__ = WideLinear if narrow else nn.Linear  # type: ignore[assignment]
 
 
 def weights_version(layers: Sequence[nn.Linear]) -> tuple[int, ...]:
@@ -148,10 +166,17 @@ def weights_version(layers: Sequence[nn.Linear]) -> tuple[int, ...]:
     return tuple([x.data_ptr() for x in found] + [x._version for x in found])
 
 
-def _unsupported_reason(size: int) -> str | None:
-    """Return why weights of ``size`` bytes should not be packed, or None if they should."""
-    if size > MAX_PACKED_BYTES:
-        return f"{size >> 20} MiB of weights are too many to keep a second copy in panels"
+def unpackable(model: nn.Module) -> str | None:
+    """Return why the linear layers of a model cannot or should not be packed, or None if they should."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    for dtype, most in MAX_PACKED_BYTES.items():
+        if (size := sum(weight.nbytes for weight in weights if weight.dtype == dtype)) > most:
+            return f"{size >> 20} MiB of weights are too many to keep a second copy in panels"
+    return no_kernels()
+
+
+def no_kernels() -> str | None:
+    """Return why packed products do not run on this processor, or None if they do."""
     if (reason := cpp_library.unavailable()) is not None:
         return reason
     if cpp_library.instructions() == "generic":
@@ -160,5 +185,7 @@ def _unsupported_reason(size: int) -> str | None:
 
 
 def _is_packable(layer: nn.Linear) -> bool:
-    """Whether the layer is a plain linear layer, wide enough to be packed."""
+    """Whether the layer is a plain linear layer, and packing possible and worth it."""
+    if layer.weight.dtype == torch.bfloat16:
+        return type(layer) in (WideLinear, PackedLinear) and layer.in_features % 2 == 0
     return type(layer) in (nn.Linear, PackedLinear) and min(layer.weight.shape) >= _MIN_FEATURES

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from alignpro.models.cpu.fused_decoder import fuse_decoder, unfuse_decoder
 from alignpro.models.cpu.fused_layers import fuse_layers
 from alignpro.models.cpu.packed_linear import PackedWeights, pack_linear_layers, unpack_linear_layers
+from alignpro.models.cpu.wide_states import narrow_states
 
 
-def replace_modules(model: nn.Module) -> PackedWeights | None:
-    """Pack the linear layers of a model without its head and fuse what can be fused.
+def replace_modules(model: PreTrainedModel) -> PackedWeights | None:
+    """Pack the linear layers of a model, but not its output layer, and fuse what can be fused; after `widen_states`.
 
     Returns:
         The packed weights, to be invalidated after changes of the weights; None if the model is left as it is.
     """
-    packed_weights = pack_linear_layers(model)
+    decoder = model.base_model
+    packed_weights = pack_linear_layers(decoder)
     if packed_weights is not None:
-        fuse_layers(model)
-        fuse_decoder(model, packed_weights)
+        fuse_layers(decoder)
+        fuse_decoder(decoder, packed_weights)
     return packed_weights
 
 
 def restore_modules(model: nn.Module) -> None:
-    """Undo the packing and the fused decoder, for a model whose weights are gathered anew for each pass."""
+    """Undo the packing, the fused decoder and wide states, for a model whose weights are gathered anew for each pass."""
     unfuse_decoder(model)
     unpack_linear_layers(model)
+    narrow_states(model)

@@ -83,7 +83,7 @@ def test_a_copy_has_its_own_weights() -> None:
 def test_unsupported_dtypes_and_large_models_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pack_linear_layers(layers(torch.bfloat16)) is None
     assert pack_linear_layers(layers(torch.float64)) is None
-    monkeypatch.setattr(packed_linear, "MAX_PACKED_BYTES", 1000)
+    monkeypatch.setattr(packed_linear, "MAX_PACKED_BYTES", {torch.float32: 1000})
     assert pack_linear_layers(layers()) is None
 
 
