@@ -1,9 +1,10 @@
-"""Fused RMS norms and gated MLPs of a model on a CPU, for passes without gradients.
+"""Fused RMS norms and gated MLPs of a model on a CPU.
 
 A transformers model computes an RMS norm in six operations, each of which writes its result to memory, and the gating of
 an MLP in two more. For a few rows the cost is the launch of these operations, for many rows it is writing to fresh
 memory. A module that computes the same function (this is tested, not assumed) gets a subclass that does it in one
-operator of csrc/cpu; gating is fused into the matrix products. Layers of another kind are left as they are.
+operator of csrc/cpu; gating is fused into the matrix products. In passes with gradients, an MLP keeps less for the backward
+pass (`gated_mlp`). Layers of another kind are left as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignpro.models.cpu.gated_mlp import gated_mlp
 from alignpro.models.cpu.packed_linear import PackedLinear
+from alignpro.models.cpu.projection import Projection
 from alignpro_kernels.linear import packed_gate
 
 
@@ -37,21 +40,25 @@ class FusedRMSNorm(nn.Module):
 class _FusedGatedMLP(nn.Module):
     """A gated MLP, down(silu(gate(x)) · up(x))."""
 
-    gate_proj: PackedLinear
-    up_proj: PackedLinear
-    down_proj: PackedLinear
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        layers = self.gate_proj, self.up_proj
         # An adapter may have wrapped them since.
-        if torch.is_grad_enabled() or not _is_supported(x) or any(type(layer) is not PackedLinear for layer in layers):
+        gate, up, down = map(Projection.of, (self.gate_proj, self.up_proj, self.down_proj))
+        if gate is None or up is None or down is None or not _is_supported(x):
             plain: Tensor = super().forward(x)
             return plain
-        gate, up = (layer.packed_weights.panels(layer).weight for layer in layers)
-        inner = packed_gate(x, gate, up, self.up_proj.out_features)
-        out: Tensor = self.down_proj(inner)
-        return out
+        if torch.is_grad_enabled():
+            return gated_mlp(x, gate, up, down)
+        rows = x.flatten(0, -2)  # (T, D)
+        if gate.a is None and up.a is None:
+            inner = packed_gate(rows, gate.panels, up.panels, len(up.weight))  # (T, I)
+        else:
+            inner = nn.functional.silu(gate(rows)[0]).mul_(up(rows)[0])
+        return down(inner)[0].view(*x.shape[:-1], -1)
 
 
 def fuse_layers(model: nn.Module) -> None:
