@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignpro.models.cpu.decoder_lora import base_of, everywhere
 from alignpro.models.cpu.gated_mlp import gated_mlp
 from alignpro.models.cpu.packed_linear import PackedLinear
 from alignpro.models.cpu.projection import Projection
@@ -64,7 +65,7 @@ class _FusedGatedMLP(nn.Module):
 def fuse_layers(model: nn.Module) -> None:
     """Fuse the norms and gated MLPs of a model whose linear layers are packed."""
     for module in list(model.modules()):
-        if _is_gated_mlp(module):
+        if _is_gated_mlp(module):  # also one that an adapter has wrapped, as in a saved prompter
             mix_in(module, _FusedGatedMLP)
         elif type(module).__name__.endswith("RMSNorm"):
             _fuse_norm(module)
@@ -95,12 +96,13 @@ def _fuse_norm(module: nn.Module) -> None:
 
 def _is_gated_mlp(module: nn.Module) -> bool:
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(type(layer) is PackedLinear and layer.bias is None for layer in layers):
+    bases = [base_of(layer) for layer in layers]
+    if not all(type(base) is PackedLinear and base.bias is None for base in bases):
         return False
-    gate, up, down = layers
-    assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and isinstance(down, PackedLinear)
-    x = torch.linspace(-3, 3, 2 * gate.in_features).sin().view(2, -1)
-    with torch.no_grad():
+    assert isinstance(bases[0], PackedLinear)
+    gate, up, down = (layer for layer in layers if isinstance(layer, nn.Module))
+    x = torch.linspace(-3, 3, 2 * bases[0].in_features).sin().view(1, 2, -1)
+    with torch.no_grad(), everywhere(module):
         expected = down(nn.functional.silu(gate(x)) * up(x))
         return torch.allclose(module(x), expected, rtol=1e-5, atol=1e-6)
 

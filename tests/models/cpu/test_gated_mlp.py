@@ -34,12 +34,16 @@ class Block(nn.Module):
         return out
 
 
-def plain_and_fused(*, lora: bool, trained: bool = False) -> tuple[nn.Module, nn.Module]:
-    """Return a block and a copy whose MLP is fused; with a LoRA on all layers, or ``trained`` weights of its own."""
+def plain_and_fused(*, lora: bool, trained: bool = False, saved: bool = False) -> tuple[nn.Module, nn.Module]:
+    """Return a block and a copy whose MLP is fused; with a LoRA on all layers, or ``trained`` weights of its own.
+
+    The MLP is fused before the LoRA is added, or after it, as in a model that is loaded with a ``saved`` one.
+    """
     torch.manual_seed(0)
     plain = Block().requires_grad_(trained)
     fused = copy.deepcopy(plain)
-    replace_modules(fused)
+    if not saved:
+        replace_modules(fused)
     if not lora:
         return plain, fused
     made = []
@@ -47,6 +51,8 @@ def plain_and_fused(*, lora: bool, trained: bool = False) -> tuple[nn.Module, nn
         torch.manual_seed(1)
         config = LoraConfig(r=3, target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
         made.append(get_peft_model(block, config).eval())
+    if saved:
+        replace_modules(fused)
     return made[0], made[1]
 
 
@@ -73,9 +79,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("lora", "trained", "count"), [(False, True, 5), (False, False, 2), (True, False, 8)])
-def test_gradients_equal_those_of_separate_operations(calls: list[int], lora: bool, trained: bool, count: int) -> None:
-    plain, fused = plain_and_fused(lora=lora, trained=trained)
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"lora": False, "trained": True}, 5),
+        ({"lora": False}, 2),
+        ({"lora": True}, 8),
+        ({"lora": True, "saved": True}, 8),
+    ],
+)
+def test_gradients_equal_those_of_separate_operations(calls: list[int], settings: dict[str, bool], count: int) -> None:
+    plain, fused = plain_and_fused(**settings)
     x = torch.randn(2, TOKENS, D)
     exact = gradients(copy.deepcopy(plain).double(), x.double())
     found, expected = gradients(fused, x), gradients(plain, x)
