@@ -17,6 +17,7 @@ from alignpro.config import OptimizerConfig
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.distributed.sharding.gathered_model import SamplingModel
+from alignpro.models.freed_memory import return_freed_memory
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.mixed_model import share_equal_weights
 from alignpro.policy.policy import Policy
@@ -70,6 +71,7 @@ class SingleProcess:
         """Let them share such weights."""
         if saved := share_equal_weights(models):
             names = " and ".join(dict.fromkeys(model.name for model in models))
+            return_freed_memory()
             logger.info("%d MiB of frozen weights that are equal are held once: %s", saved >> 20, names)
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
