@@ -6,7 +6,7 @@ The fused head operators need this split: they take hidden states and the head's
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from alignpro.errors import DataError, ModelError
 from alignpro.models import admission
 from alignpro.models.attention_interface import AttentionBackend, install_attention
+from alignpro.models.cpu.packed_linear import PackedLinear
 from alignpro.models.cpu.replacement import replace_modules, restore_modules
 from alignpro.models.cpu.wide_states import has_wide_states, widen_states
 from alignpro.models.head import Head
@@ -82,6 +83,24 @@ class LanguageModel(nn.Module):
         """Discard everything derived from the weights; to be called after their values have changed."""
         if self._packed_weights is not None:
             self._packed_weights.invalidate()
+
+    def borrow_panels(self, others: Sequence[LanguageModel]) -> None:
+        """Use the packed weights of the first of other models that holds all the linear layers in the same memory, if any."""
+        own = self._packed_layers()
+        for other in others:
+            theirs = other._packed_layers()
+            twins = {layer: theirs[name] for name, layer in own.items() if name in theirs}
+            same = (layer.weight.data_ptr() == twin.weight.data_ptr() for layer, twin in twins.items())
+            if own and len(twins) == len(own) and all(same):
+                assert self._packed_weights is not None and other._packed_weights is not None  # they have packed layers
+                if self._packed_weights is not other._packed_weights:
+                    self._packed_weights.borrow(other._packed_weights, twins)
+                return
+
+    def _packed_layers(self) -> dict[str, nn.Linear]:
+        """Name, without what an adapter adds to it → packed linear layer."""
+        modules = self.causal.base_model.named_modules()
+        return {name.removesuffix(".base_layer"): each for name, each in modules if isinstance(each, PackedLinear)}
 
     def disable_packing(self) -> None:
         """Keep no second layout of the weights: they are sharded and gathered anew for each pass."""

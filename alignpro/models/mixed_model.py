@@ -196,13 +196,16 @@ _ROUNDING = 1e-9
 def share_equal_weights(models: Sequence[LanguageModel]) -> int:
     """Let models hold equal weights of the same name once, such as the base of two LoRAs; returns the bytes saved.
 
-    The models must not be trained afterwards.
+    Weights that require a gradient are left alone; the others must not be trained afterwards. On a CPU, layers that come to
+    share all their weights with one of a model before them share their packed panels, too.
     """
     held: dict[str, list[Tensor]] = {}
-    saved = 0
-    for model in (part for each in models for part in each.parts):
+    saved, parts = 0, [part for each in models for part in each.parts]
+    for i, model in enumerate(parts):
         changed = 0
         for name, weight in model.causal.named_parameters():
+            if weight.requires_grad:
+                continue
             others = held.setdefault(name.replace(".base_layer.", "."), [])
             equal = (other for other in others if other.data_ptr() != weight.data_ptr() and _equal(other, weight))
             if (other := next(equal, None)) is not None:
@@ -212,6 +215,7 @@ def share_equal_weights(models: Sequence[LanguageModel]) -> int:
                 others.append(weight)
         if changed:
             model.weights_updated()
+            model.borrow_panels(parts[:i])
         saved += changed
     return saved
 

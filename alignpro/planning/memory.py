@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import AutoModelForSequenceClassification
 
-from alignpro.config import ModelConfig, ModelRewardConfig, RLHFConfig, TrainConfig, separate_models
+from alignpro.config import ModelConfig, ModelRewardConfig, PolicyConfig, RLHFConfig, TrainConfig, separate_models
 from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES
-from alignpro.models.loading import resolve_dtype
+from alignpro.models.loading import is_adapter, resolve_dtype
 from alignpro.planning.model_size import ModelSize, build_empty, goes_on_training, measure, trained_weights, trains_all
 from alignpro.planning.zero_memory import TrainingMemory, torch_memory, zero_memory
 
@@ -120,10 +120,13 @@ def estimate_memory(
     sharded = zero["stage"] == 3
     rollout = _Rollout.of(config, models, ranks)
     on_cpu = config.policy.device == "cpu"
-    target_bytes = float(sum(each.bytes for each in models.targets))
+    apart = [
+        each for each, equal in zip(models.targets, models.equal, strict=True) if setup != ONE_PROCESS or not equal
+    ]
+    target_bytes = float(sum(each.bytes for each in apart))
     target_sharded = config.deepspeed.target_stage == 3
     packed_policy = _packed_bytes(policy) if on_cpu else 0.0
-    packed_target = sum(map(_packed_bytes, models.targets)) if on_cpu and not target_sharded else 0.0
+    packed_target = sum(map(_packed_bytes, apart)) if on_cpu and not target_sharded else 0.0
     return MemoryEstimate(
         training=_training(config, models, setup, zero, ranks),
         frozen=(
@@ -159,6 +162,8 @@ class JobModels:
     """Whether the policy's output layer is tied to its embeddings."""
     targets: tuple[ModelSize, ...]
     """Those in this process, apart from the policy's base model."""
+    equal: tuple[bool, ...]
+    """Whether each of them has the frozen weights of the policy or its reference, which one process then holds once."""
     reward_bytes: float
 
     @classmethod
@@ -176,6 +181,7 @@ class JobModels:
             trained=trained_weights(policy, config.policy),
             tied=policy.get_output_embeddings().weight is policy.get_input_embeddings().weight,
             targets=tuple(measure(build_empty(target), target) for target in targets),
+            equal=tuple(_equals_frozen_weights(target, config.policy) for target in targets),
             reward_bytes=float(sum(_reward_bytes(model) for model in rewards)),
         )
 
@@ -183,6 +189,13 @@ class JobModels:
     def generating(self) -> list[ModelSize]:
         """The models that the engine runs."""
         return [self.policy, *self.targets]
+
+
+def _equals_frozen_weights(target: ModelConfig, policy: PolicyConfig) -> bool:
+    """Whether a target is the model that a policy starts from, whose weights stay as they are in the policy or its reference."""
+    same = (target.path, target.device, resolve_dtype(target)) == (policy.path, policy.device, resolve_dtype(policy))
+    kept = not trains_all(policy) or policy.reference in (None, policy.path)
+    return same and kept and not policy.from_scratch and not is_adapter(policy.path)
 
 
 def _training(

@@ -52,6 +52,8 @@ def prompter_training(
             connect=servers.connect,
             load=lambda each: targets.load(each, load_language_model),
         )
+        references = [] if policy.reference is None else [policy.reference]
+        distribution.hold_once([*target.models.values(), policy.model, *references])
         reward = build_reward(config.reward, rewards.load, servers)
         limit = max_input_tokens(policy.model, config.rollout.rewrite, "the policy", "rollout.rewrite")
         limit = min(config.prompting.max_prompt_tokens, limit)

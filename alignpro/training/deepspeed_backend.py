@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +87,9 @@ class DeepSpeedDistribution:
             )
         reference.disable_packing()
         return OffloadedWeights(weights, policy.model.device)
+
+    def hold_once(self, models: Sequence[LanguageModel]) -> None:
+        """Leave them apart: DeepSpeed moves or shards the policy's weights, and the target's may have shards of their own."""
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
         """Sample from the trained model itself, or at stage 3 from a copy that is gathered for each rollout."""

@@ -7,6 +7,8 @@ same.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from torch import nn
@@ -15,9 +17,13 @@ from alignpro.config import OptimizerConfig
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sharding.frozen import FrozenModels
 from alignpro.distributed.sharding.gathered_model import SamplingModel
+from alignpro.models.freed_memory import return_freed_memory
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.mixed_model import share_equal_weights
 from alignpro.policy.policy import Policy
 from alignpro.training.backend import Backend, TorchBackend
+
+logger = logging.getLogger(__name__)
 
 
 class Distribution(Protocol):
@@ -34,6 +40,9 @@ class Distribution(Protocol):
 
     def frozen_reference(self, policy: Policy) -> FrozenModels:
         """Create the object that makes the policy's reference ready to run; call it before `backend`."""
+
+    def hold_once(self, models: Sequence[LanguageModel]) -> None:
+        """Let models share frozen weights that are equal, if each of them is whole on its device."""
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
         """Create the model that the engine samples from; call it before `backend`, which may shard the trained one."""
@@ -57,6 +66,13 @@ class SingleProcess:
     def frozen_reference(self, policy: Policy) -> FrozenModels:
         """Keep the reference on its device, always ready."""
         return FrozenModels()
+
+    def hold_once(self, models: Sequence[LanguageModel]) -> None:
+        """Let them share such weights."""
+        if saved := share_equal_weights(models):
+            names = " and ".join(dict.fromkeys(model.name for model in models))
+            return_freed_memory()
+            logger.info("%d MiB of frozen weights that are equal are held once: %s", saved >> 20, names)
 
     def sampling_model(self, model: LanguageModel) -> SamplingModel:
         """Sample from the trained model itself."""

@@ -110,7 +110,7 @@ def run(
                 result = compare(case, chosen, setting, rounds, rates, beside)
                 floors = {dtype_name(each): floor_seconds(case, measured, each) for each, measured in rates_of.items()}
                 result["floor_by_dtype"] = dict(sorted(floors.items()))
-                if not case.chain and any(entrant.name == ours.NAME for entrant in chosen):
+                if busy is None and not case.chain and any(entrant.name == ours.NAME for entrant in chosen):
                     result["decode_ticks"] = ours.decode_ticks(case, setting)
                 document["results"].append(result)
             session.save(document)

@@ -2,11 +2,12 @@
 
 A step samples K rewrites of each prompt and M responses of a frozen target to each, scores them and updates the
 prompter. A chain is one response. Prints a table and writes JSON and a PNG. With --model, a real model is trained to rewrite
-prompts for itself, and its sequences end where it ends them.
+prompts for itself, and its sequences end where it ends them. Without peers (--peers none), the peak memory is measured too.
 """
 
 from __future__ import annotations
 
+import resource
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -81,9 +82,16 @@ def run(
             entrants = compare(task, session.device, chosen, overrides or [], warmup)
         except (ConfigError, ModelError) as error:
             raise typer.BadParameter(str(error)) from None
+        # Of both entrants together it would say nothing.
+        peak = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            if not chosen and session.device.type == "cpu"
+            else None
+        )
     peer_speed = entrants.get("trl", {}).get("chains_per_s")
     document: dict[str, Any] = entrants | {
         "ratio": entrants["ours"]["chains_per_s"] / peer_speed if peer_speed else None,
+        "peak_bytes": peak,
         "workload": asdict(what) | {"chains": what.chains},
         "run": session.describe(seed=seed, warmup=warmup, steps=steps, overrides=overrides or []),
     }
@@ -91,6 +99,8 @@ def run(
         document["floor_by_dtype"] = floor_by_dtype(what, session.device, lora=lora is not None, quick=quick)
     session.save(document)
     print_results(session, entrants, document["ratio"], document.get("floor_by_dtype", {}))
+    if peak is not None:
+        session.print(f"peak memory of the process, with both models and all libraries: {peak / 1e9:.2f} GB")
     figure.draw(document, list(entrants), session.figure)
     session.finish()
 

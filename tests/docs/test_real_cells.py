@@ -62,3 +62,12 @@ def test_the_classes_are_those_of_the_labels(form: str) -> None:
         assert {each: classes.count(each) for each in share["classes"]} == share["classes"]
         kept = "{:.2f} [{:.2f}, {:.2f}]".format(share["kept"], *share["interval"])
         assert all(kept in text for text in texts)
+
+
+def test_about_three_quarters_of_the_prompt_tokens_are_found_in_the_cache() -> None:
+    """As docs/engine.md says."""
+    (run,) = (REAL / "cells").glob("*/smollm2/align_pro/smollm2/seed_0/run/metrics.jsonl")
+    steps = [step for step in map(json.loads, run.read_text().splitlines()) if "engine/hit_tokens" in step]
+    found, computed = (sum(step[f"engine/{name}"] for step in steps) for name in ("hit_tokens", "computed/prefill"))
+    assert 0.65 < found / (found + computed) < 0.85
+    assert "about three quarters of all" in (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")

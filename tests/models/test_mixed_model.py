@@ -24,6 +24,7 @@ from alignpro.errors import ModelError
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.mixed_model import MixedModel, mix_models, share_equal_weights
 from alignpro.models.sequences import SequenceBatch
+from alignpro_kernels import backends
 
 WEIGHTS = (0.7, 0.5, -0.2)
 
@@ -172,3 +173,28 @@ def test_equal_weights_are_held_once() -> None:
     assert generated(other, prompts, max_tokens=5) == before
     mixture = mix_models([one, other], [0.5, 0.5], one.without_adapter(), "m")
     assert mixture.head.weight.data_ptr() == one.head.weight.data_ptr()  # one pass of one head
+
+
+def test_weights_that_are_trained_are_not_shared() -> None:
+    frozen, trained = tiny_language_model("llama"), tiny_language_model("llama").requires_grad_(True)
+    assert share_equal_weights([frozen, trained]) == 0
+    trained.causal.model.norm.requires_grad_(False)
+    assert share_equal_weights([frozen, trained]) == trained.causal.model.norm.weight.nbytes
+
+
+@pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
+def test_shared_weights_are_packed_once() -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 96}
+    one, other = tiny_language_model("llama", **wide), tiny_adapted(adapter=LORA, **wide)
+    before = [generated(model, [[5, 17, 3]], max_tokens=5) for model in (one, other)]
+    assert share_equal_weights([one, other]) > 0
+    assert [generated(model, [[5, 17, 3]], max_tokens=5) for model in (one, other)] == before
+
+    layer, twin = one.causal.model.layers[0].mlp.down_proj, other.causal.model.layers[0].mlp.down_proj.base_layer
+    assert twin.packed_weights is not layer.packed_weights
+    assert twin.packed_weights.panels(twin) is layer.packed_weights.panels(layer)
+    other.weights_updated()
+    assert twin.packed_weights.panels(twin) is layer.packed_weights.panels(layer)
+    twin.weight.data = 2 * twin.weight.data  # in memory of its own from now on
+    doubled = twin.packed_weights.panels(twin).weight
+    torch.testing.assert_close(doubled, 2 * layer.packed_weights.panels(layer).weight)

@@ -39,6 +39,19 @@ def test_it_counts_the_weights_that_are_held_and_trained(adapter: str, tmp_path:
     assert need.frozen == 4 * sum(weight.numel() for weight in target.parameters())
 
 
+@pytest.mark.parametrize(("change", "once"), [("lora", True), ("full", True), ("target", False), ("zero", False)])
+def test_a_target_that_the_policy_starts_from_is_held_once_by_one_process(
+    change: str, once: bool, tmp_path: Path
+) -> None:
+    made = Workshop(tmp_path)
+    path = made.root / ("target" if change == "target" else "prompter")
+    kind = "full" if change == "full" else "lora"
+    job = config(made, f"target.path={path}", f"policy.adapter.kind={kind}")
+    need = estimate_memory(job, "z1" if change == "zero" else ONE_PROCESS, ranks=1)
+    held = sum(weight.numel() for weight in load_language_model(job.target_model).parameters())
+    assert need.frozen == (0 if once else 4 * held)
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_an_adapter_that_goes_on_training_is_measured_on_its_base_model(tmp_path: Path) -> None:
     made = Workshop(tmp_path)

@@ -75,6 +75,24 @@ def test_weights_are_in_memory_once(workshop: Workshop, tmp_path: Path) -> None:
     assert {id(weight) for weight in target.parameters()} == {id(weight) for weight in policy.parameters()}
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_separate_target_shares_equal_frozen_weights(workshop: Workshop, tmp_path: Path, kind: str) -> None:
+    """They are those of the policy under a LoRA, or of the reference of a policy that is trained whole."""
+    overrides = [f"policy.adapter.kind={kind}", f"target.path={workshop.root}/prompter", f"run.out={tmp_path}"]
+    training = prompter_training(load_config(TrainConfig, workshop.arguments("train", tmp_path, *overrides)[1:]))
+    target, policy = training.engine.models["target"], training.policy
+    frozen = policy.model if policy.reference is None else policy.reference
+    held = [{w.data_ptr() for w in model.parameters()} for model in (target, frozen, policy.model)]
+    assert (
+        held[0] <= held[1]
+        and (held[0] <= held[2]) == (kind == "lora")
+        and (held[0] & held[2] == set()) == (kind == "full")
+    )
+    before = {name: weight.clone() for name, weight in target.named_parameters()}
+    training.step(0)
+    assert all(torch.equal(weight, before[name]) for name, weight in target.named_parameters())
+
+
 def test_the_runs_target_answers_its_rewrites(workshop: Workshop, finished: Finished) -> None:
     texts = ["flip the word stone pls", "sort these letters: dcba"]
     shared = Rewriter.load(finished("train", *SELF), with_target=True)

@@ -5,7 +5,8 @@ The factors are read anew in each pass and never copied or packed, so a step of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,3 +99,19 @@ def collect(adapted: Sequence[AdaptedProjection]) -> DecoderLoRA | None:
     if not found:
         return None
     return DecoderLoRA(found, rows if isinstance(rows := acts_on[0], Tensor) else None)
+
+
+@contextmanager
+def everywhere(model: nn.Module) -> Iterator[None]:
+    """Make LoRAs act on all tokens, without dropout, within the context."""
+    modes = {module: module.training for module in model.modules()}
+    shared = {active for module in modes if (active := active_tokens(module)) is not None}
+    with ExitStack() as stack:
+        for active in shared:
+            stack.enter_context(active.set(True))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode

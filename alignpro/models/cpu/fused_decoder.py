@@ -9,8 +9,7 @@ one whose layers have hooks, or an adapter other than a LoRA on their projection
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from alignpro.models.attention_interface import AttentionSettings
-from alignpro.models.cpu.decoder_lora import AdaptedProjection, UnsupportedError, active_tokens, base_of, collect
+from alignpro.models.cpu.decoder_lora import AdaptedProjection, UnsupportedError, base_of, collect, everywhere
 from alignpro.models.cpu.fused_layers import FusedRMSNorm, mix_in
 from alignpro.models.cpu.packed_linear import PackedLinear, PackedWeights, weights_version
 from alignpro.models.cpu.rotary_table import RotaryTable
@@ -137,7 +136,7 @@ def _probe(model: Any, packed_weights: PackedWeights) -> _DecoderLayers:
     layers = None
     for start in _starts(model.config):
         ids, recorder = torch.arange(_PROBE_TOKENS)[None], _AttentionRecorder(_PROBE_TOKENS)
-        with _everywhere(model):
+        with everywhere(model):
             expected = model(
                 input_ids=ids,
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
@@ -154,22 +153,6 @@ def _probe(model: Any, packed_weights: PackedWeights) -> _DecoderLayers:
             raise UnsupportedError("their outputs differ from the fused operator's")
     assert layers is not None
     return layers
-
-
-@contextmanager
-def _everywhere(model: nn.Module) -> Iterator[None]:
-    """Make LoRAs act on all tokens, without dropout, within the context."""
-    modes = {module: module.training for module in model.modules()}
-    shared = {active for module in modes if (active := active_tokens(module)) is not None}
-    with ExitStack() as stack:
-        for active in shared:
-            stack.enter_context(active.set(True))
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def _starts(config: PreTrainedConfig) -> list[int]:

@@ -1,9 +1,10 @@
-"""Fused RMS norms and gated MLPs of a model on a CPU, for passes without gradients.
+"""Fused RMS norms and gated MLPs of a model on a CPU.
 
 A transformers model computes an RMS norm in six operations, each of which writes its result to memory, and the gating of
 an MLP in two more. For a few rows the cost is the launch of these operations, for many rows it is writing to fresh
 memory. A module that computes the same function (this is tested, not assumed) gets a subclass that does it in one
-operator of csrc/cpu; gating is fused into the matrix products. Layers of another kind are left as they are.
+operator of csrc/cpu; gating is fused into the matrix products. In passes with gradients, an MLP keeps less for the backward
+pass (`gated_mlp`). Layers of another kind are left as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignpro.models.cpu.decoder_lora import base_of, everywhere
+from alignpro.models.cpu.gated_mlp import gated_mlp
 from alignpro.models.cpu.packed_linear import PackedLinear
+from alignpro.models.cpu.projection import Projection
 from alignpro_kernels.linear import WEIGHTS, packed_gate
 
 
@@ -38,27 +42,31 @@ class FusedRMSNorm(nn.Module):
 class _FusedGatedMLP(nn.Module):
     """A gated MLP, down(silu(gate(x)) · up(x))."""
 
-    gate_proj: PackedLinear
-    up_proj: PackedLinear
-    down_proj: PackedLinear
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        layers = self.gate_proj, self.up_proj
         # An adapter may have wrapped them since.
-        if torch.is_grad_enabled() or not _is_supported(x) or any(type(layer) is not PackedLinear for layer in layers):
+        gate, up, down = map(Projection.of, (self.gate_proj, self.up_proj, self.down_proj))
+        if gate is None or up is None or down is None or not _is_supported(x):
             plain: Tensor = super().forward(x)
             return plain
-        gate, up = (layer.packed_weights.panels(layer).weight for layer in layers)
-        inner = packed_gate(x, gate, up, self.up_proj.out_features)
-        out: Tensor = self.down_proj(inner)
-        return out
+        if torch.is_grad_enabled():
+            return gated_mlp(x, gate, up, down)
+        rows = x.flatten(0, -2)  # (T, D)
+        if gate.a is None and up.a is None:
+            inner = packed_gate(rows, gate.panels, up.panels, len(up.weight))  # (T, I)
+        else:
+            inner = nn.functional.silu(gate(rows)[0]).mul_(up(rows)[0])
+        return down(inner)[0].view(*x.shape[:-1], -1)
 
 
 def fuse_layers(model: nn.Module) -> None:
     """Fuse the norms and gated MLPs of a model whose linear layers are packed."""
     for module in list(model.modules()):
-        if _is_gated_mlp(module):
+        if _is_gated_mlp(module):  # also one that an adapter has wrapped, as in a saved prompter
             mix_in(module, _FusedGatedMLP)
         elif type(module).__name__.endswith("RMSNorm"):
             fuse_norm(module)
@@ -92,12 +100,13 @@ def fuse_norm(module: nn.Module) -> None:
 
 def _is_gated_mlp(module: nn.Module) -> bool:
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(type(layer) is PackedLinear and layer.bias is None for layer in layers):
+    bases = [base_of(layer) for layer in layers]
+    if not all(type(base) is PackedLinear and base.bias is None for base in bases):
         return False
-    gate, up, down = layers
-    assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and isinstance(down, PackedLinear)
-    x = torch.linspace(-3, 3, 2 * gate.in_features).sin().view(2, -1)
-    with torch.no_grad():
+    assert isinstance(bases[0], PackedLinear)
+    gate, up, down = (layer for layer in layers if isinstance(layer, nn.Module))
+    x = torch.linspace(-3, 3, 2 * bases[0].in_features).sin().view(1, 2, -1)
+    with torch.no_grad(), everywhere(module):
         expected = down(nn.functional.silu(gate(x)) * up(x))
         return torch.allclose(module(x), expected, rtol=1e-5, atol=1e-6)
 

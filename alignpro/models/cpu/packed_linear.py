@@ -46,8 +46,20 @@ class PackedWeights:
 
     def __init__(self) -> None:
         self._panels: dict[tuple[nn.Linear, ...], tuple[tuple[int, ...], Panels]] = {}
+        self._lender: PackedWeights | None = None
+        self._twins: dict[nn.Linear, nn.Linear] = {}
         self.derived: dict[object, Any] = {}
         """Objects that other modules have derived from panels; discarded with them."""
+
+    def borrow(self, lender: PackedWeights, twins: dict[nn.Linear, nn.Linear]) -> None:
+        """Take panels from another model's cache, so that layers whose weights are in the same memory are packed once.
+
+        Args:
+            lender: That cache. Its weights do not change, or it may come to hold other panels than this one.
+            twins: Layer → the lender's; one whose weight is elsewhere by now is packed here.
+        """
+        self.invalidate()
+        self._lender, self._twins = lender, twins
 
     def invalidate(self) -> None:
         """Discard the packed weights and free their memory, because the weights have changed."""
@@ -59,6 +71,9 @@ class PackedWeights:
         """Return the current weights of layers with the same input, concatenated; a new object after they change."""
         cached, version = self._panels.get(layers), weights_version(layers)
         if cached is None or cached[0] != version:
+            if (borrowed := self._borrowed(layers)) is not None:
+                self._panels[layers] = version, borrowed
+                return borrowed
             weights = [layer.weight.detach() for layer in layers]
             biases = [layer.bias.detach().float() for layer in layers if layer.bias is not None]
             packed = pack_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
@@ -70,6 +85,14 @@ class PackedWeights:
                     bias = None if layer.bias is None else layer.bias.detach().float()
                     self._panels[layer,] = weights_version((layer,)), Panels(part, bias)
         return cached[1]
+
+    def _borrowed(self, layers: tuple[nn.Linear, ...]) -> Panels | None:
+        """The lender's panels of the same memory; None if there are none."""
+        twins = tuple(self._twins[layer] for layer in layers if layer in self._twins)
+        if self._lender is None or len(twins) < len(layers):
+            return None
+        addresses = ([x.data_ptr() for layer in each for x in layer.parameters()] for each in (layers, twins))
+        return self._lender.panels(*twins) if next(addresses) == next(addresses) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
         """Return an empty cache: a copied model has its own weights."""
@@ -115,7 +138,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        # PackedWeights it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.
+        # Packing it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.
         d_x = packed_linear(gradient, pack_weight(weight.T), weight.shape[1]) if ctx.needs_input_grad[0] else None
         # Autograd rounds the gradient of a weight to its dtype.
         return d_x, None if x is None else gradient.flatten(0, -2).T @ x.flatten(0, -2), None

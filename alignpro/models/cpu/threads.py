@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -10,8 +11,8 @@ def set_environment() -> None:
     """Set what OpenMP reads when torch is loaded, where the user has not set it: it must not be loaded yet.
 
     Threads sleep while they wait. By default they spin, and if another process holds the core of one of them, all others
-    spin until its turn is over, which makes generation many times slower. A container with a quota gets as many threads
-    as whole cores.
+    spin until its turn is over, which makes generation many times slower. A container or service with a quota gets as many
+    threads as whole cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if (quota := cpu_quota()) is not None and quota < num_cores():
@@ -23,13 +24,42 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores' worth of time that the container may use (cgroup v2 or v1), which may be below 1; None without a limit."""
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that the process may use, which may be below 1; None without a limit.
+
+    It is the least that a control group (version 1 or 2) above the process has, such as a container or a service.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are mounted.
+    """
+    quotas = (_quota_of(group) for group in dict.fromkeys(_control_groups(root)))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """Directories of the groups above the process; some may not exist.
+
+    Within a container, the path in /proc/self/cgroup may be that on the host; then the mount's root is the container's group.
+    """
+    mounts = root / "sys/fs/cgroup", root / "sys/fs/cgroup/cpu"  # versions 2 and 1
+    yield from mounts
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for membership in memberships:
+        _, controllers, path = membership.split(":", 2)
+        if controllers == "" or "cpu" in controllers.split(","):
+            group = mounts[controllers != ""] / path.lstrip("/")
+            yield from (each for each in (group, *group.parents) if mounts[0] in each.parents)
+
+
+def _quota_of(group: Path) -> float | None:
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         except OSError:
             return None
     if quota == "max" or float(quota) <= 0:

@@ -11,21 +11,49 @@ import pytest
 
 from alignpro.models.cpu import threads
 
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/cpu"
+
+
+def of_v1(quota: int, group: str = V1) -> dict[str, str]:
+    return {f"{group}/cpu.cfs_quota_us": f"{quota}\n", f"{group}/cpu.cfs_period_us": "100000\n"}
+
 
 @pytest.mark.parametrize(
     ("files", "cores"),
     [
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ({"cpu.max": ""}, None),
+        ({f"{V2}/cpu.max": "max 100000\n"}, None),
+        ({f"{V2}/cpu.max": "150000 100000\n"}, 1.5),
+        (of_v1(50000), 0.5),
+        (of_v1(-1), None),
+        ({f"{V2}/cpu.max": ""}, None),
         ({}, None),
+        # a service: the root group has no such file, and the least of the groups above the process counts
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/cpu.max": "150000 100000\n",
+                f"{V2}/a/b/cpu.max": "max 100000\n",
+            },
+            1.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/cpu.max": "90000 100000\n",
+                f"{V2}/a/b/cpu.max": "200000 100000\n",
+            },
+            0.9,
+        ),
+        ({"proc/self/cgroup": "0::/a\n", f"{V2}/other/cpu.max": "50000 100000\n"}, None),
+        ({"proc/self/cgroup": "9:memory:/x\n4:cpu,cpuacct:/docker/0f\n"} | of_v1(250000, f"{V1}/docker/0f"), 2.5),
+        ({"proc/self/cgroup": "4:cpu,cpuacct:/on/the/host\n0::/\n"} | of_v1(120000), 1.2),
     ],
 )
-def test_the_quota_of_a_container_is_read(tmp_path: Path, files: dict[str, str], cores: float | None) -> None:
+def test_the_quota_of_a_container_or_service_is_read(
+    tmp_path: Path, files: dict[str, str], cores: float | None
+) -> None:
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert threads.cpu_quota(tmp_path) == cores
 
