@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from alignpro.models.cpu import fused_layers
-from alignpro.models.cpu.replacement import replace_modules
+from alignpro.models.cpu.packed_linear import pack_linear_layers
 from alignpro_kernels import backends
 
 pytestmark = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
@@ -34,6 +34,11 @@ class Block(nn.Module):
         return out
 
 
+def fuse(block: Block) -> None:
+    assert pack_linear_layers(block) is not None
+    fused_layers.fuse_layers(block)
+
+
 def plain_and_fused(*, lora: bool, trained: bool = False, saved: bool = False) -> tuple[nn.Module, nn.Module]:
     """Return a block and a copy whose MLP is fused; with a LoRA on all layers, or ``trained`` weights of its own.
 
@@ -43,7 +48,7 @@ def plain_and_fused(*, lora: bool, trained: bool = False, saved: bool = False) -
     plain = Block().requires_grad_(trained)
     fused = copy.deepcopy(plain)
     if not saved:
-        replace_modules(fused)
+        fuse(fused)
     if not lora:
         return plain, fused
     made = []
@@ -52,7 +57,7 @@ def plain_and_fused(*, lora: bool, trained: bool = False, saved: bool = False) -
         config = LoraConfig(r=3, target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
         made.append(get_peft_model(block, config).eval())
     if saved:
-        replace_modules(fused)
+        fuse(fused)
     return made[0], made[1]
 
 
