@@ -52,9 +52,9 @@ test-oldest: ## run the tests on a CPU with the oldest supported torch, Triton a
 	$(MAKE) --no-print-directory test VENV=.venv-oldest DEVICE=oldest
 
 test-endpoint: export SMOLLM2 ?= $(CURDIR)/runs/smollm2
-test-endpoint: $(STAMP) ## run the tests against real servers: VLLM=…/bin/python, LLAMA_SERVER=…/llama-server and TRANSFORMERS=…/bin/transformers, or their URLs; fetches SmolLM2
+test-endpoint: $(STAMP) ## run the tests against real servers: VLLM=…/bin/python, LLAMA_SERVER=…/llama-server and TRANSFORMERS=…/bin/transformers, or their URLs; OPENAI_EXAMPLES=…/examples of the openai package's sources; fetches SmolLM2
 	[ -e '$(SMOLLM2)' ] || $(BIN)/alignpro model get smollm2 --out '$(SMOLLM2)'
-	VLLM='$(VLLM)' LLAMA_SERVER='$(LLAMA_SERVER)' TRANSFORMERS='$(TRANSFORMERS)' \
+	VLLM='$(VLLM)' LLAMA_SERVER='$(LLAMA_SERVER)' TRANSFORMERS='$(TRANSFORMERS)' OPENAI_EXAMPLES='$(OPENAI_EXAMPLES)' \
 		$(BIN)/python -m pytest -m server tests/endpoints tests/serving
 
 gpu: $(STAMP) ## run smoke checks, the GPU tests and the GPU benchmarks, with an archive in OUT; ARGS: which parts

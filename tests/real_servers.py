@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -45,6 +46,18 @@ class RealServer:
     def endpoint(self) -> dict[str, Any]:
         """Its configuration."""
         return {"base_url": self.url, "model": self.model, **self.settings}
+
+    @property
+    def root(self) -> str:
+        """Where health and metrics are."""
+        return self.url.removesuffix("/v1")
+
+    def kill(self) -> None:
+        """End it, with its children, in the middle of whatever it does."""
+        assert self.process is not None
+        for each in list(_family(self.process)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
 
     def cpu_seconds(self) -> float:
         """The processor time that it has taken, with its children, so far."""

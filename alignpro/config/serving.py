@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +14,16 @@ from alignpro.config.section import OutputPath, Section
 from alignpro.config.serving_page import PageConfig
 from alignpro.config.serving_rewriting import RewritingConfig
 
+_ADDRESS = re.compile(r"[\w.-]+:\d+(/|$)|\[[\da-f:]+\]:\d+(/|$)", re.IGNORECASE)
+"""A host with a port, which no path or name of a model looks like."""
+
 
 def _require_url_or_path(target: str) -> str:
-    return require_http_url(target) if "://" in target else target
+    if "://" in target:
+        return require_http_url(target)
+    if _ADDRESS.match(target):
+        raise ValueError(f"{target} is neither the URL of a server nor a model: did you mean http://{target}?")
+    return target
 
 
 def _require_header_name(name: str) -> str:

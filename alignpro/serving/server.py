@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import importlib
 import logging
@@ -96,7 +97,9 @@ def bind(config: ServeConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise ConfigError(f"listen: {host} port {port} cannot be served: {error}") from None
+        is_taken = error.errno == errno.EADDRINUSE
+        reason = "it is in use: choose another one (--port), or 0 for a free one" if is_taken else str(error)
+        raise ConfigError(f"listen: {host} port {port} cannot be served: {reason}") from None
 
 
 def allow_files(count: int) -> None:

@@ -1,4 +1,4 @@
-"""python -m benchmarks.serving: what the proxy adds to a chat, and its memory under many streams and disconnects.
+"""python -m benchmarks.serving: what the proxy adds to a chat, its memory under many streams and disconnects, and overload.
 
 Client, proxy and target are processes of their own on this machine; nothing is rewritten. Chats are sent direct and through the
 proxy in turn.
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import command
-from benchmarks.serving.measure import disconnects, overhead, streams
+from benchmarks.serving.measure import disconnects, overhead, overload, streams
 from benchmarks.session import Session
 from benchmarks.table import print_table
 
@@ -26,13 +26,14 @@ def run(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of direct chats and of chats through the proxy.")] = 3,
     held: Annotated[int, typer.Option(min=1, help="Streams at the same time.")] = 1000,
     left: Annotated[int, typer.Option(min=1, help="Chats whose client disconnects.")] = 10_000,
+    at_once: Annotated[int, typer.Option(min=10, help="Chats at once, for a tenth of which there are places.")] = 1000,
     quick: command.Quick = False,
     json_file: command.ResultsFile = None,
 ) -> None:
     """See the module."""
     session = Session("serving", device="cpu", threads=1, quick=quick, file=json_file)
     if quick:
-        concurrency, latency, seconds, rounds, held, left = 4, 0.02, 0.2, 1, 8, 40
+        concurrency, latency, seconds, rounds, held, left, at_once = 4, 0.02, 0.2, 1, 8, 40, 40
     document: dict[str, Any] = {"run": session.describe()}
     document["overhead"] = overhead(concurrency, latency, seconds, rounds)
     session.save(document)
@@ -40,8 +41,10 @@ def run(
     session.save(document)
     document["disconnects"] = disconnects(left, 4 if quick else 50, 0.02)
     session.save(document)
+    document["overload"] = overload(at_once, at_once // 10, at_once // 10, latency)
+    session.save(document)
     _print_overhead(session, document["overhead"])
-    for name in ("streams", "disconnects"):
+    for name in ("streams", "disconnects", "overload"):
         session.print(f"{name}: {document[name]}")
     session.finish()
 

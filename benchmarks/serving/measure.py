@@ -8,61 +8,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 
+from benchmarks.serving.processes import CPUSeconds, chat, load, proxy, quantile, target
 from benchmarks.serving.upstream import STREAM
 
-
-@contextmanager
-def _target(latency: float) -> Iterator[tuple[str, psutil.Process]]:
-    arguments = [sys.executable, "-m", "benchmarks.serving.upstream", str(latency)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip(), psutil.Process(process.pid)
-        finally:
-            process.terminate()
-
-
-@contextmanager
-def _proxy(target: str) -> Iterator[tuple[str, psutil.Process]]:
-    """The command, with its log of requests, which goes to a pipe that nobody reads if it is not sent elsewhere."""
-    arguments = [sys.executable, "-m", "alignpro", "serve", "--target", target, "--port", "0"]
-    arguments += ["--config", "log.file=/dev/null"]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            found = re.search(r"http://\S+", process.stderr.readline())
-            assert found is not None
-            yield found[0], psutil.Process(process.pid)
-        finally:
-            process.terminate()
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
-
-
-def _load(url: str, concurrency: int, seconds: float, latency: float) -> dict[str, Any]:
-    arguments = [sys.executable, "-m", "benchmarks.serving.load", url]
-    numbers = map(str, (concurrency, seconds, latency))
-    done = subprocess.run([*arguments, *numbers], capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
-def _quantile(values: list[float], share: float) -> float:
-    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+PROMPT = "Rewrite the following sentence so that it says the same in fewer words, and name what was left out. " * 2
 
 
 def overhead(concurrency: int, latency: float, seconds: float, rounds: int) -> dict[str, Any]:
@@ -72,21 +27,22 @@ def overhead(concurrency: int, latency: float, seconds: float, rounds: int) -> d
     """
     ways: dict[str, list[float]] = {"direct": [], "proxy": []}
     cpu = {way: {"client": 0.0, "target": 0.0, "proxy": 0.0} for way in ways}
-    with _target(latency) as (url, target), _proxy(url) as (proxy_url, proxy):
-        _load(proxy_url, concurrency, min(seconds, 2), latency)  # connections are opened, code is warm
+    bodies = [chat(PROMPT, max_tokens=64)]
+    with target(latency) as (url, answering), proxy(url) as (proxy_url, relaying):
+        load(proxy_url, bodies, concurrency, min(seconds, 2), latency)  # connections are opened, code is warm
         for _ in range(rounds):
             for way, base in (("direct", url), ("proxy", proxy_url)):
-                before = _cpu_seconds(target), _cpu_seconds(proxy)
-                done = _load(base, concurrency, seconds, latency)
+                before = CPUSeconds.of(answering), CPUSeconds.of(relaying)
+                done = load(base, bodies, concurrency, seconds, latency)
                 ways[way] += done["milliseconds"]
                 cpu[way]["client"] += done["cpu_seconds"]
-                cpu[way]["target"] += _cpu_seconds(target) - before[0]
-                cpu[way]["proxy"] += _cpu_seconds(proxy) - before[1]
+                cpu[way]["target"] += (CPUSeconds.of(answering) - before[0]).total
+                cpu[way]["proxy"] += (CPUSeconds.of(relaying) - before[1]).total
     row: dict[str, Any] = {"concurrency": concurrency, "latency_ms": 1000 * latency, "rounds": rounds}
     for way, milliseconds in ways.items():
         row[way] = {
             "chats": len(milliseconds),
-            **{f"p{round(100 * share)}_ms": _quantile(milliseconds, share) for share in (0.5, 0.9, 0.99)},
+            **{f"p{round(100 * share)}_ms": quantile(milliseconds, share) for share in (0.5, 0.9, 0.99)},
             "cpu_ms_per_chat": {name: 1000 * spent / len(milliseconds) for name, spent in cpu[way].items()},
         }
     median = row["direct"]["p50_ms"]
@@ -95,7 +51,7 @@ def overhead(concurrency: int, latency: float, seconds: float, rounds: int) -> d
 
 
 def _request(url: str, stream: bool) -> bytes:
-    body = json.dumps({"model": "bench", "stream": stream, "messages": [{"role": "user", "content": "hi"}]}).encode()
+    body = json.dumps(chat("hi", stream=stream)).encode()
     head = f"POST {urlsplit(url).path}/chat/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
     return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
 
@@ -136,14 +92,14 @@ def _settled(process: psutil.Process) -> dict[str, float]:
 
 def streams(count: int, interval: float) -> dict[str, Any]:
     """Memory of the proxy before, during and after this many streams at the same time, all of which must be the target's."""
-    with _target(interval) as (url, _), _proxy(url) as (proxy_url, proxy):
+    with target(interval) as (url, _), proxy(url) as (proxy_url, process):
 
         async def run() -> tuple[list[bytes], list[dict[str, float]]]:
             states: list[dict[str, float]] = []
 
             async def watch() -> None:
                 while True:
-                    states.append(_state(proxy))
+                    states.append(_state(process))
                     await asyncio.sleep(0.5)
 
             await _read_stream(proxy_url)
@@ -162,7 +118,7 @@ def streams(count: int, interval: float) -> dict[str, Any]:
             "mib_before": states[0]["mib"],
             "mib_most": max(state["mib"] for state in states),
             "mib_growth_in_second_half": max(state["mib"] for state in middle) - middle[0]["mib"],
-            "mib_after": _state(proxy)["mib"],
+            "mib_after": _state(process)["mib"],
             "files_most": max(state["files"] for state in states),
         }
 
@@ -182,7 +138,7 @@ async def _leave(url: str, moment: float, stream: bool) -> None:
 def disconnects(count: int, concurrency: int, latency: float) -> dict[str, Any]:
     """Memory and sockets of the proxy before and after clients that leave at random moments, when as many have left before."""
     draw = random.Random(0)
-    with _target(latency) as (url, _), _proxy(url) as (proxy_url, proxy):
+    with target(latency) as (url, _), proxy(url) as (proxy_url, process):
 
         async def run(number: int) -> None:
             places = asyncio.Semaphore(concurrency)
@@ -194,7 +150,51 @@ def disconnects(count: int, concurrency: int, latency: float) -> dict[str, Any]:
             await asyncio.gather(*(one(draw.random() * 3 * latency, draw.random() < 0.5) for _ in range(number)))
 
         asyncio.run(run(count))  # how many are open at once decides how much memory the process keeps
-        before = _settled(proxy)
+        before = _settled(process)
         asyncio.run(run(count))
-        after = _settled(proxy)
+        after = _settled(process)
     return {"disconnects": count, "before": before, "after": after}
+
+
+async def _ask(url: str) -> tuple[int, bool, float]:
+    """The status of an answer, whether it says when to come again, and its milliseconds, connecting included."""
+    began = time.perf_counter()
+    reader, writer = await _open(url)
+    try:
+        writer.write(_request(url, False))
+        answer = await reader.read()
+    finally:
+        writer.close()
+    head = answer.partition(b"\r\n\r\n")[0].lower()
+    return int(head.split()[1]), b"\r\nretry-after: " in head, 1000 * (time.perf_counter() - began)
+
+
+def overload(count: int, places: int, queued: int, latency: float) -> dict[str, Any]:
+    """What becomes of this many chats at once where there are too few places, and of one after the other after that.
+
+    A proxy that keeps its limits answers as many as have a place or wait for one, or more when places become free meanwhile.
+    """
+    limits = {"limits.concurrent": places, "limits.queued": queued}
+    with target(latency) as (url, _), proxy(url, keys=limits) as (proxy_url, _):
+
+        async def run() -> tuple[list[tuple[int, bool, float]], list[tuple[int, bool, float]]]:
+            await _ask(proxy_url)
+            at_once = await asyncio.gather(*(_ask(proxy_url) for _ in range(count)))
+            return list(at_once), [await _ask(proxy_url) for _ in range(10)]
+
+        at_once, after = asyncio.run(run())
+    refused = [answer for answer in at_once if answer[0] == 429]
+    answered = [answer for answer in at_once if answer[0] == 200]
+    return {
+        "chats": count,
+        "places": places,
+        "queued": queued,
+        "answered": len(answered),
+        "refused": len(refused),
+        "refused_with_retry_after": sum(told for _, told, _ in refused),
+        "other": count - len(answered) - len(refused),
+        "refused_p99_ms": quantile([ms for _, _, ms in refused] or [0.0], 0.99),
+        "answered_p99_ms": quantile([ms for _, _, ms in answered] or [0.0], 0.99),
+        "answered_after": sum(status == 200 for status, _, _ in after),
+        "median_ms_after": quantile([ms for _, _, ms in after], 0.5),
+    }

@@ -21,3 +21,8 @@ def test_it_runs(tmp_path: Path) -> None:
     assert added["direct"]["cpu_ms_per_chat"]["proxy"] >= 0
     assert document["streams"]["equal"] == document["streams"]["streams"] == 8
     assert document["disconnects"]["disconnects"] == 40
+    crowd = document["overload"]
+    assert crowd["answered"] + crowd["refused"] == crowd["chats"] == 40
+    assert crowd["refused"] == crowd["refused_with_retry_after"] > 0
+    assert crowd["answered"] >= crowd["places"] + crowd["queued"]
+    assert crowd["answered_after"] == 10

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -159,3 +160,70 @@ def test_a_client_that_leaves_spares_the_server_the_rest(server: RealServer, pro
     left = server.cpu_seconds() - before
     proxy.settle()
     assert left < 0.5 * whole or not (stream or server.stops_without_stream), (left, whole, duration)
+
+
+def metrics(server: RealServer) -> str:
+    """What the server counts; empty if it does not say."""
+    answer = httpx2.get(f"{server.root}/metrics", timeout=120)
+    return str(answer.text) if answer.is_success else ""
+
+
+def running(server: RealServer) -> float | None:
+    """The requests that run, by vLLM's count; None if the server has none."""
+    found = re.findall(r"^vllm:num_requests_running(?:{.*})? (\S+)$", metrics(server), re.MULTILINE)
+    return sum(map(float, found)) if found else None
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_request_by_the_servers_own_count(
+    server: RealServer, proxy: Proxy, stream: bool
+) -> None:
+    """In vLLM's metrics: the request runs, and soon after the client has left it does not, long before its end."""
+    if running(server) is None:
+        pytest.skip("the server does not count its requests in vLLM's way")
+
+    def waited(count: int, seconds: float) -> float:
+        began = time.monotonic()
+        while running(server) != count:
+            assert time.monotonic() - began < seconds, f"{running(server)} requests run"
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    waited(0, 60)
+    count = ", ".join(map(str, range(1, 12)))
+    body = {"model": server.model, "prompt": f"{count},", "max_tokens": 200, "ignore_eos": True}
+    began = time.monotonic()
+    answer = httpx2.post(f"{server.url}/completions", json=body, timeout=300)
+    whole = time.monotonic() - began
+    assert answer.json()["usage"]["completion_tokens"] == 200
+    if stream:
+        with httpx2.stream("POST", f"{proxy.url}/completions", json=body | {"stream": True}, timeout=300) as reply:
+            next(reply.iter_raw())
+            waited(1, whole)
+    else:
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(f"{proxy.url}/completions", json=body, timeout=whole / 4)
+    assert waited(0, whole) < whole / 2
+    proxy.settle()
+
+
+def test_a_server_that_is_killed_in_mid_stream_is_told_in_band_and_then_by_status(
+    server: RealServer, proxy: Proxy
+) -> None:
+    """The last test of each server, which it ends."""
+    if server.process is None:
+        pytest.skip("the server was not started here")
+    body = chat(server, "Count from one to a hundred.", stream=True) | {"max_tokens": 200}
+    with httpx2.stream("POST", f"{proxy.url}/chat/completions", json=body, timeout=120) as answer:
+        assert answer.status_code == 200
+        parts = answer.iter_raw()
+        received = next(parts)
+        server.kill()
+        received += b"".join(parts)
+    *_, last = (line for line in received.split(b"\n") if line.startswith(b"data: "))
+    error = json.loads(last.removeprefix(b"data: "))["error"]
+    assert error["code"].startswith("target_"), error
+    with OpenAI(base_url=proxy.url, api_key="unused", max_retries=0, timeout=120) as through:
+        status, _ = outcome(through, chat(server))
+    assert status == 502
+    proxy.settle()

@@ -48,6 +48,10 @@ def test_options_and_files_make_one_configuration(tmp_path: Path, capsys: pytest
         (["--config", "x=1"], "x: unknown key"),
         (["--port", "1"], "target: missing"),
         (["--target", "ftp://a"], "target: expected http://HOST/"),
+        (
+            ["--target", "localhost:8001/v1"],
+            "neither the URL of a server nor a model: did you mean http://localhost:8001/v1?",
+        ),
         (["--target", "https://me:key@a/v1"], "holds a user name or password"),
         (["runs/none", "--target", "models/none"], "run directory runs/none: has no config.yaml and model/"),
         (["--target", TARGET, "--host", "0.0.0.0"], "can be reached from other machines: name tokens"),
@@ -77,7 +81,7 @@ def test_what_cannot_be_served_is_said_at_once(
 def test_a_port_that_is_taken_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert _run("--target", TARGET, "--port", str(taken.getsockname()[1])) == 1
-    assert "cannot be served" in capsys.readouterr().err
+    assert "cannot be served: it is in use: choose another one (--port)" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def test_the_official_client_gets_log_probabilities(proxy: Proxy) -> None:
         assert len(text.logprobs.token_logprobs) == len(text.logprobs.tokens) > 0
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_disconnects_leave_no_page_of_the_engine(proxy: Proxy, count: int) -> None:
     """Clients leave while their prompt is rewritten, and while it is answered."""
     gone = 'alignpro_errors_total{code="client_gone"}'
