@@ -302,7 +302,7 @@ def test_the_results_of_the_callable_are_checked() -> None:
     [
         ({"hidden": torch.zeros(N, D, dtype=torch.int64)}, "hidden is torch.int64"),
         ({"hidden": torch.zeros(N, D + 1)}, r"hidden has shape \(6, 6\) and weight"),
-        ({"weight": torch.zeros(V, D, dtype=torch.bfloat16)}, "weight is torch.bfloat16"),
+        ({"weight": torch.zeros(V, D, dtype=torch.float64)}, "weight is torch.float64"),
         ({"weight": torch.zeros(0, D)}, "weight.*must not be empty"),
         ({"target": torch.zeros(N)}, "target is torch.float32"),
         ({"target": torch.zeros(N + 1, dtype=torch.int64)}, r"target has shape \(7,\)"),
