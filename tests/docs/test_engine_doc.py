@@ -62,3 +62,17 @@ def test_figures_match_the_recorded_results() -> None:
         ratio = f"{digits(peer['sequences_per_s'])} ({peer['ours_over_it']:.1f} ×)"
         expected.append([digits(ours["sequences_per_s"]), ratio, ""])
     assert [cells[1:] for cells in DOCUMENT.rows("Benchmarks")] == expected
+
+
+def test_the_figures_of_bfloat16_are_the_recorded_ones() -> None:
+    document = recorded("cpu_dtype")
+    wide, narrow = document["speed"]["results"]
+    assert (wide["dtype"], narrow["dtype"]) == ("float32", "bfloat16")
+    steps = [(f"{1e3 * narrow[key]:.0f}", f"{1e3 * wide[key]:.0f}") for key in ("step_1", "step_8", "step_32")]
+    (one, eight, more), text = steps, " ".join(DOCUMENT.text.split())
+    assert f"takes {one[0]} instead of {one[1]} ms with one sequence, {eight[0]} instead of {eight[1]} with 8" in text
+    assert f"and {more[0]} instead of {more[1]} with 32" in text
+    assert f"grows by {narrow['model_bytes'] / 2**20:.0f} instead of {wide['model_bytes'] / 2**20:,.0f} MiB" in text
+    errors = {row["computed by"]: row["mean error"] for row in document["accuracy"]["results"]}
+    ours, theirs = errors["ours, bfloat16"], errors["transformers, bfloat16"]
+    assert f"off by {ours:.3f} nats on average, and {theirs:.3f} in transformers' bfloat16" in text

