@@ -11,6 +11,7 @@ from document import ROOT
 
 REAL = ROOT / "docs" / "real"
 FORMS = {"addition": REAL / "summary.json", "whole": REAL / "whole" / "summary.json"}
+TABLES = [*FORMS.values(), REAL / "fitting_form" / "summary.json"]
 
 
 def interval(found: dict[str, Any] | None) -> str:
@@ -27,10 +28,10 @@ def rows(summary: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_its_tables_have_the_figures_of_the_summaries(form: str) -> None:
+@pytest.mark.parametrize("summary", TABLES, ids=lambda path: path.parent.name)
+def test_its_tables_have_the_figures_of_the_summaries(summary: Path) -> None:
     text = (REAL / "README.md").read_text(encoding="utf-8")
-    expected = rows(FORMS[form])
+    expected = rows(summary)
     assert len(expected) >= 5
     assert [row for row in expected if row not in text] == []
 
@@ -71,3 +72,27 @@ def test_about_three_quarters_of_the_prompt_tokens_are_found_in_the_cache() -> N
     found, computed = (sum(step[f"engine/{name}"] for step in steps) for name in ("hit_tokens", "computed/prefill"))
     assert 0.65 < found / (found + computed) < 0.85
     assert "about three quarters of all" in (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+
+
+def test_what_a_fitting_form_earns_where_several_things_are_asked_for_and_elsewhere() -> None:
+    """`several.json` names the prompts that ask for several things; the prompts themselves are not in the repository."""
+    directory = REAL / "fitting_form"
+    several = set(json.loads((directory / "several.json").read_text()))
+
+    def means(cell: str) -> list[float]:
+        path = directory / "cells" / "fitting_form" / "smollm2" / cell / "seed_0" / "evaluation" / "rewards.json"
+        rewards = json.loads(path.read_text())
+        (arm,) = rewards["arms"].values()
+        by_prompt: dict[bool, list[float]] = {True: [], False: []}
+        for prompt, rows in zip(rewards["prompts"], arm["raw"], strict=True):
+            by_prompt[prompt in several].append(sum(map(sum, rows)) / sum(map(len, rows)))
+        return [sum(values) / len(values) for values in by_prompt.values()]
+
+    trained, listed, sentence = (
+        means(cell) for cell in ("align_pro/smollm2", "instruction/numbered", "instruction/one_sentence")
+    )
+    text = " ".join((REAL / "README.md").read_text(encoding="utf-8").split())
+    assert f"its reward is {trained[0]:.3f}, and that of" in text and f'as a numbered list." {listed[0]:.3f};' in text
+    assert f'elsewhere it has {trained[1]:.3f}, and "Answer in one short sentence." {sentence[1]:.3f}' in text
+    share = len(several) / 160
+    assert f"between the two would have {share * listed[0] + (1 - share) * sentence[1]:.3f}" in text
