@@ -94,5 +94,9 @@ def test_what_a_fitting_form_earns_where_several_things_are_asked_for_and_elsewh
     text = " ".join((REAL / "README.md").read_text(encoding="utf-8").split())
     assert f"its reward is {trained[0]:.3f}, and that of" in text and f'as a numbered list." {listed[0]:.3f};' in text
     assert f'elsewhere it has {trained[1]:.3f}, and "Answer in one short sentence." {sentence[1]:.3f}' in text
+    exact, prior = means("align_pro_exact/smollm2"), means("prior/smollm2")
+    assert (
+        f"has {exact[0]:.3f}, as much as the reference prompter ({prior[0]:.3f}), and elsewhere {exact[1]:.3f}" in text
+    )
     share = len(several) / 160
     assert f"between the two would have {share * listed[0] + (1 - share) * sentence[1]:.3f}" in text
