@@ -76,3 +76,14 @@ def test_the_figures_of_bfloat16_are_the_recorded_ones() -> None:
     errors = {row["computed by"]: row["mean error"] for row in document["accuracy"]["results"]}
     ours, theirs = errors["ours, bfloat16"], errors["transformers, bfloat16"]
     assert f"off by {ours:.3f} nats on average, and {theirs:.3f} in transformers' bfloat16" in text
+
+
+def test_the_figures_beside_busy_processes_are_the_recorded_ones() -> None:
+    (case,) = recorded("engine_busy")["results"]
+    (ours,) = case["entrants"]
+    busy, text = ours["busy"], " ".join(DOCUMENT.text.split())
+    assert busy["processes"] == 7
+    assert (
+        f"kept {busy['over_fair_share']:.2f} of it, {busy['tokens_per_s']:.0f} of {ours['tokens_per_s']:.0f} tokens/s"
+        in text
+    )
