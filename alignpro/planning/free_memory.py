@@ -9,6 +9,13 @@ from pathlib import Path
 import torch
 
 from alignpro.distributed.launcher import launched_here
+from alignpro.models.cpu.threads import control_groups
+
+_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""The limit, the usage, and the entry of memory.stat that counts cached files; of versions 2 and 1."""
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> float:
@@ -39,29 +46,11 @@ def _available(root: Path) -> float:
 
 
 def _cgroup_room(root: Path) -> Iterator[float]:
-    """Yield what each control group above this process leaves of its limit; cached files count as free.
-
-    Within a container, the path in /proc/self/cgroup may be that on the host; then the mount's root is the container's group.
-    """
-    try:
-        memberships = (root / "proc/self/cgroup").read_text().splitlines()
-    except FileNotFoundError:
-        return
-    for membership in memberships:
-        _, controllers, path = membership.split(":", 2)
-        if controllers == "":  # version 2
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        for each in (group, *group.parents):
-            if (room := _room(each, *names)) is not None:
+    """Yield what each control group above this process leaves of its limit; cached files count as free."""
+    for group in dict.fromkeys(control_groups("memory", root)):
+        for names in _FILES:
+            if (room := _room(group, *names)) is not None:
                 yield room
-            if each == mount:
-                break
 
 
 def _room(group: Path, limit_file: str, usage_file: str, cached: str) -> float | None:

@@ -20,7 +20,7 @@ class Projection:
     """The weights of such a layer in a pass."""
 
     weight: Tensor
-    """W, (N, K) float32."""
+    """W, (N, K) float32 or bfloat16."""
     panels: Tensor
     """W, as `pack_weight` returns it."""
     a: Tensor | None = None

@@ -32,16 +32,16 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     Args:
         root: Where ``proc`` and ``sys`` are mounted.
     """
-    quotas = (_quota_of(group) for group in dict.fromkeys(_control_groups(root)))
+    quotas = (_quota_of(group) for group in dict.fromkeys(control_groups("cpu", root)))
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def _control_groups(root: Path) -> Iterator[Path]:
-    """Directories of the groups above the process; some may not exist.
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """Directories of the groups above the process that limit it by a controller (version 1 or 2); some may not exist.
 
     Within a container, the path in /proc/self/cgroup may be that on the host; then the mount's root is the container's group.
     """
-    mounts = root / "sys/fs/cgroup", root / "sys/fs/cgroup/cpu"  # versions 2 and 1
+    mounts = root / "sys/fs/cgroup", root / "sys/fs/cgroup" / controller  # versions 2 and 1
     yield from mounts
     try:
         memberships = (root / "proc/self/cgroup").read_text().splitlines()
@@ -49,7 +49,7 @@ def _control_groups(root: Path) -> Iterator[Path]:
         return
     for membership in memberships:
         _, controllers, path = membership.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):
+        if controllers == "" or controller in controllers.split(","):
             group = mounts[controllers != ""] / path.lstrip("/")
             yield from (each for each in (group, *group.parents) if mounts[0] in each.parents)
 
