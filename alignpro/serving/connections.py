@@ -41,6 +41,7 @@ def limited_protocol(limits: ServeLimitsConfig, count_refused: Callable[[str], N
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._expect(None)
+            self._unset_keepalive_if_required()  # of a connection that was reset, uvicorn would keep it
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:

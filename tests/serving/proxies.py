@@ -116,11 +116,19 @@ class Proxy:
         """Run a coroutine in the proxy's loop."""
         return asyncio.run_coroutine_threadsafe(call, self.loop).result(20)
 
-    def settle(self) -> None:
-        """Wait until nothing is in flight."""
-        end = time.monotonic() + 10
-        while self.server.server_state.tasks or self.service.admission.running:
-            assert time.monotonic() < end, self.server.server_state.tasks
+    def tasks(self) -> int:
+        """How many tasks its loop has."""
+
+        async def count() -> int:
+            return len(asyncio.all_tasks())
+
+        return int(self.in_loop(count()))
+
+    def settle(self, *, connections: bool = True) -> None:
+        """Wait until nothing is in flight; without ``connections`` until no client is connected, too."""
+        state, end = self.server.server_state, time.monotonic() + 10
+        while state.tasks or self.service.admission.running or (state.connections and not connections):
+            assert time.monotonic() < end, (state.tasks, state.connections)
             time.sleep(0.005)
 
     def metric(self, line: str) -> float:
@@ -191,6 +199,11 @@ def leave_at_random(proxy: Proxy, count: int, models: Sequence[str], seconds: fl
             client.close()
         if number % 50 == 49:
             proxy.settle()
+
+
+def open_files() -> int:
+    """How many files and sockets this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def reset(client: socket.socket) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
-from proxies import Proxy, leave_at_random, running
+from proxies import Proxy, leave_at_random, open_files, running
 from rewriting_runs import save_run
 from tiny_models import save_tiny
 
@@ -54,14 +54,21 @@ def test_the_official_client_gets_log_probabilities(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_disconnects_leave_no_page_of_the_engine(proxy: Proxy, count: int) -> None:
+def test_disconnects_leave_no_page_task_or_socket(proxy: Proxy, count: int) -> None:
     """Clients leave while their prompt is rewritten, and while it is answered."""
-    gone = 'alignpro_errors_total{code="client_gone"}'
-    before = proxy.metric(gone)
+    lines = ('alignpro_errors_total{code="client_gone"}', 'alignpro_rewrites_total{run="run"}')
+    assert proxy.ask(CHAT).status == 200
+    gone, rewritten = map(proxy.metric, lines)
+    proxy.settle(connections=False)
+    files, tasks = open_files(), proxy.tasks()
     leave_at_random(proxy, count, ["target"], 0.05)
     proxy.settle()
-    assert proxy.metric(gone) - before > 0.2 * count
+    assert proxy.metric(lines[0]) - gone > 0.2 * count
+    assert proxy.metric(lines[1]) - rewritten > 0.1 * count
     assert proxy.ask(CHAT).status == 200
+    proxy.settle(connections=False)
+    assert open_files() <= files
+    assert proxy.tasks() <= tasks
     assert isinstance(proxy.service._runs, Rewriting)
     thread = proxy.service._runs._engine
     (engine,) = thread._engines
