@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,94 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from proxies import CHAT, Proxy, proxied
+from random_requests import answer_to, body_of, random_request
 from upstream import DONE, EVENTS, Upstream, chat_answer
 
 _CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 _CLIENTS = 16
 _ANSWERS = {False: chat_answer(), True: b"".join(EVENTS) + DONE}
-
-
-def _mutated(draw: random.Random, data: bytes) -> bytes:
-    """A few bytes changed, cut out, doubled, or put in."""
-    changed = bytearray(data)
-    for _ in range(draw.randrange(1, 5)):
-        at = draw.randrange(len(changed) + 1)
-        kind = draw.randrange(4)
-        if kind == 0:
-            changed[at:at] = bytes(draw.choice(b'{}[]",:\\\x00\xff\r\n \t0e') for _ in range(draw.randrange(1, 4)))
-        elif kind == 1:
-            del changed[at : at + draw.randrange(1, 20)]
-        elif kind == 2:
-            changed[at:at] = changed[at : at + draw.randrange(1, 20)]
-        elif at < len(changed):
-            changed[at] = draw.randrange(256)
-    return bytes(changed)
-
-
-def _value(draw: random.Random, depth: int = 0) -> Any:
-    kinds = [None, True, 0, -1.5e300, 2**70, "", "häß", "\ud800", "data: x\n\n", [], {}]
-    if depth < 3 and draw.random() < 0.3:
-        return [_value(draw, depth + 1) for _ in range(draw.randrange(3))]
-    if depth < 3 and draw.random() < 0.3:
-        return {draw.choice(["a", "role", "content", "stream"]): _value(draw, depth + 1) for _ in range(2)}
-    return draw.choice(kinds)
-
-
-def _request(draw: random.Random) -> tuple[bytes, bool | None]:
-    """A request, and for a good one whether it streams."""
-    fields: dict[str, Any] = dict(CHAT)
-    stream = draw.random() < 0.3
-    if stream:
-        fields["stream"] = True
-    kind = draw.random()
-    if 0.3 < kind < 0.6:
-        names = ["messages", "stream", "user", "alignpro", "n", "tools", "prompt"]
-        fields[draw.choice(names)] = _value(draw)
-    body = json.dumps(fields).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
-    if kind >= 0.6:
-        body = _mutated(draw, body)
-    if draw.random() < 0.2:
-        body = gzip.compress(body, 1)
-        head += b"content-encoding: gzip\r\n"
-        if draw.random() < 0.3:
-            body = _mutated(draw, body)
-            kind = 1
-    whole = head + b"content-length: %d\r\n\r\n" % len(body) + body
-    if kind > 0.9:
-        whole = _mutated(draw, whole)
-    return whole, stream if kind <= 0.3 else None
-
-
-def _answer(proxy: Proxy, data: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", proxy.port), 20) as client:
-        parts = []
-        try:
-            client.sendall(data)
-            while not _is_whole(b"".join(parts)) and (part := client.recv(65536)):
-                parts.append(part)
-        except ConnectionError:  # refused in the middle
-            pass
-        return b"".join(parts)
-
-
-def _is_whole(answer: bytes) -> bool:
-    """Whether an answer with a length is there; after it the connection may stay open."""
-    head, end, body = answer.partition(b"\r\n\r\n")
-    length = head.partition(b"content-length: ")[2].partition(b"\r\n")[0]
-    return bool(end and length and len(body) >= int(length))
-
-
-def _body(answer: bytes) -> bytes:
-    """The body, of either framing."""
-    head, _, rest = answer.partition(b"\r\n\r\n")
-    if b"transfer-encoding: chunked" not in head.lower():
-        return rest
-    body = b""
-    while rest:
-        size, _, rest = rest.partition(b"\r\n")
-        body, rest = body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
-    return body
 
 
 def _ask_at_random(proxy: Proxy, upstream: Upstream, count: int, seed: int) -> Counter[bytes]:
@@ -111,13 +26,14 @@ def _ask_at_random(proxy: Proxy, upstream: Upstream, count: int, seed: int) -> C
     statuses: Counter[bytes] = Counter()
     for _ in range(count):
         upstream.received.clear()
-        data, stream = _request(draw)
-        answer = _answer(proxy, data)
+        api = draw.choice([b"chat/completions", b"completions"])
+        data, stream = random_request(draw, CHAT, b"/v1/" + api)
+        answer = answer_to(proxy, data)
         status = answer[9:12]
         statuses[status] += 1
-        assert not status.startswith(b"5") or status == b"501", (data, answer)
+        assert not status.startswith(b"5"), (data, answer)
         if stream is not None:
-            assert (status, _body(answer)) == (b"200", _ANSWERS[stream]), (data, answer)
+            assert (status, body_of(answer)) == (b"200", _ANSWERS[stream]), (data, answer)
     return statuses
 
 

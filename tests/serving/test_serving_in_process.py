@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 from openai import OpenAI
 from proxies import Proxy, leave_at_random, open_files, running
+from random_requests import FIELDS, answer_to, body_of, random_request
 from rewriting_runs import save_run
 from tiny_models import save_tiny
 
@@ -16,6 +21,8 @@ from alignpro.serving.rewriting import Rewriting
 from alignpro.serving.server import open_service
 
 CHAT: Any = {"model": "target", "messages": [{"role": "user", "content": "stay"}], "max_tokens": 4, "temperature": 0}
+LIMITS = {"header_seconds": 1, "body_seconds": 1, "keep_alive_seconds": 1}
+"""Requests whose end does not come are soon given up."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +31,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     folder = tmp_path_factory.mktemp("serving")
     run, target = save_run(folder / "run"), save_tiny("llama", folder / "target")
     settings = {"engine": {"pool_bytes": 1 << 22}, "guards": [], "skip_truncated": False, "deadline_ms": 60_000}
-    common = {"listen": {"port": 0}, "log": {"requests": False}, "rewriting": settings}
+    common = {"listen": {"port": 0}, "log": {"requests": False}, "rewriting": settings, "limits": LIMITS}
     config = validate_config(ServeConfig, {"target": str(target), "runs": [str(run)], **common})
     with running(config, lambda: open_service(config), 60) as served:
         yield served
@@ -75,3 +82,36 @@ def test_disconnects_leave_no_page_task_or_socket(proxy: Proxy, count: int) -> N
     assert (engine.num_unfinished_requests, thread._pending, thread._requests, thread._waiting) == (0, {}, {}, {})
     engine.release()
     assert all(sum(pool.used.values()) == 0 for pool in engine.pools.values())
+
+
+def _ask_at_random(proxy: Proxy, count: int, seed: int) -> Counter[bytes]:
+    draw = random.Random(seed)
+    statuses: Counter[bytes] = Counter()
+    for number in range(count):
+        chat: dict[str, Any] = CHAT | {"messages": [{"role": "user", "content": f"stay {number}"}]}
+        completion = {"model": "target", "prompt": f"stay {number}", "max_tokens": 4}
+        base, path = draw.choice([(chat, b"/v1/chat/completions"), (completion, b"/v1/completions")])
+        names = [*FIELDS, "max_tokens", "temperature", "seed", "stop", "logprobs", "model", "top_p"]
+        data, stream = random_request(draw, base, path, names)
+        answer = answer_to(proxy, data)
+        status = answer[9:12]
+        statuses[status] += 1
+        assert not status.startswith(b"5"), (data, answer)
+        if stream is not None:
+            assert status == b"200", (data, answer)
+            assert b"x-alignpro-rewrite: applied" in answer.partition(b"\r\n\r\n")[0], (data, answer)
+            assert body_of(answer).endswith(b"data: [DONE]\n\n") or not stream, (data, answer)
+    return statuses
+
+
+@pytest.mark.parametrize("count", [80, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_requests_that_are_rewritten_give_no_server_error(proxy: Proxy, count: int) -> None:
+    clients = 8
+    with ThreadPoolExecutor(clients) as pool:
+        statuses = sum(pool.map(partial(_ask_at_random, proxy, count // clients), range(clients)), Counter[bytes]())
+    assert proxy.metric('alignpro_errors_total{code="internal_error"}') == 0
+    assert proxy.metric('alignpro_skips_total{reason="error"}') == 0
+    proxy.settle(connections=False)
+    assert statuses.total() == count
+    assert statuses[b"200"] > 0.25 * count
+    assert statuses[b"400"] > 0.2 * count

@@ -61,6 +61,8 @@ class Upstream:
     open: int = 0
     pause: float = 0.02
     """Seconds between the events of a stream."""
+    answers: dict[str, bytes | list[bytes]] = field(default_factory=dict)
+    """Model → the answer to all requests for it: a body of JSON, or the events of a stream."""
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
@@ -144,6 +146,11 @@ class Upstream:
             writer.write(head("200 OK", len(request.body), kind) + request.body)
         elif not request.path.startswith(("/v1/chat/completions", "/v1/completions")):
             await _BEHAVIOURS["unknown"](self, request, writer)
+        elif isinstance(answer := self.answers.get(_model(request)), bytes):
+            writer.write(head("200 OK", len(answer)) + answer)
+        elif answer is not None:
+            await _events(self, writer, answer)
+            writer.write(b"0\r\n\r\n")
         else:
             await _BEHAVIOURS.get(_model(request), _BEHAVIOURS["unknown"])(self, request, writer)
         await writer.drain()
