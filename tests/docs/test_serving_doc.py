@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -21,6 +22,7 @@ from alignpro.serving import headers
 from alignpro.serving.contract import Outcome
 from alignpro.serving.openapi import openapi_document
 from alignpro.serving.prompt_writer import UNUSABLE
+from alignpro.serving.refusals import refusal_of_status
 from alignpro.serving.request_body import parse
 
 DOCUMENT = Document("serving.md")
@@ -112,10 +114,29 @@ def test_every_route_is_in_the_table() -> None:
     assert (ROOT / "launch" / "serving").is_dir()
 
 
-def test_its_errors_are_described() -> None:
+def _own_errors() -> set[tuple[str, str]]:
+    """Status and code of each error that the proxy makes, but those of the page's own routes."""
+    found = {(str(status), refusal_of_status(status).body()) for status in (404, 405)}
+    pairs = {(status, json.loads(body)["error"]["code"]) for status, body in found}
+    for file in (ROOT / "alignpro" / "serving").glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        for call in calls:
+            if isinstance(call.func, ast.Name) and call.func.id == "Refusal" and file.name != "page_routes.py":
+                status, _, code = call.args[:3]
+                if isinstance(status, ast.Constant) and isinstance(code, ast.Constant):
+                    pairs.add((str(status.value), str(code.value)))
+    return pairs | {("401", "missing_token"), ("401", "invalid_token"), ("502", "target_failed")}
+
+
+def test_every_error_is_in_the_table() -> None:
+    (rows,) = _tables("Bad input")
+    told = [(status, code) for _, status, code in rows]
+    assert told == sorted(told, key=lambda row: row[0])
+    assert set(told) == _own_errors()
+    assert len(set(told)) == len(told)
     replies = openapi_document()["paths"]["/v1/chat/completions"]["post"]["responses"]
-    (told,) = re.findall(r"The proxy's own are (.*?);", TEXT)
-    assert re.findall(r"\b\d{3}\b", told) == [status for status in replies if status not in ("200", "default")]
+    of_all_routes = {status for status, _ in told} - {"405", "409", "500"}
+    assert of_all_routes == replies.keys() - {"200", "default"}
 
 
 def test_its_figures_are_the_recorded_ones() -> None:

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from tiny_models import save_tiny, tiny_language_model
 
-from alignpro.config import EngineConfig, TrainConfig, dump_config
+from alignpro.config import EngineConfig, ModelConfig, TrainConfig, dump_config
 from alignpro.config.serving_rewriting import RewritingConfig
+from alignpro.environments.rewriter import Rewriter
 from alignpro.environments.trained_prompter import TrainedPrompter
-from alignpro.serving.contract import Api, Asked
+from alignpro.serving.contract import Api, Asked, Outcome
 from alignpro.serving.engine_thread import EngineThread
 from alignpro.serving.prompt_writer import ServedRun
 from alignpro.serving.rewriter import PromptRewriter
+from alignpro.serving.rewriting import Rewriting
 
 ENGINE = EngineConfig(pool_bytes=1 << 22)
 PLAIN: dict[str, Any] = {"guards": (), "skip_truncated": False, "deadline_ms": 60_000, "engine": ENGINE}
@@ -67,6 +69,36 @@ def with_rewriter(
         finally:
             await rewriter.close()
             await engine.close()
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def outcomes(run: ServedRun, *requests: Asked, **config: Any) -> list[Outcome]:
+    """Return what becomes of requests, one after the other."""
+
+    async def use(rewriter: PromptRewriter, engine: EngineThread) -> list[Outcome]:
+        return [await rewriter.rewrite(request) for request in requests]
+
+    found: list[Outcome] = with_rewriter(run, use, **config)
+    return found
+
+
+def expected(run: ServedRun, text: str) -> str:
+    """The rewrite that `alignpro rewrite` writes."""
+    ((rewritten,),) = Rewriter(run.prompter.model, None, run.prompter.config).rewrite([text])
+    return rewritten.rewrite
+
+
+def with_rewriting(use: Callable[[Rewriting], Any], *runs: Path, target: Path | None = None, **config: Any) -> Any:
+    """Await ``use(rewriting)`` of runs, and of a target in this process."""
+
+    async def main() -> Any:
+        model = None if target is None else ModelConfig(path=str(target), device="cpu")
+        rewriting = await Rewriting.open(RewritingConfig(**{**PLAIN, **config}), runs, model)
+        try:
+            return await use(rewriting)
+        finally:
+            await rewriting.close()
 
     return asyncio.run(asyncio.wait_for(main(), 60))
 

@@ -13,7 +13,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from proxies import Proxy, Shouting, proxied
 from pydantic import BaseModel
-from upstream import EVENTS, WORDS, Upstream, chat_answer
+from upstream import DONE, EVENTS, WORDS, Upstream, chat_answer
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -40,6 +40,8 @@ def test_a_chat_a_stream_and_the_models(client: OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(model="m", messages=MESSAGES)
     assert raw.headers["x-alignpro-rewrite"] == "skipped:no_run"
     assert client.completions.create(model="m", prompt="hello").id == "chatcmpl-1"
+    with client.completions.with_streaming_response.create(model="m", prompt="hello", stream=True) as streamed:
+        assert streamed.read() == b"".join(EVENTS) + DONE
 
 
 def test_tools_images_and_unknown_fields(client: OpenAI, upstream: Upstream) -> None:

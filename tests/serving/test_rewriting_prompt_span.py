@@ -14,6 +14,7 @@ from alignpro.serving.contract import Api, Asked
 from alignpro.serving.prompt_span import read_conversation, replaced
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+AUDIO = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
 
 
 def asked(body: Any, api: Api = "chat", raw: bytes | None = None) -> Asked:
@@ -46,8 +47,8 @@ def test_the_last_user_message_is_rewritten_and_nothing_else() -> None:
 
 
 def test_text_parts_are_rewritten_between_the_others() -> None:
-    body = {"messages": [user([IMAGE, part("one"), part(" "), IMAGE])]}
-    assert rewritten(asked(body)) == {"messages": [user([IMAGE, part("NEW"), part(" "), IMAGE])]}
+    body = {"messages": [user([IMAGE, part("one"), part(" "), AUDIO])]}
+    assert rewritten(asked(body)) == {"messages": [user([IMAGE, part("NEW"), part(" "), AUDIO])]}
 
 
 def test_parts_that_follow_each_other_are_one_text() -> None:

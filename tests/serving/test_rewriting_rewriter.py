@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewriting_runs import ENGINE, PLAIN, ask, last_text, save_run, served, slow, with_rewriter
+from rewriting_runs import ask, expected, last_text, outcomes, save_run, served, slow, with_rewriter, with_rewriting
 
-from alignpro.config import GuardConfig, ModelConfig
-from alignpro.config.serving_rewriting import RewritingConfig
-from alignpro.data import Prompt
-from alignpro.engine import derive_seed
-from alignpro.environments.rewriter import Rewriter
+from alignpro.config import GuardConfig
 from alignpro.errors import ModelError
 from alignpro.serving.contract import Asked, Outcome
 from alignpro.serving.engine_thread import EngineThread
@@ -34,23 +29,10 @@ def run() -> ServedRun:
     return served()
 
 
-def outcomes(run: ServedRun, *requests: Asked, **config: Any) -> list[Outcome]:
-    async def use(rewriter: PromptRewriter, engine: EngineThread) -> list[Outcome]:
-        return [await rewriter.rewrite(request) for request in requests]
-
-    return with_rewriter(run, use, **config)
-
-
-def expected(run: ServedRun, text: str = TEXT) -> str:
-    """The rewrite that `alignpro rewrite` writes."""
-    ((rewritten,),) = Rewriter(run.prompter.model, None, run.prompter.config).rewrite([text])
-    return rewritten.rewrite
-
-
 def test_the_rewrite_is_that_of_the_run_and_takes_the_place_of_the_text(run: ServedRun) -> None:
     request = ask(TEXT)
     (outcome,) = outcomes(run, request)
-    rewrite = expected(run)
+    rewrite = expected(run, TEXT)
     assert (outcome.skipped, outcome.original, outcome.rewrite, outcome.run) == (None, TEXT, rewrite, "run")
     assert last_text(outcome.body) == rewrite != TEXT
     assert outcome.seconds > 0
@@ -66,7 +48,7 @@ def test_a_large_body_is_rewritten_too(run: ServedRun) -> None:
     request = ask([image, {"type": "text", "text": TEXT}])
     (outcome,) = outcomes(run, request)
     assert outcome.body == request.raw.replace(
-        TEXT.encode(), json.dumps(expected(run), ensure_ascii=False)[1:-1].encode()
+        TEXT.encode(), json.dumps(expected(run, TEXT), ensure_ascii=False)[1:-1].encode()
     )
 
 
@@ -121,14 +103,16 @@ def test_the_original_goes_through_unchanged(
     assert (outcome.skipped, outcome.body) == (reason, request_.raw)
 
 
-def test_a_guard_says_what_it_measured_and_what_was_written(run: ServedRun) -> None:
-    guards = (GuardConfig(kind="length_ratio", high=0.0), GuardConfig(kind="copy_rate", low=0.0))
-    first, again = outcomes(run, ask(TEXT), ask(TEXT), guards=guards)
-    assert first.rewrite == expected(run) == again.rewrite
-    assert first.details is not None
-    assert first.details["guard/length_ratio"] == pytest.approx(len(expected(run)) / len(TEXT))
-    assert "guard/copy_rate" in first.details
-    assert again.skipped == "guard:length_ratio"
+def test_sampled_rewrites_depend_on_prompt_and_seed_alone(run: ServedRun) -> None:
+    texts = [f"sort {word}" for word in ("stone", "abc", "lamp")]
+
+    def rewrites(*requests: Asked, **config: Any) -> list[str | None]:
+        return [each.rewrite for each in outcomes(run, *requests, temperature=1.0, cached_rewrites=0, **config)]
+
+    first = rewrites(*map(ask, texts))
+    assert first == rewrites(*(ask(text, user="another") for text in reversed(texts)))[::-1]
+    assert first != rewrites(*map(ask, texts), seed=1)
+    assert first != [expected(run, text) for text in texts]
 
 
 def test_without_a_run_nothing_is_rewritten(run: ServedRun) -> None:
@@ -264,7 +248,7 @@ def test_shadow_mode_rewrites_without_using_it(run: ServedRun) -> None:
 
     outcome, later = with_rewriter(run, use, shadow=True)
     assert (outcome.skipped, outcome.rewrite, outcome.body) == ("shadow", None, ask(TEXT).raw)
-    assert (later.skipped, later.rewrite) == ("shadow", expected(run))
+    assert (later.skipped, later.rewrite) == ("shadow", expected(run, TEXT))
     assert later.details["treated"] == 1
 
 
@@ -307,7 +291,7 @@ def test_the_control_group_is_measured_too(run: ServedRun) -> None:
 
     guards = (GuardConfig(kind="length_ratio", high=99.0),)
     later = with_rewriter(run, use, percent=0.0, compare=True, guards=guards)
-    assert (later.skipped, later.rewrite, later.details["treated"]) == ("canary", expected(run), 0)
+    assert (later.skipped, later.rewrite, later.details["treated"]) == ("canary", expected(run, TEXT), 0)
     assert "guard/length_ratio" in later.details
 
 
@@ -337,18 +321,6 @@ def test_no_body_raises(run: ServedRun) -> None:
         await asyncio.to_thread(check)
 
     with_rewriter(run, use)
-
-
-def with_rewriting(use: Callable[[Rewriting], Any], *runs: Path, target: Path | None = None, **config: Any) -> Any:
-    async def main() -> Any:
-        model = None if target is None else ModelConfig(path=str(target), device="cpu")
-        rewriting = await Rewriting.open(RewritingConfig(**{**PLAIN, **config}), runs, model)
-        try:
-            return await use(rewriting)
-        finally:
-            await rewriting.close()
-
-    return asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_runs_are_loaded_and_unloaded_while_requests_are_rewritten(tmp_path: Path) -> None:
@@ -396,52 +368,3 @@ def test_a_run_that_cannot_be_loaded_changes_nothing(tmp_path: Path) -> None:
         assert (await rewriting.rewriter.rewrite(ask(TEXT))).skipped is None
 
     with_rewriting(use, first)
-
-
-REWARD = "def count(prompts, responses):\n    return [float(len(set(each))) for each in responses]\n"
-
-
-@pytest.mark.parametrize("choose", ["best", "gibbs"])
-def test_a_rewrite_is_chosen_by_the_reward_of_the_targets_answers(
-    choose: str, model_directory: Callable[[str], Path], tmp_path: Path
-) -> None:
-    (tmp_path / "reward.py").write_text(REWARD)
-    reward = {"components": [{"kind": "function", "function": f"{tmp_path}/reward.py:count"}]}
-    run = save_run(tmp_path / "run", reward=reward)
-    body = {"model": "llama", "messages": [{"role": "user", "content": TEXT}], "temperature": 0, "max_tokens": 8}
-
-    async def use(rewriting: Rewriting) -> list[Outcome]:
-        return [await rewriting.rewriter.rewrite(ask(body=body)) for _ in range(2)]
-
-    config = {"candidates": {"count": 4, "choose": choose, "kl_coef": 0.01}, "trust_remote_code": True}
-    target = tmp_path / "llama"
-    target.symlink_to(model_directory("llama"))
-    first, again = with_rewriting(use, run, target=target, **config)
-    assert first.skipped is None
-    assert first.rewrite == again.rewrite
-    assert first.details is not None
-    assert first.details["candidates"] == 4
-    prompt = Prompt.from_text(TEXT)
-    (group,) = Rewriter.load(run).rewrite_each([prompt], [derive_seed(0, prompt.id)], n=4, temperature=1.0)
-    assert not isinstance(group, Exception)
-    assert first.rewrite in [each.rewrite for each in group]
-
-
-def test_choosing_needs_a_reward_that_can_and_may_be_computed(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run")
-
-    async def use(rewriting: Rewriting) -> None:
-        raise AssertionError("it was opened")
-
-    with pytest.raises(ModelError, match=r"runs the code of its reward \(nowhere:reward\); if you trust it, say so"):
-        with_rewriting(use, run, candidates={})
-    with pytest.raises(ModelError, match="need a target"):
-        with_rewriting(use, run, candidates={}, trust_remote_code=True)
-
-
-def test_a_guard_needs_a_range(run: ServedRun) -> None:
-    with pytest.raises(ValueError, match="the guard copy_rate needs `low`, `high` or both"):
-        RewritingConfig(guards=({"kind": "copy_rate"},))
-    with pytest.raises(ValueError, match="a penalty, which only training uses"):
-        RewritingConfig(guards=({"kind": "copy_rate", "low": 0.1, "penalty": 1.0},))
-    assert RewritingConfig(engine=ENGINE).guards[0].kind == "language_change"

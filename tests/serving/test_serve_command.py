@@ -78,6 +78,20 @@ def test_what_cannot_be_served_is_said_at_once(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["config.yaml", "model/tokenizer.json", "model"])
+def test_a_run_directory_without_its_model_is_named(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a run that has not finished nor a part of one is served."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / part).parent.mkdir(exist_ok=True)
+    (run / part).write_text("run: {}\n")
+    assert _run(str(run), "--target", TARGET, "--port", "0") == 1
+    said = capsys.readouterr().err
+    assert f"run directory {run}: has no config.yaml and model/: it is not a finished run" in said
+
+
 def test_a_port_that_is_taken_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert _run("--target", TARGET, "--port", str(taken.getsockname()[1])) == 1
