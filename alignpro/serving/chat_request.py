@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alignpro.data import Message
+from alignpro.data import Message, replace_lone_surrogates
 from alignpro.engine import SamplingParams
 from alignpro.errors import ConfigError
 from alignpro.serving.contract import Api
@@ -239,6 +239,8 @@ def _stops(value: Any) -> tuple[str, ...]:
         raise _refused("stop", "is no text and no list of texts that are not empty")
     if len(stops) > MAX_STOPS:
         raise _refused("stop", f"has {len(stops)} texts: at most {MAX_STOPS}")
+    if any(replace_lone_surrogates(each) != each for each in stops):
+        raise _refused("stop", "has half of a surrogate pair, which no text can hold")
     return tuple(stops)
 
 

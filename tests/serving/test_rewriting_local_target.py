@@ -236,6 +236,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
         ({"stop": ["a", 1]}, "stop"),
         ({"stop": ""}, "stop"),
         ({"stop": ["x"] * 99}, "stop"),
+        ({"stop": ["a", "\ud800"]}, "stop"),
         ({"stream": "yes"}, "stream"),
         ({"stream": True, "stream_options": {"what": 1}}, "stream_options.what"),
         ({"messages": []}, "messages"),
