@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from upstream import Upstream
 
 from alignpro.config import AccessConfig
 from alignpro.errors import ConfigError
-from alignpro.serving.authentication import client_tokens
+from alignpro.serving.authentication import Tokens, client_tokens
+from alignpro.serving.refusals import Refusal
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\n"
 
@@ -144,6 +146,22 @@ def test_a_token_is_required(upstream: Upstream, guarded: Proxy) -> None:
     assert all(each.header("authorization") is None for each in upstream.received)
     for path in ("/health", "/ready", "/metrics", "/openapi.json"):
         assert guarded.ask(path=path, method="GET").status == 200
+
+
+def test_every_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is: how long a refusal takes tells nothing of how much was right."""
+    compared: list[int] = []
+
+    def compare(given: bytes, kept: bytes) -> bool:
+        compared.append(len(given))
+        return compare_digest(given, kept)
+
+    monkeypatch.setattr("alignpro.serving.authentication.compare_digest", compare)
+    tokens = Tokens(["first", "second", "third"])
+    tokens.require(b"Bearer first")
+    with pytest.raises(Refusal):
+        tokens.require(b"Bearer " + 1000 * b"f")
+    assert compared == [32] * 6, "hashes of one length, and all of them each time"
 
 
 def test_tokens_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
