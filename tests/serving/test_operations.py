@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxies import CHAT, Shouting, proxied
+from proxies import CHAT, Proxy, Shouting, proxied
 from upstream import DONE, EVENTS, Upstream
 
 from alignpro.config import ServeConfig, validate_config
@@ -64,6 +64,30 @@ def test_metrics_count_what_happened(upstream: Upstream) -> None:
             "alignpro_runs": 2,
         }.items():
             assert proxy.metric(line) == value, line
+
+
+def test_metrics_show_what_is_in_flight_and_what_waits(upstream: Upstream) -> None:
+    runs = Shouting()
+    runs.waiting = 3
+    with proxied(upstream.url, runs, limits={"concurrent": 1, "queued": 5}) as proxy:
+        asking = [threading.Thread(target=proxy.ask, args=[CHAT | {"model": "slow"}]) for _ in range(3)]
+        for thread in asking:
+            thread.start()
+        upstream.wait_for(lambda: proxy.service.admission.waiting == 2)
+        lines = ("alignpro_in_flight", "alignpro_queued", "alignpro_prompter_queue")
+        assert [proxy.metric(line) for line in lines] == [1, 2, 3]
+        for thread in asking:
+            thread.join()
+        assert [proxy.metric(line) for line in lines] == [0, 0, 3]
+
+
+def test_the_tokens_of_a_stream_are_counted(upstream: Upstream, proxy: Proxy) -> None:
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":11,"total_tokens":18}}\n\n'
+    upstream.answers["counted"] = [*EVENTS, usage, DONE]
+    assert usage in proxy.ask(CHAT | {"model": "counted", "stream": True}).body
+    proxy.settle()
+    assert proxy.metric('alignpro_tokens_total{kind="prompt"}') == 7
+    assert proxy.metric('alignpro_tokens_total{kind="completion"}') == 11
 
 
 def test_the_log_holds_no_text_unless_asked(upstream: Upstream, tmp_path: Path) -> None:

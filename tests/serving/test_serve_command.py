@@ -31,6 +31,7 @@ def _run(*arguments: str) -> int:
 def test_options_and_files_make_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "serve.yaml").write_text("target: http://a/v1\nlisten: {port: 1}\nlimits: {concurrent: 7}\n")
     options = ["runs/a b", "runs/c", "--target", TARGET, "--model", "1e3", "--port", "2", "--percent", "5", "--shadow"]
+    options += ["--deadline-ms", "250"]
     assert _run(*options, "--config", f"{tmp_path}/serve.yaml", "--config", "log.prompts=true", "--dry-run") == 0
     printed = capsys.readouterr().out
     (tmp_path / "all.yaml").write_text(printed)
@@ -38,7 +39,7 @@ def test_options_and_files_make_one_configuration(tmp_path: Path, capsys: pytest
     assert [str(run) for run in config.runs] == ["runs/a b", "runs/c"]
     assert (config.target, config.model, config.listen.port) == (TARGET, "1e3", 2)
     assert (config.limits.concurrent, config.log.prompts) == (7, True)
-    assert (config.rewriting.percent, config.rewriting.shadow) == (5, True)
+    assert (config.rewriting.percent, config.rewriting.shadow, config.rewriting.deadline_ms) == (5, True, 250)
     assert yaml.safe_load(printed)["limits"]["queued"] == 256
 
 
