@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 from alignpro.config.serving_rewriting import LocalTargetConfig
 from alignpro.engine import Completion
@@ -80,7 +81,7 @@ class LocalServedTarget:
         """Answer a request; what cannot be honoured gets an error in OpenAI's form."""
         if self._engine.failure is not None:
             raise TargetFailure(f"the model {self.model} cannot answer: {self._engine.failure}")
-        path = request.path.partition("?")[0].rstrip("/")
+        path = unquote(request.path.partition("?")[0]).rstrip("/")
         try:
             if (api := APIS.get(path)) is not None:
                 _require(request.method, "POST")
@@ -88,7 +89,10 @@ class LocalServedTarget:
             if path in ("/models", f"/models/{self.model}"):
                 _require(request.method, "GET")
                 return _whole(200, self._listed(whole=path == "/models"))
-            raise RefusedRequestError(f"{path} does not exist", status=404)
+            if path.startswith("/models/"):
+                raise RefusedRequestError(f"there is no other model than {self.model}", None, "model_not_found", 404)
+            served = "/v1/chat/completions, /v1/completions and /v1/models"
+            raise RefusedRequestError(f"/v1{path} is not served: {served} are", None, "not_found", 404)
         except RefusedRequestError as error:
             more = ((b"retry-after", b"1"),) if error.status == 429 else ()
             return _whole(error.status, _error(str(error), error.param, error.code, error.status), more)
@@ -260,7 +264,7 @@ class _Answer:
 
 def _require(method: str, expected: str) -> None:
     if method != expected:
-        raise RefusedRequestError(f"{method} is not allowed here: use {expected}", status=405)
+        raise RefusedRequestError(f"{method} is not allowed here: use {expected}", None, "method_not_allowed", 405)
 
 
 def _error(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> dict[str, Any]:

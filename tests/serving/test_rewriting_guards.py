@@ -18,29 +18,28 @@ def run() -> ServedRun:
     return served()
 
 
-@pytest.mark.parametrize(
-    ("prompt", "rewrite", "reason"),
-    [
-        (
-            "please explain to me how the weather is made",
-            "bitte erkläre mir, wie das Wetter entsteht",
-            "language_change",
-        ),
-        ("please explain to me how the weather is made", "weather?", "length_ratio"),
-        ("hi there", "hi there, " * 20, "length_ratio"),
-        ("please add 12 and 30 for me", "please add 12 and 13 for me", "numbers_kept"),
-        ("please tell me what Ada Lovelace wrote", "please tell me what a mathematician wrote", "names_kept"),
-        ("please say what `foo_bar(x)` does here", "please say what the function does here", "code_kept"),
-        ("please add 12 and 30 for me", "for me, please add 12 and 30", None),
-    ],
-)
-def test_the_default_guards_hold_back_what_loses_something(
-    prompt: str, rewrite: str, reason: str | None, run: ServedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(TrainedPrompter, "text", lambda *_: rewrite)
-    (outcome,) = outcomes(run, ask(prompt), guards=RewritingConfig().guards)
-    assert (outcome.skipped, outcome.rewrite) == (f"guard:{reason}" if reason else None, rewrite)
-    assert last_text(outcome.body) == (prompt if reason else rewrite)
+WRITTEN = {
+    "please explain to me how the weather is made": (
+        "bitte erkläre mir, wie das Wetter entsteht",
+        "guard:language_change",
+    ),
+    "please explain to me how the rain is made": ("rain?", "guard:length_ratio"),
+    "hi there": ("hi there, " * 20, "guard:length_ratio"),
+    "please add 12 and 30 for me": ("please add 12 and 13 for me", "guard:numbers_kept"),
+    "please tell me what Ada Lovelace wrote": ("please tell me what a mathematician wrote", "guard:names_kept"),
+    "please say what `foo_bar(x)` does here": ("please say what the function does here", "guard:code_kept"),
+    "please add 7 and 8 for me": ("for me, please add 7 and 8", None),
+}
+"""Prompt → its rewrite, and what becomes of that."""
+
+
+def test_the_default_guards_hold_back_what_loses_something(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainedPrompter, "text", lambda _, prompt, __: WRITTEN[prompt.text][0])
+    found = outcomes(run, *map(ask, WRITTEN), guards=RewritingConfig().guards)
+    assert [each.skipped for each in found] == [reason for _, reason in WRITTEN.values()]
+    assert [each.rewrite for each in found] == [rewrite for rewrite, _ in WRITTEN.values()]
+    sent = [prompt if reason else rewrite for prompt, (rewrite, reason) in WRITTEN.items()]
+    assert [last_text(each.body) for each in found] == sent
 
 
 def test_a_copy_can_be_held_back_too(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,13 +48,12 @@ def test_a_copy_can_be_held_back_too(run: ServedRun, monkeypatch: pytest.MonkeyP
     assert outcome.skipped == "guard:copy_rate"
 
 
-@pytest.mark.parametrize(("rewrite", "reason"), [("", "empty"), (" \n", "empty"), (TEXT, "unchanged")])
-def test_what_is_no_rewrite_is_not_sent(
-    rewrite: str, reason: str, run: ServedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(TrainedPrompter, "text", lambda *_: rewrite)
-    (outcome,) = outcomes(run, ask(TEXT))
-    assert (outcome.skipped, outcome.body) == (reason, ask(TEXT).raw)
+def test_what_is_no_rewrite_is_not_sent(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = {"one": "", "two": " \n", TEXT: TEXT}
+    monkeypatch.setattr(TrainedPrompter, "text", lambda _, prompt, __: written[prompt.text])
+    found = outcomes(run, *map(ask, written))
+    assert [each.skipped for each in found] == ["empty", "empty", "unchanged"]
+    assert [last_text(each.body) for each in found] == list(written)
 
 
 def test_a_guard_says_what_it_measured_and_what_was_written(run: ServedRun) -> None:

@@ -340,9 +340,14 @@ def test_models_and_paths(echo: Any) -> None:
     status, listed = echo(b"", "/models", "GET")
     assert (status, [each["id"] for each in listed["data"]]) == (200, ["big"])
     assert echo(b"", "/models/big?x=1", "GET") == (200, listed["data"][0])
-    assert echo(b"", "/models/other", "GET")[0] == 404
-    assert echo(b"{}", "/embeddings")[0] == 404
-    assert echo(b"", "/chat/completions", "GET")[0] == 405
+    assert echo(b"", "/models/%62ig", "GET")[0] == 200
+    status, answer = echo(b"", "/models/other", "GET")
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    status, answer = echo(b"{}", "/embeddings")
+    assert (status, answer["error"]["code"]) == (404, "not_found")
+    assert "/v1/embeddings is not served: /v1/chat/completions" in answer["error"]["message"]
+    status, answer = echo(b"", "/chat/completions", "GET")
+    assert (status, answer["error"]["code"]) == (405, "method_not_allowed")
     status, answer = echo(CHAT | {"model": "other"})
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (404, "model_not_found", "model")
 
