@@ -178,6 +178,11 @@ class ServeConfig(Section):
             raise ValueError(
                 f"target {self.target} is a model: its name for clients is rewriting.target.name, not model"
             )
+        if access.forward_authorization and self.rewriting.candidates is not None:
+            raise ValueError(
+                "rewriting.candidates asks the target on the proxy's own account, and access.forward_authorization leaves it "
+                "no key: name one in api_key_env instead"
+            )
         if access.forward_authorization and self.url is None:
             raise ValueError(
                 f"target {self.target} is a model: it takes no client's key (access.forward_authorization)"

@@ -57,6 +57,14 @@ def test_options_and_files_make_one_configuration(tmp_path: Path, capsys: pytest
         (["runs/none", "--target", "models/none"], "run directory runs/none: has no config.yaml and model/"),
         (["--target", TARGET, "--host", "0.0.0.0"], "can be reached from other machines: name tokens"),
         (["--target", "models/a", "--api-key-env", "KEY"], "target models/a is a model"),
+        (
+            [
+                "--target",
+                TARGET,
+                *(f"--config={key}" for key in ("access.forward_authorization=true", "rewriting.candidates.count=4")),
+            ],
+            "leaves it no key: name one in api_key_env instead",
+        ),
         (["--target", "models/a", "--model", "m"], "its name for clients is rewriting.target.name"),
         (
             ["--target", TARGET, "--api-key-env", "NOT_SET"],
