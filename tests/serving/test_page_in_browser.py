@@ -120,6 +120,7 @@ def test_what_models_and_clients_say_is_text(
         browser.wait_for("document.getElementById('requests').children.length === 2")
         assert browser.text("#original .answer") == browser.text("#rewritten .answer") == HOSTILE
         assert HOSTILE.upper() in browser.text("#requests")
+        assert "client_gone" not in browser.text("#requests")
         changed = browser.value("Array.from(document.querySelectorAll('#diff ins'), (each) => each.childNodes[1].data)")
         assert "ONERROR" in changed
         assert browser.value("document.title") == "Try a prompt · Align-Pro"

@@ -51,7 +51,7 @@ export async function* pieces(response) {
     return;
   }
   for await (const data of eventData(response.body)) {
-    if (data === "[DONE]") return;
+    if (data === "[DONE]") continue; // to the end of the stream: who leaves before is counted as gone
     const event = JSON.parse(data);
     if (event.error) throw new RequestFailed(String(event.error.message ?? event.error), response.status);
     const content = event.choices?.[0]?.delta?.content;
