@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import GenerationConfig
 
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.peft_types import is_peft_model
@@ -36,10 +37,10 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
             adapter: Any = model.active_peft_config
             _sort_sets(directory / "adapter_config.json", adapter)
             if adapter.base_model_name_or_path == BASE_DIRECTORY:
-                causal.save_pretrained(directory / BASE_DIRECTORY, state_dict=_base_weights(model))
+                _save_model(causal, directory / BASE_DIRECTORY, state_dict=_base_weights(model))
             name_base(directory, directory)
         else:
-            model.save_pretrained(directory)
+            _save_model(model, directory)
         language_model.tokenizer.save_pretrained(directory)
     except SafetensorError as error:  # raised, for example, when the disk is full
         raise OSError(f"{directory}: {error}") from error
@@ -60,6 +61,20 @@ def name_base(directory: Path, final: Path) -> None:
     if base.is_dir() or base.parent == final:
         config["base_model_name_or_path"] = str(base.absolute())
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _save_model(model: Any, directory: Path, **options: Any) -> None:
+    """Write a model with its generation configuration as it is.
+
+    Published ones have settings without effect, with which older versions of transformers load a model and refuse to save it.
+    """
+    generation = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(directory, **options)
+    finally:
+        model.generation_config = generation
+    generation.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def _base_weights(model: PeftModel) -> dict[str, Tensor]:

@@ -118,6 +118,7 @@ def estimate_memory(
     policy, full, measured = models.policy, trains_all(config.policy), config.objective.step_kl is not None
     zero = {"stage": 0} if setup == ONE_PROCESS else read_zero_config(setup)["zero_optimization"]
     sharded = zero["stage"] == 3
+    updated = policy.plain if sharded else policy
     rollout = _Rollout.of(config, models, ranks)
     on_cpu = config.policy.device == "cpu"
     apart = [
@@ -140,8 +141,8 @@ def estimate_memory(
         retained_cache=rollout.cache if on_cpu or rollout.keeps_cache else 0.0,
         sampling_pass=rollout.pass_tokens * max(model.pass_bytes for model in models.generating),
         activations=(
-            policy.activation_bytes(rollout.micro_batch_tokens, checkpointing=config.policy.gradient_checkpointing)
-            + rollout.state_bytes(policy)
+            updated.activation_bytes(rollout.micro_batch_tokens, checkpointing=config.policy.gradient_checkpointing)
+            + rollout.state_bytes(updated)
             * (2 if measured else 1)  # the reference's, and the policy's before the update
         ),
         head=(policy.head_gradient_bytes + (policy.head_bytes if measured else 0)) if full else 0.0,

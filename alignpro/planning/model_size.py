@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
-from alignpro.models.cpu.packed_linear import no_kernels
+from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES, no_kernels
 from alignpro.models.loading import base_of_adapter, is_adapter, resolve_dtype
 from alignpro.prompting.pretrained import require_pretrained
 
@@ -38,6 +38,8 @@ class ModelSize:
     """Bytes of an element of a weight."""
     states_bytes: int
     """Bytes of an element of a hidden state, a key or a value; with weights in bfloat16 on a CPU, these are float32."""
+    fused: bool
+    """Whether its gated MLPs recompute a part in the backward pass, as on a CPU (`gated_mlp`)."""
 
     @property
     def parameters(self) -> int:
@@ -48,6 +50,11 @@ class ModelSize:
     def bytes(self) -> int:
         """Bytes of all weights."""
         return self.parameters * self.dtype_bytes
+
+    @property
+    def plain(self) -> ModelSize:
+        """The same model computed by transformers' own modules, as where its weights are gathered for each pass."""
+        return replace(self, states_bytes=self.dtype_bytes, fused=False)
 
     @property
     def head_bytes(self) -> int:
@@ -75,17 +82,18 @@ class ModelSize:
         Counted for a layer like Llama's (two norms, attention that stores no score matrix, a gated MLP). Per token it saves
         four vectors of the MLP's width, about ten of the model's width, and three of the width of keys and values; in 16
         bits its norms also save float32. Korthikanti et al. (2022, "Reducing Activation Recomputation", table 2) count
-        another layer in this way.
+        another layer in this way. A fused MLP saves two vectors of its width, and its backward pass needs one more.
 
         Args:
             tokens: Number of tokens in the pass.
             checkpointing: Whether only the layers' inputs are saved, and one layer at a time is recomputed.
         """
         b, wide, hidden = self.states_bytes, self.intermediate, self.hidden
-        layer = b * (4 * wide + 10.5 * hidden + 3 * self.kv_width) + (4 * hidden if b == 2 else 0)
+        saved, needed = (2, 3) if self.fused else (4, 2)
+        layer = b * (saved * wide + 10.5 * hidden + 3 * self.kv_width) + (4 * hidden if b == 2 else 0)
         layers = self.layers * b * hidden + layer if checkpointing else self.layers * layer
         ends = 3.3 * b * hidden  # embeddings and the last norm
-        gradients = 2 * b * (wide + hidden)  # inside the last layer
+        gradients = b * (needed * wide + 2 * hidden)  # inside the last layer
         return tokens * (layers + ends + gradients)
 
 
@@ -115,29 +123,37 @@ def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
         ModelError: Its configuration lacks a dimension.
     """
     text, dtype = model.config.get_text_config(), resolve_dtype(config)
-    widened = config.device == "cpu" and dtype == torch.bfloat16 and no_kernels() is None
+    packable = config.device == "cpu" and dtype in MAX_PACKED_BYTES and no_kernels() is None
     head: Any = model.get_output_embeddings()
+    linear = sum(each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear) and each is not head)
     try:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return ModelSize(
             weights=tuple(weight.numel() for weight in model.parameters()),
             head=0 if head is None else head.weight.numel(),
-            linear=sum(
-                each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear) and each is not head
-            ),
+            linear=linear,
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             kv_width=heads * width,
             dtype_bytes=dtype.itemsize,
-            states_bytes=torch.float32.itemsize if widened else dtype.itemsize,
+            states_bytes=torch.float32.itemsize if packable else dtype.itemsize,
+            fused=packable and linear * dtype.itemsize <= MAX_PACKED_BYTES[dtype] and _has_gated_mlps(model),
         )
     except AttributeError as error:
         raise ModelError(
             f"model {config.path}: its memory cannot be planned, since its configuration lacks a dimension: {error}; to train "
             "it, set optimizer.micro_batch_size to a number"
         ) from error
+
+
+def _has_gated_mlps(model: PreTrainedModel) -> bool:
+    """Whether a model has MLPs of the kind that `fused_layers` replaces."""
+    if getattr(model.config.get_text_config(), "hidden_act", None) != "silu":
+        return False
+    parts = ([getattr(each, f"{name}_proj", None) for name in ("gate", "up", "down")] for each in model.modules())
+    return any(all(isinstance(part, nn.Linear) and part.bias is None for part in mlp) for mlp in parts)
 
 
 def goes_on_training(policy: PolicyConfig) -> bool:

@@ -29,6 +29,7 @@ def supervised_update_bytes(config: SFTConfig | RewardModelConfig) -> Callable[[
         model = build_empty(config.model, AutoModelForSequenceClassification)
         trained, full = tuple(weight.numel() for weight in model.parameters()), True
     size = measure(model, section)
+    updated = size if isinstance(config, SFTConfig) else size.plain
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
     tokens = sequences * min(longest, context)
     held = size.parameters + (0 if full else sum(trained))
@@ -36,7 +37,7 @@ def supervised_update_bytes(config: SFTConfig | RewardModelConfig) -> Callable[[
     head = size.head_gradient_bytes if full else 0.0
 
     def update_bytes(samples: int) -> float:
-        activations = size.activation_bytes(samples * tokens, checkpointing=section.gradient_checkpointing)
+        activations = updated.activation_bytes(samples * tokens, checkpointing=section.gradient_checkpointing)
         # Gradients of an earlier pass are there when the backward pass of a later one begins.
         earlier = state.gradients if samples < config.batch_size else 0.0
         begins = activations + head + earlier + state.backward

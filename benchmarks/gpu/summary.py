@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 LINES = 30
+COMPARED = ("policy", "policy-kl")
+"""The cases of the kernels in which peers are named."""
 
 
 def lines(run: Mapping[str, Any], results: Path) -> list[str]:
@@ -49,14 +51,24 @@ def _smoke(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _kernels(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line per head: our time over the floor in each case, and that of peers for the last of its policy losses."""
-    shapes: dict[str, dict[str, float]] = {}
+    """Yield two lines per head: our time over the floor in each case, and that of the peers in those of `COMPARED`."""
+    ours: dict[str, dict[str, float]] = {}
+    peers: dict[str, dict[str, list[str]]] = {}
     for result in document["results"]:
+        shape, case = result["shape"]["name"], result["case"]["name"]
         for entrant in result["entrants"]:
-            if entrant["ratio_to_floor"] is not None and entrant["entrant"].startswith("ours"):
-                shapes.setdefault(result["shape"]["name"], {})[result["case"]["name"]] = entrant["ratio_to_floor"]
-    for shape, ratios in shapes.items():
+            name, ratio = entrant["entrant"], entrant["ratio_to_floor"]
+            if ratio is None:
+                continue
+            if name.startswith("ours"):
+                ours.setdefault(shape, {})[case] = ratio
+            elif case in COMPARED:
+                peers.setdefault(shape, {}).setdefault(case, []).append(f"{name} {ratio:.2f}")
+    for shape, ratios in ours.items():
         yield f"{shape}, × floor: " + ", ".join(f"{case} {ratio:.2f}" for case, ratio in list(ratios.items())[:7])
+        if shape in peers:
+            cases = (f"{case} {', '.join(entrants)}" for case, entrants in peers[shape].items())
+            yield f"{shape}, peers: " + "; ".join(cases)
 
 
 def _tick(document: Mapping[str, Any]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -100,6 +101,26 @@ def test_the_summary_has_thirty_lines_at_most_and_survives_incomplete_results(tm
     (tmp_path / "smoke.json").write_text(json.dumps({"checks": checks[:2]}))
     found = summary.lines({"card": card, "commit": None, "tiny": False, "seconds": 9.0, "commands": commands}, tmp_path)
     assert sum("is incomplete" in line for line in found) == 2
+
+
+def test_the_summary_names_peers_beside_the_kernels(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "benchmarks" / "results" / "cpu" / "kernels.json", tmp_path)
+    commands = {"kernels": {"status": "ok", "seconds": 1.0}}
+    found = summary.lines(
+        {"card": None, "device": "cpu", "commit": None, "tiny": False, "seconds": 9.0, "commands": commands}, tmp_path
+    )
+    ratios = {
+        (result["shape"]["name"], result["case"]["name"], entrant["entrant"]): f"{entrant['ratio_to_floor']:.2f}"
+        for result in json.loads((tmp_path / "kernels.json").read_text())["results"]
+        for entrant in result["entrants"]
+        if entrant["ratio_to_floor"] is not None
+    }
+    assert max(map(len, found)) < 160
+    for (shape, case, entrant), ratio in ratios.items():
+        if entrant == "ours-cpp":
+            assert any(line.startswith(f"  {shape}, × floor: ") and f"{case} {ratio}" in line for line in found)
+        elif case in ("policy", "policy-kl"):
+            assert any(line.startswith(f"  {shape}, peers: ") and f"{entrant} {ratio}" in line for line in found)
 
 
 def test_the_archive_unpacks_into_the_repository(tmp_path: Path) -> None:

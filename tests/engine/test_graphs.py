@@ -168,17 +168,28 @@ def test_changes_that_invalidate_graphs_are_detected() -> None:
     assert not worker.graphs._plans
 
 
-def test_graphs_are_refused_with_the_reason(llama: LanguageModel) -> None:
+def test_graphs_need_a_gpu(llama: LanguageModel) -> None:
     with pytest.raises(ConfigError, match="cuda_graphs=True needs a GPU, but a model is on cpu"):
         Engine({"m": llama}, cuda_graphs=True).generate("m", PROMPTS, PARAMS)
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    model = tiny_language_model("llama", rope_parameters=rope)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}),
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}),
+    ],
+)
+def test_a_rotary_embedding_that_the_host_updates_is_refused_before_a_capture(
+    architecture: str, rope: dict[str, Any]
+) -> None:
+    model = tiny_language_model(architecture, rope_parameters={"rope_theta": 10000.0} | rope)
     engine = Engine({"m": model}, cuda_graphs="padded")
     engine.generate("m", PROMPTS[:1], PARAMS)
     (worker,) = engine.workers.values()
     assert worker.graphs
     worker.graphs.capture = worker.graphs.required = True
-    with pytest.raises(ModelError, match=r"model llama: .*rope_type dynamic.*cuda_graphs=False"):
+    with pytest.raises(ModelError, match=rf"model {architecture}: .*rope_type {rope['rope_type']}.*cuda_graphs=False"):
         worker.graphs.prepare("m", model)
 
 
@@ -292,6 +303,7 @@ class TestOnAGpu:
             hook.remove()
         for _ in range(2):
             assert_same_groups(engine.generate("m", PROMPTS, PARAMS), expected, tolerance=1e-4)
+        torch.rand(1, device="cuda")  # raises while the generator believes that a capture goes on
         assert len([line for line in caplog.messages if "cannot be captured" in line]) == (not required)
         assert bool(engine.stats.decode_ticks["replayed"]) == required
         hook.remove()

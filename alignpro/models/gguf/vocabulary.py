@@ -58,7 +58,13 @@ def read_tokenizer(header: Header) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: A token that ends or begins texts would be read as several.
     """
-    loaded: Any = PreTrainedTokenizerFast.from_pretrained(str(header.path.parent), gguf_file=header.path.name)
+    special = _named_tokens(header)
+    # Without the names, transformers' reader adds tokens of its own to the vocabulary.
+    loaded: Any = PreTrainedTokenizerFast.from_pretrained(
+        str(header.path.parent), gguf_file=header.path.name, **special
+    )
+    for name, token in special.items():  # some versions of its converters give another one
+        setattr(loaded, name, token)
     if header.metadata.get("tokenizer.ggml.model") == "gpt2":
         _complete(loaded.backend_tokenizer, header)
     if (context := header.value("context_length")) is not None:
@@ -72,6 +78,16 @@ def end_token_ids(header: Header) -> list[int]:
     """Return the tokens that end a text or a turn, without repetition."""
     found = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     return list(dict.fromkeys(int(each) for each in found if each is not None))
+
+
+def _named_tokens(header: Header) -> dict[str, Any]:
+    """Return the tokens that begin, end and pad texts and stand for what is unknown, by transformers' names."""
+    tokens = header.metadata.get("tokenizer.ggml.tokens", ())
+    names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    ids = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    return {
+        name: str(tokens[index]) if index is not None and index < len(tokens) else None for name, index in ids.items()
+    }
 
 
 def _complete(backend: Any, header: Header) -> None:
