@@ -15,22 +15,27 @@ extern const CpuKernels cpu_kernels_generic;
 extern const CpuKernels cpu_kernels_avx2;
 extern const CpuKernels cpu_kernels_avx512;
 extern const PanelKernels panel_kernels_avx512_bf16;
+#elif defined(__aarch64__)
+extern const CpuKernels cpu_kernels_neon;
 #endif
 
 namespace {
+
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
 
 const CpuKernels& in_float32() {
 #if defined(__x86_64__)
   const std::string capability = at::get_cpu_capability();
   if (capability == "AVX512" && __builtin_cpu_supports("avx512dq")) return cpu_kernels_avx512;
   if (capability == "AVX512" || capability == "AVX2") return cpu_kernels_avx2;
+#elif defined(__aarch64__)
+  // PyTorch has no name for NEON, which it always uses.
+  if (variable("ATEN_CPU_CAPABILITY") != "default") return cpu_kernels_neon;
 #endif
   return cpu_kernels_generic;
-}
-
-bool rounding_asked_for() {
-  const char* asked = std::getenv("ALIGNPRO_CPU_BFLOAT16");
-  return asked != nullptr && std::string(asked) == "rounded";
 }
 
 // Whether the products in bfloat16 of both agree, up to rounding in float32, on one small problem.
@@ -73,7 +78,7 @@ CpuKernels rounding() {
 }  // namespace
 
 const CpuKernels& cpu_kernels() {
-  static const CpuKernels chosen = rounding_asked_for() ? rounding() : in_float32();
+  static const CpuKernels chosen = variable("ALIGNPRO_CPU_BFLOAT16") == "rounded" ? rounding() : in_float32();
   return chosen;
 }
 

@@ -16,7 +16,8 @@ from fast_backends import need
 
 from alignpro_kernels import cpp_library
 
-PYTORCH_NAMES = {"generic": "default", "avx2": "avx2", "avx512": "avx512"}  # our names → PyTorch's names; ascending
+PYTORCH_NAMES = {"generic": "default", "neon": "", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512"}
+"""Our names → PyTorch's names, ascending on each processor."""
 FEWER = ["generic", "avx2"]
 
 
