@@ -32,9 +32,15 @@ def backends() -> Iterator[Finding]:
 def bfloat16_weights() -> Iterator[Finding]:
     """How a model in bfloat16 runs on the CPU."""
     from alignpro.models.cpu.packed_linear import no_kernels
+    from alignpro_kernels import cpp_library
 
     if (reason := no_kernels()) is None:
-        detail = "stored in memory, widened to float32 in registers; the processor's own arithmetic in it is not used"
+        detail = (
+            "stored in memory, widened to float32 in registers; ALIGNPRO_CPU_BFLOAT16=rounded asks for products in it"
+        )
+        if cpp_library.rounds_states():
+            how = "by AVX512_BF16" if cpp_library.instructions() == "avx512_bf16" else "computed in float32: slower"
+            detail = f"states are rounded to it for products, {how}"
         yield Finding("Kernels", "bfloat16", "ok", detail)
     else:
         yield Finding("Kernels", "bfloat16", "off", f"slow on this CPU, take float32: {first_error(reason)}")

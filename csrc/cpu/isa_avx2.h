@@ -64,13 +64,26 @@ struct Isa {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
   }
   // The even and the odd ones of 2 width elements. A mask for the odd ones would take a register that the sums need.
-  static F load_even_bfloat16(const uint16_t* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+  static F load_even_bfloat16(const uint16_t* p) { return first_of(load_pairs(p)); }
+  static F load_odd_bfloat16(const uint16_t* p) { return second_of(load_pairs(p)); }
+  static void store_bfloat16(uint16_t* p, F v) {
+    const __m256i x = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    const __m256i even = _mm256_add_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(0x7FFF)), odd);  // ties to even
+    const __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
+    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(even), _mm256_castsi256_ps(quiet), nan)), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
   }
-  static F load_odd_bfloat16(const uint16_t* p) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(x, 16), 16));
+  // Pairs of elements in bfloat16, two of each lane.
+  using P = __m256i;
+  static P load_pairs(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static P repeat_pair(const uint16_t* p) {
+    int both;
+    std::memcpy(&both, p, sizeof both);
+    return _mm256_set1_epi32(both);
   }
+  // c + a b, summed over each lane's pair: the second element first, as vdpbf16ps has it.
+  static F dot_pairs(P a, P b, F c) { return fma(first_of(a), first_of(b), fma(second_of(a), second_of(b), c)); }
   static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F noise_complement(uint64_t seed, int64_t first) {
     const __m256i low = complement(seed, first), high = complement(seed, first + 4);
@@ -82,6 +95,8 @@ struct Isa {
   static F bits(F a) { return _mm256_cvtepi32_ps(_mm256_castps_si256(a)); }
 
  private:
+  static F first_of(P a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
+  static F second_of(P a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(a, 16), 16)); }
   static F halves(F a, F b) { return add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
   static __m256i multiply(__m256i a, uint64_t constant) {
     const __m256i b = _mm256_set1_epi64x(static_cast<int64_t>(constant));

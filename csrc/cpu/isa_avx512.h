@@ -1,13 +1,20 @@
-// Sixteen lanes with AVX-512 (F, DQ). All code up to isa_end.h is compiled for these.
+// Sixteen lanes with AVX-512 (F, DQ, VL, BW), and the arithmetic of AVX512_BF16 if ALIGNPRO_AVX512_BF16 is defined. All code up
+// to isa_end.h is compiled for these.
 #pragma once
 
 #include "shared_includes.h"
 
-#if defined(__clang__)
+#if defined(__clang__) && defined(ALIGNPRO_AVX512_BF16)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,avx2,fma"))), apply_to = function)
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
+#if defined(ALIGNPRO_AVX512_BF16)
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,avx2,fma")
+#else
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
+#endif
 #endif
 
 #include "gumbel.h"
@@ -53,9 +60,34 @@ struct Isa {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }
   // The even and the odd ones of 2 width elements.
-  static F load_even_bfloat16(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
-  static F load_odd_bfloat16(const uint16_t* p) {
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  static F load_even_bfloat16(const uint16_t* p) { return first_of(load_pairs(p)); }
+  static F load_odd_bfloat16(const uint16_t* p) { return second_of(load_pairs(p)); }
+  static void store_bfloat16(uint16_t* p, F v) {
+#if defined(ALIGNPRO_AVX512_BF16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
+    const __m512i x = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i even = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd);  // ties to even
+    const __m512i quiet = _mm512_or_si512(x, _mm512_set1_epi32(0x400000));
+    const __m512i high = _mm512_mask_mov_epi32(even, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
+#endif
+  }
+  // Pairs of elements in bfloat16, two of each lane.
+  using P = __m512i;
+  static P load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static P repeat_pair(const uint16_t* p) {
+    int both;
+    std::memcpy(&both, p, sizeof both);
+    return _mm512_set1_epi32(both);
+  }
+  // c + a b, summed over each lane's pair: the second element first.
+  static F dot_pairs(P a, P b, F c) {
+#if defined(ALIGNPRO_AVX512_BF16)
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+    return fma(first_of(a), first_of(b), fma(second_of(a), second_of(b), c));
+#endif
   }
   static F load_half(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -67,6 +99,8 @@ struct Isa {
   static F bits(F a) { return _mm512_cvtepi32_ps(_mm512_castps_si512(a)); }
 
  private:
+  static F first_of(P a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+  static F second_of(P a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)))); }
   static F halves(F a, F b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
   static F parts(F a, F b) {
     return add(_mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(2, 0, 2, 0)), _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(3, 1, 3, 1)));

@@ -71,6 +71,28 @@ struct Isa {
   static F load_half(const uint16_t* p) {
     return each([&](int i) { return static_cast<float>(c10::Half(p[i], c10::Half::from_bits())); });
   }
+  static void store_bfloat16(uint16_t* p, F v) {
+    for (int i = 0; i < width; ++i) p[i] = c10::BFloat16(v.x[i]).x;
+  }
+  // Pairs of elements in bfloat16, two of each lane.
+  struct P {
+    uint16_t x[2 * width];
+  };
+  static P load_pairs(const uint16_t* p) {
+    P r;
+    std::memcpy(r.x, p, sizeof r.x);
+    return r;
+  }
+  static P repeat_pair(const uint16_t* p) {
+    P r;
+    for (int i = 0; i < 2 * width; ++i) r.x[i] = p[i % 2];
+    return r;
+  }
+  // c + a b, summed over each lane's pair: the second element first, as vdpbf16ps has it.
+  static F dot_pairs(P a, P b, F c) {
+    c = fma(load_odd_bfloat16(a.x), load_odd_bfloat16(b.x), c);
+    return fma(load_even_bfloat16(a.x), load_even_bfloat16(b.x), c);
+  }
   // The top 31 bits of the complement of each lane's hash, as floats.
   static F noise_complement(uint64_t seed, int64_t first) {
     return each([&](int i) { return static_cast<float>(~splitmix64(seed, first + i) >> 33); });

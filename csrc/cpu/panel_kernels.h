@@ -2,7 +2,8 @@
 // outputs, norms, rotations and gates. Compiled once per instruction set; the version is chosen at run time.
 //
 // Weights may be stored in bfloat16, as uint16_t. They are widened in registers, which is exact: products with them have the
-// bits of products with the same weights in float32. In a panel, the elements of two inputs alternate, so that one load
+// bits of products with the same weights in float32. Or the rows are rounded to bfloat16 as well, and pairs of elements are
+// multiplied, for which some processors have an instruction; elsewhere it is computed in float32, in the same order. In a panel, the elements of two inputs alternate, so that one load
 // serves both: input k of output j is at (k / 2, j, k % 2), and the number of inputs is even.
 //
 // A row's results depend only on that row, with a fixed order of additions: they have the same bits in every batch.
@@ -12,6 +13,7 @@
 
 namespace alignpro {
 
+constexpr int64_t kMaxRoundedDepth = 192;
 constexpr int64_t kPanel = 32;  // outputs, a multiple of twice every instruction set's lanes
 
 struct PanelKernels {
@@ -23,6 +25,9 @@ struct PanelKernels {
   // The same with a panel in bfloat16, for an even depth.
   void (*multiply_bfloat16)(const float* x, int64_t stride, int64_t rows, const uint16_t* panel, int64_t depth, float* out,
                             int64_t out_stride, bool add, const uint16_t* next);
+  // The same with x rounded to bfloat16, for an even depth of at most kMaxRoundedDepth.
+  void (*multiply_rounded)(const float* x, int64_t stride, int64_t rows, const uint16_t* panel, int64_t depth, float* out,
+                           int64_t out_stride, bool add, const uint16_t* next);
   // The same as `multiply` with x^T, for x (depth, rows).
   void (*multiply_transposed)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
                               int64_t out_stride, bool add, const float* next);
@@ -31,6 +36,11 @@ struct PanelKernels {
   // out (rows, outputs) = x w^T: x (rows, depth) with row stride `stride`; w (outputs, depth) in bfloat16, which is not packed.
   void (*dot_bfloat16)(const float* x, int64_t stride, int64_t rows, const uint16_t* w, int64_t outputs, int64_t depth, float* out,
                        int64_t out_stride);
+  // to (rows, depth) = x, rounded to bfloat16: x (rows, depth) with row stride `stride`.
+  void (*round_rows)(const float* x, int64_t stride, int64_t rows, int64_t depth, uint16_t* to);
+  // out (rows, outputs) = x w^T: x (rows, depth) and w (outputs, depth) in bfloat16, neither packed.
+  void (*dot_rounded)(const uint16_t* x, int64_t rows, const uint16_t* w, int64_t outputs, int64_t depth, float* out,
+                      int64_t out_stride);
   // Packs weights (outputs, inputs) with row stride `stride` into a panel (inputs, kPanel), zero-padded beyond the outputs.
   // Two elements in bfloat16 are packed as one.
   void (*pack)(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel);

@@ -16,6 +16,8 @@
 namespace alignpro {
 namespace {
 
+using P = Isa::P;
+
 // How a panel stores its weights: the number of inputs whose elements alternate, and how a vector of outputs is loaded for one
 // of them.
 template <typename Weight>
@@ -68,31 +70,81 @@ void multiply_rows(const float* x, int64_t stride, const Weight* panel, int64_t 
   }
 }
 
-template <typename Weight>
-using MultiplyRows = void (*)(const float*, int64_t, const Weight*, int64_t, float*, int64_t, bool, Ahead<Weight>);
+// The same with rows in bfloat16, for panels in bfloat16: each step multiplies pairs of elements.
+template <int R, typename Weight, bool Transposed, bool Prefetch>
+void multiply_rows(const uint16_t* x, int64_t stride, const Weight* panel, int64_t depth, float* out, int64_t out_stride, bool add,
+                   Ahead<Weight> ahead) {
+  static_assert(!Transposed);
+  F low[R], high[R];
+  for (int r = 0; r < R; ++r) low[r] = high[r] = Isa::set(0);
+  for (int64_t k = 0; k < depth; k += 2, panel += 2 * kPanel) {
+    if constexpr (Prefetch) __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
+    const P a = Isa::load_pairs(panel), b = Isa::load_pairs(panel + 2 * Isa::width);
+    for (int r = 0; r < R; ++r) {
+      const P pair = Isa::repeat_pair(x + r * stride + k);
+      low[r] = Isa::dot_pairs(pair, a, low[r]);
+      high[r] = Isa::dot_pairs(pair, b, high[r]);
+    }
+  }
+  for (int r = 0; r < R; ++r, out += out_stride) {
+    Isa::store(out, add ? Isa::add(Isa::load(out), low[r]) : low[r]);
+    Isa::store(out + Isa::width, add ? Isa::add(Isa::load(out + Isa::width), high[r]) : high[r]);
+  }
+}
 
-template <typename Weight, bool Transposed, bool Prefetch, int... R>
-constexpr MultiplyRows<Weight> multiply_rows_of(int64_t rows, std::integer_sequence<int, R...>) {
-  constexpr MultiplyRows<Weight> all[] = {multiply_rows<R + 1, Weight, Transposed, Prefetch>...};
+template <typename Input, typename Weight>
+using MultiplyRows = void (*)(const Input*, int64_t, const Weight*, int64_t, float*, int64_t, bool, Ahead<Weight>);
+
+template <typename Input, typename Weight, bool Transposed, bool Prefetch, int... R>
+constexpr MultiplyRows<Input, Weight> multiply_rows_of(int64_t rows, std::integer_sequence<int, R...>) {
+  constexpr MultiplyRows<Input, Weight> all[] = {multiply_rows<R + 1, Weight, Transposed, Prefetch>...};
   return all[rows - 1];
 }
 
+// Rows as they are, for `multiply`.
+struct AsTheyAre {
+  using Input = float;
+  const float* take(const float* x, int64_t, int64_t, int64_t) { return x; }
+  static int64_t stride(int64_t of_x, int64_t) { return of_x; }
+};
+
+// A row rounded to bfloat16, the nearest, or the even one of two.
+inline void round_row(const float* x, int64_t depth, uint16_t* to) {
+  int64_t k = 0;
+  for (; k + Isa::width <= depth; k += Isa::width) Isa::store_bfloat16(to + k, Isa::load(x + k));
+  for (; k < depth; ++k) to[k] = c10::BFloat16(x[k]).x;
+}
+
+// A block of rows rounded to bfloat16, for `multiply`.
+struct Rounded {
+  using Input = uint16_t;
+  const uint16_t* take(const float* x, int64_t stride, int64_t rows, int64_t depth) {
+    for (int64_t r = 0; r < rows; ++r) round_row(x + r * stride, depth, rounded + r * depth);
+    return rounded;
+  }
+  static int64_t stride(int64_t, int64_t depth) { return depth; }
+  alignas(64) uint16_t rounded[Isa::product_rows * kMaxRoundedDepth];
+};
+
 // Uses blocks of nearly equal numbers of rows, since a block of few rows costs almost as much as one of many.
-template <typename Weight, bool Transposed>
+template <typename Weight, bool Transposed, typename Rows = AsTheyAre>
 void multiply(const float* x, int64_t stride, int64_t rows, const Weight* panel, int64_t depth, float* out, int64_t out_stride,
               bool add, const Weight* next) {
   constexpr int64_t most = Isa::product_rows, columns = 2 * Isa::width;
   constexpr auto counts = std::make_integer_sequence<int, most>();
+  using Input = typename Rows::Input;
+  Rows as_multiplied;
   int64_t blocks = (rows + most - 1) / most;
   // What is read next is loaded during all passes over the panel, or the first few if there are many.
   int64_t passes = next == nullptr ? 0 : std::min(blocks * (kPanel / columns), kPanel / 4);
   Ahead<Weight> ahead{next, passes == 0 ? 0 : (kPanel + passes - 1) / passes};
   for (; blocks > 0; --blocks) {
     const int64_t count = (rows + blocks - 1) / blocks;
+    const Input* from = as_multiplied.take(x, stride, count, depth);
     for (int64_t j = 0; j < kPanel; j += columns) {
-      const MultiplyRows<Weight> block = passes-- > 0 ? multiply_rows_of<Weight, Transposed, true>(count, counts)
-                                                      : multiply_rows_of<Weight, Transposed, false>(count, counts);
-      block(x, stride, panel + Stored<Weight>::inputs * j, depth, out + j, out_stride, add, ahead);
+      const MultiplyRows<Input, Weight> block = passes-- > 0 ? multiply_rows_of<Input, Weight, Transposed, true>(count, counts)
+                                                             : multiply_rows_of<Input, Weight, Transposed, false>(count, counts);
+      block(from, Rows::stride(stride, depth), panel + Stored<Weight>::inputs * j, depth, out + j, out_stride, add, ahead);
       ahead.from += depth * ahead.step;
     }
     rows -= count;
@@ -160,6 +212,36 @@ void dot_bfloat16(const float* x, int64_t stride, int64_t rows, const uint16_t* 
   project_all(x, stride, rows, w, outputs, depth, 1.0f, out, out_stride);
 }
 
+// Multiplies a row by C rows of w, both in bfloat16.
+template <int C>
+void dot_rounded_block(const uint16_t* x, const uint16_t* w, int64_t depth, float* out) {
+  F sums[C];
+  for (int c = 0; c < C; ++c) sums[c] = Isa::set(0);
+  int64_t k = 0;
+  for (; k + 2 * Isa::width <= depth; k += 2 * Isa::width) {
+    const P pairs = Isa::load_pairs(x + k);
+    for (int c = 0; c < C; ++c) sums[c] = Isa::dot_pairs(pairs, Isa::load_pairs(w + c * depth + k), sums[c]);
+  }
+  for (int c = 0; c < C; ++c) {
+    float sum = Isa::sum(sums[c]);
+    for (int64_t j = k; j < depth; ++j) sum = __builtin_fmaf(widen(x[j]), widen(w[c * depth + j]), sum);
+    out[c] = sum;
+  }
+}
+
+void dot_rounded(const uint16_t* x, int64_t rows, const uint16_t* w, int64_t outputs, int64_t depth, float* out, int64_t out_stride) {
+  constexpr int64_t columns = 8;
+  for (int64_t c = 0, width; c < outputs; c += width) {
+    width = c + columns <= outputs ? columns : 1;
+    const auto block = width == columns ? dot_rounded_block<columns> : dot_rounded_block<1>;
+    for (int64_t r = 0; r < rows; ++r) block(x + r * depth, w + c * depth, depth, out + r * out_stride + c);
+  }
+}
+
+void round_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, uint16_t* to) {
+  for (int64_t r = 0; r < rows; ++r) round_row(x + r * stride, depth, to + r * depth);
+}
+
 void pack(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel) {
   int64_t k = 0;
 #if defined(__x86_64__)
@@ -225,8 +307,18 @@ void gate(float* gate, const float* up, int64_t count) {
   }
 }
 
-constexpr PanelKernels kPanelKernels = {
-    multiply<float, false>, multiply<uint16_t, false>, multiply<float, true>, project, dot_bfloat16, pack, rms_norm, rotate, gate};
+constexpr PanelKernels kPanelKernels = {multiply<float, false>,
+                                        multiply<uint16_t, false>,
+                                        multiply<uint16_t, false, Rounded>,
+                                        multiply<float, true>,
+                                        project,
+                                        dot_bfloat16,
+                                        round_rows,
+                                        dot_rounded,
+                                        pack,
+                                        rms_norm,
+                                        rotate,
+                                        gate};
 
 }  // namespace
 }  // namespace alignpro

@@ -12,6 +12,7 @@ namespace alignpro {
 
 constexpr int64_t kRowChunk = 96;            // rows per work item: their products with a panel stay in L1
 constexpr int64_t kDepthChunk = 192;         // inputs per partial sum, which keeps rounding errors small
+static_assert(kDepthChunk <= kMaxRoundedDepth);
 constexpr int64_t kGroupFloats = 96 << 10;   // elements of x in a group of rows: they stay in L2
 constexpr int64_t kMinThreadWork = 1 << 16;  // minimum multiplications per thread
 constexpr int64_t kGrain = 1 << 14;          // minimum elements per thread in row-wise work
@@ -54,7 +55,8 @@ inline void multiply_panel(const float* x, int64_t stride, int64_t rows, const P
   if (weight.wide != nullptr) {
     multiply(weight.wide, cpu_kernels().panels.multiply);
   } else {
-    multiply(weight.narrow, cpu_kernels().panels.multiply_bfloat16);
+    const auto& kernels = cpu_kernels();
+    multiply(weight.narrow, kernels.rounds ? kernels.panels.multiply_rounded : kernels.panels.multiply_bfloat16);
   }
 }
 

@@ -68,7 +68,14 @@ class TileProducts {
     const bool narrow = w.scalar_type() == at::kBFloat16;
     const float* x = h.const_data_ptr<float>();
     if (!packed_.defined() && narrow) {
-      cpu_kernels().panels.dot_bfloat16(x, h.stride(0), h.size(0), bfloat16_data(w), w.size(0), dim_, out, width);
+      const PanelKernels& panels = cpu_kernels().panels;
+      if (cpu_kernels().rounds) {
+        const Tensor rounded = at::empty({h.size(0), dim_}, at::kBFloat16);
+        panels.round_rows(x, h.stride(0), h.size(0), dim_, static_cast<uint16_t*>(rounded.mutable_data_ptr()));
+        panels.dot_rounded(bfloat16_data(rounded), h.size(0), bfloat16_data(w), w.size(0), dim_, out, width);
+      } else {
+        panels.dot_bfloat16(x, h.stride(0), h.size(0), bfloat16_data(w), w.size(0), dim_, out, width);
+      }
       return;
     }
     if (!packed_.defined()) {
@@ -85,7 +92,8 @@ class TileProducts {
                  first > 0, nullptr);
         };
         if (narrow) {
-          multiply(static_cast<const uint16_t*>(from), cpu_kernels().panels.multiply_bfloat16);
+          const PanelKernels& panels = cpu_kernels().panels;
+          multiply(static_cast<const uint16_t*>(from), cpu_kernels().rounds ? panels.multiply_rounded : panels.multiply_bfloat16);
         } else {
           multiply(static_cast<const float*>(from), cpu_kernels().panels.multiply);
         }

@@ -5,15 +5,24 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 
 from alignpro_kernels.build import BuildError, library
 
+_STATES = "ALIGNPRO_CPU_BFLOAT16"
+
 
 @functools.cache
 def unavailable() -> str | None:
-    """Load the library, building it if necessary; return the reason why that failed, or None if it is loaded."""
+    """Load the library, building it if necessary; return the reason why that failed, or None if it is loaded.
+
+    Raises:
+        ValueError: The environment variable ``ALIGNPRO_CPU_BFLOAT16`` has an unknown value.
+    """
+    if (asked := os.environ.get(_STATES, "widened")) not in ("widened", "rounded"):
+        raise ValueError(f"{_STATES} is {asked!r}: expected widened or rounded")
     try:
         torch.ops.load_library(str(library()))
     except (BuildError, OSError) as error:
@@ -23,8 +32,16 @@ def unavailable() -> str | None:
 
 
 def instructions() -> str:
-    """Return the instruction set in use: avx512, avx2 or generic. The library must be loaded."""
+    """Return the instruction set in use: avx512_bf16, avx512, avx2 or generic. The library must be loaded."""
     return str(torch.ops.alignpro.cpu_instructions())
+
+
+def rounds_states() -> bool:
+    """Return whether states are rounded to bfloat16 for products with weights in bfloat16. The library must be loaded.
+
+    The environment variable ``ALIGNPRO_CPU_BFLOAT16=rounded`` asks for it before the library is loaded.
+    """
+    return bool(torch.ops.alignpro.cpu_rounds())
 
 
 def _register_fakes() -> None:

@@ -16,7 +16,8 @@ from fast_backends import need
 
 from alignpro_kernels import cpp_library
 
-_CAPABILITY = {"generic": "default", "avx2": "avx2", "avx512": "avx512"}  # our names → PyTorch's names; ascending
+PYTORCH_NAMES = {"generic": "default", "neon": "", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512"}
+"""Our names → PyTorch's names, ascending on each processor."""
 FEWER = ["generic", "avx2"]
 
 
@@ -26,11 +27,11 @@ def run_with(instructions: str, *arguments: str) -> None:
     Skips if there is no compiler, or if the processor has no larger instruction set.
     """
     need("cpp")
-    ranks = list(_CAPABILITY)
+    ranks = list(PYTORCH_NAMES)
     if ranks.index(instructions) >= ranks.index(here := cpp_library.instructions()):
         pytest.skip(f"{instructions}: the other tests run with {here}")
     command = [sys.executable, __file__, instructions, *arguments]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": _CAPABILITY[instructions], "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": PYTORCH_NAMES[instructions], "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 

@@ -1,4 +1,4 @@
-// Runs one of the generic kernels of csrc/cpu without torch, so that it can be compiled for another processor:
+// Runs one of the generic kernels of csrc/cpu, or of those in ISA, without torch, so that it can be compiled for another processor:
 //
 //     run_kernels KERNEL SIZE... < inputs > outputs        float32 and int64 arrays, in the order in which `main` reads them
 #include <cstdio>
@@ -6,7 +6,11 @@
 #include <string>
 #include <vector>
 
+#ifdef ISA
+#include ISA
+#else
 #include "isa_generic.h"
+#endif
 
 #include "cpu_kernels_impl.h"
 
@@ -45,7 +49,7 @@ std::vector<uint16_t> narrow(const std::vector<float>& values) {
 }
 
 // The same with a panel in bfloat16, for an even depth: input k of output j is at (k / 2, j, k % 2).
-void run_multiply_bfloat16(int64_t rows, int64_t depth) {
+void run_multiply_bfloat16(int64_t rows, int64_t depth, bool rounded) {
   const auto x = read<float>(rows * depth);
   const auto weights = narrow(read<float>(depth * kPanel));
   std::vector<uint16_t> panel(weights.size());
@@ -55,7 +59,7 @@ void run_multiply_bfloat16(int64_t rows, int64_t depth) {
     }
   }
   std::vector<float> out(static_cast<size_t>(rows * kPanel), 1.0f);
-  kPanelKernels.multiply_bfloat16(x.data(), depth, rows, panel.data(), depth, out.data(), kPanel, true, nullptr);
+  (rounded ? kPanelKernels.multiply_rounded : kPanelKernels.multiply_bfloat16)(x.data(), depth, rows, panel.data(), depth, out.data(), kPanel, true, nullptr);
   write(out);
 }
 
@@ -64,6 +68,16 @@ void run_dot_bfloat16(int64_t rows, int64_t outputs, int64_t depth) {
   const auto w = narrow(read<float>(outputs * depth));
   auto out = zeros(rows * outputs);
   kPanelKernels.dot_bfloat16(x.data(), depth, rows, w.data(), outputs, depth, out.data(), outputs);
+  write(out);
+}
+
+void run_dot_rounded(int64_t rows, int64_t outputs, int64_t depth) {
+  const auto x = read<float>(rows * depth);
+  const auto w = narrow(read<float>(outputs * depth));
+  std::vector<uint16_t> rounded(x.size());
+  kPanelKernels.round_rows(x.data(), depth, rows, depth, rounded.data());
+  auto out = zeros(rows * outputs);
+  kPanelKernels.dot_rounded(rounded.data(), rows, w.data(), outputs, depth, out.data(), outputs);
   write(out);
 }
 
@@ -200,7 +214,9 @@ int main(int argc, char** argv) {
   size.resize(5);
   if (kernel == "multiply") run_multiply(size[0], size[1], false);
   else if (kernel == "multiply_transposed") run_multiply(size[0], size[1], true);
-  else if (kernel == "multiply_bfloat16") run_multiply_bfloat16(size[0], size[1]);
+  else if (kernel == "multiply_bfloat16") run_multiply_bfloat16(size[0], size[1], false);
+  else if (kernel == "multiply_rounded") run_multiply_bfloat16(size[0], size[1], true);
+  else if (kernel == "dot_rounded") run_dot_rounded(size[0], size[1], size[2]);
   else if (kernel == "dot_bfloat16") run_dot_bfloat16(size[0], size[1], size[2]);
   else if (kernel == "project") run_project(size[0], size[1], size[2]);
   else if (kernel == "pack") run_pack(size[0], size[1]);

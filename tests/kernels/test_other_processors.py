@@ -1,4 +1,4 @@
-"""The generic kernels of csrc/cpu on other processors: compiled for aarch64, run by qemu-user, compared with float64.
+"""The kernels of csrc/cpu on other processors: compiled for aarch64, run by qemu-user, compared with float64.
 
 Debian has the programs: ``apt-get install g++-aarch64-linux-gnu qemu-user``. Without them only this processor's program runs.
 The kernels need two headers of torch but not its library, so the operators around them are compiled and not linked.
@@ -22,7 +22,8 @@ from alignpro_kernels.noise import gumbel_noise
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-COMPILERS = {"here": "g++", "aarch64": "aarch64-linux-gnu-g++"}
+COMPILERS = {"here": "g++", "aarch64": "aarch64-linux-gnu-g++", "neon": "aarch64-linux-gnu-g++"}
+"""Of the generic kernels here and on aarch64, and of those with its vector instructions."""
 INCLUDES = [flag for directory in include_paths() for flag in ("-isystem", directory)]
 
 Kernel = Callable[..., np.ndarray]
@@ -47,6 +48,7 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     command = [
         compiler,
         *_FLAGS,
+        *(['-DISA="isa_neon.h"'] if request.param == "neon" else []),
         "-static",
         *INCLUDES,
         "-I",
@@ -89,6 +91,15 @@ def test_products_with_weights_in_bfloat16(kernel: Kernel, rows: int, depth: int
     x, panel, w = normal(rows, depth), normal(depth, 32), normal(5, depth - 1)
     assert_close(kernel("multiply_bfloat16", rows, depth, inputs=[x, panel]), 1 + x @ panel)
     assert_close(kernel("dot_bfloat16", rows, 5, depth - 1, inputs=[x[:, 1:].copy(), w]), x[:, 1:] @ w.T)
+
+
+@pytest.mark.parametrize(("rows", "outputs", "depth"), [(1, 2, 2), (7, 9, 34), (13, 17, 96)])
+def test_products_of_rows_that_are_rounded_to_bfloat16(kernel: Kernel, rows: int, outputs: int, depth: int) -> None:
+    x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(1)).numpy()
+    x[0, :2] = 1.00390625, 1.01171875  # ties: to 1 and to 1.015625
+    rounded, panel, w = torch.tensor(x).bfloat16().double().numpy(), normal(depth, 32), normal(outputs, depth)
+    assert_close(kernel("multiply_rounded", rows, depth, inputs=[x, panel]), 1 + rounded @ panel)
+    assert_close(kernel("dot_rounded", rows, outputs, depth, inputs=[x, w]), rounded @ w.T)
 
 
 @pytest.mark.parametrize("outputs", [32, 9])
