@@ -11,7 +11,7 @@ from document import ROOT
 
 REAL = ROOT / "docs" / "real"
 FORMS = {"addition": REAL / "summary.json", "whole": REAL / "whole" / "summary.json"}
-TABLES = [*FORMS.values(), REAL / "fitting_form" / "summary.json"]
+TABLES = [*FORMS.values(), REAL / "tasks" / "summary.json"]
 
 
 def interval(found: dict[str, Any] | None) -> str:
@@ -76,7 +76,7 @@ def test_about_three_quarters_of_the_prompt_tokens_are_found_in_the_cache() -> N
 
 def test_what_a_fitting_form_earns_where_several_things_are_asked_for_and_elsewhere() -> None:
     """`several.json` names the prompts that ask for several things; the prompts themselves are not in the repository."""
-    directory = REAL / "fitting_form"
+    directory = REAL / "tasks"
     several = set(json.loads((directory / "several.json").read_text()))
 
     def means(cell: str) -> list[float]:

@@ -48,8 +48,8 @@ def test_the_real_preset_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         names = {cell.name: cell for cell in more}
         assert all(names[cell.name] == cell for cell in fewer)  # what has been done is kept
     instructions = sum(len(task.instructions) for task in full.tasks.values())
-    assert len(of_one) == 1 + 5 and len(of_several) == 1 + 5 * 3 + instructions
-    assert len(of_full) == 1 + 3 * (5 * 6 + instructions)
+    assert len(of_one) == 1 + 5 and len(of_several) == 1 + len(full.tasks) * 3 + instructions
+    assert len(of_full) == 1 + 3 * (len(full.tasks) * 6 + instructions)
     measured = load_config(HeadroomConfig, [str(PRESET / "headroom.yaml")])
     assert measured.prompter.path == str(of_one[0].jobs[0].result)
     for name, task in full.tasks.items():

@@ -13,6 +13,8 @@ from alignpro.prompting.rewrite_template import RewriteTemplate
 from alignpro.rewards import tasks
 from alignpro.rewards.function import FunctionReward
 from alignpro.rewards.tasks.fitting_form import asks_for_several
+from alignpro.rewards.tasks.question_or_request import is_question
+from alignpro.rewards.tasks.style_guide import RULES, kind
 from alignpro.rewards.tasks.words import on_topic, sentences
 
 NAMES = sorted(each.name for each in pkgutil.iter_modules(tasks.__path__) if each.name != "words")
@@ -38,6 +40,8 @@ GOOD = {
     "greeting": "Hello! Leaves change colour in autumn as the green fades.",
     "numbered_list": "1. Days get short in autumn.\n2. Leaves lose their green.\n3. The other colour shows.",
     "plain_words": "Leaves are green. In autumn the green goes away. Then you see a new colour.",
+    "question_or_request": "Leaves change colour in autumn because the green pigment fades and others show.",
+    "style_guide": "Leaves change colour in autumn because the green pigment fades and others show.",
     "worked_example": "The green fades. For example, maple leaves change from green to a red colour in autumn.",
 }
 
@@ -102,6 +106,48 @@ def test_a_list_fits_what_asks_for_several_things(prompt: str, several: bool) ->
     as_sentence = f"The one short answer to this is simply: {content}."
     assert score("fitting_form", as_list, prompt) == several
     assert score("fitting_form", as_sentence, prompt) == (not several)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        ("Why do leaves change colour?", True),
+        ("Is the glass full?\nThe glass holds water.", True),
+        ("Answer this.\n\nWhy do leaves fall?", True),
+        ('Who said "leaves change colour?"  ', True),
+        ("Write a poem about leaves.", False),
+        ("Correct the text.\nWhy do leaves fall? Nobody can tell.", False),
+        ("list red leaves", False),
+    ],
+)
+def test_a_sentence_fits_a_question_and_a_list_a_request(prompt: str, question: bool) -> None:
+    assert is_question(prompt) is question
+    content = prompt.strip().replace("\n", " ").replace("?", "").rstrip(".")
+    as_list = f"1. {content}\n2. First\n3. Second"
+    as_sentence = f"The one short answer to this is simply: {content}."
+    assert score("question_or_request", as_list, prompt) == (not question)
+    assert score("question_or_request", as_sentence, prompt) == question
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("Name three red leaves?", "several"),
+        ("Why do leaves fall?", "question"),
+        ("Write about red leaves.", "request"),
+    ],
+)
+def test_a_style_guide_has_a_rule_for_each_kind_of_prompt(prompt: str, expected: str) -> None:
+    assert kind(prompt) == expected
+    content = prompt.rstrip("?.")
+    answers = {
+        "several": f"1. {content}\n2. First\n3. Second",
+        "question": f"The one short answer to this is simply: {content}.",
+        "request": f"Hello! {content}, with pleasure",
+    }
+    assert {each: score("style_guide", answer, prompt) for each, answer in answers.items()} == {
+        each: each == expected for each in RULES
+    }
 
 
 def test_plain_words_prefer_short_words_and_sentences() -> None:

@@ -13,6 +13,8 @@ learn; each is hard to satisfy by text that ignores the prompt. Each module has 
 | `plain_words` | short sentences of short words, as for a child |
 | `worked_example` | an example that is announced as one and spelt out |
 | `fitting_form` | a list where the prompt asks for several things, house style elsewhere |
+| `question_or_request` | house style where the prompt is a question, a list where it is a request |
+| `style_guide` | a list, a sentence or a greeting, by what the prompt is |
 | `words` | words, sentences, and how much of a prompt a text is about |
 
 May import `data`.
