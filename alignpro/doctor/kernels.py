@@ -39,7 +39,8 @@ def bfloat16_weights() -> Iterator[Finding]:
             "stored in memory, widened to float32 in registers; ALIGNPRO_CPU_BFLOAT16=rounded asks for products in it"
         )
         if cpp_library.rounds_states():
-            how = "by AVX512_BF16" if cpp_library.instructions() == "avx512_bf16" else "computed in float32: slower"
+            own = {"avx512_bf16": "by AVX512_BF16", "amx": "by AMX"}
+            how = own.get(cpp_library.instructions(), "computed in float32: slower")
             detail = f"states are rounded to it for products, {how}"
         yield Finding("Kernels", "bfloat16", "ok", detail)
     else:

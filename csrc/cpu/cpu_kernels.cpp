@@ -15,6 +15,8 @@ extern const CpuKernels cpu_kernels_generic;
 extern const CpuKernels cpu_kernels_avx2;
 extern const CpuKernels cpu_kernels_avx512;
 extern const PanelKernels panel_kernels_avx512_bf16;
+extern const PanelKernels panel_kernels_amx;
+bool may_use_amx();
 #elif defined(__aarch64__)
 extern const CpuKernels cpu_kernels_neon;
 #endif
@@ -40,7 +42,7 @@ const CpuKernels& in_float32() {
 
 // Whether the products in bfloat16 of both agree, up to rounding in float32, on one small problem.
 bool agree(const PanelKernels& a, const PanelKernels& b) {
-  constexpr int64_t rows = 5, depth = 66;
+  constexpr int64_t rows = 21, depth = 78;
   alignas(64) std::array<float, rows * depth> x;
   alignas(64) std::array<uint16_t, depth * kPanel> weights;
   for (size_t i = 0; i < x.size(); ++i) x[i] = std::sin(0.37f * static_cast<float>(i));
@@ -70,6 +72,10 @@ CpuKernels rounding() {
     kernels.panels.multiply_rounded = panel_kernels_avx512_bf16.multiply_rounded;
     kernels.panels.round_rows = panel_kernels_avx512_bf16.round_rows;
     kernels.panels.dot_rounded = panel_kernels_avx512_bf16.dot_rounded;
+    if (may_use_amx() && agree(panel_kernels_amx, kernels.panels)) {
+      kernels.instructions = "amx";
+      kernels.panels.multiply_rounded = panel_kernels_amx.multiply_rounded;
+    }
   }
 #endif
   return kernels;

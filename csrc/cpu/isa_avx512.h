@@ -1,16 +1,20 @@
 // Sixteen lanes with AVX-512 (F, DQ, VL, BW), and the arithmetic of AVX512_BF16 if ALIGNPRO_AVX512_BF16 is defined. All code up
-// to isa_end.h is compiled for these.
+// to isa_end.h is compiled for these, and may use AMX if ALIGNPRO_AMX is defined.
 #pragma once
 
 #include "shared_includes.h"
 
-#if defined(__clang__) && defined(ALIGNPRO_AVX512_BF16)
+#if defined(__clang__) && defined(ALIGNPRO_AMX)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,amx-tile,amx-bf16,avx2,fma"))), apply_to = function)
+#elif defined(__clang__) && defined(ALIGNPRO_AVX512_BF16)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,avx2,fma"))), apply_to = function)
 #elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#if defined(ALIGNPRO_AVX512_BF16)
+#if defined(ALIGNPRO_AMX)
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,amx-tile,amx-bf16,avx2,fma")
+#elif defined(ALIGNPRO_AVX512_BF16)
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,avx2,fma")
 #else
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")

@@ -32,7 +32,7 @@ def unavailable() -> str | None:
 
 
 def instructions() -> str:
-    """Return the instruction set in use: avx512_bf16, avx512, avx2 or generic. The library must be loaded."""
+    """Return the instruction set in use: amx, avx512_bf16, avx512, avx2, neon or generic. The library must be loaded."""
     return str(torch.ops.alignpro.cpu_instructions())
 
 

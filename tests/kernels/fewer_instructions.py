@@ -16,7 +16,14 @@ from fast_backends import need
 
 from alignpro_kernels import cpp_library
 
-PYTORCH_NAMES = {"generic": "default", "neon": "", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512"}
+PYTORCH_NAMES = {
+    "generic": "default",
+    "neon": "",
+    "avx2": "avx2",
+    "avx512": "avx512",
+    "avx512_bf16": "avx512",
+    "amx": "avx512",
+}
 """Our names → PyTorch's names, ascending on each processor."""
 FEWER = ["generic", "avx2"]
 

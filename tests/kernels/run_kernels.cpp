@@ -13,6 +13,9 @@
 #endif
 
 #include "cpu_kernels_impl.h"
+#include "emulated_amx.h"
+
+#include "amx_multiply.h"
 
 using namespace alignpro;
 
@@ -49,7 +52,8 @@ std::vector<uint16_t> narrow(const std::vector<float>& values) {
 }
 
 // The same with a panel in bfloat16, for an even depth: input k of output j is at (k / 2, j, k % 2).
-void run_multiply_bfloat16(int64_t rows, int64_t depth, bool rounded) {
+template <typename Multiply>
+void run_multiply_bfloat16(int64_t rows, int64_t depth, const Multiply& multiply) {
   const auto x = read<float>(rows * depth);
   const auto weights = narrow(read<float>(depth * kPanel));
   std::vector<uint16_t> panel(weights.size());
@@ -59,7 +63,7 @@ void run_multiply_bfloat16(int64_t rows, int64_t depth, bool rounded) {
     }
   }
   std::vector<float> out(static_cast<size_t>(rows * kPanel), 1.0f);
-  (rounded ? kPanelKernels.multiply_rounded : kPanelKernels.multiply_bfloat16)(x.data(), depth, rows, panel.data(), depth, out.data(), kPanel, true, nullptr);
+  multiply(x.data(), depth, rows, panel.data(), depth, out.data(), kPanel, true, nullptr);
   write(out);
 }
 
@@ -214,8 +218,9 @@ int main(int argc, char** argv) {
   size.resize(5);
   if (kernel == "multiply") run_multiply(size[0], size[1], false);
   else if (kernel == "multiply_transposed") run_multiply(size[0], size[1], true);
-  else if (kernel == "multiply_bfloat16") run_multiply_bfloat16(size[0], size[1], false);
-  else if (kernel == "multiply_rounded") run_multiply_bfloat16(size[0], size[1], true);
+  else if (kernel == "multiply_bfloat16") run_multiply_bfloat16(size[0], size[1], kPanelKernels.multiply_bfloat16);
+  else if (kernel == "multiply_rounded") run_multiply_bfloat16(size[0], size[1], kPanelKernels.multiply_rounded);
+  else if (kernel == "multiply_amx") run_multiply_bfloat16(size[0], size[1], multiply_amx);
   else if (kernel == "dot_rounded") run_dot_rounded(size[0], size[1], size[2]);
   else if (kernel == "dot_bfloat16") run_dot_bfloat16(size[0], size[1], size[2]);
   else if (kernel == "project") run_project(size[0], size[1], size[2]);
