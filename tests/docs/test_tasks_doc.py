@@ -55,3 +55,17 @@ def test_the_real_preset_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for name, task in full.tasks.items():
         assert (task.reward, task.instructions) == (measured.tasks[name].reward, measured.tasks[name].instructions)
         assert build_reward(task.reward)
+
+
+def test_the_style_guide_of_the_preset_is_the_same_task_with_a_bank_that_has_its_forms(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("DATA", "OUT", "MODEL"):
+        monkeypatch.setenv(name, str(tmp_path))
+    alone = load_config(ExperimentConfig, [str(PRESET / "style_guide.yaml")])
+    among_others = load_config(ExperimentConfig, [str(PRESET / f"{name}.yaml") for name in ("experiment", "tasks")])
+    assert alone.tasks["style_guide"] == among_others.tasks["style_guide"]
+    prior = alone.prompters["forms"].prior
+    assert isinstance(prior, dict)
+    bank = load_moves(str(ROOT / prior["data"]["moves"])).moves
+    assert len(bank) == 8 and {"one_sentence", "numbered_list", "greeting"} <= set(bank)
