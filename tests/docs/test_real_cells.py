@@ -74,29 +74,73 @@ def test_about_three_quarters_of_the_prompt_tokens_are_found_in_the_cache() -> N
     assert "about three quarters of all" in (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
 
 
+KINDS: dict[str, list[str]] = json.loads((REAL / "tasks" / "kinds.json").read_text())
+"""The prompts of each kind, by their hashes: the prompts themselves are not in the repository."""
+
+
+def means(task: str, cell: str) -> dict[str, float]:
+    """The mean reward of each held-out prompt."""
+    path = REAL / "tasks" / "cells" / task / "smollm2" / cell / "seed_0" / "evaluation" / "rewards.json"
+    rewards = json.loads(path.read_text())
+    (arm,) = rewards["arms"].values()
+    return {
+        prompt: sum(map(sum, rows)) / sum(map(len, rows))
+        for prompt, rows in zip(rewards["prompts"], arm["raw"], strict=True)
+    }
+
+
+def mean_over(prompts: list[str], of: dict[str, float]) -> float:
+    return sum(of[prompt] for prompt in prompts) / len(prompts)
+
+
 def test_what_a_fitting_form_earns_where_several_things_are_asked_for_and_elsewhere() -> None:
-    """`several.json` names the prompts that ask for several things; the prompts themselves are not in the repository."""
-    directory = REAL / "tasks"
-    several = set(json.loads((directory / "several.json").read_text()))
-
-    def means(cell: str) -> list[float]:
-        path = directory / "cells" / "fitting_form" / "smollm2" / cell / "seed_0" / "evaluation" / "rewards.json"
-        rewards = json.loads(path.read_text())
-        (arm,) = rewards["arms"].values()
-        by_prompt: dict[bool, list[float]] = {True: [], False: []}
-        for prompt, rows in zip(rewards["prompts"], arm["raw"], strict=True):
-            by_prompt[prompt in several].append(sum(map(sum, rows)) / sum(map(len, rows)))
-        return [sum(values) / len(values) for values in by_prompt.values()]
-
-    trained, listed, sentence = (
-        means(cell) for cell in ("align_pro/smollm2", "instruction/numbered", "instruction/one_sentence")
+    several, others = KINDS["several"], KINDS["question"] + KINDS["request"]
+    trained, listed, sentence, exact, prior = (
+        [mean_over(kind, means("fitting_form", cell)) for kind in (several, others)]
+        for cell in (
+            "align_pro/smollm2",
+            "instruction/numbered",
+            "instruction/one_sentence",
+            "align_pro_exact/smollm2",
+            "prior/smollm2",
+        )
     )
     text = " ".join((REAL / "README.md").read_text(encoding="utf-8").split())
     assert f"its reward is {trained[0]:.3f}, and that of" in text and f'as a numbered list." {listed[0]:.3f};' in text
     assert f'elsewhere it has {trained[1]:.3f}, and "Answer in one short sentence." {sentence[1]:.3f}' in text
-    exact, prior = means("align_pro_exact/smollm2"), means("prior/smollm2")
     assert (
         f"has {exact[0]:.3f}, as much as the reference prompter ({prior[0]:.3f}), and elsewhere {exact[1]:.3f}" in text
     )
     share = len(several) / 160
     assert f"between the two would have {share * listed[0] + (1 - share) * sentence[1]:.3f}" in text
+
+
+def test_what_the_instructions_earn_on_tasks_without_a_trained_prompter() -> None:
+    cells = [
+        "none",
+        "prior/smollm2",
+        *(f"instruction/{each}" for each in ("one_sentence", "numbered", "hello", "depends")),
+    ]
+    found = [means("style_guide", cell) for cell in cells]
+    everywhere = [prompt for kind in KINDS.values() for prompt in kind]
+    assert len(set(everywhere)) == 160
+    text = (REAL / "README.md").read_text(encoding="utf-8")
+    right = {"several": "numbered", "question": "one_sentence", "request": "hello"}
+    best = sum(
+        len(KINDS[kind]) * mean_over(KINDS[kind], means("style_guide", f"instruction/{name}"))
+        for kind, name in right.items()
+    )
+    for label, prompts, last in (
+        ("style guide", everywhere, f"{best / 160:.3f}"),
+        ("of it: several things (34)", KINDS["several"], ""),
+        ("other questions (52)", KINDS["question"], ""),
+        ("other requests (74)", KINDS["request"], ""),
+    ):
+        row = f"| {label} | {' | '.join(f'{mean_over(prompts, each):.3f}' for each in found)} | {last}".rstrip()
+        assert row in text
+    none, hello, greet = (
+        mean_over(everywhere, means("greeting", cell)) for cell in ("none", "instruction/hello", "instruction/greet")
+    )
+    said = " ".join(text.split())
+    assert f"no fine-tuning has {none:.3f}," in said
+    assert f'be friendly." {hello:.3f}, and "Greet me first, then answer." {greet:.3f}' in said
