@@ -17,7 +17,7 @@ from alignpro.rewards.tasks.question_or_request import is_question
 from alignpro.rewards.tasks.style_guide import RULES, kind
 from alignpro.rewards.tasks.words import on_topic, sentences
 
-NAMES = sorted(each.name for each in pkgutil.iter_modules(tasks.__path__) if each.name != "words")
+NAMES = sorted(each.name for each in pkgutil.iter_modules(tasks.__path__) if each.name not in ("words", "rules"))
 
 PROMPT = "Why do leaves change colour in autumn?"
 

@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from alignpro.data import Prompt
 from alignpro.rewards.tasks.house_style import house_style
 from alignpro.rewards.tasks.numbered_list import numbered_list
+from alignpro.rewards.tasks.rules import TaskReward, by_rule
 
 INSTRUCTIONS = {
     "one_sentence": "Answer in one short sentence.",
     "numbered": "Give your answer as a numbered list.",
     "depends": "If I ask for several things or for steps, answer as a numbered list. Otherwise answer in one short sentence.",
 }
+
+RULES: dict[str, TaskReward] = {"several": numbered_list, "other": house_style}
+"""The reward of each kind of prompt."""
 
 _SEVERAL = re.compile(
     r"\b(lists?|steps|ways|tips|ideas|reasons|strategies|ingredients|recipe|brainstorm|itinerary|checklist"
@@ -29,10 +33,12 @@ _SEVERAL = re.compile(
 
 def fitting_form(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     """Good is what `numbered_list` rewards if the prompt `asks_for_several`, and what `house_style` rewards if not."""
-    return [
-        (numbered_list if asks_for_several(prompt.text) else house_style)([prompt], [response])[0]
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    return by_rule(RULES, kind, prompts, responses)
+
+
+def kind(text: str) -> str:
+    """`several` if a prompt `asks_for_several`, else `other`."""
+    return "several" if asks_for_several(text) else "other"
 
 
 def asks_for_several(text: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from alignpro.data import Prompt
 from alignpro.rewards.tasks.house_style import house_style
 from alignpro.rewards.tasks.numbered_list import numbered_list
+from alignpro.rewards.tasks.rules import TaskReward, by_rule
 
 INSTRUCTIONS = {
     "one_sentence": "Answer in one short sentence.",
@@ -18,15 +19,20 @@ INSTRUCTIONS = {
     "depends": "If this is a question, answer in one short sentence. If I ask you to do something, answer with a numbered list.",
 }
 
+RULES: dict[str, TaskReward] = {"question": house_style, "request": numbered_list}
+"""The reward of each kind of prompt."""
+
 _QUESTION = re.compile(r"\A[^\n]*\?|\?[\s\"'”’)]*\Z")
 
 
 def question_or_request(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     """Good is what `house_style` rewards if the prompt `is_question`, and what `numbered_list` rewards if not."""
-    return [
-        (house_style if is_question(prompt.text) else numbered_list)([prompt], [response])[0]
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    return by_rule(RULES, kind, prompts, responses)
+
+
+def kind(text: str) -> str:
+    """`question` if a prompt `is_question`, else `request`."""
+    return "question" if is_question(text) else "request"
 
 
 def is_question(text: str) -> bool:

@@ -13,6 +13,7 @@ from alignpro.rewards.tasks.greeting import greeting
 from alignpro.rewards.tasks.house_style import house_style
 from alignpro.rewards.tasks.numbered_list import numbered_list
 from alignpro.rewards.tasks.question_or_request import is_question
+from alignpro.rewards.tasks.rules import TaskReward, by_rule
 
 INSTRUCTIONS = {
     "one_sentence": "Answer in one short sentence.",
@@ -24,15 +25,13 @@ INSTRUCTIONS = {
     ),
 }
 
-RULES = {"several": numbered_list, "question": house_style, "request": greeting}
+RULES: dict[str, TaskReward] = {"several": numbered_list, "question": house_style, "request": greeting}
 """The reward of each kind of prompt."""
 
 
 def style_guide(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     """Good is what the rule for the prompt's `kind` rewards."""
-    return [
-        RULES[kind(prompt.text)]([prompt], [response])[0] for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    return by_rule(RULES, kind, prompts, responses)
 
 
 def kind(text: str) -> str:
