@@ -63,9 +63,10 @@ def step_compute(config: TrainConfig | RLHFConfig, models: JobModels | None = No
         read, answers = P * (before + answered * sample), P * answered * M * rollout.respond.max_tokens
         parts["responses"] = sum(_flop(each, read + answers, answers) for each in targets) / len(targets)
     parts["credit"] = 2 * forward  # policy and reference
-    parts["update"] = forward * (3 if trains_all(config.policy) else 2)
-    if config.objective.step_kl is not None:
-        parts["update"] += _flop(policy, P * (prompt + sample), P * sample)  # the KL of a sample of each prompt
+    objective = config.objective
+    parts["update"] = forward * (3 if trains_all(config.policy) else 2) * objective.epochs
+    if objective.step_kl is not None:  # after each update, the KL of a sample of each prompt
+        parts["update"] += _flop(policy, P * (prompt + sample), P * sample) * objective.epochs * objective.minibatches
     return StepCompute(parts)
 
 

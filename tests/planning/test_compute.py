@@ -65,6 +65,14 @@ def test_an_adapter_needs_no_gradient_of_weights_and_a_server_computes_its_own(m
     assert "responses" not in step_compute(TrainConfig.model_validate(remote)).parts
 
 
+def test_several_updates_on_a_rollout_cost_a_pass_each_and_are_measured_each(made: Workshop) -> None:
+    several = ("objective.loss=distillation", "objective.epochs=3", "objective.minibatches=2")
+    once, thrice = (step_compute(training(made, "objective.step_kl=null", *each)).parts for each in ((), several))
+    assert thrice == once | {"update": 3 * once["update"]}
+    kl = step_compute(training(made)).parts["update"] - once["update"]
+    assert step_compute(training(made, *several)).parts["update"] == pytest.approx(thrice["update"] + 6 * kl)
+
+
 def test_it_is_described_for_a_whole_run(made: Workshop) -> None:
     oracle = load_config(RLHFConfig, made.arguments("rlhf", made.root / "oracle", "run.steps=7")[1:])
     (line,) = describe_compute(oracle)
