@@ -53,7 +53,7 @@ def _name_or_path(*names: str) -> AfterValidator:
 class ObjectiveConfig(Section):
     """The loss and the advantages."""
 
-    loss: Annotated[str, _name_or_path("policy_gradient", "ppo_clip", "gibbs")] = "policy_gradient"
+    loss: Annotated[str, _name_or_path("policy_gradient", "ppo_clip", "gibbs", "distillation")] = "policy_gradient"
     """A name, or a class of the user's own that extends `alignpro.objectives.Loss`."""
     loss_params: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the user's own loss."""
@@ -69,6 +69,10 @@ class ObjectiveConfig(Section):
     be more. None measures and limits nothing."""
     entropy_coef: float = Field(0.0, ge=0)
     clip_range: float = Field(0.2, gt=0)
+    distillation_step: float = Field(1.0, gt=0, le=1)
+    """β of the loss ``distillation``: the share of the way to ρ* that the updates on a rollout aim at."""
+    distillation_samples: int = Field(2, ge=1)
+    """Samples of each prompt that it keeps for them."""
     gae_lambda: float = Field(1.0, ge=0, le=1)
     value_coef: float = Field(0.5, ge=0)
     baseline_decay: float = Field(0.95, ge=0, lt=1)
@@ -112,7 +116,7 @@ class ObjectiveConfig(Section):
         if loss.on_policy and self.epochs * self.minibatches > 1:
             raise ValueError(
                 f"{self.loss} is on-policy: it requires epochs=1 and minibatches=1 "
-                "(ppo_clip and gibbs may reuse a rollout)"
+                "(ppo_clip, gibbs and distillation may reuse a rollout)"
             )
         from alignpro.objectives import SAMPLED
 
@@ -123,10 +127,10 @@ class ObjectiveConfig(Section):
                 "the rollout, which is stale after the first update; use exact, or epochs=1 and minibatches=1"
             )
         if loss.needs_kl and self.kl.coef == 0:
-            raise ValueError(f"{self.loss} regresses on R/λ: kl.coef must be positive")
+            raise ValueError(f"{self.loss} divides R by λ: kl.coef must be positive")
         if not loss.uses_advantage and self.advantage != "leave_one_out":
             raise ValueError(
-                f"{self.loss} centres within the group and uses no advantage: leave `advantage` at its default"
+                f"{self.loss} compares the scores within a group and uses no advantage: leave `advantage` at its default"
             )
         if not loss.per_token and (self.entropy_coef > 0 or self.normalize_by != "sequence"):
             raise ValueError(

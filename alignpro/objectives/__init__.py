@@ -13,6 +13,7 @@ from alignpro.objectives.advantages import (
     is_unbiased,
     returns_to_go,
 )
+from alignpro.objectives.distillation import Distillation, distillation_weights
 from alignpro.objectives.gibbs import Gibbs, gibbs_loss
 from alignpro.objectives.importance import ImportanceWeights, effective_sample_share, importance_weights
 from alignpro.objectives.kl import (
@@ -51,7 +52,12 @@ ADVANTAGES: dict[str, type[Advantage]] = {
     "gae": GAE,
 }
 """``objective.advantage`` → class."""
-LOSSES: dict[str, type[Loss]] = {"policy_gradient": PolicyGradient, "ppo_clip": PPOClip, "gibbs": Gibbs}
+LOSSES: dict[str, type[Loss]] = {
+    "policy_gradient": PolicyGradient,
+    "ppo_clip": PPOClip,
+    "gibbs": Gibbs,
+    "distillation": Distillation,
+}
 """``objective.loss`` → class."""
 
 __all__ = [
@@ -62,6 +68,7 @@ __all__ = [
     "UNBIASED",
     "AdaptiveKL",
     "Advantage",
+    "Distillation",
     "Gibbs",
     "GibbsResample",
     "GroupNormalized",
@@ -83,6 +90,7 @@ __all__ = [
     "TokenLoss",
     "best_of_kl",
     "best_of_weights",
+    "distillation_weights",
     "effective_sample_share",
     "entropy_rewards",
     "exact_kl_coef",

@@ -38,8 +38,12 @@ class Experience:
     """(B,) of the whole rollout, if an earlier policy drew it; they are part of ``weights``."""
 
     def select(self, groups: Tensor, size: int) -> Experience:
-        """Select the rows of some groups of ``size``; reference states stay whole: ``state_index`` points into them."""
-        rows = (groups[:, None] * size + torch.arange(size)).flatten().to(self.scores.device)
+        """Select the rows of some groups of ``size``, as `select_rows` does."""
+        return self.select_rows((groups[:, None] * size + torch.arange(size)).flatten())
+
+    def select_rows(self, rows: Tensor) -> Experience:
+        """Select some rows; reference states stay whole: ``state_index`` points into them."""
+        rows = rows.to(self.scores.device)
         values, weights, targets = self.values, self.weights, self.value_targets
         return Experience(
             batch=self.batch.select(rows),

@@ -37,6 +37,7 @@ def build_objective(config: ObjectiveConfig, group: int, ahead: bool = False) ->
         raise ConfigError(f"objective: {error}") from error
     settings: dict[str, dict[str, Any]] = {
         "ppo_clip": {"clip_range": config.clip_range},
+        "distillation": {"step": config.distillation_step, "samples": config.distillation_samples},
         "running_baseline": {"decay": config.baseline_decay},
         "gae": {"lam": config.gae_lambda},
     }

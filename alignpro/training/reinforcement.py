@@ -36,6 +36,7 @@ from alignpro.training.heldout_evaluation import HeldoutEvaluation
 from alignpro.training.limited_updates import LimitedUpdates
 from alignpro.training.metrics import Evaluation, Metrics, mean_of_updates
 from alignpro.training.objective import build_objective
+from alignpro.training.resampler import Resampler
 from alignpro.training.resume import RunInputs
 from alignpro.training.rollouts import Rollouts, SamplingAhead
 from alignpro.training.step_memory import StepMemory
@@ -121,6 +122,7 @@ class RLTrainer:
         self.accumulate = GradientAccumulation(
             self.policy, self.loss, self.backend, self.critic, objective, sampling.n, optimizer.rows_per_pass, ranks
         )
+        self.resampler = Resampler(ranks, sampling.n, run.seed)
         self.limited = LimitedUpdates(self.policy, self.backend, self.accumulate, objective, optimizer, ranks)
         targets, rewards = targets or FrozenModels(), rewards or FrozenModels()
         contexts = {
@@ -221,20 +223,25 @@ class RLTrainer:
             step: Seeds the shuffles.
             local: The indices of these groups among those of the step.
         """
-        updates, place = list[Metrics](), {group: i for i, group in enumerate(local)}
         self.limited.begin(experience, step, local, self.sampling.n)
-        for epoch in range(self.objective.epochs):
+        count, size, chosen = self.stream.batch_size, self.sampling.n, dict[str, float]()
+        if isinstance(self.loss, objectives.Distillation):
+            size = self.loss.samples
+            experience, local, count, chosen = self.resampler(self.loss, experience, step, local, self.kl.coef)
+        updates, place = list[Metrics](), {group: i for i, group in enumerate(local)}
+        for epoch in range(self.objective.epochs if count else 0):
             seed = derive_seed(self.run.seed, "minibatch", step, epoch)
-            for groups in split_minibatches(self.stream.batch_size, self.objective.minibatches, seed):
+            for groups in split_minibatches(count, min(self.objective.minibatches, count), seed):
                 rows = torch.tensor([place[g] for g in groups.tolist() if g in place], dtype=torch.int64)
-                minibatch = experience.select(rows, self.sampling.n)
+                minibatch = experience.select(rows, size)
                 metrics = self.accumulate(minibatch, self.kl, None if updates else experience.values.states)
                 metrics["gradient_norm"] = self.limited()
                 self.engine.weights_updated("policy")
                 if self.critic is not None:
                     metrics |= self.critic.step()
                 updates.append(metrics)
-        return mean_of_updates(updates, self.optimizer.max_grad_norm) | self.limited.end()
+        made = mean_of_updates(updates, self.optimizer.max_grad_norm) if updates else {}
+        return chosen | made | self.limited.end()
 
     def evaluate(self, step: int) -> Evaluation:
         """Compute reward, KL and objective of one sample for each held-out prompt."""

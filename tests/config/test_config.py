@@ -274,12 +274,17 @@ def test_all_problems_are_reported_at_once() -> None:
         ("rollout.rewrites_per_prompt=1", "rollout.rewrites_per_prompt=1 with objective.advantage=leave_one_out"),
         ("objective={epochs: 2}", "objective: policy_gradient is on-policy"),
         ("objective={minibatches: 2}", "objective: policy_gradient is on-policy"),
-        ("objective={loss: gibbs, kl: {coef: 0}}", "objective: gibbs regresses on R/λ"),
-        ("objective={loss: gibbs, advantage: gae}", "objective: gibbs centres within the group"),
+        ("objective={loss: gibbs, kl: {coef: 0}}", "objective: gibbs divides R by λ"),
+        ("objective={loss: gibbs, advantage: gae}", "objective: gibbs compares the scores within a group"),
         ("objective={loss: gibbs, entropy_coef: 0.1}", "objective: gibbs compares whole sequences"),
         (
             "objective={loss: ppo_clip, epochs: 2, kl: {estimator: k1}}",
             "objective: kl.estimator=k1 with several updates per rollout: its KL is that of the policy that drew the rollout",
+        ),
+        ("objective={loss: distillation, kl: {coef: 0}}", "objective: distillation divides R by λ"),
+        (
+            "objective={loss: distillation, distillation_step: 0}",
+            "objective.distillation_step: Input should be greater",
         ),
         ("objective={loss: gibbs, normalize_by: token}", "objective: gibbs compares whole sequences"),
         ("objective={loss: ppo_clip, minibatches: 17}", "objective.minibatches=17 is more than"),
@@ -313,7 +318,8 @@ def test_a_single_sample_needs_a_baseline_other_than_its_group(train_yaml: str) 
     assert load_config(TrainConfig, [*alone, "objective.advantage=running_baseline"]).rollout.rewrites_per_prompt == 1
     assert load_config(TrainConfig, [*alone, "objective.advantage=gae"]).rollout.rewrites_per_prompt == 1
     assert "advantage=group_normalized" in problem(*alone, "objective.advantage=group_normalized")
-    assert "loss=gibbs" in problem(*alone, "objective.loss=gibbs")
+    for loss in ("gibbs", "distillation"):
+        assert f"loss={loss}" in problem(*alone, f"objective.loss={loss}")
 
 
 @pytest.mark.parametrize(
@@ -321,6 +327,7 @@ def test_a_single_sample_needs_a_baseline_other_than_its_group(train_yaml: str) 
     [
         ("{advantage: group_normalized}", "rollout.ahead=1 with objective.advantage=group_normalized"),
         ("{loss: ppo_clip, normalize_by: token}", "rollout.ahead=1 with objective.normalize_by=token"),
+        ("{loss: distillation}", "rollout.ahead=1 with objective.loss=distillation"),
     ],
 )
 def test_what_importance_weights_do_not_correct_is_refused(train_yaml: str, objective: str, said: str) -> None:

@@ -37,6 +37,7 @@ from alignpro.training.run import Run
 LAUNCH = Path(__file__).parents[2] / "docs" / "launch.md"
 PPO = {"loss": "ppo_clip", "advantage": "gae", "minibatches": 3, "epochs": 2}
 GIBBS = {"loss": "gibbs"}
+DISTILLATION = {"loss": "distillation", "minibatches": 3, "epochs": 2}
 
 
 def trained(
@@ -57,6 +58,7 @@ def trained(
     [
         pytest.param(3, 5, PPO, 2, id="3 ranks, PPO with a critic"),
         pytest.param(5, 7, GIBBS, 2, id="5 ranks, Gibbs"),
+        pytest.param(5, 7, DISTILLATION, 2, id="5 ranks, distillation"),
         pytest.param(16, 21, {}, 4, id="16 ranks"),
         pytest.param(64, 70, {}, 4, id="64 ranks", marks=pytest.mark.slow),
     ],

@@ -20,6 +20,7 @@ ACTIVATED = ["policy.adapter.kind=lora", "policy.adapter.rank=4", "policy.adapte
 SOFT = ["policy.adapter.kind=soft_prompt", "policy.adapter.virtual_tokens=3"]
 PPO = ["objective.loss=ppo_clip", "objective.advantage=gae", "objective.minibatches=3", "optimizer.micro_batch_size=2"]
 GIBBS = ["objective.loss=gibbs"]
+DISTILLATION = ["objective.loss=distillation", "objective.minibatches=2"]
 
 ONE_PASS = ["optimizer.micro_batch_size=64"]
 """The forward pass that computes credit serves the update too."""
@@ -48,6 +49,7 @@ MATRIX = {
     "z2 self mode": ("train", "z2", [*ACTIVATED, "target=policy"]),
     "z3 activated LoRA, PPO with a critic": ("train", "z3", [*ACTIVATED, *PPO]),
     "z3 Gibbs": ("train", "z3", GIBBS),
+    "z2 distillation": ("train", "z2", DISTILLATION),
     "z3 LoRA, PPO with a critic": ("rlhf", "z3", [*LORA, *PPO]),
     "z2 by tokens, running baseline": (
         "train",

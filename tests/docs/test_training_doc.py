@@ -72,6 +72,11 @@ def test_an_advantage_and_an_environment_of_the_users_own_train(workshop: Worksh
     assert workshop.run("train", tmp_path / "alone", settings[0], "rollout.rewrites_per_prompt=1") == 1
 
 
-def test_the_example_of_an_evaluation_is_a_valid_configuration() -> None:
-    ((_, block),) = DOCUMENT.blocks("yaml")
-    validate_config(EvalConfig, yaml.safe_load(block))
+def test_the_examples_of_a_distillation_and_of_an_evaluation_are_valid_configurations() -> None:
+    distillation, evaluation = (yaml.safe_load(block) for _, block in DOCUMENT.blocks("yaml"))
+    validate_config(EvalConfig, evaluation)
+    model, reward = {"path": "m"}, {"components": [{"kind": "function", "function": "rewards.py:reward"}]}
+    run = distillation["run"] | {"out": "runs/distillation"}
+    given = {"policy": model, "target": model, "data": {"source": "prompts.jsonl"}, "reward": reward, "run": run}
+    settings = validate_config(TrainConfig, distillation | given)
+    assert settings.objective.epochs * settings.objective.minibatches * settings.run.steps == 180

@@ -73,5 +73,5 @@ def test_what_does_not_fit_is_an_error_that_says_so(
 def test_built_in_ones_take_no_arguments_and_other_names_are_errors() -> None:
     with pytest.raises(ValueError, match="arguments of a class of your own"):
         ObjectiveConfig(advantage_params={"lam": 1.0})
-    with pytest.raises(ValueError, match="expected policy_gradient, ppo_clip, gibbs, or a class"):
+    with pytest.raises(ValueError, match="expected policy_gradient, ppo_clip, gibbs, distillation, or a class"):
         ObjectiveConfig(loss="ppo")

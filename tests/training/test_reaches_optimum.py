@@ -44,3 +44,23 @@ def test_training_reaches_the_closed_form(
     for step in range(steps):
         training.step(step)
     assert distance_to_optimum(world, best) < 0.02
+
+
+def test_distillation_comes_near_the_closed_form(tmp_path: Path) -> None:
+    """As near as the samples of a step tell: it was 0.04 with 256 samples, and 0.03 with twice as many."""
+    world = World(torch.float32, drift=0.0)
+    best = optimal_policy(world.reference_logprobs(), world.rewards, LAMBDA)
+    training = world.training(
+        {"loss": "distillation", "distillation_samples": 128, "kl": {"coef": LAMBDA}},
+        256,
+        tmp_path,
+        steps=100,
+        learning_rate=0.02,
+        schedule="cosine",
+        betas=(0.9, 0.99),
+        micro_batch_size=512,
+    )
+    assert distance_to_optimum(world, best) > 0.25
+    for step in range(100):
+        training.step(step)
+    assert distance_to_optimum(world, best) < 0.08

@@ -111,8 +111,9 @@ def test_one_optimizer_step_per_minibatch_and_epoch(advantage: str, tmp_path: Pa
         {"advantage": "gae", "normalize_by": "token"},
         {"loss": "ppo_clip", "advantage": "group_normalized", "clip_range": 0.05, "entropy_coef": 0.1},
         {"loss": "gibbs"},
+        {"loss": "distillation"},
     ],
-    ids=["policy_gradient", "critic", "ppo_clip", "gibbs"],
+    ids=["policy_gradient", "critic", "ppo_clip", "gibbs", "distillation"],
 )
 def test_micro_batches_change_nothing(objective: dict[str, Any]) -> None:
     whole, whole_critic, expected = gradients(World().training(objective, 2, micro_batch_size=64), moved=0.05)

@@ -22,6 +22,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "running baseline": ("train", "objective.advantage=running_baseline", "objective.kl.estimator=k1"),
     "PPO with a critic": ("train", *PPO, "objective.advantage=gae", "objective.gae_lambda=0.9"),
     "GRPO": ("train", *PPO, "objective.advantage=group_normalized", "objective.kl.estimator=k3"),
+    "distillation": ("train", "objective.loss=distillation", "objective.epochs=2", "objective.minibatches=2"),
     "Gibbs": ("train", "objective.loss=gibbs", "objective.epochs=2", "objective.minibatches=2"),
     "LoRA": ("train", "policy.adapter.kind=lora", "policy.adapter.rank=2"),
     "soft prompt": ("train", "policy.adapter.kind=soft_prompt", "policy.adapter.virtual_tokens=4"),
