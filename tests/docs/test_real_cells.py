@@ -11,7 +11,7 @@ from document import ROOT
 
 REAL = ROOT / "docs" / "real"
 FORMS = {"addition": REAL / "summary.json", "whole": REAL / "whole" / "summary.json"}
-TABLES = [*FORMS.values(), REAL / "tasks" / "summary.json"]
+TABLES = [*FORMS.values(), REAL / "tasks" / "summary.json", REAL / "kinds" / "summary.json"]
 
 
 def interval(found: dict[str, Any] | None) -> str:
@@ -46,6 +46,19 @@ def test_the_readme_has_those_of_additions() -> None:
             assert each in row
 
 
+def test_the_readme_has_those_of_the_style_guide() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if "docs/real/kinds/summary.json" in line)
+    groups = json.loads((REAL / "kinds" / "summary.json").read_text())["groups"]
+    (group,) = (each for each in groups if each["task"] == "style_guide")
+    methods = group["methods"]
+    trained = methods["align_pro"]
+    for each in (interval(trained["mean"]), interval(trained["versus_best_instruction"])):
+        assert each in row
+    for name in ("no_finetuning", group["best_instruction"]):
+        assert f"{methods[name]['mean']['value']:.3f}" in row
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_classes_are_those_of_the_labels(form: str) -> None:
     directory, name = {
@@ -78,9 +91,9 @@ KINDS: dict[str, list[str]] = json.loads((REAL / "tasks" / "kinds.json").read_te
 """The prompts of each kind, by their hashes: the prompts themselves are not in the repository."""
 
 
-def means(task: str, cell: str) -> dict[str, float]:
+def means(task: str, cell: str, experiment: str = "tasks") -> dict[str, float]:
     """The mean reward of each held-out prompt."""
-    path = REAL / "tasks" / "cells" / task / "smollm2" / cell / "seed_0" / "evaluation" / "rewards.json"
+    path = REAL / experiment / "cells" / task / "smollm2" / cell / "seed_0" / "evaluation" / "rewards.json"
     rewards = json.loads(path.read_text())
     (arm,) = rewards["arms"].values()
     return {
@@ -144,3 +157,28 @@ def test_what_the_instructions_earn_on_tasks_without_a_trained_prompter() -> Non
     said = " ".join(text.split())
     assert f"no fine-tuning has {none:.3f}," in said
     assert f'be friendly." {hello:.3f}, and "Greet me first, then answer." {greet:.3f}' in said
+
+
+def test_what_a_style_guide_earns_by_kind_of_prompt() -> None:
+    trained, prior, *instructions = (
+        means("style_guide", cell, "kinds")
+        for cell in (
+            "align_pro/forms",
+            "prior/forms",
+            *(f"instruction/{each}" for each in ("one_sentence", "numbered", "hello")),
+        )
+    )
+    text = (REAL / "README.md").read_text(encoding="utf-8")
+    for label, kind in (("several things", "several"), ("other questions", "question"), ("other requests", "request")):
+        prompts = KINDS[kind]
+        best = max(mean_over(prompts, each) for each in instructions)
+        figures = [mean_over(prompts, prior), mean_over(prompts, trained), best]
+        assert f"| {label} ({len(prompts)}) | {' | '.join(f'{each:.3f}' for each in figures)} |" in text
+
+
+def test_what_the_training_on_a_style_guide_estimated_after_each_step() -> None:
+    run = REAL / "kinds" / "cells" / "style_guide" / "smollm2" / "align_pro" / "forms" / "seed_0" / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rewards, kl = ([f"{row[f'eval/{name}']:.2f}" for row in rows if "eval/reward" in row] for name in ("reward", "kl"))
+    said = " ".join((REAL / "README.md").read_text(encoding="utf-8").split())
+    assert f"{rewards[0]}, {rewards[1]} and {rewards[2]} on 48 validation prompts, at {kl[0]}, {kl[1]} and {kl[2]} nats" in said

@@ -57,14 +57,15 @@ def test_the_real_preset_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert build_reward(task.reward)
 
 
-def test_the_style_guide_of_the_preset_is_the_same_task_with_a_bank_that_has_its_forms(
+def test_the_preset_of_kinds_has_tasks_of_the_others_with_a_bank_that_has_their_forms(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("DATA", "OUT", "MODEL"):
         monkeypatch.setenv(name, str(tmp_path))
-    alone = load_config(ExperimentConfig, [str(PRESET / "style_guide.yaml")])
+    alone = load_config(ExperimentConfig, [str(PRESET / "kinds.yaml")])
     among_others = load_config(ExperimentConfig, [str(PRESET / f"{name}.yaml") for name in ("experiment", "tasks")])
-    assert alone.tasks["style_guide"] == among_others.tasks["style_guide"]
+    assert set(alone.tasks) == {"style_guide", "question_or_request"}
+    assert all(task == among_others.tasks[name] for name, task in alone.tasks.items())
     prior = alone.prompters["forms"].prior
     assert isinstance(prior, dict)
     bank = load_moves(str(ROOT / prior["data"]["moves"])).moves
