@@ -59,12 +59,16 @@ def test_the_readme_has_those_of_the_style_guide() -> None:
         assert f"{methods[name]['mean']['value']:.3f}" in row
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_classes_are_those_of_the_labels(form: str) -> None:
-    directory, name = {
-        "addition": (REAL / "classes", "additions"),
-        "whole": (REAL / "whole" / "classes", "house_style"),
-    }[form]
+@pytest.mark.parametrize(
+    ("directory", "name"),
+    [
+        (REAL / "classes", "additions"),
+        (REAL / "whole" / "classes", "house_style"),
+        (REAL / "kinds" / "classes", "style_guide"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_the_classes_are_those_of_the_labels(directory: Path, name: str) -> None:
     shares = json.loads((directory / f"{name}.json").read_text())
     labels, keys = (
         {row["id"]: row for row in map(json.loads, (directory / file).read_text().splitlines())}
