@@ -185,4 +185,7 @@ def test_what_the_training_on_a_style_guide_estimated_after_each_step() -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rewards, kl = ([f"{row[f'eval/{name}']:.2f}" for row in rows if "eval/reward" in row] for name in ("reward", "kl"))
     said = " ".join((REAL / "README.md").read_text(encoding="utf-8").split())
-    assert f"{rewards[0]}, {rewards[1]} and {rewards[2]} on 48 validation prompts, at {kl[0]}, {kl[1]} and {kl[2]} nats" in said
+    assert (
+        f"{rewards[0]}, {rewards[1]} and {rewards[2]} on 48 validation prompts, at {kl[0]}, {kl[1]} and {kl[2]} nats"
+        in said
+    )
