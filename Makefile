@@ -93,10 +93,10 @@ laboratory: $(STAMP) ## run the laboratory's methods on the toy task with three 
 
 real: OUT ?= runs/real
 real: export MODEL ?= runs/smollm2
-real: $(STAMP) ## train and compare on one task of the real prompts in DATA, with a real model: about an hour on two cores, resumable
+real: $(STAMP) ## train and compare on one task of the real prompts in DATA, with a real model: three quarters of an hour on two cores, resumable
 	@[ -n '$(DATA)' ] || { echo 'make real DATA=DIR: name the directory with the prompts (launch/presets/real/README.md)' >&2; exit 2; }
 	[ -e '$(MODEL)' ] || $(BIN)/alignpro model get smollm2 --out '$(MODEL)'
-	DATA='$(DATA)' OUT='$(OUT)' $(BIN)/alignpro experiment launch/presets/real/experiment.yaml $(ARGS)
+	DATA='$(DATA)' OUT='$(OUT)' $(BIN)/alignpro experiment launch/presets/real/kinds.yaml $(ARGS)
 
 bench-kernels: $(STAMP) ## compare the head's operators with bare matrix products and other implementations; ARGS: see --help
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
@@ -113,7 +113,7 @@ bench-distributed: $(STAMP) ## compare DeepSpeed training with one process, and 
 bench-estimators: $(STAMP) ## compare bias, variance and samples of the gradient's estimators where all rewrites are enumerated; ARGS: see --help
 	$(BIN)/python -m benchmarks.estimators $(ARGS)
 
-bench-estimators-real: OUT ?= runs/real
+bench-estimators-real: OUT ?= runs/estimators
 bench-estimators-real: export MODEL ?= runs/smollm2
 bench-estimators-real: $(STAMP) ## compare what the gradient's estimators reach at equal KL on a real model and the real prompts in DATA: days on a CPU, resumable
 	@[ -n '$(DATA)' ] || { echo 'make bench-estimators-real DATA=DIR: name the directory with the prompts (launch/presets/real/README.md)' >&2; exit 2; }

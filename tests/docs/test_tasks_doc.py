@@ -62,7 +62,7 @@ def test_the_preset_of_kinds_has_tasks_of_the_others_with_a_bank_that_has_their_
 ) -> None:
     for name in ("DATA", "OUT", "MODEL"):
         monkeypatch.setenv(name, str(tmp_path))
-    alone = load_config(ExperimentConfig, [str(PRESET / "kinds.yaml")])
+    alone = load_config(ExperimentConfig, [str(PRESET / f"{name}.yaml") for name in ("kinds", "question_or_request")])
     among_others = load_config(ExperimentConfig, [str(PRESET / f"{name}.yaml") for name in ("experiment", "tasks")])
     assert set(alone.tasks) == {"style_guide", "question_or_request"}
     assert all(task == among_others.tasks[name] for name, task in alone.tasks.items())
