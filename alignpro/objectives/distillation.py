@@ -46,7 +46,7 @@ class Distillation(Loss):
         """Draw the samples of a prompt that updates are made on.
 
         Args:
-            weights: (K,) of `distillation_weights`.
+            weights: (K,) of `distillation_weights`, on the CPU.
             scores: (K,) R.
             generator: Draws.
 
@@ -55,7 +55,7 @@ class Distillation(Loss):
         """
         if bool(scores.max() == scores.min()):
             return torch.zeros(0, dtype=torch.int64)
-        return torch.multinomial(weights.cpu(), self.samples, replacement=True, generator=generator)
+        return torch.multinomial(weights, self.samples, replacement=True, generator=generator)
 
     def __call__(self, inputs: LossInputs, passes: Passes) -> LossOutput:
         """Compute the mean −log ρ(x'|x) of a micro-batch of samples that were kept."""

@@ -47,9 +47,9 @@ class Resampler:
         """
         K, values, mask = self._group, experience.values, experience.batch.mask
         old, reference = (
-            torch.where(mask, each, 0.0).sum(1).double() for each in (values.logprob, values.reference_logprob)
+            torch.where(mask, each, 0.0).sum(1).cpu().double() for each in (values.logprob, values.reference_logprob)
         )
-        scores = experience.scores.double()
+        scores = experience.scores.cpu().double()
         weights = distillation_weights(old, reference, scores, K, kl_coef, loss.step)
         rows, kept, effective = list[torch.Tensor](), list[int](), list[float]()
         for place, group in enumerate(local):
