@@ -39,6 +39,7 @@ from alignpro.objectives.losses import (
     PolicyGradientBatch,
     PPOClip,
     TokenLoss,
+    cross_entropy,
     loss_count,
     value_loss,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "TokenLoss",
     "best_of_kl",
     "best_of_weights",
+    "cross_entropy",
     "distillation_weights",
     "effective_sample_share",
     "entropy_rewards",

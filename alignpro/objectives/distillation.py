@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from alignpro.errors import ConfigError
-from alignpro.objectives.losses import Loss, LossInputs, LossOutput, Passes
+from alignpro.objectives.losses import Loss, LossInputs, LossOutput, Passes, check_groups, cross_entropy
 
 
 class Distillation(Loss):
@@ -59,13 +59,7 @@ class Distillation(Loss):
 
     def __call__(self, inputs: LossInputs, passes: Passes) -> LossOutput:
         """Compute the mean −log ρ(x'|x) of a micro-batch of samples that were kept."""
-
-        def cross_entropy(
-            logprob: Tensor, entropy: Tensor | None, kl: Tensor | None, rows: Tensor
-        ) -> tuple[Tensor, Tensor, None, None]:
-            return -inputs.scale * logprob, torch.full_like(logprob, -inputs.scale), None, None
-
-        return LossOutput(passes.token_loss(cross_entropy), {}, 0)
+        return LossOutput(passes.token_loss(cross_entropy(inputs.scale)), {}, 0)
 
 
 def distillation_weights(
@@ -88,22 +82,8 @@ def distillation_weights(
         ConfigError: K < 2, λ ≤ 0, or β outside (0, 1].
         ValueError: Shapes do not match, or B is no multiple of K.
     """
-    if group < 2:
-        raise ConfigError(
-            f"objective.loss=distillation with {group} sample per prompt: it weighs samples within a group, use at least 2"
-        )
-    if not kl_coef > 0:
-        raise ConfigError(
-            f"objective.loss=distillation with kl.coef={kl_coef}: it weighs by R/λ, which needs a positive λ"
-        )
+    check_groups("distillation", (old_logprob, reference_logprob, scores), group, kl_coef)
     if not 0 < step <= 1:
         raise ConfigError(f"objective.distillation_step={step}: expected a share in (0, 1]")
-    if not old_logprob.shape == reference_logprob.shape == scores.shape or scores.ndim != 1:
-        raise ValueError(
-            f"distillation_weights: old_logprob {tuple(old_logprob.shape)}, reference_logprob "
-            f"{tuple(reference_logprob.shape)}, scores {tuple(scores.shape)}: expected (B,) for each"
-        )
-    if scores.numel() % group:
-        raise ValueError(f"distillation_weights: {scores.numel()} rows are not a whole number of groups of {group}")
     logratio = (old_logprob - reference_logprob).detach().to(scores.dtype)
     return (step * (scores.detach() / kl_coef - logratio)).view(-1, group).softmax(1)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from alignpro.errors import ConfigError
-from alignpro.objectives.losses import Loss, LossInputs, LossOutput, Passes
+from alignpro.objectives.losses import Loss, LossInputs, LossOutput, Passes, check_groups
 
 
 class Gibbs(Loss):
@@ -53,19 +52,7 @@ def gibbs_loss(
         ConfigError: K < 2 or λ ≤ 0.
         ValueError: Shapes do not match, or B is no multiple of K.
     """
-    if group < 2:
-        raise ConfigError(
-            f"objective.loss=gibbs with {group} sample per prompt: it compares samples within a group, use at least 2"
-        )
-    if not kl_coef > 0:
-        raise ConfigError(f"objective.loss=gibbs with kl.coef={kl_coef}: it regresses on R/λ, which needs a positive λ")
-    if not sequence_logprob.shape == reference_logprob.shape == scores.shape or sequence_logprob.ndim != 1:
-        raise ValueError(
-            f"gibbs_loss: sequence_logprob {tuple(sequence_logprob.shape)}, reference_logprob "
-            f"{tuple(reference_logprob.shape)}, scores {tuple(scores.shape)}: expected (B,) for each"
-        )
-    if sequence_logprob.numel() % group:
-        raise ValueError(f"gibbs_loss: {sequence_logprob.numel()} rows are not a whole number of groups of {group}")
+    check_groups("gibbs", (sequence_logprob, reference_logprob, scores), group, kl_coef)
     dtype = sequence_logprob.dtype
     delta = kl_coef * (sequence_logprob - reference_logprob.detach().to(dtype)) - scores.detach().to(dtype)
     delta = delta.view(-1, group)  # (P, K)

@@ -8,12 +8,14 @@ N actions, flattened row-major: ``x[mask]`` of a (B, T) tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from alignpro.errors import ConfigError
 from alignpro.objectives.kl import KLEstimator, kl_loss_terms
 from alignpro_kernels import Coefficients
 
@@ -136,6 +138,43 @@ def loss_count(mask: Tensor, normalize_by: Literal["sequence", "token"]) -> int:
     ``token``: N. The loss is a mean over tokens.
     """
     return mask.shape[0] if normalize_by == "sequence" else int(mask.sum())
+
+
+def cross_entropy(scale: float) -> Coefficients:
+    """The coefficients of scale · Σ_t −log ρ(a_t|s_t)."""
+
+    def coefficients(
+        logprob: Tensor, entropy: Tensor | None, kl: Tensor | None, rows: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        return -scale * logprob, torch.full_like(logprob, -scale), None, None
+
+    return coefficients
+
+
+def check_groups(loss: str, rows: Sequence[Tensor], group: int, kl_coef: float) -> None:
+    """Check the arguments of a loss that compares whole samples of a prompt by R/λ.
+
+    Args:
+        loss: Its name, for messages.
+        rows: Its log-probabilities and scores, (B,) each.
+        group: K.
+        kl_coef: λ.
+
+    Raises:
+        ConfigError: K < 2 or λ ≤ 0.
+        ValueError: Shapes do not match, or B is no multiple of K.
+    """
+    if group < 2:
+        raise ConfigError(
+            f"objective.loss={loss} with {group} sample per prompt: it compares samples within a group, use at least 2"
+        )
+    if not kl_coef > 0:
+        raise ConfigError(f"objective.loss={loss} with kl.coef={kl_coef}: it divides R by λ, which needs a positive λ")
+    shapes = [tuple(each.shape) for each in rows]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1:
+        raise ValueError(f"{loss}: log-probabilities and scores of {shapes}: expected (B,) for each")
+    if shapes[0][0] % group:
+        raise ValueError(f"{loss}: {shapes[0][0]} rows are not a whole number of groups of {group}")
 
 
 class TokenLoss:

@@ -20,6 +20,7 @@ from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_trainable
 from alignpro.models.saving import save_pretrained
 from alignpro.models.sequences import SequenceBatch
+from alignpro.objectives import cross_entropy
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_overlong_prompts
 from alignpro.prompting.model_card import write_card
@@ -197,10 +198,4 @@ class SFTTrainer:
         batch = SequenceBatch.build(prompts, completions, self.model.device)
         states = self.model.action_states(batch)
         head = self.model.head
-
-        def cross_entropy(
-            logprob: Tensor, entropy: Tensor | None, kl: Tensor | None, rows: Tensor
-        ) -> tuple[Tensor, Tensor, None, None]:
-            return -logprob / tokens, torch.full_like(logprob, -1.0 / tokens), None, None
-
-        return policy_loss(states, head.weight, batch.targets, cross_entropy, **head.options).loss
+        return policy_loss(states, head.weight, batch.targets, cross_entropy(1.0 / tokens), **head.options).loss

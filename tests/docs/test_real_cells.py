@@ -57,6 +57,9 @@ def test_the_readme_has_those_of_the_style_guide() -> None:
         assert each in row
     for name in ("no_finetuning", group["best_instruction"]):
         assert f"{methods[name]['mean']['value']:.3f}" in row
+    (other,) = (each for each in groups if each["task"] == "question_or_request")
+    best = other["methods"][other["best_instruction"]]["mean"]["value"]
+    assert f"on *question or request* {interval(other['methods']['align_pro']['mean'])} against {best:.3f}" in row
 
 
 @pytest.mark.parametrize(
@@ -189,3 +192,50 @@ def test_what_the_training_on_a_style_guide_estimated_after_each_step() -> None:
         f"{rewards[0]}, {rewards[1]} and {rewards[2]} on 48 validation prompts, at {kl[0]}, {kl[1]} and {kl[2]} nats"
         in said
     )
+
+
+def test_what_question_or_request_earns_by_kind_of_prompt() -> None:
+    kinds = json.loads((REAL / "kinds" / "questions_and_requests.json").read_text())
+    trained, sentence, listed = (
+        means("question_or_request", cell, "kinds")
+        for cell in ("align_pro/forms", "instruction/one_sentence", "instruction/numbered")
+    )
+    (questions, requests), right = kinds.values(), (sentence, listed)
+    assert {*questions, *requests} == set(trained)
+    best = sum(
+        len(prompts) * mean_over(prompts, each) for prompts, each in zip((questions, requests), right, strict=True)
+    )
+    said = " ".join((REAL / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"({best / 160:.3f}): {mean_over(questions, trained):.3f} on questions and {mean_over(requests, trained):.3f} on "
+        f"requests, where those have {mean_over(questions, sentence):.3f} and {mean_over(requests, listed):.3f}"
+    ) in said
+
+
+def test_what_is_added_to_each_kind_of_prompt() -> None:
+    counts = json.loads((REAL / "kinds" / "additions.json").read_text())
+    said = " ".join((REAL / "README.md").read_text(encoding="utf-8").split())
+    hello, sentence = 'Begin your answer with "Hello!" and be friendly.', "Answer in one short sentence."
+    listed, guide, other = "Answer as a numbered list.", counts["style_guide"], counts["question_or_request"]
+    total = {task: {kind: sum(each.values()) for kind, each in counts[task].items()} for task in counts}
+    assert f"for {guide['request'][hello]} of the {total['style_guide']['request']} rewrites of other requests" in said
+    assert f"for {guide['question'][sentence]} of the {total['style_guide']['question']} of other questions" in said
+    several = guide["several"]
+    assert (
+        f"of {total['style_guide']['several']} rewrites where several things are asked for, {several[listed]} ask for"
+        in said
+    )
+    assert f"a list and {several[hello]} for a greeting" in said
+    questions, requests = (total["question_or_request"][kind] for kind in ("question", "request"))
+    assert f'"{sentence}" for {other["question"][sentence]} of the {questions} rewrites of questions' in said
+    assert f'"{listed}" for {other["request"][listed]} of the {requests} of requests' in said
+
+
+def test_the_time_of_make_real_is_that_of_its_cells() -> None:
+    cells = [
+        REAL / "kinds" / "priors" / "forms" / "cell.json",
+        *(REAL / "kinds" / "cells" / "style_guide").rglob("cell.json"),
+    ]
+    minutes = sum(json.loads(cell.read_text())["seconds"] for cell in cells) / 60
+    preset = (ROOT / "launch" / "presets" / "real" / "README.md").read_text(encoding="utf-8")
+    assert len(cells) == 8 and f"one task: {minutes:.0f} minutes on two cores" in preset
