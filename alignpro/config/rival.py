@@ -42,10 +42,13 @@ class SearchSection(Section):
     """Training prompts on which instructions are compared with each other."""
     training: int = Field(64, ge=2)
     """Other training prompts, which the proposer sees with responses and rewards."""
+    minibatch: int | None = Field(None, ge=1)
+    """Prompts of a partial evaluation: of GEPA those of ``training`` that a proposal is written for and compared with
+    its parent on (3 if it is not set); of MIPROv2 those of ``validation`` between two whole evaluations (16)."""
     proposals: int = Field(8, ge=2)
     """Instructions that MIPROv2 proposes before it searches; GEPA proposes one at a time until its calls are spent."""
     threads: int = Field(8, ge=1)
-    """Questions to a server at the same time; a model of this process is asked one by one."""
+    """Questions to a server at the same time; a model of this process answers those of an evaluation in one batch."""
 
 
 class RivalConfig(SpendingConfig):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 from tiny_runs import Workshop
@@ -12,6 +15,7 @@ from tiny_runs import Workshop
 from alignpro.config import ModelConfig, PromptingConfig, RewardConfig, SamplingConfig, validate_config
 from alignpro.data import Prompt
 from alignpro.engine import Engine
+from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.errors import TrainingError
 from alignpro.experiments.rivals.answers import Answer, AnswerFile
 from alignpro.experiments.rivals.asking import CallsSpent, Scoreboard, TargetAsker, template, usable
@@ -19,7 +23,11 @@ from alignpro.models.loading import load_language_model
 from alignpro.rewards import build_reward
 from alignpro.targets.local import LocalTarget
 
-PROMPTS = [Prompt.from_text(text) for text in ("flip stone", "sort river")]
+MANY = [
+    Prompt.from_text(text)
+    for text in ("flip stone", "sort river", "sort stone", "flip river", "flip flip", "sort flip")
+]
+PROMPTS = MANY[:2]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +88,51 @@ def test_an_interrupted_search_asks_only_for_what_it_has_not_got(
         assert asker.calls == 3  # those that were answered before count as well
     lines = (tmp_path / "parts").read_text().splitlines()
     assert len(lines) == 1 + 3 and lines[1] == text.splitlines()[1]
+
+
+def test_questions_of_several_threads_are_one_batch_and_count_in_the_order_of_their_texts(
+    opened: Callable[..., TargetAsker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = list[int]()
+    plain = InstructionEnvironment.rollout
+
+    def rollout(self: Any, engine: Engine, prompts: Sequence[Prompt], *others: Any) -> Any:
+        batches.append(len(prompts))
+        return plain(self, engine, prompts, *others)
+
+    with answers(tmp_path / "one_by_one") as file:
+        asker = opened(file, 6)
+        alone = {prompt.id: asker.ask("Be brief.", prompt) for prompt in MANY}
+    monkeypatch.setattr(InstructionEnvironment, "rollout", rollout)
+    admitted = {prompt.id for prompt in sorted(MANY, key=lambda each: each.id)[:4]}
+    for name, order in (("forwards", MANY), ("backwards", MANY[::-1])):
+        with answers(tmp_path / name) as file, ThreadPoolExecutor(len(MANY)) as threads:
+            asker, all_there = opened(file, 4), Barrier(len(MANY))
+
+            def ask(prompt: Prompt, asker: TargetAsker = asker, all_there: Barrier = all_there) -> Answer:
+                all_there.wait()
+                return asker.ask("Be brief.", prompt)
+
+            asked = {prompt.id: threads.submit(ask, prompt) for prompt in order}
+            assert {
+                name for name, each in asked.items() if isinstance(each.exception(), CallsSpent)
+            } == alone.keys() - admitted
+            assert all(asked[name].result() == alone[name] for name in admitted)
+            assert (asker.calls, asker.tokens) == (4, sum(alone[name].tokens for name in admitted))
+    assert batches == [4, 4]
+
+
+def test_an_error_of_the_target_reaches_every_thread_that_waits(
+    opened: Callable[..., TargetAsker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise TrainingError("the target is gone")
+
+    monkeypatch.setattr(InstructionEnvironment, "rollout", fail)
+    with answers(tmp_path / "answers.jsonl") as file, ThreadPoolExecutor(3) as threads:
+        asker = opened(file, 9)
+        asked = [threads.submit(asker.ask, "Be brief.", prompt) for prompt in MANY[:3]]
+        assert all(isinstance(each.exception(), TrainingError) for each in asked)
 
 
 def test_answers_of_another_search_are_refused(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import groupby
 
 from alignpro.config import SamplingConfig
 from alignpro.data import Prompt
@@ -14,6 +15,7 @@ from alignpro.environments.base import sampling_params
 from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.errors import ConfigError
 from alignpro.experiments.rivals.answers import Answer, AnswerFile
+from alignpro.experiments.rivals.gathering import Gathering
 from alignpro.prompting.rewrite_template import RewriteTemplate
 from alignpro.rewards import RewardStack
 from alignpro.targets.base import Target
@@ -75,8 +77,18 @@ class Scoreboard:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class _Question:
+    instruction: str
+    prompt: Prompt
+    answer: Future[Answer] = field(default_factory=Future)
+
+
 class TargetAsker:
     """Asks the target, at most so many times.
+
+    Questions of several threads to a model of this process are answered in one batch, and count in the order of their texts: what
+    is counted does not depend on which thread came first.
 
     Args:
         target: The target.
@@ -104,9 +116,10 @@ class TargetAsker:
         self._target, self._engine, self._reward = target, engine, reward
         self._params = sampling_params(respond, 1)
         self._answers, self._seed, self._scoreboard = answers, seed, scoreboard
-        self._lock = threading.Lock()
-        # An engine runs one batch at a time; a server answers several questions at once.
-        self._one_by_one: AbstractContextManager[object] = nullcontext() if target.remote else threading.Lock()
+        self._lock = threading.Condition()
+        self._open = 0  # admitted and not yet answered
+        # A server answers several questions at once, whenever they come.
+        self._gathering = None if target.remote else Gathering(self._answer)
         self.limit = limit
         self.calls = 0
         """Responses so far."""
@@ -127,31 +140,71 @@ class TargetAsker:
             CallsSpent: There may be no more; the target is not asked.
             AlignProError: The target or the reward failed.
         """
-        with self._lock:
-            if self.calls >= self.limit:
-                self.refused = True
-                raise CallsSpent
-            self.calls += 1
-        key = self._answers.question("target", instruction, prompt.id)
-        answer = self._answers.find(key)
-        if answer is None:
-            answer = self._respond(instruction, prompt, key)
-            self._answers.add(key, answer)
-        assert answer.value is not None  # because it is the target's
-        with self._lock:
-            self.tokens += answer.tokens
-            self._scoreboard.add(instruction, prompt.id, answer.value, self.calls)
-        return answer
+        question = _Question(instruction, prompt)
+        if self._gathering is None:
+            self._answer([question])
+        else:
+            self._gathering.ask(question)
+        return question.answer.result()
 
-    def _respond(self, instruction: str, prompt: Prompt, key: str) -> Answer:
+    def ask_all(self, instruction: str, prompts: Sequence[Prompt]) -> list[Answer]:
+        """A response to each prompt, in one batch, while no thread asks; see `ask`."""
+        questions = [_Question(instruction, prompt) for prompt in prompts]
+        self._answer(questions)
+        return [question.answer.result() for question in questions]
+
+    def _answer(self, questions: Sequence[_Question]) -> None:
+        """Answer questions, or tell each why not."""
+        calls, refused = self._admit(sorted(questions, key=lambda each: (each.instruction, each.prompt.id)))
+        try:
+            keys = [self._answers.question("target", each.instruction, each.prompt.id) for each in calls]
+            answers = {key: answer for key in keys if (answer := self._answers.find(key)) is not None}
+            new = [(key, each) for key, each in zip(keys, calls, strict=True) if key not in answers]
+            for instruction, group in groupby(new, key=lambda each: each[1].instruction):
+                asked = list(group)
+                answers |= self._respond(instruction, [each.prompt for _, each in asked], [key for key, _ in asked])
+            with self._lock:
+                for key, (question, number) in zip(keys, calls.items(), strict=True):
+                    value = answers[key].value
+                    assert value is not None  # because it is the target's
+                    self.tokens += answers[key].tokens
+                    self._scoreboard.add(question.instruction, question.prompt.id, value, number)
+            for key, question in zip(keys, calls, strict=True):
+                question.answer.set_result(answers[key])
+        except BaseException as error:  # every thread that waits gets it
+            for question in calls:
+                question.answer.set_exception(error)
+        with self._lock:
+            self._open -= len(calls)
+            self._lock.notify_all()
+            if refused:  # the search ends when one is told: not before all that was asked is counted
+                self._lock.wait_for(lambda: self._open == 0)
+        for question in refused:
+            question.answer.set_exception(CallsSpent())
+
+    def _admit(self, questions: Sequence[_Question]) -> tuple[dict[_Question, int], list[_Question]]:
+        """The questions that are within the limit, with the number of the call that each is, and the others."""
+        with self._lock:
+            first = self.calls + 1
+            admitted = dict(zip(questions, range(first, self.limit + 1), strict=False))
+            self.calls += len(admitted)
+            self._open += len(admitted)
+            refused = list(questions[len(admitted) :])
+            self.refused = self.refused or bool(refused)
+        return admitted, refused
+
+    def _respond(self, instruction: str, prompts: Sequence[Prompt], keys: Sequence[str]) -> dict[str, Answer]:
+        """Ask the target, and keep its answers."""
         environment = InstructionEnvironment(template(instruction), self._target, self._reward)
-        with self._one_by_one:
-            chains = environment.rollout(
-                self._engine, [prompt], self._params, [derive_seed(self._seed, "rival", prompt.id, key)]
-            )
-            scores = environment.score([prompt], chains)
-        (response,) = chains[0][0].responses
-        return Answer(scores.responses[0][0][0], len(response.tokens), scores.values[0, 0].item())
+        seeds = [derive_seed(self._seed, "rival", prompt.id, key) for prompt, key in zip(prompts, keys, strict=True)]
+        chains = environment.rollout(self._engine, prompts, self._params, seeds)
+        scores = environment.score(prompts, chains)
+        found = dict[str, Answer]()
+        for i, key in enumerate(keys):
+            (response,) = chains[i][0].responses
+            found[key] = Answer(scores.responses[i][0][0], len(response.tokens), scores.values[i, 0].item())
+            self._answers.add(key, found[key])
+        return found
 
 
 def template(instruction: str) -> RewriteTemplate:

@@ -27,8 +27,7 @@ from alignpro.experiments.rivals.proposing import ProposerAsker
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 16
-"""Prompts of MIPROv2's partial evaluations at most."""
+_MINIBATCH: dict[RivalKind, int] = {"gepa": 3, "miprov2": 16}
 _FULL_EVERY = 5
 """Partial evaluations between two of MIPROv2's whole ones."""
 
@@ -70,8 +69,8 @@ class InstructionSearch:
             [self._dspy.Example(prompt=prompt.text).with_inputs("prompt") for prompt in each]
             for each in (training, validation)
         )
-        remote = not config.target_is_local
-        self._threads = config.search.threads if remote else 1
+        # A model of this process answers what is asked at the same time in one batch: a thread for each prompt of an evaluation.
+        self._threads = len(validation) if config.target_is_local else config.search.threads
         self.unusable = 0
         """Texts of the proposer that were no instruction."""
 
@@ -107,6 +106,7 @@ class InstructionSearch:
         optimizer = self._dspy.GEPA(
             metric=self._score_with_feedback,
             max_metric_calls=self._target.left,
+            reflection_minibatch_size=self._config.search.minibatch or _MINIBATCH["gepa"],
             reflection_lm=proposer,
             instruction_proposer=propose_or_keep,
             num_threads=self._threads,
@@ -115,7 +115,8 @@ class InstructionSearch:
         optimizer.compile(self._program(start), trainset=self._training, valset=self._validation)
 
     def _miprov2(self, start: str, proposer: Any) -> None:
-        whole, batch = len(self._validation), min(_BATCH, len(self._validation))
+        whole = len(self._validation)
+        batch = min(self._config.search.minibatch or _MINIBATCH["miprov2"], whole)
         trials = max(1, int((self._target.left - 2 * whole) / (batch + whole / _FULL_EVERY)))
         optimizer = self._dspy.MIPROv2(
             metric=self._score,

@@ -89,8 +89,7 @@ def _search(config: RivalConfig, servers: Servers, answers: AnswerFile) -> dict[
     )
     search = InstructionSearch(config, asker, proposing, training, validation)
     for instruction in config.instructions.values():
-        for prompt in validation:
-            asker.ask(instruction, prompt)
+        asker.ask_all(instruction, validation)
     bank = scoreboard.means()
     start = max(bank, key=lambda each: bank[each])
     try:
