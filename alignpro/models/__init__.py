@@ -11,6 +11,7 @@
 | `attention_interface`, `packed_attention`, `paged_attention` | attention in unmodified models, and its two backends |
 | `packed_parts`, `packed_choice` | packed attention as variable-length calls, and which library computes them on a GPU |
 | `gguf` | models from and to the file format of llama.cpp |
+| `frozen_layers` | models that transformers' own passes run on a CPU |
 | `garbage_collection` | pauses Python's garbage collector while much is made and kept |
 | `cpu` | everything that replaces modules on a CPU |
 

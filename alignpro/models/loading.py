@@ -56,7 +56,7 @@ def resolve_device(device: str) -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def resolve_dtype(config: ModelConfig, *, language_model: bool = True) -> torch.dtype:
+def resolve_dtype(config: ModelConfig, *, widened: bool = True) -> torch.dtype:
     """Resolve the dtype of a model's weights.
 
     ``auto`` is the dtype in which its files are, as its config.json says. On a CPU it is bfloat16 only where the files are
@@ -64,7 +64,7 @@ def resolve_dtype(config: ModelConfig, *, language_model: bool = True) -> torch.
 
     Args:
         config: The model; an adapter has the dtype of its base.
-        language_model: Whether it is a causal language model; others compute in the dtype of their weights.
+        widened: Whether its states are float32 on a CPU where its weights are bfloat16; otherwise it computes in their dtype.
 
     Raises:
         ModelError: ``auto`` needs its config.json, which cannot be read.
@@ -78,7 +78,7 @@ def resolve_dtype(config: ModelConfig, *, language_model: bool = True) -> torch.
         stored = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).dtype
     if resolve_device(config.device).type != "cpu":
         return stored if stored in DTYPES.values() else torch.float32
-    narrow = language_model and stored == torch.bfloat16 and no_kernels() is None
+    narrow = widened and stored == torch.bfloat16 and no_kernels() is None
     return torch.bfloat16 if narrow else torch.float32
 
 
@@ -229,13 +229,23 @@ def load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedMo
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
+    settle_dtype(model, config)
+    return model.to(resolve_device(config.device))
+
+
+def settle_dtype(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Make a model of ``dtype: auto`` float32 if its bfloat16 weights cannot be read as they are on a CPU; log what it is.
+
+    Args:
+        model: The model, as it was loaded with `resolve_dtype`.
+        config: Its configuration.
+    """
+    if config.dtype != "auto":
+        return
     device = resolve_device(config.device)
-    if config.dtype == "auto" and device.type == "cpu" and dtype == torch.bfloat16 and obstacle(model) is not None:
-        dtype = torch.float32
-        model = model.float()
-    if config.dtype == "auto":
-        logger.info("%s: dtype=auto is %s on %s", config.path, str(dtype).removeprefix("torch."), device.type)
-    return model.to(device)
+    if device.type == "cpu" and model.dtype == torch.bfloat16 and obstacle(model) is not None:
+        model.float()
+    logger.info("%s: dtype=auto is %s on %s", config.path, str(model.dtype).removeprefix("torch."), device.type)
 
 
 def _load_adapter(config: ModelConfig, directory: Path, *, trainable: bool) -> PeftModel:

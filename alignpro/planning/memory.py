@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from alignpro.config import ModelConfig, ModelRewardConfig, PolicyConfig, RLHFConfig, TrainConfig, separate_models
 from alignpro.distributed.deepspeed.zero_config import read_zero_config
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
-from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES
+from alignpro.models.cpu.packed_linear import MAX_PACKED_BYTES, no_kernels
 from alignpro.models.loading import is_adapter, resolve_dtype
 from alignpro.planning.model_size import ModelSize, build_empty, goes_on_training, measure, trained_weights, trains_all
 from alignpro.planning.zero_memory import TrainingMemory, torch_memory, zero_memory
@@ -128,6 +129,7 @@ def estimate_memory(
     target_sharded = config.deepspeed.target_stage == 3
     packed_policy = _packed_bytes(policy) if on_cpu else 0.0
     packed_target = sum(map(_packed_bytes, apart)) if on_cpu and not target_sharded else 0.0
+    packed_rewards = 0.0 if config.deepspeed.reward_stage == 3 else models.packed_reward_bytes
     return MemoryEstimate(
         training=_training(config, models, setup, zero, ranks),
         frozen=(
@@ -147,7 +149,7 @@ def estimate_memory(
         ),
         head=(policy.head_gradient_bytes + (policy.head_bytes if measured else 0)) if full else 0.0,
         packed_policy=packed_policy,
-        packed_frozen=packed_target + (packed_policy if full and not sharded else 0.0),
+        packed_frozen=packed_target + packed_rewards + (packed_policy if full and not sharded else 0.0),
         several_micro_batches=rollout.samples > rollout.micro_batch_rows,
     )
 
@@ -166,6 +168,9 @@ class JobModels:
     equal: tuple[bool, ...]
     """Whether each of them has the frozen weights of the policy or its reference, which one process then holds once."""
     reward_bytes: float
+    """Of all reward models."""
+    packed_reward_bytes: float
+    """Of the packed copies of their linear layers."""
 
     @classmethod
     def of(cls, config: TrainConfig | RLHFConfig) -> JobModels:
@@ -176,14 +181,17 @@ class JobModels:
         """
         policy = build_empty(config.policy)
         targets = separate_models(config.target) if isinstance(config, TrainConfig) else []
-        rewards = [each.model for each in config.reward.components if isinstance(each, ModelRewardConfig)]
+        rewards = [
+            _reward_bytes(each.model) for each in config.reward.components if isinstance(each, ModelRewardConfig)
+        ]
         return cls(
             policy=measure(policy, config.policy),
             trained=trained_weights(policy, config.policy),
             tied=policy.get_output_embeddings().weight is policy.get_input_embeddings().weight,
             targets=tuple(measure(build_empty(target), target) for target in targets),
             equal=tuple(_equals_frozen_weights(target, config.policy) for target in targets),
-            reward_bytes=float(sum(_reward_bytes(model) for model in rewards)),
+            reward_bytes=float(sum(weights for weights, _ in rewards)),
+            packed_reward_bytes=float(sum(packed for _, packed in rewards)),
         )
 
     @property
@@ -286,9 +294,13 @@ def micro_batch_rows(config: TrainConfig | RLHFConfig, group_size: int) -> int:
     return max(1, size // group_size) * group_size
 
 
-def _reward_bytes(config: ModelConfig) -> int:
-    model = build_empty(config, AutoModelForSequenceClassification)
-    return sum(weight.numel() for weight in model.parameters()) * resolve_dtype(config, language_model=False).itemsize
+def _reward_bytes(config: ModelConfig) -> tuple[int, int]:
+    """Bytes of a reward model, and of the packed copies of its linear layers."""
+    model, dtype = build_empty(config, AutoModelForSequenceClassification), resolve_dtype(config)
+    linear = sum(each.weight.numel() for each in model.base_model.modules() if isinstance(each, nn.Linear))
+    copied = linear * dtype.itemsize
+    packed = config.device == "cpu" and no_kernels() is None and copied <= MAX_PACKED_BYTES.get(dtype, 0)
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize, copied if packed else 0
 
 
 def _packed_bytes(size: ModelSize) -> float:

@@ -35,7 +35,7 @@ class EmbeddingSimilarity:
         try:
             model = AutoModel.from_pretrained(
                 config.path,
-                dtype=resolve_dtype(config, language_model=False),
+                dtype=resolve_dtype(config, widened=False),
                 attn_implementation=config.attention,
                 trust_remote_code=config.trust_remote_code,
             )

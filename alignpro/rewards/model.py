@@ -22,7 +22,8 @@ from alignpro.config import ModelConfig, ModelRewardConfig, TrainableModelConfig
 from alignpro.data import Prompt
 from alignpro.errors import ModelError
 from alignpro.models.admission import check_finite
-from alignpro.models.loading import base_of_adapter, is_adapter, resolve_device, resolve_dtype
+from alignpro.models.frozen_layers import replace_frozen_layers
+from alignpro.models.loading import base_of_adapter, is_adapter, resolve_device, resolve_dtype, settle_dtype
 from alignpro.models.pickled_files import describe_refusal
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.length_filter import filter_refused_prompts
@@ -163,6 +164,8 @@ def load_reward_model(config: ModelConfig, max_length: int, *, seed: int | None 
     classifier.config.get_text_config().pad_token_id = _pad_token(classifier, tokenizer, config, ends_with=probe[-1])
     with torch.inference_mode():
         check_finite(config.path, model.score([probe]))
+    if seed is None:
+        replace_frozen_layers(classifier, f"reward model {config.path}")
     return model
 
 
@@ -173,17 +176,16 @@ def _load_classifier(config: ModelConfig, num_labels: int | None) -> tuple[PreTr
     overrides: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if isinstance(config, TrainableModelConfig) and config.from_scratch:
         architecture = AutoConfig.from_pretrained(config.path, **overrides)
-        return AutoModelForSequenceClassification.from_config(
-            architecture, dtype=resolve_dtype(config, language_model=False)
-        ), []
+        return AutoModelForSequenceClassification.from_config(architecture, dtype=resolve_dtype(config)), []
     classifier, report = AutoModelForSequenceClassification.from_pretrained(
         config.path,
-        dtype=resolve_dtype(config, language_model=False),
+        dtype=resolve_dtype(config),
         attn_implementation=config.attention,
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
         **overrides,
     )
+    settle_dtype(classifier, config)
     return classifier, sorted(report["missing_keys"])
 
 

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny
 from tiny_runs import Workshop
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, LlamaForSequenceClassification, PretrainedConfig
 
 from alignpro.config import TrainConfig, load_config
 from alignpro.errors import ModelError
+from alignpro.models.cpu.packed_linear import PackedLinear
+from alignpro.models.frozen_layers import replace_frozen_layers
 from alignpro.models.loading import load_language_model
 from alignpro.planning.memory import ONE_PROCESS, estimate_memory
 from alignpro.planning.memory_table import memory_table
 from alignpro.planning.model_size import build_empty, measure
 from alignpro.policy.policy import Policy
 from alignpro.training.critic import ValueModel
+from alignpro_kernels import backends
 
 
 def config(made: Workshop, *overrides: str) -> TrainConfig:
@@ -149,3 +152,21 @@ def test_frozen_models_are_counted_at_their_own_stage(tmp_path: Path) -> None:
         estimate_memory(config(made, f"deepspeed.offload_reference={on}"), "z2", 4) for on in (False, True)
     )
     assert 0 < held.training.weights - offloaded.training.weights < held.training.weights / 2
+
+
+@pytest.mark.skipif(backends()["cpp"] is not None, reason="no C++ compiler")
+def test_the_packed_layers_of_a_reward_model_are_counted_where_it_is_whole(tmp_path: Path) -> None:
+    made = Workshop(tmp_path)
+    shape = LlamaConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+    )
+    classifier = LlamaForSequenceClassification(shape).eval()
+    classifier.save_pretrained(tmp_path / "classifier")
+    replace_frozen_layers(classifier, "classifier")
+    packed = sum(each.weight.nbytes for each in classifier.modules() if type(each) is PackedLinear)
+    scored = "reward.components=[{kind: model, model: {path: " + str(tmp_path / "classifier") + ", device: cpu}}]"
+    without, whole, sharded = (
+        estimate_memory(config(made, *settings), "z2", 2).packed_frozen
+        for settings in ([], [scored], [scored, "deepspeed.reward_stage=3"])
+    )
+    assert whole - without == packed > 0 and sharded == without

@@ -8,6 +8,8 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
 )
@@ -15,9 +17,14 @@ from transformers import (
 from alignpro.config import ModelConfig, ModelRewardConfig, RewardConfig
 from alignpro.data import Message, Prompt
 from alignpro.errors import ModelError, RewardError
+from alignpro.models.cpu.packed_linear import PackedLinear
+from alignpro.models.frozen_layers import restore_frozen_layers
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards import build_reward, encode_conversation
 from alignpro.rewards.model import ModelReward, load_reward_model
+from alignpro_kernels import backends
+
+needs_kernels = pytest.mark.skipif(backends()["cpp"] is not None, reason="no C++ compiler")
 
 PROMPTS = [
     Prompt.from_text("sort banana"),
@@ -296,3 +303,59 @@ def test_scores_that_are_not_finite_are_an_error_at_load(reward_model_path, tmp_
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"{tmp_path}: its outputs are not finite"):
         ModelReward(config(tmp_path))
+
+
+@pytest.fixture
+def stored_in_bfloat16(tmp_path, byte_tokenizer, llama_config) -> Path:
+    """A reward model whose files are bfloat16, with layers that are worth packing."""
+    torch.manual_seed(3)
+    shape = llama_config(num_labels=1, pad_token_id=0)
+    shape.hidden_size, shape.intermediate_size, shape.head_dim = 64, 128, 32
+    LlamaForSequenceClassification(shape).bfloat16().save_pretrained(tmp_path / "narrow")
+    byte_tokenizer().save_pretrained(tmp_path / "narrow")
+    return tmp_path / "narrow"
+
+
+def packed(reward: ModelReward) -> bool:
+    return any(type(module) is PackedLinear for module in reward._model.modules())
+
+
+@needs_kernels
+def test_weights_in_bfloat16_score_as_the_same_in_float32(stored_in_bfloat16, reward_model_path):
+    wide = ModelReward(config(stored_in_bfloat16))
+    expected = torch.tensor(wide(PROMPTS, RESPONSES).values)
+    assert packed(wide) and len(set(expected.tolist())) == 4
+    for dtype in ("bfloat16", "auto"):
+        narrow = ModelReward(config(stored_in_bfloat16, model={"dtype": dtype}))
+        assert narrow._model.classifier.dtype == torch.bfloat16 and packed(narrow)
+        torch.testing.assert_close(torch.tensor(narrow(PROMPTS, RESPONSES).values), expected, rtol=1e-5, atol=1e-5)
+    assert ModelReward(config(reward_model_path, model={"dtype": "auto"}))._model.classifier.dtype == torch.float32
+
+
+@needs_kernels
+def test_auto_is_float32_where_a_part_has_no_float32_states(tmp_path, byte_tokenizer):
+    shape = BertConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
+    BertForSequenceClassification(shape).bfloat16().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    reward = ModelReward(config(tmp_path, model={"dtype": "auto"}))
+    assert reward._model.classifier.dtype == torch.float32 and not packed(reward)
+    assert len(reward(PROMPTS, RESPONSES).values) == 4
+
+
+@needs_kernels
+def test_layers_are_put_back_where_they_are_gathered_for_each_pass_or_differ(stored_in_bfloat16, monkeypatch, caplog):
+    reward = ModelReward(config(stored_in_bfloat16, model={"dtype": "bfloat16"}))
+    assert packed(reward)
+    restore_frozen_layers(reward._model)
+    expected = torch.tensor(reward(PROMPTS, RESPONSES).values)
+    assert not packed(reward)
+    plain = AutoModelForSequenceClassification.from_pretrained(stored_in_bfloat16, dtype=torch.bfloat16)
+    computed = [model.get_input_embeddings()(torch.tensor([5])).dtype for model in (plain, reward._model.classifier)]
+    assert computed == [torch.bfloat16] * 2
+    monkeypatch.setattr("alignpro.models.frozen_layers.agree", lambda *_: False)
+    again = ModelReward(config(stored_in_bfloat16, model={"dtype": "bfloat16"}))
+    assert not packed(again)
+    torch.testing.assert_close(torch.tensor(again(PROMPTS, RESPONSES).values), expected)
+    assert "runs as transformers has it: packed layers would compute something else" in caplog.text

@@ -18,6 +18,7 @@ from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.distributed.sharding.partition import Partition, buckets
 from alignpro.errors import TrainingError
+from alignpro.models.frozen_layers import restore_frozen_layers
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import resolve_device
 
@@ -64,6 +65,8 @@ class ShardedModels(FrozenModels):
             model = load(config.model_copy(update={"device": "cpu"}))
             if isinstance(model, LanguageModel):
                 model.disable_packing()
+            else:
+                restore_frozen_layers(model)
             self._partitions += _partitions(model.parameters(), device, self._ranks.rank, self._ranks.size)
             self._names.append(config.path)
         return model.to(device)

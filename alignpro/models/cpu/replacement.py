@@ -25,6 +25,21 @@ def replace_modules(model: PreTrainedModel) -> PackedWeights | None:
     return packed_weights
 
 
+def replace_layers(model: PreTrainedModel) -> bool:
+    """Pack the linear layers of a frozen model that transformers' own passes run, and fuse its norms and gated MLPs.
+
+    Args:
+        model: The model with its output layer, which stays as it is; after `widen_states`.
+
+    Returns:
+        Whether its layers are packed; otherwise it is left as it is.
+    """
+    if pack_linear_layers(model.base_model) is None:
+        return False
+    fuse_layers(model.base_model)
+    return True
+
+
 def restore_modules(model: nn.Module) -> None:
     """Undo the packing, the fused decoder and wide states, for a model whose weights are gathered anew for each pass."""
     unfuse_decoder(model)
