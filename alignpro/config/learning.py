@@ -66,7 +66,7 @@ class ObjectiveConfig(Section):
     kl: KLConfig = KLConfig()
     step_kl: float | None = Field(0.2, gt=0)
     """What KL(ρ_new ‖ ρ_old) of a step should be at most, in nats per sequence: the learning rate is lowered where it would
-    be more. None measures and limits nothing."""
+    be more. None measures and limits nothing, and is the default of ``distillation``, whose step is meant to go far."""
     entropy_coef: float = Field(0.0, ge=0)
     clip_range: float = Field(0.2, gt=0)
     distillation_step: float = Field(1.0, gt=0, le=1)
@@ -82,6 +82,13 @@ class ObjectiveConfig(Section):
     the step."""
     epochs: int = Field(1, ge=1)
     minibatches: int = Field(1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_limit(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("loss") == "distillation":
+            return {"step_kl": None} | given
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
@@ -178,7 +185,11 @@ class ObjectiveConfig(Section):
         """
         if group >= 2 or not (loss.needs_group or (loss.uses_advantage and advantage.needs_group)):
             return
-        what = f"loss={self.loss}" if loss.needs_group else f"advantage={self.advantage}"
+        if loss.needs_group:
+            raise ValueError(
+                f"{key}={group} with objective.loss={self.loss}: it compares the samples of a prompt, at least 2"
+            )
+        what = f"advantage={self.advantage}"
         raise ValueError(
             f"{key}={group} with objective.{what}: a baseline from the same prompt's other samples needs at least 2; "
             "raise it, or use objective.advantage=running_baseline"

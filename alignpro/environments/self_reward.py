@@ -80,6 +80,8 @@ class SelfRewardEnvironment:
             params, n=grown.branches, max_tokens=params.max_tokens // grown.sentences, stop_token_ids=self._stops
         )
         for sentence in range(grown.sentences):
+            if not any(own.live for own in beams):
+                break
             drawn = self._draw(engine, prompts, beams, sampling, seeds, sentence)
             external = self._external(engine, prompts, drawn, seeds, sentence)
             for i, (own, candidates, scores) in enumerate(zip(beams, drawn, external, strict=True)):

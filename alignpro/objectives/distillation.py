@@ -35,6 +35,8 @@ class Distillation(Loss):
     """
 
     needs_group = True
+    splits_groups = True
+    reads_kl = False
     needs_kl = True
     uses_advantage = False
     per_token = False

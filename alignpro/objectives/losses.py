@@ -114,7 +114,11 @@ class Loss:
     on_policy: ClassVar[bool] = False
     """Whether it is valid for one update on each rollout only."""
     needs_group: ClassVar[bool] = False
-    """Whether it compares the samples of one prompt, of which there must be at least 2, all in one micro-batch."""
+    """Whether it compares the samples of one prompt, of which there must be at least 2."""
+    splits_groups: ClassVar[bool] = False
+    """Whether it compares them before its first pass, so that a micro-batch may hold some of them."""
+    reads_kl: ClassVar[bool] = True
+    """Whether its coefficients read the exact KL, which takes the reference's logits."""
     needs_kl: ClassVar[bool] = False
     """Whether λ must be positive."""
     uses_advantage: ClassVar[bool] = True

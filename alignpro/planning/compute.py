@@ -64,7 +64,9 @@ def step_compute(config: TrainConfig | RLHFConfig, models: JobModels | None = No
         parts["responses"] = sum(_flop(each, read + answers, answers) for each in targets) / len(targets)
     parts["credit"] = 2 * forward  # policy and reference
     objective = config.objective
-    parts["update"] = forward * (3 if trains_all(config.policy) else 2) * objective.epochs
+    learned = P * min(K, objective.distillation_samples) * sample if objective.loss == "distillation" else drawn
+    fitted = _flop(policy, P * prompt + learned, learned)
+    parts["update"] = fitted * (3 if trains_all(config.policy) else 2) * objective.epochs
     if objective.step_kl is not None:  # after each update, the KL of a sample of each prompt
         parts["update"] += _flop(policy, P * (prompt + sample), P * sample) * objective.epochs * objective.minibatches
     return StepCompute(parts)

@@ -286,10 +286,10 @@ class _Rollout:
 def micro_batch_rows(config: TrainConfig | RLHFConfig, group_size: int) -> int:
     """Return the samples per micro-batch, of which there may be fewer: whole groups, unless one is larger than that.
 
-    Losses other than these two may need all samples of a group.
+    Losses other than these may need all samples of a group.
     """
     size = config.optimizer.rows_per_pass
-    if size < group_size and config.objective.loss in ("policy_gradient", "ppo_clip"):
+    if size < group_size and config.objective.loss in ("policy_gradient", "ppo_clip", "distillation"):
         return size
     return max(1, size // group_size) * group_size
 

@@ -15,7 +15,12 @@ from alignpro.config import OptimizerConfig
 from alignpro.errors import ConfigError, TrainingError
 from alignpro.training.adamw_update import rescale_update
 from alignpro.training.checkpoint import save_torch
-from alignpro.training.learning_rate_schedule import learning_rate, learning_rate_schedule, sync_learning_rate
+from alignpro.training.learning_rate_schedule import (
+    learning_rate,
+    learning_rate_schedule,
+    skip_updates,
+    sync_learning_rate,
+)
 from alignpro.training.resume import check_weights
 
 
@@ -45,6 +50,9 @@ class Backend(Protocol):
 
     def shorten(self, factor: float) -> None:
         """Replace the last update by that which `step` would have made with another factor; 0 takes it back."""
+
+    def skip(self, updates: int) -> None:
+        """Advance the schedule by a number of updates that are not made."""
 
     def save(self, directory: Path, name: str) -> None:
         """Write weights and optimizer state to files whose names start with ``name``."""
@@ -149,6 +157,10 @@ class TorchBackend:
         rescale_update(self._optimizer, self._updated, self._applied, self._rate * factor)
         self._applied = self._rate * factor
         self._copy_from_master()
+
+    def skip(self, updates: int) -> None:
+        """Advance the schedule by a number of updates that are not made."""
+        skip_updates(self._schedule, updates)
 
     @property
     def learning_rate(self) -> float:

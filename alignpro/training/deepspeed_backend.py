@@ -31,7 +31,12 @@ from alignpro.policy.zero3_module import HeadPass
 from alignpro.training.adamw_update import rescale_update, rescale_weight
 from alignpro.training.backend import Backend
 from alignpro.training.durability import PARTIAL
-from alignpro.training.learning_rate_schedule import learning_rate, learning_rate_schedule, sync_learning_rate
+from alignpro.training.learning_rate_schedule import (
+    learning_rate,
+    learning_rate_schedule,
+    skip_updates,
+    sync_learning_rate,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +221,10 @@ class DeepSpeedBackend:
             self._shorten_shards_of_weights(before, after)
         self._applied = after
         self._weights_updated()
+
+    def skip(self, updates: int) -> None:
+        """Advance the schedule by a number of updates that are not made."""
+        skip_updates(self._schedule, updates)
 
     def _shorten_shards_of_weights(self, before: float, after: float) -> None:
         """Do that at stage 3, whose optimizer holds a flat tensor for each subgroup, and copies it as its own step does."""

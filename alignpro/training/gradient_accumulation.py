@@ -76,7 +76,7 @@ class GradientAccumulation:
         self.policy, self.loss, self.backend, self.critic = policy, loss, backend, critic
         self.objective, self.group, self.ranks = objective, group, ranks
         # A group's prompt is computed once per micro-batch. A loss that compares a group's samples needs them all.
-        whole = micro_batch_size >= group or loss.needs_group
+        whole = micro_batch_size >= group or (loss.needs_group and not loss.splits_groups)
         self.micro_batch_size = max(1, micro_batch_size // group) * group if whole else micro_batch_size
 
     def micro_batches(self, rows: int) -> Iterator[tuple[int, int]]:
@@ -140,7 +140,7 @@ class GradientAccumulation:
         return {"loss": self.ranks.sum(total), **self.ranks.mean(weighted_mean(details, tokens), sum(tokens))}
 
     def _reference_states(self, part: Experience, rows: slice, kl: objectives.KLPenalty) -> Tensor | None:
-        if objectives.exact_kl_coef(kl.estimator, kl.coef, kl.sampled_share) == 0:
+        if not self.loss.reads_kl or objectives.exact_kl_coef(kl.estimator, kl.coef, kl.sampled_share) == 0:
             return None
         return part.values.reference_states[part.state_index[rows][part.batch.mask[rows]]]
 

@@ -46,3 +46,9 @@ def sync_learning_rate(schedule: LambdaLR, factor: float = 1.0) -> float:
     ):
         group["lr"] = base * scheduled(schedule.last_epoch) * factor
     return learning_rate(schedule)
+
+
+def skip_updates(schedule: LambdaLR, updates: int) -> None:
+    """Advance a schedule by a number of updates that are not made."""
+    schedule.last_epoch += updates
+    sync_learning_rate(schedule)

@@ -74,14 +74,16 @@ class LimitedUpdates:
         self._highest_rate = optimizer.learning_rate
         self._before: Before | None = None
         self._metrics: Metrics = {}
-        self._share = 1.0
+        self._made, self._of = 0, 1
+        self._stopped = False
+        self._reached = 1.0, 0.0, 1.0  # factor, KL and share of the learning rate, from which the next factor follows
         if self._size is not None and not backend.can_shorten and ranks.is_rank_zero:
             logger.warning(
                 "objective.step_kl: updates cannot be shortened at once, since DeepSpeed swaps their state to a disk; only "
                 "the learning rate of the next one follows the KL"
             )
 
-    def begin(self, experience: Experience, step: int, groups: Sequence[int], size: int) -> None:
+    def begin(self, experience: Experience, step: int, groups: Sequence[int], size: int, updates: int) -> None:
         """Begin a step's updates: keep what the policy is now, at some of its samples.
 
         Args:
@@ -89,9 +91,11 @@ class LimitedUpdates:
             step: The number of the step.
             groups: The indices of these groups among those of the step.
             size: Samples per group.
+            updates: Number of updates of the step.
         """
         if self._size is None:
             return
+        self._made, self._of, self._stopped = 0, updates, False
         # Whichever rank has a group, the same sample of it is measured.
         samples = [place * size + (group + step) % size for place, group in enumerate(groups)]
         rows = torch.tensor(samples, dtype=torch.int64, device=experience.scores.device)
@@ -116,22 +120,34 @@ class LimitedUpdates:
         """
         if self._size is None or self._before is None:
             return self._backend.step()
-        self._share = self._backend.learning_rate / self._highest_rate
-        applied = self._size.factor
+        share = self._backend.learning_rate / self._highest_rate
+        factor = applied = self._size.factor
         norm = self._backend.step(applied)
         if not math.isfinite(norm):
             return norm  # the update was skipped
-        kl = self._measure(self._before)
+        kl = at_first = self._measure(self._before)
+        self._made += 1
+        self._stopped = self._size.too_far(kl, share)
         attempts = 0
-        while self._backend.can_shorten and self._size.shorten(kl, self._share):
+        while applied and self._backend.can_shorten and self._size.too_far(kl, share):
             attempts += 1
-            applied = self._size.factor if attempts < _ATTEMPTS else 0.0
+            factor = self._size.shortened(factor, kl, share)
+            applied = factor if attempts < _ATTEMPTS else 0.0
             self._backend.shorten(applied)
             kl = self._measure(self._before)
-            if not applied:
-                break
+        # What shortens an update after others is where they have led, which says nothing about its own length.
+        self._reached = (factor, kl, share) if self._made == 1 else (self._size.factor, at_first, share)
         self._metrics = {"kl_step": kl, "learning_rate_factor": applied}
         return norm
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the step makes no more updates, since the policy has gone as far as it may."""
+        if self._size is None or not self._made:
+            return False
+        share = self._backend.learning_rate / self._highest_rate
+        self._stopped = self._stopped or self._size.too_far(self._metrics["kl_step"], share)
+        return self._stopped
 
     def end(self) -> Metrics:
         """End the step's updates.
@@ -141,7 +157,7 @@ class LimitedUpdates:
             that of its last update.
         """
         if self._size is not None and self._metrics:
-            self._size.adapt(self._metrics["kl_step"], self._share)
+            self._size.adapt(*self._reached, self._made / self._of if self._stopped else 1.0)
         self._before = None
         return self._metrics
 

@@ -9,11 +9,12 @@ sums and means over all processes, so results do not depend on their number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignpro import objectives
 from alignpro.config import ObjectiveConfig, OptimizerConfig, RunConfig
@@ -223,25 +224,38 @@ class RLTrainer:
             step: Seeds the shuffles.
             local: The indices of these groups among those of the step.
         """
-        self.limited.begin(experience, step, local, self.sampling.n)
+        rollout, groups_of_rollout = experience, local
         count, size, chosen = self.stream.batch_size, self.sampling.n, dict[str, float]()
         if isinstance(self.loss, objectives.Distillation):
             size = self.loss.samples
             experience, local, count, chosen = self.resampler(self.loss, experience, step, local, self.kl.coef)
+        minibatches = min(self.objective.minibatches, count)
+        self.limited.begin(rollout, step, groups_of_rollout, self.sampling.n, self.objective.epochs * minibatches)
         updates, place = list[Metrics](), {group: i for i, group in enumerate(local)}
-        for epoch in range(self.objective.epochs if count else 0):
-            seed = derive_seed(self.run.seed, "minibatch", step, epoch)
-            for groups in split_minibatches(count, min(self.objective.minibatches, count), seed):
-                rows = torch.tensor([place[g] for g in groups.tolist() if g in place], dtype=torch.int64)
-                minibatch = experience.select(rows, size)
-                metrics = self.accumulate(minibatch, self.kl, None if updates else experience.values.states)
-                metrics["gradient_norm"] = self.limited()
-                self.engine.weights_updated("policy")
-                if self.critic is not None:
-                    metrics |= self.critic.step()
-                updates.append(metrics)
+        for groups in self._minibatches(step, count, minibatches):
+            rows = torch.tensor([place[g] for g in groups.tolist() if g in place], dtype=torch.int64)
+            minibatch = experience.select(rows, size)
+            metrics = self.accumulate(minibatch, self.kl, None if updates else experience.values.states)
+            metrics["gradient_norm"] = self.limited()
+            self.engine.weights_updated("policy")
+            if self.critic is not None:
+                metrics |= self.critic.step()
+            updates.append(metrics)
+        planned = self.objective.epochs * self.objective.minibatches
+        for backend in self._backends.values():  # the schedule is one of steps, whatever each has to learn from
+            backend.skip(planned - len(updates))
+        if planned > 1:
+            chosen["updates"] = float(len(updates))
         made = mean_of_updates(updates, self.optimizer.max_grad_norm) if updates else {}
         return chosen | made | self.limited.end()
+
+    def _minibatches(self, step: int, count: int, minibatches: int) -> Iterator[Tensor]:
+        """The groups of each update on a rollout, until the policy has gone as far as a step may."""
+        for epoch in range(self.objective.epochs if count else 0):
+            for groups in split_minibatches(count, minibatches, derive_seed(self.run.seed, "minibatch", step, epoch)):
+                if self.limited.exhausted:
+                    return
+                yield groups
 
     def evaluate(self, step: int) -> Evaluation:
         """Compute reward, KL and objective of one sample for each held-out prompt."""

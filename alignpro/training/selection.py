@@ -9,11 +9,14 @@ section 3.4.3), on paired differences.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,15 @@ class Selection:
         """
         if not self.active or not objective or not all(map(math.isfinite, objective)):
             return
+        if self.best is not None and len(objective) != len(self._best_objective):
+            logger.warning(
+                "run.eval_prompts has changed: the best checkpoint so far, of step %d, was evaluated on %d validation prompts "
+                "instead of %d, and is not compared with later ones",
+                self.best.step,
+                len(self._best_objective),
+                len(objective),
+            )
+            self.reset()
         self.last = Evaluated(step, *_mean_and_error(objective))
         if self.best is None or self.last.objective > self.best.objective:
             self.best, self._best_objective = self.last, objective

@@ -476,5 +476,7 @@ def test_the_kl_estimator_depends_on_the_updates_per_rollout() -> None:
     assert ObjectiveConfig(loss="ppo_clip", minibatches=2).kl_estimator == "exact"
     assert ObjectiveConfig(kl=KLConfig(estimator="k3")).kl_estimator == "k3"
     stale = {"estimator": "k1_sequence"}
+    assert ObjectiveConfig().step_kl == 0.2 and ObjectiveConfig(loss="distillation").step_kl is None
+    assert ObjectiveConfig(loss="distillation", step_kl=0.3).step_kl == 0.3
     assert ObjectiveConfig(loss="gibbs", epochs=2, kl=stale).epochs == 2  # uses no return
     assert ObjectiveConfig(loss="ppo_clip", epochs=2, kl=stale | {"coef": 0}).epochs == 2  # charges no KL

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +130,25 @@ class TestTraining:
         torch.testing.assert_close(scores.values.sum(1), torch.ones(2))
         again = environment.rollout(engine, prompts, training.sampling, [1, 2])
         assert [[c.sample.tokens for c in g] for g in again] == [[c.sample.tokens for c in g] for g in chains]
+
+    @pytest.mark.parametrize("alpha", [0.0, 0.5])
+    def test_nothing_is_asked_once_all_candidates_have_ended(
+        self, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alpha: float
+    ) -> None:
+        arguments = workshop.arguments("train", tmp_path, *SELF, f"self_reward.alpha={alpha}")[1:]
+        training = prompter_training(load_config(TrainConfig, arguments))
+        environment = training.environment
+        assert isinstance(environment, SelfRewardEnvironment)
+        asked = []
+        draw = environment._draw
+
+        def ended(*of_sentence: Any) -> list[list[Candidate]]:
+            asked.append(of_sentence[-1])
+            return [[replace(each, ended=True) for each in candidates] for candidates in draw(*of_sentence)]
+
+        monkeypatch.setattr(environment, "_draw", ended)
+        chains = environment.rollout(training.engine, training.stream.batch(0), training.sampling, [1, 2])
+        assert asked == [0] and [len(group) for group in chains] == [2, 2]
 
     def test_a_run_learns_from_its_candidates_and_is_evaluated_by_the_reward(
         self, workshop: Workshop, tmp_path: Path

@@ -66,11 +66,19 @@ def test_an_adapter_needs_no_gradient_of_weights_and_a_server_computes_its_own(m
 
 
 def test_several_updates_on_a_rollout_cost_a_pass_each_and_are_measured_each(made: Workshop) -> None:
-    several = ("objective.loss=distillation", "objective.epochs=3", "objective.minibatches=2")
+    several = ("objective.loss=ppo_clip", "objective.epochs=3", "objective.minibatches=2")
     once, thrice = (step_compute(training(made, "objective.step_kl=null", *each)).parts for each in ((), several))
     assert thrice == once | {"update": 3 * once["update"]}
     kl = step_compute(training(made)).parts["update"] - once["update"]
     assert step_compute(training(made, *several)).parts["update"] == pytest.approx(thrice["update"] + 6 * kl)
+
+
+def test_distillation_computes_updates_on_what_it_keeps(made: Workshop) -> None:
+    many = ("objective.loss=gibbs", "objective.step_kl=null", "rollout.rewrites_per_prompt=16")
+    kept = ("objective.loss=distillation", "rollout.rewrites_per_prompt=16", "objective.distillation_samples=4")
+    few = ("objective.loss=gibbs", "objective.step_kl=null", "rollout.rewrites_per_prompt=4")
+    all_of_them, some, as_if = (step_compute(training(made, *each)).parts for each in (many, kept, few))
+    assert some == all_of_them | {"update": as_if["update"]} and as_if["update"] < all_of_them["update"]
 
 
 def test_it_is_described_for_a_whole_run(made: Workshop) -> None:

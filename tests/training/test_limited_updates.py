@@ -133,6 +133,34 @@ def test_several_updates_of_a_rollout_are_limited_together(tmp_path: Path) -> No
         assert (new.exp() * (new - old)).sum(1).mean() < 0.5
 
 
+@pytest.mark.parametrize("loss", ["distillation", "gibbs", "ppo_clip"])
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_many_updates_of_a_rollout_leave_a_rate_that_still_learns(loss: str, schedule: str, tmp_path: Path) -> None:
+    """The limit of a step is reached before its last update: that must not lower the rate for good."""
+    world = World(torch.float32, drift=0.0)
+    settings = {"kl": {"coef": 0.3}, "loss": loss, "epochs": 10, "minibatches": 2, "step_kl": 0.2}
+    training = world.training(settings, 8, tmp_path, steps=8, learning_rate=0.03, schedule=schedule)
+    rows = [training.step(step) for step in range(8)]
+    assert rows[0]["updates"] == 1  # which alone went too far
+    assert all(row["kl_step"] <= 0.4 for row in rows)
+    assert min(row["learning_rate_factor"] for row in rows) > 1e-3
+    assert sum(row["updates"] for row in rows[1:]) > 70 and sum(row["kl_step"] for row in rows[1:]) > 0.3
+    assert training.backend.learning_rate == (0.03 if schedule == "constant" else 0.0)
+
+
+def test_the_schedule_ends_with_the_run_whatever_there_was_to_learn_from(tmp_path: Path) -> None:
+    world = World(torch.float32, drift=0.0)
+    settings = {"kl": {"coef": 0.3}, "loss": "distillation", "epochs": 3, "minibatches": 4}
+    training = world.training(settings, 8, tmp_path, steps=3, learning_rate=0.01, schedule="linear")
+    world.rewards.fill_(0.5)  # equal rewards: nothing is kept
+    rates = []
+    for step in range(3):
+        rates.append(training.backend.learning_rate)
+        assert training.step(step)["updates"] == 0
+    assert rates == pytest.approx([0.01, 0.01 * 2 / 3, 0.01 / 3]) and training.backend.learning_rate == 0
+    assert training.backend.updates == 0
+
+
 @pytest.mark.slow
 def test_rates_over_two_decades_reach_the_same_objective(tmp_path: Path) -> None:
     reached = []

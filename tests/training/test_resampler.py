@@ -69,6 +69,27 @@ def test_the_gradient_is_that_of_the_cross_entropy_of_what_is_kept() -> None:
     assert metrics["loss"] == pytest.approx(loss.item())
 
 
+def test_the_references_logits_are_left_out_of_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = make_training(epochs=2)
+    assert training.kl.estimator == "exact"  # whose loss reads them, unlike the cross-entropy
+    given = []
+    plain = training.policy.loss
+
+    def loss(*arguments: Any, **others: Any) -> Any:
+        given.append(others["reference_states"])
+        return plain(*arguments, **others)
+
+    monkeypatch.setattr(training.policy, "loss", loss)
+    training.update(credit(training.environment, training, [(0, 9, 14, 3)]), 0, [0, 1])  # type: ignore[arg-type]
+    assert given and all(each is None for each in given)
+
+
+def test_a_micro_batch_may_hold_some_of_a_prompts_samples(tmp_path: Path) -> None:
+    for loss, rows in (("distillation", 2), ("gibbs", 4)):
+        training = World().training({"loss": loss, "kl": {"coef": LAMBDA}}, 4, tmp_path, micro_batch_size=2)
+        assert training.accumulate.micro_batch_size == rows
+
+
 class Indifferent(World):
     """All rewards are equal."""
 

@@ -164,6 +164,17 @@ def test_the_last_is_exported_unless_it_is_worse_on_the_same_prompts() -> None:
         assert selection.selected_step == 30
 
 
+def test_evaluations_of_other_prompts_are_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    """`run.eval_prompts` may change when a run goes on."""
+    selection = Selection(True)
+    selection.add(10, [0.9] * 4)
+    selection.add(20, [0.1, 0.3])
+    assert (selection.best_step, selection.selected_step) == (20, 20)
+    assert "the best checkpoint so far, of step 10, was evaluated on 4 validation prompts instead of 2" in caplog.text
+    selection.add(30, [0.0, 0.0])
+    assert selection.selected_step == 20
+
+
 def test_without_noise_to_compare_with_the_best_is_exported() -> None:
     selection = Selection(True)
     assert selection.selected_step is None
