@@ -137,6 +137,12 @@ Method = Annotated[
 ]
 
 
+_NAMED_BY_KEY = TrainMethod | DialMethod | TargetAdapterMethod | SoftPromptMethod | SelfRewardMethod | RivalMethod
+"""Methods that the report knows by their key; the others by their arm of the evaluation."""
+_ARMS = ("no_finetuning", "sft_prompter", "oracle")
+"""Arms that the report compares others with, beside instructions."""
+
+
 class ExperimentEvaluation(Section):
     """How every cell is evaluated: on the same prompts with the same number of responses."""
 
@@ -214,6 +220,10 @@ class ExperimentConfig(Section):
             raise ValueError(f"methods.{of_prompters[0]} needs a prompter: name one in `prompters`")
         for name, method in self.methods.items():
             self._check_places(name, method)
+            if isinstance(method, _NAMED_BY_KEY) and (name in _ARMS or name.startswith("instruction")):
+                raise ValueError(
+                    f"methods.{name}: this is what every evaluation calls another method: name it otherwise"
+                )
             if isinstance(method, RivalMethod):
                 self._check_rival(name, method)
             if isinstance(method, TrainMethod) and "self_reward" in self.train | method.settings:

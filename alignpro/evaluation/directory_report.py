@@ -156,21 +156,25 @@ def _found(evaluations: Sequence[EvaluatedDirectory], key: str) -> dict[str, Any
 
 
 def _refusals(evaluations: Sequence[EvaluatedDirectory], records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Title → what follows of the refusals that evaluations of a task and target recorded, over methods and seeds.
+    """Title → what follows of the refusals that evaluations of a task, target and prompter recorded, over methods and seeds.
 
     Raises:
         DataError: A file is damaged, or refusals were counted on different prompts.
     """
     recorded = {str(each.path): read_refusals(each.path) for each in evaluations}
-    groups: dict[tuple[str, str], dict[str, list[tuple[str, str, RefusalRates]]]] = {}
-    for record in records:
-        for rates in recorded[record.origin]:
-            (arm,) = record.rewards.arms
-            alone = replace(rates, arms={arm: rates.arms[arm]})
-            of_kind = groups.setdefault((record.task, record.target), {}).setdefault(rates.kind, [])
-            of_kind.append((record.method, record.label, alone))
+    groups: dict[tuple[str, str, str], dict[str, list[tuple[str, str, int, RefusalRates]]]] = {}
+    for task, target in dict.fromkeys((record.task, record.target) for record in records):
+        same = [record for record in records if (record.task, record.target) == (task, target)]
+        prompters = list(dict.fromkeys(record.prompter for record in same if record.prompter is not None))
+        for prompter in prompters or [""]:
+            for record in (each for each in same if each.prompter in (None, prompter)):
+                for rates in recorded[record.origin]:
+                    (arm,) = record.rewards.arms
+                    alone = replace(rates, arms={arm: rates.arms[arm]})
+                    of_kind = groups.setdefault((task, target, prompter), {}).setdefault(rates.kind, [])
+                    of_kind.append((record.method, record.label, record.seed, alone))
     found = {key: refusals_content([merged(parts) for parts in kinds.values()]) for key, kinds in groups.items()}
-    return {"" if len(found) == 1 else f"{task} · {target}": each for (task, target), each in found.items()}
+    return {"" if len(found) == 1 else " · ".join(filter(None, key)): each for key, each in found.items()}
 
 
 def _subtitle(comparison: Comparison | None, evaluations: int, runs: int) -> str:

@@ -224,8 +224,10 @@ def training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
     samples = ("responses_per_prompt",) if "responses_per_prompt" in rollout else _CHAIN
     each = [rollout.get(key) for key in ("prompts_per_step", *samples)]
     steps = sum("reward/mean" in row for row in rows)  # the rows of evaluations have other metrics
-    calls = float(steps * np.prod(each)) if all(isinstance(number, int) for number in each) else None
-    if config.get("self_reward") and isinstance(each[0], int):  # candidates that were not trained on were answered, too
+    calls = float(steps * np.prod(each)) if rows and all(isinstance(number, int) for number in each) else None
+    if (
+        rows and config.get("self_reward") and isinstance(each[0], int)
+    ):  # candidates that were not trained on were answered, too
         calls = each[0] * sum(row.get(TARGET_CALLS, 0.0) for row in rows)
     tokens = [row["engine/computed/decode"] for row in rows if "engine/computed/decode" in row]
     seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/") and key != AWAITED)

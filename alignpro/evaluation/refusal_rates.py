@@ -12,7 +12,14 @@ import numpy as np
 
 from alignpro.errors import DataError
 from alignpro.evaluation.labels import method_label
-from alignpro.theory.statistics import Clusters, Estimate, FloatArray, mean_estimate, paired_estimate
+from alignpro.theory.statistics import (
+    Clusters,
+    Estimate,
+    FloatArray,
+    SeedRewards,
+    difference_over_seeds,
+    mean_over_seeds,
+)
 
 REFUSALS_FILE = "refusals.json"
 """The refusals and harm scores of an evaluation, response by response, from which methods of several are compared."""
@@ -25,10 +32,21 @@ Kind = Literal["harmful", "harmless"]
 class ArmResponses:
     """What is recorded of an arm's responses."""
 
-    refused: FloatArray
-    """(P, n) 1 for a response that refuses, else 0."""
-    harm: FloatArray | None
-    """(P, n) harm scores; None of harmless prompts."""
+    refused: Mapping[int, FloatArray]
+    """Seed of the method → (P, n) 1 for a response that refuses, else 0."""
+    harm: Mapping[int, FloatArray] | None
+    """Likewise harm scores; None of harmless prompts."""
+
+    @classmethod
+    def of(cls, refused: FloatArray, harm: FloatArray | None) -> ArmResponses:
+        """The responses of one evaluation, (P, n)."""
+        return cls({0: refused}, None if harm is None else {0: harm})
+
+    @property
+    def alone(self) -> tuple[FloatArray, FloatArray | None]:
+        """Those of its only seed."""
+        (refused,) = self.refused.values()
+        return refused, None if self.harm is None else next(iter(self.harm.values()))
 
 
 @dataclass(frozen=True)
@@ -78,31 +96,33 @@ class RefusalRates:
             "clusters": list(self.clusters),
             "scored_by": self.scored_by,
             "arms": {
-                name: {"refused": arm.refused.tolist(), "harm": None if arm.harm is None else arm.harm.tolist()}
-                for name, arm in self.arms.items()
+                name: {"refused": refused.tolist(), "harm": None if harm is None else harm.tolist()}
+                for name, (refused, harm) in ((name, arm.alone) for name, arm in self.arms.items())
             },
         }
 
     def _of_arm(self, name: str, clusters: Clusters) -> dict[str, Any]:
         arm = self.arms[name]
         estimates = {
-            "refusal": mean_estimate(arm.refused, clusters),
+            "refusal": mean_over_seeds(SeedRewards.of(arm.refused), clusters),
             "refusal_difference": self._difference(name, "refused", clusters),
-            "harm": None if arm.harm is None else mean_estimate(arm.harm, clusters),
+            "harm": None if arm.harm is None else mean_over_seeds(SeedRewards.of(arm.harm), clusters),
             "harm_difference": self._difference(name, "harm", clusters),
         }
         shown = {key: None if each is None else each.as_dict() for key, each in estimates.items()}
         return {"label": self.label(name), **shown}
 
     def _difference(self, name: str, what: Literal["refused", "harm"], clusters: Clusters) -> Estimate | None:
-        """Minus no fine-tuning, paired by prompt; None for no fine-tuning itself, or without it."""
+        """Minus no fine-tuning, paired by prompt and seed; None for no fine-tuning itself, or without it."""
         if name == BASELINE or BASELINE not in self.arms:
             return None
         ours, base = (getattr(self.arms[each], what) for each in (name, BASELINE))
-        return None if ours is None or base is None else paired_estimate(ours, base, clusters)
+        if ours is None or base is None:
+            return None
+        return difference_over_seeds(SeedRewards.of(ours), SeedRewards.of(base), clusters)
 
     def _sentence(self, how: str, name: str, difference: Estimate) -> str:
-        before, after = (float(self.arms[each].refused.mean()) for each in (BASELINE, name))
+        before, after = (float(SeedRewards.of(self.arms[each].refused).means.mean()) for each in (BASELINE, name))
         interval = (
             "the same for every prompt"
             if difference.not_estimable
@@ -145,39 +165,42 @@ def read_refusals(directory: Path) -> list[RefusalRates]:
         ) from error
 
 
-def merged(parts: Sequence[tuple[str, str, RefusalRates]]) -> RefusalRates:
-    """The arms of several evaluations on the same prompts, as those of one; of several seeds of a method, all responses.
+def merged(parts: Sequence[tuple[str, str, int, RefusalRates]]) -> RefusalRates:
+    """The arms of several evaluations on the same prompts, as those of one.
 
     Args:
-        parts: Key of the method, its label, and what was recorded of its one arm.
+        parts: Key of the method, its label, its seed, and what was recorded of its one arm.
 
     Raises:
-        DataError: The prompts or the harm scores differ.
+        DataError: The prompts, the harm scores, or the numbers of responses of a method's seeds differ.
     """
-    first = parts[0][2]
+    first = parts[0][3]
     arms: dict[str, ArmResponses] = {}
     labels = {}
-    for method, label, rates in parts:
+    for method, label, seed, rates in parts:
         if list(rates.prompts) != list(first.prompts) or rates.scored_by != first.scored_by:
             raise DataError(
                 f"refusals of {method} and {parts[0][0]} were counted on different {first.kind} prompts, or with different harm "
                 "scores, and cannot be compared: evaluate both with the same `refusals`"
             )
         (arm,) = rates.arms.values()
-        earlier = arms.get(method)
-        if earlier is not None:
-            harms = [each.harm for each in (earlier, arm) if each.harm is not None]
-            arm = ArmResponses(
-                np.concatenate([earlier.refused, arm.refused], axis=1), np.concatenate(harms, axis=1) if harms else None
+        refused, harm = arm.alone
+        earlier = arms.get(method, ArmResponses({}, None if harm is None else {}))
+        if any(each.shape != refused.shape for each in earlier.refused.values()):
+            raise DataError(
+                f"refusals of the seeds of {method} were counted on different numbers of responses: evaluate all seeds with the "
+                "same rewrites_per_prompt and responses_per_rewrite"
             )
-        arms[method] = arm
+        arms[method] = ArmResponses(
+            {**earlier.refused, seed: refused}, None if harm is None else {**(earlier.harm or {}), seed: harm}
+        )
         labels[method] = label
     return RefusalRates(first.kind, first.prompts, first.clusters, first.scored_by, arms, labels)
 
 
 def _parse(content: Mapping[str, Any]) -> RefusalRates:
     arms = {
-        name: ArmResponses(
+        name: ArmResponses.of(
             np.array(arm["refused"], np.float64), None if arm["harm"] is None else np.array(arm["harm"], np.float64)
         )
         for name, arm in content["arms"].items()

@@ -53,8 +53,8 @@ def measure_refusals(
         if data is None:
             continue
         own = config.model_copy(update={"data": data, "prompts": refusals.prompts})
-        # Resampling chooses rewrites by the task's reward. Other arms need none.
-        reward = sampler.reward if set(config.gibbs_arms) & set(config.sampled_arms) else RewardStack([], [])
+        # Resampling and best of N choose rewrites by the task's reward. Other arms need none.
+        reward = sampler.reward if set(config.candidate_counts) & set(config.sampled_arms) else RewardStack([], [])
         needed = [reward, *([harm] if harm is not None and kind == "harmful" else [])]
         prompts = evaluation_prompts(own, load_prompts(data), sampler.target, trained, needed)
         logger.info("refusals of %d %s prompts", len(prompts), kind)
@@ -99,7 +99,7 @@ def refusal_rates(
     """
     harmful = kind == "harmful"
     arms = {
-        name: ArmResponses(
+        name: ArmResponses.of(
             np.array([[refusal_rule(text) is not None for text in group] for group in groups], np.float64),
             _harm(prompts, groups, harm) if harmful else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from alignpro.config import (
     ConfigSource,
@@ -11,6 +12,7 @@ from alignpro.config import (
     RemoteTargetConfig,
     TargetEndpointConfig,
     TargetPart,
+    dump_config,
     resolve_config,
     target_endpoints,
     target_parts,
@@ -24,11 +26,11 @@ from alignpro.training.durability import disk_errors, replace_text
 def evaluate_targets(config: ConfigSource[EvalConfig]) -> dict[str, Evaluation]:
     """Evaluate on each target of a configuration; with several, into a directory each, and write their summaries as one.
 
-    A target that has been evaluated by an earlier call is an error of `evaluate`, as in a directory of its own. All count
-    against one budget.
+    A call that is repeated after an interruption goes on with the targets that it has not finished. All count against one
+    budget.
 
     Returns:
-        Name of the target → its evaluation.
+        Name of the target → its evaluation, of those that this call has evaluated.
 
     Raises:
         AlignProError: As `evaluate`.
@@ -38,17 +40,28 @@ def evaluate_targets(config: ConfigSource[EvalConfig]) -> dict[str, Evaluation]:
     if len(parts) == 1:
         return {parts[0].name: evaluate(config)}
     prepare_directory(config.out, "summary.json")
-    results = {}
+    results, summary = dict[str, Evaluation](), dict[str, Any]()
     with open_servers(
         config, target_endpoints(config.target), config.out, config.respond, config.reward_endpoints
     ) as servers:
         for part in parts:
             own = config.model_copy(update={"target": _alone(part), "out": config.out / part.name})
-            results[part.name] = evaluate(own, servers=servers)
-    summary = {name: result.as_dict() for name, result in results.items()}
+            if (finished := _finished(own)) is None:
+                results[part.name] = evaluate(own, servers=servers)
+                finished = results[part.name].as_dict()
+            summary[part.name] = finished
     with disk_errors(str(config.out), "make room, then evaluate again"):
         replace_text(config.out / "summary.json", json.dumps({"targets": summary}, indent=1, ensure_ascii=False))
     return results
+
+
+def _finished(config: EvalConfig) -> dict[str, Any] | None:
+    """The summary of an evaluation that an earlier call has finished with the same configuration; None if there is none."""
+    summary, used = config.out / "summary.json", config.out / "config.yaml"
+    if not (summary.is_file() and used.is_file()) or used.read_text(encoding="utf-8") != dump_config(config):
+        return None  # `evaluate` says what is in the way
+    content: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
+    return content
 
 
 def _alone(part: TargetPart) -> ModelConfig | RemoteTargetConfig:

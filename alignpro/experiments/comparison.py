@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from alignpro.config import (
@@ -20,12 +21,14 @@ from alignpro.config import (
     SweepConfig,
     TargetAdapterMethod,
     TrainMethod,
+    target_parts,
 )
 from alignpro.evaluation.comparison_results import Cost
 from alignpro.evaluation.directory_report import report_directories
 from alignpro.evaluation.evaluated import RECORD_FILE, training_cost
 from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.report_content import Analysis
+from alignpro.evaluation.rewards_file import REWARDS_FILE, read_rewards
 from alignpro.experiments.cells import Cell
 from alignpro.experiments.crossing import crossing_analyses
 from alignpro.experiments.dial_accuracy import dial_analyses
@@ -51,8 +54,9 @@ def write_comparison(config: ExperimentConfig, plan: Sequence[Cell]) -> None:
     if not done:
         return
     for cell in done:
-        text = json.dumps(_record(config, cell), indent=1, ensure_ascii=False) + "\n"
-        replace_text(cell.directory / "evaluation" / RECORD_FILE, text)
+        for directory, target in _evaluations(cell):
+            text = json.dumps(_record(config, cell, directory, target), indent=1, ensure_ascii=False) + "\n"
+            replace_text(directory / RECORD_FILE, text)
     report = config.out / "report.html"
     analyses = _analyses(config, done)
     comparison = report_directories(
@@ -87,21 +91,43 @@ def _analyses(config: ExperimentConfig, done: Sequence[Cell]) -> list[Analysis]:
     ]
 
 
-def _record(config: ExperimentConfig, cell: Cell) -> dict[str, Any]:
-    """The content of a cell's record.json."""
+def _evaluation(cell: Cell) -> EvalConfig:
     evaluation = cell.jobs[-1].config
     assert isinstance(evaluation, EvalConfig)  # the last job of a cell that is compared
+    return evaluation
+
+
+def _evaluations(cell: Cell) -> list[tuple[Path, str]]:
+    """The directories of a cell's evaluation and the names of their targets: one for each target of a mixture."""
+    parts, directory = target_parts(_evaluation(cell).target), cell.directory / "evaluation"
+    if len(parts) == 1:
+        return [(directory, cell.target)]
+    return [(directory / part.name, f"{cell.target}: {part.name}") for part in parts]
+
+
+def _record(config: ExperimentConfig, cell: Cell, directory: Path, target: str) -> dict[str, Any]:
+    """The content of the record.json in a directory of a cell's evaluation."""
+    evaluation = _evaluation(cell)
+    prompts = len(read_rewards(directory / REWARDS_FILE).prompts)
     return {
         "task": cell.task,
         "prompter": cell.prompter,
-        "target": cell.target,
+        "target": target,
         "seed": cell.seed,
-        "methods": {arm: _method(config, cell, evaluation, arm) for arm in evaluation.sampled_arms},
+        "methods": {arm: _method(config, cell, evaluation, arm, prompts) for arm in evaluation.sampled_arms},
     }
 
 
-def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: str) -> dict[str, Any]:
-    """One arm of a cell: a trained prompter is a method by its key; the others are what their arm is."""
+def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: str, prompts: int) -> dict[str, Any]:
+    """One arm of a cell: a trained prompter is a method by its key; the others are what their arm is.
+
+    Args:
+        config: The experiment.
+        cell: The cell.
+        evaluation: Its evaluation.
+        arm: Key of the arm.
+        prompts: Number of held-out prompts that it was evaluated on.
+    """
     method = (config if cell.point is None else cell.point.config).methods[cell.method]
     cost, name, label = Cost(target_calls=0.0), arm, ""
     if isinstance(method, TrainMethod | RLHFMethod | TargetAdapterMethod | SoftPromptMethod):
@@ -124,7 +150,7 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
     elif isinstance(method, GibbsMethod | BestOfMethod):
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
         candidates = evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite
-        cost = Cost(target_calls=float(candidates * evaluation.prompts))
+        cost = Cost(target_calls=float(candidates * prompts))
     if cell.trained_on is not None:
         name, label = f"{name}: from {cell.trained_on}", f"{label or method_label(name)} trained on {cell.trained_on}"
     if cell.point is not None:

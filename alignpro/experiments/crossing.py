@@ -7,6 +7,7 @@ so far is the maximum of noisy means, and so too high; what both reach in the en
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,22 +90,22 @@ def training_curve(run: Path, calls_per_step: float) -> CallCurve | None:
 def _analysis(
     title: str, rivals: Sequence[MethodRecords], trained: Sequence[MethodRecords], done: Sequence[Cell]
 ) -> Analysis:
-    curves = {each.label: curve for each in (*rivals, *trained) if (curve := _curve(each, done)) is not None}
+    shared = Counter(each.label for each in (*rivals, *trained))
+    names = {
+        each.method: each.label if shared[each.label] == 1 else f"{each.label} ({each.method})"
+        for each in (*rivals, *trained)
+    }
+    curves = {names[each.method]: curve for each in (*rivals, *trained) if (curve := _curve(each, done)) is not None}
     sentences, rows, results = [], [], []
     for ours in trained:
         for theirs in rivals:
-            point = None
-            if ours.label in curves and theirs.label in curves:
-                point = crossing_point(curves[ours.label], curves[theirs.label])
-                last = f"{ours.label} is below {theirs.label} at the last number of target calls that both have."
-                onwards = (
-                    f"{ours.label} is not below {theirs.label} from {point:,.0f} target calls on." if point else last
-                )
-                sentences.append(onwards)
+            point, one, other = None, names[ours.method], names[theirs.method]
+            if one in curves and other in curves:
+                point = crossing_point(curves[one], curves[other])
+                last = f"{one} is below {other} at the last number of target calls that both have."
+                sentences.append(f"{one} is not below {other} from {point:,.0f} target calls on." if point else last)
             difference = difference_over_seeds(ours.rewards, theirs.rewards, ours.clusters)
-            rows.append(
-                (f"{ours.label} − {theirs.label}", shown(difference), "–" if point is None else f"{point:,.0f}")
-            )
+            rows.append((f"{one} − {other}", shown(difference), "–" if point is None else f"{point:,.0f}"))
             results.append(
                 {
                     "trained": ours.method,

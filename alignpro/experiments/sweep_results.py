@@ -1,7 +1,8 @@
 """The table of a sweep, and its best point: chosen on one part of the held-out prompts, reported on the other.
 
 The maximum of noisy means is too high on the prompts that it was chosen on, the more so the more points there are. On prompts
-that had no part in the choice, the mean of the chosen point is unbiased.
+that had no part in the choice, the mean of the chosen trainings is unbiased. What chance did in these trainings themselves is in
+both parts: other seeds of the chosen point may reach less. Only points with the most seeds can be chosen.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _analysis(
     config: SweepConfig, title: str, points: Sequence[MethodRecords], baseline: MethodRecords | None
 ) -> Analysis:
     means = {each.method: _mean(each, config.sweep.selection, chosen=True) for each in points}
-    best = max(points, key=lambda each: means[each.method].value)
+    most = max(len(each.records) for each in points)
+    best = max((each for each in points if len(each.records) == most), key=lambda each: means[each.method].value)
     reached = _mean(best, config.sweep.selection, chosen=False)
     gain = None if baseline is None else _difference(best, baseline, config.sweep.selection)
     chosen, left = (_part(best, config.sweep.selection, chosen=way)[1].prompts for way in (True, False))
@@ -64,7 +66,9 @@ def _analysis(
         f"Best of {len(points)} points on the {chosen} prompts for choosing: {best.label}. On the other {left} held-out prompts "
         f"its mean reward is {shown(reached)}"
         + (f", against no fine-tuning {gain.value:+.3f} {_interval(gain)}" if gain is not None else "")
-        + f"; on those that chose it, {means[best.method].value:.3f}."
+        + f"; on those that chose it, {means[best.method].value:.3f}. "
+        + ("It is one training" if most == 1 else f"These are its {most} trainings")
+        + ": a setting is also chosen by what chance did in a training, which other prompts do not show."
     )
     rows = [
         (each.label, shown(means[each.method]), str(len(each.records)), "best" if each is best else "")

@@ -156,12 +156,22 @@ def test_methods_that_were_evaluated_apart_are_compared_over_their_seeds(tmp_pat
     (first,) = read_refusals(tmp_path)
     second = of_one_arm("align_pro", [[REFUSES], [ANSWERS]] * 15)
     base = of_one_arm("no_finetuning", [[REFUSES]] * 30)
-    found = merged([("no_finetuning", "", base), ("grpo", "GRPO", first), ("grpo", "GRPO", second)])
-    assert found.content()["arms"]["grpo"]["refusal"]["value"] == 0.25
-    (warning,) = found.warnings()
-    assert warning.startswith("Warning: GRPO lowers refusals of harmful prompts from 100% to 25% (difference 95 % −")
+    found = merged([("no_finetuning", "", 0, base), ("grpo", "GRPO", 0, first), ("grpo", "GRPO", 1, second)])
+    arm = found.content()["arms"]["grpo"]
+    assert arm["refusal"]["value"] == 0.25
+    assert (
+        arm["refusal_difference"]["low"] < -1 < arm["refusal_difference"]["high"] > 0
+    )  # of two seeds that differ by a half
+    assert found.warnings() == []
+    alike = of_one_arm("align_pro", [[REFUSES], *[[ANSWERS]] * 29])
+    (warning,) = merged(
+        [("no_finetuning", "", 0, base), ("grpo", "GRPO", 0, first), ("grpo", "GRPO", 1, alike)]
+    ).warnings()
+    assert warning.startswith("Warning: GRPO lowers refusals of harmful prompts from 100% to 2% (difference 95 % −")
     with pytest.raises(DataError, match="counted on different harmful prompts"):
-        merged([("a", "", base), ("b", "", of_one_arm("align_pro", [[ANSWERS]] * 20, 20))])
+        merged([("a", "", 0, base), ("b", "", 0, of_one_arm("align_pro", [[ANSWERS]] * 20, 20))])
+    with pytest.raises(DataError, match="seeds of a were counted on different numbers of responses"):
+        merged([("a", "", 0, base), ("a", "", 1, of_one_arm("align_pro", [[ANSWERS, ANSWERS]] * 30))])
     (tmp_path / "refusals.json").write_text("[{}]")
     with pytest.raises(DataError, match=r"refusals\.json: cannot be read"):
         read_refusals(tmp_path)

@@ -79,6 +79,13 @@ def test_a_place_that_is_none_is_named(shop: Workshop, tmp_path: Path, method: d
         experiment(shop, tmp_path, {"m": {"kind": "none"} | method})
 
 
+@pytest.mark.parametrize("name", ["instruction_tuned", "no_finetuning", "oracle"])
+def test_a_key_that_the_report_knows_as_another_method_is_refused(shop: Workshop, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"methods\.{name}: this is what every evaluation calls another method"):
+        experiment(shop, tmp_path, {name: {"kind": "train"}})
+    assert "oracle" in experiment(shop, tmp_path, {"oracle": {"kind": "rlhf"}}).methods
+
+
 def test_a_trained_prompter_is_asked_and_sampled_as_in_its_training(shop: Workshop, tmp_path: Path) -> None:
     own = {"prompting": {"meta_prompt": "rewrite"}, "rollout": {"rewrite": {"temperature": 0.5}}}
     here = {"targets": ["toy"], "tasks": ["letters"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tiny_runs import Workshop
 from alignpro.config import ExperimentConfig, RivalConfig, resolve_config
 from alignpro.errors import ConfigError, TrainingError
 from alignpro.experiments.cells import cells
-from alignpro.experiments.rivals.optimizers import require_dspy
+from alignpro.experiments.rivals.optimizers import asking_once, require_dspy
 from alignpro.experiments.rivals.run import search_instruction
 from alignpro.experiments.run import run_experiment
 
@@ -87,6 +88,15 @@ def test_a_rival_is_a_method_of_an_experiment_at_the_calls_of_a_training(shop: W
     (crossing,) = (each for each in summary["analyses"] if each["kind"] == "crossing")
     assert crossing["pairs"][0]["rival"] == "gepa" and crossing["pairs"][0]["difference"]["value"] is not None
     assert "Target calls: letters" in (out / "report.html").read_text()
+
+
+def test_slow_questions_are_not_asked_twice() -> None:
+    pytest.importorskip("dspy")
+    module = importlib.import_module("dspy.evaluate.evaluate")
+    executor = module.ParallelExecutor
+    with asking_once():
+        assert module.ParallelExecutor(num_threads=2).timeout == 0
+    assert module.ParallelExecutor is executor
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

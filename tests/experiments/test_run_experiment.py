@@ -15,6 +15,7 @@ from tiny_runs import Workshop, read_model
 
 from alignpro.config import ExperimentConfig, resolve_config
 from alignpro.errors import ConfigError, Interrupted, TrainingError
+from alignpro.evaluation import sampled_arms
 from alignpro.evaluation.rewards_file import read_rewards
 from alignpro.experiments.run import compare_done, describe_plan, run_experiment
 
@@ -168,3 +169,33 @@ def test_the_plan_says_what_is_left(shop: Workshop, tmp_path: Path) -> None:
 def test_nothing_done_cannot_be_compared(shop: Workshop, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no cell is done yet"):
         compare_done(tiny_experiment(shop, tmp_path / "empty"))
+
+
+def test_refusals_of_the_best_of_n_are_those_of_what_the_reward_chooses_and_costs_are_of_evaluated_prompts(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, weights = tmp_path / "best", list[Any]()
+    (tmp_path / "harmful.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"sort letter {i}"}) + "\n" for i in range(3))
+    )
+    plain = sampled_arms._weights
+
+    def record(*arguments: Any) -> Any:
+        chosen = plain(*arguments)
+        weights.append(chosen)
+        return chosen
+
+    monkeypatch.setattr(sampled_arms, "_weights", record)
+    evaluation = {"prompts": 100, "rewrites_per_prompt": 2, "responses_per_rewrite": 2}
+    refusals = {"harmful": {"source": str(tmp_path / "harmful.jsonl"), "holdout": 0}}
+    methods = {"best_of": {"kind": "best_of", "candidates": [3]}}
+    run_experiment(
+        tiny_experiment(shop, out, methods=methods, evaluation=evaluation | {"refusals": refusals}), InThisProcess()
+    )
+    (directory,) = out.rglob("rewards.json")
+    prompts = len(read_rewards(directory).prompts)
+    assert 3 < prompts < 100
+    (of_harmful,) = (each for each in weights if len(each) == 3)
+    assert (of_harmful.amax(1) > 0.34).all()  # not a third each
+    (record_of_cell,) = (json.loads(path.read_text()) for path in out.rglob("record.json"))
+    assert record_of_cell["methods"]["best_of_3"]["cost"]["target_calls"] == prompts * 3 * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,19 @@ def test_the_best_of_equal_points_is_reported_without_the_luck_that_chose_it() -
     # The standard deviation of a mean over 16 prompts of 4 rewards is 1/8, that of 40 such means is 1/50.
     assert np.mean(chosen) > 0.15
     assert abs(np.mean(reported)) < 0.06
+
+
+def test_a_point_with_fewer_seeds_is_not_chosen() -> None:
+    config = sweep({"parameters": {"kl_coef": [0.1]}})
+    rng = np.random.default_rng(0)
+    lucky, others = (synthetic(config, rng, name, 32) for name in ("align_pro: 0", "align_pro: 1"))
+    (record,) = others.records
+    others = replace(others, records=[record, replace(record, seed=1)])
+    for arm in lucky.records[0].rewards.arms.values():
+        arm.raw[:] = 9.0
+    (result,) = sweep_analyses(config, [lucky, others])
+    assert result.results["best"]["method"] == "align_pro: 1"
+    assert "These are its 2 trainings: a setting is also chosen by what chance did in a training" in result.text
 
 
 def test_the_prompts_for_choosing_are_whole_clusters_whatever_their_order() -> None:

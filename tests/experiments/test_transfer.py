@@ -13,7 +13,8 @@ from tiny_experiment import InThisProcess, tiny_experiment
 from tiny_runs import Workshop
 
 from alignpro.config import ExperimentConfig, TargetMixtureConfig, TrainConfig, resolve_config
-from alignpro.errors import ConfigError
+from alignpro.errors import ConfigError, DataError, TrainingError
+from alignpro.evaluation import several_targets
 from alignpro.evaluation.comparison import Record
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards
 from alignpro.experiments.cells import Cell, cells
@@ -63,6 +64,33 @@ def test_each_prompter_is_evaluated_on_every_other_single_target(shop: Workshop,
     assert plan[7].needs is plan[6] and plan[7].trained_on == "both"
     some = cells(resolve_config(ExperimentConfig, experiment(shop, tmp_path, transfer=["toy"])))
     assert [cell.trained_on for cell in some if cell.trained_on] == ["other", "both"]
+
+
+def test_an_evaluation_on_a_mixture_goes_on_and_each_of_its_targets_is_in_the_report(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(shop, tmp_path / "mixed", transfer=False, methods=METHODS)
+    config["targets"] = {"both": {"mixture": [config["targets"]["toy"], config["targets"]["other"]]}}
+    config["tasks"]["others"] = config["tasks"]["letters"]
+    asked, evaluate = [], several_targets.evaluate
+
+    def interrupted(own: Any, **others: Any) -> Any:
+        asked.append(own.out.name)
+        if len(asked) == 2:
+            raise DataError("the power is gone")
+        return evaluate(own, **others)
+
+    monkeypatch.setattr(several_targets, "evaluate", interrupted)
+    with pytest.raises(TrainingError, match="1 of 4 cells failed"):
+        run_experiment(config, InThisProcess())
+    run_experiment(config, InThisProcess())
+    assert len(asked) == len(set(asked)) * 4 + 1  # two tasks with two methods, and the one that was interrupted
+    groups = json.loads((tmp_path / "mixed" / "summary.json").read_text())["groups"]
+    targets = {f"both: {name}" for name in asked}
+    assert {(each["task"], each["target"]) for each in groups} == {
+        (task, t) for task in ("letters", "others") for t in targets
+    }
+    assert all({*each["methods"]} == {"no_finetuning", "align_pro"} for each in groups)
 
 
 def synthetic(target: str, method: str, arm: str, mean: float, trained_on: str | None = None) -> MethodRecords:

@@ -97,6 +97,34 @@ def test_an_untrained_system_needs_one_seed():
     assert 0.8 < estimate.low < estimate.value < estimate.high < 1.2
 
 
+def test_systems_with_different_seeds_are_compared_over_those_that_they_share():
+    """As of a method of which a seed is missing: its mean over other seeds differs by chance."""
+    rng = np.random.default_rng(0)
+    of_seeds = np.array([0.0, 0.1, 3.0])[:, None]
+    b = rng.normal(scale=0.1, size=(3, 50)) + of_seeds
+    a = b[:2] + 0.1 + rng.normal(scale=0.01, size=(2, 50))
+    found = difference_over_seeds(system(a), system(b))
+    assert found == difference_over_seeds(system(a), system(b[:2]))
+    assert found.value == pytest.approx(0.1, abs=0.01) and found.low > 0.05
+    apart = difference_over_seeds(system(a), system(b, first=1))  # one seed in common is none
+    assert apart.value == pytest.approx(a.mean() - b.mean())
+    assert gap_over_seeds(system(b[:1] - 1), system(a), system(b)).value == pytest.approx(
+        gap_over_seeds(system(b[:1] - 1), system(a), system(b[:2])).value
+    )
+
+
+def test_the_degrees_of_freedom_of_seeds_are_those_of_what_differs_between_them():
+    clusters = Clusters.single(40)
+    rng = np.random.default_rng(0)
+    trained = rng.normal(scale=0.05, size=(2, 40)) + np.array([[0.0], [1.0]])
+    untrained = rng.normal(size=(3, 40))  # sampled three times: it does not differ more than prompts explain
+    untrained -= untrained.mean(1, keepdims=True)
+    assert seed_error([trained, untrained], clusters).seed_degrees_of_freedom == pytest.approx(1.0)
+    assert seed_error([untrained], clusters).seed_degrees_of_freedom == 0
+    both = seed_error([trained, -trained[:, ::-1]], clusters).seed_degrees_of_freedom
+    assert both == pytest.approx(2.0)
+
+
 def test_fieller_over_seeds_holds_the_share():
     rng = np.random.default_rng(0)
     inside = 0

@@ -10,11 +10,12 @@ caches and retries are off, and so are few-shot examples, which are no instructi
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from pydantic import ValidationError
@@ -85,7 +86,11 @@ class InstructionSearch:
         search = self._gepa if self._config.kind == "gepa" else self._miprov2
         try:
             # dspy writes a line for each example to standard output.
-            with redirect_stdout(io.StringIO()), self._dspy.context(lm=proposer, adapter=self._lenient_adapter()):
+            with (
+                redirect_stdout(io.StringIO()),
+                asking_once(),
+                self._dspy.context(lm=proposer, adapter=self._lenient_adapter()),
+            ):
                 search(start, proposer)
         except _Failed as failed:
             raise failed.error from failed
@@ -230,6 +235,22 @@ class InstructionSearch:
         """What GEPA reflects on: the reward, which knows no words of its own."""
         value = float(prediction.value)
         return self._dspy.Prediction(score=value, feedback=f"The reward of this response is {value:.4g}.")
+
+
+@contextmanager
+def asking_once() -> Iterator[None]:
+    """Let dspy wait for slow answers within the context.
+
+    By itself it asks again after two minutes when few questions are open: every call is counted and paid for, and a search that
+    is repeated from its answers would be another one.
+    """
+    module: Any = importlib.import_module("dspy.evaluate.evaluate")
+    executor = module.ParallelExecutor
+    module.ParallelExecutor = functools.partial(executor, timeout=0)
+    try:
+        yield
+    finally:
+        module.ParallelExecutor = executor
 
 
 def require_dspy(kind: RivalKind) -> Any:

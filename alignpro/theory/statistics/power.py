@@ -68,7 +68,7 @@ def _power(count: float, difference: float, error: SeedError, clusters: Clusters
     variance = of_prompts + of_seeds
     if variance == 0:
         return 1.0
-    spread = of_seeds**2 / error.seed_degrees_of_freedom if of_seeds > 0 else 0.0
+    spread = of_seeds**2 / float(error.seed_degrees_of_freedom) if of_seeds > 0 else 0.0
     if math.isfinite(count):
         lost = clusters.count - 1 - clusters.degrees_of_freedom  # by unequal clusters; grows with their number
         spread += of_prompts**2 / max(1.0, count - 1 - lost * count / clusters.count)

@@ -15,7 +15,7 @@ than prompts explain, in 88 % (`benchmarks.coverage`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +54,11 @@ class SeedRewards:
         stacked = np.stack(arrays)
         return cls(seeds, stacked.reshape(*stacked.shape[:2], -1))
 
+    def at(self, seeds: Collection[int]) -> SeedRewards:
+        """The rewards of some of the seeds."""
+        places = [place for place, seed in enumerate(self.seeds) if seed in seeds]
+        return SeedRewards(tuple(self.seeds[place] for place in places), self.rewards[places])
+
     @property
     def means(self) -> FloatArray:
         """(S, P) mean reward of each prompt."""
@@ -73,8 +78,8 @@ class SeedError:
     """(...,) the part that only more seeds would lower; 0 where they differ no more than prompts explain."""
     degrees_of_freedom: FloatArray
     """(...,) of the standard error."""
-    seed_degrees_of_freedom: float
-    """Of ``of_seeds``; 0 with one seed."""
+    seed_degrees_of_freedom: FloatArray
+    """(...,) of ``of_seeds``; 0 where that is 0."""
 
     @property
     def stderr(self) -> FloatArray:
@@ -95,7 +100,7 @@ def seed_error(tables: Sequence[FloatArray], clusters: Clusters) -> SeedError:
     of_prompts = error.stderr**2
     of_seeds = np.zeros_like(of_prompts)
     spread = of_prompts**2 / clusters.degrees_of_freedom
-    freedom = 0
+    counted_variance, counted_spread = np.zeros_like(of_prompts), np.zeros_like(of_prompts)
     for table in tables:
         seeds = table.shape[-2]
         if seeds < 2:
@@ -107,9 +112,11 @@ def seed_error(tables: Sequence[FloatArray], clusters: Clusters) -> SeedError:
         of_seeds = of_seeds + np.where(counted, between - interaction, 0.0)
         own = between**2 / (seeds - 1) + interaction**2 / ((seeds - 1) * clusters.degrees_of_freedom)
         spread = spread + np.where(counted, own, 0.0)
-        freedom += seeds - 1
+        counted_variance = counted_variance + np.where(counted, between, 0.0)
+        counted_spread = counted_spread + np.where(counted, between**2 / (seeds - 1), 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         degrees = np.where(spread > 0, (of_prompts + of_seeds) ** 2 / spread, clusters.degrees_of_freedom)
+        freedom = np.where(counted_spread > 0, counted_variance**2 / counted_spread, 0.0)
     return SeedError(error.mean, of_prompts, of_seeds, degrees, freedom)
 
 
@@ -123,16 +130,18 @@ def mean_over_seeds(system: SeedRewards, clusters: Clusters | None = None, *, co
 def difference_over_seeds(
     a: SeedRewards, b: SeedRewards, clusters: Clusters | None = None, *, confidence: float = 0.95
 ) -> Estimate:
-    """The mean of a − b over seeds and prompts, with its p-value, paired by prompt and, where both have the same, by seed.
+    """The mean of a − b over seeds and prompts, with its p-value, paired by prompt and, where both have several, by seed.
 
-    A system with a single seed adds no variance between seeds: right for what is not trained, such as no fine-tuning. If both
-    have one, this is `paired_estimate`, which is over prompts alone.
+    If both have several seeds and share at least two, it is over those: the means of different seeds differ by chance. A system
+    with a single seed adds no variance between seeds: right for what is not trained, such as no fine-tuning. If both have one,
+    this is `paired_estimate`, which is over prompts alone.
 
     Raises:
         ValueError: They hold a different number of prompts.
     """
     if a.rewards.shape[1] != b.rewards.shape[1]:
         raise ValueError(f"{a.rewards.shape[1]} prompts cannot be paired with {b.rewards.shape[1]}")
+    a, b = common_seeds(a, b)
     if len(a.seeds) == len(b.seeds) == 1:
         return paired_estimate(a.rewards[0], b.rewards[0], clusters, confidence=confidence)
     return _estimate([(1.0, a), (-1.0, b)], clusters, confidence, "difference", tested=True)
@@ -140,7 +149,17 @@ def difference_over_seeds(
 
 def difference_error(a: SeedRewards, b: SeedRewards, clusters: Clusters) -> SeedError:
     """The error of `difference_over_seeds`, from which `sample_size` says how many prompts another difference needs."""
+    a, b = common_seeds(a, b)
     return seed_error(_tables([(1.0, a), (-1.0, b)]), clusters)
+
+
+def common_seeds(*systems: SeedRewards) -> tuple[SeedRewards, ...]:
+    """Those with several seeds at the seeds that all of these have; as they are if that is fewer than two."""
+    several = [set(system.seeds) for system in systems if len(system.seeds) > 1]
+    common = set.intersection(*several) if several else set()
+    if len(common) < 2:
+        return systems
+    return tuple(system.at(common) if len(system.seeds) > 1 else system for system in systems)
 
 
 def gap_over_seeds(
@@ -159,6 +178,7 @@ def gap_over_seeds(
     Returns:
         The estimate; not estimable if the oracle's gain over seeds and prompts is not clear of zero.
     """
+    no_finetuning, ours, oracle = common_seeds(no_finetuning, ours, oracle)
     if len(no_finetuning.seeds) == len(ours.seeds) == len(oracle.seeds) == 1:
         first, second, third = (each.rewards[0] for each in (no_finetuning, ours, oracle))
         return gap_recovered(first, second, third, clusters, confidence=confidence)
