@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,7 @@ from alignpro.config.section import Section
 class DataConfig(Section):
     """The source of prompts: a preset by name, or local files with a column mapping."""
 
-    source: str | list[str]
+    source: str | Annotated[list[str], Field(min_length=1)]
     """A preset (``ultrafeedback``, ``helpsteer``, ``orca``, ``hh-rlhf``, ``bpo``), or paths of local files (.json, .jsonl,
     .csv, .parquet, optionally gzipped)."""
     split: str | None = None

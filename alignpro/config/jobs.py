@@ -211,7 +211,7 @@ class EvalConfig(ComparisonConfig):
     ``{{ prompt }}``: arm ``instruction_NAME``."""
     instruction_files: dict[InstructionName, Path] = Field(default_factory=dict)
     """Likewise, name → a text file that is read when the evaluation begins, such as the instruction.txt of `alignpro rival`."""
-    gibbs_candidates: Annotated[int, Field(ge=0)] | Annotated[list[CandidateCount], Field(min_length=1)] = 0
+    gibbs_candidates: Literal[0] | CandidateCount | Annotated[list[CandidateCount], Field(min_length=1)] = 0
     """Number N of rewrites of ρ_sft to resample from; 0 omits the arm ``gibbs``. Several numbers are the arms ``gibbs_N``:
     the rewrites are drawn once, and a smaller N has the first of them."""
     best_of: list[CandidateCount] = Field(default_factory=list)

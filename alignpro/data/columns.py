@@ -104,7 +104,7 @@ def detect_columns(columns: Collection[str], where: str) -> dict[str, str]:
             f"{where}: no column that holds a prompt (columns: {_listed(columns)}); name it, for example "
             f"data.columns.prompt={next(iter(columns), 'COLUMN')}"
         )
-    used = {*mapping.values(), *(column for _, column in PROMPT_COLUMNS)}
+    used = set(mapping.values())
     mapping.update({f"metadata.{name}": name for name in columns if name and name not in used})
     return mapping
 

@@ -24,6 +24,7 @@ from alignpro.config import (
 from alignpro.data import Prompt, cluster_labels, load_prompts
 from alignpro.errors import AlignProError, ConfigError, TrainingError
 from alignpro.evaluation.arms import ArmSampler, ArmSamples
+from alignpro.evaluation.as_trained import as_trained, run_directories
 from alignpro.evaluation.bound import NO_LOGPROBS, estimate_bound, target_inputs
 from alignpro.evaluation.convergence import Convergence, convergence
 from alignpro.evaluation.gibbs import arm_estimates
@@ -58,7 +59,8 @@ from alignpro.targets.servers import Servers, open_servers
 from alignpro.theory.statistics import Clusters, finite, gap_recovered
 from alignpro.training.durability import disk_errors
 from alignpro.training.loggers.jsonl import read_rows
-from alignpro.training.recorded_holdout import keep_holdout
+from alignpro.training.recorded_holdout import trained_on_note
+from alignpro.training.run_directory import RUN_ID
 from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -94,7 +96,9 @@ def evaluate(
     if config.judge is not None:
         judging_rubric(config.judge)
     prepare_directory(config.out, "summary.json")
-    config = config.model_copy(update={"data": keep_holdout(config.data, run_directories(config))})
+    config = evaluated_as_trained(config)
+    if (note := trained_on_note(config.data, run_directories(_models(config)))) is not None:
+        logger.warning("%s", note)
     opened: AbstractContextManager[Servers] = (
         nullcontext(servers)
         if servers
@@ -152,8 +156,10 @@ def prepare_directory(out: Path, marker: str) -> Path:
     """Create an output directory, or check that an existing one contains no earlier result.
 
     Raises:
-        TrainingError: The directory contains a result or cannot be created.
+        TrainingError: The directory contains a result or a training run, or cannot be created.
     """
+    if (out / RUN_ID).exists():
+        raise TrainingError(f"{out}: holds a training run, whose files would be overwritten; choose another `out`")
     if (out / marker).exists():
         raise TrainingError(f"{out / marker}: already exists; choose another `out`, or remove it")
     try:
@@ -210,6 +216,7 @@ def _compare(
         rows=sample_rows(config.sampled_arms, sampler.prompts, arms),
         notes=[
             *_notes(config, summaries),
+            *([note] if (note := trained_on_note(config.data, run_directories(_models(config)))) else []),
             *memory_notes(sampler.memory, sampler.prompts),
             *_server_notes(sampler.target, trained, config),
         ],
@@ -299,10 +306,13 @@ def _notes(config: EvalConfig, arms: Sequence[ArmSummary]) -> list[str]:
     return notes
 
 
-def run_directories(config: EvalConfig) -> list[Path]:
-    """The run directories that the compared models come from, as far as they can be run directories."""
-    models = (config.prompter, config.reference, config.oracle)
-    return [Path(model.path).parent for model in models if model is not None and Path(model.path).name == "model"]
+def evaluated_as_trained(config: EvalConfig) -> EvalConfig:
+    """The configuration with what the runs of its models say where it does not; see `as_trained`."""
+    return as_trained(config, _models(config), (config.prompter, config.reference))
+
+
+def _models(config: EvalConfig) -> tuple[ModelConfig | None, ...]:
+    return config.prompter, config.reference, config.oracle
 
 
 def _convergence(config: EvalConfig) -> dict[str, Convergence]:

@@ -66,12 +66,24 @@ class EvaluatedDirectory:
 
     @property
     def rows(self) -> list[SampleRow]:
-        """Its samples; none if the file is not there."""
+        """Its samples; none if the file is not there.
+
+        Raises:
+            DataError: The file is damaged.
+        """
         file = self.path / "samples.jsonl"
         if not file.is_file():
             return []
+        rows: list[SampleRow] = []
         with file.open(encoding="utf-8", errors="surrogatepass") as lines:
-            return [json.loads(line) for line in lines]
+            for number, line in enumerate(lines, 1):
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise DataError(
+                        f"{file}:{number}: cannot be read: {error}; remove the file to report without samples, or evaluate again"
+                    ) from error
+        return rows
 
     @cached_property
     def summary(self) -> dict[str, Any]:

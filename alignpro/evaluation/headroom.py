@@ -7,12 +7,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from alignpro.config import ConfigSource, HeadroomConfig, TaskConfig, dump_config, resolve_config, target_endpoints
 from alignpro.data import Prompt, cluster_labels, load_prompts
 from alignpro.evaluation.arms import ArmSampler, ArmSamples
+from alignpro.evaluation.as_trained import as_trained
 from alignpro.evaluation.evaluate import prepare_directory, sample_rows
 from alignpro.evaluation.gibbs import arm_estimates
 from alignpro.evaluation.headroom_verdict import Verdict, judge_headroom
@@ -30,7 +30,6 @@ from alignpro.targets.build import build_target
 from alignpro.targets.servers import Servers, open_servers
 from alignpro.theory.statistics import Clusters
 from alignpro.training.durability import disk_errors, replace_text
-from alignpro.training.recorded_holdout import keep_holdout
 from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -104,9 +103,7 @@ def headroom(config: ConfigSource[HeadroomConfig]) -> Headroom:
     for task in config.tasks.values():
         instruction_templates(task.instructions)  # an error in one comes before any work
     out = prepare_directory(config.out, "summary.json")
-    path = Path(config.prompter.path)
-    data = keep_holdout(config.data, [path.parent] if path.name == "model" else [])
-    config = config.model_copy(update={"data": data})
+    config = as_trained(config, [config.prompter], [config.prompter])
     with open_servers(config, target_endpoints(config.target), out, config.respond, config.reward_endpoints) as servers:
         return _headroom(config, moves, servers, started)
 

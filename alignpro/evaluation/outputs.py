@@ -21,7 +21,7 @@ from alignpro.evaluation.results import ArmGroup, Evaluation
 from alignpro.evaluation.rewards_file import REWARDS_FILE
 from alignpro.prompting.model_card import CARD_FILE, write_section
 from alignpro.theory.statistics import Estimate
-from alignpro.training.durability import disk_errors, replace_text
+from alignpro.training.durability import disk_errors, replace_file, replace_text
 from alignpro.training.loggers.jsonl import read_rows
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ def write_outputs(config: EvalConfig, result: Evaluation, summary: Mapping[str, 
 
 def _write(out: Path, config: EvalConfig, result: Evaluation, summary: Mapping[str, Any]) -> None:
     pair = _pair(config)
-    with (out / "samples.jsonl").open("w", encoding="utf-8", errors="surrogatepass") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+    replace_file(out / "samples.jsonl", lambda temporary: temporary.write_bytes(text.encode(errors="surrogatepass")))
     replace_text(out / REWARDS_FILE, json.dumps(result.rewards.as_dict()))
     plot_comparison([ArmGroup(pair, result.arms)], out / "figure.png")
     report = Report(

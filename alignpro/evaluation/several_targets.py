@@ -17,7 +17,7 @@ from alignpro.config import (
     target_endpoints,
     target_parts,
 )
-from alignpro.evaluation.evaluate import evaluate, prepare_directory
+from alignpro.evaluation.evaluate import evaluate, evaluated_as_trained, prepare_directory
 from alignpro.evaluation.results import Evaluation
 from alignpro.targets.servers import open_servers
 from alignpro.training.durability import disk_errors, replace_text
@@ -40,6 +40,7 @@ def evaluate_targets(config: ConfigSource[EvalConfig]) -> dict[str, Evaluation]:
     if len(parts) == 1:
         return {parts[0].name: evaluate(config)}
     prepare_directory(config.out, "summary.json")
+    config = evaluated_as_trained(config)
     results, summary = dict[str, Evaluation](), dict[str, Any]()
     with open_servers(
         config, target_endpoints(config.target), config.out, config.respond, config.reward_endpoints

@@ -14,6 +14,7 @@ from alignpro.experiments.cell_jobs import Job
 from alignpro.experiments.cells import Cell
 from alignpro.training.durability import replace_text
 from alignpro.training.resume import differences
+from alignpro.training.run_directory import RUN_ID
 
 _LOCK = "experiment.lock"
 
@@ -23,8 +24,10 @@ def locked(out: Path) -> Iterator[None]:
     """Create the directory of an experiment, and keep other processes from working in it.
 
     Raises:
-        TrainingError: Another process does, or it cannot be written.
+        TrainingError: Another process does, it is that of a training run, or it cannot be written.
     """
+    if (out / RUN_ID).exists():
+        raise TrainingError(f"{out}: holds a training run, whose files would be overwritten; name another `out`")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / _LOCK).open("a+")

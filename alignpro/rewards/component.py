@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,8 +83,12 @@ def guarded_call(what: str, prompts: Sequence[Prompt], call: Callable[[], Measur
         EndpointError: A server that it asks cannot be used.
         BudgetError: What it asks a server could exceed the budget.
     """
-    with _errors_named(what, prompts):
-        measured = call()
+    directory = Path.cwd()
+    try:
+        with _errors_named(what, prompts):
+            measured = call()
+    finally:
+        os.chdir(directory)  # code that grades may have changed it, and the run's paths are relative
     return _checked(what, prompts, measured)
 
 
@@ -115,7 +121,7 @@ def _errors_named(what: str, prompts: Sequence[Prompt]) -> Iterator[None]:
             yield
     except _AS_THEY_ARE:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code that grades may end its process
         raise RewardError(
             f"{what} raised {type(error).__name__}: {error}{_where(error)}\n"
             f"  in a batch of {len(prompts)} that begins with {describe_prompt(prompts[0])}"

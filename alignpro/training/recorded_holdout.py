@@ -57,3 +57,36 @@ def keep_holdout(data: DataConfig, directories: list[Path]) -> DataConfig:
             "all: name data.source with prompts that none was trained on and holdout: 0, or choose one"
         )
     return data.model_copy(update={"holdout_by": next(iter(recorded.values()))}) if recorded else data
+
+
+def trained_on_note(data: DataConfig, directories: list[Path]) -> str | None:
+    """A sentence if an evaluation is on prompts that a model was trained on, as far as its run records that; None if not.
+
+    Shares of one source are nested, so a larger one than the run's holds prompts of its training.
+
+    Args:
+        data: The prompts of the evaluation, of which those held out are used, or all with ``holdout: 0``.
+        directories: The run directories of its models.
+
+    Raises:
+        ConfigError: A config.yaml cannot be read.
+    """
+    evaluated = data.holdout or 1.0
+    for directory in directories:
+        recorded = recorded_section(directory, "data")
+        if recorded is None or not _sources(recorded.get("source", [])) & _sources(data.source):
+            continue
+        holdout = float(recorded.get("holdout", DataConfig.model_fields["holdout"].default))
+        if evaluated > holdout + float(recorded.get("validation", 0.0)) + 1e-9:
+            every = "all prompts" if data.holdout == 0 else f"data.holdout={data.holdout:g}"
+            return (
+                f"{directory} was trained with data.holdout={holdout:g}, and is evaluated on {every} of the same source: its "
+                "model has seen some of these prompts in training."
+            )
+    return None
+
+
+def _sources(given: str | list[str]) -> set[str]:
+    """The files or presets of a source, files by their absolute paths."""
+    names = [given] if isinstance(given, str) else given
+    return {str(Path(name).resolve()) if Path(name).exists() else name for name in names}

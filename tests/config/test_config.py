@@ -305,6 +305,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("reward.guards=[{kind: embedding_similarity}]", "reward.guards.0: `model` names the encoder"),
         ("reward.guards=[{kind: copy_rate, model: {path: m}}]", "reward.guards.0: `model` names the encoder"),
         ("data.holdout=1", "data.holdout: Input should be less than 1 (got 1)"),
+        ("data.source=[]", "data.source: List should have at least 1 item"),
         ("data.source=3", "data.source: Input should be a valid string (got 3)"),
         ("policy=m", "policy: Input should be a valid dictionary"),
     ],
@@ -383,6 +384,10 @@ def test_gibbs_needs_the_reference_and_a_positive_kl_coefficient(tmp_path: Path)
     assert "they need `reference`" in problem(path, "gibbs_candidates=8", kind=EvalConfig)
     whole = [path, "gibbs_candidates=8", "reference.path=models/sft"]
     assert load_config(EvalConfig, whole).gibbs_candidates == 8
+    for few in ("1", "[4, 1]"):
+        assert "greater than or equal to 2" in problem(
+            path, "reference.path=models/sft", f"gibbs_candidates={few}", kind=EvalConfig
+        )
     assert "kl_coef must be positive" in problem(*whole, "kl_coef=0", kind=EvalConfig)
 
 

@@ -194,6 +194,19 @@ def test_prompt_column_by_name_and_the_rest_is_metadata(write, column):
     assert prompt.metadata == {"category": "greeting"}
 
 
+def test_columns_that_could_hold_a_prompt_are_metadata_beside_one_that_does(write):
+    row = {
+        "prompt": "hello",
+        "question": "who?",
+        "text": "long",
+        "input": 3,
+        "messages": [{"role": "user", "content": "no"}],
+    }
+    (prompt,) = load(write("a.jsonl", [row])).prompts
+    assert prompt.text == "hello"
+    assert prompt.metadata == {key: value for key, value in row.items() if key != "prompt"}
+
+
 def test_instruction_with_and_without_context(write):
     rows = [
         {"instruction": "Sum up.", "context": "A text.", "output": "Text."},

@@ -168,6 +168,11 @@ def test_what_holds_nothing_or_is_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds neither an evaluation"):
         report_directories([tmp_path], tmp_path / "report.html")
     cell = write_cell(tmp_path, records(means={"align_pro": 0.5}, seeds=1)[0])
+    (cell / "samples.jsonl").write_text('{"arm": "align_pro"}\n{cut')
+    with pytest.raises(
+        DataError, match=r"samples\.jsonl:2: cannot be read: .*; remove the file to report without samples"
+    ):
+        report_directories([tmp_path], tmp_path / "report.html")
     (cell / "record.json").write_text('{"task": "a"}')
     with pytest.raises(DataError, match=r"record.json: lacks target, seed, methods"):
         report_directories([tmp_path], tmp_path / "report.html")

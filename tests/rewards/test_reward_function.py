@@ -1,4 +1,5 @@
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -158,6 +159,23 @@ def test_raising_function_is_named_with_its_line_and_called_once(reward_from, tm
     assert PROMPTS[0].id in message
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert log.read_text() == "called\n"  # it may have side effects, so it is not called again to find the row
+
+
+@pytest.mark.parametrize("status", ["'bad key'", "3", ""])
+def test_a_function_that_ends_the_process_is_an_error_as_any_other(reward_from, status):
+    """As code that grades programs may: the run is saved."""
+    reward = reward_from(f"import sys\n\ndef score(prompts, responses):\n    sys.exit({status})\n")
+    with pytest.raises(RewardError, match="reward 'score' raised SystemExit"):
+        reward(PROMPTS, RESPONSES, None)
+
+
+def test_a_function_may_change_the_working_directory(reward_from, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reward = reward_from(
+        "import os\n\ndef score(prompts, responses):\n    os.chdir('/')\n    return [1.0] * len(responses)\n"
+    )
+    reward(PROMPTS, RESPONSES, None)
+    assert Path.cwd() == tmp_path
 
 
 def test_long_prompt_is_cut_in_the_message(reward_from):
