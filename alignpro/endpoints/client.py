@@ -98,6 +98,11 @@ class HttpClient:
 
     def _secret(self, variable: str, key: str) -> str:
         value = os.environ.get(variable, "").strip()
+        if not value.isprintable():
+            raise EndpointError(
+                f"{self._config.base_url}: the environment variable {variable}, named by {key}, holds a line break or another "
+                "character that no header may have"
+            )
         if not value:
             raise EndpointError(
                 f"{self._config.base_url}: the environment variable {variable}, named by {key}, is not set"

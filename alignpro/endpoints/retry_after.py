@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -16,27 +16,45 @@ _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhd]))+")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhd])")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_RESET = "x-ratelimit-reset"
 _EPOCH = 1e9
 """Numbers from here on are a time since 1970, in seconds or, from a thousand times that, in milliseconds."""
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """The longest of all times that an answer asks for, in seconds; None if it asks for none.
+    """For how long an answer asks to be left alone, in seconds; None if it does not say.
 
-    Read are ``Retry-After`` (seconds or an HTTP date, counted from the answer's own ``Date`` if it has one),
-    ``retry-after-ms``, and all that begin with ``x-ratelimit-reset`` (``1m30s``, ``350ms``, seconds, or a time since 1970).
+    Read are ``Retry-After`` (seconds or an HTTP date, counted from the answer's own ``Date`` if it has one) and
+    ``retry-after-ms``, of which the longer one counts. Without either, all that begin with ``x-ratelimit-reset`` are read
+    (``1m30s``, ``350ms``, seconds, or a time since 1970): when a limit is whole again, which of a limit by the day may be hours
+    away. So those count of which nothing remains (``x-ratelimit-remaining…``), or, if none says so, the shortest.
 
     Args:
         headers: Of the answer, with names in lower case.
         now: Seconds since 1970; by default the clock's.
     """
     now = time.time() if now is None else now
-    found = [_seconds_or_date(headers.get("retry-after", ""), _date(headers.get("date", "")) or now)]
     milliseconds = _number(headers.get("retry-after-ms", ""))
-    found.append(None if milliseconds is None else milliseconds / 1000)
-    found += [_reset(value, now) for name, value in headers.items() if name.startswith("x-ratelimit-reset")]
-    seconds = [one for one in found if one is not None and math.isfinite(one)]
-    return min(max(0.0, *seconds), LONGEST) if seconds else None
+    asked = _finite(
+        [
+            _seconds_or_date(headers.get("retry-after", ""), _date(headers.get("date", "")) or now),
+            None if milliseconds is None else milliseconds / 1000,
+        ]
+    )
+    if not asked:
+        resets = {name: _reset(value, now) for name, value in headers.items() if name.startswith(_RESET)}
+        spent = _finite([each for name, each in resets.items() if _is_spent(headers, name.removeprefix(_RESET))])
+        asked = spent or sorted(_finite(list(resets.values())))[:1]
+    return min(max(0.0, *asked), LONGEST) if asked else None
+
+
+def _is_spent(headers: Mapping[str, str], limit: str) -> bool:
+    """Whether nothing remains of a limit."""
+    return _number(headers.get(f"x-ratelimit-remaining{limit}", "")) == 0
+
+
+def _finite(values: Sequence[float | None]) -> list[float]:
+    return [each for each in values if each is not None and math.isfinite(each)]
 
 
 def _number(text: str) -> float | None:

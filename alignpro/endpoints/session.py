@@ -18,12 +18,14 @@ from alignpro.endpoints.known_servers import KnownServers
 from alignpro.endpoints.limits import RateLimits
 from alignpro.endpoints.sender import BACKOFF
 from alignpro.endpoints.types import Books, Limits
-from alignpro.errors import EndpointError
+from alignpro.errors import AlignProError, EndpointError
 
 T = TypeVar("T")
 
 GRACE_SECONDS = 5.0
 """For which requests in flight are awaited when the session is closed; then they are written off."""
+PAID_SECONDS = 60.0
+"""Likewise after an error: their answers are paid for and recorded, so that a run that goes on finds them."""
 
 
 def _set_aside_what_exists() -> None:
@@ -126,4 +128,4 @@ class EndpointSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(PAID_SECONDS if isinstance(error, AlignProError) else GRACE_SECONDS)

@@ -179,8 +179,13 @@ def _answer(choice: Any, api: str, model: str, fingerprint: str) -> Answer | Non
     text = message.get("content")
     if text is None:
         text = message.get("refusal")  # the model's own, not the filter's: it is an answer
-    if text is None and ended == "length":
-        text = ""  # all its tokens were spent on reasoning
+    if isinstance(text, list):  # parts, as those of inputs
+        parts = [
+            each.get("text") for each in text if isinstance(each, dict) and each.get("type") in ("text", "output_text")
+        ]
+        text = "".join(each for each in parts if isinstance(each, str)) if parts else text
+    if text is None and reason not in ("tool_calls", "function_call"):
+        text = ""  # all its tokens were spent on reasoning, or it ended at once
     return Answer(text, ended, reasoning, model, fingerprint) if isinstance(text, str) else None
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from alignpro.rewards.words import words
 
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?\d+(?:[.,]\d+)*")
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")
 _OPENING = " \t\"'“”‘’«»„([*#>-"
 """What may stand between the end of a sentence and the first word of the next."""
@@ -24,7 +25,10 @@ _IDENTIFIER = re.compile(r"\w*[^\W_]_+[^\W_]\w*")
 
 
 def numbers_kept(originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
-    """Share of the numbers in digits that the rewrite has in digits; commas within a number do not count."""
+    """Share of the numbers in digits that the rewrite has in digits, with their signs.
+
+    Commas between thousands do not count, a single other one is a decimal point, and several separate numbers.
+    """
     return _shares(originals, rewrites, _numbers_found)
 
 
@@ -57,7 +61,18 @@ def _numbers_found(original: str, rewrite: str) -> list[bool]:
 
 def _numbers(text: str) -> set[str]:
     digits = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
-    return {each.replace(",", "") for each in _NUMBER.findall(digits)}
+    return {number for found in _NUMBER.findall(digits) for number in _values(found.replace("−", "-"))}
+
+
+def _values(found: str) -> list[str]:
+    """The numbers that digits with points and commas are."""
+    sign, plain = ("-", found[1:]) if found.startswith("-") else ("", found)
+    if _THOUSANDS.fullmatch(plain):
+        return [sign + plain.replace(",", "")]
+    first, *others = plain.split(",")
+    if len(others) == 1 and "." not in plain:
+        return [f"{sign}{first}.{others[0]}"]
+    return [sign + first, *others]
 
 
 def _names_found(original: str, rewrite: str) -> list[bool]:

@@ -29,6 +29,7 @@ from alignpro.serving.request_body import Document, Wishes, decompress, parse, r
 from alignpro.serving.service import Service
 
 _PREFIX = b"/v1"
+_REWRITTEN = ("/v1/chat/completions", "/v1/completions")
 _PRINTABLE = re.compile(rb"[!-~]*")
 _TRUE = (b"1", b"true", b"yes")
 _EXPOSED = [
@@ -205,16 +206,33 @@ class Passed(_Forwarding):
         segments = re.split(r"[/\\]", scope["path"])
         if not path.startswith(_PREFIX + b"/") or ".." in segments or "." in segments:
             raise Refusal(404, "There is nothing at this path.", "not_found")
+        if scope["path"].rstrip("/") in _REWRITTEN:  # some servers take it for the route that is rewritten
+            raise Refusal(404, "There is nothing at this path: it has no slash at its end.", "not_found")
         exchange.route = "models" if scope["path"] == "/v1/models" else "passed"
         self._authenticate(scope)
         with self._service.admission.presence():
             body = await self._read(scope, receive)
             encoding = first(scope["headers"], b"content-encoding")
+            self._check_model(body, encoding)
             more = [] if encoding is None else [(b"content-encoding", encoding)]
             request = self._request(scope, path.removeprefix(_PREFIX), body, more)
             with ClientWatch(receive) as watch:
                 async with self._service.admission.place():
                     await self._relay(scope, watch, send, Given()).run(request)
+
+    def _check_model(self, body: bytes, encoding: bytes | None) -> None:
+        """Refuse a request in JSON for another model than the one that is served."""
+        only = self._service.target.model
+        if only is None or not body:
+            return
+        plain = decompress(body, (encoding or b"").strip().lower(), self._service.config.limits)
+        try:
+            asked = json.loads(plain)
+        except (ValueError, RecursionError):
+            return  # a file that is sent, for example: it is the target's to say
+        named = asked.get("model") if isinstance(asked, dict) else None
+        if named not in (None, only):
+            raise Refusal(404, f"The model is not served: ask for {only}.", "model_not_found", "model")
 
 
 async def _answer(send: Send, status: int, body: bytes, kind: bytes = b"application/json") -> None:
@@ -273,8 +291,8 @@ class Reload:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["exchange"].route = "reload"
-        if self._service.admin is not None:
-            self._service.admin.require(first(scope["headers"], b"authorization"))
+        assert self._service.admin is not None  # or there would be no route; a reload does not take it away
+        self._service.admin.require(first(scope["headers"], b"authorization"))
         try:
             runs = await self._service.reload()
         except AlignProError as error:

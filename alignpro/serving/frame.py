@@ -88,8 +88,10 @@ class Errors:
             await _refuse(exchange, Refusal(503, "The proxy stops.", "stopping"), send)
         except Exception:
             _LOGGER.exception("request %s: an error of the proxy's own", exchange.request_id)
+            had_begun = bool(exchange.status)
             await _refuse(exchange, Refusal(500, "The proxy failed: its log says why.", "internal_error"), send)
-            _break_off(scope, at_once=False)
+            if had_begun:  # otherwise the answer is whole, and the connection can be used again
+                _break_off(scope, at_once=False)
 
 
 async def _refuse(exchange: Exchange, refusal: Refusal, send: Send) -> None:

@@ -193,6 +193,11 @@ def _own_headers(config: ServeConfig) -> list[tuple[bytes, bytes]]:
 
 def _secret(config: ServeConfig, variable: str, key: str) -> str:
     value = os.environ.get(variable, "").strip()
+    if not value.isprintable():
+        raise EndpointError(
+            f"target {config.url}: the environment variable {variable}, named by {key}, holds a line break or another character "
+            "that no header may have"
+        )
     if not value:
         raise EndpointError(f"target {config.url}: the environment variable {variable}, named by {key}, is not set")
     return value

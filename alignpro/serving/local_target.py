@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from alignpro.config.serving_rewriting import LocalTargetConfig
+from alignpro.data import replace_lone_surrogates
 from alignpro.engine import Completion
 from alignpro.errors import AlignProError
 from alignpro.models.language_model import LanguageModel
@@ -158,7 +159,7 @@ class LocalServedTarget:
 
     def _encode(self, request: ModelRequest) -> list[int]:
         if request.api == "completions":
-            return list(self._model.tokenizer(request.messages[0].content)["input_ids"])
+            return list(self._model.tokenizer(replace_lone_surrogates(request.messages[0].content))["input_ids"])
         try:
             return self._template.encode(request.messages)
         except AlignProError as error:

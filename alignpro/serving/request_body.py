@@ -24,6 +24,10 @@ FIELD = "alignpro"
 """The field of a request and of an answer that is the proxy's own."""
 
 
+_MOST_MEMBERS = 16
+"""Of gzip, one after another in a body. Each may be empty, and takes a copy of what is left."""
+
+
 class ClientGone(Exception):  # noqa: N818
     """The client has disconnected."""
 
@@ -105,6 +109,8 @@ def decompress(body: bytes, encoding: bytes, limits: ServeLimitsConfig) -> bytes
     size = 0
     try:
         while body:  # a file of gzip may have several members
+            if len(parts) == _MOST_MEMBERS:
+                raise Refusal(400, f"The body has more than {_MOST_MEMBERS} members of gzip.", "invalid_encoding")
             member = zlib.decompressobj(wbits=31)
             parts.append(member.decompress(body, limits.body_bytes + 1 - size))
             size += len(parts[-1])

@@ -45,7 +45,7 @@ class PromptRewriter:
         self.served = tuple(runs)
         self._config, self._engine = config, engine
         self._writer = PromptWriter(config, engine)
-        self._history: Recent[tuple[str, str], str] = Recent(config.cached_turns)
+        self._history: Recent[tuple[str, str | None, str], str] = Recent(config.cached_turns)
         self._later: set[asyncio.Task[Outcome]] = set()
         self._closed = False
 
@@ -76,6 +76,8 @@ class PromptRewriter:
         run = next((each for each in self.served if asked.run in (None, each.id)), None)
         if asked.opt_out or self._closed or run is None:
             reason = "opt_out" if asked.opt_out else "closed" if self._closed else "unknown_run"
+            if asked.opt_out and run is not None and (last := read_conversation(asked).last) is not None:
+                self._history.drop((run.id, asked.user, last.digest))  # the target answers the original this time
             return Outcome(asked.raw, reason if self.served or reason != "unknown_run" else "no_run")
         began = asyncio.get_running_loop().time()
         large = len(asked.raw) > INLINE_BYTES
@@ -116,7 +118,7 @@ class PromptRewriter:
         """The outcome with its body: the rewrite and those of earlier turns in their places."""
         texts: list[tuple[Turn, str]] = []
         for turn in conversation.earlier:
-            if (known := self._history.get((run.id, turn.digest))) is not None:
+            if (known := self._history.get((run.id, asked.user, turn.digest))) is not None:
                 texts.append((turn, known))
         details = {**(outcome.details or {}), "history": float(len(texts))}
         last = conversation.last
@@ -131,9 +133,9 @@ class PromptRewriter:
                 logger.warning("request %s: its text cannot be replaced: %s", asked.request_id, error)
                 rewrite, outcome = None, replace(outcome, skipped="encoding")
         if last is not None and rewrite is not None:
-            self._history.put((run.id, last.digest), rewrite)
+            self._history.put((run.id, asked.user, last.digest), rewrite)
         elif last is not None:
-            self._history.drop((run.id, last.digest))  # the target answers the original this time
+            self._history.drop((run.id, asked.user, last.digest))  # the target answers the original this time
         return replace(outcome, body=body, details=details)
 
     def _in_share(self, asked: Asked, conversation: Conversation) -> bool:

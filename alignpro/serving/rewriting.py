@@ -46,7 +46,6 @@ class Rewriting:
         self._target_model = target_model
         self._numbers = itertools.count()
         self._changing = asyncio.Lock()
-        self._paths: dict[str, Path] = {}
 
     @classmethod
     async def open(
@@ -78,8 +77,7 @@ class Rewriting:
                 name = config.target.name or Path(target.path).name
                 local = LocalServedTarget(model, engine, template, name, config.target)
             opened = cls(config, engine, model, local, local or answers)
-            for run in runs:
-                await opened.load(run)
+            await opened.serve(runs)
         except BaseException:
             await engine.close()
             raise
@@ -95,49 +93,42 @@ class Rewriting:
         """Prompts that are being rewritten or wait for it."""
         return sum(self._engine.waiting(run.name) for run in self.rewriter.served)
 
-    async def load(self, path: Path) -> str:
-        """Serve a run, in place of the one with its id if there is one; requests that are being rewritten are not affected.
+    async def serve(self, paths: Sequence[Path]) -> Sequence[str]:
+        """Serve the runs in directories, in place of those before; requests that are being rewritten are not affected.
+
+        All are loaded before one is served, so that for a moment those before are in memory as well.
+
+        Args:
+            paths: Run directories; the first is the default.
 
         Returns:
-            The id of the run: the name of its directory.
+            Their ids: the names of the directories.
 
         Raises:
             ModelError: As for `open`; what is served has not changed.
         """
         async with self._changing:
-            path = path.absolute()
-            other = self._paths.get(path.name, path)
-            if other != path:
-                raise ModelError(
-                    f"run directory {path}: {other} is served under the name {path.name}: rename one of them"
-                )
-            prompter = await asyncio.to_thread(
-                TrainedPrompter.load, path, trust_remote_code=self._config.trust_remote_code
-            )
-            chooser = (
-                None if self._config.candidates is None else await asyncio.to_thread(self._chooser, path, prompter)
-            )
-            run = ServedRun(path.name, f"{path.name}#{next(self._numbers)}", prompter, chooser)
-            ids = self.rewriter.runs
-            runs = [run if each.id == run.id else each for each in self.rewriter.served]
-            await self._serve(runs if run.id in ids else [*runs, run])
-            self._paths[run.id] = path
-            return run.id
+            known: dict[str, Path] = {}
+            for path in (each.absolute() for each in paths):
+                if known.setdefault(path.name, path) != path:
+                    raise ModelError(
+                        f"run directory {path}: {known[path.name]} is served under the name {path.name}: rename one of them"
+                    )
+            await self._replace([await self._load(path) for path in known.values()])
+            return self.rewriter.runs
 
-    async def unload(self, run_id: str) -> None:
-        """Serve a run no longer; an id that is not served is ignored."""
-        async with self._changing:
-            left = [run for run in self.rewriter.served if run.id != run_id]
-            if len(left) < len(self.rewriter.served):
-                await self._serve(left)
-                del self._paths[run_id]
+    async def _load(self, path: Path) -> ServedRun:
+        trust = self._config.trust_remote_code
+        prompter = await asyncio.to_thread(TrainedPrompter.load, path, trust_remote_code=trust)
+        chooser = None if self._config.candidates is None else await asyncio.to_thread(self._chooser, path, prompter)
+        return ServedRun(path.name, f"{path.name}#{next(self._numbers)}", prompter, chooser)
 
     async def close(self) -> None:
         """End it; unfinished rewrites are skipped."""
         await self.rewriter.close()
         await self._engine.close()
 
-    async def _serve(self, runs: Sequence[ServedRun]) -> None:
+    async def _replace(self, runs: Sequence[ServedRun]) -> None:
         models = {run.name: run.prompter.model for run in runs}
         if self._target_model is not None:
             models["target"] = self._target_model

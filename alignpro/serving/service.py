@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alignpro.config import ServeConfig
+from alignpro.errors import ConfigError
 from alignpro.serving.access_log import AccessLog
 from alignpro.serving.admission import Admission
 from alignpro.serving.authentication import admin_tokens, client_tokens
@@ -35,15 +36,15 @@ class ServedRuns(Protocol):
     def waiting(self) -> int:
         """Rewrites that wait for the prompter."""
 
-    async def load(self, path: Path) -> str:
-        """Load a run, in place of the one of the same id, if there is one; its id.
+    async def serve(self, paths: Sequence[Path]) -> Sequence[str]:
+        """Serve the runs in directories, the default first, in place of those before; what is in flight ends.
+
+        Returns:
+            Their ids.
 
         Raises:
-            AlignProError: It cannot be loaded.
+            AlignProError: One cannot be loaded; what is served has not changed.
         """
-
-    async def unload(self, run: str) -> None:
-        """Serve a run no longer; what is in flight ends."""
 
     async def close(self) -> None:
         """End it."""
@@ -157,17 +158,19 @@ class Service:
             The ids of the runs.
 
         Raises:
-            AlignProError: Something cannot be read or loaded: what was served before is served further.
+            AlignProError: Something cannot be read or loaded, or what changed takes a restart: what was served before is served
+                further.
         """
         async with self._reloading:
             config = self.config if self._reread is None else await asyncio.to_thread(self._reread)
+            if changed := _takes_restart(self.config, config):
+                raise ConfigError(
+                    f"{', '.join(changed)}: a change of this takes a restart; runs and tokens alone are reloaded"
+                )
             tokens, admin = client_tokens(config.access), admin_tokens(config.access)
             self.log.reopen()
             if self._runs is not None:
-                loaded = [await self._runs.load(path) for path in config.runs]
-                for run in self.rewriter.runs:
-                    if run not in loaded:
-                        await self._runs.unload(run)
+                await self._runs.serve(config.runs)
             self.tokens, self.admin = tokens, admin
             self._expects_runs = bool(config.runs)
             self.run_paths = _absolute(config.runs)
@@ -179,6 +182,27 @@ class Service:
             await self._runs.close()
         await self.target.close()
         self.log.close()
+
+
+def _takes_restart(before: ServeConfig, now: ServeConfig) -> list[str]:
+    """The keys that differ, of those that are read at the start alone: a proxy must not lose its tokens and keep its address."""
+    old, new = before.model_dump(), now.model_dump()
+    for each in (old, new):
+        del each["runs"]
+        for name in ("tokens_env", "tokens_file", "admin_tokens_env", "anyone"):
+            del each["access"][name]
+    found = []
+    for key, value in new.items():
+        if isinstance(value, dict):
+            found += [f"{key}.{name}" for name in value if value[name] != old[key].get(name)]
+        elif value != old[key]:
+            found.append(key)
+    had_tokens, has_tokens = (bool(each.access.tokens_env or each.access.tokens_file) for each in (before, now))
+    if had_tokens and not has_tokens:
+        found.append("access without tokens")
+    if before.access.admin_tokens_env and not now.access.admin_tokens_env:
+        found.append("access without admin_tokens_env")
+    return found
 
 
 def _absolute(paths: Sequence[Path]) -> tuple[Path, ...]:

@@ -152,7 +152,7 @@ def test_a_failure_that_passes_is_repeated_and_ends_its_purchase_once(fault: Fau
         {"retry_after": "0.15"},
         {"retry_after_ms": "150"},
         {"x_ratelimit_reset_tokens": "150ms"},
-        {"retry_after": "0.01", "x_ratelimit_reset_requests": "0.15"},
+        {"retry_after": "0.15", "x_ratelimit_reset_requests": "3h"},
     ],
 )
 def test_a_server_is_left_alone_for_as_long_as_it_asks_in_whatever_form(headers: dict[str, str]) -> None:
@@ -312,6 +312,21 @@ def test_closing_writes_off_what_does_not_come_back_and_fails_what_waits() -> No
     assert not [thread for thread in threading.enumerate() if thread.name == "endpoints"]
     with pytest.raises(EndpointError, match="session was closed"):
         session.endpoint(endpoint.config)
+
+
+@pytest.mark.parametrize(("raised", "ended"), [(EndpointError("401"), "settled"), (KeyboardInterrupt(), "written off")])
+def test_answers_in_flight_are_awaited_for_longer_after_an_error(
+    raised: BaseException, ended: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are paid for, and a run that goes on finds them."""
+    monkeypatch.setattr("alignpro.endpoints.session.GRACE_SECONDS", 0.05)
+    books = MemoryBooks()
+    with TinyServer(latency=0.5) as server, pytest.raises(type(raised)), opened(server, books, **KNOWN) as endpoint:
+        endpoint.submit(query(1))
+        while not server.count:
+            time.sleep(0.01)
+        raise raised
+    assert books.ended == {ended: 1}
 
 
 def test_closing_keeps_what_comes_back_in_time() -> None:

@@ -28,7 +28,17 @@ NOW = 1_000_000_000.0  # Sun, 09 Sep 2001 01:46:40 GMT
         ({"x-ratelimit-reset": "1000000012"}, 12.0),
         ({"x-ratelimit-reset": "1000000012000"}, 12.0),
         ({"x-ratelimit-reset": "2001-09-09T01:46:42Z"}, 2.0),
-        ({"retry-after": "2", "retry-after-ms": "1500", "x-ratelimit-reset-requests": "3s"}, 3.0),
+        ({"retry-after": "2", "retry-after-ms": "1500", "x-ratelimit-reset-requests": "3h"}, 2.0),
+        ({"x-ratelimit-reset-requests": "2h24m", "x-ratelimit-reset-tokens": "400ms"}, 0.4),
+        (
+            {
+                "x-ratelimit-reset-requests": "90s",
+                "x-ratelimit-remaining-requests": "0",
+                "x-ratelimit-reset-tokens": "400ms",
+                "x-ratelimit-remaining-tokens": "9000",
+            },
+            90.0,
+        ),
         ({"retry-after": "86400"}, LONGEST),
         ({"retry-after": "-3"}, None),
         ({"retry-after": "nan", "retry-after-ms": "inf", "x-ratelimit-reset": "soon"}, None),

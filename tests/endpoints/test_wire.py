@@ -114,7 +114,12 @@ def test_choices_come_in_the_order_of_their_index() -> None:
 @pytest.mark.parametrize(
     "one, expected",
     [
-        (choice(content=None), None),
+        (choice(content=None), Answer("", "stop", "", "m-1", "f")),  # of a turn that ends at once
+        (
+            choice(content=[{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]),
+            Answer("ab", "stop", "", "m-1", "f"),
+        ),
+        (choice(content=[{"type": "image"}]), None),
         (choice(content=5), None),
         (choice(content=["a"]), None),
         (choice(finish_reason=None), None),

@@ -59,12 +59,9 @@ class Shouting:
         run = asked.run or self.runs[0]
         return Outcome(body, None, original, original.upper(), run, 0.0125, {"ratio": 1.0})
 
-    async def load(self, path: Path) -> str:
-        self.runs = (*(run for run in self.runs if run != path.name), path.name)
-        return path.name
-
-    async def unload(self, run: str) -> None:
-        self.runs = tuple(each for each in self.runs if each != run)
+    async def serve(self, paths: Sequence[Path]) -> Sequence[str]:
+        self.runs = tuple(path.name for path in paths)
+        return self.runs
 
     async def close(self) -> None:
         self.failure = "closed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_a_reload_changes_the_runs_and_keeps_what_is_in_flight(
     runs, log = Shouting(), tmp_path / "log.jsonl"
     keys: dict[str, Any] = {"access": {"admin_tokens_env": "ADMINS"}, "log": {"file": str(log)}}
     with proxied(upstream.url, runs, **keys) as proxy:
-        fresh = validate_config(ServeConfig, {"target": upstream.url, "runs": ["runs/quiet", "runs/new"], **keys})
+        fresh = proxy.service.config.model_copy(update={"runs": [Path("runs/quiet"), Path("runs/new")]})
         proxy.service._reread = lambda: fresh
         asking = threading.Thread(target=proxy.ask, args=[CHAT | {"model": "slow"}], kwargs={"x_request_id": "flying"})
         asking.start()
@@ -137,10 +138,10 @@ def test_a_reload_changes_the_runs_and_keeps_what_is_in_flight(
         asking.join()
         assert proxy.ask(CHAT).headers["x-alignpro-run"] == "quiet"
 
-        async def fail(path: Path) -> str:
-            raise ModelError(f"{path}: no model")
+        async def fail(paths: Sequence[Path]) -> Sequence[str]:
+            raise ModelError(f"{paths[0]}: no model")
 
-        monkeypatch.setattr(runs, "load", fail)
+        monkeypatch.setattr(runs, "serve", fail)
         reply = proxy.ask(path="/admin/reload", authorization="Bearer root")
         assert (reply.status, reply.json()["error"]["code"]) == (409, "reload_failed")
         assert "runs/quiet: no model" in reply.json()["error"]["message"]
@@ -193,3 +194,51 @@ def test_pages_of_other_sites_may_call_it_only_if_configured(upstream: Upstream)
             assert told["access-control-allow-origin"] == "https://a.example"
             assert "x-request-id" in told["access-control-expose-headers"]
         assert "access-control-allow-origin" not in proxy.ask(CHAT, origin="https://b.example").headers
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"listen": {"host": "127.0.0.1", "port": 0}, "access": {}},
+            "listen.host, access without tokens, access without admin_tokens_env",
+        ),
+        ({"access": {"admin_tokens_env": "ADMINS", "anyone": True}}, "access without tokens"),
+        ({"page": {"recent_texts": True}}, "page.recent_texts"),
+        ({"model": "dear"}, "model"),
+    ],
+)
+def test_a_reload_leaves_address_and_access_as_they_are(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], named: str
+) -> None:
+    """Tokens that are gone would leave a proxy that all can reach, and that still sends our key."""
+    monkeypatch.setenv("ADMINS", "root")
+    monkeypatch.setenv("CLIENTS", "secret")
+    keys: dict[str, Any] = {
+        "access": {"admin_tokens_env": "ADMINS", "tokens_env": "CLIENTS"},
+        "listen": {"host": "127.0.0.2", "port": 0},
+        "page": {"recent_requests": 5},
+    }
+    before = validate_config(ServeConfig, {"target": upstream.url, **keys})
+    after = validate_config(ServeConfig, {"target": upstream.url, **keys, **changes})
+    with proxied(upstream.url, Shouting(), **{key: value for key, value in keys.items() if key != "listen"}) as proxy:
+        proxy.service.config = before
+        proxy.service._reread = lambda: after
+        reply = proxy.ask(path="/admin/reload", authorization="Bearer root")
+        assert (reply.status, reply.json()["error"]["code"]) == (409, "reload_failed")
+        assert f"{named}: a change of this takes a restart" in reply.json()["error"]["message"]
+        assert proxy.ask(CHAT).status == proxy.ask(path="/admin/reload").status == 401
+
+
+def test_a_connection_outlives_an_error_of_the_proxys_own(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    aborted = []
+    monkeypatch.setattr("alignpro.serving.frame._break_off", lambda *_, **__: aborted.append(True))
+    runs = Shouting()
+
+    async def fail(asked: Any) -> Any:
+        raise TypeError("a mistake")
+
+    with proxied(upstream.url, runs) as proxy:
+        monkeypatch.setattr(runs, "rewrite", fail)
+        assert proxy.ask(CHAT).json()["error"]["code"] == "internal_error"
+    assert not aborted

@@ -43,6 +43,23 @@ def test_the_rewrite_is_that_of_the_run_and_takes_the_place_of_the_text(run: Ser
     assert json.loads(completion.body) == {"model": "m", "prompt": rewrite}
 
 
+def test_a_rewrite_is_of_the_user_whose_turn_it_was(run: ServedRun) -> None:
+    """Another user's equal first turn may have gone to the target as it was."""
+
+    async def use(rewriter: PromptRewriter, _: EngineThread) -> list[str]:
+        async def first_turn(user: str, then: str) -> str:
+            outcome = await rewriter.rewrite(ask(TEXT, "enots", then, user=user))
+            return str(json.loads(outcome.body)["messages"][0]["content"])
+
+        await rewriter.rewrite(ask(TEXT, user="a", opt_out=True))
+        await rewriter.rewrite(ask(TEXT, user="b"))
+        found = [await first_turn(user, "go on") for user in ("a", "b")]
+        await rewriter.rewrite(ask(TEXT, user="b", opt_out=True))  # the target answers the original this time
+        return [*found, await first_turn("b", "further")]
+
+    assert with_rewriter(run, use) == [TEXT, expected(run, TEXT), TEXT]
+
+
 def test_a_large_body_is_rewritten_too(run: ServedRun) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:," + "A" * 300_000}}
     request = ask([image, {"type": "text", "text": TEXT}])
@@ -340,10 +357,9 @@ def test_runs_are_loaded_and_unloaded_while_requests_are_rewritten(tmp_path: Pat
 
         clients = [asyncio.create_task(client(i)) for i in range(2)]
         await asyncio.sleep(0.02)
-        assert await rewriting.load(second) == "second"
-        assert await rewriting.load(first) == "first"
-        assert rewriter.runs == ("first", "second")
-        await rewriting.unload("first")
+        assert await rewriting.serve([first, second]) == ("first", "second")
+        assert await rewriting.serve([second, first]) == ("second", "first")  # the default first
+        await rewriting.serve([second])
         assert rewriter.runs == ("second",)
         await asyncio.sleep(0.02)
         stop.set()
@@ -361,10 +377,12 @@ def test_a_run_that_cannot_be_loaded_changes_nothing(tmp_path: Path) -> None:
     other = save_run(tmp_path / "b" / "run")
 
     async def use(rewriting: Rewriting) -> None:
+        served = rewriting.rewriter.served
         with pytest.raises(ModelError, match=r"is served under the name run: rename one of them"):
-            await rewriting.load(other)
+            await rewriting.serve([first, other])
         with pytest.raises(ModelError, match=r"not a finished run"):
-            await rewriting.load(tmp_path)
+            await rewriting.serve([other, tmp_path])
+        assert rewriting.rewriter.served == served
         assert (await rewriting.rewriter.rewrite(ask(TEXT))).skipped is None
 
     with_rewriting(use, first)

@@ -58,6 +58,7 @@ def _raw(proxy: Proxy, data: bytes, seconds: float = 5) -> bytes:
         (b'{"messages": [{"role": "user", "content": "\xff"}]}', {}, (400, "invalid_utf8")),
         (b"not gzip", {"content_encoding": "gzip"}, (400, "invalid_encoding")),
         (gzip.compress(b"{}", mtime=0)[:-3], {"content_encoding": "gzip"}, (400, "invalid_encoding")),
+        (17 * gzip.compress(b"", mtime=0), {"content_encoding": "gzip"}, (400, "invalid_encoding")),
         (b"{}", {"content_encoding": "br"}, (415, "unsupported_encoding")),
         (b" " * 3000, {}, (413, "request_too_large")),
         (gzip.compress(b" " * 3000, mtime=0), {"content_encoding": "gzip"}, (413, "request_too_large")),
@@ -90,6 +91,12 @@ def test_unknown_paths_methods_and_models(upstream: Upstream) -> None:
         assert set(refused.headers["allow"].split(", ")) == {"GET", "HEAD"}
         refused = proxy.ask(CHAT | {"model": "other"})
         assert (_error(refused), refused.json()["error"]["param"]) == ((404, "model_not_found"), "model")
+        for path in ("/v1/responses", "/v1/embeddings"):
+            assert _error(proxy.ask({"model": "other"}, path=path)) == (404, "model_not_found")
+            packed = gzip.compress(b'{"model": "other"}')
+            assert _error(proxy.ask(packed, path=path, content_encoding="gzip")) == (404, "model_not_found")
+        assert _error(proxy.ask(CHAT, path="/v1/chat/completions/")) == (404, "not_found")
+        assert not upstream.received
         assert proxy.ask(CHAT).status == 200
 
 
