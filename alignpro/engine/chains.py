@@ -103,6 +103,8 @@ class ChainRun:
     def _fail(self, i: int, k: int, sample: Completion, problem: str) -> None:
         responses = [Completion([], [], "error", problem) for _ in range(self.respond.n)]
         self._parts[i, k] = sample, None, responses
+        if self.on_chain is not None:
+            self.on_chain(i, self._chain(i, k))
 
     def result(self) -> list[list[Chain]]:
         """The chains of each prompt, once all requests have finished."""

@@ -182,6 +182,7 @@ class Engine:
             Exception: As for `step`.
         """
         tokens, seeds = list(map(token_ids, prompts)), _seeds(params, len(prompts)) if seeds is None else seeds
+        self._check_call([name], seeds, len(prompts))
         arrival = next(self._arrivals)
         with self._timed(), _Change(self):
             requests = [
@@ -215,6 +216,7 @@ class Engine:
             Exception: As for `step`.
         """
         tokens, seeds = list(map(token_ids, prompts)), _seeds(rewrite, len(prompts)) if seeds is None else seeds
+        self._check_call([policy, target], seeds, len(prompts))
         arrival = next(self._arrivals)
         run = ChainRun(target, respond, to_target, seeds, partial(self._submit, arrival=arrival), on_chain)
         with self._timed(), _Change(self):
@@ -226,6 +228,18 @@ class Engine:
             )
             self._finish(run.responses)
         return run.result()
+
+    def _check_call(self, names: Sequence[str], seeds: Sequence[int], prompts: int) -> None:
+        """Refuse a call before anything changes: what is raised later ends all requests.
+
+        Raises:
+            KeyError: The engine does not have a model.
+            ValueError: There is not one seed for each prompt.
+        """
+        for name in names:
+            self._worker(name)
+        if len(seeds) != prompts:
+            raise ValueError(f"{len(seeds)} seeds for {prompts} prompts: give one for each")
 
     def weights_updated(self, name: str) -> None:
         """Drop everything cached for a model whose weights have changed.

@@ -9,6 +9,9 @@ from typing import Literal, NamedTuple, Protocol
 
 from alignpro.errors import ConfigError
 
+LEAST_TEMPERATURE = 1e-4
+"""The lowest temperature besides 0: lower ones overflow, and are greedy anyway."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -37,7 +40,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         ranges = {
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "a finite number, at least 0"),
+            "temperature": (
+                self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < float("inf"),
+                f"0, or a finite number of at least {LEAST_TEMPERATURE:g}",
+            ),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p < 1, "at least 0, below 1"),

@@ -201,7 +201,7 @@ def plot_pareto(
             )
             for point in points:
                 axes.annotate(
-                    f"{point.weight:g}",
+                    f"{point.weight:.3g}",
                     (point.first.value, point.second.value),
                     xytext=(4, 4),
                     textcoords="offset points",

@@ -122,9 +122,15 @@ def compare_mixtures(
     result |= {"mixed": _least_rewards(made, measured, clusters)} | sizes | {"versions": versions()}
     points = _points(measured, clusters)
     with disk_errors(str(out), "make room, then compare again"):
-        plot_pareto(points, (runs[0].directory.name, runs[1].directory.name), out / FIGURE_FILE)
+        plot_pareto(points, told_apart(runs[0].directory, runs[1].directory), out / FIGURE_FILE)
         replace_text(out / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
+
+
+def told_apart(first: Path, second: Path) -> tuple[str, str]:
+    """Names of two directories: their last parts that differ, since the runs of an experiment's cells are all called ``run``."""
+    pairs = zip(first.parts[::-1], second.parts[::-1], strict=False)
+    return next(((one, other) for one, other in pairs if one != other), (str(first), str(second)))
 
 
 def _evaluation(runs: Sequence[MixedRun], out: Path, sizes: Mapping[str, int], data: Sequence[str]) -> EvalConfig:

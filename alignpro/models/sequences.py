@@ -93,7 +93,10 @@ class SequenceBatch:
         Raises:
             DataError: The invocation tokens do not occur in a prompt.
         """
-        prefix_length = self._shared_prefix_length(virtual_tokens)
+        starts = (
+            [virtual_tokens + invocation_start(prompt, invocation) for prompt in self.prompts] if invocation else []
+        )
+        prefix_length = self._shared_prefix_length(virtual_tokens, starts)
         ids: list[int] = []
         active: list[int] = []
         lengths: list[int] = []
@@ -105,8 +108,7 @@ class SequenceBatch:
                 tokens = [-1] * virtual_tokens + list(prompt)
                 packed = prefix_length if row else 0  # number of its tokens that are packed already
                 if invocation:
-                    start = virtual_tokens + invocation_start(prompt, invocation)
-                    active += range(len(ids) + max(start - packed, 0), len(ids) + len(tokens) - packed)
+                    active += range(len(ids) + max(starts[row] - packed, 0), len(ids) + len(tokens) - packed)
                 ids += tokens[packed:]
                 lengths.append(len(tokens))
                 last = len(ids) - 1
@@ -124,12 +126,17 @@ class SequenceBatch:
             torch.tensor(active, dtype=torch.int64, device=device) if invocation else None,
         )
 
-    def _shared_prefix_length(self, virtual_tokens: int) -> int:
-        """Return the length of the prefix that all prompts share, short of their last token; 0 if too short to pay off."""
+    def _shared_prefix_length(self, virtual_tokens: int, starts: Sequence[int]) -> int:
+        """Return the length of the prefix that all prompts share, short of their last token; 0 if too short to pay off.
+
+        It is computed once, so that an activated LoRA which begins in it at different ``starts`` of the prompts ends it.
+        """
         first, last = min(self.prompts, key=list), max(self.prompts, key=list)  # these differ the earliest
         limit = min(map(len, self.prompts)) - 1
         common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
         length = virtual_tokens + min(common, limit)
+        if len(set(starts)) > 1:
+            length = min(length, *starts)
         return length if length >= _MIN_SHARED_PREFIX else 0
 
 

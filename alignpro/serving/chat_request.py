@@ -10,6 +10,7 @@ from typing import Any
 
 from alignpro.data import Message, replace_lone_surrogates
 from alignpro.engine import SamplingParams
+from alignpro.engine.types import LEAST_TEMPERATURE
 from alignpro.errors import ConfigError
 from alignpro.serving.contract import Api
 from alignpro.serving.prompt_span import ROLES
@@ -20,8 +21,6 @@ MAX_LOGPROBS = 20
 LARGEST = 1e300
 """An integer of JSON can be larger than any float."""
 MAX_TEMPERATURE = 100.0
-LEAST_TEMPERATURE = 1e-4
-"""Lower ones are greedy: logits divided by them can exceed the numbers of float16, bfloat16 and float32."""
 _WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 )
@@ -230,7 +229,7 @@ def _temperature(body: Mapping[str, Any]) -> float:
     value = _number(body, "temperature", 1.0)
     if value > MAX_TEMPERATURE:
         raise _refused("temperature", f"is {value:g}: expected at most {MAX_TEMPERATURE:g}")
-    return 0.0 if 0 < value < LEAST_TEMPERATURE else value
+    return 0.0 if 0 < value < LEAST_TEMPERATURE else value  # lower ones are greedy
 
 
 def _stops(value: Any) -> tuple[str, ...]:

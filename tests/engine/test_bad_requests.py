@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from checks import PAGE, assert_nothing_is_held, assert_same, assert_same_groups
@@ -17,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from alignpro.engine import Completion, Engine, SamplingParams, TokenPrompt
+from alignpro.engine import Chain, Completion, Engine, SamplingParams, TokenPrompt
 from alignpro.errors import ConfigError, ModelError
 from alignpro.models.language_model import LanguageModel
 
@@ -138,7 +140,9 @@ def test_a_callback_that_raises_fails_its_chain_alone(llama: LanguageModel, capl
     settings = {"rewrite": PARAMS, "respond": PARAMS, "seeds": SEEDS}
     expected = Engine({"policy": llama, "target": target}).run_chains(PROMPTS, to_target=to_target, **settings)
     with caplog.at_level(logging.ERROR):
-        groups = engine.run_chains(PROMPTS, to_target=broken, **settings)
+        told = list[Chain]()
+        groups = engine.run_chains(PROMPTS, to_target=broken, on_chain=lambda _, chain: told.append(chain), **settings)
+    assert len(told) == len(PROMPTS) * PARAMS.n  # also of those that cannot be
     failed = 0
     for group, others in zip(groups, expected, strict=True):
         for chain, other in zip(group, others, strict=True):
@@ -162,3 +166,38 @@ def test_chains_whose_prompts_are_all_refused_are_errors(llama: LanguageModel) -
     groups = engine.run_chains(too_long, rewrite=params, to_target=lambda i, s: TokenPrompt([1]), respond=params)
     assert [len(group) for group in groups] == [2, 2]
     assert all("do not fit in the context" in str(chain.sample.error) for group in groups for chain in group)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda engine: engine.generate("nope", PROMPTS, PARAMS), KeyError),
+        (lambda engine: engine.generate("m", PROMPTS, PARAMS, [1]), ValueError),
+        (lambda engine: chains(engine, policy="nope", target="m"), KeyError),
+        (lambda engine: chains(engine, policy="m", target="nope"), KeyError),
+        (lambda engine: chains(engine, policy="m", target="m", seeds=[1]), ValueError),
+    ],
+)
+def test_a_wrong_call_leaves_other_requests_alone(
+    llama: LanguageModel, expected: list[list[Completion]], call: Callable[[Engine], object], error: type[Exception]
+) -> None:
+    engine = Engine({"m": llama}, audit=True)
+    request = engine.submit("m", PROMPTS[0], PARAMS, seed=SEEDS[0])
+    engine.step()
+    with pytest.raises(error):
+        call(engine)
+    while not request.finished:
+        engine.step()
+    assert_same_groups([request.completions], expected[:1])
+
+
+def chains(engine: Engine, **settings: Any) -> object:
+    return engine.run_chains(
+        PROMPTS, rewrite=PARAMS, to_target=lambda i, sample: TokenPrompt([1]), respond=PARAMS, **settings
+    )
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 1e-39, 1e-5, float("inf"), float("nan")])
+def test_a_temperature_that_no_float32_bears_is_refused(temperature: float) -> None:
+    with pytest.raises(ConfigError, match=r"temperature=.*: expected 0, or a finite number of at least 0\.0001"):
+        SamplingParams(temperature=temperature)

@@ -16,7 +16,7 @@ from alignpro.data import Prompt
 from alignpro.demo.world import prompt_records, write_records
 from alignpro.errors import ConfigError, ModelError, TrainingError
 from alignpro.evaluation import pareto
-from alignpro.evaluation.pareto import compare_mixtures
+from alignpro.evaluation.pareto import compare_mixtures, told_apart
 
 Directory = Callable[[str], Path]
 REWARDS = """
@@ -145,3 +145,10 @@ def test_what_cannot_be_compared_is_named(three: list[Path], tmp_path: Path) -> 
     (other / "model").symlink_to(three[1] / "model")
     with pytest.raises(ConfigError, match="its target is not that of"):
         compare_mixtures([three[0], other], tmp_path / "out", trained={})
+
+
+def test_runs_of_cells_are_told_apart_by_what_differs() -> None:
+    cells = [Path("runs/e/cells") / task / "big/align_pro/small/seed_0/run" for task in ("letters", "digits")]
+    assert told_apart(*cells) == ("letters", "digits")
+    assert told_apart(Path("runs/short"), Path("runs/polite")) == ("short", "polite")
+    assert told_apart(Path("a"), Path("b/a")) == ("a", "b/a")

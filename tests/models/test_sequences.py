@@ -60,6 +60,18 @@ def test_a_common_prefix_is_packed_once() -> None:
     assert batch.pack(invocation=[10]).active.tolist() == list(range(14))  # type: ignore[union-attr]
 
 
+def test_a_common_prefix_ends_where_an_invocation_begins_that_another_prompt_has_later() -> None:
+    """As of a conversation and its continuation: the tokens from there on have the LoRA in one of them alone."""
+    begin = list(range(10, 22))  # with the invocation 21 at its end
+    batch = SequenceBatch.build([[*begin, 1], [*begin, 1, 21, 2]], [[7], [8]])
+    packed = batch.pack(invocation=[21])
+    assert packed.layout.prefix_length == 11
+    assert packed.ids.tolist() == [*begin[:11], 21, 1, 21, 1, 21, 2]
+    assert packed.active is not None and packed.active.tolist() == [11, 12, 15, 16]
+    early = SequenceBatch.build([[10, 21, *begin[1:9], 1], [10, 21, *begin[1:9], 1, 21]], [[7], [8]])
+    assert early.pack(invocation=[21]).layout.prefix_length == 0  # too short to pay off
+
+
 def test_a_prompt_that_is_a_prefix_of_all_others_keeps_a_token() -> None:
     begin = list(range(10, 20))
     packed = SequenceBatch.build([begin, [*begin, 1]], [[7], [8]]).pack()

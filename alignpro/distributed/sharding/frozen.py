@@ -17,10 +17,11 @@ from alignpro.distributed.host_lock import host_lock
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.distributed.sharding.partition import Partition, buckets
-from alignpro.errors import TrainingError
+from alignpro.errors import ConfigError, TrainingError
 from alignpro.models.frozen_layers import restore_frozen_layers
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import resolve_device
+from alignpro.models.mixed_model import MixedModel
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -63,6 +64,11 @@ class ShardedModels(FrozenModels):
         device = resolve_device(config.device)
         with host_lock():
             model = load(config.model_copy(update={"device": "cpu"}))
+            if isinstance(model, MixedModel):
+                raise ConfigError(
+                    f"{config.path}: is a mixture of models, whose combined output layer cannot be sharded: write one model with "
+                    "`alignpro mix --one-model`, or leave it whole (deepspeed.target_stage=0)"
+                )
             if isinstance(model, LanguageModel):
                 model.disable_packing()
             else:

@@ -210,5 +210,8 @@ def no_kernels() -> str | None:
 def _is_packable(layer: nn.Linear) -> bool:
     """Whether the layer is a plain linear layer, and packing possible and worth it."""
     if layer.weight.dtype == torch.bfloat16:
-        return type(layer) in (WideLinear, PackedLinear) and layer.in_features % 2 == 0
+        even = (
+            layer.in_features % 2 == layer.out_features % 2 == 0
+        )  # also of its transpose, for the gradient of the input
+        return type(layer) in (WideLinear, PackedLinear) and even
     return type(layer) in (nn.Linear, PackedLinear) and min(layer.weight.shape) >= _MIN_FEATURES

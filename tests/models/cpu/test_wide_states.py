@@ -143,3 +143,12 @@ def test_other_devices_and_dtypes_are_left_alone() -> None:
         model = tiny_language_model("llama", dtype=dtype)
         assert model.states_dtype == dtype
         assert type(model.causal.get_input_embeddings()) is nn.Embedding
+
+
+def test_layers_of_an_odd_width_are_trained_too() -> None:
+    """Their gradients would need panels of the transposed weight, whose inputs are their outputs."""
+    model = tiny_language_model("llama", dtype=torch.bfloat16, intermediate_size=67)
+    model.requires_grad_(True)
+    head, batch = model.head, batch_of([[5, 6, 7]] * 6)
+    linear_logprob(model.action_states(batch), head.weight, batch.targets).logprob.sum().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.causal.parameters())
