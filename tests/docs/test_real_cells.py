@@ -59,7 +59,9 @@ def test_the_readme_has_those_of_the_style_guide() -> None:
         assert f"{methods[name]['mean']['value']:.3f}" in row
     (other,) = (each for each in groups if each["task"] == "question_or_request")
     best = other["methods"][other["best_instruction"]]["mean"]["value"]
-    assert f"on *question or request* {interval(other['methods']['align_pro']['mean'])} against {best:.3f}" in row
+    assert (
+        f"on *question or request*, 1 seed, {interval(other['methods']['align_pro']['mean'])} against {best:.3f}" in row
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,9 +100,9 @@ KINDS: dict[str, list[str]] = json.loads((REAL / "tasks" / "kinds.json").read_te
 """The prompts of each kind, by their hashes: the prompts themselves are not in the repository."""
 
 
-def means(task: str, cell: str, experiment: str = "tasks") -> dict[str, float]:
+def means(task: str, cell: str, experiment: str = "tasks", seed: int = 0) -> dict[str, float]:
     """The mean reward of each held-out prompt."""
-    path = REAL / experiment / "cells" / task / "smollm2" / cell / "seed_0" / "evaluation" / "rewards.json"
+    path = REAL / experiment / "cells" / task / "smollm2" / cell / f"seed_{seed}" / "evaluation" / "rewards.json"
     rewards = json.loads(path.read_text())
     (arm,) = rewards["arms"].values()
     return {
@@ -183,6 +185,28 @@ def test_what_a_style_guide_earns_by_kind_of_prompt() -> None:
         assert f"| {label} ({len(prompts)}) | {' | '.join(f'{each:.3f}' for each in figures)} |" in text
 
 
+def test_what_the_seeds_of_a_style_guide_have_by_themselves_and_by_kind() -> None:
+    first, second = (means("style_guide", "align_pro/forms", "kinds", seed) for seed in (0, 1))
+    said = " ".join((REAL / "README.md").read_text(encoding="utf-8").split())
+    everywhere = [prompt for kind in KINDS.values() for prompt in kind]
+    assert f"with {mean_over(everywhere, first):.3f} and {mean_over(everywhere, second):.3f} of the two seeds" in said
+    kinds = [f"{mean_over(KINDS[kind], second):.3f}" for kind in ("several", "question", "request")]
+    assert f"The second seed has {kinds[0]}, {kinds[1]} and {kinds[2]} on the three kinds" in said
+
+
+def test_what_the_mixture_of_two_prompters_has() -> None:
+    found = json.loads((REAL / "kinds" / "mixture" / "pareto.json").read_text())
+    text = (ROOT / "docs" / "mixtures.md").read_text(encoding="utf-8")
+    for point in found["points"]:
+        row = (f"{point['weight']:.3g}", *(interval(each) for each in (*point["rewards"], point["kl"])))
+        assert f"| {' | '.join(row)} |" in text
+    first, second = map(interval, found["mixed"][0]["least_reward_above"])
+    assert f"of the first prompter alone by {first}, and above that of the second by {second}" in text
+    made = json.loads((REAL / "kinds" / "mixture" / "mixture.json").read_text())
+    assert found["mixed"][0]["weight"] == made["weights"][1]
+    assert f"is {made['gap_to_whole_rewrites']['total_variation']:.2f} in total variation" in text
+
+
 def test_what_the_training_on_a_style_guide_estimated_after_each_step() -> None:
     run = REAL / "kinds" / "cells" / "style_guide" / "smollm2" / "align_pro" / "forms" / "seed_0" / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -234,7 +258,7 @@ def test_what_is_added_to_each_kind_of_prompt() -> None:
 def test_the_time_of_make_real_is_that_of_its_cells() -> None:
     cells = [
         REAL / "kinds" / "priors" / "forms" / "cell.json",
-        *(REAL / "kinds" / "cells" / "style_guide").rglob("cell.json"),
+        *(REAL / "kinds" / "cells" / "style_guide").rglob("seed_0/cell.json"),
     ]
     minutes = sum(json.loads(cell.read_text())["seconds"] for cell in cells) / 60
     preset = (ROOT / "launch" / "presets" / "real" / "README.md").read_text(encoding="utf-8")
