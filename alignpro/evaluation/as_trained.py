@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alignpro.config import ModelConfig
-from alignpro.config.jobs import ComparisonConfig
-from alignpro.config.section import Section
+from alignpro.config import ComparisonConfig, ModelConfig, Section
 from alignpro.prompting.meta_prompt import available_meta_prompts
 from alignpro.prompting.model_card import META_PROMPT_FILE
 from alignpro.training.recorded_holdout import keep_holdout, recorded_section

@@ -93,7 +93,7 @@ def test_each_epoch_takes_every_group_once_in_a_new_order() -> None:
 
 @pytest.mark.parametrize("advantage", ["leave_one_out", "gae"])
 def test_one_optimizer_step_per_minibatch_and_epoch(advantage: str, tmp_path: Path) -> None:
-    objective = {"loss": "ppo_clip", "advantage": advantage, "epochs": 3, "minibatches": 2}
+    objective = {"loss": "ppo_clip", "advantage": advantage, "epochs": 3, "minibatches": 2, "step_kl": None}
     training = World().training(objective, 2, tmp_path, steps=4, learning_rate=0.01, schedule="linear")
     training.step(0)
     assert training.updates == 6
@@ -149,7 +149,7 @@ def test_normalizing_by_token_is_a_mean_over_tokens() -> None:
 
 
 def test_nothing_is_clipped_before_the_policy_has_moved(tmp_path: Path) -> None:
-    objective = {"loss": "ppo_clip", "clip_range": 0.01}
+    objective = {"loss": "ppo_clip", "clip_range": 0.01, "step_kl": None}
     once = World().training(objective, 8, tmp_path, learning_rate=0.05).step(0)
     assert once["clip_fraction"] == 0
     assert once["old_policy_kl"] == pytest.approx(0, abs=1e-12)
