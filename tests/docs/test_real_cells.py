@@ -263,3 +263,26 @@ def test_the_time_of_make_real_is_that_of_its_cells() -> None:
     minutes = sum(json.loads(cell.read_text())["seconds"] for cell in cells) / 60
     preset = (ROOT / "launch" / "presets" / "real" / "README.md").read_text(encoding="utf-8")
     assert len(cells) == 8 and f"one task: {minutes:.0f} minutes on two cores" in preset
+
+
+def test_what_the_dial_and_refusals_have() -> None:
+    found = json.loads((REAL / "kinds" / "dial_and_refusals.json").read_text())
+    dial, judging = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("mixtures.md", "judging.md"))
+    for name in ("dial_0.25", "dial_0.5", "dial_0.75", "align_pro", "dial_1.25"):
+        arm = found[name]
+        low, high = arm["ci95"]
+        assert f" | {arm['mean']:.3f} [{low:.3f}, {high:.3f}] | {arm['kl']:.2f} |" in dial
+    refusals = found["refusals"]
+    assert (
+        refusals["harmful"]["prompts"] == 96
+        and "Align-Pro lowers refusals of harmful prompts" in refusals["warnings"][0]
+    )
+    for name in ("no_finetuning", "instruction_one_sentence", "sft_prompter", "align_pro"):
+        arm, harmless = (refusals[kind]["arms"][name] for kind in ("harmful", "harmless"))
+        cells = (
+            arm["label"],
+            interval(arm["refusal"]),
+            interval(arm["refusal_difference"]),
+            interval(harmless["refusal"]),
+        )
+        assert f"| {' | '.join(cells)} |" in judging
