@@ -184,7 +184,8 @@ def _answer(choice: Any, api: str, model: str, fingerprint: str) -> Answer | Non
             each.get("text") for each in text if isinstance(each, dict) and each.get("type") in ("text", "output_text")
         ]
         text = "".join(each for each in parts if isinstance(each, str)) if parts else text
-    if text is None and reason not in ("tool_calls", "function_call"):
+    calls = reason in ("tool_calls", "function_call") or message.get("tool_calls") or message.get("function_call")
+    if text is None and not calls:
         text = ""  # all its tokens were spent on reasoning, or it ended at once
     return Answer(text, ended, reasoning, model, fingerprint) if isinstance(text, str) else None
 

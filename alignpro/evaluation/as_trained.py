@@ -41,8 +41,9 @@ def as_trained(
         if prompting is None:
             continue
         prompting = dict(prompting)
-        if prompting.get("meta_prompt") not in (None, *available_meta_prompts()):
-            prompting["meta_prompt"] = str(run / "model" / META_PROMPT_FILE)  # a copy of the file that it was then
+        copy = run / "model" / META_PROMPT_FILE
+        if prompting.get("meta_prompt") not in (None, *available_meta_prompts()) and copy.is_file():
+            prompting["meta_prompt"] = str(copy)  # of the file as it was then
         filled["prompting"] = _filled(config.prompting, prompting, "prompting", run)
         filled["rewrite"] = _filled(config.rewrite, rollout.get("rewrite", {}), "rewrite", run)
         filled["respond"] = _filled(config.respond, rollout.get("respond", {}), "respond", run)

@@ -120,6 +120,7 @@ def test_choices_come_in_the_order_of_their_index() -> None:
             Answer("ab", "stop", "", "m-1", "f"),
         ),
         (choice(content=[{"type": "image"}]), None),
+        (choice(content=None, tool_calls=[{"id": "1"}]), None),
         (choice(content=5), None),
         (choice(content=["a"]), None),
         (choice(finish_reason=None), None),
