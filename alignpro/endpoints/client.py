@@ -49,6 +49,28 @@ class Reply:
     body: bytes = field(repr=False)
 
 
+def read_secret(server: str, variable: str, key: str) -> str:
+    """A secret of the environment.
+
+    Args:
+        server: What messages name.
+        variable: The variable.
+        key: Of the configuration, which names it.
+
+    Raises:
+        EndpointError: It is not set, or holds what no header may.
+    """
+    value = os.environ.get(variable, "").strip()
+    if not value.isprintable():
+        raise EndpointError(
+            f"{server}: the environment variable {variable}, named by {key}, holds a line break or another character that no "
+            "header may have"
+        )
+    if not value:
+        raise EndpointError(f"{server}: the environment variable {variable}, named by {key}, is not set")
+    return value
+
+
 class HttpClient:
     """Sends requests to one server, each over a connection of its own, which is used again.
 
@@ -97,16 +119,7 @@ class HttpClient:
         return f"HttpClient({self._config.base_url})"
 
     def _secret(self, variable: str, key: str) -> str:
-        value = os.environ.get(variable, "").strip()
-        if not value.isprintable():
-            raise EndpointError(
-                f"{self._config.base_url}: the environment variable {variable}, named by {key}, holds a line break or another "
-                "character that no header may have"
-            )
-        if not value:
-            raise EndpointError(
-                f"{self._config.base_url}: the environment variable {variable}, named by {key}, is not set"
-            )
+        value = read_secret(self._config.base_url, variable, key)
         self._secrets.append(value)
         return value
 

@@ -60,7 +60,7 @@ from alignpro.theory.statistics import Clusters, finite, gap_recovered
 from alignpro.training.durability import disk_errors
 from alignpro.training.loggers.jsonl import read_rows
 from alignpro.training.recorded_holdout import trained_on_note
-from alignpro.training.run_directory import RUN_ID
+from alignpro.training.run_directory import refuse_run
 from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,7 @@ def prepare_directory(out: Path, marker: str) -> Path:
     Raises:
         TrainingError: The directory contains a result or a training run, or cannot be created.
     """
-    if (out / RUN_ID).exists():
-        raise TrainingError(f"{out}: holds a training run, whose files would be overwritten; choose another `out`")
+    refuse_run(out)
     if (out / marker).exists():
         raise TrainingError(f"{out / marker}: already exists; choose another `out`, or remove it")
     try:

@@ -14,7 +14,7 @@ from alignpro.experiments.cell_jobs import Job
 from alignpro.experiments.cells import Cell
 from alignpro.training.durability import replace_text
 from alignpro.training.resume import differences
-from alignpro.training.run_directory import RUN_ID
+from alignpro.training.run_directory import refuse_run
 
 _LOCK = "experiment.lock"
 
@@ -26,8 +26,7 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         TrainingError: Another process does, it is that of a training run, or it cannot be written.
     """
-    if (out / RUN_ID).exists():
-        raise TrainingError(f"{out}: holds a training run, whose files would be overwritten; name another `out`")
+    refuse_run(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / _LOCK).open("a+")

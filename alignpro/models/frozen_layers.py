@@ -41,13 +41,8 @@ def replace_frozen_layers(model: PreTrainedModel, name: str) -> None:
         return
     rounded = narrow and cpp_library.rounds_states()
     if not agree(_states(model), plain, model, torch.bfloat16 if rounded else torch.float32):
-        restore_frozen_layers(model)
+        restore_modules(model)
         logger.warning("%s runs as transformers has it: packed layers would compute something else", name)
-
-
-def restore_frozen_layers(model: nn.Module) -> None:
-    """Undo `replace_frozen_layers`, for a model whose weights are gathered for each pass."""
-    restore_modules(model)
 
 
 def _states(model: PreTrainedModel) -> Tensor:

@@ -87,6 +87,12 @@ class _Forwarding:
         if self._service.tokens is not None:
             self._service.tokens.require(first(scope["headers"], b"authorization"))
 
+    def _require_model(self, named: Any) -> None:
+        """Refuse another model than the one that is served, if that is the only one."""
+        only = self._service.target.model
+        if only is not None and named not in (None, only):
+            raise Refusal(404, f"The model is not served: ask for {only}.", "model_not_found", "model")
+
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         exchange: Exchange = scope["exchange"]
         declared = first(scope["headers"], b"content-length")
@@ -156,9 +162,7 @@ class Rewritten(_Forwarding):
     def _note(self, scope: Scope, document: Document) -> None:
         exchange: Exchange = scope["exchange"]
         exchange.model, exchange.is_stream = document.body.get("model"), bool(document.body.get("stream"))
-        only = self._service.target.model
-        if only is not None and exchange.model not in (None, only):
-            raise Refusal(404, f"The model is not served: ask for {only}.", "model_not_found", "model")
+        self._require_model(exchange.model)
         user = (document.body.get("user") or "").encode("utf-8", "surrogatepass")
         user = user or bearer_token(first(scope["headers"], b"authorization"))
         exchange.user = sha256(user).hexdigest()[:32] if user else None
@@ -222,17 +226,14 @@ class Passed(_Forwarding):
 
     def _check_model(self, body: bytes, encoding: bytes | None) -> None:
         """Refuse a request in JSON for another model than the one that is served."""
-        only = self._service.target.model
-        if only is None or not body:
+        if self._service.target.model is None or not body:
             return
         plain = decompress(body, (encoding or b"").strip().lower(), self._service.config.limits)
         try:
             asked = json.loads(plain)
         except (ValueError, RecursionError):
             return  # a file that is sent, for example: it is the target's to say
-        named = asked.get("model") if isinstance(asked, dict) else None
-        if named not in (None, only):
-            raise Refusal(404, f"The model is not served: ask for {only}.", "model_not_found", "model")
+        self._require_model(asked.get("model") if isinstance(asked, dict) else None)
 
 
 async def _answer(send: Send, status: int, body: bytes, kind: bytes = b"application/json") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator
@@ -13,7 +12,7 @@ from urllib.parse import quote, urlsplit
 import httpcore2
 
 from alignpro.config import ServeConfig
-from alignpro.endpoints.client import IDLE_SECONDS, REFERENCE
+from alignpro.endpoints.client import IDLE_SECONDS, REFERENCE, read_secret
 from alignpro.endpoints.sockets import Network
 from alignpro.errors import EndpointError
 from alignpro.serving.contract import Api, TargetFailure, TargetRequest, TargetResponse
@@ -179,28 +178,16 @@ class HttpTarget:
 
 
 def _own_headers(config: ServeConfig) -> list[tuple[bytes, bytes]]:
-    headers = dict(config.extra_headers)
+    headers, server = dict(config.extra_headers), f"target {config.url}"
     for name, value in headers.items():
         if value.startswith(REFERENCE):
-            headers[name] = _secret(config, value.removeprefix(REFERENCE), f"extra_headers.{name}")
+            headers[name] = read_secret(server, value.removeprefix(REFERENCE), f"extra_headers.{name}")
     if config.api_key_env is not None:
-        headers["authorization"] = f"Bearer {_secret(config, config.api_key_env, 'api_key_env')}"
+        headers["authorization"] = f"Bearer {read_secret(server, config.api_key_env, 'api_key_env')}"
     try:
         return [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
     except UnicodeEncodeError:
         raise EndpointError(f"target {config.url}: a header or the key holds characters other than ASCII") from None
-
-
-def _secret(config: ServeConfig, variable: str, key: str) -> str:
-    value = os.environ.get(variable, "").strip()
-    if not value.isprintable():
-        raise EndpointError(
-            f"target {config.url}: the environment variable {variable}, named by {key}, holds a line break or another character "
-            "that no header may have"
-        )
-    if not value:
-        raise EndpointError(f"target {config.url}: the environment variable {variable}, named by {key}, is not set")
-    return value
 
 
 def _tls_context(config: ServeConfig) -> ssl.SSLContext:

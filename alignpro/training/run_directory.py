@@ -31,6 +31,16 @@ _RESULTS = ("metrics.jsonl", "samples.jsonl", MEMORY, "checkpoints", "model")
 _OTHER_FILES = (_LOCK, RUN_ID, KNOWN_SERVERS, "config.yaml", "tensorboard", "wandb", "wandb_id")
 
 
+def refuse_run(out: Path) -> None:
+    """Raise if another command's output directory holds a training run.
+
+    Raises:
+        TrainingError: It does.
+    """
+    if (out / RUN_ID).exists():
+        raise TrainingError(f"{out}: holds a training run, whose files would be overwritten; name another `out`")
+
+
 class RunDirectory:
     """A run directory, locked for this process until `close`.
 

@@ -18,7 +18,7 @@ from alignpro.config import ModelConfig, ModelRewardConfig, RewardConfig
 from alignpro.data import Message, Prompt
 from alignpro.errors import ModelError, RewardError
 from alignpro.models.cpu.packed_linear import PackedLinear
-from alignpro.models.frozen_layers import restore_frozen_layers
+from alignpro.models.cpu.replacement import restore_modules
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.rewards import build_reward, encode_conversation
 from alignpro.rewards.model import ModelReward, load_reward_model
@@ -348,7 +348,7 @@ def test_auto_is_float32_where_a_part_has_no_float32_states(tmp_path, byte_token
 def test_layers_are_put_back_where_they_are_gathered_for_each_pass_or_differ(stored_in_bfloat16, monkeypatch, caplog):
     reward = ModelReward(config(stored_in_bfloat16, model={"dtype": "bfloat16"}))
     assert packed(reward)
-    restore_frozen_layers(reward._model)
+    restore_modules(reward._model)
     expected = torch.tensor(reward(PROMPTS, RESPONSES).values)
     assert not packed(reward)
     plain = AutoModelForSequenceClassification.from_pretrained(stored_in_bfloat16, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sharding.gathered_model import GATHERED_BYTES
 from alignpro.distributed.sharding.partition import Partition, buckets
 from alignpro.errors import ConfigError, TrainingError
-from alignpro.models.frozen_layers import restore_frozen_layers
+from alignpro.models.cpu.replacement import restore_modules
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import resolve_device
 from alignpro.models.mixed_model import MixedModel
@@ -72,7 +72,7 @@ class ShardedModels(FrozenModels):
             if isinstance(model, LanguageModel):
                 model.disable_packing()
             else:
-                restore_frozen_layers(model)
+                restore_modules(model)
             self._partitions += _partitions(model.parameters(), device, self._ranks.rank, self._ranks.size)
             self._names.append(config.path)
         return model.to(device)

@@ -173,7 +173,8 @@ class TargetAsker:
                 question.answer.set_result(answers[key])
         except BaseException as error:  # every thread that waits gets it
             for question in calls:
-                question.answer.set_exception(error)
+                if not question.answer.done():
+                    question.answer.set_exception(error)
         with self._lock:
             self._open -= len(calls)
             self._lock.notify_all()
