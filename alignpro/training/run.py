@@ -174,22 +174,6 @@ class Run:
         self._description = config.model_dump(mode="json")
         self.ranks.on_rank_zero(write)
 
-    def checkpoint_ranks(self) -> int | None:
-        """Number of launched ranks that wrote the checkpoint to continue from; None without a launcher or a checkpoint.
-
-        Raises:
-            CheckpointError: The checkpoint cannot be read.
-        """
-
-        def read() -> int | None:
-            if self.start_step not in self.checkpoints.available():
-                return None
-            with _read_errors(self.checkpoints.path(self.start_step)) as directory:
-                ranks: int | None = _read_state(directory)["ranks"]
-                return ranks
-
-        return self.ranks.on_rank_zero(read)
-
     def close(self) -> None:
         """Unlock the directory for other processes."""
         if self._directory is not None:
