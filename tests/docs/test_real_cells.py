@@ -70,6 +70,7 @@ def test_the_readme_has_those_of_the_style_guide() -> None:
         (REAL / "classes", "additions"),
         (REAL / "whole" / "classes", "house_style"),
         (REAL / "kinds" / "classes", "style_guide"),
+        (REAL / "kinds" / "classes", "question_or_request"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
