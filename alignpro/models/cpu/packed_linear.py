@@ -63,7 +63,8 @@ class PackedWeights:
 
     def invalidate(self) -> None:
         """Discard the packed weights and free their memory, because the weights have changed."""
-        # In-place changes are detected without this; a partitioned weight that is rebuilt in the same memory is not.
+        # Changes that PyTorch counts, such as an optimizer's, are detected without this. It does not count those through
+        # `weight.data`, nor of a partitioned weight that is rebuilt in the same memory.
         self._panels.clear()
         self.derived.clear()
 
