@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from alignpro.theory.statistics import (
     Clusters,
@@ -95,6 +96,21 @@ def test_a_judge_that_always_wins_has_a_rate_with_an_interval_and_a_test():
     assert found.win_rate.low > 0.9
     assert found.win_rate.p_value == 0.5**49
     assert 0.9 < found.length_controlled.rate.value < 1
+
+
+@pytest.mark.parametrize(
+    "clusters", [Clusters.single(20), Clusters(np.repeat(range(10), 2).tolist())], ids=["single", "two"]
+)
+def test_more_wins_are_never_worse_evidence_and_the_test_agrees_with_the_interval(clusters):
+    rates = []
+    for wins in range(10, 21):
+        verdicts = np.arange(20) < wins
+        rates.append(judgement_statistics(judged(verdicts, verdicts, clusters=clusters)).win_rate)
+    assert all((each.p_value < 0.05) == (each.low > 0.5) for each in rates)
+    p_values = [each.p_value for each in rates]
+    if clusters.independent:
+        assert p_values == sorted(p_values, reverse=True)
+        assert p_values == pytest.approx([scipy.stats.binomtest(wins, 20).pvalue for wins in range(10, 21)])
 
 
 def test_pairs_of_one_prompt_are_not_independent():
@@ -225,6 +241,11 @@ class TestKappa:
         found = cohen_kappa([1, 1], [1, 1], Clusters.single(2))
         assert math.isnan(found.value)
         assert "one and the same outcome" in found.not_estimable
+
+    def test_judges_that_agree_everywhere_have_no_interval(self):
+        found = cohen_kappa([1] * 5 + [-1] * 5, [1] * 5 + [-1] * 5, Clusters.single(10))
+        assert found.value == 1.0
+        assert found.not_estimable == "both judges agree on every pair"
 
     def test_a_tie_and_a_disagreement_are_one_outcome(self):
         assert outcomes(judged([1, 0, 0.5, 1, 0.5], [1, 0, 0.5, 0, 1])).tolist() == [1, -1, 0, 0, 0]
