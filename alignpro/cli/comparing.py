@@ -24,7 +24,7 @@ def evaluate(arguments: EvaluationArguments, dry_run: DryRun = False) -> None:
     """Compare trained models on held-out prompts.
 
     Arms: no fine-tuning, the prompter before and after training, Gibbs resampling, and RLHF of the target. Writes
-    summary.json, samples.jsonl, figure.png and report.html.
+    summary.json, rewards.json, samples.jsonl, figure.png and report.html; `alignpro report` reads the first two.
     """
     from alignpro.config import EvalConfig
 
