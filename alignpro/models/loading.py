@@ -24,6 +24,7 @@ from alignpro.models.mixture_files import MIXTURE_FILE, Mixture, read_mixture
 from alignpro.models.peft_types import is_peft_model
 from alignpro.models.pickled_files import describe_refusal
 from alignpro.models.saving import BASE_DIRECTORY
+from alignpro.models.unused_weights import refuse_other_model
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
 
@@ -229,6 +230,7 @@ def load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedMo
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
+        refuse_other_model(model, report["unexpected_keys"])
     settle_dtype(model, config)
     return model.to(resolve_device(config.device))
 

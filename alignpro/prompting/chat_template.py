@@ -111,6 +111,11 @@ class ChatTemplate:
         return [*self._text.encode(escaped, continues=True), self.end_token_id]
 
     @property
+    def variables(self) -> dict[str, Any]:
+        """The variables that the template is given here and that it uses: without reasoning, and a date that does not change."""
+        return {name: value for name, value in _TEMPLATE_VARIABLES.items() if name in self.template}
+
+    @property
     def generation_prompt(self) -> list[int]:
         """The ids that open the assistant's turn, at the end of what `encode` returns.
 

@@ -47,7 +47,7 @@ def sft_pairs(config: SFTConfig) -> list[Prompt]:
     """
     form = config.prompting.form
     moves = None if config.data.moves is None else load_moves(config.data.moves).of_form(form)
-    prompts = load_prompts(config.data, require=config.required_fields).prompts
+    prompts = load_prompts(config.data, require=config.required_fields, distinct_by=(config.task,)).prompts
     if config.task == "rewrite" and form == "addition":
         prompts = _without_other_rewrites(prompts, keep_prompts=moves is not None)
     if moves is None:
@@ -97,7 +97,7 @@ class SFTTrainer:
         if config.policy.gradient_checkpointing:
             self.model.causal.gradient_checkpointing_enable(self.model.checkpoint_options)
         tokenizer = self.model.tokenizer
-        self.prompter = PrompterTemplate(tokenizer, config.prompting)
+        self.prompter = PrompterTemplate(tokenizer, config.prompting, stop_token_ids=self.model.end_token_ids)
         self.chat = ChatTemplate(tokenizer, config.policy.chat_template)
         prompts = filter_overlong_prompts(
             prompts, self._encode_prompt, self._max_prompt_tokens, input_name="the model's input, beside a completion"
