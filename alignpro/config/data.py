@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from alignpro.config.section import Section
+from alignpro.config.section import Section, default_of
 
 
 class DataConfig(Section):
@@ -68,6 +68,13 @@ class SFTDataConfig(DataConfig):
     """Share of these pairs whose rewrite is the prompt itself."""
     joined: float = Field(0.0, ge=0, le=1)
     """Share of the other ones whose rewrite makes two different moves, one after the other."""
+
+    @model_validator(mode="after")
+    def _check_moves(self) -> Self:
+        own = ("moves_per_prompt", "copies", "joined")
+        if self.moves is None and (given := [key for key in own if getattr(self, key) != default_of(self, key)]):
+            raise ValueError(f"{', '.join(given)} without `moves`, of which pairs would be made: name a bank of moves")
+        return self
 
 
 RewriteForm = Literal["whole", "addition"]
