@@ -23,6 +23,7 @@ from alignpro.config import (
     RewardModelConfig,
     RLHFConfig,
     SFTConfig,
+    SFTDataConfig,
     TrainConfig,
     dump_config,
     load_config,
@@ -117,6 +118,17 @@ def test_a_column_of_metadata_can_be_given_on_the_command_line(tmp_path: Path) -
     config = load_config(DataConfig, [base, "columns.metadata.topic=kind", "columns.metadata.answer=label"])
     assert config.columns == {"prompt": "q", "metadata.answer": "label", "metadata.topic": "kind"}
     assert load_config(DataConfig, [written(tmp_path / "dumped.yaml", dump_config(config))]) == config
+
+
+def test_keys_without_effect_are_refused(train_yaml: str) -> None:
+    assert "rank, alpha without kind: no adapter is added" in problem(
+        train_yaml, "policy.adapter.rank=4", "policy.adapter.alpha=8"
+    )
+    load_config(TrainConfig, [train_yaml, "policy.adapter.rank=4", "policy.adapter.kind=lora"])
+    data: dict[str, Any] = {"source": "x.jsonl", "copies": 0.2}
+    with pytest.raises(ConfigError, match="copies without `moves`"):
+        validate_config(SFTDataConfig, data)
+    validate_config(SFTDataConfig, data | {"moves": "default"})
 
 
 def test_a_value_that_yaml_takes_for_missing_is_refused(train_yaml: str) -> None:
