@@ -25,8 +25,8 @@ from alignpro.config import (
     TargetEndpointConfig,
     TrainConfig,
 )
+from alignpro.data import cluster_labels
 from alignpro.data.loading import check_source
-from alignpro.data.splits import cluster_labels
 from alignpro.endpoints.client import HttpClient
 from alignpro.environments.build import environment_kind
 from alignpro.environments.prompt import PromptEnvironment

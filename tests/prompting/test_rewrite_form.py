@@ -99,7 +99,8 @@ def test_moves_that_are_additions_to_some_prompts_alone(tmp_path: Path, caplog: 
 def sft_config(directory: Path, rewrites: list[str], moves: str | None) -> SFTConfig:
     rows = [{"prompt": f"q{i}", "rewrite": text} for i, text in enumerate(rewrites)]
     (directory / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = {"source": str(directory / "data.jsonl"), "moves": moves, "moves_per_prompt": 2, "copies": 0.0}
+    data = {"source": str(directory / "data.jsonl")}
+    data |= {} if moves is None else {"moves": moves, "moves_per_prompt": 2, "copies": 0.0}
     prompting = {"form": "addition"}
     content = {"run": {"out": "out"}, "data": data, "policy": {"path": "model"}, "prompting": prompting}
     return validate_config(SFTConfig, content)
