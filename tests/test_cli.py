@@ -358,6 +358,12 @@ def test_interrupts_end_a_command_quietly(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_a_weight_of_a_trained_run_is_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = ("--trained", "0.5=a", "--trained", "0.50=b")
+    assert run("pareto", "x", "y", *trained, "--out", str(tmp_path / "out")) == 1
+    assert "--trained 0.50=b: a has this weight already" in words(capsys.readouterr().err)
+
+
 def test_at_needs_resume(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert workshop.run("train", tmp_path / "run", "--at", "2") == 1
     assert "error: --at names the checkpoint to continue from: it requires --resume\n" in capsys.readouterr().err
