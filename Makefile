@@ -36,7 +36,7 @@ $(STAMP): requirements/install.sh requirements/cpu.txt requirements/gpu.txt requ
 	@touch $@
 
 demo: OUT ?= runs/demo
-demo: $(STAMP) ## train on the built-in toy task, compare, and write OUT/report.html (three to five minutes on two cores)
+demo: $(STAMP) ## train on the built-in toy task, compare, and write OUT/report.html (minutes on two cores)
 	$(BIN)/alignpro demo --out '$(OUT)'
 
 test: $(STAMP) ## run the tests, without those marked slow

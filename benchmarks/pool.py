@@ -61,7 +61,7 @@ def needed_bytes(workload: Workload, itemsize: int, *, chain: bool = True) -> in
 
 def kv_bytes(shape: ModelShape, itemsize: int) -> int:
     """Return the bytes of one token's keys and values."""
-    return 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * itemsize
+    return 2 * shape.layers * shape.kv_heads * shape.head_width * itemsize
 
 
 def _rounded(tokens: int) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,11 +23,15 @@ from alignpro.cli import main
 from alignpro.cli.output import StandardErrorHandler, show_warnings_only
 from alignpro.config import (
     EvalConfig,
+    ExperimentConfig,
+    HeadroomConfig,
     OptimalConfig,
     RewardModelConfig,
+    RivalConfig,
     RLHFConfig,
     Section,
     SFTConfig,
+    SweepConfig,
     TrainConfig,
     load_config,
     validate_config,
@@ -72,6 +78,31 @@ def test_help_of_a_training_command_says_how_to_configure_resume_and_try(
         "--at STEP With --resume: continue from the checkpoint of this step",
     ):
         assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("train", TrainConfig),
+        ("eval", EvalConfig),
+        ("headroom", HeadroomConfig),
+        ("optimal", OptimalConfig),
+        ("experiment", ExperimentConfig),
+        ("sweep", SweepConfig),
+        ("rival", RivalConfig),
+    ],
+)
+def test_the_overrides_in_a_command_s_help_are_keys_of_its_own(
+    command: str, kind: type[Section], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, "--help") == 0
+    shown = words(capsys.readouterr().out)
+    overrides = re.search(r"base.yaml mine.yaml (\S+=\S+) (\S+=\S+)\. docs/\w+\.md explains", shown)
+    assert overrides
+    for override in overrides.groups():
+        section: Any = kind
+        for name in override.partition("=")[0].split("."):
+            section = section.model_fields[name].annotation
 
 
 @pytest.mark.parametrize("command", [*WITH_CONFIG, "rewrite", "demo"])
@@ -325,6 +356,12 @@ def test_interrupts_end_a_command_quietly(tmp_path: Path) -> None:
     for program in (loading, working, cleaning):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_weight_of_a_trained_run_is_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = ("--trained", "0.5=a", "--trained", "0.50=b")
+    assert run("pareto", "x", "y", *trained, "--out", str(tmp_path / "out")) == 1
+    assert "--trained 0.50=b: a has this weight already" in words(capsys.readouterr().err)
 
 
 def test_at_needs_resume(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

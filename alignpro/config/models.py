@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from alignpro.config.section import Section
+from alignpro.config.section import Section, default_of
 
 
 class AdapterConfig(Section):
@@ -34,6 +34,9 @@ class AdapterConfig(Section):
             )
         if self.invocation is not None and not (self.activated and self.invocation):
             raise ValueError("`invocation` is the text from which an activated LoRA acts: it needs activated=true")
+        own = ("rank", "alpha", "dropout", "target_modules", "virtual_tokens", "init_text")
+        if self.kind is None and (given := [key for key in own if getattr(self, key) != default_of(self, key)]):
+            raise ValueError(f"{', '.join(given)} without kind: no adapter is added: set kind to lora or soft_prompt")
         return self
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -29,3 +29,8 @@ class Section(BaseModel):
     """A section of the configuration: immutable, rejects unknown keys, and requires finite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def default_of(section: Section, key: str) -> Any:
+    """The value of a key that is not given."""
+    return type(section).model_fields[key].default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -70,7 +71,7 @@ def lookup(row: Mapping[str, Any], path: str) -> Any:
     for part in path.split("."):
         if isinstance(value, Mapping) and part in value:
             value = value[part]
-        elif isinstance(value, list) and part.lstrip("-").isdecimal() and -len(value) <= int(part) < len(value):
+        elif isinstance(value, list) and re.fullmatch(r"-?\d+", part) and -len(value) <= int(part) < len(value):
             value = value[int(part)]
         else:
             return MISSING
@@ -152,11 +153,11 @@ def to_prompt(row: Mapping[str, Any], mapping: Mapping[str, str], source: str) -
     values = {field: None if value is MISSING else value for field, value in values.items()}
     chosen = read_answer(values.get("chosen"), "chosen")
     rejected = read_answer(values.get("rejected"), "rejected")
-    response = read_answer(values.get("response"), "response")
+    response = _response(values.get("response"))
     if "messages" in mapping:
         turns = read_conversation(values["messages"], "messages")
         if "response" not in mapping and "chosen" not in mapping and turns and turns[-1].role == "assistant":
-            turns, response = turns[:-1], read_answer(turns[-1].content, "messages")
+            turns, response = turns[:-1], turns[-1].content if turns[-1].content.strip() else None
     elif "prompt" in mapping:
         turns = _with_context(
             read_conversation(values["prompt"], "prompt"), read_text(values.get("context"), "context")
@@ -168,12 +169,20 @@ def to_prompt(row: Mapping[str, Any], mapping: Mapping[str, str], source: str) -
     return Prompt(
         _checked(turns, read_text(values.get("system"), "system")),
         rewrite=read_text(values.get("rewrite"), "rewrite"),
-        response=response.text if response else None,
+        response=response,
         chosen=chosen.text if chosen else None,
         rejected=rejected.text if rejected else None,
         metadata=_metadata(values),
         source=source,
     )
+
+
+def _response(value: Any) -> str | None:
+    """Read a response: a string as it is, even if it looks like a transcript, or the last turn of messages."""
+    if isinstance(value, str):
+        return read_text(value, "response")
+    answer = read_answer(value, "response")
+    return answer.text if answer else None
 
 
 def _with_context(turns: tuple[Message, ...], context: str | None) -> tuple[Message, ...]:

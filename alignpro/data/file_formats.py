@@ -119,10 +119,14 @@ def _json_row(location: str, line: bytes) -> Row:
     except UnicodeDecodeError as error:
         return Row(location, problem=f"not UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
-        return Row(location, problem=f"not valid JSON: {error.msg} at column {error.colno}")
+        return Row(location, problem=f"not valid JSON: {_where(error)}")
     except (ValueError, RecursionError) as error:
         return Row(location, problem=f"not valid JSON: {error}")
     return _object_row(location, values)
+
+
+def _where(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"  # two of its messages end with "at"
 
 
 def _json_object(path: Path, content: bytes) -> list[Row] | None:
@@ -141,7 +145,7 @@ def _json_object(path: Path, content: bytes) -> list[Row] | None:
         items = value.get(key)
         if isinstance(items, list) and items and all(isinstance(item, dict) for item in items):
             return [Row(f"{path}:{key} row {number}", item) for number, item in enumerate(items, start=1)]
-    return None if content.strip().count(b"\n") == 0 else [Row(f"{path}:row 1", value)]
+    return [Row(f"{path}:row 1", value)] if re.search(rb"[\r\n]", content.strip()) else None
 
 
 def _json_array(path: Path, content: bytes) -> list[Row]:
@@ -151,7 +155,7 @@ def _json_array(path: Path, content: bytes) -> list[Row]:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {_where(error)}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}") from error
     return [_object_row(f"{path}:row {number}", item) for number, item in enumerate(items, start=1)]
@@ -194,6 +198,8 @@ def _parse_csv(path: Path, text: io.StringIO, delimiter: str) -> Table:
         header = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{path}:1: not a valid CSV header: {error}") from error
+    if not _is_utf8(header):
+        raise DataError(f"{path}:1: the column names are not UTF-8; write the file as UTF-8 (iconv -t UTF-8)")
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
         raise DataError(f"{path}:1: two columns have the same name: {', '.join(sorted(repeated))}")
@@ -217,12 +223,19 @@ def _parse_csv(path: Path, text: io.StringIO, delimiter: str) -> Table:
 def _csv_row(location: str, header: list[str], cells: list[str]) -> Row:
     if len(cells) != len(header):
         return Row(location, problem=f"{len(cells)} cells, the header has {len(header)}")
+    if not _is_utf8(cells):
+        return Row(location, problem="not UTF-8")
+    return Row(location, dict(zip(header, cells, strict=True)))
+
+
+def _is_utf8(cells: list[str]) -> bool:
+    """Whether the bytes that the cells were read from are UTF-8; others have become lone surrogates."""
     try:
         for cell in cells:
             cell.encode("utf-8")
     except UnicodeEncodeError:
-        return Row(location, problem="not UTF-8")
-    return Row(location, dict(zip(header, cells, strict=True)))
+        return False
+    return True
 
 
 def _read_parquet(path: Path, content: bytes) -> Table:

@@ -56,19 +56,20 @@ class _Source:
     """Number of expected bad rows, allowed in addition to the configured limit."""
 
 
-def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
+def load_prompts(config: DataConfig, *, require: Sequence[str] = (), distinct_by: Sequence[str] = ()) -> DataSet:
     """Load the prompts specified by ``config``.
 
     The number of rows kept and the first bad rows are logged.
 
-    Two rows are duplicates if their conversations and all required fields are equal. So with ``require=("rewrite",)`` a
-    prompt may occur with several rewrites, with ``("chosen", "rejected")`` in several pairs, and without required fields
-    only once.
+    Two rows are duplicates if their conversations and all fields of ``require`` and ``distinct_by`` are equal. So with
+    ``require=("rewrite",)`` a prompt may occur with several rewrites, with ``("chosen", "rejected")`` in several pairs, and
+    with neither only once.
 
     Args:
         config: Preset or files, column mapping, limit.
         require: Fields that every prompt must have: ``rewrite``, ``response``, ``chosen``, ``rejected`` or
             ``metadata.KEY``. A row without one is a bad row.
+        distinct_by: Further fields, which a row may lack, by which rows of a prompt differ.
 
     Raises:
         ConfigError: The column mapping has an unknown field or lacks the prompt.
@@ -78,7 +79,7 @@ def load_prompts(config: DataConfig, *, require: Sequence[str] = ()) -> DataSet:
     unknown = [field for field in require if field not in TEXT_FIELDS and not field.startswith("metadata.")]
     if unknown:
         raise ValueError(f"require={unknown}: expected {', '.join(TEXT_FIELDS)} or metadata.KEY")
-    data = _load(config, require)
+    data = _load(config, require, distinct_by)
     if data.report.bad:
         logger.warning("%s: %s; skipped:\n%s", _names(config), data.report, _quoted(data.report.bad))
     else:
@@ -119,7 +120,8 @@ def check_files(config: DataConfig) -> None:
             _paths(name)
 
 
-def _load(config: DataConfig, require: Sequence[str]) -> DataSet:
+def _load(config: DataConfig, require: Sequence[str], distinct_by: Sequence[str] = ()) -> DataSet:
+    key_fields = (*require, *distinct_by)
     prompts: list[Prompt] = []
     seen: set[tuple[str, ...]] = set()
     bad: list[str] = []
@@ -135,7 +137,7 @@ def _load(config: DataConfig, require: Sequence[str]) -> DataSet:
                 if len(bad) > max_bad_rows:
                     raise DataError(_too_many(bad, max_bad_rows))
                 continue
-            key = (prompt.id, *(repr(read_field(prompt, field)) for field in require))
+            key = (prompt.id, *(repr(read_field(prompt, field)) for field in key_fields))
             if key not in seen:
                 seen.add(key)
                 prompts.append(prompt)

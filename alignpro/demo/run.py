@@ -24,6 +24,7 @@ from alignpro.distributed.session import distributed_session
 from alignpro.errors import TrainingError
 from alignpro.evaluation.evaluate import evaluate
 from alignpro.training.jobs import train
+from alignpro.training.run_directory import refuse_run
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def run_demo(out: Path, seed: int = 0, *, steps: int | None = None, zero: str = 
         The content of ``summary.json``.
 
     Raises:
-        TrainingError: ``out`` contains a finished demo, or one with another seed.
+        TrainingError: ``out`` contains a finished demo, one with another seed, or files of something else.
     """
     started = time.perf_counter()
     prompter, oracle, comparison = configurations(out, seed, steps, zero)  # these check `out` too
@@ -80,12 +81,22 @@ def _ranks(timeout_seconds: float) -> Iterator[Ranks]:
 
 
 def _write_prompts(out: Path, seed: int) -> None:
+    _refuse_other_files(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{out}: cannot be created: {error}; choose another --out") from error
     world.write_records(out / "prompts.jsonl", world.prompt_records(TRAINING_PROMPTS, seed, heldout=False))
     world.write_records(out / "heldout.jsonl", world.prompt_records(HELDOUT_PROMPTS, seed, heldout=True))
+
+
+def _refuse_other_files(out: Path) -> None:
+    """Raise before anything is written if ``out`` holds something else than an interrupted demo."""
+    refuse_run(out)
+    if out.is_dir() and not (out / "align_pro").is_dir() and (found := sorted(each.name for each in out.iterdir())):
+        raise TrainingError(
+            f"{out}: is not empty and holds no interrupted demo (it has {', '.join(found[:5])}); choose another --out"
+        )
 
 
 def _compare(config: EvalConfig, started: float) -> None:

@@ -74,7 +74,7 @@ def estimate_bound(
         "−(E_ρ R − E_ρ_sft R)": -bound.prompter_gain,
     }
     assert bound.slack_per_prompt is not None  # log-probabilities were given
-    slack = mean_estimate(bound.slack_per_prompt, clusters)
+    slack = mean_estimate(bound.slack_per_prompt, clusters, rewards=False)
     note = (
         f"Estimated from samples without penalties; standard errors of independent prompts {bound.lhs_stderr:.3g} (left) and "
         f"{bound.rhs_stderr:.3g} (right). The reward of the prompter is on both sides, so the slack is the same for every "

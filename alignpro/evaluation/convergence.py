@@ -49,4 +49,5 @@ def convergence(rows: Sequence[Mapping[str, Any]]) -> Convergence | None:
     before, last = values[-2 * window : -window], values[-window:]
     blocks = min(_BLOCKS, window)
     means = [np.array([block.mean() for block in np.array_split(each, blocks)]) for each in (before, last)]
-    return Convergence(max(step for step, _ in rewards), float(last.mean()), mean_estimate(means[1] - means[0]))
+    change = mean_estimate(means[1] - means[0], rewards=False)
+    return Convergence(max(step for step, _ in rewards), float(last.mean()), change)

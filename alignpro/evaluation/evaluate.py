@@ -73,13 +73,18 @@ def evaluate(
     extra: Callable[[], Mapping[str, Any]] = dict,
     servers: Servers | None = None,
 ) -> Evaluation:
-    """Sample all arms, compare them, and write ``summary.json``, ``figure.png``, ``report.html`` and ``samples.jsonl``.
+    """Sample all arms, compare them, and write ``summary.json``, ``rewards.json``, ``samples.jsonl`` and the report.
+
+    The report is ``report.html`` with ``figure.png``; `alignpro report` compares evaluations from the first two files.
 
     Args:
         config: The arms, the prompts, the target and the reward: as an `EvalConfig`, a mapping, the path of a YAML file, or
             a list of files and overrides.
         extra: Called after all results are computed; the entries it returns are added to the summary or replace its own.
         servers: The target's server, if it is open already.
+
+    Returns:
+        The arms with their estimates and rewards, as the files have them; ``out`` is in the configuration.
 
     Raises:
         TrainingError: The output directory already contains an evaluation.
@@ -287,12 +292,21 @@ def _server_notes(target: Target, trained: Trained, config: EvalConfig) -> list[
 def _notes(config: EvalConfig, arms: Sequence[ArmSummary]) -> list[str]:
     """What the numbers do not show by themselves."""
     notes = []
-    greedy = {"Align-Pro": config.rewrite, "the oracle": config.respond}
-    if names := [name for name, sampling in greedy.items() if sampling.temperature == 0]:
+    trained = {"Align-Pro": config.rewrite, "the oracle": config.respond}
+    if names := [name for name, sampling in trained.items() if sampling.temperature == 0]:
         notes.append(
             f"The samples of {' and '.join(names)} are greedy, and a greedy policy has no finite KL: the KL is that of the "
             "models at temperature 1, along the greedy samples."
         )
+    measured = {"Align-Pro": config.prompter, "the oracle": config.oracle}
+    for name, sampling in trained.items():
+        cuts = {"top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1, "min_p": sampling.min_p > 0}
+        filters = [key for key, acts in cuts.items() if acts]
+        if filters and sampling.temperature > 0 and measured[name] is not None:
+            notes.append(
+                f"The samples of {name} are filtered ({', '.join(filters)}): their KL is that of the models without "
+                "filters, along the filtered samples."
+            )
     if all(arm.binary for arm in arms):
         notes.append(
             "All rewards are 0 or 1: their total variance is p(1 − p) of the mean and adds nothing to it; its parts do."

@@ -40,11 +40,11 @@ def gibbs_estimates(
     return GibbsEstimates(
         candidates=weighed.weights.shape[1],
         log_partition=weighed.value.mean().item(),
-        lower_bound=mean_estimate(lower, clusters),
-        inflation=mean_estimate(weighed.value - lower, clusters),
+        lower_bound=mean_estimate(lower, clusters, rewards=False),
+        inflation=mean_estimate(weighed.value - lower, clusters, rewards=False),
         effective_sample_size=weighed.effective_sample_size.mean().item(),
         kl=weighed.kl.mean().item(),
-        split=mean_estimate(split_log_partition(rewards, kl_coef), clusters)
+        split=mean_estimate(split_log_partition(rewards, kl_coef), clusters, rewards=False)
         if rewards is not None and halves
         else None,
         noise_variance=noise_variance(rewards) if rewards is not None and halves else None,

@@ -212,7 +212,7 @@ def _result(
                 "series": each.series,
                 "weight": each.weight,
                 "rewards": [mean_estimate(values, clusters).as_dict() for values in each.rewards],
-                "kl": mean_estimate(each.kl, clusters).as_dict(),
+                "kl": mean_estimate(each.kl, clusters, rewards=False).as_dict(),
             }
             for each in measured
         ],
@@ -220,7 +220,7 @@ def _result(
             {
                 "weight": each.weight,
                 "weighted_reward": paired_estimate(mixtures[each.weight].weighted, each.weighted, clusters).as_dict(),
-                "kl": paired_estimate(mixtures[each.weight].kl, each.kl, clusters).as_dict(),
+                "kl": mean_estimate(mixtures[each.weight].kl - each.kl, clusters, rewards=False).as_dict(),
             }
             for each in measured
             if each.series == TRAINED

@@ -160,6 +160,6 @@ def _analysis(group: str, pairs: Sequence[_Pair]) -> Analysis:
 def _point(pair: _Pair, each: MethodRecords) -> FrontierPoint:
     return FrontierPoint(
         f"s = {pair.strength:g}",
-        mean_over_seeds(_kl(each), each.clusters),
+        mean_over_seeds(_kl(each), each.clusters, rewards=False),
         mean_over_seeds(each.rewards, each.clusters),
     )

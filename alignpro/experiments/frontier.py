@@ -78,7 +78,7 @@ def _series(config: ExperimentConfig, methods: Sequence[MethodRecords]) -> dict[
         if each.method.partition(":")[0] == "sft_prompter":
             series.setdefault(each.label, []).append(FrontierPoint(each.label, Estimate(0.0, _NO_KL), reward))
         elif each.kl is not None and each.prompter is not None:
-            kl = mean_over_seeds(each.kl, each.clusters)
+            kl = mean_over_seeds(each.kl, each.clusters, rewards=False)
             series.setdefault(_name(config, each), []).append(FrontierPoint(each.label, kl, reward))
     return series
 

@@ -39,6 +39,11 @@ def add_adapter(language_model: LanguageModel, adapter: AdapterConfig) -> Langua
     model.requires_grad_(full)
     if full:
         return LanguageModel(model, language_model.tokenizer, language_model.name)
+    if adapter.kind == "soft_prompt" and adapter.virtual_tokens > language_model.context_length - 2:
+        raise ModelError(
+            f"model {language_model.name}: policy.adapter.virtual_tokens={adapter.virtual_tokens} leaves no room for prompt and "
+            f"answer in its context of {language_model.context_length} tokens; lower it"
+        )
     try:
         wrapped = get_peft_model(model, _peft_config(adapter, language_model))
     except (ValueError, OSError) as error:

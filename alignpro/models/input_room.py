@@ -7,6 +7,8 @@ from transformers import AutoConfig
 from alignpro.config import ModelConfig, SamplingConfig
 from alignpro.errors import ConfigError
 from alignpro.models.language_model import LanguageModel
+from alignpro.models.loading import stored_context
+from alignpro.models.mixture_files import read_mixture
 
 
 def max_input_tokens(model: LanguageModel, sampling: SamplingConfig, whose: str, key: str) -> int:
@@ -34,6 +36,17 @@ def max_input_tokens_of(config: ModelConfig, sampling: SamplingConfig, whose: st
     loaded = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     context: int = loaded.get_text_config().max_position_embeddings
     return _room(context, config.path, sampling, whose, key)
+
+
+def check_room(config: ModelConfig, sampling: SamplingConfig, whose: str, key: str) -> None:
+    """Check that a model's context leaves room for its input, where its config.json tells the context; nothing is loaded.
+
+    Raises:
+        ConfigError: No tokens are left.
+        ModelError: There is no configuration of the model.
+    """
+    if read_mixture(config.path) is None and (context := stored_context(config)) is not None:
+        _room(context, config.path, sampling, whose, key)
 
 
 def _room(context: int, name: str, sampling: SamplingConfig, whose: str, key: str) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from alignpro.data import Prompt
 from alignpro.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,3 +57,23 @@ def invocation_start(prompt: Sequence[int], invocation: Sequence[int]) -> int:
         f"the prompt does not contain the invocation tokens {list(wanted)}, from which the activated LoRA acts: is it "
         "rendered with the chat template that the adapter was trained with?"
     )
+
+
+def with_invocation(encode: Callable[[Prompt], list[int]], invocation: Sequence[int]) -> Callable[[Prompt], list[int]]:
+    """Return an encoder of prompts that raises a `DataError` for one on which an activated LoRA would not act.
+
+    Args:
+        encode: Prompt → input ids.
+        invocation: The invocation tokens of the LoRA; none for a model without one.
+    """
+
+    def encoded(prompt: Prompt) -> list[int]:
+        ids = encode(prompt)
+        try:
+            if invocation:
+                invocation_start(ids, invocation)
+        except DataError as error:
+            raise DataError(f"policy.adapter.invocation: {error}") from error
+        return ids
+
+    return encoded

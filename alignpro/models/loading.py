@@ -24,6 +24,7 @@ from alignpro.models.mixture_files import MIXTURE_FILE, Mixture, read_mixture
 from alignpro.models.peft_types import is_peft_model
 from alignpro.models.pickled_files import describe_refusal
 from alignpro.models.saving import BASE_DIRECTORY
+from alignpro.models.unused_weights import refuse_other_model
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
 
@@ -72,14 +73,30 @@ def resolve_dtype(config: ModelConfig, *, widened: bool = True) -> torch.dtype:
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     with _loading_errors(config.path):
-        path = config.path
-        while is_adapter(path):
-            path = base_of_adapter(Path(path))
-        stored = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).dtype
+        stored = _stored_config(config).dtype
     if resolve_device(config.device).type != "cpu":
         return stored if stored in DTYPES.values() else torch.float32
     narrow = widened and stored == torch.bfloat16 and no_kernels() is None
     return torch.bfloat16 if narrow else torch.float32
+
+
+def stored_context(config: ModelConfig) -> int | None:
+    """The context of a model that is not loaded, as the config.json of it, or of its adapter's base, tells; None if it does not.
+
+    Raises:
+        ModelError: Its config.json cannot be read.
+    """
+    with _loading_errors(config.path):
+        text = _stored_config(config).get_text_config()
+    found: int | None = getattr(text, "max_position_embeddings", None)
+    return found
+
+
+def _stored_config(config: ModelConfig) -> Any:
+    path = config.path
+    while is_adapter(path):
+        path = base_of_adapter(Path(path))
+    return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 
 def load_language_model(config: ModelConfig) -> LanguageModel:
@@ -229,6 +246,7 @@ def load_causal(config: ModelConfig, *, trainable: bool = False) -> PreTrainedMo
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
+        refuse_other_model(model, report["unexpected_keys"])
     settle_dtype(model, config)
     return model.to(resolve_device(config.device))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from transformers import GenerationConfig
 
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.peft_types import is_peft_model
+from alignpro.prompting.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +27,8 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
     """Write a directory that ``from_pretrained`` (and `load_language_model`) reads: weights or adapter, and tokenizer.
 
     An adapter whose base model exists nowhere else is saved with it, in ``base/``. The adapter names its base model so
-    that it is found from any working directory.
+    that it is found from any working directory. A model's generation configuration names all tokens that end a turn here,
+    so that it ends them elsewhere too.
 
     Raises:
         OSError: The files cannot be written.
@@ -37,10 +41,11 @@ def save_pretrained(language_model: LanguageModel, directory: Path) -> None:
             adapter: Any = model.active_peft_config
             _sort_sets(directory / "adapter_config.json", adapter)
             if adapter.base_model_name_or_path == BASE_DIRECTORY:
-                _save_model(causal, directory / BASE_DIRECTORY, state_dict=_base_weights(model))
+                base = directory / BASE_DIRECTORY
+                _save_model(causal, base, _stop_token_ids(language_model), state_dict=_base_weights(model))
             name_base(directory, directory)
         else:
-            _save_model(model, directory)
+            _save_model(model, directory, _stop_token_ids(language_model))
         language_model.tokenizer.save_pretrained(directory)
     except SafetensorError as error:  # raised, for example, when the disk is full
         raise OSError(f"{directory}: {error}") from error
@@ -63,8 +68,15 @@ def name_base(directory: Path, final: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _save_model(model: Any, directory: Path, **options: Any) -> None:
-    """Write a model with its generation configuration as it is.
+def _stop_token_ids(model: LanguageModel) -> tuple[int, ...]:
+    """The tokens that end a turn: those of the model, and what its chat template writes after an answer."""
+    if not model.tokenizer.chat_template:
+        return model.end_token_ids
+    return ChatTemplate(model.tokenizer, stop_token_ids=model.end_token_ids).stop_token_ids
+
+
+def _save_model(model: Any, directory: Path, ends: Sequence[int], **options: Any) -> None:
+    """Write a model with its generation configuration as it is, but for the tokens that end a turn.
 
     Published ones have settings without effect, with which older versions of transformers load a model and refuse to save it.
     """
@@ -74,7 +86,10 @@ def _save_model(model: Any, directory: Path, **options: Any) -> None:
         model.save_pretrained(directory, **options)
     finally:
         model.generation_config = generation
-    generation.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
+    saved = copy.deepcopy(generation)
+    if ends:
+        saved.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+    saved.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def _base_weights(model: PeftModel) -> dict[str, Tensor]:

@@ -305,7 +305,7 @@ def _reward_bytes(config: ModelConfig) -> tuple[int, int]:
 
 def _packed_bytes(size: ModelSize) -> float:
     """Bytes of the packed copies of a model's linear layers; see `packed_linear`."""
-    linear_bytes = size.linear * size.dtype_bytes
+    linear_bytes = size.packed * size.dtype_bytes
     # On a CPU float32 states are those of float32 weights or of bfloat16 weights.
     most = {dtype.itemsize: limit for dtype, limit in MAX_PACKED_BYTES.items()}.get(size.dtype_bytes, 0)
     return float(linear_bytes) if size.states_bytes == 4 and linear_bytes <= most else 0.0

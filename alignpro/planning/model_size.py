@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from alignpro.config import ModelConfig, PolicyConfig
 from alignpro.errors import ModelError
@@ -28,7 +29,9 @@ class ModelSize:
     head: int
     """Number of elements of the output layer's weight; 0 without one over the vocabulary."""
     linear: int
-    """Number of elements of the linear layers without the head, which have a second layout on a CPU."""
+    """Number of elements of the linear layers without the head; those of GPT-2 are `Conv1D`, with the weight transposed."""
+    packed: int
+    """Number of elements of those that have a second layout on a CPU, which a `Conv1D` has not."""
     layers: int
     hidden: int
     intermediate: int
@@ -125,21 +128,23 @@ def measure(model: PreTrainedModel, config: ModelConfig) -> ModelSize:
     text, dtype = model.config.get_text_config(), resolve_dtype(config)
     packable = config.device == "cpu" and dtype in MAX_PACKED_BYTES and no_kernels() is None
     head: Any = model.get_output_embeddings()
-    linear = sum(each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear) and each is not head)
+    layers = [each for each in model.modules() if isinstance(each, nn.Linear | Conv1D) and each is not head]
+    packed = sum(each.weight.numel() for each in layers if isinstance(each, nn.Linear))
     try:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return ModelSize(
             weights=tuple(weight.numel() for weight in model.parameters()),
             head=0 if head is None else head.weight.numel(),
-            linear=linear,
+            linear=sum(each.weight.numel() for each in layers),
+            packed=packed,
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             kv_width=heads * width,
             dtype_bytes=dtype.itemsize,
             states_bytes=torch.float32.itemsize if packable else dtype.itemsize,
-            fused=packable and linear * dtype.itemsize <= MAX_PACKED_BYTES[dtype] and _has_gated_mlps(model),
+            fused=packable and packed * dtype.itemsize <= MAX_PACKED_BYTES[dtype] and _has_gated_mlps(model),
         )
     except AttributeError as error:
         raise ModelError(
@@ -188,7 +193,7 @@ def trained_weights(model: PreTrainedModel, policy: PolicyConfig) -> tuple[int, 
     layers = [
         layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
+        if isinstance(layer, nn.Linear | Conv1D)
         and (layer is not head if names == "all-linear" else name.rpartition(".")[2] in names)
     ]
-    return tuple(adapter.rank * width for layer in layers for width in (layer.in_features, layer.out_features))
+    return tuple(adapter.rank * width for layer in layers for width in layer.weight.shape)

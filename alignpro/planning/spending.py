@@ -220,7 +220,8 @@ def _of_arms(
 ) -> list[tuple[int, int]]:
     """(requests, draws) of the target in each arm, and of the candidates of those that choose among some."""
     P, K, M = config.prompts, config.rewrites_per_prompt, config.responses_per_rewrite
-    several = ("sft_prompter", "align_pro", *config.gibbs_arms, *candidates)  # others have one rewrite or none
+    dials = config.dial_arms if isinstance(config, EvalConfig) else {}
+    several = ("sft_prompter", "align_pro", *dials, *config.gibbs_arms, *candidates)  # others have one rewrite or none
     groups = [(P * (K if name in several else 1), P * K * M) for name in names if name != "oracle"]
     if sizes := [count for name, count in candidates.items() if name in names]:
         groups.append((P * max(sizes), P * max(sizes) * M))

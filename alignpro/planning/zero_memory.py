@@ -112,8 +112,8 @@ def zero_memory(
         weights=held,
         optimizer=0.0 if offloads else optimizer,
         gradients=0.0 if offloads and stage == 2 else gradients,
-        buffers=2 * max(trained) * weight_bytes if offloads else 0.0,
-        backward=buckets + max(trained) * weight_bytes,
+        buffers=2 * max(trained, default=0) * weight_bytes if offloads else 0.0,
+        backward=buckets + max(trained, default=0) * weight_bytes,
         step=0.0 if offloads or (half and stage == 2) else own,  # flattened gradients for the optimizer
         gradient_allocation="first_backward" if stage == 2 else "gradual",
         # A second copy of the gradients, and the new weights before they are copied back.
@@ -145,7 +145,7 @@ def _stage_3(
         gradients=0.0 if offloads else own * _MASTER,
         buffers=bucket * weight_bytes,
         # Gathered weights, the pieces from which the last of them are assembled, and the gradients reduced at once.
-        backward=(max(0, live - small[0]) + ahead + min(bucket, count) + max(trained)) * weight_bytes,
+        backward=(max(0, live - small[0]) + ahead + min(bucket, count) + max(trained, default=0)) * weight_bytes,
         step=group * _MASTER,
         gradient_allocation="permanent",
         host=(optimizer + own * _MASTER if offloads else 0.0) + (held / ranks if waits else 0.0),

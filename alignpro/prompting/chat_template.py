@@ -6,7 +6,7 @@ producing such tokens is the subject of `plain_text`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,9 +23,7 @@ ROLES = ("system", "user", "assistant")
 
 _PROBE_TEXT = '<probe> & "it\'s"\n  {{ {} }} é'
 """A template must write this as it is. It contains what templates escape, format, trim or collapse by mistake."""
-_QUESTION, _ANSWER, _SECOND_QUESTION, _INSTRUCTION = (
-    Message(role, f"{number} {_PROBE_TEXT}") for number, role in enumerate(("user", "assistant", "user", "system"), 1)
-)
+_QUESTION, _ANSWER = (Message(role, f"{number} {_PROBE_TEXT}") for number, role in enumerate(("user", "assistant"), 1))
 _TEMPLATE_VARIABLES: dict[str, Any] = {
     "date_string": FIXED_DATE.strftime("%d %b %Y"),
     # Qwen 3 and others: a sample is the rewrite (or the response) itself, without reasoning before it.
@@ -65,7 +63,7 @@ class ChatTemplate:
         self._structural = structural_tokens(tokenizer, self.template)
         self._text = PlainTextEncoder(tokenizer, self._structural)
         self._opening, self._leading_space, self._ending = self._probe()
-        self._refusals = self._probe_longer_conversations()
+        self._known_losses: dict[tuple[tuple[str, ...], bool], str | None] = {}
         self._reasoning = opened_reasoning(self._opening)
         self.end_token_id = self._end_token()
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
@@ -85,9 +83,8 @@ class ChatTemplate:
         unknown = [message.role for message in messages if message.role not in ROLES]
         if unknown:
             raise DataError(f"a conversation has a turn of role {unknown[0]!r}; expected {', '.join(ROLES)}")
-        for applies, reason in self._refusals:
-            if applies(messages):
-                raise DataError(f"{self.name}: its chat template {reason}")
+        if (lost := self._lost(tuple(message.role for message in messages), add_generation_prompt)) is not None:
+            raise DataError(f"{self.name}: its chat template drops or changes the text of {lost}")
         escaped = [Message(message.role, self._text.escaped(message.content)) for message in messages]
         return self._text.encode(self._render_content(escaped, add_generation_prompt))
 
@@ -109,6 +106,11 @@ class ChatTemplate:
                 return ids
             escaped = self._leading_space + escaped
         return [*self._text.encode(escaped, continues=True), self.end_token_id]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables that the template is given here and that it uses: without reasoning, and a date that does not change."""
+        return {name: value for name, value in _TEMPLATE_VARIABLES.items() if name in self.template}
 
     @property
     def generation_prompt(self) -> list[int]:
@@ -215,21 +217,18 @@ class ChatTemplate:
         lead = before.removeprefix(opening) if before.startswith(opening) else ""
         return opening, (lead if lead.isspace() else ""), ending
 
-    def _probe_longer_conversations(self) -> list[tuple[Callable[[Sequence[Message]], bool], str]]:
-        """Which conversations the template renders without some of their text, and why they cannot be used."""
-        kinds: list[tuple[list[Message], Callable[[Sequence[Message]], bool], str]] = [
-            ([_INSTRUCTION, _QUESTION], _has_system_turn, "drops or changes the text of system turns"),
-            ([_QUESTION, _ANSWER, _SECOND_QUESTION], _has_earlier_turns, "drops or changes the text of earlier turns"),
-        ]
-        found = []
-        for conversation, applies, reason in kinds:
+    def _lost(self, roles: tuple[str, ...], add_generation_prompt: bool) -> str | None:
+        """The turns whose text the template drops or changes in a conversation of these roles; None if it writes all of them."""
+        key = (roles, add_generation_prompt)
+        if key not in self._known_losses:
+            probes = [Message(role, f"({number}) {_PROBE_TEXT}") for number, role in enumerate(roles)]
             try:
-                text = self._render(conversation, True)
+                text = self._render(probes, add_generation_prompt)
             except Exception:  # it is reported for the conversations of the data that the template refuses
-                continue
-            if any(message.content not in text for message in conversation):
-                found.append((applies, reason))
-        return found
+                text = "".join(probe.content for probe in probes)
+            lost = next((probe.role for probe in probes if probe.content not in text), None)
+            self._known_losses[key] = lost and ("system turns" if lost == "system" else "earlier turns")
+        return self._known_losses[key]
 
     def _written_end(self) -> int | None:
         """The first structural token that the template writes after the assistant's text."""
@@ -251,11 +250,3 @@ class ChatTemplate:
 
 def _failure(error: Exception) -> str:
     return "refuses" if isinstance(error, TemplateError) else f"raises {type(error).__name__} on"
-
-
-def _has_system_turn(messages: Sequence[Message]) -> bool:
-    return any(message.role == "system" for message in messages)
-
-
-def _has_earlier_turns(messages: Sequence[Message]) -> bool:
-    return sum(message.role == "user" for message in messages) > 1

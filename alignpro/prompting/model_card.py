@@ -44,8 +44,8 @@ tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalL
 prompt = "explain dns to my mum"
 message = Template((directory / "{file}").read_text()).render(prompt=prompt, history=[])
 turns = [{{"role": "user", "content": message}}]
-inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens={max_tokens}, do_sample=False)
+inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True{variables})
+output = model.generate(**inputs, max_new_tokens={max_tokens}, do_sample=False{ends})
 written = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 print({rewrite})
 ```
@@ -66,7 +66,7 @@ from jinja2 import Template
 template = Template((Path("path/to/this/directory") / "{file}").read_text())
 prompt = "explain dns to my mum"
 turns = [{{"role": "user", "content": template.render(prompt=prompt, history=[])}}]
-body = {{"model": "prompter", "messages": turns, "max_tokens": {max_tokens}, "temperature": 0}}
+body = {{"model": "prompter", "messages": turns, "max_tokens": {max_tokens}, "temperature": 0{request}}}
 request = urllib.request.Request("http://localhost:8000/v1/chat/completions", json.dumps(body).encode())
 request.add_header("Content-Type", "application/json")
 with urllib.request.urlopen(request) as answer:
@@ -118,6 +118,9 @@ def write_card(directory: Path, prompter: PrompterTemplate, max_tokens: int) -> 
         peft=" and peft" if adapter else "",
         max_tokens=max_tokens,
         serve=_serve(directory),
+        variables="".join(f", {name}={value!r}" for name, value in prompter.chat.variables.items()),
+        ends=f", eos_token_id={list(prompter.stop_token_ids)}" if adapter else "",
+        request=_request(prompter, adapter),
     )
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
@@ -177,6 +180,16 @@ def licence_of(directory: Path) -> str | None:
     for file in sorted(directory.glob("LICEN[SC]E*")):
         return next((line.strip() for line in file.read_text("utf-8", "replace").splitlines() if line.strip()), None)
     return None
+
+
+def _request(prompter: PrompterTemplate, adapter: bool) -> str:
+    """What a request says beside the message, in Python: the template's variables, and how a text ends with an adapter.
+
+    A whole model's directory tells its end tokens; the base model of an adapter may have others.
+    """
+    told = {"chat_template_kwargs": prompter.chat.variables} if prompter.chat.variables else {}
+    ends = {"stop_token_ids": list(prompter.stop_token_ids)} if adapter else {}
+    return "".join(f', "{name}": {value!r}' for name, value in {**told, **ends}.items())
 
 
 def _serve(directory: Path) -> str:

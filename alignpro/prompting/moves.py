@@ -68,7 +68,8 @@ class MoveBank:
         What is drawn depends on the seed and the prompt alone, so it is the same whatever other prompts there are.
 
         Args:
-            prompts: The prompts; those with a rewrite of their own keep it as one more pair, which comes first.
+            prompts: The prompts; those with a rewrite of their own keep it as one more pair, which comes first. A prompt that
+                occurs with several rewrites is rewritten by moves once.
             per_prompt: Pairs of moves per prompt; at most as many as there are moves.
             copies: Probability that a rewrite is the prompt itself, in [0, 1].
             seed: Of the draws.
@@ -76,9 +77,13 @@ class MoveBank:
         """
         made = []
         names = list(self.moves)
+        seen: set[str] = set()
         for prompt in prompts:
-            draw = random.Random(f"alignpro/moves/{seed}/{prompt.id}")
             made += [prompt] if prompt.rewrite is not None else []
+            if prompt.id in seen:
+                continue
+            seen.add(prompt.id)
+            draw = random.Random(f"alignpro/moves/{seed}/{prompt.id}")
             for name in draw.sample(names, min(per_prompt, len(names))):
                 template = draw.choice(self.moves[name])
                 if draw.random() < copies:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -10,6 +12,14 @@ from alignpro.errors import ConfigError
 
 _MARK = "\x00"
 """Stands for the prompt where the text around it is asked for; no prompt that a model reads contains it."""
+
+_ORDINARY = (
+    "why is the sky blue?",
+    "x",
+    "Write TWO lines about Rome:\n\n  - one short\n  - one long",
+    "explain dns, " * 200 + "please",
+)
+"""Prompts that a template might change by case, length, punctuation or line feeds."""
 
 
 class RewriteTemplate:
@@ -43,8 +53,6 @@ class RewriteTemplate:
         """The text before the prompt, stripped."""
         self.after = after.strip()
         """The text after the prompt, stripped."""
-        self.adds = self(_MARK).strip().startswith(_MARK) and self(_MARK).count(_MARK) == 1
-        """Whether it leaves the prompt as it is, and adds a text after it."""
 
     def __call__(self, prompt: str) -> str:
         """The rewrite of a prompt.
@@ -56,6 +64,18 @@ class RewriteTemplate:
             return self._template.render(prompt=prompt)
         except Exception as error:  # a template may raise any error of Python
             raise ConfigError(f"{self._where}: {type(error).__name__}: {error} (prompt {prompt[:60]!r})") from error
+
+    @cached_property
+    def adds(self) -> bool:
+        """Whether it leaves prompts as they are, and adds a text after white space: tried on a few of different kinds.
+
+        Raises:
+            ConfigError: As calling it.
+        """
+        if self(_MARK).count(_MARK) != 1:
+            return False
+        rests = [self(text).strip().partition(text) for text in _ORDINARY]
+        return all(not before and found and rest[:1] in ("", " ", "\n", "\t") for before, found, rest in rests)
 
     def matches(self, rewrite: str) -> bool:
         """Whether a rewrite has this template's text around it, whatever is between; never of a template without any."""

@@ -19,6 +19,9 @@ import torch
 from alignpro.data import Prompt
 from alignpro.errors import BudgetError, ConfigError, EndpointError, LedgerError, PeerError, RewardError
 
+LARGEST = float(np.finfo(np.float32).max)
+"""Of a score: rewards are float32."""
+
 
 @dataclass
 class Measurement:
@@ -180,8 +183,11 @@ def _number(what: str, prompt: Prompt, value: Any) -> float:
         number = float(value)
     except OverflowError:  # an int too large for a float
         number = math.inf
-    if not math.isfinite(number):
-        raise RewardError(f"{what} returned {number}, expected a finite number\n  for {describe_prompt(prompt)}")
+    if not abs(number) <= LARGEST:
+        expected = (
+            f"one of at most {LARGEST:.3g}, the largest in float32" if math.isfinite(number) else "a finite number"
+        )
+        raise RewardError(f"{what} returned {number}, expected {expected}\n  for {describe_prompt(prompt)}")
     return number
 
 

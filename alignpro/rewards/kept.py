@@ -14,7 +14,8 @@ from alignpro.rewards.words import words
 
 _NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?\d+(?:[.,]\d+)*")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")
+_WORD = re.compile(r"(?<![^\W_])[^\W\d_][^\W_]*(?:[-'’][^\W_]+)*")
+"""A run of letters and digits that begins with a letter, with what hyphens and apostrophes join to it."""
 _OPENING = " \t\"'“”‘’«»„([*#>-"
 """What may stand between the end of a sentence and the first word of the next."""
 _ENDS = "\n.!?:;…"
@@ -35,8 +36,8 @@ def numbers_kept(originals: Sequence[str], rewrites: Sequence[str]) -> list[floa
 def names_kept(originals: Sequence[str], rewrites: Sequence[str]) -> list[float]:
     """Share of the names that the rewrite has, in whatever case.
 
-    A name is a word with a capital inside it, or with a capital at its beginning that does not begin a sentence. In a text
-    in which most words have capitals, and in scripts without them, there are no names.
+    A name is a word with a capital inside it, or with a capital at its beginning that does not begin a sentence; after its
+    first letter it may have digits. In a text in which most words have capitals, and in scripts without them, there are no names.
     """
     return _shares(originals, rewrites, _names_found)
 
@@ -76,8 +77,14 @@ def _values(found: str) -> list[str]:
 
 
 def _names_found(original: str, rewrite: str) -> list[bool]:
-    there = set(words(rewrite))
-    return [set(words(name)) <= there for name in _names(original)]
+    there = set(words(_without_marks(rewrite)))
+    return [set(words(name)) <= there for name in _names(_without_marks(original))]
+
+
+def _without_marks(text: str) -> str:
+    """The text in NFKC, in which an accent is part of its letter, without the marks that have no such letter."""
+    plain = unicodedata.normalize("NFKC", text)
+    return plain if plain.isascii() else "".join(c for c in plain if unicodedata.category(c)[0] != "M")
 
 
 def _names(text: str) -> set[str]:

@@ -45,7 +45,8 @@ def mixture_value(reference: Tensor, prompters: Tensor, weights: Tensor) -> Tens
 def mixture_gradient(reference: Tensor, prompters: Tensor, weights: Tensor) -> Tensor:
     """∂F/∂w_k = E_x E_{ρ_w} g_k, (K,), nats; arguments as `mixture_policy`."""
     mixed = mixture_policy(reference, prompters, weights).exp()  # (..., C)
-    return (mixed * _log_ratios(reference, prompters)).sum(-1).flatten(1).mean(1)
+    ratios = _log_ratios(reference, prompters)
+    return (mixed * ratios.where(mixed > 0, 0.0)).sum(-1).flatten(1).mean(1)
 
 
 def dial(reference: Tensor, prompter: Tensor, strength: float) -> Tensor:
@@ -187,5 +188,7 @@ def _log_ratios(reference: Tensor, prompters: Tensor) -> Tensor:
 
 
 def _tilted(reference: Tensor, prompters: Tensor, weights: Tensor) -> Tensor:
-    """log ρ_sft + Σ_k w_k g_k, (..., C)."""
-    return reference + torch.tensordot(weights, _log_ratios(reference, prompters), dims=1)
+    """log ρ_sft + Σ_k w_k g_k, (..., C), with 0 · (−∞) = 0: a prompter of weight 0 forbids nothing."""
+    ratios = _log_ratios(reference, prompters)
+    counted = (weights != 0).view(-1, *[1] * (ratios.dim() - 1)) | ratios.isfinite()
+    return reference + torch.tensordot(weights, ratios.where(counted, 0.0), dims=1)

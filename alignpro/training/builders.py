@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from alignpro.config import RLHFConfig, TrainConfig
@@ -14,10 +13,9 @@ from alignpro.environments.build import environment_kind, prompt_environment
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.environments.self_reward import SelfRewardEnvironment
-from alignpro.errors import ConfigError, DataError
+from alignpro.errors import ConfigError
 from alignpro.models.input_room import max_input_tokens
-from alignpro.models.invocation import invocation_start
-from alignpro.models.language_model import LanguageModel
+from alignpro.models.invocation import with_invocation
 from alignpro.models.loading import is_activated_lora, is_adapter, load_language_model
 from alignpro.policy.policy import Policy
 from alignpro.prompting.chat_template import ChatTemplate
@@ -69,9 +67,9 @@ def prompter_training(
             kind=environment_kind(config.environment, config.environment_params, PromptEnvironment),
         )
         _tell_of_own_score(environment, PromptEnvironment)
-        prompts = filter_overlong_prompts(load_prompts(config.data).prompts, environment.encode, limit)
+        encode = with_invocation(environment.encode, policy.model.invocation)
+        prompts = filter_overlong_prompts(load_prompts(config.data).prompts, encode, limit)
         prompts = reward.scorable(target.answerable(prompts))
-        _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split_for_training(prompts, config.data, config.run.eval_prompts)
     sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
@@ -114,11 +112,11 @@ def response_training(
         environment = kind(template, reward)
         _tell_of_own_score(environment, ResponseEnvironment)
         limit = max_input_tokens(policy.model, config.rollout.respond, "the policy", "rollout.respond")
+        encode = with_invocation(environment.encode, policy.model.invocation)
         prompts = filter_overlong_prompts(
-            load_prompts(config.data).prompts, environment.encode, min(config.max_prompt_tokens, limit)
+            load_prompts(config.data).prompts, encode, min(config.max_prompt_tokens, limit)
         )
         prompts = reward.scorable(prompts)
-        _check_invocation(policy.model, environment.encode(prompts[0]) if prompts else [])
         training, heldout = split_for_training(prompts, config.data, config.run.eval_prompts)
     sampled = distribution.sampling_model(policy.model)
     return RLTrainer(
@@ -194,12 +192,3 @@ def _refuse_merged(path: str) -> None:
             f"target=policy: {path} is an adapter, which is merged into its base model before training; the merged model "
             "would be the target: name the target's model, or start from an activated LoRA (policy.adapter.activated=true)"
         )
-
-
-def _check_invocation(model: LanguageModel, prompt: Sequence[int]) -> None:
-    """Raise before the first step if an activated LoRA would not act on a prompt."""
-    if model.invocation and prompt:
-        try:
-            invocation_start(prompt, model.invocation)
-        except DataError as error:
-            raise ConfigError(f"policy.adapter.invocation: {error}") from error

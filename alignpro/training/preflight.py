@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from alignpro.config import (
+    ComparisonConfig,
     DataConfig,
     FunctionRewardConfig,
     HeadroomConfig,
@@ -14,6 +15,7 @@ from alignpro.config import (
     JudgingConfig,
     ModelConfig,
     PolicyConfig,
+    PromptingConfig,
     RewardConfig,
     RewardModelConfig,
     RLHFConfig,
@@ -23,15 +25,18 @@ from alignpro.config import (
     TargetEndpointConfig,
     TrainConfig,
 )
+from alignpro.data import cluster_labels
 from alignpro.data.loading import check_source
 from alignpro.endpoints.client import HttpClient
 from alignpro.environments.build import environment_kind
 from alignpro.environments.prompt import PromptEnvironment
 from alignpro.environments.response import ResponseEnvironment
 from alignpro.errors import TrainingError
+from alignpro.models.input_room import check_room
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.memory import read_memory
 from alignpro.prompting.memory_template import MemoryTemplate
+from alignpro.prompting.meta_prompt import MetaPrompt
 from alignpro.prompting.moves import load_moves
 from alignpro.prompting.pretrained import require_pretrained
 from alignpro.prompting.tokenization import load_tokenizer
@@ -44,13 +49,14 @@ from alignpro.rewards.servers import Session
 from alignpro.targets.remote import compile_wrapper
 from alignpro.training.input_files import model_paths, sections
 from alignpro.training.objective import build_objective
+from alignpro.training.run_directory import refuse_other_files
 
 
 def check_inputs(config: Section) -> None:
     """Check what a command would read, and that a checkpoint fits on the disk, without loading a model.
 
-    Nothing is sent to a server. Tokenizers are loaded; data is read up to the first prompt, or to its end if a reward asks
-    for columns; the files of rewards and classes of the user's own are imported.
+    Nothing is sent to a server. Tokenizers are loaded; data is read up to the first prompt, or to its end if a reward or the
+    intervals ask for columns; the files of rewards and classes of the user's own are imported.
 
     Raises:
         AlignProError: The first problem found.
@@ -66,6 +72,8 @@ def check_inputs(config: Section) -> None:
                 rewards.append(Questions(section))
             case HTTPRewardConfig():
                 rewards.append(JSONMapping(section))
+            case PromptingConfig():
+                MetaPrompt(section.meta_prompt)
             case JudgingConfig():
                 Rubric("pairwise", section.rubric, "judge", criteria=section.criteria)
             case TargetEndpointConfig():
@@ -73,23 +81,33 @@ def check_inputs(config: Section) -> None:
                 HttpClient(section)  # reads the key and the certificates
     if isinstance(data := getattr(config, "data", None), DataConfig):
         by_column = [reward for reward in rewards if reward.needs_columns]
-        prompts = check_source(data, _required_fields(config), whole=bool(by_column))
+        clustered = isinstance(config, ComparisonConfig) and data.cluster is not None
+        prompts = check_source(data, _required_fields(config), whole=bool(by_column) or clustered)
         for reward in rewards if prompts else []:
             reward.check_columns(prompts)
+        if clustered and all(data.cluster not in prompt.metadata for prompt in prompts):
+            cluster_labels(prompts, data.cluster)
     match config:
         case SFTConfig() if config.data.moves is not None:
-            load_moves(config.data.moves)
+            load_moves(config.data.moves).of_form(config.prompting.form)
         case HeadroomConfig():
             load_moves(config.moves)
         case TrainConfig():
             environment_kind(config.environment, config.environment_params, PromptEnvironment)
             build_objective(config.objective, config.rollout.rewrites_per_prompt, config.rollout.ahead == 1)
+            check_room(config.policy, config.rollout.rewrite, "the policy", "rollout.rewrite")
+            if isinstance(config.target, ModelConfig):
+                check_room(config.target, config.rollout.respond, "the target", "rollout.respond")
             if config.memory is not None:
                 MemoryTemplate.read(config.memory.template)
         case RLHFConfig():
             environment_kind(config.environment, config.environment_params, ResponseEnvironment)
             build_objective(config.objective, config.rollout.responses_per_prompt)
+            check_room(config.policy, config.rollout.respond, "the policy", "rollout.respond")
+        case RewardModelConfig():
+            ChatTemplate(load_tokenizer(config.model))
     if isinstance(config, RunSection):
+        refuse_other_files(config.run.out)
         _check_disk(config)
 
 

@@ -41,6 +41,30 @@ def refuse_run(out: Path) -> None:
         raise TrainingError(f"{out}: holds a training run, whose files would be overwritten; name another `out`")
 
 
+def refuse_other_files(run: Path) -> None:
+    """Raise if there is something else than a run where a training would write.
+
+    Raises:
+        TrainingError: ``run`` is a file, or a directory with files that do not belong to a run.
+    """
+    if run.exists() and not run.is_dir():
+        raise TrainingError(f"run directory {run}: is a file; name another run.out")
+    if run.is_dir() and not _has_results(run):
+        found = sorted(
+            each.name
+            for each in run.iterdir()
+            if each.name not in _OTHER_FILES and not each.name.startswith(FILE_NAME) and not is_leftover(each)
+        )
+        if found:
+            raise TrainingError(
+                f"run directory {run}: is not empty and holds no run (it has {', '.join(found[:5])}); name another run.out"
+            )
+
+
+def _has_results(run: Path) -> bool:
+    return (run / "config.yaml").is_file() and any((run / name).exists() for name in _RESULTS)
+
+
 class RunDirectory:
     """A run directory, locked for this process until `close`.
 
@@ -57,14 +81,14 @@ class RunDirectory:
         self.path = path = config.run.out
         self.model = path / "model"
         self._config = path / "config.yaml"
-        self._refuse_other_files()
+        refuse_other_files(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            if self._has_results():
+            if _has_results(path):
                 if not resume:
                     raise TrainingError(
                         f"run directory {path}: holds a run already; continue it with --resume, or name another run.out"
@@ -126,24 +150,6 @@ class RunDirectory:
         if exported is not None and exported > step:
             logger.warning("removing %s: the run continues from step %d", self.model, step)
             remove_directory(self.model)
-
-    def _has_results(self) -> bool:
-        return self._config.is_file() and any((self.path / name).exists() for name in _RESULTS)
-
-    def _refuse_other_files(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise TrainingError(f"run directory {self.path}: is a file; name another run.out")
-        if self.path.is_dir() and not self._has_results():
-            found = sorted(
-                each.name
-                for each in self.path.iterdir()
-                if each.name not in _OTHER_FILES and not each.name.startswith(FILE_NAME) and not is_leftover(each)
-            )
-            if found:
-                raise TrainingError(
-                    f"run directory {self.path}: is not empty and holds no run (it has {', '.join(found[:5])}); "
-                    "name another run.out"
-                )
 
     def _take_lock(self) -> IO[str]:
         file = (self.path / _LOCK).open("a+")

@@ -16,6 +16,7 @@ from alignpro.config import SamplingConfig, SFTConfig
 from alignpro.data import Prompt, load_prompts, split_for_training
 from alignpro.errors import DataError
 from alignpro.models.adapters import add_adapter, describe_training
+from alignpro.models.invocation import with_invocation
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_trainable
 from alignpro.models.saving import save_pretrained
@@ -47,12 +48,14 @@ def sft_pairs(config: SFTConfig) -> list[Prompt]:
     """
     form = config.prompting.form
     moves = None if config.data.moves is None else load_moves(config.data.moves).of_form(form)
-    prompts = load_prompts(config.data, require=config.required_fields).prompts
+    prompts = load_prompts(config.data, require=config.required_fields, distinct_by=(config.task,)).prompts
     if config.task == "rewrite" and form == "addition":
         prompts = _without_other_rewrites(prompts, keep_prompts=moves is not None)
     if moves is None:
         return prompts
     pairs = moves.pairs(prompts, config.data.moves_per_prompt, config.data.copies, config.run.seed, config.data.joined)
+    if form == "addition":  # a template may be an addition to some prompts alone
+        pairs = _without_other_rewrites(pairs, keep_prompts=False)
     logger.info(
         "%d pairs from %d prompts by %d moves (%s)", len(pairs), len(prompts), len(moves.moves), config.data.moves
     )
@@ -97,10 +100,13 @@ class SFTTrainer:
         if config.policy.gradient_checkpointing:
             self.model.causal.gradient_checkpointing_enable(self.model.checkpoint_options)
         tokenizer = self.model.tokenizer
-        self.prompter = PrompterTemplate(tokenizer, config.prompting)
+        self.prompter = PrompterTemplate(tokenizer, config.prompting, stop_token_ids=self.model.end_token_ids)
         self.chat = ChatTemplate(tokenizer, config.policy.chat_template)
         prompts = filter_overlong_prompts(
-            prompts, self._encode_prompt, self._max_prompt_tokens, input_name="the model's input, beside a completion"
+            prompts,
+            with_invocation(self._encode_prompt, self.model.invocation),
+            self._max_prompt_tokens,
+            input_name="the model's input, beside a completion",
         )
         training, self.heldout = split_for_training(prompts, config.data, config.run.eval_prompts)
         self.stream = PromptStream(training, config.batch_size, config.run.seed)

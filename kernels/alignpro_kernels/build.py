@@ -4,9 +4,9 @@
 
 Otherwise the libraries are built on first use. They are cached in ``$ALIGNPRO_KERNELS_CACHE``, or in
 ``alignpro_kernels`` under ``$XDG_CACHE_HOME`` (default ``~/.cache``). csrc/cpu needs a C++20 compiler (``$CXX``, c++, g++
-or clang++), csrc/cuda also needs nvcc (in ``$CUDA_HOME`` or on the PATH). Both use the headers of torch but not those of
-Python, so one library works with every Python version. The CUDA library contains code for every GPU generation that nvcc
-supports, so an image can be built without a GPU.
+or clang++; on Linux not clang), csrc/cuda also needs nvcc (in ``$CUDA_HOME`` or on the PATH). Both use the headers of torch
+but not those of Python, so one library works with every Python version. The CUDA library contains code for every GPU
+generation that nvcc supports, so an image can be built without a GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ logger = logging.getLogger("alignpro_kernels")
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-maybe-uninitialized")
 _OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 _CUDA_FLAGS = ("-std=c++20", "-O3", "-arch=all-major", "--threads=0", "-Xcompiler=-fPIC,-Wall")
+_CLANG = "clang, which on Linux links another OpenMP library than torch, with threads of its own"
 
 
 class BuildError(RuntimeError):
@@ -46,7 +47,7 @@ def library() -> Path:
     Raises:
         BuildError: There is no compiler, the cache directory is not writable, or the compiler failed.
     """
-    compiler = _compiler()
+    compiler = _compiler(openmp=bool(_OPENMP))
     return _library("cpu", (compiler,), (compiler, *_FLAGS, *_OPENMP), (compiler, *_OPENMP))
 
 
@@ -112,15 +113,27 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)}\nfailed with\n{done.stderr[-4000:]}")
 
 
-def _compiler() -> str:
+def _compiler(*, openmp: bool = False) -> str:
+    """Return the compiler; with ``openmp`` not clang, whose own OpenMP would not have the threads of torch's."""
     if named := os.environ.get("CXX"):
-        if found := shutil.which(named):
+        if (found := shutil.which(named)) is None:
+            raise BuildError(
+                f"CXX is {named!r}, and no such program was found: set it to a compiler, without arguments"
+            )
+        if openmp and _is_clang(found):
+            raise BuildError(f"CXX is {named!r}, {_CLANG}: set it to g++")
+        return found
+    found_any = [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))]
+    for found in found_any:
+        if not (openmp and _is_clang(found)):
             return found
-        raise BuildError(f"CXX is {named!r}, and no such program was found: set it to a compiler, without arguments")
-    for name in ("c++", "g++", "clang++"):
-        if found := shutil.which(name):
-            return found
+    if found_any:
+        raise BuildError(f"{found_any[0]} is {_CLANG}: install g++ (Debian, Ubuntu: apt install g++)")
     raise BuildError("no C++ compiler found: install one (Debian, Ubuntu: apt install g++), or set CXX")
+
+
+def _is_clang(compiler: str) -> bool:
+    return "clang" in subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def _nvcc() -> str | None:

@@ -34,8 +34,8 @@ def logits_buffer_rows(head: Head) -> int:
 def empty_weight_gradient(head: Head) -> Tensor:
     """See `alignpro_kernels.head`: (V, D) float32, allocated in whole tiles."""
     vocabulary, dim = head.weight.shape
-    memory = torch.empty((vocabulary + torch.ops.alignpro.head_widest_tile()) * dim)
-    return torch.empty(0).set_(memory.untyped_storage(), 0, (vocabulary, dim), (dim, 1))
+    memory = _empty((vocabulary + torch.ops.alignpro.head_widest_tile()) * dim)
+    return _empty(0).set_(memory.untyped_storage(), 0, (vocabulary, dim), (dim, 1))
 
 
 def forward(
@@ -50,7 +50,7 @@ def forward(
             logits = torch.ops.alignpro.workspace([_logits_sets(head), tiles, count, width])
         else:
             sizes, strides = (_logits_sets(head), tiles, count, width), (count * width, width * dim, width, 1)
-            logits = torch.empty(0).set_(logits_buffer.untyped_storage(), 0, sizes, strides)
+            logits = _empty(0).set_(logits_buffer.untyped_storage(), 0, sizes, strides)
     logprob, h, kl, softmax_stats = torch.ops.alignpro.head_statistics(
         rows.hidden,
         head.weight,
@@ -125,4 +125,9 @@ def _temperature(rows: Rows) -> Tensor | None:
     """Return the temperatures (C,), or None if all are 1."""
     if isinstance(rows.temperature, Tensor):
         return rows.temperature
-    return None if rows.temperature == 1.0 else torch.full((len(rows.hidden),), float(rows.temperature))
+    return None if rows.temperature == 1.0 else _empty(len(rows.hidden)).fill_(float(rows.temperature))
+
+
+def _empty(size: int) -> Tensor:
+    """Return uninitialised float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")

@@ -81,12 +81,47 @@ class DecoderWeights:
 
     @functools.cached_property
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-        """Norms, matrices and optional weights, in the operator's order."""
+        """Norms, matrices and optional weights, in the operator's order.
+
+        Raises:
+            ValueError: Their shapes differ from layer to layer, or do not match one another.
+        """
         layers = self.layers
+        self._check_shapes()
         norms = [weight for layer in layers for weight in (layer.attention_norm, layer.mlp_norm)] + [self.norm]
         matrices = [m for layer in layers for m in (layer.qkv, layer.out, layer.gate, layer.up, layer.down)]
         optional = [x for layer in layers for x in _optional(layer)]
         return norms, matrices, optional
+
+    def _check_shapes(self) -> None:
+        """Check them once: the operator takes the sizes of the first layer for all, and reads weights without bounds."""
+        first = self.layers[0]
+        dim, queries, inner = len(self.norm), first.out.shape[1], first.down.shape[1]
+        of_states, of_inner = -(-dim // PANEL), -(-inner // PANEL)
+        given = {name: x.shape for name, x in vars(first).items() if isinstance(x, Tensor)}
+        matching = {
+            "attention_norm": (dim,),
+            "qkv": (first.qkv.shape[0], dim, PANEL),
+            "out": (of_states, queries, PANEL),
+            "mlp_norm": (dim,),
+            "gate": (of_inner, dim, PANEL),
+            "up": (of_inner, dim, PANEL),
+            "down": (of_states, inner, PANEL),
+        }
+        biases = {"out_bias": (dim,), "gate_bias": (inner,), "up_bias": (inner,), "down_bias": (dim,)}
+        expected = given | matching | {name: shape for name, shape in biases.items() if name in given}
+        for index, layer in enumerate(self.layers):
+            found = {name: x.shape for name, x in vars(layer).items() if isinstance(x, Tensor)}
+            for name in sorted(expected.keys() | found.keys()):
+                if found.get(name) != expected.get(name):
+                    raise ValueError(
+                        f"weights: {name} of layer {index} has shape {_shape(found.get(name))}: expected "
+                        f"{_shape(expected.get(name))}, by the last norm and the other weights of the first layer"
+                    )
+
+
+def _shape(x: Sequence[int] | None) -> str:
+    return "none" if x is None else str(tuple(x))
 
 
 def _optional(layer: DecoderLayer) -> tuple[Tensor | None, ...]:
@@ -163,12 +198,21 @@ def decoder_stack(
     if len(pages) != len(layers):
         raise ValueError(f"pages has {len(pages)} layers and weights has {len(layers)}: they must agree")
     head_dim = pages[0].shape[-1]
-    width = (layers[0].out.shape[1] + 2 * pages[0].shape[3] * head_dim + PANEL - 1) // PANEL
-    if layers[0].qkv.shape[:2] != (width, dim) or layers[0].out.shape[1] % head_dim:
+    queries, keys = layers[0].out.shape[1], pages[0].shape[3] * head_dim
+    width = (queries + 2 * keys + PANEL - 1) // PANEL
+    if layers[0].qkv.shape[:2] != (width, dim) or queries % head_dim:
         raise ValueError(
             f"pages has {pages[0].shape[3]} heads of {head_dim} elements, hidden has rows of {dim}, and the first layer's "
             f"packed weights have shapes {tuple(layers[0].qkv.shape)} and {tuple(layers[0].out.shape)}: they do not match"
         )
+    if any(layer.shape[1:] != pages[0].shape[1:] for layer in pages):
+        raise ValueError(f"pages differ from layer to layer: {sorted({tuple(layer.shape[1:]) for layer in pages})}")
+    norms, matrices, optional = weights.tensors
+    for name, x, size in zip(
+        ("qkv_bias", "query_norm", "key_norm"), optional, (queries + 2 * keys, head_dim, head_dim), strict=False
+    ):
+        if x is not None and x.shape != (size,):
+            raise ValueError(f"weights: {name} has shape {tuple(x.shape)}: expected ({size},), by pages")
     if cos.shape != sin.shape or len(cos) != tokens or cos.shape[1] > head_dim or cos.shape[1] % 2:
         raise ValueError(
             f"cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}: expected ({tokens}, R ≤ {head_dim})"
@@ -180,12 +224,13 @@ def decoder_stack(
             raise ValueError(f"{name} is {x.dtype} on {x.device}: expected float32 on the CPU")
     # Allocated here rather than in C++, so that tools that measure PyTorch's memory see it.
     inner = layers[0].down.shape[1]
-    queries = layers[0].out.shape[1]
-    per_token = 2 * queries + 2 * pages[0].shape[3] * head_dim
-    scratch = torch.empty(tokens * per_token + min(tokens, _MAX_MLP_ROWS) * inner)
+    floats = tokens * 2 * (queries + keys) + min(tokens, _MAX_MLP_ROWS) * inner
+    scratch = torch.empty(floats, dtype=torch.float32, device="cpu")
     out: Tensor = torch.ops.alignpro.decoder_stack.default(
         hidden,
-        *weights.tensors,
+        norms,
+        matrices,
+        optional,
         cos.contiguous(),
         sin.contiguous(),
         pages,

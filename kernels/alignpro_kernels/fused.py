@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from alignpro_kernels.autograd import REFERENCE, differentiable_once, loss_with_gradients, without_autocast
 from alignpro_kernels.coefficients import evaluate
 from alignpro_kernels.head import Head, HeadGradients, Rows, RowStats, Upstream, stats_dtype
 from alignpro_kernels.types import Coefficients, PolicyLossOutput, SampleOutput, TokenStats
@@ -75,12 +75,14 @@ def policy_loss(
             loss, derivatives = evaluate(coefficients, parts[-1], positions[chunk])
             total += loss
             if accumulator is not None:
-                accumulator.add(chunk, rows, saved, chunk_stats, Upstream(_active_rows(derivatives), *derivatives))
+                accumulator.add(
+                    chunk, rows, saved, chunk_stats, Upstream(_active_rows(derivatives, device), *derivatives)
+                )
             del saved  # free it before computing the next chunk's logits
     stats = _concatenate(parts, call.rows.hidden, entropy=entropy, kl=call.head.ref_weight is not None)
     if accumulator is None:
         return PolicyLossOutput(total, *stats)
-    return PolicyLossOutput(_PrecomputedGradient.apply(total, accumulator.finish(), *variables), *stats)
+    return PolicyLossOutput(loss_with_gradients(total, accumulator.finish(), variables), *stats)
 
 
 def linear_logprob(backend: ModuleType, call: Call, *, entropy: bool) -> TokenStats:
@@ -157,29 +159,6 @@ class _GradientAccumulator:
         return [self._hidden, rounded[0], rounded[1], self._lora_hidden, rounded[2]]
 
 
-class _PrecomputedGradient(torch.autograd.Function):
-    """A loss whose gradients are already known: the backward pass only scales them."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *variables: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        # Without retain_graph the saved gradients are not needed again, so they are scaled in place and returned.
-        retained = torch._C._autograd._get_current_graph_task_keep_graph()
-        # On a GPU, reading the scale would synchronise with the device; multiplying costs one pass over the gradient.
-        if scale.device.type == "cpu" and scale.item() == 1.0:
-            return None, None, *ctx.saved_tensors
-        return (
-            None,
-            None,
-            *(None if g is None else (scale * g).to(g.dtype) if retained else g.mul_(scale) for g in ctx.saved_tensors),
-        )
-
-
 class _LinearLogprob(torch.autograd.Function):
     """Statistics of all rows; the backward pass recomputes the logits of the rows that have a gradient."""
 
@@ -200,11 +179,11 @@ class _LinearLogprob(torch.autograd.Function):
         return stats.logprob, stats.entropy, stats.kl
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(REFERENCE)
     def backward(ctx: Any, *derivatives: Tensor | None) -> tuple[Tensor | None, ...]:
         call, backend = _restore(ctx), ctx.backend
-        active = _active_rows(derivatives)
-        count = len(call.rows.hidden)
+        count, device = len(call.rows.hidden), call.rows.hidden.device
+        active = _active_rows(derivatives, device)
         selected = call.rows if active is None else call.rows.select(active)
         alpha, eta, kappa = (
             None if x is None else (x if active is None else x[active]).contiguous() for x in derivatives
@@ -212,12 +191,13 @@ class _LinearLogprob(torch.autograd.Function):
         call, needs_grad = replace(call, rows=selected), list(ctx.needs_input_grad[3:])
         max_rows = backend.max_chunk_rows(call.head, selected.hidden.dtype)
         accumulator = _GradientAccumulator(call, needs_grad, backend, max_rows)
-        for chunk in _chunks(len(selected.hidden), max_rows, accumulator.first_chunk_rows):
-            rows, memory = selected.select(chunk), accumulator.memory(chunk)
-            stats, saved = backend.forward(call.head, rows, entropy=eta is not None, save_logits=True, **memory)
-            parts = (None if x is None else x[chunk] for x in (alpha, eta, kappa))
-            accumulator.add(chunk, rows, saved, stats, Upstream(None, *parts))
-            del saved
+        with without_autocast(device.type):
+            for chunk in _chunks(len(selected.hidden), max_rows, accumulator.first_chunk_rows):
+                rows, memory = selected.select(chunk), accumulator.memory(chunk)
+                stats, saved = backend.forward(call.head, rows, entropy=eta is not None, save_logits=True, **memory)
+                parts = (None if x is None else x[chunk] for x in (alpha, eta, kappa))
+                accumulator.add(chunk, rows, saved, stats, Upstream(None, *parts))
+                del saved
         gradients = accumulator.finish()
         if active is not None:
             gradients = [
@@ -265,11 +245,11 @@ def _chunks(count: int, max_rows: int, first: int = 0) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _active_rows(derivatives: tuple[Tensor | None, ...]) -> Tensor | None:
+def _active_rows(derivatives: tuple[Tensor | None, ...], device: torch.device) -> Tensor | None:
     """Return the rows with a nonzero coefficient, ascending; None for all. On a GPU this synchronises once."""
     given = [x for x in derivatives if x is not None]
     if not given:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device=device)
     # NaN is not zero: its row stays active, so it shows in the gradient.
     active = torch.stack([x != 0 for x in given]).any(0).nonzero().squeeze(1)
     return None if len(active) == len(given[0]) else active

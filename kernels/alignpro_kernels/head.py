@@ -67,7 +67,7 @@ class Rows(NamedTuple):
     temperature: float | Tensor
     """τ: a number, or (C,) in `stats_dtype`."""
     lora_hidden: Tensor | None = None
-    """(C, r) in the dtype of ``hidden``: scale · h Aᵀ of a LoRA."""
+    """(C, r): scale · h Aᵀ of a LoRA, in `stats_dtype` on a CPU, in the dtype of ``hidden`` for a GPU."""
     ref_hidden: Tensor | None = None
     """(C, D') in the dtype of ``hidden``."""
 
@@ -111,7 +111,7 @@ class HeadGradients:
     hidden: Tensor | None
     """(C, D) in the dtype of the hidden states: every row is written, inactive ones with zero."""
     lora_hidden: Tensor | None
-    """(C, r), likewise: the gradient of `Rows.lora_hidden`."""
+    """(C, r) in its own dtype, likewise: the gradient of `Rows.lora_hidden`."""
     weight: Tensor | None
     """(V, D) in `stats_dtype`, summed over all chunks."""
     bias: Tensor | None

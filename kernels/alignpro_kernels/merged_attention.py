@@ -24,8 +24,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from alignpro_kernels.autograd import differentiable_once
 from alignpro_kernels.varlen import ScoreOptions, Varlen, VarlenKernels
 
 Rows: TypeAlias = Tensor | slice
@@ -100,7 +100,7 @@ class _MergedAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("PyTorch's scaled_dot_product_attention")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         gradient = gradient.contiguous()

@@ -8,15 +8,15 @@ cause errors of 0.06 in log-probabilities. Under `torch.compile` an operator is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignpro_kernels import checks, fused, reference
+from alignpro_kernels.autograd import lora_rows, without_autocast
 from alignpro_kernels.backends import backend_module, choose_backend, merges_with_triton
-from alignpro_kernels.head import Head, Rows
+from alignpro_kernels.head import Head, Rows, stats_dtype
 from alignpro_kernels.types import Coefficients, LoRA, PolicyLossOutput, SampleOutput, TokenStats
 
 
@@ -70,11 +70,11 @@ def linear_logprob(
     chosen, arguments, positions = _prepare(
         "linear_logprob", backend, hidden, weight, target, mask, temperature=temperature, ref_hidden=ref_hidden, **head
     )
-    with _without_autocast(hidden.device.type):
+    with without_autocast(hidden.device.type):
         if chosen == "reference":
             stats = reference.linear_logprob(**arguments, entropy=entropy)
         else:
-            stats = fused.linear_logprob(backend_module(chosen), _call(**arguments), entropy=entropy)
+            stats = fused.linear_logprob(backend_module(chosen), _call(chosen, **arguments), entropy=entropy)
         return TokenStats(*(_unflatten(x, positions, target.shape) for x in stats))  # type: ignore[arg-type]
 
 
@@ -129,11 +129,11 @@ def policy_loss(
         "policy_loss", backend, hidden, weight, target, mask, temperature=temperature, ref_hidden=ref_hidden, **head
     )
     options: dict[str, Any] = {"coefficients": coefficients, "positions": positions, "entropy": entropy}
-    with _without_autocast(hidden.device.type):
+    with without_autocast(hidden.device.type):
         if chosen == "reference":
             out = reference.policy_loss(**arguments, **options)
         else:
-            out = fused.policy_loss(backend_module(chosen), _call(**arguments), **options)
+            out = fused.policy_loss(backend_module(chosen), _call(chosen, **arguments), **options)
         stats = (_unflatten(x, positions, target.shape) for x in out[1:])
         return PolicyLossOutput(out.loss, *stats)  # type: ignore[arg-type]
 
@@ -175,13 +175,13 @@ def linear_sample(
     checks.check_seeds(seeds, hidden)
     checks.check_temperature(temperature, hidden, greedy=True)
     chosen = choose_backend("linear_sample", backend, hidden)
-    with torch.no_grad(), _without_autocast(hidden.device.type):
+    with torch.no_grad(), without_autocast(hidden.device.type):
         rows, _ = _flatten(hidden, None, temperature=temperature)
         arguments = {"weight": weight, "bias": bias, "lora": lora, "softcap": softcap, **rows}
         if chosen == "reference":
             out = reference.linear_sample(seeds=seeds.flatten(), **arguments)
         else:
-            out = fused.linear_sample(backend_module(chosen), _call(**arguments), seeds.flatten())
+            out = fused.linear_sample(backend_module(chosen), _call(chosen, **arguments), seeds.flatten())
         return out if seeds.ndim == 1 else SampleOutput(*(x.view(seeds.shape) for x in out))
 
 
@@ -230,13 +230,6 @@ def _prepare(
     return chosen, {"weight": weight, **head, **rows}, positions
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Disable autocast; does nothing if it is already off, which saves time for small heads."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
 def _flatten(hidden: Tensor, mask: Tensor | None, **per_row: Any) -> tuple[dict[str, Any], Tensor | None]:
     """Return the per-row arguments as (N, ...) without masked rows, and the positions of the rows kept, None for all.
 
@@ -269,6 +262,7 @@ def _unflatten(x: Tensor | None, positions: Tensor | None, shape: torch.Size) ->
 
 
 def _call(
+    chosen: str,
     weight: Tensor,
     hidden: Tensor,
     temperature: float | Tensor,
@@ -285,7 +279,9 @@ def _call(
         ref_weight, ref_bias = weight, (bias if ref_bias is None else ref_bias)
     lora_hidden = None
     if lora is not None:  # through these rows, autograd computes the gradient of A and its part of the hidden states'
-        lora_hidden = lora.scale * (hidden @ lora.a.T)  # (N, r)
+        # Rounded to 16 bits, they would shift log-probabilities by up to 0.01. On a GPU only such products are fast.
+        wide = hidden.is_cpu and chosen != "triton"
+        lora_hidden = lora_rows(hidden, lora.a, lora.scale, stats_dtype(hidden.dtype) if wide else hidden.dtype)
     return fused.Call(
         Head(weight, bias, softcap, None if lora is None else lora.b, ref_weight, ref_bias),
         Rows(hidden, target, temperature, lora_hidden, ref_hidden),

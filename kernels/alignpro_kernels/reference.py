@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignpro_kernels.autograd import loss_with_gradients
 from alignpro_kernels.coefficients import evaluate
 from alignpro_kernels.head import MIN_LOGPROB, upcast
 from alignpro_kernels.noise import gumbel_noise
@@ -81,13 +82,11 @@ def policy_loss(
         return PolicyLossOutput(stats.logprob.sum(), *constant)
     flat = TokenStats(*(None if x is None else x.flatten() for x in constant))  # type: ignore[arg-type]
     loss, derivatives = evaluate(coefficients, flat, positions)
-    # A linear function of the statistics with the loss's derivatives as slopes has the loss's gradient; its value is
-    # subtracted again.
-    slope = 0.0 * stats.logprob.sum()
-    for derivative, statistic in zip(derivatives, stats, strict=True):
-        if derivative is not None and statistic is not None:
-            slope = slope + (derivative * statistic.flatten()).sum()
-    return PolicyLossOutput(loss + slope - slope.detach(), *constant)
+    if derivatives[0] is None:
+        derivatives = (torch.zeros_like(flat.logprob), *derivatives[1:])
+    # Copies, since the backward pass may scale them in place. A derivative of 0 leaves out a row whose log-probability is −∞.
+    gradients = [None if x is None else x.clone().view_as(stats.logprob) for x in derivatives]
+    return PolicyLossOutput(loss_with_gradients(loss, gradients, stats), *constant)
 
 
 def linear_sample(
@@ -126,9 +125,8 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
     merged = torch.zeros_like(upcast(outs[0]))
     for out, weight in zip(outs, weights, strict=True):
         column = weight.unsqueeze(-1)
-        merged = merged + torch.where(
-            column > 0, column * upcast(out), 0.0
-        )  # an empty part may hold anything, even NaN
+        # An empty part may hold anything, even NaN, whose product with its weight of 0 would be NaN in the backward pass too.
+        merged = merged + column * upcast(out).masked_fill(column == 0, 0.0)
     return merged.to(outs[0].dtype)
 
 

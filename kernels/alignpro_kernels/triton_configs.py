@@ -120,10 +120,19 @@ SAMPLE = [
     _config(128, 64, 64, 8, 0, 8, 3),
     _config(16, 64, 32, 8, 0, 4, 3),
 ]
+# In float32, without tensor cores, products need more registers, and a tile twice the shared memory.
+SAMPLE_SINGLE = [
+    _config(16, 64, 64, 8, 0, 4, 4),
+    _config(16, 128, 64, 8, 0, 8, 3),
+    _config(32, 64, 64, 8, 0, 8, 3),
+    _config(64, 64, 32, 8, 0, 8, 3),
+    _config(128, 64, 32, 8, 0, 8, 3),
+    _config(16, 64, 32, 8, 0, 4, 3),
+]
 INTERPRETED = [_config(16, 32, 32, 2, 1, 1, 1)]
 
 LOGITS = INTERPRETED if interpreting() else list(dict.fromkeys(HALF + HALF_WITH_REFERENCE + SINGLE))
-SAMPLES = INTERPRETED if interpreting() else SAMPLE
+SAMPLES = INTERPRETED if interpreting() else list(dict.fromkeys(SAMPLE + SAMPLE_SINGLE))
 
 
 def prune_logits_configs(
@@ -138,9 +147,11 @@ def prune_logits_configs(
 def prune_sample_configs(
     configs: list[triton.Config], named_args: dict[str, Any], **options: Any
 ) -> list[triton.Config]:
-    """Select from `SAMPLES` the configurations that cover the rows with few tiles, none much taller than the rows."""
+    """Select from `SAMPLES` those for the dtype that cover the rows with few tiles, none much taller than the rows."""
     call = {**named_args, **options}
-    return _by_rows([c for c in configs if 8 * c.kwargs["BM"] >= min(call["rows"], 1024)], call["rows"])
+    table = sample_candidates(call["hidden"].dtype)
+    configs = [c for c in configs if c in table and 8 * c.kwargs["BM"] >= min(call["rows"], 1024)]
+    return _by_rows(configs, call["rows"])
 
 
 def candidates(dtype: torch.dtype, *, reference: bool, capped: bool) -> list[triton.Config]:
@@ -151,6 +162,13 @@ def candidates(dtype: torch.dtype, *, reference: bool, capped: bool) -> list[tri
     # tanh needs registers, which would spill with more than 64 accumulators per thread.
     sums = 2 if reference else 1
     return [c for c in table if sums * c.kwargs["BM"] * c.kwargs["BN"] <= 64 * 32 * c.num_warps]
+
+
+def sample_candidates(dtype: torch.dtype) -> list[triton.Config]:
+    """Return the configurations of `sample_kernel` for inputs of a dtype."""
+    if interpreting():
+        return INTERPRETED
+    return SAMPLE_SINGLE if dtype == torch.float32 else SAMPLE
 
 
 def _by_rows(configs: list[triton.Config], rows: int) -> list[triton.Config]:

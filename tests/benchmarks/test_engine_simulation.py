@@ -14,7 +14,8 @@ from benchmarks.engine.__main__ import app
 from benchmarks.engine.floor import num_weights
 from benchmarks.engine.simulation.cards import CARDS
 from benchmarks.engine.simulation.operations import attention_operations, operations
-from benchmarks.engine.simulation.run import simulate
+from benchmarks.engine.simulation.run import _Work, simulate
+from benchmarks.engine.simulation.stub import Pass
 from benchmarks.workload import GPU, ModelShape
 
 SMALL = replace(GPU, prompts=6, K=4, M=2, meta_prompt=20, prompt=40, rewrite=24, template=30, response=40)
@@ -51,6 +52,20 @@ def test_what_a_pass_reads_travels_to_the_device_in_one_copy(runs: list[dict[str
     for run in runs:
         passes = sum(sum(model["passes"].values()) for model in run["models"].values())
         assert passes <= run["copies_to_device"] <= 2 * run["ticks"]
+
+
+def test_heads_may_be_wider_than_their_share_of_the_states() -> None:
+    """As Qwen3-0.6B's: keys and scores are those of twice as many heads of the usual width."""
+    narrow = ModelShape(28, 1024, 3072, 16, 8, 151936)
+    one = {"levels": 1, "rows": 8, "tokens": 8, "seconds": 0.0}
+    passes = [Pass("policy", "replayed", keys=keys, scores=scores, **one) for keys, scores in ((0, 0), (900, 7000))]
+    of_keys, of_scores = [], []
+    for shape in (narrow, replace(narrow, head_dim=128)):
+        without, with_keys = (_Work.of(each, shape, (37, 10), CARDS["h100"]) for each in passes)
+        of_keys.append(with_keys.bytes - without.bytes)
+        of_scores.append(with_keys.flops - without.flops)
+    assert of_keys == [900 * 2 * 28 * 8 * 64 * 2, 900 * 2 * 28 * 8 * 128 * 2]
+    assert of_scores == [4 * 28 * 16 * 64 * 7000, 4 * 28 * 16 * 128 * 7000]
 
 
 def test_operations_are_those_of_the_model() -> None:

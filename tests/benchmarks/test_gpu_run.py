@@ -212,6 +212,7 @@ def test_kernels_are_told_apart() -> None:
 def test_the_pool_fits_the_card_beside_everything_else() -> None:
     token = kv_bytes(GPU.target, 2)
     assert token == 131_072  # 2 · 32 layers · 8 heads · 128 · 2 bytes
+    assert kv_bytes(replace(GPU.target, head_dim=64), 2) == token // 2
     needed = needed_bytes(GPU, 2)
     responses, rewrites = GPU.chains * GPU.response, GPU.prompts * GPU.K * GPU.rewrite
     assert responses + rewrites == 294_912

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignpro.config import (
+    DataConfig,
     EngineConfig,
     EvalConfig,
     FunctionRewardConfig,
@@ -22,9 +23,11 @@ from alignpro.config import (
     RewardModelConfig,
     RLHFConfig,
     SFTConfig,
+    SFTDataConfig,
     TrainConfig,
     dump_config,
     load_config,
+    resolve_config,
     validate_config,
 )
 from alignpro.config.dotted_path import load_object
@@ -108,6 +111,33 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, train_yaml: str) -> None:
 )
 def test_overrides_are_typed(train_yaml: str, override: str, section: str, key: str, value: object) -> None:
     assert getattr(getattr(load_config(TrainConfig, [train_yaml, override]), section), key) == value
+
+
+def test_a_column_of_metadata_can_be_given_on_the_command_line(tmp_path: Path) -> None:
+    base = written(tmp_path / "base.yaml", "source: x.jsonl\ncolumns: {prompt: q, metadata.answer: gold}\n")
+    config = load_config(DataConfig, [base, "columns.metadata.topic=kind", "columns.metadata.answer=label"])
+    assert config.columns == {"prompt": "q", "metadata.answer": "label", "metadata.topic": "kind"}
+    assert load_config(DataConfig, [written(tmp_path / "dumped.yaml", dump_config(config))]) == config
+
+
+def test_keys_without_effect_are_refused(train_yaml: str) -> None:
+    assert "rank, alpha without kind: no adapter is added" in problem(
+        train_yaml, "policy.adapter.rank=4", "policy.adapter.alpha=8"
+    )
+    load_config(TrainConfig, [train_yaml, "policy.adapter.rank=4", "policy.adapter.kind=lora"])
+    data: dict[str, Any] = {"source": "x.jsonl", "copies": 0.2}
+    with pytest.raises(ConfigError, match="copies without `moves`"):
+        validate_config(SFTDataConfig, data)
+    validate_config(SFTDataConfig, data | {"moves": "default"})
+
+
+def test_a_value_that_yaml_takes_for_missing_is_refused(train_yaml: str) -> None:
+    content = yaml.safe_load(Path(train_yaml).read_text())
+    content["environment_params"] = {"marks": ["???"]}
+    with pytest.raises(ConfigError, match=r"environment_params\.marks\.0: \?\?\? stands for a missing value"):
+        resolve_config(TrainConfig, content)
+    with pytest.raises(ConfigError, match=r"environment_params\.marks\.0: "):
+        dump_config(validate_config(TrainConfig, content))
 
 
 @pytest.mark.parametrize("key", ["reward.components.1.weight", "reward.components[1].weight"])

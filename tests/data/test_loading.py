@@ -75,6 +75,7 @@ def test_one_row_is_a_row_even_if_it_holds_a_list_or_spans_lines(write):
     row = {"prompt": "a", "data": [{"prompt": "no"}]}
     assert texts(write("a.jsonl", [row])) == ["a"]
     assert texts(write("b.json", json.dumps(row, indent=2))) == ["a"]
+    assert texts(write("r.json", json.dumps(row, indent=2).replace("\n", "\r"))) == ["a"]
     assert texts(write("c.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])) == ["a"]
 
 
@@ -245,6 +246,16 @@ def test_the_last_answer_of_a_conversation_is_the_response(write):
     assert (prompt.text, prompt.response) == ("q", "a")
 
 
+def test_an_answer_that_looks_like_a_transcript_is_taken_whole(write):
+    text = "Human: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: ciao"
+    rows = [
+        {"messages": [{"role": "user", "content": "write a dialogue"}, {"role": "assistant", "content": text}]},
+        {"prompt": "write a dialogue again", "response": text},
+    ]
+    found = [prompt for i, row in enumerate(rows) for prompt in load(write(f"{i}.jsonl", [row])).prompts]
+    assert [prompt.response for prompt in found] == [text, text]
+
+
 def test_mapping_reaches_into_nested_fields_and_dotted_names(write):
     row = {
         "dialog": {"turns": [{"said": "first"}, {"said": "last"}]},
@@ -282,6 +293,12 @@ def test_unknown_field_and_missing_prompt_in_the_mapping(write):
         load(path, columns={"prompt": "q", "messages": "a"})
 
 
+def test_a_part_of_a_path_that_is_no_number_is_absent(write):
+    path = write("a.jsonl", [{"turns": ["x"]}])
+    with pytest.raises(DataError, match=r"data\.columns\.prompt=turns\.--1 does not exist in any|no prompts"):
+        load(path, columns={"prompt": "turns.--1"})
+
+
 def test_a_path_absent_from_all_rows_is_an_error_but_one_absent_from_some_is_not(write):
     path = write("a.jsonl", [{"q": "x", "meta": {"gold": 1}}, {"q": "y", "meta": {}}])
     columns = {"prompt": "q", "metadata.answer": "meta.gold"}
@@ -317,7 +334,7 @@ def test_broken_json_lines_are_reported_by_line(write):
     assert [p.text for p in data.prompts] == ["good", "good too"]
     assert [p.source for p in data.prompts] == [f"{path}:1", f"{path}:10"]
     expected = [
-        "2: not valid JSON: ",
+        "2: not valid JSON: Unterminated string starting at column ",
         "4: expected a JSON object, got list",
         "5: no prompt",
         "6: no prompt",
@@ -425,6 +442,8 @@ def test_unreadable_files_are_errors(write, tmp_path):
         load(write("a.parquet", b"PAR1 and no more"))
     with pytest.raises(DataError, match="two columns have the same name: prompt"):
         load(write("d.csv", "prompt,prompt\na,b\n"))
+    with pytest.raises(DataError, match=r"h\.csv:1: the column names are not UTF-8"):
+        load(write("h.csv", b"prompt,caf\xe9\na,b\n"))
     with pytest.raises(DataError, match="only presets have splits"):
         load(write("s.jsonl", [{"prompt": "x"}]), split="train")
 

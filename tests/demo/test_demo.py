@@ -53,6 +53,14 @@ def test_finished_demo_is_not_overwritten(short):
         run_demo(out, seed=1, steps=2)
 
 
+@pytest.mark.parametrize("present", ["prompts.jsonl", "run_id"])
+def test_other_files_are_not_overwritten(tmp_path, present):
+    (tmp_path / present).write_text("mine")
+    with pytest.raises(TrainingError, match=r"is not empty and holds no|holds a training run"):
+        run_demo(tmp_path, steps=1)
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [(present, "mine")]
+
+
 def test_weights_are_small_enough_to_ship():
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*.safetensors")) < 4_000_000
 

@@ -57,6 +57,12 @@ def test_its_sweep_has_the_points_and_settings_that_it_tells(tmp_path: Path) -> 
     assert table == dict(settings(SweepSection, (), "sweep.")) | {"sweep.methods": "all"}
 
 
+def test_the_settings_of_an_experiment_are_those_of_its_configuration() -> None:
+    elsewhere = ("prompting", "rewrite.", "respond.", "engine.", "spending.")
+    rows = DOCUMENT.rows("Settings of an experiment")
+    assert {key: default for key, default, _ in rows} == dict(settings(ExperimentConfig, elsewhere))
+
+
 def test_the_arithmetic_of_the_larger_pair_is_that_of_the_plan() -> None:
     config = load_config(TrainConfig, [str(ROOT / "launch" / "sizing" / "pair.yaml")])
     config = config.model_copy(

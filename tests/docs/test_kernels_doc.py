@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from document import Document
+from document import Document, recorded
 from torch.utils.flop_counter import FlopCounterMode
 
 from alignpro_kernels import linear_logprob, linear_sample, policy_loss
@@ -58,3 +58,13 @@ def test_budgets_match_the_code() -> None:
 
 def test_every_backend_has_a_row() -> None:
     assert [cells[0] for cells in DOCUMENT.rows("Backends")] == list(BACKENDS)
+
+
+def test_the_time_of_samples_over_the_floor_is_the_recorded_one() -> None:
+    ratios = [
+        entrant["ratio_to_floor"]
+        for result in recorded("kernels")["results"]
+        for entrant in result["entrants"]
+        if result["case"]["operator"] == "linear_sample" and entrant["entrant"] == "ours-cpp"
+    ]
+    assert f"`linear_sample` by `cpp` took {min(ratios):.2f} to {max(ratios):.2f} of it" in DOCUMENT.text

@@ -13,7 +13,7 @@ import yaml
 from document import ROOT, Document
 from settings_table import settings
 
-from alignpro.config import ExperimentConfig, Method, load_config, validate_config
+from alignpro.config import ExperimentConfig, Method, RivalConfig, load_config, validate_config
 from alignpro.config.rival import SearchSection
 from alignpro.experiments.cells import cells
 
@@ -69,8 +69,13 @@ def test_its_rivals_have_the_calls_of_the_training() -> None:
     assert {cell.jobs[0].config.target_calls for cell in rivals} == {40 * 8 * 8}  # type: ignore[attr-defined]
 
 
+def test_its_rival_alone_can_be_configured_as_it_says() -> None:
+    config = validate_config(RivalConfig, yaml.safe_load(DOCUMENT.blocks("yaml")[2][1]))
+    assert (config.kind, config.target_calls) == ("gepa", 2000)
+
+
 def test_its_transfer_has_a_cell_for_each_other_target() -> None:
-    config = experiment(2)
+    config = experiment(3)
     moved = {(cell.trained_on, cell.target) for cell in cells(config) if cell.trained_on}
     assert moved == {("a", "b"), ("b", "a"), ("both", "a"), ("both", "b")}
     assert Path("cells/house_style/b/align_pro/small/from_a/seed_0") in {

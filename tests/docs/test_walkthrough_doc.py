@@ -35,6 +35,11 @@ SMALLER = {
         "data": {"holdout": 0.3},
         "rollout": {"prompts_per_step": 2, "rewrites_per_prompt": 2},
     },
+    "rlhf.yaml": {
+        "run": {"steps": 1, "eval_every": 1, "eval_prompts": 2},
+        "data": {"holdout": 0.3},
+        "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2},
+    },
     "eval.yaml": {"data": {"holdout": 0.3}, "prompts": 4, "gibbs_candidates": 2},
 }
 """Smaller values for some keys of the files; sequences have a few tokens."""
@@ -58,6 +63,7 @@ def test_its_files_and_commands_run_in_order(
                 main(shlex.split(line, comments=True)[1:])
             assert not stop.value.code, (line, capsys.readouterr().err)
     assert Path("runs/eval/report.html").is_file()
+    assert "oracle" in json.loads(Path("runs/eval_with_oracle/rewards.json").read_text())["arms"]
     assert len(Path("rewrites_of_mine.jsonl").read_text().splitlines()) == 24
     assert json.loads(Path("runs/train/model/adapter_config.json").read_text())["r"] == 16
 

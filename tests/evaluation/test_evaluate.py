@@ -133,6 +133,12 @@ def test_training_free_resampling_shows_progress_and_a_lower_bound(
     assert lower["low"] < lower["value"] < lower["high"]
 
 
+def test_what_filtered_samples_report_is_said(workshop: Workshop, tmp_path: Path) -> None:
+    filtered = run(workshop, tmp_path / "filtered", rewrite={"max_tokens": 4, "top_p": 0.9, "top_k": 5, "min_p": 0.0})
+    (note,) = (note for note in filtered.notes if "filtered" in note)
+    assert note.startswith("The samples of Align-Pro are filtered (top_k, top_p)")
+
+
 def test_what_greedy_samples_report_is_said(workshop: Workshop, tmp_path: Path) -> None:
     greedy = run(workshop, tmp_path / "greedy", files=True, rewrite={"max_tokens": 4, "temperature": 0})
     assert any("Align-Pro are greedy" in note and "temperature 1" in note for note in greedy.notes)

@@ -205,6 +205,11 @@ def test_training_that_still_rises_is_shown():
     assert level.change.value == pytest.approx(0)
     assert convergence(rising[:9]) is None
     assert convergence([{"step": 1, "reward/mean": None}, {"step": 2}]) is None
+    saturated = convergence([{"step": i, "reward/mean": 1.0} for i in range(100)])
+    assert (saturated.last, saturated.change.value) == (1.0, 0.0)
+    assert saturated.change.not_estimable == "all values are the same", "a change of 0 is no reward of 0"
+    text = Page(render_report(report(curves={"Oracle": rising}, convergence={"Oracle": saturated}))).text
+    assert "0.000 not estimable: all values are the same" in text
     noisy = [{"step": i, "reward/mean": float(x)} for i, x in enumerate(np.random.default_rng(0).normal(size=100))]
     change = convergence(noisy).change
     assert change.low < 0 < change.high

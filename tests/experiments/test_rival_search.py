@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tiny_runs import Workshop
 from alignpro.config import ExperimentConfig, RivalConfig, resolve_config
 from alignpro.errors import ConfigError, TrainingError
 from alignpro.experiments.cells import cells
+from alignpro.experiments.rivals.asking import TargetAsker
 from alignpro.experiments.rivals.optimizers import asking_once, require_dspy
 from alignpro.experiments.rivals.run import search_instruction
 from alignpro.experiments.run import run_experiment
@@ -68,6 +71,30 @@ def test_a_search_stays_within_its_calls_and_continues_where_it_was_killed(
     (tmp_path / "killed/answers.jsonl").write_text("".join(lines[:20]) + lines[20][:9])
     again = search_instruction(rival(shop, tmp_path / "killed", kind))
     assert again | {"seconds": 0} == result | {"seconds": 0}
+
+
+def test_miprov2_proposes_anew_once_its_proposals_are_evaluated(shop: Workshop, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    search = SEARCH | {"minibatch": 2}
+    result = search_instruction(rival(shop, tmp_path / "search", "miprov2", target_calls=300, search=search))
+    assert (result["target_calls"], result["refused"]) == (300, True)  # two proposals take 60 or so
+
+
+@pytest.mark.parametrize(("kind", "needs"), [("gepa", "gepa"), ("miprov2", "optuna")])
+def test_the_order_of_threads_changes_nothing(
+    shop: Workshop, tmp_path: Path, kind: str, needs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("dspy")
+    pytest.importorskip(needs)
+    ask, delays = TargetAsker.ask, random.Random(0)
+
+    def ask_after_a_while(self: TargetAsker, *question: Any) -> Any:
+        time.sleep(delays.choice([0, 0.005, 0.03]))
+        return ask(self, *question)
+
+    monkeypatch.setattr(TargetAsker, "ask", ask_after_a_while)
+    results = [search_instruction(rival(shop, tmp_path / name, kind, target_calls=60)) for name in "ab"]
+    assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
 
 
 def test_a_rival_is_a_method_of_an_experiment_at_the_calls_of_a_training(shop: Workshop, tmp_path: Path) -> None:

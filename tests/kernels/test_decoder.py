@@ -189,6 +189,65 @@ def test_mismatched_arguments_are_named(name: str) -> None:
         decoder_stack(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("gate", Decoder(inner=70)),
+        ("down", Decoder(inner=70)),
+        ("out", Decoder(heads=6)),
+        ("qkv", Decoder(heads=6)),
+        ("out_bias", Decoder(dim=40)),
+        ("mlp_norm", Decoder(dim=40)),
+        ("query_norm", Decoder(head_dim=12)),
+        ("gate_bias", None),
+    ],
+)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_weights_that_do_not_match_are_named_before_any_is_read(name: str, other: Decoder | None, layer: int) -> None:
+    decoder = Decoder(bias=True, all_biases=True, head_norms=True)
+    weights = decoder.packed()
+    wrong = None
+    if other is not None:
+        wrong = getattr(replace(other, bias=True, all_biases=True, head_norms=True).packed().layers[0], name)
+    layers = list(weights.layers)
+    layers[layer] = replace(layers[layer], **{name: wrong})
+    sequence = Sequence(decoder, 4)
+    with pytest.raises(ValueError, match=r"weights: \w+ of layer|packed weights have shapes"):
+        sequence.run(replace(weights, layers=layers), 0, 4)
+    assert all(pages.isnan().all() for pages in sequence.pages)
+
+
+@pytest.mark.parametrize("name", ["qkv_bias", "query_norm", "key_norm"])
+def test_weights_that_do_not_match_the_pages_are_named(name: str) -> None:
+    decoder = Decoder(bias=True, head_norms=True)
+    weights = decoder.packed()
+    layers = [replace(layer, **{name: torch.ones(7)}) for layer in weights.layers]
+    with pytest.raises(ValueError, match=rf"weights: {name} has shape \(7,\)"):
+        Sequence(decoder, 4).run(replace(weights, layers=layers), 0, 4)
+
+
+def test_pages_that_differ_are_named() -> None:
+    decoder = Decoder()
+    sequence = Sequence(decoder, 4)
+    sequence.pages[1] = sequence.pages[1][..., :1, :].clone()
+    with pytest.raises(ValueError, match="pages differ from layer to layer"):
+        sequence.run(decoder.packed(), 0, 4)
+
+
+def test_torchs_defaults_do_not_matter() -> None:
+    decoder = Decoder()
+    weights, expected = decoder.packed(), Sequence(decoder, 4).run(decoder.packed(), 0, 4)
+    sequence = Sequence(decoder, 4)
+    level, slots = sequence.level(0, 4), sequence.table.long().repeat_interleave(4)[:4] * 4 + torch.arange(4)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = decoder_stack(sequence.hidden, weights, sequence.cos, sequence.sin, sequence.pages, slots, [level])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", FEWER)
 def test_the_same_holds_with_fewer_instructions(instructions: str) -> None:

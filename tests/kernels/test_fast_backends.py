@@ -78,6 +78,19 @@ def test_errors_are_no_larger_than_those_of_a_plain_implementation(
             assert error <= 1.5 * plain[name] + 1e-6, (operator, name, error, plain[name])
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_lora_on_a_16_bit_head_is_as_exact_as_the_reference(backend: str, dtype: torch.dtype, trained: bool) -> None:
+    """The gradient of the hidden states is a sum of two parts, each of which is rounded."""
+    problem = Problem(rows=40, width=96, vocabulary=2000, rank=16, trained=trained, scale=0.2, zero_every=5)
+    exact = run(problem, "policy_loss", "reference", torch.float64)
+    for operator in OPERATORS:
+        least = run(problem, operator, "reference", dtype).errors(exact)
+        for name, error in run(problem, operator, backend, dtype).errors(exact).items():
+            assert error <= 2 * least[name] + 1e-6, (operator, name, error, least[name])
+
+
 @pytest.mark.parametrize(("rows", "width"), [(150, 40), (60, 1024), (430, 512)])
 @pytest.mark.parametrize("reference", ["none", "shared", "separate"])
 def test_errors_of_many_rows_on_the_cpu(rows: int, width: int, reference: str) -> None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fast_backends import FAST
-from head_problems import Problem
+from fast_backends import FAST, OPERATORS
+from head_problems import Problem, run
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
-from alignpro_kernels import LoRA, fused, linear_logprob, policy_loss
+from alignpro_kernels import LoRA, fused, linear_logprob, linear_sample, policy_loss
 from alignpro_kernels.backends import backend_module
 
 pytestmark = pytest.mark.usefixtures("runnable")
@@ -162,6 +162,64 @@ def test_tied_embeddings_get_both_gradients(backend: str) -> None:
         return torch.autograd.grad(out.loss, embedding.weight)[0]
 
     torch.testing.assert_close(loss(backend), loss("reference"))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast_around_the_backward_pass_changes_no_bit(operator: str, backend: str) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(EVERYTHING, operator, backend, torch.float32)
+    outside = run(EVERYTHING, operator, backend, torch.float32)
+    for name, value in inside.values.items():
+        assert torch.equal(value, outside.values[name]), name
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_second_derivatives_are_refused_rather_than_left_out(backend: str) -> None:
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    lora = LoRA(torch.randn(2, 8, requires_grad=True), torch.randn(50, 2, requires_grad=True), 0.5)
+    target, options = torch.zeros(6, dtype=torch.int64), {"lora": lora, "backend": backend}
+    losses = [policy_loss(hidden, weight, target, weighted(torch.ones(6)), **options).loss]
+    if backend != "reference":
+        losses.append(linear_logprob(hidden, weight, target, **options).logprob.sum())
+    for loss in losses:
+        for leaf in (hidden, weight, lora.a, lora.b):
+            with pytest.raises(RuntimeError, match=r"create_graph=True.* use linear_logprob with backend='reference'"):
+                torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_the_reference_has_second_derivatives() -> None:
+    variables = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 3), (4, 3))]
+    target = torch.zeros(2, dtype=torch.int64)
+    assert gradgradcheck(lambda *x: linear_logprob(*x, target, backend="reference").logprob, variables)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_torchs_defaults_do_not_matter(backend: str) -> None:
+    """The default dtype, and a default device on which tensors have no values."""
+    arguments = Problem(rows=9, width=40).tensors(torch.float32)
+
+    def call() -> list[torch.Tensor]:
+        options = {"backend": backend, "temperature": 0.7}
+        hidden, weight = arguments["hidden"], arguments["weight"]
+        stats = linear_logprob(hidden, weight, arguments["target"], **options)
+        loss = policy_loss(hidden, weight, arguments["target"], weighted(ones), **options).loss
+        gradients = torch.autograd.grad(loss + stats.logprob.sum(), [hidden, weight])
+        return [loss, *gradients, *linear_sample(hidden, weight, seeds=seeds, **options)]
+
+    ones, seeds = torch.ones(9), torch.arange(9)
+    expected = call()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = call()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_no_derivative_at_all_means_no_active_row_on_the_device_of_the_rows() -> None:
+    assert fused._active_rows((None, None, None), torch.device("meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("backend", FAST)

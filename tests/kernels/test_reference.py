@@ -266,6 +266,28 @@ def test_leading_dimensions_and_strides_do_not_matter() -> None:
     assert out.logprob.shape == (3, 2) and torch.autograd.grad(out.loss, hidden)[0].shape == (3, 2, D)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_row_of_probability_zero_is_left_out_if_its_coefficients_are_zero(backend: str) -> None:
+    hidden, weight = torch.randn(3, D), torch.randn(V, D)
+    bias = torch.zeros(V).index_fill(0, torch.tensor([2]), -torch.inf)
+    alpha = torch.tensor([-1.0, 0.0, 2.0])  # the second row's token is ruled out
+
+    def loss(logprob, entropy, kl, rows):
+        return torch.where(alpha[rows] == 0, 0.0, alpha[rows] * logprob), alpha[rows], None, None
+
+    def call(token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        h = hidden.clone().requires_grad_()
+        out = policy_loss(h, weight, torch.tensor([1, token, 3]), loss, bias=bias, backend=backend)
+        out.loss.backward()
+        assert out.logprob[1].isinf() == (token == 2)
+        return out.loss.detach(), h.grad
+
+    (found, gradient), (expected, of_allowed) = call(2), call(4)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, of_allowed)
+    assert (gradient[1] == 0).all() and gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_give_float32_statistics_also_under_autocast(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(1)
@@ -439,3 +461,19 @@ def test_an_empty_part_is_ignored_whatever_its_values() -> None:
     assert (merge_states([empty, empty], [minus, minus]) == 0).all()
     with pytest.raises(ValueError, match="outs has 2 parts, lses 1"):
         merge_states([out, out], [lse])
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_an_empty_part_gets_and_spoils_no_gradient(everywhere: bool) -> None:
+    out, lse = torch.randn(2, D, requires_grad=True), torch.tensor([0.3, -torch.inf if everywhere else 2.0])
+    other, more = torch.randn(2, D, requires_grad=True), torch.tensor([1.0, -torch.inf if everywhere else -1.0])
+    empty = torch.full((2, D), float("nan"), requires_grad=True)
+    lses = [lse.requires_grad_(), torch.full((2,), -torch.inf, requires_grad=True), more.requires_grad_()]
+    merge_states([out, empty, other], lses).square().sum().backward()
+    found = [x.grad.clone() for x in (out, other, lse, more)]
+    assert (empty.grad == 0).all() and (lses[1].grad == 0).all()
+    for x in (out, other, lse, more):
+        x.grad = None
+    merge_states([out, other], [lse, more]).square().sum().backward()
+    for ours, expected in zip(found, (out, other, lse, more), strict=True):
+        torch.testing.assert_close(ours, expected.grad)

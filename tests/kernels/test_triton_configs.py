@@ -23,11 +23,18 @@ def test_every_call_has_a_suitable_configuration(
     assert all(c.kwargs["BN"] % triton_configs.MIN_TILE_WIDTH == 0 for c in found)
     sampling = triton_configs.prune_sample_configs(triton_configs.SAMPLES, call)
     assert sampling
+    assert all(c in triton_configs.sample_candidates(dtype) for c in sampling)
     assert all(c.kwargs["BM"] <= max(16, 2 * rows) for c in sampling)
     assert all(c.kwargs["BN"] % triton_configs.MIN_TILE_WIDTH == 0 for c in sampling)
 
 
 def test_tiles_narrower_than_the_partial_sums_are_not_offered() -> None:
-    tables = (triton_configs.HALF, triton_configs.HALF_WITH_REFERENCE, triton_configs.SINGLE, triton_configs.SAMPLE)
+    tables = (
+        triton_configs.HALF,
+        triton_configs.HALF_WITH_REFERENCE,
+        triton_configs.SINGLE,
+        triton_configs.SAMPLE,
+        triton_configs.SAMPLE_SINGLE,
+    )
     for table in tables:
         assert all(c.kwargs["BN"] % 64 == 0 for c in table)

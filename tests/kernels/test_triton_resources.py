@@ -28,6 +28,7 @@ QUICK = [
     ("logits bf16 shared reference 128x128x64 w8 s3", "sm_90"),
     ("logits bf16 shared reference 128x128x64 w8 s3", "gfx942"),
     ("sample bf16 16x128x128 w4 s4", "sm_90"),
+    ("sample fp32 128x64x32 w8 s3", "sm_80"),
     ("gradient bf16 alpha eta kappa active softcap bias", "sm_90"),
     ("gradient bf16 alpha eta kappa active softcap bias", "gfx942"),
     ("accumulate bf16", "gfx942"),

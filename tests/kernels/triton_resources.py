@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from alignpro_kernels import triton_configs
 from alignpro_kernels.triton_attention import attention_kernel, combine_kernel
-from alignpro_kernels.triton_configs import COMPILE_OPTIONS, SAMPLE, attention_tile, candidates, max_stages
+from alignpro_kernels.triton_configs import COMPILE_OPTIONS, attention_tile, candidates, max_stages, sample_candidates
 from alignpro_kernels.triton_gradient import accumulate_kernel, gradient_kernel
 from alignpro_kernels.triton_logits import logits_kernel, statistics_kernel
 from alignpro_kernels.triton_merge import merge_kernel
@@ -79,8 +79,9 @@ def variants() -> Iterator[Variant]:
     for config in candidates(torch.float32, reference=True, capped=False):
         yield _logits("logits fp32", config, "fp32")
         yield _logits("logits fp32 shared reference", config, "fp32", reference="shared")
-    for config in SAMPLE:
-        yield _sample(config)
+    for kind, dtype in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for config in sample_candidates(kind):
+            yield _sample(config, dtype)
     for dtype in ("bf16", "fp32"):
         yield _gradient(f"gradient {dtype} alpha", dtype)
         yield _gradient(f"gradient {dtype} alpha eta kappa active softcap bias", dtype, everything=True)
@@ -198,10 +199,10 @@ def _logits(
     return _tiled(name, logits_kernel, arguments, constants, config)
 
 
-def _sample(config: triton.Config) -> Variant:
-    pointers = {"hidden": "*bf16", "weight": "*bf16", "seeds": "*i64", "width": "*i32", "best": "*i32"}
+def _sample(config: triton.Config, dtype: str) -> Variant:
+    pointers = {"hidden": f"*{dtype}", "weight": f"*{dtype}", "seeds": "*i64", "width": "*i32", "best": "*i32"}
     arguments = _arguments(sample_kernel, partials="*fp32", temperatures="*fp32", **pointers) | {"temperature": "fp32"}
-    return _tiled("sample bf16", sample_kernel, arguments, {"D": _DEPTH, "R": 0, "PRECISION": "ieee"}, config)
+    return _tiled(f"sample {dtype}", sample_kernel, arguments, {"D": _DEPTH, "R": 0, "PRECISION": "ieee"}, config)
 
 
 def _tiled(

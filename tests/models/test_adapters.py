@@ -140,6 +140,11 @@ class TestAdapters:
         with model.disable_adapter():
             assert model.context_length == CONTEXT
 
+    def test_a_soft_prompt_that_fills_the_context(self) -> None:
+        too_long = AdapterConfig(kind="soft_prompt", virtual_tokens=CONTEXT - 1)
+        with pytest.raises(ModelError, match=r"virtual_tokens=127 leaves no room .* its context of 128 tokens"):
+            add_adapter(tiny_language_model("llama"), too_long)
+
     def test_lora_on_layers_that_are_not_there(self) -> None:
         config = AdapterConfig(kind="lora", target_modules=["no_such_layer"])
         with pytest.raises(ModelError, match=r"policy\.adapter\.kind=lora: .*no_such_layer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,22 @@ def test_a_damaged_header_raises_no_other_error(position: int, file: Path, whole
 def test_other_files_are_named(content: bytes, reason: str, file: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(ModelError, match=f"model.gguf: {reason}"):
+        read_header(file)
+
+
+def test_arrays_within_arrays_end_somewhere(file: Path) -> None:
+    def array(depth: int) -> bytes:
+        return struct.pack("<IQ", 9, 1) * depth + struct.pack("<IQI", 4, 1, 7)
+
+    def whole(depth: int) -> bytes:
+        key = b"a.b"
+        return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<I", 9) + array(depth)
+
+    file.write_bytes(whole(2))
+    with pytest.raises(ModelError, match="does not name its architecture"):  # so the arrays were read
+        read_header(file)
+    file.write_bytes(whole(100_000))
+    with pytest.raises(ModelError, match=r"model.gguf: is damaged or truncated: it has arrays within arrays"):
         read_header(file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,26 @@ def test_a_second_token_that_ends_a_turn_is_kept(tmp_path: Path) -> None:
     header = read_header(tmp_path / "model.gguf")
     assert end_token_ids(header) == [tokenizer.eos_token_id, tokenizer.pad_token_id]
     assert ReadModel(header).model.generation_config.eos_token_id == end_token_ids(header)
+
+
+def test_end_tokens_of_model_and_template_are_kept_and_a_third_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = copy.deepcopy(bpe_tokenizer())  # its template ends turns with <|im_end|>
+    text_end, begin, turn_end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.eos_token = "<|endoftext|>"
+    found = []
+    for ends in (text_end, begin):
+        model = tiny_model("llama")
+        model.generation_config.eos_token_id = ends
+        write_gguf(model, tokenizer, tmp_path / "model.gguf", name="tiny")
+        found.append(end_token_ids(read_header(tmp_path / "model.gguf")))
+    assert found == [[text_end, turn_end]] * 2
+    (warning,) = [record.getMessage() for record in caplog.records if "two end tokens" in record.getMessage()]
+    assert warning == f"tiny: GGUF has a place for two end tokens; texts will not end at <|im_start|> ({begin})"
+    tokenizer.chat_template = None
+    write_gguf(model, tokenizer, tmp_path / "model.gguf", name="tiny")
+    assert end_token_ids(read_header(tmp_path / "model.gguf")) == [text_end, begin]
 
 
 @pytest.mark.parametrize(

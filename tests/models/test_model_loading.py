@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     ARCHITECTURES,
     IDS,
@@ -95,6 +96,38 @@ class TestLoading:
         AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).save_pretrained(tmp_path)
         with pytest.raises(ModelError, match=r"lack 1 weights, such as lm_head\.weight"):
             load_language_model(policy_config(tmp_path))
+
+    @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])  # whose embeddings are tied: it lacks no weight
+    def test_the_head_of_a_reward_model_is_seen(self, architecture: str, tmp_path: Path) -> None:
+        save_tiny(architecture, tmp_path)
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).save_pretrained(tmp_path)
+        with pytest.raises(
+            ModelError, match=r"have the head of a classifier \(score\.weight\), such as a reward model's"
+        ):
+            load_language_model(policy_config(tmp_path))
+
+    @pytest.mark.parametrize("layers", ["num_hidden_layers", "n_layer"])
+    def test_more_layers_than_the_configuration_counts(self, layers: str, tmp_path: Path) -> None:
+        config = save_tiny("gpt2" if layers == "n_layer" else "llama", tmp_path) / "config.json"
+        content = json.loads(config.read_text())
+        content.pop("layer_types", None)
+        config.write_text(json.dumps(content | {layers: 1}))
+        with pytest.raises(
+            ModelError, match=r"have \d+ weights of layers that its config\.json does not count, such as .*1\."
+        ):
+            load_language_model(policy_config(tmp_path))
+        config.write_text(json.dumps(content | {layers: 1, "num_nextn_predict_layers": 1}))
+        load_language_model(policy_config(tmp_path))  # those that predict further tokens are left out
+
+    def test_weights_that_transformers_leaves_out_are_harmless(self, tmp_path: Path) -> None:
+        save_tiny("llama", tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        unused = {
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+            "vision.blocks.7.weight": torch.ones(2),
+        }
+        save_file({**weights, **unused}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        load_language_model(policy_config(tmp_path))
 
     def test_a_model_that_is_not_causal(self, tmp_path: Path) -> None:
         config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import save_tiny
 from tiny_runs import Workshop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -98,3 +99,15 @@ def test_self_reward_draws_and_asks_for_more_than_it_trains_on(made: Workshop) -
     (_, line, *_) = describe_work(training(made, *grown))
     assert "chosen among those that grow from at most 16 sentences with 16 responses" in line
     assert line.endswith(": at most 128 responses in total")
+
+
+def test_gpt2_takes_what_pytorch_counts(made: Workshop) -> None:
+    path = save_tiny("gpt2", made.root / "gpt2")
+    settings = (
+        f"policy.path={path}",
+        "rollout.prompts_per_step=1",
+        "rollout.rewrites_per_prompt=2",
+        "rollout.rewrite.max_tokens=5",
+        "prompting.max_prompt_tokens=7",
+    )
+    assert step_compute(training(made, *settings)).parts["rewrites"] == counted(path, 7 + 2 * 5, 2 * 5)

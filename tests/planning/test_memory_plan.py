@@ -42,6 +42,22 @@ def test_it_counts_the_weights_that_are_held_and_trained(adapter: str, tmp_path:
     assert need.frozen == 4 * sum(weight.numel() for weight in target.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_the_layers_of_gpt2_are_linear_too(tmp_path: Path) -> None:
+    """Its weights are transposed, in layers of a class of their own."""
+    path = save_tiny("gpt2", tmp_path / "gpt2")
+    job = config(Workshop(tmp_path), f"policy.path={path}", "policy.adapter.kind=lora")
+    policy = Policy.load(job.policy, seed=0)
+    trained = [weight.numel() for weight in policy.trainable.values()]
+    for setup in (ONE_PROCESS, "z1", "z2", "z3"):
+        assert estimate_memory(job, setup, ranks=1).training.gradients > 0
+    need = estimate_memory(job, ONE_PROCESS, ranks=1).training
+    assert need.gradients == 4 * sum(trained) > 0
+    size = measure(build_empty(job.policy), job.policy)
+    assert size.linear == 2 * 12 * 32**2, "of each layer: attention 4 · 32², MLP 8 · 32²"
+    assert size.packed == 0
+
+
 @pytest.mark.parametrize(("change", "once"), [("lora", True), ("full", True), ("target", False), ("zero", False)])
 def test_a_target_that_the_policy_starts_from_is_held_once_by_one_process(
     change: str, once: bool, tmp_path: Path

@@ -6,12 +6,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_models import policy_config, tiny_transformer
 from tiny_runs import Workshop
+from transformers import GenerationMixin
 
 import alignpro
-from alignpro.prompting.model_card import licence_of, write_section
+from alignpro.config import AdapterConfig, PromptingConfig
+from alignpro.data import Prompt
+from alignpro.demo.models import prompter_tokenizer
+from alignpro.models.adapters import add_adapter
+from alignpro.models.loading import load_language_model, load_trainable
+from alignpro.models.saving import save_pretrained
+from alignpro.prompting.model_card import licence_of, write_card, write_section
+from alignpro.prompting.prompter_prompt import PrompterTemplate
 
 
 def code_of_card(workshop: Workshop, root: Path, adapter: str, form: str) -> str:
@@ -52,6 +62,47 @@ def test_its_code_gives_the_rewrite(workshop: Workshop, tmp_path: Path) -> None:
         ((rewritten,),) = alignpro.Rewriter.load(tmp_path / adapter).rewrite(["explain dns to my mum"])
         expected += rewritten.rewrite + "\n"
     assert told == expected
+
+
+TEMPLATE = (
+    "{{ date_string }}{% for message in messages %}<|im_start|><|{{ message['role'] }}|>{{ message['content'] }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|><|assistant|>"
+    "{% if enable_thinking is not defined or enable_thinking %}<|system|>{% endif %}{% endif %}"
+)
+"""Of a model whose tokenizer ends texts with another token, and which reasons unless it is told not to."""
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_its_code_gives_the_same_input_and_stops_at_the_same_tokens(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = prompter_tokenizer()
+    tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", TEMPLATE
+    tiny_transformer("qwen2", eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    start = load_trainable(policy_config(tmp_path / "base"), 0)
+    model = add_adapter(start, AdapterConfig.model_validate({"kind": kind} | ({"rank": 4} if kind == "lora" else {})))
+    prompter = PrompterTemplate(model.tokenizer, PromptingConfig(), stop_token_ids=model.end_token_ids)
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    save_pretrained(model, tmp_path / "model")
+    write_card(tmp_path / "model", prompter, 3)
+
+    asked = []
+    generate = GenerationMixin.generate
+
+    def record(self: Any, **options: Any) -> Any:
+        asked.append((options["input_ids"].tolist(), options.get("eos_token_id", self.generation_config.eos_token_id)))
+        return generate(self, **options)
+
+    monkeypatch.setattr(GenerationMixin, "generate", record)
+    code, request = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), flags=re.DOTALL)
+    exec(code.replace("path/to/this/directory", str(tmp_path / "model")), {})
+    assert asked == [([prompter.encode(Prompt.from_text("explain dns to my mum"))], ends)]
+    assert '"chat_template_kwargs": {' in request
+    assert ('"stop_token_ids": [' in request) == (kind == "lora")
+    assert load_language_model(policy_config(tmp_path / "model")).end_token_ids[-1] == (
+        ends[0] if kind == "lora" else ends[1]
+    )
 
 
 def test_only_prompters_have_one(workshop: Workshop, tmp_path: Path) -> None:

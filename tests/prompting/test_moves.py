@@ -56,6 +56,17 @@ def test_a_share_of_the_pairs_makes_two_moves() -> None:
         assert bank.move_of(pair.text, pair.rewrite or "") != OTHER
 
 
+def test_every_rewrite_of_a_prompt_is_kept_and_moves_are_made_of_it_once(tmp_path: Path) -> None:
+    rows = [{"prompt": "q"}, *({"prompt": "q", "rewrite": text} for text in ("r", "s", "r")), {"prompt": "other"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"source": str(tmp_path / "data.jsonl"), "moves": "default", "moves_per_prompt": 3, "copies": 0.0}
+    config = validate_config(SFTConfig, {"run": {"out": "out"}, "data": data, "policy": {"path": "model"}})
+    pairs = sft_pairs(config)
+    own = [pair.rewrite for pair in pairs if pair.rewrite in ("r", "s")]
+    assert own == ["r", "s"]
+    assert Counter(pair.text for pair in pairs) == {"q": 5, "other": 3}
+
+
 def test_pairs_of_the_data_are_kept_beside_the_moves_on_the_same_side_of_the_split(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}"} | ({"rewrite": "r"} if i < 5 else {}) for i in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))

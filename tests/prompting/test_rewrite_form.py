@@ -76,10 +76,31 @@ def test_moves_that_change_the_prompt_are_left_out(tmp_path: Path) -> None:
         load_moves(str(file)).of_form("addition")
 
 
+def test_moves_that_are_additions_to_some_prompts_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "moves.yaml"
+    changing = {
+        "case": "{{ prompt | capitalize }}\n\nBe brief.",
+        "suffix": "{{ prompt }}s",
+        "mark": "{{ prompt }}?",
+        "cut": "{{ prompt[:5] }} x",
+        "long": "{% if prompt | length > 900 %}Short: {% endif %}{{ prompt }}\n\nBe brief.",
+        "twice": "{{ prompt }}\n\n{{ prompt }}",
+    }
+    rare = "{% if 'q1' in prompt %}Now: {% endif %}{{ prompt }}\n\nBe brief."
+    file.write_text(json.dumps(changing | {"adds": "{{ prompt }} Be brief.", "rare": rare}))
+    assert set(load_moves(str(file)).of_form("addition").moves) == {"adds", "rare"}
+    file.write_text(json.dumps({"rare": rare}))
+    with caplog.at_level(logging.WARNING):
+        pairs = sft_pairs(sft_config(tmp_path, ["q0 in short", "q1 in short"], str(file)))
+    assert [x.rewrite for x in pairs] == ["q0 in short", "q0\n\nBe brief.", "q1 in short"]
+    assert "1 of 4 pairs are no additions to their prompt" in caplog.text
+
+
 def sft_config(directory: Path, rewrites: list[str], moves: str | None) -> SFTConfig:
     rows = [{"prompt": f"q{i}", "rewrite": text} for i, text in enumerate(rewrites)]
     (directory / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = {"source": str(directory / "data.jsonl"), "moves": moves, "moves_per_prompt": 2, "copies": 0.0}
+    data = {"source": str(directory / "data.jsonl")}
+    data |= {} if moves is None else {"moves": moves, "moves_per_prompt": 2, "copies": 0.0}
     prompting = {"form": "addition"}
     content = {"run": {"out": "out"}, "data": data, "policy": {"path": "model"}, "prompting": prompting}
     return validate_config(SFTConfig, content)

@@ -64,6 +64,21 @@ def test_conversations_whose_turns_would_be_dropped_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("condition", "lossy", "whole"),
+    [
+        ("m.role != 'system' or loop.first", [USER, ASSISTANT, SYSTEM, USER], [SYSTEM, USER, ASSISTANT, USER]),
+        ("m.role != 'system' or messages | length == 2", [SYSTEM, USER, ASSISTANT, USER], [SYSTEM, USER]),
+    ],
+)
+def test_system_turns_that_are_dropped_in_some_places_alone(condition, lossy, whole):
+    template = QWEN.replace("in messages %}", "in messages %}{% if " + condition + " %}", 1)
+    chat = ChatTemplate(with_template(template.replace("{% endfor", "{% endif %}{% endfor", 1)))
+    assert chat.encode(whole)
+    with pytest.raises(DataError, match="its chat template drops or changes the text of system turns"):
+        chat.encode(lossy)
+
+
+@pytest.mark.parametrize(
     ("expression", "error"),
     [
         ("1 / 0", "ZeroDivisionError"),

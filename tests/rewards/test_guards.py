@@ -1,4 +1,5 @@
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -133,10 +134,38 @@ def test_numbers_kept(original, rewrite, share):
         ("he said:\n- Stop it", "end", 1.0),
         ("给我写一首诗", "诗", 1.0),
         ("", "Anna", 1.0),
+        ("is GPT4 better than an iPhone15", "Compare gpt4 with an iphone15.", 1.0),
+        ("is GPT4 better than GPT3", "Is GPT4 good?", 0.5),
+        ("what did Zoe\u0308 say", "Quote Zo\u00eb.", 1.0),
+        ("meet at 4PM in my 2ndFloor", "We meet.", 1.0),  # these begin with a digit
     ],
 )
 def test_names_kept(original, rewrite, share):
     assert names_kept([original], [rewrite]) == [share]
+
+
+ODD_TEXTS = (
+    "Please use GPT4 for this",
+    "play MP3 and PS5 and AK47s on my iPhone15 Pro, or the H2O of CO2's",
+    "what did Zoe\u0308 say to I\u0307pek and X\u0304u of Zu\u0308rich2024",
+    "buy Lego\u2122 or Coca-Cola\u00ae No\u2116 5 at \u00bdPrice, x\u00b2Y, \u2167Henry",
+    "ask 1Password about my_Var, the __Init and A1_B2",
+    "the Apple\ufe0f emoji \u2764\ufe0f of Nai\u0308ve-O\u2019Neill2",
+    "why is \u01c5emal \ufb01Fine in \u5317\u4eacGPT4\u5728",
+    "pay 1,5 or -3 or \u22124 or 1.000,5 at 5\u00d75, \u0663Items",
+    "`a``b` ```c``` a_b__c _d_ https://a.b/c_(d), <https://e.f>",
+)
+
+
+def test_what_is_copied_has_kept_everything():
+    texts = list(ODD_TEXTS)
+    if BPO.exists():
+        texts += [row["prompt"] for row in json.loads(BPO.read_text(encoding="utf-8"))]
+    draw = random.Random(0)
+    pieces = [*"aZ1 -_.`\n", "Ab", "GPT", "2,5", " ", "'s", "e\u0301", "\u0308", "\u5317", "\u2122", "\ufe0f"]
+    texts += ["".join(draw.choices(pieces, k=12)) for _ in range(3000)]
+    for kept in (names_kept, numbers_kept, code_kept):
+        assert [text for text, share in zip(texts, kept(texts, texts), strict=True) if share < 1] == []
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_lists_arrays_and_tensors_of_numbers_are_accepted(reward_from, values):
         ("[1.0, -math.inf, 1.0]", "returned -inf, expected a finite number"),
         ("torch.tensor([1.0, float('nan'), 1.0])", "returned nan"),
         ("[1.0, 10**400, 1.0]", "returned inf"),
+        ("[1.0, 1e39, 1.0]", r"returned 1e\+39, expected one of at most 3.4e\+38, the largest in float32"),
         ("[1.0, None, 1.0]", "returned None, which is not a number"),
         ("[1.0, '0.5', 1.0]", "returned '0.5', which is not a number"),
         ("[1.0, [1.0], 1.0]", r"returned \[1.0\], which is not a number"),
@@ -267,8 +268,12 @@ def test_components_need_different_names(tmp_path):
 
 
 def test_weights_that_overflow_are_caught(reward_from):
-    with pytest.raises(RewardError, match="the weighted sum returned inf"):
-        reward_from(returning("[1e300] * len(prompts)"), weight=1e300)(PROMPTS, RESPONSES, None)
+    """Rewards are float32: what fits into a float64 would be infinite there."""
+    with pytest.raises(RewardError, match="the weighted sum returned inf, expected a finite number"):
+        reward_from(returning("[1e30] * len(prompts)"), weight=1e300)(PROMPTS, RESPONSES, None)
+    with pytest.raises(RewardError, match=r"the weighted sum returned 1e\+40, expected one of at most") as caught:
+        reward_from(returning("[1.0, 1e38, 1.0]"), weight=100.0)(PROMPTS, RESPONSES, None)
+    assert PROMPTS[1].id in str(caught.value)
 
 
 def test_no_rows_score_nothing_and_uneven_ones_are_refused(reward_from):

@@ -46,6 +46,14 @@ GOOD = {
 }
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_endless_number_is_no_number_of_an_item(name: str) -> None:
+    """Python refuses to read more than 4,300 digits."""
+    assert (
+        score(name, "1" * 5000 + ". leaves change colour in autumn", "List three reasons why leaves change colour.") < 1
+    )
+
+
 def test_there_are_at_least_four_tasks_each_with_instructions_to_try() -> None:
     assert set(NAMES) == set(GOOD)
     for name in NAMES:

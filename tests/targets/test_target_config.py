@@ -190,6 +190,24 @@ def test_what_judges_and_servers_of_rewards_are_asked_is_counted() -> None:
     assert "at most 48 requests" in lines[0] and f"({190 + 4 + 1024:,} of a prompt" in lines[0]
 
 
+def test_a_prompter_at_another_strength_asks_for_each_rewrite() -> None:
+    """No fine-tuning 5 requests with n; the prompter and two strengths 5 · 3 each."""
+    comparison = {
+        "out": "runs/e",
+        "data": TRAIN["data"],
+        "target": {"endpoint": ENDPOINT["endpoint"] | {"n": True}},
+        "reward": TRAIN["reward"],
+        "prompter": {"path": "p"},
+        "reference": {"path": "r"},
+        "arms": ["no_finetuning", "align_pro", "dial_0.25", "dial_0.5"],
+        "strengths": [0.25, 0.5],
+        "prompts": 5,
+        "rewrites_per_prompt": 3,
+    }
+    (line, _) = describe_spending(validate_config(EvalConfig, comparison))
+    assert "in all: at most 50 requests and " in line
+
+
 def test_what_judges_of_arms_and_counts_of_refusals_ask_is_counted() -> None:
     """Two arms of 5 prompts × 4 responses; 3 harmful prompts likewise; 5 pairs in both orders, each asked up to 3 times."""
     comparison = {

@@ -79,6 +79,17 @@ def test_what_the_data_do_not_determine_is_not_estimable():
     assert mean_estimate([0.1, 0.2], Clusters(["a", "a"])).interval == NotEstimable("all prompts are in one cluster")
 
 
+def test_zeros_and_ones_that_are_no_rewards_are_no_proportion():
+    """A KL of 0 at all prompts, or a change of 1, says nothing of how it varies; and the rewards 0 and 1 have other intervals."""
+    values = np.array([0.0] * 12 + [1.0] * 8)
+    found, shifted = mean_estimate(values, rewards=False), mean_estimate(values + 2)
+    assert (found.low, found.high) == pytest.approx((shifted.low - 2, shifted.high - 2))
+    assert mean_estimate(values).low > found.low
+    for same in (0.0, 1.0):
+        found = mean_estimate(np.full(20, same), rewards=False)
+        assert (found.value, found.interval) == (same, NotEstimable("all values are the same"))
+
+
 def test_pairing_narrows_the_interval():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=60)  # the difficulty that both arms share

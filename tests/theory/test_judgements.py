@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from alignpro.theory.statistics import (
     Clusters,
@@ -97,6 +98,21 @@ def test_a_judge_that_always_wins_has_a_rate_with_an_interval_and_a_test():
     assert 0.9 < found.length_controlled.rate.value < 1
 
 
+@pytest.mark.parametrize(
+    "clusters", [Clusters.single(20), Clusters(np.repeat(range(10), 2).tolist())], ids=["single", "two"]
+)
+def test_more_wins_are_never_worse_evidence_and_the_test_agrees_with_the_interval(clusters):
+    rates = []
+    for wins in range(10, 21):
+        verdicts = np.arange(20) < wins
+        rates.append(judgement_statistics(judged(verdicts, verdicts, clusters=clusters)).win_rate)
+    assert all((each.p_value < 0.05) == (each.low > 0.5) for each in rates)
+    p_values = [each.p_value for each in rates]
+    if clusters.independent:
+        assert p_values == sorted(p_values, reverse=True)
+        assert p_values == pytest.approx([scipy.stats.binomtest(wins, 20).pvalue for wins in range(10, 21)])
+
+
 def test_pairs_of_one_prompt_are_not_independent():
     first = np.repeat(np.random.default_rng(0).integers(0, 2, 40), 5)
     together = judgement_statistics(judged(first, first, clusters=Clusters(np.repeat(range(40), 5).tolist())))
@@ -140,9 +156,72 @@ class TestLengthControl:
         assert "no pair differs in length" in found.rate.not_estimable
 
     def test_a_length_that_all_pairs_share_cannot_be_told_from_the_rate(self):
-        found = length_controlled(np.resize([1.0, 1.0, 0.0], 60), np.full(60, 9.0), Clusters.single(60))
-        assert math.isfinite(found.rate.value)
-        assert found.rate.low < found.rate.value < found.rate.high
+        for length in (9.0, -9.0):
+            found = length_controlled(np.resize([1.0, 1.0, 0.0], 60), np.full(60, length), Clusters.single(60))
+            assert math.isnan(found.rate.value) and math.isnan(found.slope)
+            assert found.rate.not_estimable.startswith("all pairs differ by the same length")
+            assert found.rate.p_value is None
+
+    def test_what_is_always_tied_has_no_interval(self):
+        found = length_controlled(np.full(30, 0.5), np.arange(30.0), Clusters.single(30))
+        assert found.rate.value == 0.5
+        assert "do not vary" in found.rate.not_estimable
+
+    @pytest.mark.parametrize("truth", [0.95, 0.98])
+    def test_its_interval_covers_where_nearly_all_pairs_are_won(self, truth):
+        draw = np.random.default_rng(4)
+        won = (draw.random((100, 30)) < truth).astype(float)
+        longer = draw.normal(0, 80, won.shape)
+        rates = [length_controlled(y, d, Clusters.single(30)).rate for y, d in zip(won, longer, strict=True)]
+        assert np.mean([each.low < truth < each.high for each in rates]) >= 0.92
+
+    def test_its_interval_covers_where_most_pairs_are_won_and_those_of_a_prompt_are_alike(self):
+        draw = np.random.default_rng(4)
+        clusters = Clusters(np.repeat(range(40), 4).tolist())
+        shares = np.repeat(draw.beta(2, 0.5, (100, 40)), 4, axis=1)  # of mean 0.8
+        won, longer = (draw.random(shares.shape) < shares).astype(float), draw.normal(0, 80, shares.shape)
+        together, apart = (
+            [length_controlled(y, d, of).rate for y, d in zip(won, longer, strict=True)]
+            for of in (clusters, Clusters.single(160))
+        )
+        assert 0.9 <= np.mean([each.low < 0.8 < each.high for each in together]) <= 0.99
+        assert np.mean([each.low < 0.8 < each.high for each in apart]) < 0.9
+
+    def test_thirty_wins_of_thirty_say_no_more_at_equal_lengths_than_without(self):
+        longer = np.random.default_rng(0).normal(0, 80, 30)
+        found = length_controlled(np.ones(30), longer, Clusters.single(30)).rate
+        raw = judgement_statistics(judged([1] * 30, [1] * 30, longer)).win_rate
+        assert found.high - found.low > raw.high - raw.low
+        assert 1e-9 < found.p_value < 1e-3
+        alike = length_controlled(np.ones(30), longer, Clusters(np.repeat(range(6), 5).tolist())).rate
+        assert alike.low < found.low, "six prompts with five pairs each that are all won say less than thirty"
+
+    def test_ties_make_a_rate_of_one_half_more_certain_than_wins_and_losses(self):
+        longer = np.random.default_rng(0).normal(0, 80, 60)
+        decided, tied = (
+            length_controlled(np.resize(outcome, 60), longer, Clusters.single(60)).rate
+            for outcome in ([1.0, 0.0], [1.0, 0.0, 0.5, 0.5, 0.5, 0.5])
+        )
+        assert tied.high - tied.low == pytest.approx((decided.high - decided.low) / math.sqrt(3), rel=0.05)
+
+    def test_an_interval_excludes_one_half_if_and_only_if_the_p_value_is_small(self):
+        draw = np.random.default_rng(6)
+        for _ in range(40):
+            size = int(draw.integers(4, 40))
+            y, d = draw.choice([0.0, 0.5, 1.0, 1.0], size), draw.normal(20, 80, size).round()
+            found = length_controlled(y, d, Clusters(draw.integers(0, 12, size).tolist())).rate
+            if found.not_estimable is None:
+                assert (found.p_value < 0.05) == (not found.low <= 0.5 <= found.high)
+
+    def test_lengths_that_hardly_differ_leave_nearly_any_rate(self):
+        """The rate at equal lengths is far from all that was seen: the fit may be anywhere, the interval says so."""
+        draw = np.random.default_rng(5)
+        for _ in range(10):
+            found = length_controlled(
+                draw.integers(0, 2, 30) * 1.0, draw.normal(500, 5, 30).round(), Clusters.single(30)
+            )
+            assert found.rate.low <= found.rate.value <= found.rate.high
+            assert found.rate.high - found.rate.low > 0.99
 
 
 class TestKappa:
@@ -162,6 +241,11 @@ class TestKappa:
         found = cohen_kappa([1, 1], [1, 1], Clusters.single(2))
         assert math.isnan(found.value)
         assert "one and the same outcome" in found.not_estimable
+
+    def test_judges_that_agree_everywhere_have_no_interval(self):
+        found = cohen_kappa([1] * 5 + [-1] * 5, [1] * 5 + [-1] * 5, Clusters.single(10))
+        assert found.value == 1.0
+        assert found.not_estimable == "both judges agree on every pair"
 
     def test_a_tie_and_a_disagreement_are_one_outcome(self):
         assert outcomes(judged([1, 0, 0.5, 1, 0.5], [1, 0, 0.5, 0, 1])).tolist() == [1, -1, 0, 0, 0]

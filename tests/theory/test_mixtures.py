@@ -94,6 +94,20 @@ def test_rewrites_that_are_impossible_stay_so() -> None:
     torch.testing.assert_close(mixture_gradient(padded, more, weights), mixture_gradient(reference, prompters, weights))
 
 
+def test_what_a_prompter_cannot_write_is_impossible_unless_its_weight_is_zero() -> None:
+    reference, _, prompters = make_world(2, prompters=1)
+    prompter = prompters[0].clone()
+    prompter[:, 0] = -torch.inf
+    prompter = prompter.log_softmax(-1)
+    torch.testing.assert_close(dial(reference, prompter, 0.0), reference)
+    for strength in (0.5, 1.0):
+        turned = dial(reference, prompter, strength)
+        assert (turned[:, 0] == -torch.inf).all()
+        torch.testing.assert_close(turned.exp().sum(-1), torch.ones(len(turned), dtype=turned.dtype))
+        gradient = mixture_gradient(reference, prompter.unsqueeze(0), torch.tensor([strength], dtype=reference.dtype))
+        assert gradient.isfinite().all()
+
+
 def draw_log_ratios(reference: Tensor, prompters: Tensor, count: int, g: torch.Generator) -> Tensor:
     """Return g_k of ``count`` rewrites of ρ_sft to each prompt, (P, m, K)."""
     chosen = torch.multinomial(reference.exp(), count, replacement=True, generator=g)  # (P, m)

@@ -151,6 +151,41 @@ def test_no_other_directory_is_replaced(gguf: Path, tmp_path: Path, capsys: pyte
     assert gguf.is_file()
 
 
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"config.json": '{"name": "my web app"}', "notes.txt": "x"}, "holds something else than a model"),
+        ({"config.json": '{"model_type": "llama"}', "notes.txt": "x"}, "holds more than a model (notes.txt)"),
+    ],
+)
+def test_force_removes_nothing_but_a_model(
+    files: dict[str, str], reason: str, gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "target"
+    out.mkdir()
+    for name, text in files.items():
+        (out / name).write_text(text)
+    assert run("convert", gguf, "--out", out, "--force") == 1
+    assert reason in " ".join(capsys.readouterr().err.split())
+    assert {path.name: path.read_text() for path in out.iterdir()} == files
+
+
+def test_a_link_is_followed_and_the_working_directory_is_refused(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        assert run("convert", gguf, "--out", tmp_path / "link", "--force") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {gguf.name, "link", "real"}
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("convert", gguf, "--out", ".") == 1
+    assert "is the working directory" in capsys.readouterr().err
+
+
 def test_what_is_interrupted_leaves_what_was_there(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = save_tiny("gpt2", tmp_path / "target")
 

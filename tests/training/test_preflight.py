@@ -13,7 +13,10 @@ import torch
 from tiny_runs import Workshop
 
 from alignpro.cli import main
+from alignpro.config import EvalConfig, validate_config
+from alignpro.errors import DataError
 from alignpro.training import jobs, multi_process
+from alignpro.training.preflight import check_inputs
 
 Refused = Callable[..., None]
 
@@ -106,6 +109,42 @@ def test_a_target_without_a_chat_template(refused: Refused, workshop: Workshop, 
 def test_an_environment_and_an_advantage_of_the_users_own(refused: Refused, tmp_path: Path) -> None:
     refused("train", f"environment={tmp_path}/none.py:Mine", says=["none.py"])
     refused("rlhf", f"objective.advantage={tmp_path}/none.py:Mine", says=["none.py"])
+
+
+def test_prompting_and_moves(refused: Refused, tmp_path: Path) -> None:
+    refused("train", "prompting.meta_prompt=nope", says=["prompting.meta_prompt nope"])
+    (tmp_path / "moves.yaml").write_text('loud: "{{ prompt | upper }}"')
+    settings = [f"data.moves={tmp_path}/moves.yaml", "prompting.form=addition"]
+    refused("sft", *settings, says=["prompting.form=addition: none of the moves adds a text"])
+
+
+def test_a_template_of_a_reward_model(refused: Refused) -> None:
+    refused("reward", "model.chat_template=nope", says=["chat_template nope: no such file"])
+
+
+def test_room_in_the_context(refused: Refused) -> None:
+    for command, key in (("train", "rewrite"), ("train", "respond"), ("rlhf", "respond")):
+        refused(command, f"rollout.{key}.max_tokens=128", says=[f"rollout.{key}.max_tokens=128 leaves no room"])
+
+
+def test_an_output_that_is_a_file(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    for flags in (["--dry-run"], []):
+        assert workshop.run("sft", tmp_path / "out", *flags) == 1
+        assert "out: is a file; name another run.out" in capsys.readouterr().err
+
+
+def test_clusters_by_a_key_that_no_prompt_has(workshop: Workshop, tmp_path: Path) -> None:
+    config = {
+        "out": str(tmp_path / "eval"),
+        "data": {"source": str(workshop.root / "prompts.jsonl"), "cluster": "nope"},
+        "target": {"path": str(workshop.root / "target")},
+        "reward": {"components": [{"kind": "function", "function": f"{workshop.root}/reward.py:score"}]},
+    }
+    with pytest.raises(DataError, match=r"data\.cluster=nope: it has no such key in its metadata"):
+        check_inputs(validate_config(EvalConfig, config))
+    config["data"] = {"source": str(workshop.root / "prompts.jsonl"), "cluster": "source"}
+    check_inputs(validate_config(EvalConfig, config))
 
 
 def test_a_disk_without_room_for_a_checkpoint(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +154,17 @@ class TestBadInput:
     ) -> None:
         assert workshop.run("train", tmp_path / "run", *SELF, "policy.adapter.invocation=Rewrite") == 1
         assert "policy.adapter.invocation: the prompt does not contain the invocation tokens" in _said(capsys)
+
+    def test_a_pair_without_the_invocation_is_left_out(
+        self, workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        rows = [{"prompt": f"{word} {i}", "rewrite": "x"} for i in range(6) for word in ("sort", "flip")]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        settings = [*ACTIVATED, f"data.source={tmp_path}/pairs.jsonl", "run.steps=1", "policy.adapter.invocation=sort"]
+        with caplog.at_level("WARNING", "alignpro"):
+            assert workshop.run("sft", tmp_path / "run", *settings) == 0
+        assert "6 of 12 prompts cannot be the model's input" in caplog.text
+        assert "pairs.jsonl:2: policy.adapter.invocation: the prompt does not contain the invocation" in caplog.text
 
 
 def _said(capsys: pytest.CaptureFixture[str]) -> str:

@@ -133,6 +133,12 @@ class TargetAsker:
         """How many more there may be."""
         return self.limit - self.calls
 
+    @property
+    def best(self) -> str | None:
+        """The best instruction so far; None if none has been evaluated on all validation prompts."""
+        best = self._scoreboard.best(self.calls)
+        return best.instruction if best else None
+
     def ask(self, instruction: str, prompt: Prompt) -> Answer:
         """A response of the target to a prompt with an instruction.
 

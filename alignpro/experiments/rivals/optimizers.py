@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import io
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -100,9 +101,11 @@ class InstructionSearch:
         propose = proposal.InstructionProposer(adapter=self._lenient_adapter())
         parse_error = self._parse_error()
 
-        def propose_or_keep(candidate: dict[str, str], **others: Any) -> dict[str, str]:
+        def propose_or_keep(candidate: dict[str, str], reflective_dataset: Any, **others: Any) -> dict[str, str]:
+            # Two responses to one prompt of a batch come in the order of threads, and what is proposed must not depend on that.
+            responses = {name: sorted(each, key=repr) for name, each in reflective_dataset.items()}
             try:
-                proposed: dict[str, str] = propose(candidate=candidate, **others)
+                proposed: dict[str, str] = propose(candidate=candidate, reflective_dataset=responses, **others)
             except (parse_error, ValidationError):  # the latter: the text is empty
                 self.unusable += 1
                 return candidate
@@ -120,6 +123,17 @@ class InstructionSearch:
         optimizer.compile(self._program(start), trainset=self._training, valset=self._validation)
 
     def _miprov2(self, start: str, proposer: Any) -> None:
+        """Search again from the best instruction so far, with new proposals, until all calls are spent."""
+        for i in itertools.count():
+            before = self._target.calls
+            self._miprov2_once(
+                start, proposer, (self._config.seed + i) % 2**32 or 2**32 - 1
+            )  # 0 would be its default seed
+            if self._target.calls == before:  # the proposer wrote nothing
+                return
+            start = self._target.best or start
+
+    def _miprov2_once(self, start: str, proposer: Any, seed: int) -> None:
         whole = len(self._validation)
         batch = min(self._config.search.minibatch or _MINIBATCH["miprov2"], whole)
         trials = max(1, int((self._target.left - 2 * whole) / (batch + whole / _FULL_EVERY)))
@@ -133,7 +147,7 @@ class InstructionSearch:
             max_labeled_demos=0,
             num_threads=self._threads,
             init_temperature=self._config.search.propose.temperature,
-            seed=self._config.seed % 2**32 or 1,  # 0 would be its default seed
+            seed=seed,
         )
         try:
             optimizer.compile(
@@ -147,7 +161,11 @@ class InstructionSearch:
             )
         except self._parse_error():
             self.unusable += 1
-            logger.warning("MIPROv2: the proposer wrote no instruction; only the hand-written ones were tried")
+            logger.warning("MIPROv2: the proposer wrote no instruction; only those before it were tried")
+        except ValueError as error:
+            # What dspy raises once all proposals have been evaluated on all validation prompts.
+            if "No valid program found" not in str(error):
+                raise
 
     def _program(self, instruction: str) -> Any:
         """A module of dspy with one predictor, whose instruction the target gets with the prompt."""

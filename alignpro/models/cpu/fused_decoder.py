@@ -118,7 +118,7 @@ class _AttentionRecorder:
         """See `AttentionBackend.attend`; records the arguments of the call."""
         if key.shape != value.shape:
             raise UnsupportedError("its keys and values differ in shape")
-        pages = torch.zeros(1, 2, self._tokens, key.shape[1], key.shape[3])
+        pages = key.new_zeros(1, 2, self._tokens, key.shape[1], key.shape[3])
         self.calls[layer] = _AttentionCall(pages, settings)
         return self.over([pages]).attend(0, query, key, value, settings)
 
@@ -291,6 +291,8 @@ class _DecoderLayers:
             raise UnsupportedError("their attention differs from layer to layer")
         if len({tuple(m.bias is None for m in (*p.projections, p.out, p.gate, p.up, p.down)) for p in parts}) != 1:
             raise UnsupportedError("their biases differ from layer to layer")
+        if len({tuple(m.weight.shape for m in (*p.projections, p.out, p.gate, p.up, p.down)) for p in parts}) != 1:
+            raise UnsupportedError("their sizes differ from layer to layer")
         head_dim = self._calls[0].pages.shape[-1]
         if any(norm.weight.shape != (head_dim,) for part in parts for norm in part.head_norms or ()):
             raise UnsupportedError("their norms of queries and keys are not per head")

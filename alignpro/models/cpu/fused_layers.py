@@ -84,8 +84,10 @@ def fuse_norm(module: nn.Module) -> None:
         return
     if weight.dtype not in WEIGHTS or weight.device.type != "cpu":
         return
-    scales = torch.tensor([[1.0], [30.0], [eps**0.5]])
-    x = scales * torch.linspace(-2, 3, len(weight)).sin()  # (3, D); one row is so small that ε matters
+    scales = torch.tensor([[1.0], [30.0], [eps**0.5]], dtype=torch.float32)
+    x = (
+        scales * torch.linspace(-2, 3, len(weight), dtype=torch.float32).sin()
+    )  # (3, D); one row is so small that ε matters
     expected = module(x)
     if expected.dtype != torch.float32:
         return
@@ -105,7 +107,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
         return False
     assert isinstance(bases[0], PackedLinear)
     gate, up, down = (layer for layer in layers if isinstance(layer, nn.Module))
-    x = torch.linspace(-3, 3, 2 * bases[0].in_features).sin().view(1, 2, -1)
+    x = torch.linspace(-3, 3, 2 * bases[0].in_features, dtype=torch.float32).sin().view(1, 2, -1)
     with torch.no_grad(), everywhere(module):
         expected = down(nn.functional.silu(gate(x)) * up(x))
         return torch.allclose(module(x), expected, rtol=1e-5, atol=1e-6)

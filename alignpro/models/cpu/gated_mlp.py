@@ -6,14 +6,15 @@ here. The gradient of each layer's input is one product, and no gradient of a fr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from alignpro.models.cpu.projection import Projection
+from alignpro_kernels.autograd import differentiable_once
 
 
 def gated_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
@@ -34,7 +35,7 @@ def gated_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> 
 
 
 class _GatedMLP(torch.autograd.Function):
-    """``weights`` are those of the projections, so that autograd knows of them."""
+    """``weights`` are those of the projections. Autograd keeps them, so it notices a change before the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: tuple[Projection, ...], *weights: Tensor | None) -> Tensor:
@@ -44,14 +45,17 @@ class _GatedMLP(torch.autograd.Function):
         wide, low_up = up(rows)
         out, low_down = down(silu(gated).mul_(wide))
         ctx.layers = layers
-        ctx.save_for_backward(rows, gated, wide, low_gate, low_up, low_down)
+        ctx.save_for_backward(rows, gated, wide, low_gate, low_up, low_down, *weights)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a model whose layers are not packed")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, down = ctx.layers
-        x, gated, wide, low_gate, low_up, low_down = ctx.saved_tensors
+        x, gated, wide, low_gate, low_up, low_down, *weights = ctx.saved_tensors
+        gate, up, down = (
+            replace(layer, weight=weight, a=a, b=b)
+            for layer, weight, a, b in zip(ctx.layers, weights[::3], weights[1::3], weights[2::3], strict=True)
+        )
         trained = ctx.needs_input_grad[2::3]  # W of each layer
         activated = silu(gated)  # (T, I)
         rows = gradient.reshape(-1, gradient.shape[-1])

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from alignpro_kernels import cpp_library
+from alignpro_kernels.autograd import differentiable_once
 from alignpro_kernels.linear import PANEL, WEIGHTS, pack_weight, packed_linear
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class PackedWeights:
 
     def invalidate(self) -> None:
         """Discard the packed weights and free their memory, because the weights have changed."""
-        # In-place changes are detected without this; a partitioned weight that is rebuilt in the same memory is not.
+        # Changes that PyTorch counts, such as an optimizer's, are detected without this. It does not count those through
+        # `weight.data`, nor of a partitioned weight that is rebuilt in the same memory.
         self._panels.clear()
         self.derived.clear()
 
@@ -135,7 +136,7 @@ class _Product(torch.autograd.Function):
         return packed_linear(x, panels, len(weight))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a model whose layers are not packed")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         # Packing it for a single product is cheap: the rows of W are nearly panels of Wᵀ already.

@@ -27,6 +27,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """Value type → format of `struct`."""
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
+_DEEPEST_ARRAY = 4
+"""How many arrays may be within each other; no file of llama.cpp has more than one."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class _Parser:
         quantization, offset = self._numbers("IQ")
         return name, shape[::-1], quantization, offset
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
             return self._numbers(_SCALARS[kind])[0]
         if kind == _STRING:
@@ -155,7 +157,9 @@ class _Parser:
             self._expect(count * struct.calcsize(f"<{_SCALARS[element]}"))
             return list(self._numbers(f"{count}{_SCALARS[element]}"))
         self._expect(count)  # an element takes more than a byte
-        return [self._value(element) for _ in range(count)]
+        if depth == _DEEPEST_ARRAY:
+            raise self._damaged(f"it has arrays within arrays, more than {_DEEPEST_ARRAY} deep")
+        return [self._value(element, depth + 1) for _ in range(count)]
 
     def _string(self) -> str:
         (length,) = self._numbers("Q")

@@ -149,7 +149,8 @@ def describe_tokenizer(
     Args:
         tokenizer: A byte-level BPE tokenizer.
         size: The number of rows of the model's embedding; tokens without a text fill the vocabulary up to it.
-        end_ids: Tokens that end the model's texts, beside the tokenizer's own.
+        end_ids: Tokens that end the model's texts, beside the tokenizer's own, the most important first; GGUF has a place for
+            one of them, and a warning names the others.
         name: The model's name in messages.
 
     Raises:
@@ -182,7 +183,7 @@ def describe_tokenizer(
         tokens,
         kinds,
         [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
-        _special_tokens(tokenizer, end_ids),
+        _special_tokens(tokenizer, end_ids, name),
         _adds_bos(tokenizer),
         _template(tokenizer),
     )
@@ -210,8 +211,11 @@ def _split_name(content: dict[str, Any], name: str) -> str:
     )
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> dict[str, int]:
-    others = [index for index in end_ids if index != tokenizer.eos_token_id]
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], name: str) -> dict[str, int]:
+    others = [index for index in dict.fromkeys(end_ids) if index != tokenizer.eos_token_id]
+    if others[1:]:
+        left_out = ", ".join(f"{tokenizer.convert_ids_to_tokens(index)} ({index})" for index in others[1:])
+        logger.warning("%s: GGUF has a place for two end tokens; texts will not end at %s", name, left_out)
     found = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignpro.errors import ModelError
 from alignpro.models.gguf.configuration import llama3_divisors
 from alignpro.models.gguf.vocabulary import Vocabulary, describe_tokenizer
+from alignpro.prompting.chat_template import ChatTemplate
+
+logger = logging.getLogger(__name__)
 
 _SCALINGS = ("default", "linear", "llama3")
 _TABLES = ("token_embd.weight", "output.weight")
@@ -67,10 +71,7 @@ def write_gguf(
 
     config = model.config
     check_architecture(model, name)
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    vocabulary = describe_tokenizer(
-        tokenizer, size=config.vocab_size, end_ids=ends if isinstance(ends, list) else [], name=name
-    )
+    vocabulary = describe_tokenizer(tokenizer, size=config.vocab_size, end_ids=_end_ids(model, tokenizer), name=name)
     writer = GGUFWriter(None, config.model_type)
     _add_configuration(writer, config, quantization, title or name)
     _add_vocabulary(writer, vocabulary)
@@ -94,6 +95,19 @@ def write_gguf(
             writer.write_tensor_data(_stored(entry, name))
     finally:
         writer.close()
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a turn or a text: what the chat template writes after an answer, then those of the model."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    of_model = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not tokenizer.chat_template:
+        return of_model
+    try:
+        return [ChatTemplate(tokenizer).end_token_id, *of_model]
+    except ModelError as error:
+        logger.warning("%s; the file does not say which token it writes after an answer", error)
+        return of_model
 
 
 def check_architecture(model: PreTrainedModel, name: str) -> None:

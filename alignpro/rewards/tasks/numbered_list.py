@@ -14,7 +14,7 @@ INSTRUCTIONS = {
     "three": "Name three things, each in one short line, numbered 1 to 3.",
 }
 
-_ITEM = re.compile(r"^\W*(\d+)[.):]\W*\w", re.MULTILINE)
+_ITEM = re.compile(r"^\W*(\d{1,9})[.):]\W*\w", re.MULTILINE)
 _ENOUGH = 3
 
 

@@ -17,9 +17,7 @@ def korn_graubard(
 ) -> tuple[FloatArray, FloatArray]:
     """Interval of a proportion: Clopper and Pearson's with the effective number of rewards (Korn & Graubard, 1998).
 
-    The effective number is that of independent rewards with the same error. With one reward per prompt and no clusters it
-    is the number of prompts, and the interval is Clopper and Pearson's. It is that of clusters if these do not differ: then
-    nothing is known about how alike the rewards of a cluster are.
+    With one reward per prompt and no clusters, it is Clopper and Pearson's.
 
     Args:
         shares: (..., P) share of ones among the rewards of each prompt.
@@ -29,6 +27,38 @@ def korn_graubard(
 
     Returns:
         Both ends, (...,).
+    """
+    tail = (1 - confidence) / 2
+    p, effective = _effective(shares, rewards_per_prompt, clusters, confidence)
+    ones, zeros = p * effective, (1 - p) * effective
+    some, not_all = p > 0, p < 1
+    low = np.where(some, scipy.stats.beta.ppf(tail, np.where(some, ones, 1.0), zeros + 1), 0.0)
+    high = np.where(not_all, scipy.stats.beta.isf(tail, ones + 1, np.where(not_all, zeros, 1.0)), 1.0)
+    return low, high
+
+
+def korn_graubard_p_value(
+    shares: FloatArray, rewards_per_prompt: int, clusters: Clusters, proportion: float, confidence: float = 0.95
+) -> FloatArray:
+    """Two-sided p-value (...,) of a proportion: the exact binomial test with the effective number of rewards.
+
+    It is below 1 − confidence if and only if `korn_graubard`'s interval excludes the proportion.
+    """
+    p, effective = _effective(shares, rewards_per_prompt, clusters, confidence)
+    ones, zeros = p * effective, (1 - p) * effective
+    some, not_all = p > 0, p < 1
+    as_many = np.where(some, scipy.stats.beta.cdf(proportion, np.where(some, ones, 1.0), zeros + 1), 1.0)
+    as_few = np.where(not_all, scipy.stats.beta.sf(proportion, ones + 1, np.where(not_all, zeros, 1.0)), 1.0)
+    p_value: FloatArray = np.minimum(1.0, 2 * np.minimum(as_many, as_few))
+    return p_value
+
+
+def _effective(
+    shares: FloatArray, rewards_per_prompt: int, clusters: Clusters, confidence: float
+) -> tuple[FloatArray, FloatArray]:
+    """The proportion (...,) and its effective number of rewards, that of independent ones with the same error.
+
+    It is that of clusters if these do not differ: then nothing is known about how alike the rewards of a cluster are.
     """
     total = clusters.prompts * rewards_per_prompt
     tail = (1 - confidence) / 2
@@ -41,12 +71,7 @@ def korn_graubard(
         few = (scipy.stats.t.isf(tail, total - 1) / scipy.stats.t.isf(tail, clusters.degrees_of_freedom)) ** 2
         with np.errstate(divide="ignore", invalid="ignore"):
             effective = np.where(error.stderr > 0, few * p * (1 - p) / error.stderr**2, clusters.count)
-        effective = np.clip(effective, 1.0, total)
-    ones, zeros = p * effective, (1 - p) * effective
-    some, not_all = p > 0, p < 1
-    low = np.where(some, scipy.stats.beta.ppf(tail, np.where(some, ones, 1.0), zeros + 1), 0.0)
-    high = np.where(not_all, scipy.stats.beta.isf(tail, ones + 1, np.where(not_all, zeros, 1.0)), 1.0)
-    return low, high
+    return p, np.clip(effective, 1.0, total)
 
 
 def tango(differences: FloatArray, confidence: float) -> tuple[FloatArray, FloatArray]:

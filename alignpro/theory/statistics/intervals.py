@@ -24,32 +24,38 @@ from alignpro.theory.statistics.values import FloatArray, Values, are_binary, pa
 ONE_PROMPT = "one prompt has no interval"
 ONE_CLUSTER = "all prompts are in one cluster"
 NO_SPREAD = "all prompts have the same {}"
+NO_SPREAD_OF_VALUES = "all values are the same"
 
 
-def mean_estimate(values: Values, clusters: Clusters | None = None, *, confidence: float = 0.95) -> Estimate:
-    """The mean with its interval.
+def mean_estimate(
+    values: Values, clusters: Clusters | None = None, *, confidence: float = 0.95, rewards: bool = True
+) -> Estimate:
+    """The mean with its interval; of rewards that are all 0 or 1, that of a proportion.
 
     Args:
         values: (P,), or (P, ...): the trailing axes hold the rewards of a prompt.
         clusters: The prompts that belong together; by default every prompt is its own cluster.
         confidence: Coverage of the interval.
+        rewards: Whether these are rewards. Of other quantities, such as a KL or a difference, 0 and 1 are values like others.
 
     Returns:
-        The estimate. The interval of a single prompt or cluster is not estimable, nor that of equal rewards, unless these
-        are 0 or 1.
+        The estimate. The interval of a single prompt or cluster is not estimable, nor that of equal values, unless these
+        are rewards of 0 or 1.
 
     Raises:
         ValueError: There are no values, or one is not finite.
     """
-    rewards = rewards_of_prompts(values)
-    clusters = _checked(clusters, len(rewards))
-    mean = float(rewards.mean())
+    of_prompts = rewards_of_prompts(values)
+    clusters = _checked(clusters, len(of_prompts))
+    mean = float(of_prompts.mean())
     if missing := _missing(clusters):
         return Estimate(mean, missing)
-    if are_binary([rewards]):
-        low, high = korn_graubard(rewards.mean(1), rewards.shape[1], clusters, confidence)
+    if rewards and are_binary([of_prompts]):
+        low, high = korn_graubard(of_prompts.mean(1), of_prompts.shape[1], clusters, confidence)
         return Estimate(mean, Interval(float(low), float(high)))
-    return _of_mean(rewards.mean(1), clusters, confidence, "mean reward")
+    return _of_mean(
+        of_prompts.mean(1), clusters, confidence, NO_SPREAD.format("mean reward") if rewards else NO_SPREAD_OF_VALUES
+    )
 
 
 def paired_estimate(a: Values, b: Values, clusters: Clusters | None = None, *, confidence: float = 0.95) -> Estimate:
@@ -75,7 +81,7 @@ def paired_estimate(a: Values, b: Values, clusters: Clusters | None = None, *, c
     if single and clusters.independent and are_binary([first, second]):
         low, high = tango(difference, confidence)
         return Estimate(float(difference.mean()), Interval(float(low), float(high)), float(tango_p_value(difference)))
-    return _of_mean(difference, clusters, confidence, "difference")
+    return _of_mean(difference, clusters, confidence, NO_SPREAD.format("difference"))
 
 
 def mean_bounds(error: MeanError, clusters: Clusters, confidence: float) -> tuple[FloatArray, FloatArray]:
@@ -98,12 +104,12 @@ def p_values(error: MeanError, clusters: Clusters) -> FloatArray:
     return p
 
 
-def _of_mean(values: FloatArray, clusters: Clusters, confidence: float, name: str) -> Estimate:
-    """The estimate of the mean of values (P,)."""
+def _of_mean(values: FloatArray, clusters: Clusters, confidence: float, no_spread: str) -> Estimate:
+    """The estimate of the mean of values (P,), and why it has no interval if they do not differ."""
     error = clusters.error(values)
     mean = float(error.mean)
     if error.stderr == 0:
-        return Estimate(mean, NotEstimable(NO_SPREAD.format(name)))
+        return Estimate(mean, NotEstimable(no_spread))
     low, high = mean_bounds(error, clusters, confidence)
     return Estimate(mean, Interval(float(low), float(high)), float(p_values(error, clusters)))
 

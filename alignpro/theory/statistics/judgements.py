@@ -13,16 +13,17 @@ always is not taken for one that guesses, as Cohen's κ of both orders would.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from alignpro.theory.statistics.binary import korn_graubard_p_value
 from alignpro.theory.statistics.clusters import Clusters
 from alignpro.theory.statistics.estimates import Estimate, NotEstimable, finite_or_none
 from alignpro.theory.statistics.intervals import mean_estimate
 from alignpro.theory.statistics.length_control import LengthControlled, length_controlled
-from alignpro.theory.statistics.values import FloatArray, Values, finite
+from alignpro.theory.statistics.values import FloatArray, Values, are_binary, finite
 
 LEAST_AGREEMENT = 0.2
 """How much of the way from chance to always the consistency must go: below lies what Landis & Koch (1977) call slight."""
@@ -190,7 +191,7 @@ def cohen_kappa(a: Values, b: Values, clusters: Clusters) -> Estimate:
     kappa = (observed - chance) / (1 - chance)
     drift = (of_a - p) @ q + (of_b - q) @ p
     influence = (agree - observed) / (1 - chance) - (1 - observed) / (1 - chance) ** 2 * drift
-    interval = mean_estimate(kappa + influence, clusters).interval
+    interval = mean_estimate(kappa + influence, clusters, rewards=False).interval
     if isinstance(interval, NotEstimable):
         interval = NotEstimable("both judges agree on every pair") if observed == 1 else interval
     return Estimate(kappa, interval)
@@ -248,12 +249,11 @@ def _longer_preferred(judged: JudgedPairs, decided: np.ndarray) -> Estimate:
 
 
 def _against_half(preferred: FloatArray, clusters: Clusters) -> Estimate:
-    """The rate with its interval, and the p-value of a rate of one half."""
+    """The rate with its interval, and the p-value of a rate of one half: small if and only if the interval excludes it."""
     rate = mean_estimate(preferred, clusters)
-    p_value = mean_estimate(preferred - 0.5, clusters).p_value
-    if p_value is None and clusters.count > 1 and abs(rate.value - 0.5) == 0.5:
-        p_value = 0.5 ** (clusters.count - 1)  # the sign test, of clusters that all say the same
-    return Estimate(rate.value, rate.interval, p_value)
+    if clusters.count > 1 and are_binary([preferred]):
+        return replace(rate, p_value=float(korn_graubard_p_value(preferred, 1, clusters, 0.5)))
+    return replace(rate, p_value=mean_estimate(preferred - 0.5, clusters, rewards=False).p_value)
 
 
 def _check(judged: JudgedPairs) -> None:

@@ -120,11 +120,13 @@ def seed_error(tables: Sequence[FloatArray], clusters: Clusters) -> SeedError:
     return SeedError(error.mean, of_prompts, of_seeds, degrees, freedom)
 
 
-def mean_over_seeds(system: SeedRewards, clusters: Clusters | None = None, *, confidence: float = 0.95) -> Estimate:
-    """The mean reward of a system over seeds and prompts; of a single seed, `mean_estimate`, which is over prompts alone."""
+def mean_over_seeds(
+    system: SeedRewards, clusters: Clusters | None = None, *, confidence: float = 0.95, rewards: bool = True
+) -> Estimate:
+    """The mean of a system over seeds and prompts; of a single seed, `mean_estimate`, which is over prompts alone."""
     if len(system.seeds) == 1:
-        return mean_estimate(system.rewards[0], clusters, confidence=confidence)
-    return _estimate([(1.0, system)], clusters, confidence, "mean reward", tested=False)
+        return mean_estimate(system.rewards[0], clusters, confidence=confidence, rewards=rewards)
+    return _estimate([(1.0, system)], clusters, confidence, "mean reward" if rewards else "mean", tested=False)
 
 
 def difference_over_seeds(

@@ -208,9 +208,8 @@ class _Work:
         launches = (1 if replayed else kernels) + HEAD_OPERATIONS
         seconds = REPLAY_SECONDS + HEAD_OPERATIONS * LAUNCH_SECONDS if replayed else launches * LAUNCH_SECONDS
         weights = num_weights(shape, head=True)
-        width = shape.hidden // shape.heads
-        read = 2 * weights + one.keys * 2 * shape.layers * shape.kv_heads * width * 2
-        flops = 2.0 * weights * one.rows + 4 * shape.layers * shape.hidden * one.scores
+        read = 2 * weights + one.keys * 2 * shape.layers * shape.kv_heads * shape.head_width * 2
+        flops = 2.0 * weights * one.rows + 4 * shape.layers * shape.heads * shape.head_width * one.scores
         return cls(launches, seconds, read, flops, max(read / card.bytes_per_s, flops / card.flops_per_s))
 
 

@@ -181,6 +181,31 @@ def test_layers_that_compute_something_else_are_not_fused(caplog: pytest.LogCapt
     assert not is_fused(fuse(other))
 
 
+@pytest.mark.parametrize("width", [64, 4096])
+def test_layers_of_different_sizes_are_not_fused(width: int, caplog: pytest.LogCaptureFixture) -> None:
+    plain, _ = plain_and_fused("llama")
+    mlp = plain.model.layers[1].mlp
+    dim = plain.config.hidden_size
+    assert width != plain.config.intermediate_size
+    mlp.gate_proj, mlp.up_proj = (nn.Linear(dim, width, bias=False) for _ in range(2))
+    mlp.down_proj = nn.Linear(width, dim, bias=False)
+    other = copy.deepcopy(plain)
+    with caplog.at_level("INFO", "alignpro.models.cpu.fused_decoder"):
+        assert not is_fused(fuse(other))
+    assert "their sizes differ from layer to layer" in caplog.text
+    torch.testing.assert_close(states(other), states(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    plain, model = plain_and_fused("llama")
+    try:
+        torch.set_default_dtype(torch.float64)
+        again = fuse(copy.deepcopy(plain))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert is_fused(again) and torch.equal(states(again), states(model))
+
+
 def test_a_model_in_another_dtype_runs_layer_by_layer() -> None:
     plain, model = plain_and_fused("llama")
     torch.testing.assert_close(states(model.double()), states(plain.double()))

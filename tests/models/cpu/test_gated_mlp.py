@@ -110,6 +110,27 @@ def test_frozen_weights_get_no_gradient() -> None:
     assert {name.split(".")[-3] for name, w in fused.named_parameters() if w.grad is not None} == {"lora_A", "lora_B"}
 
 
+@pytest.mark.parametrize(
+    "name", ["up_proj.weight", "down_proj.weight", "gate_proj.lora_A.default.weight", "down_proj.lora_B.default.weight"]
+)
+def test_a_weight_that_changes_before_the_backward_pass_is_an_error(name: str, calls: list[int]) -> None:
+    lora = "lora" in name
+    _, fused = plain_and_fused(lora=lora, trained=not lora)
+    out = fused(torch.randn(TOKENS, D, requires_grad=True)).sum()
+    with torch.no_grad():
+        next(weight for each, weight in fused.named_parameters() if each.endswith(name)).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+    assert calls == [TOKENS]
+
+
+def test_second_derivatives_are_refused_rather_than_left_out() -> None:
+    _, fused = plain_and_fused(lora=False, trained=True)
+    x = torch.randn(TOKENS, D, requires_grad=True)
+    with pytest.raises(RuntimeError, match="for second derivatives use a model whose layers are not packed"):
+        torch.autograd.grad(fused(x).sum(), x, create_graph=True)
+
+
 def test_what_is_kept_are_the_input_and_both_inner_products() -> None:
     kept = list[int]()
 
