@@ -86,7 +86,7 @@ class CheckpointStore:
         """
         steps = self.available()
         for step in reversed(steps):
-            problem = find_damage(self.path(step), step, self._run())
+            problem = self.damage(step)
             if problem is None:
                 return step
             logger.warning("checkpoint %s is damaged (%s): trying the one before", self.path(step), problem)
@@ -94,8 +94,18 @@ class CheckpointStore:
             raise CheckpointError(f"{self.directory}: every checkpoint is damaged; start again in another run.out")
         return None
 
-    def require(self, step: int) -> None:
+    def damage(self, step: int) -> str | None:
+        """Describe what is wrong with the checkpoint of a step; None if it is intact."""
+        if step not in self.available():
+            return "there is none"
+        return find_damage(self.path(step), step, self._run())
+
+    def require(self, step: int, remedy: str = "omit --at, or name another step") -> None:
         """Check that a step has an intact checkpoint.
+
+        Args:
+            step: The step.
+            remedy: What to do if it is damaged.
 
         Raises:
             CheckpointError: The checkpoint is missing or damaged.
@@ -103,11 +113,9 @@ class CheckpointStore:
         if step not in self.available():
             have = ", ".join(map(str, self.available())) or "none"
             raise CheckpointError(f"{self.path(step)}: no such checkpoint; there are: {have}")
-        problem = find_damage(self.path(step), step, self._run())
+        problem = self.damage(step)
         if problem is not None:
-            raise CheckpointError(
-                f"checkpoint {self.path(step)} is damaged: {problem}; omit --at, or name another step"
-            )
+            raise CheckpointError(f"checkpoint {self.path(step)} is damaged: {problem}; {remedy}")
 
     def remove_after(self, step: int) -> None:
         """Remove checkpoints of later steps, which a run that continues from ``step`` will write again."""

@@ -7,8 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -265,11 +264,10 @@ class DeepSpeedBackend:
         """
         with self._ranks.raise_together():  # each node has its own files
             require_plain_pickles(directory / name)
-        if self.engine.load_universal_checkpoint():
-            with self._converted_to_universal(directory, name) as converted:
-                state = self._load(converted, name)
-        else:
-            state = self._load(directory, name)
+        shards = self._ranks.on_rank_zero(lambda: _count_shards(directory / name))
+        # Set for each checkpoint: that of the selected step may come from another number of ranks than the newest.
+        universal = self.engine._config.load_universal_checkpoint = shards not in (0, self._ranks.size)
+        state = self._load_universal(directory, name) if universal else self._load(directory, name)
         sync_learning_rate(self._schedule)
         self.updates, self._skipped = int(state["updates"]), int(state["skipped"])
 
@@ -281,15 +279,18 @@ class DeepSpeedBackend:
         loaded: dict[str, Any] = state
         return loaded
 
-    @contextmanager
-    def _converted_to_universal(self, directory: Path, name: str) -> Iterator[Path]:
-        """Convert the checkpoint to DeepSpeed's universal format, for any number of ranks; it is removed at the end."""
+    def _load_universal(self, directory: Path, name: str) -> dict[str, Any]:
+        """Load a checkpoint of another number of ranks: convert it to DeepSpeed's universal format, for any number.
+
+        A rank that fails here must not wait for the others, which may be in a collective of DeepSpeed's. What is left of the
+        converted checkpoint is then removed when the run is opened again.
+        """
         converted = directory.with_name(f"{PARTIAL}universal")
-        try:
-            self._ranks.on_rank_zero(lambda: _convert(directory / name, converted / name))
-            yield converted
-        finally:
-            self._ranks.on_rank_zero(lambda: shutil.rmtree(converted, ignore_errors=True))
+        self._ranks.on_rank_zero(lambda: _convert(directory / name, converted / name))
+        state = self._load(converted, name)
+        self._ranks.barrier()  # until all have read it
+        self._ranks.on_rank_zero(lambda: shutil.rmtree(converted, ignore_errors=True))
+        return state
 
     def _clip_and_update(self) -> float:
         """Update the weights and return the gradient norm, infinite if the update was skipped."""
@@ -353,6 +354,11 @@ def require_plain_pickles(directory: Path) -> None:
             )
 
 
+def _count_shards(directory: Path) -> int:
+    """Count the ranks over which a checkpoint is sharded; 0 if every rank had the whole state."""
+    return len(list(directory.glob("*zero_pp_rank_*_optim_states.pt")))
+
+
 def _convert(source: Path, destination: Path) -> None:
     """Convert a ZeRO checkpoint to the universal format with DeepSpeed's own program."""
     shutil.rmtree(destination, ignore_errors=True)
@@ -361,6 +367,7 @@ def _convert(source: Path, destination: Path) -> None:
     command += ["--input_folder", str(source), "--output_folder", str(destination)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
+        shutil.rmtree(destination, ignore_errors=True)  # frees space if the disk is full
         raise CheckpointError(
             f"checkpoint {source}: cannot be converted for another number of ranks: {done.stderr.strip()[-2000:]}; resume on "
             "the number of ranks that wrote it"

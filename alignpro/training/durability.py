@@ -15,6 +15,8 @@ from alignpro.errors import AlignProError, CheckpointError
 PARTIAL = ".partial-"
 """Prefix of the name of a file or directory that is being written; `remove_leftovers` removes those left over."""
 _DISCARDED = ".discarded-"
+_REPLACED = ".replaced-"
+"""Prefix of the name of a whole directory while its successor takes its place; `remove_leftovers` puts it back if none has."""
 
 
 def fsync(path: Path) -> None:
@@ -56,17 +58,22 @@ def replace_directory(final: Path, write: Callable[[Path], None]) -> None:
         final: Path of the directory.
         write: Writes the files into the empty directory that it is given.
     """
-    temporary = final.with_name(f"{PARTIAL}{final.name}")
+    temporary, replaced = (final.with_name(f"{prefix}{final.name}") for prefix in (PARTIAL, _REPLACED))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             fsync(path)
-        remove_directory(final)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         temporary.rename(final)
         fsync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
         shutil.rmtree(temporary, ignore_errors=True)  # frees space if the disk is full
         raise
 
@@ -82,13 +89,19 @@ def remove_directory(directory: Path) -> None:
 
 def is_leftover(path: Path) -> bool:
     """Whether this is a file or directory that a kill left partly written or partly removed."""
-    return path.name.startswith((PARTIAL, _DISCARDED))
+    return path.name.startswith((PARTIAL, _DISCARDED, _REPLACED))
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove partly written and partly removed files and directories that a kill left in a directory."""
-    for path in filter(is_leftover, directory.glob(".*")):
-        if path.is_dir():
+    """Remove partly written and partly removed files and directories that a kill left in a directory.
+
+    A directory without its successor is put back.
+    """
+    for path in list(filter(is_leftover, directory.glob(".*"))):
+        final = path.with_name(path.name.removeprefix(_REPLACED))
+        if final != path and not final.exists():
+            path.rename(final)
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

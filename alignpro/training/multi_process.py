@@ -92,8 +92,6 @@ def _train_on(
         if not run.finished:
             config = settle_micro_batch_size(config, run, config.deepspeed.config)
             zero = resolve_zero_config(config, ranks.size)
-            if run.checkpoint_ranks() not in (None, ranks.size):
-                zero = zero.loading_universal_checkpoint()
             with _servers(ranks, config) as servers:
                 servers.known.update(ranks.on_rank_zero(partial(_check_rewards, config, servers)))
                 run.train(build(config, DeepSpeedDistribution(ranks, zero, config.deepspeed), servers))

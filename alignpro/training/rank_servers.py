@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.config import EndpointConfig, SamplingConfig, SpendingConfig
-from alignpro.distributed.launcher import launched_here
+from alignpro.distributed.launcher import rank_zero_address
 from alignpro.distributed.ranks import Ranks
 from alignpro.endpoints.books import LedgerBooks
 from alignpro.endpoints.grants import GrantServer, new_token
@@ -105,7 +104,7 @@ def _open_on_rank_zero(job: _Job, stack: ExitStack) -> tuple[Servers, _Invitatio
 
     @asynccontextmanager
     async def granting() -> AsyncIterator[Books]:
-        address.append(await grants.start(_own_address()))
+        address.append(await grants.start(rank_zero_address()))
         try:
             yield books
         finally:
@@ -147,9 +146,3 @@ def _join(job: _Job, invitation: _Invitation, stack: ExitStack) -> Servers:
 def _name(endpoint: EndpointConfig) -> str:
     """Of a server's limits: endpoints with the same URL, key and model share them."""
     return f"{endpoint.base_url} {endpoint.api_key_env} {endpoint.model}"
-
-
-def _own_address() -> str:
-    """The address on which the other ranks reach this one: that of the process group, unless all are on this machine."""
-    elsewhere = launched_here() not in (None, int(os.environ.get("WORLD_SIZE", "1")))
-    return os.environ["MASTER_ADDR"] if elsewhere else "127.0.0.1"

@@ -83,7 +83,7 @@ def _may_change(key: str, before: Any) -> bool:
     section, _, name = key.partition(".")
     if section == "run":
         return name != "seed"
-    if section in ("budget", "prices", "ledger"):
+    if section in ("budget", "prices", "ledger") or key == "deepspeed.timeout_seconds":
         return True
     if section != "target" or "endpoint." not in name:
         return False

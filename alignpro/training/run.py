@@ -134,12 +134,10 @@ class Run:
         watch = RunawayWatch()
         stopping = stop_signals(patience=0.0 if self.ranks.group is None else LAUNCHER_PATIENCE)
         with self._open_log() as log, progress as advance, stopping as stop:
-            if self._evaluation_due(self.start_step) and not self.ranks.on_rank_zero(
-                lambda: log is not None and log.has_evaluation(self.start_step)
-            ):
+            if self._evaluation_due(self.start_step) and not self._has_evaluated(self.start_step, log):
                 self._evaluate(self.start_step, trainer, log)
-                if self._selection.best_step == self.start_step:
-                    self._save(self.start_step, trainer, log)  # again, to record that it is the best
+                if self._selection.active:
+                    self._save(self.start_step, trainer, log)  # again, with the selection
             for step in range(self.start_step, self.config.steps):
                 with self._saved_on_failure(step, trainer, log):
                     metrics = trainer.step(step)
@@ -173,22 +171,6 @@ class Run:
 
         self._description = config.model_dump(mode="json")
         self.ranks.on_rank_zero(write)
-
-    def checkpoint_ranks(self) -> int | None:
-        """Number of launched ranks that wrote the checkpoint to continue from; None without a launcher or a checkpoint.
-
-        Raises:
-            CheckpointError: The checkpoint cannot be read.
-        """
-
-        def read() -> int | None:
-            if self.start_step not in self.checkpoints.available():
-                return None
-            with _read_errors(self.checkpoints.path(self.start_step)) as directory:
-                ranks: int | None = _read_state(directory)["ranks"]
-                return ranks
-
-        return self.ranks.on_rank_zero(read)
 
     def close(self) -> None:
         """Unlock the directory for other processes."""
@@ -235,6 +217,12 @@ class Run:
         every, last = self.config.eval_every, self._selection.active and step == self.config.steps
         return every > 0 and step > 0 and (step % every == 0 or last)
 
+    def _has_evaluated(self, step: int, log: MetricsLogger | None) -> bool:
+        """Whether a step's evaluation is in metrics.jsonl and, if a checkpoint is selected, counted in that; a collective."""
+        if self._selection.active and (self._selection.last is None or self._selection.last.step != step):
+            return False
+        return self.ranks.on_rank_zero(lambda: log is not None and log.has_evaluation(step))
+
     def _evaluate(self, step: int, trainer: Trainer, log: MetricsLogger | None) -> None:
         """Log metrics on held-out data; if this fails, a resume from this step's checkpoint evaluates again.
 
@@ -242,8 +230,9 @@ class Run:
         """
         with self._saved_on_failure(step, trainer, log), preserved_rng_state():
             evaluation = trainer.evaluate(step - 1)
-        if evaluation.metrics:
-            self._write(log, step, evaluation.metrics)
+        with self.ranks.raise_together():
+            if log and evaluation.metrics and not log.has_evaluation(step):
+                log.write(step, evaluation.metrics)
         self._selection.add(step, evaluation.objective)
 
     def _save(
@@ -313,8 +302,11 @@ class Run:
             logger.info("continuing from %s", directory)
         self.ranks.on_rank_zero(self._remove_later)
         best = self._selection.best_step
-        if best is not None and not self.ranks.on_rank_zero(lambda: best in self.checkpoints.available()):
-            logger.warning("%s, the best so far, is gone: a later one is selected", self.checkpoints.path(best))
+        if best is None or best == self.start_step:
+            return
+        if problem := self.ranks.on_rank_zero(lambda: self.checkpoints.damage(best)):
+            path = self.checkpoints.path(best)
+            logger.warning("%s, the best so far, cannot be used (%s): a later one is selected", path, problem)
             self._selection.reset()
 
     def _remove_later(self) -> None:
@@ -329,7 +321,8 @@ class Run:
         if step is None:
             return
         if step != self.config.steps:
-            self.ranks.on_rank_zero(lambda: self.checkpoints.require(step))
+            remedy = "continue with --resume, which selects another"
+            self.ranks.on_rank_zero(lambda: self.checkpoints.require(step, remedy))
             with _read_errors(self.checkpoints.path(step)) as directory:
                 trainer.load(directory, _read_state(directory)["task"])
         logger.info("run.select=best: %s", self._selection)

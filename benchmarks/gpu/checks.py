@@ -214,12 +214,12 @@ def pages(device: torch.device) -> str:
 
 
 def flash_attn(device: torch.device) -> str:
-    """Import flash-attn, if it is there."""
-    from alignpro_kernels import flash_attention
+    """Name the libraries of FlashAttention that can run here: the packages, and PyTorch's own."""
+    from alignpro_kernels import flash_attention, varlen_kernels
 
     if (reason := flash_attention.unavailable()) is not None:
         raise NotHereError(reason)
-    return f"flash-attn {importlib.metadata.version('flash-attn')}"
+    return ", ".join(kernels.name for kernels in varlen_kernels.available())
 
 
 def _model(device: torch.device) -> LanguageModel:

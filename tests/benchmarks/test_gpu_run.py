@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from travelling import ROOT, Travelled, repacked
 
+from alignpro_kernels import varlen_kernels
+from alignpro_kernels.torch_flash import TorchFlash
 from benchmarks.engine.tick import kind_of
 from benchmarks.gpu import archive, summary
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.checks import CHECKS
+from benchmarks.gpu.checks import CHECKS, NotHereError
 from benchmarks.gpu.parts import PARTS, Place, gpu_tests
 from benchmarks.gpu.process import run
 from benchmarks.gpu.smoke import Smoke
@@ -60,6 +63,29 @@ def test_a_process_has_ended_though_a_child_holds_its_output(process: Run) -> No
     started = time.monotonic()
     ended, _ = process("import subprocess; subprocess.Popen(['sleep', '60'])")
     assert ended.status == "ok" and time.monotonic() - started < 10
+
+
+def test_what_a_process_leaves_behind_has_time_to_end(process: Run, tmp_path: Path) -> None:
+    """The leader has ended by then, and been waited for."""
+    child = "trap 'sleep 0.5; touch ended; exit' TERM; touch begun; while :; do sleep 0.1; done"
+    code = f"import os, subprocess, time; subprocess.Popen(['sh', '-c', {child!r}])\n"
+    code += "while not os.path.exists('begun'): time.sleep(0.01)"
+    started = time.monotonic()
+    ended, _ = process(code)
+    assert ended.status == "ok" and (tmp_path / "ended").exists()
+    assert time.monotonic() - started < 20
+
+
+def test_what_does_not_end_by_request_is_killed(process: Run, tmp_path: Path) -> None:
+    child = "trap '' TERM; echo $$ > child; while :; do sleep 0.1; done"
+    code = f"import os, subprocess, time; subprocess.Popen(['sh', '-c', {child!r}])\n"
+    code += "while not (os.path.exists('child') and os.path.getsize('child')): time.sleep(0.01)"
+    assert process(code)[0].status == "ok"
+    state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    deadline = time.monotonic() + 20
+    while state.exists() and " Z " not in state.read_text():  # the kernel ends it within moments
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 WORKER = """
@@ -140,12 +166,29 @@ def test_parts_are_named_and_a_cpu_needs_tiny_shapes(capsys: pytest.CaptureFixtu
         assert said in capsys.readouterr().err
 
 
-def test_two_calls_of_six_minutes_hold_all_parts(tmp_path: Path) -> None:
+def test_two_calls_of_seven_minutes_hold_all_parts(tmp_path: Path) -> None:
+    """A minute of each is left for the start, the wheels and the archive."""
     place = Place("cuda", False, tmp_path)
     seconds = {name: sum(command.seconds for command in part(place)) for name, part in PARTS.items()}
     assert seconds["smoke"] == 80
     assert sum(seconds[name] for name in ("smoke", "tests", "kernels")) <= 360
     assert sum(seconds[name] for name in ("engine", "training")) <= 360
+
+
+def test_the_check_of_flash_attention_names_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without the packages, PyTorch's own runs."""
+
+    class OnAGPU(TorchFlash):
+        def unavailable(self) -> None:
+            return None
+
+    cpu = torch.device("cpu")
+    (check,) = (check for check in CHECKS if check.name == "flash-attn")
+    monkeypatch.setattr(varlen_kernels, "KERNELS", (TorchFlash(),))
+    with pytest.raises(NotHereError, match=r"FlashAttention|GPU|CUDA"):
+        check.run(cpu)
+    monkeypatch.setattr(varlen_kernels, "KERNELS", (TorchFlash(), OnAGPU()))
+    assert check.run(cpu) == "torch"
 
 
 def test_the_gpu_tests_are_found() -> None:

@@ -12,13 +12,14 @@ import torch
 from launching import assert_close_runs, run_cases, run_to_end, workshop
 from tiny_models import ARCHITECTURES, attention, save_tiny, tiny_config, tokenizer
 from tiny_runs import read_metrics
-from transformers import LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from alignpro.config import ModelConfig
 from alignpro.distributed.ranks import Ranks
 from alignpro.distributed.sharding.frozen import ShardedModels
 from alignpro.engine import Engine, SamplingParams
-from alignpro.models.loading import load_language_model
+from alignpro.models.language_model import LanguageModel
+from alignpro.models.loading import load_language_model, resolve_dtype
 
 LAYERS = 3
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -60,6 +61,24 @@ def test_every_architecture_runs_gathered(device: str, architecture: str, tmp_pa
     for one, other in zip(chain.from_iterable(got), chain.from_iterable(expected), strict=True):
         assert one.tokens == other.tokens
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_sharded_model_has_the_dtype_of_its_device_and_not_of_the_host(stored: torch.dtype, tmp_path: Path) -> None:
+    """The device meta stands for an accelerator, where ``dtype: auto`` is what the files are in; it takes no weights."""
+    save_tiny("llama", tmp_path, num_hidden_layers=1)
+    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=stored).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), dtype="auto", device="meta")
+    loaded: list[LanguageModel] = []
+
+    def load(on_host: ModelConfig) -> LanguageModel:
+        loaded.append(load_language_model(on_host))
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        ShardedModels(Ranks()).load(config, load)
+    assert {weight.dtype for weight in loaded[0].parameters()} == {resolve_dtype(config)} == {stored}
+    assert loaded[0].device.type == "cpu"
 
 
 def test_sharded_models_give_the_results_of_whole_ones(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ while [[ $1 == -* ]]; do
     shift
 done
 for task in 0 1; do
-    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=$task SLURM_NTASKS=2 "$@" &
+    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=$task SLURM_NTASKS=2 SLURM_STEP_TASKS_PER_NODE='1(x2)' "$@" &
 done
 status=0
 for task in 0 1; do wait -n || status=$?; done

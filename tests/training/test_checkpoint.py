@@ -7,6 +7,8 @@ import logging
 import os
 import random
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,14 @@ from tiny_runs import flip_bit
 
 from alignpro.errors import CheckpointError
 from alignpro.training.checkpoint import CheckpointStore, find_damage, recorded_run, save_torch
-from alignpro.training.durability import disk_errors, remove_directory, replace_directory, replace_text
+from alignpro.training.durability import (
+    PARTIAL,
+    disk_errors,
+    remove_directory,
+    remove_leftovers,
+    replace_directory,
+    replace_text,
+)
 from alignpro.training.rng_state import get_rng_state, seed_all, set_rng_state
 
 MEGABYTE = torch.zeros(2**18)
@@ -299,6 +308,63 @@ def test_a_failed_write_leaves_a_directory_and_a_text_unchanged(tmp_path: Path, 
     with pytest.raises(OSError, match="No space left"):
         replace_text(small_disk / "config.yaml", "x" * 2**21)
     assert tree(small_disk) == before
+
+
+def replaced_until(directory: Path, at: int) -> bool:
+    """Replace a directory in a child that is killed at its ``at``-th operation on files; whether it was."""
+    child = os.fork()
+    if child == 0:
+        operations = 0
+
+        def count(event: str, _: object) -> None:
+            nonlocal operations
+            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+                operations += 1
+                if operations == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        replace_directory(directory, lambda new: [(new / name).write_text("new") for name in "abc"])
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_a_kill_at_any_operation_leaves_the_old_directory_or_the_new_one(tmp_path: Path) -> None:
+    """When a checkpoint is written again, it may be the only one."""
+    old, new = (dict.fromkeys("abc", text) for text in ("old", "new"))
+    found, at = [], 1
+    while True:
+        step = tmp_path / f"{at}" / "step_000001"
+        step.mkdir(parents=True)
+        for name in old:
+            (step / name).write_text("old")
+        killed = replaced_until(step, at)
+        remove_leftovers(step.parent)
+        assert [each.name for each in step.parent.iterdir()] == [step.name], at
+        found.append({name: text.decode() for name, text in tree(step).items()})
+        at += 1
+        if not killed:
+            break
+    turn = found.index(new)
+    assert turn > 5 and found == [old] * turn + [new] * (len(found) - turn)
+
+
+def test_a_directory_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = tmp_path / "model"
+    replace_directory(write, write_some)
+    before, rename = tree(tmp_path), Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.startswith(PARTIAL):
+            raise OSError("Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_directory(write, lambda new: (new / "a").write_text("new"))
+    assert tree(tmp_path) == before
 
 
 def test_discarding_a_missing_directory_does_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_runs import Process, Workshop, assert_same, read_metrics, read_model, rows, steps_of_checkpoints
+
+from alignpro.config import TrainConfig, load_config
+from alignpro.errors import TrainingError
+from alignpro.training.resume import check_configuration
 
 Finished = Callable[..., Path]
 
@@ -242,6 +247,15 @@ def test_a_longer_run_continues_with_its_own_learning_rate(
     rates = [row["learning_rate"] for row in read_metrics(out) if "learning_rate" in row]
     of_eight = [0.01 * (8 - step) / (8 - 2) for step in range(4, 8)]  # 2 steps of warm-up
     assert rates[4:] == pytest.approx(of_eight)
+
+
+def test_how_long_ranks_wait_may_change_and_what_they_compute_may_not(workshop: Workshop, tmp_path: Path) -> None:
+    """The error of a rank that waits in vain says to raise it."""
+    given, saved = workshop.arguments("train", tmp_path)[1:], tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(load_config(TrainConfig, given).model_dump(mode="json")))
+    check_configuration(saved, load_config(TrainConfig, [*given, "deepspeed.timeout_seconds=60"]))
+    with pytest.raises(TrainingError, match=r"differs from .*: deepspeed.config \(was 'z2', is 'z3'\)"):
+        check_configuration(saved, load_config(TrainConfig, [*given, "deepspeed.config=z3"]))
 
 
 def test_the_state_holds_everything_besides_weights(finished: Finished) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Workshop, read_model, steps_of_checkpoints
+from tiny_runs import Workshop, flip_bit, read_model, steps_of_checkpoints
 from torch import nn
 
 from alignpro.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, validate_config
 from alignpro.config.run import SelectingSection
 from alignpro.data import Prompt, split, split_for_training
-from alignpro.errors import ConfigError
+from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.training.backend import TorchBackend
 from alignpro.training.heldout_evaluation import OBJECTIVE
 from alignpro.training.loggers.jsonl import read_rows
@@ -71,9 +71,9 @@ def configure(out: Path, **run: Any) -> SelectingSection:
     return SelectingSection(run=RunConfig(out=out, **settings), data=DataConfig(source="none", validation=0.1))
 
 
-def train(config: SelectingSection, *, stop_at: int | None = None, **how: Any) -> Curve:
+def train(config: SelectingSection, *, stop_at: int | None = None, of: type[Curve] = Curve, **how: Any) -> Curve:
     with Run(config, **how) as run:
-        trainer = Curve(config, stop_at)
+        trainer = of(config, stop_at)
         run.train(trainer)
     return trainer
 
@@ -116,6 +116,79 @@ def test_a_run_killed_anywhere_selects_the_same(stop_at: int, tmp_path: Path) ->
     train(configure(tmp_path / "killed"), resume=True)
     assert exported(tmp_path / "killed") == exported(tmp_path / "undisturbed")
     assert exported(tmp_path / "killed")[0] == undisturbed.trajectory[4]
+
+
+class Faulty(Curve):
+    """Its evaluation of the last step fails, or it is killed before it has exported."""
+
+    fault = "evaluate"
+
+    def evaluate(self, step: int) -> Evaluation:
+        if self.fault == "evaluate" and step == 6:
+            raise TrainingError("the judge's server is down")
+        return super().evaluate(step)
+
+    def export(self, directory: Path) -> None:
+        raise KeyboardInterrupt
+
+
+class Killed(Faulty):
+    fault = "export"
+
+
+@pytest.mark.parametrize("before", ["before the evaluation is saved", "after"])
+def test_an_evaluation_that_a_resumed_run_has_made_counts(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation of the last step fails; the run that repeats it is killed, and the next one exports."""
+    monkeypatch.setitem(
+        globals(), "OBJECTIVES", [*OBJECTIVES[:6], 0.9]
+    )  # as good as the best one: the last is exported
+    undisturbed, config = configure(tmp_path / "undisturbed"), configure(tmp_path / "run")
+    train(undisturbed)
+    with pytest.raises(TrainingError, match="server is down"):
+        train(config, of=Faulty)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patched:
+        if before != "after":
+            patched.setattr(Run, "_save", interrupt)
+        train(config, of=Killed, resume=True)
+    train(config, resume=True)
+    assert exported(config.run.out) == exported(undisturbed.run.out)
+    assert exported(config.run.out)[1]["selected"]["step"] == 7
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "undisturbed")]
+    assert rows[0] == rows[1]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_best_checkpoint_is_not_selected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = configure(tmp_path)
+    trainer = train(config)
+    shutil.rmtree(tmp_path / "model")
+    best = tmp_path / "checkpoints" / "step_000004"
+    flip_bit(next(best.glob("*.safetensors")))
+    train(config, resume=True)
+    assert f"{best}, the best so far, cannot be used" in caplog.text and "checksum" in caplog.text
+    assert exported(tmp_path)[0] == trainer.trajectory[7]
+    assert exported(tmp_path)[1]["selected"]["best"]["step"] == 7
+
+
+def test_a_best_checkpoint_that_is_damaged_while_the_run_goes_on_has_a_remedy(tmp_path: Path) -> None:
+    class Damaging(Curve):
+        def step(self, step: int) -> Metrics:
+            if step == 6:
+                flip_bit(next((tmp_path / "checkpoints" / "step_000004").glob("*.safetensors")))
+            return super().step(step)
+
+    config = configure(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"step_000004 is damaged: .*; continue with --resume, which selects another"
+    ):
+        train(config, of=Damaging)
+    train(config, resume=True)
+    assert exported(tmp_path)[1]["selected"]["step"] == 7
 
 
 def test_going_back_forgets_later_evaluations(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ agree. Values that it leaves out are taken from the run, so it needs no "auto".
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,6 @@ class ZeroConfig:
     def replicated(self) -> bool:
         """Whether every rank holds all weights, gradients and optimizer states, and uses plain AdamW."""
         return self.stage == 0
-
-    def loading_universal_checkpoint(self) -> ZeroConfig:
-        """Return the configuration for loading a checkpoint that another number of ranks wrote."""
-        if self.replicated:
-            return self
-        return replace(self, content=self.content | {"checkpoint": {"load_universal": True}})
 
 
 def check_ranks(prompts_per_step: int, ranks: int) -> None:

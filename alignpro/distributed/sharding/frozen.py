@@ -20,8 +20,8 @@ from alignpro.distributed.sharding.partition import Partition, buckets
 from alignpro.errors import ConfigError, TrainingError
 from alignpro.models.cpu.replacement import restore_modules
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.loading import resolve_device
-from alignpro.models.mixed_model import MixedModel
+from alignpro.models.loading import resolve_device, resolve_dtype
+from alignpro.models.mixture_files import read_mixture
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,14 +61,17 @@ class ShardedModels(FrozenModels):
 
         The ranks of a host load one after another, so that the host holds only one whole model at a time.
         """
+        if read_mixture(config.path) is not None:
+            raise ConfigError(
+                f"{config.path}: is a mixture of models, whose combined output layer cannot be sharded: write one model with "
+                "`alignpro mix --one-model`, or leave it whole (deepspeed.target_stage=0)"
+            )
         device = resolve_device(config.device)
+        on_host = {"device": "cpu"}
+        if device.type != "cpu":
+            on_host["dtype"] = str(resolve_dtype(config)).removeprefix("torch.")  # auto is another one on the host
         with host_lock():
-            model = load(config.model_copy(update={"device": "cpu"}))
-            if isinstance(model, MixedModel):
-                raise ConfigError(
-                    f"{config.path}: is a mixture of models, whose combined output layer cannot be sharded: write one model with "
-                    "`alignpro mix --one-model`, or leave it whole (deepspeed.target_stage=0)"
-                )
+            model = load(config.model_copy(update=on_host))
             if isinstance(model, LanguageModel):
                 model.disable_packing()
             else:
