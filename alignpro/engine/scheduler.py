@@ -180,6 +180,31 @@ class Scheduler:
                 # None of its sequences could be admitted, or all had to be preempted.
         return None
 
+    def schedule_ahead(self, ending: Ints) -> Batch | None:
+        """The batch after one whose tokens have been drawn but are not known; None if it depends on them.
+
+        It does not if it consists of next tokens alone, whichever sequences end, and all of them have pages without a
+        preemption. The table must count the tokens that are not known.
+
+        Args:
+            ending: The rows of sequences that are known to end.
+        """
+        model = self._order()[0]
+        stage = self._stages[model]
+        rows = stage.decoding[~np.isin(stage.decoding, ending)] if len(ending) else stage.decoding
+        places = self.max_batch - len(stage.running) + len(stage.decoding) - len(rows)
+        if not len(rows) or stage.starting or (stage.waiting and places > 0) or not self._grow_at_once(model):
+            return None
+        in_order = self.table.gather(rows).rows
+        if len(in_order) == len(stage.decoding):
+            stage.decoding = in_order
+        self._last = model
+        return Batch(model, in_order)
+
+    def decoding(self, model: str) -> Ints:
+        """The rows of a model's sequences that decode: another array as soon as one of them stops."""
+        return self._stages[model].decoding
+
     def take_failed(self) -> list[SampledSequence]:
         """Return the sequences that have failed since the last call because the pool got less memory than planned."""
         failed, self._failed = self._failed, []
@@ -284,15 +309,22 @@ class Scheduler:
         self._stages[sequence.forward_model].start(sequence)
         return True
 
-    def _grow(self, model: str) -> None:
-        """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
+    def _grow_at_once(self, model: str) -> bool:
+        """Allocate a page for each sequence whose next token needs one; False, and nothing is done, if that is not simple."""
         rows, same_model = self.table.without_room(model)
         growing = self.table.sequences(rows)
-        if growing and same_model:  # as in most batches; all get one if there are enough
-            pages = self.tree.allocate(growing[0].model, len(growing))
-            if pages is not None:
-                self.table.add_pages(growing, rows, pages)
-                return
+        if not growing:
+            return True
+        pages = self.tree.allocate(growing[0].model, len(growing)) if same_model else None
+        if pages is not None:
+            self.table.add_pages(growing, rows, pages)
+        return pages is not None
+
+    def _grow(self, model: str) -> None:
+        """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
+        if self._grow_at_once(model):  # as in most batches
+            return
+        growing = self.table.sequences(self.table.without_room(model)[0])
         for sequence in growing:
             while sequence.output is not None:  # None if it was preempted in favour of an older one
                 pages = self.tree.allocate(sequence.model, 1)
