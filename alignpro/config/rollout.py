@@ -36,7 +36,7 @@ class EngineConfig(Section):
     cuda_graphs: bool | None = None
     """Whether decode-only passes are replayed as CUDA graphs; by default wherever possible."""
     async_scheduling: bool | None = None
-    """Whether a decode-only pass is launched before the tokens of the pass before it have arrived; by default on CUDA devices."""
+    """Whether a pass is launched before the tokens of the pass before it have arrived; by default on CUDA devices."""
 
 
 class RolloutConfig(Section):

@@ -1,16 +1,18 @@
 """Asynchronous scheduling: the host plans and launches the next forward pass before it knows the tokens of this one.
 
 A GPU would otherwise have nothing to do between a draw and the next pass, while the host waits for the tokens, looks for
-ends and plans. So once the draw of a step has been launched, the next pass is launched behind it, if it consists of next
-tokens alone: these are copied from the draw's result on the device. Only then does the host wait for the tokens. The
-draw after that pass is launched by the next step, when the host knows who goes on. So between steps everything is as it would be
-without this, except that a pass has been launched that the next step would launch.
+ends and plans. So once the draw of a step has been launched, the next pass is launched behind it, into which the drawn
+tokens go on the device. Only then does the host wait for the tokens. The draw after that pass is launched by the next step,
+when the host knows who goes on. So between steps everything is as it would be without this, except that a pass has been
+launched that the next step would launch.
 
-A sequence that turns out to have ended, or is cancelled, has been computed in vain: its state is never drawn from.
-Its pages are freed at once. Whatever uses them next is launched later on the same stream, so it runs after that pass: a pass that
-writes them, pages that are copied or moved where a node of the prefix tree is made or split, the copy of an arena that grows.
-Memory that is unmapped (`arena.FixedArena`) waits for the device. When nobody goes on, the host waits for the pass, so no work is
-left on the device when nothing is pending: weights may change, move and be freed, and `Engine.release` may be called.
+A sequence that turns out to have ended, or is cancelled, has been computed in vain: its state is never drawn from. Its place
+is taken by a waiting one a step later. Its pages are freed at once. Whatever uses them next is launched later on the same
+stream, so it runs after that pass: a pass that writes them, pages that are copied or moved where a node of the prefix tree
+is made or split, the copy of an arena that grows. Memory that is unmapped (`arena.FixedArena`) waits for the device. Chunks
+of prompts count as computed once their pass has been launched, as ever. When nobody goes on, the host waits for the pass, so
+no work is left on the device when nothing is pending: weights may change, move and be freed, and `Engine.release` may be
+called.
 
 | owns | does not own |
 |---|---|
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -62,8 +65,8 @@ class AsyncScheduling:
         """Forget the pass, whatever state an interrupt left."""
         self._launched = None
 
-    def launch(self, drawn: Sequence[Drawn], stats: EngineStats) -> None:
-        """Launch the pass after the one of all whose tokens have been drawn, if it can be known already.
+    def launch(self, batch: Batch, drawn: Sequence[Drawn], stats: EngineStats) -> None:
+        """Launch the pass after that of a batch all whose tokens have been drawn, if it can be known already.
 
         A pass that raises is forgotten: the next step computes it with all that isolates faults.
 
@@ -78,9 +81,11 @@ class AsyncScheduling:
         going_on = rows[~ends]
         table.presume(going_on, 1)
         try:
-            batch = self.scheduler.schedule_ahead(rows[ends])
-            if batch is not None:
-                self._launch(batch, drawn, stats)
+            graphs = self._executor.graphs
+            apart = [name for name in self.scheduler.models if graphs is not None and graphs.runs(name)]
+            following = self.scheduler.schedule_ahead(batch, rows[ends], apart)
+            if following is not None:
+                self._launch(following, drawn, stats)
         finally:
             table.presume(going_on, -1)
 
@@ -103,26 +108,34 @@ class AsyncScheduling:
         launched, self._launched = self._launched, None
         if launched is None:
             return None
-        batch = launched.batch
-        if (places := self._places(batch)) is not None:
-            stats.computed["wasted"] += len(batch.decoding) - len(places)
-            batch = Batch(batch.model, batch.decoding[places])
-        stats.computed["decode"] += len(batch.decoding)
-        return LaunchedPass(batch, launched.states, places)
+        batch, decoding, drawing = launched.batch, *self._going_on(launched.batch)
+        stats.computed["decode"] += len(decoding)
+        if (wasted := len(batch.decoding) - len(decoding)) == 0 and len(drawing) == len(batch.drawing):
+            return launched
+        stats.computed["wasted"] += wasted
+        at = [*decoding.tolist(), *(len(batch.decoding) + place for place in drawing)]
+        going_on = replace(
+            batch, decoding=batch.decoding[decoding], drawing=[batch.drawing[place] for place in drawing]
+        )
+        return LaunchedPass(going_on, launched.states, at)
 
     def drop_if_needless(self, stats: EngineStats) -> None:
-        """If none of its sequences goes on, wait for the pass and forget it."""
-        if self._launched is None or (places := self._places(self._launched.batch)) is None or len(places):
+        """If nobody needs the pass, wait for it and forget it."""
+        if self._launched is None:
             return
-        stats.computed["wasted"] += len(self._launched.batch.decoding)
-        device, self._launched = self._launched.states.states.device, None
-        if device.type != "cpu":
-            torch.accelerator.current_stream(device).synchronize()
+        batch, states = self._launched.batch, self._launched.states.states
+        decoding, drawing = self._going_on(batch)
+        if (len(decoding) or drawing or batch.chunks) and not self.scheduler.idle:
+            return
+        stats.computed["wasted"] += len(batch.decoding)
+        self._launched = None
+        if states.device.type != "cpu":
+            torch.accelerator.current_stream(states.device).synchronize()
 
-    def _places(self, batch: Batch) -> Ints | None:
-        """The places of those that go on in the batch that has been launched; None if all do."""
+    def _going_on(self, batch: Batch) -> tuple[Ints, list[int]]:
+        """The places, among those that decode and those that draw otherwise, of those that go on in the batch launched."""
+        drawing = [place for place, sequence in enumerate(batch.drawing) if sequence.completion is None]
         decoding = self.scheduler.decoding(batch.model)
         if decoding is self._decoding:
-            return None
-        places = np.flatnonzero(np.isin(batch.decoding, decoding))
-        return None if len(places) == len(batch.decoding) else places
+            return np.arange(len(batch.decoding)), drawing
+        return np.flatnonzero(np.isin(batch.decoding, decoding)), drawing

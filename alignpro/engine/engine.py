@@ -53,7 +53,7 @@ class Engine:
         cuda_graphs: Whether decode-only passes are captured as CUDA graphs and replayed. None enables this where CUDA is
             available and the model can be captured. ``padded`` pads passes as for capture but runs them eagerly, on any
             device.
-        async_scheduling: Whether a decode-only pass is launched before the tokens of the pass before it have arrived, so that the
+        async_scheduling: Whether a pass is launched before the tokens of the pass before it have arrived, so that the
             device does not wait for the host. None enables this on CUDA devices.
         audit: Check the bookkeeping of the pool after every pass; meant for tests.
     """

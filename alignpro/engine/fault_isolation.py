@@ -31,7 +31,7 @@ from alignpro.engine.faults import describe, is_fatal, is_out_of_memory
 from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.plan_buffers import exact, padded
 from alignpro.engine.pool import KVPool, Segment
-from alignpro.engine.runner import Drawable, Drawn, LaunchedPass, add_drawn, draw, forward, forward_ahead, settle
+from alignpro.engine.runner import Drawable, Drawn, LaunchedPass, add_drawn, draw, forward, settle
 from alignpro.engine.scheduler import Batch, Chunk, Scheduler
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.sequence_arrays import Ints
@@ -92,7 +92,9 @@ class Executor:
         Raises:
             Exception: No sequence can be computed after this error (`faults.is_fatal`).
         """
-        drawable = launched.drawable() if launched else self._compute(batch, stats)
+        if launched is not None and not len(batch.to_sample):  # those that would have drawn were cancelled
+            return Begun([], whole=True)
+        drawable = launched.drawable() if launched is not None else self._compute(batch, stats)
         if drawable is None:
             return Begun([], whole=False)
         drawn = self._draw(rows := batch.to_sample, drawable, stats)
@@ -115,9 +117,9 @@ class Executor:
 
     @torch.no_grad()
     def forward_ahead(self, batch: Batch, drawn: Sequence[Drawn], stats: EngineStats) -> Drawable:
-        """Launch the pass of a batch of next tokens, of which those ``drawn`` are not known yet."""
+        """Launch the pass of a batch, of whose next tokens those ``drawn`` are not known yet."""
         model, table = self.models[batch.model], self.scheduler.table
-        return forward_ahead(model, self.pool, batch, stats, table, self._plans, self.graphs, drawn)
+        return forward(model, self.pool, batch, stats, table, self._plans, self.graphs, drawn)
 
     @torch.no_grad()
     def finish(self, begun: Begun, stats: EngineStats) -> list[SampledSequence]:

@@ -53,12 +53,12 @@ class LaunchedPass(NamedTuple):
     batch: Batch
     states: Drawable
     """What all the sequences of the pass draw from."""
-    places: Ints | None = None
+    places: list[int] | None = None
     """The places of the batch's sequences among them; None if it has all of them."""
 
     def drawable(self) -> Drawable:
         """What the sequences of the batch draw from."""
-        return self.states if self.places is None else self.states.at(self.places.tolist())
+        return self.states if self.places is None else self.states.at(self.places)
 
 
 class Drawn(NamedTuple):
@@ -88,48 +88,33 @@ def forward(
     table: SequenceTable,
     plans: StaticPlans,
     graphs: DecodeGraphs | None = None,
+    drawn: Sequence[Drawn] = (),
 ) -> Drawable:
     """Compute a batch. Returns what the sequences of ``batch.to_sample`` draw from, valid until the next batch.
 
     With ``graphs``, they compute the sequences that decode, and a pass without a graph computes the chunks. Without them,
     sequences that decode and chunks share a pass, and ``plans`` serve batches without chunks. Sequences that decode may be
     put in another order. If this raises, nothing counts as computed.
+
+    The tokens of those that decode may be among ``drawn``, so that the host does not know them yet; the table must count
+    them already (`SequenceTable.presume`). Then it is not known either who is computed in vain: `AsyncScheduling` counts them.
     """
     stats.ticks += 1
     graphs = graphs if graphs and graphs.runs(batch.model) else None
     if len(batch.decoding) and (graphs or not batch.chunks):
-        drawable = _decode(model, pool, batch, stats, table, plans, graphs)
+        drawable = _decode(model, pool, batch, stats, table, plans, graphs, drawn)
         if batch.chunks or batch.drawing:
             others = _compute(model, batch, pool, stats, table)
             drawable = Drawable(*(torch.cat(both) for both in zip(drawable, others, strict=True)))
     else:
         drawable = _compute(model, batch.in_chunks(table), pool, stats, table)
-    stats.computed["decode"] += len(batch.decoding)
+    if not drawn:
+        stats.computed["decode"] += len(batch.decoding)
     for chunk in batch.chunks:
         if chunk.write:
             chunk.segment.computed = chunk.end
         stats.computed[chunk.kind] += chunk.count
     return drawable
-
-
-def forward_ahead(
-    model: LanguageModel,
-    pool: KVPool,
-    batch: Batch,
-    stats: EngineStats,
-    table: SequenceTable,
-    plans: StaticPlans,
-    graphs: DecodeGraphs | None,
-    drawn: Sequence[Drawn],
-) -> Drawable:
-    """Compute a batch of next tokens that the host does not know yet, if they are among those ``drawn``.
-
-    The table must count them already (`SequenceTable.presume`). Nothing counts as computed yet.
-    """
-    stats.ticks += 1
-    return _decode(
-        model, pool, batch, stats, table, plans, graphs if graphs and graphs.runs(batch.model) else None, drawn
-    )
 
 
 def _decode(
@@ -140,7 +125,7 @@ def _decode(
     table: SequenceTable,
     plans: StaticPlans,
     graphs: DecodeGraphs | None,
-    drawn: Sequence[Drawn] = (),
+    drawn: Sequence[Drawn],
 ) -> Drawable:
     """Compute the last tokens of the sequences that decode, which are put in order."""
     with _Timed(stats, "plan"):
@@ -160,19 +145,18 @@ def _decode(
 
 
 def _put_drawn(drawn: Sequence[Drawn], rows: Ints, ids: Tensor) -> None:
-    """Write the tokens of N rows to the first N of ``ids``, on the device; of a batch in which none of them drew, none."""
+    """Write the tokens drawn for N rows to the first N of ``ids``, on the device, which keep those of rows that drew none."""
     from_rows = drawn[0].rows if len(drawn) == 1 else np.concatenate([each.rows for each in drawn])
     tokens = drawn[0].tokens if len(drawn) == 1 else torch.cat([each.tokens for each in drawn])
-    if not np.array_equal(from_rows, rows):
-        places = np.full(max(from_rows.max(), rows.max()) + 1, -1)
-        places[from_rows] = np.arange(len(from_rows))
-        places = places[rows]
-        if (places < 0).all():  # these rows are another model's
-            return
-        assert (places >= 0).all(), "all sequences of a model that decode draw at once"
-        (index,) = to_device([places], ids.device)
-        tokens = tokens.index_select(0, index)
-    ids[: len(rows)] = tokens
+    if np.array_equal(from_rows, rows):  # as in most batches
+        ids[: len(rows)] = tokens
+        return
+    places = np.full(max(from_rows.max(), rows.max()) + 1, -1)
+    places[from_rows] = np.arange(len(from_rows))
+    places = places[rows]
+    if len(into := np.flatnonzero(places >= 0)):  # else these rows are another model's
+        index, into_index = to_device([places[into], into], ids.device)
+        ids.index_copy_(0, into_index, tokens.index_select(0, index))
 
 
 def _compute(model: LanguageModel, batch: Batch, pool: KVPool, stats: EngineStats, table: SequenceTable) -> Drawable:

@@ -13,7 +13,7 @@ preempted: its pages are freed, and the tokens it has drawn are recomputed in on
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
@@ -28,6 +28,7 @@ from alignpro.engine.sequence_table import SequenceTable
 
 TAIL_FRACTION = 1 / 4
 """A model with no waiting sequences and fewer than ``TAIL_FRACTION * max_batch`` running alternates with the next one."""
+NO_ROWS: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,13 @@ class _Stage:
         """Move the sequences that have begun to decode. They go on until they stop: whatever fails ends them."""
         begun = [sequence for sequence in self.starting if _decodes(sequence)]
         if begun:
-            self.decoding = np.concatenate([self.decoding, rows_of(begun)])
-            for sequence in begun:
-                del self.starting[sequence]
+            self.begin_decoding(begun)
+
+    def begin_decoding(self, sequences: Sequence[SampledSequence]) -> None:
+        """Move sequences that have begun to decode, or have drawn the token with which they do."""
+        self.decoding = np.concatenate([self.decoding, rows_of(sequences)])
+        for sequence in sequences:
+            del self.starting[sequence]
 
 
 class Scheduler:
@@ -180,26 +185,30 @@ class Scheduler:
                 # None of its sequences could be admitted, or all had to be preempted.
         return None
 
-    def schedule_ahead(self, ending: Ints) -> Batch | None:
+    def schedule_ahead(self, batch: Batch, ending: Ints, apart: Collection[str]) -> Batch | None:
         """The batch after one whose tokens have been drawn but are not known; None if it depends on them.
 
-        It does not if it consists of next tokens alone, whichever sequences end, and all of them have pages without a
-        preemption. The table must count the tokens that are not known.
+        It does not, whichever sequences end, if all that decode have pages without a preemption. The table must count the
+        tokens that are not known.
 
         Args:
-            ending: The rows of sequences that are known to end.
+            batch: The batch, all of whose sequences have drawn.
+            ending: The rows of those that have drawn their last token.
+            apart: The models that compute chunks apart from the sequences that decode. In a pass of both, all tokens
+                must be known.
         """
+        if batch.drawing:
+            self._stages[batch.model].begin_decoding(batch.drawing)
         model = self._order()[0]
-        stage = self._stages[model]
-        rows = stage.decoding[~np.isin(stage.decoding, ending)] if len(ending) else stage.decoding
-        places = self.max_batch - len(stage.running) + len(stage.decoding) - len(rows)
-        if not len(rows) or stage.starting or (stage.waiting and places > 0) or not self._grow_at_once(model):
+        self._admit(model)
+        if not self._grow_at_once(model):
             return None
-        in_order = self.table.gather(rows).rows
-        if len(in_order) == len(stage.decoding):
-            stage.decoding = in_order
+        following = self._build_batch(model, ending)
+        decodes, starts = len(following.decoding) > 0, bool(following.chunks or following.drawing)
+        if not (decodes or starts) or (decodes and starts and model not in apart):
+            return None
         self._last = model
-        return Batch(model, in_order)
+        return following
 
     def decoding(self, model: str) -> Ints:
         """The rows of a model's sequences that decode: another array as soon as one of them stops."""
@@ -361,13 +370,20 @@ class Scheduler:
         self.pool.free(sequence.model, sequence.output.pages)
         sequence.node = sequence.output = None
 
-    def _build_batch(self, model: str) -> Batch:
-        """Build a model's batch: next tokens first, then chunks of prefill and recomputation up to the token budget."""
+    def _build_batch(self, model: str, ending: Ints = NO_ROWS) -> Batch:
+        """Build a model's batch: next tokens first, then chunks of prefill and recomputation up to the token budget.
+
+        ``ending`` are the rows of sequences that have drawn their last token.
+        """
         stage = self._stages[model]
         stage.find_decoding()
-        if len(stage.decoding):
-            stage.decoding = self.table.gather(stage.decoding).rows  # in order, which the next step keeps
-        batch = Batch(model, stage.decoding)
+        rows = stage.decoding[~np.isin(stage.decoding, ending)] if len(ending) else stage.decoding
+        if len(rows):
+            in_order = self.table.gather(rows).rows
+            if len(in_order) == len(stage.decoding):
+                stage.decoding = in_order  # which the next step keeps
+            rows = in_order
+        batch = Batch(model, rows)
         ends: dict[Segment, int] = {}  # segment → its number of computed tokens after the batch
         budget = self.token_budget - len(batch.decoding)
         for sequence in sorted(stage.starting, key=_num_pending_tokens):

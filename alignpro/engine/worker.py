@@ -145,7 +145,7 @@ class Worker:
         except Exception as error:
             return self._fail(batch, error)
         if self._ahead and begun.drawn and begun.whole:
-            self._ahead.launch(begun.drawn, stats)
+            self._ahead.launch(batch, begun.drawn, stats)
         try:
             return self._executor.finish(begun, stats)
         except Exception as error:
