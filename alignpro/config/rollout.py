@@ -35,6 +35,8 @@ class EngineConfig(Section):
     """Maximum number of tokens per forward pass; the rest of a long prompt waits for the next pass."""
     cuda_graphs: bool | None = None
     """Whether decode-only passes are replayed as CUDA graphs; by default wherever possible."""
+    async_scheduling: bool | None = None
+    """Whether a pass is launched before the tokens of the pass before it have arrived; by default on CUDA devices."""
 
 
 class RolloutConfig(Section):

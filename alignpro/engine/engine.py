@@ -53,6 +53,8 @@ class Engine:
         cuda_graphs: Whether decode-only passes are captured as CUDA graphs and replayed. None enables this where CUDA is
             available and the model can be captured. ``padded`` pads passes as for capture but runs them eagerly, on any
             device.
+        async_scheduling: Whether a pass is launched before the tokens of the pass before it have arrived, so that the
+            device does not wait for the host. None enables this on CUDA devices.
         audit: Check the bookkeeping of the pool after every pass; meant for tests.
     """
 
@@ -65,6 +67,7 @@ class Engine:
         page_tokens: int = _DEFAULTS.page_tokens,
         token_budget: int = _DEFAULTS.token_budget,
         cuda_graphs: bool | Literal["padded"] | None = _DEFAULTS.cuda_graphs,
+        async_scheduling: bool | None = _DEFAULTS.async_scheduling,
         audit: bool = False,
     ) -> None:
         self.models = MappingProxyType(dict(models))
@@ -73,6 +76,7 @@ class Engine:
         self.page_tokens = page_tokens
         self.token_budget = token_budget
         self.cuda_graphs = cuda_graphs
+        self.async_scheduling = async_scheduling
         self.audit = audit
         self.stats = EngineStats()
         self._workers: dict[torch.device, Worker] = {}
@@ -133,7 +137,7 @@ class Engine:
         """
         with _Change(self):
             if not request.finished:
-                self._worker(request.model).cancel(request)
+                self._worker(request.model).cancel(request, self.stats)
                 self._submitted.pop(request, None)
                 self._worker(request.model).count(self.stats)
 
@@ -291,6 +295,7 @@ class Engine:
             page_tokens=self.page_tokens,
             token_budget=self.token_budget,
             cuda_graphs=self.cuda_graphs,
+            async_scheduling=self.async_scheduling,
             audit=self.audit,
         )
 

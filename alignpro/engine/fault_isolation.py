@@ -9,6 +9,9 @@ If memory runs out, single chunks are halved too, and later passes are limited t
 |---|---|
 | which part of a batch raises, how many tokens fit in a pass | the passes themselves, pages, follow-ups of a failure |
 
+A step is two calls. `Executor.begin` computes a batch and launches the draws; `Executor.finish` waits for the tokens. In between,
+the next pass may be launched (`Executor.forward_ahead`, for `async_scheduling`).
+
 Tokens count as computed only after their pass has succeeded (`runner.forward`), so data written by a failed pass is never
 read.
 """
@@ -19,6 +22,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from sys import maxsize
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ from alignpro.engine.faults import describe, is_fatal, is_out_of_memory
 from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.plan_buffers import exact, padded
 from alignpro.engine.pool import KVPool, Segment
-from alignpro.engine.runner import Drawable, forward, sample_tokens, settle_draw
+from alignpro.engine.runner import Drawable, Drawn, LaunchedPass, add_drawn, draw, forward, settle
 from alignpro.engine.scheduler import Batch, Chunk, Scheduler
 from alignpro.engine.sequence import SampledSequence
 from alignpro.engine.sequence_arrays import Ints
@@ -39,6 +43,14 @@ logger = logging.getLogger(__name__)
 
 MAX_PLANS = 256
 """Maximum number of plans kept of decode batches without graphs."""
+
+
+class Begun(NamedTuple):
+    """A batch whose tokens have been drawn, but are not known to the host."""
+
+    drawn: list[Drawn]
+    whole: bool
+    """Whether all its sequences have drawn. If not, others have their tokens already, or have failed."""
 
 
 class Executor:
@@ -69,23 +81,56 @@ class Executor:
         self.max_tokens, self.scheduler.token_budget = None, self._token_budget
 
     @torch.no_grad()
-    def execute(self, batch: Batch, stats: EngineStats) -> list[SampledSequence]:
-        """Compute a batch and draw tokens for its sequences. Returns the sequences that have ended or failed.
+    def begin(self, batch: Batch, stats: EngineStats, launched: LaunchedPass | None = None) -> Begun:
+        """Compute a batch and draw tokens for its sequences, for which the host does not wait.
+
+        Args:
+            batch: The batch.
+            stats: Counters to update.
+            launched: Its forward pass, if that has been launched already.
 
         Raises:
             Exception: No sequence can be computed after this error (`faults.is_fatal`).
         """
+        if launched is not None and not len(batch.to_sample):  # those that would have drawn were cancelled
+            return Begun([], whole=True)
+        drawable = launched.drawable() if launched is not None else self._compute(batch, stats)
+        if drawable is None:
+            return Begun([], whole=False)
+        drawn = self._draw(rows := batch.to_sample, drawable, stats)
+        return Begun(drawn, whole=sum(len(each.rows) for each in drawn) == len(rows))
+
+    def _compute(self, batch: Batch, stats: EngineStats) -> Drawable | None:
+        """Compute a batch; None if that took parts of it, whose sequences have drawn or failed."""
         room, table = self.max_tokens, self.scheduler.table
-        if room is None or batch.num_tokens <= room:
-            decodes = len(batch.decoding) > 0
-            graphs = self.graphs if decodes and (room is None or padded(len(batch.decoding)) <= room) else None
-            outcome = self._try(batch, stats, graphs)
-            if not isinstance(outcome, Exception):
-                return outcome
-            # A pass without padding may not raise.
-            self._isolate([batch.in_chunks(table)], stats, None if graphs else outcome)
-        else:
+        if room is not None and batch.num_tokens > room:
             self._isolate(_split_to_size(batch.in_chunks(table), room), stats)
+            return None
+        decodes = len(batch.decoding) > 0
+        graphs = self.graphs if decodes and (room is None or padded(len(batch.decoding)) <= room) else None
+        outcome = self._forward(batch, stats, graphs)
+        if not isinstance(outcome, Exception):
+            return outcome
+        # A pass without padding may not raise.
+        self._isolate([batch.in_chunks(table)], stats, None if graphs else outcome)
+        return None
+
+    @torch.no_grad()
+    def forward_ahead(self, batch: Batch, drawn: Sequence[Drawn], stats: EngineStats) -> Drawable:
+        """Launch the pass of a batch, of whose next tokens those ``drawn`` are not known yet."""
+        model, table = self.models[batch.model], self.scheduler.table
+        return forward(model, self.pool, batch, stats, table, self._plans, self.graphs, drawn)
+
+    @torch.no_grad()
+    def finish(self, begun: Begun, stats: EngineStats) -> list[SampledSequence]:
+        """Wait for the tokens of a batch and add them to its sequences. Returns the sequences that have ended or failed.
+
+        Raises:
+            Exception: No sequence can be computed after this error (`faults.is_fatal`).
+        """
+        ended = [sequence for drawn in begun.drawn for sequence in self._add(drawn, stats)]
+        if begun.whole:
+            return ended
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
     def fail_batch(self, batch: Batch, error: Exception) -> list[SampledSequence]:
@@ -97,18 +142,24 @@ class Executor:
                 sequence.fail(describe(f"a batch of {self.models[batch.model].name}", error))
         return [sequence for sequence in self.scheduler.running if sequence.completion is not None]
 
-    def _try(
-        self, batch: Batch, stats: EngineStats, graphs: DecodeGraphs | None = None
-    ) -> list[SampledSequence] | Exception:
-        """Compute a batch and draw. Returns the sequences that have ended, or the exception of the computation."""
+    def _forward(self, batch: Batch, stats: EngineStats, graphs: DecodeGraphs | None = None) -> Drawable | Exception:
+        """What the sequences of a batch draw from, or the exception of its computation."""
         try:
             model, table = self.models[batch.model], self.scheduler.table
-            drawable = forward(model, self.pool, batch, stats, table, self._plans, graphs)
+            return forward(model, self.pool, batch, stats, table, self._plans, graphs)
         except Exception as error:
             if is_fatal(error):
                 raise
             return error
-        return self._sample(batch.to_sample, drawable, stats)
+
+    def _try(self, part: Batch, stats: EngineStats) -> Exception | None:
+        """Compute a part of a batch, and add the tokens that it draws. Returns the exception of the computation."""
+        outcome = self._forward(part, stats)
+        if isinstance(outcome, Exception):
+            return outcome
+        for drawn in self._draw(part.to_sample, outcome, stats):
+            self._add(drawn, stats)
+        return None
 
     def _isolate(self, parts: Sequence[Batch], stats: EngineStats, known: Exception | None = None) -> None:
         """Compute the parts of a batch one by one, halving those that raise; fail the sequences that need a bad chunk.
@@ -131,7 +182,7 @@ class Executor:
                 waiting += reversed(halves)
                 continue
             error, known = (known, None) if known is not None else (self._try(part, stats), None)
-            if not isinstance(error, Exception):
+            if error is None:
                 enough = max(enough, tokens)
                 continue
             finer = is_out_of_memory(error)
@@ -166,28 +217,48 @@ class Executor:
         self.max_tokens = tokens
         self.scheduler.token_budget = min(self.scheduler.token_budget, tokens)
 
-    def _sample(self, rows: Ints, drawable: Drawable, stats: EngineStats) -> list[SampledSequence]:
-        """Draw one token for each of B sequences; a sequence whose draw raises even alone fails.
-
-        Returns the sequences that have ended or failed.
-        """
+    def _draw(self, rows: Ints, drawable: Drawable, stats: EngineStats) -> list[Drawn]:
+        """Draw one token for each of B sequences; a sequence whose draw raises even alone fails."""
         table = self.scheduler.table
-        before = table.counts(rows)
+        if not len(rows):
+            return []
         try:
-            return sample_tokens(self.models, table, rows, drawable, stats)
+            return draw(self.models, table, rows, drawable, stats)
         except Exception as error:
             if is_fatal(error):
                 raise
-            # Some may have drawn before the error.
+            if len(rows) == 1:
+                logger.exception("drawing a token raised an exception")
+                for sequence in table.sequences(rows):
+                    sequence.fail(describe("the draw of a token", error))
+                return []
+        halves = np.array_split(np.arange(len(rows)), 2)
+        return [each for half in halves for each in self._draw(rows[half], drawable.at(half.tolist()), stats)]
+
+    def _add(self, drawn: Drawn, stats: EngineStats) -> list[SampledSequence]:
+        """Add drawn tokens to their sequences; a sequence for which that raises even alone fails.
+
+        Returns the sequences that have ended or failed.
+        """
+        table, rows = self.scheduler.table, drawn.rows
+        if not len(rows):
+            return []
+        before = table.counts(rows)
+        try:
+            return add_drawn(table, drawn, stats)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            # Some may have got theirs before the error.
             sequences = table.sequences(rows)
-            drawn = [settle_draw(each, count, self.models) for each, count in zip(sequences, before, strict=True)]
-            waiting = np.flatnonzero(~np.array(drawn))
+            have = [settle(each, count, drawn.model) for each, count in zip(sequences, before, strict=True)]
+            waiting = np.flatnonzero(~np.array(have))
             if len(waiting) and len(rows) == 1:
                 logger.exception("drawing a token raised an exception")
                 sequences[0].fail(describe("the draw of a token", error))
                 return sequences
         for half in np.array_split(waiting, 2):
-            self._sample(rows[half], drawable.at(half.tolist()), stats)
+            self._add(drawn.at(half), stats)
         return [sequence for sequence in sequences if sequence.completion is not None]
 
 

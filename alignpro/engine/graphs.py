@@ -82,6 +82,8 @@ class DecodeGraphs:
     def drop_moved(self) -> None:
         """Drop all graphs if the pages have got another address."""
         if self._num_moves != self.pool.num_moves:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # a replay may still run when the next pass is planned
             self.clear()
             self._num_moves = self.pool.num_moves
 

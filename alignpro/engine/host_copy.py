@@ -1,4 +1,4 @@
-"""Arrays of the host on a device: one copy for all of them, for which the host does not wait."""
+"""Copies between host and device, each for all that goes there at once, for which the host does not wait."""
 
 from __future__ import annotations
 
@@ -27,6 +27,47 @@ def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     memory = torch.empty(sum(_spaces(arrays)), dtype=torch.uint8, pin_memory=device.type == "cuda")
     pack(arrays, memory)
     return unpack(arrays, memory.to(device, non_blocking=True))
+
+
+class HostTokens:
+    """Drawn tokens on their way to the host, in one copy.
+
+    Args:
+        tokens: (B,) int64.
+        logprobs: (B,) their log-probabilities, float32 or float64.
+        total: (), a sum that the host wants to know as well.
+    """
+
+    def __init__(self, tokens: Tensor, logprobs: Tensor, total: Tensor) -> None:
+        self._here: tuple[Tensor, Tensor, float] | None = None
+        self._arrived: torch.cuda.Event | None = None
+        if (device := tokens.device).type == "cpu":
+            self._here = tokens, logprobs, total.item()
+            return
+        # A float64 holds every token id exactly.
+        self._sent = torch.cat([tokens.double(), logprobs, total.reshape(1)])  # (2 B + 1,)
+        if device.type == "cuda":
+            # PyTorch's allocator of pinned memory does not reuse the block before this copy is done.
+            pinned = torch.empty(len(self._sent), dtype=torch.float64, pin_memory=True)
+            self._sent = pinned.copy_(self._sent, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> tuple[Tensor, Tensor, float]:
+        """Tokens, log-probabilities and the sum, on the host."""
+        if self._here is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            drawn = self._sent.cpu()  # elsewhere than on CUDA devices this is the copy
+            count = len(drawn) // 2
+            self._here = drawn[:count].long(), drawn[count:-1], float(drawn[-1])
+        return self._here
+
+    def at(self, places: Array) -> HostTokens:
+        """Some of the tokens, for which it waits."""
+        tokens, logprobs, total = self.wait()
+        index = torch.from_numpy(places)
+        return HostTokens(tokens[index], logprobs[index], torch.tensor(total, dtype=torch.float64))
 
 
 def pack(arrays: Sequence[Array], memory: Tensor) -> None:

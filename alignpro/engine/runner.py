@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from alignpro.engine.attention_plan import AttentionPlan
 from alignpro.engine.faults import describe
 from alignpro.engine.graphs import DecodeGraphs
-from alignpro.engine.host_copy import to_device
+from alignpro.engine.host_copy import HostTokens, to_device
 from alignpro.engine.pool import KVPool, Segment
 from alignpro.engine.prefix_tree import Node
 from alignpro.engine.sampler import model_logprobs, sample
@@ -26,6 +26,7 @@ from alignpro.engine.sequence_table import SequenceTable
 from alignpro.engine.static_plan import StaticPlans
 from alignpro.engine.stats import EngineStats
 from alignpro.engine.stopping import find_end
+from alignpro.engine.types import TokenLogprobs
 from alignpro.models.admission import check_finite_sum, finite_sum
 from alignpro.models.language_model import LanguageModel
 
@@ -46,6 +47,39 @@ class Drawable(NamedTuple):
         return Drawable(self.states.index_select(0, index), self.seeds.index_select(0, index))
 
 
+class LaunchedPass(NamedTuple):
+    """A forward pass that has been launched, and those of its sequences that go on."""
+
+    batch: Batch
+    states: Drawable
+    """What all the sequences of the pass draw from."""
+    places: list[int] | None = None
+    """The places of the batch's sequences among them; None if it has all of them."""
+
+    def drawable(self) -> Drawable:
+        """What the sequences of the batch draw from."""
+        return self.states if self.places is None else self.states.at(self.places)
+
+
+class Drawn(NamedTuple):
+    """A token for each of B sequences of the same head and sampling parameters, on its way to the host."""
+
+    model: LanguageModel
+    rows: Ints
+    """(B,): the rows of the sequences."""
+    tokens: Tensor
+    """(B,) int64, on the device."""
+    on_host: HostTokens
+    records: list[TokenLogprobs]
+    """Of each token what `SamplingParams.top_logprobs` asks for; empty if nobody does."""
+
+    def at(self, places: Ints) -> Drawn:
+        """That of some of the sequences."""
+        (index,) = to_device([places], self.tokens.device)
+        records = [self.records[place] for place in places.tolist()] if self.records else []
+        return Drawn(self.model, self.rows[places], self.tokens[index], self.on_host.at(places), records)
+
+
 def forward(
     model: LanguageModel,
     pool: KVPool,
@@ -54,23 +88,28 @@ def forward(
     table: SequenceTable,
     plans: StaticPlans,
     graphs: DecodeGraphs | None = None,
+    drawn: Sequence[Drawn] = (),
 ) -> Drawable:
     """Compute a batch. Returns what the sequences of ``batch.to_sample`` draw from, valid until the next batch.
 
     With ``graphs``, they compute the sequences that decode, and a pass without a graph computes the chunks. Without them,
     sequences that decode and chunks share a pass, and ``plans`` serve batches without chunks. Sequences that decode may be
     put in another order. If this raises, nothing counts as computed.
+
+    The tokens of those that decode may be among ``drawn``, so that the host does not know them yet; the table must count
+    them already (`SequenceTable.presume`). Then it is not known either who is computed in vain: `AsyncScheduling` counts them.
     """
     stats.ticks += 1
     graphs = graphs if graphs and graphs.runs(batch.model) else None
     if len(batch.decoding) and (graphs or not batch.chunks):
-        drawable = _decode(model, pool, batch, stats, table, plans, graphs)
+        drawable = _decode(model, pool, batch, stats, table, plans, graphs, drawn)
         if batch.chunks or batch.drawing:
             others = _compute(model, batch, pool, stats, table)
             drawable = Drawable(*(torch.cat(both) for both in zip(drawable, others, strict=True)))
     else:
         drawable = _compute(model, batch.in_chunks(table), pool, stats, table)
-    stats.computed["decode"] += len(batch.decoding)
+    if not drawn:
+        stats.computed["decode"] += len(batch.decoding)
     for chunk in batch.chunks:
         if chunk.write:
             chunk.segment.computed = chunk.end
@@ -86,6 +125,7 @@ def _decode(
     table: SequenceTable,
     plans: StaticPlans,
     graphs: DecodeGraphs | None,
+    drawn: Sequence[Drawn],
 ) -> Drawable:
     """Compute the last tokens of the sequences that decode, which are put in order."""
     with _Timed(stats, "plan"):
@@ -95,11 +135,28 @@ def _decode(
             plan = graphs.plan(batch.model, model, table, decoding)
         else:
             plan = plans.plan(batch.model, table, decoding, with_adapter=model.has_token_lora)
+        if drawn:
+            _put_drawn(drawn, batch.decoding, plan.ids)
     count = len(batch.decoding)
     with _Timed(stats, "forward"):
         if graphs:
             return Drawable(graphs.states(batch.model, model, plan, stats)[:count], plan.seeds[:count])
         return Drawable(plan.forward(model, pool.layers(batch.model))[:count], plan.seeds[:count])
+
+
+def _put_drawn(drawn: Sequence[Drawn], rows: Ints, ids: Tensor) -> None:
+    """Write the tokens drawn for N rows to the first N of ``ids``, on the device, which keep those of rows that drew none."""
+    from_rows = drawn[0].rows if len(drawn) == 1 else np.concatenate([each.rows for each in drawn])
+    tokens = drawn[0].tokens if len(drawn) == 1 else torch.cat([each.tokens for each in drawn])
+    if np.array_equal(from_rows, rows):  # as in most batches
+        ids[: len(rows)] = tokens
+        return
+    places = np.full(max(from_rows.max(), rows.max()) + 1, -1)
+    places[from_rows] = np.arange(len(from_rows))
+    places = places[rows]
+    if len(into := np.flatnonzero(places >= 0)):  # else these rows are another model's
+        index, into_index = to_device([places[into], into], ids.device)
+        ids.index_copy_(0, into_index, tokens.index_select(0, index))
 
 
 def _compute(model: LanguageModel, batch: Batch, pool: KVPool, stats: EngineStats, table: SequenceTable) -> Drawable:
@@ -128,13 +185,13 @@ def _known_states(ends: Sequence[Segment]) -> Tensor:
     return torch.stack(states)
 
 
-def sample_tokens(
+def draw(
     models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, drawable: Drawable, stats: EngineStats
-) -> list[SampledSequence]:
-    """Draw one token per sequence, and give a completion to each sequence that ends.
+) -> list[Drawn]:
+    """Draw one token for each of B > 0 sequences, for which the host does not wait; nothing is added to any sequence.
 
-    Sequences with the same sampling parameters share one pass of the head. If a pass raises, none of its sequences has
-    drawn.
+    Sequences with the same sampling parameters share one pass of the head. A draw that has raised may be repeated: it gives
+    the same tokens.
 
     Args:
         models: Name → model.
@@ -142,26 +199,13 @@ def sample_tokens(
         rows: (B,) the rows of those that draw.
         drawable: What they draw from.
         stats: Counters to update.
-
-    Returns:
-        The sequences that have ended.
     """
-    if not len(rows):
-        return []
     with _Timed(stats, "sample"):
-        return _sample_tokens(models, table, rows, drawable)
-
-
-def _sample_tokens(
-    models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, drawable: Drawable
-) -> list[SampledSequence]:
-    total = finite_sum(drawable.states)  # a greedy token has log-probability 0, whatever its logit
-    if table.sampled_alike(rows):  # as in most batches
-        return _draw(models, table, rows, drawable, total)
-    ended = []
-    for alike in _alike(models, table.sequences(rows)):
-        ended += _draw(models, table, rows[alike], drawable.at(alike), total)
-    return ended
+        total = finite_sum(drawable.states)  # a greedy token has log-probability 0, whatever its logit
+        if table.sampled_alike(rows):  # as in most batches
+            return [_draw(models, table, rows, drawable, total)]
+        groups = _alike(models, table.sequences(rows))
+        return [_draw(models, table, rows[alike], drawable.at(alike), total) for alike in groups]
 
 
 def _alike(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSequence]) -> list[list[int]]:
@@ -179,46 +223,52 @@ def _alike(models: Mapping[str, LanguageModel], sequences: Sequence[SampledSeque
 
 def _draw(
     models: Mapping[str, LanguageModel], table: SequenceTable, rows: Ints, drawable: Drawable, total: Tensor
-) -> list[SampledSequence]:
+) -> Drawn:
     """Draw for B sequences of the same head and sampling parameters; ``total`` is the `finite_sum` of all states."""
     first = table.sequences(rows[:1])[0]
     model, params = models[first.model], first.params
     tokens, logprobs = sample(drawable.states, model.head, params, drawable.seeds)
-    on_host, own_logprobs, of_states = _to_host(tokens, logprobs, total)
-    check_finite_sum(model.name, of_states)
-    if (recorded := params.top_logprobs) is not None:
-        known = model_logprobs(drawable.states, model.head, tokens, recorded)
-        for sequence, position, record in zip(table.sequences(rows), table.counts(rows), known, strict=True):
-            sequence.model_logprobs[position:] = [record]  # in place of that of a draw that raised afterwards
-    sequences, of_logprobs = table.add_tokens(rows, on_host, own_logprobs)
-    check_finite_sum(model.name, of_logprobs)
-    for sequence in sequences:
-        _end_if_stopped(sequence, model.tokenizer)
-    return [sequence for sequence in sequences if sequence.completion is not None]
+    records: list[TokenLogprobs] = []
+    if params.top_logprobs is not None:
+        records = model_logprobs(drawable.states, model.head, tokens, params.top_logprobs)
+    return Drawn(model, rows, tokens, HostTokens(tokens, logprobs, total), records)
 
 
-def _to_host(tokens: Tensor, logprobs: Tensor, total: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Tokens (B,) int64, their log-probabilities (B,) and a sum, on the host."""
-    if tokens.device.type == "cpu":
-        return tokens, logprobs, total.item()
-    # One copy, for which the host waits once. A float64 holds every token id exactly.
-    drawn = torch.cat([tokens.double(), logprobs, total.reshape(1)]).cpu()  # (2 B + 1,)
-    count = len(tokens)
-    return drawn[:count].long(), drawn[count:-1], float(drawn[-1])
+def add_drawn(table: SequenceTable, drawn: Drawn, stats: EngineStats) -> list[SampledSequence]:
+    """Wait for drawn tokens and add them to their sequences, each of which that ends gets its completion.
+
+    If this raises an `Exception`, some may have got theirs: see `settle`.
+
+    Returns:
+        The sequences that have ended.
+    """
+    with _Timed(stats, "sample"):
+        rows, (tokens, logprobs, of_states) = drawn.rows, drawn.on_host.wait()
+        check_finite_sum(drawn.model.name, of_states)
+        if drawn.records:
+            for sequence, position, record in zip(
+                table.sequences(rows), table.counts(rows), drawn.records, strict=True
+            ):
+                sequence.model_logprobs[position:] = [record]  # in place of that of one that raised afterwards
+        sequences, of_logprobs = table.add_tokens(rows, tokens, logprobs)
+        check_finite_sum(drawn.model.name, of_logprobs)
+        for sequence in sequences:
+            _end_if_stopped(sequence, drawn.model.tokenizer)
+        return [sequence for sequence in sequences if sequence.completion is not None]
 
 
-def settle_draw(sequence: SampledSequence, before: int, models: Mapping[str, LanguageModel]) -> bool:
-    """Whether a sequence has drawn in a draw that has raised, which is completed if it was cut short.
+def settle(sequence: SampledSequence, before: int, model: LanguageModel) -> bool:
+    """Whether a sequence has got its token although `add_drawn` raised; what that left undone for it is done.
 
     Args:
         sequence: The sequence.
-        before: The number of tokens that it had drawn before.
-        models: Name → model.
+        before: The number of tokens that it had before.
+        model: Its model.
     """
     if sequence.completion is None and len(sequence.output_ids) == before:
         return False
     if sequence.completion is None:
-        _end_if_stopped(sequence, models[sequence.model].tokenizer)
+        _end_if_stopped(sequence, model.tokenizer)
     return True
 
 

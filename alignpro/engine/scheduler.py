@@ -13,7 +13,7 @@ preempted: its pages are freed, and the tokens it has drawn are recomputed in on
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
@@ -28,6 +28,7 @@ from alignpro.engine.sequence_table import SequenceTable
 
 TAIL_FRACTION = 1 / 4
 """A model with no waiting sequences and fewer than ``TAIL_FRACTION * max_batch`` running alternates with the next one."""
+NO_ROWS: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,13 @@ class _Stage:
         """Move the sequences that have begun to decode. They go on until they stop: whatever fails ends them."""
         begun = [sequence for sequence in self.starting if _decodes(sequence)]
         if begun:
-            self.decoding = np.concatenate([self.decoding, rows_of(begun)])
-            for sequence in begun:
-                del self.starting[sequence]
+            self.begin_decoding(begun)
+
+    def begin_decoding(self, sequences: Sequence[SampledSequence]) -> None:
+        """Move sequences that have begun to decode, or have drawn the token with which they do."""
+        self.decoding = np.concatenate([self.decoding, rows_of(sequences)])
+        for sequence in sequences:
+            del self.starting[sequence]
 
 
 class Scheduler:
@@ -179,6 +184,35 @@ class Scheduler:
                     return batch
                 # None of its sequences could be admitted, or all had to be preempted.
         return None
+
+    def schedule_ahead(self, batch: Batch, ending: Ints, apart: Collection[str]) -> Batch | None:
+        """The batch after one whose tokens have been drawn but are not known; None if it depends on them.
+
+        It does not, whichever sequences end, if all that decode have pages without a preemption. The table must count the
+        tokens that are not known.
+
+        Args:
+            batch: The batch, all of whose sequences have drawn.
+            ending: The rows of those that have drawn their last token.
+            apart: The models that compute chunks apart from the sequences that decode. In a pass of both, all tokens
+                must be known.
+        """
+        if batch.drawing:
+            self._stages[batch.model].begin_decoding(batch.drawing)
+        model = self._order()[0]
+        self._admit(model)
+        if not self._grow_at_once(model):
+            return None
+        following = self._build_batch(model, ending)
+        decodes, starts = len(following.decoding) > 0, bool(following.chunks or following.drawing)
+        if not (decodes or starts) or (decodes and starts and model not in apart):
+            return None
+        self._last = model
+        return following
+
+    def decoding(self, model: str) -> Ints:
+        """The rows of a model's sequences that decode: another array as soon as one of them stops."""
+        return self._stages[model].decoding
 
     def take_failed(self) -> list[SampledSequence]:
         """Return the sequences that have failed since the last call because the pool got less memory than planned."""
@@ -284,15 +318,22 @@ class Scheduler:
         self._stages[sequence.forward_model].start(sequence)
         return True
 
-    def _grow(self, model: str) -> None:
-        """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
+    def _grow_at_once(self, model: str) -> bool:
+        """Allocate a page for each sequence whose next token needs one; False, and nothing is done, if that is not simple."""
         rows, same_model = self.table.without_room(model)
         growing = self.table.sequences(rows)
-        if growing and same_model:  # as in most batches; all get one if there are enough
-            pages = self.tree.allocate(growing[0].model, len(growing))
-            if pages is not None:
-                self.table.add_pages(growing, rows, pages)
-                return
+        if not growing:
+            return True
+        pages = self.tree.allocate(growing[0].model, len(growing)) if same_model else None
+        if pages is not None:
+            self.table.add_pages(growing, rows, pages)
+        return pages is not None
+
+    def _grow(self, model: str) -> None:
+        """Allocate a page for each sequence whose next token needs one, oldest first, preempting the youngest if needed."""
+        if self._grow_at_once(model):  # as in most batches
+            return
+        growing = self.table.sequences(self.table.without_room(model)[0])
         for sequence in growing:
             while sequence.output is not None:  # None if it was preempted in favour of an older one
                 pages = self.tree.allocate(sequence.model, 1)
@@ -329,13 +370,20 @@ class Scheduler:
         self.pool.free(sequence.model, sequence.output.pages)
         sequence.node = sequence.output = None
 
-    def _build_batch(self, model: str) -> Batch:
-        """Build a model's batch: next tokens first, then chunks of prefill and recomputation up to the token budget."""
+    def _build_batch(self, model: str, ending: Ints = NO_ROWS) -> Batch:
+        """Build a model's batch: next tokens first, then chunks of prefill and recomputation up to the token budget.
+
+        ``ending`` are the rows of sequences that have drawn their last token.
+        """
         stage = self._stages[model]
         stage.find_decoding()
-        if len(stage.decoding):
-            stage.decoding = self.table.gather(stage.decoding).rows  # in order, which the next step keeps
-        batch = Batch(model, stage.decoding)
+        rows = stage.decoding[~np.isin(stage.decoding, ending)] if len(ending) else stage.decoding
+        if len(rows):
+            in_order = self.table.gather(rows).rows
+            if len(in_order) == len(stage.decoding):
+                stage.decoding = in_order  # which the next step keeps
+            rows = in_order
+        batch = Batch(model, rows)
         ends: dict[Segment, int] = {}  # segment → its number of computed tokens after the batch
         budget = self.token_budget - len(batch.decoding)
         for sequence in sorted(stage.starting, key=_num_pending_tokens):

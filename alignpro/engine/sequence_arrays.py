@@ -69,6 +69,8 @@ class SequenceArrays:
     def __init__(self, unread: int) -> None:
         self.columns = np.zeros(64, COLUMNS)
         """(R,): see `COLUMNS`."""
+        self.max_tokens = np.zeros(64, np.int64)
+        """(R,): the number of tokens with which a sequence ends, whatever they are."""
         self.tokens = np.zeros((64, unread), np.int64)
         """(R, unread): token i of a sequence is at i modulo ``unread``."""
         self.logprobs = np.zeros((64, unread))
@@ -96,8 +98,8 @@ class SequenceArrays:
     def fit_sequence(self, row: int, depth: int = 0) -> None:
         """Make room for the row of a sequence whose path has ``depth`` segments."""
         if row >= len(self.columns):
-            self.columns, self.tokens, self.logprobs = (
-                _fit(array, row) for array in (self.columns, self.tokens, self.logprobs)
+            self.columns, self.max_tokens, self.tokens, self.logprobs = (
+                _fit(array, row) for array in (self.columns, self.max_tokens, self.tokens, self.logprobs)
             )
             self.paths = _fit(self.paths, row, axis=1)
             self.moved()

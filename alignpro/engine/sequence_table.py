@@ -78,6 +78,7 @@ class SequenceTable:
             self._model_numbers[sequence.forward_model],
             self._sampling(number, params),
         )
+        self.arrays.max_tokens[row] = params.max_tokens
         self.arrays.add_stop_tokens(params.stop_token_ids)
         self._sequences[row], self._running[sequence] = sequence, None
         sequence.unread = self
@@ -150,6 +151,18 @@ class SequenceTable:
             if (sequence := self._sequences[row]) is not None:
                 self.read_tokens(sequence)
         return [sequence for row in may_end if (sequence := self._sequences[row]) is not None], total
+
+    def ends_with_next(self, rows: Ints) -> NDArray[np.bool_]:
+        """Whether each of N sequences ends with its next token, whatever that is, (N,)."""
+        ends: NDArray[np.bool_] = self.counts(rows) + 1 >= self.arrays.max_tokens[rows]
+        return ends
+
+    def presume(self, rows: Ints, tokens: int) -> None:
+        """Count 1 more token of each of N sequences, which is not here yet, or −1: no more.
+
+        While it is counted, no token can be read.
+        """
+        self.arrays.columns["count"][rows] += tokens
 
     def read_tokens(self, sequence: SampledSequence) -> None:
         """See `UnreadTokens`. If an interrupt has cleared the table, there are none."""

@@ -69,7 +69,7 @@ class StaticPlan(PagedAttention):
         if self._host is not self._memory:
             self._memory.memory.copy_(self._host.memory, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._memory.memory.device))
 
     def forward(self, model: LanguageModel, layers: Sequence[Tensor]) -> Tensor:
         """The last hidden states of the tokens, (T, D), including padding; ``layers`` are the pages of each layer."""

@@ -10,8 +10,9 @@ from itertools import pairwise, takewhile
 
 from alignpro.engine.sequence import SampledSequence
 
-KINDS = ("prefill", "decode", "recompute")
-"""Kinds of computed tokens: prompt tokens, next tokens, and tokens recomputed after a preemption."""
+KINDS = ("prefill", "decode", "recompute", "wasted")
+"""Kinds of computed tokens: prompt tokens, next tokens, tokens recomputed after a preemption, and next tokens of sequences that
+turned out to have ended (`async_scheduling`)."""
 PHASES = ("plan", "forward", "sample")
 """Phases of a step."""
 

@@ -16,13 +16,15 @@ from typing import Literal
 import torch
 
 from alignpro.engine.arena import new_arena
+from alignpro.engine.async_scheduling import AsyncScheduling
 from alignpro.engine.attention_plan import probe_geometry
 from alignpro.engine.fault_isolation import Executor
 from alignpro.engine.faults import is_fatal
 from alignpro.engine.graphs import DecodeGraphs
 from alignpro.engine.pool import KVPool
 from alignpro.engine.prefix_tree import PrefixTree
-from alignpro.engine.scheduler import Scheduler
+from alignpro.engine.runner import LaunchedPass
+from alignpro.engine.scheduler import Batch, Scheduler
 from alignpro.engine.sequence import OnCompletion, Request, SampledSequence
 from alignpro.engine.stats import EngineStats
 from alignpro.engine.types import SamplingParams
@@ -50,6 +52,7 @@ class Worker:
         page_tokens: int,
         token_budget: int,
         cuda_graphs: bool | Literal["padded"] | None,
+        async_scheduling: bool | None,
         audit: bool,
     ) -> None:
         self.models, self.audit = models, audit
@@ -69,6 +72,9 @@ class Worker:
         run = list(dict.fromkeys(self._forward_models.values()))
         self.scheduler = Scheduler(self.pool, self.tree, run, max_batch=max_batch, token_budget=token_budget)
         self._executor = Executor(models, self.pool, self.scheduler, self.graphs)
+        if async_scheduling is None:  # a CPU has nothing else to do while it plans
+            async_scheduling = device.type == "cuda"
+        self._ahead = AsyncScheduling(self.scheduler, self._executor) if async_scheduling else None
         self._released_pages = 0
         self._prepared: set[str] = set()  # models whose graphs have been checked in this run
         self._ended: list[SampledSequence] = []  # in this run
@@ -116,30 +122,48 @@ class Worker:
         """Run one batch. Returns the sequences that have ended.
 
         Raises:
-            Exception: Nothing can be computed after this error; see `Executor.execute`.
+            Exception: Nothing can be computed after this error (`faults.is_fatal`), or pages could not be allocated.
         """
-        batch = self.scheduler.schedule()
+        launched = self._ahead.take(stats) if self._ahead else None
+        batch = launched.batch if launched else self.scheduler.schedule()
         ended = self.scheduler.take_failed()
         if batch is not None:
-            try:
-                ended += self._executor.execute(batch, stats)
-            except Exception as error:
-                if is_fatal(error):
-                    raise
-                ended += self._executor.fail_batch(batch, error)
+            ended += self._run(batch, launched, stats)
         assert batch is not None or ended, "sequences are pending, but none can run"
         stats.note_pages(self.pool.used)
         for sequence in ended:
             self._remove(sequence)
+        if self._ahead:
+            self._ahead.drop_if_needless(stats)
         self._audit()
         return ended
 
-    def cancel(self, request: Request) -> None:
+    def _run(self, batch: Batch, launched: LaunchedPass | None, stats: EngineStats) -> list[SampledSequence]:
+        """Run a batch. Returns the sequences that have ended."""
+        try:
+            begun = self._executor.begin(batch, stats, launched)
+        except Exception as error:
+            return self._fail(batch, error)
+        if self._ahead and begun.drawn and begun.whole:
+            self._ahead.launch(batch, begun.drawn, stats)
+        try:
+            return self._executor.finish(begun, stats)
+        except Exception as error:
+            return self._fail(batch, error)
+
+    def _fail(self, batch: Batch, error: Exception) -> list[SampledSequence]:
+        if is_fatal(error):
+            raise error
+        return self._executor.fail_batch(batch, error)
+
+    def cancel(self, request: Request, stats: EngineStats) -> None:
         """End the sequences of a request with the tokens sampled so far, and free their pages."""
         for sequence in request.sequences:
             if sequence.completion is None:
                 self._remove(sequence)
                 sequence.end("cancelled")
+        if self._ahead:
+            self._ahead.drop_if_needless(stats)
         self._audit()
 
     def count(self, stats: EngineStats) -> None:
@@ -150,6 +174,8 @@ class Worker:
 
     def clear(self) -> None:
         """Forget all sequences and all that is cached, whatever state an interrupt left; this may be repeated."""
+        if self._ahead:
+            self._ahead.clear()
         self.scheduler.clear()
         self.tree.clear()
         self.pool.clear()
@@ -174,6 +200,8 @@ class Worker:
     def _start_run(self) -> None:
         self.pool.total = self._num_pages
         self._executor.start_run()
+        if self._ahead:
+            self._ahead.start_run()
         self._prepared.clear()
         if self._released_pages:  # all at once: growing step by step may move the pages and invalidate graphs
             self.pool.try_resize([self._released_pages])

@@ -72,10 +72,13 @@ def run(
             help=f"Instead: run the scheduler with stub models, and predict the times on one of {', '.join(CARDS)}."
         ),
     ] = None,
+    async_scheduling: Annotated[
+        bool, typer.Option("--async-scheduling", help="With --simulate: passes are launched a step ahead, as on a GPU.")
+    ] = False,
 ) -> None:
     """See the module."""
     if simulate is not None:
-        _simulate(simulate, shape or [], max_batch or 256, seed, json_file, quick)
+        _simulate(simulate, shape or [], max_batch or 256, seed, json_file, quick, async_scheduling)
         return
     if prompts is not None and model is None:
         raise typer.BadParameter("--prompts are for a model with a tokenizer: give --model too")
@@ -144,13 +147,23 @@ def _cases_of(
 
 
 def _simulate(
-    card: str, changes: Sequence[str], max_batch: int, seed: int, json_file: Path | None, quick: bool
+    card: str,
+    changes: Sequence[str],
+    max_batch: int,
+    seed: int,
+    json_file: Path | None,
+    quick: bool,
+    async_scheduling: bool,
 ) -> None:
     if card not in CARDS:
         raise typer.BadParameter(f"card {card!r}: use one of {', '.join(CARDS)}")
-    session = Session("engine", device="cpu", threads=1, quick=quick, file=json_file, name=f"simulation_{card}")
+    name = f"simulation_{card}_async" if async_scheduling else f"simulation_{card}"
+    session = Session("engine", device="cpu", threads=1, quick=quick, file=json_file, name=name)
     workload = find_workload("gpu", changes, quick=quick)
-    runs = simulate_runs(workload, CARDS[card], max_batch=max_batch, runs=2 if quick else RUNS, seed=seed)
+    count = 2 if quick else RUNS
+    runs = simulate_runs(
+        workload, CARDS[card], max_batch=max_batch, runs=count, seed=seed, async_scheduling=async_scheduling
+    )
     described = session.describe(seed=seed, max_batch=max_batch, workload=asdict(workload), card=asdict(CARDS[card]))
     session.save({"run": described | {"python_loop_s": python_loop_seconds()}, "results": runs})
     session.print(f"{CARDS[card].name}, predicted; host time measured on one core here; {workload.describe()}")

@@ -75,6 +75,8 @@ def print_simulation(console: Console, runs: Sequence[dict[str, Any]]) -> None:
         times = (
             f"predicted {result['predicted_s']:.2f} s, floor {result['floor_s']:.2f} s, host {result['host_s']:.2f} s"
         )
+        if result["ahead_ticks"]:
+            times += f", of which {result['host_hidden_s']:.2f} s beside {result['ahead_ticks']} passes launched ahead"
         if full := result["host_full_median_s"]:
             times += f" ({full * 1e3:.2f} ms a decode tick of a full batch, median of {result['host_full_ticks']})"
         mixed = (

@@ -1,7 +1,8 @@
 """python -m benchmarks.engine.tick: a decode tick of a target model, taken apart.
 
 All sequences have been prefilled and draw a token each per tick. The tick's time is that of ticks that follow each
-other; what it consists of comes from a profile of ten others: products, attention, the head with the sampler, all other
+other, each launched before the tokens of the one before it are known, and is compared with that of ticks that wait for them;
+what it consists of comes from a profile of ten others: products, attention, the head with the sampler, all other
 kernels, and the host's part, in which the device is idle. The trace of the profile is kept beside the results.
 """
 
@@ -57,7 +58,12 @@ def run(
     case = _case(QUICK if quick else GPU, sequences, context)
     rates = measure_rates(session.device, session.dtype)
     empty_cache(session.device)
-    ticks = _Ticks(case, Setting(session.device, session.dtype, sequences, seed))
+    setting = Setting(session.device, session.dtype, sequences, seed)
+    (causal,) = make_models(case, setting).values()
+    model = LanguageModel(causal, make_tokenizer(make_chat_template("", "")), "target").requires_grad_(False)
+    waiting_s = _Ticks(case, model, setting, async_scheduling=False).time()
+    empty_cache(session.device)
+    ticks = _Ticks(case, model, setting, async_scheduling=True)
     document: dict[str, Any] = {
         "run": session.describe(seed=seed, rates=asdict(rates)),
         "sequences": sequences,
@@ -65,6 +71,7 @@ def run(
         "model": asdict(case.workload.target),
         "floor_s": floor_seconds(_one_tick(case), rates, session.dtype)["decode"],
         "tick_s": ticks.time(),
+        "tick_waiting_s": waiting_s,
     }
     session.save(document)
     kernels, trace = ticks.profile()
@@ -81,7 +88,10 @@ def run(
         "decode_ticks": dict(ticks.engine.stats.decode_ticks),
     }
     session.save(document)
-    session.print(f"tick {document['tick_s'] * 1e3:.2f} ms, floor {document['floor_s'] * 1e3:.2f} ms")
+    session.print(
+        f"tick {document['tick_s'] * 1e3:.2f} ms, without async scheduling {waiting_s * 1e3:.2f} ms, "
+        f"floor {document['floor_s'] * 1e3:.2f} ms"
+    )
     for kind, spent in seconds.items():
         session.print(f"  {kind:10} {spent * 1e3:8.3f} ms")
     session.finish()
@@ -90,11 +100,9 @@ def run(
 class _Ticks:
     """Sequences of a case that have been prefilled and go on for as many tokens as are asked for."""
 
-    def __init__(self, case: Case, setting: Setting) -> None:
+    def __init__(self, case: Case, model: LanguageModel, setting: Setting, *, async_scheduling: bool) -> None:
         self._device = setting.device
-        (model,) = make_models(case, setting).values()
-        language_model = LanguageModel(model, make_tokenizer(make_chat_template("", "")), "target")
-        self.engine = Engine({"target": language_model.requires_grad_(False)}, max_batch=setting.max_batch)
+        self.engine = Engine({"target": model}, max_batch=setting.max_batch, async_scheduling=async_scheduling)
         params = SamplingParams(max_tokens=case.workload.response)
         for prompt in make_inputs(case, setting.seed).prompts(0):
             self.engine.submit("target", prompt, params)

@@ -73,7 +73,8 @@ def _kernels(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _tick(document: Mapping[str, Any]) -> Iterator[str]:
     split = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in document["seconds"].items())
-    yield f"tick {document['tick_s'] * 1e3:.2f} ms: {split}; floor {document['floor_s'] * 1e3:.2f}"
+    waiting = f"without async scheduling {document['tick_waiting_s'] * 1e3:.2f}"
+    yield f"tick {document['tick_s'] * 1e3:.2f} ms ({waiting}): {split}; floor {document['floor_s'] * 1e3:.2f}"
 
 
 def _engine(document: Mapping[str, Any]) -> Iterator[str]:

@@ -47,6 +47,15 @@ def test_every_pass_is_accounted_for(runs: list[dict[str, Any]]) -> None:
         assert model["launches"] >= 12 * count
 
 
+def test_the_time_of_the_host_beside_a_pass_is_not_predicted_to_count() -> None:
+    runs = simulate(SMALL, CARDS["h100"], max_batch=32, runs=2, seed=0, async_scheduling=True)
+    for run in runs:
+        passes = sum(sum(model["passes"].values()) for model in run["models"].values())
+        assert run["ticks"] + run["mixed_ticks"] == pytest.approx(passes, abs=4)  # some were for nobody
+        assert run["ticks"] / 4 < run["ahead_ticks"] < run["ticks"]
+        assert 0 < run["host_hidden_s"] < run["host_s"] and run["floor_s"] <= run["predicted_s"]
+
+
 def test_what_a_pass_reads_travels_to_the_device_in_one_copy(runs: list[dict[str, Any]]) -> None:
     """A step of both kinds makes two passes; one that draws at the ends of known prompts copies their seeds."""
     for run in runs:

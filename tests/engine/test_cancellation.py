@@ -53,6 +53,7 @@ def is_preempted(request: Request) -> bool:
         (is_prefilling, {"token_budget": 5}),
         (is_decoding, {}),
         (is_decoding, {"cuda_graphs": "padded"}),
+        (is_decoding, {"async_scheduling": True}),
         (is_preempted, {"pool_bytes": 6 * PAGE}),
     ],
 )
@@ -174,6 +175,7 @@ def test_both_models_of_a_shared_forward_pass_can_be_cancelled() -> None:
     budget=st.sampled_from([3, 20, 4096]),
     max_batch=st.integers(1, 9),
     shapes=st.sampled_from([None, "padded"]),
+    ahead=st.booleans(),
     actions=st.lists(
         st.tuples(st.sampled_from(["submit", "submit", "cancel", "update"]), st.integers(0, 5), st.integers(0, 7)),
         min_size=1,
@@ -189,6 +191,7 @@ def test_random_requests_and_cancellations(
     budget: int,
     max_batch: int,
     shapes: Any,
+    ahead: bool,
     actions: list[tuple[str, int, int]],
 ) -> None:
     """The engine audits its pages after every step and every cancellation."""
@@ -199,6 +202,7 @@ def test_random_requests_and_cancellations(
         token_budget=budget,
         max_batch=max_batch,
         cuda_graphs=shapes,
+        async_scheduling=ahead,
         audit=True,
     )
     requests: list[tuple[int, Request]] = []

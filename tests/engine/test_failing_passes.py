@@ -22,10 +22,13 @@ SETTINGS: list[dict[str, Any]] = [
     {"max_batch": 4},
     {"pool_bytes": 6 * PAGE},
     {"cuda_graphs": "padded"},
+    {"async_scheduling": True},
 ]
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=["plain", "in pieces", "few at once", "preempted", "fixed shapes"])
+@pytest.mark.parametrize(
+    "options", SETTINGS, ids=["plain", "in pieces", "few at once", "preempted", "fixed shapes", "ahead"]
+)
 @pytest.mark.parametrize("where", ["own prompt", "shared prompt", "drawn"])
 def test_an_error_in_a_forward_pass_fails_only_the_sequences_with_its_token(
     llama: LanguageModel, free: list[list[Completion]], drawn_by_some: int, options: dict[str, Any], where: str

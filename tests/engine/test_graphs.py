@@ -100,16 +100,17 @@ def test_padding_changes_nothing_when_sequences_are_preempted(llama: LanguageMod
     pages=st.integers(8, 24),
     budget=st.sampled_from([1, 5, 4096]),
     max_batch=st.integers(1, 9),
+    ahead=st.booleans(),
     chosen=st.lists(st.integers(0, 6), min_size=1, max_size=6),
 )
 @settings(max_examples=10)
 def test_padding_changes_nothing_in_random_runs(
-    llama: LanguageModel, pages: int, budget: int, max_batch: int, chosen: list[int]
+    llama: LanguageModel, pages: int, budget: int, max_batch: int, ahead: bool, chosen: list[int]
 ) -> None:
     prompts = [[*PROMPTS, *SHARED][i] for i in chosen]
     settings: dict[str, Any] = {"pool_bytes": pages * PAGE, "token_budget": budget, "max_batch": max_batch}
     plain = Engine({"m": llama}, **settings, audit=True)
-    engine = Engine({"m": llama}, **settings, audit=True, cuda_graphs="padded")
+    engine = Engine({"m": llama}, **settings, audit=True, cuda_graphs="padded", async_scheduling=ahead)
     assert_same_groups(engine.generate("m", prompts, PARAMS), plain.generate("m", prompts, PARAMS))
 
 

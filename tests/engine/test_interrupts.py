@@ -13,6 +13,7 @@ from alignpro.engine import (
     Engine,
     SamplingParams,
     arena,
+    async_scheduling,
     cpp_sequence_arrays,
     derive_seed,
     pool,
@@ -23,7 +24,10 @@ from alignpro.engine import (
 )
 from alignpro.models.language_model import LanguageModel
 
-BOOKKEEPING = (arena, pool, prefix_tree, scheduler, sequence_table, sequence_arrays, cpp_sequence_arrays)
+BOOKKEEPING = (
+    *(arena, pool, prefix_tree, scheduler, async_scheduling),
+    *(sequence_table, sequence_arrays, cpp_sequence_arrays),
+)
 SHORT = SamplingParams(max_tokens=6, n=2)
 GROUPS = [*PROMPTS[:3], PROMPTS[0][:24], TEMPLATE[:6], ragged(1, 60, shortest=40, longest=40, seed=3)[0]]
 """Prompts that share long, short and no beginnings, so that nodes are split, pages copied, moved and evicted."""
@@ -31,8 +35,8 @@ GROUP_SEEDS = SEEDS
 
 
 def small_engine(models: dict[str, LanguageModel]) -> Engine:
-    """Return an engine whose pool is too small for all sequences at once."""
-    engine = Engine(models, pool_bytes=22 * 4 * TOKEN, page_tokens=4, max_batch=7)
+    """Return an engine whose pool is too small for all sequences at once; some passes are launched ahead."""
+    engine = Engine(models, pool_bytes=22 * 4 * TOKEN, page_tokens=4, max_batch=7, async_scheduling=True)
     assert engine.workers
     return engine
 
@@ -63,6 +67,7 @@ def places(llama: LanguageModel) -> dict[Place, int]:
     with traced(tracer):
         work(engine)
     assert engine.stats.preemptions > 0
+    assert {"drop_if_needless", "schedule_ahead", "presume"} <= {code.co_name for code, _ in tracer.seen}
     return tracer.seen
 
 

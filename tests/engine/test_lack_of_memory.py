@@ -14,7 +14,9 @@ from alignpro.engine import Completion, Engine
 from alignpro.models.language_model import LanguageModel
 
 
-@pytest.mark.parametrize("options", [{}, {"pool_bytes": 8 * PAGE}, {"cuda_graphs": "padded"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"pool_bytes": 8 * PAGE}, {"cuda_graphs": "padded"}, {"async_scheduling": True}]
+)
 @pytest.mark.parametrize("room", [1, 5, 40])
 def test_forward_passes_shrink_to_the_available_memory(
     llama: LanguageModel,

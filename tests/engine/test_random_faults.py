@@ -34,6 +34,7 @@ from alignpro.models.language_model import LanguageModel
     budget=st.sampled_from([3, 20, 4096]),
     max_batch=st.integers(1, 9),
     shapes=st.sampled_from([None, "padded"]),
+    ahead=st.booleans(),
     bad=st.sets(st.integers(10, 90), max_size=2),
     room=st.sampled_from([2, 9, 4096]),
     hiccups=st.sets(st.integers(0, 60), max_size=3),
@@ -47,6 +48,7 @@ def test_random_faults(
     budget: int,
     max_batch: int,
     shapes: Any,
+    ahead: bool,
     bad: set[int],
     room: int,
     hiccups: set[int],
@@ -62,7 +64,14 @@ def test_random_faults(
         "seeds": [SEEDS[i] for i in chosen],
     }
     free = Engine(models).run_chains(inputs, **settings)
-    engine = probed(models, pool_bytes=3 * pages * PAGE, token_budget=budget, max_batch=max_batch, cuda_graphs=shapes)
+    engine = probed(
+        models,
+        pool_bytes=3 * pages * PAGE,
+        token_budget=budget,
+        max_batch=max_batch,
+        cuda_graphs=shapes,
+        async_scheduling=ahead,
+    )
     passes = iter(range(100_000))
 
     def check(ids: Tensor) -> None:
@@ -99,18 +108,17 @@ COMPUTING = (runner, sampler, stopping, attention_plan, host_copy, plan_buffers,
 ERRORS = (MemoryError, StopIteration, OSError, RuntimeError)
 
 
-@pytest.mark.parametrize("count", [32, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_an_error_at_any_instruction_of_a_pass_or_a_draw_fails_only_sequences(
-    llama: LanguageModel, free: list[list[Completion]], count: int
+    llama: LanguageModel, free: list[list[Completion]], count: int, ahead: bool
 ) -> None:
-    engine = probed({"m": llama}, pool_bytes=24 * PAGE)
+    engine = probed({"m": llama}, pool_bytes=24 * PAGE, async_scheduling=ahead)
     tracer = Tracer(COMPUTING)
     sample_with(engine, tracer)
     # A seed's state is computed when a sequence begins to run, before any pass.
     places = [each for each in tracer.seen.items() if each[0][0].co_name not in ("seed_state", "_mix")]
-    draws = [
-        each for each in places if each[0][0].co_name in ("_sample_tokens", "_draw", "_end_if_stopped", "find_end")
-    ]
+    draws = [each for each in places if each[0][0].co_name in ("_draw", "add_drawn", "_end_if_stopped", "find_end")]
     failed = 0
     for i in range(count):
         chosen = places if i % 2 else draws

@@ -18,6 +18,7 @@ def test_log_probabilities_have_the_same_bits_in_passes_of_the_same_rows(archite
     seeds = [derive_seed(7, i) for i in range(count)]
     queued = Engine({"m": model}, max_batch=params.n, page_tokens=64).generate("m", prompts, params, seeds)
     crowded = Engine({"m": model}).generate("m", prompts, params, seeds)
+    assert Engine({"m": model}, async_scheduling=True).generate("m", prompts, params, seeds) == crowded
     compared = 0
     for i, prompt in enumerate(prompts):
         (alone,) = Engine({"m": model}, page_tokens=64).generate("m", [prompt], params, [seeds[i]])

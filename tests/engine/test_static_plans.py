@@ -34,11 +34,12 @@ def test_plans_that_stay_give_what_passes_over_chunks_give(llama: LanguageModel)
     assert_same_groups(run(planned, names, in_chunks=False), run(plain, names, in_chunks=True))
 
 
-def test_an_adapter_on_some_rows_gives_what_passes_over_chunks_give() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_adapter_on_some_rows_gives_what_passes_over_chunks_give(ahead: bool) -> None:
     model = add_adapter(tiny_language_model("llama"), AdapterConfig(kind="lora", rank=2)).requires_grad_(False)
     models = {"policy": model, "base": model.without_adapter()}
     names = ["policy", "base", "policy", "base", "base"]
-    planned, plain = (Engine(models, audit=True) for _ in range(2))
+    planned, plain = (Engine(models, async_scheduling=ahead, audit=True) for _ in range(2))
     assert_same_groups(run(planned, names, in_chunks=False), run(plain, names, in_chunks=True))
     (worker,) = planned.workers.values()
     actives = {plan.shape.active for plan in worker._executor._plans.by_shape.values()}

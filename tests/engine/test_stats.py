@@ -31,6 +31,7 @@ def test_counts_of_ranks_add_up_and_times_are_the_longest() -> None:
         "engine/computed/prefill": 10,
         "engine/computed/decode": 90,
         "engine/computed/recompute": 0,
+        "engine/computed/wasted": 0,
         "engine/floor_ratio": 2.0,
         "engine/hit_tokens": 5,
         "engine/preemptions": 1,

@@ -39,6 +39,8 @@ class Tick:
     """Seconds of this project's code, without the stubs."""
     sequences: int
     """Running when it began."""
+    ahead: bool
+    """Whether its pass was launched by the step before, so that the host's time passes beside it."""
     passes: list[Pass] = field(default_factory=list)
     copies: int = 0
     """Copies from the host to the device."""
@@ -49,7 +51,9 @@ class Tick:
         return bool(self.passes) and all(one.how != "eager" for one in self.passes)
 
 
-def simulate(workload: Workload, card: Card, *, max_batch: int, runs: int, seed: int) -> list[dict[str, Any]]:
+def simulate(
+    workload: Workload, card: Card, *, max_batch: int, runs: int, seed: int, async_scheduling: bool = False
+) -> list[dict[str, Any]]:
     """Run the chains of several training steps; between them the prompter's weights change and the pool is released.
 
     The lengths of rewrites and responses are geometrically distributed, with the workload's as mean and twice that as
@@ -68,6 +72,7 @@ def simulate(workload: Workload, card: Card, *, max_batch: int, runs: int, seed:
         models,  # type: ignore[arg-type]
         max_batch=max_batch,
         pool_bytes=int(POOL_SHARE * card.memory / HEAD_DIM),
+        async_scheduling=async_scheduling,
     )
     generator, results = random.Random(seed), []
     vocabulary = min(workload.prompter.vocabulary, workload.target.vocabulary)
@@ -136,14 +141,19 @@ def _ticks(engine: Engine, log: list[Pass], copies: list[int]) -> Iterator[list[
     ticks: list[Tick] = []
     step = one.step
 
+    def launched() -> int:
+        """Return the number of passes at the end of the log that were launched for the next step: 1 or 0."""
+        return int(one._ahead is not None and one._ahead.has_pass)
+
     def timed(stats: EngineStats) -> Any:
-        before, sequences, copied = len(log), len(one.scheduler.running), len(copies)
+        ahead = launched()
+        first, sequences, copied = len(log) - ahead, len(one.scheduler.running), len(copies)
+        spent = sum(each.seconds for each in log[first:])
         started = time.perf_counter()
         ended = step(stats)
         seconds = time.perf_counter() - started
-        passes = log[before:]
-        host = seconds - sum(each.seconds for each in passes)
-        ticks.append(Tick(host, sequences, passes, len(copies) - copied))
+        host = seconds - (sum(each.seconds for each in log[first:]) - spent)
+        ticks.append(Tick(host, sequences, bool(ahead), log[first : len(log) - launched()], len(copies) - copied))
         return ended
 
     with mock.patch.object(one, "step", timed):
@@ -158,6 +168,11 @@ def _figures(
     max_batch: int,
 ) -> dict[str, Any]:
     by_model: dict[str, dict[str, Any]] = {}
+    hidden = 0.0
+    for tick in ticks:
+        if tick.ahead:
+            one = tick.passes[0]
+            hidden += min(tick.host, _Work.of(one, models[one.model].shape, counts[one.model], card).seconds)
     for name, model in models.items():
         passes = [one for tick in ticks for one in tick.passes if one.model == name]
         how = Counter(one.how for one in passes)
@@ -171,7 +186,7 @@ def _figures(
             "bytes": sum(each.bytes for each in work),
             "flops": sum(each.flops for each in work),
             "floor_s": sum(each.floor for each in work),
-            "predicted_s": sum(max(each.floor, each.launch_seconds) for each in work),
+            "predicted_s": sum(each.seconds for each in work),
             "rows_over_tokens": sum(one.rows for one in passes) / sum(one.tokens for one in passes),
         }
     full = [tick.host for tick in ticks if tick.decodes and tick.sequences >= 0.9 * max_batch]
@@ -179,13 +194,15 @@ def _figures(
     return {
         "ticks": len(ticks),
         "mixed_ticks": sum(len(tick.passes) > 1 for tick in ticks),
+        "ahead_ticks": sum(tick.ahead for tick in ticks),
         "models": by_model,
         "copies_to_device": copies,
         "host_s": host,
+        "host_hidden_s": hidden,
         "host_full_ticks": len(full),
         "host_full_median_s": statistics.median(full) if full else None,
         "host_full_mean_s": statistics.mean(full) if full else None,
-        "predicted_s": host + copies * LAUNCH_SECONDS + sum(each["predicted_s"] for each in by_model.values()),
+        "predicted_s": host - hidden + copies * LAUNCH_SECONDS + sum(each["predicted_s"] for each in by_model.values()),
         "floor_s": sum(each["floor_s"] for each in by_model.values()),
     }
 
@@ -199,6 +216,11 @@ class _Work:
     bytes: float
     flops: float
     floor: float
+
+    @property
+    def seconds(self) -> float:
+        """As predicted."""
+        return max(self.floor, self.launch_seconds)
 
     @classmethod
     def of(cls, one: Pass, shape: ModelShape, operations_: tuple[int, int], card: Card) -> _Work:
