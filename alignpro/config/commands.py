@@ -43,12 +43,12 @@ def fitting_commands(kind: type[BaseModel], raw: Any) -> list[str]:
         kind: What the configuration was read as.
         raw: The configuration, as it was read.
     """
-    if kind not in COMMANDS.values() or not isinstance(raw, dict) or _fits(kind, raw):
+    if kind not in COMMANDS.values() or not isinstance(raw, dict) or fits(kind, raw):
         return []
-    return [name for name, other in COMMANDS.items() if _fits(other, raw)]
+    return [name for name, other in COMMANDS.items() if fits(other, raw)]
 
 
-def _fits(kind: type[BaseModel], raw: dict[str, Any]) -> bool:
+def fits(kind: type[BaseModel], raw: dict[str, Any]) -> bool:
     """Whether a configuration has all required keys at the top level, and none that is unknown there."""
     required = {name for name, field in kind.model_fields.items() if field.is_required()}
     return required <= raw.keys() <= kind.model_fields.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from alignpro.config.fingerprint import fingerprint_of_run
 from alignpro.environments.self_reward import TARGET_CALLS
 from alignpro.errors import DataError
 from alignpro.evaluation.comparison import Record
@@ -127,7 +127,10 @@ def records_of(evaluations: Sequence[EvaluatedDirectory]) -> tuple[list[Record],
         for arm in each.rewards.arms:
             if each.record is None and (run := each.run(arm)) is not None:
                 of_arm = names.setdefault(arm, {})
-                of_arm.setdefault(_fingerprint(run), run.name if run.name not in of_arm.values() else str(run))
+                of_arm.setdefault(
+                    fingerprint_of_run(_yaml(run / "config.yaml")),
+                    run.name if run.name not in of_arm.values() else str(run),
+                )
     records: dict[tuple[str, str | None, str, str, int], Record] = {}
     notes = []
     for each in evaluations:
@@ -197,7 +200,7 @@ def _record(each: EvaluatedDirectory, arm: str, names: Mapping[str, str]) -> Rec
     config, run = each.config, each.run(arm)
     method, label = arm, ""
     if len(names) > 1 and run is not None:
-        name = names[_fingerprint(run)]
+        name = names[fingerprint_of_run(_yaml(run / "config.yaml"))]
         method, label = f"{arm}: {name}", f"{method_label(arm)} ({name})"
     trained = _yaml(run / "config.yaml") if run is not None else {}
     prompter = _name(config.get("reference") or trained.get("policy") or config.get("prompter"))
@@ -244,13 +247,6 @@ def training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
     tokens = [row["engine/computed/decode"] for row in rows if "engine/computed/decode" in row]
     seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/") and key != AWAITED)
     return Cost(calls, float(sum(tokens)) if tokens else None, float(seconds) if rows else None)
-
-
-def _fingerprint(run: Path) -> str:
-    """What decides whether two runs are the same method: their configuration without seed and place."""
-    config = _yaml(run / "config.yaml")
-    config["run"] = {key: value for key, value in config.get("run", {}).items() if key not in ("seed", "out")}
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _name(model: Any) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from alignpro.config import ConfigSource, ModelConfig, RivalConfig, dump_config, resolve_config
+from alignpro.config.fingerprint import fingerprint
 from alignpro.data import Prompt, choose, load_prompts, split
 from alignpro.engine import Engine
 from alignpro.errors import DataError
@@ -50,8 +50,7 @@ def search_instruction(config: ConfigSource[RivalConfig]) -> dict[str, Any]:
     require_dspy(config.kind)
     out = prepare_directory(config.out, RESULT_FILE)
     replace_text(out / "config.yaml", dump_config(config))
-    fingerprint = hashlib.sha256(dump_config(config.model_copy(update={"out": "out"})).encode()).hexdigest()
-    answers = AnswerFile(out / FILE_NAME, fingerprint)
+    answers = AnswerFile(out / FILE_NAME, fingerprint(config, without={"out"}))
     try:
         with open_servers(config, config.target_endpoints, out, config.respond, config.reward.endpoints) as servers:
             result = _search(config, servers, answers)
