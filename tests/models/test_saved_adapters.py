@@ -189,7 +189,7 @@ class TestFromAnyDirectory:
     ) -> None:
         monkeypatch.chdir(tmp_path)
         save_adapter(save_tiny("llama", Path("models/base")), Path("sft"))
-        adapter = AdapterConfig(kind=kind, rank=4)
+        adapter = AdapterConfig(kind=kind, rank=4) if kind else AdapterConfig()
         model = perturb(add_adapter(load_trainable(policy_config("sft"), 0), adapter), seed=3)
         save_pretrained(model, Path("run/model"))
         assert Path("run/model", BASE_DIRECTORY).is_dir() == (kind == "lora")
