@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -57,7 +58,12 @@ class Travelled:
         python = machine / "bin" / "python3"
         python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         python.chmod(0o755)
-        modules = {module for name in self.lacks for module in _modules(name)}
+        # Some version of what PyTorch needs is on every such machine, even where another one travels.
+        needed = {
+            _GATHER["normalised"](re.split(r"[^\w.-]", each)[0]) for each in importlib.metadata.requires("torch") or ()
+        }
+        hidden = [name for name in self.lacks if _GATHER["normalised"](name) not in needed]
+        modules = {module for name in hidden for module in _modules(name)}
         code = _SITECUSTOMIZE.format(modules=modules, site=str(root / "build" / "gpu-site"))
         (machine / "sitecustomize.py").write_text(code)
         self._machine = machine
