@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,33 @@ def _ranks(timeout_seconds: float) -> Iterator[Ranks]:
 
 
 def _write_prompts(out: Path, seed: int) -> None:
-    _refuse_other_files(out)
+    prompts = {
+        "prompts.jsonl": list(world.prompt_records(TRAINING_PROMPTS, seed, heldout=False)),
+        "heldout.jsonl": list(world.prompt_records(HELDOUT_PROMPTS, seed, heldout=True)),
+    }
+    _refuse_other_files(out, prompts)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{out}: cannot be created: {error}; choose another --out") from error
-    world.write_records(out / "prompts.jsonl", world.prompt_records(TRAINING_PROMPTS, seed, heldout=False))
-    world.write_records(out / "heldout.jsonl", world.prompt_records(HELDOUT_PROMPTS, seed, heldout=True))
+    for name, records in prompts.items():
+        world.write_records(out / name, records)
 
 
-def _refuse_other_files(out: Path) -> None:
+def _refuse_other_files(out: Path, prompts: Mapping[str, Sequence[Any]]) -> None:
     """Raise before anything is written if ``out`` holds something else than an interrupted demo."""
     refuse_run(out)
-    if out.is_dir() and not (out / "align_pro").is_dir() and (found := sorted(each.name for each in out.iterdir())):
+    if not out.is_dir() or (out / "align_pro").is_dir():
+        return
+    # An interrupt before the training's directory was made leaves the prompts alone, the last of them perhaps cut off.
+    found = [
+        each.name
+        for each in sorted(out.iterdir())
+        if each.name not in prompts
+        or not each.is_file()
+        or not world.as_lines(prompts[each.name]).startswith(each.read_text("utf-8", "replace"))
+    ]
+    if found:
         raise TrainingError(
             f"{out}: is not empty and holds no interrupted demo (it has {', '.join(found[:5])}); choose another --out"
         )

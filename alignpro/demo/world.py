@@ -219,8 +219,12 @@ def prompt_records(count: int, seed: int, *, heldout: bool) -> list[dict[str, An
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write records as JSON Lines, which the project's commands read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    path.write_text(as_lines(records), encoding="utf-8")
+
+
+def as_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """Records as JSON Lines."""
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -61,6 +61,20 @@ def test_other_files_are_not_overwritten(tmp_path, present):
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [(present, "mine")]
 
 
+def test_a_demo_that_was_stopped_before_its_training_can_be_started_again(tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alignpro.demo.run.train", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(tmp_path, steps=1)
+        heldout = tmp_path / "heldout.jsonl"
+        heldout.write_text(heldout.read_text()[:1000])  # as a kill may leave it
+    with pytest.raises(TrainingError, match="holds no interrupted demo"):
+        run_demo(tmp_path, seed=1, steps=1)
+
+
 def test_weights_are_small_enough_to_ship():
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*.safetensors")) < 4_000_000
 

@@ -32,6 +32,19 @@ def test_the_hosts_time_is_that_of_the_recorded_run(name: str, sequences: str) -
     assert load == f"{found['run']['load_average']:.1f}"
 
 
+def test_the_passes_launched_ahead_are_those_of_the_recorded_run() -> None:
+    runs = recorded("simulation_h100_async")["results"]
+    told = [f"{one['ahead_ticks']:,} of {one['ticks']:,}" for one in runs]
+    text = " ".join(DOCUMENT.text.split())
+    assert f"{told[0]}, {told[1]} and {told[2]}" in text
+    for key, said in (
+        ("host_s", "of the host's {} to {} s a rollout"),
+        ("host_hidden_s", "{} to {} s lie beside a pass"),
+    ):
+        seconds = [one[key] for one in runs]
+        assert said.format(f"{min(seconds):.1f}", f"{max(seconds):.1f}") in text
+
+
 def test_the_step_of_an_8b_model_follows_from_the_data_sheet() -> None:
     rate = CARDS["h100"].bytes_per_s
     weights, keys = 2 * num_weights(GPU.target, head=True), 256 * 256 * kv_bytes(GPU.target, 2)
