@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import index
 from time import perf_counter
 from types import MappingProxyType
 from typing import Literal
@@ -28,6 +29,7 @@ from alignpro.engine.sequence import OnCompletion, Request, SampledSequence
 from alignpro.engine.stats import EngineStats
 from alignpro.engine.types import Chain, Completion, SamplingParams, token_ids
 from alignpro.engine.worker import Worker
+from alignpro.errors import ConfigError
 from alignpro.models.language_model import LanguageModel
 
 _DEFAULTS = EngineConfig()
@@ -56,6 +58,9 @@ class Engine:
         async_scheduling: Whether a pass is launched before the tokens of the pass before it have arrived, so that the
             device does not wait for the host. None enables this on CUDA devices.
         audit: Check the bookkeeping of the pool after every pass; meant for tests.
+
+    Raises:
+        ConfigError: A number is below 1.
     """
 
     def __init__(
@@ -70,6 +75,15 @@ class Engine:
         async_scheduling: bool | None = _DEFAULTS.async_scheduling,
         audit: bool = False,
     ) -> None:
+        sizes = {
+            "max_batch": max_batch,
+            "page_tokens": page_tokens,
+            "token_budget": token_budget,
+            "pool_bytes": pool_bytes,
+        }
+        for key, size in sizes.items():
+            if size is not None and size < 1:
+                raise ConfigError(f"engine.{key}={size}: expected at least 1")
         self.models = MappingProxyType(dict(models))
         self.max_batch = max_batch
         self.pool_bytes = pool_bytes
@@ -120,9 +134,9 @@ class Engine:
             The request. Its ``completions`` can be read once it has ``finished``. If it cannot run, or its computation
             raises, the ``finish_reason`` of its completions is ``error``, and the other requests are not affected.
         """
-        tokens, _ = token_ids(prompt), self._worker(name)  # these raise before anything changes
+        tokens, number, _ = token_ids(prompt), index(seed), self._worker(name)  # these raise before anything changes
         with _Change(self):
-            request = self._submit(name, tokens, params, seed, next(self._arrivals))
+            request = self._submit(name, tokens, params, number, next(self._arrivals))
             if request.finished:
                 self._finished.append(request)
             else:
@@ -185,7 +199,8 @@ class Engine:
         Raises:
             Exception: As for `step`.
         """
-        tokens, seeds = list(map(token_ids, prompts)), _seeds(params, len(prompts)) if seeds is None else seeds
+        tokens = list(map(token_ids, prompts))
+        seeds = _seeds(params, len(prompts)) if seeds is None else list(map(index, seeds))
         self._check_call([name], seeds, len(prompts))
         arrival = next(self._arrivals)
         with self._timed(), _Change(self):
@@ -219,7 +234,8 @@ class Engine:
         Raises:
             Exception: As for `step`.
         """
-        tokens, seeds = list(map(token_ids, prompts)), _seeds(rewrite, len(prompts)) if seeds is None else seeds
+        tokens = list(map(token_ids, prompts))
+        seeds = _seeds(rewrite, len(prompts)) if seeds is None else list(map(index, seeds))
         self._check_call([policy, target], seeds, len(prompts))
         arrival = next(self._arrivals)
         run = ChainRun(target, respond, to_target, seeds, partial(self._submit, arrival=arrival), on_chain)

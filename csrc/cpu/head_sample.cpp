@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <tuple>
@@ -80,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tenso
       if (noisy[t * rows + i] > noisy[winner * rows + i]) winner = t;
     }
     token.mutable_data_ptr<int64_t>()[i] = index[winner * rows + i];
-    if (greedy[i]) continue;
     const RowSums r = merge_tiles(sums.data(), tiling.count, rows, false, i);
+    if (greedy[i] && !std::isnan(r.s)) continue;  // a NaN has no likeliest token, and is told by the log-probability
     logprob.mutable_data_ptr<float>()[i] = static_cast<float>((static_cast<double>(logit[winner * rows + i]) - r.m) - r.log_s());
     entropy.mutable_data_ptr<float>()[i] = static_cast<float>(r.entropy());
   }

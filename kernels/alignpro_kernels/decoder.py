@@ -222,6 +222,8 @@ def decoder_stack(
     for name, x in (("hidden", hidden), ("cos", cos), ("sin", sin), ("pages", pages[0])):
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"{name} is {x.dtype} on {x.device}: expected float32 on the CPU")
+    if not tokens:
+        return hidden.clone()
     # Allocated here rather than in C++, so that tools that measure PyTorch's memory see it.
     inner = layers[0].down.shape[1]
     floats = tokens * 2 * (queries + keys) + min(tokens, _MAX_MLP_ROWS) * inner

@@ -164,7 +164,7 @@ def linear_sample(
 
     Returns:
         token (...,) int64; its logprob and the entropy under the temperature-scaled distribution (both 0 for greedy
-        rows).
+        rows). Both are NaN for a row of which a logit is NaN, at any temperature, and its token has no meaning.
 
     Raises:
         ValueError, TypeError: An argument has the wrong shape, device, value or dtype; the message names it.

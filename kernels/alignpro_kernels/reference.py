@@ -110,8 +110,8 @@ def linear_sample(
         logp = z.log_softmax(-1)
         logprob = logp.gather(-1, token.unsqueeze(-1)).squeeze(-1)
         entropy = -(logp.exp() * logp.clamp_min(MIN_LOGPROB)).sum(-1)
-        # At temperature 0 the distribution that is sampled has all its mass on one token: logprob and entropy are 0.
-        point = greedy.squeeze(-1)
+        # At temperature 0 all mass is on one token: logprob and entropy are 0. Where a logit is NaN, there is no such token.
+        point = greedy.squeeze(-1) & ~z.isnan().any(-1)
         return SampleOutput(token, logprob.masked_fill(point, 0.0), entropy.masked_fill(point, 0.0))
 
 

@@ -173,7 +173,7 @@ def sample(head: Head, rows: Rows, seeds: Tensor) -> SampleOutput:
             logp = (z - saved.top - saved.log_sum).clamp_min_(MIN_LOGPROB)
             h -= (logp.exp() * (logp + saved.log_sum)).sum(1, keepdim=True)
         logprob = saved.z.gather(1, token) - saved.top - saved.log_sum
-        point = greedy[chunk, None]
+        point = greedy[chunk, None] & ~saved.log_sum.isnan()
         parts.append((token, logprob.masked_fill(point, 0.0), h.masked_fill(point, 0.0)))
     return SampleOutput(*(torch.cat(column).squeeze(1) for column in zip(*parts, strict=True)))
 

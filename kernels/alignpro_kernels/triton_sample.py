@@ -195,7 +195,7 @@ def choice_kernel(
         a = mul_or_zero(old, a + mul_or_zero(s, before - finite(top)))
         a += tl.sum(mul_or_zero(new, a_t + mul_or_zero(s_t, m_t - finite(top)[None, :])), 0)
         s = old * s + tl.sum(new * s_t, 0)
-    point = row_temperature(temperatures, temperature, row, valid) == 0.0
+    point = (row_temperature(temperatures, temperature, row, valid) == 0.0) & (s == s)  # not where a logit is NaN
     log_s = tl.log(s)
     tl.store(token + row, index.to(tl.int64), mask=valid)
     tl.store(logprob + row, tl.where(point, 0.0, z - finite(top) - log_s), mask=valid)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from checks import PAGE, assert_nothing_is_held, assert_same, assert_same_groups
 from tiny_models import ragged, tiny_language_model, tokenizer
 from transformers import (
@@ -176,6 +178,9 @@ def test_chains_whose_prompts_are_all_refused_are_errors(llama: LanguageModel) -
         (lambda engine: chains(engine, policy="nope", target="m"), KeyError),
         (lambda engine: chains(engine, policy="m", target="nope"), KeyError),
         (lambda engine: chains(engine, policy="m", target="m", seeds=[1]), ValueError),
+        (lambda engine: engine.generate("m", PROMPTS, PARAMS, [1.5] * 4), TypeError),
+        (lambda engine: chains(engine, policy="m", target="m", seeds=["a"] * 4), TypeError),
+        (lambda engine: engine.submit("m", PROMPTS[1], PARAMS, seed=1.5), TypeError),
     ],
 )
 def test_a_wrong_call_leaves_other_requests_alone(
@@ -189,6 +194,38 @@ def test_a_wrong_call_leaves_other_requests_alone(
     while not request.finished:
         engine.step()
     assert_same_groups([request.completions], expected[:1])
+
+
+def test_seeds_of_numpy_and_torch(llama: LanguageModel, expected: list[list[Completion]]) -> None:
+    engine = Engine({"m": llama}, audit=True)
+    for seeds in (np.array(SEEDS), torch.tensor(SEEDS)):
+        assert_same_groups(engine.generate("m", PROMPTS, PARAMS, seeds), expected)
+        request = engine.submit("m", PROMPTS[0], PARAMS, seed=seeds[0])
+        while not request.finished:
+            engine.step()
+        assert_same_groups([request.completions], expected[:1])
+
+
+@pytest.mark.parametrize("key", ["max_batch", "pool_bytes", "page_tokens", "token_budget"])
+def test_sizes_below_one_are_named_before_anything_runs(llama: LanguageModel, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"engine.{key}=0: expected at least 1"):
+        Engine({"m": llama}, **{key: 0})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("row", [slice(None), slice(5, 6)])
+def test_an_output_layer_with_nan_is_an_error_at_any_temperature(temperature: float, row: slice) -> None:
+    model = tiny_language_model("llama").requires_grad_(False)
+    engine = Engine({"m": model}, audit=True)
+    params = SamplingParams(max_tokens=3, temperature=temperature)
+    engine.generate("m", PROMPTS, params, SEEDS)
+    head = model.causal.get_output_embeddings()
+    assert head is not model.causal.get_input_embeddings()
+    head.weight[row] = torch.nan
+    engine.weights_updated("m")
+    with pytest.raises(ModelError, match="NaN"):
+        engine.generate("m", PROMPTS, params, SEEDS)
+    assert_nothing_is_held(engine)
 
 
 def chains(engine: Engine, **settings: Any) -> object:

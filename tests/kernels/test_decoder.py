@@ -144,6 +144,13 @@ def test_many_tokens_and_threads(set_threads: Callable[[int], None]) -> None:
     assert torch.equal(Sequence(decoder, 600).run(weights, 0, 600), found)
 
 
+def test_no_tokens() -> None:
+    decoder = Decoder()
+    sequence = Sequence(decoder, 5)
+    assert sequence.run(decoder.packed(), 0, 0).shape == (0, decoder.dim)
+    assert all(pages.isnan().all() for pages in sequence.pages)
+
+
 def test_padding_is_not_written() -> None:
     """Padding has slot −1 and a query that attends to nothing."""
     decoder = Decoder()

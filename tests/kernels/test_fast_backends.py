@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from fast_backends import FAST, OPERATORS, need
@@ -177,6 +179,19 @@ def test_a_bad_row_does_not_affect_others(backend: str, value: float) -> None:
     for bad, clean in zip(call(hidden), call(good), strict=True):
         assert bad[2].isnan().all()
         assert torch.equal(bad[others], clean[others])
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@pytest.mark.parametrize("rows", [slice(None), slice(5, 6), slice(399, 400)])
+def test_a_nan_in_the_weight_is_told_at_any_temperature(backend: str, rows: slice) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 16, generator=g), torch.randn(400, 16, generator=g)
+    temperature = torch.tensor([0.0, 1.0] * 3)
+    draw = functools.partial(linear_sample, hidden, seeds=torch.arange(6), temperature=temperature, backend=backend)
+    assert (draw(weight).logprob[::2] == 0).all() and (draw(weight).entropy[::2] == 0).all()
+    weight[rows] = torch.nan
+    out = draw(weight)
+    assert out.logprob.isnan().all() and out.entropy.isnan().all()
 
 
 @pytest.mark.parametrize("backend", [*FAST, "reference"])
