@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from alignpro.errors import ConfigError
 
@@ -17,8 +17,10 @@ LEAST_TEMPERATURE = 1e-4
 class SamplingParams:
     """Sampling parameters of a sequence. ``temperature=0`` is greedy.
 
+    Integers may be NumPy's or scalar tensors, and sequences of any kind; they are kept as plain integers and tuples.
+
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: A value is out of range or of another type.
     """
 
     max_tokens: int = 128
@@ -38,6 +40,12 @@ class SamplingParams:
     nothing."""
 
     def __post_init__(self) -> None:
+        for name, convert, expected in _CONVERTED:
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, convert(value))  # the class is frozen
+            except TypeError:
+                raise ConfigError(f"sampling: {name}={value!r}: expected {expected}") from None
         ranges = {
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
             "temperature": (
@@ -54,6 +62,30 @@ class SamplingParams:
         for name, (holds, expected) in ranges.items():
             if not holds:
                 raise ConfigError(f"sampling: {name}={getattr(self, name)}: expected {expected}")
+
+
+def _texts(values: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(values, str):  # which is a sequence of texts as well
+        raise TypeError
+    return tuple(values)
+
+
+def token_ids(tokens: Iterable[int]) -> tuple[int, ...]:
+    """Tokens as plain integers.
+
+    Raises:
+        TypeError: They are not integers.
+    """
+    return tuple(map(index, tokens))
+
+
+_CONVERTED: Sequence[tuple[str, Callable[[Any], object], str]] = (
+    *((name, index, "an integer") for name in ("max_tokens", "top_k", "n", "seed")),
+    ("top_logprobs", lambda value: None if value is None else index(value), "an integer, or None"),
+    ("stop_token_ids", token_ids, "a sequence of token ids"),
+    ("stop", _texts, "a sequence of texts"),
+)
+"""Name of a field → what makes it a plain value, and what is expected."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -123,12 +155,3 @@ class Chain:
     def target_tokens(self) -> list[int]:
         """The tokens of the target's prompt; empty without one."""
         return [] if self.target_prompt is None else list(token_ids(self.target_prompt.tokens))
-
-
-def token_ids(tokens: Iterable[int]) -> tuple[int, ...]:
-    """Tokens as plain integers.
-
-    Raises:
-        TypeError: They are not integers.
-    """
-    return tuple(map(index, tokens))

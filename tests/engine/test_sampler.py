@@ -129,6 +129,32 @@ def test_a_parameter_out_of_range_is_named(name: str, value: float) -> None:
         SamplingParams(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 2.5),
+        ("top_k", "5"),
+        ("n", 1.5),
+        ("seed", 0.5),
+        ("top_logprobs", 1.5),
+        ("stop", "\n"),  # three letters would be three stop texts
+        ("stop", 7),
+        ("stop_token_ids", 7),
+        ("stop_token_ids", ("a",)),
+    ],
+)
+def test_a_parameter_of_another_type_is_named(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"sampling: {name}=.*: expected (an integer|a sequence)"):
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_numpy_and_lists_are_kept_as_plain_values() -> None:
+    found = SamplingParams(max_tokens=np.int64(3), n=torch.tensor(2), stop_token_ids=np.arange(2), stop=["a"])  # type: ignore[arg-type]
+    assert found == SamplingParams(max_tokens=3, n=2, stop_token_ids=(0, 1), stop=("a",))
+    assert {type(each) for each in (found.max_tokens, found.n, *found.stop_token_ids)} == {int}
+    hash(found)
+
+
 class TestSample:
     HEAD = Head(torch.randn(30, 8, generator=torch.Generator().manual_seed(1)), None, None)
     HIDDEN = torch.randn(1, 8, generator=torch.Generator().manual_seed(2))
