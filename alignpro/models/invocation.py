@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -16,20 +17,31 @@ if TYPE_CHECKING:
 
 
 class ActiveTokens:
-    """The tokens that a LoRA acts on during a forward pass; one object is shared by all layers of a model."""
+    """The tokens that a LoRA acts on during a forward pass; one object is shared by all layers of a model.
+
+    Each thread has its own: a model and its base may run in two.
+    """
 
     def __init__(self) -> None:
-        self.rows: Tensor | bool | None = None
+        self._rows: dict[int, Tensor | bool] = {}  # by thread; a `threading.local` could not be copied with the model
+
+    @property
+    def rows(self) -> Tensor | bool | None:
         """(A,) int64, distinct packed indices; True for all tokens, False for none; None leaves the choice to peft."""
+        return self._rows.get(get_ident())
 
     @contextmanager
     def set(self, rows: Tensor | bool) -> Iterator[None]:
-        """Make the LoRA act on these tokens within the context."""
-        before, self.rows = self.rows, rows
+        """Make the LoRA act on these tokens within the context, in this thread."""
+        thread, before = get_ident(), self.rows
+        self._rows[thread] = rows
         try:
             yield
         finally:
-            self.rows = before
+            if before is None:
+                del self._rows[thread]
+            else:
+                self._rows[thread] = before
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The ``context_fn`` of `torch.utils.checkpoint`, so that recomputation uses the active tokens of the forward pass."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from checks import TOKEN, assert_same_chains, assert_same_groups
@@ -102,6 +105,17 @@ def test_chains_equal_those_of_two_models(
     assert_same_chains(chains(engine, prompts(prompter)), expected)
     assert (engine.stats.preemptions > 0) == ("pool_bytes" in settings)
     assert_same_chains(chains(engine, prompts(prompter)), expected)  # from the cache
+
+
+def test_a_lora_and_its_base_generate_in_two_threads(prompter: LanguageModel) -> None:
+    engines = [Engine({"m": model}, audit=True) for model in (prompter, prompter.without_adapter())]
+    params = SamplingParams(max_tokens=30, n=4)
+    draw = [partial(engine.generate, "m", prompts(prompter), params, SEEDS) for engine in engines]
+    alone = [each() for each in draw]
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(3):
+            for found, expected in zip([each.result() for each in map(threads.submit, draw)], alone, strict=True):
+                assert_same_groups(found, expected)
 
 
 @pytest.mark.parametrize("head", [False, True])
