@@ -78,6 +78,24 @@ def test_the_seeds_of_question_or_request_by_themselves_and_by_kind() -> None:
     assert f"The three seeds have {listed(by_kind[0])} on questions, and {listed(by_kind[1])} on requests" in said
 
 
+def test_the_rivals_at_equal_target_calls() -> None:
+    said = (REAL / "README.md").read_text(encoding="utf-8")
+    summary = json.loads((REAL / "kinds" / "rivals" / "summary.json").read_text())
+    groups = {f"{each['task']} · forms → smollm2": each for each in summary["groups"]}
+    found = [(groups[each["group"]], pair) for each in summary["analyses"] for pair in each["pairs"]]
+    assert len(found) >= 2
+    for group, pair in found:
+        task, methods = group["task"], group["methods"]
+        rival, trained = methods[pair["rival"]], methods[pair["trained"]]
+        figures = [interval(each) for each in (rival["mean"], trained["mean"], pair["difference"])]
+        assert f"| {task.replace('_', ' ')} | {rival['label']} | {' | '.join(figures)} |" in said
+        cells = REAL / "kinds" / "rivals" / "cells" / task / "smollm2"
+        search = json.loads((cells / pair["rival"] / "seed_0" / "run" / "rival.json").read_text())
+        steps = (REAL / "kinds" / "cells" / task / "smollm2/align_pro/forms/seed_0/run/metrics.jsonl").read_text()
+        assert search["target_calls"] == 200 * 8 * sum("loss" in json.loads(row) for row in steps.splitlines()) == 4800
+        assert search["hand_written"] and search["instruction"] in " ".join(said.split())
+
+
 def listed(figures: list[str]) -> str:
     return f"{', '.join(figures[:-1])} and {figures[-1]}"
 
