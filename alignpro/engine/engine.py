@@ -134,7 +134,8 @@ class Engine:
             The request. Its ``completions`` can be read once it has ``finished``. If it cannot run, or its computation
             raises, the ``finish_reason`` of its completions is ``error``, and the other requests are not affected.
         """
-        tokens, number, _ = token_ids(prompt), index(seed), self._worker(name)  # these raise before anything changes
+        tokens, number = token_ids(prompt), _plain([seed])[0]
+        self._worker(name)  # these raise before anything changes
         with _Change(self):
             request = self._submit(name, tokens, params, number, next(self._arrivals))
             if request.finished:
@@ -200,7 +201,7 @@ class Engine:
             Exception: As for `step`.
         """
         tokens = list(map(token_ids, prompts))
-        seeds = _seeds(params, len(prompts)) if seeds is None else list(map(index, seeds))
+        seeds = _seeds(params, len(prompts)) if seeds is None else _plain(seeds)
         self._check_call([name], seeds, len(prompts))
         arrival = next(self._arrivals)
         with self._timed(), _Change(self):
@@ -235,7 +236,7 @@ class Engine:
             Exception: As for `step`.
         """
         tokens = list(map(token_ids, prompts))
-        seeds = _seeds(rewrite, len(prompts)) if seeds is None else list(map(index, seeds))
+        seeds = _seeds(rewrite, len(prompts)) if seeds is None else _plain(seeds)
         self._check_call([policy, target], seeds, len(prompts))
         arrival = next(self._arrivals)
         run = ChainRun(target, respond, to_target, seeds, partial(self._submit, arrival=arrival), on_chain)
@@ -413,6 +414,14 @@ class _Change:
             self._engine._changing = False
         else:
             self._engine._start_anew(describe("generation", error))
+
+
+def _plain(seeds: Iterable[int]) -> list[int]:
+    """Seeds as plain integers."""
+    try:
+        return list(map(index, seeds))
+    except TypeError as error:
+        raise TypeError(f"seeds: expected integers: {error}") from None
 
 
 def _seeds(params: SamplingParams, count: int) -> list[int]:
