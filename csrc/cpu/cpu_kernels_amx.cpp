@@ -13,7 +13,10 @@ namespace {
 
 constexpr PanelKernels with_amx() {
   PanelKernels kernels = kPanelKernels;
-  kernels.multiply_rounded = multiply_amx;
+  kernels.multiply_narrow = multiply_amx;
+  kernels.narrow_depth = std::numeric_limits<int64_t>::max();  // a block's sums stay in tiles
+  kernels.dot_narrow = dot_amx;
+  kernels.dots_of_many = true;
   return kernels;
 }
 

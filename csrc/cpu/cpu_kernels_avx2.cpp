@@ -3,7 +3,7 @@
 #include "cpu_kernels_impl.h"
 
 namespace alignpro {
-extern const CpuKernels cpu_kernels_avx2 = {"avx2", true, false, kAttentionKernels, kPanelKernels, kTileKernels};
+extern const CpuKernels cpu_kernels_avx2 = {"avx2", true, 0, kAttentionKernels, kPanelKernels, kTileKernels};
 }
 
 #include "isa_end.h"

@@ -2,5 +2,5 @@
 #include "cpu_kernels_impl.h"
 
 namespace alignpro {
-extern const CpuKernels cpu_kernels_generic = {"generic", false, false, kAttentionKernels, kPanelKernels, kTileKernels};
+extern const CpuKernels cpu_kernels_generic = {"generic", false, 0, kAttentionKernels, kPanelKernels, kTileKernels};
 }

@@ -4,6 +4,6 @@
 #include "cpu_kernels_impl.h"
 
 namespace alignpro {
-extern const CpuKernels cpu_kernels_neon = {"neon", true, false, kAttentionKernels, kPanelKernels, kTileKernels};
+extern const CpuKernels cpu_kernels_neon = {"neon", true, 0, kAttentionKernels, kPanelKernels, kTileKernels};
 }
 #endif

@@ -101,56 +101,53 @@ constexpr MultiplyRows<Input, Weight> multiply_rows_of(int64_t rows, std::intege
   return all[rows - 1];
 }
 
-// Rows as they are, for `multiply`.
-struct AsTheyAre {
-  using Input = float;
-  const float* take(const float* x, int64_t, int64_t, int64_t) { return x; }
-  static int64_t stride(int64_t of_x, int64_t) { return of_x; }
-};
-
-// A row rounded to bfloat16, the nearest, or the even one of two.
-inline void round_row(const float* x, int64_t depth, uint16_t* to) {
+// A row in bfloat16: the nearest, or the even one of two; and in `second`, unless it is null, the rest.
+inline void narrow_row(const float* x, int64_t depth, uint16_t* first, uint16_t* second) {
+  const F zero = Isa::set(0), below = Isa::set(-1);
   int64_t k = 0;
-  for (; k + Isa::width <= depth; k += Isa::width) Isa::store_bfloat16(to + k, Isa::load(x + k));
-  for (; k < depth; ++k) to[k] = c10::BFloat16(x[k]).x;
+  for (; k + Isa::width <= depth; k += Isa::width) {
+    const F value = Isa::load(x + k);
+    Isa::store_bfloat16(first + k, value);
+    if (second == nullptr) continue;
+    const F near = Isa::load_bfloat16(first + k);
+    // 0 near is NaN for what is not finite, and the maximum is then the other argument.
+    Isa::store_bfloat16(second + k, Isa::zero_where_less(Isa::sub(value, near), Isa::max(Isa::mul(zero, near), below), zero));
+  }
+  for (; k < depth; ++k) {
+    const c10::BFloat16 near(x[k]);
+    first[k] = near.x;
+    if (second != nullptr) second[k] = c10::BFloat16(std::isfinite(static_cast<float>(near)) ? x[k] - static_cast<float>(near) : 0.0f).x;
+  }
 }
 
-// A block of rows rounded to bfloat16, for `multiply`.
-struct Rounded {
-  using Input = uint16_t;
-  const uint16_t* take(const float* x, int64_t stride, int64_t rows, int64_t depth) {
-    for (int64_t r = 0; r < rows; ++r) round_row(x + r * stride, depth, rounded + r * depth);
-    return rounded;
-  }
-  static int64_t stride(int64_t, int64_t depth) { return depth; }
-  alignas(64) uint16_t rounded[Isa::product_rows * kMaxRoundedDepth];
-};
-
 // Uses blocks of nearly equal numbers of rows, since a block of few rows costs almost as much as one of many.
-template <typename Weight, bool Transposed, typename Rows = AsTheyAre>
-void multiply(const float* x, int64_t stride, int64_t rows, const Weight* panel, int64_t depth, float* out, int64_t out_stride,
+template <typename Weight, bool Transposed, typename Input = float>
+void multiply(const Input* x, int64_t stride, int64_t rows, const Weight* panel, int64_t depth, float* out, int64_t out_stride,
               bool add, const Weight* next) {
   constexpr int64_t most = Isa::product_rows, columns = 2 * Isa::width;
   constexpr auto counts = std::make_integer_sequence<int, most>();
-  using Input = typename Rows::Input;
-  Rows as_multiplied;
   int64_t blocks = (rows + most - 1) / most;
   // What is read next is loaded during all passes over the panel, or the first few if there are many.
   int64_t passes = next == nullptr ? 0 : std::min(blocks * (kPanel / columns), kPanel / 4);
   Ahead<Weight> ahead{next, passes == 0 ? 0 : (kPanel + passes - 1) / passes};
   for (; blocks > 0; --blocks) {
     const int64_t count = (rows + blocks - 1) / blocks;
-    const Input* from = as_multiplied.take(x, stride, count, depth);
     for (int64_t j = 0; j < kPanel; j += columns) {
       const MultiplyRows<Input, Weight> block = passes-- > 0 ? multiply_rows_of<Input, Weight, Transposed, true>(count, counts)
                                                              : multiply_rows_of<Input, Weight, Transposed, false>(count, counts);
-      block(from, Rows::stride(stride, depth), panel + Stored<Weight>::inputs * j, depth, out + j, out_stride, add, ahead);
+      block(x, stride, panel + Stored<Weight>::inputs * j, depth, out + j, out_stride, add, ahead);
       ahead.from += depth * ahead.step;
     }
     rows -= count;
     x += Transposed ? count : count * stride;
     out += count * out_stride;
   }
+}
+
+void multiply_narrow(const NarrowRows& x, int64_t rows, const uint16_t* panel, int64_t depth, float* out, int64_t out_stride, bool add,
+                     const uint16_t* next) {
+  multiply<uint16_t, false>(x.first, x.stride, rows, panel, depth, out, out_stride, add, next);
+  if (x.second != nullptr) multiply<uint16_t, false>(x.second, x.stride, rows, panel, depth, out, out_stride, true, nullptr);
 }
 
 inline F load_weights(const float* p) { return Isa::load(p); }
@@ -212,34 +209,46 @@ void dot_bfloat16(const float* x, int64_t stride, int64_t rows, const uint16_t* 
   project_all(x, stride, rows, w, outputs, depth, 1.0f, out, out_stride);
 }
 
-// Multiplies a row by C rows of w, both in bfloat16.
+// Multiplies a row, of which there is a second part or not, by C rows of w, all in bfloat16.
 template <int C>
-void dot_rounded_block(const uint16_t* x, const uint16_t* w, int64_t depth, float* out) {
+void dot_narrow_block(const uint16_t* x, const uint16_t* second, const uint16_t* w, int64_t depth, float* out) {
   F sums[C];
   for (int c = 0; c < C; ++c) sums[c] = Isa::set(0);
   int64_t k = 0;
   for (; k + 2 * Isa::width <= depth; k += 2 * Isa::width) {
-    const P pairs = Isa::load_pairs(x + k);
-    for (int c = 0; c < C; ++c) sums[c] = Isa::dot_pairs(pairs, Isa::load_pairs(w + c * depth + k), sums[c]);
+    const P pairs = Isa::load_pairs(x + k), rest = second == nullptr ? pairs : Isa::load_pairs(second + k);
+    for (int c = 0; c < C; ++c) {
+      const P weights = Isa::load_pairs(w + c * depth + k);
+      sums[c] = Isa::dot_pairs(pairs, weights, sums[c]);
+      if (second != nullptr) sums[c] = Isa::dot_pairs(rest, weights, sums[c]);
+    }
   }
   for (int c = 0; c < C; ++c) {
     float sum = Isa::sum(sums[c]);
-    for (int64_t j = k; j < depth; ++j) sum = __builtin_fmaf(widen(x[j]), widen(w[c * depth + j]), sum);
+    for (int64_t j = k; j < depth; ++j) {
+      sum = __builtin_fmaf(widen(x[j]), widen(w[c * depth + j]), sum);
+      if (second != nullptr) sum = __builtin_fmaf(widen(second[j]), widen(w[c * depth + j]), sum);
+    }
     out[c] = sum;
   }
 }
 
-void dot_rounded(const uint16_t* x, int64_t rows, const uint16_t* w, int64_t outputs, int64_t depth, float* out, int64_t out_stride) {
+void dot_narrow(const NarrowRows& x, int64_t rows, const uint16_t* w, int64_t outputs, int64_t depth, float* out, int64_t out_stride) {
   constexpr int64_t columns = 8;
   for (int64_t c = 0, width; c < outputs; c += width) {
     width = c + columns <= outputs ? columns : 1;
-    const auto block = width == columns ? dot_rounded_block<columns> : dot_rounded_block<1>;
-    for (int64_t r = 0; r < rows; ++r) block(x + r * depth, w + c * depth, depth, out + r * out_stride + c);
+    const auto block = width == columns ? dot_narrow_block<columns> : dot_narrow_block<1>;
+    for (int64_t r = 0; r < rows; ++r) {
+      const NarrowRows row = x.at(r, 0);
+      block(row.first, row.second, w + c * depth, depth, out + r * out_stride + c);
+    }
   }
 }
 
-void round_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, uint16_t* to) {
-  for (int64_t r = 0; r < rows; ++r) round_row(x + r * stride, depth, to + r * depth);
+void narrow_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, uint16_t* first, uint16_t* second) {
+  for (int64_t r = 0; r < rows; ++r) {
+    narrow_row(x + r * stride, depth, first + r * depth, second == nullptr ? nullptr : second + r * depth);
+  }
 }
 
 void pack(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel) {
@@ -309,12 +318,14 @@ void gate(float* gate, const float* up, int64_t count) {
 
 constexpr PanelKernels kPanelKernels = {multiply<float, false>,
                                         multiply<uint16_t, false>,
-                                        multiply<uint16_t, false, Rounded>,
+                                        multiply_narrow,
+                                        192,
                                         multiply<float, true>,
                                         project,
                                         dot_bfloat16,
-                                        round_rows,
-                                        dot_rounded,
+                                        narrow_rows,
+                                        dot_narrow,
+                                        false,
                                         pack,
                                         rms_norm,
                                         rotate,

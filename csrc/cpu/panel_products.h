@@ -12,7 +12,6 @@ namespace alignpro {
 
 constexpr int64_t kRowChunk = 96;            // rows per work item: their products with a panel stay in L1
 constexpr int64_t kDepthChunk = 192;         // inputs per partial sum, which keeps rounding errors small
-static_assert(kDepthChunk <= kMaxRoundedDepth);
 constexpr int64_t kGroupFloats = 96 << 10;   // elements of x in a group of rows: they stay in L2
 constexpr int64_t kMinThreadWork = 1 << 16;  // minimum multiplications per thread
 constexpr int64_t kGrain = 1 << 14;          // minimum elements per thread in row-wise work
@@ -42,23 +41,58 @@ struct Panels {
         inputs(packed.size(1)) {}
 };
 
-// out (rows, kPanel) = x (rows, inputs) times one panel.
-inline void multiply_panel(const float* x, int64_t stride, int64_t rows, const Panels& weight, int64_t panel, float* out) {
-  const auto multiply = [&](const auto* weights, auto kernel) {
-    const auto* from = weights + panel * weight.inputs * kPanel;
-    for (int64_t k = 0; k < weight.inputs; k += kDepthChunk) {
-      const int64_t depth = std::min(kDepthChunk, weight.inputs - k);
-      const auto *part = from + k * kPanel, *next = part + depth * kPanel;
-      kernel(x + k, stride, rows, part, depth, out, kPanel, k > 0, next);
-    }
-  };
-  if (weight.wide != nullptr) {
-    multiply(weight.wide, cpu_kernels().panels.multiply);
-  } else {
-    const auto& kernels = cpu_kernels();
-    multiply(weight.narrow, kernels.rounds ? kernels.panels.multiply_rounded : kernels.panels.multiply_bfloat16);
+// The rows (rows, inputs) of a product with a packed weight, in bfloat16 where products with the weight are of such rows.
+class Rows {
+ public:
+  Rows(const float* x, int64_t rows, const Panels& weight) : x_(x), inputs_(weight.inputs) {
+    const int parts = cpu_kernels().parts;
+    if (weight.narrow == nullptr || parts == 0) return;
+    constexpr int64_t line = 32;  // elements
+    const int64_t stride = (ceil_div(inputs_, line) | 1) * line;  // an odd number: rows begin in different sets of the cache
+    memory_ = at::empty({parts, rows, stride}, at::kBFloat16);
+    auto* first = static_cast<uint16_t*>(memory_.mutable_data_ptr());
+    narrow_ = {first, parts == 2 ? first + rows * stride : nullptr, stride};
+    for_rows(rows, inputs_, [&](int64_t row) {
+      auto* second = parts == 2 ? first + (rows + row) * stride : nullptr;
+      cpu_kernels().panels.narrow_rows(x + row * inputs_, inputs_, 1, inputs_, first + row * stride, second);
+    });
   }
-}
+
+  // out (rows, kPanel) = the rows from `first` on times one panel of the weight
+  void multiply(int64_t first, int64_t rows, const Panels& weight, int64_t panel, float* out) const {
+    const PanelKernels& kernels = cpu_kernels().panels;
+    const int64_t from = panel * inputs_ * kPanel;
+    const auto in_parts = [&](const auto* weights, int64_t longest, const auto& kernel) {
+      for (int64_t k = 0, depth; k < inputs_; k += depth) {
+        depth = std::min(longest, inputs_ - k);
+        const auto* part = weights + from + k * kPanel;
+        // What comes next is in the cache already after the first rows.
+        kernel(k, part, depth, k > 0, first == 0 ? part + depth * kPanel : nullptr);
+      }
+    };
+    const auto with = [&](auto kernel) {
+      return [this, first, rows, out, kernel](int64_t k, const auto* part, int64_t depth, bool add, const auto* next) {
+        kernel(x_ + first * inputs_ + k, inputs_, rows, part, depth, out, kPanel, add, next);
+      };
+    };
+    if (weight.wide != nullptr) {
+      in_parts(weight.wide, kDepthChunk, with(kernels.multiply));
+    } else if (narrow_.first == nullptr) {
+      in_parts(weight.narrow, kDepthChunk, with(kernels.multiply_bfloat16));
+    } else {
+      in_parts(weight.narrow, kernels.narrow_depth,
+               [&](int64_t k, const uint16_t* part, int64_t depth, bool add, const uint16_t* next) {
+                 kernels.multiply_narrow(narrow_.at(first, k), rows, part, depth, out, kPanel, add, next);
+               });
+    }
+  }
+
+ private:
+  const float* x_;
+  int64_t inputs_;
+  at::Tensor memory_;
+  NarrowRows narrow_{};
+};
 
 // Calls work(first row, rows, panel) for all rows and panels, on as many threads as pay off. For a group of rows, a thread
 // processes one panel after another, each with a few rows at a time.
@@ -90,9 +124,10 @@ template <typename Epilogue, typename Add = Nothing>
 void multiply(const float* x, int64_t rows, const at::Tensor& packed, int64_t outputs, const Epilogue& epilogue,
               const Add& add = {}) {
   const Panels weight(packed);
+  const Rows of_x(x, rows, weight);
   for_panels(rows, weight.count, weight.inputs, [&](int64_t first, int64_t count, int64_t panel) {
     alignas(64) float tile[kRowChunk * kPanel];
-    multiply_panel(x + first * weight.inputs, weight.inputs, count, weight, panel, tile);
+    of_x.multiply(first, count, weight, panel, tile);
     add(first, count, panel, tile);
     const int64_t column = panel * kPanel, width = std::min(kPanel, outputs - column);
     for (int64_t r = 0; r < count; ++r) epilogue(first + r, column, width, tile + r * kPanel);
@@ -131,10 +166,12 @@ template <typename AddGate = Nothing, typename AddUp = Nothing>
 void multiply_gated(const float* x, int64_t rows, const at::Tensor& gate, const at::Tensor& up, int64_t outputs, float* out,
                     const AddGate& add_gate = {}, const AddUp& add_up = {}) {
   const Panels gates(gate), ups(up);
+  TORCH_CHECK_VALUE((gates.wide == nullptr) == (ups.wide == nullptr), "the weights of a gate and of what it multiplies differ in dtype");
+  const Rows of_x(x, rows, gates);
   for_panels(rows, gates.count, gates.inputs, [&](int64_t first, int64_t count, int64_t panel) {
     alignas(64) float g[kRowChunk * kPanel], u[kRowChunk * kPanel];
-    multiply_panel(x + first * gates.inputs, gates.inputs, count, gates, panel, g);
-    multiply_panel(x + first * gates.inputs, gates.inputs, count, ups, panel, u);
+    of_x.multiply(first, count, gates, panel, g);
+    of_x.multiply(first, count, ups, panel, u);
     add_gate(first, count, panel, g);
     add_up(first, count, panel, u);
     cpu_kernels().panels.gate(g, u, count * kPanel);

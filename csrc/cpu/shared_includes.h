@@ -13,3 +13,4 @@
 #include <cstring>
 #include <limits>
 #include <utility>
+#include <vector>

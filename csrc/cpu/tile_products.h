@@ -67,12 +67,12 @@ class TileProducts {
   void logits(const Tensor& h, const Tensor& w, float* out, int64_t width) {
     const bool narrow = w.scalar_type() == at::kBFloat16;
     const float* x = h.const_data_ptr<float>();
-    if (!packed_.defined() && narrow) {
-      const PanelKernels& panels = cpu_kernels().panels;
-      if (cpu_kernels().rounds) {
-        const Tensor rounded = at::empty({h.size(0), dim_}, at::kBFloat16);
-        panels.round_rows(x, h.stride(0), h.size(0), dim_, static_cast<uint16_t*>(rounded.mutable_data_ptr()));
-        panels.dot_rounded(bfloat16_data(rounded), h.size(0), bfloat16_data(w), w.size(0), dim_, out, width);
+    const PanelKernels& panels = cpu_kernels().panels;
+    const int parts = narrow ? cpu_kernels().parts : 0;
+    const NarrowRows rows = parts == 0 ? NarrowRows{} : narrowed(h, parts);
+    if (narrow && (!packed_.defined() || (parts > 0 && panels.dots_of_many))) {
+      if (parts > 0) {
+        panels.dot_narrow(rows, h.size(0), bfloat16_data(w), w.size(0), dim_, out, width);
       } else {
         panels.dot_bfloat16(x, h.stride(0), h.size(0), bfloat16_data(w), w.size(0), dim_, out, width);
       }
@@ -87,15 +87,17 @@ class TileProducts {
     const void* from = packed_.const_data_ptr();
     for_chunks(dim_, [&](int64_t first, int64_t depth) {
       for (int64_t panel = 0; panel < panels_of(w.size(0)); ++panel) {
+        const int64_t at = (panel * dim_ + first) * kPanel;
+        float* to = out + panel * kPanel;
         const auto multiply = [&](const auto* weights, auto kernel) {
-          kernel(x + first, h.stride(0), h.size(0), weights + (panel * dim_ + first) * kPanel, depth, out + panel * kPanel, width,
-                 first > 0, nullptr);
+          kernel(x + first, h.stride(0), h.size(0), weights + at, depth, to, width, first > 0, nullptr);
         };
-        if (narrow) {
-          const PanelKernels& panels = cpu_kernels().panels;
-          multiply(static_cast<const uint16_t*>(from), cpu_kernels().rounds ? panels.multiply_rounded : panels.multiply_bfloat16);
+        if (parts > 0) {
+          panels.multiply_narrow(rows.at(0, first), h.size(0), static_cast<const uint16_t*>(from) + at, depth, to, width, first > 0, nullptr);
+        } else if (narrow) {
+          multiply(static_cast<const uint16_t*>(from), panels.multiply_bfloat16);
         } else {
-          multiply(static_cast<const float*>(from), cpu_kernels().panels.multiply);
+          multiply(static_cast<const float*>(from), panels.multiply);
         }
       }
     });
@@ -144,6 +146,16 @@ class TileProducts {
   void invalidate() { packed_for_ = nullptr; }
 
  private:
+  // Rows (C, D) in bfloat16, in memory that the next call reuses.
+  NarrowRows narrowed(const Tensor& h, int parts) {
+    const int64_t size = h.size(0) * dim_;
+    if (!narrow_.defined() || narrow_.numel() < parts * size) narrow_ = at::empty({parts * size}, at::kBFloat16);
+    auto* first = static_cast<uint16_t*>(narrow_.mutable_data_ptr());
+    auto* second = parts == 2 ? first + size : nullptr;
+    cpu_kernels().panels.narrow_rows(h.const_data_ptr<float>(), h.stride(0), h.size(0), dim_, first, second);
+    return {first, second, dim_};
+  }
+
   void pack_columns(const Tensor& w) {
     if (packed_for_ == w.const_data_ptr() && by_columns_) return;
     float* to = packed_.mutable_data_ptr<float>();
@@ -175,7 +187,7 @@ class TileProducts {
   }
 
   int64_t dim_;
-  Tensor packed_, edge_;
+  Tensor packed_, edge_, narrow_;
   const void* packed_for_ = nullptr;
   bool by_columns_ = false;
 };

@@ -21,8 +21,8 @@ def unavailable() -> str | None:
     Raises:
         ValueError: The environment variable ``ALIGNPRO_CPU_BFLOAT16`` has an unknown value.
     """
-    if (asked := os.environ.get(_STATES, "widened")) not in ("widened", "rounded"):
-        raise ValueError(f"{_STATES} is {asked!r}: expected widened or rounded")
+    if (asked := os.environ.get(_STATES, "")) not in ("", "widened", "rounded", "split"):
+        raise ValueError(f"{_STATES} is {asked!r}: expected widened, rounded or split")
     try:
         torch.ops.load_library(str(library()))
     except (BuildError, OSError) as error:
@@ -36,12 +36,13 @@ def instructions() -> str:
     return str(torch.ops.alignpro.cpu_instructions())
 
 
-def rounds_states() -> bool:
-    """Return whether states are rounded to bfloat16 for products with weights in bfloat16. The library must be loaded.
+def state_parts() -> int:
+    """Return how states are multiplied by weights in bfloat16: as sums of one or two bfloat16, or 0, as float32.
 
-    The environment variable ``ALIGNPRO_CPU_BFLOAT16=rounded`` asks for it before the library is loaded.
+    The environment variable ``ALIGNPRO_CPU_BFLOAT16`` (rounded, split or widened) chooses before the library is loaded; without it,
+    states are split in two where AMX multiplies them. The library must be loaded.
     """
-    return bool(torch.ops.alignpro.cpu_rounds())
+    return int(torch.ops.alignpro.cpu_state_parts())
 
 
 def _register_fakes() -> None:

@@ -25,7 +25,12 @@ PYTORCH_NAMES = {
     "amx": "avx512",
 }
 """Our names → PyTorch's names, ascending on each processor."""
-FEWER = ["generic", "avx2"]
+FEWER = ["generic", "avx2", "avx512"]
+
+
+def splits_states() -> bool:
+    """Whether states are split in two for products with weights in bfloat16, as they are where AMX multiplies them."""
+    return cpp_library.unavailable() is None and cpp_library.state_parts() == 2
 
 
 def run_with(instructions: str, *arguments: str) -> None:
@@ -38,7 +43,11 @@ def run_with(instructions: str, *arguments: str) -> None:
     if ranks.index(instructions) >= ranks.index(here := cpp_library.instructions()):
         pytest.skip(f"{instructions}: the other tests run with {here}")
     command = [sys.executable, __file__, instructions, *arguments]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": PYTORCH_NAMES[instructions], "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "ATEN_CPU_CAPABILITY": PYTORCH_NAMES[instructions],
+        "ALIGNPRO_CPU_BFLOAT16": "widened",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 

@@ -51,6 +51,17 @@ std::vector<uint16_t> narrow(const std::vector<float>& values) {
   return found;
 }
 
+// Rows in bfloat16, of one part or two, with memory for them.
+struct Narrow {
+  std::vector<uint16_t> first, second;
+  int64_t parts, depth;
+  Narrow(const std::vector<float>& x, int64_t rows, int64_t depth, int64_t parts)
+      : first(x.size()), second(x.size()), parts(parts), depth(depth) {
+    kPanelKernels.narrow_rows(x.data(), depth, rows, depth, first.data(), parts == 2 ? second.data() : nullptr);
+  }
+  NarrowRows rows() const { return {first.data(), parts == 2 ? second.data() : nullptr, depth}; }
+};
+
 // The same with a panel in bfloat16, for an even depth: input k of output j is at (k / 2, j, k % 2).
 template <typename Multiply>
 void run_multiply_bfloat16(int64_t rows, int64_t depth, const Multiply& multiply) {
@@ -63,8 +74,21 @@ void run_multiply_bfloat16(int64_t rows, int64_t depth, const Multiply& multiply
     }
   }
   std::vector<float> out(static_cast<size_t>(rows * kPanel), 1.0f);
-  multiply(x.data(), depth, rows, panel.data(), depth, out.data(), kPanel, true, nullptr);
+  multiply(x, panel.data(), out.data());
   write(out);
+}
+
+using MultiplyNarrow = decltype(PanelKernels::multiply_narrow);
+void run_multiply_narrow(int64_t rows, int64_t depth, int64_t parts, MultiplyNarrow multiply) {
+  run_multiply_bfloat16(rows, depth, [&](const std::vector<float>& x, const uint16_t* panel, float* out) {
+    multiply(Narrow(x, rows, depth, parts).rows(), rows, panel, depth, out, kPanel, true, nullptr);
+  });
+}
+
+void run_widened(int64_t rows, int64_t depth) {
+  run_multiply_bfloat16(rows, depth, [&](const std::vector<float>& x, const uint16_t* panel, float* out) {
+    kPanelKernels.multiply_bfloat16(x.data(), depth, rows, panel, depth, out, kPanel, true, nullptr);
+  });
 }
 
 void run_dot_bfloat16(int64_t rows, int64_t outputs, int64_t depth) {
@@ -75,13 +99,12 @@ void run_dot_bfloat16(int64_t rows, int64_t outputs, int64_t depth) {
   write(out);
 }
 
-void run_dot_rounded(int64_t rows, int64_t outputs, int64_t depth) {
+using DotNarrow = decltype(PanelKernels::dot_narrow);
+void run_dot_narrow(int64_t rows, int64_t outputs, int64_t depth, int64_t parts, DotNarrow dot) {
   const auto x = read<float>(rows * depth);
   const auto w = narrow(read<float>(outputs * depth));
-  std::vector<uint16_t> rounded(x.size());
-  kPanelKernels.round_rows(x.data(), depth, rows, depth, rounded.data());
   auto out = zeros(rows * outputs);
-  kPanelKernels.dot_rounded(rounded.data(), rows, w.data(), outputs, depth, out.data(), outputs);
+  dot(Narrow(x, rows, depth, parts).rows(), rows, w.data(), outputs, depth, out.data(), outputs);
   write(out);
 }
 
@@ -218,10 +241,11 @@ int main(int argc, char** argv) {
   size.resize(5);
   if (kernel == "multiply") run_multiply(size[0], size[1], false);
   else if (kernel == "multiply_transposed") run_multiply(size[0], size[1], true);
-  else if (kernel == "multiply_bfloat16") run_multiply_bfloat16(size[0], size[1], kPanelKernels.multiply_bfloat16);
-  else if (kernel == "multiply_rounded") run_multiply_bfloat16(size[0], size[1], kPanelKernels.multiply_rounded);
-  else if (kernel == "multiply_amx") run_multiply_bfloat16(size[0], size[1], multiply_amx);
-  else if (kernel == "dot_rounded") run_dot_rounded(size[0], size[1], size[2]);
+  else if (kernel == "multiply_bfloat16") run_widened(size[0], size[1]);
+  else if (kernel == "multiply_narrow") run_multiply_narrow(size[0], size[1], size[2], kPanelKernels.multiply_narrow);
+  else if (kernel == "multiply_amx") run_multiply_narrow(size[0], size[1], size[2], multiply_amx);
+  else if (kernel == "dot_narrow") run_dot_narrow(size[0], size[1], size[2], size[3], kPanelKernels.dot_narrow);
+  else if (kernel == "dot_amx") run_dot_narrow(size[0], size[1], size[2], size[3], dot_amx);
   else if (kernel == "dot_bfloat16") run_dot_bfloat16(size[0], size[1], size[2]);
   else if (kernel == "project") run_project(size[0], size[1], size[2]);
   else if (kernel == "pack") run_pack(size[0], size[1]);

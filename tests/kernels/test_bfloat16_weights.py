@@ -6,7 +6,7 @@ import pytest
 import torch
 from decoder_problems import Decoder, Sequence
 from fast_backends import FAST, OPERATORS
-from fewer_instructions import FEWER, run_with
+from fewer_instructions import FEWER, run_with, splits_states
 from head_problems import Problem, run
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from alignpro_kernels import LoRA, backends, linear_logprob, linear_sample
 from alignpro_kernels.linear import pack_weight, packed_gate, packed_linear
 
 pytestmark = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
+of_widened = pytest.mark.skipif(splits_states(), reason="runs with avx512, below: by AMX, states are split")
 SHAPES = [(33, 24), (96, 160), (70, 576)]
 """Outputs and inputs: partial panels, and several chunks of inputs of different lengths."""
 
@@ -22,6 +23,7 @@ def narrow(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
+@of_widened
 @pytest.mark.parametrize("rows", [1, 2, 7, 40, 300])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_products_have_the_bits_of_float32(rows: int, outputs: int, inputs: int) -> None:
@@ -59,6 +61,7 @@ def test_an_odd_number_of_inputs_is_refused() -> None:
         packed_gate(torch.randn(1, 8), pack_weight(narrow(4, 8)), pack_weight(narrow(4, 8).float()), 4)
 
 
+@of_widened
 def test_a_decoder_has_the_bits_of_float32() -> None:
     decoder = Decoder(dim=64, heads=4, kv_heads=2, head_dim=16, inner=96, rotary=16, all_biases=True, bias=True)
     narrow, wide = decoder.packed(torch.bfloat16), decoder.packed(torch.bfloat16, torch.float32)
@@ -83,6 +86,7 @@ def test_a_head_in_bfloat16_takes_float32_states(operator: str, backend: str, ro
         assert error < (5e-3 if name in of_weights else 3e-5), name  # whose gradients are rounded to bfloat16
 
 
+@of_widened
 @pytest.mark.parametrize("rows", [1, 3, 20, 60])
 def test_samples_are_those_of_the_head_in_float32(rows: int) -> None:
     weight, hidden, seeds = narrow(1001, 96), torch.randn(rows, 96), torch.arange(rows)
@@ -102,7 +106,8 @@ def test_dtypes_that_are_not_widened_are_refused() -> None:
         linear_logprob(torch.randn(3, 8), weight, target, lora=lora)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("instructions", FEWER)
+@pytest.mark.parametrize(
+    "instructions", [each if each == "avx512" else pytest.param(each, marks=pytest.mark.slow) for each in FEWER]
+)
 def test_older_instruction_sets(instructions: str) -> None:
     run_with(instructions, __file__, "-m", "not slow")

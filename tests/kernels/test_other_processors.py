@@ -93,14 +93,20 @@ def test_products_with_weights_in_bfloat16(kernel: Kernel, rows: int, depth: int
     assert_close(kernel("dot_bfloat16", rows, 5, depth - 1, inputs=[x[:, 1:].copy(), w]), x[:, 1:] @ w.T)
 
 
-@pytest.mark.parametrize(("rows", "outputs", "depth"), [(1, 2, 2), (7, 9, 34), (13, 17, 96), (39, 8, 190)])
-def test_products_of_rows_that_are_rounded_to_bfloat16(kernel: Kernel, rows: int, outputs: int, depth: int) -> None:
-    x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(1)).numpy()
-    x[0, :2] = 1.00390625, 1.01171875  # ties: to 1 and to 1.015625
-    rounded, panel, w = torch.tensor(x).bfloat16().double().numpy(), normal(depth, 32), normal(outputs, depth)
-    for name in ("multiply_rounded", "multiply_amx"):  # that in an emulation
-        assert_close(kernel(name, rows, depth, inputs=[x, panel]), 1 + rounded @ panel)
-    assert_close(kernel("dot_rounded", rows, outputs, depth, inputs=[x, w]), rounded @ w.T)
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "depth"), [(1, 2, 2), (7, 9, 34), (16, 32, 64), (13, 17, 96), (39, 40, 190)]
+)
+def test_products_of_rows_in_bfloat16(kernel: Kernel, rows: int, outputs: int, depth: int, parts: int) -> None:
+    x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(1))
+    x[0, :2] = torch.tensor([1.00390625, 1.01171875])  # ties: to 1 and to 1.015625
+    first = x.bfloat16()
+    narrow = first.double() + ((x - first.float()).bfloat16().double() if parts == 2 else 0)
+    panel, w = normal(depth, 32), normal(outputs, depth)
+    for name in ("multiply_narrow", "multiply_amx"):  # that in an emulation
+        assert_close(kernel(name, rows, depth, parts, inputs=[x.numpy(), panel]), 1 + narrow.numpy() @ panel)
+    for name in ("dot_narrow", "dot_amx"):
+        assert_close(kernel(name, rows, outputs, depth, parts, inputs=[x.numpy(), w]), narrow.numpy() @ w.T)
 
 
 @pytest.mark.parametrize("outputs", [32, 9])

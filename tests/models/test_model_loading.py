@@ -61,7 +61,7 @@ class TestLoading:
         assert load(model_directory("llama")).causal.dtype == torch.float32  # whose files are
         narrow, wide = load(stored), load(stored, dtype="float32")
         assert (narrow.causal.dtype, narrow.states_dtype) == (torch.bfloat16, torch.float32)
-        assert (head_logits(narrow) - head_logits(wide)).abs().max() < 1e-5
+        assert (head_logits(narrow) - head_logits(wide)).abs().max() < 1e-4
         assert load(save_tiny("gpt2", tmp_path / "gpt2", dtype=torch.bfloat16)).causal.dtype == torch.float32
         monkeypatch.setattr(loading, "no_kernels", lambda: "there is no compiler")
         assert load(stored).causal.dtype == torch.float32

@@ -17,7 +17,7 @@ from tiny_models import tiny_transformer, tokenizer
 from alignpro.models.language_model import LanguageModel
 from alignpro_kernels import cpp_library
 LanguageModel(tiny_transformer("llama").to(torch.bfloat16), tokenizer("llama"), "m")
-assert cpp_library.rounds_states()
+assert cpp_library.state_parts() == 1
 """
 
 

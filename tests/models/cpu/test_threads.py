@@ -70,6 +70,7 @@ def test_a_quota_limits_the_threads_unless_the_user_has(
         threads.set_environment()
         assert environment.get("OMP_NUM_THREADS") == (own or expected)
         assert environment["OMP_WAIT_POLICY"] == ("ACTIVE" if own else "PASSIVE")
+        assert environment.get("GOMP_SPINCOUNT") == (None if own else "600")
 
 
 def test_the_command_settles_it_before_torch_is_loaded() -> None:
@@ -78,6 +79,6 @@ def test_the_command_settles_it_before_torch_is_loaded() -> None:
         "sys.argv = ['alignpro', '--help']; import alignpro.__main__ as m\n"
         "try: m.main()\nexcept SystemExit: print(os.environ['OMP_WAIT_POLICY'])"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip().endswith("PASSIVE")

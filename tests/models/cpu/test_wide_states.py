@@ -18,11 +18,13 @@ from alignpro.models.cpu.packed_linear import PackedLinear
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.sequences import SequenceBatch
 from alignpro.training.backend import TorchBackend
-from alignpro_kernels import backends, linear_logprob
+from alignpro_kernels import backends, cpp_library, linear_logprob
 
 pytestmark = pytest.mark.skipif("no C++ compiler found" in (backends()["cpp"] or ""), reason="no C++ compiler")
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "phi3"]
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9]]
+CLOSE = 1e-4 if cpp_library.unavailable() is None and cpp_library.state_parts() == 2 else 1e-5
+"""Of log-probabilities: where AMX multiplies, states have 16 significant bits."""
 
 
 def widened(model: LanguageModel) -> LanguageModel:
@@ -53,12 +55,12 @@ def test_states_are_those_of_float32(architecture: str) -> None:
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     (tokens, logprobs), (expected_tokens, expected) = draw(model), draw(wide)
     assert tokens == expected_tokens
-    assert list(chain.from_iterable(logprobs)) == pytest.approx(list(chain.from_iterable(expected)), abs=1e-5)
+    assert list(chain.from_iterable(logprobs)) == pytest.approx(list(chain.from_iterable(expected)), abs=CLOSE)
     batch = batch_of(tokens)
     states = model.action_states(batch)
     assert states.dtype == torch.float32
     # Narrow layers in float32 are not packed, and so have another order of additions.
-    torch.testing.assert_close(states, wide.action_states(batch), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states, wide.action_states(batch), rtol=CLOSE, atol=CLOSE)
 
 
 def test_an_embedding_that_is_scaled_in_bfloat16_stays_so() -> None:
@@ -94,7 +96,7 @@ def test_sampling_and_training_compute_the_same_before_and_after_an_update(adapt
         batch = batch_of(tokens)
         head = model.head
         values = linear_logprob(model.action_states(batch), head.weight, batch.targets, **head.options).logprob
-        assert (values - torch.tensor(list(chain.from_iterable(drawn)))).abs().max() < 1e-5
+        assert (values - torch.tensor(list(chain.from_iterable(drawn)))).abs().max() < CLOSE
         weights = [weight.clone() for weight in backend.weights.values()]
         assert previous is None or any(not torch.equal(a, b) for a, b in zip(weights, previous, strict=True))
         previous = weights
@@ -109,7 +111,7 @@ def test_an_adapter_on_the_embedding_and_the_head_leaves_the_states_wide() -> No
     tokens, drawn = draw(model)
     batch, head = batch_of(tokens), model.head
     values = linear_logprob(model.action_states(batch), head.weight, batch.targets, **head.options).logprob
-    assert (values - torch.tensor(list(chain.from_iterable(drawn)))).abs().max() < 1e-5
+    assert (values - torch.tensor(list(chain.from_iterable(drawn)))).abs().max() < CLOSE
 
 
 def test_gradients_are_those_of_float32_rounded_once() -> None:
