@@ -147,7 +147,8 @@ def agree(logits: Tensor, expected: Tensor, model: PreTrainedModel, dtype: torch
     """Whether two computations of the logits of N tokens, (N, V) float32, differ by no more than rounding in ``dtype``.
 
     A fine-tuned model may amplify rounding a thousand times at a token here and there, so one token in six may differ by a
-    percent in float32, and in 16 bits by four times what is usual. A mask or a position that is treated differently shows in more tokens, or by more.
+    percent in float32, and in 16 bits by four times what is usual. A mask or a position that is treated differently shows in
+    more tokens, or by more.
     """
     # Each layer adds rounding errors of its own: 0.6 · eps · √layers were measured on random models.
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)

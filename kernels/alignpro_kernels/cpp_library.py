@@ -39,8 +39,8 @@ def instructions() -> str:
 def state_parts() -> int:
     """Return how states are multiplied by weights in bfloat16: as sums of one or two bfloat16, or 0, as float32.
 
-    The environment variable ``ALIGNPRO_CPU_BFLOAT16`` (rounded, split or widened) chooses before the library is loaded; without it,
-    states are split in two where AMX multiplies them. The library must be loaded.
+    The environment variable ``ALIGNPRO_CPU_BFLOAT16`` (rounded, split or widened) chooses before the library is loaded;
+    without it, states are split in two where AMX multiplies them. The library must be loaded.
     """
     return int(torch.ops.alignpro.cpu_state_parts())
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "600"}
-"""How threads wait for each other. A wait of 600 turns is some 20 to 40 µs: shorter than waking a thread takes on a virtual machine."""
+"""How threads wait for each other. 600 turns are some 20 to 40 µs, in which most waits end; to wake a thread takes longer on a
+virtual machine."""
 
 
 def set_environment() -> None:
