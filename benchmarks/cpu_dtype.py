@@ -1,8 +1,8 @@
-"""python -m benchmarks.cpu_dtype: a model in bfloat16 beside float32 on a CPU: decode steps, memory, log-probabilities.
+"""python -m benchmarks.cpu_dtype: a model in bfloat16 beside float32 on a CPU: steps, memory, log-probabilities, gradients.
 
 Each dtype decodes in a process of its own. Log-probabilities of drawn tokens are compared with those of the model's float32
-weights in float64, of transformers in bfloat16 too; and what sampling recorded with what training computes, before and after an
-update of all weights.
+weights in float64, of transformers in bfloat16 too; the gradient of their mean by all weights with that of the same weights in
+float32; and what sampling recorded with what training computes, before and after an update of all weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.session import Session
 from benchmarks.table import print_table
 
 DTYPES = ("float32", "bfloat16")
-BATCHES = (1, 8, 32)
+BATCHES = (1, 8, 32, 128)
 PROMPT_TOKENS = 32
 
 app = command.new_app()
@@ -113,6 +113,8 @@ def accuracy(path: Path, new: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"computed by": f"ours, {dtype}"} | errors(
             trained_logprobs(model, batch).detach().double(), exact
         )
+        if dtype != "float32":
+            row["gradient cosine"] = cosine(gradient(model, batch), gradient(rounded_once(path, model.causal.dtype), batch))
         found.append(row | sampler_difference(model, new))
         del model  # before the next one is loaded
     return [row | {key: row.get(key) for key in found[-1]} for row in found]
@@ -134,6 +136,34 @@ def sampler_difference(model: LanguageModel, new: int) -> dict[str, float]:
             backend.backward(-trained.mean())
             backend.step()
     return result
+
+
+def gradient(model: LanguageModel, batch: SequenceBatch) -> list[Tensor]:
+    """The gradient of the mean log-probability by all weights."""
+    model.requires_grad_(True)
+    trained_logprobs(model, batch).mean().backward()
+    found = [weight.grad for weight in model.causal.parameters() if weight.grad is not None]
+    model.causal.zero_grad(set_to_none=True)
+    return found
+
+
+def cosine(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The cosine of the angle between two gradients."""
+
+    def product(a: list[Tensor], b: list[Tensor]) -> float:
+        return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+
+    return product(found, expected) / (product(found, found) * product(expected, expected)) ** 0.5
+
+
+@torch.no_grad()
+def rounded_once(path: Path, dtype: torch.dtype) -> LanguageModel:
+    """A float32 model with the weights of one in ``dtype``."""
+    model = load(path, "float32")
+    for weight in model.causal.parameters():
+        weight.copy_(weight.to(dtype))
+    model.weights_updated()
+    return model
 
 
 def errors(found: Tensor, exact: Tensor) -> dict[str, float]:
