@@ -110,11 +110,12 @@ def sample_rewrites(
         training, _ = split_for_training(load_prompts(each.data).prompts, each.data, 0)
         fitting.append(filter_overlong_prompts(training, template.encode, min(each.prompting.max_prompt_tokens, limit)))
     inputs = [template.encode(prompt) for prompt in equal_shares(fitting, prompts)]
+    models = [reference, *prompters]
+    rewrites = max(rewrites, len(models))
     params = sampling_params(config.rollout.rewrite, rewrites)
     params = SamplingParams(**vars(params) | {"stop_token_ids": template.stop_token_ids})
     seeds = [derive_seed(seed, "mix", i) for i in range(len(inputs))]
-    models = [reference, *prompters]
-    counts = [max(1, (rewrites + i) // len(models)) for i in range(len(models))]
+    counts = [(rewrites + i) // len(models) for i in range(len(models))]
     groups: list[list[Completion]] = [[] for _ in inputs]
     for k, (model, count) in enumerate(zip(models, counts, strict=True)):
         own = [derive_seed(each, "model", k) for each in seeds]

@@ -176,6 +176,13 @@ def test_prompts_of_several_runs_count_once_and_are_as_many_as_was_asked_for(
     assert mix(runs, tmp_path / "all", prompts=500, rewrites=3)["prompts"] < 500
 
 
+def test_the_gap_is_of_as_many_rewrites_as_the_summary_says(model_directory: Directory, tmp_path: Path) -> None:
+    """One of each model, if fewer were asked for; of a single model, all count."""
+    runs = two_runs(tmp_path, model_directory)
+    found = mix(runs, tmp_path / "mixed", weights=[1, 0], prompts=2, rewrites=2)
+    assert found["rewrites"] == found["gap_to_whole_rewrites"]["effective_sample_size"] == 3
+
+
 @pytest.mark.parametrize(("sizes", "shared", "count"), [((9, 9, 9), 0, 7), ((9, 2, 9), 0, 12), ((9, 9), 6, 10)])
 def test_each_run_gives_an_equal_share_of_the_prompts(sizes: tuple[int, ...], shared: int, count: int) -> None:
     common = [Prompt.from_text(f"shared {i}") for i in range(shared)]
