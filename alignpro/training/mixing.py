@@ -119,7 +119,8 @@ def load_mixed(runs: Sequence[MixedRun]) -> tuple[list[LanguageModel], LanguageM
 
 def _write_model(runs: Sequence[MixedRun], weights: Sequence[float], model: Path, *, one_model: bool) -> None:
     first, final = runs[0], model.absolute()
-    mixture = Mixture(tuple(run.mixture.prompters[0] for run in runs), tuple(weights), first.mixture.reference)
+    reference = None if first.mixture.reference is None else first.reference_path
+    mixture = Mixture(tuple(run.mixture.prompters[0] for run in runs), tuple(weights), reference)
 
     def write(directory: Path) -> None:
         if one_model:

@@ -191,3 +191,17 @@ def test_each_run_gives_an_equal_share_of_the_prompts(sizes: tuple[int, ...], sh
     assert len(chosen) == count
     taken = [len(chosen & {prompt.id for prompt in each}) for each in sets if len(each) > 2]
     assert max(taken) - min(taken) <= 1
+
+
+def test_a_mixture_is_read_from_any_directory(
+    model_directory: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference's path is in the runs' configurations as it was given, which may be from another directory."""
+    runs, start = two_runs(tmp_path, model_directory), model_directory("qwen2")
+    for run in runs:
+        change(run, "policy.path", start.name)
+    monkeypatch.chdir(start.parent)
+    mix(runs, tmp_path / "mixed", prompts=1, rewrites=3)
+    monkeypatch.chdir(tmp_path)
+    half = Rewriter.load(tmp_path / "mixed", strength=0.5).engine.models["policy"]
+    assert isinstance(half, MixedModel) and half.weights == (0.25, 0.25, 0.5)
