@@ -122,6 +122,7 @@ class Rewriter:
                 if the run's configuration says so.
 
         Raises:
+            ConfigError: The strength is not from 0 to 2.
             ModelError: The directory holds no finished run of a prompter, or none with one target, or it needs
                 ``trust_remote_code`` or ``trust_endpoint``.
             EndpointError: The target's server cannot be used.
