@@ -80,6 +80,8 @@ def test_candidates_correct_a_mixture_and_nothing_else(
         main(["rewrite", *TEXTS, "--run", str(tmp_path), *given])
     pairs = [(text, each.rewrite) for text, group in zip(TEXTS, groups, strict=True) for each in group]
     assert "".join(f"{text}\t{rewrite}\n" for text, rewrite in pairs) in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="4 rewrites of 2 candidates: some would be given twice"):
+        half.rewrite(TEXTS, n=4, temperature=1.0, candidates=2)
     with pytest.raises(ConfigError, match="set a temperature above 0"):
         half.rewrite(TEXTS, candidates=8)
     with pytest.raises(ConfigError, match="is a single one, whose samples are exact"):
