@@ -17,6 +17,7 @@ from alignpro.demo.world import prompt_records, write_records
 from alignpro.errors import ConfigError, ModelError, TrainingError
 from alignpro.evaluation import pareto
 from alignpro.evaluation.pareto import compare_mixtures, told_apart
+from alignpro.training.mixing import mix
 
 Directory = Callable[[str], Path]
 REWARDS = """
@@ -128,6 +129,23 @@ def test_a_mixture_that_was_made_is_a_point_beside_both_alone(
         compare_mixtures([three[1], three[0]], tmp_path / "other", trained={}, mixed=[made])
     with pytest.raises(ModelError, match="not a run directory that `alignpro mix` has made of two runs"):
         compare_mixtures(three[:2], tmp_path / "other", trained={}, mixed=[three[0]])
+
+
+def test_of_a_mixture_that_was_made_one_model_that_model_is_measured(three: list[Path], tmp_path: Path) -> None:
+    """Its rewrites are not those of the mixture, which it approximates."""
+    made = tmp_path / "one"
+    summary = mix(three[:2], made, weights=[0.7, 0.3], one_model=True, prompts=2, rewrites=3)
+    found = compare_mixtures(three[:2], tmp_path / "out", trained={}, mixed=[made], weights=[0.3], prompts=3)
+    places = [(each["series"], each["weight"]) for each in found["points"]]
+    assert places == [("mixture", 0.0), ("mixture", 0.3), ("mixture", 1.0), ("one model", 0.3)]
+    kl = {place: each["kl"]["value"] for place, each in zip(places, found["points"], strict=True)}
+    assert summary["gap_of_one_model"]["kl"] > 0 and kl["mixture", 0.3] != kl["one model", 0.3]
+    (mixed,) = found["mixed"]
+    assert mixed["series"] == "one model"
+    least = {
+        place: min(one["value"] for one in each["rewards"]) for place, each in zip(places, found["points"], strict=True)
+    }
+    assert mixed["least_reward_above"][0]["value"] == pytest.approx(least["one model", 0.3] - least["mixture", 0.0])
 
 
 def test_what_cannot_be_compared_is_named(three: list[Path], tmp_path: Path) -> None:
