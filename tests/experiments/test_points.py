@@ -96,3 +96,27 @@ def test_a_prior_has_one_way_of_prompting() -> None:
     prompters = {"small": {"policy": {"path": "models/small"}, "prior": {"data": {"source": "pairs.jsonl"}}}}
     with pytest.raises(ConfigError, match=r"prompters.small.prior is made once"):
         sweep({"parameters": {"prompting.meta_prompt": ["default"]}}, prompters=prompters)
+
+
+def test_a_key_that_a_method_sets_itself_makes_no_points_of_it() -> None:
+    """Its trainings would be the same, under the names of other values."""
+    own = {
+        "kind": "train",
+        "settings": {"objective": {"kl": {"coef": 0.2}}, "rollout": {"rewrite": {"temperature": 0.7}}},
+    }
+    methods = {"align_pro": {"kind": "train"}, "own": own, "gibbs": {"kind": "gibbs", "candidates": [4]}}
+    points = points_of(sweep({"parameters": {"kl_coef": [0.05, 0.1]}}, methods=methods))
+    assert list(points) == ["align_pro", "gibbs"]
+    of_both = {"parameters": {"rewrite.temperature": [0.5, 1.0], RATE: [1e-4, 1e-3]}}
+    assert [point.name for point in points_of(sweep(of_both, methods=methods))["own"]] == [
+        "learning_rate=0.0001",
+        "learning_rate=0.001",
+    ]
+    train = {"objective": {"kl": {"coef": 0.3}}}
+    assert list(points_of(sweep({"parameters": {"kl_coef": [0.05]}}, methods=methods, train=train))) == ["gibbs"]
+    with pytest.raises(
+        ConfigError, match=r"kl_coef: concerns none of the methods: `train`, `rlhf` or .* own settings have"
+    ):
+        sweep({"parameters": {"kl_coef": [0.05]}}, methods={"own": own})
+    part = {"parameters": {"train.objective": [{"kl": {"estimator": "k1"}}, {"kl": {"estimator": "exact"}}]}}
+    assert len(points_of(sweep(part, methods={"own": own}))["own"]) == 2
