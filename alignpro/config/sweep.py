@@ -39,15 +39,21 @@ class RangeConfig(Section):
             raise ValueError(f"low={self.low:g} is not below high={self.high:g}")
         if self.scale == "log" and self.low <= 0:
             raise ValueError(f"low={self.low:g}: a logarithmic scale needs positive bounds")
+        for name in ("low", "high"):
+            if self.integer and not float(getattr(self, name)).is_integer():
+                raise ValueError(f"{name}={getattr(self, name):g}: whole numbers need bounds that are whole")
         return self
 
     def at(self, share: float) -> int | float:
-        """The value at a share of the way from low to high, to 4 significant digits."""
+        """The value at a share of the way from low to high, to 4 significant digits; the bounds themselves to all of theirs."""
         if self.scale == "log":
             value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
         else:
             value = self.low + share * (self.high - self.low)
-        return round(value) if self.integer else float(f"{value:.4g}")
+        if self.integer:
+            return round(value)
+        ends = {0.0: self.low, 1.0: self.high}
+        return ends.get(share, min(max(float(f"{value:.4g}"), self.low), self.high))
 
 
 def _kind(value: Any) -> str:

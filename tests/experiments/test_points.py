@@ -68,6 +68,14 @@ def test_a_range_of_whole_numbers_has_whole_numbers() -> None:
     assert [RangeConfig(low=1, high=8, integer=True).at(share) for share in (0.0, 0.49, 1.0)] == [1, 4, 8]
 
 
+def test_the_values_of_a_range_are_within_its_bounds_which_a_grid_includes() -> None:
+    """4 significant digits of them would be outside."""
+    spread = RangeConfig(low=0.000123454, high=0.123456, scale="log")
+    assert [spread.at(share) for share in (0.0, 1.0)] == [0.000123454, 0.123456]
+    assert spread.low <= spread.at(1e-9) and spread.at(1 - 1e-9) == spread.high  # 0.1235 is above it
+    assert spread.at(0.5) == 0.003904
+
+
 @pytest.mark.parametrize(
     ("search", "message"),
     [
@@ -76,6 +84,10 @@ def test_a_range_of_whole_numbers_has_whole_numbers() -> None:
         ({"parameters": {"kl_coef": {"low": 0.1, "high": 1.0}}}, "needs `count`"),
         ({"parameters": {"kl_coef": {"low": 1.0, "high": 0.1}}}, "low=1 is not below high=0.1"),
         ({"parameters": {"kl_coef": {"low": 0.0, "high": 0.1, "scale": "log"}}}, "positive bounds"),
+        (
+            {"parameters": {"train.run.steps": {"low": 1.4, "high": 3, "integer": True, "count": 2}}},
+            "low=1.4: whole numbers need",
+        ),
         ({"parameters": {"kl_coef": [0.1]}, "search": "random"}, "needs `points`"),
         ({"parameters": {"kl_coef": [0.1]}, "points": 3}, "search=random"),
         ({"parameters": {"rlhf.run.steps": [3]}}, "concerns none of the methods"),
