@@ -122,8 +122,8 @@ def _of_method(
     alone = is_mixture(config, target) and bool(config.transfer_targets)
     if isinstance(method, RLHFMethod) and "path" not in config.targets[target]:
         return  # it is behind a server, or several targets: what cannot be trained has no oracle
-    if alone and not isinstance(method, TrainMethod):
-        return  # each of its targets is evaluated by itself
+    if alone and not (isinstance(method, TrainMethod) and method.transfer):
+        return  # each of its targets is evaluated by itself, which is what transfer does
     if isinstance(method, SelfRewardMethod):
         for prompter in config.prompters:
             place = _place(config, name, task, target, seed, prompter, point)
