@@ -81,3 +81,37 @@ def test_without_such_a_training_there_is_nothing_to_say(shop: Workshop, tmp_pat
     plan = cells(config)
     evaluated = [records(plan, "align_pro", 0.8, 2.0), records(plan, "dial/tiny/s_0.5", 0.5, 1.0)]
     assert dial_analyses(config, evaluated) == []
+
+
+def test_each_dial_is_compared_by_itself(shop: Workshop, tmp_path: Path) -> None:
+    methods = {
+        "align_pro": {"kind": "train"},
+        "k1": {"kind": "train", "settings": {"objective": {"kl": {"estimator": "k1"}}}},
+        "half": at(0.1),
+        "k1_half": {"kind": "train", "settings": {"objective": {"kl": {"estimator": "k1", "coef": 0.1}}}},
+        "dial": {"kind": "dial", "of": "align_pro", "strengths": [0.5]},
+        "dial_k1": {"kind": "dial", "of": "k1", "strengths": [0.5]},
+    }
+    config = resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods))
+    plan = cells(config)
+    places = ["half/", "k1_half/", "dial/tiny/s_0.5", "dial_k1/tiny/s_0.5"]
+    evaluated = [records(plan, place, 0.5 + 0.1 * i, 1.0) for i, place in enumerate(places)]
+    found = dial_analyses(config, evaluated)
+    assert [each.title for each in found] == [f"Dial: letters · tiny → toy · {dial}" for dial in ("dial", "dial_k1")]
+    trained = [[each["trained"] for each in one.results["strengths"]] for one in found]
+    assert trained == [["half/"], ["k1_half/"]]
+
+
+def test_a_dial_is_not_compared_with_its_own_training_nor_where_lambda_adapts(shop: Workshop, tmp_path: Path) -> None:
+    adapts = {"settings": {"objective": {"kl": {"target": 3.0}}}}
+    methods = {
+        "align_pro": {"kind": "train"},
+        "dial": {"kind": "dial", "of": "align_pro", "strengths": [1.0]},
+        "adapts": {"kind": "train", **adapts},
+        "adapts_half": {"kind": "train", "settings": {"objective": {"kl": {"target": 3.0, "coef": 0.1}}}},
+        "dial_adapts": {"kind": "dial", "of": "adapts", "strengths": [0.5]},
+    }
+    config = resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods))
+    plan = cells(config)
+    places = ["align_pro/", "dial/tiny/s_1/", "adapts/", "adapts_half/", "dial_adapts/tiny/s_0.5"]
+    assert dial_analyses(config, [records(plan, place, 0.5, 1.0) for place in places]) == []
