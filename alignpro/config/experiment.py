@@ -93,7 +93,7 @@ class DialMethod(MethodSection):
 
     kind: Literal["dial"]
     label: str | None = None
-    """Its name in the report, to which the strength is added; by default Dial."""
+    """Its name in the report, to which the strength is added; by default Dial, with the method's key if there are several."""
     of: str
     """The key of a method of the kind ``train``."""
     strengths: list[Strength] = Field(default=[0.25, 0.5, 0.75, 1.25], min_length=1)
@@ -117,7 +117,7 @@ class RivalMethod(MethodSection):
     """Most responses of the target, or the ``train`` method that takes as many."""
     search: SearchSection = SearchSection()
     label: str | None = None
-    """Its name in the report; by default that of the optimiser."""
+    """Its name in the report; by default that of the optimiser, with the method's key if there are several."""
 
 
 Method = Annotated[
