@@ -24,7 +24,7 @@ from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.sampled_arms import Trained
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
-from alignpro.models.mixed_model import mix_models, share_equal_weights
+from alignpro.models.mixed_model import check_mixable, mix_models, share_equal_weights
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.rewards import build_reward
 from alignpro.targets.build import build_target
@@ -192,6 +192,8 @@ def _measure(
     trained: Sequence[float],
 ) -> tuple[list[_Measured], Clusters]:
     models, reference = load_mixed(runs)
+    if any(0 < weight < 1 for weight in weights):
+        check_mixable("the mixture", models[:2])
     of_one = [
         load_language_model(runs[0].model_config.model_copy(update={"path": str(each.run / "model")}))
         for each in single

@@ -20,7 +20,7 @@ from alignpro.errors import ConfigError, TrainingError
 from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
-from alignpro.models.mixed_model import mix_models, share_equal_weights
+from alignpro.models.mixed_model import check_mixable, mix_models, share_equal_weights
 from alignpro.models.mixture_files import Mixture
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.tokenization import load_tokenizer
@@ -79,6 +79,9 @@ def mix(
     if one_model:
         require_adapters([run.mixture.prompters[0] for run in runs])
     models, reference = load_mixed(runs)
+    parts = [model for model, weight in zip(models, chosen, strict=True) if max_min or weight != 0]
+    if len(parts) > 1:
+        check_mixable(str(out), parts)
     samples = sample_rewrites([run.config for run in runs], models, reference, prompts, rewrites, seed)
     if max_min:
         chosen = samples.max_min_weights(seed)

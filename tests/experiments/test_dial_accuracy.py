@@ -10,6 +10,7 @@ from tiny_experiment import tiny_experiment
 from tiny_runs import Workshop
 
 from alignpro.config import ExperimentConfig, resolve_config
+from alignpro.errors import ConfigError
 from alignpro.evaluation.comparison import Record
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards
 from alignpro.experiments.cells import Cell, cells
@@ -73,6 +74,13 @@ def test_each_strength_is_compared_with_the_training_for_its_lambda(shop: Worksh
     assert more["objective"]["low"] < 0 < more["objective"]["high"]
     assert "At 1 of 2 strengths, the difference of J is clear of 0." in found.text
     assert found.figure is not None and [row[:2] for row in found.rows] == [("0.5", "0.1"), ("1.5", "0.0333")]
+
+
+def test_a_soft_prompt_has_no_dial_which_is_told_before_it_is_trained(shop: Workshop, tmp_path: Path) -> None:
+    soft = {"kind": "train", "settings": {"policy": {"adapter": {"kind": "soft_prompt", "virtual_tokens": 2}}}}
+    methods = {"soft": soft, "dial": {"kind": "dial", "of": "soft", "strengths": [0.5]}}
+    with pytest.raises(ConfigError, match=r"methods\.dial\.of=soft: it trains a soft prompt"):
+        cells(resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods)))
 
 
 def test_without_such_a_training_there_is_nothing_to_say(shop: Workshop, tmp_path: Path) -> None:
