@@ -33,7 +33,7 @@ from alignpro.theory.statistics import Clusters, FloatArray, mean_estimate, pair
 from alignpro.training.durability import disk_errors, replace_text
 from alignpro.training.mixed_runs import MixedRun, read_runs
 from alignpro.training.mixing import SUMMARY_FILE, load_mixed
-from alignpro.training.recorded_holdout import keep_holdout
+from alignpro.training.recorded_holdout import keep_holdout, trained_on_note
 from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -132,10 +132,14 @@ def compare_mixtures(
     prepare_directory(out, RESULT_FILE)
     sizes = {"prompts": prompts, "rewrites_per_prompt": rewrites, "responses_per_rewrite": responses, "seed": seed}
     config = _evaluation(runs, out, sizes, data)
+    note = trained_on_note(config.data, [run.directory for run in runs])
+    if note is not None:
+        logger.warning("%s", note)
     at = {*weights, *trained, *(each.weight for each in made if not each.one_model), *((0.0, 1.0) if made else ())}
     measured, clusters = _measure(config, runs, sorted(at), [each for each in made if each.one_model], list(trained))
     result = _result(directories, measured, clusters, runs)
-    result |= {"mixed": _least_rewards(made, measured, clusters)} | sizes | {"versions": versions()}
+    result |= {"mixed": _least_rewards(made, measured, clusters)} | sizes
+    result |= {"note": note, "versions": versions()}
     points = _points(measured, clusters)
     with disk_errors(str(out), "make room, then compare again"):
         plot_pareto(points, told_apart(runs[0].directory, runs[1].directory), out / FIGURE_FILE)

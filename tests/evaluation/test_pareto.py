@@ -107,6 +107,19 @@ def test_prompts_of_a_file_take_the_place_of_those_that_were_held_out(three: lis
     assert sorted(seen) == sorted(row["prompt"] for row in prompt_records(3, 0, heldout=True))
 
 
+def test_prompts_that_one_of_the_runs_was_trained_on_are_told(three: list[Path], tmp_path: Path) -> None:
+    """Both hold prompts out of one file, the second fewer of them."""
+    more = tmp_path / "more"
+    more.mkdir()
+    content = yaml.safe_load((three[1] / "config.yaml").read_text())
+    content["data"]["holdout"] = 0.1
+    (more / "config.yaml").write_text(yaml.safe_dump(content))
+    (more / "model").symlink_to(three[1] / "model")
+    found = compare_mixtures([three[0], more], tmp_path / "out", trained={}, weights=[0], prompts=3)
+    assert "more was trained with data.holdout=0.1" in found["note"] and "has seen some of these" in found["note"]
+    assert compare_mixtures(three[:2], tmp_path / "apart", trained={}, weights=[0], prompts=3)["note"] is None
+
+
 def test_a_mixture_that_was_made_is_a_point_beside_both_alone(
     three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
