@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -143,6 +144,14 @@ _ARMS = ("no_finetuning", "sft_prompter", "oracle")
 """Arms that the report compares others with, beside instructions."""
 
 
+_OF_THE_CELL = {
+    ("run", "out"): "`out` of the experiment",
+    ("run", "seed"): "`seeds` of the experiment",
+    ("self_reward", "alpha"): "`alphas` of the method",
+}
+"""Section and key of a training that an experiment sets for each cell → where to give it."""
+
+
 class ExperimentEvaluation(Section):
     """How every cell is evaluated: on the same prompts with the same number of responses."""
 
@@ -215,11 +224,14 @@ class ExperimentConfig(Section):
         for i, seed in enumerate(self.seeds):
             if seed in self.seeds[:i]:
                 raise ValueError(f"seeds: {seed} is given twice")
+        self._check_sections("train", self.train)
+        self._check_sections("rlhf", self.rlhf)
         of_prompters = [name for name, method in self.methods.items() if needs_prompter(method)]
         if of_prompters and not self.prompters:
             raise ValueError(f"methods.{of_prompters[0]} needs a prompter: name one in `prompters`")
         for name, method in self.methods.items():
             self._check_places(name, method)
+            self._check_sections(f"methods.{name}.settings", getattr(method, "settings", {}))
             if isinstance(method, _NAMED_BY_KEY) and (name in _ARMS or name.startswith("instruction")):
                 raise ValueError(
                     f"methods.{name}: this is what every evaluation calls another method: name it otherwise"
@@ -236,6 +248,15 @@ class ExperimentConfig(Section):
         if wanting and not any(task.instructions for task in self.tasks.values()):
             raise ValueError(f"methods.{wanting[0]} needs `instructions` in a task")
         return self
+
+    def _check_sections(self, where: str, sections: Mapping[str, Any]) -> None:
+        """Check that sections of a training leave alone what tells its cell from others."""
+        for (section, key), instead in _OF_THE_CELL.items():
+            given = sections.get(section)
+            if isinstance(given, Mapping) and key in given:
+                raise ValueError(
+                    f"{where}.{section}.{key}: would be that of all cells, which count as runs of their own: use {instead}"
+                )
 
     def _check_places(self, name: str, method: MethodSection) -> None:
         """Check that the tasks and targets of a method are some of the experiment."""

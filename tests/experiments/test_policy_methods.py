@@ -93,6 +93,25 @@ def test_two_methods_of_self_reward_are_series_of_their_own(shop: Workshop, tmp_
     assert method_name(config, "groups") == "Self-reward (groups)"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"run": {"steps": 1, "seed": 7}}}, r"train\.run\.seed: would be that of all cells.*use `seeds`"),
+        ({"rlhf": {"run": {"out": "x"}}}, r"rlhf\.run\.out: .*use `out` of the experiment"),
+        ({"settings": {"run": {"seed": 1}}}, r"methods\.grown\.settings\.run\.seed: would be that of all cells"),
+        ({"settings": {"self_reward": {"alpha": 0.3}}}, r"settings\.self_reward\.alpha: .* use `alphas` of the method"),
+    ],
+)
+def test_what_tells_cells_apart_is_not_set_for_all_of_them(
+    shop: Workshop, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Three seeds were three times the same training, and each α the same one."""
+    methods = {"grown": {"kind": "self_reward", "alphas": [0, 1], "settings": changes.get("settings", {})}}
+    others = {key: value for key, value in changes.items() if key != "settings"}
+    with pytest.raises(ConfigError, match=message):
+        resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods, **others))
+
+
 def test_methods_that_their_kind_names_are_told_apart(shop: Workshop, tmp_path: Path) -> None:
     dial = {"kind": "dial", "of": "align_pro"}
     methods = {
