@@ -291,5 +291,5 @@ def _target_calls(place: Place, method: RivalMethod) -> int:
     assert isinstance(named, TrainMethod) and needs_prompter(named)  # the configuration checks it
     training = _training(place, [named.settings], next(iter(place.config.prompters)), place.directory / "run")
     rollout = training.rollout
-    per_step = rollout.prompts_per_step * rollout.rewrites_per_prompt * rollout.responses_per_rewrite
-    return training.run.steps * per_step
+    answers = rollout.rewrites_per_prompt * rollout.responses_per_rewrite + training.reward.keeps_refusals
+    return training.run.steps * rollout.prompts_per_step * answers

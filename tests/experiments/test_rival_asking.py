@@ -38,11 +38,11 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TargetAske
         "def score(prompts, responses):\n    return [sum(map(ord, each)) % 17 / 17 for each in responses]\n"
     )
     given = {"components": [{"kind": "function", "function": f"{shop.root}/plain_reward.py:score"}]}
-    reward = build_reward(validate_config(RewardConfig, given))
     config, respond = ModelConfig(path=str(shop.root / "target"), device="cpu"), SamplingConfig(max_tokens=4)
     target = LocalTarget.build(load_language_model(config), config, PromptingConfig(), respond)
 
-    def make(answers: AnswerFile, limit: int) -> TargetAsker:
+    def make(answers: AnswerFile, limit: int, **guards: Any) -> TargetAsker:
+        reward = build_reward(validate_config(RewardConfig, given | guards))
         board = Scoreboard([prompt.id for prompt in PROMPTS])
         engine = Engine(dict(target.models))
         return TargetAsker(target, engine, reward, respond, answers, limit=limit, seed=0, scoreboard=board)
@@ -69,6 +69,33 @@ def test_the_call_that_is_one_too_many_is_not_made(opened: Callable[..., TargetA
             asker.ask("Be brief.", PROMPTS[0])
     assert (asker.calls, asker.left, asker.refused) == (3, 0, True)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + 3
+
+
+def test_responses_to_prompts_as_they_are_that_the_guard_of_refusals_needs_are_counted_and_kept(
+    opened: Callable[..., TargetAsker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+    plain = LocalTarget.respond
+
+    def respond(self: LocalTarget, engine: Engine, prompts: Sequence[Any], *others: Any) -> Any:
+        asked.append(len(prompts))
+        return plain(self, engine, prompts, *others)
+
+    monkeypatch.setattr(LocalTarget, "respond", respond)
+    guards = [{"kind": "refusal_kept", "penalty": 1.0}]
+    counts = []
+    for _ in range(2):  # the second time it has all answers
+        with answers(tmp_path / "answers.jsonl") as file:
+            asker = opened(file, 6, guards=guards)
+            asker.ask("Be brief.", PROMPTS[0])
+            assert asker.calls == 2
+            asker.ask_all("Be kind.", PROMPTS)
+            assert (asker.calls, asker.left) == (5, 1)
+            with pytest.raises(CallsSpent):
+                asker.ask("Be kind.", MANY[2])  # it and the prompt as it is would be two
+            counts.append((asker.calls, asker.tokens, sum(asked)))
+    assert counts[0] == counts[1] and counts[0][2] == 5
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + 5
 
 
 def test_an_interrupted_search_asks_only_for_what_it_has_not_got(

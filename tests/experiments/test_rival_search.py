@@ -137,6 +137,10 @@ def test_the_calls_must_suffice_for_the_hand_written_instructions(shop: Workshop
         ConfigError, match=r"target_calls=8: 2 hand-written instructions on 4 validation prompts take 8 alone"
     ):
         resolve_config(RivalConfig, rival(shop, tmp_path / "few", "gepa", target_calls=8))
+    guarded = rival(shop, tmp_path / "few", "gepa", target_calls=12)
+    guarded["reward"] = guarded["reward"] | {"guards": [{"kind": "refusal_kept"}]}
+    with pytest.raises(ConfigError, match="on 4 validation prompts with the guard refusal_kept take 12 alone"):
+        resolve_config(RivalConfig, guarded)
 
 
 def test_a_rival_has_the_calls_of_the_training_that_it_names(shop: Workshop, tmp_path: Path) -> None:
@@ -148,6 +152,10 @@ def test_a_rival_has_the_calls_of_the_training_that_it_names(shop: Workshop, tmp
     (cell,) = (each for each in cells(config) if each.method == "miprov2")
     assert [job.command for job in cell.jobs] == ["rival", "eval"]
     assert cell.jobs[0].config.target_calls == 50 * 2 * 2  # type: ignore[attr-defined]
+    guarded = tiny_experiment(shop, tmp_path / "guarded", methods=methods)
+    guarded["tasks"]["letters"]["reward"]["guards"] = [{"kind": "refusal_kept"}]
+    (cell,) = (each for each in cells(resolve_config(ExperimentConfig, guarded)) if each.method == "miprov2")
+    assert cell.jobs[0].config.target_calls == 50 * 2 * (2 + 1)  # type: ignore[attr-defined]
     unknown = methods | {"miprov2": {"kind": "miprov2", "target_calls": "grpo"}}
     with pytest.raises(ConfigError, match=r"methods.miprov2.target_calls=grpo: expected a number"):
         resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path / "plan", methods=unknown))

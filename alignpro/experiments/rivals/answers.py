@@ -24,7 +24,8 @@ class Answer:
     tokens: int
     """That were generated; 0 if it is not known."""
     value: float | None = None
-    """Its reward with the penalties of guards, which training maximises; None of the proposer."""
+    """Its reward with the penalties of guards, which training maximises; of a response to a prompt as it is, 1 if that refuses,
+    else 0; None of the proposer."""
 
 
 class AnswerFile:
