@@ -58,7 +58,8 @@ class RivalConfig(SpendingConfig):
     seed: int = Field(0, ge=0, lt=2**63)
     kind: RivalKind
     data: DataConfig
-    """Only the prompts that a training would have are used."""
+    """Only prompts that are not held out are used: those of a training, and those of ``validation``, by which a training chooses
+    its checkpoint and a rival its instruction."""
     target: OneTarget
     reward: RewardConfig
     instructions: dict[InstructionName, str] = Field(min_length=1)

@@ -14,13 +14,17 @@ import pytest
 from tiny_experiment import InThisProcess, tiny_experiment
 from tiny_runs import Workshop
 
-from alignpro.config import ExperimentConfig, RivalConfig, resolve_config
+from alignpro.config import ExperimentConfig, ModelConfig, RivalConfig, resolve_config
+from alignpro.data import load_prompts, split
 from alignpro.errors import ConfigError, TrainingError
 from alignpro.experiments.cells import cells
 from alignpro.experiments.rivals.asking import TargetAsker
 from alignpro.experiments.rivals.optimizers import asking_once, require_dspy
-from alignpro.experiments.rivals.run import search_instruction
+from alignpro.experiments.rivals.run import search_instruction, search_prompts
 from alignpro.experiments.run import run_experiment
+from alignpro.models.loading import load_language_model
+from alignpro.rewards import build_reward
+from alignpro.targets.local import LocalTarget
 
 SEARCH = {"validation": 4, "training": 4, "proposals": 2, "propose": {"max_tokens": 8}}
 
@@ -159,3 +163,16 @@ def test_a_rival_has_the_calls_of_the_training_that_it_names(shop: Workshop, tmp
     unknown = methods | {"miprov2": {"kind": "miprov2", "target_calls": "grpo"}}
     with pytest.raises(ConfigError, match=r"methods.miprov2.target_calls=grpo: expected a number"):
         resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path / "plan", methods=unknown))
+
+
+def test_a_rival_has_the_validation_prompts_of_a_training_and_no_held_out_one(shop: Workshop, tmp_path: Path) -> None:
+    given = rival(shop, tmp_path / "out", "gepa", search={"validation": 4, "training": 40})
+    given["data"] = given["data"] | {"holdout": 0.3, "validation": 0.3}
+    config = resolve_config(RivalConfig, given)
+    prompts = load_prompts(config.data).prompts
+    held_out = {prompt.id for prompt in split(prompts, 0.3, config.data.holdout_by)[1]}
+    trained_on = {prompt.id for prompt in split(prompts, 0.6, config.data.holdout_by)[0]}
+    assert isinstance(config.target, ModelConfig)
+    target = LocalTarget.build(load_language_model(config.target), config.target, config.prompting, config.respond)
+    found = {prompt.id for each in search_prompts(config, target, build_reward(config.reward)) for prompt in each}
+    assert found.isdisjoint(held_out) and trained_on < found

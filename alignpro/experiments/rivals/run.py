@@ -146,7 +146,10 @@ def _proposer(config: RivalConfig, target: Target, servers: Servers) -> Target:
 
 
 def search_prompts(config: RivalConfig, target: Target, reward: RewardStack) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that the proposer sees, and those on which instructions are compared, of the training prompts alone.
+    """The prompts that the proposer sees, and those on which instructions are compared: of all that are not held out.
+
+    Those that a training sets aside as ``data.validation`` are among them: it chooses its checkpoint by them, and a rival may
+    choose its instruction by them.
 
     Raises:
         DataError: There are fewer than two of either.
