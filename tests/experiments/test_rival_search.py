@@ -176,3 +176,27 @@ def test_a_rival_has_the_validation_prompts_of_a_training_and_no_held_out_one(sh
     target = LocalTarget.build(load_language_model(config.target), config.target, config.prompting, config.respond)
     found = {prompt.id for each in search_prompts(config, target, build_reward(config.reward)) for prompt in each}
     assert found.isdisjoint(held_out) and trained_on < found
+
+
+@pytest.mark.parametrize(("kind", "needs"), [("gepa", "gepa"), ("miprov2", "optuna")])
+@pytest.mark.parametrize("written", ["Be brief.\n", "  Be brief:\n    two lines", ""])
+def test_a_hand_written_instruction_is_asked_as_it_is_written(
+    shop: Workshop, tmp_path: Path, kind: str, needs: str, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dspy strips and dedents instructions, and has one of its own for an empty one: these would be other instructions."""
+    pytest.importorskip("dspy")
+    pytest.importorskip(needs)
+    asked = set[str]()
+    ask = TargetAsker.ask
+
+    def ask_and_note(self: TargetAsker, instruction: str, *others: Any) -> Any:
+        asked.add(instruction)
+        return ask(self, instruction, *others)
+
+    monkeypatch.setattr(TargetAsker, "ask", ask_and_note)
+    result = search_instruction(rival(shop, tmp_path / "out", kind, instructions={"only": written}))
+    assert written in asked
+    assert not any(
+        each.split() == written.split() and each != written for each in asked | result["instructions"].keys()
+    )
+    assert not any("produce the fields" in each for each in asked)

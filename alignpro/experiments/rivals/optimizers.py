@@ -71,6 +71,8 @@ class InstructionSearch:
             [self._dspy.Example(prompt=prompt.text).with_inputs("prompt") for prompt in each]
             for each in (training, validation)
         )
+        # dspy strips and dedents an instruction, and writes one of its own for an empty one: what it asks with is mapped back.
+        self._as_written = {self._signature(text).instructions: text for text in reversed(config.instructions.values())}
         # A model of this process answers what is asked at the same time in one batch: a thread for each prompt of an evaluation.
         self._threads = len(validation) if config.target_is_local else config.search.threads
         self.unusable = 0
@@ -169,12 +171,12 @@ class InstructionSearch:
 
     def _program(self, instruction: str) -> Any:
         """A module of dspy with one predictor, whose instruction the target gets with the prompt."""
-        dspy, adapter = self._dspy, self._target_adapter()
+        dspy, adapter, signature = self._dspy, self._target_adapter(), self._signature(instruction)
 
         class Respond(dspy.Module):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 super().__init__()
-                self.respond = dspy.Predict(dspy.Signature("prompt -> response", instruction))
+                self.respond = dspy.Predict(signature)
 
             def forward(self, prompt: str) -> Any:
                 with dspy.context(adapter=adapter()):
@@ -182,16 +184,20 @@ class InstructionSearch:
 
         return Respond()
 
+    def _signature(self, instruction: str) -> Any:
+        return self._dspy.Signature("prompt -> response", instruction)
+
     def _target_adapter(self) -> Any:
         """An adapter that asks the target in place of a language model of dspy."""
-        target, prompts = self._target, self._prompts
+        target, prompts, as_written = self._target, self._prompts, self._as_written
 
         class TargetAdapter(self._dspy.Adapter):  # type: ignore[name-defined]
             def __call__(
                 self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any
             ) -> list[dict[str, Any]]:
+                instruction = as_written.get(signature.instructions, signature.instructions)
                 try:
-                    answer = target.ask(usable(signature.instructions), prompts[inputs["prompt"]])
+                    answer = target.ask(usable(instruction), prompts[inputs["prompt"]])
                 except AlignProError as error:
                     raise _Failed(error) from error
                 return [{"response": answer.text, "value": answer.value}]
