@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.errors import TrainingError
 from alignpro.experiments.rivals.answers import Answer, AnswerFile
 from alignpro.experiments.rivals.asking import CallsSpent, Scoreboard, TargetAsker, template, usable
+from alignpro.experiments.rivals.gathering import Gathering
 from alignpro.models.loading import load_language_model
 from alignpro.rewards import build_reward
 from alignpro.targets.local import LocalTarget
@@ -190,3 +192,24 @@ def test_a_proposed_text_is_an_instruction_whatever_braces_it_has() -> None:
     assert template(usable("Say {{ it }} {% now"))("x") == "x\n\nSay { { it } } { % now"
     assert template(usable("First {{ prompt }}, then stop."))("x") == "First x, then stop."
     assert template(usable("  "))("x") == "x"
+
+
+def test_a_batch_waits_for_what_was_announced_and_no_longer_than_it_is_patient() -> None:
+    batches: list[list[int]] = []
+    gathering = Gathering[int](lambda batch: batches.append(sorted(batch)), pause=0.01, patience=0.5)
+
+    def ask(questions: Sequence[int], seconds: float) -> None:
+        with ThreadPoolExecutor(len(questions)) as threads:
+            for i in questions:
+                threads.submit(gathering.ask, i)
+                time.sleep(seconds)
+
+    gathering.announce(3)
+    ask([1, 2, 3], 0.05)
+    assert batches == [[1, 2, 3]]
+    gathering.announce(3)
+    ask([4, 5], 0.05)  # the third thread has failed
+    assert batches[1:] == [[4, 5]]
+    gathering.announce(0)
+    ask([6, 7], 0.1)
+    assert batches[2:] == [[6], [7]]

@@ -91,7 +91,7 @@ class TargetAsker:
     """Asks the target, at most so many times.
 
     Questions of several threads to a model of this process are answered in one batch, and count in the order of their texts: what
-    is counted does not depend on which thread came first.
+    is counted does not depend on which thread came first, nor, if their number is announced, on how fast they are.
 
     Args:
         target: The target.
@@ -142,6 +142,11 @@ class TargetAsker:
         """The best instruction so far; None if none has been evaluated on all validation prompts."""
         best = self._scoreboard.best(self.calls)
         return best.instruction if best else None
+
+    def announce(self, count: int) -> None:
+        """Say that so many threads will ask at the same time, each once."""
+        if self._gathering is not None:
+            self._gathering.announce(count)
 
     def ask(self, instruction: str, prompt: Prompt) -> Answer:
         """A response of the target to a prompt with an instruction.

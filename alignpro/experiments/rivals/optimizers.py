@@ -10,12 +10,11 @@ caches and retries are off, and so are few-shot examples, which are no instructi
 
 from __future__ import annotations
 
-import functools
 import importlib
 import io
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -91,7 +90,7 @@ class InstructionSearch:
             # dspy writes a line for each example to standard output.
             with (
                 redirect_stdout(io.StringIO()),
-                asking_once(),
+                asking_once(self._target.announce),
                 self._dspy.context(lm=proposer, adapter=self._lenient_adapter()),
             ):
                 search(start, proposer)
@@ -262,15 +261,30 @@ class InstructionSearch:
 
 
 @contextmanager
-def asking_once() -> Iterator[None]:
-    """Let dspy wait for slow answers within the context.
+def asking_once(announce: Callable[[int], None] = lambda count: None) -> Iterator[None]:
+    """Let dspy wait for slow answers within the context, and say how many questions an evaluation asks at the same time.
 
     By itself it asks again after two minutes when few questions are open: every call is counted and paid for, and a search that
     is repeated from its answers would be another one.
+
+    Args:
+        announce: Called with the number of questions before each evaluation, and with 0 after it.
     """
     module: Any = importlib.import_module("dspy.evaluate.evaluate")
     executor = module.ParallelExecutor
-    module.ParallelExecutor = functools.partial(executor, timeout=0)
+
+    class WaitingExecutor(executor):  # type: ignore[misc, valid-type]
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named | {"timeout": 0})
+
+        def execute(self, function: Any, data: Any) -> Any:
+            announce(min(len(data), self.num_threads))
+            try:
+                return super().execute(function, data)
+            finally:
+                announce(0)
+
+    module.ParallelExecutor = WaitingExecutor
     try:
         yield
     finally:
