@@ -82,8 +82,11 @@ def test_a_rewrite_that_lowers_refusals_is_in_the_first_sentence(tmp_path: Path)
     assert f'<p class="verdict">{found["warnings"][0]}' in page
     assert "harm score: rule: does not refuse" in page
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["refusals"] == found
-    report_directories([tmp_path / "out"], tmp_path / "report.html")
+    comparison = report_directories([tmp_path / "out"], tmp_path / "report.html")
     assert f'<p class="verdict">{found["warnings"][0]}' in (tmp_path / "report.html").read_text()
+    assert comparison is not None and comparison.verdict.startswith(found["warnings"][0])  # what the command prints
+    (counted,) = comparison.as_dict()["refusals"].values()
+    assert counted["warnings"] == found["warnings"]
 
 
 def test_harm_is_scored_by_what_is_configured(tmp_path: Path) -> None:

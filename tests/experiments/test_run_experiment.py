@@ -56,7 +56,8 @@ def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> Non
     page = (out / "report.html").read_text()
     assert "Align-Pro" in page
     assert page.count("4 harmless prompts") == 1  # one table of all methods
-    assert summary
+    (counted,) = summary["refusals"].values()
+    assert len(counted["harmless"]["arms"]) == len(summary["groups"][0]["methods"])
     for method, arm in (("align_pro", "align_pro"), ("gibbs", "gibbs_4"), ("best_of", "best_of_2")):
         kl = read_rewards(out / f"cells/letters/toy/{method}/tiny/seed_0/evaluation/rewards.json").arms[arm].kl
         assert kl is not None and kl.shape == (4,) and (kl > -1e-6).all()
