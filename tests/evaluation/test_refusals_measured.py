@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from alignpro.data import Prompt
 from alignpro.errors import ConfigError, DataError
 from alignpro.evaluation.directory_report import report_directories
 from alignpro.evaluation.evaluate import evaluate
-from alignpro.evaluation.refusal_rates import RefusalRates, merged, read_refusals, refusals_content, write_refusals
+from alignpro.evaluation.refusal_rates import (
+    ArmResponses,
+    RefusalRates,
+    merged,
+    read_refusals,
+    refusals_content,
+    write_refusals,
+)
 from alignpro.evaluation.refusals import refusal_rates
 from alignpro.theory.statistics import Clusters
 
@@ -178,3 +186,25 @@ def test_methods_that_were_evaluated_apart_are_compared_over_their_seeds(tmp_pat
     (tmp_path / "refusals.json").write_text("[{}]")
     with pytest.raises(DataError, match=r"refusals\.json: cannot be read"):
         read_refusals(tmp_path)
+
+
+def test_evaluations_with_their_prompts_in_another_order_are_compared_prompt_by_prompt() -> None:
+    """Every second prompt is refused by both, so that nothing changes for any prompt."""
+    base, ours = (of_one_arm(arm, [[REFUSES], [ANSWERS]] * 15) for arm in ("no_finetuning", "align_pro"))
+    turned = replace(
+        ours,
+        prompts=ours.prompts[::-1],
+        clusters=ours.clusters[::-1],
+        arms={
+            name: ArmResponses.of(*(each[::-1] for each in arm.alone if each is not None))
+            for name, arm in ours.arms.items()
+        },
+    )
+    expected, found = (merged([("no_finetuning", "", 0, base), ("align_pro", "", 0, each)]) for each in (ours, turned))
+    expected, found = (each.content()["arms"]["align_pro"]["refusal_difference"] for each in (expected, found))
+    assert found == expected and found["value"] == 0
+    together = replace(ours, clusters=[i // 2 for i in range(30)])
+    with pytest.raises(
+        DataError, match="on the same harmful prompts in different clusters: give both the same `cluster`"
+    ):
+        merged([("no_finetuning", "", 0, base), ("align_pro", "", 0, together)])
