@@ -173,8 +173,8 @@ def _of_comparison(config: EvalConfig | HeadroomConfig | OptimalConfig) -> list[
     if isinstance(config, EvalConfig) and "oracle" in config.sampled_arms:
         samples += P * config.rewrites_per_prompt * M
     if any(reward.keeps_refusals for reward in config.rewards):
-        # A greedy response to each unchanged prompt, which is not scored. Refusals are counted on prompts that arms choose rewrites
-        # for by the reward.
+        # A greedy response to each unchanged prompt, which is not scored; also of those that refusals are counted on, if an arm
+        # chooses their rewrites by the reward.
         probes = _refusal_probes(config) if isinstance(config, EvalConfig) else []
         chosen = isinstance(config, EvalConfig) and set(config.candidate_counts) & set(config.sampled_arms)
         unchanged = P + (sum(each.prompts for each in probes) if chosen else 0)
