@@ -171,6 +171,21 @@ def test_answers_of_another_search_are_refused(tmp_path: Path) -> None:
         AnswerFile(tmp_path / "answers.jsonl", "b")
 
 
+def test_a_damaged_answer_is_asked_for_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "answers.jsonl"
+    with answers(path) as file:
+        keys = [file.question("target", str(i)) for i in range(4)]
+        for key in keys:
+            file.add(key, Answer("yes", 1, 0.5))
+    lines = path.read_bytes().splitlines()
+    lines[2], lines[4] = b"\0" * len(lines[2]), b'{"key": "a"}'  # the power was cut
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with answers(path) as file:
+        assert [file.find(key) is not None for key in keys] == [True, False, True, False]
+    assert f"{path}: 2 of 4 answers cannot be read, and are asked for again" in caplog.text
+    assert len(path.read_text().splitlines()) == 1 + 2
+
+
 def test_an_instruction_counts_once_it_has_a_reward_on_every_validation_prompt() -> None:
     board = Scoreboard(["a", "b"])
     board.add("first", "a", 1.0, 1)
