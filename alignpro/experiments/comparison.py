@@ -150,7 +150,9 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
         name, label = f"{cell.method}_{strength}", f"{method_name(config, cell.method)}, s = {strength}"
     elif isinstance(method, GibbsMethod | BestOfMethod):
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
-        candidates = evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite
+        candidates = (
+            evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite + evaluation.reward.keeps_refusals
+        )
         cost = Cost(target_calls=float(candidates * prompts))
     if cell.trained_on is not None:
         name, label = f"{name}: from {cell.trained_on}", f"{label or method_label(name)} trained on {cell.trained_on}"
