@@ -38,7 +38,7 @@ def judge(
         list[Path],
         typer.Argument(
             metavar="EVALUATION...",
-            help="Directories of finished evaluations, or of experiments.",
+            help="Directories of finished evaluations of several arms, or with such evaluations below.",
             show_default=False,
         ),
     ],
@@ -55,7 +55,7 @@ def judge(
     """Let a language model compare the arms of finished evaluations, in pairs of responses and in both orders.
 
     Nothing is sampled again. Says how often each arm is preferred, also at equal lengths, or why the judge cannot be used.
-    Writes judgements.jsonl, and adds to summary.json.
+    Writes judgements.jsonl, and adds to summary.json. The same command continues an interrupted one.
     """
     from alignpro.config import JudgeConfig, load_config
 

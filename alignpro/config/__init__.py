@@ -63,7 +63,7 @@ from alignpro.config.section import Section
 from alignpro.config.self_reward import SelfRewardConfig, SelfRewardMethod
 from alignpro.config.serving import AccessConfig, ListenConfig, ServeConfig, ServeLimitsConfig, ServeLogConfig
 from alignpro.config.serving_page import PageConfig
-from alignpro.config.sweep import RangeConfig, SweepConfig, concerns
+from alignpro.config.sweep import RangeConfig, SweepConfig
 from alignpro.config.targets import (
     MixedEndpointConfig,
     MixedModelConfig,
@@ -161,7 +161,6 @@ __all__ = [
     "TrainMethod",
     "TrainableModelConfig",
     "UnchangedMethod",
-    "concerns",
     "default_name",
     "dump_config",
     "load_config",

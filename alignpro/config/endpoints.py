@@ -144,3 +144,32 @@ class SpendingConfig(Section):
         if self.budget.usd is not None and not self.prices:
             raise ValueError("budget.usd needs `prices`: an unknown price is not 0")
         return self
+
+
+HOW_SERVERS_ARE_ASKED = (
+    "api_key_env",
+    "ca_bundle",
+    "proxy",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "max_concurrency",
+    "timeout_seconds",
+    "max_retries",
+    "max_failures",
+    "max_answer_bytes",
+    "prompt_overhead",
+)
+"""Keys of an `EndpointConfig` on which no answer depends."""
+SPENDING = tuple(SpendingConfig.model_fields)
+"""Keys of a job on which no answer depends, either."""
+
+
+def changes_no_answer(key: str) -> bool:
+    """Whether no answer depends on a dotted key of a job's configuration: what may be spent, and how servers are asked.
+
+    Those of a reward count: what was scored is compared by its whole configuration.
+    """
+    section, _, name = key.partition(".")
+    if section in SPENDING:
+        return True
+    return section in ("target", "search") and "endpoint." in name and name.rpartition(".")[2] in HOW_SERVERS_ARE_ASKED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -93,7 +94,7 @@ class DialMethod(MethodSection):
 
     kind: Literal["dial"]
     label: str | None = None
-    """Its name in the report, to which the strength is added; by default Dial."""
+    """Its name in the report, to which the strength is added; by default Dial, with the method's key if there are several."""
     of: str
     """The key of a method of the kind ``train``."""
     strengths: list[Strength] = Field(default=[0.25, 0.5, 0.75, 1.25], min_length=1)
@@ -117,7 +118,7 @@ class RivalMethod(MethodSection):
     """Most responses of the target, or the ``train`` method that takes as many."""
     search: SearchSection = SearchSection()
     label: str | None = None
-    """Its name in the report; by default that of the optimiser."""
+    """Its name in the report; by default that of the optimiser, with the method's key if there are several."""
 
 
 Method = Annotated[
@@ -141,6 +142,14 @@ _NAMED_BY_KEY = TrainMethod | DialMethod | TargetAdapterMethod | SoftPromptMetho
 """Methods that the report knows by their key; the others by their arm of the evaluation."""
 _ARMS = ("no_finetuning", "sft_prompter", "oracle")
 """Arms that the report compares others with, beside instructions."""
+
+
+_OF_THE_CELL = {
+    ("run", "out"): "`out` of the experiment",
+    ("run", "seed"): "`seeds` of the experiment",
+    ("self_reward", "alpha"): "`alphas` of the method",
+}
+"""Section and key of a training that an experiment sets for each cell → where to give it."""
 
 
 class ExperimentEvaluation(Section):
@@ -215,11 +224,14 @@ class ExperimentConfig(Section):
         for i, seed in enumerate(self.seeds):
             if seed in self.seeds[:i]:
                 raise ValueError(f"seeds: {seed} is given twice")
+        self._check_sections("train", self.train)
+        self._check_sections("rlhf", self.rlhf)
         of_prompters = [name for name, method in self.methods.items() if needs_prompter(method)]
         if of_prompters and not self.prompters:
             raise ValueError(f"methods.{of_prompters[0]} needs a prompter: name one in `prompters`")
         for name, method in self.methods.items():
             self._check_places(name, method)
+            self._check_sections(f"methods.{name}.settings", getattr(method, "settings", {}))
             if isinstance(method, _NAMED_BY_KEY) and (name in _ARMS or name.startswith("instruction")):
                 raise ValueError(
                     f"methods.{name}: this is what every evaluation calls another method: name it otherwise"
@@ -236,6 +248,15 @@ class ExperimentConfig(Section):
         if wanting and not any(task.instructions for task in self.tasks.values()):
             raise ValueError(f"methods.{wanting[0]} needs `instructions` in a task")
         return self
+
+    def _check_sections(self, where: str, sections: Mapping[str, Any]) -> None:
+        """Check that sections of a training leave alone what tells its cell from others."""
+        for (section, key), instead in _OF_THE_CELL.items():
+            given = sections.get(section)
+            if isinstance(given, Mapping) and key in given:
+                raise ValueError(
+                    f"{where}.{section}.{key}: would be that of all cells, which count as runs of their own: use {instead}"
+                )
 
     def _check_places(self, name: str, method: MethodSection) -> None:
         """Check that the tasks and targets of a method are some of the experiment."""

@@ -58,13 +58,14 @@ class RivalConfig(SpendingConfig):
     seed: int = Field(0, ge=0, lt=2**63)
     kind: RivalKind
     data: DataConfig
-    """Only the prompts that a training would have are used."""
+    """Only prompts that are not held out are used: those of a training, and those of ``validation``, by which a training chooses
+    its checkpoint and a rival its instruction."""
     target: OneTarget
     reward: RewardConfig
     instructions: dict[InstructionName, str] = Field(min_length=1)
     """The hand-written instructions that it begins with; see `alignpro eval`."""
     target_calls: int = Field(ge=4)
-    """Most responses of the target, those to the hand-written instructions included."""
+    """Most responses of the target, those to the hand-written instructions included, and those of the guard `refusal_kept`."""
     search: SearchSection = SearchSection()
     prompting: PromptingConfig = PromptingConfig()
     respond: SamplingConfig = SamplingConfig()
@@ -88,10 +89,13 @@ class RivalConfig(SpendingConfig):
     @model_validator(mode="after")
     def _check(self) -> RivalConfig:
         check_spending(self, [*self.target_endpoints, *self.reward.endpoints])
-        needed = len(self.instructions) * self.search.validation
+        unchanged = int(self.reward.keeps_refusals)  # a response to each prompt as it is
+        needed = (len(self.instructions) + unchanged) * self.search.validation
         if self.target_calls <= needed:
+            guard = " with the guard refusal_kept" if unchanged else ""
             raise ValueError(
                 f"target_calls={self.target_calls}: {len(self.instructions)} hand-written instructions on "
-                f"{self.search.validation} validation prompts take {needed} alone: raise target_calls, or lower search.validation"
+                f"{self.search.validation} validation prompts{guard} take {needed} alone: raise target_calls, or lower "
+                "search.validation"
             )
         return self

@@ -95,7 +95,8 @@ class SelfRewardMethod(MethodSection):
     iterations: int = Field(3, ge=1)
     """Each is a cell: a training of ``train.run.steps`` steps, and an evaluation with the task's reward."""
     label: str | None = None
-    """Its name in the report, to which α and the iteration are added; by default Self-reward."""
+    """Its name in the report, to which α and the iteration are added; by default Self-reward, with the method's key if there are
+    several."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Sections of `alignpro train` that differ from the experiment's ``train``."""
 
@@ -106,10 +107,6 @@ class SelfRewardMethod(MethodSection):
             if alpha in given[:i]:
                 raise ValueError(f"{alpha:g} is given twice")
         return given
-
-    def title(self, alpha: float) -> str:
-        """Its name in the report with one α."""
-        return f"{self.label or 'Self-reward'}, α = {alpha:g}"
 
     def sections(self, alpha: float) -> dict[str, Any]:
         """What the method itself sets of a training: a loss that samples of any distribution serve, and pairs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -38,15 +39,21 @@ class RangeConfig(Section):
             raise ValueError(f"low={self.low:g} is not below high={self.high:g}")
         if self.scale == "log" and self.low <= 0:
             raise ValueError(f"low={self.low:g}: a logarithmic scale needs positive bounds")
+        for name in ("low", "high"):
+            if self.integer and not float(getattr(self, name)).is_integer():
+                raise ValueError(f"{name}={getattr(self, name):g}: whole numbers need bounds that are whole")
         return self
 
     def at(self, share: float) -> int | float:
-        """The value at a share of the way from low to high, to 4 significant digits."""
+        """The value at a share of the way from low to high, to 4 significant digits; the bounds themselves to all of theirs."""
         if self.scale == "log":
             value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
         else:
             value = self.low + share * (self.high - self.low)
-        return round(value) if self.integer else float(f"{value:.4g}")
+        if self.integer:
+            return round(value)
+        ends = {0.0: self.low, 1.0: self.high}
+        return ends.get(share, min(max(float(f"{value:.4g}"), self.low), self.high))
 
 
 def _kind(value: Any) -> str:
@@ -113,12 +120,22 @@ class SweepConfig(ExperimentConfig):
     @property
     def swept_methods(self) -> list[str]:
         """The methods that are run at each point."""
-        concerned = [
-            name
-            for name, method in self.methods.items()
-            if any(concerns(key, name, method) for key in self.sweep.parameters)
-        ]
+        concerned = [name for name in self.methods if any(self.concerned(key, name) for key in self.sweep.parameters)]
         return concerned if self.sweep.methods is None else [each for each in concerned if each in self.sweep.methods]
+
+    def concerned(self, key: str, name: str) -> bool:
+        """Whether a swept key makes a difference to a method: not if what stands above it sets the same."""
+        return concerns(key, name, self.methods[name]) and not self._set_above(key, name)
+
+    def _set_above(self, key: str, name: str) -> bool:
+        """Whether `train` or `rlhf`, or the method itself, has a value of its own in place of that of a swept key."""
+        head, *rest = key.split(".")
+        path = {"kl_coef": ["objective", "kl", "coef"], "rewrite": ["rollout", "rewrite", *rest]}.get(head)
+        path = path or (["prompting", *rest] if head == "prompting" else rest)
+        layers = [] if head == "methods" else _own_sections(self.methods[name])
+        if layers and head in ("kl_coef", "rewrite", "prompting"):
+            layers.append(self.rlhf if _trains_target(self.methods[name]) else self.train)
+        return any(_sets(layer, path) for layer in layers)
 
     @model_validator(mode="after")
     def _check_sweep(self) -> SweepConfig:
@@ -126,8 +143,10 @@ class SweepConfig(ExperimentConfig):
             if name not in self.methods:
                 raise ValueError(f"sweep.methods: {name}: no such method (methods: {', '.join(self.methods)})")
         for key in self.sweep.parameters:
-            if not any(concerns(key, name, self.methods[name]) for name in self.swept_methods):
-                raise ValueError(f"sweep.parameters.{key}: concerns none of the methods")
+            if not any(self.concerned(key, name) for name in self.swept_methods):
+                above = any(concerns(key, name, method) for name, method in self.methods.items())
+                reason = ": `train`, `rlhf` or the methods' own settings have another value" if above else ""
+                raise ValueError(f"sweep.parameters.{key}: concerns none of the methods{reason}")
             prepared = [name for name, each in self.prompters.items() if each.prior is not None]
             if key.startswith("prompting") and prepared:
                 raise ValueError(
@@ -135,6 +154,35 @@ class SweepConfig(ExperimentConfig):
                     "out one of them"
                 )
         return self
+
+
+def _own_sections(method: Method) -> list[Mapping[str, Any]]:
+    """The sections of a training that a method sets itself."""
+    match method:
+        case SelfRewardMethod():
+            return [method.sections(method.alphas[0]), method.settings]
+        case SoftPromptMethod():
+            return [method.sections, method.settings]
+        case TrainMethod() | RLHFMethod() | TargetAdapterMethod():
+            return [method.settings]
+        case _:
+            return []
+
+
+def _trains_target(method: Method) -> bool:
+    return isinstance(method, RLHFMethod) or (isinstance(method, SoftPromptMethod) and method.before == "target")
+
+
+def _sets(sections: Mapping[str, Any], path: Sequence[str]) -> bool:
+    """Whether sections have a value at a path, or in place of a section on the way there."""
+    found: Any = sections
+    for part in path:
+        if not isinstance(found, Mapping):
+            return True
+        if part not in found:
+            return False
+        found = found[part]
+    return not isinstance(found, Mapping)
 
 
 def concerns(key: str, name: str, method: Method) -> bool:

@@ -82,7 +82,7 @@ class Budget:
             )
             raise BudgetError(
                 f"budget.{key} is {limit}: {spent} spent, {reserved} reserved for requests in flight, and {what} could take "
-                f"{more}, so nothing more is sent; raise budget.{key} and continue with --resume"
+                f"{more}, so nothing more is sent; raise budget.{key} and continue (a training with --resume)"
             )
 
     def settle(self, reserved: Charge, actual: Charge) -> None:
@@ -97,7 +97,7 @@ class Budget:
             self._broken = (
                 f"budget: the server charged {actual.tokens} tokens for a request that could take {reserved.tokens}; it is "
                 f"counted, but the budget cannot be kept: nothing more is sent; raise prompt_overhead if the server adds text "
-                "of its own to prompts, and continue with --resume"
+                "of its own to prompts, and continue (a training with --resume)"
             )
 
     def _exceeded(self, total: Charge) -> Limited | None:

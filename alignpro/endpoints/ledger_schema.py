@@ -129,7 +129,7 @@ def explain(path: Path, error: Exception) -> LedgerError:
             "were paid for will be bought again"
         )
     if code == sqlite3.SQLITE_FULL:
-        return LedgerError(f"ledger {path}: the disk is full; free some space and continue with --resume")
+        return LedgerError(f"ledger {path}: the disk is full; free some space and continue (a training with --resume)")
     return LedgerError(f"ledger {path}: cannot be used: {error}")
 
 

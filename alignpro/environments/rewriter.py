@@ -122,6 +122,7 @@ class Rewriter:
                 if the run's configuration says so.
 
         Raises:
+            ConfigError: The strength is not from 0 to 2.
             ModelError: The directory holds no finished run of a prompter, or none with one target, or it needs
                 ``trust_remote_code`` or ``trust_endpoint``.
             EndpointError: The target's server cannot be used.
@@ -188,7 +189,8 @@ class Rewriter:
             candidates: For a mixture: draw this many token by token, and keep ``n`` by the weights that correct for it.
 
         Raises:
-            ConfigError: ``candidates`` are given, but samples are greedy or filtered, or the prompter is not a mixture.
+            ConfigError: ``candidates`` are given, but samples are greedy or filtered, the prompter is not a mixture, or they are
+                fewer than ``n``.
             ModelError: A prompt does not fit in the prompter's context, or a rewrite cannot be given to the target.
             DataError: A prompt is empty, or the prompter's chat template refuses a conversation.
         """
@@ -245,6 +247,10 @@ class Rewriter:
             raise ConfigError(
                 f"rewrite: {candidates} candidates correct a mixture of models, and {model.name} is a single one, whose samples "
                 "are exact: leave them out"
+            )
+        if candidates < params.n:
+            raise ConfigError(
+                f"rewrite: {params.n} rewrites of {candidates} candidates: some would be given twice: draw more candidates"
             )
         if params.temperature == 0 or params.top_k or params.top_p < 1 or params.min_p:
             raise ConfigError(

@@ -23,7 +23,7 @@ from alignpro.engine import Completion, SamplingParams
 from alignpro.environments.base import sampling_params
 from alignpro.environments.finished_run import require_finished_run
 from alignpro.environments.run_mixture import run_mixture
-from alignpro.errors import AlignProError, DataError, ModelError
+from alignpro.errors import AlignProError, ConfigError, DataError, ModelError
 from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model, load_mixture
@@ -113,8 +113,11 @@ def load_prompter(run: Path, config: TrainConfig | SFTConfig, strength: float = 
     Its tokenizer has been saved with it, and the chat template with the tokenizer.
 
     Raises:
+        ConfigError: The strength is not from 0 to 2.
         ModelError: It cannot be loaded, or has no other strength than 1: see `run_mixture`.
     """
+    if not 0 <= strength <= 2:
+        raise ConfigError(f"strength={strength:g}: expected a number from 0, the prompter before training, to 2")
     model = config.policy.model_copy(update={"path": str(run / "model"), "tokenizer": None, "chat_template": None})
     if strength == 1:
         return load_language_model(model)

@@ -16,7 +16,7 @@ from alignpro.targets.completion import TextCompletion
 
 def learn_refusals(
     guard: RefusalKept, target: Target, engine: Engine, prompts: Sequence[Prompt], respond: SamplingParams
-) -> None:
+) -> list[Completion]:
     """Let a guard know whether the target refuses the prompts as they are, of those that it does not know yet.
 
     One greedy response is asked for: it depends on no seed, so it is the same on every rank and after a resume. A response that
@@ -29,6 +29,9 @@ def learn_refusals(
         prompts: The prompts of a rollout.
         respond: How long a response may be.
 
+    Returns:
+        The responses that were asked for, one to each prompt of ``guard.unknown(prompts)``.
+
     Raises:
         TrainingError: The target cannot respond to a prompt.
     """
@@ -37,7 +40,9 @@ def learn_refusals(
     sent = [target.encode(prompt, None) for prompt in unknown]
     groups = target.respond(engine, sent, greedy, [0] * len(unknown))
     refuse_errors(unknown, [[Chain(sample) for sample in group] for group in groups])
-    guard.learn(unknown, [_refuses(target, sample) for (sample,) in groups])
+    responses = [sample for (sample,) in groups]
+    guard.learn(unknown, [_refuses(target, sample) for sample in responses])
+    return responses
 
 
 def _refuses(target: Target, response: Completion) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignpro.theory.statistics import Estimate, VarianceParts
@@ -144,7 +144,11 @@ class Comparison:
     tests: int
     """Number of differences among which p-values are adjusted."""
     verdict: str
+    """A change of refusals for the worse comes first."""
+    refusals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Title of a group → what was counted, as `alignpro.evaluation.refusal_rates.refusals_content` returns it."""
 
     def as_dict(self) -> dict[str, Any]:
         """The content of summary.json."""
-        return {"verdict": self.verdict, "tests": self.tests, "groups": [group.as_dict() for group in self.groups]}
+        content = {"verdict": self.verdict, "tests": self.tests, "groups": [group.as_dict() for group in self.groups]}
+        return content | ({"refusals": dict(self.refusals)} if self.refusals else {})

@@ -119,16 +119,18 @@ def _report_records(
     comparison = compare(records) if records else None
     curves = curves_of(dict.fromkeys([*runs, *runs_of(evaluations)]))
     converged = {label: each for label, rows in curves.items() if (each := convergence(rows)) is not None}
+    refusals = _refusals(evaluations, records)
+    warnings = dict.fromkeys(sentence for each in refusals.values() for sentence in each["warnings"])
+    if comparison is not None:
+        comparison = replace(comparison, verdict=" ".join([*warnings, comparison.verdict]), refusals=refusals)
     verdict = (
         comparison.verdict if comparison else "Training runs only: nothing here was evaluated on held-out prompts."
     )
-    refusals = _refusals(evaluations, records)
-    warnings = dict.fromkeys(sentence for each in refusals.values() for sentence in each["warnings"])
     report = Report(
         title=title,
         pair=_subtitle(comparison, len(evaluations), len(curves)),
         comparison=comparison,
-        verdict=" ".join([*warnings, verdict]),
+        verdict=verdict,
         curves=curves,
         convergence=converged,
         notes=notes,

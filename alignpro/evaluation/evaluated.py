@@ -230,6 +230,9 @@ def _only(rewards: EvaluationRewards, arm: str) -> EvaluationRewards:
 def training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
     """What a training run took, from its metrics: responses of the target to its rollouts, decoded tokens, seconds of its phases.
 
+    With the guard `refusal_kept`, each prompt of a step has a response as it is beside those to its rewrites; it is counted again
+    in a later epoch, in which it is not asked again.
+
     Args:
         run: The run directory.
         config: The configuration of `alignpro train` or `alignpro rlhf`.
@@ -244,9 +247,15 @@ def training_cost(run: Path, config: Mapping[str, Any]) -> Cost:
         rows and config.get("self_reward") and isinstance(each[0], int)
     ):  # candidates that were not trained on were answered, too
         calls = each[0] * sum(row.get(TARGET_CALLS, 0.0) for row in rows)
+    if calls and samples == _CHAIN and _keeps_refusals(config):
+        calls += steps * each[0]
     tokens = [row["engine/computed/decode"] for row in rows if "engine/computed/decode" in row]
     seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/") and key != AWAITED)
     return Cost(calls, float(sum(tokens)) if tokens else None, float(seconds) if rows else None)
+
+
+def _keeps_refusals(config: Mapping[str, Any]) -> bool:
+    return any(guard.get("kind") == "refusal_kept" for guard in config.get("reward", {}).get("guards") or ())
 
 
 def _name(model: Any) -> str | None:

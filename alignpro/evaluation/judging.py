@@ -212,7 +212,10 @@ def arm_pairs(
         if arm != other and not (arm in judging.against and judging.against.index(arm) < judging.against.index(other))
     ]
     if not wanted:
-        raise DataError(f"{where}: has the arm {next(iter(rewards.arms))} alone, which is compared with nothing")
+        raise DataError(
+            f"{where}: has the arm {next(iter(rewards.arms))} alone, which is compared with nothing (a cell of an experiment is "
+            "of one method): judge an evaluation of several arms"
+        )
     comparisons = []
     for arm, other in wanted:
         drawn = [

@@ -11,7 +11,7 @@ from alignpro.config import JudgeConfig, SamplingConfig, validate_config
 from alignpro.errors import ConfigError, DataError
 from alignpro.evaluation.evaluated import EvaluatedDirectory, find_evaluations
 from alignpro.evaluation.judges import Judge, LocalJudge
-from alignpro.evaluation.judging import Judgement, judge_arms, judging_rubric
+from alignpro.evaluation.judging import Judgement, arm_pairs, judge_arms, judging_rubric
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.targets.servers import open_servers
 from alignpro.training.durability import disk_errors, replace_text
@@ -28,7 +28,8 @@ def judge_directories(
 ) -> dict[Path, Judgement]:
     """Judge finished evaluations; each gets a ``judgements.jsonl``, and ``judge`` in its ``summary.json``.
 
-    What judges behind servers were asked is in the ledger of each evaluation, so that an interrupted call continues.
+    What judges behind servers were asked is in the ledger of each evaluation, and evaluations that the same judges have judged
+    are passed over: an interrupted call is continued by the same call. All is checked before anybody is asked.
 
     Args:
         directories: Of evaluations, or of anything with evaluations below.
@@ -36,8 +37,12 @@ def judge_directories(
             no code, and names no rubric or ledger.
         force: Whether to judge what has been judged before.
 
+    Returns:
+        Directory → what was said, of those that were judged by this call.
+
     Raises:
-        DataError: There is no evaluation, one has been judged, or its files do not fit each other.
+        DataError: There is no evaluation, one has been judged otherwise, it has nothing to compare, or its files do not fit each
+            other; nothing has been asked.
         ConfigError: There is no section ``judge``, or the rubric cannot be used.
         AlignProError: As `judge_arms`; evaluations before the failing one keep what was said of them.
     """
@@ -45,13 +50,12 @@ def judge_directories(
     if not evaluations:
         raise DataError(f"{directories[0]}: holds no evaluation (rewards.json, from `alignpro eval`)")
     jobs = [(each, config or _own_config(each)) for each in evaluations]
-    for each, job in jobs:
-        judging_rubric(job.judge)
-        if not force and each.summary.get("judge", {}).get("comparisons"):
-            raise DataError(f"{each.path}: has been judged: see summary.json there, or judge it again with --force")
+    left = [(each, job) for each, job in jobs if _is_to_be_judged(each, job, force=force)]
+    if len(left) < len(jobs):
+        logger.info("%d of %d evaluations are judged", len(jobs) - len(left), len(jobs))
     loaded: dict[str, Judge] = {}
     judgements = {}
-    for each, job in jobs:
+    for each, job in left:
         if config is None:  # another evaluation may call another judge the same
             loaded.clear()
         with open_servers(job, [], each.path, SamplingConfig(), job.judge.endpoints) as servers:
@@ -65,6 +69,30 @@ def judge_directories(
             replace_text(each.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
         judgements[each.path] = judgement
     return judgements
+
+
+def _is_to_be_judged(each: EvaluatedDirectory, job: JudgeConfig, *, force: bool) -> bool:
+    """Whether an evaluation, which is checked, has not been judged yet.
+
+    Raises:
+        DataError: It has been by other judges, by another rubric or on other pairs; or it cannot be judged.
+        ConfigError: The rubric cannot be used.
+    """
+    rubric, pairs = judging_rubric(job.judge).version, arm_pairs(job.judge, each.rows, each.rewards, str(each.path))
+    judged = each.summary.get("judge", {})
+    if force or not judged.get("comparisons"):
+        return True
+    asked = [(own.label, made.arm, made.against, len(made.pairs)) for own in job.judge.judges for made in pairs]
+    found = [
+        (made["judge"], made["arm"], made["against"], made["pairs"] + made["errors"]) for made in judged["comparisons"]
+    ]
+    if sorted(asked) != sorted(found) or judged.get("rubric") != rubric:
+        raise DataError(
+            f"{each.path}: has been judged by {' and '.join(judged['judges'])}, with other judges, another rubric or other pairs "
+            "than here: see summary.json there, or judge it again with --force"
+        )
+    logger.info("%s: has been judged (--force judges it again)", each.path)
+    return False
 
 
 def write_judgement(directory: Path, judgement: Judgement) -> None:

@@ -23,7 +23,8 @@ from alignpro.evaluation.heldout_prompts import evaluation_prompts
 from alignpro.evaluation.logprobs import sequence_kl
 from alignpro.evaluation.sampled_arms import Trained
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.mixed_model import mix_models
+from alignpro.models.loading import load_language_model
+from alignpro.models.mixed_model import check_mixable, mix_models, share_equal_weights
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.rewards import build_reward
 from alignpro.targets.build import build_target
@@ -32,13 +33,28 @@ from alignpro.theory.statistics import Clusters, FloatArray, mean_estimate, pair
 from alignpro.training.durability import disk_errors, replace_text
 from alignpro.training.mixed_runs import MixedRun, read_runs
 from alignpro.training.mixing import SUMMARY_FILE, load_mixed
-from alignpro.training.recorded_holdout import keep_holdout
+from alignpro.training.recorded_holdout import keep_holdout, trained_on_note
 from alignpro.versions import versions
 
 logger = logging.getLogger(__name__)
 
 RESULT_FILE, FIGURE_FILE = "pareto.json", "pareto.png"
-MIXTURE, TRAINED = "mixture", "trained for the weighted sum"
+MIXTURE, ONE_MODEL, TRAINED = "mixture", "one model", "trained for the weighted sum"
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What `alignpro mix` has made of both runs."""
+
+    run: Path
+    weight: float
+    """Of the second."""
+    one_model: bool
+    """Whether it is a single LoRA (``--one-model``), whose rewrites are not those of the mixture."""
+
+    @property
+    def series(self) -> str:
+        return ONE_MODEL if self.one_model else MIXTURE
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ def compare_mixtures(
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     prompts: int = 64,
     rewrites: int = 2,
-    responses: int = 1,
+    responses: int = 2,
     seed: int = 0,
     data: Sequence[str] = (),
     trust_remote_code: bool = False,
@@ -110,16 +126,20 @@ def compare_mixtures(
         raise ConfigError(f"pareto: {len(directories)} runs: give two, one for each reward")
     if wrong := [each for each in (*weights, *trained) if not 0 <= each <= 1]:
         raise ConfigError(f"pareto: weight {wrong[0]:g}: expected one of the second reward from 0 to 1")
-    made = {each: _weight_of(each, directories) for each in mixed}
+    made = [_made(each, directories) for each in mixed]
     runs = read_runs([*directories, *trained.values()], trust_remote_code=trust_remote_code)
     _check_targets(runs)
     prepare_directory(out, RESULT_FILE)
     sizes = {"prompts": prompts, "rewrites_per_prompt": rewrites, "responses_per_rewrite": responses, "seed": seed}
     config = _evaluation(runs, out, sizes, data)
-    at = {*weights, *trained, *made.values(), *((0.0, 1.0) if made else ())}
-    measured, clusters = _measure(config, runs, sorted(at), list(trained))
+    note = trained_on_note(config.data, [run.directory for run in runs])
+    if note is not None:
+        logger.warning("%s", note)
+    at = {*weights, *trained, *(each.weight for each in made if not each.one_model), *((0.0, 1.0) if made else ())}
+    measured, clusters = _measure(config, runs, sorted(at), [each for each in made if each.one_model], list(trained))
     result = _result(directories, measured, clusters, runs)
-    result |= {"mixed": _least_rewards(made, measured, clusters)} | sizes | {"versions": versions()}
+    result |= {"mixed": _least_rewards(made, measured, clusters)} | sizes
+    result |= {"note": note, "versions": versions()}
     points = _points(measured, clusters)
     with disk_errors(str(out), "make room, then compare again"):
         plot_pareto(points, told_apart(runs[0].directory, runs[1].directory), out / FIGURE_FILE)
@@ -169,9 +189,20 @@ def _check_targets(runs: Sequence[MixedRun]) -> None:
 
 
 def _measure(
-    config: EvalConfig, runs: Sequence[MixedRun], weights: Sequence[float], trained: Sequence[float]
+    config: EvalConfig,
+    runs: Sequence[MixedRun],
+    weights: Sequence[float],
+    single: Sequence[_Made],
+    trained: Sequence[float],
 ) -> tuple[list[_Measured], Clusters]:
     models, reference = load_mixed(runs)
+    if any(0 < weight < 1 for weight in weights):
+        check_mixable("the mixture", models[:2])
+    of_one = [
+        load_language_model(runs[0].model_config.model_copy(update={"path": str(each.run / "model")}))
+        for each in single
+    ]
+    share_equal_weights([*models, *of_one])
     rewards = [run.config.reward for run in runs[:2]]
     endpoints = [endpoint for each in rewards for endpoint in each.endpoints]
     assert config.prompter is not None  # as `_evaluation` writes it
@@ -196,6 +227,7 @@ def _measure(
             measured(MIXTURE, each, mix_models(models[:2], [1 - each, each], reference, f"the mixture at {each:g}"))
             for each in weights
         ]
+        found += [measured(ONE_MODEL, each.weight, model) for each, model in zip(single, of_one, strict=True)]
         found += [measured(TRAINED, each, model) for each, model in zip(trained, models[2:], strict=True)]
     return found, Clusters(cluster_labels(prompts, config.data.cluster))
 
@@ -228,32 +260,33 @@ def _result(
     }
 
 
-def _weight_of(mixed: Path, directories: Sequence[Path]) -> float:
-    """The weight of the second run in what `alignpro mix` has made of both."""
+def _made(mixed: Path, directories: Sequence[Path]) -> _Made:
+    """Read what `alignpro mix` says of a directory that it has made of both runs."""
     try:
         summary = json.loads((mixed / SUMMARY_FILE).read_text())
         of, (_, weight) = [Path(each).absolute() for each in summary["runs"]], summary["weights"]
+        made = _Made(mixed, float(weight), "gap_of_one_model" in summary)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{mixed}: not a run directory that `alignpro mix` has made of two runs: {error}") from error
     if of != [each.absolute() for each in directories]:
         raise ModelError(f"{mixed}: is a mixture of {' and '.join(map(str, of))}: give these runs, in this order")
-    return float(weight)
+    return made
 
 
-def _least_rewards(
-    made: Mapping[Path, float], measured: Sequence[_Measured], clusters: Clusters
-) -> list[dict[str, Any]]:
+def _least_rewards(made: Sequence[_Made], measured: Sequence[_Measured], clusters: Clusters) -> list[dict[str, Any]]:
     """Of each mixture, how far the lower of its two mean rewards is above that of either prompter alone."""
-    at = {each.weight: each for each in measured if each.series == MIXTURE}
+    at = {(each.series, each.weight): each for each in measured}
     return [
         {
-            "run": str(run),
-            "weight": weight,
+            "run": str(each.run),
+            "series": each.series,
+            "weight": each.weight,
             "least_reward_above": [
-                paired_estimate(at[weight].least, at[end].least, clusters).as_dict() for end in (0.0, 1.0)
+                paired_estimate(at[each.series, each.weight].least, at[MIXTURE, end].least, clusters).as_dict()
+                for end in (0.0, 1.0)
             ],
         }
-        for run, weight in made.items()
+        for each in made
     ]
 
 

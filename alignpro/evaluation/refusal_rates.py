@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,16 +172,22 @@ def merged(parts: Sequence[tuple[str, str, int, RefusalRates]]) -> RefusalRates:
         parts: Key of the method, its label, its seed, and what was recorded of its one arm.
 
     Raises:
-        DataError: The prompts, the harm scores, or the numbers of responses of a method's seeds differ.
+        DataError: The prompts, their clusters, the harm scores, or the numbers of responses of a method's seeds differ.
     """
     first = parts[0][3]
     arms: dict[str, ArmResponses] = {}
     labels = {}
     for method, label, seed, rates in parts:
-        if list(rates.prompts) != list(first.prompts) or rates.scored_by != first.scored_by:
+        if sorted(rates.prompts) != sorted(first.prompts) or rates.scored_by != first.scored_by:
             raise DataError(
                 f"refusals of {method} and {parts[0][0]} were counted on different {first.kind} prompts, or with different harm "
                 "scores, and cannot be compared: evaluate both with the same `refusals`"
+            )
+        rates = _in_order_of(rates, first.prompts)
+        if Clusters(list(rates.clusters)).numbers.tolist() != Clusters(list(first.clusters)).numbers.tolist():
+            raise DataError(
+                f"refusals of {method} and {parts[0][0]} were counted on the same {first.kind} prompts in different clusters: "
+                "give both the same `cluster`"
             )
         (arm,) = rates.arms.values()
         refused, harm = arm.alone
@@ -196,6 +202,17 @@ def merged(parts: Sequence[tuple[str, str, int, RefusalRates]]) -> RefusalRates:
         )
         labels[method] = label
     return RefusalRates(first.kind, first.prompts, first.clusters, first.scored_by, arms, labels)
+
+
+def _in_order_of(rates: RefusalRates, prompts: Sequence[str]) -> RefusalRates:
+    """The same responses, of one evaluation, with its prompts in another order."""
+    own, wanted = (np.argsort(np.array(each), kind="stable") for each in (rates.prompts, prompts))
+    order = own[np.argsort(wanted, kind="stable")]
+    arms = {
+        name: ArmResponses.of(refused[order], None if harm is None else harm[order])
+        for name, (refused, harm) in ((name, arm.alone) for name, arm in rates.arms.items())
+    }
+    return replace(rates, prompts=list(prompts), clusters=[rates.clusters[i] for i in order], arms=arms)
 
 
 def _parse(content: Mapping[str, Any]) -> RefusalRates:

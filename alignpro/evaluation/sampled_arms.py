@@ -12,7 +12,7 @@ from alignpro.config.jobs import INSTRUCTION
 from alignpro.errors import ConfigError
 from alignpro.evaluation.arms import ArmSampler, ArmSamples
 from alignpro.models.language_model import LanguageModel
-from alignpro.models.mixed_model import mix_models, share_equal_weights
+from alignpro.models.mixed_model import check_mixable, mix_models, share_equal_weights
 from alignpro.objectives import best_of_kl, best_of_weights
 from alignpro.prompting.chat_template import ChatTemplate
 from alignpro.prompting.rewrite_template import RewriteTemplate
@@ -31,6 +31,12 @@ class Trained:
         """Hold once what all these models have in common, such as the base of a target and of a LoRA on it."""
         own = (self.reference, self.prompter, self.oracle)
         share_equal_weights([*targets, *(model for model in own if model is not None)])
+
+    def check_strengths(self, strengths: Iterable[float]) -> None:
+        """Check that the prompter can be had at these strengths, before anything is sampled; raises as `at_strength`."""
+        if any(strength not in (0, 1) for strength in strengths):
+            assert self.prompter is not None and self.reference is not None  # the configuration requires both
+            check_mixable(self.prompter.name, [*self.prompter.parts, *self.reference.parts])
 
     def at_strength(self, strength: float) -> LanguageModel:
         """The prompter ρ_sft^{1−s} ρ^s, token by token.
@@ -53,6 +59,7 @@ def sample_arms(config: EvalConfig, sampler: ArmSampler, trained: Trained) -> di
     templates = instruction_templates(written_instructions(config))
     sizes = {name: count for name, count in config.candidate_counts.items() if name in config.sampled_arms}
     arms: dict[str, ArmSamples] = {}
+    trained.check_strengths(strength for name, strength in config.dial_arms.items() if name in config.sampled_arms)
     if sizes:
         assert trained.reference is not None  # the configuration requires it
         arms["candidates"] = sampler.sample_rewrites("candidates", trained.reference, max(sizes.values()))

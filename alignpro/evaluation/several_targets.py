@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from alignpro.config import (
@@ -13,14 +14,18 @@ from alignpro.config import (
     TargetEndpointConfig,
     TargetPart,
     dump_config,
+    load_config,
     resolve_config,
     target_endpoints,
     target_parts,
 )
+from alignpro.config.endpoints import changes_no_answer
+from alignpro.errors import ConfigError
 from alignpro.evaluation.evaluate import evaluate, evaluated_as_trained, prepare_directory
 from alignpro.evaluation.results import Evaluation
 from alignpro.targets.servers import open_servers
 from alignpro.training.durability import disk_errors, replace_text
+from alignpro.training.resume import differences
 
 
 def evaluate_targets(config: ConfigSource[EvalConfig]) -> dict[str, Evaluation]:
@@ -59,10 +64,22 @@ def evaluate_targets(config: ConfigSource[EvalConfig]) -> dict[str, Evaluation]:
 def _finished(config: EvalConfig) -> dict[str, Any] | None:
     """The summary of an evaluation that an earlier call has finished with the same configuration; None if there is none."""
     summary, used = config.out / "summary.json", config.out / "config.yaml"
-    if not (summary.is_file() and used.is_file()) or used.read_text(encoding="utf-8") != dump_config(config):
+    if not (summary.is_file() and used.is_file() and _says_the_same(used, config)):
         return None  # `evaluate` says what is in the way
     content: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
     return content
+
+
+def _says_the_same(used: Path, config: EvalConfig) -> bool:
+    """Whether a recorded configuration is this one, but for that on which no answer depends, such as the budget."""
+    if used.read_text(encoding="utf-8") == dump_config(config):
+        return True
+    try:
+        recorded = load_config(EvalConfig, [str(used)])
+    except ConfigError:
+        return False
+    found = differences(recorded.model_dump(mode="json"), config.model_dump(mode="json"))
+    return all(changes_no_answer(key) for key, *_ in found)
 
 
 def _alone(part: TargetPart) -> ModelConfig | RemoteTargetConfig:

@@ -290,6 +290,11 @@ def _target_calls(place: Place, method: RivalMethod) -> int:
     named = place.config.methods[method.target_calls]
     assert isinstance(named, TrainMethod) and needs_prompter(named)  # the configuration checks it
     training = _training(place, [named.settings], next(iter(place.config.prompters)), place.directory / "run")
+    return training.run.steps * calls_per_step(training)
+
+
+def calls_per_step(training: TrainConfig) -> int:
+    """Responses of the target in a step of a training; those that the guard `refusal_kept` needs as if no prompt came again."""
     rollout = training.rollout
-    per_step = rollout.prompts_per_step * rollout.rewrites_per_prompt * rollout.responses_per_rewrite
-    return training.run.steps * per_step
+    answers = rollout.rewrites_per_prompt * rollout.responses_per_rewrite + training.reward.keeps_refusals
+    return rollout.prompts_per_step * answers

@@ -28,6 +28,7 @@ from alignpro.config import (
     needs_prompter,
 )
 from alignpro.config.jobs import dial_arms
+from alignpro.errors import ConfigError
 from alignpro.experiments.cell_jobs import Job, Place, cell_jobs, self_reward_jobs, transfer_jobs
 from alignpro.experiments.points import Point, points_of
 from alignpro.experiments.sections import is_mixture, prior_sections
@@ -122,8 +123,8 @@ def _of_method(
     alone = is_mixture(config, target) and bool(config.transfer_targets)
     if isinstance(method, RLHFMethod) and "path" not in config.targets[target]:
         return  # it is behind a server, or several targets: what cannot be trained has no oracle
-    if alone and not isinstance(method, TrainMethod):
-        return  # each of its targets is evaluated by itself
+    if alone and not (isinstance(method, TrainMethod) and method.transfer):
+        return  # each of its targets is evaluated by itself, which is what transfer does
     if isinstance(method, SelfRewardMethod):
         for prompter in config.prompters:
             place = _place(config, name, task, target, seed, prompter, point)
@@ -169,6 +170,13 @@ def _of_dial(
         evaluation = training.jobs[-1].config
         if at != of or training.trained_on is not None or not isinstance(evaluation, EvalConfig):
             continue
+        trained = training.jobs[0].config
+        soft = isinstance(trained, TrainConfig) and trained.policy.adapter.kind == "soft_prompt"
+        if soft and any(strength not in (0, 1) for strength in method.strengths):
+            raise ConfigError(
+                f"methods.{name}.of={method.of}: it trains a soft prompt ({training.name}), which the prompter before training "
+                "does not have, so that both cannot be mixed: leave the dial out"
+            )
         for arm, strength in dial_arms(method.strengths).items():
             parts = ["cells", training.task, training.target, name, training.prompter or ""]
             parts += [*([training.point.name] if training.point else []), f"s_{strength:g}", f"seed_{training.seed}"]

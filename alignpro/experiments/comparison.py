@@ -34,6 +34,7 @@ from alignpro.experiments.crossing import crossing_analyses
 from alignpro.experiments.dial_accuracy import dial_analyses
 from alignpro.experiments.evaluated_cells import evaluated_methods
 from alignpro.experiments.frontier import frontier_analyses
+from alignpro.experiments.method_names import method_name
 from alignpro.experiments.rivals.run import read_result
 from alignpro.experiments.self_reward_gains import self_reward_analyses
 from alignpro.experiments.sweep_results import sweep_analyses
@@ -137,19 +138,21 @@ def _method(config: ExperimentConfig, cell: Cell, evaluation: EvalConfig, arm: s
         name, label = arm if isinstance(method, RLHFMethod) else cell.method, method.label or ""
     elif isinstance(method, SelfRewardMethod):
         cost, name = _cost_so_far(cell), f"{cell.method}_{cell.alpha:g}_{cell.iteration}"
-        label = f"{method.title(cell.alpha)}, iteration {cell.iteration}"
+        label = f"{method_name(config, cell.method)}, α = {cell.alpha:g}, iteration {cell.iteration}"
     elif isinstance(method, RivalMethod):
         found = read_result(cell.directory / "run")
         cost = Cost(float(found["target_calls"]), found["tokens"], found["seconds"])
-        name, label = cell.method, method.label or method_label(method.kind)
+        name, label = cell.method, method_name(config, cell.method)
     elif isinstance(method, DialMethod):
         assert cell.needs is not None  # its training, which serves all strengths
         cost = training_cost(cell.needs.directory / "run", cell.needs.jobs[0].config.model_dump())
         strength = f"{evaluation.dial_arms[arm]:g}"
-        name, label = f"{cell.method}_{strength}", f"{method.label or 'Dial'}, s = {strength}"
+        name, label = f"{cell.method}_{strength}", f"{method_name(config, cell.method)}, s = {strength}"
     elif isinstance(method, GibbsMethod | BestOfMethod):
         # What choosing takes, of each prompt anew; the answers to what was chosen are those of every method.
-        candidates = evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite
+        candidates = (
+            evaluation.candidate_counts[arm] * evaluation.responses_per_rewrite + evaluation.reward.keeps_refusals
+        )
         cost = Cost(target_calls=float(candidates * prompts))
     if cell.trained_on is not None:
         name, label = f"{name}: from {cell.trained_on}", f"{label or method_label(name)} trained on {cell.trained_on}"

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from alignpro.config import ExperimentConfig, RivalMethod, TrainMethod
+from alignpro.config import ExperimentConfig, RivalMethod, TrainConfig, TrainMethod
 from alignpro.evaluation.charts import to_svg
 from alignpro.evaluation.experiment_charts import CallCurve, plot_reward_against_calls
 from alignpro.evaluation.report_content import Analysis
+from alignpro.experiments.cell_jobs import calls_per_step
 from alignpro.experiments.cells import Cell
 from alignpro.experiments.evaluated_cells import MethodRecords, by_group
 from alignpro.experiments.frontier import shown
@@ -152,9 +153,9 @@ def _of_cell(cell: Cell) -> CallCurve | None:
         found = read_result(cell.directory / "run")
         calls, rewards = zip(*found["curve"], strict=True)
         return CallCurve([*calls, found["target_calls"]], [*rewards, found["mean"]], steps=True)
-    rollout = cell.jobs[0].config.model_dump()["rollout"]
-    per_step = rollout["prompts_per_step"] * rollout["rewrites_per_prompt"] * rollout["responses_per_rewrite"]
-    return training_curve(cell.directory / "run", float(per_step))
+    training = cell.jobs[0].config
+    assert isinstance(training, TrainConfig)  # the analysis is of rivals and trainings
+    return training_curve(cell.directory / "run", float(calls_per_step(training)))
 
 
 def _at(curve: CallCurve, calls: float) -> float:

@@ -50,7 +50,7 @@ class _Pair:
 
 
 def dial_analyses(config: ExperimentConfig, methods: Sequence[MethodRecords]) -> list[Analysis]:
-    """One analysis for each group in which a training was run for the λ/s of a strength.
+    """One analysis for each dial of a group, where a training was run for the λ/s of a strength.
 
     Args:
         config: The experiment.
@@ -58,9 +58,15 @@ def dial_analyses(config: ExperimentConfig, methods: Sequence[MethodRecords]) ->
     """
     found = []
     for (task, target, prompter), each in by_group(methods).items():
-        pairs = [pair for dial in each if (pair := _pair(config, dial, each)) is not None]
-        if pairs:
-            found.append(_analysis(f"{task} · {prompter} → {target}", sorted(pairs, key=lambda pair: pair.strength)))
+        dials: dict[tuple[str, str], list[_Pair]] = {}
+        for dial in each:
+            if (pair := _pair(config, dial, each)) is not None:
+                point = dial.cell.point.label if dial.cell.point else ""
+                dials.setdefault((dial.cell.method, point), []).append(pair)
+        for (method, point), pairs in dials.items():
+            of = [part for part in (method, point) if part] if len(dials) > 1 else []
+            group = " · ".join([task, f"{prompter} → {target}", *of])
+            found.append(_analysis(group, sorted(pairs, key=lambda pair: pair.strength)))
     return found
 
 
@@ -71,13 +77,13 @@ def _pair(config: ExperimentConfig, dial: MethodRecords, methods: Sequence[Metho
     evaluation, own = dial.cell.jobs[-1].config, _training(dial.cell.needs)
     assert isinstance(evaluation, EvalConfig)  # as the cells of a dial are made
     (strength,) = evaluation.strengths
-    if strength == 0:
-        return None
+    if strength == 0 or own.objective.kl.target is not None:
+        return None  # where λ adapts, none is fixed that another training could have over s
     kl_coef = own.objective.kl.coef / strength
     for each in methods:
         trained = isinstance(config.methods[each.cell.method], TrainMethod) and each.cell.trained_on is None
-        if not trained or each.kl is None:
-            continue
+        if not trained or each.kl is None or each.cell.name == dial.cell.needs.name:
+            continue  # at strength 1, the dial is its own training
         other = _training(each.cell)
         if math.isclose(other.objective.kl.coef, kl_coef, rel_tol=1e-6) and _all_else(other) == _all_else(own):
             return _Pair(strength, kl_coef, dial, each)

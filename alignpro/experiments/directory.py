@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alignpro.config import dump_config, load_config
+from alignpro.config.endpoints import changes_no_answer
 from alignpro.errors import TrainingError
 from alignpro.experiments.cell_jobs import Job
 from alignpro.experiments.cells import Cell
@@ -76,9 +77,14 @@ def _begun(job: Job) -> bool:
 def _change(job: Job) -> str | None:
     """How the configuration of a job differs from the recorded one; None if it does not.
 
-    Prompters that were added later do not count (``also_fit``): whether the prompts are still the same is found in comparing.
+    Prompters that were added later do not count (``also_fit``): whether the prompts are still the same is found in comparing. Nor
+    does that on which no result depends, such as the budget.
     """
     recorded = load_config(type(job.config), [str(job.file)])
     before, now = recorded.model_dump(mode="json"), job.config.model_dump(mode="json")
-    found = [f"{key} was {old!r}, is {new!r}" for key, old, new in differences(before, now) if key != "also_fit"]
+    found = [
+        f"{key} was {old!r}, is {new!r}"
+        for key, old, new in differences(before, now)
+        if key not in ("also_fit", "search.threads") and not changes_no_answer(key)
+    ]
     return f"{job.file}: {', '.join(found)}" if found else None

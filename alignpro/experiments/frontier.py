@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignpro.config import ExperimentConfig, SelfRewardMethod, SoftPromptMethod, TrainMethod
+from alignpro.config import DialMethod, ExperimentConfig, SelfRewardMethod, SoftPromptMethod, TrainMethod
 from alignpro.evaluation.charts import to_svg
 from alignpro.evaluation.experiment_charts import FrontierPoint, plot_reward_against_kl
 from alignpro.evaluation.labels import method_label
 from alignpro.evaluation.report_content import Analysis
 from alignpro.experiments.evaluated_cells import MethodRecords, by_group
+from alignpro.experiments.method_names import method_name
 from alignpro.theory.statistics import Estimate, NotEstimable, mean_over_seeds
 
 _NO_KL = NotEstimable("it is where all methods start")
@@ -86,7 +87,9 @@ def _series(config: ExperimentConfig, methods: Sequence[MethodRecords]) -> dict[
 def _name(config: ExperimentConfig, each: MethodRecords) -> str:
     method = config.methods[each.cell.method]
     if isinstance(method, SelfRewardMethod):
-        return method.title(each.cell.alpha)
+        return f"{method_name(config, each.cell.method)}, α = {each.cell.alpha:g}"
+    if isinstance(method, DialMethod):
+        return method_name(config, each.cell.method)
     if isinstance(method, TrainMethod | SoftPromptMethod):
         return method.label or method_label(each.cell.method)
     if each.cell.point is not None and not any(key.startswith("methods.") for key in each.cell.point.values):

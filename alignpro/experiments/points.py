@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignpro.config import ExperimentConfig, RangeConfig, SweepConfig, concerns, validate_config
+from alignpro.config import ExperimentConfig, RangeConfig, SweepConfig, validate_config
 from alignpro.errors import ConfigError
 
 _LONGEST_NAME = 100
@@ -43,7 +43,7 @@ def points_of(config: SweepConfig) -> dict[str, list[Point]]:
     for name in config.swept_methods:
         points: dict[str, Point] = {}
         for values in drawn:
-            own = {key: value for key, value in values.items() if concerns(key, name, config.methods[name])}
+            own = {key: value for key, value in values.items() if config.concerned(key, name)}
             point = _name(own, short)
             if own and point not in points:
                 points[point] = Point(point, _label(own, short), own, _at(config, own, point))

@@ -12,6 +12,7 @@ from alignpro.evaluation.experiment_charts import plot_reward_over_iterations
 from alignpro.evaluation.report_content import Analysis
 from alignpro.experiments.evaluated_cells import MethodRecords, by_group
 from alignpro.experiments.frontier import shown
+from alignpro.experiments.method_names import method_name
 from alignpro.theory.statistics import difference_over_seeds, mean_over_seeds
 
 _TEXT = (
@@ -32,10 +33,10 @@ def self_reward_analyses(config: ExperimentConfig, methods: Sequence[MethodRecor
         start = next((method for method in each if method.method.partition(":")[0] == "sft_prompter"), None)
         series: dict[str, list[MethodRecords]] = {}
         for method in each:
-            trained = config.methods[method.cell.method]
-            if isinstance(trained, SelfRewardMethod):
+            if isinstance(config.methods[method.cell.method], SelfRewardMethod):
                 point = f", {method.cell.point.label}" if method.cell.point else ""
-                series.setdefault(f"{trained.title(method.cell.alpha)}{point}", []).append(method)
+                name = f"{method_name(config, method.cell.method)}, α = {method.cell.alpha:g}{point}"
+                series.setdefault(name, []).append(method)
         if series:
             found.append(_analysis(f"{task} · {prompter} → {target}", series, start))
     return found

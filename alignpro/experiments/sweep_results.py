@@ -8,6 +8,7 @@ both parts: other seeds of the chosen point may reach less. Only points with the
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,18 @@ from alignpro.config import SweepConfig
 from alignpro.evaluation.report_content import Analysis
 from alignpro.experiments.evaluated_cells import MethodRecords, by_group
 from alignpro.experiments.frontier import shown
-from alignpro.theory.statistics import Clusters, Estimate, SeedRewards, difference_over_seeds, mean_over_seeds
+from alignpro.theory.statistics import (
+    Clusters,
+    Estimate,
+    NotEstimable,
+    SeedRewards,
+    difference_over_seeds,
+    mean_over_seeds,
+)
+
+_NONE_LEFT = NotEstimable(
+    "all held-out prompts are in one cluster, so that none is left that had no part in the choice"
+)
 
 
 def sweep_analyses(config: SweepConfig, methods: Sequence[MethodRecords]) -> list[Analysis]:
@@ -43,7 +55,7 @@ def selection_places(ids: Sequence[str], clusters: Sequence[int], share: float) 
     Args:
         ids: (P,) the prompts' ids.
         clusters: (P,) their clusters.
-        share: Of the clusters; at least one is chosen and one left if there are two.
+        share: Of the clusters; at least one is chosen and one left if there are two. A single one is chosen.
     """
     first: dict[int, str] = {}
     for name, cluster in zip(ids, clusters, strict=True):
@@ -59,17 +71,21 @@ def _analysis(
     means = {each.method: _mean(each, config.sweep.selection, chosen=True) for each in points}
     most = max(len(each.records) for each in points)
     best = max((each for each in points if len(each.records) == most), key=lambda each: means[each.method].value)
-    reached = _mean(best, config.sweep.selection, chosen=False)
-    gain = None if baseline is None else _difference(best, baseline, config.sweep.selection)
-    chosen, left = (_part(best, config.sweep.selection, chosen=way)[1].prompts for way in (True, False))
-    text = (
-        f"Best of {len(points)} points on the {chosen} prompts for choosing: {best.label}. On the other {left} held-out prompts "
-        f"its mean reward is {shown(reached)}"
-        + (f", against no fine-tuning {gain.value:+.3f} {_interval(gain)}" if gain is not None else "")
-        + f"; on those that chose it, {means[best.method].value:.3f}. "
-        + ("It is one training" if most == 1 else f"These are its {most} trainings")
-        + ": a setting is also chosen by what chance did in a training, which other prompts do not show."
-    )
+    places = _places(best, config.sweep.selection)
+    chosen, left = int(places.sum()), int((~places).sum())
+    reached = _mean(best, config.sweep.selection, chosen=False) if left else Estimate(math.nan, _NONE_LEFT)
+    gain = None if baseline is None or not left else _difference(best, baseline, config.sweep.selection)
+    on_chosen = f"{means[best.method].value:.3f}"
+    text = f"Best of {len(points)} points on the {chosen} prompts for choosing: {best.label}. "
+    if left:
+        against = "" if gain is None else f", against no fine-tuning {gain.value:+.3f} {_interval(gain)}"
+        text += f"On the other {left} held-out prompts its mean reward is {shown(reached)}{against}; "
+        text += f"on those that chose it, {on_chosen}. "
+    else:
+        text += f"{_NONE_LEFT.reason.capitalize()}: its mean reward is {on_chosen}, which is too high. "
+    text += (
+        "It is one training" if most == 1 else f"These are its {most} trainings"
+    ) + ": a setting is also chosen by what chance did in a training, which other prompts do not show."
     rows = [
         (each.label, shown(means[each.method]), str(len(each.records)), "best" if each is best else "")
         for each in sorted(points, key=lambda each: -means[each.method].value)
@@ -98,10 +114,14 @@ def _analysis(
     return Analysis(f"Sweep: {title}", text, header=header, rows=rows, results=results)
 
 
+def _places(each: MethodRecords, share: float) -> npt.NDArray[np.bool_]:
+    """(P,) which prompts the best point is chosen on."""
+    return selection_places(each.prompts, each.clusters.numbers.tolist(), share)
+
+
 def _part(each: MethodRecords, share: float, *, chosen: bool) -> tuple[SeedRewards, Clusters]:
     """The rewards of one part of the prompts."""
-    clusters = each.clusters.numbers
-    places = selection_places(each.prompts, clusters.tolist(), share) == chosen
+    clusters, places = each.clusters.numbers, _places(each, share) == chosen
     return SeedRewards.of({seed: arm.raw[places] for seed, arm in each.arms.items()}), Clusters(
         clusters[places].tolist()
     )

@@ -81,7 +81,7 @@ class MixedModel(LanguageModel):
         self.name = name
         self.tokenizer = parts[0].tokenizer
         self.is_base = False
-        _check_parts(name, parts)
+        check_mixable(name, parts)
         invocations = {part.invocation for part in parts if part.invocation}
         self.invocation = next(iter(invocations), ())
         counts = [len(layer_keys(part)) for part in parts]
@@ -232,7 +232,16 @@ def _of_layers(attention: AttentionBackend, layers: range) -> AttentionBackend:
     return _LayersFrom(attention, layers.start)
 
 
-def _check_parts(name: str, parts: Sequence[LanguageModel]) -> None:
+def check_mixable(name: str, parts: Sequence[LanguageModel]) -> None:
+    """Check that models can be mixed, before anything is sampled from them.
+
+    Args:
+        name: Of the mixture, for the message.
+        parts: The models, which are no mixtures themselves.
+
+    Raises:
+        ModelError: They cannot; see `MixedModel`.
+    """
     first = parts[0]
     for part in parts:
         heads = (first.head.weight, part.head.weight)

@@ -173,7 +173,12 @@ def _of_comparison(config: EvalConfig | HeadroomConfig | OptimalConfig) -> list[
     if isinstance(config, EvalConfig) and "oracle" in config.sampled_arms:
         samples += P * config.rewrites_per_prompt * M
     if any(reward.keeps_refusals for reward in config.rewards):
-        groups.append((P, P))  # a greedy response to each unchanged prompt, which is not scored
+        # A greedy response to each unchanged prompt, which is not scored; also of those that refusals are counted on, if an arm
+        # chooses their rewrites by the reward.
+        probes = _refusal_probes(config) if isinstance(config, EvalConfig) else []
+        chosen = isinstance(config, EvalConfig) and set(config.candidate_counts) & set(config.sampled_arms)
+        unchanged = P + (sum(each.prompts for each in probes) if chosen else 0)
+        groups.append((unchanged, unchanged))
     asked = _shared(config.target, groups, prompt_tokens, answer_tokens, split=False)
     samples *= len(target_parts(config.target))
     for reward in config.rewards:

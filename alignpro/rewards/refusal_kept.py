@@ -31,6 +31,10 @@ class RefusalKept:
         """The prompts, each once, of which it is not known whether the target refuses them."""
         return list({prompt.id: prompt for prompt in prompts if prompt.id not in self._refused}.values())
 
+    def refused(self, prompt: Prompt) -> bool:
+        """Whether the target refuses a prompt as it is, which must be known."""
+        return self._refused[prompt.id]
+
     def learn(self, prompts: Sequence[Prompt], refused: Sequence[bool]) -> None:
         """Remember whether the target refuses prompts as they are.
 

@@ -251,7 +251,8 @@ class RemoteTarget:
             left = [each.query for each in asked if each.query and each.answers and each.answers.exception()]
             raise BudgetError(
                 f"{errors[0]}; {len(futures) - len(left)} of {len(futures)} rewrites have been answered and are kept, and "
-                f"the others take at most {self.connection.describe_most(left)}: raise the budget and continue with --resume"
+                f"the others take at most {self.connection.describe_most(left)}: raise the budget and "
+                "continue (a training with --resume)"
             )
 
     def _completions(self, asked: Future[list[Answer]]) -> list[Completion]:

@@ -29,7 +29,9 @@ from alignpro.targets.server_metrics import added, reward_metrics
 logger = logging.getLogger(__name__)
 
 _RUN_ID = "run_id"
-"""The file with the identity of a job, in which its earlier parts paid; a training run has it already."""
+"""The file with the identity of a training run, by which its directory is known as one: no other job may write it."""
+_JOB_ID = "job_id"
+"""Likewise of any other job."""
 
 
 class Servers(Protocol):
@@ -116,8 +118,10 @@ def to_sampling(params: SamplingConfig) -> Sampling:
 
 
 def job_identity(out: Path) -> str:
-    """The identity of the job in a directory, made if there is none."""
+    """The identity of the job in a directory, under which its earlier parts paid; made if there is none."""
     path = out / _RUN_ID
+    if not path.is_file():
+        path = out / _JOB_ID
     if not path.is_file():
         path.write_text(f"{uuid4().hex}\n")
     return path.read_text().strip()

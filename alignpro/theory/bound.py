@@ -186,7 +186,8 @@ def _stderr(per_prompt: Tensor) -> float:
 
 def _check_range(rewards: Tensor, r_max: float, name: str) -> None:
     low, high = (float(rewards.min()), float(rewards.max())) if rewards.numel() else (0.0, 0.0)
-    if not (torch.isfinite(rewards).all() and low >= 0 and high <= r_max + 1e-6):
+    rounding = 1e-6 * r_max  # of float32, in which rewards are kept, and of weighted sums
+    if not (torch.isfinite(rewards).all() and low >= -rounding and high <= r_max + rounding):
         raise ConfigError(
             f"{name} ranges from {low:g} to {high:g}: the bound requires rewards in [0, {r_max:g}]; set r_max to the "
             "upper end of the reward, or shift the reward to start at 0"

@@ -103,20 +103,22 @@ def mirror_descent(
     *,
     shares: Tensor | None = None,
     steps: int = 400,
-    step_size: float = 0.5,
+    step_size: float = 2.0,
 ) -> Tensor:
     """Minimise F over the simplex by stochastic mirror descent with the entropy as its mirror map, from equal weights.
 
-    Each step multiplies w_k by exp(−step_size · v_k), where v is the gradient that `sampled_mixture` estimates, and
-    normalises. The result is the average of the iterates of the second half, in which those of the way there do not count
-    (suffix averaging; Rakhlin, Shamir and Sridharan, 2012).
+    Each step multiplies w_k by exp(−η v_k), where v is the gradient that `sampled_mixture` estimates, and normalises. η is
+    ``step_size`` over the root of the sum of (max_k v_k − min_k v_k)² of all steps so far (Auer, Cesa-Bianchi and Gentile, 2002):
+    the curvature of F grows with the square of how far prompters are apart in nats, and steps of a fixed size go back and forth
+    between the corners of the simplex, whose average is not the minimum. The result is the average of the iterates of the
+    second half, in which those of the way there do not count (suffix averaging; Rakhlin, Shamir and Sridharan, 2012).
 
     Args:
         draw: Step → (P, m, K) g_k of rewrites to that step's prompts.
         prompters: K.
         shares: Who has drawn them, as in `sampled_mixture`.
         steps: Number of steps, at least 2.
-        step_size: Of each step, per nat.
+        step_size: How far the first step moves the logarithm of a ratio of two weights, at most.
 
     Returns:
         (K,) float64, at least 0, of sum 1.
@@ -128,12 +130,15 @@ def mirror_descent(
         raise ValueError(f"mirror_descent: steps={steps}: expected at least 2")
     log_weights = torch.full((prompters,), -math.log(prompters), dtype=torch.float64)
     total = torch.zeros_like(log_weights)
+    spreads = 0.0  # Σ (max_k v_k − min_k v_k)²
     for step in range(steps):
         log_ratios = draw(step).double()
         if not bool(log_ratios.isfinite().all()):
             raise ValueError(f"mirror_descent: a log ratio of step {step} is not finite")
         gradient = sampled_mixture(log_ratios, log_weights.exp(), shares).gradient
-        log_weights = (log_weights - step_size * gradient).log_softmax(0)
+        spreads += (gradient.max() - gradient.min()).item() ** 2
+        if spreads > 0:
+            log_weights = (log_weights - step_size / math.sqrt(spreads) * gradient).log_softmax(0)
         if step >= steps // 2:
             total += log_weights.exp()
     return total / total.sum()

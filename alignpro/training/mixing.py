@@ -20,7 +20,7 @@ from alignpro.errors import ConfigError, TrainingError
 from alignpro.models.garbage_collection import paused_collection
 from alignpro.models.language_model import LanguageModel
 from alignpro.models.loading import load_language_model
-from alignpro.models.mixed_model import mix_models, share_equal_weights
+from alignpro.models.mixed_model import check_mixable, mix_models, share_equal_weights
 from alignpro.models.mixture_files import Mixture
 from alignpro.models.progress_bars import without_progress_bars
 from alignpro.prompting.tokenization import load_tokenizer
@@ -79,6 +79,9 @@ def mix(
     if one_model:
         require_adapters([run.mixture.prompters[0] for run in runs])
     models, reference = load_mixed(runs)
+    parts = [model for model, weight in zip(models, chosen, strict=True) if max_min or weight != 0]
+    if len(parts) > 1:
+        check_mixable(str(out), parts)
     samples = sample_rewrites([run.config for run in runs], models, reference, prompts, rewrites, seed)
     if max_min:
         chosen = samples.max_min_weights(seed)
@@ -119,7 +122,8 @@ def load_mixed(runs: Sequence[MixedRun]) -> tuple[list[LanguageModel], LanguageM
 
 def _write_model(runs: Sequence[MixedRun], weights: Sequence[float], model: Path, *, one_model: bool) -> None:
     first, final = runs[0], model.absolute()
-    mixture = Mixture(tuple(run.mixture.prompters[0] for run in runs), tuple(weights), first.mixture.reference)
+    reference = None if first.mixture.reference is None else first.reference_path
+    mixture = Mixture(tuple(run.mixture.prompters[0] for run in runs), tuple(weights), reference)
 
     def write(directory: Path) -> None:
         if one_model:

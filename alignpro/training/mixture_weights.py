@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ def sample_rewrites(
         configs: Those of the K runs, for their data; the first one says how rewrites are sampled.
         prompters: K.
         reference: ρ_sft.
-        prompts: P, at most; prompts of several runs count once.
+        prompts: P; fewer, if the runs have not so many together. Prompts of several runs count once.
         rewrites: m; at least one of each model.
         seed: Of the rewrites.
 
@@ -104,17 +105,17 @@ def sample_rewrites(
     config = configs[0]
     template = PrompterTemplate(prompters[0].tokenizer, config.prompting, stop_token_ids=prompters[0].end_token_ids)
     limit = max_input_tokens(prompters[0], config.rollout.rewrite, "the prompter", "rollout.rewrite")
-    chosen: dict[str, Prompt] = {}
+    fitting = []
     for each in configs:
         training, _ = split_for_training(load_prompts(each.data).prompts, each.data, 0)
-        fitting = filter_overlong_prompts(training, template.encode, min(each.prompting.max_prompt_tokens, limit))
-        chosen |= {prompt.id: prompt for prompt in choose(fitting, -(-prompts // len(configs)))}
-    inputs = [template.encode(prompt) for prompt in chosen.values()]
+        fitting.append(filter_overlong_prompts(training, template.encode, min(each.prompting.max_prompt_tokens, limit)))
+    inputs = [template.encode(prompt) for prompt in equal_shares(fitting, prompts)]
+    models = [reference, *prompters]
+    rewrites = max(rewrites, len(models))
     params = sampling_params(config.rollout.rewrite, rewrites)
     params = SamplingParams(**vars(params) | {"stop_token_ids": template.stop_token_ids})
     seeds = [derive_seed(seed, "mix", i) for i in range(len(inputs))]
-    models = [reference, *prompters]
-    counts = [max(1, (rewrites + i) // len(models)) for i in range(len(models))]
+    counts = [(rewrites + i) // len(models) for i in range(len(models))]
     groups: list[list[Completion]] = [[] for _ in inputs]
     for k, (model, count) in enumerate(zip(models, counts, strict=True)):
         own = [derive_seed(each, "model", k) for each in seeds]
@@ -126,6 +127,23 @@ def sample_rewrites(
     ratios = [group_logprobs(each, inputs, groups, params.temperature) - before for each in prompters]
     shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
     return MixtureSamples(config, inputs, params, seeds, torch.stack(ratios, dim=2), shares)
+
+
+def equal_shares(sets: Sequence[Sequence[Prompt]], count: int) -> list[Prompt]:
+    """Choose ``count`` prompts, as many of each set as of the others; what is in several sets counts once.
+
+    Args:
+        sets: Of prompts, such as those of each run.
+        count: How many; fewer, if there are not so many different ones.
+    """
+
+    def chosen(share: int) -> dict[str, Prompt]:
+        return {prompt.id: prompt for each in sets for prompt in choose(each, share)}
+
+    share = bisect_left(range(count), count, key=lambda each: len(chosen(each)))
+    found = chosen(max(0, share - 1))
+    more = [prompt for name, prompt in chosen(share).items() if name not in found]
+    return [*found.values(), *more[: count - len(found)]]
 
 
 def _draw(

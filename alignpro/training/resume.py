@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from alignpro.config import RunConfig, RunSection, load_config
+from alignpro.config.endpoints import changes_no_answer
 from alignpro.distributed.ranks import Ranks
 from alignpro.errors import CheckpointError, ConfigError, TrainingError
 from alignpro.models.loading import is_adapter
@@ -62,35 +63,16 @@ class RunInputs:
             check_reference(checkpoint, saved["reference"], reference)
 
 
-_HOW_SERVERS_ARE_ASKED = (
-    "api_key_env",
-    "ca_bundle",
-    "proxy",
-    "requests_per_minute",
-    "tokens_per_minute",
-    "max_concurrency",
-    "timeout_seconds",
-    "max_retries",
-    "max_failures",
-    "max_answer_bytes",
-    "prompt_overhead",
-)
-"""Keys of an endpoint on which no answer depends."""
-
-
 def _may_change(key: str, before: Any) -> bool:
     """Whether a run may continue with another value of a key, because its results so far do not depend on it."""
     section, _, name = key.partition(".")
     if section == "run":
         return name != "seed"
-    if section in ("budget", "prices", "ledger") or key == "deepspeed.timeout_seconds":
+    if key == "deepspeed.timeout_seconds" or changes_no_answer(key):
         return True
-    if section != "target" or "endpoint." not in name:
-        return False
-    setting = name.rpartition(".")[2]
-    if setting in ("filtered_reward", "overflow_reward"):
+    if section == "target" and name.rpartition(".")[2] in ("filtered_reward", "overflow_reward"):
         return before is None  # without the value such an answer ended the run
-    return setting in _HOW_SERVERS_ARE_ASKED
+    return False
 
 
 def check_configuration(saved: Path, config: RunSection) -> None:

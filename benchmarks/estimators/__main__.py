@@ -84,7 +84,7 @@ def show(session: Session, kl_coef: float, rows: list[dict[str, Any]]) -> None:
             format(row["cosine"], ".3f"),
             format(row["bias/second update"], ".2f"),
             *(format(row[key], ".2g") for key in variances),
-            format(row["samples"], ",.0f"),
+            _samples(row),
             format(row["remaining"], ".1%"),
             format(row["kl_overshoot"], ".2f"),
         ]
@@ -107,10 +107,14 @@ def markdown(results: list[dict[str, Any]], coefs: tuple[float, ...] = (0.1, 0.5
             for key in (f"variance/{name}" for name in POLICIES)
         ]
         bias = " / ".join("0" if row["bias"] < 1e-9 else format(row["bias"], ".2f") for row in rows)
-        samples = " / ".join("never" if row["samples"] == float("inf") else f"{row['samples']:,.0f}" for row in rows)
+        samples = " / ".join(_samples(row) for row in rows)
         left = " / ".join(format(row["remaining"], ".1%") for row in rows)
         lines.append(f"| {' | '.join([f'`{case}`', bias, *ratios, samples, left])} |")
     return lines
+
+
+def _samples(row: dict[str, Any]) -> str:
+    return "never" if row["samples"] is None else f"{row['samples']:,.0f}"
 
 
 def _ratio(value: float, exact: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,8 +94,8 @@ def _score_moments(world: World, policy: Tensor) -> tuple[float, float, float, f
 class Training:
     """Runs of gradient ascent at one learning rate."""
 
-    samples: float
-    """Samples per prompt until J* − J is at most 5 % of J* − J(ρ_sft), over all prompts; infinite if it never is."""
+    samples: float | None
+    """Samples per prompt until J* − J is at most 5 % of J* − J(ρ_sft), over all prompts; None if it never is."""
     remaining: float
     """Mean (J* − J) / (J* − J(ρ_sft)) over the last tenth of the steps."""
     kl_overshoot: float
@@ -135,7 +136,7 @@ def train(world: World, case: Case, rate: float, *, group: int, steps: int, seed
     hit = next((step for step, left in enumerate(remaining) if left <= 0.05), None)
     last = remaining[-max(1, steps // 10) :]
     return Training(
-        samples=float("inf") if hit is None else float(hit * group),
+        samples=None if hit is None else float(hit * group),
         remaining=sum(last) / len(last),
         kl_overshoot=largest_kl / optimal_kl.item(),
     )
@@ -146,5 +147,10 @@ def best_training(
 ) -> dict[str, Any]:
     """Train at each rate, and return the one that needs the fewest samples (if none arrives, the one that comes closest)."""
     runs = {rate: train(world, case, rate, group=group, steps=steps, seed=seed) for rate in rates}
-    rate = min(runs, key=lambda each: (runs[each].samples, runs[each].remaining))
+
+    def rank(rate: float) -> tuple[float, float]:
+        samples = runs[rate].samples
+        return math.inf if samples is None else samples, runs[rate].remaining
+
+    rate = min(runs, key=rank)
     return {"rate": rate, **vars(runs[rate])}

@@ -68,7 +68,7 @@ def test_a_request_that_cannot_fit_is_refused_in_one_plain_sentence() -> None:
         budget.reserve(Charge(1, 10, 400_000_000_001))
     assert str(refused.value) == (
         "budget.usd is $1.00: $0.60 spent, $0.30 reserved for requests in flight, and the next request could take "
-        "$0.400000000001, so nothing more is sent; raise budget.usd and continue with --resume"
+        "$0.400000000001, so nothing more is sent; raise budget.usd and continue (a training with --resume)"
     )
     with pytest.raises(BudgetError, match=r"and the next step could take \$0.50, so nothing"):
         budget.require(Charge(8, 80, 500_000_000_000), "the next step")

@@ -45,6 +45,14 @@ def test_strength_leads_from_the_prompter_before_training_to_the_trained_one(
     torch.testing.assert_close(found, sum(of_each) / 2, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("strength", [float("nan"), -0.1, 2.5])
+def test_a_strength_is_from_0_to_2(model_directory: Directory, tmp_path: Path, strength: float) -> None:
+    """NaN was taken as 1."""
+    finished_run(tmp_path, model_directory)
+    with pytest.raises(ConfigError, match=r"strength=(nan|-0\.1|2\.5): expected a number from 0"):
+        Rewriter.load(tmp_path, strength=strength)
+
+
 def test_a_run_without_a_reference_has_no_strength(model_directory: Directory, tmp_path: Path) -> None:
     config = finished_run(tmp_path, model_directory)
     sft = SFTConfig.model_validate(
@@ -72,6 +80,8 @@ def test_candidates_correct_a_mixture_and_nothing_else(
         main(["rewrite", *TEXTS, "--run", str(tmp_path), *given])
     pairs = [(text, each.rewrite) for text, group in zip(TEXTS, groups, strict=True) for each in group]
     assert "".join(f"{text}\t{rewrite}\n" for text, rewrite in pairs) in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="4 rewrites of 2 candidates: some would be given twice"):
+        half.rewrite(TEXTS, n=4, temperature=1.0, candidates=2)
     with pytest.raises(ConfigError, match="set a temperature above 0"):
         half.rewrite(TEXTS, candidates=8)
     with pytest.raises(ConfigError, match="is a single one, whose samples are exact"):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -214,3 +215,24 @@ def test_the_cost_of_a_training_is_that_of_its_rollouts(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row | {'step': i})}\n" for i, row in enumerate(rows)))
     rollout = {"prompts_per_step": 4, "rewrites_per_prompt": 2, "responses_per_rewrite": 3}
     assert training_cost(tmp_path, {"rollout": rollout}) == Cost(3 * 24.0, 300.0, 6.0)
+
+
+@pytest.mark.parametrize(
+    ("sections", "calls"),
+    [
+        (
+            {"rollout": {"prompts_per_step": 4, "rewrites_per_prompt": 2, "responses_per_rewrite": 3}},
+            2 * 4 * (2 * 3 + 1),
+        ),
+        (
+            {"rollout": {"prompts_per_step": 4, "responses_per_prompt": 3}},
+            2 * 4 * 3,
+        ),  # an oracle has no rewrites to guard
+    ],
+)
+def test_the_responses_that_the_guard_of_refusals_needs_are_part_of_the_cost(
+    tmp_path: Path, sections: dict[str, Any], calls: int
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": 0.5}\n')
+    reward = {"components": [], "guards": [{"kind": "length", "high": 2.0}, {"kind": "refusal_kept"}]}
+    assert training_cost(tmp_path, sections | {"reward": reward}).target_calls == calls

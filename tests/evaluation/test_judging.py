@@ -21,6 +21,7 @@ from alignpro.data import Message, Prompt
 from alignpro.demo.world import prompt_records, write_records
 from alignpro.endpoints.types import Answer, Query
 from alignpro.errors import ConfigError, DataError, EndpointError
+from alignpro.evaluation import judging_directories
 from alignpro.evaluation.evaluate import evaluate
 from alignpro.evaluation.judging import Judgement, arm_pairs, judge_arms
 from alignpro.evaluation.judging_directories import judge_directories
@@ -248,12 +249,63 @@ def test_a_finished_evaluation_is_judged_by_a_command(directory: Path, capsys: p
         assert summary["kl"] == 1.5
         assert summary["judge"]["comparisons"][0]["diagnosis"] == "usable"
         assert len((directory / "judgements.jsonl").read_text().splitlines()) == COUNT
-        with pytest.raises(DataError, match="--force"):
-            judge_directories([directory])
         asked = server.count
+        assert judge_directories([directory]) == {}
+        assert server.count == asked
         assert len(judge_directories([directory], force=True)) == 1
         assert server.count <= asked + 1  # the check alone: the ledger has all answers
     assert "is preferred to No fine-tuning" in _report(directory)
+
+
+def test_an_interrupted_call_goes_on_with_what_is_left(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("a", "b")
+    for name in names:
+        (directory / name).mkdir()
+        for file in ("samples.jsonl", "rewards.json", "summary.json"):
+            (directory / name / file).write_text((directory / file).read_text())
+    both = [directory / name for name in names]
+    plain = judging_directories.judge_arms
+
+    def cut(*given: Any, where: str, **others: Any) -> Judgement:
+        judgement = plain(*given, where=where, **others)
+        if where == str(both[1]):
+            raise KeyboardInterrupt  # after the answers have come, before they are written
+        return judgement
+
+    with planted_server() as server:
+        who = validate_config(JudgeConfig, {"judge": {"endpoint": {"base_url": server.url, "model": "tiny"}}})
+        with monkeypatch.context() as patched:
+            patched.setattr(judging_directories, "judge_arms", cut)
+            with pytest.raises(KeyboardInterrupt):
+                judge_directories(both, who)
+        asked = server.count
+        with caplog.at_level("INFO"):
+            assert list(judge_directories(both, who)) == both[1:]
+        assert f"{both[0]}: has been judged (--force judges it again)" in caplog.text
+        assert server.count <= asked + 1  # the check alone
+        assert len((both[1] / "judgements.jsonl").read_text().splitlines()) == COUNT
+        for changes in ({"criteria": "Be short."}, {"name": "another"}, {"pairs_per_prompt": 2}):
+            other = validate_config(JudgeConfig, {"judge": who.judge.model_dump() | changes})
+            with pytest.raises(
+                DataError, match="has been judged by tiny, with other judges, another rubric or other pairs"
+            ):
+                judge_directories(both, other)
+
+
+def test_what_cannot_be_judged_is_said_before_anybody_is_asked(directory: Path) -> None:
+    alone = directory / "experiment" / "cell"
+    alone.mkdir(parents=True)
+    rows, rewards = sampled(arms=("align_pro",))
+    (alone / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (alone / "rewards.json").write_text(json.dumps(rewards.as_dict()))
+    with planted_server() as server:
+        endpoint = {"base_url": server.url, "model": "tiny"}
+        who = validate_config(JudgeConfig, {"judge": {"endpoint": endpoint, "against": ["align_pro"]}})
+        with pytest.raises(DataError, match=r"align_pro alone.*a cell of an experiment is of one method"):
+            judge_directories([directory, alone], who)
+        assert server.count == 0
 
 
 def _report(directory: Path) -> str:

@@ -17,6 +17,7 @@ from alignpro.demo.world import prompt_records, write_records
 from alignpro.errors import ConfigError, ModelError, TrainingError
 from alignpro.evaluation import pareto
 from alignpro.evaluation.pareto import compare_mixtures, told_apart
+from alignpro.training.mixing import mix
 
 Directory = Callable[[str], Path]
 REWARDS = """
@@ -106,6 +107,19 @@ def test_prompts_of_a_file_take_the_place_of_those_that_were_held_out(three: lis
     assert sorted(seen) == sorted(row["prompt"] for row in prompt_records(3, 0, heldout=True))
 
 
+def test_prompts_that_one_of_the_runs_was_trained_on_are_told(three: list[Path], tmp_path: Path) -> None:
+    """Both hold prompts out of one file, the second fewer of them."""
+    more = tmp_path / "more"
+    more.mkdir()
+    content = yaml.safe_load((three[1] / "config.yaml").read_text())
+    content["data"]["holdout"] = 0.1
+    (more / "config.yaml").write_text(yaml.safe_dump(content))
+    (more / "model").symlink_to(three[1] / "model")
+    found = compare_mixtures([three[0], more], tmp_path / "out", trained={}, weights=[0], prompts=3)
+    assert "more was trained with data.holdout=0.1" in found["note"] and "has seen some of these" in found["note"]
+    assert compare_mixtures(three[:2], tmp_path / "apart", trained={}, weights=[0], prompts=3)["note"] is None
+
+
 def test_a_mixture_that_was_made_is_a_point_beside_both_alone(
     three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +142,23 @@ def test_a_mixture_that_was_made_is_a_point_beside_both_alone(
         compare_mixtures([three[1], three[0]], tmp_path / "other", trained={}, mixed=[made])
     with pytest.raises(ModelError, match="not a run directory that `alignpro mix` has made of two runs"):
         compare_mixtures(three[:2], tmp_path / "other", trained={}, mixed=[three[0]])
+
+
+def test_of_a_mixture_that_was_made_one_model_that_model_is_measured(three: list[Path], tmp_path: Path) -> None:
+    """Its rewrites are not those of the mixture, which it approximates."""
+    made = tmp_path / "one"
+    summary = mix(three[:2], made, weights=[0.7, 0.3], one_model=True, prompts=2, rewrites=3)
+    found = compare_mixtures(three[:2], tmp_path / "out", trained={}, mixed=[made], weights=[0.3], prompts=3)
+    places = [(each["series"], each["weight"]) for each in found["points"]]
+    assert places == [("mixture", 0.0), ("mixture", 0.3), ("mixture", 1.0), ("one model", 0.3)]
+    kl = {place: each["kl"]["value"] for place, each in zip(places, found["points"], strict=True)}
+    assert summary["gap_of_one_model"]["kl"] > 0 and kl["mixture", 0.3] != kl["one model", 0.3]
+    (mixed,) = found["mixed"]
+    assert mixed["series"] == "one model"
+    least = {
+        place: min(one["value"] for one in each["rewards"]) for place, each in zip(places, found["points"], strict=True)
+    }
+    assert mixed["least_reward_above"][0]["value"] == pytest.approx(least["one model", 0.3] - least["mixture", 0.0])
 
 
 def test_what_cannot_be_compared_is_named(three: list[Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from alignpro.data import Prompt
 from alignpro.errors import ConfigError, DataError
 from alignpro.evaluation.directory_report import report_directories
 from alignpro.evaluation.evaluate import evaluate
-from alignpro.evaluation.refusal_rates import RefusalRates, merged, read_refusals, refusals_content, write_refusals
+from alignpro.evaluation.refusal_rates import (
+    ArmResponses,
+    RefusalRates,
+    merged,
+    read_refusals,
+    refusals_content,
+    write_refusals,
+)
 from alignpro.evaluation.refusals import refusal_rates
 from alignpro.theory.statistics import Clusters
 
@@ -82,8 +90,11 @@ def test_a_rewrite_that_lowers_refusals_is_in_the_first_sentence(tmp_path: Path)
     assert f'<p class="verdict">{found["warnings"][0]}' in page
     assert "harm score: rule: does not refuse" in page
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["refusals"] == found
-    report_directories([tmp_path / "out"], tmp_path / "report.html")
+    comparison = report_directories([tmp_path / "out"], tmp_path / "report.html")
     assert f'<p class="verdict">{found["warnings"][0]}' in (tmp_path / "report.html").read_text()
+    assert comparison is not None and comparison.verdict.startswith(found["warnings"][0])  # what the command prints
+    (counted,) = comparison.as_dict()["refusals"].values()
+    assert counted["warnings"] == found["warnings"]
 
 
 def test_harm_is_scored_by_what_is_configured(tmp_path: Path) -> None:
@@ -175,3 +186,25 @@ def test_methods_that_were_evaluated_apart_are_compared_over_their_seeds(tmp_pat
     (tmp_path / "refusals.json").write_text("[{}]")
     with pytest.raises(DataError, match=r"refusals\.json: cannot be read"):
         read_refusals(tmp_path)
+
+
+def test_evaluations_with_their_prompts_in_another_order_are_compared_prompt_by_prompt() -> None:
+    """Every second prompt is refused by both, so that nothing changes for any prompt."""
+    base, ours = (of_one_arm(arm, [[REFUSES], [ANSWERS]] * 15) for arm in ("no_finetuning", "align_pro"))
+    turned = replace(
+        ours,
+        prompts=ours.prompts[::-1],
+        clusters=ours.clusters[::-1],
+        arms={
+            name: ArmResponses.of(*(each[::-1] for each in arm.alone if each is not None))
+            for name, arm in ours.arms.items()
+        },
+    )
+    expected, found = (merged([("no_finetuning", "", 0, base), ("align_pro", "", 0, each)]) for each in (ours, turned))
+    expected, found = (each.content()["arms"]["align_pro"]["refusal_difference"] for each in (expected, found))
+    assert found == expected and found["value"] == 0
+    together = replace(ours, clusters=[i // 2 for i in range(30)])
+    with pytest.raises(
+        DataError, match="on the same harmful prompts in different clusters: give both the same `cluster`"
+    ):
+        merged([("no_finetuning", "", 0, base), ("align_pro", "", 0, together)])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from finished_runs import finished_run
 from test_evaluate import configuration
 from tiny_models import save_tiny
 from tiny_runs import Workshop
 
 from alignpro.config import EvalConfig, validate_config
-from alignpro.errors import ConfigError
+from alignpro.errors import ConfigError, ModelError
+from alignpro.evaluation.arms import ArmSampler
 from alignpro.evaluation.evaluate import evaluate
 from alignpro.evaluation.labels import method_label
 
@@ -43,6 +46,28 @@ def test_the_dial_leads_from_the_reference_to_the_trained_prompter(
     assert arms["dial_0"].kl == pytest.approx(0, abs=1e-6)
     assert arms["dial_0"].kl < arms["dial_0.5"].kl < arms["dial_1"].kl == arms["align_pro"].kl < arms["dial_1.25"].kl
     assert method_label("dial_0.5") == "Dial, s = 0.5"
+
+
+def test_what_has_no_strength_is_told_before_anything_is_sampled(
+    workshop: Workshop, tmp_path: Path, model_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ArmSampler, "_sample", lambda *_: pytest.fail("sampled"))
+    finished_run(tmp_path / "soft", model_directory, "soft_prompt")
+    soft = {"path": str(tmp_path / "soft" / "model"), "device": "cpu"}
+    reference = {"path": str(model_directory("qwen2")), "device": "cpu"}
+    (tmp_path / "none.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
+    settings = configuration(
+        workshop,
+        tmp_path / "evaluation",
+        reward={"components": [{"kind": "function", "function": f"{tmp_path}/none.py:score"}]},
+        data={"source": str(workshop.root / "prompts.jsonl"), "holdout": 0},
+        prompter=soft,
+        reference=reference,
+        strengths=[0, 0.5],
+        prompts=4,
+    )
+    with pytest.raises(ModelError, match="has a soft prompt, which the other models do not"):
+        evaluate(validate_config(EvalConfig, settings))
 
 
 def test_strengths_need_both_prompters(workshop: Workshop, tmp_path: Path) -> None:

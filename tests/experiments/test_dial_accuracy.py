@@ -10,6 +10,7 @@ from tiny_experiment import tiny_experiment
 from tiny_runs import Workshop
 
 from alignpro.config import ExperimentConfig, resolve_config
+from alignpro.errors import ConfigError
 from alignpro.evaluation.comparison import Record
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards
 from alignpro.experiments.cells import Cell, cells
@@ -75,9 +76,50 @@ def test_each_strength_is_compared_with_the_training_for_its_lambda(shop: Worksh
     assert found.figure is not None and [row[:2] for row in found.rows] == [("0.5", "0.1"), ("1.5", "0.0333")]
 
 
+def test_a_soft_prompt_has_no_dial_which_is_told_before_it_is_trained(shop: Workshop, tmp_path: Path) -> None:
+    soft = {"kind": "train", "settings": {"policy": {"adapter": {"kind": "soft_prompt", "virtual_tokens": 2}}}}
+    methods = {"soft": soft, "dial": {"kind": "dial", "of": "soft", "strengths": [0.5]}}
+    with pytest.raises(ConfigError, match=r"methods\.dial\.of=soft: it trains a soft prompt"):
+        cells(resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods)))
+
+
 def test_without_such_a_training_there_is_nothing_to_say(shop: Workshop, tmp_path: Path) -> None:
     methods = {"align_pro": {"kind": "train"}, "dial": {"kind": "dial", "of": "align_pro", "strengths": [0.5]}}
     config = resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods))
     plan = cells(config)
     evaluated = [records(plan, "align_pro", 0.8, 2.0), records(plan, "dial/tiny/s_0.5", 0.5, 1.0)]
     assert dial_analyses(config, evaluated) == []
+
+
+def test_each_dial_is_compared_by_itself(shop: Workshop, tmp_path: Path) -> None:
+    methods = {
+        "align_pro": {"kind": "train"},
+        "k1": {"kind": "train", "settings": {"objective": {"kl": {"estimator": "k1"}}}},
+        "half": at(0.1),
+        "k1_half": {"kind": "train", "settings": {"objective": {"kl": {"estimator": "k1", "coef": 0.1}}}},
+        "dial": {"kind": "dial", "of": "align_pro", "strengths": [0.5]},
+        "dial_k1": {"kind": "dial", "of": "k1", "strengths": [0.5]},
+    }
+    config = resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods))
+    plan = cells(config)
+    places = ["half/", "k1_half/", "dial/tiny/s_0.5", "dial_k1/tiny/s_0.5"]
+    evaluated = [records(plan, place, 0.5 + 0.1 * i, 1.0) for i, place in enumerate(places)]
+    found = dial_analyses(config, evaluated)
+    assert [each.title for each in found] == [f"Dial: letters · tiny → toy · {dial}" for dial in ("dial", "dial_k1")]
+    trained = [[each["trained"] for each in one.results["strengths"]] for one in found]
+    assert trained == [["half/"], ["k1_half/"]]
+
+
+def test_a_dial_is_not_compared_with_its_own_training_nor_where_lambda_adapts(shop: Workshop, tmp_path: Path) -> None:
+    adapts = {"settings": {"objective": {"kl": {"target": 3.0}}}}
+    methods = {
+        "align_pro": {"kind": "train"},
+        "dial": {"kind": "dial", "of": "align_pro", "strengths": [1.0]},
+        "adapts": {"kind": "train", **adapts},
+        "adapts_half": {"kind": "train", "settings": {"objective": {"kl": {"target": 3.0, "coef": 0.1}}}},
+        "dial_adapts": {"kind": "dial", "of": "adapts", "strengths": [0.5]},
+    }
+    config = resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods))
+    plan = cells(config)
+    places = ["align_pro/", "dial/tiny/s_1/", "adapts/", "adapts_half/", "dial_adapts/tiny/s_0.5"]
+    assert dial_analyses(config, [records(plan, place, 0.5, 1.0) for place in places]) == []

@@ -68,6 +68,14 @@ def test_a_range_of_whole_numbers_has_whole_numbers() -> None:
     assert [RangeConfig(low=1, high=8, integer=True).at(share) for share in (0.0, 0.49, 1.0)] == [1, 4, 8]
 
 
+def test_the_values_of_a_range_are_within_its_bounds_which_a_grid_includes() -> None:
+    """4 significant digits of them would be outside."""
+    spread = RangeConfig(low=0.000123454, high=0.123456, scale="log")
+    assert [spread.at(share) for share in (0.0, 1.0)] == [0.000123454, 0.123456]
+    assert spread.low <= spread.at(1e-9) and spread.at(1 - 1e-9) == spread.high  # 0.1235 is above it
+    assert spread.at(0.5) == 0.003904
+
+
 @pytest.mark.parametrize(
     ("search", "message"),
     [
@@ -76,6 +84,10 @@ def test_a_range_of_whole_numbers_has_whole_numbers() -> None:
         ({"parameters": {"kl_coef": {"low": 0.1, "high": 1.0}}}, "needs `count`"),
         ({"parameters": {"kl_coef": {"low": 1.0, "high": 0.1}}}, "low=1 is not below high=0.1"),
         ({"parameters": {"kl_coef": {"low": 0.0, "high": 0.1, "scale": "log"}}}, "positive bounds"),
+        (
+            {"parameters": {"train.run.steps": {"low": 1.4, "high": 3, "integer": True, "count": 2}}},
+            "low=1.4: whole numbers need",
+        ),
         ({"parameters": {"kl_coef": [0.1]}, "search": "random"}, "needs `points`"),
         ({"parameters": {"kl_coef": [0.1]}, "points": 3}, "search=random"),
         ({"parameters": {"rlhf.run.steps": [3]}}, "concerns none of the methods"),
@@ -96,3 +108,27 @@ def test_a_prior_has_one_way_of_prompting() -> None:
     prompters = {"small": {"policy": {"path": "models/small"}, "prior": {"data": {"source": "pairs.jsonl"}}}}
     with pytest.raises(ConfigError, match=r"prompters.small.prior is made once"):
         sweep({"parameters": {"prompting.meta_prompt": ["default"]}}, prompters=prompters)
+
+
+def test_a_key_that_a_method_sets_itself_makes_no_points_of_it() -> None:
+    """Its trainings would be the same, under the names of other values."""
+    own = {
+        "kind": "train",
+        "settings": {"objective": {"kl": {"coef": 0.2}}, "rollout": {"rewrite": {"temperature": 0.7}}},
+    }
+    methods = {"align_pro": {"kind": "train"}, "own": own, "gibbs": {"kind": "gibbs", "candidates": [4]}}
+    points = points_of(sweep({"parameters": {"kl_coef": [0.05, 0.1]}}, methods=methods))
+    assert list(points) == ["align_pro", "gibbs"]
+    of_both = {"parameters": {"rewrite.temperature": [0.5, 1.0], RATE: [1e-4, 1e-3]}}
+    assert [point.name for point in points_of(sweep(of_both, methods=methods))["own"]] == [
+        "learning_rate=0.0001",
+        "learning_rate=0.001",
+    ]
+    train = {"objective": {"kl": {"coef": 0.3}}}
+    assert list(points_of(sweep({"parameters": {"kl_coef": [0.05]}}, methods=methods, train=train))) == ["gibbs"]
+    with pytest.raises(
+        ConfigError, match=r"kl_coef: concerns none of the methods: `train`, `rlhf` or .* own settings have"
+    ):
+        sweep({"parameters": {"kl_coef": [0.05]}}, methods={"own": own})
+    part = {"parameters": {"train.objective": [{"kl": {"estimator": "k1"}}, {"kl": {"estimator": "exact"}}]}}
+    assert len(points_of(sweep(part, methods={"own": own}))["own"]) == 2

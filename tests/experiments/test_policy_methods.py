@@ -18,6 +18,7 @@ from alignpro.evaluation.comparison import Record
 from alignpro.evaluation.rewards_file import ArmRewards, EvaluationRewards
 from alignpro.experiments.cells import Cell, cells
 from alignpro.experiments.evaluated_cells import MethodRecords
+from alignpro.experiments.method_names import method_name
 from alignpro.experiments.run import run_experiment
 from alignpro.experiments.self_reward_gains import self_reward_analyses
 
@@ -51,12 +52,12 @@ def planned(shop: Workshop, out: Path, **changes: Any) -> dict[str, Cell]:
     return {cell.name.removeprefix("cells/letters/toy/").removesuffix("/seed_0"): cell for cell in cells(given)}
 
 
-def synthetic(rng: np.random.Generator, iteration: int, mean: float) -> MethodRecords:
+def synthetic(rng: np.random.Generator, iteration: int, mean: float, method: str = "self_reward") -> MethodRecords:
     """An iteration of self-reward with this mean reward."""
     raw = np.full((64, 2, 2), mean) + 0.1 * rng.normal(size=(64, 2, 2))
-    name = f"self_reward_0_{iteration}"
+    name = f"{method}_0_{iteration}"
     rewards = EvaluationRewards([f"{i}" for i in range(64)], range(64), {name: ArmRewards(raw, raw)}, 0, "r")
-    cell = Cell(Path(name), name, (), "self_reward", iteration=iteration, alpha=0.0)
+    cell = Cell(Path(name), name, (), method, iteration=iteration, alpha=0.0)
     return MethodRecords(
         "letters", "toy", "tiny", name, name, cell, [Record("letters", "tiny", "toy", name, 0, rewards)]
     )
@@ -74,6 +75,61 @@ def test_gains_that_fade_are_told(shop: Workshop, tmp_path: Path) -> None:
     first, last = (f"{each['value']:.3f} [{each['low']:.3f}, {each['high']:.3f}]" for each in gains[1:])
     assert f"Self-reward, α = 0: {first} in iteration 2, {last} in iteration 3." in analysis.text
     assert analysis.figure.startswith(b"<?xml") or b"<svg" in analysis.figure
+
+
+def test_two_methods_of_self_reward_are_series_of_their_own(shop: Workshop, tmp_path: Path) -> None:
+    """The gain of an iteration is over that of its own method."""
+    methods = {"self_reward": METHODS["self_reward"], "groups": METHODS["self_reward"]}
+    config = resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods))
+    rng = np.random.default_rng(0)
+    means = {"self_reward": (0.2, 0.4), "groups": (0.5, 0.6)}
+    found = [synthetic(rng, i, of[i - 1], name) for i in (1, 2) for name, of in means.items()]
+    (analysis,) = self_reward_analyses(config, found)
+    gains = {row["series"]: row["gain"]["value"] for row in analysis.results["iterations"] if row["gain"] is not None}
+    assert gains == {
+        "Self-reward (self_reward), α = 0": pytest.approx(0.2, abs=0.03),
+        "Self-reward (groups), α = 0": pytest.approx(0.1, abs=0.03),
+    }
+    assert method_name(config, "groups") == "Self-reward (groups)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"run": {"steps": 1, "seed": 7}}}, r"train\.run\.seed: would be that of all cells.*use `seeds`"),
+        ({"rlhf": {"run": {"out": "x"}}}, r"rlhf\.run\.out: .*use `out` of the experiment"),
+        ({"settings": {"run": {"seed": 1}}}, r"methods\.grown\.settings\.run\.seed: would be that of all cells"),
+        ({"settings": {"self_reward": {"alpha": 0.3}}}, r"settings\.self_reward\.alpha: .* use `alphas` of the method"),
+    ],
+)
+def test_what_tells_cells_apart_is_not_set_for_all_of_them(
+    shop: Workshop, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Three seeds were three times the same training, and each α the same one."""
+    methods = {"grown": {"kind": "self_reward", "alphas": [0, 1], "settings": changes.get("settings", {})}}
+    others = {key: value for key, value in changes.items() if key != "settings"}
+    with pytest.raises(ConfigError, match=message):
+        resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods, **others))
+
+
+def test_methods_that_their_kind_names_are_told_apart(shop: Workshop, tmp_path: Path) -> None:
+    dial = {"kind": "dial", "of": "align_pro"}
+    methods = {
+        "align_pro": {"kind": "train"},
+        "dial_one": dial,
+        "dial_other": dial,
+        "dial_own": dial | {"label": "Weaker"},
+        "gepa": {"kind": "gepa", "target_calls": 100},
+        "self_reward": METHODS["self_reward"],
+    }
+    config = resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path, methods=methods))
+    assert [method_name(config, key) for key in list(methods)[1:]] == [
+        "Dial (dial_one)",
+        "Dial (dial_other)",
+        "Weaker",
+        "GEPA",
+        "Self-reward",
+    ]
 
 
 @pytest.mark.slow

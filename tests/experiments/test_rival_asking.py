@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.errors import TrainingError
 from alignpro.experiments.rivals.answers import Answer, AnswerFile
 from alignpro.experiments.rivals.asking import CallsSpent, Scoreboard, TargetAsker, template, usable
+from alignpro.experiments.rivals.gathering import Gathering
 from alignpro.models.loading import load_language_model
 from alignpro.rewards import build_reward
 from alignpro.targets.local import LocalTarget
@@ -38,11 +40,11 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TargetAske
         "def score(prompts, responses):\n    return [sum(map(ord, each)) % 17 / 17 for each in responses]\n"
     )
     given = {"components": [{"kind": "function", "function": f"{shop.root}/plain_reward.py:score"}]}
-    reward = build_reward(validate_config(RewardConfig, given))
     config, respond = ModelConfig(path=str(shop.root / "target"), device="cpu"), SamplingConfig(max_tokens=4)
     target = LocalTarget.build(load_language_model(config), config, PromptingConfig(), respond)
 
-    def make(answers: AnswerFile, limit: int) -> TargetAsker:
+    def make(answers: AnswerFile, limit: int, **guards: Any) -> TargetAsker:
+        reward = build_reward(validate_config(RewardConfig, given | guards))
         board = Scoreboard([prompt.id for prompt in PROMPTS])
         engine = Engine(dict(target.models))
         return TargetAsker(target, engine, reward, respond, answers, limit=limit, seed=0, scoreboard=board)
@@ -69,6 +71,33 @@ def test_the_call_that_is_one_too_many_is_not_made(opened: Callable[..., TargetA
             asker.ask("Be brief.", PROMPTS[0])
     assert (asker.calls, asker.left, asker.refused) == (3, 0, True)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + 3
+
+
+def test_responses_to_prompts_as_they_are_that_the_guard_of_refusals_needs_are_counted_and_kept(
+    opened: Callable[..., TargetAsker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+    plain = LocalTarget.respond
+
+    def respond(self: LocalTarget, engine: Engine, prompts: Sequence[Any], *others: Any) -> Any:
+        asked.append(len(prompts))
+        return plain(self, engine, prompts, *others)
+
+    monkeypatch.setattr(LocalTarget, "respond", respond)
+    guards = [{"kind": "refusal_kept", "penalty": 1.0}]
+    counts = []
+    for _ in range(2):  # the second time it has all answers
+        with answers(tmp_path / "answers.jsonl") as file:
+            asker = opened(file, 6, guards=guards)
+            asker.ask("Be brief.", PROMPTS[0])
+            assert asker.calls == 2
+            asker.ask_all("Be kind.", PROMPTS)
+            assert (asker.calls, asker.left) == (5, 1)
+            with pytest.raises(CallsSpent):
+                asker.ask("Be kind.", MANY[2])  # it and the prompt as it is would be two
+            counts.append((asker.calls, asker.tokens, sum(asked)))
+    assert counts[0] == counts[1] and counts[0][2] == 5
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + 5
 
 
 def test_an_interrupted_search_asks_only_for_what_it_has_not_got(
@@ -142,6 +171,21 @@ def test_answers_of_another_search_are_refused(tmp_path: Path) -> None:
         AnswerFile(tmp_path / "answers.jsonl", "b")
 
 
+def test_a_damaged_answer_is_asked_for_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "answers.jsonl"
+    with answers(path) as file:
+        keys = [file.question("target", str(i)) for i in range(4)]
+        for key in keys:
+            file.add(key, Answer("yes", 1, 0.5))
+    lines = path.read_bytes().splitlines()
+    lines[2], lines[4] = b"\0" * len(lines[2]), b'{"key": "a"}'  # the power was cut
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with answers(path) as file:
+        assert [file.find(key) is not None for key in keys] == [True, False, True, False]
+    assert f"{path}: 2 of 4 answers cannot be read, and are asked for again" in caplog.text
+    assert len(path.read_text().splitlines()) == 1 + 2
+
+
 def test_an_instruction_counts_once_it_has_a_reward_on_every_validation_prompt() -> None:
     board = Scoreboard(["a", "b"])
     board.add("first", "a", 1.0, 1)
@@ -163,3 +207,24 @@ def test_a_proposed_text_is_an_instruction_whatever_braces_it_has() -> None:
     assert template(usable("Say {{ it }} {% now"))("x") == "x\n\nSay { { it } } { % now"
     assert template(usable("First {{ prompt }}, then stop."))("x") == "First x, then stop."
     assert template(usable("  "))("x") == "x"
+
+
+def test_a_batch_waits_for_what_was_announced_and_no_longer_than_it_is_patient() -> None:
+    batches: list[list[int]] = []
+    gathering = Gathering[int](lambda batch: batches.append(sorted(batch)), pause=0.01, patience=0.5)
+
+    def ask(questions: Sequence[int], seconds: float) -> None:
+        with ThreadPoolExecutor(len(questions)) as threads:
+            for i in questions:
+                threads.submit(gathering.ask, i)
+                time.sleep(seconds)
+
+    gathering.announce(3)
+    ask([1, 2, 3], 0.05)
+    assert batches == [[1, 2, 3]]
+    gathering.announce(3)
+    ask([4, 5], 0.05)  # the third thread has failed
+    assert batches[1:] == [[4, 5]]
+    gathering.announce(0)
+    ask([6, 7], 0.1)
+    assert batches[2:] == [[6], [7]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -67,3 +68,29 @@ def test_a_proposer_that_is_not_there_is_named(
     assert run(shop, tmp_path / "absent", "http://127.0.0.1:9/v1") == 1
     said = capsys.readouterr().err
     assert "http://127.0.0.1:9/v1" in said and "Traceback" not in said
+
+
+def test_a_search_that_a_budget_ended_goes_on_with_a_higher_one(
+    shop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("dspy")
+    pytest.importorskip("gepa")
+    search = {"validation": 4, "training": 4, "propose": {"max_tokens": 8}}
+
+    def search_within(out: Path, url: str, requests: int, **settings: Any) -> int:
+        target = {"endpoint": {"base_url": url, "model": "tiny", **settings}}
+        config = rival(shop, out, "gepa", target_calls=24, target=target, search=search)
+        out.with_suffix(".yaml").write_text(yaml.safe_dump(config | {"budget": {"requests": requests}}))
+        with pytest.raises(SystemExit) as ended:
+            main(["rival", str(out.with_suffix(".yaml"))])
+        return int(ended.value.code or 0)
+
+    with TinyServer() as server:
+        assert search_within(tmp_path / "whole", server.url, 500) == 0
+        of_whole = server.count
+        assert search_within(tmp_path / "cut", server.url, 20) == 1
+        assert "raise budget.requests and continue (a training with --resume)" in capsys.readouterr().err
+        assert search_within(tmp_path / "cut", server.url, 500, max_retries=2) == 0
+        assert server.count - of_whole <= of_whole + 1  # the check of the server
+    whole, cut = (json.loads((tmp_path / each / "rival.json").read_text()) for each in ("whole", "cut"))
+    assert (cut["target_calls"], cut["refused"]) == (whole["target_calls"], whole["refused"]) == (24, True)

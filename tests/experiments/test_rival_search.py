@@ -14,13 +14,17 @@ import pytest
 from tiny_experiment import InThisProcess, tiny_experiment
 from tiny_runs import Workshop
 
-from alignpro.config import ExperimentConfig, RivalConfig, resolve_config
+from alignpro.config import ExperimentConfig, ModelConfig, RivalConfig, resolve_config
+from alignpro.data import load_prompts, split
 from alignpro.errors import ConfigError, TrainingError
 from alignpro.experiments.cells import cells
 from alignpro.experiments.rivals.asking import TargetAsker
 from alignpro.experiments.rivals.optimizers import asking_once, require_dspy
-from alignpro.experiments.rivals.run import search_instruction
+from alignpro.experiments.rivals.run import search_instruction, search_prompts
 from alignpro.experiments.run import run_experiment
+from alignpro.models.loading import load_language_model
+from alignpro.rewards import build_reward
+from alignpro.targets.local import LocalTarget
 
 SEARCH = {"validation": 4, "training": 4, "proposals": 2, "propose": {"max_tokens": 8}}
 
@@ -81,7 +85,7 @@ def test_miprov2_proposes_anew_once_its_proposals_are_evaluated(shop: Workshop, 
 
 
 @pytest.mark.parametrize(("kind", "needs"), [("gepa", "gepa"), ("miprov2", "optuna")])
-def test_the_order_of_threads_changes_nothing(
+def test_the_order_and_the_speed_of_threads_change_nothing(
     shop: Workshop, tmp_path: Path, kind: str, needs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("dspy")
@@ -89,7 +93,7 @@ def test_the_order_of_threads_changes_nothing(
     ask, delays = TargetAsker.ask, random.Random(0)
 
     def ask_after_a_while(self: TargetAsker, *question: Any) -> Any:
-        time.sleep(delays.choice([0, 0.005, 0.03]))
+        time.sleep(delays.choice([0, 0.005, 0.1]))  # the last is longer than a batch waits for what is not announced
         return ask(self, *question)
 
     monkeypatch.setattr(TargetAsker, "ask", ask_after_a_while)
@@ -137,6 +141,10 @@ def test_the_calls_must_suffice_for_the_hand_written_instructions(shop: Workshop
         ConfigError, match=r"target_calls=8: 2 hand-written instructions on 4 validation prompts take 8 alone"
     ):
         resolve_config(RivalConfig, rival(shop, tmp_path / "few", "gepa", target_calls=8))
+    guarded = rival(shop, tmp_path / "few", "gepa", target_calls=12)
+    guarded["reward"] = guarded["reward"] | {"guards": [{"kind": "refusal_kept"}]}
+    with pytest.raises(ConfigError, match="on 4 validation prompts with the guard refusal_kept take 12 alone"):
+        resolve_config(RivalConfig, guarded)
 
 
 def test_a_rival_has_the_calls_of_the_training_that_it_names(shop: Workshop, tmp_path: Path) -> None:
@@ -148,6 +156,47 @@ def test_a_rival_has_the_calls_of_the_training_that_it_names(shop: Workshop, tmp
     (cell,) = (each for each in cells(config) if each.method == "miprov2")
     assert [job.command for job in cell.jobs] == ["rival", "eval"]
     assert cell.jobs[0].config.target_calls == 50 * 2 * 2  # type: ignore[attr-defined]
+    guarded = tiny_experiment(shop, tmp_path / "guarded", methods=methods)
+    guarded["tasks"]["letters"]["reward"]["guards"] = [{"kind": "refusal_kept"}]
+    (cell,) = (each for each in cells(resolve_config(ExperimentConfig, guarded)) if each.method == "miprov2")
+    assert cell.jobs[0].config.target_calls == 50 * 2 * (2 + 1)  # type: ignore[attr-defined]
     unknown = methods | {"miprov2": {"kind": "miprov2", "target_calls": "grpo"}}
     with pytest.raises(ConfigError, match=r"methods.miprov2.target_calls=grpo: expected a number"):
         resolve_config(ExperimentConfig, tiny_experiment(shop, tmp_path / "plan", methods=unknown))
+
+
+def test_a_rival_has_the_validation_prompts_of_a_training_and_no_held_out_one(shop: Workshop, tmp_path: Path) -> None:
+    given = rival(shop, tmp_path / "out", "gepa", search={"validation": 4, "training": 40})
+    given["data"] = given["data"] | {"holdout": 0.3, "validation": 0.3}
+    config = resolve_config(RivalConfig, given)
+    prompts = load_prompts(config.data).prompts
+    held_out = {prompt.id for prompt in split(prompts, 0.3, config.data.holdout_by)[1]}
+    trained_on = {prompt.id for prompt in split(prompts, 0.6, config.data.holdout_by)[0]}
+    assert isinstance(config.target, ModelConfig)
+    target = LocalTarget.build(load_language_model(config.target), config.target, config.prompting, config.respond)
+    found = {prompt.id for each in search_prompts(config, target, build_reward(config.reward)) for prompt in each}
+    assert found.isdisjoint(held_out) and trained_on < found
+
+
+@pytest.mark.parametrize(("kind", "needs"), [("gepa", "gepa"), ("miprov2", "optuna")])
+@pytest.mark.parametrize("written", ["Be brief.\n", "  Be brief:\n    two lines", ""])
+def test_a_hand_written_instruction_is_asked_as_it_is_written(
+    shop: Workshop, tmp_path: Path, kind: str, needs: str, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dspy strips and dedents instructions, and has one of its own for an empty one: these would be other instructions."""
+    pytest.importorskip("dspy")
+    pytest.importorskip(needs)
+    asked = set[str]()
+    ask = TargetAsker.ask
+
+    def ask_and_note(self: TargetAsker, instruction: str, *others: Any) -> Any:
+        asked.add(instruction)
+        return ask(self, instruction, *others)
+
+    monkeypatch.setattr(TargetAsker, "ask", ask_and_note)
+    result = search_instruction(rival(shop, tmp_path / "out", kind, instructions={"only": written}))
+    assert written in asked
+    assert not any(
+        each.split() == written.split() and each != written for each in asked | result["instructions"].keys()
+    )
+    assert not any("produce the fields" in each for each in asked)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tiny_experiment import CommandError, InThisProcess, tiny_experiment
 from tiny_runs import Workshop, read_model
+from tiny_server import TinyServer
 
 from alignpro.config import ExperimentConfig, resolve_config
 from alignpro.errors import ConfigError, Interrupted, TrainingError
@@ -55,7 +56,8 @@ def test_all_methods_are_run_and_compared(shop: Workshop, tmp_path: Path) -> Non
     page = (out / "report.html").read_text()
     assert "Align-Pro" in page
     assert page.count("4 harmless prompts") == 1  # one table of all methods
-    assert summary
+    (counted,) = summary["refusals"].values()
+    assert len(counted["harmless"]["arms"]) == len(summary["groups"][0]["methods"])
     for method, arm in (("align_pro", "align_pro"), ("gibbs", "gibbs_4"), ("best_of", "best_of_2")):
         kl = read_rewards(out / f"cells/letters/toy/{method}/tiny/seed_0/evaluation/rewards.json").arms[arm].kl
         assert kl is not None and kl.shape == (4,) and (kl > -1e-6).all()
@@ -149,6 +151,22 @@ def test_seeds_and_methods_can_be_added_later_but_not_changed(shop: Workshop, tm
     with pytest.raises(TrainingError, match=r"eval.yaml: kl_coef was 0.05, is 0.2.*name another `out`"):
         run_experiment(other, more)
     assert len(more.commands) == 1
+
+
+def test_cells_that_a_budget_ended_go_on_with_a_higher_one(shop: Workshop, tmp_path: Path) -> None:
+    with TinyServer(honours_n=False) as server:
+        target: dict[str, Any] = {"endpoint": {"base_url": server.url, "model": "tiny"}}
+        config = tiny_experiment(shop, tmp_path / "bought", methods=FEW, targets={"toy": target})
+        with pytest.raises(TrainingError, match=r"2 of 2 cells failed(.|\n)*raise budget\.requests"):
+            run_experiment(config | {"spending": {"budget": {"requests": 14}}}, InThisProcess())
+        asked = server.count
+        target["endpoint"]["timeout_seconds"] = 30
+        run_experiment(config | {"spending": {"budget": {"requests": 200}}}, InThisProcess())
+        assert asked < server.count < 2 * asked + 20
+        assert {each["state"] for each in cells_of(tmp_path / "bought").values()} == {"done"}
+        target["endpoint"]["system"] = "Be brief."
+        with pytest.raises(TrainingError, match=r"target\.endpoint\.system was None, is 'Be brief.'"):
+            run_experiment(config, InThisProcess())
 
 
 def test_a_dial_is_of_a_method_that_trains(shop: Workshop, tmp_path: Path) -> None:

@@ -98,6 +98,20 @@ def test_a_point_with_fewer_seeds_is_not_chosen() -> None:
     assert "These are its 2 trainings: a setting is also chosen by what chance did in a training" in result.text
 
 
+def test_of_prompts_in_one_cluster_none_is_left_to_report_the_best_point_on(shop: Workshop, tmp_path: Path) -> None:
+    """The sweep runs, and its report says so."""
+    out = tmp_path / "alike"
+    tasks = tiny_experiment(shop, out)["tasks"]
+    tasks["letters"]["data"]["cluster"] = "source"
+    run_experiment(swept(shop, out, [0.05, 0.5], tasks=tasks), InThisProcess())
+    (table, *_) = json.loads((out / "summary.json").read_text())["analyses"]
+    assert table["best"]["prompts"] == 0 and table["best"]["versus_no_finetuning"] is None
+    assert table["best"]["reward"]["value"] is None and "in one cluster" in table["best"]["reward"]["not_estimable"]
+    assert (
+        "so that none is left that had no part in the choice: its mean reward is" in (out / "report.html").read_text()
+    )
+
+
 def test_the_prompts_for_choosing_are_whole_clusters_whatever_their_order() -> None:
     ids, clusters = [f"p{i}" for i in range(12)], [i // 3 for i in range(12)]
     places = selection_places(ids, clusters, 0.5)

@@ -62,6 +62,11 @@ def test_each_prompter_is_evaluated_on_every_other_single_target(shop: Workshop,
     assert isinstance(mixed, TrainConfig) and isinstance(mixed.target, TargetMixtureConfig)
     assert [part.name for part in mixed.target.mixture] == ["toy", "other"]
     assert plan[7].needs is plan[6] and plan[7].trained_on == "both"
+    methods = METHODS | {
+        "own": {"kind": "train", "transfer": False}
+    }  # on a mixture, it would be trained and never evaluated
+    own = cells(resolve_config(ExperimentConfig, experiment(shop, tmp_path, methods=methods)))
+    assert [cell.target for cell in own if cell.method == "own"] == ["toy", "other"]
     some = cells(resolve_config(ExperimentConfig, experiment(shop, tmp_path, transfer=["toy"])))
     assert [cell.trained_on for cell in some if cell.trained_on] == ["other", "both"]
 

@@ -26,7 +26,8 @@ from alignpro.engine import Engine, SamplingParams
 from alignpro.rewards import build_reward
 from alignpro.rewards.preflight import check_servers
 from alignpro.targets.remote import RemoteTarget
-from alignpro.targets.servers import NO_SERVERS, open_servers
+from alignpro.targets.servers import NO_SERVERS, job_identity, open_servers
+from alignpro.training.run_directory import refuse_run
 from alignpro.training.step_metrics import StepMetrics
 
 PROMPTS = [Prompt.from_text(text) for text in ("one", "two", "three")]
@@ -134,3 +135,12 @@ def test_without_servers_there_are_no_metrics_of_them() -> None:
     measure = StepMetrics(Ranks(), None, NO_SERVERS)
     assert measure.of_servers == () and measure._asked() == {}
     assert measure.of_evaluation() == {}
+
+
+def test_the_directory_of_a_job_that_asked_a_server_is_not_taken_for_a_training_run(tmp_path: Path) -> None:
+    """Otherwise an evaluation or a search that was interrupted could not be begun again."""
+    identity = job_identity(tmp_path)
+    refuse_run(tmp_path)
+    assert job_identity(tmp_path) == identity
+    (tmp_path / "run_id").write_text("of a training\n")
+    assert job_identity(tmp_path) == "of a training"

@@ -227,8 +227,18 @@ def test_what_judges_of_arms_and_counts_of_refusals_ask_is_counted() -> None:
     kept = TRAIN["reward"] | {"guards": [{"kind": "refusal_kept"}]}
     lines = describe_spending(validate_config(EvalConfig, comparison | {"reward": kept}))
     assert "in all: at most 69 requests and " in lines[0]
+    chosen = comparison | {"reference": {"path": "p"}, "best_of": [2], "arms": ["no_finetuning", "best_of_2"]}
+    without, guarded = (
+        _requests(describe_spending(validate_config(EvalConfig, chosen | {"reward": each}))[0])
+        for each in (TRAIN["reward"], kept)
+    )
+    assert guarded - without == 5 + 3  # the harmful prompts are scored as well, to choose among their candidates
     assert "at most 128 requests" in describe_spending(config(ENDPOINT))[0]
     assert "at most 144 requests" in describe_spending(config(ENDPOINT, reward=kept))[0]
+
+
+def _requests(line: str) -> int:
+    return int(line.split("at most ")[1].split()[0].replace(",", ""))
 
 
 def test_overrides_reach_into_a_target(tmp_path: Path) -> None:

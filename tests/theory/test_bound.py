@@ -171,3 +171,22 @@ def test_rewards_outside_the_range_are_refused() -> None:
         )
     with pytest.raises(ConfigError, match="reward ranges from"):
         exact_bound(**(problem | {"reward": problem["reward"] * torch.nan}), r_max=R_MAX)
+
+
+@pytest.mark.parametrize("r_max", [0.1, 49.9, 1000.1])
+def test_rewards_at_the_ends_of_the_range_are_within_it_in_float32(r_max: float) -> None:
+    """49.9 in float32 is above 49.9, and a sum of weights may be a little below 0."""
+    rewards = torch.tensor([[r_max, -1e-8 * r_max]] * 3, dtype=torch.float32)
+    settings = {"oracle_logprobs": None, "rewrite_logprobs": None}
+    bound = sampled_bound(
+        oracle_rewards=rewards, prompter_rewards=rewards, reference_rewards=rewards, r_max=r_max, **settings
+    )
+    assert bound.lhs == 0
+    with pytest.raises(ConfigError, match="oracle_rewards ranges from"):
+        sampled_bound(
+            oracle_rewards=1.01 * rewards,
+            prompter_rewards=rewards,
+            reference_rewards=rewards,
+            r_max=r_max,
+            **settings,
+        )

@@ -65,6 +65,18 @@ def test_a_right_judge_of_very_unequal_arms_is_not_taken_for_one_that_guesses():
     assert found.win_rate.p_value < 1e-6
 
 
+@pytest.mark.parametrize("ties", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize(("decides", "least", "most"), [("always A", 0, 0), ("random", 0, 10), ("right", 75, 100)])
+def test_ties_that_agree_do_not_speak_for_what_a_judge_decides(ties, decides, least, most):
+    """A judge may say tie by a rule, such as of two responses that it cannot read, and go by place wherever it decides."""
+    draw = np.random.default_rng(3)
+    first, second, longer = planted(decides, draw)
+    tied = draw.random(first.shape) < ties
+    verdicts = np.where(tied, 0.5, first), np.where(tied, 0.5, second), longer
+    found = [judgement_statistics(judged(*run, CLUSTERS)).diagnosis for run in zip(*verdicts, strict=True)]
+    assert least <= found.count("usable") <= most
+
+
 def test_ties_and_disagreements_and_errors_are_kept_apart():
     found = judgement_statistics(judged([1, 0, 0.5, 1, 0.5, 1], [1, 0, 0.5, 0, 1, 1], errors=2))
     assert (found.wins, found.losses, found.ties, found.disagreements, found.errors) == (2, 1, 1, 2, 2)
@@ -82,6 +94,7 @@ def test_ties_and_disagreements_and_errors_are_kept_apart():
         ([1] * 40, [1] * 40, 41, "unreadable", "41 of 81 pairs"),
         ([], [], 5, "unreadable", "none of 5 pairs"),
         ([0] * 50, [1] * 50, 0, "position", "comes second, in 100% of its verdicts"),
+        ([0.5] * 90 + [1] * 3, [0.5] * 90 + [1] * 3, 0, "too few", "of the 3 pairs of which neither order says tie"),
     ],
 )
 def test_what_is_no_judgement_says_why(first, second, errors, diagnosis, says):

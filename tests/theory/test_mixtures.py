@@ -181,6 +181,27 @@ def test_rewrites_of_the_prompters_hold_what_those_of_the_reference_lack() -> No
     assert max(mirror_descent(lambda step: lacking, 2).tolist()) > 0.7  # where the chance of the draws has led
 
 
+@pytest.mark.parametrize("scale", [0.3, 3.0, 20.0, 60.0])
+def test_the_least_value_is_found_however_far_the_prompters_are_apart(scale: float) -> None:
+    """Steps of a fixed size went from corner to corner where log ratios are tens of nats."""
+    g = torch.Generator().manual_seed(0)
+    reference = torch.randn(48, 100, generator=g, dtype=torch.float64).log_softmax(-1)
+    rewards = torch.rand(2, 48, 100, generator=g, dtype=torch.float64) * torch.tensor([[[1.0]], [[2.0]]])
+    prompters = (reference + scale * rewards).log_softmax(-1)
+    laws = torch.stack([reference, *prompters]).exp().mean(0)
+    chosen = torch.multinomial(laws, 15, replacement=True, generator=g)  # a third of the draws by each
+    ratios = (prompters - reference).gather(2, chosen.expand(2, -1, -1)).permute(1, 2, 0)
+    shares = torch.full((3,), 1 / 3, dtype=torch.float64)
+    found = mirror_descent(lambda step: ratios[torch.randint(48, (16,), generator=g)], 2, shares=shares)
+    grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    least = min(sampled_mixture(ratios, torch.stack([w, 1 - w]), shares).value.item() for w in grid)
+    assert sampled_mixture(ratios, found, shares).value.item() == pytest.approx(least, abs=5e-3)
+
+
+def test_prompters_that_are_alike_keep_equal_weights() -> None:
+    assert mirror_descent(lambda step: torch.ones(2, 4, 3), 3).tolist() == pytest.approx([1 / 3] * 3)
+
+
 def test_mirror_descent_refuses_what_it_cannot_use() -> None:
     with pytest.raises(ValueError, match="steps=1"):
         mirror_descent(lambda step: torch.zeros(1, 2, 2), 2, steps=1)

@@ -14,6 +14,7 @@ from tiny_models import apply_head
 
 from alignpro.cli import main
 from alignpro.config import ModelConfig
+from alignpro.data import Prompt
 from alignpro.demo.world import prompt_records, write_records
 from alignpro.environments.rewriter import Rewriter
 from alignpro.errors import AlignProError, ConfigError, ModelError, TrainingError
@@ -22,6 +23,7 @@ from alignpro.models.mixed_model import MixedModel
 from alignpro.models.sequences import SequenceBatch
 from alignpro.training.mixed_runs import check_weights
 from alignpro.training.mixing import SUMMARY_FILE, mix
+from alignpro.training.mixture_weights import equal_shares
 from alignpro.training.model_destination import model_of
 from alignpro.training.model_files import export_model
 
@@ -164,3 +166,42 @@ def test_weights_are_one_for_each_run_and_of_sum_one(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(TrainingError, match="already exists; choose another --out"):
         mix([tmp_path, tmp_path], tmp_path)
+
+
+def test_prompts_of_several_runs_count_once_and_are_as_many_as_was_asked_for(
+    model_directory: Directory, tmp_path: Path
+) -> None:
+    runs = two_runs(tmp_path, model_directory)  # of one file
+    assert mix(runs, tmp_path / "mixed", prompts=8, rewrites=3)["prompts"] == 8
+    assert mix(runs, tmp_path / "all", prompts=500, rewrites=3)["prompts"] < 500
+
+
+def test_the_gap_is_of_as_many_rewrites_as_the_summary_says(model_directory: Directory, tmp_path: Path) -> None:
+    """One of each model, if fewer were asked for; of a single model, all count."""
+    runs = two_runs(tmp_path, model_directory)
+    found = mix(runs, tmp_path / "mixed", weights=[1, 0], prompts=2, rewrites=2)
+    assert found["rewrites"] == found["gap_to_whole_rewrites"]["effective_sample_size"] == 3
+
+
+@pytest.mark.parametrize(("sizes", "shared", "count"), [((9, 9, 9), 0, 7), ((9, 2, 9), 0, 12), ((9, 9), 6, 10)])
+def test_each_run_gives_an_equal_share_of_the_prompts(sizes: tuple[int, ...], shared: int, count: int) -> None:
+    common = [Prompt.from_text(f"shared {i}") for i in range(shared)]
+    sets = [[*common, *(Prompt.from_text(f"{k} {i}") for i in range(size - shared))] for k, size in enumerate(sizes)]
+    chosen = {prompt.id for prompt in equal_shares(sets, count)}
+    assert len(chosen) == count
+    taken = [len(chosen & {prompt.id for prompt in each}) for each in sets if len(each) > 2]
+    assert max(taken) - min(taken) <= 1
+
+
+def test_a_mixture_is_read_from_any_directory(
+    model_directory: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference's path is in the runs' configurations as it was given, which may be from another directory."""
+    runs, start = two_runs(tmp_path, model_directory), model_directory("qwen2")
+    for run in runs:
+        change(run, "policy.path", start.name)
+    monkeypatch.chdir(start.parent)
+    mix(runs, tmp_path / "mixed", prompts=1, rewrites=3)
+    monkeypatch.chdir(tmp_path)
+    half = Rewriter.load(tmp_path / "mixed", strength=0.5).engine.models["policy"]
+    assert isinstance(half, MixedModel) and half.weights == (0.25, 0.25, 0.5)

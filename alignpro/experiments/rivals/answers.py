@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from alignpro.errors import TrainingError
 from alignpro.training.durability import replace_text
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "answers.jsonl"
 
@@ -24,7 +27,8 @@ class Answer:
     tokens: int
     """That were generated; 0 if it is not known."""
     value: float | None = None
-    """Its reward with the penalties of guards, which training maximises; None of the proposer."""
+    """Its reward with the penalties of guards, which training maximises; of a response to a prompt as it is, 1 if that refuses,
+    else 0; None of the proposer."""
 
 
 class AnswerFile:
@@ -47,19 +51,37 @@ class AnswerFile:
         self._times: dict[str, int] = {}
         self._before = 0.0
         self._started = time.monotonic()
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # the last may be cut off
-        if lines and json.loads(lines[0]) != {"fingerprint": fingerprint}:
+        # The last line may be cut off.
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
+        if lines and _object(lines[0]) != {"fingerprint": fingerprint}:
             raise TrainingError(f"{path}: is of a search with another configuration: name another `out`, or remove it")
+        kept = lines[:1]
         for line in lines[1:]:
-            row = json.loads(line)
-            key, self._before = row.pop("key"), row.pop("seconds")
-            self._known[key] = Answer(**row)
+            if self._read(_object(line)):
+                kept.append(line)
+        if len(kept) < len(lines):
+            logger.warning(
+                "%s: %d of %d answers cannot be read, and are asked for again",
+                path,
+                len(lines) - len(kept),
+                len(lines) - 1,
+            )
         try:
-            whole = "".join(f"{line}\n" for line in lines) or json.dumps({"fingerprint": fingerprint}) + "\n"
+            whole = "".join(f"{line}\n" for line in kept) or json.dumps({"fingerprint": fingerprint}) + "\n"
             replace_text(path, whole)
             self._file: IO[str] = path.open("a", encoding="utf-8")
         except OSError as error:
             raise TrainingError(f"{path}: cannot be written: {error}") from error
+
+    def _read(self, row: dict[str, Any]) -> bool:
+        """Take an answer from the file; False if the line is damaged, such as by a power cut."""
+        try:
+            key, seconds = row.pop("key"), float(row.pop("seconds"))
+            self._known[key] = Answer(**row)
+        except (KeyError, TypeError, ValueError):
+            return False
+        self._before = seconds
+        return True
 
     @property
     def seconds(self) -> float:
@@ -87,3 +109,12 @@ class AnswerFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _object(line: str) -> dict[str, Any]:
+    """The JSON object in a line; empty if there is none."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

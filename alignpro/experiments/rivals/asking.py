@@ -1,4 +1,6 @@
-"""Every response that a rival gets of the target: within its number of calls, scored, and counted towards the best so far."""
+"""Every response that a rival gets of the target: within its number of calls, scored, and counted towards the best so far.
+
+Those to prompts as they are, which the guard `refusal_kept` compares with, are responses of the target, too."""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from alignpro.environments.instruction import InstructionEnvironment
 from alignpro.errors import ConfigError
 from alignpro.experiments.rivals.answers import Answer, AnswerFile
 from alignpro.experiments.rivals.gathering import Gathering
+from alignpro.experiments.rivals.unchanged import UnchangedResponses
 from alignpro.prompting.rewrite_template import RewriteTemplate
 from alignpro.rewards import RewardStack
 from alignpro.targets.base import Target
@@ -88,7 +91,7 @@ class TargetAsker:
     """Asks the target, at most so many times.
 
     Questions of several threads to a model of this process are answered in one batch, and count in the order of their texts: what
-    is counted does not depend on which thread came first.
+    is counted does not depend on which thread came first, nor, if their number is announced, on how fast they are.
 
     Args:
         target: The target.
@@ -116,6 +119,7 @@ class TargetAsker:
         self._target, self._engine, self._reward = target, engine, reward
         self._params = sampling_params(respond, 1)
         self._answers, self._seed, self._scoreboard = answers, seed, scoreboard
+        self._unchanged = UnchangedResponses(target, engine, reward, self._params, answers)
         self._lock = threading.Condition()
         self._open = 0  # admitted and not yet answered
         # A server answers several questions at once, whenever they come.
@@ -138,6 +142,11 @@ class TargetAsker:
         """The best instruction so far; None if none has been evaluated on all validation prompts."""
         best = self._scoreboard.best(self.calls)
         return best.instruction if best else None
+
+    def announce(self, count: int) -> None:
+        """Say that so many threads will ask at the same time, each once."""
+        if self._gathering is not None:
+            self._gathering.announce(count)
 
     def ask(self, instruction: str, prompt: Prompt) -> Answer:
         """A response of the target to a prompt with an instruction.
@@ -163,6 +172,7 @@ class TargetAsker:
         """Answer questions, or tell each why not."""
         calls, refused = self._admit(sorted(questions, key=lambda each: (each.instruction, each.prompt.id)))
         try:
+            of_unchanged = self._unchanged.learn([each.prompt for each in calls])
             keys = [self._answers.question("target", each.instruction, each.prompt.id) for each in calls]
             answers = {key: answer for key in keys if (answer := self._answers.find(key)) is not None}
             new = [(key, each) for key, each in zip(keys, calls, strict=True) if key not in answers]
@@ -170,6 +180,7 @@ class TargetAsker:
                 asked = list(group)
                 answers |= self._respond(instruction, [each.prompt for _, each in asked], [key for key, _ in asked])
             with self._lock:
+                self.tokens += of_unchanged
                 for key, (question, number) in zip(keys, calls.items(), strict=True):
                     value = answers[key].value
                     assert value is not None  # because it is the target's
@@ -191,10 +202,15 @@ class TargetAsker:
 
     def _admit(self, questions: Sequence[_Question]) -> tuple[dict[_Question, int], list[_Question]]:
         """The questions that are within the limit, with the number of the call that each is, and the others."""
+        admitted: dict[_Question, int] = {}
         with self._lock:
-            first = self.calls + 1
-            admitted = dict(zip(questions, range(first, self.limit + 1), strict=False))
-            self.calls += len(admitted)
+            for question in questions:
+                needed = 1 + self._unchanged.needed(question.prompt)
+                if self.calls + needed > self.limit:
+                    break
+                self.calls += needed
+                self._unchanged.count(question.prompt)
+                admitted[question] = self.calls
             self._open += len(admitted)
             refused = list(questions[len(admitted) :])
             self.refused = self.refused or bool(refused)

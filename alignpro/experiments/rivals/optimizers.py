@@ -10,12 +10,11 @@ caches and retries are off, and so are few-shot examples, which are no instructi
 
 from __future__ import annotations
 
-import functools
 import importlib
 import io
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -71,6 +70,8 @@ class InstructionSearch:
             [self._dspy.Example(prompt=prompt.text).with_inputs("prompt") for prompt in each]
             for each in (training, validation)
         )
+        # dspy strips and dedents an instruction, and writes one of its own for an empty one: what it asks with is mapped back.
+        self._as_written = {self._signature(text).instructions: text for text in reversed(config.instructions.values())}
         # A model of this process answers what is asked at the same time in one batch: a thread for each prompt of an evaluation.
         self._threads = len(validation) if config.target_is_local else config.search.threads
         self.unusable = 0
@@ -89,7 +90,7 @@ class InstructionSearch:
             # dspy writes a line for each example to standard output.
             with (
                 redirect_stdout(io.StringIO()),
-                asking_once(),
+                asking_once(self._target.announce),
                 self._dspy.context(lm=proposer, adapter=self._lenient_adapter()),
             ):
                 search(start, proposer)
@@ -169,12 +170,12 @@ class InstructionSearch:
 
     def _program(self, instruction: str) -> Any:
         """A module of dspy with one predictor, whose instruction the target gets with the prompt."""
-        dspy, adapter = self._dspy, self._target_adapter()
+        dspy, adapter, signature = self._dspy, self._target_adapter(), self._signature(instruction)
 
         class Respond(dspy.Module):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 super().__init__()
-                self.respond = dspy.Predict(dspy.Signature("prompt -> response", instruction))
+                self.respond = dspy.Predict(signature)
 
             def forward(self, prompt: str) -> Any:
                 with dspy.context(adapter=adapter()):
@@ -182,16 +183,20 @@ class InstructionSearch:
 
         return Respond()
 
+    def _signature(self, instruction: str) -> Any:
+        return self._dspy.Signature("prompt -> response", instruction)
+
     def _target_adapter(self) -> Any:
         """An adapter that asks the target in place of a language model of dspy."""
-        target, prompts = self._target, self._prompts
+        target, prompts, as_written = self._target, self._prompts, self._as_written
 
         class TargetAdapter(self._dspy.Adapter):  # type: ignore[name-defined]
             def __call__(
                 self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any
             ) -> list[dict[str, Any]]:
+                instruction = as_written.get(signature.instructions, signature.instructions)
                 try:
-                    answer = target.ask(usable(signature.instructions), prompts[inputs["prompt"]])
+                    answer = target.ask(usable(instruction), prompts[inputs["prompt"]])
                 except AlignProError as error:
                     raise _Failed(error) from error
                 return [{"response": answer.text, "value": answer.value}]
@@ -256,15 +261,30 @@ class InstructionSearch:
 
 
 @contextmanager
-def asking_once() -> Iterator[None]:
-    """Let dspy wait for slow answers within the context.
+def asking_once(announce: Callable[[int], None] = lambda count: None) -> Iterator[None]:
+    """Let dspy wait for slow answers within the context, and say how many questions an evaluation asks at the same time.
 
     By itself it asks again after two minutes when few questions are open: every call is counted and paid for, and a search that
     is repeated from its answers would be another one.
+
+    Args:
+        announce: Called with the number of questions before each evaluation, and with 0 after it.
     """
     module: Any = importlib.import_module("dspy.evaluate.evaluate")
     executor = module.ParallelExecutor
-    module.ParallelExecutor = functools.partial(executor, timeout=0)
+
+    class WaitingExecutor(executor):  # type: ignore[misc, valid-type]
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named | {"timeout": 0})
+
+        def execute(self, function: Any, data: Any) -> Any:
+            announce(min(len(data), self.num_threads))
+            try:
+                return super().execute(function, data)
+            finally:
+                announce(0)
+
+    module.ParallelExecutor = WaitingExecutor
     try:
         yield
     finally:

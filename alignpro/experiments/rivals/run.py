@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from alignpro.config import ConfigSource, ModelConfig, RivalConfig, dump_config, resolve_config
+from alignpro.config import ConfigSource, ModelConfig, RivalConfig, SearchSection, dump_config, resolve_config
+from alignpro.config.endpoints import HOW_SERVERS_ARE_ASKED, SPENDING
 from alignpro.config.fingerprint import fingerprint
 from alignpro.data import Prompt, choose, load_prompts, split
 from alignpro.engine import Engine
@@ -50,7 +51,7 @@ def search_instruction(config: ConfigSource[RivalConfig]) -> dict[str, Any]:
     require_dspy(config.kind)
     out = prepare_directory(config.out, RESULT_FILE)
     replace_text(out / "config.yaml", dump_config(config))
-    answers = AnswerFile(out / FILE_NAME, fingerprint(config, without={"out"}))
+    answers = AnswerFile(out / FILE_NAME, _fingerprint(config))
     try:
         with open_servers(config, config.target_endpoints, out, config.respond, config.reward.endpoints) as servers:
             result = _search(config, servers, answers)
@@ -64,6 +65,15 @@ def search_instruction(config: ConfigSource[RivalConfig]) -> dict[str, Any]:
         "%s: %.4f on its validation prompts: %s", method_label(config.kind), result["mean"], result["instruction"]
     )
     return result
+
+
+def _fingerprint(config: RivalConfig) -> str:
+    """A digest of all that answers depend on: an interrupted search may go on with another budget, or more threads."""
+    threads = SearchSection.model_fields["threads"].default
+    search = config.search.model_copy(update={"threads": threads})
+    endpoint = {"endpoint": set(HOW_SERVERS_ARE_ASKED)}
+    without = {**dict.fromkeys(("out", *SPENDING), True), "target": endpoint, "search": {"proposer": endpoint}}
+    return fingerprint(config.model_copy(update={"search": search}), without=without)
 
 
 def _search(config: RivalConfig, servers: Servers, answers: AnswerFile) -> dict[str, Any]:
@@ -136,7 +146,10 @@ def _proposer(config: RivalConfig, target: Target, servers: Servers) -> Target:
 
 
 def search_prompts(config: RivalConfig, target: Target, reward: RewardStack) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that the proposer sees, and those on which instructions are compared, of the training prompts alone.
+    """The prompts that the proposer sees, and those on which instructions are compared: of all that are not held out.
+
+    Those that a training sets aside as ``data.validation`` are among them: it chooses its checkpoint by them, and a rival may
+    choose its instruction by them.
 
     Raises:
         DataError: There are fewer than two of either.

@@ -114,8 +114,8 @@ def judgement_statistics(judged: JudgedPairs) -> JudgementStatistics:
     """Rates, biases and the diagnosis of a judge.
 
     There is a judgement if the lower end of the 95 % interval of the consistency is above c + 0.2 (1 − c), where c is the
-    consistency by chance, and if the judge does not go by length alone. Otherwise the diagnosis is the first of these that
-    holds:
+    consistency by chance, that of the pairs of which neither order says tie is above theirs, since ties may agree for a reason
+    of their own, and the judge does not go by length alone. Otherwise the diagnosis is the first of these that holds:
 
     ========== ============================================================================================================
     unreadable more than half of the pairs have no verdict
@@ -135,10 +135,10 @@ def judgement_statistics(judged: JudgedPairs) -> JudgementStatistics:
         return _nothing(judged.errors)
     preferred, consistent = judged.preferred, judged.consistent
     decided = consistent * (judged.first != 0.5)
-    neither_tie = (judged.first != 0.5) & (judged.second != 0.5)
+    without_ties = _without_ties(judged).consistent
     consistency = mean_estimate(consistent, judged.clusters)
     chance = _consistency_by_chance(judged)
-    first = mean_estimate((judged.first + 1 - judged.second) / 2, judged.clusters)
+    first = _first_preferred(judged)
     longer = _longer_preferred(judged, decided.astype(bool))
     diagnosis, reason = _diagnose(judged, consistency, chance, first, longer)
     return JudgementStatistics(
@@ -151,7 +151,7 @@ def judgement_statistics(judged: JudgedPairs) -> JudgementStatistics:
         win_rate=_against_half(preferred, judged.clusters),
         length_controlled=length_controlled(preferred, judged.longer, judged.clusters),
         consistency=consistency,
-        decided_consistency=float(consistent[neither_tie].mean()) if neither_tie.any() else math.nan,
+        decided_consistency=float(without_ties.mean()) if len(without_ties) else math.nan,
         chance=chance,
         first_preferred=first,
         longer_preferred=longer,
@@ -212,16 +212,29 @@ def _diagnose(
     if chance == 1:
         return "ties", f"it says of all {count} pairs that neither response is better"
     threshold = chance + LEAST_AGREEMENT * (1 - chance)
-    if consistency.low > threshold:
-        if longer.low > LENGTH[1] or longer.high < LENGTH[0]:
-            which, share = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
-            return "length", (
-                f"it prefers the {which} response in {share:.0%} of the pairs that it decides, so it cannot be told from one "
-                "that measures length"
-            )
-        return "usable", ""
+    if not consistency.low > threshold:
+        return _inconsistent(f"{count} pairs", consistency, chance, threshold, first)
+    decided = _without_ties(judged)
+    if len(decided.first):
+        certain, by_chance = mean_estimate(decided.consistent, decided.clusters), _consistency_by_chance(decided)
+        if not certain.low > by_chance:
+            pairs = f"the {len(decided.first)} pairs of which neither order says tie"
+            return _inconsistent(pairs, certain, by_chance, by_chance, _first_preferred(decided))
+    if longer.low > LENGTH[1] or longer.high < LENGTH[0]:
+        which, share = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
+        return "length", (
+            f"it prefers the {which} response in {share:.0%} of the pairs that it decides, so it cannot be told from one "
+            "that measures length"
+        )
+    return "usable", ""
+
+
+def _inconsistent(
+    pairs: str, consistency: Estimate, chance: float, threshold: float, first: Estimate
+) -> tuple[Diagnosis, str]:
+    """What a judge is whose verdicts on some pairs are not certain to agree in more than a threshold of them."""
     held = (
-        f"both orders agree on {consistency.value:.0%} of {count} pairs ({_shown(consistency)}), and verdicts drawn without "
+        f"both orders agree on {consistency.value:.0%} of {pairs} ({_shown(consistency)}), and verdicts drawn without "
         f"looking would on {chance:.0%}"
     )
     if first.low > POSITION[1] or first.high < POSITION[0] or (first.not_estimable and abs(first.value - 0.5) > 0.1):
@@ -230,6 +243,17 @@ def _diagnose(
     if consistency.value > threshold:
         return "too few", f"there are too few pairs to tell: {held}; more than {threshold:.0%} must be certain"
     return "chance", f"its verdicts change with the order: {held}; more than {threshold:.0%} must be certain"
+
+
+def _without_ties(judged: JudgedPairs) -> JudgedPairs:
+    """The pairs of which neither order says tie."""
+    kept = (judged.first != 0.5) & (judged.second != 0.5)
+    clusters = Clusters(judged.clusters.numbers[kept].tolist())
+    return JudgedPairs(judged.first[kept], judged.second[kept], judged.longer[kept], clusters)
+
+
+def _first_preferred(judged: JudgedPairs) -> Estimate:
+    return mean_estimate((judged.first + 1 - judged.second) / 2, judged.clusters)
 
 
 def _consistency_by_chance(judged: JudgedPairs) -> float:
