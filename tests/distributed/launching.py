@@ -154,8 +154,9 @@ def assert_close_runs(left: Path, right: Path) -> None:
     for a, b in zip(read_metrics(left), read_metrics(right), strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            # A regression on log-ratios amplifies their rounding while they are small; so small, they weigh as little.
-            bound = 0.05 if name == "kl_sampled_share" else 1e-5
+            # A regression on log-ratios amplifies their rounding while they are small; so small, they weigh as little. The
+            # factor of a step follows a KL of 1e-4 nats, whose rounding depends on the processor's BLAS.
+            bound = {"kl_sampled_share": 0.05, "learning_rate_factor": 1e-4}.get(name, 1e-5)
             assert abs(a[name] - b[name]) / max(1.0, abs(a[name])) < bound, (right.name, name)
     files = sorted(path.name for path in (left / "model").glob("*.safetensors"))
     assert files and files == sorted(path.name for path in (right / "model").glob("*.safetensors"))

@@ -46,7 +46,8 @@ def trainer(workshop: Workshop, out: Path, *overrides: str) -> RLTrainer:
 def test_policy_and_reference_see_what_is_remembered_and_a_checkpoint_keeps_it(
     workshop: Workshop, settings: list[str], tmp_path: Path
 ) -> None:
-    """Without learning, policy and reference stay equal: their KL is 0, and training sees the inputs of sampling."""
+    """Without learning, policy and reference stay equal: their KL is 0 up to rounding, which depends on the processor's BLAS, and
+    training sees the inputs of sampling."""
     still = [*settings, "optimizer.learning_rate=1e-12", "optimizer.warmup_steps=0", "run.eval_prompts=64"]
     made = trainer(workshop, tmp_path / "run", *still)
     rows = [made.step(step) for step in range(2)]
@@ -56,12 +57,12 @@ def test_policy_and_reference_see_what_is_remembered_and_a_checkpoint_keeps_it(
     rows.append(made.step(2))
     assert [row["memory/prompts"] for row in rows] == [2, 4, 6]
     assert rows[0]["memory/shown"] == 0 and rows[2]["memory/shown"] > 0
-    assert all(row["kl"] < 1e-9 and row["sample/logprob_difference_max"] < 1e-4 for row in rows)
+    assert all(abs(row["kl"]) < 1e-6 and row["sample/logprob_difference_max"] < 1e-4 for row in rows)
 
     assert made.memory is not None
     memory = made.memory.memory
     before = memory.dumps()
-    assert made.evaluate(2).metrics["eval/kl"] < 1e-9
+    assert made.evaluate(2).metrics["eval/kl"] < 1e-6
     assert memory.dumps() == before  # what is evaluated is not remembered
     assert {each.prompt for each in memory.rewrites} <= {each.text for each in made.stream.prompts}
     assert made.heldout and not any(memory.holds(each) for each in made.heldout)
