@@ -78,6 +78,19 @@ def test_the_figures_of_bfloat16_are_the_recorded_ones() -> None:
     assert f"off by {ours:.3f} nats on average, and {theirs:.3f} in transformers' bfloat16" in text
 
 
+def test_the_figures_of_amx_are_the_recorded_ones() -> None:
+    document, text = recorded("cpu_dtype_amx"), " ".join(DOCUMENT.text.split())
+    steps = [[1e3 * row[key] for key in ("step_1", "step_8", "step_32")] for row in document["speed"]["results"]]
+    (a, b, c), (one, eight, more) = steps
+    assert f"takes {one:.0f} ms with one sequence, {eight:.0f} with 8 and {more:.0f} with 32, where float32" in text
+    assert f"where float32 takes {a:.0f}, {b:.0f} and {c:.0f}." in text
+    (found,) = (row for row in document["accuracy"]["results"] if row["computed by"] == "ours, bfloat16")
+    (widened,) = (row for row in recorded("cpu_dtype")["accuracy"]["results"] if row["computed by"] == "ours, bfloat16")
+    assert abs(found["mean error"] - widened["mean error"]) < 1e-4
+    assert max(found["sampler KL before"], found["sampler KL after"]) < 1e-9
+    assert f"has a cosine of {found['gradient cosine']:.6f} with" in text
+
+
 def test_the_figures_beside_busy_processes_are_the_recorded_ones() -> None:
     (case,) = recorded("engine_busy")["results"]
     (ours,) = case["entrants"]
