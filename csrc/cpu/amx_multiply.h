@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 namespace alignpro {
 namespace {
@@ -72,6 +73,27 @@ __attribute__((always_inline)) inline void add_products(const NarrowRows& x, con
   }
 }
 
+// Weights that are multiplied next, in lines of 64 bytes: 32 lines for each 32 inputs.
+//
+// The processor loads too few lines ahead by itself, and a tile that waits for memory keeps what follows from beginning. So lines
+// are requested three steps ahead and brought into L1 two steps ahead, which takes little more than reading them.
+struct LinesAhead {
+  const uint16_t* from;  // the weights of the first step
+  int64_t line, step;    // elements from a line to the next one, and from a step to the next one
+  int64_t steps;         // of these weights
+  const uint16_t* next;  // the weights after them, laid out alike, or null
+  const uint16_t* at(int64_t index) const {
+    if (index < steps) return from + index * step;
+    return next == nullptr || index - steps >= steps ? nullptr : next + (index - steps) * step;
+  }
+  void load(int64_t present) const {
+    if (from == nullptr) return;
+    const uint16_t *wanted = at(present + 3), *needed = at(present + 2);
+    for (int64_t i = 0; wanted != nullptr && i < kBlockRows; ++i) __builtin_prefetch(wanted + i * line, 0, 2);
+    for (int64_t i = 0; needed != nullptr && i < kBlockRows; ++i) static_cast<void>(static_cast<const volatile uint16_t*>(needed)[i * line]);
+  }
+};
+
 // Copies what is left of `count` rows and of a panel after whole tiles of inputs, and fills up with zeros.
 struct LastInputs {
   alignas(64) uint16_t first[kBlockRows * kTileInputs], second[kBlockRows * kTileInputs];
@@ -116,7 +138,7 @@ class TileRows {
 // products (count, kPanel) = x panel, for as many rows as tiles are configured for: more than 16 with MoreRows.
 template <bool MoreRows>
 void multiply_block(const NarrowRows& x, int64_t count, const NarrowPanels& panel, int64_t depth, float* products,
-                    int64_t stride) {
+                    int64_t stride, const LinesAhead& ahead) {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (MoreRows) {
@@ -126,6 +148,7 @@ void multiply_block(const NarrowRows& x, int64_t count, const NarrowPanels& pane
   int64_t k = 0;
   for (; k + kTileInputs <= depth; k += kTileInputs) {
     const int64_t of_panel = k * kPanel;
+    ahead.load(k / kTileInputs);
     add_products<MoreRows>(x.at(0, k), {panel.first + of_panel, panel.second == nullptr ? nullptr : panel.second + of_panel});
   }
   if (k < depth) {
@@ -144,25 +167,24 @@ void multiply_block(const NarrowRows& x, int64_t count, const NarrowPanels& pane
 }
 
 inline void multiply_block(TileRows& tiles, const NarrowRows& x, int64_t count, const NarrowPanels& panel, int64_t depth,
-                           float* products, int64_t stride) {
+                           float* products, int64_t stride, const LinesAhead& ahead) {
   const auto multiply = count > kTileRows ? multiply_block<true> : multiply_block<false>;
   tiles.configure(count);
-  multiply(x, count, panel, depth, products, stride);
+  multiply(x, count, panel, depth, products, stride, ahead);
 }
 
-// As `PanelKernels::multiply_narrow`. Nothing is loaded ahead: the processor does that better, and requests for memory would have
-// tiles wait.
+// As `PanelKernels::multiply_narrow`.
 void multiply_amx(const NarrowRows& x, int64_t rows, const uint16_t* panel, int64_t depth, float* out, int64_t out_stride, bool add,
-                  const uint16_t*) {
+                  const uint16_t* next) {
   alignas(64) float products[kBlockRows * kPanel];
   TileRows tiles;
+  LinesAhead ahead{panel, kTileInputs, kTileInputs * kPanel, depth / kTileInputs, next};
   for (int64_t first = 0; first < rows; first += kBlockRows, out += kBlockRows * out_stride) {
     const int64_t count = std::min(kBlockRows, rows - first);
-    if (!add) {
-      multiply_block(tiles, x.at(first, 0), count, {panel, nullptr}, depth, out, out_stride);
-      continue;
-    }
-    multiply_block(tiles, x.at(first, 0), count, {panel, nullptr}, depth, products, kPanel);
+    float* to = add ? products : out;
+    multiply_block(tiles, x.at(first, 0), count, {panel, nullptr}, depth, to, add ? kPanel : out_stride, ahead);
+    ahead.from = nullptr;  // the panel is in the cache
+    if (!add) continue;
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t j = 0; j < kPanel; ++j) out[r * out_stride + j] += products[r * kPanel + j];
     }
@@ -195,34 +217,49 @@ inline void store_transposed(const float* products, int64_t rows, int64_t column
   }
 }
 
-// Packs up to kPanel rows into a panel, zero-padded beyond them.
-inline void pack_narrow(const uint16_t* rows, int64_t stride, int64_t count, int64_t depth, uint16_t* panel) {
-  for (int64_t k = 0; k < depth; k += 2, panel += 2 * kPanel) {
-    for (int64_t j = 0; j < count; ++j) std::copy_n(rows + j * stride + k, 2, panel + 2 * j);
-    std::fill_n(panel + 2 * count, 2 * (kPanel - count), uint16_t{0});
+// As `PanelKernels::dot_rows`: whole panels.
+int64_t dot_rows_amx(int64_t rows) { return (rows + kPanel - 1) / kPanel * kPanel; }
+
+// As `PanelKernels::pack_dots`: panels of kPanel rows, one after another.
+void pack_dots_amx(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) {
+  for (int64_t row = 0; row < rows; row += kPanel) {
+    // Two elements are packed as one.
+    pack(reinterpret_cast<const float*>(x + row * depth), depth / 2, std::min(kPanel, rows - row), depth / 2,
+         reinterpret_cast<float*>(to + row * depth));
   }
 }
 
-// As `PanelKernels::dot_narrow`.
+// As `PanelKernels::dot_narrow`. For a block of the weight's rows, all panels of states are read.
 void dot_amx(const NarrowRows& x, int64_t rows, const uint16_t* w, int64_t outputs, int64_t depth, float* out, int64_t out_stride) {
   alignas(64) float products[kBlockRows * kPanel];
   TileRows tiles;
-  thread_local std::vector<uint16_t> memory;
-  const int64_t of_panel = depth * kPanel;
-  if (static_cast<int64_t>(memory.size()) < 2 * of_panel) memory.resize(static_cast<size_t>(2 * of_panel));
-  for (int64_t row = 0; row < rows; row += kPanel, out += kPanel * out_stride) {
-    const int64_t columns = std::min(kPanel, rows - row);
-    const NarrowRows from = x.at(row, 0);
-    uint16_t *panel = memory.data(), *second = from.second == nullptr ? nullptr : panel + of_panel;
-    pack_narrow(from.first, from.stride, columns, depth, panel);
-    if (second != nullptr) pack_narrow(from.second, from.stride, columns, depth, second);
-    for (int64_t j = 0; j < outputs; j += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, outputs - j);
-      multiply_block(tiles, {w + j * depth, nullptr, depth}, count, {panel, second}, depth, products, kPanel);
-      store_transposed(products, count, columns, out + j, out_stride);
+  for (int64_t j = 0; j < outputs; j += kBlockRows) {
+    const int64_t count = std::min(kBlockRows, outputs - j);
+    const uint16_t* weights = w + j * depth;
+    // With the first panel, all lines of the block and the first ones of the next one, if they are whole blocks.
+    const uint16_t* next = j + 2 * kBlockRows <= outputs && rows <= kPanel ? weights + kBlockRows * depth : nullptr;
+    LinesAhead ahead{count == kBlockRows ? weights : nullptr, depth, kTileInputs, depth / kTileInputs, next};
+    for (int64_t row = 0; row < rows; row += kPanel) {
+      const NarrowPanels panels{x.first + row * depth, x.second == nullptr ? nullptr : x.second + row * depth};
+      multiply_block(tiles, {weights, nullptr, depth}, count, panels, depth, products, kPanel, ahead);
+      ahead.from = nullptr;
+      store_transposed(products, count, std::min(kPanel, rows - row), out + row * out_stride + j, out_stride);
     }
   }
 }
+
+constexpr PanelKernels with_amx() {
+  PanelKernels kernels = kPanelKernels;
+  kernels.multiply_narrow = multiply_amx;
+  kernels.narrow_depth = std::numeric_limits<int64_t>::max();  // a block's sums stay in tiles
+  kernels.dot_narrow = dot_amx;
+  kernels.dots_of_many = true;
+  kernels.pack_dots = pack_dots_amx;
+  kernels.dot_rows = dot_rows_amx;
+  return kernels;
+}
+
+constexpr PanelKernels kAmxKernels = with_amx();
 
 }  // namespace
 }  // namespace alignpro

@@ -1,25 +1,25 @@
 // Attention of packed queries to paged keys and values. attention_plan.h describes how the work is split over threads.
 
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "attention_plan.h"
 #include "cpu_kernels.h"
 #include "paged_kv.h"
+#include "panel_products.h"
 
 namespace alignpro {
 namespace {
+
+using at::Tensor;
 
 Element element_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -30,23 +30,24 @@ Element element_of(const Tensor& x) {
 }
 
 // Invalid values would cause out-of-bounds reads; checking them here costs almost nothing.
-void check_values(const Problem& p, int64_t sequences) {
-  const int64_t slots = p.page_table.size(1) * p.pages.size(2);
-  TORCH_CHECK_VALUE(p.cu_queries[0] == 0 && p.cu_queries[sequences] == p.count, "cu_queries goes from ", p.cu_queries[0],
-                    " to ", p.cu_queries[sequences], ": expected from 0 to the number of queries, ", p.count);
-  for (int64_t r = 0; p.rows != nullptr && r < p.count; ++r) {
-    TORCH_CHECK_VALUE(p.rows[r] >= 0 && p.rows[r] < p.query.size(0), "rows: number ", r, " is ", p.rows[r],
-                      ", expected 0 to ", p.query.size(0) - 1);
+void check_values(const Level& level, const AttentionShape& shape, const Tensor& pages) {
+  const int64_t slots = level.page_table.size(1) * pages.size(2), sequences = level.sequences();
+  TORCH_CHECK_VALUE(level.cu_queries[0] == 0 && level.cu_queries[sequences] == level.count, "cu_queries goes from ",
+                    level.cu_queries[0], " to ", level.cu_queries[sequences], ": expected from 0 to the number of queries, ",
+                    level.count);
+  for (int64_t r = 0; level.rows != nullptr && r < level.count; ++r) {
+    TORCH_CHECK_VALUE(level.rows[r] >= 0 && level.rows[r] < shape.tokens, "rows: number ", r, " is ", level.rows[r],
+                      ", expected 0 to ", shape.tokens - 1);
   }
   for (int64_t s = 0; s < sequences; ++s) {
-    TORCH_CHECK_VALUE(p.cu_queries[s] <= p.cu_queries[s + 1], "cu_queries: sequence ", s, " goes from ", p.cu_queries[s],
-                      " to ", p.cu_queries[s + 1], ": it must not decrease");
-    TORCH_CHECK_VALUE(p.key_lengths[s] >= 0 && p.key_lengths[s] <= slots, "key_lengths: sequence ", s, " has ",
-                      p.key_lengths[s], " keys, expected 0 to ", slots, ", what its pages hold");
-    const int32_t* table = p.page_table.const_data_ptr<int32_t>() + s * p.page_table.stride(0);
-    for (int64_t i = 0; i * p.pages.size(2) < p.key_lengths[s]; ++i) {
-      TORCH_CHECK_VALUE(table[i] >= 0 && table[i] < p.pages.size(0), "page_table: entry ", i, " of sequence ", s, " is ",
-                        table[i], ", expected 0 to ", p.pages.size(0) - 1);
+    TORCH_CHECK_VALUE(level.cu_queries[s] <= level.cu_queries[s + 1], "cu_queries: sequence ", s, " goes from ",
+                      level.cu_queries[s], " to ", level.cu_queries[s + 1], ": it must not decrease");
+    TORCH_CHECK_VALUE(level.key_lengths[s] >= 0 && level.key_lengths[s] <= slots, "key_lengths: sequence ", s, " has ",
+                      level.key_lengths[s], " keys, expected 0 to ", slots, ", what its pages hold");
+    const int32_t* table = level.page_table.const_data_ptr<int32_t>() + s * level.page_table.stride(0);
+    for (int64_t i = 0; i * pages.size(2) < level.key_lengths[s]; ++i) {
+      TORCH_CHECK_VALUE(table[i] >= 0 && table[i] < pages.size(0), "page_table: entry ", i, " of sequence ", s, " is ", table[i],
+                        ", expected 0 to ", pages.size(0) - 1);
     }
   }
 }
@@ -63,27 +64,35 @@ void clear(const SoftmaxState& sums, int64_t rows, int64_t stride) {
   std::fill(sums.l, sums.l + rows, 0.0f);
 }
 
+// Attention of queries to one layer's keys.
+struct Problem {
+  const AttentionShape& shape;
+  const Level& level;
+  const Tensor &query, &pages;             // (T, H, D), (n_pages, 2, page_size, kv_heads, D)
+  float scale, softcap;
+  float *out, *lse;                        // (T, H, D), (T, H)
+  bool merge;                              // merge with the contents of out and lse instead of overwriting them
+};
+
 void write_rows(const Problem& p, const WorkItem& item, const SoftmaxState& sums) {
-  const int64_t dim = p.head_dim(), stride = p.stride();
-  float* outs = p.out.mutable_data_ptr<float>();
-  float* lses = p.lse.mutable_data_ptr<float>();
+  const int64_t dim = p.shape.head_dim, stride = p.shape.stride(), group = p.shape.group();
   int64_t row = 0;
   for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {
     for (int64_t t = item.query_begin; t < item.query_end; ++t) {
-      for (int64_t g = 0; g < p.group(); ++g, ++row) {
-        const int64_t to = p.row(t) * p.heads() + kv_head * p.group() + g;
+      for (int64_t g = 0; g < group; ++g, ++row) {
+        const int64_t to = p.level.row(t) * p.shape.heads + kv_head * group + g;
         const float l = sums.l[row], lse = sums.m[row] + std::log(l);
         float by = l == 0 ? 0 : 1 / l, before = 0;
-        if (p.merge && lses[to] != -std::numeric_limits<float>::infinity()) {
+        if (p.merge && p.lse[to] != -std::numeric_limits<float>::infinity()) {
           if (l == 0) continue;
-          const float top = std::max(lses[to], lse), ours = std::exp(lse - top), theirs = std::exp(lses[to] - top);
+          const float top = std::max(p.lse[to], lse), ours = std::exp(lse - top), theirs = std::exp(p.lse[to] - top);
           by *= ours / (ours + theirs);
           before = theirs / (ours + theirs);
-          lses[to] = top + std::log(ours + theirs);
+          p.lse[to] = top + std::log(ours + theirs);
         } else {
-          lses[to] = lse;
+          p.lse[to] = lse;
         }
-        float* out = outs + to * dim;
+        float* out = p.out + to * dim;
         const float* o = sums.o + row * stride;
         if (before == 0) {
           for (int64_t d = 0; d < dim; ++d) out[d] = by * o[d];
@@ -95,16 +104,30 @@ void write_rows(const Problem& p, const WorkItem& item, const SoftmaxState& sums
   }
 }
 
-// A thread's memory and its processing of items. An item's rows are ordered by key-value head, query, query head.
+// A thread's memory for the sums and queries of items, kept from one layer to the next.
+class ItemMemory {
+ public:
+  float* floats(int64_t count) {
+    if (!memory_.defined() || memory_.numel() < count) memory_ = at::empty({count}, at::kFloat);
+    return memory_.mutable_data_ptr<float>();
+  }
+  std::vector<int64_t> first, last;  // (rows of a head)
+
+ private:
+  Tensor memory_;
+};
+
+// A thread's processing of items. An item's rows are ordered by key-value head, query, query head.
 class Worker {
  public:
   explicit Worker(const Problem& p)
-      : p_(p), stride_(p.stride()), rows_(p.rows_per_item()), keys_(head_keys(p)),
-        head_bytes_(p.pages.stride(3) * p.pages.element_size()),
-        memory_(at::empty({rows_ * stride_ + 2 * state_floats(rows_, stride_) +
-                           cpu_kernels().attention.scratch(rows_, stride_)}, at::kFloat)),
-        first_(static_cast<size_t>(rows_)), last_(static_cast<size_t>(rows_)) {
-    query_ = memory_.mutable_data_ptr<float>();
+      : p_(p), stride_(p.shape.stride()), rows_(p.shape.rows_per_item()), keys_(head_keys(p)),
+        head_bytes_(p.pages.stride(3) * p.pages.element_size()) {
+    thread_local ItemMemory memory;
+    memory_ = &memory;
+    memory.first.resize(static_cast<size_t>(rows_));
+    memory.last.resize(static_cast<size_t>(rows_));
+    query_ = memory.floats(rows_ * stride_ + 2 * state_floats(rows_, stride_) + cpu_kernels().attention.scratch(rows_, stride_));
     sums_ = query_ + rows_ * stride_;
     scratch_ = sums_ + 2 * state_floats(rows_, stride_);
   }
@@ -129,24 +152,24 @@ class Worker {
   }
 
  private:
-  int64_t rows_of_head(const WorkItem& item) const { return item.queries() * p_.group(); }
+  int64_t rows_of_head(const WorkItem& item) const { return item.queries() * p_.shape.group(); }
 
   // Converts the queries to (rows, stride) floats, and collects the range of keys that each row of a head sees.
   void gather(const WorkItem& item) {
-    const int64_t size = p_.query.element_size();
+    const int64_t size = p_.query.element_size(), group = p_.shape.group();
     const char* from = static_cast<const char*>(p_.query.const_data_ptr());
     float* to = query_;
-    for (int64_t head = item.head_begin * p_.group(); head < item.head_end * p_.group(); head += p_.group()) {
+    for (int64_t head = item.head_begin * group; head < item.head_end * group; head += group) {
       for (int64_t t = item.query_begin; t < item.query_end; ++t) {
-        for (int64_t g = 0; g < p_.group(); ++g, to += stride_) {
-          const int64_t at = p_.row(t) * p_.query.stride(0) + (head + g) * p_.query.stride(1);
-          cpu_kernels().attention.upcast_row(from + at * size, element_of(p_.query), to, p_.head_dim(), stride_);
+        for (int64_t g = 0; g < group; ++g, to += stride_) {
+          const int64_t at = p_.level.row(t) * p_.query.stride(0) + (head + g) * p_.query.stride(1);
+          cpu_kernels().attention.upcast_row(from + at * size, element_of(p_.query), to, p_.shape.head_dim, stride_);
         }
       }
     }
     for (int64_t row = 0; row < rows_of_head(item); ++row) {
-      first_[row] = p_.first[item.query_begin + row / p_.group()];
-      last_[row] = p_.last[item.query_begin + row / p_.group()];
+      memory_->first[row] = p_.level.first[item.query_begin + row / group];
+      memory_->last[row] = p_.level.last[item.query_begin + row / group];
     }
   }
 
@@ -164,7 +187,7 @@ class Worker {
         const int64_t row = head * rows;
         cpu_kernels().attention.attend(
             keys_of(item, item.head_begin + head),
-            {rows, stride_, query_ + row * stride_, first_.data(), last_.data(), p_.scale, p_.softcap},
+            {rows, stride_, query_ + row * stride_, memory_->first.data(), memory_->last.data(), p_.scale, p_.softcap},
             {sums.o + row * stride_, sums.m + row, sums.l + row}, key, std::min(key + kKeyBlock, end), scratch_);
       }
     }
@@ -177,7 +200,7 @@ class Worker {
     begin += kKeyBlock * share / shares;
     if (begin >= end) return;
     const HeadKeys keys = keys_of(item, item.head_begin);
-    const int64_t bytes = p_.head_dim() * p_.pages.element_size();
+    const int64_t bytes = p_.shape.head_dim * p_.pages.element_size();
     int64_t page = begin / keys.page_size, slot = begin % keys.page_size;
     for (; begin < end; ++begin) {
       const char* key = keys.pages + keys.table[page] * keys.page_stride + slot * keys.slot_stride;
@@ -197,92 +220,90 @@ class Worker {
   HeadKeys keys_of(const WorkItem& item, int64_t head) const {
     HeadKeys keys = keys_;
     keys.pages += head * head_bytes_;
-    keys.table += item.sequence * p_.page_table.stride(0);
+    keys.table += item.sequence * p_.level.page_table.stride(0);
     return keys;
   }
 
   // Returns the keys of the first head and sequence.
   static HeadKeys head_keys(const Problem& p) {
     const auto bytes = [&](int64_t dimension) { return p.pages.stride(dimension) * p.pages.element_size(); };
-    return {static_cast<const char*>(p.pages.const_data_ptr()), p.page_table.const_data_ptr<int32_t>(), p.pages.size(2),
-            bytes(0), bytes(2), bytes(1), p.head_dim(), element_of(p.pages)};
+    return {static_cast<const char*>(p.pages.const_data_ptr()), p.level.page_table.const_data_ptr<int32_t>(), p.pages.size(2),
+            bytes(0), bytes(2), bytes(1), p.shape.head_dim, element_of(p.pages)};
   }
 
   const Problem& p_;
   int64_t stride_, rows_;
   HeadKeys keys_;
   int64_t head_bytes_;
-  Tensor memory_;
-  std::vector<int64_t> first_, last_;  // (rows of a head)
+  ItemMemory* memory_;
   float *query_, *sums_, *scratch_;    // (rows, stride); two sets of sums; the kernels' scratch memory
 };
 
-void run(const Problem& p, int64_t sequences) {
-  const Plan plan = plan_of(p, sequences);
-  const std::vector<size_t> runs = runs_of(plan.items, plan.threads == 1 ? 1 : plan.threads * kRunsPerThread);
-  const int64_t rows = p.rows_per_item(), stride = p.stride(), floats = state_floats(rows, stride);
-  const Tensor parts_memory = at::empty({plan.parts * floats}, at::kFloat);
-  float* sums = parts_memory.mutable_data_ptr<float>();
-  std::atomic<size_t> next{0};
-  at::parallel_for(0, plan.threads, 1, [&](int64_t, int64_t) {
-    const at::AutoDispatchBelowAutograd no_autograd;
-    Worker worker(p);
-    for (size_t run = next++; run + 1 < runs.size(); run = next++) {
-      for (size_t i = runs[run]; i < runs[run + 1]; ++i) {
-        worker.process(plan.items[i], i + 1 < runs[run + 1] ? &plan.items[i + 1] : nullptr, sums);
-      }
-    }
-  });
-  for (const Split& split : plan.splits) {
-    const SoftmaxState whole = state_at(sums + split.part * floats, rows, stride);
-    for (int64_t i = 1; i < split.item.parts(); ++i) {
-      cpu_kernels().attention.merge(whole, state_at(sums + (split.part + i) * floats, rows, stride),
-                                split.item.queries() * p.group(), stride);
-    }
-    write_rows(p, split.item, whole);
-  }
-}
-
 Tensor unit_stride(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-// Writes or merges the attention of a level's queries to `out` (T, H, D) float32 and `lse` (T, H).
-void attend_level(const Tensor& query, const Tensor& pages, const CascadeLevels& levels, size_t level, double scale,
-                  double softcap, int64_t window, const Tensor& out, const Tensor& lse, bool merge) {
-  const OptionalTensor chosen = levels.rows.get(level);
-  const Tensor rows = chosen ? chosen->contiguous() : Tensor(), cu_queries = levels.cu_queries[level].contiguous();
-  const Tensor lengths = levels.key_lengths[level].contiguous(), starts = levels.key_starts[level].contiguous();
-  const Tensor positions = levels.query_positions[level].contiguous();
-  const int64_t sequences = lengths.size(0);
-  Problem p{unit_stride(query),
-            pages,
-            unit_stride(levels.page_tables[level]),
-            positions.size(0),
-            chosen ? rows.const_data_ptr<int64_t>() : nullptr,
-            cu_queries.const_data_ptr<int32_t>(),
-            lengths.const_data_ptr<int32_t>(),
-            {},
-            {},
-            static_cast<float>(scale),
-            static_cast<float>(softcap),
-            out,
-            lse,
-            merge};
-  check_values(p, sequences);
-  find_visible(p, sequences, positions.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(), window);
-  if (p.count > 0) run(p, sequences);
+Level level_of(const CascadeLevels& levels, size_t index) {
+  const OptionalTensor chosen = levels.rows.get(index);
+  Level level{unit_stride(levels.page_tables[index]), chosen ? chosen->contiguous() : Tensor(), levels.cu_queries[index].contiguous(),
+              levels.key_lengths[index].contiguous()};
+  level.count = levels.query_positions[index].size(0);
+  level.rows = chosen ? level.rows_of_queries.const_data_ptr<int64_t>() : nullptr;
+  level.cu_queries = level.bounds.const_data_ptr<int32_t>();
+  level.key_lengths = level.lengths.const_data_ptr<int32_t>();
+  return level;
 }
 
 }  // namespace
 
-void attend_levels(const Tensor& query, const Tensor& pages, const CascadeLevels& levels, double scale, double softcap,
-                   int64_t window, const Tensor& out, const Tensor& lse) {
-  const bool some_rows = levels.rows.get(0).has_value();
-  if (some_rows) {
-    out.zero_();
-    lse.fill_(-std::numeric_limits<float>::infinity());
+CascadePlan::CascadePlan(const CascadeLevels& levels, int64_t tokens, int64_t heads, const Tensor& pages, int64_t window, int64_t threads)
+    : shape_{tokens, heads, pages.size(3), pages.size(4)}, some_rows_(levels.rows.get(0).has_value()) {
+  int64_t parts = 0;
+  for (size_t i = 0; i < levels.cu_queries.size(); ++i) {
+    Level level = level_of(levels, i);
+    check_values(level, shape_, pages);
+    const Tensor positions = levels.query_positions[i].contiguous(), starts = levels.key_starts[i].contiguous();
+    find_visible(level, positions.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(), window);
+    LevelPlan plan = plan_of(level, shape_, threads);
+    parts = std::max(parts, plan.parts);
+    levels_.push_back({std::move(level), std::move(plan)});
   }
-  for (size_t level = 0; level < levels.cu_queries.size(); ++level) {
-    attend_level(query, pages, levels, level, scale, softcap, window, out, lse, level > 0 || some_rows);
+  parts_ = at::empty({parts * state_floats(shape_.rows_per_item(), shape_.stride())}, at::kFloat);
+}
+
+int64_t CascadePlan::multiplications() const {
+  int64_t sum = 0;
+  for (const Planned& each : levels_) sum += each.plan.multiplications;
+  return sum;
+}
+
+void CascadePlan::attend(Crew& crew, const Tensor& query, const Tensor& pages, float scale, float softcap, float* out, float* lse) const {
+  if (some_rows_) {
+    const int64_t of_token = shape_.heads * shape_.head_dim;
+    for_rows(crew, shape_.tokens, of_token, [&](int64_t begin, int64_t end) {
+      std::fill(out + begin * of_token, out + end * of_token, 0.0f);
+      std::fill(lse + begin * shape_.heads, lse + end * shape_.heads, -std::numeric_limits<float>::infinity());
+    });
+  }
+  const int64_t rows = shape_.rows_per_item(), stride = shape_.stride(), floats = state_floats(rows, stride);
+  float* sums = parts_.mutable_data_ptr<float>();
+  bool merge = some_rows_;
+  for (const auto& [level, plan] : levels_) {
+    const Problem p{shape_, level, query, pages, scale, softcap, out, lse, merge};
+    Worker worker(p);
+    crew.each(static_cast<int64_t>(plan.runs.size()) - 1, [&](int64_t run) {
+      for (size_t i = plan.runs[run]; i < plan.runs[run + 1]; ++i) {
+        worker.process(plan.items[i], i + 1 < plan.runs[run + 1] ? &plan.items[i + 1] : nullptr, sums);
+      }
+    });
+    crew.each(static_cast<int64_t>(plan.splits.size()), [&](int64_t i) {
+      const Split& split = plan.splits[i];
+      const SoftmaxState whole = state_at(sums + split.part * floats, rows, stride);
+      for (int64_t part = 1; part < split.item.parts(); ++part) {
+        cpu_kernels().attention.merge(whole, state_at(sums + (split.part + part) * floats, rows, stride),
+                                      split.item.queries() * shape_.group(), stride);
+      }
+      write_rows(p, split.item, whole);
+    });
+    merge = true;
   }
 }
 
@@ -296,8 +317,13 @@ std::tuple<Tensor, Tensor> cascade_attention(const Tensor& query, const Tensor& 
                                              at::TensorList key_starts, double scale, double softcap, int64_t window) {
   const at::AutoDispatchBelowAutograd no_autograd;
   const Tensor out = at::empty(query.sizes(), at::kFloat), lse = at::empty({query.size(0), query.size(1)}, at::kFloat);
-  attend_levels(query, pages, {rows, cu_queries, page_tables, key_lengths, query_positions, key_starts}, scale, softcap,
-                window, out, lse);
+  const Tensor from = unit_stride(query);
+  const CascadePlan plan({rows, cu_queries, page_tables, key_lengths, query_positions, key_starts}, query.size(0), query.size(1), pages,
+                         window, at::get_num_threads());
+  float *to = out.mutable_data_ptr<float>(), *sums = lse.mutable_data_ptr<float>();
+  Crew::run(threads_for(plan.multiplications()), [&](Crew& crew) {
+    plan.attend(crew, from, pages, static_cast<float>(scale), static_cast<float>(softcap), to, sums);
+  });
   return {out.to(query.scalar_type()), lse};
 }
 

@@ -55,7 +55,12 @@ bool agree(const PanelKernels& a, const PanelKernels& b) {
     for (const uint16_t* rest : {static_cast<const uint16_t*>(nullptr), static_cast<const uint16_t*>(second.data())}) {
       const NarrowRows narrow{first.data(), rest, depth};
       kernels.multiply_narrow(narrow, rows, weights.data(), depth, to, kPanel, false, nullptr);
-      kernels.dot_narrow(narrow, rows, weights.data(), kPanel, depth, to + rows * kPanel, kPanel);
+      const auto of_dots = static_cast<size_t>(kernels.dot_rows(rows) * depth);
+      std::vector<uint16_t> packed(of_dots), packed_rest(of_dots);
+      kernels.pack_dots(narrow.first, rows, depth, packed.data());
+      if (rest != nullptr) kernels.pack_dots(rest, rows, depth, packed_rest.data());
+      kernels.dot_narrow({packed.data(), rest == nullptr ? nullptr : packed_rest.data(), depth}, rows, weights.data(), kPanel, depth,
+                         to + rows * kPanel, kPanel);
       to += 2 * rows * kPanel;
     }
     return out;
@@ -80,6 +85,8 @@ CpuKernels in_bfloat16() {
       kernels.panels.narrow_rows = from.narrow_rows;
       kernels.panels.dot_narrow = from.dot_narrow;
       kernels.panels.dots_of_many = from.dots_of_many;
+      kernels.panels.pack_dots = from.pack_dots;
+      kernels.panels.dot_rows = from.dot_rows;
     };
     take("avx512_bf16", panel_kernels_avx512_bf16);
     if (may_use_amx() && agree(panel_kernels_amx, kernels.panels)) take("amx", panel_kernels_amx);

@@ -9,21 +9,8 @@
 #include "amx_multiply.h"
 
 namespace alignpro {
-namespace {
-
-constexpr PanelKernels with_amx() {
-  PanelKernels kernels = kPanelKernels;
-  kernels.multiply_narrow = multiply_amx;
-  kernels.narrow_depth = std::numeric_limits<int64_t>::max();  // a block's sums stay in tiles
-  kernels.dot_narrow = dot_amx;
-  kernels.dots_of_many = true;
-  return kernels;
-}
-
-}  // namespace
-
 // Initialised by the compiler: nothing here may run on a processor without these instructions.
-extern constinit const PanelKernels panel_kernels_amx = with_amx();
+extern constinit const PanelKernels panel_kernels_amx = kAmxKernels;
 }  // namespace alignpro
 
 #include "isa_end.h"

@@ -13,7 +13,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // polynomial of Cephes' expf.
 inline F exponential(F x) {
   // Not less than that even where the result is dropped: processors take a hundred cycles for a subnormal one.
-  const F least = Isa::set(-126.0f * 0.6931472f), from = Isa::max(least, x);  // NaN if x is
+  const F least = Isa::set(-87.3f), from = Isa::max(least, x);  // NaN if x is
   const F n = Isa::round(Isa::mul(from, Isa::set(1.44269504088896341f)));
   F r = Isa::fma(n, Isa::set(-0.693359375f), from);
   r = Isa::fma(n, Isa::set(2.12194440e-4f), r);

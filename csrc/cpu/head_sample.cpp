@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -42,15 +43,15 @@ std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tenso
   std::vector<float> logit(threads * rows, std::numeric_limits<float>::quiet_NaN());
   std::vector<int64_t> index(threads * rows);
 
-  const auto work = [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowAutograd no_autograd_here;
-    const int64_t thread = begin / ceil_div(tiling.count, threads);
+  std::atomic<int64_t> next_thread{0};
+  Crew::run(threads, [&](Crew& crew) {
+    const int64_t thread = next_thread++;
     const WeightTile weights(in.weight, tiling.width, read_narrow(in.weight)), lora_tiles(in.lora_b, tiling.width);
     TileProducts products(tiling.width, in.weight.size(1), worth_packing(rows));
     const int64_t block = rows_of_block(rows);
     const Tensor scratch = at::empty({block, tiling.width}, at::kFloat);
     float* z = scratch.mutable_data_ptr<float>();
-    for (int64_t tile = begin; tile < end; ++tile) {
+    crew.each(tiling.count, [&](int64_t tile) {
       const int64_t start = tiling.start(tile), columns = tiling.columns(tile);
       const Tensor w = weights.at_columns(start, columns);
       products.invalidate();
@@ -66,24 +67,20 @@ std::tuple<Tensor, Tensor, Tensor> head_sample(const Tensor& hidden, const Tenso
                               start, partials_at(sums.data(), tiling.count, rows, false, tile, row),
                               Best{noisy.data() + at_row, logit.data() + at_row, index.data() + at_row});
       }
-    }
-  };
-  if (threads == 1) {
-    work(0, tiling.count);
-  } else {
-    at::parallel_for(0, tiling.count, 1, work);
-  }
+    });
+  });
 
   Tensor token = at::empty({rows}, at::kLong), logprob = at::zeros({rows}, at::kFloat), entropy = at::zeros({rows}, at::kFloat);
   for (int64_t i = 0; i < rows; ++i) {
-    int64_t winner = 0;
-    for (int64_t t = 1; t < threads; ++t) {
-      if (noisy[t * rows + i] > noisy[winner * rows + i]) winner = t;
+    int64_t winner = i;
+    for (int64_t at = i + rows; at < threads * rows; at += rows) {
+      // Which thread had which tiles is left to chance: ties go to the lower index, as within a thread.
+      if (noisy[at] > noisy[winner] || (noisy[at] == noisy[winner] && index[at] < index[winner])) winner = at;
     }
-    token.mutable_data_ptr<int64_t>()[i] = index[winner * rows + i];
+    token.mutable_data_ptr<int64_t>()[i] = index[winner];
     const RowSums r = merge_tiles(sums.data(), tiling.count, rows, false, i);
     if (greedy[i] && !std::isnan(r.s)) continue;  // a NaN has no likeliest token, and is told by the log-probability
-    logprob.mutable_data_ptr<float>()[i] = static_cast<float>((static_cast<double>(logit[winner * rows + i]) - r.m) - r.log_s());
+    logprob.mutable_data_ptr<float>()[i] = static_cast<float>((static_cast<double>(logit[winner]) - r.m) - r.log_s());
     entropy.mutable_data_ptr<float>()[i] = static_cast<float>(r.entropy());
   }
   return {token, logprob, entropy};

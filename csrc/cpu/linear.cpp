@@ -1,12 +1,14 @@
 // Linear layers with packed weights; see alignpro_kernels/linear.py.
 
 #include <ATen/Functions.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <optional>
 
 #include "panel_products.h"
+#include "weight_memory.h"
 
 namespace alignpro {
 namespace {
@@ -35,8 +37,8 @@ Tensor pack_weight(const Tensor& weight) {
   const Tensor from = transposed ? weight.t().contiguous() : weight.contiguous();
   const int64_t outputs = weight.size(0), inputs = weight.size(1), panels = ceil_div(outputs, kPanel);
   TORCH_CHECK_VALUE(!narrow || inputs % 2 == 0, "weight is bfloat16 with ", inputs, " inputs: they must be an even number");
-  const Tensor packed = at::empty({panels, inputs, kPanel}, weight.options());
-  at::parallel_for(0, panels, std::max<int64_t>(1, kGrain / (inputs * kPanel)), [&](int64_t begin, int64_t end) {
+  const Tensor packed = weight_memory({panels, inputs, kPanel}, weight.scalar_type());
+  at::parallel_for(0, panels, std::max<int64_t>(1, 2 * kGrain / (inputs * kPanel)), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t at = panel * inputs * kPanel, first = panel * kPanel, width = std::min(kPanel, outputs - first);
       if (transposed && narrow) {
@@ -59,22 +61,42 @@ Tensor result(const Tensor& x, int64_t outputs) {
   return at::empty(sizes, x.options());
 }
 
+// Calls work(crew, rows of x) on as many threads as pay off for products with `outputs` outputs.
+template <typename Work>
+void with_rows(const Tensor& x, const Panels& weight, int64_t outputs, const Work& work) {
+  const int64_t rows = x.numel() / weight.inputs;
+  const Tensor memory = at::empty({Rows::elements(rows, weight.inputs, weight.narrow != nullptr)}, at::kBFloat16);
+  const Rows of_x(x.const_data_ptr<float>(), rows, weight, static_cast<uint16_t*>(memory.mutable_data_ptr()));
+  Crew::run(threads_for(rows * weight.inputs * outputs), [&](Crew& crew) {
+    for_rows(crew, rows, weight.inputs, [&](int64_t begin, int64_t end) { of_x.prepare(begin, end); });
+    work(crew, of_x, rows);
+  });
+}
+
 // x (..., K), packed, bias (N) -> (..., N)
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
   const at::AutoDispatchBelowAutograd no_autograd;
-  const Tensor rows = x.contiguous(), out = result(x, outputs);
+  const Tensor from = x.contiguous(), out = result(x, outputs);
   const Tensor added = bias ? bias->contiguous() : Tensor();
   const float* add = bias ? added.const_data_ptr<float>() : nullptr;
-  multiply_biased(rows.const_data_ptr<float>(), x.numel() / packed.size(1), packed, outputs, add,
-                  out.mutable_data_ptr<float>());
+  float* to = out.mutable_data_ptr<float>();
+  const Panels weight(packed);
+  with_rows(from, weight, outputs, [&](Crew& crew, const Rows& of_x, int64_t rows) {
+    multiply_biased(crew, of_x, rows, weight, outputs, add, to);
+  });
   return out;
 }
 
 // x (..., K), packed -> silu(x gate) (x up), (..., N)
 Tensor packed_gate(const Tensor& x, const Tensor& gate, const Tensor& up, int64_t outputs) {
   const at::AutoDispatchBelowAutograd no_autograd;
-  const Tensor rows = x.contiguous(), out = result(x, outputs);
-  multiply_gated(rows.const_data_ptr<float>(), x.numel() / gate.size(1), gate, up, outputs, out.mutable_data_ptr<float>());
+  const Tensor from = x.contiguous(), out = result(x, outputs);
+  float* to = out.mutable_data_ptr<float>();
+  const Panels gates(gate), ups(up);
+  check_gate(gates, ups);
+  with_rows(from, gates, 2 * outputs, [&](Crew& crew, const Rows& of_x, int64_t rows) {
+    multiply_gated(crew, of_x, rows, gates, ups, outputs, to);
+  });
   return out;
 }
 

@@ -38,6 +38,7 @@ class ActiveRows {
     }
   }
   int64_t before(int64_t row) const { return before_[row]; }  // number of active rows before a row
+  int64_t count() const { return before_.back(); }
   int64_t operator[](int64_t index) const { return rows_[index]; }
 
  private:
@@ -54,35 +55,41 @@ struct LowRank {
 // What LoRAs add to the active rows of one packed product, as `multiply` takes it. The other rows are not touched.
 class LowRankTerm {
  public:
-  // x (rows, inputs): what the packed weight is multiplied by, for `rows` rows of the pass from `first` on.
-  LowRankTerm(const std::vector<LowRank>& loras, const ActiveRows& active, const float* x, int64_t first, int64_t rows)
-      : loras_(loras), active_(active), first_(first), begin_(active.before(first)), count_(active.before(first + rows) - begin_) {
-    if (loras.empty() || count_ == 0) return;
-    int64_t ranks = 0;
-    for (const LowRank& lora : loras) ranks += lora.a.size(0);
-    const int64_t inputs = loras[0].a.size(1);
-    inner_ = at::empty({count_ * ranks}, loras[0].a.options());
-    at::parallel_for(0, count_, std::max<int64_t>(1, kMinThreadWork / (ranks * inputs)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin, run; i < end; i += run) {  // runs of adjacent rows
-        const int64_t row = active[begin_ + i];
-        for (run = 1; i + run < end && active[begin_ + i + run] == row + run;) ++run;
-        float* to = inner_.mutable_data_ptr<float>();
-        for (const LowRank& lora : loras_) {
-          const int64_t rank = lora.a.size(0);
-          cpu_kernels().panels.project(x + (row - first) * inputs, run, lora.a.const_data_ptr<float>(), rank, inputs, lora.scale,
-                                       to + i * rank);
-          to += count_ * rank;
-        }
+  static int64_t ranks(const std::vector<LowRank>& loras) {
+    int64_t sum = 0;
+    for (const LowRank& lora : loras) sum += lora.a.size(0);
+    return sum;
+  }
+
+  // For a product of `rows` rows of the pass from `first` on. `memory` is for as many floats as there are active rows among them,
+  // times the ranks of the LoRAs.
+  LowRankTerm(const std::vector<LowRank>& loras, const ActiveRows& active, int64_t first, int64_t rows, float* memory)
+      : loras_(loras), active_(active), first_(first), begin_(active.before(first)), count_(active.before(first + rows) - begin_),
+        inner_(memory) {}
+
+  // Computes scale x a^T for the product's rows [begin, end), of what it multiplies: x (rows, inputs).
+  void prepare(const float* x, int64_t begin, int64_t end) const {
+    if (loras_.empty()) return;
+    const int64_t last = active_.before(first_ + end), inputs = loras_[0].a.size(1);
+    for (int64_t i = active_.before(first_ + begin), run; i < last; i += run) {  // runs of adjacent rows
+      const int64_t row = active_[i];
+      for (run = 1; i + run < last && active_[i + run] == row + run;) ++run;
+      float* to = inner_;
+      for (const LowRank& lora : loras_) {
+        const int64_t rank = lora.a.size(0);
+        cpu_kernels().panels.project(x + (row - first_) * inputs, run, lora.a.const_data_ptr<float>(), rank, inputs, lora.scale,
+                                     to + (i - begin_) * rank);
+        to += count_ * rank;
       }
-    });
+    }
   }
 
   // tile (count, kPanel) += the LoRAs' outputs, for rows from `first` on, counted from the product's first row.
   void operator()(int64_t first, int64_t count, int64_t panel, float* tile) const {
-    if (!inner_.defined()) return;
+    if (loras_.empty()) return;
     const int64_t from = active_.before(first_ + first), rows = active_.before(first_ + first + count) - from;
     if (rows == 0) return;
-    const float* inner = inner_.const_data_ptr<float>();
+    const float* inner = inner_;
     for (const LowRank& lora : loras_) {
       const int64_t rank = lora.a.size(0), start = panel * kPanel;
       const int64_t begin = std::max(start, lora.first), end = std::min(start + kPanel, lora.first + lora.b.size(0));
@@ -107,7 +114,7 @@ class LowRankTerm {
   const std::vector<LowRank>& loras_;
   const ActiveRows& active_;
   int64_t first_, begin_, count_;  // the product's first row; the first of its active rows, and their number
-  at::Tensor inner_;               // (count, rank) of each LoRA: scale x a^T
+  float* inner_;                   // (count, rank) of each LoRA: scale x a^T
 };
 
 }  // namespace alignpro

@@ -19,9 +19,14 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat, "x and weight must be float32");
   const Tensor rows = x.contiguous(), scales = weight.contiguous(), out = at::empty_like(rows);
   const float* w = scales.const_data_ptr<float>();
-  for_rows(rows.numel() / dim, dim, [&](int64_t row) {
-    cpu_kernels().panels.rms_norm(rows.const_data_ptr<float>() + row * dim, w, dim, static_cast<float>(eps),
-                                  static_cast<float>(offset), out.mutable_data_ptr<float>() + row * dim);
+  const float* from = rows.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  Crew::run(threads_for(rows.numel()), [&](Crew& crew) {
+    for_rows(crew, rows.numel() / dim, dim, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        cpu_kernels().panels.rms_norm(from + row * dim, w, dim, static_cast<float>(eps), static_cast<float>(offset), to + row * dim);
+      }
+    });
   });
   return out;
 }

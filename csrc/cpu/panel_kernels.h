@@ -30,8 +30,8 @@ struct NarrowRows {
 
 struct PanelKernels {
   // out = x panel, or out += x panel with `add`: x (rows, depth) with row stride `stride`; panel (depth, kPanel); out (rows,
-  // kPanel) with row stride `out_stride`. Meanwhile, loads as many elements as the panel has from `next` into the cache,
-  // unless it is null; it need not be valid memory.
+  // kPanel) with row stride `out_stride`. Meanwhile, loads a part of `next` into the cache, unless it is null: a panel that is
+  // multiplied afterwards.
   void (*multiply)(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* out,
                    int64_t out_stride, bool add, const float* next);
   // The same with a panel in bfloat16, for an even depth.
@@ -52,10 +52,13 @@ struct PanelKernels {
   // first, second (rows, depth) = the parts of x as `NarrowRows` has them: x (rows, depth) with row stride `stride`. Without `second`
   // (null), the first one only. What is not finite is so in the first part alone.
   void (*narrow_rows)(const float* x, int64_t stride, int64_t rows, int64_t depth, uint16_t* first, uint16_t* second);
-  // out (rows, outputs) = x w^T: x (rows, depth), and w (outputs, depth) in bfloat16, which is not packed.
+  // out (rows, outputs) = x w^T: x (rows, depth) as `pack_dots` makes it, and w (outputs, depth) in bfloat16, which is not packed.
   void (*dot_narrow)(const NarrowRows& x, int64_t rows, const uint16_t* w, int64_t outputs, int64_t depth, float* out,
                      int64_t out_stride);
   bool dots_of_many;  // whether `dot_narrow` is as fast as packing w, however many rows there are
+  // Makes one part of the rows (rows, depth) for `dot_narrow`. It takes the memory of `dot_rows` rows.
+  void (*pack_dots)(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to);
+  int64_t (*dot_rows)(int64_t rows);
   // Packs weights (outputs, inputs) with row stride `stride` into a panel (inputs, kPanel), zero-padded beyond the outputs.
   // Two elements in bfloat16 are packed as one.
   void (*pack)(const float* weight, int64_t stride, int64_t outputs, int64_t inputs, float* panel);

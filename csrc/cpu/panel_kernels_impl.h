@@ -245,6 +245,10 @@ void dot_narrow(const NarrowRows& x, int64_t rows, const uint16_t* w, int64_t ou
   }
 }
 
+int64_t dot_rows(int64_t rows) { return rows; }
+
+void pack_dots(const uint16_t* x, int64_t rows, int64_t depth, uint16_t* to) { std::copy_n(x, rows * depth, to); }
+
 void narrow_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, uint16_t* first, uint16_t* second) {
   for (int64_t r = 0; r < rows; ++r) {
     narrow_row(x + r * stride, depth, first + r * depth, second == nullptr ? nullptr : second + r * depth);
@@ -326,6 +330,8 @@ constexpr PanelKernels kPanelKernels = {multiply<float, false>,
                                         narrow_rows,
                                         dot_narrow,
                                         false,
+                                        pack_dots,
+                                        dot_rows,
                                         pack,
                                         rms_norm,
                                         rotate,

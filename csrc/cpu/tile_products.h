@@ -55,7 +55,7 @@ inline void pack_rows(const float* rows, int64_t stride, int64_t count, int64_t 
   }
 }
 
-// The products of one tile, with a thread's memory for packing it into panels.
+// The products of one tile, with a thread's memory for packing it into panels. The hidden states must not change meanwhile.
 class TileProducts {
  public:
   // For tiles of at most `width` columns.
@@ -69,8 +69,9 @@ class TileProducts {
     const float* x = h.const_data_ptr<float>();
     const PanelKernels& panels = cpu_kernels().panels;
     const int parts = narrow ? cpu_kernels().parts : 0;
-    const NarrowRows rows = parts == 0 ? NarrowRows{} : narrowed(h, parts);
-    if (narrow && (!packed_.defined() || (parts > 0 && panels.dots_of_many))) {
+    const bool dots = narrow && (!packed_.defined() || (parts > 0 && panels.dots_of_many));
+    const NarrowRows rows = parts == 0 ? NarrowRows{} : narrowed(h, parts, dots);
+    if (dots) {
       if (parts > 0) {
         panels.dot_narrow(rows, h.size(0), bfloat16_data(w), w.size(0), dim_, out, width);
       } else {
@@ -146,13 +147,30 @@ class TileProducts {
   void invalidate() { packed_for_ = nullptr; }
 
  private:
-  // Rows (C, D) in bfloat16, in memory that the next call reuses.
-  NarrowRows narrowed(const Tensor& h, int parts) {
-    const int64_t size = h.size(0) * dim_;
-    if (!narrow_.defined() || narrow_.numel() < parts * size) narrow_ = at::empty({parts * size}, at::kBFloat16);
+  // Rows (C, D) in bfloat16, for `dot_narrow` as that wants them. They are kept for the next tiles.
+  NarrowRows narrowed(const Tensor& h, int parts, bool for_dots) {
+    const PanelKernels& panels = cpu_kernels().panels;
+    const int64_t size = (for_dots ? panels.dot_rows(h.size(0)) : h.size(0)) * dim_, rows = h.size(0);
+    if (!narrow_.defined() || narrow_.numel() < parts * size) {
+      narrow_ = at::empty({parts * size}, at::kBFloat16);
+      narrow_for_ = {};
+    }
     auto* first = static_cast<uint16_t*>(narrow_.mutable_data_ptr());
     auto* second = parts == 2 ? first + size : nullptr;
-    cpu_kernels().panels.narrow_rows(h.const_data_ptr<float>(), h.stride(0), h.size(0), dim_, first, second);
+    const NarrowFor wanted{h.const_data_ptr(), rows, for_dots};
+    if (wanted == narrow_for_) return {first, second, dim_};
+    narrow_for_ = wanted;
+    const auto narrow = [&](uint16_t* to, uint16_t* rest) {
+      panels.narrow_rows(h.const_data_ptr<float>(), h.stride(0), rows, dim_, to, rest);
+    };
+    if (!for_dots) {
+      narrow(first, second);
+    } else {
+      const Tensor plain = at::empty({parts, rows, dim_}, at::kBFloat16);
+      auto* from = static_cast<uint16_t*>(plain.mutable_data_ptr());
+      narrow(from, parts == 2 ? from + rows * dim_ : nullptr);
+      for (int part = 0; part < parts; ++part) panels.pack_dots(from + part * rows * dim_, rows, dim_, first + part * size);
+    }
     return {first, second, dim_};
   }
 
@@ -187,7 +205,16 @@ class TileProducts {
   }
 
   int64_t dim_;
+  // What rows in bfloat16 were made of.
+  struct NarrowFor {
+    const void* rows = nullptr;
+    int64_t count = 0;
+    bool for_dots = false;
+    bool operator==(const NarrowFor&) const = default;
+  };
+
   Tensor packed_, edge_, narrow_;
+  NarrowFor narrow_for_;
   const void* packed_for_ = nullptr;
   bool by_columns_ = false;
 };

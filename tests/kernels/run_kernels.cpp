@@ -81,7 +81,8 @@ void run_multiply_bfloat16(int64_t rows, int64_t depth, const Multiply& multiply
 using MultiplyNarrow = decltype(PanelKernels::multiply_narrow);
 void run_multiply_narrow(int64_t rows, int64_t depth, int64_t parts, MultiplyNarrow multiply) {
   run_multiply_bfloat16(rows, depth, [&](const std::vector<float>& x, const uint16_t* panel, float* out) {
-    multiply(Narrow(x, rows, depth, parts).rows(), rows, panel, depth, out, kPanel, true, nullptr);
+    const std::vector<uint16_t> next(panel, panel + depth * kPanel);
+    multiply(Narrow(x, rows, depth, parts).rows(), rows, panel, depth, out, kPanel, true, next.data());
   });
 }
 
@@ -99,12 +100,15 @@ void run_dot_bfloat16(int64_t rows, int64_t outputs, int64_t depth) {
   write(out);
 }
 
-using DotNarrow = decltype(PanelKernels::dot_narrow);
-void run_dot_narrow(int64_t rows, int64_t outputs, int64_t depth, int64_t parts, DotNarrow dot) {
+void run_dot_narrow(int64_t rows, int64_t outputs, int64_t depth, int64_t parts, const PanelKernels& kernels) {
   const auto x = read<float>(rows * depth);
   const auto w = narrow(read<float>(outputs * depth));
   auto out = zeros(rows * outputs);
-  dot(Narrow(x, rows, depth, parts).rows(), rows, w.data(), outputs, depth, out.data(), outputs);
+  const Narrow narrowed(x, rows, depth, parts);
+  std::vector<uint16_t> first(static_cast<size_t>(kernels.dot_rows(rows) * depth)), second(first.size());
+  kernels.pack_dots(narrowed.first.data(), rows, depth, first.data());
+  if (parts == 2) kernels.pack_dots(narrowed.second.data(), rows, depth, second.data());
+  kernels.dot_narrow({first.data(), parts == 2 ? second.data() : nullptr, depth}, rows, w.data(), outputs, depth, out.data(), outputs);
   write(out);
 }
 
@@ -244,8 +248,8 @@ int main(int argc, char** argv) {
   else if (kernel == "multiply_bfloat16") run_widened(size[0], size[1]);
   else if (kernel == "multiply_narrow") run_multiply_narrow(size[0], size[1], size[2], kPanelKernels.multiply_narrow);
   else if (kernel == "multiply_amx") run_multiply_narrow(size[0], size[1], size[2], multiply_amx);
-  else if (kernel == "dot_narrow") run_dot_narrow(size[0], size[1], size[2], size[3], kPanelKernels.dot_narrow);
-  else if (kernel == "dot_amx") run_dot_narrow(size[0], size[1], size[2], size[3], dot_amx);
+  else if (kernel == "dot_narrow") run_dot_narrow(size[0], size[1], size[2], size[3], kPanelKernels);
+  else if (kernel == "dot_amx") run_dot_narrow(size[0], size[1], size[2], size[3], kAmxKernels);
   else if (kernel == "dot_bfloat16") run_dot_bfloat16(size[0], size[1], size[2]);
   else if (kernel == "project") run_project(size[0], size[1], size[2]);
   else if (kernel == "pack") run_pack(size[0], size[1]);
