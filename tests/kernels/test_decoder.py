@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -142,6 +143,37 @@ def test_many_tokens_and_threads(set_threads: Callable[[int], None]) -> None:
     assert error(found, decoder.exact(sequence.hidden, sequence.cos, sequence.sin)) < 1e-5
     set_threads(3)
     assert torch.equal(Sequence(decoder, 600).run(weights, 0, 600), found)
+
+
+def test_threads_that_lose_their_cores(set_threads: Callable[[int], None]) -> None:
+    """With more threads than cores some come late to every step, or hold what others wait for."""
+    decoder = Decoder(dim=128, heads=4, kv_heads=2, head_dim=32, inner=256, rotary=32, layers=6)
+    weights = decoder.packed()
+    alone = Sequence(decoder, 60).run(weights, 0, 60)
+    set_threads(12)
+    for _ in range(20):
+        assert torch.equal(Sequence(decoder, 60).run(weights, 0, 60), alone)
+
+
+def test_packed_weights_share_large_pages_without_sharing_a_storage() -> None:
+    weights = [torch.randn(64, 96) for _ in range(5)]
+    packed = [pack_weight(weight) for weight in weights]
+    assert all(each.untyped_storage().nbytes() == each.nbytes for each in packed)
+    assert all(each.data_ptr() % 64 == 0 for each in packed)
+    del packed[::2]
+    gc.collect()
+    again = [pack_weight(weight) for weight in weights[::2]]
+    for weight, each in zip([weights[1], weights[3], *weights[::2]], [*packed, *again], strict=True):
+        assert torch.equal(packed_linear(torch.eye(96), each, 64), weight.T)
+
+
+def test_packed_weights_are_freed() -> None:
+    """Those of a backward pass are packed for one product; the next ones take their memory."""
+    weight = torch.randn(512, 1024)  # 2 MiB
+    kept = pack_weight(weight)
+    addresses = {pack_weight(weight).data_ptr() for _ in range(200)}
+    assert len(addresses) <= 40
+    assert kept.data_ptr() not in addresses
 
 
 def test_no_tokens() -> None:
