@@ -5,6 +5,7 @@ With busy processes, each round is followed by one beside them, so that both see
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ def compare(
     take_turns = setting.device.type == "cpu"
     for group in [list(entrants)] if take_turns else [[entrant] for entrant in entrants]:
         _time(case, group, setting, rounds, results, busy)
+        gc.collect()  # vLLM's models are in cycles, and hold gigabytes in processes of their own
         empty_cache(setting.device)
     floor = floor_seconds(case, rates, setting.dtype)
     _summarise(case, results, floor["prefill"] + floor["decode"])

